@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding import loop, request
 from cm3leon_jax.decoding import params as params_lib

@@ -11,7 +11,7 @@ from absl import flags
 import numpy as np
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -22,7 +22,9 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import duplicates, openmoji, raw_pairs
+from cm3leon_jax.data.checks import duplicates
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources import openmoji
 from cm3leon_jax.io import replacing
 from cm3leon_jax.progress import progress_bar
 
@@ -208,7 +210,7 @@ def make_pairs(
     load: reads the image of a path, [H, W, 3] uint8.
 
   Returns:
-    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the
+    Fields of `reader.RawPair`. The group is style and concept: another style's drawing of the
     concept may be a neighbor. Styles with near duplicates within a concept share its group.
   """
   images = [
@@ -276,7 +278,7 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
 
   with futures.ThreadPoolExecutor() as pool:
     list(progress_bar(pool.map(render, drawings), "drawings", total=len(drawings)))
-  pairs = make_pairs(paths, drawings, lambda path: raw_pairs.load_image(folder / path, resolution))
+  pairs = make_pairs(paths, drawings, lambda path: reader.load_image(folder / path, resolution))
   with replacing(folder / PAIRS, "w") as file:
     file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
   return pairs

@@ -103,7 +103,7 @@ def read_rows(workdir, out, segment: Segment, address: str, process: int, next_r
 
   from cm3leon_jax import distributed
   from cm3leon_jax.commands import common, training_rows
-  from cm3leon_jax.data.pipeline import batches
+  from cm3leon_jax.data.rows.loader import batches
   from cm3leon_jax.mesh import MeshConfig, spec
 
   if segment.processes > 1:

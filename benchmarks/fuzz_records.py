@@ -5,7 +5,7 @@
 
 Readers: csv, json, tar, yaml; other arguments are those of libFuzzer, e.g. a folder of files to
 begin with. An error that is not the project's own ends it, and the input is kept in `crash-*`;
-it then belongs to tests/data/archive_bounds_test.py or tests/commands/untrusted_test.py.
+it then belongs to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
 """
 
 import contextlib
@@ -17,30 +17,31 @@ import fsspec
 
 with atheris.instrument_imports(include=["cm3leon_jax", "csv", "json", "tarfile", "yaml"]):
   from cm3leon_jax.config import UserError
-  from cm3leon_jax.data import instruction_config, records, source_archives, source_lines
+  from cm3leon_jax.data.instructions import config
+  from cm3leon_jax.data.sources import archives, lines, records
 
 FILES = fsspec.filesystem("memory")
 FILE = "/file"
 
 
 def read_csv() -> None:
-  for where, values in source_lines.csv_rows(FILES, FILE):
+  for where, values in lines.csv_rows(FILES, FILE):
     check(where, values)
 
 
 def read_json() -> None:
-  for where, values in source_lines.json_lines(FILES, FILE, []):
+  for where, values in lines.json_lines(FILES, FILE, []):
     check(where, values)
 
 
 def read_tar() -> None:
-  for item in source_archives.tar_samples(FILES, FILE, lambda item, *_: item):
+  for item in archives.tar_samples(FILES, FILE, lambda item, *_: item):
     assert isinstance(item, records.Record | records.Rejected)
 
 
 def read_yaml() -> None:
   with contextlib.suppress(UserError, UnicodeDecodeError):
-    instruction_config.parse_tasks(FILES.cat_file(FILE).decode(), FILE)
+    config.parse_tasks(FILES.cat_file(FILE).decode(), FILE)
 
 
 def check(where: str, values: dict | records.Rejected) -> None:

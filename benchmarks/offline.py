@@ -21,7 +21,8 @@ from PIL import Image
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.configs import cm3leon_7b
-from cm3leon_jax.data import ingest, openmoji, raw_pairs
+from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.sources import openmoji
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import vqgan
@@ -86,7 +87,7 @@ def ingestion(folder: epath.Path) -> list:
 
   report(f"ingestion, {_THREADS.value} threads", _RECORDS.value, run, "images")
   return [
-    pair for split in ("train", "heldout") for pair in raw_pairs.read_pairs(folder / "raw", split)
+    pair for split in ("train", "heldout") for pair in reader.read_pairs(folder / "raw", split)
   ]
 
 
@@ -96,7 +97,7 @@ def encoding(folder: epath.Path, pairs: list) -> None:
   paths = [pair.image for pair in pairs]
 
   def load(paths: list[str]) -> np.ndarray:
-    return raw_pairs.load_images(paths, 256, _THREADS.value)
+    return reader.load_images(paths, 256, _THREADS.value)
 
   report(f"reading 256 pixels, {_THREADS.value} threads", len(paths), lambda: load(paths), "images")
   images = load(paths[:8])

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from cm3leon_jax.api import CM3Leon
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import report
 
@@ -220,7 +220,7 @@ def nearest_caption(caption: str, others: list[str]) -> int:
 
 def judge(workdir: pathlib.Path, count: int) -> dict:
   """Generates and judges images of captions that no training image has; writes judged.json."""
-  training = raw_pairs.read_pairs(workdir / "raw", "train")
+  training = reader.read_pairs(workdir / "raw", "train")
   captions = [pair.caption for pair in training]
   known = {(f.color, f.shape) for f in all_facts() if f.caption in captions}
   new = [fact for fact in all_facts() if fact.caption not in captions]

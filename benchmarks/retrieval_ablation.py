@@ -23,9 +23,9 @@ from benchmarks.ablation_table import Run
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.plan import RowPlan, Source
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
@@ -214,7 +214,7 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
     document = corpus.heldout[i]
     best = [corpus.train[int(j)] for j in ids[i][ids[i] >= 0][: settings.data.num_neighbors]]
     fitting = bits.fit_neighbors(document, best, settings.data.sequence_length)
-    samples.append(pipeline.join([*fitting, document], settings.vocab))
+    samples.append(loader.join([*fitting, document], settings.vocab))
     masks.append(bits.own_targets(samples[-1], document, settings.vocab))
   with jax.set_mesh(create_mesh(settings.mesh)):
     params, _ = checkpoint.load_params(run / "train", settings.model)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from cm3leon_jax.configs import scenes
-from cm3leon_jax.data.pipeline import rows_of_samples
+from cm3leon_jax.data.rows.loader import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints

@@ -21,8 +21,9 @@ from benchmarks import experiment
 from benchmarks import scene_card_table as table
 from cm3leon_jax import CM3Leon, loading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import pipeline, scene_world, scenes
-from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data import scene_world, scenes
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.scene_captions import describe_plainly
 from cm3leon_jax.data.scene_drawings import render
 from cm3leon_jax.data.scene_world import PLACES, Placed, Scene, ScenesConfig
@@ -217,7 +218,7 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
     }
     for condition, of in samples.items():
       before = [bank[at[where[condition]]]] if condition in where else []
-      of.append(pipeline.join([*before, document], layout.vocab))
+      of.append(loader.join([*before, document], layout.vocab))
     targets = [bits.own_targets(of[n], document, layout.vocab) for of in samples.values()]
     masks.append([of["image"] for of in targets])
   config = model.pipeline.settings.model

@@ -22,9 +22,9 @@ from benchmarks import scene_retrieval_table as table
 from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Bank, DocumentStore
-from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.plan import RowPlan, Source
 from cm3leon_jax.evaluation import bits, scenes
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -138,7 +138,7 @@ def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> l
   for n, row in enumerate(corpus.rows):
     document = corpus.heldout[int(row)]
     found = [] if before is None or before[n] < 0 else [corpus.bank[int(before[n])]]
-    samples.append(pipeline.join([*found, document], settings.vocab))
+    samples.append(loader.join([*found, document], settings.vocab))
     masks.append(bits.own_targets(samples[-1], document, settings.vocab)["image"])
   size = settings.evaluation.batch_size
   scored = bits.score_samples(params, settings.model, samples, settings.vocab, size)

@@ -26,7 +26,7 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data import scene_world
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.scene_captions import describe
 from cm3leon_jax.data.scene_drawings import ink, render
 from cm3leon_jax.data.scene_world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig

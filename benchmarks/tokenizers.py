@@ -25,8 +25,9 @@ from benchmarks import tokenizers_table as table
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
-from cm3leon_jax.data import pipeline, raw_pairs
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
@@ -160,7 +161,7 @@ def decoder_steps(settings: Settings) -> Callable[[int], None]:
   samples = [
     rng.integers(vocab.num_special, vocab.size, length + 1).astype(np.int32) for _ in range(rows)
   ]
-  arrays = pipeline.rows_of_samples(samples, length, vocab, model.align_images)
+  arrays = loader.rows_of_samples(samples, length, vocab, model.align_images)
   batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
   decay = settings.optimizer.ema_decay
   step = jax.jit(
@@ -225,7 +226,7 @@ def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
   store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
   rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
   documents = [store[int(i)] for i in rows]
-  samples = [pipeline.join([document], settings.vocab) for document in documents]
+  samples = [loader.join([document], settings.vocab) for document in documents]
   masks = [bits.own_targets(s, d, settings.vocab)["image"] for s, d in zip(samples, documents)]
   with jax.set_mesh(create_mesh(settings.mesh)):
     params, _ = checkpoint.load_params(run / "train", settings.model)
@@ -238,7 +239,7 @@ def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
 def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
   """Returns the held-out images of all runs, uint8 [n, H, W, 3]."""
   raw, resolution = epath.Path(experiment.shared) / "raw", settings.vqgan.resolution
-  images = raw_pairs.open_images(raw, "heldout", resolution)
+  images = reader.open_images(raw, "heldout", resolution)
   return images[np.arange(len(images))]
 
 

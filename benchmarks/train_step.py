@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax.data.pipeline import rows_of_samples
+from cm3leon_jax.data.rows.loader import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelConfig
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer

@@ -11,9 +11,9 @@ import pydantic.dataclasses
 
 from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
-from cm3leon_jax.data.instruction_config import InstructionsConfig
-from cm3leon_jax.data.raw_writer import RawConfig
-from cm3leon_jax.data.sample_plan import DataConfig
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.raw.writer import RawConfig
+from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig

@@ -16,9 +16,9 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import common, generate
-from cm3leon_jax.data.cm3 import apply_cm3_mask
-from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
+from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.text_tasks import Caption

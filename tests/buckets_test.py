@@ -62,7 +62,7 @@ def run(server, code):
 
 
 IMAGE = """
-from cm3leon_jax.data.raw_pairs import load_image
+from cm3leon_jax.data.raw.reader import load_image
 print(load_image("gs://bucket/image.png", None).shape)
 """
 
@@ -247,7 +247,7 @@ def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it()
 
 FILES_BELOW = """
 from etils import epath
-from cm3leon_jax.training import sealing
+from cm3leon_jax.training.checkpoints import sealing
 print(sealing.files_below(epath.Path("gs://bucket/step")))
 """
 

@@ -18,9 +18,9 @@ import cm3leon_jax
 from cm3leon_jax import parameters, shards, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.plan_starts import Start, WindowStarts
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
 from cm3leon_jax.evaluation import weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.export import bundle, weights
@@ -80,7 +80,7 @@ READERS = {
   "train/config.json": settings_of_run,
   "run/train/config.json": lambda root: weights.find(SETTINGS, str(root / "run")),
   "start/train/config.json": lambda root: weights.start_of(root / "start"),
-  "raw/index.json": lambda root: raw_pairs.read_index(root / "raw"),
+  "raw/index.json": lambda root: reader.read_index(root / "raw"),
   "store/index.json": lambda root: DocumentStore(root / "store", VOCAB),
   "array/index.json": lambda root: ArrayStore(root / "array"),
   "clip/config.json": lambda root: CLIP.load(root / "clip"),

@@ -9,7 +9,7 @@ import sys
 
 HOLD = """
 import sys, time
-from cm3leon_jax.training import lease
+from cm3leon_jax.training.faults import lease
 lease.BEAT_SECONDS = 0.1
 with lease.Lease(sys.argv[1]):
   print("held", flush=True)

@@ -37,7 +37,7 @@ TRAINERS = ("tokenizers/train_vqgan.py", "clip/train.py")
 def imported(source: str) -> set[str]:
   """Packages and modules right below cm3leon_jax that a file imports anywhere.
 
-  >>> imported("from cm3leon_jax.data import plan\\nfrom cm3leon_jax import stages")
+  >>> imported("from cm3leon_jax.data.rows import plan\\nfrom cm3leon_jax import stages")
   {'data', 'stages'}
   """
   names = []

@@ -8,7 +8,7 @@ from tests import mutants
 from tests.mutant_list import MUTANTS
 from tests.mutant_lists.mutant import Mutant
 
-CM3, CM3_TEST = "cm3leon_jax/data/cm3.py", "tests/data/cm3_test.py"
+CM3, CM3_TEST = "cm3leon_jax/data/rows/cm3.py", "tests/data/rows/cm3_test.py"
 RENAMED = Mutant(
   "a_local_renamed",
   CM3,

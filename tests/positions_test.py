@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.data import cm3
-from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import encode
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents import encode
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.retrieval import bank, neighbors
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout

@@ -17,9 +17,9 @@ import optax
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import group_id
-from cm3leon_jax.data.records import RawPair
+from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -38,7 +38,7 @@ class ClipData:
     concepts: pairs of one concept are not negatives of each other.
   """
 
-  images: UInt8[np.ndarray, "n H W 3"] | raw_pairs.ImageFiles
+  images: UInt8[np.ndarray, "n H W 3"] | reader.ImageFiles
   tokens: Int32[np.ndarray, "n L"]
   concepts: Int32[np.ndarray, " n"]
 
@@ -52,13 +52,13 @@ class ClipData:
 def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) -> ClipData:
   """Opens the pairs of a split in order; `encode` converts a caption to int32 ids."""
   paths, tokens, concepts = [], [], []
-  for name in raw_pairs.shards(folder):
-    pairs = raw_pairs.read_shard(folder, name, RawPair, split)
+  for name in reader.shards(folder):
+    pairs = reader.read_shard(folder, name, RawPair, split)
     paths += [pair.image for pair in pairs]
     tokens.append(clip_lib.pad_texts([encode(p.caption) for p in pairs], config.text_length))
     concepts.append(np.array([group_id(p.concept or p.caption) for p in pairs], np.uint64))
   _, concepts = np.unique(np.concatenate(concepts), return_inverse=True)
-  images = raw_pairs.in_memory(raw_pairs.ImageFiles(paths, config.resolution, READ_THREADS))
+  images = reader.in_memory(reader.ImageFiles(paths, config.resolution, READ_THREADS))
   return ClipData(images, np.concatenate(tokens), concepts.astype(np.int32))
 
 
@@ -262,10 +262,10 @@ def train_clip(
     "pairs": len(data),
     "seconds": round(time.monotonic() - start, 1),
   }
-  heldout = raw_pairs.read_pairs(raw_folder, "heldout")
+  heldout = reader.read_pairs(raw_folder, "heldout")
   if heldout:
     heldout = heldout[:: -(-len(heldout) // MAX_HELDOUT)]
-    images = raw_pairs.load_images([p.image for p in heldout], config.resolution, READ_THREADS)
+    images = reader.load_images([p.image for p in heldout], config.resolution, READ_THREADS)
     captions = [pair.caption for pair in heldout]
     texts = trained.embed_texts([encode(caption) for caption in captions])
     summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))

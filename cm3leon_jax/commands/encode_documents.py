@@ -22,14 +22,14 @@ def validate(settings, workdir) -> None:
   Raises:
     UserError: a record is wrong.
   """
-  from cm3leon_jax.data.validate import validate_documents
+  from cm3leon_jax.data.checks.validate import validate_documents
 
   stages.require(workdir, "documents")
   validate_documents(workdir / "documents", settings.vocab)
 
 
 def main(settings, workdir):
-  from cm3leon_jax.data import encode
+  from cm3leon_jax.data.documents import encode
 
   if _VALIDATE.value:
     validate(settings, workdir)

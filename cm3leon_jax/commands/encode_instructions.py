@@ -13,8 +13,8 @@ from cm3leon_jax.config import UserError
 
 
 def main(settings, workdir) -> None:
-  from cm3leon_jax.data import instruction_sources
-  from cm3leon_jax.data.instruction_config import load_tasks, shipped
+  from cm3leon_jax.data.instructions import sources
+  from cm3leon_jax.data.instructions.config import load_tasks, shipped
 
   if not settings.instructions.any:
     raise UserError(
@@ -28,11 +28,11 @@ def main(settings, workdir) -> None:
         "with the same --config and --workdir first; RUN is the run that is tuned."
       )
   tasks = load_tasks(settings.instructions)
-  more = {"tasks": instruction_sources.digest_of(tasks)}
+  more = {"tasks": sources.digest_of(tasks)}
   with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):
     if summary is None:
       return
-    job = instruction_sources.InstructionJob(
+    job = sources.InstructionJob(
       str(workdir),
       tasks,
       settings.instructions,
@@ -42,7 +42,7 @@ def main(settings, workdir) -> None:
       settings.raw.num_threads,
     )
     tokenizers = stages.ids(settings, workdir, stage_table.TOKENIZERS)
-    summary.update(instruction_sources.encode_tasks(job, tokenizers, runner))
+    summary.update(sources.encode_tasks(job, tokenizers, runner))
     for name, numbers in summary.items():
       shown = ", ".join(f"{value:,} {field}" for field, value in numbers.items())
       print(f"encode_instructions {name}: {shown}")

@@ -129,7 +129,7 @@ def _by_protocol(settings, workdir) -> None:
 
 def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
-  from cm3leon_jax.data.documents import Bank, DocumentStore
+  from cm3leon_jax.data.documents.store import Bank, DocumentStore
   from cm3leon_jax.evaluation import bits
   from cm3leon_jax.retrieval import neighbors
   from cm3leon_jax.training.checkpoints import checkpoint
@@ -167,9 +167,9 @@ def _has_bundled(settings) -> bool:
 
   What is held out there depends on names alone, so it never trained on the run's held-out scenes.
   """
-  from cm3leon_jax.data import builtin_sources
+  from cm3leon_jax.data.sources import builtin
 
-  return settings.raw.source == builtin_sources.SCENES
+  return settings.raw.source == builtin.SCENES
 
 
 def _load_bundled():
@@ -206,9 +206,9 @@ def _about(model) -> dict:
 
 def _scene_samples():
   """Imports the module that judges samples, which needs the drawings of the extra `demo`."""
-  from cm3leon_jax.data import builtin_sources
+  from cm3leon_jax.data.sources import builtin
 
-  builtin_sources.drawings_of(builtin_sources.SCENES)
+  builtin.drawings_of(builtin.SCENES)
   from cm3leon_jax.evaluation import scene_samples
 
   return scene_samples

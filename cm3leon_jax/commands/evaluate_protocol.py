@@ -90,7 +90,7 @@ def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
     UserError: a metric is unknown or does not fit, its examples are too few, a field of a sampler
       or a published figure is wrong, a file is absent, or an option has no effect.
   """
-  from cm3leon_jax.data.evaluation_files import open_examples
+  from cm3leon_jax.data.published.files import open_examples
   from cm3leon_jax.evaluation.protocols import metrics
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 

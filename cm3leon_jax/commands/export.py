@@ -154,8 +154,8 @@ def _check(
   """
   import jax
 
-  from cm3leon_jax.data.documents import DocumentStore
-  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.data.documents.store import DocumentStore
+  from cm3leon_jax.data.rows.loader import join
   from cm3leon_jax.export import huggingface, int8
   from cm3leon_jax.training.checkpoints import checkpoint
 
@@ -202,7 +202,7 @@ def _heldout_bits(settings, heldout, params) -> dict[str, float]:
   """Measures the mean bits of the image codes and text tokens of held-out documents, alone."""
   import numpy as np
 
-  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.data.rows.loader import join
   from cm3leon_jax.evaluation import bits
 
   config = settings.evaluation

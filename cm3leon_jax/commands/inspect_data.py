@@ -25,7 +25,7 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.training.faults.skipped_rows import SkippedRows
 
 # Without a default, as the flag of this name of other commands: in one process they are one flag.
@@ -99,11 +99,11 @@ def validate(settings, workdir) -> None:
     UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
   """
   from cm3leon_jax.commands.training_rows import replay_share
-  from cm3leon_jax.data.documents import DocumentStore
-  from cm3leon_jax.data.instruction_config import load_tasks
-  from cm3leon_jax.data.instruction_samples import read_targets
-  from cm3leon_jax.data.instruction_sources import store_name
-  from cm3leon_jax.data.validate import validate_documents, validate_raw, validate_store
+  from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
+  from cm3leon_jax.data.documents.store import DocumentStore
+  from cm3leon_jax.data.instructions.config import load_tasks
+  from cm3leon_jax.data.instructions.samples import read_targets
+  from cm3leon_jax.data.instructions.sources import store_name
   from cm3leon_jax.retrieval.validate import validate_neighbors
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()

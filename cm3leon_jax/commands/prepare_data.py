@@ -35,7 +35,7 @@ def check_leaks(settings, workdir) -> None:
   Raises:
     UserError: a held-out image is a near duplicate of a training image.
   """
-  from cm3leon_jax.data import duplicates, leaks
+  from cm3leon_jax.data.checks import duplicates, leaks
 
   stages.require(workdir, "raw")
   psnr = duplicates.MIN_PSNR if _LEAK_PSNR.value is None else _LEAK_PSNR.value
@@ -119,8 +119,10 @@ def batch_warnings(settings, pairs: int) -> list[str]:
 
 def conclude(settings, folder, summary: dict) -> None:
   """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
-  from cm3leon_jax.data import leaks, raw_statistics, raw_writer
-  from cm3leon_jax.data.builtin_sources import OPENMOJI, SCENES
+  from cm3leon_jax.data.checks import leaks
+  from cm3leon_jax.data.raw import summary as raw_statistics
+  from cm3leon_jax.data.raw import writer
+  from cm3leon_jax.data.sources.builtin import OPENMOJI, SCENES
 
   near = None
   # Their images are near each other by design, and their concepts and splits take care of it.
@@ -129,8 +131,8 @@ def conclude(settings, folder, summary: dict) -> None:
     summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
     summary["leaked_heldout_images"] = near.leaked
   print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
-  listed = (folder / raw_writer.REJECTED).stat().length
-  more = f" ({folder / raw_writer.REJECTED} lists what is left out)" if listed else ""
+  listed = (folder / writer.REJECTED).stat().length
+  more = f" ({folder / writer.REJECTED} lists what is left out)" if listed else ""
   print(f"prepare_data: {raw_statistics.sentence(summary, settings.raw.resolution)}{more}.")
   if near and near.near:
     print(f"prepare_data: {printable(str(near))}.")
@@ -140,7 +142,7 @@ def conclude(settings, folder, summary: dict) -> None:
 
 def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
   """Returns the summary of the stage; with `counts`, also what fields of a config follow from."""
-  from cm3leon_jax.data import counting, ingest
+  from cm3leon_jax.data.raw import counting, ingest
 
   raw = settings.raw
   if not raw.resolution:
@@ -160,8 +162,9 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
 
 
 def main(settings, workdir, counts: bool = False):
-  from cm3leon_jax.data import ingest, sources
-  from cm3leon_jax.data.builtin_sources import OPENMOJI, SCENES
+  from cm3leon_jax.data.raw import ingest
+  from cm3leon_jax.data.sources import formats
+  from cm3leon_jax.data.sources.builtin import OPENMOJI, SCENES
 
   if _CHECK_LEAKS.value:
     if settings.raw.source == SCENES:
@@ -176,7 +179,7 @@ def main(settings, workdir, counts: bool = False):
     )
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
-  files = sources.digest_of(parts)
+  files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
     if summary is not None:
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))

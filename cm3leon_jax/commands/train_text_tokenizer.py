@@ -8,15 +8,15 @@ from cm3leon_jax.commands import common
 
 
 def main(settings, workdir):
-  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.data.raw import reader
   from cm3leon_jax.tokenizers import text
 
   if stages.is_given(workdir, "text_tokenizer"):
     return
   with stages.stage(workdir, "text_tokenizer", settings) as summary:
     if summary is not None:
-      captions = raw_pairs.read_captions(workdir / "raw")
-      texts = captions + [record.text for record in raw_pairs.read_texts(workdir / "raw", "train")]
+      captions = reader.read_captions(workdir / "raw")
+      texts = captions + [record.text for record in reader.read_texts(workdir / "raw", "train")]
       folder = workdir / "text_tokenizer"
       numbers = text.train_text_tokenizer(texts, settings.vocab, settings.text_tokenizer, folder)
       summary.update(numbers)

@@ -21,14 +21,14 @@ def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
   """Judges held-out scenes and their reconstructions; {} for pairs without facts."""
   import numpy as np
 
-  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.data.raw import reader
 
-  facts = [pair.facts for pair in raw_pairs.read_pairs(workdir / "raw", "heldout")]
+  facts = [pair.facts for pair in reader.read_pairs(workdir / "raw", "heldout")]
   if not facts or not all(facts):
     return {}
   from cm3leon_jax.evaluation import scenes
 
-  images = raw_pairs.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
+  images = reader.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
   return {
@@ -82,7 +82,7 @@ def _boards(folder, enabled: bool):
 
 
 def main(settings, workdir):
-  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.data.raw import reader
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
   from cm3leon_jax.training import small_trainer
 
@@ -94,7 +94,7 @@ def main(settings, workdir):
   with common.use_mesh(settings, "vqgan"), stage as summary:
     if summary is not None:
       images = [
-        raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution)
+        reader.open_images(workdir / "raw", split, settings.vqgan.resolution)
         for split in ("train", "heldout")
       ]
       summary.update(

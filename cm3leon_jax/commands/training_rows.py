@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from cm3leon_jax.data.pipeline import RowLoader
-  from cm3leon_jax.data.plan import RowPlan, Source
+  from cm3leon_jax.data.rows.loader import RowLoader
+  from cm3leon_jax.data.rows.plan import RowPlan, Source
   from cm3leon_jax.settings import Settings
 
 
@@ -31,9 +31,9 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
     UserError: a store is empty, neighbors are of other documents, a task is named like documents,
       or all training documents together are shorter than a batch.
   """
-  from cm3leon_jax.data.instruction_rows import instruction_sources
-  from cm3leon_jax.data.pipeline import RowLoader
-  from cm3leon_jax.data.plan import RowPlan
+  from cm3leon_jax.data.instructions.rows import instruction_sources
+  from cm3leon_jax.data.rows.loader import RowLoader
+  from cm3leon_jax.data.rows.plan import RowPlan
 
   share = replay_share(settings, split)
   sources = instruction_sources(settings, workdir, split, 1 - share)
@@ -82,8 +82,8 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
   Raises:
     UserError: see `open_rows`.
   """
-  from cm3leon_jax.data.documents import Bank, DocumentStore
-  from cm3leon_jax.data.plan import Source
+  from cm3leon_jax.data.documents.store import Bank, DocumentStore
+  from cm3leon_jax.data.rows.plan import Source
   from cm3leon_jax.retrieval.neighbors import load_neighbors
 
   documents, data = workdir / "documents", settings.data
@@ -118,7 +118,7 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
 def look_at_rows(plan: RowPlan) -> dict:
   """Prints and returns statistics of the plan's first window; warns of neighbors that never fit."""
   from cm3leon_jax import distributed
-  from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
+  from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
 
   for source in plan.sources:
     has_neighbors = source.share > 0 and source.bank is not None

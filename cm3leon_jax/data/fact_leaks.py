@@ -10,9 +10,9 @@ import itertools
 
 from etils import epath
 
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.records import RawPair
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.scene_world import KINDS
+from cm3leon_jax.data.sources.records import RawPair
 
 SHOWN = 20  # Leaked scenes that are named.
 
@@ -64,8 +64,8 @@ def check(folder: epath.PathLike) -> Report:
 
 
 def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
-  for name in raw_pairs.shards(folder):
-    yield from raw_pairs.read_shard(folder, name, RawPair, split)
+  for name in reader.shards(folder):
+    yield from reader.read_shard(folder, name, RawPair, split)
 
 
 def _shown(facts: dict, kind: str) -> set:

@@ -13,8 +13,8 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_edits, scene_questions, scene_world, scenes
-from cm3leon_jax.data.image_edges import canny_edges
-from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instructions.edges import canny_edges
+from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.scene_captions import Description
 from cm3leon_jax.data.scene_drawings import CELL, SIDE, box, render
 from cm3leon_jax.data.scene_edits import Edit, clauses_of, facts_of

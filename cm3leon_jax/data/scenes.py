@@ -13,11 +13,11 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_world
-from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.data.scene_captions import Description, describe, describe_plainly, relations
 from cm3leon_jax.data.scene_drawings import SIDE, box, render
 from cm3leon_jax.data.scene_world import KINDS, TWO_OBJECTS, Scene, ScenesConfig, Style
-from cm3leon_jax.data.sources import Part
+from cm3leon_jax.data.sources.formats import Part
+from cm3leon_jax.data.sources.records import SPLITS, RawPair
 
 NAME = "scenes"  # Of `raw.source`, and of the keys.
 SOURCE = "https://pictogrammers.com/library/mdi"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import pipeline as rows
-from cm3leon_jax.data.cm3 import OVERHEAD, apply_cm3_mask
-from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import loader as rows
+from cm3leon_jax.data.rows.cm3 import OVERHEAD, apply_cm3_mask
 from cm3leon_jax.decoding.batch import rounded
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.generation.pipeline import Pipeline

@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.sample_plan import DataConfig
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
@@ -149,7 +149,7 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
   Neither `<break>` nor `</s>` is counted.
 
   Args:
-    sample: [T] int32, the document last (`pipeline.join`).
+    sample: [T] int32, the document last (`loader.join`).
     document: Document.
     vocab: VocabLayout.
 
@@ -199,7 +199,7 @@ def score_samples(
   for start in range(0, len(samples), batch_size):
     some = samples[start : start + batch_size]
     filled = some + [some[-1]] * (batch_size - len(some))
-    arrays = pipeline.rows_of_samples(filled, length, vocab, model_config.align_images)
+    arrays = loader.rows_of_samples(filled, length, vocab, model_config.align_images)
     batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
     rows = np.asarray(_nll(model_config, params, batch), np.float64) / np.log(2)
     bits += [row[: len(sample) - 1] for row, sample in zip(rows, some)]
@@ -235,7 +235,7 @@ def _samples(store, bank, neighbor_ids, num_documents: int, data: DataConfig, vo
       fit_neighbors(d, [bank[i] for i in k], data.sequence_length)
       for d, k in zip(documents, ids[condition])
     ]
-    samples[condition] = [pipeline.join([*k, d], vocab) for k, d in zip(kept, documents)]
+    samples[condition] = [loader.join([*k, d], vocab) for k, d in zip(kept, documents)]
     counts[condition] = [len(k) for k in kept]
   return documents, concepts, samples, counts
 

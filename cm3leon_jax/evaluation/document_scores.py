@@ -16,8 +16,8 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Bank, Document, first_documents, group_id
+from cm3leon_jax.data.documents.store import Bank, Document, first_documents, group_id
+from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import bits, intervals
 from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, StoredDocuments
 from cm3leon_jax.generation.tasks import PromptLayout
@@ -107,7 +107,7 @@ class Scorer:
       bits.fit_neighbors(document, neighbors, self.positions)
       for document, neighbors in zip(documents, found)
     ]
-    samples = [pipeline.join([*k, d], self.vocab) for k, d in zip(kept, documents)]
+    samples = [loader.join([*k, d], self.vocab) for k, d in zip(kept, documents)]
     lengths = np.array([row_length(len(s) - 1, self.model.max_positions) for s in samples])
     nats: dict[int, np.ndarray] = {}
     for length in np.unique(lengths):
@@ -155,13 +155,13 @@ def line_of(
 
   Args:
     document: the document.
-    sample: [T] int32, neighbors and document (`pipeline.join`).
+    sample: [T] int32, neighbors and document (`loader.join`).
     log_probs: [T - 1], of each target of the sample, in nats.
     neighbors: keys of the neighbors.
     vocab: VocabLayout.
   """
   own = bits.own_targets(sample, document, vocab)
-  tokens = pipeline.join([document], vocab)
+  tokens = loader.join([document], vocab)
   targets = len(tokens) - 1
   own["special"] = ~own["text"] & ~own["image"] & (np.arange(len(log_probs))[::-1] < targets)
   alone, segments, start = log_probs[-targets:], [], 1

@@ -12,8 +12,8 @@ import json
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.records import Rejected
-from cm3leon_jax.data.source_lines import json_lines
+from cm3leon_jax.data.sources.lines import json_lines
+from cm3leon_jax.data.sources.records import Rejected
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.sample import Sample

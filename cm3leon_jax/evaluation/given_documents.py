@@ -19,11 +19,12 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import INDEX, Document, DocumentStore, Segment
-from cm3leon_jax.data.encode import texts_of
-from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
-from cm3leon_jax.data.records import (
+from cm3leon_jax.data.documents.encode import texts_of
+from cm3leon_jax.data.documents.store import INDEX, Document, DocumentStore, Segment
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
+from cm3leon_jax.data.sources.lines import strict_lines
+from cm3leon_jax.data.sources.records import (
   RawInterleaved,
   RawPair,
   RawText,
@@ -33,7 +34,6 @@ from cm3leon_jax.data.records import (
   make_record,
   parse_json,
 )
-from cm3leon_jax.data.source_lines import strict_lines
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import read_json
 from cm3leon_jax.progress import progress_bar
@@ -129,9 +129,9 @@ class DocumentFile:
     """Reads an image; returns the SHA-256 of its file."""
     path = self._images.find(image, where)
     try:
-      with raw_pairs.open_image(path, path) as file:
+      with reader.open_image(path, path) as file:
         content = file.read()
-      raw_pairs.load_image(content, None)
+      reader.load_image(content, None)
     except FileNotFoundError as error:
       raise UserError(
         f"{where}: image '{image}' does not exist; give its path relative to {self.path.parent}."
@@ -146,7 +146,7 @@ class DocumentFile:
     paths = [self._images.find(image, where) for record in records for image in images_of(record)]
     codes = iter(())
     if paths:
-      images = raw_pairs.load_images(paths, self.layout.resolution, self.num_threads, self.crop)
+      images = reader.load_images(paths, self.layout.resolution, self.num_threads, self.crop)
       codes = iter(self.layout.vocab.image_ids(image_tokenizer.encode(images)))
     documents = []
     for record in records:

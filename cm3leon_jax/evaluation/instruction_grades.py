@@ -11,10 +11,10 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data import instruction_sources as sources
-from cm3leon_jax.data.instruction_records import Record
-from cm3leon_jax.data.instruction_stores import square_pixels
-from cm3leon_jax.data.instruction_tasks import InstructionTask, choose_template, split_template
+from cm3leon_jax.data.instructions import sources
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.stores import square_pixels
+from cm3leon_jax.data.instructions.tasks import InstructionTask, choose_template, split_template
 from cm3leon_jax.data.scene_instructions import EDITS, QUESTIONS
 from cm3leon_jax.evaluation import intervals, scene_answers
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage

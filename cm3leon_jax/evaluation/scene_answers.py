@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 
-from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.scene_instructions import EDITS, TEXT_TASKS
 from cm3leon_jax.data.scene_questions import NUMBER_WORDS
 from cm3leon_jax.data.scene_world import Style, fraction

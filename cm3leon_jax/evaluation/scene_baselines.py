@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from cm3leon_jax.data import scenes
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.scene_captions import OPPOSITES
 from cm3leon_jax.data.scene_world import Placed, Scene, ScenesConfig
 from cm3leon_jax.evaluation.scene_facts import Found, check

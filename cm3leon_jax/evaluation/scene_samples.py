@@ -12,7 +12,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_drawings
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.scene_world import Placed, Scene, Style
 from cm3leon_jax.evaluation import judge_errors, scene_sheet, scene_table, scenes
 from cm3leon_jax.evaluation.scene_baselines import Known, TrainingScenes

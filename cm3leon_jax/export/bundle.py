@@ -21,8 +21,8 @@ from cm3leon_jax import parameters, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data import training_data, unseen_tokens
-from cm3leon_jax.data.documents import DocumentStore, write_documents
+from cm3leon_jax.data.documents import training_data, unseen_tokens
+from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.io import absolute, digest, plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank

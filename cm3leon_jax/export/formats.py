@@ -107,7 +107,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   Raises:
     UserError: see `check`.
   """
-  from cm3leon_jax.data import training_data
+  from cm3leon_jax.data.documents import training_data
   from cm3leon_jax.export import bundle, image_tokenizer
 
   folder = epath.Path(folder)

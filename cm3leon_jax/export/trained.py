@@ -9,7 +9,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import unseen_tokens
+from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.io import digest
 from cm3leon_jax.settings import Settings, settings_of_run

@@ -8,18 +8,18 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import printable
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.generation.tasks import Task, image_name
 
 
 def load_image(image, resolution: int | None, crop: str = "center") -> np.ndarray:
-  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `raw_pairs.load_image` does."""
+  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `reader.load_image` does."""
   if not isinstance(image, str):
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     image.save(buffer, "PNG")
     image = buffer.getvalue()
-  return raw_pairs.load_image(image, resolution, crop)
+  return reader.load_image(image, resolution, crop)
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:

@@ -8,9 +8,9 @@ import os
 from etils import epath
 
 from cm3leon_jax.config import UserError, build, short
-from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
-from cm3leon_jax.data.records import Rejected
-from cm3leon_jax.data.source_lines import json_lines
+from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
+from cm3leon_jax.data.sources.lines import json_lines
+from cm3leon_jax.data.sources.records import Rejected
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task

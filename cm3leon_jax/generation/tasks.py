@@ -16,8 +16,8 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.cm3 import undo_cm3_mask
-from cm3leon_jax.data.documents import Document
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig

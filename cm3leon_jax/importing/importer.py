@@ -9,7 +9,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import training_data
+from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing import opt, qwen3, tokenizer

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_config import load_tasks
-from cm3leon_jax.data.pipeline import FIELDS
+from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.rows.loader import FIELDS
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.compile import Lowered, lower_batch
 from cm3leon_jax.decoding.generator import GeneratorConfig

@@ -9,8 +9,8 @@ from jaxtyping import Float32
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_records import Record
-from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.tasks import InstructionTask
 from cm3leon_jax.data.scene_world import Style
 from cm3leon_jax.evaluation import scene_answers
 from cm3leon_jax.evaluation.instruction_grades import is_judged

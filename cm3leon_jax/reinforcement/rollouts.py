@@ -12,10 +12,10 @@ from jaxtyping import Int32
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import instruction_sources
-from cm3leon_jax.data.instruction_config import load_tasks
-from cm3leon_jax.data.instruction_records import Record
-from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.data.instructions import sources
+from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.tasks import InstructionTask
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.instruction_grades import prompt_of
@@ -66,7 +66,7 @@ def read_prompts(settings, layout: PromptLayout, split: str, count: int) -> list
   for task in tasks:
     if split == "heldout":
       task = dataclasses.replace(task, heldout_records=each)
-    opened = instruction_sources.open_task(task, split, config, settings.scenes)
+    opened = sources.open_task(task, split, config, settings.scenes)
     records = list(itertools.islice(opened, each))
     if not records or task.target not in records[0].images:
       reason = "its target is no image" if records else f"it has no records of the split {split}"

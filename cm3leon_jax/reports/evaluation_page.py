@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.run import VALUES, Run
@@ -73,7 +73,7 @@ def _rows(job: Run, places: Sequence[int]) -> list[dict]:
   rows = []
   for i in places:
     example = job.evaluated.examples[i]
-    real = None if example.image is None else png_uri(raw_pairs.load_image(example.image, size))
+    real = None if example.image is None else png_uri(reader.load_image(example.image, size))
     shown = {"key": example.key, "prompt": job.protocol.text_of(example), "real": real}
     rows.append({**shown, "references": example.references[:3], "cells": cells[i]})
   return rows

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import Placement
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.data.rows.plan import Placement
 from cm3leon_jax.reports import row_parts
 from cm3leon_jax.reports.instruction_check import Task, check_instruction
 from cm3leon_jax.reports.row_parts import Part, Sample

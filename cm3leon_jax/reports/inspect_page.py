@@ -9,7 +9,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.io import replacing
 from cm3leon_jax.reports.inspect import RowView, SampleView
 from cm3leon_jax.reports.report import page_environment, png_uri, show

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data.documents import Document
-from cm3leon_jax.data.instruction_samples import InstructionPlan, Instructions
-from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.instructions.samples import InstructionPlan, Instructions
+from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.reports import row_parts
 from cm3leon_jax.vocab import VocabLayout
 

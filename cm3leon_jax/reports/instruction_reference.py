@@ -12,12 +12,12 @@ import pathlib
 
 import numpy as np
 
-from cm3leon_jax.data import instruction_samples as samples
 from cm3leon_jax.data import scene_instructions
-from cm3leon_jax.data.documents import Document
-from cm3leon_jax.data.instruction_config import read_tasks, shipped
-from cm3leon_jax.data.instruction_records import Record
-from cm3leon_jax.data.instruction_tasks import (
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.instructions import samples
+from cm3leon_jax.data.instructions.config import read_tasks, shipped
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.tasks import (
   SCENES,
   InstructionTask,
   choose_template,

@@ -16,8 +16,9 @@ import yaml
 
 import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
-from cm3leon_jax.data import builtin_sources, training_data
-from cm3leon_jax.data.records import KINDS, SPLITS
+from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.data.sources import builtin
+from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
@@ -39,8 +40,8 @@ HUB_LICENSES = (
 )
 _BLOCKS = re.MULTILINE | re.DOTALL
 CAPTIONS = {
-  builtin_sources.SCENES: "a green bell to the left of a blue key",
-  builtin_sources.OPENMOJI: "red apple",
+  builtin.SCENES: "a green bell to the left of a blue key",
+  builtin.OPENMOJI: "red apple",
 }
 
 

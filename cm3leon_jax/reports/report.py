@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax import stage_table, stages
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.evaluation import scene_table
 from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.io import read_json, read_json_lines, replacing, write_json
@@ -161,8 +161,8 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
 def prompts(workdir: epath.Path) -> list[dict]:
   """Returns the first prompts: caption, original, neighbors and samples of each."""
   raw, pairs, grouped = workdir / "raw", {}, {}
-  if (raw / raw_pairs.INDEX).exists():
-    pairs = {pair.key: pair for split in SPLITS for pair in raw_pairs.read_pairs(raw, split)}
+  if (raw / reader.INDEX).exists():
+    pairs = {pair.key: pair for split in SPLITS for pair in reader.read_pairs(raw, split)}
   for result in summary_lib.read_results(workdir):
     grouped.setdefault((result["key"], result["prompt"]), []).append(result)
   return [
@@ -206,10 +206,10 @@ def scene_tables(workdir: epath.Path, summary: dict) -> dict[str, dict]:
 
 def licenses(workdir: epath.Path) -> list[dict]:
   """Returns a dict for each source and license of images: number of pairs, and attributions."""
-  if not (workdir / "raw" / raw_pairs.INDEX).exists():
+  if not (workdir / "raw" / reader.INDEX).exists():
     return []
   entries = {}
-  for origin in raw_pairs.read_index(workdir / "raw")["origins"]:
+  for origin in reader.read_index(workdir / "raw")["origins"]:
     if origin["kind"] == "pairs":
       names = {"source": origin["source"], "license": origin["license"]}
       new = {**names, "pairs": 0, "attributions": []}

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data import cm3
-from cm3leon_jax.data.documents import Document
-from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 

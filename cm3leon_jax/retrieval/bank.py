@@ -15,9 +15,9 @@ from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CONFIG, CLIPConfig, normalize
 from cm3leon_jax.config import build
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import group_id
-from cm3leon_jax.data.records import SPLITS, RawPair
+from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -132,7 +132,7 @@ class EmbedJob:
     def embed_shard(name: str) -> dict:
       digest = hashlib.sha256()
       for split in SPLITS:
-        pairs = raw_pairs.read_shard(self.raw, name, RawPair, split)
+        pairs = reader.read_shard(self.raw, name, RawPair, split)
         if pairs:
           dropout = self.dropout if split == "train" else 0.0
           rows = embed_pairs(clip, pairs, dropout, self.seed, lexical)
@@ -156,7 +156,7 @@ def embed_pairs(
     ids = [clip.encode(caption) for caption in captions]
     texts = clip.embed_texts(ids)
     images = clip.embed_images(
-      raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
+      reader.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
     )
     chunks["documents"].append(lexical.join(document_embeddings(texts, images), captions))
     chunks["images"].append(lexical.join(images))
@@ -209,7 +209,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   Returns:
     The config of each shard, which changes with its embeddings.
   """
-  raw, folder = raw_pairs.shards(job.raw), epath.Path(job.folder)
+  raw, folder = reader.shards(job.raw), epath.Path(job.folder)
   starts = {split: {} for split in SPLITS}
   kept = True
   for split, others in (("train", ("bank",)), ("heldout", ())):

@@ -14,8 +14,8 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.records import RawPair
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.io import digest, read_json, replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
@@ -150,7 +150,7 @@ class _CountJob:
       captions = [
         pair.caption
         for split in ("train", "bank")
-        for pair in raw_pairs.read_shard(self.raw, name, RawPair, split)
+        for pair in reader.read_shard(self.raw, name, RawPair, split)
       ]
       found = [np.unique([bucket(word) for word in words(text)]) for text in captions]
       buckets, counts = np.unique(np.concatenate([*found, np.zeros(0)]), return_counts=True)
@@ -186,7 +186,7 @@ def count_words(
   if not weight:
     (folder / FILE).unlink(missing_ok=True)
     return {}
-  shards = {name: {"digest": shard["digest"]} for name, shard in raw_pairs.shards(raw).items()}
+  shards = {name: {"digest": shard["digest"]} for name, shard in reader.shards(raw).items()}
   total, documents = np.zeros(BUCKETS, np.int64), 0
   job, done = _CountJob(raw, str(folder)), folder / "done" / "words"
   results = run_shards(

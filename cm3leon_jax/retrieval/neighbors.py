@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import plain
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical
@@ -296,7 +296,7 @@ def build_neighbors(
   depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
   summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
   for split in ("train", "heldout"):
-    count = sum(shard[f"{split}_pairs"] for shard in raw_pairs.shards(job.raw).values())
+    count = sum(shard[f"{split}_pairs"] for shard in reader.shards(job.raw).values())
     summary |= _search(config, job.folder, split, count, depends, runner)
   summary["seconds"] = round(time.monotonic() - start, 1)
   print(

@@ -5,7 +5,7 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Bank, DocumentStore
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import ARRAYS
 from cm3leon_jax.retrieval.neighbors import check_ids

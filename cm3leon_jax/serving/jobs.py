@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data.documents import Document
+from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cm3leon_jax.data.documents import Document
+from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout

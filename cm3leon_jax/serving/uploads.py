@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.serving.errors import ApiError, refusal
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
@@ -38,7 +38,7 @@ def from_data_url(url: str, param: str) -> bytes:
 def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
   """Reads the header of an image. Raises ApiError if it is none, or has too many pixels."""
   try:
-    with Image.open(io.BytesIO(data), formats=raw_pairs.FORMATS) as opened:
+    with Image.open(io.BytesIO(data), formats=reader.FORMATS) as opened:
       width, height = opened.size
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     message = f"{param} has far too many pixels; it may have {most_pixels:,}."
@@ -64,7 +64,7 @@ def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image")
   """
   _check_pixels(data, most_pixels, param)
   try:
-    return raw_pairs.load_image(data, resolution)
+    return reader.load_image(data, resolution)
   except UserError as error:
     raise refusal(
       f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
@@ -88,7 +88,7 @@ def box_of_mask(
     ApiError: no PNG, another size, no alpha channel, or nothing transparent.
   """
   _check_pixels(mask, most_pixels, "mask")
-  with Image.open(io.BytesIO(image), formats=raw_pairs.FORMATS) as opened:
+  with Image.open(io.BytesIO(image), formats=reader.FORMATS) as opened:
     width, height = ImageOps.exif_transpose(opened).size
   try:
     with Image.open(io.BytesIO(mask), formats=("PNG",)) as opened:
@@ -113,7 +113,7 @@ def box_of_mask(
 
 
 def _cut(mask: Image.Image, resolution: int) -> Image.Image:
-  """Cuts a mask as `raw_pairs.load_image` cuts its image; pixels stay black or white."""
+  """Cuts a mask as `reader.load_image` cuts its image; pixels stay black or white."""
   return ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST)
 
 

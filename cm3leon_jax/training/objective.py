@@ -16,7 +16,7 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError

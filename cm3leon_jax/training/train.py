@@ -15,7 +15,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import STRICT
-from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig

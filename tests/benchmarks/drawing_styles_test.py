@@ -9,9 +9,9 @@ import pytest
 from benchmarks import drawing_styles
 from benchmarks.drawing_styles import FLUENT, NOTO, code_points
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import openmoji
-from cm3leon_jax.data.records import RawPair, make_record
-from tests.data.duplicates_test import photo
+from cm3leon_jax.data.sources import openmoji
+from cm3leon_jax.data.sources.records import RawPair, make_record
+from tests.data.checks.duplicates_test import photo
 
 APPLE, FOX, FRANCE = (0x1F34E,), (0x1F98A,), (0x1F1EB, 0x1F1F7)
 NAMES = ("openmoji", "fluent", "noto")

@@ -4,8 +4,8 @@ import pytest
 
 from benchmarks import own_images
 from benchmarks.own_images import SHAPES, Fact
-from cm3leon_jax.data import ingest, raw_pairs
-from cm3leon_jax.data.raw_writer import RawConfig
+from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.writer import RawConfig
 from cm3leon_jax.shards import Runner
 
 
@@ -30,7 +30,7 @@ def test_each_layout_has_the_same_pairs_and_no_mistake_is_taken_for_one(
   config = RawConfig(source=str(folder / layout), resolution=16, max_rejected=0.2)
   parts = ingest.parts_of(config)
   summary = ingest.prepare(config, parts, tmp_path, Runner("local", "", 1, 1.0))
-  found = [p for s in ("train", "heldout") for p in raw_pairs.read_pairs(tmp_path, s)]
+  found = [p for s in ("train", "heldout") for p in reader.read_pairs(tmp_path, s)]
   captions = sorted(pair.caption for pair in found)
   # A list may name a file of any suffix: its content decides what it is.
   taken = {"sidecars": [], "tar": [], "jsonl": ["a red disc at the left"]}[layout]

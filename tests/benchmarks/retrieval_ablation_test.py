@@ -7,7 +7,7 @@ from benchmarks import retrieval_ablation
 from benchmarks.retrieval_ablation import Corpus
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.io import read_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import load_neighbors

@@ -3,7 +3,7 @@ import pytest
 
 from benchmarks import scene_retrieval, scene_retrieval_table
 from benchmarks.scene_retrieval import Corpus, Experiment, chosen, copied
-from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)

@@ -15,7 +15,7 @@ from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import bank, neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
@@ -197,9 +197,9 @@ def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
   neighbors.build_neighbors(config, job, bank.embedding_width(str(folder), tmp_path), {}, Runner())
   rows, train = (
     bank.Embeddings(tmp_path / "out" / "train"),
-    raw_pairs.read_pairs(tmp_path / "raw", "train"),
+    reader.read_pairs(tmp_path / "raw", "train"),
   )
-  images = clip.embed_images(raw_pairs.load_images([p.image for p in train], None, 1))
+  images = clip.embed_images(reader.load_images([p.image for p in train], None, 1))
   texts = clip.embed_texts([clip.encode(p.caption) for p in train])
   np.testing.assert_allclose(rows.images[:], images, atol=1e-3)
   np.testing.assert_allclose(rows.documents[:], bank.document_embeddings(texts, images), atol=1e-3)

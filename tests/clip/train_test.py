@@ -11,7 +11,7 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.checkpoints import checkpoint
@@ -232,7 +232,7 @@ def test_images_are_read_from_disk_where_they_do_not_fit(tmp_path, monkeypatch):
 
   rows, read = np.array([4, 0, 3]), []
   for limit in (2**31, 0):
-    monkeypatch.setattr(raw_pairs, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", limit)
     data = train_clip.open_data(tmp_path, "train", encode, TINY)
     assert isinstance(data.images, np.ndarray) == (limit > 0)
     read.append(data[rows])

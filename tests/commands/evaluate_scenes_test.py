@@ -15,7 +15,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scenes as scenes_source
-from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.evaluation import scene_samples, scene_sheet
 from cm3leon_jax.export import bundle

@@ -12,7 +12,7 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
-from cm3leon_jax.data import documents
+from cm3leon_jax.data.documents import store
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import settings_from_config
@@ -38,9 +38,9 @@ def write_store(folder, n, vocab, seed):
   for i in range(n):
     ids = rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32)
     codes = vocab.image_ids(rng.integers(0, vocab.image_size, 4))
-    segments = documents.Segment(False, ids), documents.Segment(True, codes)
-    written.append(documents.Document(str(i), segments, "s", "l", "a"))
-  documents.write_documents(folder, written, vocab)
+    segments = store.Segment(False, ids), store.Segment(True, codes)
+    written.append(store.Document(str(i), segments, "s", "l", "a"))
+  store.write_documents(folder, written, vocab)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from cm3leon_jax.commands import (
   train_vqgan,
 )
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.export import copies
 from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh

@@ -13,7 +13,7 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data, training_rows
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import ingest
+from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner

@@ -22,7 +22,7 @@ from cm3leon_jax.commands import (
   train,
 )
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.export.trained import open_trained

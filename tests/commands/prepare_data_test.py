@@ -8,7 +8,7 @@ from cm3leon_jax import from_data
 from cm3leon_jax.commands import prepare_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config, settings_from_config
-from tests.data.leaks_test import photos, write_source
+from tests.data.checks.leaks_test import photos, write_source
 from tests.launched import launch
 
 

@@ -9,7 +9,7 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import encode_instructions, grade_instructions, reinforce
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.export import weights
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards

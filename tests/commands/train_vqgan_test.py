@@ -12,7 +12,7 @@ import pytest
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
-from cm3leon_jax.data import ingest
+from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.settings import settings_from_config

@@ -19,7 +19,7 @@ from cm3leon_jax.configs import (
   sft_760m,
 )
 from cm3leon_jax.data import scene_world
-from cm3leon_jax.data.instruction_config import load_tasks
+from cm3leon_jax.data.instructions.config import load_tasks
 from cm3leon_jax.io import plain
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 

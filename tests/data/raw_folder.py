@@ -6,8 +6,8 @@ import pathlib
 
 from PIL import Image
 
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.records import KINDS, SPLITS
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.io import write_json
 
 
@@ -32,6 +32,6 @@ def write_raw(folder, pairs, images, num_shards=1):
   origin = {"kind": "pairs", "source": "", "license": "", "attribution": "", "records": 1}
   origins = [{field: pair.get(field, value) for field, value in origin.items()} for pair in pairs]
   write_json(
-    folder / raw_pairs.INDEX,
-    {"schema_version": raw_pairs.SCHEMA_VERSION, "origins": origins, "shards": index},
+    folder / reader.INDEX,
+    {"schema_version": reader.SCHEMA_VERSION, "origins": origins, "shards": index},
   )

@@ -9,9 +9,10 @@ import sys
 import sys
 sys.modules["fonticon_mdi7"] = None
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import builtin_sources, scene_drawings
+from cm3leon_jax.data import scene_drawings
+from cm3leon_jax.data.sources import builtin
 from cm3leon_jax.reports import model_card, report
-for draw in (lambda: scene_drawings.alpha("star"), lambda: builtin_sources.drawings_of("scenes")):
+for draw in (lambda: scene_drawings.alpha("star"), lambda: builtin.drawings_of("scenes")):
   try:
     draw()
   except UserError as error:

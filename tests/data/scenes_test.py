@@ -8,10 +8,11 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import fact_leaks, ingest, raw_pairs, scene_drawings, scenes
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.encode import EncodeJob, encode_documents
-from cm3leon_jax.data.records import SPLITS, RawPair
+from cm3leon_jax.data import fact_leaks, scene_drawings, scenes
+from cm3leon_jax.data.checks.validate import validate_store
+from cm3leon_jax.data.documents.encode import EncodeJob, encode_documents
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.scene_world import (
   CATEGORIES,
   COLORS,
@@ -26,7 +27,7 @@ from cm3leon_jax.data.scene_world import (
   rare_place,
   split_of_scene,
 )
-from cm3leon_jax.data.validate import validate_store
+from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 
@@ -110,7 +111,7 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(scenes, "PART_RECORDS", 20)
   config = ScenesConfig(train=40, heldout=20, categories=("colors",))
   prepare(config, tmp_path)
-  before = raw_pairs.shards(tmp_path)
+  before = reader.shards(tmp_path)
   written = []
   write = ingest.write_shard
 
@@ -122,7 +123,7 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
   config = dataclasses.replace(config, train=60)
   assert prepare(config, tmp_path)["train_pairs"] == 60
   assert written == ["000002", "000003"]  # The held-out shard has moved by one.
-  after = raw_pairs.shards(tmp_path)
+  after = reader.shards(tmp_path)
   assert [after[name]["digest"] for name in ("000000", "000001", "000003")] == [
     shard["digest"] for shard in before.values()
   ]
@@ -137,14 +138,11 @@ def test_another_style_has_the_same_records_and_other_images(tmp_path):
   prepare(dataclasses.replace(config, style="outlined"), tmp_path / "outlined")
   for split, count in zip(SPLITS, (30, 14, 5)):
     pairs, others = (
-      [
-        dataclasses.replace(pair, image="")
-        for pair in raw_pairs.read_pairs(tmp_path / style, split)
-      ]
+      [dataclasses.replace(pair, image="") for pair in reader.read_pairs(tmp_path / style, split)]
       for style in ("filled", "outlined")
     )
     assert pairs == others
-    images = raw_pairs.open_images(tmp_path / "outlined", split, 48)[np.arange(count)]
+    images = reader.open_images(tmp_path / "outlined", split, 48)[np.arange(count)]
     for pair, image in zip(pairs, images):
       scene = Scene.parse(pair.concept)
       np.testing.assert_array_equal(image, scene_drawings.render(scene, "outlined"))
@@ -158,7 +156,7 @@ def test_the_stage_says_what_it_wrote(folder):
   assert (summary["bank_pairs"], summary["bank_colors"], summary["bank_rare"]) == (220, 160, 60)
   counts = collections.Counter()
   for split in SPLITS:
-    counts.update(scenes.number_of(pair) for pair in raw_pairs.read_pairs(out, split))
+    counts.update(scenes.number_of(pair) for pair in reader.read_pairs(out, split))
   assert {name: summary[name] for name in counts} == counts
   heldout = {name: number for name, number in counts.items() if name.startswith("heldout")}
   for category in CATEGORIES:
@@ -171,7 +169,7 @@ def test_the_stage_says_what_it_wrote(folder):
 
 
 def test_images_show_what_their_facts_say(folder):
-  for pair in raw_pairs.read_pairs(folder[0], "heldout"):
+  for pair in reader.read_pairs(folder[0], "heldout"):
     with Image.open(pair.image) as stored:
       assert (stored.format, stored.size) == ("PNG", (48, 48))
       image = np.asarray(stored)
@@ -187,7 +185,7 @@ def test_images_show_what_their_facts_say(folder):
 
 
 def test_relations_are_all_that_hold(folder):
-  for pair in raw_pairs.read_pairs(folder[0], "train"):
+  for pair in reader.read_pairs(folder[0], "train"):
     places = {found["class"]: found["place"] for found in pair.facts["objects"]}
     expected = set()
     for a, b in itertools.permutations(places, 2):
@@ -206,7 +204,7 @@ def test_training_shows_nothing_that_is_held_out(folder):
   report = fact_leaks.check(folder[0])
   assert (report.heldout, report.train) == (140, 500)
   assert report.leaked == {"scene": 0, "pair": 0, "objects": 0, "rare": 0}
-  train, heldout = (raw_pairs.read_pairs(folder[0], split) for split in SPLITS[:2])
+  train, heldout = (reader.read_pairs(folder[0], split) for split in SPLITS[:2])
   assert not {p.concept for p in train} & {p.concept for p in heldout}
   for pair in train:
     for shown in pair.facts["objects"]:
@@ -226,7 +224,7 @@ def test_training_shows_nothing_that_is_held_out(folder):
 
 
 def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
-  of_split = {split: raw_pairs.read_pairs(folder[0], split) for split in SPLITS}
+  of_split = {split: reader.read_pairs(folder[0], split) for split in SPLITS}
   shown = {
     split: {
       (o["class"], o["color"])
@@ -260,7 +258,7 @@ def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
 
 
 def test_a_held_out_scene_in_the_bank_is_a_leak(folder, tmp_path):
-  pairs = raw_pairs.read_pairs(folder[0], "heldout")
+  pairs = reader.read_pairs(folder[0], "heldout")
   for kind in ("scene", "pair", "objects"):
     facts = next(pair.facts for pair in pairs if pair.facts["heldout"] == kind)
     bank = {"split": "bank", "facts": {**facts, "heldout": ""}}
@@ -268,7 +266,7 @@ def test_a_held_out_scene_in_the_bank_is_a_leak(folder, tmp_path):
 
 
 def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
-  pairs = raw_pairs.read_pairs(folder[0], "heldout")
+  pairs = reader.read_pairs(folder[0], "heldout")
   facts = next(pair.facts for pair in pairs if pair.facts["heldout"] == "rare")
   elsewhere = {**facts["objects"][0], "place": "middle"}
   other = {**elsewhere, "color": "white"}
@@ -295,7 +293,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
   """A training scene of another place, or for `scene` the same one."""
   facts = next(
     p.facts
-    for p in raw_pairs.read_pairs(folder[0], "heldout")
+    for p in reader.read_pairs(folder[0], "heldout")
     if p.facts["heldout"] == kind and (kind != "objects" or p.facts["tag"] == "two_object")
   )
   objects = [dict(o) for o in facts["objects"]]
@@ -332,7 +330,7 @@ def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
   for split in SPLITS:
     assert len(DocumentStore(tmp_path / f"{split}_texts", vocab)) == 0
     store = DocumentStore(tmp_path / f"{split}_pairs", vocab)
-    pairs = raw_pairs.read_pairs(folder[0], split)
+    pairs = reader.read_pairs(folder[0], split)
     assert len(store) == len(pairs)
     assert validate_store(store)["documents"] == len(pairs)
     for i in (0, 17, len(pairs) - 1):

@@ -3,10 +3,10 @@
 from array_record.python import array_record_module
 import numpy as np
 
-from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.data.instruction_samples import Instructions, read_targets, write_targets
-from cm3leon_jax.data.plan import RowPlan, Source
-from cm3leon_jax.data.sample_plan import DataConfig
+from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.instructions.samples import Instructions, read_targets, write_targets
+from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=32, text_size=512, image_size=64)

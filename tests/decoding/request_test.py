@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.cm3 import apply_cm3_mask
+from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import (

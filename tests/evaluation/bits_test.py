@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import config
-from cm3leon_jax.data import documents, pipeline
-from cm3leon_jax.data.sample_plan import DataConfig
+from cm3leon_jax.data.documents import store as documents
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -116,7 +117,7 @@ def test_own_targets_are_those_of_the_docstring():
     return documents.Document("k", segments, "s", "l", "a")
 
   neighbor, document = make([27], 1), make([28, 29], 2)
-  masks = bits.own_targets(pipeline.join([neighbor, document], VOCAB), document, VOCAB)
+  masks = bits.own_targets(loader.join([neighbor, document], VOCAB), document, VOCAB)
   np.testing.assert_array_equal(masks["text"], [0, 0, 0, 0, 1, 1, 0, 0, 0])
   np.testing.assert_array_equal(masks["image"], [0, 0, 0, 0, 0, 0, 0, 1, 0])
 
@@ -125,7 +126,7 @@ def test_own_targets_are_those_of_the_docstring():
 def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, seed):
   rng = np.random.default_rng(seed)
   *neighbors, document = [pair(i, rng, codes=3) for i in range(num_neighbors + 1)]
-  sample = pipeline.join([*neighbors, document], VOCAB)
+  sample = loader.join([*neighbors, document], VOCAB)
   masks = bits.own_targets(sample, document, VOCAB)
   for segment in document.segments:
     own = masks["image" if segment.is_image else "text"]
@@ -137,7 +138,7 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   document, *neighbors = [pair(i, rng) for i in range(4)]
 
   def slots(kept):
-    return len(pipeline.join([*kept, document], VOCAB)) - 1
+    return len(loader.join([*kept, document], VOCAB)) - 1
 
   assert bits.fit_neighbors(document, neighbors, slots(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, slots(neighbors) - 1) == neighbors[:2]
@@ -154,7 +155,7 @@ def test_scores_are_the_log_likelihoods_of_each_sample_alone(params, align_image
     model_config = dataclasses.replace(MODEL, family="modern", align_images=True)
     params = noisy_params(model_config)
   rng = np.random.default_rng(1)
-  samples = [pipeline.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
+  samples = [loader.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
   scored = bits.score_samples(params, model_config, samples, VOCAB, batch_size=8)
   # The last three are in the second batch.
   for sample, row in list(zip(samples, scored))[-3:]:

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Bank, Document, DocumentStore, Segment
+from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
+from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import bits, document_scores, pairs
 from cm3leon_jax.evaluation.document_scores import Scorer, Search, Totals
 from cm3leon_jax.evaluation.given_documents import StoredDocuments, open_documents
@@ -83,9 +83,9 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
   together = dataclasses.replace(scorer, find=lambda _: neighbors).score(documents)
   alone = scorer.score(documents)
   for i, (one, line) in enumerate(zip(documents, together, strict=True)):
-    sample = pipeline.join([*neighbors[i], one], VOCAB)
+    sample = loader.join([*neighbors[i], one], VOCAB)
     expected = forward(scorer.params, scorer.model, sample)
-    tokens = pipeline.join([one], VOCAB)
+    tokens = loader.join([one], VOCAB)
     assert line["tokens"] == tokens.tolist()
     assert line["log_probs"][0] is None
     np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_a_line_has_the_tokens_of_the_document_alone():
     "k", (Segment(False, np.array([38, 39])), Segment(True, np.array([519]))), *ORIGIN, concept="c"
   )
   neighbor = Document("n", (Segment(False, np.array([60])),), *ORIGIN)
-  sample = pipeline.join([neighbor, one], VOCAB)
+  sample = loader.join([neighbor, one], VOCAB)
   log_probs = np.array([-100, -200, -1, -2, -4, -8, -16.0])
   assert document_scores.line_of(one, sample, log_probs, ["n"], VOCAB) == {
     "key": "k",

@@ -12,9 +12,10 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs, source_lines
-from cm3leon_jax.data.documents import Document, Segment, write_documents
-from cm3leon_jax.data.records import RawInterleaved, RawPair, RawText
+from cm3leon_jax.data.documents.store import Document, Segment, write_documents
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources import lines as source_lines
+from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, RawText
 from cm3leon_jax.evaluation import given_documents
 from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, open_documents
 from cm3leon_jax.generation.tasks import PromptLayout
@@ -130,7 +131,7 @@ def test_parts_are_read_in_turn_and_only_where_they_are_wanted(write, monkeypatc
   lines = [{"image": "a.png", "caption": f"{'x' * i}"} for i in range(1, 8)]
   file, encoded = write(*lines), []
   monkeypatch.setattr(
-    raw_pairs,
+    reader,
     "load_images",
     lambda paths, *_: encoded.extend(paths) or np.zeros((len(paths), 8, 8, 3)),
   )

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.instruction_config import InstructionsConfig, load_tasks, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig, load_tasks, read_tasks
 from cm3leon_jax.data.scene_instructions import EDITS, QUESTIONS, record
 from cm3leon_jax.evaluation import grade_files
 from cm3leon_jax.evaluation import instruction_grades as grades

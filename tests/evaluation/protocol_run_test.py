@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.raw_pairs import load_image
+from cm3leon_jax.data.raw.reader import load_image
 from cm3leon_jax.evaluation import extractors, moments
 from cm3leon_jax.evaluation.answer_scores import score_answers
 from cm3leon_jax.evaluation.protocols import compare, results

@@ -6,7 +6,7 @@ import pathlib
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.data.published.files import open_examples
 from tests.data import releases
 from tests.data.raw_folder import write_raw
 from tests.generation.run import CAPTIONS, save_run

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.scene_drawings import render
 from cm3leon_jax.data.scene_instructions import EDITS, TASKS, TEXT_TASKS, record, records
 from cm3leon_jax.data.scene_world import COLORS, COMMON, Scene, ScenesConfig

@@ -17,8 +17,8 @@ import safetensors.numpy
 
 from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.data.published.files import open_examples
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation import extractors
 from cm3leon_jax.evaluation.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
@@ -242,7 +242,7 @@ def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp
   assert result["extractor"]["name"] == "inception-v3 (torch resize)"
   [stored] = folder.parent.glob("samples/inception-*/features/reference-*/part_00000.npz")
   examples = open_examples("coco_2014", data, "val")
-  images = np.stack([raw_pairs.load_image(example.image, 8) for example in examples])
+  images = np.stack([reader.load_image(example.image, 8) for example in examples])
   expected = Inception.load(path, "torch").embed_images(images)
   with stored.open("rb") as file, np.load(file) as arrays:
     found = arrays["features"]

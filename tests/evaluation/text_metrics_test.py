@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation import caption_metrics
 from cm3leon_jax.evaluation.protocols import text_metrics
 from cm3leon_jax.evaluation.protocols.column import Column

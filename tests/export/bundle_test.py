@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon, config
-from cm3leon_jax.data.documents import DocumentStore, write_documents
+from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.io import read_json, write_json

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cm3leon_jax.data.instruction_config import InstructionsConfig
+from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.image_tasks import Edit, TextToImage

@@ -5,7 +5,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.generation.heldout import heldout_tasks, sample_grids
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

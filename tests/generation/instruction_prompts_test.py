@@ -8,10 +8,10 @@ import shlex
 import numpy as np
 import pytest
 
-from cm3leon_jax.data import instruction_samples as samples
-from cm3leon_jax.data.documents import Document
-from cm3leon_jax.data.instruction_config import read_tasks, shipped
-from cm3leon_jax.data.instruction_tasks import choose_template, join_record
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.instructions import samples
+from cm3leon_jax.data.instructions.config import read_tasks, shipped
+from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.evaluation.instruction_grades import prompt_of
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.reports.instruction_reference import example

@@ -8,8 +8,8 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import group_id, write_documents
+from cm3leon_jax.data.documents.store import group_id, write_documents
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.generator import Result, sample_seed
 from cm3leon_jax.generation import pipeline as pipeline_lib
 from cm3leon_jax.generation.heldout import heldout_tasks
@@ -101,7 +101,7 @@ def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
   settings = dataclasses.replace(SETTINGS, retrieval=config)
   parts = pipeline.layout, pipeline.image_tokenizer, clip, tmp_path
   hybrid = Pipeline(random_params(SETTINGS.model), settings, *parts)
-  pairs = raw_pairs.read_pairs(tmp_path / "raw", "heldout")
+  pairs = reader.read_pairs(tmp_path / "raw", "heldout")
   queries = [("text", p.caption) for p in pairs] + [("image", p.image) for p in pairs]
   embedded, rows = hybrid._embed(queries), Embeddings(tmp_path / "neighbors" / "heldout")
   expected = np.concatenate([rows.queries[:], rows.images[:]])

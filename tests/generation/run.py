@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.data.documents import Segment, write_documents
+from cm3leon_jax.data.documents.store import Segment, write_documents
 from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import default_config, settings_from_config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from cm3leon_jax.data import training_data
+from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import huggingface, placed, weights
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.importing import importer, qwen3

@@ -20,7 +20,7 @@ from cm3leon_jax.config import TryAgain
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.settings import settings_from_config
 from tests import bucket_server
-from tests.data.leaks_test import photos, write_source
+from tests.data.checks.leaks_test import photos, write_source
 from tests.distributed_test import free_port
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config

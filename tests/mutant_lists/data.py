@@ -4,8 +4,8 @@ from tests.mutant_lists.mutant import mutants_of
 
 DATA = (
   *mutants_of(
-    "cm3leon_jax/data/cm3.py",
-    "tests/data/cm3_test.py",
+    "cm3leon_jax/data/rows/cm3.py",
+    "tests/data/rows/cm3_test.py",
     ("span_crosses_a_break", "start, end = max(low, a), min(high, b)", "start, end = low, high"),
     ("span_in_the_last_segment", "- max(low, a) > end - start", "- max(low, a) > 0"),
     ("everything_masked", "0 < end - start < context", "0 < end - start <= context"),
@@ -17,14 +17,14 @@ DATA = (
     ("eoss_left_out", "np.arange(start, end), [length + len(spans)]]", "np.arange(start, end)]"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/plan.py",
-    "tests/data/plan_test.py",
+    "cm3leon_jax/data/rows/plan.py",
+    "tests/data/rows/plan_test.py",
     ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
     ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
   ),
   *mutants_of(
-    "cm3leon_jax/data/sample_plan.py",
-    "tests/data/sample_plan_test.py",
+    "cm3leon_jax/data/rows/sample_plan.py",
+    "tests/data/rows/sample_plan_test.py",
     ("whole_segments_never", "rng.random() < config.whole_segment_rate", "rng.random() < 0"),
     ("dropped_keeps_neighbors", "SamplePlan((), True", "SamplePlan(tuple(neighbors), True"),
     (
@@ -41,17 +41,17 @@ DATA = (
     ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/sample_plan.py",
-    "tests/data/plan_test.py::test_rates_of_drops",
+    "cm3leon_jax/data/rows/sample_plan.py",
+    "tests/data/rows/plan_test.py::test_rates_of_drops",
     ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/sample_plan.py",
-    "tests/data/sample_plan_test.py::test_the_number_of_spans_is_poisson",
+    "cm3leon_jax/data/rows/sample_plan.py",
+    "tests/data/rows/sample_plan_test.py::test_the_number_of_spans_is_poisson",
     ("always_two_spans", "int(rng.poisson(config.mean_spans))", "2 if config.mean_spans else 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/sample_plan.py",
+    "cm3leon_jax/data/rows/sample_plan.py",
     "tests/training/watch/heldout_test.py",
     ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
     ("heldout_neighbors_at_random", 'neighbor_sampling="best"', 'neighbor_sampling="fixed"'),
@@ -64,8 +64,8 @@ DATA = (
     ("images_of_one_unit", "is_image[:-1] & is_break[1:]", "is_image[:-1] & is_image[1:] & False"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/pipeline.py",
-    "tests/data/pipeline_test.py",
+    "cm3leon_jax/data/rows/loader.py",
+    "tests/data/rows/loader_test.py",
     (
       "padding_weighs_1",
       'row["inputs"][:] = row["targets"][:] = vocab.pad',
@@ -95,13 +95,13 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/pipeline.py",
+    "cm3leon_jax/data/rows/loader.py",
     "tests/training/watch/heldout_test.py",
     ("neighbor_weights_shifted", "joined_weights[1 : 1 + before]", "joined_weights[:before]"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/duplicates.py",
-    "tests/data/duplicates_test.py",
+    "cm3leon_jax/data/checks/duplicates.py",
+    "tests/data/checks/duplicates_test.py",
     (
       "near_by_both_measures",
       "(noise >= min_psnr) | (distance <= MAX_BITS)",
@@ -114,8 +114,8 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/builtin_sources.py",
-    "tests/data/leaks_test.py",
+    "cm3leon_jax/data/sources/builtin.py",
+    "tests/data/checks/leaks_test.py",
     ("split_by_drawing", "split_of(d.concept, ", "split_of(d.code, "),
   ),
   *mutants_of(
@@ -157,8 +157,8 @@ DATA = (
     ("relation_of_several_objects", "== 1 and len(there) == 1:", "== 1 and there:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/evaluation_files.py",
-    "tests/data/evaluation_files_test.py",
+    "cm3leon_jax/data/published/files.py",
+    "tests/data/published/files_test.py",
     ("captions_of_other_images", "captions[image_id].append(entry)", "captions[139].append(entry)"),
     ("all_splits", 'f"{file}, image {image_id}") == split', 'f"{file}, image {image_id}") != ""'),
     ("unanswered_questions", "if key not in answered:", "if False:"),
@@ -173,28 +173,28 @@ DATA = (
     ("other_number_of_judgments", "if len(relevance) != len(example.candidates):", "if False:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/release_files.py",
-    "tests/data/evaluation_files_test.py",
+    "cm3leon_jax/data/published/releases.py",
+    "tests/data/published/files_test.py",
     ("ids_twice", "if key in found:", "if False:"),
     ("no_texts", "if not entries:", "if False:"),
     ("truth_is_a_number", "or isinstance(value, bool)", "or False"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_llava.py",
-    "tests/data/instruction_llava_test.py",
+    "cm3leon_jax/data/instructions/llava.py",
+    "tests/data/instructions/llava_test.py",
     ("turns_forgotten", "history += f", "history = f"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_files.py",
-    "tests/data/instruction_files_test.py",
+    "cm3leon_jax/data/instructions/files.py",
+    "tests/data/instructions/files_test.py",
     ("blank_answers_count", "in example.references if text.strip()]", "in example.references]"),
     ("narrative_of_any_width", '1, "val2017/{:0>12}.jpg"', '1, "val2017/{}.jpg"'),
     ("explained_by_the_lecture", '"solution", str', '"lecture", str'),
     ("before_is_after", 'enumerate(("before", "after"))', 'enumerate(("after", "before"))'),
   ),
   *mutants_of(
-    "cm3leon_jax/data/evaluation_examples.py",
-    "tests/data/evaluation_examples_test.py",
+    "cm3leon_jax/data/published/examples.py",
+    "tests/data/published/examples_test.py",
     ("images_not_spread", "turns.sort(key=lambda turn: turn[:2])", ""),
     (
       "many_examples_win",
@@ -207,8 +207,8 @@ DATA = (
     ("images_unchecked", "if absent:", "if len(absent) > 2:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_samples.py",
-    "tests/data/instruction_samples_test.py",
+    "cm3leon_jax/data/instructions/samples.py",
+    "tests/data/instructions/samples_test.py",
     (
       "sentinels_count_as_targets",
       "len(tokens) - 1 - (stop - start)",
@@ -222,8 +222,8 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_stores.py",
-    "tests/data/instruction_stores_test.py",
+    "cm3leon_jax/data/instructions/stores.py",
+    "tests/data/instructions/stores_test.py",
     ("codes_of_the_first_record", "of_record.get(i, {})", "of_record.get(0, {})"),
     ("long_records_accepted", "if size > most:", "if size < 0:"),
     ("targets_are_redrawn", "field != task.target and is", "is"),
@@ -234,13 +234,13 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_tasks.py",
-    "tests/data/instruction_samples_test.py",
+    "cm3leon_jax/data/instructions/tasks.py",
+    "tests/data/instructions/samples_test.py",
     ("shares_of_unclipped_sizes", "min(max(size / mean, least), most)", "size / mean"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/sources.py",
-    "tests/data/archive_bounds_test.py",
+    "cm3leon_jax/data/sources/formats.py",
+    "tests/data/sources/archive_bounds_test.py",
     (
       "links_of_lists_followed",
       'info["type"] == "file" and not info.get("islink")',
@@ -248,8 +248,8 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/source_archives.py",
-    "tests/data/archive_bounds_test.py",
+    "cm3leon_jax/data/sources/archives.py",
+    "tests/data/sources/archive_bounds_test.py",
     ("headers_unbounded", "if size > MAX_HEADER + tarfile.BLOCKSIZE:", "if size < 0:"),
     ("headers_kept", "member.pax_headers = {}", "member.pax_headers = dict(member.pax_headers)"),
     ("groups_unbounded", "if size > MAX_GROUP:", "if size < 0:"),
@@ -259,8 +259,8 @@ DATA = (
     ("whole_groups_read", "pre_buffer=False, buffer_size=PARQUET_BUFFER", "pre_buffer=True"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/instruction_files.py",
-    "tests/data/record_images_test.py",
+    "cm3leon_jax/data/instructions/files.py",
+    "tests/data/sources/image_folder_test.py",
     (
       "texts_of_pairs_anywhere",
       'beside.find(posixpath.join(folder, "prompt.json"), where, "file")',
@@ -268,8 +268,8 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/record_images.py",
-    "tests/data/record_images_test.py",
+    "cm3leon_jax/data/sources/image_folder.py",
+    "tests/data/sources/image_folder_test.py",
     ("links_lead_out", "os.path.realpath(os.path.abspath(", "(os.path.abspath("),
     ("a_longer_name_is_inside", '.rstrip("/") + "/"', '.rstrip("/")'),
     ("a_name_begins_at_home", "os.path.expanduser(inner)", "inner"),
@@ -278,46 +278,46 @@ DATA = (
     ("everything_is_inside", "and not self._holds(path)", "and not path"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/raw_pairs.py",
-    "tests/data/untrusted_test.py",
+    "cm3leon_jax/data/raw/reader.py",
+    "tests/data/raw/untrusted_test.py",
     ("freed_memory_kept", "    trim(0)", "    pass"),
     ("errors_keep_pixels", "traceback.clear_frames(found.__traceback__)", "pass"),
     ("large_images_at_once", "  with _one_at_a_time():", "  if True:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/raw_statistics.py",
-    "tests/data/raw_statistics_test.py",
+    "cm3leon_jax/data/raw/summary.py",
+    "tests/data/raw/summary_test.py",
     ("no_words_are_the_fewest", 'if f["fewest_caption_words"]]', "]"),
     ("heldout_characters_count", 'record.split == "train"', 'record.split != "bank"'),
   ),
   *mutants_of(
-    "cm3leon_jax/data/leaks.py",
-    "tests/data/leaks_test.py",
+    "cm3leon_jax/data/checks/leaks.py",
+    "tests/data/checks/leaks_test.py",
     ("copies_of_one_concept_count", " & (concepts[pairs[0]] != concepts[pairs[1]])", ""),
     ("all_images_compared", '"train", MOST - heldout', '"train", 10**9'),
   ),
   *mutants_of(
-    "cm3leon_jax/data/source_samples.py",
-    "tests/data/source_samples_test.py",
+    "cm3leon_jax/data/sources/samples.py",
+    "tests/data/sources/samples_test.py",
     ("json_before_txt", '("txt", "caption", "json")', '("json", "caption", "txt")'),
     ("blank_captions_taken", "or text.strip()]", "or True]"),
     ("links_of_captions_followed", "and os.path.islink(name)", "and False"),
     ("parts_of_equal_size", "if group and (first or", "if group and ("),
   ),
   *mutants_of(
-    "cm3leon_jax/data/source_lines.py",
-    "tests/data/archive_bounds_test.py",
+    "cm3leon_jax/data/sources/lines.py",
+    "tests/data/sources/archive_bounds_test.py",
     ("rows_of_csv_unbounded", "if self.used > MAX_ROW:", "if self.used < 0:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/records.py",
-    "tests/data/archive_bounds_test.py",
+    "cm3leon_jax/data/sources/records.py",
+    "tests/data/sources/archive_bounds_test.py",
     ("zero_is_no_key", 'if key is None or key == "":', "if not key:"),
     ("batches_unbounded", "or total >= size", "or total < 0"),
   ),
   *mutants_of(
     "cm3leon_jax/io.py",
-    "tests/data/archive_bounds_test.py",
+    "tests/data/sources/archive_bounds_test.py",
     ("urls_are_chained", 'if "://" not in path:', 'if "/" not in path:'),
   ),
   *mutants_of(
@@ -326,14 +326,14 @@ DATA = (
     ("unreadable_files_are_absent", "if error.errno in NOT_THERE:", "if error:"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/plan_starts.py",
-    "tests/data/plan_test.py",
+    "cm3leon_jax/data/rows/plan_starts.py",
+    "tests/data/rows/plan_test.py",
     ("changed_starts_unnoticed", "or found[1] != self._digests[-1]", ""),
     ("starts_digested_alone", 'sha256(f"{before}{line}"', 'sha256(f"{line}"'),
   ),
   *mutants_of(
-    "cm3leon_jax/data/validate.py",
-    "tests/data/validate_test.py",
+    "cm3leon_jax/data/checks/validate.py",
+    "tests/data/checks/validate_test.py",
     ("changed_images_unnoticed", "if found != expected[name]:", "if found is None:"),
     (
       "missing_images_unnoticed",

@@ -82,8 +82,8 @@ EXPORT = (
     ("orbax_compressed", '{"compressor": None}', '{"compressor": {"id": "zstd", "level": 1}}'),
   ),
   *mutants_of(
-    "cm3leon_jax/data/training_data.py",
-    "tests/data/training_data_test.py",
+    "cm3leon_jax/data/documents/training_data.py",
+    "tests/data/documents/training_data_test.py",
     ("license_of_a_base_forgotten", 'locate(start["source"])', "folder"),
     ("known_data_as_unknown", '"known": bool(found)', '"known": False'),
     ("files_of_instructions_unnamed", "  if not root:", "  if True:"),

@@ -75,7 +75,7 @@ TRAINING = (
     ("absent_sources_have_a_loss", "if weight > 0}", "if weight >= 0}"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/pipeline.py",
+    "cm3leon_jax/data/rows/loader.py",
     f"{SOURCES_TEST}::test_a_row_names_the_source_of_each_slot",
     (
       "slots_of_other_sources",

@@ -15,7 +15,7 @@ import pytest
 from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_config import InstructionsConfig
+from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.mesh import MeshConfig, abstract
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS

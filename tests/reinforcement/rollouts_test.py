@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts

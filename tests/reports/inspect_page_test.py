@@ -10,9 +10,9 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.sample_plan import SamplePlan
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, inspect_page, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
@@ -56,11 +56,11 @@ def pair(key, tokens, first_code=0):
 def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
   """Builds a row of one sample, as for training."""
   documents = [n.document for n in neighbors]
-  tokens = len(pipeline.join([*documents, document], VOCAB)) + 3 * len(spans)
+  tokens = len(loader.join([*documents, document], VOCAB)) + 3 * len(spans)
   size = min(4 + IMAGE_TOKENS if dropped else tokens, length + 1)
   plan = SamplePlan(tuple(range(len(neighbors))), dropped, spans, size)
-  row = pipeline.pack_row(
-    [pipeline.build_sample(document, documents, plan, VOCAB, 1.0)[:2]], length, VOCAB
+  row = loader.pack_row(
+    [loader.build_sample(document, documents, plan, VOCAB, 1.0)[:2]], length, VOCAB
   )
   (sample,) = row_parts.split_row(row, VOCAB)
   view = inspect.view_sample(sample, inspect.Origin(document, tuple(neighbors), 0), VOCAB, length)
@@ -229,7 +229,7 @@ def plan(tmp_path_factory):
 
 def test_the_page_is_one_file_with_every_image_inside(plan, text_tokenizer, image_tokenizer):
   scores = np.zeros(plan.sources[0].neighbors.shape, np.float32)
-  rows = inspect.read_rows(pipeline.RowLoader(plan, VOCAB), scores, range(12))
+  rows = inspect.read_rows(loader.RowLoader(plan, VOCAB), scores, range(12))
   decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
   html = inspect_page.render(rows, plan, decoder, "ml_configs/openmoji.py:2", "train")
   page = Page(html)

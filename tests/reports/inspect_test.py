@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.reports import inspect
 from tests.data.stores import VOCAB, make_plan, make_sources
 

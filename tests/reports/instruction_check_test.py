@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.instruction_samples import Drops
-from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.data.instructions.samples import Drops
+from cm3leon_jax.data.rows import loader as pipeline
+from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.reports import inspect, inspect_page
 from cm3leon_jax.reports.instruction_check import Task, target_range
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources

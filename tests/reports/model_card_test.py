@@ -18,7 +18,7 @@ import transformers
 from cm3leon_jax import CM3Leon, settings, stages
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import training_data
+from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.positions import positions_of

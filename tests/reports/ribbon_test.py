@@ -1,8 +1,8 @@
 import numpy as np
 
-from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.sample_plan import SamplePlan
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, row_parts
 from cm3leon_jax.reports.ribbon import ribbon, runs
 from tests.data.stores import VOCAB
@@ -24,12 +24,12 @@ def make_view():
   neighbor, document = pair("n", 2, 4), pair("d", 1, 4)
   length = 1 + 3 + 4 + 1 + 2 + 4 + 1 + 3
   samples = [
-    pipeline.build_sample(
+    loader.build_sample(
       document, [neighbor], SamplePlan((0,), False, ((5, 7),), length), VOCAB, 0.5
     ),
-    pipeline.build_sample(document, [], SamplePlan((), True, (), 8), VOCAB, 0.5),
+    loader.build_sample(document, [], SamplePlan((), True, (), 8), VOCAB, 0.5),
   ]
-  row = pipeline.pack_row([sample[:2] for sample in samples], 28, VOCAB)
+  row = loader.pack_row([sample[:2] for sample in samples], 28, VOCAB)
   first, second = row_parts.split_row(row, VOCAB)
   origin = inspect.Origin(document, (inspect.Neighbor(neighbor, 2, 4, 0.5),), 0)
   views = [

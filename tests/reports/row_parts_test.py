@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.data import cm3, pipeline
-from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.rows import cm3, loader
 from cm3leon_jax.reports import row_parts
 from cm3leon_jax.reports.row_parts import Part
 from tests.data.stores import VOCAB
@@ -27,7 +27,7 @@ def document(*segments, key="d"):
 
 def make_row(*samples, length=24):
   """Packs a row of samples whose targets all weigh 1."""
-  return pipeline.pack_row(
+  return loader.pack_row(
     [(np.array(s, np.int32), np.ones(len(s), np.float32)) for s in samples], length, VOCAB
   )
 
@@ -114,7 +114,7 @@ def test_restore_returns_every_segment_whole(kinds, num_spans, whole_segments, s
   bounds = {True: (VOCAB.text_size, VOCAB.size), False: (VOCAB.num_special, VOCAB.text_size)}
   whole = document(*(rng.integers(*bounds[image], n) for image, n in kinds))
   spans = cm3.sample_spans([n for _, n in kinds], num_spans, whole_segments, rng)
-  tokens = cm3.apply_cm3_mask(pipeline.join([whole], VOCAB), spans, VOCAB)
+  tokens = cm3.apply_cm3_mask(loader.join([whole], VOCAB), spans, VOCAB)
   parts = row_parts.split_parts(tokens, VOCAB)
   assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
   assert parts[-1].stop == len(tokens)
@@ -129,7 +129,7 @@ def test_restore_returns_every_segment_whole(kinds, num_spans, whole_segments, s
 
 def test_check_sample_compares_a_sample_with_its_documents():
   neighbor, itself = document([A, B], [P, Q, R, S], key="n"), document([C], [S, R, Q, P])
-  joined = pipeline.join([neighbor, itself], VOCAB)
+  joined = loader.join([neighbor, itself], VOCAB)
 
   def check(tokens, length=99, documents=(neighbor, itself)):
     return row_parts.check_sample(np.asarray(tokens, np.int32), list(documents), VOCAB, length)
@@ -141,7 +141,7 @@ def test_check_sample_compares_a_sample_with_its_documents():
     check(joined[:-3])
   message = f"'d', spans restored, has token {C} at 1; its documents have {A}"
   with pytest.raises(ValueError, match=message):
-    check(pipeline.join([itself, neighbor], VOCAB))
+    check(loader.join([itself, neighbor], VOCAB))
   with pytest.raises(ValueError, match="has token"):
     check([EOS, MASK, BRK, P, Q, R, S, EOS])
   assert check(TOKENS, documents=[document([A, B], [P, Q, R, S])]) == 0

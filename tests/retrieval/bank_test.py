@@ -13,8 +13,8 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import group_id
+from cm3leon_jax.data.documents.store import group_id
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import index, neighbors
@@ -67,10 +67,10 @@ def test_rows_are_those_of_the_pairs(built):
   root, _ = built
   clip = tiny_clip()
   for split in ("train", "heldout"):
-    pairs, rows = raw_pairs.read_pairs(root / "raw", split), Embeddings(root / "out" / split)
+    pairs, rows = reader.read_pairs(root / "raw", split), Embeddings(root / "out" / split)
     assert len(rows) == len(pairs) == {"train": 18, "heldout": 6}[split]
     texts = clip.embed_texts([clip.encode(p.caption) for p in pairs])
-    images = clip.embed_images(raw_pairs.load_images([p.image for p in pairs], 16, 1))
+    images = clip.embed_images(reader.load_images([p.image for p in pairs], 16, 1))
     np.testing.assert_allclose(rows.images[:], images, atol=1e-3)
     np.testing.assert_allclose(
       rows.documents[:], bank_lib.document_embeddings(texts, images), atol=1e-3
@@ -90,8 +90,8 @@ def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
   make_raw(tmp_path / "raw", first="bank")
   summary = build(tmp_path)
   assert summary["bank"] == 18
-  keys = [group_id(p.key) for p in raw_pairs.read_pairs(tmp_path / "raw", "train")]
-  alone = [group_id(p.key) for p in raw_pairs.read_pairs(tmp_path / "raw", "bank")]
+  keys = [group_id(p.key) for p in reader.read_pairs(tmp_path / "raw", "train")]
+  alone = [group_id(p.key) for p in reader.read_pairs(tmp_path / "raw", "bank")]
   rows = Embeddings(tmp_path / "out" / "train")
   assert rows.keys[:].tolist() == keys + alone
   assert (len(keys), len(alone)) == (12, 6)
@@ -180,7 +180,7 @@ def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
 def test_new_shards_are_appended(tmp_path, monkeypatch):
   make_raw(tmp_path / "all", num_shards=4)
   make_raw(tmp_path / "raw", num_shards=4)
-  path = tmp_path / "raw" / raw_pairs.INDEX
+  path = tmp_path / "raw" / reader.INDEX
   whole = read_json(path)
   write_json(path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}})
   build(tmp_path)

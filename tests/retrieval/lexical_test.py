@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import lexical, neighbors
@@ -203,11 +203,11 @@ def test_a_bank_of_another_weight_is_refused(built, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_rows_are_those_of_the_pairs(built, split):
-  pairs, rows = raw_pairs.read_pairs(built / "raw", split), Embeddings(built / "out" / split)
+  pairs, rows = reader.read_pairs(built / "raw", split), Embeddings(built / "out" / split)
   clip, part = tiny_clip(), lexical.load(built / "out", 0.5, WORDS)
   captions = [p.caption for p in pairs]
   texts = clip.embed_texts([clip.encode(caption) for caption in captions])
-  images = clip.embed_images(raw_pairs.load_images([p.image for p in pairs], 16, 1))
+  images = clip.embed_images(reader.load_images([p.image for p in pairs], 16, 1))
   documents = bank_lib.document_embeddings(texts, images)
   np.testing.assert_allclose(rows.documents[:], part.join(documents, captions), atol=1e-3)
   np.testing.assert_allclose(rows.images[:], part.join(images), atol=1e-3)
@@ -227,7 +227,7 @@ def test_a_rare_word_decides_where_clip_is_blind(tmp_path):
   for config in (HYBRID, PLAIN):
     build(tmp_path, f"{config.lexical_weight}", config, BlindCLIP)
     retriever = Retriever(tmp_path / f"{config.lexical_weight}", config)
-    pairs = raw_pairs.read_pairs(tmp_path / "raw", "train")
+    pairs = reader.read_pairs(tmp_path / "raw", "train")
     vector = retriever.lexical.join(BlindCLIP().embed_texts([query]), [query])
     ids = retriever.search(vector)[0]
     found[config] = [pairs[i].caption for i in ids if i >= 0]
@@ -259,7 +259,7 @@ def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, monkeyp
 
 def test_added_shards_change_all_weights(tmp_path):
   make_raw(tmp_path / "raw", num_shards=4)
-  path = tmp_path / "raw" / raw_pairs.INDEX
+  path = tmp_path / "raw" / reader.INDEX
   whole = read_json(path)
   first = {k: v for k, v in whole["shards"].items() if k != "000003"}
   write_json(path, {**whole, "shards": first})

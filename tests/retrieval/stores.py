@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cm3leon_jax.data.documents import group_id
+from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import document_embeddings
 

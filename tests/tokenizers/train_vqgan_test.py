@@ -12,7 +12,7 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, train_vqgan, vqgan
@@ -324,12 +324,12 @@ def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   paths = [tmp_path / f"{i}.png" for i in range(4)]
   for path, image in zip(paths, images):
     Image.fromarray(image).save(path)
-  files = raw_pairs.ImageFiles(paths, 8)
+  files = reader.ImageFiles(paths, 8)
   assert len(files) == 4
   np.testing.assert_array_equal(files[np.array([2, 0])], images[[2, 0]])
-  np.testing.assert_array_equal(raw_pairs.in_memory(files), images[:4])
-  monkeypatch.setattr(raw_pairs, "IN_MEMORY_BYTES", 4 * 8 * 8 * 3 - 1)
-  assert raw_pairs.in_memory(files) is files
+  np.testing.assert_array_equal(reader.in_memory(files), images[:4])
+  monkeypatch.setattr(reader, "IN_MEMORY_BYTES", 4 * 8 * 8 * 3 - 1)
+  assert reader.in_memory(files) is files
 
 
 @pytest.mark.parametrize(

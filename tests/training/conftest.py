@@ -5,7 +5,7 @@ import shutil
 import jax
 import pytest
 
-from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of

@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.features import Images
 

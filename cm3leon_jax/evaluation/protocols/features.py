@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.samples import PART
 from cm3leon_jax.io import replacing
@@ -114,7 +114,7 @@ def real_images(networks: Networks, paths: dict[str, str]) -> Images:
   files, size = list(paths), networks.image_tokenizer.config.resolution
 
   def load(start: int, stop: int):
-    return np.stack([raw_pairs.load_image(path, size) for path in files[start:stop]]), None
+    return np.stack([reader.load_image(path, size) for path in files[start:stop]]), None
 
   return networks.images("reference", list(paths.values()), load)
 

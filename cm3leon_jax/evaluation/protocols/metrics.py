@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
 from cm3leon_jax.evaluation.protocols.column import Column
 

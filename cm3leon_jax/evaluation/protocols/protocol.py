@@ -17,9 +17,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError, build
-from cm3leon_jax.data import yaml_documents
-from cm3leon_jax.data.evaluation_examples import Example
-from cm3leon_jax.data.evaluation_files import SPLITS
+from cm3leon_jax.data.published.examples import Example
+from cm3leon_jax.data.published.files import SPLITS
+from cm3leon_jax.data.sources import yaml_documents
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation.tasks import MASK, slug
 from cm3leon_jax.io import plain
@@ -36,7 +36,7 @@ class DataConfig:
   """What is evaluated."""
 
   format: str
-  """`heldout`, the held-out pairs of the run, or a format of `data/evaluation_files.py`."""
+  """`heldout`, the held-out pairs of the run, or a format of `data/published/files.py`."""
   split: str = ""
   """Split of the files, e.g. `val`; held-out pairs have none."""
   count: NonNegativeInt = 200

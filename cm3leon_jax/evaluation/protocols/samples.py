@@ -18,11 +18,11 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.evaluation_examples import Example, caption_prompts, check_images, choose
-from cm3leon_jax.data.evaluation_files import open_examples
-from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
+from cm3leon_jax.data.published.files import open_examples
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.generation.heldout import tasks_of_rows
@@ -104,7 +104,7 @@ def open_evaluated(
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
   """Chooses held-out pairs: scenes as `scene_samples.choose`, others evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
-  images = {pair.key: pair.image for pair in raw_pairs.read_pairs(workdir / "raw", "heldout")}
+  images = {pair.key: pair.image for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
   count = protocol.data.count or len(store)
   if count > len(store):
@@ -196,9 +196,7 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
   """Reads the given image of a task: its centered square, of the size of the model's images."""
   if not task.image:
     return task
-  return dataclasses.replace(
-    task, image=raw_pairs.load_image(task.image, pipeline.layout.resolution)
-  )
+  return dataclasses.replace(task, image=reader.load_image(task.image, pipeline.layout.resolution))
 
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.watch.monitor import Monitor
 

@@ -22,7 +22,7 @@ PROCESS = """
 import pathlib, sys
 import numpy as np
 from cm3leon_jax import distributed
-from cm3leon_jax.training import recovery
+from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 folder = pathlib.Path(sys.argv[3])
 # Libraries write to the process's standard output at any time, in the middle of a line, too.

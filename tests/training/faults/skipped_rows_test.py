@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import INTERRUPTED, UserError
-from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -1,0 +1,185 @@
+"""Finds near duplicates in a raw folder, and those that stand in both splits."""
+
+from collections.abc import Iterator
+import dataclasses
+import heapq
+import itertools
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.data.checks import duplicates
+from cm3leon_jax.data.checks.duplicates import Fingerprints
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, images_of
+from cm3leon_jax.progress import progress_bar
+
+BATCH = 1_024  # Images that are read together.
+SHOWN = 20  # Pairs that are kept, the nearest.
+MOST = 4_096  # Images that `near_duplicates` compares with each other.
+NAMED = 3  # Pairs that it names.
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Pair:
+  """A held-out and a training image by the keys of their records; the nearest pair is the smallest.
+
+  Attributes:
+    is_far: whether they are not near duplicates (`duplicates.is_near`).
+    noise: minus the PSNR of their thumbnails, dB.
+    hash_distance: of their perceptual hashes, in [0, 1].
+  """
+
+  is_far: bool
+  noise: float
+  hash_distance: float
+  heldout: str
+  train: str
+
+  def __str__(self) -> str:
+    kind = "not near" if self.is_far else "near"
+    numbers = f"PSNR {-self.noise:.1f} dB, hash distance {self.hash_distance:.2f}"
+    return f"{kind}: heldout '{self.heldout}', train '{self.train}', {numbers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Result of a check.
+
+  Attributes:
+    heldout, train: number of images.
+    pairs: number of near pairs.
+    leaked: number of held-out images with a near training image.
+    nearest: at most SHOWN pairs; near pairs first, then the nearest of the others.
+  """
+
+  heldout: int
+  train: int
+  pairs: int
+  leaked: int
+  nearest: list[Pair]
+
+
+def check(
+  folder: epath.PathLike, num_threads: int, min_psnr: float = duplicates.MIN_PSNR
+) -> Report:
+  """Compares every held-out image of a raw folder with every training image.
+
+  Reads every image once. Holds the fingerprints of all held-out images, 0.8 kB each, and of 1,024
+  training images.
+
+  Args:
+    folder: raw folder, see `ingest.prepare`.
+    num_threads: number of images read at the same time.
+    min_psnr: PSNR in dB from which on thumbnails are near.
+  """
+  keys, prints = [], []
+  for names, batch in _read(folder, "heldout", num_threads):
+    keys += names
+    prints.append(batch)
+  heldout = Fingerprints(
+    np.concatenate([p.thumbnails for p in prints] or [np.zeros((0, 768), np.uint8)]),
+    np.concatenate([p.hashes for p in prints] or [np.zeros((0, 24), np.uint8)]),
+  )
+  train, pairs, nearest, leaked = 0, 0, [], np.zeros(len(heldout), bool)
+  for names, batch in _read(folder, "train", num_threads):
+    train += len(names)
+    for start in range(0, len(heldout), BATCH):
+      rows = heldout[start : start + BATCH]
+      psnr, distance = duplicates.psnr(rows, batch), duplicates.hash_distance(rows, batch)
+      near = duplicates.is_near(psnr, distance, min_psnr)
+      pairs += int(near.sum())
+      leaked[start : start + BATCH] |= near.any(1)
+      shown = near.copy()
+      shown.flat[psnr.argmax()] = True
+      block = (
+        Pair(not near[i, j], -psnr[i, j], distance[i, j], keys[start + i], names[j])
+        for i, j in np.argwhere(shown)
+      )
+      nearest = heapq.nsmallest(SHOWN, itertools.chain(nearest, block))
+  return Report(len(heldout), train, pairs, int(leaked.sum()), nearest)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearDuplicates:
+  """Near duplicates among images of different concepts.
+
+  Attributes:
+    compared: number of images.
+    near: number of those that are near another one.
+    leaked: number of held-out ones that are near one of training.
+    pairs: keys of at most NAMED near pairs, a held-out and a training image first.
+  """
+
+  compared: int
+  near: int
+  leaked: int
+  pairs: list[tuple[str, str]]
+
+  def __str__(self) -> str:
+    named = ", ".join(f"'{a}' and '{b}'" for a, b in self.pairs)
+    more = ", and more" if 2 * len(self.pairs) < self.near else ""
+    of = f"{self.near} of {self.compared:,} compared images"
+    said = f"{of} are near duplicates of others: {named}{more}"
+    if self.leaked:
+      verb = "images have" if self.leaked > 1 else "image has"
+      said += (
+        f"; {self.leaked} held-out {verb} one in training: give both the same `concept` in a list "
+        "(pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks lists them)"
+      )
+    return said
+
+
+def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
+  """Compares images of a raw folder with each other: at most MOST, a quarter of them held out.
+
+  The cost is bounded: it reads MOST small images, whatever the size of the folder.
+  """
+  images = _first_images(folder, "heldout", MOST // 4)
+  heldout = len(images)
+  images += _first_images(folder, "train", MOST - heldout)
+  prints = duplicates.fingerprints((image for *_, image in images), _load, num_threads)
+  number = {concept: i for i, concept in enumerate({concept for _, concept, _ in images})}
+  concepts = np.array([number[concept] for _, concept, _ in images], int)
+  pairs = np.stack(duplicates.near_pairs(prints)) if images else np.zeros((2, 0), int)
+  pairs = pairs[:, (pairs[0] < pairs[1]) & (concepts[pairs[0]] != concepts[pairs[1]])]
+  is_leak = (pairs[0] < heldout) & (pairs[1] >= heldout)
+  first = pairs[:, np.argsort(~is_leak, kind="stable")[:NAMED]]
+  named = [(images[i][0], images[j][0]) for i, j in first.T]
+  leaked = len(np.unique(pairs[0, is_leak]))
+  return NearDuplicates(len(images), len(np.unique(pairs)), leaked, named)
+
+
+def _first_images(folder: epath.PathLike, split: str, count: int) -> list[tuple[str, str, str]]:
+  """Returns key, concept and path, see `_images`, of the first images of a split."""
+  names = reader.shards(folder)
+  images = itertools.chain.from_iterable(_images(folder, name, split) for name in names)
+  return list(itertools.islice(images, count))
+
+
+def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str, str, str]]:
+  """Yields key and concept of the record, and path, of the images of a split in a shard."""
+  for cls in (RawPair, RawInterleaved):
+    for record in reader.read_shard(folder, name, cls, split):
+      if getattr(record, "added_crop", ""):  # As near to others as the whole image is.
+        continue
+      concept = getattr(record, "concept", "") or record.group or record.key
+      for image in images_of(record):
+        yield record.key, concept, image
+
+
+def _read(
+  folder: epath.PathLike, split: str, num_threads: int
+) -> Iterator[tuple[list[str], Fingerprints]]:
+  """Reads the images of a split, up to BATCH at a time: keys of their records, and fingerprints."""
+  with progress_bar(desc=f"{split} images", unit="image") as bar:
+    for name in reader.shards(folder):
+      images = ((key, image) for key, _, image in _images(folder, name, split))
+      while batch := list(itertools.islice(images, BATCH)):
+        keys, paths = zip(*batch)
+        yield list(keys), duplicates.fingerprints(paths, _load, num_threads)
+        bar.update(len(batch))
+
+
+def _load(path: str) -> np.ndarray:
+  return reader.load_image(path, None)

@@ -1,0 +1,185 @@
+"""Checks raw images against their digests, and document stores against their schema and each other.
+
+It reads everything.
+"""
+
+from concurrent import futures
+
+from array_record.python import array_record_module
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.shard_files import LENGTHS, RECORDS, encode_again, read_lengths
+from cm3leon_jax.data.documents.store import (
+  DocumentStore,
+  add_tokens,
+  check_document,
+  decode_document,
+  group_id,
+)
+from cm3leon_jax.data.raw import reader as raw_pairs
+from cm3leon_jax.data.sources.records import KINDS, SPLITS
+from cm3leon_jax.io import digest
+from cm3leon_jax.vocab import VocabLayout
+
+SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")  # Arrays of each.
+
+
+def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
+  """Checks every document of a shard against the schema and the arrays beside the records.
+
+  Returns:
+    Number of documents, segments and tokens.
+
+  Raises:
+    UserError: names the shard, the record and the error.
+  """
+  folder = epath.Path(folder)
+  arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
+  if not path.exists():
+    raise UserError(f"{path} is missing: {encode_again(path)}.")
+  try:
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+  except (OSError, ValueError, IndexError, RuntimeError) as error:
+    raise UserError(f"{path} cannot be read ({error}): {encode_again(path)}.") from error
+  if count != len(arrays["counts"]):
+    raise UserError(
+      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(arrays['counts'])}: "
+      f"{encode_again(path)}."
+    )
+  at, token_counts = 0, np.zeros(vocab.size, np.int64)
+  for i in range(count):
+    try:
+      document = decode_document(reader.read([i])[0])
+      check_document(document, vocab)
+    except Exception as error:  # A damaged record raises errors of many kinds.
+      message = f"{path}, record {i} is damaged or wrong ({error}): {encode_again(path)}."
+      raise UserError(message) from error
+    where = f"{path}, record {i} ('{document.key}')"
+    segments = slice(at, at + int(arrays["counts"][i]))
+    expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
+    if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
+      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: {encode_again(path)}.")
+    for field in ("group", "concept"):
+      if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
+        raise UserError(
+          f"{where} has another {field} than {name}{LENGTHS} says: {encode_again(path)}."
+        )
+    add_tokens(token_counts, document)
+    at = segments.stop
+  if not np.array_equal(token_counts, arrays["token_counts"]):
+    raise UserError(
+      f"{path} has other token counts than {name}{LENGTHS} says: {encode_again(path)}."
+    )
+  return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
+
+
+def validate_store(store: DocumentStore) -> dict[str, int]:
+  """Validates every shard of a store, and the joined arrays against those of the shards.
+
+  Returns:
+    Number of shards, documents, segments and tokens.
+
+  Raises:
+    UserError: names the file, the record or document, and the error.
+  """
+  total = {"shards": len(store.shards), "documents": 0, "segments": 0, "tokens": 0}
+  token_counts = np.zeros(store.vocab.size, np.int64)
+  for name in store.shards:
+    store.check_shard(name)
+    _check_joined(store, name, total)
+    for field, count in validate_shard(store.folder, name, store.vocab).items():
+      total[field] += count
+    token_counts += read_lengths(store.folder, name, store.vocab)["token_counts"]
+  if not np.array_equal(token_counts, store.token_counts):
+    raise UserError(
+      f"{store.folder / 'token_counts.npy'} is not the sum of the token counts of the shards: "
+      f"{encode_again(store.folder / name)}."
+    )
+  return total
+
+
+def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
+  """Validates all stores of the stage `documents` and prints their numbers.
+
+  Raises:
+    UserError: see `validate_store`.
+  """
+  names = [f"{split}_{kind}" for split in SPLITS for kind in KINDS]
+  for path in [epath.Path(folder) / name for name in names]:
+    if not path.exists():
+      continue  # Some runs have no split `bank`, or no interleaved documents.
+    store = DocumentStore(path, vocab)
+    counts = ", ".join(f"{count:,} {field}" for field, count in validate_store(store).items())
+    print(f"{store.folder}: {counts}; all valid.", flush=True)
+
+
+def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
+  """Compares all files of a raw folder with their digests and prints how many images there are.
+
+  Args:
+    folder: of the stage `raw`.
+    num_threads: number of images that are read at a time.
+
+  Raises:
+    UserError: names a file that is missing or has another content than when it was written.
+  """
+  folder = epath.Path(folder)
+  names, images, earlier = list(raw_pairs.shards(folder)), 0, 0
+  for name in names:
+    described = raw_pairs.described_files(folder, name)
+    for file, expected in described.items():
+      raw_pairs.check_file(folder / name, file, expected)
+    if raw_pairs.IMAGE_DIGESTS in described:
+      images += _validate_images(folder / name, num_threads)
+    else:
+      earlier += 1
+  state = f"{len(names):,} shards, {images:,} images; all as written"
+  if earlier:
+    state += f", but {earlier:,} of the shards, of an earlier version, have no digests of images"
+  print(f"{folder}: {state}.", flush=True)
+
+
+def _validate_images(shard: epath.Path, num_threads: int) -> int:
+  """Compares the images of a raw shard with their digests; returns their number."""
+  lines = (shard / raw_pairs.IMAGE_DIGESTS).read_text(encoding="utf-8").splitlines()
+  expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    for name, found in zip(expected, pool.map(lambda name: digest(shard / name), expected)):
+      if found != expected[name]:
+        wrong = "has another content than when it was written" if found else "is missing"
+        raise UserError(f"{shard / name} {wrong}: {raw_pairs.again(shard)}.")
+  return len(expected)
+
+
+def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:
+  """Compares the joined arrays of a store with those of a shard.
+
+  Args:
+    store: the store.
+    name: of the shard.
+    before: numbers of documents and segments of the shards before it.
+
+  Raises:
+    UserError: names the file and the first document that differs.
+  """
+  arrays = read_lengths(store.folder, name, store.vocab)
+  first, start = before["documents"], before["segments"]
+  counts = arrays["counts"]
+  ends = start + np.cumsum([0, *counts], dtype=np.int64)
+  joined = {"offsets": ends, **{field: arrays[field] for field in (*SEGMENTS, *DOCUMENTS)}}
+  for field, expected in joined.items():
+    at = start if field in SEGMENTS else first
+    found = getattr(store, field)[at : at + len(expected)]
+    if np.array_equal(found, expected):
+      continue
+    places = np.flatnonzero(found != expected) if len(found) == len(expected) else [len(found)]
+    place = int(places[0])
+    if field in SEGMENTS:
+      place = int(np.searchsorted(ends - start, place, side="right")) - 1
+    raise UserError(
+      f"{store.folder / f'{field}.npy'} is wrong from document {first + place} on (record {place} "
+      f"of {name}): {name}{LENGTHS} says something else: {encode_again(store.folder / name)}."
+    )

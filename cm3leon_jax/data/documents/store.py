@@ -1,0 +1,366 @@
+"""Documents: ordered text and image segments as token ids, in ArrayRecord shards.
+
+The schema is in docs/data_formats.md.
+"""
+
+# N documents of a store, S segments of all of them, T tokens of a segment.
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+import hashlib
+
+from array_record.python import array_record_module
+from etils import epath
+import msgpack
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.shard_files import (
+  LENGTHS,
+  RECORDS,
+  SCHEMA_VERSION,
+  BadRecord,
+  again,
+  check_shard_file,
+  check_version,
+  check_vocab,
+  describe_shard,
+  read_lengths,
+)
+from cm3leon_jax.io import describe, partial_path, read_json, replacing, write_json
+from cm3leon_jax.vocab import VocabLayout
+
+INDEX = "index.json"
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}  # Of the index.
+MAX_OPEN = 256  # Shards that a store keeps open.
+ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A text or image: `tokens` [T] int32 of the shared vocabulary, without `<break>` and `</s>`."""
+
+  is_image: bool
+  tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """Segments in reading order, in a pair the caption first, and their origin.
+
+  Attributes:
+    key: unique name within its source.
+    segments: at least one.
+    source, license, attribution: of the original work.
+    group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
+    concept: shared by documents that show the same, which are not independent. Empty: no concept.
+    facts: what image and caption show, a JSON object; empty for sources that do not know it.
+  """
+
+  key: str
+  segments: tuple[Segment, ...]
+  source: str
+  license: str
+  attribution: str
+  group: str = ""
+  concept: str = ""
+  facts: dict = dataclasses.field(default_factory=dict)
+
+
+def encode_document(document: Document) -> bytes:
+  """Encodes a document as a record of a shard."""
+  segments = [
+    {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
+    for s in document.segments
+  ]
+  names = ("key", "source", "license", "attribution", "group", "concept", "facts")
+  fields = {name: getattr(document, name) for name in names}
+  return msgpack.packb({**fields, "segments": segments})
+
+
+def decode_document(record: bytes) -> Document:
+  """Inverts `encode_document`."""
+  fields = msgpack.unpackb(record)
+  segments = tuple(
+    Segment(s["image"], np.frombuffer(s["tokens"], "<i4")) for s in fields.pop("segments")
+  )
+  return Document(segments=segments, **fields)
+
+
+def group_id(group: str) -> int:
+  """Hashes the name of a group or concept to 64 bits, an empty name to 0."""
+  return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
+
+
+def write_shard(
+  folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
+) -> int:
+  """Writes `documents` as one shard of the store in `folder`, atomically; returns their number.
+
+  Raises:
+    UserError: a document does not pass `check_document`.
+  """
+  folder = epath.Path(folder)
+  lengths, is_image, counts, groups, concepts = [], [], [], [], []
+  token_counts = np.zeros(vocab.size, np.int64)
+  with partial_path(folder / f"{name}{RECORDS}") as partial:
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+      for document in documents:
+        check_document(document, vocab)
+        writer.write(encode_document(document))
+        counts.append(len(document.segments))
+        lengths += [len(s.tokens) for s in document.segments]
+        is_image += [s.is_image for s in document.segments]
+        groups.append(group_id(document.group))
+        concepts.append(group_id(document.concept))
+        add_tokens(token_counts, document)
+    finally:
+      writer.close()
+    records = describe(partial)
+  arrays = {
+    "schema_version": SCHEMA_VERSION,
+    "vocab": np.array(dataclasses.astuple(vocab)),
+    "counts": np.array(counts, np.int32),
+    "lengths": np.array(lengths, np.int32),
+    "is_image": np.array(is_image, bool),
+    "groups": np.array(groups, np.uint64),
+    "concepts": np.array(concepts, np.uint64),
+    "token_counts": token_counts,
+    "records": np.array([str(records["bytes"]), records["sha256"]]),
+  }
+  with replacing(folder / f"{name}{LENGTHS}") as f:
+    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
+  return len(counts)
+
+
+def add_tokens(counts: np.ndarray, document: Document) -> None:
+  """Adds the occurrences of every id in `document` to `counts`, [vocab.size] int64."""
+  np.add.at(counts, np.concatenate([segment.tokens for segment in document.segments]), 1)
+
+
+def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:
+  """Joins the shards `names`, in their order, into one store; returns its number of documents.
+
+  index.json is written last: a folder without it is not a store.
+
+  Raises:
+    UserError: a shard is absent or damaged, or has another schema version or vocabulary.
+  """
+  folder = epath.Path(folder)
+  (folder / INDEX).unlink(missing_ok=True)
+  shards, token_counts, files = [], np.zeros(vocab.size, np.int64), {}
+  for name in names:
+    shards.append(read_lengths(folder, name, vocab))
+    files |= describe_shard(folder, name, shards[-1].pop("records", None))
+    token_counts += shards[-1].pop("token_counts")  # All shards would fill the memory.
+  joined = {
+    field: np.concatenate([shard[field] for shard in shards])
+    for field in ("counts", "lengths", "is_image", "groups", "concepts")
+  }
+  joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
+  joined["token_counts"] = token_counts
+  for field, array in joined.items():
+    with replacing(folder / f"{field}.npy") as f:
+      np.save(f, array)
+  counts = {name: len(shard["counts"]) for name, shard in zip(names, shards)}
+  about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab)}
+  total = sum(counts.values())
+  write_json(folder / INDEX, {**about, "documents": total, "shards": counts, "files": files})
+  return total
+
+
+def write_documents(
+  folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
+) -> int:
+  """Writes `documents` as a store of one shard; returns and raises as `write_shard`."""
+  (epath.Path(folder) / INDEX).unlink(missing_ok=True)
+  write_shard(folder, "000000", documents, vocab)
+  return finish_store(folder, ["000000"], vocab)
+
+
+def check_document(document: Document, vocab: VocabLayout) -> None:
+  """Raises UserError if a document has no or empty segments, or ids of the other modality."""
+  if not document.segments:
+    raise UserError(
+      f"document '{document.key}' has no segments; it needs at least one text or image."
+    )
+  for segment in document.segments:
+    kind, low, high = "text", vocab.num_special, vocab.text_size
+    if segment.is_image:
+      kind, low, high = "image", vocab.text_size, vocab.size
+    if not len(segment.tokens):
+      raise UserError(
+        f"document '{document.key}' has an empty {kind} segment; remove the segment or document."
+      )
+    first, last = segment.tokens.min(), segment.tokens.max()
+    if first < low or last >= high:
+      raise UserError(
+        f"document '{document.key}' has {kind} ids in [{first}, {last}]; "
+        f"they must lie in [{low}, {high})."
+      )
+
+
+class DocumentStore:
+  """Random access to the documents of one folder: `store[i]` reads document i from disk.
+
+  Arrays are compared with their digests when they are opened. Of records, each has a checksum, and
+  its lengths are compared; of their files only the size, until `validate.validate_store`.
+
+  Attributes, mapped into memory:
+    offsets: [N + 1] int64; the segments of document i are `offsets[i]` to `offsets[i + 1]`.
+    lengths: [S] int32, tokens of each segment.
+    is_image: [S] bool.
+    groups, concepts: [N] uint64, see `group_id`.
+    token_counts: [vocab.size] int64, occurrences of each id.
+  """
+
+  def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
+    """Opens a store; raises UserError if it is absent, damaged or of another schema or vocab."""
+    self.folder, self.vocab = epath.Path(folder), vocab
+    stages.check_files(self.folder / INDEX)
+    index = read_json(self.folder / INDEX, FIELDS)
+    check_version(self.folder, index["schema_version"])
+    check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
+    self.shards: dict[str, int] = index["shards"]
+    self.files: dict[str, dict] = index.get("files", {})
+    self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
+    self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
+    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == self._end:
+      raise UserError(
+        f"{self.folder} has an {INDEX} of {index['documents']} documents, offsets of {len(self)} "
+        f"with {self._end} segments, and {len(self.lengths)} lengths: "
+        f"{again(self.folder, self.folder / INDEX)}."
+      )
+    self._reader = functools.lru_cache(MAX_OPEN)(self._open)
+
+  @functools.cached_property
+  def groups(self) -> np.ndarray:
+    return self._map("groups")
+
+  @functools.cached_property
+  def concepts(self) -> np.ndarray:
+    return self._map("concepts")
+
+  @functools.cached_property
+  def token_counts(self) -> np.ndarray:
+    return self._map("token_counts")
+
+  def _map(self, field: str) -> np.ndarray:
+    path = self.folder / f"{field}.npy"
+    stages.check_files(path)
+    try:
+      return _map_array(path)
+    except (ValueError, OSError, EOFError) as error:
+      raise UserError(f"{path} cannot be read ({error}): {again(self.folder, path)}.") from error
+
+  @property
+  def _end(self) -> int:
+    return int(self.offsets[-1])
+
+  @property
+  def parts(self) -> tuple["DocumentStore", ...]:
+    """Returns the stores that hold the documents: this one; see `Bank`."""
+    return (self,)
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  def _open(self, name: str):
+    file = f"{name}{RECORDS}"
+    if file in self.files:
+      check_shard_file(self.folder, file, self.files[file], content=False)
+    return array_record_module.ArrayRecordReader(str(self.folder / file))
+
+  def check_shard(self, name: str) -> None:
+    """Compares both files of a shard with their digests. Raises UserError if one is damaged."""
+    for file in (f"{name}{RECORDS}", f"{name}{LENGTHS}"):
+      if file in self.files:
+        check_shard_file(self.folder, file, self.files[file])
+
+  def __getitem__(self, i: int) -> Document:
+    """Reads document i. Raises BadRecord if its record cannot be read, or has other lengths."""
+    if not 0 <= i < len(self):
+      raise IndexError(f"document {i} of {len(self)} in {self.folder}")
+    shard = int(np.searchsorted(self._ends, i, side="right"))
+    name, record = self._names[shard], int(i) - (int(self._ends[shard - 1]) if shard else 0)
+    try:
+      document = decode_document(self._reader(name).read([record])[0])
+      self._check_lengths(i, document)
+    except BadRecord:
+      raise
+    except Exception as error:  # A damaged record raises errors of many kinds.
+      path = self.folder / f"{name}{RECORDS}"
+      raise BadRecord(
+        f"{path}, record {record} (document {i} of the store) cannot be read ({error}): "
+        f"{again(self.folder, path)}."
+      ) from error
+    return document
+
+  def _check_lengths(self, i: int, document: Document) -> None:
+    found = [len(segment.tokens) for segment in document.segments]
+    expected = self.segment_lengths(i)[0].tolist()
+    if found != expected:
+      raise ValueError(f"its segments have {found} tokens, lengths.npy says {expected}")
+
+  def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `lengths` and `is_image` of the segments of document i."""
+    segments = slice(self.offsets[i], self.offsets[i + 1])
+    return self.lengths[segments], self.is_image[segments]
+
+
+class Bank:
+  """The documents that can be retrieved: training pairs, and after them those of the split `bank`.
+
+  Attributes:
+    folder: of the training pairs.
+    parts: stores of the two splits; the second is absent or empty where no pair has split `bank`.
+  """
+
+  def __init__(self, documents: epath.PathLike, vocab: VocabLayout):
+    """Opens the pairs in the folder of all stores; raises as `DocumentStore`."""
+    documents = epath.Path(documents)
+    self.folder = documents / "train_pairs"
+    self.parts = (DocumentStore(self.folder, vocab),)
+    if (documents / "bank_pairs" / INDEX).exists():
+      self.parts += (DocumentStore(documents / "bank_pairs", vocab),)
+
+  @property
+  def token_counts(self) -> np.ndarray:
+    """Returns those of the training pairs."""
+    return self.parts[0].token_counts
+
+  def __len__(self) -> int:
+    return sum(map(len, self.parts))
+
+  def _locate(self, i: int) -> tuple[DocumentStore, int]:
+    if not 0 <= i < len(self):
+      raise IndexError(f"document {i} of {len(self)} in the bank of {self.folder}")
+    first = self.parts[0]
+    return (first, i) if i < len(first) else (self.parts[1], i - len(first))
+
+  def __getitem__(self, i: int) -> Document:
+    store, i = self._locate(i)
+    return store[i]
+
+  def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `DocumentStore.segment_lengths` of document i."""
+    store, i = self._locate(i)
+    return store.segment_lengths(i)
+
+
+def _map_array(path: epath.Path) -> np.ndarray:
+  """Maps a local NumPy file into memory, or reads one in a bucket."""
+  if "://" not in str(path):
+    return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
+  with path.open("rb") as f:
+    return np.load(f)
+
+
+def first_documents(
+  store: Bank | DocumentStore, ids: np.ndarray, count: int
+) -> tuple[Document, ...]:
+  """Returns the documents of the first `count` ids; -1 stands for no document."""
+  return tuple(store[int(i)] for i in ids[ids >= 0][:count])

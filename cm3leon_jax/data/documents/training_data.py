@@ -1,0 +1,102 @@
+"""Records what a model learned from: the data of its run, and of the runs that it began from."""
+
+from collections.abc import Callable
+
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources import origins as origins_lib
+from cm3leon_jax.io import lacks, read_json, write_json
+
+FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
+IMPORTED = "imported_from"  # In the summary of what `cm3leon import_weights` wrote.
+ORIGIN = (*origins_lib.FIELDS, "records")
+
+
+def collect(
+  workdir: epath.PathLike, locate: Callable[[str], epath.PathLike] = epath.Path
+) -> dict[str, list[dict]]:
+  """Collects the origins of all data that the parameters of a run learned from.
+
+  Args:
+    workdir: of the run.
+    locate: returns the folder of what `--init_from` named.
+
+  Returns:
+    "runs": {"name", "known": whether its origins are recorded} of the run, and of those that it
+    began from, the last first; "origins": {"run", "kind", "source", "license", "attribution",
+    "records"} each. Records are those of all splits.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  runs, origins, folder = [], [], epath.Path(workdir)
+  seen: set[str] = set()
+  while str(folder) not in seen:
+    seen.add(str(folder))
+    path = folder / "train" / "config.json"
+    if (folder / FILE).exists() and not path.exists():  # It has those of its bases, too.
+      before = read(folder)
+      return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
+    found = _raw_origins(folder) + _instruction_origins(folder)
+    runs.append({"name": _name(folder), "known": bool(found)})
+    origins += [{"run": folder.name, **origin} for origin in found]
+    run = read_json(path, {"run": dict})["run"] if path.exists() else {}
+    start = run.get("init_from")
+    folder = epath.Path(locate(start["source"])) if start else folder
+  return {"runs": runs, "origins": origins}
+
+
+def _raw_origins(folder: epath.Path) -> list[dict]:
+  """Returns the origins of captioned images and texts, the most common first."""
+  raw = folder / "raw"
+  if not (raw / reader.INDEX).exists():
+    return []
+  return origins_lib.most_common(reader.read_index(raw)["origins"])
+
+
+def _instruction_origins(folder: epath.Path) -> list[dict]:
+  """Names the folder of instruction files; no file there says their license."""
+  done = folder / "instructions" / stages.DONE
+  stored = read_json(done, {"config": dict, "summary": dict}) if done.exists() else {}
+  root = stored.get("config", {}).get("instructions", {}).get("root")
+  if not root:
+    return []
+  records = sum(x["documents"] for x in stored["summary"].values() if "documents" in x)
+  fields = ("instructions", epath.Path(root).name, "", "")
+  return [{**dict(zip(origins_lib.FIELDS, fields)), "records": records}]
+
+
+def _name(folder: epath.Path) -> str:
+  """Names a run by its folder, and imported weights by the folder that they came from."""
+  done = folder / stages.DONE
+  imported = read_json(done, {"summary": dict})["summary"].get(IMPORTED) if done.exists() else None
+  return epath.Path(imported or folder).name
+
+
+def read(folder: epath.PathLike) -> dict[str, list[dict]]:
+  """Reads what `write` wrote; raises UserError if it is absent or damaged."""
+  path = epath.Path(folder) / FILE
+  stored = read_json(path)
+  if isinstance(stored, list):  # Of an earlier version.
+    name = epath.Path(folder).name
+    origins = [{"run": name, **origin} for origin in stored if isinstance(origin, dict)]
+    stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
+  if lack := lacks(stored, {"runs": list, "origins": list}):
+    raise UserError(f"{path} is damaged: {lack}.")
+  for name, fields in (("runs", {"name", "known"}), ("origins", {"run", *ORIGIN})):
+    for entry in stored[name]:
+      if not isinstance(entry, dict) or not fields <= set(entry):
+        raise UserError(f"{path} is damaged: an entry of '{name}' must have {sorted(fields)}.")
+  return stored
+
+
+def write(
+  folder: epath.PathLike,
+  workdir: epath.PathLike,
+  locate: Callable[[str], epath.PathLike] = epath.Path,
+) -> None:
+  """Writes what `collect` returns to the folder of an export or bundle."""
+  write_json(epath.Path(folder) / FILE, collect(workdir, locate))

@@ -1,0 +1,363 @@
+"""Reads files of public instruction data, in the formats of their releases, as records.
+
+TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
+Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
+(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `evaluation_files`; and those of
+`instruction_grounding`, `instruction_lines` and `instruction_llava`. docs/data_formats.md has a
+table of the files. Texts are those of the files without white space at both ends; a record whose
+caption or answer is blank is left out.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator
+import dataclasses
+import os
+import posixpath
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS, read_coco_objects
+from cm3leon_jax.data.instructions.lines import read_lines
+from cm3leon_jax.data.instructions.llava import LLAVA, read_llava
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.published import files as evaluation_files
+from cm3leon_jax.data.published.examples import Example, caption_prompts
+from cm3leon_jax.data.published.releases import (
+  check_split,
+  entries_by_id,
+  field_of,
+  find_file,
+  load_json,
+  read_json_lines,
+  text_list,
+  texts_of,
+)
+from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+
+# Split of Localized Narratives -> first part of its file names, number of its files, and an image.
+NARRATIVES = {
+  "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
+  "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
+  "open_images_test": ("open_images_test", 1, "test/{}.jpg"),
+  "coco_train": ("coco_train", 4, "train2017/{:0>12}.jpg"),
+  "coco_val": ("coco_val", 1, "val2017/{:0>12}.jpg"),
+  "flickr30k_train": ("flickr30k_train", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_val": ("flickr30k_val", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_test": ("flickr30k_test", 1, "flickr30k-images/{}.jpg"),
+  "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
+  "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
+}
+# Split of InstructPix2Pix -> its part of seeds.json, in twentieths, as in the released training.
+PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
+UNANSWERABLE = "unanswerable"  # In VizWiz.
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A format.
+
+  Attributes:
+    splits: that can be read; (): any, the name of a file.
+    texts: names of the texts of its records.
+    images: names of the images of its records; (): the file names texts and images.
+  """
+
+  splits: tuple[str, ...]
+  texts: tuple[str, ...]
+  images: tuple[str, ...] = ("image",)
+
+
+CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")
+QUESTIONS = ("vqa_v2", "ok_vqa", "vizwiz")
+FORMATS = {
+  **{name: Format(evaluation_files.SPLITS[name], ("caption",)) for name in CAPTIONS},
+  **{name: Format(evaluation_files.SPLITS[name], ("question", "answer")) for name in QUESTIONS},
+  "flickr30k": Format(("train", "val", "test"), ("caption",)),
+  "localized_narratives": Format(tuple(NARRATIVES), ("caption",)),
+  "textvqa": Format(("train", "val"), ("question", "answer")),
+  "scienceqa": Format(
+    ("train", "val", "test"),
+    ("question", "context", "options", "answer", "explanation", "reasoning"),
+  ),
+  "instruct_pix2pix": Format(
+    tuple(PIX2PIX), ("instruction", "input_caption", "output_caption"), ("before", "after")
+  ),
+  "coco_objects": Format(OBJECT_SPLITS, ("caption", "objects")),
+  "llava": Format(tuple(LLAVA), ("instruction", "answer")),
+  "jsonl": Format((), (), ()),
+}
+
+
+def open_records(
+  name: str,
+  root: epath.PathLike,
+  split: str,
+  images: epath.PathLike | ImageFolder | None = None,
+) -> Iterator[Record]:
+  """Yields the records of a split, in the order of its file.
+
+    next(open_records("textvqa", "data", "train")) = Record(
+      key="0", group="0054c91397f2fe05", texts={"question": "what brand is it?", "answer": "nokia"},
+      images={"image": "data/train_images/0054c91397f2fe05.jpg"}, facts={"answers": [...]})
+
+  Args:
+    name: of the format, a key of `FORMATS`.
+    root: folder with the files of the release.
+    split: one of `FORMATS[name].splits`.
+    images: folder with the release's folders of images, e.g. `train_images/`; None: `root`.
+
+  Raises:
+    UserError: an unknown name or split, or a file that does not exist; and while records are read,
+      a file of another format, a wrong record, or an image that is not in the folder of images,
+      naming file and line or id.
+  """
+  check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
+  images = image_folder(root if images is None else images)
+
+  def file(*names: str) -> epath.Path:
+    return find_file(root, names, name, split)
+
+  if name in CAPTIONS:
+    return caption_records(evaluation_files.open_examples(name, root, split, images))
+  if name in QUESTIONS:
+    return question_records(evaluation_files.open_examples(name, root, split, images))
+  match name:
+    case "flickr30k":
+      return caption_records(read_flickr30k(file("dataset_flickr30k.json"), images, split))
+    case "localized_narratives":
+      start, count, image = NARRATIVES[split]
+      shards = [f"-{i:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
+      shards = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]
+      # The captions alone are one file, which is then found once for each shard.
+      files = dict.fromkeys(file(f"{start}_captions.jsonl", shard) for shard in shards)
+      return read_narratives(files, images, image)
+    case "textvqa":
+      return question_records(read_textvqa(file(f"TextVQA_0.5.1_{split}.json"), images))
+    case "scienceqa":
+      return read_scienceqa(file("problems.json"), file("pid_splits.json"), images, split)
+    case "instruct_pix2pix":
+      return read_instruct_pix2pix(file("seeds.json"), images, split)
+    case "coco_objects":
+      instances, captions = f"instances_{split}.json", f"captions_{split}.json"
+      instances = file(f"annotations/{instances}", instances)
+      captions = file(f"annotations/{captions}", captions)
+      return read_coco_objects(instances, captions, images, split)
+    case "jsonl":
+      return read_lines(file(f"{split}.jsonl"), images)
+    case _:
+      return read_llava(file(f"{split}.json"), images, LLAVA[split])
+
+
+def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
+  """Yields a record of each caption; its key is that of `caption_prompts`."""
+  for example in caption_prompts(examples):
+    texts = {"caption": example.prompt}
+    yield Record(example.key, example.group, texts, {"image": example.image})
+
+
+def question_records(examples: Iterable[Example]) -> Iterator[Record]:
+  """Yields a record of each question, with the answer that most annotators gave.
+
+    references ("a cat", "cat", "cat ", "", "", "") become the answer "cat"
+
+  Of equally frequent answers, the first in the file counts. Blank answers do not. A question that
+  cannot be answered has the answer "unanswerable". The fact `answers` has all answers unchanged.
+  """
+  for example in examples:
+    given = [text.strip() for text in example.references if text.strip()]
+    if not given:
+      continue
+    answer = collections.Counter(given).most_common(1)[0][0]
+    if example.answerable is False:
+      answer = UNANSWERABLE
+    yield Record(
+      key=example.key,
+      group=example.group,
+      texts={"question": example.prompt.strip(), "answer": answer},
+      images={"image": example.image},
+      facts={"answers": list(example.references)},
+    )
+
+
+def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
+  """Yields each image of a split of dataset_flickr30k.json with all of its captions.
+
+  Args:
+    file: {"images": [{filename, split, sentences: [{raw}]}]}.
+    images: folder that holds flickr30k-images/.
+    split: "train", "val" or "test".
+
+  Raises:
+    UserError: naming file and image: another format, an image that is there twice or has no
+      captions, no image in the split.
+  """
+  for name, entry in evaluation_files.karpathy_split(file, split, "filename", str).items():
+    where = f"{file}, image {name}"
+    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
+    key = posixpath.splitext(name)[0]  # The id of the image, as in Localized Narratives.
+    path = images.find(posixpath.join("flickr30k-images", name), where)
+    yield Example(key, key, path, references=texts)
+
+
+def read_narratives(
+  files: Iterable[epath.PathLike], images: ImageFolder, image: str
+) -> Iterator[Record]:
+  """Yields each caption of Localized Narratives.
+
+    {"image_id": "137576", "caption": "In this image ..."} becomes a record with the image
+    val2017/000000137576.jpg, the group 137576 and the key 137576/0; the image's next caption has
+    the key 137576/1
+
+  Args:
+    files: JSONL, {image_id, caption} a line; the traces of the large files are not read.
+    images: folder that holds the images.
+    image: path of an image in it, with a field for the id, e.g. "val2017/{:0>12}.jpg".
+
+  Raises:
+    UserError: naming file and line: no JSON, another format.
+  """
+  seen = collections.Counter()
+  for file in files:
+    for where, entry in read_json_lines(file):
+      image_id = field_of(entry, "image_id", str, where)
+      caption = field_of(entry, "caption", str, where).strip()
+      key = f"{image_id}/{seen[image_id]}"
+      seen[image_id] += 1
+      if caption:
+        path = images.find(image.format(image_id), where)
+        yield Record(key, image_id, {"caption": caption}, {"image": path})
+
+
+def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]:
+  """Yields each question of TextVQA with the answers of its annotators.
+
+  Args:
+    file: {"data": [{question_id, image_id, question, answers: [text]}]}.
+    images: folder that holds train_images/, which has the images of both splits.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, a question without
+      answers.
+  """
+  entries = field_of(load_json(file), "data", list, file)
+  for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():
+    where = f"{file}, question {key}"
+    image_id = field_of(entry, "image_id", str, where)
+    yield Example(
+      key=str(key),
+      group=image_id,
+      image=images.find(f"train_images/{image_id}.jpg", where),
+      prompt=field_of(entry, "question", str, where),
+      references=text_list(entry, "answers", where),
+    )
+
+
+def read_scienceqa(
+  problems: epath.PathLike, splits: epath.PathLike, images: ImageFolder, split: str
+) -> Iterator[Record]:
+  """Yields each problem of a split of ScienceQA that has an image.
+
+    {"choices": ["Ohio", "Iowa"], "answer": 1, "hint": "", "solution": "Iowa is ...", ...} becomes
+    the options "(A) Ohio (B) Iowa", the answer "(B)", the context "", the explanation
+    "Iowa is ...", the reasoning "Iowa is ... So the answer is (B)", and the facts
+    {"choices": ["Ohio", "Iowa"], "answer_index": 1}
+
+  A problem without an explanation has no reasoning either.
+
+  Args:
+    problems: file, {id: {question, choices: [text], answer: place in choices, hint, solution,
+      image: name, or null}}.
+    splits: file, {split: [id]}.
+    images: folder that holds images/SPLIT/ID/.
+    split: "train", "val" or "test".
+
+  Raises:
+    UserError: naming file and id: another format, an id that is twice in the split or has no
+      problem, an answer that is no place in `choices`.
+  """
+  content = load_json(problems)
+  seen = set()
+  for key in field_of(load_json(splits), split, list, splits):
+    if not isinstance(key, str) or key not in content:
+      raise UserError(f"{splits} has problem {key!r} in '{split}', which {problems} does not have.")
+    if key in seen:
+      raise UserError(f"{splits} has problem {key} twice in '{split}'; it must be there once.")
+    seen.add(key)
+    entry, where = content[key], f"{problems}, problem {key}"
+    if isinstance(entry, dict) and entry.get("image", "") is None:
+      continue
+    name = field_of(entry, "image", str, where)
+    choices = text_list(entry, "choices", where)
+    index = field_of(entry, "answer", int, where)
+    if not 0 <= index < len(choices):
+      raise UserError(f"{where} has answer {index}; it must be from 0 to {len(choices) - 1}.")
+    labels = [f"({chr(ord('A') + i)})" for i in range(len(choices))]
+    explanation = field_of(entry, "solution", str, where).strip()
+    texts = {
+      "question": field_of(entry, "question", str, where).strip(),
+      "context": field_of(entry, "hint", str, where).strip(),
+      "options": " ".join(f"{label} {choice.strip()}" for label, choice in zip(labels, choices)),
+      "answer": labels[index],
+      "explanation": explanation,
+      "reasoning": f"{explanation} So the answer is {labels[index]}" if explanation else "",
+    }
+    path = images.find(posixpath.join("images", split, key, name), where)
+    facts = {"choices": list(choices), "answer_index": index}
+    yield Record(key, key, texts, {"image": path}, facts)
+
+
+def read_instruct_pix2pix(
+  seeds: epath.PathLike, images: ImageFolder, split: str
+) -> Iterator[Record]:
+  """Yields each pair of images of a split of InstructPix2Pix.
+
+    ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7, with the images
+    0000042/7_0.jpg and 0000042/7_1.jpg, and 0000042/9; both have the texts of 0000042/prompt.json
+
+  Args:
+    seeds: file, [[folder, [seed]]]; beside it, FOLDER/prompt.json: {input, edit, output}.
+    images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
+    split: "train", "val" or "test": the first 90%, the next 5% and the last 5% of seeds.json.
+
+  Raises:
+    UserError: naming file and place or folder: another format, a folder that is there twice, does
+      not exist or is not beside `seeds`, a seed that is there twice.
+  """
+  folders = _seeds_by_folder(seeds)
+  start, stop = (len(folders) * twentieths // 20 for twentieths in PIX2PIX[split])
+  names = {"instruction": "edit", "input_caption": "input", "output_caption": "output"}
+  beside = dataclasses.replace(images, path=os.fspath(epath.Path(seeds).parent))
+  for folder in list(folders)[start:stop]:
+    where = f"{seeds}, folder {folder}"
+    file = epath.Path(beside.find(posixpath.join(folder, "prompt.json"), where, "file"))
+    if not file.exists():
+      raise UserError(
+        f"{seeds} names {file}, which does not exist; give all folders of the release, or a list "
+        "of those that are there."
+      )
+    prompt = load_json(file)
+    texts = {name: field_of(prompt, field, str, file).strip() for name, field in names.items()}
+    for seed in folders[folder]:
+      path = posixpath.join(folder, seed)
+      pair = {
+        name: images.find(f"{path}_{number}.jpg", where)
+        for number, name in enumerate(("before", "after"))
+      }
+      yield Record(f"{folder}/{seed}", folder, texts, pair)
+
+
+def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
+  """Returns the folders of seeds.json with their seeds; raises UserError for a wrong entry."""
+  folders = {}
+  for number, entry in enumerate(load_json(file, list), 1):
+    where = f"{file}, entry {number}"
+    if not (isinstance(entry, list) and [type(value) for value in entry] == [str, list]):
+      raise UserError(f"{where} must be a list of the name of a folder and the list of its seeds.")
+    folder, seeds = entry[0], [str(seed) for seed in entry[1]]
+    if folder in folders:
+      raise UserError(f"{where} has folder {folder} a second time; it must be there once.")
+    if len(set(seeds)) < len(seeds):
+      raise UserError(f"{where}, folder {folder}, has a seed twice; each must be there once.")
+    folders[folder] = seeds
+  return folders

@@ -1,0 +1,140 @@
+"""Reads captions with the boxes of objects, as the text that CM3Leon draws from (figure 15)."""
+
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.published import files
+from cm3leon_jax.data.published.examples import caption_prompts
+from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_json
+from cm3leon_jax.data.sources.image_folder import ImageFolder
+
+OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
+SIDE = 256  # Locations are pixels of an image of this side, whatever the resolution of the run.
+MOST_OBJECTS = 8  # Of an image, the largest ones: a location takes about 20 tokens.
+
+Box = tuple[int, int, int, int]  # Left, top, right, bottom.
+
+
+def read_coco_objects(
+  instances: epath.PathLike, captions: epath.PathLike, images: ImageFolder, folder: str
+) -> Iterator[Record]:
+  """Yields each caption of COCO with the objects of its image.
+
+    a bottle in the box [199, 130, 5, 20] of an image of 256 x 256 pixels:
+    objects "bottle at location (199, 130) -> (204, 150)"
+
+  Locations are those of the image as it is read: its centered square, scaled to SIDE x SIDE pixels.
+  Boxes are clipped to the square. Objects outside of it and crowds are left out, and of the
+  remaining ones the largest MOST_OBJECTS come first to last. An image without objects is left out.
+
+  Args:
+    instances: file, {"images": [{id, width, height}], "categories": [{id, name}], "annotations":
+      [{image_id, category_id, bbox: [left, top, width, height], iscrowd: 0 or 1}]}.
+    captions: file of the same split, see `files.read_coco`.
+    images: folder that holds `folder`.
+    folder: of the images.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, an object of an
+      unknown image or category, an image without a size, a captioned image without instances.
+  """
+  objects = _objects_by_image(instances)
+  for example in caption_prompts(files.read_coco(captions, images, folder)):
+    if int(example.group) not in objects:
+      raise UserError(
+        f"{captions}, image {example.group}, is not in {instances}; give the two files of one "
+        "split."
+      )
+    if listed := objects[int(example.group)]:
+      texts = {"caption": example.prompt, "objects": listed}
+      yield Record(example.key, example.group, texts, {"image": example.image})
+
+
+def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
+  """Returns the text of the objects of each image by its id."""
+  content = load_json(file)
+  listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
+  categories = field_of(content, "categories", list, file)
+  categories = entries_by_id(categories, "id", int, f"{file}, categories")
+  names = {
+    key: field_of(entry, "name", str, f"{file}, category {key}")
+    for key, entry in categories.items()
+  }
+  sizes = {key: _size_of(entry, f"{file}, image {key}") for key, entry in listed.items()}
+  found: dict[int, list[tuple[str, Box]]] = {key: [] for key in listed}
+  for number, entry in enumerate(field_of(content, "annotations", list, file), 1):
+    where = f"{file}, annotation {number}"
+    image_id, category_id, crowd = (
+      field_of(entry, name, int, where) for name in ("image_id", "category_id", "iscrowd")
+    )
+    for name, key, known in (("image_id", image_id, sizes), ("category_id", category_id, names)):
+      if key not in known:
+        raise UserError(f"{where} has {name} {key}, which the file does not list.")
+    box = square_box(_box_of(entry, where), *sizes[image_id])
+    if box is not None and not crowd:
+      found[image_id].append((names[category_id], box))
+  return {key: describe_objects(objects) for key, objects in found.items()}
+
+
+def _size_of(entry: dict, where: str) -> tuple[int, int]:
+  width, height = (field_of(entry, name, int, where) for name in ("width", "height"))
+  if width < 1 or height < 1:
+    raise UserError(f"{where} has {width} x {height} pixels; both must be at least 1.")
+  return width, height
+
+
+def _box_of(entry: dict, where: str) -> Sequence[float]:
+  box = field_of(entry, "bbox", list, where)
+  numbers = [x for x in box if isinstance(x, int | float) and not isinstance(x, bool)]
+  # The comparison refuses NaN and infinity, which Python reads in JSON, too.
+  right = len(box) == len(numbers) == 4 and all(abs(x) < 2**31 for x in numbers)
+  if not right or min(numbers[2:]) < 0:
+    raise UserError(
+      f"{where} has the bbox {box}; it must be left, top, width and height in pixels."
+    )
+  return numbers
+
+
+def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
+  """Moves a box to the centered square of its image, scaled to SIDE x SIDE pixels.
+
+    square_box((100, 50, 100, 25), 400, 200) = (0, 64, 128, 96)
+    The square begins at the column 100, and a pixel becomes 1.28 x 1.28.
+
+  Args:
+    bbox: left, top, width, height in pixels of the image.
+    width: of the image.
+    height: of the image.
+
+  Returns:
+    Left, top, right, bottom, clipped and rounded; None if nothing of it is in the square.
+  """
+  side = min(width, height)
+  scale = SIDE / side
+  place = []
+  for start, length, size in zip(bbox[:2], bbox[2:], (width, height)):
+    start -= (size - side) / 2
+    place.append([round(min(max(x * scale, 0), SIDE)) for x in (start, start + length)])
+  (left, right), (top, bottom) = place
+  return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def describe_objects(objects: Sequence[tuple[str, Box]]) -> str:
+  """Describes the largest objects, the largest first, in the form of CM3Leon's figure 15.
+
+  [("cup", (0, 0, 9, 9)), ("bottle", (199, 130, 204, 150))] becomes
+  "bottle at location (199, 130) -> (204, 150), cup at location (0, 0) -> (9, 9)"
+  """
+
+  def area(named: tuple[str, Box]) -> int:
+    left, top, right, bottom = named[1]
+    return (right - left) * (bottom - top)
+
+  largest = sorted(objects, key=area, reverse=True)[:MOST_OBJECTS]
+  return ", ".join(
+    f"{name} at location ({left}, {top}) -> ({right}, {bottom})"
+    for name, (left, top, right, bottom) in largest
+  )

@@ -1,0 +1,79 @@
+"""Reads records of instruction data in a general format, a JSON object on each line of a file."""
+
+from collections.abc import Iterator
+import difflib
+import re
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.published.releases import read_json_lines
+from cm3leon_jax.data.sources.image_folder import ImageFolder
+
+FIELDS = ("key", "group", "texts", "images")
+
+
+def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
+  """Yields a record of each line that is not blank.
+
+    {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}} in line 3
+    becomes Record("3", "a/7.jpg", {"question": "how many?", "answer": "two"},
+    {"image": "IMAGES/a/7.jpg"})
+
+  Args:
+    file: JSONL with these fields: `texts`, {name: text}, and `images`, {name: path}, one of which
+      may be absent; `key`, unique in the file, or else the number of the line; `group`, or else the
+      path of the first image, or else the key.
+    images: folder that paths are relative to; an absolute path or a URL in it stays.
+
+  Raises:
+    UserError: naming file and line: no JSON, a field that is unknown or of another type, a name
+      that no template can have, a key that is there twice, or an image that is not in the folder.
+  """
+  seen: dict[str, str] = {}
+  for where, entry in read_json_lines(file):
+    if not isinstance(entry, dict):
+      raise UserError(f"{where} must be an object with the fields 'texts' and 'images'.")
+    if unknown := [name for name in entry if name not in FIELDS]:
+      close = difflib.get_close_matches(unknown[0], FIELDS, 1)
+      hint = f"did you mean '{close[0]}'?" if close else f"a line has {', '.join(FIELDS)}."
+      raise UserError(f"{where} has the field '{unknown[0]}': {hint}")
+    texts, paths = (_named(entry, field, where) for field in ("texts", "images"))
+    if not texts and not paths:
+      raise UserError(f"{where} has no texts and no images; it must have at least one.")
+    if both := [name for name in texts if name in paths]:
+      raise UserError(f"{where} has '{both[0]}' in 'texts' and in 'images': rename one.")
+    number = where.rpartition(" ")[2]
+    key = _name(entry, "key", where) or number
+    if key in seen:
+      raise UserError(f"{where} has the key '{key}', which line {seen[key]} has, too: rename one.")
+    seen[key] = number
+    group = _name(entry, "group", where) or next(iter(paths.values()), key)
+    joined = {name: images.find(path, where) for name, path in paths.items()}
+    yield Record(key, group, texts, joined)
+
+
+def _named(entry: dict, field: str, where: str) -> dict[str, str]:
+  """Returns the texts or paths of a line without white space at both ends."""
+  values = entry.get(field, {})
+  if not isinstance(values, dict):
+    raise UserError(f"{where} must have an object in its field '{field}'.")
+  for name, value in values.items():
+    if not re.fullmatch(r"\w+", name):
+      raise UserError(
+        f"{where} has the name '{name}' in '{field}'; it must be of letters, digits and '_', as "
+        "templates have it."
+      )
+    if not isinstance(value, str) or (field == "images" and not value.strip()):
+      kind = "a text" if field == "texts" else "the path of a file"
+      raise UserError(f"{where} must have {kind} in '{name}' of its field '{field}'.")
+  return {name: value.strip() for name, value in values.items()}
+
+
+def _name(entry: dict, field: str, where: str) -> str:
+  """Returns the key or group of a line, "" if it is absent."""
+  value = entry.get(field, "")
+  if not isinstance(value, str) or (field in entry and not value.strip()):
+    raise UserError(f"{where} must have a text in its field '{field}', or no such field.")
+  return value

@@ -1,0 +1,70 @@
+"""Reads the conversations of LLaVA (Liu et al. 2023) as records of instruction data."""
+
+from collections.abc import Iterator
+import posixpath
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.published.releases import field_of, load_json
+from cm3leon_jax.data.sources.image_folder import ImageFolder
+
+# Split of LLaVA, the name of its file -> folder of the images that the file names.
+LLAVA = {
+  "llava_instruct_150k": "train2017",
+  "llava_instruct_80k": "train2017",
+  "conversation_58k": "train2017",
+  "detail_23k": "train2017",
+  "complex_reasoning_77k": "train2017",
+  "llava_v1_5_mix665k": "",
+}
+IMAGE_MARK = "<image>"
+
+
+def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Record]:
+  """Yields each answer of the conversations of LLaVA about an image.
+
+    human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
+    become the record 3/0, with the instruction "What is it?" and the answer "A bus.", and 3/1, with
+    the instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?" and "Red."
+
+  The field `id` is not read, as it may occur again. Conversations without an image, and
+  a question after the last answer, are left out.
+
+  Args:
+    file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
+    images: folder that holds `folder`.
+    folder: that the file names images in; "": `images` itself.
+
+  Raises:
+    UserError: naming file and entry: another format, a conversation without an answer, or one in
+      which human and gpt do not take turns.
+  """
+  for number, entry in enumerate(load_json(file, list), 1):
+    where = f"{file}, entry {number}"
+    if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
+      continue
+    name = field_of(entry, "image", str, where)
+    path = images.find(posixpath.join(folder, name), where)
+    history = ""
+    for place, (question, answer) in enumerate(_exchanges(entry, where)):
+      instruction = f"{history}Human: {question}" if history else question
+      if answer:
+        texts = {"instruction": instruction, "answer": answer}
+        yield Record(f"{number}/{place}", name, texts, {"image": path})
+      history += f"Human: {question}\nAssistant: {answer}\n"
+
+
+def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
+  """Returns the questions of a conversation of LLaVA with their answers, without image marks."""
+  values = []
+  for number, turn in enumerate(field_of(entry, "conversations", list, where)):
+    place = f"{where}, turn {number + 1}"
+    speaker, expected = field_of(turn, "from", str, place), ("human", "gpt")[number % 2]
+    if speaker != expected:
+      raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
+    values.append(field_of(turn, "value", str, place).replace(IMAGE_MARK, "").strip())
+  if len(values) < 2:
+    raise UserError(f"{where} has no answer; it must have one turn from 'gpt' or more.")
+  return list(zip(values[::2], values[1::2]))

@@ -1,0 +1,210 @@
+"""Reads the records of tasks, and encodes them as stores: one of each task and split."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import hashlib
+import itertools
+import json
+import posixpath
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.encode import load_tokenizers
+from cm3leon_jax.data.documents.shard_files import shards_with_files
+from cm3leon_jax.data.documents.store import INDEX
+from cm3leon_jax.data.instructions import files
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.stores import Encoder, write_store
+from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
+from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.io import plain, read_json
+from cm3leon_jax.shards import Runner, run_shards
+from cm3leon_jax.vocab import VocabLayout
+
+SPLITS = ("train", "heldout")
+REMEDY = (
+  "put it there, or name the folder of the images in the task's `images`; "
+  "config.instructions.allow_outside=True takes images from everywhere."
+)
+# Fields of a task that are of the mixture and the samples.
+NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
+
+
+def store_name(split: str, task: InstructionTask) -> str:
+  """Returns the name of the store of a task's split: "train_vqa"."""
+  return f"{split}_{task.name}"
+
+
+def open_task(
+  task: InstructionTask, split: str, config: InstructionsConfig, scenes: ScenesConfig
+) -> Iterator[Record]:
+  """Yields the records of a task.
+
+  Args:
+    task: names its format, files and number of records.
+    split: "train" or "heldout".
+    config: names the folder of the files.
+    scenes: the world of `scenes/TASK`.
+
+  Raises:
+    UserError: naming the task: an unknown format or split, or a map that its records cannot have;
+      see also `open_records`.
+  """
+  name, number = task.train, min(filter(None, (task.records, config.max_records)), default=0)
+  if split == "heldout":
+    name, number = task.heldout, task.heldout_records
+  try:
+    _check_maps(task, config.root)
+    found = _records(task, name, number, config, scenes)
+    for record in itertools.islice(found, number or None):
+      yield _with_maps(task, record, config)
+  except UserError as error:
+    raise UserError(f"task {task.name}: {error}") from error
+
+
+def _check_maps(task: InstructionTask, root: str) -> None:
+  """Loads what computes maps, and looks for the folders of the others."""
+  if set(task.maps.values()) & set(MAPS):
+    load_opencv()
+  for field, kind in task.maps.items():
+    if kind not in MAPS and not epath.Path(root, kind).is_dir():
+      raise UserError(
+        f"its map '{field}' is '{kind}', which is neither {' nor '.join(MAPS)}, and no folder "
+        f"{epath.Path(root, kind)} exists."
+      )
+
+
+def _records(
+  task: InstructionTask,
+  split: str,
+  number: int,
+  config: InstructionsConfig,
+  scenes: ScenesConfig,
+) -> Iterator[Record]:
+  if not task.format.startswith(SCENES):
+    root = posixpath.join(config.root, task.root)
+    images = _image_folder(config, task.images or task.root)
+    return files.open_records(task.format, root, split, images)
+  from cm3leon_jax.data import scene_instructions  # Its drawings need the extra `demo`.
+
+  return scene_instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
+
+
+def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
+  return ImageFolder(posixpath.join(config.root, folder), REMEDY, config.allow_outside)
+
+
+def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig) -> Record:
+  """Adds the images that `maps` names: a map of the target, or the file of a folder."""
+  if not task.maps:
+    return record
+  if task.target not in record.images:
+    raise UserError(f"it has maps, which need an image as the target, and that is {task.target}.")
+  image = record.images[task.target]
+  images = dict(record.images)
+  for field, kind in task.maps.items():
+    if field in (*record.texts, *record.images):
+      raise UserError(
+        f"its map '{field}' has the name of a field of record {record.key}: rename it."
+      )
+    if kind in MAPS:
+      images[field] = ImageMap(kind, image)
+    elif isinstance(image, str):
+      name = posixpath.basename(image)
+      images[field] = _image_folder(config, kind).find(name, f"record {record.key}")
+    else:
+      raise UserError(
+        f"its map '{field}' is the folder '{kind}', and its images are no files: use one of "
+        f"{', '.join(MAPS)}."
+      )
+  return dataclasses.replace(record, images=images)
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionJob:
+  """Encodes the records of one task and split; its shards have the names of `store_name`.
+
+  Attributes:
+    workdir: holds the tokenizers; the stores go to its folder instructions/.
+    tasks: all tasks of the run.
+    config: names the folder of the files.
+    scenes: the world of `scenes/TASK`.
+    vocab: of the run.
+    positions: most tokens of a sample.
+    num_threads: number of images read at a time.
+  """
+
+  workdir: str
+  tasks: tuple[InstructionTask, ...]
+  config: InstructionsConfig
+  scenes: ScenesConfig
+  vocab: VocabLayout
+  positions: int
+  num_threads: int
+
+  def open(self) -> Callable[[str], dict]:
+    """Loads the tokenizers; see `shards.Job`."""
+    text_tokenizer, image_tokenizer = load_tokenizers(self.workdir, self.vocab)
+    encoder = Encoder(
+      text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
+    )
+    training = dataclasses.replace(encoder, redrawn=self.config.redrawn)
+    return lambda name: self._write(name, training if name.startswith("train_") else encoder)
+
+  def _write(self, name: str, encoder: Encoder) -> dict:
+    split, _, task_name = name.partition("_")
+    [task] = [task for task in self.tasks if task.name == task_name]
+    records = open_task(task, split, self.config, self.scenes)
+    return write_store(epath.Path(self.workdir) / "instructions" / name, task, records, encoder)
+
+
+def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
+  """Writes a store for each task and split that is not yet written.
+
+  Args:
+    job: the work.
+    inputs: ids of the tokenizers; others encode all stores again.
+    runner: of the jobs.
+
+  Returns:
+    Numbers of each store, see `write_store`, by its name.
+  """
+  configs = {
+    store_name(split, task): {**identity(task, job), "inputs": inputs}
+    for task in job.tasks
+    for split in SPLITS
+    if split == "train" or task.heldout
+  }
+  folder = epath.Path(job.workdir) / "instructions"
+  folder.mkdir(parents=True, exist_ok=True)
+
+  def is_whole(name: str) -> bool:
+    store = folder / name
+    shards = (
+      read_json(store / INDEX, {"shards": dict})["shards"] if (store / INDEX).exists() else {}
+    )
+    return bool(shards) and all(map(shards_with_files([store]), shards))
+
+  return dict(run_shards(job, configs, folder / "done", runner, "tasks", is_whole))
+
+
+def identity(task: InstructionTask, job: InstructionJob) -> dict:
+  """Returns what a store of a task depends on, beside the tokenizers."""
+  fields = dataclasses.asdict(task)
+  for name in NOT_OF_STORES:
+    del fields[name]
+  scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else {}
+  for name in ("train", "bank"):  # Numbers of other scenes.
+    scenes.pop(name, None)
+  of_config = {name: getattr(job.config, name) for name in ("root", "max_records", "redrawn")}
+  return {"task": fields, "scenes": scenes, **of_config, "positions": job.positions}
+
+
+def digest_of(tasks: tuple[InstructionTask, ...]) -> str:
+  """Returns the SHA-256 of tasks."""
+  values = [plain(dataclasses.asdict(task)) for task in tasks]
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,212 @@
+"""Encodes records of instruction data as document stores with their targets."""
+
+# H height, W width, I codes of an image.
+
+from collections.abc import Callable, Iterable
+from concurrent import futures
+import dataclasses
+import functools
+import itertools
+import json
+import random
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import Document, finish_store, write_shard
+from cm3leon_jax.data.instructions.edges import MAPS, ImageMap
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.samples import Drops, plan_instruction, write_targets
+from cm3leon_jax.data.instructions.tasks import Instruction, InstructionTask, fields_of, join_record
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import RecordError
+from cm3leon_jax.io import replacing
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+SHARD = 1_024  # Records that are encoded at a time, and documents of a shard.
+REJECTED = "rejected.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """What encodes records.
+
+  Attributes:
+    encode: text -> [T] int32 ids.
+    image_tokenizer: of the run.
+    vocab: ids of both tokenizers.
+    positions: most tokens of a sample.
+    num_threads: number of images read at a time.
+    redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
+  """
+
+  encode: Callable[[str], np.ndarray]
+  image_tokenizer: ImageTokenizer
+  vocab: VocabLayout
+  positions: int
+  num_threads: int = 8
+  redrawn: float = 0.0
+
+
+def write_store(
+  folder: epath.PathLike, task: InstructionTask, records: Iterable[Record], encoder: Encoder
+) -> dict[str, int]:
+  """Writes the records of a task as a store with targets.npy, and those that are wrong apart.
+
+  Memory holds SHARD records and their images. A record that is wrong goes to rejected.jsonl with
+  the reason: an image that cannot be read, an empty text, or more tokens than a row has room for.
+
+  Args:
+    folder: of the store.
+    task: of the records.
+    records: in the order of the documents.
+    encoder: of the run.
+
+  Returns:
+    Number of documents, of rejected records, and of tokens of targets.
+
+  Raises:
+    UserError: a template does not fit the records, or no record is right.
+  """
+  folder, targets, names = epath.Path(folder), [], []
+  folder.mkdir(parents=True, exist_ok=True)
+  rejected = 0
+  records = iter(records)
+  with replacing(folder / REJECTED, "w") as file:
+    for number in itertools.count():
+      part = list(itertools.islice(records, SHARD))
+      if not part:
+        break
+      found, wrong = _encode(task, part, encoder)
+      for record, reason in wrong:
+        file.write(json.dumps({"key": record.key, "task": task.name, "reason": reason}) + "\n")
+      rejected += len(wrong)
+      if found:
+        names.append(f"{number:06d}")
+        documents = (_document(record, one) for record, one in found)
+        write_shard(folder, names[-1], documents, encoder.vocab)
+        targets += [(one.start, one.stop) for _, one in found]
+  if not targets and not rejected:
+    raise UserError(f"task {task.name} has no records: the files of its split have none.")
+  if not targets:
+    raise UserError(
+      f"task {task.name} has no right record ({rejected} are wrong): see {folder / REJECTED}."
+    )
+  finish_store(folder, names, encoder.vocab)
+  write_targets(folder, targets)
+  tokens = sum(stop - start for start, stop in targets)
+  return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
+
+
+def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
+  """Returns the records that are right, with their form, and those that are wrong, with why."""
+  images, wrong = _read_images(task, records, encoder)
+  of_record: dict[int, dict[str, np.ndarray]] = {}
+  if images:
+    pixels = np.stack([image for _, _, image in images])
+    redrawn = [
+      field != task.target and is_redrawn(task, records[i].key, encoder.redrawn)
+      for i, field, _ in images
+    ]
+    codes = _encode_images(encoder.image_tokenizer, pixels, np.array(redrawn))
+    for (i, field, _), ids in zip(images, encoder.vocab.image_ids(codes)):
+      of_record.setdefault(i, {})[field] = ids
+  found = []
+  for i, record in enumerate(records):
+    if i in wrong:
+      continue
+    try:
+      one = join_record(task, record, encoder.encode, of_record.get(i, {}))
+    except RecordError as error:
+      wrong[i] = str(error)
+      continue
+    size, most = _sample_length(one), encoder.positions + 1
+    if size > most:
+      target = one.stop - one.start
+      wrong[i] = (
+        f"its sample has {size} tokens, {target} of them of {task.target}; a row has room for "
+        f"{most}: shorten it, or raise config.data.sequence_length."
+      )
+      continue
+    found.append((record, one))
+  return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
+
+
+def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
+  """Returns whether the given images of a record are redrawn; its key decides."""
+  return random.Random(f"{task.name} {key} redrawn").random() < share
+
+
+def _encode_images(
+  tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
+) -> np.ndarray:
+  """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32, and some as they are redrawn.
+
+  Encoding what the codes are decoded to gives other codes: a model that edits its own drawings
+  reads such codes, and no others.
+  """
+  codes = np.array(tokenizer.encode(pixels))
+  if redrawn.any():
+    codes[redrawn] = tokenizer.encode(tokenizer.decode(codes[redrawn]))
+  return codes
+
+
+def _sample_length(one: Instruction) -> int:
+  """Returns the tokens of the sample that lacks nothing, the longest one."""
+  lengths = [len(segment.tokens) for segment in one.segments]
+  is_image = [segment.is_image for segment in one.segments]
+  rng = np.random.default_rng(0)
+  return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
+
+
+def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):
+  """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
+  named = {field for template in task.templates for field in fields_of(template)}
+  read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
+  with futures.ThreadPoolExecutor(encoder.num_threads) as pool:
+    results = list(pool.map(read, records))
+  found, wrong = [], {}
+  for i, result in enumerate(results):
+    if isinstance(result, str):
+      wrong[i] = result
+    else:
+      found += [(i, field, pixels) for field, pixels in result]
+  return found, wrong
+
+
+def _read_record(named: set[str], side: int, record: Record) -> list | str:
+  """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
+  try:
+    return [
+      (field, square_pixels(image, side))
+      for field, image in record.images.items()
+      if field in named
+    ]
+  except UserError as error:
+    return str(error)
+
+
+def square_pixels(image, side: int) -> np.ndarray:
+  """Reads an image of a record, [side, side, 3] uint8: a path, pixels, or a map to compute.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if isinstance(image, ImageMap):
+    return MAPS[image.kind](square_pixels(image.image, side))
+  if isinstance(image, np.ndarray):
+    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
+      raise UserError(f"an image has the shape {list(image.shape)}; it must be [side, side, 3].")
+    if len(image) == side:
+      return image
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+  return reader.load_image(image, side)
+
+
+def _document(record: Record, one: Instruction) -> Document:
+  return Document(
+    record.key, one.segments, "", "", "", record.group, record.group, dict(record.facts)
+  )

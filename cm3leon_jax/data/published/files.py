@@ -1,0 +1,350 @@
+"""Reads the files of public evaluations, in the formats of their releases, as examples.
+
+COCO captions (Chen et al. 2015) and their split by Karpathy and Fei-Fei (2015); VQA v2 (Goyal et
+al. 2017); OK-VQA (Marino et al. 2019); VizWiz (Gurari et al. 2018); image paragraphs of Visual
+Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). docs/data_formats.md has a table of
+the files. Texts are those of the files, unchanged: metrics normalize them.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import posixpath
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.published.examples import Example
+from cm3leon_jax.data.published.releases import (
+  check_split,
+  entries_by_id,
+  field_of,
+  find_file,
+  load_json,
+  texts_of,
+)
+from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+
+# Name of a format -> its splits with published references.
+SPLITS = {
+  "coco_2014": ("train", "val"),
+  "coco_2017": ("train", "val"),
+  "coco_karpathy": ("train", "restval", "val", "test"),
+  "vqa_v2": ("train", "val"),
+  "ok_vqa": ("train", "val"),
+  "vizwiz": ("train", "val"),
+  "vg_paragraphs": ("train", "val", "test"),
+  "visdial": ("val",),
+}
+# Visual Genome has its images in two folders.
+VG_FOLDERS = ("VG_100K", "VG_100K_2")
+VISDIAL_FOLDER = "VisualDialog_val2018"
+
+
+def open_examples(
+  name: str,
+  root: epath.PathLike,
+  split: str,
+  images: epath.PathLike | ImageFolder | None = None,
+) -> Iterator[Example]:
+  """Yields the examples of a split, in the order of its file.
+
+    next(open_examples("vqa_v2", "data", "val")) = Example(
+      key="42000", group="42", image="data/val2014/COCO_val2014_000000000042.jpg",
+      prompt="What is on the mat?", references=("cat", "cat", "a cat", ...), ...)
+
+  Args:
+    name: of the format, a key of `SPLITS`.
+    root: folder with the files of the release.
+    split: one of `SPLITS[name]`.
+    images: folder with the release's folders of images, e.g. `val2014/`; None: `root`.
+
+  Raises:
+    UserError: an unknown name or split, or a file that does not exist; and while examples are
+      read, a file of another format, a wrong record, or an image that is not in the folder of
+      images, naming file and id.
+  """
+  check_split(name, split, SPLITS)
+  images = image_folder(root if images is None else images)
+
+  def file(*names: str) -> epath.Path:
+    return find_file(root, names, name, split)
+
+  match name:
+    case "coco_2014" | "coco_2017":
+      year = name.removeprefix("coco_")
+      captions = f"captions_{split}{year}.json"
+      return read_coco(file(f"annotations/{captions}", captions), images, f"{split}{year}")
+    case "coco_karpathy":
+      return read_karpathy(file("dataset_coco.json"), images, split)
+    case "vqa_v2" | "ok_vqa":
+      version = "v2_" if name == "vqa_v2" else ""
+      questions = file(f"{version}OpenEnded_mscoco_{split}2014_questions.json")
+      return read_vqa(questions, file(f"{version}mscoco_{split}2014_annotations.json"), images)
+    case "vizwiz":
+      annotations = f"{split}.json"
+      return read_vizwiz(file(f"Annotations/{annotations}", annotations), images, split)
+    case "vg_paragraphs":
+      return read_paragraphs(file("paragraphs_v1.json"), file(f"{split}_split.json"), images)
+    case _:
+      dense = file(f"visdial_1.0_{split}_dense_annotations.json")
+      return read_visdial(file(f"visdial_1.0_{split}.json"), dense, images)
+
+
+def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
+  """Yields each image of captions_val2014.json, or of a file like it, with all of its captions.
+
+  Args:
+    file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
+    images: folder that holds `folder`.
+    folder: of the images.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, an image without
+      captions, a caption without an image.
+  """
+  content = load_json(file)
+  listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
+  captions = {image_id: [] for image_id in listed}
+  for number, entry in enumerate(field_of(content, "annotations", list, file), 1):
+    where = f"{file}, annotation {number}"
+    image_id = field_of(entry, "image_id", int, where)
+    if image_id not in captions:
+      raise UserError(f"{where} has image_id {image_id}, which 'images' of the file does not have.")
+    captions[image_id].append(entry)
+  for image_id, entry in listed.items():
+    where = f"{file}, image {image_id}"
+    name = field_of(entry, "file_name", str, where)
+    texts = texts_of(captions[image_id], "caption", where)
+    path = images.find(posixpath.join(folder, name), where)
+    yield Example(str(image_id), str(image_id), path, references=texts)
+
+
+def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
+  """Yields each image of a split of dataset_coco.json with all of its captions.
+
+  Args:
+    file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}.
+    images: folder that holds the folders `filepath`.
+    split: "train", "restval", "val" or "test"; the usual training data are the first two.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, an image without
+      captions, no image in the split.
+  """
+  chosen = karpathy_split(file, split, "cocoid", int)
+  for image_id, entry in chosen.items():
+    where = f"{file}, image {image_id}"
+    folder, name = (field_of(entry, field, str, where) for field in ("filepath", "filename"))
+    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
+    path = images.find(posixpath.join(folder, name), where)
+    yield Example(str(image_id), str(image_id), path, references=texts)
+
+
+def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) -> dict:
+  """Returns the images of a split of a file of Karpathy by id.
+
+  Raises:
+    UserError: another format, an id that is there twice, no image in the split.
+  """
+  listed = field_of(load_json(file), "images", list, file)
+  entries = entries_by_id(listed, id_field, kind, f"{file}, images")
+  chosen = {
+    image_id: entry
+    for image_id, entry in entries.items()
+    if field_of(entry, "split", str, f"{file}, image {image_id}") == split
+  }
+  if not chosen:
+    found = sorted({entry["split"] for entry in entries.values()})
+    raise UserError(f"{file} has no image of split '{split}'; it has {', '.join(found) or 'none'}.")
+  return chosen
+
+
+def read_vqa(
+  questions: epath.PathLike, annotations: epath.PathLike, images: ImageFolder
+) -> Iterator[Example]:
+  """Yields each question of VQA v2 or OK-VQA with the answers of its annotators.
+
+  Args:
+    questions: file, {"data_subtype": "val2014", "questions": [{question_id, image_id, question}]}.
+    annotations: file, {"annotations": [{question_id, question_type, answer_type, answers:
+      [{answer}]}]}. The field `raw_answer` of OK-VQA is not read: its metric compares `answer`.
+    images: folder that holds the folder `data_subtype`.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, a question without
+      annotation or answers.
+  """
+  content = load_json(questions)
+  subset = field_of(content, "data_subtype", str, questions)
+  listed = field_of(content, "questions", list, questions)
+  listed = entries_by_id(listed, "question_id", int, f"{questions}, questions")
+  answered = field_of(load_json(annotations), "annotations", list, annotations)
+  answered = entries_by_id(answered, "question_id", int, f"{annotations}, annotations")
+  for key, entry in listed.items():
+    where = f"{questions}, question {key}"
+    if key not in answered:
+      raise UserError(
+        f"{where} has no annotation in {annotations}; give the two files of one split."
+      )
+    image_id = field_of(entry, "image_id", int, where)
+    image = images.find(posixpath.join(subset, f"COCO_{subset}_{image_id:012d}.jpg"), where)
+    prompt = field_of(entry, "question", str, where)
+    where = f"{annotations}, question {key}"
+    yield Example(
+      key=str(key),
+      group=str(image_id),
+      image=image,
+      prompt=prompt,
+      references=texts_of(field_of(answered[key], "answers", list, where), "answer", where),
+      question_type=field_of(answered[key], "question_type", str, where),
+      answer_type=field_of(answered[key], "answer_type", str, where),
+    )
+
+
+def read_vizwiz(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
+  """Yields each question of VizWiz with the answers of its annotators.
+
+  Args:
+    file: [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
+    images: folder that holds `folder`.
+    folder: of the images.
+
+  Raises:
+    UserError: naming file and image: another format, an image that is there twice, a question
+      without answers.
+  """
+  for image, entry in entries_by_id(load_json(file, list), "image", str, str(file)).items():
+    where = f"{file}, image {image}"
+    yield Example(
+      key=image,
+      group=image,
+      image=images.find(posixpath.join(folder, image), where),
+      prompt=field_of(entry, "question", str, where),
+      references=texts_of(field_of(entry, "answers", list, where), "answer", where),
+      answer_type=field_of(entry, "answer_type", str, where),
+      answerable=bool(field_of(entry, "answerable", int, where)),
+    )
+
+
+def read_paragraphs(
+  file: epath.PathLike, split: epath.PathLike, images: ImageFolder
+) -> Iterator[Example]:
+  """Yields each image of a split with its paragraph.
+
+  Some images of the released file are there twice. As in the usual preprocessing for the metrics
+  of captions, the first paragraph counts.
+
+  Args:
+    file: [{image_id, paragraph, url}]; `url` ends in the folder and the name of the image.
+    split: file with a list of image ids.
+    images: folder that holds VG_100K/ and VG_100K_2/.
+
+  Raises:
+    UserError: naming file and id: another format, an image that is twice in the split or has no
+      paragraph, a `url` of another folder.
+  """
+  entries = {}
+  for number, entry in enumerate(load_json(file, list), 1):
+    entries.setdefault(field_of(entry, "image_id", int, f"{file}, entry {number}"), entry)
+  seen = set()
+  for image_id in load_json(split, list):
+    if not isinstance(image_id, int) or image_id not in entries:
+      raise UserError(f"{split} has image {image_id!r}, which has no paragraph in {file}.")
+    if image_id in seen:
+      raise UserError(f"{split} has image {image_id} twice; it must be there once.")
+    seen.add(image_id)
+    where = f"{file}, image {image_id}"
+    url = field_of(entries[image_id], "url", str, where)
+    folder, name = posixpath.split(url)
+    folder = posixpath.basename(folder)
+    if folder not in VG_FOLDERS:
+      raise UserError(
+        f"{where} has the url '{url}'; it must end in a name in VG_100K or VG_100K_2."
+      )
+    path = images.find(posixpath.join(folder, name), where)
+    texts = (field_of(entries[image_id], "paragraph", str, where),)
+    yield Example(str(image_id), str(image_id), path, references=texts)
+
+
+def read_visdial(
+  dialogs: epath.PathLike, dense: epath.PathLike, images: ImageFolder
+) -> Iterator[Example]:
+  """Yields each round of VisDial v1.0 whose candidates were judged, with the rounds before it.
+
+  Args:
+    dialogs: file, {"data": {"questions": [text], "answers": [text], "dialogs": [{image_id,
+      caption, dialog: [{question, answer, answer_options, gt_index}]}]}}. `question`, `answer` and
+      `answer_options` are places in the lists of texts, `gt_index` is one in `answer_options`.
+    dense: file, [{image_id, round_id, gt_relevance}]; rounds count from 1.
+    images: folder that holds VisualDialog_val2018/.
+
+  Raises:
+    UserError: naming file and id: another format, an id that is there twice, a round without a
+      dialog, a place outside its list, another number of judgments than of candidates.
+  """
+  data = field_of(load_json(dialogs), "data", dict, dialogs)
+  where = f"{dialogs}, data"
+  questions, answers = (field_of(data, name, list, where) for name in ("questions", "answers"))
+  entries = entries_by_id(
+    field_of(data, "dialogs", list, where), "image_id", int, f"{dialogs}, dialogs"
+  )
+  keys = set()
+  for number, judged in enumerate(load_json(dense, list), 1):
+    where = f"{dense}, entry {number}"
+    image_id, round_id = (field_of(judged, name, int, where) for name in ("image_id", "round_id"))
+    key = f"{image_id}/{round_id}"
+    where = f"{dense}, image {image_id}, round {round_id}"
+    if key in keys:
+      raise UserError(f"{where} is there twice; each round must be there once.")
+    keys.add(key)
+    if image_id not in entries:
+      raise UserError(f"{where} has no dialog in {dialogs}; give the two files of one split.")
+    example = _dialog_round(entries[image_id], round_id, questions, answers, dialogs)
+    relevance = field_of(judged, "gt_relevance", list, where)
+    if len(relevance) != len(example.candidates):
+      raise UserError(
+        f"{where} has {len(relevance)} values in 'gt_relevance'; it must have one for each of the "
+        f"{len(example.candidates)} answers."
+      )
+    if not all(isinstance(value, int | float) for value in relevance):
+      raise UserError(f"{where} has a value in 'gt_relevance' that is no number.")
+    path = images.find(f"{VISDIAL_FOLDER}/{VISDIAL_FOLDER}_{image_id:012d}.jpg", where)
+    relevance = tuple(map(float, relevance))
+    yield dataclasses.replace(example, key=key, image=path, relevance=relevance)
+
+
+def _dialog_round(
+  entry: dict, round_id: int, questions: list, answers: list, file: epath.PathLike
+) -> Example:
+  """Returns the example of one round of a dialog, without its image and its judgments."""
+  where = f"{file}, image {entry['image_id']}"
+  rounds = field_of(entry, "dialog", list, where)
+  if not 1 <= round_id <= len(rounds):
+    raise UserError(f"{where} has no round {round_id}; it has rounds 1 to {len(rounds)}.")
+  places = [f"{where}, round {number}" for number in range(1, round_id + 1)]
+  asked = [_text_of(questions, r, "question", place) for r, place in zip(rounds, places)]
+  said = [_text_of(answers, r, "answer", place) for r, place in zip(rounds, places)]
+  last, place = rounds[round_id - 1], places[-1]
+  options = field_of(last, "answer_options", list, place)
+  candidates = [_text_of(answers, {"answer_options": i}, "answer_options", place) for i in options]
+  index = field_of(last, "gt_index", int, place)
+  if not 0 <= index < len(candidates):
+    raise UserError(f"{place} has gt_index {index}; it must be below {len(candidates)}.")
+  return Example(
+    key="",
+    group=str(entry["image_id"]),
+    prompt=asked[-1],
+    references=(said[-1],),
+    caption=field_of(entry, "caption", str, where),
+    history=tuple(zip(asked[:-1], said[:-1])),
+    candidates=tuple(candidates),
+    answer_index=index,
+  )
+
+
+def _text_of(texts: list, entry: dict, name: str, where: str) -> str:
+  """Returns the text whose place in `texts` is the field `name` of an entry."""
+  index = field_of(entry, name, int, where)
+  if not 0 <= index < len(texts) or not isinstance(texts[index], str):
+    raise UserError(f"{where} has {index} in '{name}'; the list has no text at this place.")
+  return texts[index]

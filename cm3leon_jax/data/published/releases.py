@@ -1,0 +1,93 @@
+"""Reads files of public releases, and says what is wrong in them by file and id."""
+
+from collections.abc import Iterator, Mapping
+import json
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.lines import strict_lines
+
+KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
+
+
+def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> None:
+  """Raises UserError unless `splits` has the format `name` with this split; (): any split."""
+  if name not in splits:
+    raise UserError(f"The format is '{name}'; it must be one of {', '.join(splits)}.")
+  if splits[name] and split not in splits[name]:
+    raise UserError(
+      f"The split of format '{name}' is '{split}'; it must be one of {', '.join(splits[name])}."
+    )
+
+
+def find_file(root: epath.PathLike, names: tuple[str, ...], name: str, split: str) -> epath.Path:
+  """Returns the first file of `names` that is in `root`; raises UserError if there is none."""
+  found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
+  if found is None:
+    raise UserError(
+      f"{root} has no {' or '.join(names)}: format '{name}' reads it for split '{split}'."
+    )
+  return found
+
+
+def load_json(file: epath.PathLike, kind: type = dict):
+  """Reads a JSON file; raises UserError unless it is JSON and of this kind."""
+  path = epath.Path(file)
+  if not path.exists():
+    raise UserError(f"{file} does not exist; give the file of the release.")
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{file} is not valid JSON ({error}).") from error
+  if not isinstance(content, kind):
+    raise UserError(f"{file} is of another format; it must be {KINDS[kind]} in JSON.")
+  return content
+
+
+def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
+  """Yields (place, content) of each line that is not blank, e.g. ("a.jsonl, line 1", {...}).
+
+  Raises:
+    UserError: naming file and line, if it is not JSON, or longer than `source_lines.MAX_LINE`.
+  """
+  for where, line in strict_lines(file):
+    try:
+      content = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{where} is not valid JSON ({error}).") from error
+    yield where, content
+
+
+def field_of(entry, name: str, kind: type, where: object):
+  """Returns a field; raises UserError unless the entry is an object that has it, of this kind."""
+  value = entry.get(name) if isinstance(entry, dict) else None
+  if not isinstance(value, kind) or isinstance(value, bool):
+    raise UserError(f"{where} must be an object with {KINDS[kind]} in its field '{name}'.")
+  return value
+
+
+def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
+  """Returns entries by the field `name`; raises UserError if two have the same."""
+  found = {}
+  for number, entry in enumerate(entries, 1):
+    key = field_of(entry, name, kind, f"{where}, entry {number}")
+    if key in found:
+      raise UserError(f"{where}: {name} {key} is there twice; it must be there once.")
+    found[key] = entry
+  return found
+
+
+def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:
+  """Returns the field `name` of all entries; raises UserError if there is none."""
+  if not entries:
+    raise UserError(f"{where} has no '{name}'; it must have at least one.")
+  return tuple(field_of(e, name, str, f"{where}, entry {n}") for n, e in enumerate(entries, 1))
+
+
+def text_list(entry, name: str, where: str) -> tuple[str, ...]:
+  """Returns the list of texts `name`; raises UserError if it is empty, or has something else."""
+  values = field_of(entry, name, list, where)
+  if not values or not all(isinstance(value, str) for value in values):
+    raise UserError(f"{where} must have only texts in its list '{name}', and at least one.")
+  return tuple(values)

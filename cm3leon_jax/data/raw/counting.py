@@ -1,0 +1,97 @@
+"""Measures a source and prepared data, for the fields of a config that follow from them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+import itertools
+import statistics
+
+from etils import epath
+from PIL import Image
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources import formats
+from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.from_data import MOST_TEXT_TOKENS, Counts
+from cm3leon_jax.tokenizers.text import TextTokenizerConfig, supported_tokens
+from cm3leon_jax.vocab import VocabLayout
+
+SIDES = (24, 48)  # Of the images of a decoder of minutes.
+IMAGES = 200  # That are opened to choose one.
+PAIRS = 3_200  # With the crops that are added to few images.
+MOST_CROPS = 99  # Of an image.
+CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
+
+
+def resolution_of(parts: list[formats.Part], allow_outside: bool = False) -> int:
+  """Returns the largest of `SIDES` that most of the first images reach, else the smallest one.
+
+  Images that cannot be read are left out; their records are rejected later.
+  """
+  records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
+  pairs = (record for record in records if isinstance(record, RawPair))
+  sides = [side for pair in itertools.islice(pairs, IMAGES) for side in _side(pair)]
+  median = statistics.median(sides) if sides else SIDES[-1]
+  return max((side for side in SIDES if side <= median), default=SIDES[0])
+
+
+def crops_of(parts: list[formats.Part], allow_outside: bool = False) -> int:
+  """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0.
+
+  At most `MOST_CROPS`; 0 of a source without pairs, which is refused later.
+  """
+  records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
+  pairs = (record for record in records if isinstance(record, RawPair))
+  count = sum(1 for _ in itertools.islice(pairs, PAIRS))
+  return min(MOST_CROPS, PAIRS // count - 1) if count else 0
+
+
+def _side(pair: RawPair) -> Iterator[int]:
+  """Yields the shorter side of an image, if it can be read."""
+  try:
+    with (
+      reader.open_image(pair.image, pair.key) as file,
+      Image.open(file, formats=reader.FORMATS) as image,
+    ):
+      yield min(image.size)
+  except (OSError, ValueError, UserError, Image.DecompressionBombError):
+    return
+
+
+def counts_of(
+  folder: epath.PathLike,
+  summary: Mapping,
+  resolution: int,
+  num_special: int,
+  config: TextTokenizerConfig,
+) -> Counts:
+  """Counts the tokens that the texts of a raw folder support, and takes the other counts over.
+
+  Args:
+    folder: that `ingest.prepare` wrote.
+    summary: that it returned.
+    resolution: side of its images.
+    num_special: number of special tokens of the vocabulary.
+    config: of the text tokenizer.
+  """
+  largest = VocabLayout(num_special=num_special, text_size=MOST_TEXT_TOKENS)
+  captions = reader.read_captions(folder)
+  texts = (record.text for record in reader.read_texts(folder, "train"))
+  return Counts(
+    resolution=resolution,
+    pairs=summary["train_pairs"],
+    texts=summary["train_texts"],
+    heldout_texts=summary["heldout_texts"],
+    caption_characters=summary["train_caption_characters"],
+    text_characters=summary["train_text_characters"],
+    text_tokens=supported_tokens(_first(itertools.chain(captions, texts)), largest, config),
+  )
+
+
+def _first(texts: Iterable[str]) -> Iterator[str]:
+  """Yields texts until they have `CHARACTERS` characters."""
+  left = CHARACTERS
+  for text in texts:
+    if left <= 0:
+      return
+    left -= len(text)
+    yield text

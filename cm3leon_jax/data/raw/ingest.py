@@ -1,0 +1,217 @@
+"""Ingests a source into a raw folder of checked records and square images."""
+
+import collections
+from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+import itertools
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import scene_world
+from cm3leon_jax.data.raw import summary as raw_statistics
+from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
+from cm3leon_jax.data.raw.writer import FILES, REJECTED, RawConfig, write_shard
+from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.data.sources import builtin, formats, origins
+from cm3leon_jax.data.sources.builtin import (
+  DOCSTRINGS,
+  OPENMOJI,
+  SCENES,
+  docstring_texts,
+  drawings_of,
+  openmoji_pairs,
+)
+from cm3leon_jax.data.sources.records import KINDS, SPLITS
+from cm3leon_jax.data.sources.rejections import Rejections
+from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.shards import Runner, run_shards
+
+SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
+DEFAULT_SCENES = ScenesConfig()
+
+
+def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[formats.Part]:
+  """Splits the source into parts, one per shard.
+
+  Raises:
+    UserError: there is no source, it has no readable files, or another license than the config
+      wants, or the scenes cannot be split.
+  """
+  if not config.source:
+    raise UserError(
+      "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
+      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' "
+      "or 'scenes'."
+    )
+  if config.source in (OPENMOJI, SCENES):
+    return builtin.parts(
+      config.source, config.licenses, scenes, config.resolution, config.max_texts
+    )
+  return formats.parts(config.source, config.format)
+
+
+def prepare(
+  config: RawConfig,
+  parts: list[formats.Part],
+  folder: epath.PathLike,
+  runner: Runner,
+  scenes: ScenesConfig = DEFAULT_SCENES,
+) -> dict:
+  """Writes a shard for each part of the source, then index.json and rejected.jsonl.
+
+  A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
+
+  Args:
+    config: section `raw`.
+    parts: see `parts_of`.
+    folder: where the shards are written.
+    runner: runs the shards.
+    scenes: section `scenes`, for its source.
+
+  Returns:
+    Numbers of shards, of records by split and kind, and of records left out by reason, and the
+    statistics of `raw_statistics`. For scenes
+    also the number of distinct scenes, and of records by category and reason to hold them out.
+
+  Raises:
+    UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
+  """
+  folder = epath.Path(folder)
+  (folder / INDEX).unlink(missing_ok=True)
+  named = {f"{i:06d}": part for i, part in enumerate(parts)}
+  made = _write_shards(config, named, folder, runner, scenes)
+  total = _sum(m["counts"] for m in made.values())
+  more = _sum(m["more"] for m in made.values())
+  _check_some(config, total, more)
+  shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
+  listed = origins.most_common(origin for m in made.values() for origin in m["origins"])
+  write_json(
+    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
+  )
+  if config.source == SCENES:
+    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+  statistics = raw_statistics.merged(m["statistics"] for m in made.values())
+  return {"shards": len(made), **total, **statistics, **more}
+
+
+def _write_shards(
+  config: RawConfig,
+  parts: dict[str, formats.Part],
+  folder: epath.Path,
+  runner: Runner,
+  scenes: ScenesConfig,
+) -> dict[str, dict]:
+  """Writes shards and rejected.jsonl, which lists what was rejected also if too much was.
+
+  Args:
+    config: section `raw`.
+    parts: part of the source of each shard, by the shard's name.
+    folder: where the shards are written.
+    runner: runs the shards.
+    scenes: section `scenes`.
+
+  Returns:
+    Summary of each shard by name, in the order of `parts`.
+  """
+  made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
+  configs = {name: _identity(config, part, scenes) for name, part in parts.items()}
+  try:
+    for name, summary in run_shards(
+      _Ingest(config, str(folder), parts, scenes),
+      configs,
+      folder / "done",
+      runner,
+      "raw shards",
+      lambda name: all((folder / name / file).exists() for file in FILES),
+    ):
+      made[name] = summary
+      rejections.add(summary)
+    rejections.check()
+  finally:
+    with replacing(folder / REJECTED, "w") as file:
+      for name in sorted(made):
+        file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
+  return {name: made[name] for name in parts}
+
+
+def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) -> None:
+  """Refuses a source of which no record can be used."""
+  if any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
+    return
+  if more.get("other_licenses"):
+    raise UserError(
+      f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
+      f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
+      "for records without one)."
+    )
+  raise UserError(
+    f"config.raw.source is '{config.source}', which holds no record that can be used."
+  )
+
+
+def _identity(config: RawConfig, part: formats.Part, scenes: ScenesConfig) -> dict:
+  """Returns what a shard depends on: its part instead of source, format and number of scenes."""
+  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
+  sections = {"raw": config, **({"scenes": scenes} if config.source == SCENES else {})}
+  kept = {
+    name: {k: v for k, v in dataclasses.asdict(section).items() if k not in others}
+    for name, section in sections.items()
+  }
+  return {**kept, "part": part.identity(), "summary_version": SUMMARY_VERSION}
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+  """Sums counts by name."""
+  total = {}
+  for shard in counts:
+    total |= {name: total.get(name, 0) + count for name, count in shard.items()}
+  return total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ingest:
+  """Job of `prepare`; `parts`: name of the shard -> part of the source."""
+
+  config: RawConfig
+  folder: str
+  parts: dict[str, formats.Part]
+  scenes: ScenesConfig
+
+  def open(self) -> Callable[[str], dict]:
+    return self._shard
+
+  def _shard(self, name: str) -> dict:
+    part, folder = self.parts[name], epath.Path(self.folder) / name
+    fraction, max_texts = self.config.heldout_fraction, self.config.max_texts
+    if part.kind == OPENMOJI:
+      resolution, threads = self.config.resolution, self.config.num_threads
+      pairs, nameless = openmoji_pairs(resolution, fraction, threads)
+      items = itertools.chain(pairs, docstring_texts(max_texts, fraction))
+      more, total = {"left_out_nameless": nameless}, len(pairs) + max_texts
+      load = _with_own_size(drawings_of(OPENMOJI).render)
+      return write_shard(self.config, folder, items, load, more, total)
+    if part.kind == SCENES:
+      source = drawings_of(SCENES)
+      pairs = list(source.read(self.scenes, part))
+      more = collections.Counter(source.number_of(pair) for pair in pairs)
+      load = functools.partial(source.load, style=self.scenes.style)
+      return write_shard(self.config, folder, pairs, _with_own_size(load), dict(more), len(pairs))
+    if part.kind == DOCSTRINGS:
+      items = docstring_texts(max_texts, fraction)
+      return write_shard(self.config, folder, items, load_with_size, total=max_texts)
+    load = functools.partial(load_with_size, crop=self.config.crop)
+    limits = self.config.allow_outside, self.config.max_caption_characters
+    items = formats.read(part, *limits)
+    return write_shard(self.config, folder, items, load)
+
+
+def _with_own_size(draw: Callable) -> Callable:
+  """Returns `draw` with the size of the image that it draws, as `load_with_size` returns it."""
+
+  def load(image, resolution):
+    pixels = draw(image, resolution)
+    return pixels, (pixels.shape[1], pixels.shape[0])
+
+  return load

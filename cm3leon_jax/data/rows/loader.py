@@ -1,0 +1,298 @@
+"""Rows of tokens: joins documents with their neighbors, transforms, packs and batches them."""
+
+# B rows of a batch, L slots of a row, T tokens of a sample.
+
+from collections.abc import Iterator
+import threading
+from typing import NamedTuple, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.shard_files import BadRecord
+from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.instructions.samples import build_instruction
+from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.data.rows.plan import RowPlan
+from cm3leon_jax.data.rows.sample_plan import SamplePlan
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.vocab import VocabLayout
+
+FIELDS = {
+  "inputs": np.int32,
+  "targets": np.int32,
+  "loss_weights": np.float32,
+  "segment_ids": np.int32,
+  "positions": np.int32,
+}
+
+
+def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
+  """Joins neighbors and, last, the document itself (CM3Leon, section 2.1) to [T] int32.
+
+  documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
+  result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
+  """
+  parts: list = [[vocab.eos]]
+  for segment in (s for d in documents for s in d.segments):
+    parts += [segment.tokens, [vocab.brk]]
+  return np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
+
+
+class Sample(NamedTuple):
+  """The tokens of a sample.
+
+  Attributes:
+    tokens: [T] int32.
+    weights: [T] float32, of the tokens as targets.
+    own_codes: [T] bool, which of them are image codes of the document itself and no neighbor's, and
+      of instructions those that are to be predicted.
+    has_source: whether an image stands before these codes, a neighbor's or a given one.
+  """
+
+  tokens: np.ndarray
+  weights: np.ndarray
+  own_codes: np.ndarray
+  has_source: bool
+
+
+def build_sample(
+  document: Document,
+  neighbors: list[Document],
+  plan: SamplePlan,
+  vocab: VocabLayout,
+  neighbor_weight: float,
+) -> Sample:
+  """Builds the sample of a plan: neighbors, document, CM3 spans, or `<mask:0>` and the image.
+
+    spans [(6, 8)], neighbor_weight 0.1
+    tokens  = [</s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>]
+    weights = [0 .1 .1 .1 .1 .1 1 1 1 1 1 1 1 1 1]
+    dropped
+    tokens  = [</s> <mask:0> <break> 517 518 </s>], weights = [0 0 0 1 1 1]
+
+  Raises:
+    ValueError: the length is not the planned one, because the store changed after planning.
+  """
+  if plan.dropped:
+    image = document.segments[-1].tokens
+    tokens = np.concatenate([[vocab.eos, vocab.mask(0), vocab.brk], image, [vocab.eos]]).astype(
+      np.int32
+    )
+    weights = np.ones(len(tokens), np.float32)
+    weights[:3] = 0
+    tokens, weights = tokens[: plan.length], weights[: plan.length]
+    own = vocab.is_image(tokens)
+  else:
+    joined = join([*neighbors, document], vocab)
+    before = sum(len(s.tokens) + 1 for d in neighbors for s in d.segments)
+    joined_weights = np.ones(len(joined) + len(plan.spans) + 1, np.float32)
+    joined_weights[1 : 1 + before] = neighbor_weight
+    joined_weights[0] = 0
+    layout = cm3.cm3_layout(len(joined), plan.spans)[: plan.length]
+    tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)[: plan.length]
+    weights = joined_weights[layout]
+    own = (layout > before) & vocab.is_image(tokens)
+  if len(tokens) != plan.length:
+    raise ValueError(
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
+      f"planned were {plan.length}: the store changed after planning; start the run again."
+    )
+  return Sample(tokens, weights, own, bool(plan.neighbors))
+
+
+def pack_row(
+  samples, length: int, vocab: VocabLayout, align_images: bool = False
+) -> dict[str, np.ndarray]:
+  """Lays samples into one row, one after the other; each predicts only its own tokens.
+
+    samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
+    inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
+    targets      = [40 </s> <mask:0> <break> 517 <pad> <pad>]
+    loss_weights = [1 1 0 0 1 0 0]
+    segment_ids  = [1 1 2 2 2 0 0]
+    positions    = [0 1 0 1 2 0 0]
+
+  Args:
+    samples: pairs of tokens [T] and weights [T]; together at most `length` predictions.
+    length: L.
+    vocab: names the padding.
+    align_images: as in `positions_of`.
+
+  Returns:
+    inputs, targets, segment_ids, positions: [L] int32; loss_weights: [L] float32.
+  """
+  row = {name: np.zeros(length, dtype) for name, dtype in FIELDS.items()}
+  row["inputs"][:] = row["targets"][:] = vocab.pad
+  at = 0
+  for i, (tokens, weights) in enumerate(samples):
+    place = slice(at, at + len(tokens) - 1)
+    row["inputs"][place], row["targets"][place] = tokens[:-1], tokens[1:]
+    row["loss_weights"][place] = weights[1:]
+    row["segment_ids"][place] = i + 1
+    row["positions"][place] = positions_of(tokens, vocab, align_images)[:-1]
+    at = place.stop
+  return row
+
+
+def rows_of_samples(
+  samples: list[np.ndarray], length: int, vocab: VocabLayout, align_images: bool = False
+) -> dict[str, np.ndarray]:
+  """Makes a batch, [B, L], of one sample per row, [T] int32 with T <= L + 1, all weights 1."""
+  rows = [
+    pack_row([(s, np.ones(len(s), np.float32))], length, vocab, align_images) for s in samples
+  ]
+  return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
+
+
+class RowLoader:
+  """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
+
+  With `mark_sources` rows also have the field `sources`, [L] int32: the source of each slot,
+  counted from 1; 0 for padding.
+  """
+
+  def __init__(
+    self,
+    plan: RowPlan,
+    vocab: VocabLayout,
+    align_images: bool = False,
+    mark_sources: bool = False,
+  ):
+    self.plan, self.vocab, self.align_images = plan, vocab, align_images
+    self.mark_sources = mark_sources
+    self._skipped: set[tuple[int, int, int]] = set()
+    self._lock = threading.Lock()
+
+  @property
+  def source_names(self) -> tuple[str, ...]:
+    """Names of the sources that rows are marked with; () without `mark_sources`."""
+    return tuple(source.name for source in self.plan.sources) if self.mark_sources else ()
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    config, placements = self.plan.config, self.plan.row(i)
+    samples = [self._sample(*placement[:3]) for placement in placements]
+    pairs = [sample[:2] for sample in samples]
+    row = pack_row(pairs, config.sequence_length, self.vocab, self.align_images)
+    if config.code_dropout or config.code_dropout_alone:
+      at = 0
+      for placement, sample in zip(placements, samples):
+        most = config.code_dropout if sample.has_source else config.code_dropout_alone
+        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
+        row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
+        at += len(hidden) - 1
+    if self.mark_sources:
+      numbers, slots = [p.source + 1 for p in placements], [p.slots for p in placements]
+      padding = config.sequence_length - sum(slots)
+      row["sources"] = np.repeat([*numbers, 0], [*slots, padding]).astype(np.int32)
+    return row
+
+  def _sample(self, source: int, pass_: int, unit: int) -> Sample:
+    """Builds a sample; an empty one if a document of it is bad and `data.on_bad_record` skips."""
+    try:
+      return self._read_sample(source, pass_, unit)
+    except BadRecord as error:
+      self._skip((source, pass_, unit), error)
+      length = self.plan.plan(source, pass_, unit).length
+      nothing = np.zeros(length, bool)
+      return Sample(np.full(length, self.vocab.pad), np.zeros(length, np.float32), nothing, False)
+
+  def _skip(self, place: tuple[int, int, int], error: BadRecord) -> None:
+    """Counts and reports a sample that is skipped; raises the error if it must not be."""
+    config = self.plan.config
+    if config.on_bad_record == "raise":
+      raise error
+    with self._lock:
+      if place in self._skipped:
+        return
+      self._skipped.add(place)
+      count = len(self._skipped)
+    if count > config.max_skipped:
+      raise UserError(
+        f"{count} samples cannot be read; config.data.max_skipped is {config.max_skipped}. The "
+        f"last: {error}"
+      ) from error
+    print(f"warning: sample {count} of at most {config.max_skipped} skipped: {error}", flush=True)
+
+  def _read_sample(self, source: int, pass_: int, unit: int) -> Sample:
+    spec, units = self.plan.sources[source], self.plan.units[source]
+    plan = self.plan.plan(source, pass_, unit)
+    index, start = units.locate(unit)
+    document = spec.store[index]
+    lengths, is_image = units.lengths(spec.store, unit)
+    if len(lengths) == 1 and not is_image[0]:
+      piece = document.segments[0].tokens[start : start + int(lengths[0])]
+      document = Document(**{**vars(document), "segments": (Segment(False, piece),)})
+    if spec.instructions is not None:
+      loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
+      tokens, weights = build_instruction(document, plan, self.vocab, *loss)
+      own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
+      if not plan.spans:  # Else the target stands elsewhere, and is a text.
+        own[slice(*plan.target)] = True
+      return Sample(tokens, weights, own & is_code, bool((is_code & ~own).any()))
+    candidates = spec.candidates(index)
+    neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
+    return build_sample(
+      document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
+    )
+
+
+def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+  """Chooses the codes of a sample that its decoder reads as `<unk>`, [T] bool.
+
+  Their share is uniform in [0, `most`], so that decoders see whole images, too.
+  """
+  share = most * rng.random()
+  return own_codes & (rng.random(len(own_codes)) < share)
+
+
+def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
+  """Returns the rows of a [B, L] batch that the devices of this process hold, whole or in part."""
+  indices = sharding.addressable_devices_indices_map(shape)
+  return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
+
+
+class Rows(Protocol):
+  """Rows by their number, and the plan that they follow."""
+
+  plan: RowPlan
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    """Returns a row, see `RowLoader`."""
+
+
+def batches(
+  loader: Rows, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
+) -> Iterator[dict[str, jax.Array]]:
+  """Yields global batches without end; batch j starts at row `first_row` + j * `batch_size`.
+
+  Threads prefetch the rows of this process. A batch depends on its row numbers, not on earlier
+  batches or the number of processes.
+
+  Yields:
+    dict of [B, L] arrays, see `RowLoader`, laid out by `sharding`.
+  """
+  config = loader.plan.config
+  shape = (batch_size, config.sequence_length)
+  rows = local_rows(sharding, shape)
+
+  def load(j: int) -> dict[str, np.ndarray]:
+    read = [loader[first_row + j * batch_size + r] for r in rows]
+    return {name: np.stack([row[name] for row in read]) for name in read[0]}
+
+  options = grain.ReadOptions(
+    num_threads=config.read_threads, prefetch_buffer_size=2 * config.read_threads
+  )
+  dataset = grain.MapDataset.range(2**40).map(load).to_iter_dataset(options)
+  place = {r: i for i, r in enumerate(rows)}
+  for local in dataset:
+    yield {
+      name: jax.make_array_from_callback(
+        shape,
+        sharding,
+        lambda index, x=x: x[[place[r] for r in range(*index[0].indices(batch_size))], index[1]],
+      )
+      for name, x in local.items()
+    }

@@ -1,0 +1,287 @@
+"""Plans the samples of each training row, as a pure function of (seed, row).
+
+Planning reads lengths and candidates, no tokens.
+"""
+
+# n documents, C candidates of each, L slots of a row: a sample of T tokens takes T - 1 of them,
+# one for each predicted token.
+
+import bisect
+import collections
+import dataclasses
+import functools
+import threading
+import typing
+
+from etils import epath
+import grain
+import numpy as np
+
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.data.instructions.samples import InstructionPlan, Instructions, plan_instruction
+from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
+from cm3leon_jax.data.rows.sample_plan import DataConfig, SamplePlan, plan_sample
+
+SCAN = 2**22  # Lengths that are read at a time.
+
+
+class Placement(typing.NamedTuple):
+  """One sample of a row: unit `unit` of pass `pass_` over source `source`, and its slots."""
+
+  source: int
+  pass_: int
+  unit: int
+  slots: int
+
+
+@dataclasses.dataclass
+class Source:
+  """Documents that share a place in the mixture.
+
+  Attributes:
+    store: the documents.
+    share: share of all slots; shares of a mixture sum to 1.
+    neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
+    bank: the documents that can be neighbors.
+    instructions: what makes the documents instructions, or None.
+    name: of the source in logs: "pairs", or that of the task.
+  """
+
+  store: DocumentStore
+  share: float
+  neighbors: np.ndarray | None = None
+  bank: Bank | DocumentStore | None = None
+  instructions: Instructions | None = None
+  name: str = ""
+
+  def candidates(self, document: int) -> np.ndarray:
+    """Returns the candidates of a document, indices into `bank`, without padding."""
+    if self.neighbors is None:
+      return np.zeros(0, np.int32)
+    ids = self.neighbors[document]
+    return ids[ids >= 0]
+
+
+def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Finds documents of a single text that is longer than `most` tokens.
+
+  Returns:
+    Their indices, ascending, and their lengths, both int64.
+  """
+  offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
+  long = [np.zeros(0, np.int64)]
+  for start in range(0, len(lengths), SCAN):
+    block = slice(start, start + SCAN)
+    long.append(start + np.flatnonzero((lengths[block] > most) & ~is_image[block]))
+  segments = np.concatenate(long)
+  documents = np.searchsorted(offsets, segments, side="right") - 1
+  alone = offsets[documents + 1] - offsets[documents] == 1
+  return documents[alone], lengths[segments[alone]].astype(np.int64)
+
+
+class Units:
+  """Units of a pass over a source: documents, and the pieces of texts that are longer than a row.
+
+    sequence_length = 5, documents: a text of 3 tokens, a text of 9 tokens
+    (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
+
+  Whole documents take no memory.
+  """
+
+  def __init__(self, store: DocumentStore, sequence_length: int):
+    """Finds the texts of `store` to cut."""
+    self._piece = sequence_length - 1  # With </s> at both ends a piece fills the row.
+    self._cut, lengths = long_texts(store, self._piece)
+    self._pieces = -(-lengths // self._piece)
+    more = np.cumsum(self._pieces - 1)
+    self._first = self._cut + more - (self._pieces - 1)  # Unit of each cut document's first piece.
+    self._count = len(store) + (int(more[-1]) if len(more) else 0)
+
+  def __len__(self) -> int:
+    return self._count
+
+  def locate(self, unit: int) -> tuple[int, int]:
+    """Returns the document of a unit and the first token of the piece, 0 for a whole document."""
+    at = int(self._first.searchsorted(unit, side="right")) - 1 if len(self._first) else -1
+    if at < 0:
+      return unit, 0
+    piece, pieces = unit - int(self._first[at]), int(self._pieces[at])
+    if piece < pieces:
+      return int(self._cut[at]), piece * self._piece
+    return int(self._cut[at]) + 1 + piece - pieces, 0
+
+  def lengths(self, store: DocumentStore, unit: int) -> tuple[list[int], list[bool]]:
+    """Returns the segment lengths of a unit, and whether each segment is an image."""
+    document, start = self.locate(unit)
+    lengths, is_image = store.segment_lengths(document)
+    lengths, is_image = lengths.tolist(), is_image.tolist()
+    if len(lengths) == 1 and not is_image[0]:
+      lengths = [min(lengths[0] - start, self._piece)]
+    return lengths, is_image
+
+
+class SampleGenerators(threading.local):
+  """One generator per thread, moved to each sample's stream: ten times faster than a new one."""
+
+  def __init__(self):
+    self._philox = np.random.Philox(0)
+    self._generator = np.random.Generator(self._philox)
+    self._state = self._philox.state
+
+  def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
+    """Returns a stream of `unit` at its start; valid until the next call in this thread.
+
+    Philox is a function of key, [2] uint64, and counter (Salmon et al. 2011): streams whose
+    counters differ in a high word never overlap.
+    """
+    self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
+    self._philox.state = self._state
+    return self._generator
+
+
+def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
+  """Computes the key of the samples of a pass, [2] uint64, and the seed of their order."""
+  words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
+  return words[:2], int(words[2]) % 2**32
+
+
+def pack_best_fit(slots, capacity: int) -> list[list[int]]:
+  """Packs samples into rows: the longest first, each into a fullest row with room (best fit).
+
+  >>> pack_best_fit([3, 6, 4, 2], 8)
+  [[1, 3], [2, 0]]
+  """
+  rows: list[list[int]] = []
+  open_rows = collections.defaultdict(list)  # Number of free slots -> rows.
+  sizes: list[int] = []  # Keys of `open_rows`, ascending.
+  for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
+    at = bisect.bisect_left(sizes, slots[i])
+    if at == len(sizes):
+      row, free = [], capacity
+      rows.append(row)
+    else:
+      free = sizes[at]
+      row = open_rows[free].pop()
+      if not open_rows[free]:
+        del sizes[at], open_rows[free]
+    row.append(i)
+    free -= slots[i]
+    if free:
+      if free not in open_rows:
+        bisect.insort(sizes, free)
+      open_rows[free].append(row)
+  return rows
+
+
+class RowPlan:
+  """Computes the placements of any row. Thread-safe.
+
+  A window of samples is taken from the sources by their shares of slots, packed best fit, and its
+  rows are shuffled. A window starts where the one before it ends: the first access to a row plans
+  all windows before it, unless a file has their starts. The newest few windows stay in memory.
+  """
+
+  def __init__(
+    self,
+    sources: list[Source],
+    config: DataConfig,
+    max_spans: int,
+    seed: int,
+    starts_path: epath.PathLike | None = None,
+    write_starts: bool = False,
+  ):
+    """Opens the plan; the first access to a row plans a window.
+
+    Args:
+      sources: the mixture.
+      config: rates, row length and window.
+      max_spans: number of sentinels in the vocabulary.
+      seed: of all random choices.
+      starts_path: file with the starts of earlier windows, see `WindowStarts`.
+      write_starts: whether new starts are appended to the file; true in one process of a run.
+
+    Raises:
+      ValueError: a source with a share has no documents.
+    """
+    for i, source in enumerate(sources):
+      if source.share > 0 and not len(source.store):
+        raise ValueError(
+          f"source {i} ({source.store.folder}) has a share of {source.share} and no documents."
+        )
+    self.sources, self.config, self.max_spans, self.seed = sources, config, max_spans, seed
+    self.units = [Units(s.store, config.sequence_length) for s in sources]
+    identity = fingerprint(sources, config, max_spans, seed) if starts_path else ""
+    self._starts = WindowStarts(len(sources), starts_path, identity, write_starts)
+    self._windows: dict[int, list[list[Placement]]] = {}
+    self._pass_seeds = functools.lru_cache(4_096)(functools.partial(pass_seeds, seed))
+    self._generators = SampleGenerators()
+    self._lock = threading.Lock()
+
+  def row(self, i: int) -> list[Placement]:
+    """Returns the samples of row `i` (>= 0), in order."""
+    with self._lock:
+      while i >= self._starts[-1].first_row:
+        self._plan_window(len(self._starts) - 1)
+      window = self._starts.window_of(i)
+      return self._rows_of(window)[i - self._starts[window].first_row]
+
+  def window(self, window: int) -> list[list[Placement]]:
+    """Returns all rows of a window (>= 0), in order."""
+    with self._lock:
+      while window >= len(self._starts) - 1:
+        self._plan_window(len(self._starts) - 1)
+      return self._rows_of(window)
+
+  def plan(self, source: int, pass_: int, unit: int) -> SamplePlan | InstructionPlan:
+    """Plans the sample of one unit in one pass."""
+    spec, units = self.sources[source], self.units[source]
+    lengths, is_image = units.lengths(spec.store, unit)
+    if spec.instructions is not None:
+      target = spec.instructions.targets[units.locate(unit)[0]]
+      rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
+      drops = spec.instructions.drops
+      return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops)
+    candidates = []
+    if spec.neighbors is not None:
+      ids = spec.candidates(units.locate(unit)[0]).tolist()
+      candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
+    rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
+    return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
+
+  def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
+    """Returns the stream of the hidden codes of a unit, see `SampleGenerators.at`."""
+    return self._generators.at(self._pass_seeds(source, pass_)[0], unit, 1)
+
+  def _rows_of(self, window: int) -> list[list[Placement]]:
+    if window not in self._windows:
+      self._plan_window(window)
+    return self._windows[window]
+
+  def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
+    """Takes the samples of a window; returns them and the units and slots taken at its end."""
+    taken, used, samples = list(start.taken), list(start.used), []
+    sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
+    progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}
+    for _ in range(self.config.pack_window):
+      source = min(progress, key=progress.get)
+      pass_, offset = divmod(taken[source], sizes[source])
+      order = self._pass_seeds(source, pass_)[1]
+      unit = grain.experimental.index_shuffle(
+        offset, max_index=sizes[source] - 1, seed=order, rounds=4
+      )
+      slots = self.plan(source, pass_, unit).length - 1
+      samples.append(Placement(source, pass_, unit, slots))
+      taken[source] += 1
+      used[source] += slots
+      progress[source] = used[source] / shares[source]
+    return samples, taken, used
+
+  def _plan_window(self, window: int) -> None:
+    start = self._starts[window]
+    samples, taken, used = self._samples(start)
+    rows = pack_best_fit([s.slots for s in samples], self.config.sequence_length)
+    order = np.random.default_rng((self.seed, window)).permutation(len(rows))
+    self._windows[window] = [[samples[i] for i in rows[r]] for r in order]
+    self._starts.add(window + 1, Start(start.first_row + len(rows), tuple(taken), tuple(used)))
+    while len(self._windows) > 4:
+      del self._windows[next(iter(self._windows))]

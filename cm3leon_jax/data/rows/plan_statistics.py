@@ -1,0 +1,88 @@
+"""Statistics of a row plan: fill, shares, neighbors, drops, spans."""
+
+import collections
+from collections.abc import Sequence
+import itertools
+
+import numpy as np
+
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.sample_plan import DataConfig
+
+TYPICAL = 1_024  # Evenly spaced documents whose median length is the typical length of a store.
+
+
+def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
+  """Counts the samples of the first `windows` windows of a plan; reads lengths only.
+
+  Returns:
+    windows, rows, samples; fill, the share of slots with samples; source_shares, the share of each
+    source in the filled slots; samples_per_row; spans_per_sample. Of the samples of sources with
+    neighbors: neighbors_per_sample; too_few_candidates, the share with missing neighbors;
+    neighbors_crowded_out, the share of the picked neighbors that did not fit; condition_drops, the
+    share without caption and neighbors.
+  """
+  counts, slots, rows = collections.Counter(), np.zeros(len(plan.sources), np.int64), 0
+  for window in range(windows):
+    for row in plan.window(window):
+      rows += 1
+      for source, pass_, unit, used in row:
+        slots[source] += used
+        sample = plan.plan(source, pass_, unit)
+        counts.update(samples=1, spans=len(sample.spans))
+        if plan.sources[source].neighbors is not None:
+          counts.update(retrieving=1, neighbors=len(sample.neighbors), dropped=sample.dropped)
+          counts.update(too_few=sample.missing > 0, crowded_out=sample.crowded_out)
+
+  def share(name: str, *of: str) -> float:
+    return counts[name] / max(sum(counts[x] for x in of), 1)
+
+  return {
+    "windows": windows,
+    "rows": rows,
+    "samples": counts["samples"],
+    "fill": float(slots.sum() / (rows * plan.config.sequence_length)),
+    "source_shares": (slots / slots.sum()).tolist(),
+    "samples_per_row": counts["samples"] / rows,
+    "spans_per_sample": share("spans", "samples"),
+    "neighbors_per_sample": share("neighbors", "retrieving"),
+    "too_few_candidates": share("too_few", "retrieving"),
+    "neighbors_crowded_out": share("crowded_out", "neighbors", "crowded_out"),
+    "condition_drops": share("dropped", "retrieving"),
+  }
+
+
+def describe(statistics: dict, names: Sequence[str] = ()) -> str:
+  """Formats the result of `plan_statistics` as one line; `names` are those of many sources."""
+  shares = " / ".join(
+    f"{share:.0%} {name}".rstrip()
+    for share, name in itertools.zip_longest(statistics["source_shares"], names, fillvalue="")
+  )
+  return (
+    "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; "
+    "{samples_per_row:.1f} samples per row, {spans_per_sample:.2f} spans per sample; samples with "
+    "retrieval: {neighbors_per_sample:.2f} neighbors per sample, {too_few_candidates:.1%} with too "
+    "few candidates, {neighbors_crowded_out:.1%} of the neighbors did not fit, "
+    "{condition_drops:.1%} without caption and neighbors."
+  ).format(shares=shares, **statistics)
+
+
+def typical_length(store: Bank | DocumentStore) -> int:
+  """Computes the median number of slots of up to 1,024 evenly spaced documents."""
+  chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
+  lengths = [store.segment_lengths(int(i))[0] for i in chosen]
+  return int(np.median([int(x.sum()) + len(x) for x in lengths]))
+
+
+def room_for_neighbors(source: Source, config: DataConfig) -> str:
+  """Returns a warning if K typical neighbors do not fit a row with a typical document, else ""."""
+  document, neighbor = typical_length(source.store), typical_length(source.bank)
+  fitting = max(0, (config.sequence_length - document) // neighbor)
+  if fitting >= config.num_neighbors:
+    return ""
+  return (
+    f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of "
+    f"{document:,} do not fit {config.sequence_length:,} slots: whole neighbors are left out, "
+    f"{fitting} remain."
+  )

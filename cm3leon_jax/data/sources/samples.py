@@ -1,0 +1,218 @@
+"""Reads samples: an image and the files of its name that hold its caption.
+
+The members of a tar of WebDataset and the files of a folder make records by the same rules.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+import difflib
+import functools
+import itertools
+import json
+import os
+import posixpath
+import zlib
+
+from cm3leon_jax.data.sources.lines import whole_file
+from cm3leon_jax.data.sources.records import (
+  RawPair,
+  Record,
+  RecordError,
+  Rejected,
+  checked_record,
+  renamed,
+)
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif")
+# Images that are rejected when they are read; their captions must not count as texts.
+OTHER_IMAGES = ("bmp", "tif", "tiff", "heic", "heif", "jxl", "svg")
+CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first one that is not blank is the caption.
+SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)  # Other members of a tar are not read.
+GROUP = 1_000  # Mean number of samples of one part; the most are 4 times as many.
+THREADS = 8  # Samples of which files are read at the same time.
+
+_IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
+
+
+@functools.cache
+def _is_image(suffix: str) -> bool:
+  """Returns whether a lower-case suffix is that of an image, or one mistyped: "jpq"."""
+  return suffix in _IMAGES or (
+    suffix not in CAPTION_SUFFIXES
+    and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
+  )
+
+
+def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+  """Groups the names of images and captions by their paths without suffix.
+
+  names  = ["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md"]
+  result = {"a/x": ["a/x.JPG", "a/x.txt"], "a/y": ["a/y.txt"]}
+  """
+  stems: dict[str, list[str]] = {}
+  for name in names:
+    if _is_image(suffix := suffix_of(name)) or suffix in CAPTION_SUFFIXES:
+      stems.setdefault(name.rpartition(".")[0], []).append(name)
+  return stems
+
+
+def suffix_of(name: str) -> str:
+  """Returns the suffix of a file in lower case: suffix_of("a/x.JPG") = "jpg"; else ""."""
+  before, _, suffix = name.rpartition(".")
+  return suffix.lower() if before and "/" not in suffix else ""
+
+
+def has_image(names: Iterable[str]) -> bool:
+  """Returns whether one of the files is an image."""
+  return any(_is_image(suffix_of(name)) for name in names)
+
+
+def has_caption(names: Iterable[str]) -> bool:
+  """Returns whether one of the files may hold a caption."""
+  return any(suffix_of(name) in CAPTION_SUFFIXES for name in names)
+
+
+def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
+  """Groups stems, 1,000 on average; where a group begins depends on the name of its first stem.
+
+  A stem that is added or removed therefore changes its own group, and rarely the next one.
+  """
+  group: list[str] = []
+  for stem in stems:
+    first = zlib.crc32(stem.encode(errors="surrogateescape")) % GROUP == 0
+    if group and (first or len(group) == 4 * GROUP):
+      yield group
+      group = []
+    group.append(stem)
+  if group:
+    yield group
+
+
+def folder_samples(
+  fs, root: str, files: Iterable[str], images: Callable
+) -> Iterator[Record | Rejected]:
+  """Yields the samples of a folder in the order of `files`; keys are stems relative to `root`.
+
+  Args:
+    fs: filesystem of the folder.
+    root: the folder.
+    files: images and captions in it.
+    images: checks paths of images and makes them full, see `sources.read`.
+  """
+  files = list(files)
+  stems, known = iter(by_stem(files).items()), set(files)
+  with futures.ThreadPoolExecutor(THREADS) as pool:
+    while batch := list(itertools.islice(stems, 2 * THREADS)):
+      for items in pool.map(lambda sample: _folder_sample(fs, root, *sample), batch):
+        for item in items:
+          where = posixpath.join(root, item.image) if isinstance(item, RawPair) else root
+          yield images(item, root, where, known)
+
+
+def _folder_sample(fs, root: str, stem: str, names: list[str]) -> list[RawPair | Rejected]:
+  """Reads the captions of one sample; the image of a pair is a path relative to `root`."""
+  where = next((name for name in names if _is_image(suffix_of(name))), names[0])
+  key, sample = posixpath.relpath(stem, root), {}
+  for name in names:
+    suffix = name.rpartition(".")[2]
+    if _is_image(suffix.lower()):
+      sample[suffix] = posixpath.relpath(name, root)
+    elif "file" in fs.protocol and os.path.islink(name):
+      message = f"{name} is a link, and is not read: put the file itself there."
+      return [Rejected(where, key, "linked_file", message)]
+    else:
+      try:
+        sample[suffix] = whole_file(fs, name)
+      except RecordError as error:
+        return [Rejected(where, key, error.reason, str(error))]
+  return list(sample_records(where, where, key, sample, source=root))
+
+
+def sample_records(
+  file: str, where: str, key: str, sample: Mapping[str, bytes | str], source: str
+) -> Iterator[RawPair | Rejected]:
+  """Yields the pair of a sample, or why it has none, and what else of it is left out.
+
+  Args:
+    file: that holds the sample, for rejected records.
+    where: the sample stands, for messages.
+    key: of the sample.
+    sample: suffix -> content of the file; of an image possibly its path.
+    source: where the pair comes from, if its .json does not say it.
+  """
+  try:
+    about, captions = _captions(where, sample)
+  except RecordError as error:
+    yield Rejected(file, key, error.reason, str(error))
+    return
+  values = {k: v if k in ("caption", "facts") else str(v) for k, v in about.items()}
+  values = {"source": source, **values, "key": key}
+  values.pop("image", None)
+  found = [s for s, text in captions.items() if not isinstance(text, str) or text.strip()]
+  if captions:
+    text = captions[found[0]] if found else ""
+    values["caption"] = text.strip() if isinstance(text, str) else text
+  order = {suffix: i for i, suffix in enumerate(_IMAGES)}
+  images = sorted(
+    (s for s in sample if _is_image(s.lower())), key=lambda s: (order.get(s.lower(), len(order)), s)
+  )
+  stem = posixpath.basename(key)
+  if not images and "caption" in values:
+    message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
+    yield Rejected(file, key, "missing_image", message)
+  elif not images:
+    message = f"{where} has no image and no caption, but {', '.join(sample)}."
+    yield Rejected(file, key, "malformed_record", message)
+  elif images[0].lower() not in _IMAGES:
+    message = f"{where} is not read: its suffix is not one of .{', .'.join(IMAGE_SUFFIXES)}."
+    yield Rejected(file, key, "unknown_suffix", message)
+  elif not captions:
+    message = f"{where} has no caption; give it one in {stem}.txt, {stem}.caption or {stem}.json."
+    yield Rejected(file, key, "missing_caption", message)
+  else:
+    yield checked_record(RawPair, {**values, "image": sample[images[0]]}, file, where)
+    yield from _left_out(file, where, key, captions, found, images)
+
+
+def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
+  """Returns the fields of the .json, and suffix -> caption in the order of preference.
+
+  Raises:
+    RecordError: a file is no UTF-8, or the .json no JSON.
+  """
+  about, captions = {}, {}
+  for preferred in CAPTION_SUFFIXES:
+    for suffix in [s for s in sample if s.lower() == preferred]:
+      try:
+        text = sample[suffix].decode("utf-8-sig")
+        fields = json.loads(text) if preferred == "json" else None
+      except UnicodeDecodeError as error:
+        message = f"{where}: its .{suffix} is not UTF-8 ({error}); save it as UTF-8."
+        raise RecordError("malformed_record", message) from error
+      except (ValueError, RecursionError) as error:
+        message = f"{where}: its .{suffix} is not valid JSON ({error})."
+        raise RecordError("malformed_record", message) from error
+      if preferred != "json":
+        captions[suffix] = text
+        continue
+      about = renamed(fields) if isinstance(fields, dict) else {}
+      about = {name: value for name, value in about.items() if value is not None}
+      if "caption" in about:
+        captions[suffix] = about["caption"]
+  return about, captions
+
+
+def _left_out(
+  file: str, where: str, key: str, captions: dict, found: list[str], images: list[str]
+) -> Iterator[Rejected]:
+  """Says which captions and images of a sample are not those of its pair."""
+  for suffix in found[1:]:
+    if str(captions[suffix]).split() != str(captions[found[0]]).split():
+      message = (
+        f"{where}: the captions in .{found[0]} and .{suffix} differ; the one in .{found[0]} is "
+        "taken."
+      )
+      yield Rejected(file, key, "conflicting_captions", message)
+  for suffix in images[1:]:
+    message = f"{where}: .{images[0]} and .{suffix} have one name; .{images[0]} is taken."
+    yield Rejected(file, key, "image_of_same_name", message)

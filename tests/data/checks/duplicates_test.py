@@ -1,0 +1,121 @@
+import io
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+from PIL import Image, ImageEnhance
+import pytest
+
+from cm3leon_jax.data.checks import duplicates
+from cm3leon_jax.data.checks.duplicates import MAX_BITS, MIN_PSNR
+
+
+def photo(seed: int, size: int = 64) -> np.ndarray:
+  """A smooth random image with detail at every scale, [size, size, 3] uint8."""
+  rng = np.random.default_rng(seed)
+  total = np.zeros((size, size, 3))
+  for side in (4, 8, 16, 32):
+    noise = rng.integers(0, 256, (side, side, 3), np.uint8)
+    total += (
+      np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)) / side
+    )
+  total -= total.min()
+  return (total / total.max() * 200 + 20).astype(np.uint8)
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+  buffer = io.BytesIO()
+  image.save(buffer, "jpeg", quality=quality)
+  return Image.open(buffer).convert("RGB")
+
+
+def prints(*images):
+  return duplicates.fingerprints(images, np.asarray, 2)
+
+
+def distances(a, b) -> tuple[float, float]:
+  """PSNR of the thumbnails and distance of the hashes of two images."""
+  first, second = prints(a), prints(b)
+  return duplicates.psnr(first, second).item(), duplicates.hash_distance(first, second).item()
+
+
+def solid(*color, size=64):
+  return np.full((size, size, 3), color, np.uint8)
+
+
+COPIES = {
+  "compressed": lambda image: jpeg(image, 30),
+  "half the size": lambda image: image.resize((32, 32)),
+  "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.7),
+  "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+  "paler": lambda image: ImageEnhance.Contrast(image).enhance(0.6),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_changed_copies_are_near_and_other_images_are_far(name):
+  for seed in range(5):
+    image, other = photo(seed), photo(seed + 100)
+    copy = COPIES[name](Image.fromarray(image))
+    assert duplicates.is_near(*distances(image, copy))
+    assert not duplicates.is_near(*distances(other, copy))
+    assert distances(other, copy)[1] > 4 * MAX_BITS
+
+
+def test_darker_copies_are_found_by_their_hash_alone():
+  image = photo(1)
+  psnr, distance = distances(image, COPIES["darker"](Image.fromarray(image)))
+  assert psnr < MIN_PSNR
+  assert distance <= MAX_BITS
+
+
+def test_psnr_is_that_of_the_definition():
+  assert distances(solid(0, 0, 0), solid(51, 51, 51))[0] == pytest.approx(20 * np.log10(5))
+  assert distances(solid(9, 9, 9), solid(9, 9, 9))[0] == np.inf
+
+
+def test_without_texture_only_the_color_counts():
+  red, dark_red, blue = solid(255, 0, 0), solid(245, 0, 0), solid(0, 0, 255)
+  assert distances(red, blue)[1] == distances(red, red)[1] == 1
+  assert duplicates.is_near(*distances(red, dark_red))
+  assert not duplicates.is_near(*distances(red, blue))
+
+
+def test_thumbnails_are_never_further_apart_than_the_images():
+  for seed in range(10):
+    a, b = photo(seed).astype(np.float64), photo(seed + 50).astype(np.float64)
+    full = 10 * np.log10(255**2 / np.mean((a - b) ** 2))
+    assert distances(photo(seed), photo(seed + 50))[0] >= full - 0.05  # Thumbnails are rounded.
+
+
+def test_two_patterns_of_one_brightness_differ_by_color():
+  """A gray image of both would be the same: hashes are taken of each color channel."""
+  step = np.linspace(0, 1, 64)[None, :, None] * np.ones((64, 1, 1))
+  red = (step * [200, 0, 0]).astype(np.uint8)
+  blue = (step * [0, 0, 200]).astype(np.uint8)
+  assert distances(red, blue)[1] == 1
+
+
+def test_concepts_of_near_images_are_united():
+  images = [photo(0), photo(0) // 2, photo(1), photo(2)]
+  names = ["apple", "pear", "cat", "pear"]
+  assert duplicates.unite(names, prints(*images)) == ["apple", "apple", "cat", "apple"]
+  assert duplicates.unite(names, prints(*map(photo, range(4)))) == names
+  assert duplicates.unite([], prints()) == []
+
+
+@given(st.permutations(range(8)))
+def test_what_is_united_does_not_depend_on_the_order(order):
+  """Four names in a chain: each holds an image near one of the next name's."""
+  images = [photo(seed) // (1 + half) for seed in range(4) for half in range(2)]
+  names = ["d", "c", "c", "b", "b", "a", "e", "f"]
+  expected = ["a", "a", "a", "a", "a", "a", "e", "e"]
+  found = duplicates.unite([names[i] for i in order], prints(*(images[i] for i in order)))
+  assert found == [expected[i] for i in order]
+
+
+def test_near_pairs_are_found_across_blocks(monkeypatch):
+  images = [photo(seed) for seed in (0, 1, 2, 0, 1)]
+  monkeypatch.setattr(duplicates, "_BLOCK", 2)
+  rows, columns = duplicates.near_pairs(prints(*images))
+  assert {(i, j) for i, j in zip(rows.tolist(), columns.tolist()) if i < j} == {(0, 3), (1, 4)}

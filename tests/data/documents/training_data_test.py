@@ -1,0 +1,99 @@
+"""Tests of the record of what a model learned from."""
+
+from etils import epath
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.export import bundle
+from cm3leon_jax.io import write_json
+from tests.data.raw_folder import write_raw
+from tests.reports.run_files import make_image
+
+PAIR = {"key": "a", "caption": "a", "split": "train", "attribution": "b"}
+
+
+def make_run(folder, license_="", init_from=""):
+  """Writes what is read of a run: its raw data, if they have a license, and what it began from."""
+  if license_:
+    write_raw(folder / "raw", [{**PAIR, "license": license_}] * 2, [make_image(None, 0)] * 2)
+  start = {"source": init_from, "step": None, "digest": "0"} if init_from else None
+  write_json(folder / "train" / "config.json", {"run": {"init_from": start}})
+  return folder
+
+
+def licenses(found):
+  return [(x["run"], x["license"], x["records"]) for x in found["origins"]]
+
+
+def test_data_of_all_runs_before_are_listed_through_exports(tmp_path):
+  first = make_run(epath.Path(tmp_path / "first"), "MIT")
+  second = make_run(epath.Path(tmp_path / "second"), "CC0-1.0", str(first))
+  export = epath.Path(tmp_path / "export")
+  export.mkdir()
+  training_data.write(export, second)
+  third = make_run(epath.Path(tmp_path / "third"), "", str(export))
+  found = training_data.collect(third)
+  assert licenses(found) == [("second", "CC0-1.0", 2), ("first", "MIT", 2)]
+  assert found["runs"] == [
+    {"name": "third", "known": False},
+    {"name": "second", "known": True},
+    {"name": "first", "known": True},
+  ]
+
+
+def test_a_model_without_a_record_is_named_as_unknown(tmp_path):
+  run = make_run(epath.Path(tmp_path / "run"), "MIT", str(tmp_path / "weights"))
+  found = training_data.collect(run)
+  assert found["runs"] == [{"name": "run", "known": True}, {"name": "weights", "known": False}]
+
+
+def test_imported_weights_have_the_name_of_their_source(tmp_path):
+  init = tmp_path / "run" / "init"
+  write_json(init / stages.DONE, {"summary": {"imported_from": "/data/Qwen3-0.6B"}})
+  run = make_run(epath.Path(tmp_path / "run"), "MIT", str(init))
+  assert training_data.collect(run)["runs"][1] == {"name": "Qwen3-0.6B", "known": False}
+
+
+def test_a_list_of_an_earlier_version_is_read(tmp_path):
+  origin = dict.fromkeys(training_data.ORIGIN, "a")
+  write_json(epath.Path(tmp_path) / "old" / training_data.FILE, [origin])
+  assert training_data.read(tmp_path / "old") == {
+    "runs": [{"name": "old", "known": True}],
+    "origins": [{"run": "old", **origin}],
+  }
+
+
+def test_files_of_instructions_are_named_without_a_license(tmp_path):
+  run = make_run(epath.Path(tmp_path / "run"), "MIT")
+  summary = {"train_vqa": {"documents": 5}, "heldout_vqa": {"documents": 2}, "seconds": {}}
+  for root, expected in (("", []), ("/data/llava/", [("llava", "", 7)])):
+    config = {"instructions": {"root": root}}
+    write_json(run / "instructions" / stages.DONE, {"config": config, "summary": summary})
+    found = training_data.collect(run)["origins"]
+    assert [(x["source"], x["license"], x["records"]) for x in found[1:]] == expected
+
+
+@pytest.mark.parametrize("name", bundle.INSTALLED)
+def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name):
+  run = make_run(epath.Path(tmp_path / "run"), "MIT", name)
+  found = training_data.collect(run, bundle.folder_of)
+  assert [x["name"] for x in found["runs"]] == ["run", *{name: 0, "scenes": 0}]
+  assert all(x["known"] for x in found["runs"])
+  assert {x["license"] for x in found["origins"]} == {"MIT", "Apache-2.0"}
+
+
+@pytest.mark.parametrize(
+  ("stored", "message"),
+  [
+    (3, "training_data.json"),
+    ([{"license": "MIT"}], "an entry of 'origins' must have"),
+    ({"runs": [], "origins": [{"license": "MIT"}]}, "an entry of 'origins' must have"),
+    ({"runs": ["a"], "origins": []}, "an entry of 'runs' must have"),
+  ],
+)
+def test_a_damaged_record_is_refused(tmp_path, stored, message):
+  write_json(epath.Path(tmp_path) / training_data.FILE, stored)
+  with pytest.raises(UserError, match=message):
+    training_data.read(tmp_path)

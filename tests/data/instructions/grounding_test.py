@@ -1,0 +1,137 @@
+"""Objects of COCO become text with locations in pixels of the image as it is read."""
+
+import copy
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions import grounding
+from cm3leon_jax.data.instructions.files import open_records
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.raw.reader import load_image
+from tests.data.instruction_releases import CAPTIONS, INSTANCES, RELEASES, instance, write
+
+
+def read(root, instances=None, captions=None):
+  release = RELEASES["coco_objects"]
+  write(root, {INSTANCES: instances or release[INSTANCES]})
+  write(root, {CAPTIONS: captions or release[CAPTIONS]})
+  return list(open_records("coco_objects", root, "val2017"))
+
+
+def test_one_record_a_caption_with_the_objects_of_its_image(tmp_path):
+  bottle, by_bottle, car = read(tmp_path)  # Image 9 has no object in its square.
+  assert bottle == Record(
+    key="8/0",
+    group="8",
+    texts={"caption": "A bottle.", "objects": "bottle at location (199, 130) -> (204, 150)"},
+    images={"image": f"{tmp_path}/val2017/000000000008.jpg"},
+  )
+  # The larger object first: of the car 9.5 columns are in the square.
+  objects = "bottle at location (0, 64) -> (128, 96), car at location (244, 0) -> (256, 256)"
+  assert by_bottle.texts == {"caption": "A car by a bottle.", "objects": objects}
+  assert (by_bottle.key, car.key) == ("7/0", "7/1")
+  assert car.texts == {"caption": "One car.", "objects": objects}
+
+
+def test_the_release_may_have_its_files_without_a_folder(tmp_path):
+  files = RELEASES["coco_objects"]
+  write(tmp_path, {name.removeprefix("annotations/"): files[name] for name in files})
+  assert len(list(open_records("coco_objects", tmp_path, "val2017"))) == 3
+
+
+@pytest.mark.parametrize("size", [(400, 200), (200, 400), (301, 200), (64, 64)])
+def test_a_location_is_where_the_object_is_in_the_image_that_is_read(tmp_path, size):
+  """A white box on black, read as images of instructions are, lies at its location."""
+  width, height = size
+  left, top = width // 2 - 20, height // 2 - 10
+  pixels = np.zeros((height, width, 3), np.uint8)
+  pixels[top : top + 15, left : left + 30] = 255
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  read_as = load_image(str(tmp_path / "a.png"), grounding.SIDE)[..., 0] > 127
+  columns, rows = np.flatnonzero(read_as.any(0)), np.flatnonzero(read_as.any(1))
+  shown = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+  box = grounding.square_box((left, top, 30, 15), width, height)
+  np.testing.assert_allclose(shown, box, atol=1)
+
+
+def test_boxes_are_clipped_and_those_outside_are_none():
+  assert grounding.square_box((100, 50, 100, 25), 400, 200) == (0, 64, 128, 96)
+  assert grounding.square_box((0, 0, 400, 200), 400, 200) == (0, 0, 256, 256)
+  assert grounding.square_box((0, 0, 100, 200), 400, 200) is None
+  assert grounding.square_box((0, 301, 200, 90), 200, 400) is None
+  assert grounding.square_box((150, 50, 0.1, 25), 400, 200) is None  # Less than a pixel.
+
+
+def test_the_largest_objects_come_first_and_the_others_are_left_out():
+  objects = [(f"cup{i}", (0, 0, 10 + i, 10)) for i in range(grounding.MOST_OBJECTS + 3)]
+  names = re.findall(r"cup\d+", grounding.describe_objects(objects))
+  assert names == [f"cup{i}" for i in range(10, 2, -1)]
+  assert grounding.describe_objects([("cup", (0, 0, 9, 9)), ("bottle", (199, 130, 204, 150))]) == (
+    "bottle at location (199, 130) -> (204, 150), cup at location (0, 0) -> (9, 9)"
+  )
+  assert grounding.describe_objects([]) == ""
+
+
+# A change of the instances, and the message after the file's name.
+WRONG = [
+  (lambda c: c.pop("categories"), " must be an object with a list in its field 'categories'."),
+  (lambda c: c["categories"].append(c["categories"][0]),
+   ", categories: id 1 is there twice; it must be there once."),
+  (lambda c: c["categories"][1].pop("name"),
+   ", category 3 must be an object with a text in its field 'name'."),
+  (lambda c: c["images"].append(c["images"][0]),
+   ", images: id 7 is there twice; it must be there once."),
+  (lambda c: c["images"][0].pop("width"),
+   ", image 7 must be an object with an integer in its field 'width'."),
+  (lambda c: c["images"][0].update(height=0),
+   ", image 7 has 400 x 0 pixels; both must be at least 1."),
+  (lambda c: c["annotations"][1].pop("iscrowd"),
+   ", annotation 2 must be an object with an integer in its field 'iscrowd'."),
+  (lambda c: c["annotations"][1].update(image_id=5),
+   ", annotation 2 has image_id 5, which the file does not list."),
+  (lambda c: c["annotations"][1].update(category_id=5),
+   ", annotation 2 has category_id 5, which the file does not list."),
+  (lambda c: c["annotations"].append(7),
+   ", annotation 8 must be an object with an integer in its field 'image_id'."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_instances_are_named(tmp_path, change, message):
+  content = copy.deepcopy(RELEASES["coco_objects"][INSTANCES])
+  change(content)
+  with pytest.raises(UserError) as error:
+    read(tmp_path, instances=content)
+  assert str(error.value) == f"{tmp_path / INSTANCES}{message}"
+
+
+@pytest.mark.parametrize(
+  "bbox",
+  [
+    [1, 2, 3],
+    [1, 2, 3, "4"],
+    [1, 2, 3, True],
+    [1, 2, -3, 4],
+    [1, 2, 3, float("nan")],
+    [10**400] * 4,
+  ],
+)
+def test_a_wrong_box_is_named(tmp_path, bbox):
+  content = copy.deepcopy(RELEASES["coco_objects"][INSTANCES])
+  content["annotations"].append(instance(7, 1, bbox))
+  message = f"{tmp_path / INSTANCES}, annotation 8 has the bbox "
+  with pytest.raises(UserError, match=re.escape(message)):
+    read(tmp_path, instances=content)
+
+
+def test_the_two_files_must_be_of_one_split(tmp_path):
+  content = copy.deepcopy(RELEASES["coco_objects"][CAPTIONS])
+  content["images"].append({"id": 5, "file_name": "5.jpg"})
+  content["annotations"].append({"image_id": 5, "id": 1, "caption": "A cup."})
+  message = f"{tmp_path / CAPTIONS}, image 5, is not in {tmp_path / INSTANCES}; give the two files"
+  with pytest.raises(UserError, match=re.escape(message)):
+    read(tmp_path, captions=content)

@@ -1,0 +1,314 @@
+"""Tasks of public files, of scenes and with maps become records and stores; mistakes are named."""
+
+import json
+import re
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.instructions import sources, stores
+from cm3leon_jax.data.instructions.config import make_task
+from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges, scribble
+from cm3leon_jax.data.instructions.samples import read_targets
+from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.data.instruction_releases import RELEASES, write
+from tests.generation.run import SETTINGS, make_run
+
+DRAW = {
+  "name": "draw",
+  "format": "coco_2017",
+  "root": "coco",
+  "target": "image",
+  "train": "val",
+  "templates": ["{edges} <break> {caption} <break> {image}"],
+  "maps": {"edges": "canny"},
+}
+ASK = {
+  "name": "ask",
+  "format": "jsonl",
+  "root": "asked",
+  "target": "answer",
+  "heldout": "val",
+  "templates": ["Question: {question}\nContext: {context?}\nAnswer: {answer}. <break> {image}"],
+}
+
+
+def config_with(root, *tasks, **fields):
+  config = default_config()
+  config.instructions.update({"own_tasks": tasks, "root": str(root), **fields})
+  return settings_from_config(config).instructions
+
+
+def open_task(root, fields, split="train"):
+  """Opens a task of a Python config."""
+  config = config_with(root, fields)
+  return list(sources.open_task(config.own_tasks[0], split, config, ScenesConfig()))
+
+
+def write_lines(path, *lines):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def line(image="a.png", **texts):
+  texts = {"question": "how many?", "context": "", "answer": "two", **texts}
+  return {"texts": texts, "images": {"image": image}}
+
+
+def save_image(path, seed=0, side=8):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return pixels
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+  root = tmp_path_factory.mktemp("run")
+  make_run(root)
+  tokenizer = TextTokenizer(root / "text_tokenizer", SETTINGS.vocab)
+  image_tokenizer = ImageTokenizer.load(root / "vqgan")
+  return stores.Encoder(tokenizer.encode, image_tokenizer, SETTINGS.vocab, 96), tokenizer
+
+
+def rejected(folder):
+  text = (folder / stores.REJECTED).read_text()
+  return {(found := json.loads(x))["key"]: found["reason"] for x in text.splitlines()}
+
+
+def test_maps_are_computed_or_lie_in_a_folder_under_the_name_of_the_image(tmp_path):
+  write(tmp_path / "coco", RELEASES["coco_2017"])
+  (tmp_path / "maps/depth").mkdir(parents=True)
+  maps = {"edges": "canny", "lines": "scribble", "depth": "maps/depth"}
+  template = "{edges} <break> {lines} <break> {depth} <break> {image}"
+  record, *_ = open_task(tmp_path, {**DRAW, "maps": maps, "templates": [template]})
+  image = f"{tmp_path}/coco/val2017/000000000139.jpg"
+  assert record.images == {
+    "image": image,
+    "edges": ImageMap("canny", image),
+    "lines": ImageMap("scribble", image),
+    "depth": f"{tmp_path}/maps/depth/000000000139.jpg",
+  }
+  assert record.texts == {"caption": "A room with a lamp."}
+
+
+def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, tmp_path):
+  encoder, _ = encoder
+  write(tmp_path / "coco", RELEASES["coco_2017"])
+  pixels = save_image(tmp_path / "coco/val2017/000000000139.jpg")
+  save_image(tmp_path / "coco/val2017/000000000285.jpg", 1)
+  depth = save_image(tmp_path / "maps/depth/000000000139.jpg", 2)
+  maps = {"edges": "canny", "depth": "maps/depth"}
+  fields = {**DRAW, "maps": maps, "templates": ["{edges} <break> {depth} <break> {image}"]}
+  task = make_task({**fields, "templates": fields["templates"]})
+  records = open_task(tmp_path, fields)
+  found = stores.write_store(tmp_path / "store", task, records, encoder)
+  assert (found["documents"], found["rejected"]) == (1, 2)
+  (document,) = DocumentStore(tmp_path / "store", SETTINGS.vocab)
+  read = [stores.square_pixels(records[0].images[x], 8) for x in ("edges", "depth", "image")]
+  np.testing.assert_array_equal(read[0], canny_edges(read[2]))
+  assert np.abs(read[1].astype(int) - depth).mean() < 60  # Compressed.
+  assert np.abs(read[2].astype(int) - pixels).mean() < 60
+  for segment, image in zip(document.segments, read, strict=True):
+    codes = encoder.image_tokenizer.encode(image[None])[0]
+    np.testing.assert_array_equal(SETTINGS.vocab.image_codes(segment.tokens), codes)
+  reasons = rejected(tmp_path / "store")
+  assert set(reasons) == {"285/0", "285/1"}
+  absent = f"image {tmp_path}/maps/depth/000000000285.jpg cannot be read"
+  assert all(reason.startswith(absent) for reason in reasons.values())
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    ({**ASK, "maps": {"edges": "canny"}}, "it has maps, which need an image as the target, and "),
+    (
+      {**ASK, "target": "image", "maps": {"context": "canny"}},
+      "its map 'context' has the name of a field of record 1: rename it.",
+    ),
+    (
+      {"name": "ask", "format": "scenes/draw", "records": 3, "target": "image",
+       "templates": ["{depth} <break> {image}"], "maps": {"depth": "maps/depth"}},
+      "its map 'depth' is the folder 'maps/depth', and its images are no files: use one of canny, ",
+    ),
+  ],
+)  # fmt: skip
+def test_maps_that_records_cannot_have_are_named(tmp_path, fields, sentence):
+  write_lines(tmp_path / "asked/train.jsonl", line())
+  (tmp_path / "maps/depth").mkdir(parents=True)
+  with pytest.raises(UserError, match=re.escape(f"task ask: {sentence}")):
+    open_task(tmp_path, fields)
+
+
+def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
+  write(tmp_path / "coco", RELEASES["coco_2017"])
+  fields = {**DRAW, "maps": {"edges": "cany"}, "templates": ["{edges} <break> {image}"]}
+  with pytest.raises(
+    UserError, match="'edges' is 'cany', which is neither canny nor scribble, and"
+  ):
+    open_task(tmp_path, fields)
+
+
+def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch):
+  write_lines(tmp_path / "asked/train.jsonl", line())
+  write(tmp_path / "coco", RELEASES["coco_2017"])
+  monkeypatch.setitem(sys.modules, "cv2", None)  # As if it were not installed.
+  assert len(open_task(tmp_path, ASK)) == 1
+  with pytest.raises(UserError, match=r"task draw: .* need OpenCV.* 'opencv-python-headless>="):
+    open_task(tmp_path, DRAW)
+
+
+def test_only_the_first_records_of_a_split_are_read(tmp_path):
+  write_lines(tmp_path / "asked/train.jsonl", *(line() for _ in range(5)))
+  write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
+  for fields, trained, heldout in (
+    ({}, 5, 4),
+    ({"records": 3}, 3, 4),
+    ({"records": 9, "heldout_records": 2}, 5, 2),
+    ({"heldout_records": 0}, 5, 4),
+  ):
+    task = {**ASK, **fields}
+    assert [r.key for r in open_task(tmp_path, task)] == [str(i + 1) for i in range(trained)]
+    assert len(open_task(tmp_path, task, "heldout")) == heldout
+  assert len(open_task(tmp_path, {**ASK, "heldout": "val"}, "heldout")) == 4
+
+
+@pytest.mark.parametrize(
+  ("records", "most", "expected"), [(0, 2, 2), (3, 2, 2), (2, 4, 2), (0, 9, 5), (3, 0, 3)]
+)
+def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, expected):
+  write_lines(tmp_path / "asked/train.jsonl", *(line() for _ in range(5)))
+  write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
+  config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
+  found = {
+    split: list(sources.open_task(config.own_tasks[0], split, config, ScenesConfig()))
+    for split in sources.SPLITS
+  }
+  assert len(found["train"]) == expected
+  assert len(found["heldout"]) == 4
+
+
+def test_a_wrong_line_after_the_first_records_is_not_read(tmp_path):
+  write_lines(tmp_path / "asked/train.jsonl", line(), line(), {"text": {}})
+  assert len(open_task(tmp_path, {**ASK, "records": 2})) == 2
+  message = f"task ask: {tmp_path}/asked/train.jsonl, line 3 has the field 'text': did you mean"
+  with pytest.raises(UserError, match=re.escape(message)):
+    open_task(tmp_path, ASK)
+
+
+def test_scenes_are_drawn_in_both_splits(tmp_path):
+  fields = {"name": "count", "format": "scenes/count", "records": 3, "heldout": "heldout"}
+  fields |= {"target": "answer", "templates": ["{question} {answer} <break> {image}"]}
+  fields |= {"heldout_records": 2}
+  trained, heldout = (open_task(tmp_path, fields, split) for split in ("train", "heldout"))
+  assert (len(trained), len(heldout)) == (3, 2)
+  assert {"/train/" in r.key for r in trained} == {"/heldout/" in r.key for r in heldout} == {True}
+  with pytest.raises(UserError, match="task count: the task 'cuont' is unknown; it must be one of"):
+    open_task(tmp_path, {**fields, "format": "scenes/cuont"})
+
+
+def test_a_file_that_is_absent_is_named_with_the_task(tmp_path):
+  message = f"task ask: {tmp_path}/asked has no train.jsonl: format 'jsonl' reads it for split"
+  with pytest.raises(UserError, match=re.escape(message)):
+    open_task(tmp_path, ASK)
+
+
+def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path):
+  encoder, tokenizer = encoder
+  folder = tmp_path / "asked"
+  for name in ("a", "cut"):
+    save_image(folder / f"{name}.png", side=48)
+  cut = (folder / "cut.png").read_bytes()
+  (folder / "cut.png").write_bytes(cut[: len(cut) // 2])
+  (folder / "text.png").write_text("no image")
+  (folder / "empty.png").write_bytes(b"")
+  (folder / "folder.png").mkdir()
+  unreadable = ("cut", "text", "empty", "folder", "absent")
+  write_lines(
+    folder / "train.jsonl",
+    line(),
+    *(line(f"{name}.png") for name in unreadable),
+    line(answer=" \n "),
+    line(question=""),
+    line(answer="word " * 200),
+    line(context="Two birds\nfly.", answer="two\n  birds"),
+  )
+  task = make_task(ASK)
+  found = stores.write_store(tmp_path / "store", task, open_task(tmp_path, ASK), encoder)
+  assert (found["documents"], found["rejected"]) == (2, 8)
+  reasons = rejected(tmp_path / "store")
+  for number, name in enumerate(unreadable, 2):
+    said = "is a folder" if name == "folder" else "cannot be read ("
+    assert reasons[str(number)].startswith(f"image {folder}/{name}.png {said}")
+  assert reasons["7"] == "record 7 has an empty answer: task ask needs one."
+  assert reasons["8"] == "record 8 has an empty question: task ask needs one."
+  assert re.fullmatch(
+    r"its sample has \d+ tokens, \d+ of them of answer; a row has room for 97: shorten it, or "
+    r"raise config\.data\.sequence_length\.",
+    reasons["9"],
+  )
+  store = DocumentStore(tmp_path / "store", SETTINGS.vocab)
+  texts = [tokenizer.decode(document.segments[0].tokens) for document in store]
+  # The line without a context is left out. White space of records is single spaces.
+  assert texts == [
+    "Question: how many?\nAnswer: two.",
+    "Question: how many?\nContext: Two birds fly.\nAnswer: two birds.",
+  ]
+  answers = [
+    tokenizer.decode(document.segments[0].tokens[start - 1 : stop - 1])
+    for document, (start, stop) in zip(store, read_targets(tmp_path / "store", 2))
+  ]
+  assert answers == ["two", "two birds"]
+
+
+def test_a_sample_may_fill_the_row(encoder, tmp_path):
+  """As many tokens as a row has room for are right, of a span as of the last image."""
+  base, tokenizer = encoder
+  save_image(tmp_path / "asked/a.png")
+  write_lines(tmp_path / "asked/train.jsonl", line())
+  size = len(tokenizer.encode("Question: how many?\nAnswer: two.")) + 16
+  for target, more in (("answer", 3 + 3), ("image", 3)):  # </s>, <break>, </s>; of a span 3 more.
+    task = make_task({**ASK, "target": target})
+    for room, rejects in ((size + more, 0), (size + more - 1, 1)):
+      encoder = stores.Encoder(base.encode, base.image_tokenizer, base.vocab, room - 1)
+      records = open_task(tmp_path, {**ASK, "target": target})
+      if rejects:
+        with pytest.raises(UserError, match=r"task ask has no right record \(1 are wrong\)"):
+          stores.write_store(tmp_path / "store", task, records, encoder)
+      else:
+        found = stores.write_store(tmp_path / "store", task, records, encoder)
+        assert (found["documents"], found["rejected"]) == (1, 0)
+
+
+def test_a_field_that_records_do_not_have_ends_the_command(encoder, tmp_path):
+  encoder, _ = encoder
+  save_image(tmp_path / "asked/a.png")
+  write_lines(tmp_path / "asked/train.jsonl", line(), {**line(), "texts": {"answer": "two"}})
+  task = make_task(ASK)
+  message = "a template of task ask has the field {question}; its record 2 has answer, image."
+  with pytest.raises(UserError, match=re.escape(message)):
+    stores.write_store(tmp_path / "store", task, open_task(tmp_path, ASK), encoder)
+
+
+def test_a_split_without_records_is_named(encoder, tmp_path):
+  write_lines(tmp_path / "asked/train.jsonl")
+  records = open_task(tmp_path, ASK)
+  with pytest.raises(UserError, match=r"^task ask has no records: the files of its split"):
+    stores.write_store(tmp_path / "store", make_task(ASK), records, encoder[0])
+
+
+def test_scribbles_are_computed_at_the_side_of_the_model(tmp_path):
+  pixels = np.full((64, 96, 3), 255, np.uint8)
+  pixels[16:48, 32:64] = (200, 30, 30)
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  drawn = stores.square_pixels(ImageMap("scribble", str(tmp_path / "a.png")), 32)
+  square = stores.square_pixels(str(tmp_path / "a.png"), 32)
+  np.testing.assert_array_equal(drawn, scribble(square))
+  assert 0 < (drawn > 0).mean() < 0.5

@@ -1,0 +1,218 @@
+"""Tasks are data: records become documents with a known target, and a mistake gets one sentence."""
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.data.documents.store import Document
+from cm3leon_jax.data.instructions import samples
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.tasks import InstructionTask, choose_template, join_record
+from cm3leon_jax.data.sources.records import RecordError
+from tests.data.stores import VOCAB
+
+VQA = "Question: {question} Answer: {answer}. <break> {image}"
+CODES = VOCAB.image_ids(np.arange(4))
+WORDS: dict[str, int] = {}
+
+
+def encode(text):
+  """One id for each word; a mark at its end is a word of its own."""
+  words = text.replace(".", " .").replace("?", " ?").split()
+  ids = [WORDS.setdefault(word, VOCAB.num_special + len(WORDS)) for word in words]
+  return np.array(ids, np.int32)
+
+
+def words_of(tokens) -> str:
+  names = {number: word for word, number in WORDS.items()}
+  names |= {
+    VOCAB.eos: "</s>",
+    VOCAB.brk: "<break>",
+    VOCAB.mask(0): "<mask:0>",
+    VOCAB.eoss: "<eoss>",
+  }
+  return " ".join(names.get(int(i), "@") for i in tokens)
+
+
+def task(**fields) -> InstructionTask:
+  given = {"name": "vqa", "templates": [VQA], "target": "answer", "format": "jsonl"}
+  return build(InstructionTask, {**given, **fields})
+
+
+def record(**texts) -> Record:
+  return Record("r", "g", {"question": "how many?", "answer": "two cats", **texts}, {"image": "i"})
+
+
+NOTHING = samples.Drops()
+
+
+def build_sample(one, seed=0, drops=NOTHING, loss_on="all"):
+  document = Document("r", one.segments, "", "", "")
+  lengths = [len(segment.tokens) for segment in one.segments]
+  rng = np.random.default_rng(seed)
+  is_image = [segment.is_image for segment in one.segments]
+  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, drops)
+  tokens, weights = samples.build_instruction(document, plan, VOCAB, loss_on)
+  assert len(tokens) == plan.length
+  return tokens, weights
+
+
+def test_an_answer_before_the_image_is_the_span_of_its_document():
+  tokens, weights = build_sample(join_record(task(), record(), encode, {"image": CODES}))
+  assert words_of(tokens) == (
+    "</s> Question: how many ? Answer: <mask:0> . <break> @ @ @ @ </s> <mask:0> two cats <eoss>"
+  )
+  assert weights.tolist() == [0] + [1] * (len(tokens) - 1)
+
+
+def test_only_the_target_and_its_end_may_count():
+  one = join_record(task(), record(), encode, {"image": CODES})
+  tokens, weights = build_sample(one, loss_on="target")
+  assert words_of(tokens[weights > 0]) == "two cats <eoss>"
+  draw = task(templates=["{question} <break> {image}"], target="image")
+  tokens, weights = build_sample(
+    join_record(draw, record(), encode, {"image": CODES}), loss_on="target"
+  )
+  assert words_of(tokens) == "</s> how many ? <break> @ @ @ @ </s>"
+  assert words_of(tokens[weights > 0]) == "@ @ @ @ </s>"
+
+
+def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
+  """Characters stand for tokens, so that line breaks are tokens, too."""
+  template = "Question: {question}\nWhy?\n{answer}\nSo. <break> {image}"
+  texts = {"question": "how\nmany  birds?", "answer": " two\n cats "}
+  one = join_record(
+    task(templates=[template]), record(**texts), encode_characters, {"image": CODES}
+  )
+  text = "".join(chr(i) for i in one.segments[0].tokens)
+  assert text == " Question: how many birds?\nWhy?\n two cats\nSo."
+  assert text[one.start - 1 : one.stop - 1] == " two cats"
+
+
+def encode_characters(text):
+  return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
+
+
+@pytest.mark.parametrize(
+  ("template", "texts", "lines"),
+  [
+    ("Q: {question}\nC: {context?}\nA: {answer}", {"context": "it flies"},
+     [" Q: how many?\nC: it flies\nA: two cats"]),
+    ("Q: {question}\nC: {context?}\nA: {answer}", {"context": " \n"},
+     [" Q: how many?\nA: two cats"]),
+    ("{context?}\n{hint?}\nA: {answer}", {"context": "", "hint": ""}, [" A: two cats"]),
+    ("{context?}\n{hint?} <break> {answer}", {"context": "", "hint": ""}, [" two cats"]),
+    ("{answer} <break> {context?}", {"context": "b"}, [" two cats", " b"]),
+  ],
+)  # fmt: skip
+def test_the_line_of_an_optional_text_is_left_out_if_it_is_empty(template, texts, lines):
+  one = join_record(task(templates=[template]), record(**texts), encode_characters, {})
+  found = ["".join(chr(i) for i in segment.tokens) for segment in one.segments]
+  assert found == lines
+  assert "".join(found)[one.start - 1 : one.stop - 1] == " two cats"
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_a_record_with_an_empty_text_is_no_sample(field):
+  message = f"^record r has an empty {field}: task vqa needs one.$"
+  with pytest.raises(RecordError, match=message):
+    join_record(task(), record(**{field: " \n"}), encode, {"image": CODES})
+
+
+def test_what_an_edit_may_lack():
+  edit = task(templates=["Edit <break> {image} <break> {question} <break> {after}"], target="after")
+  images = {"image": "i", "after": "j"}
+  after = VOCAB.image_ids(np.arange(4, 8))
+  one = join_record(
+    edit, Record("r", "g", {"question": "how many?"}, images), encode,
+    {"image": CODES, "after": after},
+  )  # fmt: skip
+  found = {}
+  for seed in range(200):
+    tokens, weights = build_sample(one, seed, samples.Drops(0.3, 0.2), "target")
+    found.setdefault(words_of(tokens), 0)
+    found[words_of(tokens)] += 1
+    np.testing.assert_array_equal(tokens[weights > 0][:-1], after)
+  assert set(found) == {
+    "</s> Edit <break> @ @ @ @ <break> how many ? <break> @ @ @ @ </s>",
+    "</s> Edit <break> @ @ @ @ <break> @ @ @ @ </s>",
+    "</s> <mask:0> <break> @ @ @ @ </s>",
+  }
+  assert found["</s> Edit <break> @ @ @ @ <break> @ @ @ @ </s>"] == pytest.approx(60, abs=20)
+  assert found["</s> <mask:0> <break> @ @ @ @ </s>"] == pytest.approx(40, abs=17)
+
+
+def test_a_masked_answer_lacks_nothing():
+  one = join_record(task(), record(), encode, {"image": CODES})
+  first, _ = build_sample(one, 0, samples.Drops(0.5, 0.5))
+  assert "how many" in words_of(first)
+
+
+def test_templates_are_chosen_by_the_key_each_as_often():
+  three = task(templates=[VQA, "{question} {answer} <break> {image}", "{answer} <break> {image}"])
+  chosen = [choose_template(three, str(i)) for i in range(600)]
+  assert chosen == [choose_template(three, str(i)) for i in range(600)]
+  assert all(160 < chosen.count(template) < 240 for template in three.templates)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    ({"target": "anwser"}, "must have {anwser}, the target, once; it has it 0 times"),
+    ({"templates": ["{answer} {answer}"]}, "once; it has it 2 times"),
+    ({"templates": ["{answer}\n{answer?}"]}, "once; it has it 2 times"),
+    ({"templates": ["{answer?}"]}, "once; it has it 0 times"),
+    ({"templates": ["{answer} <break> <break> {image}"]}, "has an empty segment"),
+    ({"templates": []}, "templates"),
+    ({"templates": ["{ question } {answer} <break> {image}"]}, "a brace that belongs to no field"),
+    ({"drop_all": 0.7, "drop_instruction": 0.7}, "together are more than 1"),
+    ({"name": "My task"}, "name"),
+    ({"wieght": 2.0}, "has no field 'wieght': did you mean 'weight'?"),
+  ],
+)
+def test_a_wrong_declaration_is_named(fields, sentence):
+  with pytest.raises(UserError) as error:
+    task(**fields)
+  assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("template", "texts", "sentence"),
+  [
+    (
+      "{answer} {context} <break> {image}",
+      {},
+      "a template of task vqa has the field {context}; its record r has answer, image, question.",
+    ),
+    ("{answer} {image}", {}, "has the image {image} in a text: put <break> between them"),
+  ],
+)
+def test_a_record_that_does_not_fit_is_named(template, texts, sentence):
+  with pytest.raises(UserError) as error:
+    join_record(task(templates=[template]), record(**texts), encode, {"image": CODES})
+  assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    (
+      {"templates": ["{image} <break> {answer}"], "target": "image"},
+      "task vqa predicts the image {image}, which must be the last segment",
+    ),
+    ({"drop_all": 0.5}, "task vqa predicts a text, and only images can lack what is before them"),
+    (
+      {
+        "templates": ["{question} <break> {image} <break> {after}"],
+        "target": "after",
+        "drop_instruction": 0.1,
+      },
+      "task vqa has drop_instruction, and no text stands before {after}",
+    ),
+  ],
+)
+def test_what_cannot_be_predicted_or_dropped_is_named(fields, sentence):
+  one = Record("r", "g", record().texts, {"image": "i", "after": "j"})
+  with pytest.raises(UserError) as error:
+    join_record(task(**fields), one, encode, {"image": CODES, "after": CODES})
+  assert sentence in str(error.value)

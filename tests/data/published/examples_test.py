@@ -1,0 +1,72 @@
+"""Choices are fixed by the seed and spread over images; captions become prompts."""
+
+import collections
+
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
+
+# 30 images; image i has 1 + i % 5 examples.
+EXAMPLES = [Example(f"{i}/{j}", str(i)) for i in range(30) for j in range(1 + i % 5)]
+
+
+def keys(examples):
+  return [e.key for e in examples]
+
+
+def test_each_caption_is_a_prompt():
+  example = Example("42", "42", "42.jpg", references=("a cat ", "\n", "two cats"))
+  assert list(caption_prompts([example])) == [
+    Example("42/0", "42", "42.jpg", prompt="a cat", references=("a cat ",)),
+    Example("42/2", "42", "42.jpg", prompt="two cats", references=("two cats",)),
+  ]
+
+
+def test_a_choice_of_three():
+  examples = [Example(key, key[0]) for key in ("a/0", "a/1", "a/2", "b/0")]
+  assert keys(choose(examples, 3)) == ["b/0", "a/2", "a/1"]
+
+
+def test_every_image_is_chosen_once_before_one_is_chosen_twice():
+  for count in range(1, len(EXAMPLES) + 1):
+    chosen = choose(EXAMPLES, count)
+    assert len(set(keys(chosen))) == count
+    used = collections.Counter(e.group for e in chosen)
+    for group, examples in collections.Counter(e.group for e in EXAMPLES).items():
+      assert used[group] == examples or used[group] >= max(used.values()) - 1
+    assert len(used) == min(count, 30)
+
+
+def test_a_choice_depends_on_seed_and_names_alone():
+  chosen = keys(choose(EXAMPLES, 40, seed=1))
+  assert keys(choose(iter(EXAMPLES[::-1]), 40, seed=1)) == chosen
+  assert keys(choose(EXAMPLES, 20, seed=1)) == chosen[:20]
+  other = keys(choose(EXAMPLES, 40, seed=2))
+  assert set(other[:10]) != set(chosen[:10])
+  # Not the first example of each image.
+  assert {key.split("/")[1] for key in chosen[:30]} >= {"0", "1", "2"}
+
+
+def test_images_with_many_examples_are_not_chosen_more_often():
+  """Of 400 choices of 6 images, each image is in about 80; 5 sigma are 40."""
+  used = collections.Counter(e.group for seed in range(400) for e in choose(EXAMPLES, 6, seed=seed))
+  assert all(40 <= used[str(i)] <= 120 for i in range(30))
+
+
+@pytest.mark.parametrize("count", [91, -1])
+def test_other_numbers_are_refused(count):
+  assert choose(EXAMPLES, 0) == []
+  message = f"^{count} of 90 examples are to be chosen; ask for 0 to 90.$"
+  with pytest.raises(UserError, match=message):
+    choose(EXAMPLES, count)
+
+
+def test_images_that_do_not_exist_are_named(tmp_path):
+  (tmp_path / "a.jpg").write_bytes(b"")
+  there = Example("1", "1", str(tmp_path / "a.jpg"))
+  absent = [Example(k, k, str(tmp_path / f"{k}.jpg")) for k in ("2", "3")]
+  check_images([there, Example("4", "4")])
+  message = r"/2\.jpg, the image of example 2, does not exist \(2 of 3 images are absent\); give"
+  with pytest.raises(UserError, match=message):
+    check_images([there, *absent, *absent])

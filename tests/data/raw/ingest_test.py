@@ -1,0 +1,389 @@
+import io
+import json
+import shutil
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.ingest import RawConfig
+from cm3leon_jax.data.sources import formats
+from cm3leon_jax.data.sources import origins as origins_lib
+from cm3leon_jax.data.sources.builtin import split_of
+from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
+from cm3leon_jax.shards import Runner
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def png(color, size=(4, 4), mode="RGB") -> bytes:
+  buffer = io.BytesIO()
+  Image.new(mode, size, color).save(buffer, "png")
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A folder of 40 pairs and 2 texts; function to replace line `i` of pairs.jsonl."""
+  folder = tmp_path / "source"
+  folder.mkdir()
+  (folder / "red.png").write_bytes(png(RED))
+  lines = [
+    json.dumps({"key": f"k{i}", "image": "red.png", "caption": f"red number {i}", "width": 4})
+    for i in range(40)
+  ]
+  (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+  texts = [
+    {"key": "t0", "text": "Some text.", "license": "MIT"},
+    {"key": "t1", "text": "More.", "split": "heldout"},
+  ]
+  (folder / "texts.jsonl").write_text("".join(json.dumps(t) + "\n\n" for t in texts))
+  return folder
+
+
+def replace_line(folder, i, line, name="pairs.jsonl"):
+  lines = (folder / name).read_text().split("\n")
+  lines[i] = line if isinstance(line, str) else json.dumps(line)
+  (folder / name).write_text("\n".join(lines))
+
+
+def prepare(source, tmp_path, **kwargs):
+  out, config = tmp_path / "raw", RawConfig(source=str(source), **{"resolution": 8, **kwargs})
+  return ingest.prepare(config, ingest.parts_of(config), out, Runner()), out
+
+
+def test_a_folder_of_ones_own(source, tmp_path):
+  replace_line(
+    source,
+    0,
+    {
+      "key": "own",
+      "image": "red.png",
+      "caption": "ein Ärmel",
+      "split": "heldout",
+      "license": "CC0-1.0",
+    },
+  )
+  summary, out = prepare(source, tmp_path, heldout_fraction=0.3)
+  train, heldout = (reader.read_pairs(out, split) for split in SPLITS[:2])
+  assert len(train) + len(heldout) == 40
+  assert (len(train), len(heldout)) == (summary["train_pairs"], summary["heldout_pairs"])
+  assert heldout[0].key == heldout[0].concept == "own"
+  assert (heldout[0].caption, heldout[0].license, heldout[0].source) == ("ein Ärmel", "CC0-1.0", "")
+  assert 5 <= len(heldout) <= 20
+  assert [t.key for t in reader.read_texts(out, "heldout")][-1] == "t1"
+  image = reader.load_image(train[-1].image, 8)
+  assert (image == np.array(RED, np.uint8)[None, None]).all()
+  with Image.open(train[-1].image) as stored:
+    assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (8, 8))
+
+
+def test_a_concept_lies_in_one_split(source, tmp_path):
+  for i in range(40):
+    pair = {"key": f"k{i}", "image": "red.png", "caption": "red", "concept": f"concept {i // 8}"}
+    replace_line(source, i, pair)
+  _, out = prepare(source, tmp_path, heldout_fraction=0.5)
+  train, heldout = ({p.concept for p in reader.read_pairs(out, split)} for split in SPLITS[:2])
+  assert len(train) + len(heldout) == 5
+  assert train
+  assert heldout
+
+
+def test_what_is_prepared_can_be_prepared_again(source, tmp_path):
+  first, out = prepare(source, tmp_path)
+  again, second = prepare(out, tmp_path / "again")
+  scaled = {"smallest_image": [8, 8], "largest_image": [8, 8]}
+  assert again == {**first, **scaled}
+  for name in ("pairs.jsonl", "texts.jsonl"):
+    assert (second / "000000" / name).read_text() == (out / "000000" / name).read_text()
+
+
+def test_texts_are_optional(source, tmp_path):
+  (source / "texts.jsonl").unlink()
+  _, out = prepare(source, tmp_path)
+  assert reader.read_texts(out, "train") == []
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ('{"key": "x",', r"pairs.jsonl, line 3 is not valid JSON"),
+    ([1], r"line 3 is list; every line must be one JSON object"),
+    ({"key": "x", "image": "red.png"}, r"line 3, key 'x' has no field 'caption'"),
+    ({"image": "red.png", "caption": "a"}, r"line 3 has no field 'key'"),
+    (
+      {"key": "x", "image": "red.png", "caption": " "},
+      r"line 3, key 'x': field 'caption' is empty",
+    ),
+    (
+      {"key": "x", "image": "red.png", "caption": 7},
+      r"line 3, key 'x': field 'caption' is 7; it must be a string",
+    ),
+    (
+      {"key": "x", "image": "red.png", "caption": "\ud83d"},
+      r"line 3, key 'x': field 'caption' holds half of a surrogate pair",
+    ),
+    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* occurs twice"),
+    (
+      {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
+      r"split is 'test'; it must be 'train', 'heldout' or 'bank'",
+    ),
+    ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
+    (
+      {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
+      r"key 'x': field 'facts' is 'red'; it must be a JSON object",
+    ),
+    (
+      {"key": "x", "image": "pairs.jsonl", "caption": "a"},
+      r"key 'x': image .*pairs.jsonl cannot be read",
+    ),
+  ],
+)
+def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
+  replace_line(source, 2, line)
+  with pytest.raises(UserError, match=message) as error:
+    prepare(source, tmp_path)
+  assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
+    reader.read_pairs(tmp_path / "raw", "train")
+
+
+def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
+  replace_line(source, 2, '{"key": "x",')
+  replace_line(source, 5, {"key": "y", "image": "pairs.jsonl", "caption": "no image"})
+  summary, out = prepare(source, tmp_path, max_rejected=0.05)
+  assert (summary["rejected_malformed_record"], summary["rejected_unreadable_image"]) == (1, 1)
+  assert summary["train_pairs"] + summary["heldout_pairs"] == 38
+  rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+  assert [(r["key"], r["reason"]) for r in rejected] == [
+    ("", "malformed_record"),
+    ("y", "unreadable_image"),
+  ]
+  assert rejected[0]["file"].endswith("pairs.jsonl")
+  with pytest.raises(
+    UserError,
+    match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%",
+  ):
+    prepare(source, tmp_path, max_rejected=0.04)
+  assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_are_chosen_by_license(source, tmp_path):
+  replace_line(source, 0, {"key": "free", "image": "red.png", "caption": "a", "license": "CC0-1.0"})
+  replace_line(source, 1, {"key": "other", "image": "red.png", "caption": "a", "license": "secret"})
+  summary, out = prepare(
+    source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us"
+  )
+  records = [r for split in SPLITS for r in reader.read_pairs(out, split)]
+  assert summary["other_licenses"] == 1
+  assert {r.license for r in records if r.key != "free"} == {"MIT"}
+  assert {r.attribution for r in records} == {"us"}
+  assert "free" in {r.key for r in records}
+  assert "other" not in {r.key for r in records}
+  assert not any(name.startswith("rejected") for name in summary)
+
+
+def test_licenses_that_no_record_has_are_reported(source, tmp_path):
+  sentence = r"none of the 42 records of '.*' has one of these licenses"
+  with pytest.raises(UserError, match=sentence):
+    prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
+  with pytest.raises(UserError, match=r"drawings of OpenMoji are under CC-BY-SA-4\.0: add it"):
+    ingest.parts_of(RawConfig(source="openmoji", licenses=("CC0-1.0",)))
+
+
+def test_origins_are_counted(source, tmp_path, monkeypatch):
+  for i in range(4):
+    replace_line(
+      source,
+      i,
+      {
+        "key": f"a{i}",
+        "image": "red.png",
+        "caption": "a",
+        "license": "CC0-1.0",
+        "attribution": "Ada",
+      },
+    )
+  replace_line(
+    source,
+    4,
+    {"key": "b", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Bob"},
+  )
+  _, out = prepare(source, tmp_path)
+  origins = reader.read_index(out)["origins"]
+  ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
+  assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
+  assert sum(origin["records"] for origin in origins) == 42
+  monkeypatch.setattr(origins_lib, "MOST", 1)
+  few = origins_lib.most_common(origins)
+  others = {**ada, "source": "others", "attribution": "others", "records": 5}
+  assert few[:2] == [origins[0], others]
+
+
+def test_long_captions_are_rejected(source, tmp_path):
+  with pytest.raises(
+    UserError,
+    match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char",
+  ):
+    prepare(source, tmp_path, max_caption_characters=11)
+
+
+def interleaved(*segments, **about):
+  return json.dumps({"key": "page", "segments": segments, **about}) + "\n"
+
+
+def test_interleaved_documents_keep_their_order(source, tmp_path):
+  (source / "blue.png").write_bytes(png(BLUE))
+  segments = [{"text": "One."}, {"image": "blue.png"}, {"image": "red.png"}, {"text": "Two."}]
+  (source / "interleaved.jsonl").write_text(interleaved(*segments, split="train", license="MIT"))
+  summary, out = prepare(source, tmp_path)
+  assert (summary["train_interleaved"], summary["heldout_interleaved"]) == (1, 0)
+  (page,) = reader.read_shard(out, "000000", RawInterleaved, "train")
+  assert (page.key, page.license) == ("page", "MIT")
+  assert [next(iter(s)) for s in page.segments] == ["text", "image", "image", "text"]
+  assert [s["text"] for s in page.segments if "text" in s] == ["One.", "Two."]
+  colors = [reader.load_image(s["image"], 8)[0, 0].tolist() for s in page.segments if "image" in s]
+  assert colors == [list(BLUE), list(RED)]
+  again, _ = prepare(out, tmp_path / "again")
+  scaled = {"smallest_image": [8, 8], "largest_image": [8, 8]}
+  assert again == {**summary, **scaled}
+
+
+@pytest.mark.parametrize(
+  ("segments", "message"),
+  [
+    ([], "'segments' must be a list"),
+    ([{"text": "a", "image": "red.png"}], r'segment 0 must be {"text": ...} or {"image": ...}'),
+    ([{"text": "a"}, {"text": " "}], r"segment 1: field 'text' is empty"),
+    ([{"image": "no.png"}], r"image 'no.png' does not exist"),
+    ([{"text": "a"}, {"image": "pairs.jsonl"}], r"image .*pairs.jsonl cannot be read"),
+    ([{"text": 5}], r"field 'text' is 5; it must be a string"),
+  ],
+)
+def test_wrong_interleaved_documents_are_refused(source, tmp_path, segments, message):
+  (source / "interleaved.jsonl").write_text(interleaved(*segments))
+  with pytest.raises(UserError, match=message):
+    prepare(source, tmp_path)
+
+
+def write_text_files(folder, names):
+  folder.mkdir(exist_ok=True)
+  for name in names:
+    lines = [json.dumps({"text": f"{name} {i}", "split": "train"}) for i in range(3)]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
+  write_text_files(tmp_path / "in", "ab")
+  summary, out = prepare(tmp_path / "in", tmp_path)
+  assert (summary["shards"], summary["train_texts"]) == (2, 6)
+  assert [t.text for t in reader.read_texts(out, "train")] == [
+    "a 0",
+    "a 1",
+    "a 2",
+    "b 0",
+    "b 1",
+    "b 2",
+  ]
+  written = []
+  write = ingest.write_shard
+
+  def count(config, folder, *args):
+    written.append(folder.name)
+    return write(config, folder, *args)
+
+  monkeypatch.setattr(ingest, "write_shard", count)
+  before = reader.shards(out)
+  write_text_files(tmp_path / "in", "c")
+  assert prepare(tmp_path / "in", tmp_path)[0]["train_texts"] == 9
+  assert written == ["000002"]
+  assert {name: reader.shards(out)[name] for name in before} == before
+  prepare(tmp_path / "in", tmp_path, heldout_fraction=0.5)
+  assert written == ["000002", "000000", "000001", "000002"]
+
+
+def test_a_file_edited_to_the_same_size_is_read_again(tmp_path):
+  write_text_files(tmp_path / "in", "ab")
+  _, out = prepare(tmp_path / "in", tmp_path)
+  config = RawConfig(source=str(tmp_path / "in"))
+  parts = ingest.parts_of(config)
+  assert formats.digest_of(ingest.parts_of(config)) == formats.digest_of(parts)
+  path = tmp_path / "in" / "b.jsonl"
+  path.write_text(path.read_text().replace("b 1", "x 1"))
+  again = ingest.parts_of(config)
+  assert [part.bytes for part in again] == [part.bytes for part in parts]
+  assert formats.digest_of(again) != formats.digest_of(parts)
+  prepare(tmp_path / "in", tmp_path)
+  assert [t.text for t in reader.read_texts(out, "train")][3:] == ["b 0", "x 1", "b 2"]
+
+
+def test_damaged_records_of_a_shard_are_refused_and_made_again(tmp_path):
+  write_text_files(tmp_path / "in", "ab")
+  _, out = prepare(tmp_path / "in", tmp_path)
+  index, path = (out / reader.INDEX).read_bytes(), out / "000001" / "texts.jsonl"
+  path.write_text(path.read_text().replace("b 1", "x 1"))
+  message = (
+    r"000001/texts\.jsonl has another content than when it was written: restore it, or delete the "
+    r"folder .*000001 and .*done\.json and run"
+  )
+  with pytest.raises(UserError, match=message):
+    reader.read_texts(out, "train")
+  shutil.rmtree(out / "000001")
+  prepare(tmp_path / "in", tmp_path)
+  assert [t.text for t in reader.read_texts(out, "train")][3:] == ["b 0", "b 1", "b 2"]
+  assert (out / reader.INDEX).read_bytes() == index
+
+
+def test_images_may_be_stored_as_jpeg(source, tmp_path):
+  _, out = prepare(source, tmp_path, jpeg_quality=95, heldout_fraction=0.0)
+  path = reader.read_pairs(out, "train")[0].image
+  with Image.open(path) as stored:
+    assert (path[-4:], stored.format, stored.size) == (".jpg", "JPEG", (8, 8))
+  np.testing.assert_allclose(reader.load_image(path, 8)[4, 4], RED, atol=3)
+
+
+def test_the_digest_of_a_shard_depends_on_its_images(source, tmp_path):
+  digests = []
+  for color in (RED, BLUE, BLUE):
+    (source / "red.png").write_bytes(png(color, (5, 5)))
+    _, out = prepare(source, tmp_path / str(len(digests)))
+    digests.append(reader.shards(out)["000000"]["digest"])
+  assert digests[0] != digests[1] == digests[2]
+
+
+def test_images_are_made_square_as_configured(source, tmp_path):
+  (source / "red.png").write_bytes(png(RED, (16, 8)))
+  corner = {}
+  for crop in ("center", "pad"):
+    _, out = prepare(source, tmp_path / crop, crop=crop, heldout_fraction=0.0)
+    image = reader.load_image(reader.read_pairs(out, "train")[0].image, 8)
+    assert image[4, 4].tolist() == list(RED)
+    corner[crop] = image[0, 0].tolist()
+  assert corner == {"center": list(RED), "pad": [255, 255, 255]}
+
+
+def test_wrong_sources_are_refused(source, tmp_path):
+  with pytest.raises(
+    UserError, match=r"has no files; it must be 'openmoji' or 'scenes', or a folder"
+  ):
+    prepare(tmp_path / "absent", tmp_path)
+  (source / "pairs.jsonl").write_text("\n")
+  (source / "texts.jsonl").unlink()
+  with pytest.raises(UserError, match=r"holds no record that can be used"):
+    prepare(source, tmp_path)
+  (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
+  with pytest.raises(UserError, match="is not UTF-8"):
+    prepare(source, tmp_path)
+  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
+    reader.read_pairs(tmp_path / "absent", "train")
+
+
+def test_splits_are_a_stable_share():
+  names = [f"concept {i}" for i in range(4_000)]
+  few = {n for n in names if split_of(n, 0.05) == "heldout"}
+  more = {n for n in names if split_of(n, 0.1) == "heldout"}
+  assert 150 < len(few) < 250
+  assert few < more
+  assert not any(split_of(n, 0.0) == "heldout" for n in names)

@@ -1,0 +1,157 @@
+from collections import Counter
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.data.rows import cm3
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=32, text_size=288, image_size=512)
+BRK, EOS, EOSS = VOCAB.brk, VOCAB.eos, VOCAB.eoss
+M0, M1 = VOCAB.mask(0), VOCAB.mask(1)
+
+
+def joined(segment_lengths, first=100):
+  """</s> 100 101 ... <break> ... </s>, all content ids distinct."""
+  tokens = []
+  for n in segment_lengths:
+    tokens += [*range(first, first + n), BRK]
+    first += n
+  return np.array([EOS, *tokens[:-1], EOS], np.int32)
+
+
+def test_segment_bounds_literal():
+  assert cm3.segment_bounds([3, 4]) == [(1, 4), (5, 9)]
+
+
+def test_apply_moves_a_caption_to_the_end():
+  tokens = np.array([EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS], np.int32)
+  expected = [EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS]
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [(1, 4)], VOCAB), expected)
+
+
+def test_apply_keeps_document_order_of_two_spans():
+  tokens = np.array([EOS, 77, 78, 79, BRK, 291, 292, EOS], np.int32)
+  expected = [EOS, 77, M0, 79, BRK, 291, M1, EOS, M0, 78, EOSS, M1, 292, EOSS]
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [(2, 3), (6, 7)], VOCAB), expected)
+
+
+def test_layout_and_undo_in_literals():
+  assert cm3.cm3_layout(6, [(1, 4)]).tolist() == [0, 6, 4, 5, 6, 1, 2, 3, 7]
+  masked = np.array([EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS], np.int32)
+  expected = [EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS]
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(masked, VOCAB), expected)
+
+
+def test_no_span_is_the_identity():
+  tokens = joined([3, 4])
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [], VOCAB), tokens)
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(tokens, VOCAB), tokens)
+
+
+samples = st.tuples(
+  st.lists(st.integers(1, 12), min_size=1, max_size=6),
+  st.integers(0, 8),
+  st.booleans(),
+  st.integers(0, 2**32 - 1),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_undo_restores_what_apply_moved(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  tokens = joined(lengths)
+  masked = cm3.apply_cm3_mask(tokens, spans, VOCAB)
+  assert len(masked) == len(tokens) + cm3.OVERHEAD * len(spans)
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(masked, VOCAB), tokens)
+  if spans:
+    assert not np.array_equal(masked, tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  tokens = joined(lengths)
+  assert len(spans) <= num_spans
+  assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+  for start, end in spans:
+    assert start < end
+    assert not np.isin(tokens[start:end], [BRK, EOS]).any()
+    if whole and len(lengths) > 1:
+      assert (start, end) in cm3.segment_bounds(lengths)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_some_content_always_stays_as_context(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  assert sum(end - start for start, end in spans) < sum(lengths)
+  if whole and len(lengths) > 1:
+    assert len(spans) == min(num_spans, len(lengths) - 1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_single_text_is_masked_in_part(whole):
+  plans = [cm3.sample_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
+  assert all(spans != ((1, 21),) for spans in plans)
+  assert np.mean([len(spans) for spans in plans]) > 0.9
+  assert cm3.sample_spans([1], 8, whole, np.random.default_rng(0)) == ()
+
+
+def test_whole_segments_of_a_pair_are_its_caption_or_its_image():
+  plans = [cm3.sample_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
+  assert set(plans) == {((1, 4),), ((5, 9),)}
+
+
+def test_spans_reach_every_content_token_and_both_lengths_of_span():
+  rng = np.random.default_rng(0)
+  covered, partial = np.zeros(12, int), 0
+  for _ in range(500):
+    for start, end in cm3.sample_spans([4, 5], 2, False, rng):
+      covered[start:end] += 1
+      partial += (start, end) not in ((1, 5), (6, 11))
+  assert partial
+  assert (covered[[1, 2, 3, 4, 6, 7, 8, 9, 10]] > 0).all()
+  assert covered[[0, 5, 11]].sum() == 0
+
+
+def covered_most(bounds, low, high):
+  """The span of two points: the tokens in [low, high) of the segment with most of them there."""
+  parts = [[t for t in range(start, end) if low <= t < high] for start, end in bounds]
+  longest = max(parts, key=len)
+  return ((longest[0], longest[-1] + 1),) if longest else ()
+
+
+def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
+  """The frequencies of 8,000 draws are those of all pairs of points."""
+  lengths = [6, 2, 3]
+  bounds, points = cm3.segment_bounds(lengths), range(sum(lengths) + len(lengths) + 2)
+  pairs = itertools.product(points, repeat=2)
+  expected = Counter(covered_most(bounds, min(pair), max(pair)) for pair in pairs)
+  rng = np.random.default_rng(0)
+  found = Counter(cm3.sample_spans(lengths, 1, False, rng) for _ in range(8_000))
+  assert found.keys() == expected.keys()
+  for spans, count in expected.items():
+    assert found[spans] / 8_000 == pytest.approx(count / len(points) ** 2, abs=0.015), spans
+
+
+def test_several_tries_find_the_spans_that_are_wanted():
+  """Nine candidates contain three disjoint spans more often than not, three of them seldom do."""
+  draws = [cm3.sample_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
+  assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
+
+
+def test_undo_refuses_an_infill_that_is_cut():
+  tokens = np.array([EOS, M0, BRK, 291, EOS, M0, 77, 78], np.int32)
+  with pytest.raises(ValueError, match="no infill"):
+    cm3.undo_cm3_mask(tokens, VOCAB)
+  with pytest.raises(ValueError, match="stands once"):
+    cm3.undo_cm3_mask(tokens[:5], VOCAB)

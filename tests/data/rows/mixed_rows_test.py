@@ -1,0 +1,104 @@
+"""Rows of tasks and documents together: the same in every process and after every restart."""
+
+import dataclasses
+
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.samples import Drops
+from cm3leon_jax.data.rows.loader import RowLoader, batches, local_rows
+from cm3leon_jax.data.rows.plan import RowPlan
+from cm3leon_jax.data.rows.sample_plan import DataConfig
+from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
+from tests.data.rows.loader_test import HostSharding
+from tests.data.stores import VOCAB, make_instructions, make_sources
+
+B, ROWS = 8, 64
+CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+  """Two tasks whose samples lack something now and then, and pairs and texts beside them."""
+  root = tmp_path_factory.mktemp("stores")
+  tasks = [
+    dataclasses.replace(
+      task, share=0.3, instructions=dataclasses.replace(task.instructions, drops=Drops(0.2, 0.2))
+    )
+    for task in make_instructions(root)
+  ]
+  documents = [dataclasses.replace(s, share=0.2) for s in make_sources(root)]
+  return [*tasks, *documents]
+
+
+def open_loader(sources, path=None, writes=False):
+  plan = RowPlan(sources, CONFIG, VOCAB.num_masks, 0, path, writes)
+  return RowLoader(plan, VOCAB, mark_sources=True)
+
+
+@pytest.fixture(scope="module")
+def rows(sources):
+  loader = open_loader(sources)
+  return [loader[i] for i in range(ROWS)]
+
+
+def assert_row(row, expected):
+  assert row.keys() == expected.keys()
+  for name, values in expected.items():
+    np.testing.assert_array_equal(row[name], values)
+
+
+def test_rows_hold_all_sources(rows):
+  marks = [set(row["sources"].tolist()) - {0} for row in rows]
+  assert set.union(*marks) == {1, 2, 3, 4}
+  assert any({1, 2} & m and {3, 4} & m for m in marks)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
+  """Each process plans for itself."""
+  sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
+  shape, read = (B, CONFIG.sequence_length), []
+  for host in range(hosts):
+    loader = open_loader(sources)
+    for j in range(ROWS // B):
+      for r in local_rows(HostSharding(sharding, host, hosts), shape):
+        assert_row(loader[B * j + r], rows[B * j + r])
+        read.append(B * j + r)
+  assert sorted(read) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("first_row", [0, 24, 40])
+def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
+  sources, rows, first_row, tmp_path
+):
+  """From the starts of the windows that the run wrote before; no earlier window is planned."""
+  path = tmp_path / "plan.jsonl"
+  before = open_loader(sources, path, writes=True)
+  for i in range(first_row):
+    before[i]
+  loader = open_loader(sources, path)
+  planned, plan_window = [], loader.plan._plan_window
+  loader.plan._plan_window = lambda window: (planned.append(window), plan_window(window))
+  sharding = NamedSharding(create_mesh(MeshConfig(2, 2, 2)), spec("batch", "length"))
+  for j, batch in zip(range(2), batches(loader, first_row, B, sharding)):
+    found = jax.device_get(batch)
+    for r in range(B):
+      assert_row({name: x[r] for name, x in found.items()}, rows[first_row + B * j + r])
+  window = before.plan._starts.window_of(first_row)
+  assert (min(planned), window > 1) == (window, first_row > 0)
+
+
+def test_starts_of_another_mixture_are_refused(sources, rows, tmp_path):
+  path = tmp_path / "plan.jsonl"
+  before = open_loader(sources, path, writes=True)
+  for i in range(24):
+    before[i]
+  tasks, documents = sources[:2], sources[2:]
+  other = [dataclasses.replace(s, share=0.25) for s in [*tasks, *documents]]
+  with pytest.raises(UserError, match=r"plan\.jsonl was written for other rows"):
+    open_loader(other, path)
+  assert open_loader(sources, path)[0]["inputs"].shape == rows[0]["inputs"].shape

@@ -1,0 +1,442 @@
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+import json
+
+from etils.epath import testing as epath_testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from benchmarks.data import LengthStore, synthetic_sources
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.data.rows.plan import RowPlan, Source, Units, pack_best_fit
+from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
+from cm3leon_jax.data.rows.sample_plan import DataConfig
+from tests.data.stores import VOCAB, make_plan, make_sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+  return make_sources(tmp_path_factory.mktemp("stores"))
+
+
+def test_pack_best_fit_literal():
+  assert pack_best_fit([3, 6, 4, 2], 8) == [[1, 3], [2, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=80))
+def test_packing_places_everything_once_and_overfills_no_row(slots):
+  rows = pack_best_fit(slots, 50)
+  assert sorted(i for row in rows for i in row) == list(range(len(slots)))
+  assert all(sum(slots[i] for i in row) <= 50 for row in rows)
+
+
+def test_packing_fills_rows():
+  slots = np.random.default_rng(0).integers(5, 300, 2_000).tolist()
+  assert sum(slots) / (len(pack_best_fit(slots, 1_024)) * 1_024) > 0.97
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [{}, {"neighbor_sampling": "uniform"}, {"neighbor_sampling": "paper", "num_neighbors": 3}],
+)
+def test_plans_follow_from_seed_source_pass_and_unit(sources, fields):
+  plan = make_plan(sources, sequence_length=256, **fields)
+  plans = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
+  again = make_plan(sources, sequence_length=256, pack_window=8, **fields)
+  backwards = [again.plan(0, pass_, unit) for pass_ in (1, 0) for unit in reversed(range(50))]
+  assert backwards[::-1] == plans
+  assert plans[:50] != plans[50:]
+  assert [
+    make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)
+  ] != plans[:50]
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "paper", "uniform"])
+def test_heldout_rows_have_the_best_neighbors_and_nothing_random(sources, sampling):
+  config = DataConfig(neighbor_sampling=sampling, num_neighbors=3).for_heldout()
+  plans = [
+    make_plan(sources, seed, **vars(config)).plan(0, 0, unit)
+    for seed in (0, 1)
+    for unit in range(50)
+  ]
+  assert plans[:50] == plans[50:]
+  assert {(p.neighbors, p.dropped, p.spans) for p in plans} == {
+    ((0, 1, 2), False, ()),
+    ((0, 1), False, ()),
+  }
+
+
+def test_typical_neighbors_that_do_not_fit_are_reported():
+  paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
+  pairs, _ = synthetic_sources(2_000, 1_024)
+  assert room_for_neighbors(pairs, paper) == (
+    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit 4,096 slots: "
+    "whole neighbors are left out, 2 remain."
+  )
+  assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
+  assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
+
+
+def test_rates_of_drops(sources):
+  plan = make_plan(sources, sequence_length=256)
+  plans = [plan.plan(0, p, u) for p in range(60) for u in range(50)]
+  dropped = np.mean([p.dropped for p in plans])
+  alone = np.mean([not p.neighbors and not p.dropped for p in plans])
+  assert abs(dropped - 0.09) < 0.02
+  assert abs(alone - 0.10) < 0.02
+
+
+def test_row_is_the_same_whatever_was_read_before(sources):
+  forward, backward = make_plan(sources), make_plan(sources)
+  rows = [forward.row(i) for i in range(150)]
+  assert [backward.row(i) for i in reversed(range(150))] == rows[::-1]
+  assert make_plan(sources, seed=1).row(0) != rows[0]
+
+
+def test_row_is_the_same_on_any_number_of_readers(sources):
+  rows = [make_plan(sources).row(i) for i in range(0, 120, 5)]
+  shared = make_plan(sources)
+  with ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(shared.row, range(120)))[::5] == rows
+  for readers in (2, 4):
+    parts = [make_plan(sources) for _ in range(readers)]
+    assert [parts[i % readers].row(i) for i in range(120)][::5] == rows
+
+
+def test_a_pass_holds_every_document_once(sources):
+  plan = make_plan(sources)
+  counts = Counter()
+  for i in range(400):
+    counts.update((s.source, s.pass_, s.unit) for s in plan.row(i))
+  assert set(counts.values()) == {1}
+  for source in (0, 1):
+    for pass_ in range(2):
+      assert {u for s, p, u in counts if (s, p) == (source, pass_)} == set(
+        range(len(plan.units[source]))
+      )
+
+
+def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
+  plan = make_plan(sources)
+  units, store = plan.units[1], sources[1].store
+  covered = Counter()
+  for unit in range(len(units)):
+    document, _ = units.locate(unit)
+    covered[document] += int(units.lengths(store, unit)[0][0])
+  assert covered == {i: int(store.segment_lengths(i)[0][0]) for i in range(len(store))}
+  assert len(units) > len(store)
+
+
+def store_of(documents) -> LengthStore:
+  """documents: (length, is_image) of each segment of each."""
+  segments = [s for document in documents for s in document]
+  lengths, is_image = (
+    np.array([n for n, _ in segments], np.int32),
+    np.array([i for _, i in segments], bool),
+  )
+  return LengthStore(np.cumsum([0, *map(len, documents)]), lengths, is_image)
+
+
+SEGMENT = st.tuples(st.integers(1, 70), st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(SEGMENT, min_size=1, max_size=3), max_size=12), st.integers(2, 30))
+def test_units_are_whole_documents_and_pieces_of_single_texts(documents, length):
+  units, store = Units(store_of(documents), length), store_of(documents)
+  expected = []
+  for i, document in enumerate(documents):
+    single_text = len(document) == 1 and not document[0][1]
+    starts = range(0, document[0][0], length - 1) if single_text else [0]
+    expected += [
+      (
+        i,
+        start,
+        [min(document[0][0] - start, length - 1)] if single_text else [n for n, _ in document],
+      )
+      for start in starts
+    ]
+  assert [(*units.locate(u), units.lengths(store, u)[0]) for u in range(len(units))] == expected
+
+
+def test_units_in_literals():
+  units = Units(store_of([[(3, False)], [(9, False)]]), 5)
+  assert [units.locate(unit) for unit in range(len(units))] == [(0, 0), (1, 0), (1, 4), (1, 8)]
+
+
+def test_units_that_are_not_cut_take_no_memory():
+  store = store_of([[(50, False), (16, True)]] * 1_000 + [[(99, False)]])
+  assert (
+    sum(array.size for array in vars(Units(store, 100)).values() if isinstance(array, np.ndarray))
+    == 0
+  )
+
+
+def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
+  stores = []
+  for i, source in enumerate(sources):
+    arrays = {name: getattr(source.store, name) for name in ("offsets", "lengths", "is_image")}
+    for name, array in arrays.items():
+      np.save(tmp_path / f"{name}{i}.npy", array)
+    stores.append(
+      LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays])
+    )
+  pairs, texts = stores
+  mapped = make_plan([Source(pairs, 0.7, sources[0].neighbors, pairs), Source(texts, 0.3)])
+  plan = make_plan(sources)
+  assert [mapped.row(i) for i in range(60)] == [plan.row(i) for i in range(60)]
+
+
+def test_shares_are_shares_of_slots(sources):
+  plan = make_plan(sources)
+  slots = Counter()
+  for i in range(400):
+    for sample in plan.row(i):
+      slots[sample.source] += sample.slots
+  assert abs(slots[1] / slots.total() - 0.3) < 0.02
+
+
+def test_loader_and_planner_agree_on_every_length(sources):
+  plan = make_plan(sources)
+  loader = RowLoader(plan, VOCAB)
+  for i in range(200):
+    row = loader[i]
+    lengths = np.bincount(row["segment_ids"])[1:]
+    assert lengths.tolist() == [s.slots for s in plan.row(i)]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+  """The windows that any RowPlan plans, in order."""
+  windows, plan_window = [], RowPlan._plan_window
+  monkeypatch.setattr(
+    RowPlan,
+    "_plan_window",
+    lambda self, window: (windows.append(window), plan_window(self, window)),
+  )
+  return windows
+
+
+def plan_with_starts(sources, path, seed=0, writes=True) -> RowPlan:
+  return RowPlan(
+    sources, DataConfig(sequence_length=128, pack_window=64), VOCAB.num_masks, seed, path, writes
+  )
+
+
+def test_known_starts_leave_one_window_to_plan(sources, tmp_path, planned):
+  path = tmp_path / "run" / "plan.jsonl"
+  first = plan_with_starts(sources, path)
+  rows = [first.row(i) for i in range(400)]
+  last = planned[-1]
+  assert planned == list(range(last + 1))
+  assert len(path.read_text().splitlines()) == last + 2
+  for i, window in ((399, last), (first._starts[last // 2].first_row, last // 2)):
+    planned.clear()
+    assert plan_with_starts(sources, path, writes=False).row(i) == rows[i]
+    assert planned == [window]
+  planned.clear()
+  assert make_plan(sources).row(399) == rows[399]
+  assert planned == list(range(last + 1))
+
+
+def test_starts_are_appended_where_they_ended(sources, tmp_path, planned):
+  whole, path = tmp_path / "whole.jsonl", tmp_path / "plan.jsonl"
+  plan_with_starts(sources, whole).window(9)
+  plan_with_starts(sources, path).window(4)
+  plan_with_starts(sources, path, writes=False).window(9)
+  assert len(path.read_text().splitlines()) == 6
+  plan_with_starts(sources, path).window(9)
+  assert path.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_last_line_cut_short_costs_its_window(sources, tmp_path, planned, cut):
+  path = tmp_path / "plan.jsonl"
+  plan_with_starts(sources, path).window(9)
+  whole = path.read_text()
+  path.write_text(whole[:-cut])
+  planned.clear()
+  rows = plan_with_starts(sources, path).window(9)
+  assert planned == [9]
+  assert rows == make_plan(sources).window(9)
+  assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("other", ["seed", "neighbors", "config"])
+def test_starts_of_another_plan_are_refused(sources, tmp_path, other):
+  path, pairs = tmp_path / "plan.jsonl", sources[0]
+  if other == "config":
+    config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0)
+    RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
+  elif other == "neighbors":
+    plan_with_starts(
+      [Source(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path
+    ).window(4)
+  else:
+    plan_with_starts(sources, path, seed=1).window(4)
+  before = path.read_text()
+  with pytest.raises(UserError, match=r"plan\.jsonl was written for other rows.*delete the file"):
+    plan_with_starts(sources, path)
+  assert path.read_text() == before
+  path.unlink()
+  assert plan_with_starts(sources, path).window(4) == make_plan(sources).window(4)
+
+
+def test_half_a_line_of_starts_counts_for_nothing(sources, tmp_path, planned):
+  path = tmp_path / "plan.jsonl"
+  path.write_text('{"fingerprint": "half a l')
+  assert plan_with_starts(sources, path).window(4) == make_plan(sources).window(4)
+  assert planned[:5] == [0, 1, 2, 3, 4]
+  assert len(path.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("fields", [{"on_bad_record": "skip"}, {"max_skipped": 3}])
+def test_starts_do_not_depend_on_what_happens_at_bad_records(sources, tmp_path, planned, fields):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  config = DataConfig(sequence_length=128, pack_window=64, **fields)
+  planned.clear()
+  assert RowPlan(sources, config, VOCAB.num_masks, 0, path).window(4) == rows
+  assert planned == [4]
+
+
+def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
+  """Objects cannot be appended to; a run that was killed plans at most 15 windows more."""
+  modes = []
+
+  def here(path):
+    return str(path).replace("gs://bucket", str(tmp_path))
+
+  def opened(original, path, mode):
+    modes.append(mode)
+    return original(here(path), mode)
+
+  moved = {
+    name: lambda f, a, *b, **kw: f(here(a), *map(here, b), **kw)
+    for name in ("exists", "mkdir", "makedirs", "replace")
+  }
+  with epath_testing.mock_epath(open=opened, **moved):
+    plan_with_starts(sources, "gs://bucket/plan.jsonl").window(40)
+    assert len((tmp_path / "plan.jsonl").read_text().splitlines()) == 1 + 32
+    planned.clear()
+    assert plan_with_starts(sources, "gs://bucket/plan.jsonl").window(35) == make_plan(
+      sources
+    ).window(35)
+  assert planned[:4] == [32, 33, 34, 35]
+  assert set(modes) == {"w", "rb"}
+
+
+def without_digests(path) -> list[dict]:
+  """Writes the lines of a file as earlier versions wrote them; returns them."""
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for line in lines:
+    line.pop("digest", None)
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return lines
+
+
+# What happens to the lines of a file -> the first line that is then wrong, from 1 on.
+WRONG = {
+  "first changed": (lambda x: [x[0], x[1].replace('"used": [', '"used": [1'), *x[2:]], 2),
+  "last changed": (lambda x: [*x[:-1], x[-1].replace('"first_row": ', '"first_row": 1')], 6),
+  "digest changed": (lambda x: [*x[:-1], x[-1].replace('"digest": "', '"digest": "0')], 6),
+  "digest gone": (lambda x: [*x[:3], x[3].partition(', "digest"')[0] + "}", *x[4:]], 4),
+  "missing": (lambda x: [*x[:3], *x[4:]], 4),
+  "swapped": (lambda x: [*x[:2], x[3], x[2], *x[4:]], 3),
+  "repeated": (lambda x: [*x, x[-1]], 7),
+  "junk": (lambda x: [*x[:4], "\0\0", *x[5:]], 5),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, how):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  whole = path.read_text()
+  change, number = WRONG[how]
+  lines = change(whole.splitlines())
+  path.write_text("\n".join(lines) + "\n")
+  for writes in (True, False):
+    with pytest.raises(UserError, match=rf"plan\.jsonl, line {number} is not what .* delete this"):
+      plan_with_starts(sources, path, writes=writes)
+  path.write_text("\n".join(lines[: number - 1]) + "\n")  # As the sentence says.
+  planned.clear()
+  assert plan_with_starts(sources, path).window(4) == rows
+  assert path.read_text() == whole
+
+
+def test_a_line_of_another_plan_is_named(sources, tmp_path):
+  """It fits its own digest, but not the lines before it."""
+  path, other = tmp_path / "plan.jsonl", tmp_path / "other.jsonl"
+  plan_with_starts(sources, path).window(4)
+  plan_with_starts(sources, other, seed=1).window(4)
+  lines, others = (p.read_text().splitlines(keepends=True) for p in (path, other))
+  path.write_text("".join([*lines[:3], others[3], *lines[4:]]))
+  with pytest.raises(UserError, match=r"plan\.jsonl, line 4 is not what the run wrote there"):
+    plan_with_starts(sources, path)
+
+
+def test_starts_of_an_earlier_version_are_read_and_get_digests(sources, tmp_path, planned, capsys):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  whole = path.read_text()
+  without_digests(path)
+  planned.clear()
+  assert plan_with_starts(sources, path, writes=False).window(4) == rows
+  assert capsys.readouterr().out == ""
+  for sentence in ("is of an earlier version, without digests of its 5 lines", ""):
+    assert plan_with_starts(sources, path).window(4) == rows
+    assert sentence in capsys.readouterr().out
+    assert path.read_text() == whole
+  assert planned == [4, 4, 4]
+  plan_with_starts(sources, path)
+  assert capsys.readouterr().out == ""
+
+
+def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):
+  path = tmp_path / "plan.jsonl"
+  plan_with_starts(sources, path).window(4)
+  lines = without_digests(path)
+  lines[3]["used"][0] += 1
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  with pytest.raises(UserError, match=r"plan\.jsonl says that window 3 starts at .*delete it"):
+    plan_with_starts(sources, path).window(2)
+
+
+@pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
+def test_the_default_mixture_fills_rows(codes, least):
+  plan = RowPlan(synthetic_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
+  statistics = plan_statistics(plan)
+  assert statistics["fill"] >= least
+  assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)
+
+
+def test_pairs_alone_do_not_fill_rows():
+  plan = RowPlan(
+    synthetic_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
+  )
+  assert 0.7 < plan_statistics(plan)["fill"] < 0.9
+
+
+def test_statistics_count_what_the_rows_hold(sources):
+  plan = make_plan(sources, sequence_length=80)
+  counted = plan_statistics(plan, windows=2)
+  rows = [*plan.window(0), *plan.window(1)]
+  samples = [s for row in rows for s in row]
+  plans = [plan.plan(*s[:3]) for s in samples if s.source == 0]
+  assert (counted["windows"], counted["rows"], counted["samples"]) == (2, len(rows), 128)
+  assert counted["fill"] == sum(s.slots for s in samples) / (len(rows) * 80)
+  assert counted["samples_per_row"] == 128 / len(rows)
+  assert counted["neighbors_per_sample"] == np.mean([len(p.neighbors) for p in plans])
+  assert counted["condition_drops"] == np.mean([p.dropped for p in plans])
+  assert counted["too_few_candidates"] == np.mean([p.missing > 0 for p in plans]) == 0
+  assert counted["neighbors_crowded_out"] > 0
+  assert f"{len(rows)} rows, {counted['fill']:.1%} of slots filled" in describe(counted)
+  few = Source(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
+  assert plan_statistics(make_plan([few, sources[1]]), windows=20)[
+    "too_few_candidates"
+  ] == pytest.approx(0.81, abs=0.06)

