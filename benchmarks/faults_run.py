@@ -26,7 +26,7 @@ IMPORTED = (
   "cm3leon_jax.settings",
   "cm3leon_jax.export.weights",
   "cm3leon_jax.generation.heldout",
-  "cm3leon_jax.evaluation.bits",
+  "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.train",
   "tests.launch.stages_before",
   "torch",  # With which `launch.export` compares, if it is installed.

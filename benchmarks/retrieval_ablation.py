@@ -26,7 +26,7 @@ from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.plan import RowPlan, Source
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval import neighbors

@@ -27,8 +27,8 @@ from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.scene_captions import describe_plainly
 from cm3leon_jax.data.scene_drawings import render
 from cm3leon_jax.data.scene_world import PLACES, Placed, Scene, ScenesConfig
-from cm3leon_jax.evaluation import bits
 from cm3leon_jax.evaluation import scenes as judging
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.evaluation.scene_baselines import TrainingScenes
 from cm3leon_jax.evaluation.scene_facts import check
 from cm3leon_jax.generation.writer import contact_sheet, save_png

@@ -25,7 +25,8 @@ from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.plan import RowPlan, Source
-from cm3leon_jax.evaluation import bits, scenes
+from cm3leon_jax.evaluation import scenes
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh

@@ -28,7 +28,7 @@ from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config

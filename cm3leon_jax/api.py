@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
   from cm3leon_jax import keywords as kw
   from cm3leon_jax.decoding.request import Request
-  from cm3leon_jax.evaluation.pairs import PairScore
+  from cm3leon_jax.evaluation.likelihood.pairs import PairScore
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.retrieved import Retrieved
   from cm3leon_jax.generation.sample import Sample
@@ -332,7 +332,7 @@ class CM3Leon:
       retrieve: number of documents that are retrieved by the text; those that do not fit are left
         out.
     """
-    from cm3leon_jax.evaluation import pairs
+    from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
 
     retrieve = calls.whole("retrieve", retrieve)

@@ -16,7 +16,7 @@ from cm3leon_jax.data.raw.writer import RawConfig
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.evaluation.bits import EvaluationConfig
+from cm3leon_jax.evaluation.likelihood.bits import EvaluationConfig
 from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig

@@ -19,7 +19,7 @@ from cm3leon_jax.commands import common, generate
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.io import read_json, write_json

@@ -21,7 +21,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
-from cm3leon_jax.evaluation import weights as published
+from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.stored_tensors import StoredTensors

@@ -130,7 +130,7 @@ def _by_protocol(settings, workdir) -> None:
 def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
-  from cm3leon_jax.evaluation import bits
+  from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.retrieval import neighbors
   from cm3leon_jax.training.checkpoints import checkpoint
 

@@ -13,7 +13,7 @@ from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from cm3leon_jax.evaluation.extractors import Extractor
+  from cm3leon_jax.evaluation.metrics.extractors import Extractor
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
   from cm3leon_jax.export.trained import Trained
 
@@ -197,7 +197,7 @@ def _params(trained: Trained, before: bool) -> tuple[dict, int]:
 
 def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: Options, about):
   """Loads what a protocol runs on; returns a `Run` and the step of its parameters."""
-  from cm3leon_jax.evaluation import extractors
+  from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
   from cm3leon_jax.evaluation.protocols.metrics import METRICS, check, check_examples
@@ -260,7 +260,7 @@ def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:
   Raises:
     UserError: it names none, or the weights are absent, or those of another network.
   """
-  from cm3leon_jax.evaluation import extractors
+  from cm3leon_jax.evaluation.metrics import extractors
 
   network, _, resize = protocol.extractor.partition("_")
   if not network:

@@ -203,7 +203,7 @@ def _heldout_bits(settings, heldout, params) -> dict[str, float]:
   import numpy as np
 
   from cm3leon_jax.data.rows.loader import join
-  from cm3leon_jax.evaluation import bits
+  from cm3leon_jax.evaluation.likelihood import bits
 
   config = settings.evaluation
   documents = [heldout[i] for i in range(min(config.num_documents, len(heldout)))]

@@ -41,7 +41,7 @@ _DOCUMENTS = flags.DEFINE_string(
 
 def main(settings, workdir) -> None:
   from cm3leon_jax import distributed
-  from cm3leon_jax.evaluation import document_scores, given_documents
+  from cm3leon_jax.evaluation.likelihood import document_scores, given_documents
   from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.generation.tasks import PromptLayout, slug
 
@@ -116,7 +116,7 @@ def _stages_read(settings, retrieve: int) -> list[str]:
 
 def _score(trained: Trained, documents, checked, folder, retrieve: int) -> dict:
   """Scores the documents; returns the numbers of summary.json."""
-  from cm3leon_jax.evaluation import bits, document_scores
+  from cm3leon_jax.evaluation.likelihood import bits, document_scores
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
   settings = trained.settings
@@ -135,7 +135,7 @@ def _score(trained: Trained, documents, checked, folder, retrieve: int) -> dict:
 
 def _search(settings, workdir: epath.Path, layout, count: int):
   """Opens the bank of the run."""
-  from cm3leon_jax.evaluation.document_scores import Search
+  from cm3leon_jax.evaluation.likelihood.document_scores import Search
   from cm3leon_jax.generation.pipeline import open_bank
   from cm3leon_jax.retrieval.bank import load_clip
   from cm3leon_jax.retrieval.neighbors import Retriever

@@ -56,13 +56,13 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   """
   if not path:
     return None, {}
-  from cm3leon_jax.evaluation import weights
+  from cm3leon_jax.evaluation.metrics import published_weights
   from cm3leon_jax.tokenizers import perceptual
 
-  tensors = perceptual.without_classifier(weights.read_tensors(path))
+  tensors = perceptual.without_classifier(published_weights.read_tensors(path))
   shapes = perceptual.tensor_shapes(perceptual.is_calibrated(tensors))
-  weights.check_shapes(path, tensors, shapes, perceptual.NETWORK)
-  return perceptual.make_params(tensors), {"perceptual": weights.digest(tensors)}
+  published_weights.check_shapes(path, tensors, shapes, perceptual.NETWORK)
+  return perceptual.make_params(tensors), {"perceptual": published_weights.digest(tensors)}
 
 
 def _boards(folder, enabled: bool):

@@ -10,7 +10,8 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.scene_instructions import EDITS, TEXT_TASKS
 from cm3leon_jax.data.scene_questions import NUMBER_WORDS
 from cm3leon_jax.data.scene_world import Style, fraction
-from cm3leon_jax.evaluation import answer_metrics, caption_clauses, scenes
+from cm3leon_jax.evaluation import caption_clauses, scenes
+from cm3leon_jax.evaluation.metrics import answers
 from cm3leon_jax.evaluation.scene_facts import Found, Verdict, check
 
 
@@ -25,7 +26,7 @@ def is_right(record: Record, answer: str) -> bool:
     "How many stars are there?": "two", "Two." and "2" are right
     "Is there a cat?": only the first word counts, "Yes, there is." is "yes"
 
-  Answers are compared as `answer_metrics.normalize` leaves them. A caption is right if the image
+  Answers are compared as `answers.normalize` leaves them. A caption is right if the image
   shows every object, color, place and relation that it names, and as many objects as it names. So
   it need not be the caption of the record.
   """
@@ -34,7 +35,7 @@ def is_right(record: Record, answer: str) -> bool:
     return clauses is not None and check(shown_objects(record), clauses).correct
   if record.facts["task"] == "exists":
     answer = next(iter(answer.replace(",", " ").split()), "")
-  return bool(answer_metrics.exact_matches([answer], [[answer_of(record)]])[0])
+  return bool(answers.exact_matches([answer], [[answer_of(record)]])[0])
 
 
 def shown_objects(record: Record) -> list[Found]:

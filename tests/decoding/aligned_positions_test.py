@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax.decoding import batch
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from tests.decoding.generator_test import chosen, edits
 from tests.decoding.small import (
   CODES,

@@ -11,8 +11,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.reader import load_image
-from cm3leon_jax.evaluation import extractors, moments
-from cm3leon_jax.evaluation.answer_scores import score_answers
+from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
+from cm3leon_jax.evaluation.metrics import extractors, moments
 from cm3leon_jax.evaluation.protocols import compare, results
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import run as run_lib

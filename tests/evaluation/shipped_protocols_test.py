@@ -19,13 +19,13 @@ from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.evaluation import extractors
-from cm3leon_jax.evaluation.inception import Inception
+from cm3leon_jax.evaluation.metrics import extractors
+from cm3leon_jax.evaluation.metrics.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.settings import settings_from_config
-from tests.evaluation.inception_test import random_tensors
+from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
 

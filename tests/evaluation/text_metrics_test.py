@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.published.examples import Example
-from cm3leon_jax.evaluation import caption_metrics
+from cm3leon_jax.evaluation.metrics import captions
 from cm3leon_jax.evaluation.protocols import text_metrics
 from cm3leon_jax.evaluation.protocols.column import Column
 
@@ -36,7 +36,7 @@ def test_captions_of_people_score_higher_than_those_of_other_images():
 
 def test_values_are_those_of_the_metrics_times_100():
   texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
-  scores = caption_metrics.score(texts, REFERENCES)
+  scores = captions.score(texts, REFERENCES)
   assert text_metrics.cider(column(texts))["value"] == pytest.approx(100 * scores.cider)
   found = text_metrics.cider(column(texts))["values"]
   np.testing.assert_allclose(found, 100 * scores.ciders)

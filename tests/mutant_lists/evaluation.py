@@ -4,8 +4,8 @@ from tests.mutant_lists.mutant import mutants_of
 
 EVALUATION = (
   *mutants_of(
-    "cm3leon_jax/evaluation/moments.py",
-    "tests/evaluation/moments_test.py",
+    "cm3leon_jax/evaluation/metrics/moments.py",
+    "tests/evaluation/metrics/moments_test.py",
     ("moments_forget_the_shift", "(self.count * count / total)", "0.0"),
     ("covariance_divided_by_n", "self.scatter / (self.count - 1)", "self.scatter / self.count"),
     ("counts_of_rows_ignored", " * np.sqrt(counts)[:, None]", ""),
@@ -17,8 +17,8 @@ EVALUATION = (
     ("distance_below_0", "return max(0.0, float(distance))", "return float(distance)"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/frechet_interval.py",
-    "tests/evaluation/frechet_interval_test.py",
+    "cm3leon_jax/evaluation/metrics/frechet_interval.py",
+    "tests/evaluation/metrics/frechet_interval_test.py",
     ("frechet_bias_not_corrected", "[tail, 1 - tail]) - bias", "[tail, 1 - tail])"),
     ("paired_groups_drawn_apart", "[counts[where]", "[rng.permutation(counts)[where]"),
     (
@@ -28,30 +28,30 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/kernel_distance.py",
-    "tests/evaluation/kernel_distance_test.py",
+    "cm3leon_jax/evaluation/metrics/kernel_distance.py",
+    "tests/evaluation/metrics/kernel_distance_test.py",
     ("kernel_of_a_row_with_itself_counts", "np.fill_diagonal(own, 0.0)", "pass"),
     ("kid_subsets_with_replacement", "replace=False", "replace=True"),
     ("cmmd_without_unit_length", " / np.linalg.norm(rows, axis=1, keepdims=True)", " * 1.0"),
     ("cmmd_unbiased", "(_sum_within(_gaussian, rows) + len(rows))", "_sum_within(_gaussian, rows)"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/precision_recall.py",
-    "tests/evaluation/precision_recall_test.py",
+    "cm3leon_jax/evaluation/metrics/precision_recall.py",
+    "tests/evaluation/metrics/precision_recall_test.py",
     ("rows_are_their_own_neighbors", "np.fill_diagonal(distances, np.inf)", "pass"),
     ("balls_of_the_wrong_rows", "radii[j * BLOCK : (j + 1) * BLOCK]", "radii[: len(y)]"),
     ("copies_are_apart", "* lengths] = 0.0", "* lengths] += 0.0"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/code_histograms.py",
-    "tests/evaluation/code_histograms_test.py",
+    "cm3leon_jax/evaluation/metrics/code_histograms.py",
+    "tests/evaluation/metrics/code_histograms_test.py",
     ("divergence_in_nats", "float(nats / np.log(2))", "float(nats)"),
     ("only_the_last_batch_counts", "counts += np.bincount", "counts = np.bincount"),
     ("histograms_not_normalized", "return first / first.sum(), second", "return first, second"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/bits.py",
-    "tests/evaluation/bits_test.py::test_intervals_are_over_the_concepts_of_the_documents",
+    "cm3leon_jax/evaluation/likelihood/bits.py",
+    "tests/evaluation/likelihood/bits_test.py::test_intervals_are_over_the_concepts_of_the_documents",
     (
       "intervals_of_independent_documents",
       'str(store.concepts[j] or f"document {j}")',
@@ -59,8 +59,8 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/document_scores.py",
-    "tests/evaluation/document_scores_test.py",
+    "cm3leon_jax/evaluation/likelihood/document_scores.py",
+    "tests/evaluation/likelihood/document_scores_test.py",
     ("neighbors_count_as_special_tokens", " & (np.arange(len(log_probs))[::-1] < targets)", ""),
     (
       "scores_of_another_row_length",
@@ -76,8 +76,8 @@ EVALUATION = (
     ("perplexity_in_bits", "np.exp(-log_probs.sum()", "np.exp2(-log_probs.sum()"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/given_documents.py",
-    "tests/evaluation/given_documents_test.py",
+    "cm3leon_jax/evaluation/likelihood/given_documents.py",
+    "tests/evaluation/likelihood/given_documents_test.py",
     (
       "separators_take_no_position",
       "len(self.layout.encode(text)) + 1",
@@ -172,8 +172,8 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/answer_scores.py",
-    "tests/evaluation/answer_scores_test.py",
+    "cm3leon_jax/evaluation/likelihood/answer_scores.py",
+    "tests/evaluation/likelihood/answer_scores_test.py",
     ("answers_without_their_end", "x[-n:].sum()", "x[-n:-1].sum()"),
     ("masks_after_the_answer", "1 + len(before)", "2 + len(before)"),
   ),

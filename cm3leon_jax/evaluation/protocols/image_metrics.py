@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cm3leon_jax.evaluation import code_histograms, kernel_distance
-from cm3leon_jax.evaluation.frechet_interval import frechet_interval
-from cm3leon_jax.evaluation.precision_recall import precision_recall as shares_inside
+from cm3leon_jax.evaluation.metrics import code_histograms, kernel_distance
+from cm3leon_jax.evaluation.metrics.frechet_interval import frechet_interval
+from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall as shares_inside
 from cm3leon_jax.evaluation.protocols.column import Column, mean
 
 

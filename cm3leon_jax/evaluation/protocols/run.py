@@ -11,9 +11,9 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.evaluation import pairs
-from cm3leon_jax.evaluation.answer_scores import score_answers
-from cm3leon_jax.evaluation.extractors import Extractor
+from cm3leon_jax.evaluation.likelihood import pairs
+from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
+from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
 from cm3leon_jax.evaluation.protocols.column import Column

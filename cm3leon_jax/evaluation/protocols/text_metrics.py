@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon_jax.evaluation import answer_metrics, caption_metrics, intervals, ptb
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.metrics import answers, ptb
+from cm3leon_jax.evaluation.metrics import captions as caption_metrics
 from cm3leon_jax.evaluation.protocols.column import Column, mean
 
 BLEU_RESAMPLES = 1000
@@ -43,18 +45,18 @@ def bleu4(column: Column) -> dict:
 
 def vqa_accuracy(column: Column) -> dict:
   """Computes the VQA accuracy, times 100."""
-  return mean((100 * answer_metrics.vqa_accuracies(*_texts(column))).tolist(), column)
+  return mean((100 * answers.vqa_accuracies(*_texts(column))).tolist(), column)
 
 
 def exact_match(column: Column) -> dict:
   """Computes the percentage of texts that equal one that people wrote, both normalized."""
-  return mean((100 * answer_metrics.exact_matches(*_texts(column))).tolist(), column)
+  return mean((100 * answers.exact_matches(*_texts(column))).tolist(), column)
 
 
 def ndcg(column: Column) -> dict:
   """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
   pairs = zip(column.candidates, column.examples)
-  values = [answer_metrics.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
+  values = [answers.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
   return mean([100 * float(value) for value in values], column)
 
 

@@ -21,7 +21,7 @@ from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.records import Rejected, images_of
-from cm3leon_jax.evaluation.given_documents import DocumentFile
+from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
 from tests.data.stores import IMAGE_TOKENS, VOCAB

@@ -14,7 +14,7 @@ from cm3leon_jax.training.step import numerics, policy
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, random_params
-from tests.training import policy_test, state_test
+from tests.training.step import policy_test, state_test
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,7 +12,7 @@ from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows.loader import RowLoader, join
 from cm3leon_jax.data.rows.plan import RowPlan
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config

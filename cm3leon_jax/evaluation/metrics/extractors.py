@@ -17,9 +17,9 @@ import numpy as np
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import weights
-from cm3leon_jax.evaluation.dinov2 import DINOv2
-from cm3leon_jax.evaluation.inception import NETWORK, WIDTH, Inception, Resize
+from cm3leon_jax.evaluation.metrics import published_weights
+from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
+from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
 from cm3leon_jax.io import plain
 
 # What an image processor of transformers does.
@@ -36,8 +36,8 @@ class Extractor:
   Attributes:
     name: for tables, e.g. "inception-v3 (tf1 resize)".
     identity: JSON values that are equal only for equal features: `network`, `tensors` (see
-      `weights.digest`), and what else the features depend on. Features of different identities
-      must not be compared.
+      `published_weights.digest`), and what else the features depend on. Features of different
+      identities must not be compared.
     width: D.
     embed: computes the features.
   """
@@ -87,7 +87,7 @@ def clip_identity(clip: CLIP | HFCLIP) -> dict:
   else:
     rest = {"image": {"encoder": clip.config.image_encoder, "resolution": clip.config.resolution}}
   tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
-  return {"network": "clip", "tensors": weights.digest(tensors), **rest}
+  return {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
 
 
 def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:

@@ -11,9 +11,9 @@ import pytest
 
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import bits, document_scores, pairs
-from cm3leon_jax.evaluation.document_scores import Scorer, Search, Totals
-from cm3leon_jax.evaluation.given_documents import StoredDocuments, open_documents
+from cm3leon_jax.evaluation.likelihood import bits, document_scores, pairs
+from cm3leon_jax.evaluation.likelihood.document_scores import Scorer, Search, Totals
+from cm3leon_jax.evaluation.likelihood.given_documents import StoredDocuments, open_documents
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of

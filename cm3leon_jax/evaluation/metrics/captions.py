@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import ptb
+from cm3leon_jax.evaluation.metrics import ptb
 
 Caption = Sequence[str]
 Grams = list[Counter]

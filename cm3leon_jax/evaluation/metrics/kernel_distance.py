@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.moments import two_sets
+from cm3leon_jax.evaluation.metrics.moments import two_sets
 
 SIGMA = 10.0  # Of the Gaussian kernel of CMMD.
 SCALE = 1000.0  # Of CMMD.

@@ -9,7 +9,7 @@ import numpy as np
 from cm3leon_jax import extras
 from cm3leon_jax.clip.checkpoint import CONFIG, WEIGHTS, preprocess
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import weights
+from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.io import read_foreign_json
 
 PROCESSOR = "preprocessor_config.json"
@@ -20,7 +20,7 @@ class DINOv2:
   """A DINOv2 of transformers, in float32.
 
   Attributes:
-    digest: see `weights.digest`; of the tensors in the folder.
+    digest: see `published_weights.digest`; of the tensors in the folder.
     processor: image processor, as the folder's preprocessor_config.json says.
   """
 
@@ -56,7 +56,7 @@ class DINOv2:
         )
     if (kind := read_foreign_json(folder / CONFIG, {}).get("model_type")) != "dinov2":
       raise UserError(f"{folder / CONFIG}: model_type is '{kind}'; it must be 'dinov2'.")
-    digest = weights.digest(weights.read_tensors(folder / WEIGHTS))
+    digest = published_weights.digest(published_weights.read_tensors(folder / WEIGHTS))
     return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
 
   def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:

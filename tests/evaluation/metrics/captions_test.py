@@ -8,7 +8,7 @@ from pycocoevalcap.cider.cider import Cider
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import caption_metrics
+from cm3leon_jax.evaluation.metrics import captions as caption_metrics
 from tests.evaluation.ptb_captions import CAPTIONS
 
 WORDS = "a the man dog red ball on grass runs sits near tree big two with cat".split()  # noqa: SIM905

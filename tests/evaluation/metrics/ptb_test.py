@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from cm3leon_jax.evaluation import ptb
+from cm3leon_jax.evaluation.metrics import ptb
 from tests.evaluation.ptb_captions import CAPTIONS
 
 TEXTS = st.lists(st.sampled_from([caption for caption, _ in CAPTIONS])).map(" ".join)

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import inception, weights
-from cm3leon_jax.evaluation.inception import Inception
+from cm3leon_jax.evaluation.metrics import inception, published_weights
+from cm3leon_jax.evaluation.metrics.inception import Inception
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 3e-5  # Of the largest difference between the features of two images; float32.
@@ -183,7 +183,7 @@ def test_a_file_of_torch_is_read(tensors, state, networks, tmp_path):
   path = tmp_path / "fid.safetensors"
   safetensors.numpy.save_file({name: x.numpy() for name, x in state.items()}, path)
   network = Inception.load(path, devices=jax.devices()[:2], rows_per_device=1)
-  assert network.digest == networks["tf1"].digest == weights.digest(tensors)
+  assert network.digest == networks["tf1"].digest == published_weights.digest(tensors)
   assert network.resize == "tf1"
   images = some_images(24, 24, 3)
   features = networks["tf1"].embed_images(images)
@@ -211,4 +211,4 @@ def test_imagenet_weights_of_torchvision_are_refused():
   }
   tensors["fc.weight"] = tensors["fc.weight"][:1000]
   with pytest.raises(UserError, match=r"'fc.weight' is float32\[1000, 2048\].*\[1008, 2048\]"):
-    weights.check_shapes("f", tensors, inception.tensor_shapes(), inception.NETWORK)
+    published_weights.check_shapes("f", tensors, inception.tensor_shapes(), inception.NETWORK)

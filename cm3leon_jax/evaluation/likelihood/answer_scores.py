@@ -11,7 +11,7 @@ from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader as rows
 from cm3leon_jax.data.rows.cm3 import OVERHEAD, apply_cm3_mask
 from cm3leon_jax.decoding.batch import rounded
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK, PromptLayout
 from cm3leon_jax.generation.text_tasks import text_pieces

@@ -8,7 +8,7 @@ import pytest
 from scipy.spatial import distance
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.code_histograms import (
+from cm3leon_jax.evaluation.metrics.code_histograms import (
   count_codes,
   jensen_shannon_bits,
   total_variation,

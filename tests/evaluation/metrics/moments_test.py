@@ -7,7 +7,7 @@ import pytest
 from scipy import linalg, stats
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.moments import Moments, feature_rows, frechet_distance
+from cm3leon_jax.evaluation.metrics.moments import Moments, feature_rows, frechet_distance
 
 # Rows, width and rank of features: of full rank, in a subspace, fewer rows than numbers.
 KINDS = [(400, 24, 24), (400, 24, 7), (15, 48, 48)]

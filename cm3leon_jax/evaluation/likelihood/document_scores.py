@@ -18,8 +18,9 @@ from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.data.documents.store import Bank, Document, first_documents, group_id
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.evaluation import bits, intervals
-from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, StoredDocuments
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.likelihood import bits
+from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, StoredDocuments
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import replacing
 from cm3leon_jax.models.config import ModelConfig

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.moments import two_sets
+from cm3leon_jax.evaluation.metrics.moments import two_sets
 
 BLOCK = 1024  # Rows.
 

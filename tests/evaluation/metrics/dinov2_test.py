@@ -11,8 +11,8 @@ import safetensors.numpy
 import transformers
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import weights
-from cm3leon_jax.evaluation.dinov2 import DINOv2
+from cm3leon_jax.evaluation.metrics import published_weights
+from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 1e-5  # Features are of order 1.
@@ -93,7 +93,7 @@ def test_features_are_the_normalized_first_token(saved):
 
 def test_the_digest_is_of_the_file(saved):
   tensors = safetensors.numpy.load_file(saved[0] / "model.safetensors")
-  assert DINOv2.load(saved[0]).digest == weights.digest(tensors)
+  assert DINOv2.load(saved[0]).digest == published_weights.digest(tensors)
 
 
 def change_json(path, **fields):

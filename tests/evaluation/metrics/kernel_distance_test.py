@@ -6,8 +6,8 @@ from scipy import stats
 from scipy.spatial import distance
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import kernel_distance
-from cm3leon_jax.evaluation.kernel_distance import cmmd, kid, polynomial_mmd
+from cm3leon_jax.evaluation.metrics import kernel_distance
+from cm3leon_jax.evaluation.metrics.kernel_distance import cmmd, kid, polynomial_mmd
 
 DISTANCES = [polynomial_mmd, cmmd]
 

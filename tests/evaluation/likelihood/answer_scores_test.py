@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.answer_scores import score_answers
+from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import answer_metrics
+from cm3leon_jax.evaluation.metrics import answers as answer_metrics
 
 ANSWER = st.text("ab e,.'-/12", max_size=8)
 ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), min_size=4)

@@ -11,7 +11,7 @@ from cm3leon_jax import config
 from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import DataConfig
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig

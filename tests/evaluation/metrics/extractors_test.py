@@ -11,17 +11,17 @@ import safetensors.numpy
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CLIPConfig, init_params
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import weights
-from cm3leon_jax.evaluation.extractors import (
+from cm3leon_jax.evaluation.metrics import published_weights
+from cm3leon_jax.evaluation.metrics.extractors import (
   Extractor,
   load_clip,
   load_dinov2,
   load_inception,
 )
-from cm3leon_jax.evaluation.inception import WIDTH, Inception
+from cm3leon_jax.evaluation.metrics.inception import WIDTH, Inception
 from tests.clip import huggingface_test
-from tests.evaluation import dinov2_test
-from tests.evaluation.inception_test import random_tensors
+from tests.evaluation.metrics import dinov2_test
+from tests.evaluation.metrics.inception_test import random_tensors
 
 TINY = CLIPConfig(
   resolution=16, patch=8, image_width=64, image_layers=1, text_width=64, text_layers=1,
@@ -53,7 +53,7 @@ def test_inception(tmp_path):
   check(extractor, images, Inception.load(path, "tf1", **options).embed_images(images))
   assert extractor.identity == {
     "network": "Inception-v3 of the FID",
-    "tensors": weights.digest(tensors),
+    "tensors": published_weights.digest(tensors),
     "resize": "tf1",
   }
   other = load_inception(path, "torch", **options)

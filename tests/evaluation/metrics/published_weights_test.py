@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation import weights
+from cm3leon_jax.evaluation.metrics import published_weights
 
 TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
 SHAPES = {"a.weight": (2, 3), "b": (3,)}
@@ -43,7 +43,7 @@ def test_a_pickle_is_refused_without_reading_it(name, tmp_path):
   path = tmp_path / name
   PICKLES[name](path)
   with pytest.raises(UserError) as raised:
-    weights.read_tensors(path)
+    published_weights.read_tensors(path)
   message = str(raised.value)
   assert f"{name} is a pickle" in message
   assert "on a machine without secrets" in message
@@ -57,7 +57,7 @@ def test_a_safetensors_file_that_begins_like_a_pickle_is_read(protocol, tmp_path
   header = len(safetensors.numpy.save(TENSORS, {"note": ""})) - 36
   safetensors.numpy.save_file(TENSORS, path, {"note": "x" * (length - header + 8)})
   assert path.read_bytes()[:2] == bytes([0x80, protocol])
-  tensors = weights.read_tensors(path)
+  tensors = published_weights.read_tensors(path)
   assert {name: x.tolist() for name, x in tensors.items()} == {
     name: x.tolist() for name, x in TENSORS.items()
   }
@@ -66,14 +66,14 @@ def test_a_safetensors_file_that_begins_like_a_pickle_is_read(protocol, tmp_path
 def test_a_file_that_is_absent_or_damaged(tmp_path):
   for path in (tmp_path / "absent.safetensors", tmp_path):
     with pytest.raises(UserError, match="is not a file; it must be a safetensors file"):
-      weights.read_tensors(path)
+      published_weights.read_tensors(path)
   damaged = tmp_path / "half.safetensors"
   damaged.write_bytes(safetensors.numpy.save(TENSORS)[:-1])
   with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
-    weights.read_tensors(damaged)
+    published_weights.read_tensors(damaged)
   damaged.write_bytes(b"")
   with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
-    weights.read_tensors(damaged)
+    published_weights.read_tensors(damaged)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +93,21 @@ def test_a_file_that_is_absent_or_damaged(tmp_path):
   ],
 )
 def test_the_first_wrong_tensor_is_named(tensors, message):
-  weights.check_shapes("f", TENSORS, SHAPES, "N")
+  published_weights.check_shapes("f", TENSORS, SHAPES, "N")
   with pytest.raises(UserError, match=f"^{message}$"):
-    weights.check_shapes("f", tensors, SHAPES, "N")
+    published_weights.check_shapes("f", tensors, SHAPES, "N")
 
 
 def test_a_digest_depends_on_the_tensors_alone(tmp_path):
-  digest = weights.digest(TENSORS)
+  digest = published_weights.digest(TENSORS)
   content = b'["a.weight", "float32", [2, 3]]\n' + struct.pack("<6f", *range(6))
   content += b'["b", "float32", [3]]\n' + struct.pack("<3f", 1, 1, 1)
   assert digest == hashlib.sha256(content).hexdigest()
-  assert weights.digest(dict(reversed(TENSORS.items()))) == digest
+  assert published_weights.digest(dict(reversed(TENSORS.items()))) == digest
   for i, metadata in enumerate([None, {"format": "pt", "note": "x"}]):
     path = tmp_path / f"{i}.safetensors"
     safetensors.numpy.save_file(dict(reversed(TENSORS.items())), path, metadata)
-    assert weights.digest(weights.read_tensors(path)) == digest
+    assert published_weights.digest(published_weights.read_tensors(path)) == digest
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_a_digest_depends_on_the_tensors_alone(tmp_path):
   ],
 )
 def test_a_digest_notices_every_change(change):
-  assert weights.digest(change(TENSORS)) != weights.digest(TENSORS)
+  assert published_weights.digest(change(TENSORS)) != published_weights.digest(TENSORS)

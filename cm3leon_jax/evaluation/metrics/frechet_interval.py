@@ -21,7 +21,7 @@ from scipy import linalg
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.evaluation.moments import Moments, frechet_distance, two_sets
+from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance, two_sets
 
 NUM_RESAMPLES = 100
 BLOCK = 4096  # Rows that become float64 at once.

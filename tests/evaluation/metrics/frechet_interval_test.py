@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.frechet_interval import _distance_of_few, frechet_interval
-from cm3leon_jax.evaluation.moments import Moments, frechet_distance
+from cm3leon_jax.evaluation.metrics.frechet_interval import _distance_of_few, frechet_interval
+from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance
 
 SIZE = 4  # Rows of a group.
 

@@ -12,7 +12,7 @@ from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader as rows
 from cm3leon_jax.data.rows.cm3 import OVERHEAD, apply_cm3_mask
 from cm3leon_jax.decoding.batch import rounded
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, UInt8
 import numpy as np
 
-from cm3leon_jax.evaluation import weights
+from cm3leon_jax.evaluation.metrics import published_weights
 
 NETWORK = "Inception-v3 of the FID"
 SIDE = 299
@@ -279,7 +279,7 @@ class Inception:
   network is compiled once, whatever the size of the images.
 
   Attributes:
-    digest: see `weights.digest`; of the tensors that the network has, without `COUNTER`.
+    digest: see `published_weights.digest`; of the tensors that the network has, without `COUNTER`.
     resize: see `resize_images`.
   """
 
@@ -296,7 +296,7 @@ class Inception:
     devices = list(devices or jax.local_devices())
     self.mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
     self.resize, self._size = resize, rows_per_device * len(devices)
-    self.digest = weights.digest(tensors)
+    self.digest = published_weights.digest(tensors)
     self._params = jax.device_put(make_params(tensors), NamedSharding(self.mesh, P()))
 
   @classmethod
@@ -304,11 +304,11 @@ class Inception:
     """Reads a safetensors file with the names of the state dict of pytorch-fid or torch-fidelity.
 
     Raises:
-      UserError: it is absent, damaged or a pickle, or it holds other tensors; see `weights`.
+      UserError: it is absent, damaged, a pickle, or holds other tensors; see `published_weights`.
     """
-    tensors = weights.read_tensors(path)
+    tensors = published_weights.read_tensors(path)
     tensors = {name: x for name, x in tensors.items() if not name.endswith("." + COUNTER)}
-    weights.check_shapes(path, tensors, tensor_shapes(), NETWORK)
+    published_weights.check_shapes(path, tensors, tensor_shapes(), NETWORK)
     return cls(tensors, resize, **options)
 
   def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:

@@ -16,8 +16,8 @@ from cm3leon_jax.data.documents.store import Document, Segment, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, RawText
-from cm3leon_jax.evaluation import given_documents
-from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, open_documents
+from cm3leon_jax.evaluation.likelihood import given_documents
+from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, open_documents
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import write_json
 from tests.data.stores import IMAGE_TOKENS, VOCAB
