@@ -25,12 +25,12 @@ import numpy as np
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import scene_world, scenes
 from cm3leon_jax.decoding.continuous import ContinuousGenerator
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
+from cm3leon_jax.scenes import source, world
 
 FLAT = {
   "temperature": 1.5, "top_k": 0, "top_p": 1.0,
@@ -44,9 +44,9 @@ def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
   settings = model.pipeline.settings
   sampling = dataclasses.replace(settings.sampling, **FLAT)
   config = dataclasses.replace(settings.scenes, heldout=700)
-  pairs = [scenes.pair(config, "heldout", i) for i in range(64)]
-  images = [scenes.load(pair.image, scenes.SIDE) for pair in pairs]
-  names = sorted(scene_world.RARE)
+  pairs = [source.pair(config, "heldout", i) for i in range(64)]
+  images = [source.load(pair.image, source.SIDE) for pair in pairs]
+  names = sorted(world.RARE)
 
   def of(kind, **fields):
     return lambda i: kind(

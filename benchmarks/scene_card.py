@@ -1,4 +1,4 @@
-"""Measures what a model of `scenes` draws, beside what its training scenes already show.
+"""Measures what a model of `source` draws, beside what its training scenes already show.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 
@@ -21,17 +21,17 @@ from benchmarks import experiment
 from benchmarks import scene_card_table as table
 from cm3leon_jax import CM3Leon, loading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import scene_world, scenes
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.scene_captions import describe_plainly
-from cm3leon_jax.data.scene_drawings import render
-from cm3leon_jax.data.scene_world import PLACES, Placed, Scene, ScenesConfig
-from cm3leon_jax.evaluation import scenes as judging
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.evaluation.scene_baselines import TrainingScenes
-from cm3leon_jax.evaluation.scene_facts import check
 from cm3leon_jax.generation.writer import contact_sheet, save_png
+from cm3leon_jax.scenes import source, world
+from cm3leon_jax.scenes.captions import describe_plainly
+from cm3leon_jax.scenes.drawings import render
+from cm3leon_jax.scenes.judge import judge as judging
+from cm3leon_jax.scenes.judge.baselines import TrainingScenes
+from cm3leon_jax.scenes.judge.facts import check
+from cm3leon_jax.scenes.world import PLACES, Placed, Scene, ScenesConfig
 
 # Set of captions -> how many.
 COUNTS = {
@@ -83,7 +83,7 @@ def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]
   config = dataclasses.replace(config, heldout=config.heldout * 4)
   asked: dict[str, list[Asked]] = {group: [] for group in counts if "rare" not in group}
   for i in range(config.heldout):
-    pair = scenes.pair(config, "heldout", i)
+    pair = source.pair(config, "heldout", i)
     if pair.facts["heldout"] != "rare":
       group = group_of(pair, trained.known(pair.caption, pair.facts))
       if len(asked[group]) < counts[group]:
@@ -94,7 +94,7 @@ def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]
 def _one(group: str, placed: Placed) -> Asked:
   scene = Scene((placed,))
   description = describe_plainly(scene)
-  facts = scenes.facts_of("rare", "rare", scene, description)
+  facts = source.facts_of("rare", "rare", scene, description)
   return Asked(group, description.caption, facts, placed.object, placed)
 
 
@@ -103,9 +103,9 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
   The bank shows each of them at all four places, so at the one that is asked for.
   """
-  for name in scene_world.rare_objects(config):
-    if scene_world.is_heldout_rare(name):
-      yield _one("rare", Placed(name, scene_world.rare_color(name), scene_world.rare_place(name)))
+  for name in world.rare_objects(config):
+    if world.is_heldout_rare(name):
+      yield _one("rare", Placed(name, world.rare_color(name), world.rare_place(name)))
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
@@ -114,23 +114,23 @@ def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
   Their color is neither that of training nor that of the bank.
   """
   bank = _bank_of(config)
-  for name in scene_world.rare_objects(config):
-    if not scene_world.is_heldout_rare(name):
-      known = {scene_world.rare_color(name), *(placed.color for placed in bank.get(name, ()))}
+  for name in world.rare_objects(config):
+    if not world.is_heldout_rare(name):
+      known = {world.rare_color(name), *(placed.color for placed in bank.get(name, ()))}
       colors = [color for color in config.colors if color not in known]
-      places = [place for place in PLACES if place != scene_world.rare_place(name)]
+      places = [place for place in PLACES if place != world.rare_place(name)]
       chosen = (min(words, key=_order(name)) for words in (colors, places))
       yield _one("rare elsewhere", Placed(name, *chosen))
 
 
 def _order(name: str) -> Callable[[str], float]:
-  return lambda word: scene_world.fraction(f"scenes/elsewhere/{name}/{word}")
+  return lambda word: world.fraction(f"scenes/elsewhere/{name}/{word}")
 
 
 def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
   """Returns what the bank shows of each object."""
   found: dict[str, list[Placed]] = {}
-  for scene in scene_world.bank_scenes(config)[: config.bank]:
+  for scene in world.bank_scenes(config)[: config.bank]:
     found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
   return found
 
@@ -261,7 +261,7 @@ def main(argv):
   given = flags.FLAGS
   model = CM3Leon.load(given.model, batch_size=BATCH)
   settings, seed = model.pipeline.settings, given.seed
-  if settings.raw.source != scenes.NAME:
+  if settings.raw.source != source.NAME:
     raise UserError(f"--model={given.model} was not trained on the source 'scenes'.")
   config, workdir = settings.scenes, pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
   python -m benchmarks.scene_judge --images=700
 
-The thresholds of cm3leon_jax/evaluation/scenes.py are chosen by these numbers. Columns: shares of
+The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. Columns: shares of
 images judged wholly right, under their own captions and with one fact of a kind changed; the score
 that 99% of the objects exceed.
 """
@@ -16,18 +16,19 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from cm3leon_jax.data import scene_captions, scene_drawings, scene_world
-from cm3leon_jax.data import scenes as scenes_source
-from cm3leon_jax.data.scene_drawings import CELL, SIDE
-from cm3leon_jax.data.scene_world import Placed, Scene
-from cm3leon_jax.evaluation import judge_errors, scenes
+from cm3leon_jax.scenes import captions, drawings, world
+from cm3leon_jax.scenes import source as scenes_source
+from cm3leon_jax.scenes.drawings import CELL, SIDE
+from cm3leon_jax.scenes.judge import errors as judge_errors
+from cm3leon_jax.scenes.judge import judge
+from cm3leon_jax.scenes.world import Placed, Scene
 
 # n images, H height, W width.
 
 _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the categories.", 7)
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
 
-CONFIG = scene_world.ScenesConfig(rare_objects=len(scene_world.RARE))
+CONFIG = world.ScenesConfig(rare_objects=len(world.RARE))
 # Name -> what is done to an image. Strengths are standard deviations, blur in pixels, others in
 # steps of 255, except "color": the largest error of each channel of an object's color.
 DEGRADED = {
@@ -49,10 +50,10 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
   """Returns scenes of all categories in turn, and their facts."""
   rng, made, facts = random.Random(seed), [], []
   for i in range(count):
-    category = scene_world.CATEGORIES[i % len(scene_world.CATEGORIES)]
-    number = rng.randrange(scene_world.number_of_scenes_of(CONFIG, category))
-    scene = scene_world.scene_at(CONFIG, category, number)
-    description = scene_captions.describe(category, scene, rng)
+    category = world.CATEGORIES[i % len(world.CATEGORIES)]
+    number = rng.randrange(world.number_of_scenes_of(CONFIG, category))
+    scene = world.scene_at(CONFIG, category, number)
+    description = captions.describe(category, scene, rng)
     made.append(scene)
     facts.append(scenes_source.facts_of(category, "", scene, description))
   return made, facts
@@ -106,21 +107,21 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
     kind -> [H, W, 3] uint8.
   """
   (placed,) = scene.objects
-  others = [name for name in scene_world.COMMON if name != placed.object]
-  colors = [color for color in scene_world.COLORS if color != placed.color]
+  others = [name for name in world.COMMON if name != placed.object]
+  colors = [color for color in world.COLORS if color != placed.color]
   name, color = str(rng.choice(others)), str(rng.choice(colors))
-  whole = scene_drawings.render(scene)
-  recolored = scene_drawings.render(Scene((Placed(placed.object, color, placed.place),)))
-  other = scene_drawings.render(Scene((Placed(name, placed.color, placed.place),)))
+  whole = drawings.render(scene)
+  recolored = drawings.render(Scene((Placed(placed.object, color, placed.place),)))
+  other = drawings.render(Scene((Placed(name, placed.color, placed.place),)))
   blank = np.full_like(whole, 255)
-  left, top = scene_drawings.corner(placed.place)
+  left, top = drawings.corner(placed.place)
   half = np.zeros((SIDE, SIDE, 1), bool)
   size = (CELL, CELL // 2) if rng.random() < 0.5 else (CELL // 2, CELL)
   half[top : top + size[0], left : left + size[1]] = True
   field = ndimage.gaussian_filter(rng.normal(size=(CELL, CELL)), rng.uniform(1, 4))
   blot = ndimage.gaussian_filter(np.float64(field > np.quantile(field, rng.uniform(0.4, 0.8))), 0.6)
   blotted = blank.copy()
-  ink = blot[..., None] * (255 - np.array(scene_world.COLORS[placed.color]))
+  ink = blot[..., None] * (255 - np.array(world.COLORS[placed.color]))
   blotted[top : top + CELL, left : left + CELL] = np.rint(255 - ink)
   return {
     "blank": blank,
@@ -141,16 +142,16 @@ def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
   """
   rng, made, facts = np.random.default_rng(seed), {}, []
   for i in range(count):
-    names = list(scene_world.COMMON if i % 2 else scene_world.RARE)
-    parts = (rng.choice(x) for x in (names, list(scene_world.COLORS), scene_world.PLACES))
+    names = list(world.COMMON if i % 2 else world.RARE)
+    parts = (rng.choice(x) for x in (names, list(world.COLORS), world.PLACES))
     name, color, place = map(str, parts)
     facts.append({"include": [{"class": name, "count": 1, "color": color, "place": place}]})
     for kind, image in wrong_images(Scene((Placed(name, color, place),)), rng).items():
       made.setdefault(kind, []).append(image)
   result = {}
   for kind, images in made.items():
-    verdicts = scenes.judge_all(np.stack(images), facts)
-    seen = [any(x.name != scenes.UNKNOWN for x in verdict.found) for verdict in verdicts]
+    verdicts = judge.judge_all(np.stack(images), facts)
+    seen = [any(x.name != judge.UNKNOWN for x in verdict.found) for verdict in verdicts]
     result[kind] = {
       "right": float(np.mean([verdict.correct for verdict in verdicts])),
       "recognized": float(np.mean(seen)),
@@ -166,7 +167,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
 def main(argv) -> None:
   del argv
   made, facts = make_scenes(_IMAGES.value, _SEED.value)
-  images = np.stack([scene_drawings.render(scene) for scene in made])
+  images = np.stack([drawings.render(scene) for scene in made])
   rng = np.random.default_rng(_SEED.value)
   kinds = ("object", "color", "count", "relation", "place")
   print(f"| images | PSNR (dB) | right | {' | '.join(kinds)} | least score | s |")
@@ -176,7 +177,7 @@ def main(argv) -> None:
     start = time.time()
     errors = judge_errors.measure(changed, facts, _SEED.value)
     seconds = time.time() - start
-    scores = [thing.score for objects in scenes.find_objects(changed) for thing in objects]
+    scores = [thing.score for objects in judge.find_objects(changed) for thing in objects]
     cells = [name, f"{psnr(images, changed):.1f}" if strength else "-", f"{errors['real']:.1%}"]
     cells += [f"{errors['changed'][kind]['right']:.1%}" for kind in kinds]
     cells += [f"{np.percentile(scores, 1):.2f}", f"{seconds:.1f}"]

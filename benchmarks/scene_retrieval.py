@@ -25,12 +25,12 @@ from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.plan import RowPlan, Source
-from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint

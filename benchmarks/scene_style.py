@@ -25,18 +25,18 @@ from benchmarks import scene_style_table as table
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.data import scene_world
 from cm3leon_jax.data.documents.store import DocumentStore
-from cm3leon_jax.data.scene_captions import describe
-from cm3leon_jax.data.scene_drawings import ink, render
-from cm3leon_jax.data.scene_world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
-from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.bank import load_clip
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.captions import describe
+from cm3leon_jax.scenes.drawings import ink, render
+from cm3leon_jax.scenes.judge import judge
+from cm3leon_jax.scenes.world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint
@@ -74,9 +74,9 @@ def is_clear(name: str) -> bool:
 
 def unseen(config: ScenesConfig) -> Iterator[Placed]:
   """Yields a scene of each rare object that training never shows, in a color not in the bank."""
-  for name in scene_world.rare_objects(config):
-    if scene_world.is_heldout_rare(name) and scene_world.rare_color(name) in config.colors:
-      yield Placed(name, scene_world.rare_color(name), scene_world.rare_place(name))
+  for name in world.rare_objects(config):
+    if world.is_heldout_rare(name) and world.rare_color(name) in config.colors:
+      yield Placed(name, world.rare_color(name), world.rare_place(name))
 
 
 def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]:
@@ -87,14 +87,14 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
     trained: number of training scenes of each object.
   """
   shown = collections.defaultdict(set)
-  for scene in scene_world.bank_scenes(config)[: config.bank]:
+  for scene in world.bank_scenes(config)[: config.bank]:
     for placed in scene.objects:
       shown[placed.object].add(placed.color)
-  for name in scene_world.rare_objects(config):
-    colors = [c for c in config.colors if c not in {*shown[name], scene_world.rare_color(name)}]
+  for name in world.rare_objects(config):
+    colors = [c for c in config.colors if c not in {*shown[name], world.rare_color(name)}]
     if trained[name] == 1 and colors:
-      color = min(colors, key=lambda c: scene_world.fraction(f"style/{name}/{c}"))
-      yield Placed(name, color, scene_world.rare_place(name))
+      color = min(colors, key=lambda c: world.fraction(f"style/{name}/{c}"))
+      yield Placed(name, color, world.rare_place(name))
 
 
 def common(config: ScenesConfig) -> Iterator[Placed]:
@@ -103,7 +103,7 @@ def common(config: ScenesConfig) -> Iterator[Placed]:
     for color in config.colors:
       for place in PLACES:
         placed = Placed(name, color, place)
-        if scene_world.split_of_scene(Scene((placed,))) == "scene":
+        if world.split_of_scene(Scene((placed,))) == "scene":
           yield placed
 
 
@@ -141,7 +141,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
     asked: what they should show.
   """
   names = []
-  for opacity, one in zip(scenes.opacities(images), asked):
+  for opacity, one in zip(judge.opacities(images), asked):
     cell = max(opacity, key=np.sum)
     drawn = {style: ink(ICONS[one.placed.object], style) / 255 for style in STYLES}
     nearest = min(STYLES, key=lambda style: ((cell - drawn[style]) ** 2).sum())
@@ -151,7 +151,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
 
 def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]:
   """Returns whether the drawing in `style` that fits best, of all objects, is that asked for."""
-  found = scenes.find_objects(images, style, min_score=0)
+  found = judge.find_objects(images, style, min_score=0)
   return [
     any((x.name, x.place) == (one.placed.object, one.placed.place) for x in objects)
     for objects, one in zip(found, asked)
@@ -162,7 +162,7 @@ def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
   """Returns whether images show one object, at the place and in the color that are asked for."""
   return [
     [(x.place, x.color) for x in objects] == [(one.placed.place, one.placed.color)]
-    for objects, one in zip(scenes.find_objects(images), asked)
+    for objects, one in zip(judge.find_objects(images), asked)
   ]
 
 
@@ -206,7 +206,7 @@ def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def overrides_of(settings: Settings) -> dict:
-  """Returns the fields in which a config differs from `scenes`."""
+  """Returns the fields in which a config differs from `judge`."""
   usual = settings_from_config(config_scenes.get_config())
   fields = {} if settings.seed == usual.seed else {"seed": settings.seed}
   for section in dataclasses.fields(Settings)[1:]:
@@ -306,7 +306,7 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
   ids = [stages.ids(settings, run, names) for settings, run in zip(read, runs)]
   for run, settings, own in zip(runs, read, ids):
     if settings.raw.source != "scenes" or settings.scenes.style != USUAL:
-      raise UserError(f"--run: {run} is no run of `scenes` with config.scenes.style={USUAL}.")
+      raise UserError(f"--run: {run} is no run of `judge` with config.scenes.style={USUAL}.")
     for name in names:
       if own[name] != ids[0][name]:
         raise UserError(f"--run: {run} has another {name} than {runs[0]}: measure it by itself.")
@@ -351,7 +351,7 @@ def main(argv) -> None:
     if len(argv) > 1:
       raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
     if not args.run:
-      raise UserError("name a finished run of `scenes`: --run=workdir/scenes")
+      raise UserError("name a finished run of `judge`: --run=workdir/scenes")
     runs = [pathlib.Path(run).resolve() for run in args.run]
     workdir = pathlib.Path(args.workdir).resolve()
     result = run_all(runs, workdir, args.captions)

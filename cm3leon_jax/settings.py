@@ -14,13 +14,13 @@ from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.raw.writer import RawConfig
 from cm3leon_jax.data.rows.sample_plan import DataConfig
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.likelihood.bits import EvaluationConfig
 from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.tokenizers.quantizers import check_levels
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig

@@ -8,11 +8,11 @@ import pytest
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
-from cm3leon_jax.data import scene_instructions, scene_world, scenes
-from cm3leon_jax.data.scene_world import Scene, ScenesConfig, split_of_scene
-from cm3leon_jax.evaluation import scene_answers
-from cm3leon_jax.evaluation.scenes import judge_all
 from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.scenes import instructions, source, world
+from cm3leon_jax.scenes.judge import answers as scene_answers
+from cm3leon_jax.scenes.judge.judge import judge_all
+from cm3leon_jax.scenes.world import Scene, ScenesConfig, split_of_scene
 from cm3leon_jax.settings import settings_from_config
 from tests.models.tiny import mesh_of
 
@@ -26,7 +26,7 @@ def model():
 
 def heldout(reason):
   """Returns 32 pairs of scenes that are held out for a reason."""
-  pairs = [scenes.pair(ScenesConfig(rare_objects=1_550), "heldout", i) for i in range(300)]
+  pairs = [source.pair(ScenesConfig(rare_objects=1_550), "heldout", i) for i in range(300)]
   pairs = [pair for pair in pairs if pair.facts["heldout"] == reason]
   assert len(pairs) >= 32
   return pairs[:32]
@@ -71,15 +71,15 @@ def test_it_says_what_it_cost():
 
 def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
   settings, _ = bundle.read(bundle.folder_of("scenes"))
-  trained = [scenes.pair(settings.scenes, "train", i).image for i in range(1_000)]
+  trained = [source.pair(settings.scenes, "train", i).image for i in range(1_000)]
   assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train"}
   others = (
     ScenesConfig(),
-    ScenesConfig(seed=7, objects=tuple(scene_world.COMMON)[:20], rare_objects=300),
+    ScenesConfig(seed=7, objects=tuple(world.COMMON)[:20], rare_objects=300),
   )
   for config in others:
-    heldout = [scenes.pair(config, "heldout", i).image for i in range(140)]
-    assert {split_of_scene(Scene.parse(image)) for image in heldout} == set(scene_world.KINDS)
+    heldout = [source.pair(config, "heldout", i).image for i in range(140)]
+    assert {split_of_scene(Scene.parse(image)) for image in heldout} == set(world.KINDS)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -116,7 +116,7 @@ def tuned():
 
 def records_of(tasks):
   config = ScenesConfig(rare_objects=1_550)
-  return [x for task in tasks for x in scene_instructions.records(config, task, "heldout", EACH)]
+  return [x for task in tasks for x in instructions.records(config, task, "heldout", EACH)]
 
 
 def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
@@ -132,7 +132,7 @@ def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
 
 @pytest.mark.usefixtures("optimized")
 def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
-  records = records_of(scene_instructions.QUESTIONS)
+  records = records_of(instructions.QUESTIONS)
   images = [record.images["image"] for record in records]
   answers = tuned.answer(images, [record.texts["question"] for record in records])
 
@@ -146,7 +146,7 @@ def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
 
 @pytest.mark.usefixtures("optimized")
 def test_the_tuned_one_edits_new_scenes(tuned):
-  records = records_of(scene_instructions.EDITS)
+  records = records_of(instructions.EDITS)
   before = [np.asarray(record.images["before"]) for record in records]
   after = tuned.edit(before, [record.texts["instruction"] for record in records])
 

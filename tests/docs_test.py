@@ -1,5 +1,6 @@
 """The documentation as a site, what its pages name, and the files that other programs read."""
 
+import collections
 import dataclasses
 import itertools
 import pathlib
@@ -18,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 FIELDS = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 FIELDS |= {f"{name}.FIELD" for name in SECTIONS} | {f"config.{name}" for name in SECTIONS}
-SUFFIXES = ("py", "json", "jsonl", "npy", "npz", "png", "sh", "txt", "safetensors")
+SUFFIXES = "py json jsonl npy npz png sh txt md csv sha256 safetensors".split()
 SOURCES = {
   path.with_suffix("") if path.suffix == ".jinja" else path: path.read_text()
   for folder in ("cm3leon_jax", "benchmarks", "launch", ".ci", "ml_configs", "tests")
@@ -73,7 +74,9 @@ def unknown_names(text: str) -> list[str]:
     if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
       unknown.append(path)
   modules = [p for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax") and p.suffix == ".py"]
-  stems = {p.stem: SOURCES[p] for p in modules}
+  stems = collections.defaultdict(str)  # Folders have modules of one name.
+  for path in modules:
+    stems[path.stem] += SOURCES[path]
   package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))

@@ -174,7 +174,7 @@ def _has_bundled(settings) -> bool:
 
 def _load_bundled():
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.evaluation.scene_samples import SHEET_SCENES
+  from cm3leon_jax.scenes.judge.samples import SHEET_SCENES
 
   return CM3Leon.load(BUNDLED, batch_size=SHEET_SCENES)
 
@@ -209,7 +209,7 @@ def _scene_samples():
   from cm3leon_jax.data.sources import builtin
 
   builtin.drawings_of(builtin.SCENES)
-  from cm3leon_jax.evaluation import scene_samples
+  from cm3leon_jax.scenes.judge import samples as scene_samples
 
   return scene_samples
 

@@ -18,7 +18,7 @@ from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from cm3leon_jax.evaluation.instruction_grades import Answer
+  from cm3leon_jax.scenes.judge.instruction_grades import Answer
 
 
 def _models(settings, workdir):
@@ -36,9 +36,9 @@ def _models(settings, workdir):
 def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
   """Returns the answers of each task by the titles of the columns."""
   from cm3leon_jax.data.instructions.config import load_tasks
-  from cm3leon_jax.evaluation import instruction_grades as grades
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.scenes.judge import instruction_grades as grades
 
   tasks = [task for task in load_tasks(settings.instructions) if grades.is_judged(task)]
   if not tasks:
@@ -66,7 +66,7 @@ def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
 
 
 def main(settings, workdir, count: int) -> None:
-  from cm3leon_jax.evaluation import grade_files
+  from cm3leon_jax.scenes.judge import grade_files
 
   more = {"records": str(count)}
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):

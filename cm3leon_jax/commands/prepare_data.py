@@ -59,7 +59,7 @@ def check_fact_leaks(workdir) -> None:
   Raises:
     UserError: there is one.
   """
-  from cm3leon_jax.data import fact_leaks
+  from cm3leon_jax.scenes import leaks as fact_leaks
 
   stages.require(workdir, "raw")
   report = fact_leaks.check(workdir / "raw")

@@ -4,7 +4,7 @@
 
 At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every other saved state writes
 reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
-the codebook collapses, it prints a line with the remedy. For `scenes` it also prints the share of
+the codebook collapses, it prints a line with the remedy. For `judge` it also prints the share of
 held-out images that are judged right, as rendered and reconstructed: no decoder can be expected to
 exceed the latter.
 """
@@ -26,13 +26,13 @@ def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
   facts = [pair.facts for pair in reader.read_pairs(workdir / "raw", "heldout")]
   if not facts or not all(facts):
     return {}
-  from cm3leon_jax.evaluation import scenes
+  from cm3leon_jax.scenes.judge import judge
 
   images = reader.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
   return {
-    f"{kind}_scenes_right": float(np.mean([v.correct for v in scenes.judge_all(x, facts, style)]))
+    f"{kind}_scenes_right": float(np.mean([v.correct for v in judge.judge_all(x, facts, style)]))
     for kind, x in kinds.items()
   }
 

@@ -11,10 +11,10 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import InstructionTask
-from cm3leon_jax.data.scene_world import Style
-from cm3leon_jax.evaluation import scene_answers
-from cm3leon_jax.evaluation.instruction_grades import is_judged
 from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.scenes.judge import answers
+from cm3leon_jax.scenes.judge.instruction_grades import is_judged
+from cm3leon_jax.scenes.world import Style
 
 # (what was asked, samples) -> scores; higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]
@@ -29,7 +29,7 @@ def judged(
   edit must not touch.
   """
   images = np.stack([sample.segments[0] for sample in samples])
-  verdicts = scene_answers.judge_images(records, images, style)
+  verdicts = answers.judge_images(records, images, style)
   return np.array([verdict.correct for verdict in verdicts], np.float32)
 
 

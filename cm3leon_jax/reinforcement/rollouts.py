@@ -18,12 +18,12 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import InstructionTask
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.evaluation.instruction_grades import prompt_of
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
+from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
 from cm3leon_jax.training.step import policy
 
 

@@ -12,7 +12,6 @@ import pathlib
 
 import numpy as np
 
-from cm3leon_jax.data import scene_instructions
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.config import read_tasks, shipped
@@ -24,8 +23,9 @@ from cm3leon_jax.data.instructions.tasks import (
   fields_of,
   join_record,
 )
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.reports import config_reference
+from cm3leon_jax.scenes import instructions
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.vocab import VocabLayout
 
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"
@@ -77,7 +77,7 @@ def example(task: InstructionTask) -> Record:
   key = next(x for x in numbers if choose_template(task, x) == task.templates[0])
   if task.format.startswith(SCENES):
     name = task.format.removeprefix(SCENES)
-    return dataclasses.replace(scene_instructions.record(ScenesConfig(), name, "train", 0), key=key)
+    return dataclasses.replace(instructions.record(ScenesConfig(), name, "train", 0), key=key)
   texts = TEXTS[task.name if task.format == "jsonl" else task.format]
   named = [field for field in fields_of(task.templates[0]) if field not in texts]
   return Record(key, key, texts, {field: f"{field}.png" for field in named})

@@ -16,11 +16,11 @@ from PIL import Image
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS
-from cm3leon_jax.evaluation import scene_table
 from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.io import read_json, read_json_lines, replacing, write_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.scenes.judge import table
 
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
@@ -283,7 +283,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
   environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
-  environment.filters |= {"share": scene_table.share, "scene_rows": scene_table.rows}
+  environment.filters |= {"share": table.share, "scene_rows": table.rows}
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     cost=summary_lib.cost(summary),
@@ -296,7 +296,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     bits_svg=bits_figure(summary.get("evaluation", {})),
     scene_tables=scene_tables(workdir, summary),
     instructions=instruction_section.read(workdir, file_uri),
-    scene_measures=scene_table.COLUMNS,
+    scene_measures=table.COLUMNS,
     scenes_png=file_uri(workdir / "evaluation" / "scenes.png"),
     reconstructions=reconstructions(workdir),
     prompts=prompts(workdir),

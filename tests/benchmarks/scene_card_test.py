@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks import scene_card, scene_card_table
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.data import scene_world, scenes
-from cm3leon_jax.data.scene_drawings import render
-from cm3leon_jax.data.scene_world import Placed, Scene, split_of_scene
-from cm3leon_jax.evaluation.scene_baselines import TrainingScenes, claims_of
+from cm3leon_jax.scenes import source, world
+from cm3leon_jax.scenes.drawings import render
+from cm3leon_jax.scenes.judge.baselines import TrainingScenes, claims_of
+from cm3leon_jax.scenes.world import Placed, Scene, split_of_scene
 from cm3leon_jax.settings import settings_from_config
 
 CONFIG = dataclasses.replace(
@@ -20,7 +20,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def bank():
-  shown = scene_world.bank_scenes(CONFIG)[: CONFIG.bank]
+  shown = world.bank_scenes(CONFIG)[: CONFIG.bank]
   return {(p.object, p.color, p.place) for scene in shown for p in scene.objects}
 
 
@@ -32,7 +32,7 @@ def test_common_captions_are_held_out_and_sorted_by_what_training_claims():
   assert {group: groups.count(group) for group in groups} == {
     group: 9 for group in counts if "rare" not in group
   }
-  claims = {claims_of(scenes.pair(CONFIG, "train", i).facts["include"]) for i in range(3_000)}
+  claims = {claims_of(source.pair(CONFIG, "train", i).facts["include"]) for i in range(3_000)}
   for one in asked:
     assert split_of_scene(Scene.parse(one.concept)) != "train"
     if "claims" in one.group:
@@ -48,7 +48,7 @@ def test_all_rare_objects_are_asked_for_in_a_color_that_the_bank_lacks(bank):
     assert split_of_scene(Scene((one.placed,))) == "rare"
     shown = {(color, place) for name, color, place in bank if name == one.placed.object}
     assert one.placed.color not in {color for color, _ in shown}
-    assert {place for _, place in shown} == set(scene_world.PLACES)
+    assert {place for _, place in shown} == set(world.PLACES)
 
 
 def test_elsewhere_is_neither_the_place_nor_the_color_of_training_and_bank(bank):
@@ -56,7 +56,7 @@ def test_elsewhere_is_neither_the_place_nor_the_color_of_training_and_bank(bank)
   assert len(asked) == 1_229
   for one in asked:
     known = [(color, place) for name, color, place in bank if name == one.placed.object]
-    known.append((scene_world.rare_color(one.concept), scene_world.rare_place(one.concept)))
+    known.append((world.rare_color(one.concept), world.rare_place(one.concept)))
     assert len(known) == 2
     assert one.placed.color not in {color for color, _ in known}
     assert one.placed.place not in {place for _, place in known}
@@ -65,7 +65,7 @@ def test_elsewhere_is_neither_the_place_nor_the_color_of_training_and_bank(bank)
 def test_an_image_at_the_neighbors_place_is_told_from_a_right_one():
   one = next(scene_card.elsewhere(CONFIG))
   placed = one.placed
-  place = scene_world.rare_place(placed.object)
+  place = world.rare_place(placed.object)
   other = next(color for color in CONFIG.colors if color != placed.color)
   neighbor = Placed(placed.object, other, place)
   drawn = [placed, dataclasses.replace(placed, place=place), neighbor]

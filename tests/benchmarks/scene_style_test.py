@@ -8,9 +8,9 @@ from benchmarks import experiment, scene_style, scene_style_table
 from benchmarks.scene_style import Asked, ask, classify, draw, known, overrides_of, recognized
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.data import scene_world
-from cm3leon_jax.data.scene_world import Placed, Scene
 from cm3leon_jax.io import write_json
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.settings import settings_from_config
 
 SETTINGS = settings_from_config(config_scenes.get_config())
@@ -19,24 +19,24 @@ HEART = Asked("common", Placed("heart", "red", "top left"), "a red heart")
 
 @pytest.fixture(scope="module")
 def asked():
-  trained = collections.Counter(scene_world.rare_objects(SETTINGS.scenes))
+  trained = collections.Counter(world.rare_objects(SETTINGS.scenes))
   return ask(SETTINGS.scenes, trained, 8)
 
 
 def test_scenes_of_each_group_are_held_out_and_not_in_the_bank(asked):
   assert [list(scene_style.GROUPS).index(one.group) for one in asked] == [0] * 8 + [1] * 8 + [2] * 8
-  bank = set(scene_world.bank_scenes(SETTINGS.scenes)[: SETTINGS.scenes.bank])
+  bank = set(world.bank_scenes(SETTINGS.scenes)[: SETTINGS.scenes.bank])
   shown = {(p.object, p.color) for scene in bank for p in scene.objects}
   splits = collections.Counter()
   for one in asked:
     scene = Scene((one.placed,))
-    splits[one.group, scene_world.split_of_scene(scene)] += 1
+    splits[one.group, world.split_of_scene(scene)] += 1
     assert (one.placed.object, one.placed.color) not in shown
     assert one.placed.color in one.caption
     assert scene_style.is_clear(one.placed.object)
     assert "outline" not in one.caption
     if one.group == "once":
-      assert one.placed.color != scene_world.rare_color(one.placed.object)
+      assert one.placed.color != world.rare_color(one.placed.object)
   assert splits == {("unseen", "rare"): 8, ("once", "bank"): 8, ("common", "scene"): 8}
 
 

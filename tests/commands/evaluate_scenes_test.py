@@ -14,13 +14,13 @@ import pytest
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import scenes as scenes_source
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.data.scene_world import ScenesConfig
-from cm3leon_jax.evaluation import scene_samples, scene_sheet
 from cm3leon_jax.export import bundle
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.scenes import source as scenes_source
+from cm3leon_jax.scenes.judge import samples, sheet
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint
@@ -121,12 +121,12 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
 
 
 def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, monkeypatch):
-  shown, render = [], scene_sheet.render
-  monkeypatch.setattr(scene_sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
+  shown, render = [], sheet.render
+  monkeypatch.setattr(sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
   (made / "evaluation").rmtree(missing_ok=True)
   run(settings_of(scenes=3, scene_neighbors=2))
-  chosen = scene_samples.choose(facts_of(made), 3, seed=0)
-  facts = {scene_samples.real_image(facts_of(made)[i]).tobytes(): i for i in chosen}
+  chosen = samples.choose(facts_of(made), 3, seed=0)
+  facts = {samples.real_image(facts_of(made)[i]).tobytes(): i for i in chosen}
   ids = load_neighbors(made / "neighbors", "heldout_pairs", text_only=True)
   bank = DocumentStore(made / "documents" / "train_pairs", VOCAB)
   tokenizer = ImageTokenizer.load(made / "vqgan")
@@ -142,18 +142,18 @@ def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, mo
 
 def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
   facts = facts_of(made)
-  chosen = scene_samples.choose(facts, 12, seed=0)
+  chosen = samples.choose(facts, 12, seed=0)
   assert len(set(chosen)) == 12
   groups = {(facts[i]["tag"], facts[i]["heldout"]) for i in chosen}
   assert len(groups) == 12
-  assert scene_samples.choose(facts, 12, seed=0) == chosen
-  assert scene_samples.choose(facts, 12, seed=1) != chosen
-  assert scene_samples.choose(facts, 14, seed=0)[:12] == chosen
-  assert sorted(scene_samples.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
+  assert samples.choose(facts, 12, seed=0) == chosen
+  assert samples.choose(facts, 12, seed=1) != chosen
+  assert samples.choose(facts, 14, seed=0)[:12] == chosen
+  assert sorted(samples.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
   with pytest.raises(UserError, match=r"25 held-out scenes .* 24 held-out documents have facts"):
-    scene_samples.choose(facts, 25, seed=0)
+    samples.choose(facts, 25, seed=0)
   with pytest.raises(UserError, match=r"raw\.source = 'scenes'"):
-    scene_samples.choose([{}, {}], 1, seed=0)
+    samples.choose([{}, {}], 1, seed=0)
 
 
 def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, capsys):
@@ -181,8 +181,8 @@ def of_source(source, **fields):
 
 def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, monkeypatch, capsys):
   monkeypatch.setattr(evaluate, "BUNDLED", str(bundled))
-  shown, render = [], scene_sheet.render
-  monkeypatch.setattr(scene_sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
+  shown, render = [], sheet.render
+  monkeypatch.setattr(sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
   (made / "evaluation").rmtree(missing_ok=True)
   settings = of_source("scenes", scenes=14, scene_guidance=(1.0, 2.0))
   run(settings)
@@ -217,7 +217,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
   store = DocumentStore(made / "documents" / "heldout_pairs", VOCAB)
   decode = TextTokenizer(made / "text_tokenizer", VOCAB).decode
   real = {
-    decode(document.segments[0].tokens): scene_samples.real_image(document.facts)
+    decode(document.segments[0].tokens): samples.real_image(document.facts)
     for document in (store[i] for i in range(len(store)))
   }
   monkeypatch.setattr(evaluate, "_images_of", lambda model, seed, texts: [real[t] for t in texts])
@@ -265,7 +265,7 @@ def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
   run(settings_of(scenes=3), export="geneval", samples=1)
   (folder,) = (made / "geneval").glob("heldout-*")
   found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(3)]
-  chosen = scene_samples.choose(facts_of(made), 3, seed=0)
+  chosen = samples.choose(facts_of(made), 3, seed=0)
   assert [x["include"] for x in found] == [facts_of(made)[i]["include"] for i in chosen]
   assert all(list(x) == ["tag", "include", "exclude", "prompt"] for x in found)
   assert [x.name for x in (folder / "00002" / "samples").iterdir()] == ["0000.png"]

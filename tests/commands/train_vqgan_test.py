@@ -13,8 +13,8 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import train_vqgan, vqgan

@@ -18,9 +18,9 @@ from cm3leon_jax.configs import (
   sft_350m,
   sft_760m,
 )
-from cm3leon_jax.data import scene_world
 from cm3leon_jax.data.instructions.config import load_tasks
 from cm3leon_jax.io import plain
+from cm3leon_jax.scenes import world as scene_world
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}

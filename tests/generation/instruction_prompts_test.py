@@ -12,9 +12,9 @@ from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.config import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
-from cm3leon_jax.evaluation.instruction_grades import prompt_of
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.reports.instruction_reference import example
+from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
 from tests.data.stores import VOCAB
 
 CODES = np.arange(16, dtype=np.int32)

@@ -119,8 +119,8 @@ DATA = (
     ("split_by_drawing", "split_of(d.concept, ", "split_of(d.code, "),
   ),
   *mutants_of(
-    "cm3leon_jax/data/scene_world.py",
-    "tests/data/scenes_test.py::test_training_shows_nothing_that_is_held_out",
+    "cm3leon_jax/scenes/world.py",
+    "tests/scenes/source_test.py::test_training_shows_nothing_that_is_held_out",
     (
       "heldout_pair_in_training",
       "any(HELDOUT_COLOR.get(placed.object) == placed.color for",
@@ -128,18 +128,18 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/scene_captions.py",
-    "tests/data/scene_world_test.py",
+    "cm3leon_jax/scenes/captions.py",
+    "tests/scenes/world_test.py",
     ("left_is_right", "if column < other_column", "if column > other_column"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/scene_drawings.py",
-    "tests/data/scene_world_test.py",
+    "cm3leon_jax/scenes/drawings.py",
+    "tests/scenes/world_test.py",
     ("box_in_the_cell", "return [left + x0, top + y0,", "return [x0, y0,"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/scene_instructions.py",
-    "tests/data/scene_instructions_test.py",
+    "cm3leon_jax/scenes/instructions.py",
+    "tests/scenes/instructions_test.py",
     (
       "edits_into_heldout_scenes",
       "not (may_be_edited(scene) and may_be_edited(edit.target))",
@@ -147,13 +147,13 @@ DATA = (
     ),
     (
       "absent_objects_from_heldout_pairs",
-      "if shown or scene_questions.may_be_absent(scene, name):",
+      "if shown or questions.may_be_absent(scene, name):",
       "if shown or name not in scene_questions.counts_of(scene):",
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/scene_questions.py",
-    "tests/data/scene_instructions_test.py",
+    "cm3leon_jax/scenes/questions.py",
+    "tests/scenes/instructions_test.py",
     ("relation_of_several_objects", "== 1 and len(there) == 1:", "== 1 and there:"),
   ),
   *mutants_of(

@@ -105,8 +105,8 @@ EVALUATION = (
     ("bootstrap_unpaired", "paired=True", "paired=False"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scenes.py",
-    "tests/evaluation/scenes_test.py",
+    "cm3leon_jax/scenes/judge/judge.py",
+    "tests/scenes/judge/judge_test.py",
     (
       "weak_matches_are_objects",
       "name if score >= min_score else UNKNOWN",
@@ -121,8 +121,8 @@ EVALUATION = (
     ("silhouettes_not_shifted", "MAX_SHIFT = 2", "MAX_SHIFT = 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scene_facts.py",
-    "tests/evaluation/scene_facts_test.py",
+    "cm3leon_jax/scenes/judge/facts.py",
+    "tests/scenes/judge/facts_test.py",
     (
       "more_objects_than_named_are_right",
       '"count": len(found) == len(slots)',
@@ -130,13 +130,13 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scene_answers.py",
-    "tests/evaluation/scene_answers_test.py",
+    "cm3leon_jax/scenes/judge/answers.py",
+    "tests/scenes/judge/answers_test.py",
     ("given_half_may_change", 'if not holds["kept"]:', "if False:"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/caption_clauses.py",
-    "tests/evaluation/caption_clauses_test.py",
+    "cm3leon_jax/scenes/judge/clauses.py",
+    "tests/scenes/judge/clauses_test.py",
     (
       "unknown_words_are_ignored",
       "      return None\n    words = words[part",
@@ -144,8 +144,8 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scene_table.py",
-    "tests/evaluation/scene_table_test.py",
+    "cm3leon_jax/scenes/judge/table.py",
+    "tests/scenes/judge/table_test.py",
     (
       "intervals_of_independent_images",
       'one.concept or f"image {i}"',
@@ -154,8 +154,8 @@ EVALUATION = (
     ("images_of_as_many_objects_show_more", "np.mean(extra > 0)", "np.mean(extra >= 0)"),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scene_samples.py",
-    "tests/evaluation/scene_samples_test.py",
+    "cm3leon_jax/scenes/judge/samples.py",
+    "tests/scenes/judge/samples_test.py",
     (
       "sheet_of_any_categories",
       "key=lambda i: turns[i]",
@@ -163,8 +163,8 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/evaluation/scene_sheet.py",
-    "tests/evaluation/scene_sheet_test.py",
+    "cm3leon_jax/scenes/judge/sheet.py",
+    "tests/scenes/judge/sheet_test.py",
     (
       "right_and_wrong_have_one_mark",
       "for line in check if right else cross:",

@@ -19,9 +19,9 @@ from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import Encoder, write_store
 from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.io import plain, read_json
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
@@ -89,9 +89,9 @@ def _records(
     root = posixpath.join(config.root, task.root)
     images = _image_folder(config, task.images or task.root)
     return files.open_records(task.format, root, split, images)
-  from cm3leon_jax.data import scene_instructions  # Its drawings need the extra `demo`.
+  from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
 
-  return scene_instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
+  return instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
 
 
 def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:

@@ -9,11 +9,9 @@ import itertools
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import scene_world
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, RawConfig, write_shard
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.data.sources import builtin, formats, origins
 from cm3leon_jax.data.sources.builtin import (
   DOCSTRINGS,
@@ -26,6 +24,8 @@ from cm3leon_jax.data.sources.builtin import (
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.data.sources.rejections import Rejections
 from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.shards import Runner, run_shards
 
 SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
@@ -91,7 +91,7 @@ def prepare(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
   )
   if config.source == SCENES:
-    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+    more = {"distinct_scenes": world.number_of_scenes(scenes), **dict(sorted(more.items()))}
   statistics = raw_statistics.merged(m["statistics"] for m in made.values())
   return {"shards": len(made), **total, **statistics, **more}
 

@@ -5,13 +5,13 @@ import importlib
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.scene_world import ScenesConfig, fraction
 from cm3leon_jax.data.sources import docstrings
 from cm3leon_jax.data.sources.formats import Part
 from cm3leon_jax.data.sources.records import RawPair, RawText
+from cm3leon_jax.scenes.world import ScenesConfig, fraction
 
 OPENMOJI, SCENES = "openmoji", "scenes"  # Values of `raw.source`.
-MODULES = {OPENMOJI: "cm3leon_jax.data.sources.openmoji", SCENES: "cm3leon_jax.data.scenes"}
+MODULES = {OPENMOJI: "cm3leon_jax.data.sources.openmoji", SCENES: "cm3leon_jax.scenes.source"}
 DOCSTRINGS = "docstrings"
 
 

@@ -188,13 +188,13 @@ def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
 
 
 def _judge(job: Run, part: list[dict]) -> list[bool]:
-  """Judges images of `scenes`: whether each shows exactly what its caption says."""
-  from cm3leon_jax.evaluation import scenes
+  """Judges images of `judge`: whether each shows exactly what its caption says."""
+  from cm3leon_jax.scenes.judge import judge
 
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
   facts = [job.evaluated.facts[line["row"]] for line in part]
   style = job.pipeline.settings.scenes.style
-  return [bool(verdict.correct) for verdict in scenes.judge_all(images, facts, style)]
+  return [bool(verdict.correct) for verdict in judge.judge_all(images, facts, style)]
 
 
 def _likelihoods(job: Run, part: list[dict]) -> list[float]:

@@ -113,7 +113,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
       f"--examples={len(store)}."
     )
   if all(facts) and facts:
-    from cm3leon_jax.evaluation.scene_samples import choose as choose_scenes
+    from cm3leon_jax.scenes.judge.samples import choose as choose_scenes
 
     rows = choose_scenes(facts, count, protocol.seed)
   else:

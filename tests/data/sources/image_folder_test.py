@@ -17,13 +17,13 @@ from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader as raw_pairs
-from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.data.sources.records import Rejected, images_of
 from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.scenes.world import ScenesConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 
 SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg".

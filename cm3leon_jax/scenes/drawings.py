@@ -1,0 +1,102 @@
+"""Renders scenes with Material Design Icons 7 (Apache-2.0, Pictogrammers), an icon font."""
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
+from cm3leon_jax.scenes.world import COLORS, ICONS, PLACES, Placed, Scene, Style
+
+# H height, W width of an image.
+
+CELL = 24  # Side of a place in pixels: the icons are designed for it.
+SIDE = 2 * CELL
+
+
+@functools.cache
+def _icons():
+  """Imports the icon font: reports and exports of other data do without it."""
+  try:
+    from fonticon_mdi7 import MDI7
+  except ImportError as error:
+    raise UserError(
+      f"the icons of scenes are not installed ({error}): {extras.install('demo')}."
+    ) from error
+  return MDI7
+
+
+@functools.cache
+def _font(cell: int) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(str(_icons().__font_file__), cell)
+
+
+@functools.cache
+def alpha(icon: str, cell: int = CELL) -> np.ndarray:
+  """Renders the ink of an icon, by its name in MDI7: [cell, cell] uint8, 255 where it is full."""
+  glyph = getattr(_icons(), icon).rpartition(".")[2]
+  image = Image.new("L", (cell, cell))
+  middle = (cell / 2, cell / 2)
+  ImageDraw.Draw(image).text(middle, glyph, font=_font(cell), fill=255, anchor="mm")
+  ink = np.array(image)
+  ink.flags.writeable = False  # It is cached.
+  return ink
+
+
+@functools.cache
+def ink(icon: str, style: Style = "filled") -> np.ndarray:
+  """Renders the ink of an icon in a style: [CELL, CELL] uint8, 255 where it is full.
+
+  Outlined, a pixel loses the ink that its four neighbors all have, too:
+
+    filled = [[0 0 0 0 0], [0 255 255 255 0], [0 255 255 255 0], [0 255 255 255 0], [0 0 0 0 0]]
+    outlined = [[0 0 0 0 0], [0 255 255 255 0], [0 255 0 255 0], [0 255 255 255 0], [0 0 0 0 0]]
+  """
+  filled = alpha(icon)
+  if style == "filled":
+    return filled
+  edges = outline(filled)
+  edges.flags.writeable = False  # It is cached.
+  return edges
+
+
+def outline(filled: np.ndarray) -> np.ndarray:
+  """Keeps the edges of ink, [H, W] uint8, see `ink`; outside is no ink."""
+  cross = ndimage.generate_binary_structure(2, 1)
+  return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
+
+
+def corner(place: str, cell: int = CELL) -> tuple[int, int]:
+  """Returns the left and the top pixel of a place."""
+  row, column = divmod(PLACES.index(place), 2)
+  return column * cell, row * cell
+
+
+def render(scene: Scene, style: Style = "filled") -> np.ndarray:
+  """Renders a scene on white: [H, W, 3] uint8 with H = W = SIDE."""
+  image = np.full((SIDE, SIDE, 3), 255, np.uint8)
+  for placed in scene.objects:
+    left, top = corner(placed.place)
+    cell = _colored(ICONS[placed.object], placed.color, style)
+    image[top : top + CELL, left : left + CELL] = cell
+  return image
+
+
+@functools.lru_cache(20_000)
+def _colored(icon: str, color: str, style: Style) -> np.ndarray:
+  """Renders an icon in a color on white: [CELL, CELL, 3] uint8."""
+  weight = ink(icon, style).astype(np.float32)[..., None] / 255
+  pixels = 255 * (1 - weight) + np.array(COLORS[color], np.float32) * weight
+  return np.rint(pixels).astype(np.uint8)
+
+
+def box(placed: Placed) -> list[int]:
+  """Returns the pixels of an object's ink: left, top, and right and bottom, which are outside.
+
+  They are the same in all styles.
+  """
+  left, top = corner(placed.place)
+  x0, y0, x1, y1 = Image.fromarray(alpha(ICONS[placed.object])).getbbox()
+  return [left + x0, top + y0, left + x1, top + y1]

@@ -1,0 +1,308 @@
+"""Instruction data over `source`, whose answers are known exactly.
+
+A record depends on the config, its task, its split and its index alone, so any number of them can
+be made in any order. Held-out records begin with held-out scenes. Training records begin with
+training scenes and end with them: an edit whose result is held out is dropped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import random
+from typing import Literal
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.edges import canny_edges
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.scenes import edits, questions, source, world
+from cm3leon_jax.scenes.captions import Description
+from cm3leon_jax.scenes.drawings import CELL, SIDE, box, render
+from cm3leon_jax.scenes.edits import Edit, clauses_of, facts_of
+from cm3leon_jax.scenes.questions import Question
+from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene, ScenesConfig
+
+# H height, W width of an image.
+
+Split = Literal["train", "heldout"]
+
+# Tasks on the captioned scenes of the source `source`: the record of the same split and index.
+CAPTIONED = ("draw", "describe", "complete", "located", "edges")
+QUESTIONS = ("count", "color", "exists", "relation")
+EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], Edit | None]] = {
+  "recolor": edits.recolor,
+  "remove": edits.remove,
+  "mirror": edits.mirror,
+  "add": edits.add,
+}
+TASKS = (*CAPTIONED, *QUESTIONS, *EDITS)
+TEXT_TASKS = ("describe", *QUESTIONS)  # The answer is a text; of other tasks it is an image.
+
+HIDDEN = 128  # Value of the pixels of a hidden half, which no object has.
+HALVES = {
+  "left": (0, 0, CELL, SIDE),
+  "right": (CELL, 0, SIDE, SIDE),
+  "top": (0, 0, SIDE, CELL),
+  "bottom": (0, CELL, SIDE, SIDE),
+}  # As `infill_image` takes a box: left, top, right, bottom in pixels.
+RARE_SHARE = 0.15  # Share of the questions about a rare object, which stands alone.
+# Share of the edits in training of scenes with rare objects. There are so many that they cannot be
+# learned by heart: a model that is to keep or move them has to copy them from the given image.
+RARE_EDITS = 0.5
+TRIES = 10_000  # Scenes that are drawn for a record before an error.
+
+
+def records(config: ScenesConfig, task: str, split: Split, number: int) -> Iterator[Record]:
+  """Yields the first records of a task, see `record`."""
+  return (record(config, task, split, index) for index in range(number))
+
+
+def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
+  """Returns record `index` of a task.
+
+  Names of its texts and images:
+
+    draw, describe                    caption            image
+    complete                          caption            given: one half is HIDDEN; image
+    located                           caption, located   image
+    edges                             caption            edges, image
+    count, color, exists, relation    question, answer   image
+    recolor, remove, mirror, add      instruction        before, after
+
+  Its facts are those of documents of `source` (docs/data_formats.md), of the last image named, and
+  `task`; of edits also `changed`, `touched` and `kept` (`edits`), and of `complete` also
+  `kept` and `box`, the hidden half as `infill_image` takes it.
+
+  Args:
+    config: of the scenes. Questions and edits draw scenes of their own: they read `objects`,
+      `colors`, `style`, `seed` and, if `rare` is among the categories, `rare_objects`.
+    task: one of TASKS.
+    split: "train" or "heldout".
+    index: 0 or more.
+
+  Returns:
+    A record; its group is the scene of the image that is given, or drawn.
+
+  Raises:
+    UserError: the task is unknown, or `config` has no scene for it in the split.
+  """
+  if task not in TASKS:
+    raise UserError(f"the task '{task}' is unknown; it must be one of {', '.join(TASKS)}.")
+  rng = random.Random(f"{config.seed}/{task}/{split}/{index}")
+  if task in CAPTIONED:
+    return _captioned(config, task, split, index, rng)
+  if task in EDITS:
+    return _edit(config, task, split, index, rng)
+  return _question(config, task, split, index, rng)
+
+
+def may_be_trained(scene: Scene) -> bool:
+  """Returns whether training may show a scene; a rare object must stand alone."""
+  return (len(scene.objects) == 1 or not _rare(scene)) and (world.split_of_scene(scene) == "train")
+
+
+def may_be_edited(scene: Scene) -> bool:
+  """Returns whether an edit in training may show a scene: `may_be_trained`, or it has rare objects.
+
+  Those may have any color and place, and company. No rare object may be held out, and nothing of
+  the common objects beside them.
+  """
+  rare = _rare(scene)
+  if not rare or any(map(world.is_heldout_rare, rare)):
+    return may_be_trained(scene)
+  common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
+  # Without a rare object, "bank" and "scene" are scenes of their own, and here they are not.
+  return world.split_of_scene(common) in ("train", "bank", "scene")
+
+
+def _rare(scene: Scene) -> set[str]:
+  return {placed.object for placed in scene.objects if placed.object not in world.COMMON}
+
+
+def located(caption: str, objects: Sequence[Placed]) -> str:
+  """Adds the boxes of objects to a caption, in pixels, in the form of CM3Leon.
+
+  located("a bell", <bell at the top left>) = "a bell with bell at location (3, 2) -> (21, 23)"
+  """
+  places = []
+  for placed in objects:
+    x0, y0, x1, y1 = box(placed)
+    places.append(f"{placed.object} at location ({x0}, {y0}) -> ({x1}, {y1})")
+  return f"{caption} with {', '.join(places)}"
+
+
+def _captioned(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+  """Makes a record of a captioned scene of the source `source`."""
+  pair = source.pair(config, split, index)
+  scene = Scene.parse(pair.image)
+  image = render(scene, config.style)
+  texts, images, facts = {"caption": pair.caption}, {"image": image}, dict(pair.facts)
+  if task in ("located", "edges"):
+    facts["include"] = _with_places(scene, pair.facts["include"])
+  if task == "located":
+    texts["located"] = located(pair.caption, scene.objects)
+  elif task == "edges":
+    images = {"edges": canny_edges(image), **images}
+  elif task == "complete":
+    half = rng.choice([half for half in HALVES if _inside(scene, half)])
+    facts["box"] = list(HALVES[half])
+    facts["kept"] = facts_of(x for x in scene.objects if x not in _inside(scene, half))
+    images = {"given": hide(image, HALVES[half]), **images}
+  return _record(task, split, index, scene, texts, images, facts)
+
+
+def _with_places(scene: Scene, include: list[dict]) -> list[dict]:
+  """Lists clauses with the place of each object, and its color if the caption names it."""
+  named = {clause["class"] for clause in include if "color" in clause}
+  colored = [placed for placed in scene.objects if placed.object in named]
+  plain = [placed for placed in scene.objects if placed.object not in named]
+  return [*clauses_of(colored), *clauses_of(plain, ("object", "place"))]
+
+
+def _inside(scene: Scene, half: str) -> list[Placed]:
+  return [placed for placed in scene.objects if half in placed.place.split()]
+
+
+def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
+  """Hides a box of an image.
+
+  Args:
+    image: [H, W, 3] uint8.
+    hidden: left, top, right, bottom in pixels; right and bottom are outside.
+
+  Returns:
+    [H, W, 3] uint8; the pixels of the box have the value HIDDEN.
+  """
+  left, top, right, bottom = hidden
+  given = image.copy()
+  given[top:bottom, left:right] = HIDDEN
+  return given
+
+
+def _question(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+  """Makes a record of a question. Equally often: counts from 1 to 4, and yes and no."""
+  number = _in_turn((1, 2, 3, 4), config, task, split, index)
+  shown = _in_turn((True, False), config, task, split, index)
+  for _ in range(TRIES):
+    scene = _draw(config, task, split, rng, number if task == "count" else 1)
+    question = _ask(config, task, split, rng, scene, number, shown)
+    if question is not None:
+      texts = {"question": question.question, "answer": question.answer}
+      images = {"image": render(scene, config.style)}
+      facts = _all_facts(task, scene, scene, clauses_of(scene.objects))
+      return _record(task, split, index, scene, texts, images, facts)
+  raise _no_scene(task, split)
+
+
+def _ask(
+  config: ScenesConfig, task: str, split: Split, rng, scene: Scene, number: int, shown: bool
+) -> Question | None:
+  if task == "count":
+    return questions.ask_count(scene, number, rng)
+  if task == "color":
+    return questions.ask_color(scene, rng)
+  if task == "relation":
+    return questions.ask_relation(scene, rng)
+  # Absent objects are those of another scene, so that the name alone does not say the answer.
+  other = scene if shown else _draw(config, task, split, rng, 1)
+  name = rng.choice(sorted(questions.counts_of(other)))
+  if shown or questions.may_be_absent(scene, name):
+    return questions.ask_exists(scene, name, rng)
+  return None
+
+
+def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+  """Makes a record of an edit; in training also its result is a scene of training."""
+  has_rare = split == "train" and "rare" in config.categories
+  with_rare = has_rare and rng.random() < RARE_EDITS
+  for _ in range(TRIES):
+    scene = _draw(config, task, split, rng, rng.choices((1, 2, 3), (6, 2, 1))[0])
+    if with_rare:
+      scene = _with_rare(config, scene, rng, all_of_them=task == "mirror")
+    edit = EDITS[task](scene, config, rng)
+    if edit is None or (
+      split == "train" and not (may_be_edited(scene) and may_be_edited(edit.target))
+    ):
+      continue
+    facts = {
+      **_all_facts(task, scene, edit.target, edit.include),
+      "changed": edit.changed,
+      "touched": edit.touched,
+      "kept": edit.kept,
+    }
+    images = {"before": render(scene, config.style), "after": render(edit.target, config.style)}
+    texts = {"instruction": edit.instruction}
+    return _record(task, split, index, scene, texts, images, facts)
+  raise _no_scene(task, split)
+
+
+def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
+  """Returns facts as documents of `source` have them; `heldout` is why `scene` is held out."""
+  split = world.split_of_scene(scene)
+  kind = split if split in KINDS else ""
+  return source.facts_of(task, kind, shown, Description("", include, []))
+
+
+def _record(
+  task: str, split: Split, index: int, scene: Scene, texts: dict, images: dict, facts: dict
+) -> Record:
+  key = f"{source.NAME}/{task}/{split}/{index:07d}"
+  return Record(key, scene.facts_key, texts, images, {"task": task, **facts})
+
+
+def _in_turn(options: Sequence, config: ScenesConfig, task: str, split: Split, index: int):
+  """Chooses each of n options once in every n indices, in a random order."""
+  block, i = divmod(index, len(options))
+  rng = random.Random(f"{config.seed}/{task}/{split}/turns/{block}")
+  return rng.sample(options, len(options))[i]
+
+
+def _draw(config: ScenesConfig, task: str, split: Split, rng, equal: int) -> Scene:
+  """Draws a scene of a split: `equal` equal objects and others, or a rare object."""
+  rare = world.rare_objects(config) if "rare" in config.categories else ()
+  for _ in range(TRIES):
+    if rare and task in ("color", "exists") and rng.random() < RARE_SHARE:
+      name = rng.choice(rare)
+      scene = Scene((Placed(name, world.rare_color(name), rng.choice(PLACES)),))
+    else:
+      scene = _mixed(config, rng, equal)
+    if split == "train" and may_be_trained(scene):
+      return scene
+    if split == "heldout" and world.split_of_scene(scene) in KINDS:
+      return scene
+  raise _no_scene(task, split)
+
+
+def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
+  """Draws `equal` equal objects, and others, of which some may be equal, too, at other places."""
+  others = rng.randint(0, len(PLACES) - equal)
+  names = rng.sample(config.objects, min(1 + others, len(config.objects)))
+  colors = dict(zip(names, rng.choices(config.colors, k=len(names))))
+  few = names[1 : 1 + rng.randint(1, 3)]
+  shown = [names[0]] * equal + (rng.choices(few, k=others) if few else [])
+  places = rng.sample(PLACES, len(shown))
+  return Scene.of([Placed(name, colors[name], place) for name, place in zip(shown, places)])
+
+
+def _with_rare(config: ScenesConfig, scene: Scene, rng, all_of_them: bool) -> Scene:
+  """Puts rare objects in any color in the place of the objects of one name, or of all names.
+
+  Of one, so that a model which does not know its name finds it by knowing the names of the others.
+  """
+  names = sorted(questions.counts_of(scene))
+  chosen = names if all_of_them else [rng.choice(names)]
+  known = [x for x in world.rare_objects(config) if not world.is_heldout_rare(x)]
+  drawn = rng.sample(known, len(chosen))
+  as_drawn = {name: (rare, rng.choice(config.colors)) for name, rare in zip(chosen, drawn)}
+  return Scene.of(
+    [
+      Placed(*as_drawn.get(placed.object, (placed.object, placed.color)), placed.place)
+      for placed in scene.objects
+    ]
+  )
+
+
+def _no_scene(task: str, split: str) -> UserError:
+  return UserError(
+    f"config.scenes gives no scene of the split '{split}' for the task '{task}'; name more objects "
+    "or colors."
+  )

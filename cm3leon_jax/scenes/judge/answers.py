@@ -1,0 +1,124 @@
+"""Judges answers to the instruction data over `judge`: texts, and images by their facts."""
+
+# B records, H height, W width.
+
+from collections import Counter
+from collections.abc import Sequence
+import dataclasses
+
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.evaluation.metrics import answers
+from cm3leon_jax.scenes.instructions import EDITS, TEXT_TASKS
+from cm3leon_jax.scenes.judge import clauses as caption_clauses
+from cm3leon_jax.scenes.judge import judge
+from cm3leon_jax.scenes.judge.facts import Found, Verdict, check
+from cm3leon_jax.scenes.questions import NUMBER_WORDS
+from cm3leon_jax.scenes.world import Style, fraction
+
+
+def answer_of(record: Record) -> str:
+  """Returns the true answer of a record of a text task."""
+  return record.texts["caption" if record.facts["task"] == "describe" else "answer"]
+
+
+def is_right(record: Record, answer: str) -> bool:
+  """Returns whether an answer to a record of a text task is right.
+
+    "How many stars are there?": "two", "Two." and "2" are right
+    "Is there a cat?": only the first word counts, "Yes, there is." is "yes"
+
+  Answers are compared as `answers.normalize` leaves them. A caption is right if the image
+  shows every object, color, place and relation that it names, and as many objects as it names. So
+  it need not be the caption of the record.
+  """
+  if record.facts["task"] == "describe":
+    clauses = caption_clauses.parse(answer)
+    return clauses is not None and check(shown_objects(record), clauses).correct
+  if record.facts["task"] == "exists":
+    answer = next(iter(answer.replace(",", " ").split()), "")
+  return bool(answers.exact_matches([answer], [[answer_of(record)]])[0])
+
+
+def shown_objects(record: Record) -> list[Found]:
+  """Returns the objects that the image of a record truly shows."""
+  return [
+    Found(x["class"], x["color"], x["place"], 1.0, tuple(x["box"])) for x in record.facts["objects"]
+  ]
+
+
+def judge_images(records: Sequence[Record], images, style: Style = "filled") -> list[Verdict]:
+  """Judges images as answers to records of image tasks.
+
+  Args:
+    records: B records.
+    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
+    style: in which objects are to be drawn.
+
+  Returns:
+    B verdicts. `holds` has two more kinds of facts. `kept`, of edits and `complete`: every fact
+    that the instruction does not touch, or that the given half shows, still holds. `instruction`,
+    of edits: the objects that the instruction names are as it asks. `correct` implies both.
+  """
+  found = judge.find_objects(images, style)
+  return [judge_objects(record, objects) for record, objects in zip(records, found)]
+
+
+def judge_objects(record: Record, found: Sequence[Found]) -> Verdict:
+  """Judges the objects that were found in an image, see `judge_images`."""
+  facts = record.facts
+  verdict = check(found, facts["include"])
+  if "kept" not in facts:
+    return verdict
+  holds = {**verdict.holds, "kept": _show(found, facts["kept"])}
+  if facts["task"] in EDITS:
+    touched = [thing for thing in found if thing.name in facts["touched"]]
+    holds["instruction"] = check(touched, facts["changed"]).correct
+  reasons = [verdict.reason] if verdict.reason else []
+  if not holds["kept"]:
+    reasons.append("a fact that had to stay does not hold")
+  return dataclasses.replace(verdict, correct=not reasons, reason="\n".join(reasons), holds=holds)
+
+
+def _show(found: Sequence[Found], facts: Sequence[dict]) -> bool:
+  """Returns whether objects show facts, each with some of `class`, `color` and `place`."""
+  things = [{"class": thing.name, "color": thing.color, "place": thing.place} for thing in found]
+  for fields in {tuple(sorted(fact)) for fact in facts}:
+    wanted = Counter(_values(fact, fields) for fact in facts if tuple(sorted(fact)) == fields)
+    if not wanted <= Counter(_values(thing, fields) for thing in things):
+      return False
+  return True
+
+
+def _values(fact: dict, fields: tuple[str, ...]) -> tuple[str, ...]:
+  return tuple(fact[field] for field in fields)
+
+
+def majority_answers(records: Sequence[Record]) -> dict[str, str]:
+  """Returns the most frequent true answer of each text task, the first by alphabet of several.
+
+  Its share of right answers is what a model reaches that looks at no image and reads no question.
+  """
+  counts: dict[str, Counter[str]] = {}
+  for record in records:
+    if record.facts["task"] in TEXT_TASKS:
+      counts.setdefault(record.facts["task"], Counter())[answer_of(record)] += 1
+  return {task: min(of, key=lambda answer: (-of[answer], answer)) for task, of in counts.items()}
+
+
+def any_object_answer(record: Record) -> str | None:
+  """Answers a question by the objects of the image, without a look at which one it asks for.
+
+  `color`: the color of some object; `relation`: an object that the question does not name; `count`:
+  the number of all objects. Of several, the key of the record chooses. None for other tasks.
+  """
+  task, objects = record.facts["task"], record.facts["objects"]
+  if task == "count":
+    return NUMBER_WORDS[len(objects)]
+  if task == "color":
+    found = [thing["color"] for thing in objects]
+  elif task == "relation":
+    question = f" {record.texts['question'].rstrip('?')} "
+    found = [thing["class"] for thing in objects if f" {thing['class']} " not in question]
+  else:
+    return None
+  return min(found, key=lambda answer: fraction(f"{record.key}/{answer}"), default="")

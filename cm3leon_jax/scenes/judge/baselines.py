@@ -1,0 +1,100 @@
+"""What the training scenes of a run already show and say: baselines of judged images.
+
+A caption that is held out may still stand in training, under another image: "two hearts" describes
+many scenes. So a table of judged images says for each caption whether training has its words, its
+claims, or an image that a judge would accept.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.captions import OPPOSITES
+from cm3leon_jax.scenes.judge.facts import Found, check
+from cm3leon_jax.scenes.world import Placed, Scene, ScenesConfig
+
+
+class Known(NamedTuple):
+  """What training has of a caption.
+
+  Attributes:
+    caption: a training caption has the same words.
+    claims: a training caption makes the same claims, in any words.
+    image: the image of some training scene is right for the caption. A lookup that always finds the
+      best training image would be right.
+  """
+
+  caption: bool
+  claims: bool
+  image: bool
+
+
+class TrainingScenes:
+  """The captions, claims and images of the training scenes."""
+
+  def __init__(self, records: Iterable[tuple[str, dict]]):
+    """Reads records: a caption, and the field `facts` of its document."""
+    self._captions, self._claims = set(), set()
+    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # By objects and their numbers.
+    for caption, facts in records:
+      self._captions.add(caption)
+      self._claims.add(claims_of(facts["include"]))
+      placed = [Placed(o["class"], o["color"], o["place"]) for o in facts["objects"]]
+      numbers = Counter(one.object for one in placed)
+      self._scenes[frozenset(numbers.items())].add(Scene.of(placed).facts_key)
+
+  @classmethod
+  def of_store(cls, store: DocumentStore, decode: Callable[[np.ndarray], str]) -> Self:
+    """Reads the training documents of a run.
+
+    Args:
+      store: of the documents; those without facts are left out.
+      decode: the tokens of a caption.
+    """
+    documents = (store[i] for i in range(len(store)))
+    return cls((decode(d.segments[0].tokens), d.facts) for d in documents if d.facts)
+
+  @classmethod
+  def of_config(cls, config: ScenesConfig) -> Self:
+    """Makes the training scenes that a config describes, without their images."""
+    pairs = (source.pair(config, "train", i) for i in range(config.train))
+    return cls((pair.caption, pair.facts) for pair in pairs)
+
+  def known(self, caption: str, facts: dict) -> Known:
+    """Returns what training has of a caption and its facts."""
+    include = facts["include"]
+    numbers: Counter[str] = Counter()
+    for clause in include:
+      numbers[clause["class"]] += clause["count"]
+    alike = self._scenes.get(frozenset(numbers.items()), ())
+    return Known(
+      caption in self._captions,
+      claims_of(include) in self._claims,
+      any(check(_drawn(key), include).correct for key in alike),
+    )
+
+
+def claims_of(include: list[dict]) -> tuple:
+  """Returns the claims of a caption, equal for equal claims in other words.
+
+  "a bell left of a key" claims what "a key right of a bell" does.
+  """
+  order = sorted(range(len(include)), key=lambda i: sorted(map(str, include[i].items())))
+  order.sort(key=lambda i: include[i]["class"])
+  relation = ""
+  for i, clause in enumerate(include):
+    if "position" in clause:
+      stated, other = clause["position"]
+      relation = stated if order.index(i) < order.index(other) else OPPOSITES[stated]
+  fields = ("class", "count", "color", "place")
+  return (*(tuple(include[i].get(field) for field in fields) for i in order), relation)
+
+
+def _drawn(facts_key: str) -> list[Found]:
+  """Returns the objects of a scene as a judge without errors finds them."""
+  placed = Scene.parse(facts_key).objects
+  return [Found(p.object, p.color, p.place, 1.0, (0, 0, 1, 1)) for p in placed]

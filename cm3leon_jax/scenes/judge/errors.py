@@ -1,0 +1,94 @@
+"""Measures the errors of the judge of scenes, on real images and captions with a wrong fact."""
+
+# B images, H height, W width.
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.captions import OPPOSITES
+from cm3leon_jax.scenes.judge import judge
+from cm3leon_jax.scenes.judge.facts import check
+from cm3leon_jax.scenes.world import Style
+
+
+def measure(images, facts: Sequence[dict], seed: int = 0, style: Style = "filled") -> dict:
+  """Judges images under their own captions, and under captions with one fact changed.
+
+  Args:
+    images: [B, H, W, 3] uint8, true images of `facts`.
+    facts: B times the field `facts` of a document.
+    seed: of the changes.
+    style: in which objects are drawn.
+
+  Returns:
+    {"images": B, "real": share judged wholly right, "changed": {kind of fact: {"captions", "right":
+    share judged wholly right}}, "changed_right": the share of all kinds together}. The first share
+    should be 1, the others 0.
+  """
+  rng = np.random.default_rng(seed)
+  found = judge.find_objects(images, style)
+  changed: dict[str, list[bool]] = {}
+  for objects, fact in zip(found, facts):
+    for kind, other in changed_facts(fact, rng).items():
+      changed.setdefault(kind, []).append(check(objects, other["include"]).correct)
+  real = [check(objects, fact["include"]).correct for objects, fact in zip(found, facts)]
+  return {
+    "images": len(real),
+    "real": float(np.mean(real)),
+    "changed": {
+      kind: {"captions": len(right), "right": float(np.mean(right))}
+      for kind, right in changed.items()
+    },
+    "changed_right": float(np.mean([r for right in changed.values() for r in right])),
+  }
+
+
+def describe(errors: dict) -> str:
+  """Writes the result of `measure` as a sentence."""
+  kinds = ", ".join(
+    f"{kind} {entry['right']:.1%} of {entry['captions']}"
+    for kind, entry in errors["changed"].items()
+  )
+  return (
+    f"{errors['real']:.1%} of {errors['images']} images judged wholly right; with one fact changed "
+    f"{errors['changed_right']:.1%} ({kinds})"
+  )
+
+
+def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
+  """Changes one fact that a caption names, for each kind of fact that it names.
+
+  Args:
+    facts: field `facts` of a document.
+    rng: chooses what changes, and to what.
+
+  Returns:
+    kind of fact -> facts with another `include`, of which the image shows all but one.
+  """
+  names, colors = list(world.COMMON), list(world.COLORS)
+  clauses = facts["include"]
+
+  def changed(field: str, change) -> dict:
+    places = [i for i, clause in enumerate(clauses) if field in clause]
+    place = places[rng.integers(len(places))]
+    new = {**clauses[place], field: change(clauses[place][field])}
+    return {**facts, "include": [*clauses[:place], new, *clauses[place + 1 :]]}
+
+  def another(values, taken):
+    return values[rng.choice([i for i, value in enumerate(values) if value not in taken])]
+
+  shown = {clause["class"] for clause in clauses}
+  changes = {
+    "object": ("class", lambda name: another(names, shown)),
+    "color": ("color", lambda color: another(colors, {color})),
+    "count": ("count", lambda count: count + (1 if count == 1 else int(rng.choice((-1, 1))))),
+    "relation": ("position", lambda position: [OPPOSITES[position[0]], position[1]]),
+    "place": ("place", lambda place: another(world.PLACES, {place})),
+  }
+  return {
+    kind: changed(field, change)
+    for kind, (field, change) in changes.items()
+    if any(field in clause for clause in clauses)
+  }

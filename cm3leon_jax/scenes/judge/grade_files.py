@@ -1,0 +1,114 @@
+"""Writes graded answers: tables, a line for each answer, and examples with their images."""
+
+from collections.abc import Mapping, Sequence
+import json
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.generation.writer import save_png
+from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.scenes.judge import instruction_grades as grades
+from cm3leon_jax.scenes.judge import table as scene_table
+from cm3leon_jax.scenes.judge.instruction_grades import Answer
+
+GRADES, ANSWERS = "grades.json", "answers.jsonl"
+TITLES = (
+  "before",
+  "after",
+  "majority",
+  "any object",
+  "copy",
+  "tokenizer",
+)  # Of columns, in their order.
+EXAMPLES = 4  # Of each kind and task.
+
+
+def write(folder: epath.PathLike, answers: Mapping[str, Mapping[str, list[Answer]]], settings):
+  """Writes grades.json, answers.jsonl, and the images of the examples.
+
+  Args:
+    folder: gets the files.
+    answers: name of a task -> title of a column -> answers to the same records.
+    settings: number of resamples, and seed.
+
+  Returns:
+    {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain`, after over
+    before}, "means": result of `instruction_grades.means`}.
+  """
+  folder, seed = epath.Path(folder), settings.seed
+  resamples = settings.evaluation.num_resamples
+  tables, gains = {}, {}
+  for task, columns in answers.items():
+    tables[task] = {
+      title: grades.summarize(columns[title], resamples, seed)
+      for title in TITLES
+      if title in columns
+    }
+    if "before" in columns:
+      gains[task] = grades.gain(columns["after"], columns["before"], resamples, seed)
+  result = {"tasks": tables, "gains": gains, "means": grades.means(tables)}
+  examples = {task: choose(columns["after"], seed) for task, columns in answers.items()}
+  with replacing(folder / ANSWERS, "w") as file:
+    for task, columns in answers.items():
+      for title in ("before", "after"):
+        for i, answer in enumerate(columns.get(title, ())):
+          shown = title == "after" and i in {i for _, some in examples[task] for i in some}
+          file.write(json.dumps(_line(folder, task, title, i, answer, shown)) + "\n")
+  write_json(folder / GRADES, {**result, "examples": examples})
+  return result
+
+
+def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
+  """Chooses examples: by the seed, and the wrong ones that the model was surest of.
+
+  Returns:
+    (title, indices), of which no two are equal.
+  """
+  order = np.random.default_rng(seed).permutation(len(answers)).tolist()
+  chosen = order[:EXAMPLES]
+  wrong = [i for i in order[EXAMPLES:] if not answers[i].right]
+  worst = sorted(wrong, key=lambda i: -answers[i].score)[:EXAMPLES]
+  return [("chosen by the seed", chosen), ("wrong, and surest", worst)]
+
+
+def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
+  """Returns the line of an answer; writes its images if it is an example."""
+  is_text = isinstance(answer.answer, str)
+  line = {
+    "task": task,
+    "column": title,
+    "row": i,
+    "key": answer.record.key,
+    "prompt": answer.prompt,
+    "answer": answer.answer if is_text else None,
+    "right": answer.right,
+    "kept": answer.kept,
+    "reason": answer.reason,
+    "score": round(answer.score, 4),
+  }
+  if shown:
+    images = {"given": answer.given, "answer": None if is_text else answer.answer}
+    images["true"] = None if is_text else grades.true_image(answer.record)
+    line["images"] = {
+      name: f"examples/{task}_{i:04d}_{name}.png" for name, x in images.items() if x is not None
+    }
+    for name, file in line["images"].items():
+      save_png(folder / file, images[name])
+  return line
+
+
+def describe(result: dict) -> str:
+  """Writes the shares of all tasks as text."""
+  titles = [t for t in TITLES if any(t in table for table in result["tasks"].values())]
+  lines = [f"{'':<16}" + "".join(f"{title:<24}" for title in titles).rstrip()]
+  for task, table in result["tasks"].items():
+    for measure in ("right", "kept"):
+      cells = [scene_table.share(table.get(title, {}).get(measure)) for title in titles]
+      if any(cell != "-" for cell in cells):
+        name = task if measure == "right" else "  kept"
+        lines.append(f"{name:<16}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
+  for kind, shares in result["means"].items():
+    cells = [f"{shares[title]:.1%}" if title in shares else "-" for title in titles]
+    lines.append(f"mean {kind:<11}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
+  return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Judges images of the source `scenes`: finds their objects, and checks the facts of a caption.
+
+An image has four places, a cell each. In a cell with ink, the judge names the color of the palette
+that explains the ink best, and the silhouette that correlates best with it, of all objects of the
+world. Ink of no clear color or shape is an unknown object, which makes an image wrong.
+`benchmarks/scene_judge.py` prints the error rates that the thresholds below are chosen by.
+"""
+
+# B images, N cells, C colors, M silhouettes, S shifts, P pixels of a cell.
+
+from collections.abc import Sequence
+import functools
+import itertools
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from cm3leon_jax.scenes import drawings, world
+from cm3leon_jax.scenes.drawings import CELL, SIDE
+from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, Verdict, check
+from cm3leon_jax.scenes.world import Style
+
+# 99 of 100 objects score 0.90 or more after blur, blotches and color errors that leave 16 dB. Of
+# halves of icons and of blots, 8 of 100 score more than 0.85, at most 2 as the object asked for.
+MIN_SCORE = 0.85
+# Share of a cell's ink to which the color of the object is the nearest one. At 0.65, 4 of 100 icons
+# of two colors have one of them, at 0.75 5 of 100 true ones have none after such errors.
+MIN_COLOR_SHARE = 0.7
+# Least ink of an object, in pixels: 4% of a cell. Objects have at least 15%; less is a speck.
+MIN_INK = 23
+FAINT = 0.25  # Opacity below which a pixel counts as background.
+SOLID = 0.5  # Opacity above which the color of a pixel is compared.
+MAX_SHIFT = 2  # Pixels that an object may be off its place, in both directions.
+BLURS = (0.0, 0.7)  # Standard deviations of the blur of silhouettes, in pixels.
+CHUNK = 32  # Images judged at once.
+
+
+def find_objects(
+  images, style: Style = "filled", min_score: float = MIN_SCORE
+) -> list[tuple[Found, ...]]:
+  """Finds the objects of images.
+
+  Args:
+    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
+    style: of the silhouettes that they are compared with.
+    min_score: correlation below which an object is unknown.
+
+  Returns:
+    For each image its objects, in the order of the places.
+  """
+  chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+  return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
+
+
+def opacities(images) -> np.ndarray:
+  """Returns how much ink the places have, [B, 4, CELL, CELL] fp32, each in its own best color."""
+  return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
+
+
+def _find_in_chunk(images, style: Style, min_score: float) -> list[tuple[Found, ...]]:
+  cells = _cells(images)
+  opacity, colors = _find_colors(cells)
+  visible = np.where(opacity > FAINT, opacity, 0)
+  occupied = np.flatnonzero(visible.sum((1, 2)) >= MIN_INK)
+  names, scores = _match(opacity[occupied], style)
+  found: list[list[Found]] = [[] for _ in images]
+  for cell, name, score in zip(occupied, names, scores):
+    image, place = divmod(int(cell), len(world.PLACES))
+    found[image].append(
+      Found(
+        name if score >= min_score else UNKNOWN,
+        colors[cell],
+        world.PLACES[place],
+        float(score),
+        _box(visible[cell], place),
+      )
+    )
+  return [tuple(objects) for objects in found]
+
+
+def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[Verdict]:
+  """Judges images by the facts of their captions.
+
+  Args:
+    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
+    facts: B times the field `facts` of a document (docs/data_formats.md); `include` is read.
+    style: in which objects are to be drawn.
+
+  Returns:
+    B verdicts.
+  """
+  found = find_objects(images, style)
+  return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
+
+
+def judge(image, facts: dict) -> Verdict:
+  """Judges one image, [H, W, 3] uint8, by the facts of its caption, see `judge_all`."""
+  return judge_all(np.asarray(image)[None], [facts])[0]
+
+
+def _cells(images) -> np.ndarray:
+  """Cuts images into cells: [B, H, W, 3] uint8 -> [B * 4, 24, 24, 3] fp32, 0 = white, 1 = black."""
+  images = np.asarray(images)
+  if images.shape[1:3] != (SIDE, SIDE):
+    scaled = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
+    images = np.stack([np.asarray(image) for image in scaled])
+  ink = 1 - images.astype(np.float32) / 255
+  cells = ink.reshape(-1, 2, CELL, 2, CELL, 3).swapaxes(2, 3)
+  return cells.reshape(-1, CELL, CELL, 3)
+
+
+@functools.cache
+def _palette() -> tuple[tuple[str, ...], np.ndarray]:
+  """Returns the names of the colors, and [C, 3] fp32 what each takes away from white."""
+  values = 1 - np.array(list(world.COLORS.values()), np.float32) / 255
+  return tuple(world.COLORS), values
+
+
+def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
+  """Explains the ink of each cell by one color of the palette.
+
+  A pixel is white * (1 - opacity) + color * opacity. Each color has the opacity with the least
+  squared error for every pixel; the color of a cell has the least error over all pixels.
+
+  Args:
+    cells: [N, 24, 24, 3] fp32.
+
+  Returns:
+    [N, 24, 24] fp32 opacity of the cell's color, and N names: `UNKNOWN` where another color is
+    nearer to many solid pixels, or no pixel is solid.
+  """
+  names, palette = _palette()
+  opacity, errors = _explain(cells, palette)
+  best = errors.sum(1).argmin(1)
+  own = np.take_along_axis(opacity, best[:, None, None], 2)[..., 0]
+  # Chroma is noisier than ink in a lossy image, so the color of a pixel is that of 3 x 3 pixels.
+  nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)), palette)[1].argmin(2)
+  solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
+  agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
+  clear = (all_solid > 0) & (agreeing >= MIN_COLOR_SHARE * all_solid)
+  found = [names[color] if is_clear else UNKNOWN for color, is_clear in zip(best, clear)]
+  return own.reshape(cells.shape[:3]), found
+
+
+def _explain(cells: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Fits every color to every pixel: opacity and squared error, [N, P, C] fp32 each."""
+  ink = cells.reshape(len(cells), -1, 1, 3)
+  opacity = np.clip((ink * palette).sum(-1) / (palette**2).sum(-1), 0, 1)
+  return opacity, ((ink - opacity[..., None] * palette) ** 2).sum(-1)
+
+
+def _unit(pixels: np.ndarray) -> np.ndarray:
+  """Centers and scales [..., 24, 24] to mean 0 and norm 1, as [..., P] fp32."""
+  flat = pixels.reshape(*pixels.shape[:-2], -1)
+  flat = flat - flat.mean(-1, keepdims=True)
+  return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-6)
+
+
+@functools.cache
+def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
+  """Returns the names of all M objects, and for each blur their silhouettes, [M, P] fp32."""
+  icons = world.ICONS
+  drawn = [drawings.ink(icon, style) for icon in icons.values()]
+  drawn = np.stack(drawn) / np.float32(255)
+  return tuple(icons), [_unit(ndimage.gaussian_filter(drawn, (0, b, b))) for b in BLURS]
+
+
+def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
+  """Finds the silhouette that correlates best with each cell, over all shifts and blurs.
+
+  Args:
+    opacity: [N, 24, 24] fp32.
+    style: of the silhouettes.
+
+  Returns:
+    N names of objects, and [N] fp32 correlations.
+  """
+  names, banks = _silhouettes(style)
+  if not len(opacity):
+    return [], np.zeros(0, np.float32)
+  shifted = _unit(_shifts(opacity))  # [N, S, P]
+  flat = shifted.reshape(-1, shifted.shape[-1])
+  each = [(flat @ bank.T).reshape(*shifted.shape[:2], -1).max(1) for bank in banks]
+  scores = np.maximum.reduce(each)  # [N, M]
+  return [names[i] for i in scores.argmax(1)], scores.max(1)
+
+
+def _shifts(opacity: np.ndarray) -> np.ndarray:
+  """Moves [N, 24, 24] by up to MAX_SHIFT pixels: [N, S, 24, 24], white where nothing is known."""
+  most = MAX_SHIFT
+  padded = np.pad(opacity, ((0, 0), (most, most), (most, most)))
+  starts = itertools.product(range(2 * most + 1), repeat=2)
+  return np.stack([padded[:, y : y + CELL, x : x + CELL] for y, x in starts], 1)
+
+
+def _box(ink: np.ndarray, place: int) -> tuple[int, int, int, int]:
+  """Returns the box of the ink of a cell, [24, 24], in pixels of the image."""
+  rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
+  left, top = drawings.corner(world.PLACES[place])
+  return tuple(
+    int(x) for x in (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
+  )

@@ -1,0 +1,320 @@
+"""Generates images for held-out captions of `scenes`, judges them, and writes the results."""
+
+# n scenes, H height, W width.
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.retrieved import images_of
+from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.generation.writer import save_png
+from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.scenes import drawings
+from cm3leon_jax.scenes.judge import errors, sheet
+from cm3leon_jax.scenes.judge import judge as scenes
+from cm3leon_jax.scenes.judge import table as scene_table
+from cm3leon_jax.scenes.judge.baselines import Known, TrainingScenes
+from cm3leon_jax.scenes.judge.sheet import SheetScene
+from cm3leon_jax.scenes.judge.table import Judged
+from cm3leon_jax.scenes.world import Placed, Scene, Style
+
+REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of what limits the samples.
+UNGUIDED = "guidance 1"
+BUNDLED = "bundled model"
+SHEET_SCENES = 12
+
+
+def real_image(facts: dict, style: Style = "filled") -> np.ndarray:
+  """Renders the image that the facts of a document describe: [H, W, 3] uint8."""
+  placed = [Placed(thing["class"], thing["color"], thing["place"]) for thing in facts["objects"]]
+  return drawings.render(Scene.of(placed), style)
+
+
+def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
+  """Chooses scenes, equally many of each category and kind of held-out as far as there are enough.
+
+  Args:
+    facts: field `facts` of every held-out document; {} without facts.
+    count: number of scenes.
+    seed: of the choice.
+
+  Returns:
+    `count` indices into `facts`; any first ones are spread in the same way.
+
+  Raises:
+    UserError: fewer documents have facts.
+  """
+  rng, groups = np.random.default_rng([seed, len(facts)]), {}
+  for i in rng.permutation(len(facts)):
+    if facts[i]:
+      groups.setdefault((facts[i]["tag"], facts[i]["heldout"]), []).append(int(i))
+  available = sum(map(len, groups.values()))
+  if available < count:
+    raise UserError(
+      f"{count} held-out scenes are to be chosen, and {available} held-out documents have facts: "
+      "lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
+    )
+  ordered = [groups[key] for key in sorted(groups)]
+  rounds = [[group[i] for group in ordered if i < len(group)] for i in range(count)]
+  return [i for one_round in rounds for i in one_round][:count]
+
+
+def heldout_scenes(
+  pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
+) -> list[HeldoutCaption]:
+  """Returns tasks of held-out captions that have facts, guidance weight after guidance weight.
+
+  `evaluation.scenes` captions are chosen by the seed (`choose`), all if it is 0.
+
+  Args:
+    pipeline: of the run; the evaluation, sampling and seed of its settings are used.
+    workdir: of the run; its document stores and neighbors are read.
+    weights: of guidance; equal ones count once.
+
+  Raises:
+    UserError: too few held-out documents have facts.
+  """
+  store = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", pipeline.layout.vocab)
+  facts = [store[i].facts for i in range(len(store))]
+  settings, tokenizer = pipeline.settings, pipeline.image_tokenizer
+  config, seed = settings.evaluation, settings.seed
+  rows = choose(facts, config.scenes or max(1, sum(map(bool, facts))), seed)
+  columns = [
+    (config.scene_neighbors, dataclasses.replace(settings.sampling, guidance=weight))
+    for weight in dict.fromkeys(weights)
+  ]
+  return tasks_of_rows(pipeline.layout, workdir, rows, seed, columns, image_tokenizer=tokenizer)
+
+
+def evaluate(
+  pipeline: Pipeline,
+  tasks: Sequence[HeldoutCaption],
+  workdir: epath.PathLike,
+  folder: epath.PathLike,
+  bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
+) -> dict[str, dict]:
+  """Generates and judges images; writes them, scenes.json, scenes_results.jsonl and scenes.png.
+
+  The real images and their reconstructions by the image tokenizer are judged, too: no sample can
+  be expected to be judged better than those. A real image is drawn from its facts.
+
+  Args:
+    pipeline: of the run.
+    tasks: result of `heldout_scenes`.
+    workdir: of the run; its training documents are what a lookup finds.
+    folder: gets the files.
+    bundled: generates an image for each caption, with the bundled model; it gets the captions of
+      scenes.png, where its images stand beside the run's.
+
+  Returns:
+    {"judge": result of `errors.measure`, "tables": {"real images", "reconstructions", and for
+    each weight e.g. "guidance 1.5": result of `scene_table.table`}}. If one of several weights is
+    1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}. With
+    `bundled`, also "bundled": {"images": number of the captions on the sheet, "right": {title of a
+    weight, or "bundled model": how many of their images are correct}}.
+  """
+  folder, seed = epath.Path(folder), pipeline.settings.seed
+  style = pipeline.settings.scenes.style
+  samples = [of_task[0] for of_task in pipeline.generate(tasks, show_progress=True)]
+  by_weight: dict[str, list[Sample]] = {}
+  for sample in samples:
+    by_weight.setdefault(f"guidance {sample.task.sampling.guidance:g}", []).append(sample)
+  first = [sample.task for sample in next(iter(by_weight.values()))]
+  facts = [task.document.facts for task in first]
+  real = np.stack([real_image(fact, style) for fact in facts])
+  columns = {
+    REAL: real,
+    RECONSTRUCTED: np.stack([task.original for task in first]),
+    **{title: np.stack([s.segments[0] for s in some]) for title, some in by_weight.items()},
+  }
+  trained = _trained(pipeline, workdir)
+  known = [trained.known(task.prompt, task.document.facts) for task in first]
+  judged = {title: _judge(first, images, style, known) for title, images in columns.items()}
+  resamples = pipeline.settings.evaluation.num_resamples
+  tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
+  result = {"judge": errors.measure(real, facts, seed, style), "tables": tables}
+  if UNGUIDED in tables and len(by_weight) > 1:
+    title = best_guidance({name: tables[name] for name in by_weight if name != UNGUIDED})
+    gain = scene_table.gain(judged[title], judged[UNGUIDED], resamples, seed)
+    result["gain"] = {"title": title, **gain}
+  _write_results(folder, samples, [one for title in by_weight for one in judged[title]])
+  result |= _write_sheet(folder / "scenes.png", pipeline, by_weight, judged, bundled)
+  write_json(folder / "scenes.json", result)
+  return result
+
+
+def metadata(task: HeldoutCaption) -> dict:
+  """Returns what GenEval checks of an image for the task."""
+  return scene_table.geneval_metadata(task.prompt, task.document.facts)
+
+
+def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequence[Judged]) -> None:
+  """Writes the images of all samples, and a line of GenEval's results for each."""
+  lines = []
+  for sample, one in zip(samples, judged):
+    name = f"scenes/{sample.task.file_stem}.png"
+    save_png(folder / name, sample.segments[0])
+    weight = {"guidance": sample.task.sampling.guidance}
+    lines.append(json.dumps({**scene_table.geneval_result(name, one), **weight}) + "\n")
+  with replacing(folder / "scenes_results.jsonl", "w") as file:
+    file.write("".join(lines))
+
+
+def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
+  """Reads what the training documents of the run show."""
+  folder = epath.Path(workdir) / "documents" / "train_pairs"
+  layout = pipeline.layout
+  return TrainingScenes.of_store(DocumentStore(folder, layout.vocab), layout.decode)
+
+
+def _judge(
+  tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style, known: Sequence[Known | None]
+) -> list[Judged]:
+  """Judges an image [H, W, 3] uint8 for each task, of whose captions training has `known`."""
+  facts = [task.document.facts for task in tasks]
+  verdicts = scenes.judge_all(images, facts, style)
+  return [
+    Judged(task.prompt, fact, task.concept, verdict, has)
+    for task, fact, verdict, has in zip(tasks, facts, verdicts, known)
+  ]
+
+
+def _write_sheet(
+  path: epath.Path,
+  pipeline: Pipeline,
+  by_weight: dict[str, list[Sample]],
+  judged: dict[str, list[Judged]],
+  bundled: Callable[[list[str]], list[np.ndarray]] | None,
+) -> dict[str, dict]:
+  """Writes the sheet of scenes chosen by the seed, spread over the categories.
+
+  Args:
+    path: of the image.
+    pipeline: of the run; decodes the images of neighbors.
+    by_weight: title of a guidance weight -> samples of n scenes.
+    judged: the same titles -> n verdicts.
+    bundled: see `evaluate`.
+
+  Returns:
+    Field "bundled" of the result of `evaluate`; {} without `bundled`.
+  """
+  every = next(iter(by_weight.values()))
+  tags = [sample.task.document.facts["tag"] for sample in every]
+  chosen = spread(tags, SHEET_SCENES, pipeline.settings.seed)
+  columns = {
+    title: [(some[i].segments[0], judged[title][i].verdict.correct) for i in chosen]
+    for title, some in by_weight.items()
+  }
+  samples = [every[i] for i in chosen]
+  if bundled is not None:
+    tasks = [sample.task for sample in samples]
+    images = bundled([task.prompt for task in tasks])
+    facts = [task.document.facts for task in tasks]
+    verdicts = [one.correct for one in scenes.judge_all(np.stack(images), facts)]
+    columns[BUNDLED] = list(zip(images, verdicts))
+  save_png(path, sheet.render(_sheet_scenes(pipeline, samples, columns)))
+  if bundled is None:
+    return {}
+  right = {title: sum(correct for _, correct in column) for title, column in columns.items()}
+  return {"bundled": {"images": len(chosen), "right": right}}
+
+
+def _sheet_scenes(
+  pipeline: Pipeline, samples: Sequence[Sample], columns: dict[str, list[tuple[np.ndarray, bool]]]
+) -> list[SheetScene]:
+  """Returns the scenes of n samples, with an image and its verdict of each column."""
+  images = iter(images_of(pipeline, [d for sample in samples for d in sample.neighbors]))
+  return [
+    SheetScene(
+      caption=sample.task.prompt,
+      original=real_image(sample.task.document.facts, pipeline.settings.scenes.style),
+      neighbors=tuple(next(images) for _ in sample.neighbors),
+      samples={title: column[i] for title, column in columns.items()},
+    )
+    for i, sample in enumerate(samples)
+  ]
+
+
+def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
+  """Chooses up to `count` indices by the seed: one of each tag, then a second one, and so on.
+
+  spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3
+  """
+  order, seen, turns = np.random.default_rng(seed).permutation(len(tags)), Counter(), {}
+  for i in map(int, order):
+    turns[i] = seen[tags[i]]
+    seen[tags[i]] += 1
+  return sorted(turns, key=lambda i: turns[i])[:count]
+
+
+def best_guidance(tables: dict[str, dict]) -> str:
+  """Returns the title of the guidance weight at which most images are correct.
+
+  Args:
+    tables: of `evaluate`; of equal ones the first is the best.
+  """
+  weights = [title for title in tables if title not in (REAL, RECONSTRUCTED)]
+  return max(weights, key=lambda title: tables[title]["all"]["correct"]["share"])
+
+
+def describe(result: dict) -> str:
+  """Writes the result of `evaluate` as text."""
+  lines = [scene_table.describe(result["tables"])]
+  if gain := result.get("gain"):
+    lines.append(f"{gain['title']} minus {UNGUIDED}: {scene_table.share(gain)} correct")
+  if bundled := result.get("bundled"):
+    right = ", ".join(f"{title} {count}" for title, count in bundled["right"].items())
+    lines.append(f"correct of the {bundled['images']} images on the sheet: {right}")
+  judge = errors.describe(result["judge"])
+  return "\n".join([*lines, f"judge, on real images: {judge}"])
+
+
+def overview(result: dict) -> dict:
+  """Returns the main shares of a result of `evaluate`, for the summary of the stage.
+
+  Returns:
+    {"judge": its main shares, and for each table its shares of all images. "best": {"title": the
+    best guidance weight, and with their intervals "correct", "color", "count" and "place" of all
+    images, and the correct ones of "scene" (kind of held-out), "new_claims" (those whose claims no
+    training caption makes) and "single_object" (category); "lookup": {"scene", "new_claims": share
+    of those captions for which some training image is right}},
+    "gain" and "bundled": as in `result`}. What the captions do not have is absent.
+  """
+  tables = result["tables"]
+  shares = {
+    title: {
+      **{m: table["all"][m]["share"] for m in scene_table.MEASURES if m in table["all"]},
+      "geneval": table["geneval"],
+    }
+    for title, table in tables.items()
+  }
+  judge = {name: result["judge"][name] for name in ("real", "changed_right")}
+  title = best_guidance(tables)
+  best = tables[title]
+  parts = {
+    "scene": best["heldout"].get("scene"),
+    "new_claims": best["parts"].get(scene_table.NEW_CLAIMS),
+    "single_object": best["tag"].get("single_object"),
+  }
+  found = {
+    name: parts[name][scene_table.LOOKUP]["share"]
+    for name in ("scene", "new_claims")
+    if parts[name]
+  }
+  main = {
+    "title": title,
+    **{m: best["all"][m] for m in ("correct", "color", "count", "place") if m in best["all"]},
+    **{name: row["correct"] for name, row in parts.items() if row},
+    "lookup": found,
+  }
+  more = {name: result[name] for name in ("gain", "bundled") if name in result}
+  return {"judge": judge, **shares, "best": main, **more}

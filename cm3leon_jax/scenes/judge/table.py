@@ -1,0 +1,201 @@
+"""Tables of judged scenes by category and kind of held-out, and GenEval's layout of results."""
+
+# n images.
+
+from collections.abc import Sequence
+import dataclasses
+import json
+
+import numpy as np
+
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.judge.baselines import Known
+from cm3leon_jax.scenes.judge.facts import FACTS, Verdict
+
+MEASURES = ("correct", *FACTS)
+LOOKUP = "lookup"
+COLUMNS = ("correct", LOOKUP, *FACTS)
+NEW_CLAIMS = "scene, new claims"
+PARTS = (NEW_CLAIMS, "scene, claims of training", "pair, color named", "pair, no color named")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """An image and what the judge says of it.
+
+  Attributes:
+    prompt: the caption.
+    facts: field `facts` of its document.
+    concept: images of one concept show the same scene; "" for a concept of its own.
+    verdict: of the judge.
+    known: what training has of the caption; None if that was not asked.
+  """
+
+  prompt: str
+  facts: dict
+  concept: str
+  verdict: Verdict
+  known: Known | None = None
+
+  @property
+  def parts(self) -> list[str]:
+    """Names the rows of a table that the image counts in, beside its kind of held-out."""
+    kind, found = self.facts["heldout"], []
+    if self.known is not None and kind == "scene":
+      found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
+    if kind == "pair":
+      named = any("color" in clause for clause in self.facts["include"])
+      found.append("pair, color named" if named else "pair, no color named")
+    return found
+
+
+def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
+  """Computes the shares of images whose facts hold, with 95% intervals over scenes.
+
+  Args:
+    judged: n images.
+    num_resamples: bootstrap resamples of the concepts.
+    seed: of the bootstrap.
+
+  Returns:
+    {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "parts": {one of PARTS:
+    row}, "geneval": mean of the categories' shares of correct images}. A row has `images`; `more`
+    and `fewer`, the shares of images with more or fewer objects than their captions name; and for
+    `correct`, `object`, `color`, `count`, `place` {share, low, high, groups, effective_groups} over
+    the images whose captions name such a fact; without one, the measure is absent. `lookup` is the
+    share of captions for which some training image is right (`scene_baselines.Known.image`).
+  """
+
+  def row(some: Sequence[Judged]) -> dict:
+    extra = np.array([_extra_objects(one) for one in some])
+    counts = {"more": float(np.mean(extra > 0)), "fewer": float(np.mean(extra < 0))}
+    return {"images": len(some), **counts, **_shares(some, num_resamples, seed)}
+
+  result: dict = {"all": row(judged)}
+  for field, order in (("tag", world.CATEGORIES), ("heldout", world.KINDS)):
+    values = {one.facts[field] for one in judged}
+    result[field] = {
+      value: row([one for one in judged if one.facts[field] == value])
+      for value in (*order, *sorted(values.difference(order)))
+      if value in values
+    }
+  result["parts"] = {
+    part: row([one for one in judged if part in one.parts])
+    for part in PARTS
+    if any(part in one.parts for one in judged)
+  }
+  result["geneval"] = float(np.mean([r["correct"]["share"] for r in result["tag"].values()]))
+  return result
+
+
+def _extra_objects(one: Judged) -> int:
+  """Counts the objects of an image, less those that its caption names."""
+  return len(one.verdict.found) - sum(clause["count"] for clause in one.facts["include"])
+
+
+def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
+  """Computes the measures of a row of `table`."""
+  result = {}
+  for measure in MEASURES:
+    values = [
+      (one, one.verdict.correct if measure == "correct" else one.verdict.holds[measure])
+      for one in judged
+      if measure == "correct" or measure in one.verdict.holds
+    ]
+    if values:
+      ones, holds = zip(*values)
+      result[measure] = _mean_share(ones, holds, num_resamples, seed)
+  if known := [one for one in judged if one.known is not None]:
+    found = [one.known.image for one in known]
+    result[LOOKUP] = _mean_share(known, found, num_resamples, seed)
+  return result
+
+
+def _mean_share(judged: Sequence[Judged], values, num_resamples: int, seed: int) -> dict:
+  """Computes the mean of a number for each image, with its interval: {share, low, high, ...}."""
+  groups = [one.concept or f"image {i}" for i, one in enumerate(judged)]
+  values = np.asarray(values, np.float64)
+  interval = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": interval.pop("mean"), **interval}
+
+
+def gain(
+  judged: Sequence[Judged], base: Sequence[Judged], num_resamples: int, seed: int = 0
+) -> dict:
+  """Computes how many more images are correct than of other samples for the same captions.
+
+  Args:
+    judged: n images.
+    base: n images for the same captions, in the same order.
+    num_resamples: bootstrap resamples of the concepts.
+    seed: of the bootstrap.
+
+  Returns:
+    {share, low, high, groups, effective_groups} of the paired difference of correct images.
+  """
+  values = [one.verdict.correct - other.verdict.correct for one, other in zip(judged, base)]
+  return _mean_share(judged, values, num_resamples, seed)
+
+
+def describe(tables: dict[str, dict]) -> str:
+  """Writes tables as text, one after the other.
+
+  Args:
+    tables: title, e.g. "guidance 1" -> result of `table`.
+  """
+  width = max(len(label) for table in tables.values() for label, _ in rows(table)) + 2
+  lines = []
+  for title, table in tables.items():
+    of_all, mean = table["all"], table["geneval"]
+    lines.append(
+      f"{title}: {of_all['images']} images, mean of the categories {mean:.1%} correct; "
+      f"{of_all['more']:.1%} show more objects than asked for, {of_all['fewer']:.1%} fewer"
+    )
+    lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in COLUMNS).rstrip())
+    for label, row in rows(table):
+      cells = "".join(f"{share(row.get(m)):<23}" for m in COLUMNS).rstrip()
+      lines.append(f"{label:<{width}}{row['images']:>6}  {cells}")
+  return "\n".join(lines)
+
+
+def rows(table: dict) -> list[tuple[str, dict]]:
+  """Returns the rows of a table with their labels: all, categories, kinds of held-out and parts."""
+  kinds = {**table["heldout"], **table.get("parts", {})}.items()
+  labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
+  return [("all", table["all"]), *table["tag"].items(), *labeled]
+
+
+def share(measure: dict | None) -> str:
+  """Formats a share and its interval: "81.0% [77.4, 84.1]"; "-" for None."""
+  if measure is None:
+    return "-"
+  text = f"{measure['share']:.1%}"
+  if measure["low"] is None:
+    return text
+  return f"{text} [{100 * measure['low']:.1f}, {100 * measure['high']:.1f}]"
+
+
+def geneval_metadata(prompt: str, facts: dict) -> dict:
+  """Returns the facts of a caption as a line of GenEval's evaluation_metadata.jsonl."""
+  fields = {name: facts[name] for name in ("tag", "include", "exclude") if name in facts}
+  return {**fields, "prompt": prompt}
+
+
+def geneval_result(filename: str, one: Judged) -> dict:
+  """Returns the line of GenEval's results for an image (evaluate_images.py of djghosh13/geneval).
+
+  `details` has the boxes of the objects found, by class, with their scores, as a JSON text.
+  """
+  boxes: dict = {}
+  for thing in one.verdict.found:
+    boxes.setdefault(thing.name, []).append([*thing.box, thing.score])
+  return {
+    "filename": filename,
+    "tag": one.facts["tag"],
+    "prompt": one.prompt,
+    "correct": one.verdict.correct,
+    "reason": one.verdict.reason,
+    "metadata": json.dumps(geneval_metadata(one.prompt, one.facts)),
+    "details": json.dumps(boxes),
+  }

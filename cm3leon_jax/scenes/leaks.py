@@ -1,0 +1,82 @@
+"""Checks a split by facts: whether training shows what a held-out scene was held out for.
+
+Composed images of both splits are alike by design, so `leaks`, which compares pixels, says nothing
+about them.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import itertools
+
+from etils import epath
+
+from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.scenes.world import KINDS
+
+SHOWN = 20  # Leaked scenes that are named.
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Result of a check.
+
+  Attributes:
+    heldout, train: number of scenes.
+    leaked: number of held-out scenes that leaked, by the reason why they are held out.
+    first: sentences on at most SHOWN of them.
+  """
+
+  heldout: int
+  train: int
+  leaked: dict[str, int]
+  first: list[str]
+
+
+def check(folder: epath.PathLike) -> Report:
+  """Compares the facts of the held-out pairs in a raw folder with those of its training pairs.
+
+  A scene has leaked if training or the bank shows one of the same facts; if it is held out for a
+  pair of object and color, two objects or a rare object, also if they show all that it has of
+  these. Only rare objects may be in the bank, but not in the color of the held-out scene.
+  """
+  heldout = list(_pairs(folder, "heldout"))
+  train, seen = 0, {kind: set() for kind in KINDS}
+  for pair in _pairs(folder, "train"):
+    train += 1
+    for kind in KINDS:
+      seen[kind] |= _shown(pair.facts, kind)
+  leaked, first = dict.fromkeys(KINDS, 0), []
+  in_bank = set()
+  for pair in _pairs(folder, "bank"):
+    in_bank |= _shown(pair.facts, "pair")
+    for kind in set(KINDS) - {"rare"}:
+      seen[kind] |= _shown(pair.facts, kind)
+  for pair in heldout:
+    kind = pair.facts["heldout"]
+    if kind == "rare" and _shown(pair.facts, "pair") & in_bank:
+      leaked[kind] += 1
+      first.append(f"heldout '{pair.key}' (rare, in the bank): {pair.concept}")
+    elif _shown(pair.facts, "scene") <= seen["scene"] or _shown(pair.facts, kind) <= seen[kind]:
+      leaked[kind] += 1
+      first.append(f"heldout '{pair.key}' ({kind}): {pair.concept}")
+  return Report(len(heldout), train, leaked, first[:SHOWN])
+
+
+def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
+  for name in reader.shards(folder):
+    yield from reader.read_shard(folder, name, RawPair, split)
+
+
+def _shown(facts: dict, kind: str) -> set:
+  """Returns what a scene shows: for "pair" objects with their colors, for "rare" objects, ..."""
+  objects = facts["objects"]
+  match kind:
+    case "scene":
+      return {tuple(sorted((o["class"], o["color"], o["place"]) for o in objects))}
+    case "pair":
+      return {(o["class"], o["color"]) for o in objects}
+    case "objects":
+      return set(itertools.combinations(sorted(o["class"] for o in objects), 2))
+    case _:
+      return {o["class"] for o in objects}

@@ -1,0 +1,137 @@
+"""Asks questions about scenes whose answers are known exactly.
+
+A question that has no answer, or more than one, is None instead.
+"""
+
+import dataclasses
+import itertools
+import random
+
+from cm3leon_jax.scenes.captions import (
+  NUMBERS,
+  PLURAL_WORDS,
+  RELATIONS,
+  plural,
+  relations,
+  with_article,
+)
+from cm3leon_jax.scenes.world import COMMON, Scene, is_heldout_objects
+
+NUMBER_WORDS = {1: "one", **NUMBERS}
+
+# {x}, {y}: objects without article, {xs}: in the plural, {an_x}: with the indefinite article;
+# {is}, {Is}: is or are, {does}: does or do, {relation}: "left of" or another phrase.
+_COUNT = (
+  "How many {xs} are there?",
+  "How many {xs} do you see?",
+  "How many {xs} does the image show?",
+  "What is the number of {xs}?",
+)
+_COLOR = (
+  "What color {is} the {x}?",
+  "Which color {is} the {x}?",
+  "What color {does} the {x} have?",
+  "What is the color of the {x}?",
+)
+_EXISTS = (
+  "{Is} there {an_x}?",
+  "{Is} there {an_x} in the image?",
+  "Do you see {an_x}?",
+  "Does the image show {an_x}?",
+)
+_RELATION = (
+  "What is {relation} the {y}?",
+  "Which object is {relation} the {y}?",
+  "What do you see {relation} the {y}?",
+  "What stands {relation} the {y}?",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A question about an image, and its answer."""
+
+  question: str
+  answer: str
+
+
+def counts_of(scene: Scene) -> dict[str, int]:
+  """Counts the objects of each name, in the order of the places."""
+  counts: dict[str, int] = {}
+  for placed in scene.objects:
+    counts[placed.object] = counts.get(placed.object, 0) + 1
+  return counts
+
+
+def named(name: str, number: int) -> str:
+  """Names `number` objects without article: named("bell", 2) = "bells"."""
+  return name if number == 1 else plural(name)
+
+
+def ask_count(scene: Scene, number: int, rng: random.Random) -> Question | None:
+  """Asks how many objects of a name there are, where the answer is `number`.
+
+  "How many stars are there?" -> "two". None if no common object is there so often.
+  """
+  names = [x for x, count in counts_of(scene).items() if count == number and x in COMMON]
+  if not names:
+    return None
+  name = rng.choice(names)
+  return Question(rng.choice(_COUNT).format(xs=plural(name)), NUMBER_WORDS[number])
+
+
+def ask_color(scene: Scene, rng: random.Random) -> Question | None:
+  """Asks for the color of an object, or of several that have the same name and color.
+
+  "What color is the bell?" -> "red". None if there are only objects of a name in several colors.
+  """
+  colors: dict[str, set[str]] = {}
+  for placed in scene.objects:
+    colors.setdefault(placed.object, set()).add(placed.color)
+  names = [name for name, found in colors.items() if len(found) == 1]
+  if not names:
+    return None
+  name = rng.choice(names)
+  number = counts_of(scene)[name]
+  many = number > 1 or name in PLURAL_WORDS
+  verbs = {"is": "are" if many else "is", "does": "do" if many else "does"}
+  question = rng.choice(_COLOR).format(x=named(name, number), **verbs)
+  return Question(question, *colors[name])
+
+
+def ask_exists(scene: Scene, name: str, rng: random.Random) -> Question:
+  """Asks whether there is an object of a name: "Is there a cat?" -> "no"."""
+  verb = "Are" if name in PLURAL_WORDS else "Is"
+  question = rng.choice(_EXISTS).format(an_x=with_article(name), Is=verb)
+  return Question(question, "yes" if name in counts_of(scene) else "no")
+
+
+def may_be_absent(scene: Scene, name: str) -> bool:
+  """Returns whether training may ask for an object that a scene does not show.
+
+  It must not if the object never stands beside one that is shown: the answer would always be "no",
+  and held-out scenes would have to contradict what training taught.
+  """
+  shown = counts_of(scene)
+  if name in shown:
+    return False
+  return name not in COMMON or not any(is_heldout_objects(name, x) for x in shown if x in COMMON)
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+  """Asks for the only object at a side of the only object of a name.
+
+  "What is left of the key?" -> "bell". An object at a diagonal place stands at two sides. None if
+  no side of any object has exactly one object.
+  """
+  counts = counts_of(scene)
+  known = []
+  for y, relation in itertools.product(scene.objects, RELATIONS):
+    there = [x for x in scene.objects if relation in relations(x.place, y.place)]
+    if counts[y.object] == 1 and len(there) == 1:
+      known.append((relation, y.object, there[0].object))
+  if not known:
+    return None
+  relation, y, answer = rng.choice(known)
+  phrase = rng.choice(RELATIONS[relation])
+  return Question(rng.choice(_RELATION).format(relation=phrase, y=y), answer)

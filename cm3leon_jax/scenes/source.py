@@ -1,0 +1,177 @@
+"""The source `scenes`: captioned images of the world of `world`, by split and index.
+
+Any number of them can be written, in any order: a record depends on the config, its split and its
+index alone.
+"""
+
+from collections.abc import Iterator
+import functools
+import itertools
+import random
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.formats import Part
+from cm3leon_jax.data.sources.records import SPLITS, RawPair
+from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.captions import Description, describe, describe_plainly, relations
+from cm3leon_jax.scenes.drawings import SIDE, box, render
+from cm3leon_jax.scenes.world import KINDS, TWO_OBJECTS, Scene, ScenesConfig, Style
+
+NAME = "scenes"  # Of `raw.source`, and of the keys.
+SOURCE = "https://pictogrammers.com/library/mdi"
+LICENSE = "Apache-2.0"
+ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
+PART_RECORDS = 2_000  # Records of one part, which becomes a raw shard.
+
+
+def parts(config: ScenesConfig, resolution: int) -> list[Part]:
+  """Splits the source into parts: ranges of indices of a split.
+
+  Raises:
+    UserError: `resolution` is not that of scenes, a category has no scene to train on, or none to
+      hold out, or the bank is to have more scenes than there are.
+  """
+  if resolution != SIDE:
+    raise UserError(
+      f"config.raw.resolution is {resolution}; the images of scenes have {SIDE} pixels: set it to "
+      f"{SIDE}."
+    )
+  for category in config.categories:
+    _scenes_by_kind(config, category, 1)
+  if config.bank > (most := len(world.bank_scenes(config))):
+    raise UserError(
+      f"config.scenes.bank is {config.bank}; {len(config.objects)} common and "
+      f"{config.rare_objects} rare objects in {len(config.colors)} colors give at most {most}."
+    )
+  return [
+    Part(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
+    for split, total in zip(SPLITS, (config.train, config.heldout, config.bank))
+    for start in range(0, total, PART_RECORDS)
+  ]
+
+
+def read(config: ScenesConfig, part: Part) -> Iterator[RawPair]:
+  """Yields the records of a part; `load` renders their images."""
+  split, start, end = part.files
+  return (pair(config, split, index) for index in range(int(start), int(end)))
+
+
+def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
+  """Renders the image of a record, whose `image` is the key of its facts: [H, W, 3] uint8."""
+  del resolution  # `parts` has checked it.
+  return render(Scene.parse(facts_key), style)
+
+
+def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
+  """Returns record `index` of a split; its image is `load(pair.image)`."""
+  rng = random.Random(f"{config.seed}/{split}/{index}")
+  if split == "train":
+    category, scene = _train_scene(config, rng)
+    kind = ""
+  elif split == "bank":
+    kind, scene = "", world.bank_scenes(config)[index]
+    category = "colors" if scene.objects[0].object in world.COMMON else "rare"
+  else:
+    category, kind, scene = _heldout_scene(config, index)
+  # One wording in the bank, so that among scenes of an object the place decides, not the wording.
+  description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
+  key = scene.facts_key
+  return RawPair(
+    key=f"{NAME}/{split}/{index:07d}",
+    image=key,
+    caption=description.caption,
+    source=SOURCE,
+    license=LICENSE,
+    attribution=ATTRIBUTION,
+    group=scene.drawings_key,
+    split=split,
+    concept=key,
+    facts=facts_of(category, kind, scene, description),
+  )
+
+
+def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
+  """Draws a category by its share, and one of its scenes that are not held out."""
+  category = rng.choices(config.categories, config.shares or None)[0]
+  total = world.number_of_scenes_of(config, category)
+  while True:  # `parts` has checked that there is one.
+    scene = world.scene_at(config, category, rng.randrange(total))
+    if world.split_of_scene(scene) == "train":
+      return category, scene
+
+
+def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
+  """Takes the categories in turn, and in each the kinds; scenes repeat after all were taken."""
+  rounds, i = divmod(index, len(config.categories))
+  category = config.categories[i]
+  wanted = -(-config.heldout // len(config.categories))
+  scenes = _scenes_by_kind(config, category, wanted)
+  number, i = divmod(rounds, len(scenes))
+  kind = list(scenes)[i]
+  return category, kind, scenes[kind][number % len(scenes[kind])]
+
+
+def _kinds(category: str) -> tuple[str, ...]:
+  """Returns why scenes of a category are held out; those of `rare` show objects never trained."""
+  if category == "rare":
+    return ("rare",)
+  return KINDS[:3] if category in TWO_OBJECTS else KINDS[:2]
+
+
+@functools.cache
+def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
+  """Lists up to `most` different held-out scenes of a category by kind, in an order by the seed.
+
+  Raises:
+    UserError: the category has no scene to hold out, or none to train on.
+  """
+  number = world.CATEGORIES.index(category)
+  total = world.number_of_scenes_of(config, category)
+  found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
+  for i in np.random.default_rng((config.seed, number)).permutation(total):
+    scene = world.scene_at(config, category, int(i))
+    scenes = found.get(world.split_of_scene(scene))
+    if scenes is not None and len(scenes) < most:
+      scenes.append(scene)
+      if all(len(scenes) == most for scenes in found.values()):
+        break
+  train = found.pop("train")
+  heldout = {kind: scenes for kind, scenes in found.items() if scenes}
+  for scenes, what in ((heldout, "hold out"), (train, "train on")):
+    if not scenes:
+      raise UserError(
+        f"config.scenes has no scene to {what} in category '{category}'; name more objects or "
+        "colors, or leave the category out."
+      )
+  return heldout
+
+
+def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
+  """Returns the field `facts` of a record, see docs/data_formats.md."""
+  counts: dict[str, int] = {}
+  for placed in scene.objects:
+    counts[placed.object] = counts.get(placed.object, 0) + 1
+  return {
+    "tag": category,
+    "heldout": kind,
+    "include": description.include,
+    "exclude": description.exclude,
+    "objects": [
+      {"class": placed.object, "color": placed.color, "place": placed.place, "box": box(placed)}
+      for placed in scene.objects
+    ],
+    "counts": counts,
+    "relations": [
+      [a.object, relation, b.object]
+      for a, b in itertools.permutations(scene.objects, 2)
+      if a.object != b.object
+      for relation in relations(a.place, b.place)
+    ],
+  }
+
+
+def number_of(pair: RawPair) -> str:
+  """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
+  return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))

@@ -1,0 +1,27 @@
+"""Icons of scenes: they come with an extra that other data do not need."""
+
+import subprocess
+import sys
+
+WITHOUT_ICONS = """
+import subprocess
+import sys
+import sys
+sys.modules["fonticon_mdi7"] = None
+from cm3leon_jax.config import UserError
+from cm3leon_jax.scenes import drawings as scene_drawings
+from cm3leon_jax.data.sources import builtin
+from cm3leon_jax.reports import model_card, report
+for draw in (lambda: scene_drawings.alpha("star"), lambda: builtin.drawings_of("scenes")):
+  try:
+    draw()
+  except UserError as error:
+    print("fonticon-materialdesignicons7" in str(error))
+"""
+
+
+def test_reports_and_exports_of_other_data_need_no_icons():
+  result = subprocess.run(
+    [sys.executable, "-c", WITHOUT_ICONS], capture_output=True, text=True, check=False
+  )
+  assert (result.returncode, result.stdout) == (0, "True\nTrue\n"), result.stderr

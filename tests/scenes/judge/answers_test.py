@@ -1,0 +1,256 @@
+"""Tests the judge of answers to the instruction data over scenes, with negative controls."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.scenes.drawings import render
+from cm3leon_jax.scenes.instructions import EDITS, TASKS, TEXT_TASKS, record, records
+from cm3leon_jax.scenes.judge.answers import (
+  answer_of,
+  any_object_answer,
+  is_right,
+  judge_images,
+  judge_objects,
+  majority_answers,
+)
+from cm3leon_jax.scenes.judge.errors import changed_facts
+from cm3leon_jax.scenes.judge.judge import find_objects
+from cm3leon_jax.scenes.world import COLORS, COMMON, Scene, ScenesConfig
+
+CONFIG = ScenesConfig(rare_objects=100)
+IMAGE_TASKS = tuple(task for task in TASKS if task not in TEXT_TASKS)
+OTHERS = {"count": ("one", "two", "three", "four"), "color": tuple(COLORS), "exists": ("yes", "no")}
+
+
+@pytest.fixture(scope="module")
+def made():
+  """200 records of each task, half of each split."""
+  return {
+    task: [*records(CONFIG, task, "train", 100), *records(CONFIG, task, "heldout", 100)]
+    for task in TASKS
+  }
+
+
+@pytest.fixture(scope="module")
+def found(made):
+  """The objects that the judge finds in the true images of each image task."""
+  return {task: find_objects(targets(made[task])) for task in IMAGE_TASKS}
+
+
+def targets(of) -> np.ndarray:
+  return np.stack([list(one.images.values())[-1] for one in of])
+
+
+def question(task: str, answer: str) -> Record:
+  return Record("k", "g", {"question": "?", "answer": answer}, {}, {"task": task})
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_true_answers_are_right(task, made):
+  assert all(is_right(one, answer_of(one)) for one in made[task])
+
+
+@pytest.mark.parametrize("task", ["count", "color", "exists", "relation"])
+def test_every_other_answer_is_wrong(task, made):
+  for one in made[task]:
+    for other in OTHERS.get(task, tuple(COMMON)):
+      assert is_right(one, other) == (other == one.texts["answer"])
+    assert not is_right(one, "")
+    assert not is_right(one, "maybe")
+
+
+@pytest.mark.parametrize(
+  ("task", "answer", "right", "wrong"),
+  [
+    ("count", "two", ("2", "Two.", " two "), ("22", "twos", "one two", "2 or 3")),
+    ("exists", "yes", ("Yes.", "yes, there is a cat", "YES"), ("no", "not yes", "yesterday")),
+    ("exists", "no", ("No", "no, I see none"), ("yes", "none", "know")),
+    ("relation", "bell", ("a bell", "The bell."), ("bells", "a bell and a key", "red bell")),
+  ],
+)
+def test_spellings_of_an_answer(task, answer, right, wrong):
+  one = question(task, answer)
+  assert all(is_right(one, text) for text in right)
+  assert not any(is_right(one, text) for text in wrong)
+
+
+def test_a_caption_may_name_other_facts_of_the_image():
+  facts = {"task": "describe", "objects": [
+    {"class": "bell", "color": "red", "place": "top left", "box": [0, 0, 1, 1]},
+    {"class": "key", "color": "blue", "place": "bottom right", "box": [0, 0, 1, 1]},
+  ]}  # fmt: skip
+  one = Record("k", "g", {"caption": "a bell and a key"}, {}, facts)
+  for caption in (
+    "a key and a red bell",
+    "a red bell at the top left and a blue key in the bottom right corner",
+    "there is a bell above a blue key",
+  ):
+    assert is_right(one, caption)
+  for caption in (
+    "a bell",  # One object too few, and too many.
+    "two bells and a key",
+    "a bell and a key and a cat",
+    "a blue bell and a key",
+    "a bell at the top right and a key",
+    "a bell below a key",
+    "a bell and a pear",
+    "a bell and a dragon",
+    "",
+  ):
+    assert not is_right(one, caption)
+
+
+def test_captions_of_other_images_are_wrong(made):
+  of = made["describe"]
+  assert not any(is_right(one, other.texts["caption"]) for one, other in itertools.pairwise(of))
+
+
+@pytest.mark.parametrize("task", IMAGE_TASKS)
+def test_true_images_are_right_and_hold_all_facts(task, made, found):
+  verdicts = list(map(judge_objects, made[task], found[task]))
+  assert len(verdicts) == 200
+  for verdict in verdicts:
+    assert verdict.correct, verdict.reason
+    assert all(verdict.holds.values())
+    assert ("kept" in verdict.holds) == (task in EDITS or task == "complete")
+    assert ("instruction" in verdict.holds) == (task in EDITS)
+  assert judge_images(made[task][:40], targets(made[task][:40])) == verdicts[:40]
+
+
+@pytest.mark.parametrize("task", IMAGE_TASKS)
+def test_images_of_other_records_are_wrong(task, made, found):
+  others = [*found[task][1:], found[task][0]]
+  right = [judge_objects(one, objects).correct for one, objects in zip(made[task], others)]
+  assert np.mean(right) <= 0.01  # Two scenes may be equal.
+
+
+@pytest.mark.parametrize("task", IMAGE_TASKS)
+def test_images_with_one_fact_changed_are_wrong(task, made, found):
+  """The facts change instead of the image: one class, color, place, number or relation."""
+  rng, judged = np.random.default_rng(0), 0
+  for one, objects in zip(made[task], found[task]):
+    for facts in changed_facts(one.facts, rng).values():
+      changed = dataclasses.replace(one, facts=facts)
+      assert not judge_objects(changed, objects).correct
+      judged += 1
+  assert judged > 400
+
+
+@pytest.mark.parametrize("task", EDITS)
+def test_an_unchanged_image_keeps_everything_and_follows_no_instruction(task, made):
+  before = np.stack([one.images["before"] for one in made[task]])
+  for one, verdict in zip(made[task], judge_images(made[task], before)):
+    assert not verdict.correct
+    assert verdict.holds["kept"]
+    assert not verdict.holds["instruction"], one.texts
+
+
+@pytest.mark.parametrize("task", ["recolor", "remove", "add"])
+def test_an_edit_that_also_changes_another_object_does_not_keep_it(task, made):
+  wrong, of = [], []
+  for one in made[task]:
+    objects = list(Scene.parse(scene_key(one)).objects)
+    index = next((i for i, x in enumerate(objects) if x.object not in one.facts["touched"]), None)
+    if index is not None:
+      color = "red" if objects[index].color != "red" else "blue"
+      objects[index] = type(objects[index])(objects[index].object, color, objects[index].place)
+      wrong.append(render(Scene.of(objects)))
+      of.append(one)
+  assert len(of) > 80
+  for verdict in judge_images(of, np.stack(wrong)):
+    assert verdict.holds["instruction"]
+    assert not verdict.holds["kept"]
+    assert not verdict.correct
+
+
+def scene_key(one: Record) -> str:
+  return ", ".join(f"{x['color']} {x['class']} {x['place']}" for x in one.facts["objects"])
+
+
+def test_a_surplus_object_makes_a_faithful_edit_wrong(made):
+  wrong, of = [], []
+  for one in made["recolor"]:
+    scene = Scene.parse(scene_key(one))
+    free = {"top left", "top right", "bottom left", "bottom right"}
+    free -= {x.place for x in scene.objects}
+    if free:
+      name = next(x for x in COMMON if all(x != y.object for y in scene.objects))
+      wrong.append(render(Scene.parse(f"{scene.facts_key}, red {name} {min(free)}")))
+      of.append(one)
+  for verdict in judge_images(of, np.stack(wrong)):
+    assert verdict.holds["instruction"]
+    assert verdict.holds["kept"]
+    assert not verdict.correct
+
+
+def test_a_completion_keeps_the_given_half(made):
+  """The caption may allow a scene that the given half rules out."""
+  one = next(
+    one
+    for one in made["complete"]
+    if one.facts["tag"] == "two_object" and one.facts["kept"] and len(one.facts["kept"]) == 1
+  )
+  scene = Scene.parse(scene_key(one))
+  colors = {x.object: next(c for c in COLORS if c != x.color) for x in scene.objects}
+  free = [type(x)(x.object, colors[x.object], x.place) for x in scene.objects]
+  kept = one.facts["kept"][0]["class"]
+  given = [x if x.object == kept else y for x, y in zip(scene.objects, free)]
+  verdicts = judge_images([one, one], np.stack([render(Scene.of(x)) for x in (free, given)]))
+  assert [verdict.correct for verdict in verdicts] == [False, True]
+  assert verdicts[0].reason == "a fact that had to stay does not hold"
+
+
+def test_an_object_may_be_added_at_every_place_where_its_relation_holds():
+  found = 0
+  for index in range(300):
+    one = record(CONFIG, "add", "train", index)
+    scene = Scene.parse(one.group)
+    if "above the" not in one.texts["instruction"] or len(scene.objects) != 1:
+      continue
+    found += 1
+    added = next(x for x in one.facts["objects"] if x["class"] != scene.objects[0].object)
+    places = ("top left", "top right", "bottom left", "bottom right")
+    free = [place for place in places if place != scene.objects[0].place]
+    images = [
+      render(Scene.parse(f"{scene.facts_key}, {added['color']} {added['class']} {place}"))
+      for place in free
+    ]
+    verdicts = judge_images([one] * 3, np.stack(images))
+    assert [x.correct for x in verdicts] == ["top" in place for place in free]
+    assert [x.holds["instruction"] for x in verdicts] == ["top" in place for place in free]
+  assert found >= 3
+
+
+def test_the_majority_answer_of_each_task(made):
+  of = [question("color", "red"), question("color", "red"), question("color", "blue")]
+  of += [question("exists", "yes"), question("exists", "no")]
+  assert majority_answers(of) == {"color": "red", "exists": "no"}
+  everything = [one for records_of_task in made.values() for one in records_of_task]
+  majority = majority_answers(everything)
+  assert set(majority) == set(TEXT_TASKS)
+  shares = {
+    task: np.mean([is_right(one, answer) for one in made[task]])
+    for task, answer in majority.items()
+  }
+  assert (shares["count"], shares["exists"]) == (0.25, 0.5)
+  assert max(shares["color"], shares["relation"]) < 0.25
+  assert shares["describe"] < 0.05
+
+
+def test_an_answer_by_any_object_of_the_image_beats_the_majority(made):
+  """Two objects are usual, so half of the colors, and most of the other objects, are right."""
+  shares = {
+    task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])
+    for task in ("count", "color", "relation")
+  }
+  assert 0.5 < shares["color"] < 0.7
+  assert 0.8 < shares["relation"] < 0.95
+  assert 0.25 < shares["count"] < 0.9
+  assert any_object_answer(made["exists"][0]) is None
+  for one in made["relation"]:
+    assert any_object_answer(one) in {thing["class"] for thing in one.facts["objects"]}
+    assert f" {any_object_answer(one)}?" not in one.texts["question"]

@@ -1,0 +1,149 @@
+"""Tests the judge of scenes by its error rates on real, degraded and wrong images."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from benchmarks import scene_judge
+from cm3leon_jax.scenes import drawings, world
+from cm3leon_jax.scenes.judge import errors as judge_errors
+from cm3leon_jax.scenes.judge import judge
+from cm3leon_jax.scenes.judge.facts import UNKNOWN
+from cm3leon_jax.scenes.world import Placed, Scene
+
+SCENE = Scene.parse("blue key top right, red bell bottom left")
+RELATED = [
+  {"class": "bell", "count": 1, "color": "red"},
+  {"class": "key", "count": 1, "position": ["right of", 0]},
+]
+
+
+@pytest.fixture(scope="module")
+def made():
+  """Scenes of all categories, their images and facts."""
+  made, facts = scene_judge.make_scenes(210, seed=3)
+  return np.stack([drawings.render(scene) for scene in made]), facts
+
+
+def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
+  (things,) = judge.find_objects(drawings.render(SCENE)[None])
+  assert [(x.name, x.color, x.place) for x in things] == [
+    ("key", "blue", "top right"),
+    ("bell", "red", "bottom left"),
+  ]
+  for thing, placed in zip(things, SCENE.objects):
+    assert thing.score == pytest.approx(1, abs=1e-5)
+    assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # Faint edges.
+
+
+@pytest.mark.parametrize("style", ["filled", "outlined"])
+def test_every_object_of_the_world_is_found_as_itself_in_every_color(style):
+  names, colors = list(world.ICONS), list(world.COLORS)
+  images, expected = [], []
+  for start in range(0, len(names) - 3, 4):
+    placed = [
+      Placed(name, colors[(start + i) % len(colors)], place)
+      for i, (name, place) in enumerate(zip(names[start : start + 4], world.PLACES))
+    ]
+    images.append(drawings.render(Scene(tuple(placed)), style))
+    expected.append([(x.object, x.color) for x in placed])
+  found = judge.find_objects(np.stack(images), style)
+  assert [[(x.name, x.color) for x in things] for things in found] == expected
+
+
+def test_an_outlined_object_is_another_shape_for_the_judge_of_filled_ones():
+  image = drawings.render(Scene.parse("red heart top left"), "outlined")
+  (thing,) = judge.find_objects(image[None])[0]
+  assert thing.name == UNKNOWN
+  assert thing.score < 0.85
+  (nearest,) = judge.find_objects(image[None], min_score=0)[0]
+  assert (nearest.color, nearest.score) == ("red", thing.score)
+  assert nearest.name != UNKNOWN
+  facts = {"include": [{"class": "heart", "count": 1, "color": "red"}]}
+  assert not judge.judge(image, facts).correct
+  assert judge.judge_all(image[None], [facts], "outlined")[0].correct
+
+
+def test_opacity_is_the_ink_whatever_its_color():
+  opacity = judge.opacities(drawings.render(SCENE)[None])
+  assert opacity.shape == (1, 4, 24, 24)
+  for place, icon in enumerate((None, "key", "bell", None)):
+    ink = drawings.alpha(icon) / 255 if icon else np.zeros((24, 24))
+    np.testing.assert_allclose(opacity[0, place], ink, atol=0.01)
+
+
+@pytest.mark.parametrize(
+  "name", ["as rendered", "blur 1.2", "noise 30", "halved", "JPEG 40", "strong mixture"]
+)
+def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made, name):
+  images, facts = made
+  rng = np.random.default_rng(4)
+  changed = scene_judge.degraded(images, rng, **scene_judge.DEGRADED[name])
+  errors = judge_errors.measure(changed, facts, seed=5)
+  assert errors["images"] == 210
+  # Ink 25 of 255 off in each channel and blotches, at 16 dB: more than a usable tokenizer errs.
+  assert errors["real"] >= (0.94 if name in ("strong mixture", "JPEG 40") else 0.98)
+  assert set(errors["changed"]) == {"object", "color", "count", "relation", "place"}
+  for entry in errors["changed"].values():
+    assert entry["captions"] >= 30
+    assert entry["right"] <= 0.02
+
+
+def test_blots_and_halves_of_icons_are_not_judged_right():
+  wrong = scene_judge.measure_wrong(100, seed=6)
+  assert set(wrong) == {
+    "blank", "blot", "half an icon", "halves of two icons", "halves of two colors", "another icon",
+    "another color",
+  }  # fmt: skip
+  for shares in wrong.values():
+    assert shares["right"] <= 0.02
+  assert wrong["blank"]["recognized"] == 0
+  assert wrong["blot"]["recognized"] <= 0.02
+  assert wrong["half an icon"]["recognized"] <= 0.15
+  assert wrong["another icon"]["recognized"] == 1
+
+
+def test_an_object_may_be_two_pixels_off_its_place():
+  image = drawings.render(SCENE)
+  for move in ((2, 2), (-2, 1), (0, -2)):
+    (things,) = judge.find_objects(np.roll(image, move, (0, 1))[None])
+    assert [thing.name for thing in things] == ["key", "bell"]
+    assert min(thing.score for thing in things) > 0.97
+
+
+def test_an_object_off_the_grid_is_none():
+  image = drawings.render(Scene.parse("red bell top left"))
+  moved = np.roll(image, (12, 12), (0, 1))
+  facts = {"include": [{"class": "bell", "count": 1}]}
+  assert judge.judge(image, facts).correct
+  verdict = judge.judge(moved, facts)
+  assert not verdict.correct
+  assert {thing.name for thing in verdict.found} == {UNKNOWN}
+
+
+@pytest.mark.parametrize(
+  ("ink", "color"), [(0.3, UNKNOWN), (0.45, UNKNOWN), (0.6, "red"), (1, "red")]
+)
+def test_a_pale_object_has_no_clear_color(ink, color):
+  heart = Scene.parse("red heart top left")
+  image = 255 - ink * (255 - drawings.render(heart).astype(np.float32))
+  (thing,) = judge.find_objects(image.round().astype(np.uint8)[None])[0]
+  assert (thing.name, thing.color) == ("heart", color)
+
+
+def test_a_blot_beside_the_object_makes_an_image_wrong_and_a_speck_does_not():
+  image = drawings.render(Scene.parse("red bell top left"))
+  facts = {"include": [{"class": "bell", "count": 1, "color": "red"}]}
+  speck, blot = image.copy(), image.copy()
+  speck[30:34, 30:34] = (0, 50, 230)
+  blot[30:38, 30:38] = (0, 50, 230)
+  assert judge.judge(speck, facts).correct
+  verdict = judge.judge(blot, facts)
+  assert verdict.holds == {"object": False, "count": False, "color": True}
+  assert verdict.reason == "expected 0 unknown, found 1"
+
+
+def test_images_of_other_sizes_are_scaled():
+  image = Image.fromarray(drawings.render(SCENE))
+  large = np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC))
+  assert judge.judge(large, {"include": RELATED}).correct

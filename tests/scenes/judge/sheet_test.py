@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from cm3leon_jax.scenes.judge import sheet as scene_sheet
+from cm3leon_jax.scenes.judge.sheet import SIDE, SheetScene
+
+
+def image_of(color, side=48):
+  return np.full((side, side, 3), color, np.uint8)
+
+
+ORIGINAL, NEIGHBOR, SAMPLE = (10, 20, 30), (40, 50, 60), (70, 80, 90)
+
+
+def scene(neighbors=1, right=(True, False), caption="a red bell"):
+  samples = {f"guidance {i}": (image_of(SAMPLE, 8), value) for i, value in enumerate(right)}
+  return SheetScene(caption, image_of(ORIGINAL), (image_of(NEIGHBOR),) * neighbors, samples)
+
+
+def pixels_of(*scenes):
+  return np.asarray(scene_sheet.render(scenes))
+
+
+def count(sheet, color):
+  return int((sheet == color).all(-1).sum())
+
+
+def test_each_image_of_a_scene_is_on_the_sheet():
+  sheet = pixels_of(scene(), scene(), scene())
+  assert count(sheet, ORIGINAL) == 3 * SIDE**2
+  assert count(sheet, NEIGHBOR) == 3 * SIDE**2
+  assert 0.9 < count(sheet, SAMPLE) / (6 * SIDE**2) < 1  # A mark covers a corner.
+
+
+def test_scenes_stand_side_by_side():
+  one, two, three = (pixels_of(*[scene()] * n) for n in (1, 2, 3))
+  assert two.shape[0] == one.shape[0] < three.shape[0]
+  assert one.shape[1] < two.shape[1] == three.shape[1]
+
+
+def test_a_column_of_neighbors_is_there_if_any_scene_has_one():
+  without, mixed = pixels_of(scene(0), scene(0)), pixels_of(scene(0), scene(1))
+  assert mixed.shape[1] - without.shape[1] == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)
+  assert count(without, NEIGHBOR) == 0
+  assert count(mixed, NEIGHBOR) == SIDE**2
+  columns = [np.flatnonzero((mixed == color).all(-1).any(0)) for color in (ORIGINAL, SAMPLE)]
+  steps = np.diff([x.min() for x in columns])
+  assert steps == 2 * (SIDE + 2 * scene_sheet.FRAME + scene_sheet.GAP)  # An empty cell is kept.
+
+
+def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
+  right, wrong = (pixels_of(scene(right=(value,))) for value in (True, False))
+  frame = 4 * scene_sheet.FRAME * (SIDE + scene_sheet.FRAME)
+  assert count(right, scene_sheet.RIGHT) - count(wrong, scene_sheet.RIGHT) > 0.9 * frame
+  assert count(wrong, scene_sheet.WRONG) - count(right, scene_sheet.WRONG) > 0.9 * frame
+  # White inside of the discs: the strokes of the check and of the cross.
+  check, cross = (
+    (np.asarray(scene_sheet._badge(value))[8:-8, 8:-8, :3] > 200).all(-1) for value in (True, False)
+  )
+  assert min(check.sum(), cross.sum()) > 0.1 * check.size
+  assert (check != cross).sum() > 0.5 * (check | cross).sum()
+
+
+@pytest.mark.parametrize(("words", "lines"), [(4, 1), (12, 2), (90, 2)])
+def test_captions_take_up_to_two_lines(words, lines):
+  font = scene_sheet.ImageFont.load_default(scene_sheet.FONT)
+  found = scene_sheet._lines(" ".join(["sailboat"] * words), 640, font)
+  assert len(found) == lines
+  assert found[-1].endswith("...") == (words == 90)
+  height = pixels_of(scene(caption=" ".join(["sailboat"] * words))).shape[0]
+  assert height - pixels_of(scene(caption="a bell")).shape[0] == (lines - 1) * scene_sheet.LINE

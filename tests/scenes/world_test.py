@@ -1,0 +1,332 @@
+import itertools
+import random
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.scenes import drawings, world
+from cm3leon_jax.scenes.captions import PLURAL_WORDS, describe, plural, with_article
+from cm3leon_jax.scenes.world import (
+  CATEGORIES,
+  COLORS,
+  COMMON,
+  HELDOUT_COLOR,
+  ICONS,
+  PLACES,
+  RARE,
+  Placed,
+  Scene,
+  ScenesConfig,
+  number_of_scenes_of,
+  scene_at,
+)
+
+
+def some_scenes(category, number):
+  config, rng = ScenesConfig(), random.Random(0)
+  total = number_of_scenes_of(config, category)
+  return [scene_at(config, category, rng.randrange(total)) for _ in range(number)]
+
+
+def overlaps(icons):
+  """Intersection over union of the ink of icons, [N, N] with 0 on the diagonal."""
+  ink = np.stack([drawings.alpha(icon) for icon in icons]).reshape(len(icons), -1)
+  ink = ink.astype(np.float32) / 255
+  found = np.zeros((len(icons), len(icons)), np.float32)
+  total = ink.sum(1)
+  for i, one in enumerate(ink):
+    common = np.minimum(ink, one).sum(1)
+    found[i] = common / (total + total[i] - common)
+  np.fill_diagonal(found, 0)
+  return found
+
+
+def test_common_objects_are_of_distinct_shapes():
+  assert len(COMMON) == len(set(COMMON.values())) == 40
+  assert overlaps(list(COMMON.values())).max() < 0.67
+
+
+def test_rare_objects_are_many_distinct_and_of_some_ink():
+  assert len(RARE) >= 1_500
+  assert not set(RARE) & set(COMMON)
+  assert not set(RARE.values()) & set(COMMON.values())
+  icons = list(RARE.values())
+  assert icons == sorted(icons)
+  assert not any("outline" in icon for icon in icons)
+  ink = np.array([drawings.alpha(icon).mean() / 255 for icon in icons])
+  assert 0.15 <= ink.min() <= ink.max() <= 0.70
+  assert overlaps([*icons, *COMMON.values()]).max() < 0.79
+
+
+def test_colors_are_far_apart_even_where_they_are_mixed_with_white():
+  white = np.full(3, 255.0)
+  for a, b in itertools.permutations(COLORS, 2):
+    a, b = (np.array(COLORS[name], float) for name in (a, b))
+    share = np.clip((a - b) @ (white - b) / ((white - b) @ (white - b)), 0, 1)
+    assert np.linalg.norm(a - b) >= 99
+    assert np.linalg.norm(a - b - share * (white - b)) >= 89
+  assert min(np.linalg.norm(white - color) for color in COLORS.values()) > 200
+
+
+def test_a_scene_and_its_key():
+  scene = Scene.of([Placed("key", "blue", "top right"), Placed("bell", "red", "top left")])
+  assert [placed.object for placed in scene.objects] == ["bell", "key"]
+  assert scene.facts_key == "blue key top right, red bell top left"
+  assert Scene.parse(scene.facts_key) == scene
+  rare = Scene((Placed("basketball hoop", "cyan", "bottom left"),))
+  assert rare.facts_key == "cyan basketball hoop bottom left"
+  for category in CATEGORIES:
+    for scene in some_scenes(category, 50):
+      assert Scene.parse(scene.facts_key) == scene
+
+
+def test_every_color_is_held_out_for_five_objects():
+  colors = list(HELDOUT_COLOR.values())
+  assert {color: colors.count(color) for color in COLORS} == dict.fromkeys(COLORS, 5)
+  assert (HELDOUT_COLOR["bell"], HELDOUT_COLOR["key"]) == ("red", "orange")
+
+
+def test_a_scene_is_held_out_for_the_first_reason():
+  def split(*objects):
+    return world.split_of_scene(Scene.of(Placed(*o) for o in objects))
+
+  bell = ("bell", HELDOUT_COLOR["bell"], "top left")
+  never = next(name for name in RARE if world.is_heldout_rare(name))
+  seen = next(name for name in RARE if not world.is_heldout_rare(name))
+  together = next(
+    pair for pair in itertools.combinations(COMMON, 2) if world.is_heldout_objects(*pair)
+  )
+  black = [(name, "black" if HELDOUT_COLOR[name] != "black" else "red") for name in together]
+  for name, in_own_color in ((never, ["rare"] * 4), (seen, ["bank", "bank", "bank", "train"])):
+    own = world.rare_color(name)
+    splits = {color: sorted(split((name, color, p)) for p in PLACES) for color in COLORS}
+    assert splits.pop(own) == in_own_color
+    assert set(map(tuple, splits.values())) == {("bank",) * 4}
+  assert split(bell) == split(bell, (*black[0], "top right")) == "pair"
+  assert split((*black[0], "top left"), (*black[1], "top right")) == "objects"
+  name = black[0][0]
+  for color in set(COLORS) - {HELDOUT_COLOR[name]}:
+    alone = {split((name, color, place)) for place in PLACES}
+    assert alone <= ({"bank"} if color == world.bank_color(name) else {"train", "scene"})
+
+
+def test_shares_of_the_splits():
+  """Half of the world of two objects is not held out for its parts; 10% of that is for itself."""
+  splits = [world.split_of_scene(scene) for scene in some_scenes("two_object", 4_000)]
+  shares = {name: splits.count(name) / 4_000 for name in set(splits)}
+  assert shares["pair"] == pytest.approx(1 - (7 / 8) ** 2, abs=0.02)
+  assert shares["objects"] == pytest.approx(0.05 * (7 / 8) ** 2, abs=0.01)
+  assert shares["scene"] / (shares["scene"] + shares["train"]) == pytest.approx(0.1, abs=0.015)
+  never = sum(map(world.is_heldout_rare, world.rare_objects(ScenesConfig())))
+  assert never == pytest.approx(200, abs=30)
+
+
+def test_the_scenes_of_a_small_world_are_all_different():
+  config = ScenesConfig(objects=("bell", "key", "fish"), colors=("red", "blue"), rare_objects=2)
+  expected = {
+    "single_object": 3 * 2 * 4,
+    "colors": 3 * 2 * 4,
+    "counting": 3 * 2 * 11,
+    "two_object": 3 * 4 * 12,
+    "position": 3 * 4 * 12,
+    "color_attr": 3 * 2 * 12,
+    "rare": 2 * 2 * 4,
+  }
+  seen = set()
+  for category, number in expected.items():
+    assert number_of_scenes_of(config, category) == number
+    keys = {scene_at(config, category, i).facts_key for i in range(number)}
+    assert len(keys) == number
+    seen |= keys
+  assert world.number_of_scenes(config) == len(seen) == 24 + 66 + 144 + 16
+  assert world.number_of_scenes(ScenesConfig()) == 635_840
+
+
+def test_more_rare_objects_keep_the_first():
+  few, more = (world.rare_objects(ScenesConfig(rare_objects=n)) for n in (10, 20))
+  assert more[:10] == few
+
+
+def test_an_image_is_white_but_for_its_icons():
+  scene = Scene.parse("blue key top right, red bell bottom left")
+  image = drawings.render(scene)
+  assert (image.shape, image.dtype) == ((48, 48, 3), np.uint8)
+  assert (image[:24, :24] == 255).all()
+  assert (image[24:, 24:] == 255).all()
+  assert image[36, 12].tolist() == list(COLORS["red"])
+  ink = drawings.alpha("key")[..., None] / 255
+  expected = 255 * (1 - ink) + np.array(COLORS["blue"]) * ink
+  np.testing.assert_allclose(image[:24, 24:], expected, atol=0.51)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_boxes_are_those_of_the_ink(category):
+  for scene in some_scenes(category, 20):
+    for placed in scene.objects:
+      ink = (drawings.render(Scene((placed,))) != 255).any(-1)
+      (rows,), (columns,) = (np.nonzero(ink.any(axis)) for axis in (1, 0))
+      box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+      assert drawings.box(placed) == box
+
+
+def test_an_outline_in_literals():
+  full = np.array(
+    [[0, 0, 0, 0, 0], [0, 9, 9, 9, 0], [0, 9, 9, 9, 0], [0, 9, 9, 5, 0], [0, 0, 0, 0, 0]], np.uint8
+  )
+  assert drawings.outline(full).tolist() == [
+    [0, 0, 0, 0, 0],
+    [0, 9, 9, 9, 0],
+    [0, 9, 0, 9, 0],
+    [0, 9, 9, 5, 0],
+    [0, 0, 0, 0, 0],
+  ]
+  assert drawings.outline(full[1:4, 1:4]).tolist() == [[9, 9, 9], [9, 0, 9], [9, 9, 5]]
+
+
+def test_outlined_icons_have_less_ink_in_the_same_box():
+  for icon in world.ICONS.values():
+    filled, outlined = (drawings.ink(icon, style) for style in ("filled", "outlined"))
+    assert (outlined <= filled).all()
+    boxes = {Image.fromarray(ink).getbbox() for ink in (filled, outlined)}
+    assert len(boxes) == 1, icon
+  scene = Scene.parse("blue heart top left")
+  filled, outlined = (drawings.render(scene, style) for style in ("filled", "outlined"))
+  assert (filled[12, 12] == COLORS["blue"]).all()
+  assert (outlined[12, 12] == 255).all()
+
+
+def test_every_icon_fits_its_cell():
+  for icon in ICONS.values():
+    assert drawings.alpha(icon).max() > 200
+
+
+@pytest.mark.parametrize(
+  ("name", "one", "many"),
+  [
+    ("bell", "a bell", "bells"),
+    ("umbrella", "an umbrella", "umbrellas"),
+    ("cherries", "cherries", "cherries"),
+    ("glasses", "glasses", "glasses"),
+    ("scissors", "scissors", "scissors"),
+    ("butterfly", "a butterfly", "butterflies"),
+    ("leaf", "a leaf", "leaves"),
+    ("fish", "a fish", "fish"),
+    ("cactus", "a cactus", "cacti"),
+  ],
+)
+def test_articles_and_plurals(name, one, many):
+  assert (with_article(name), plural(name)) == (one, many)
+
+
+def test_a_color_decides_the_article():
+  assert with_article("bell", "orange") == "an orange bell"
+  assert with_article("umbrella", "red") == "a red umbrella"
+  assert with_article("scissors", "red") == "red scissors"
+
+
+def captions(category, key):
+  scene = Scene.parse(key)
+  return {describe(category, scene, random.Random(seed)).caption for seed in range(200)}
+
+
+def test_wordings():
+  assert captions("single_object", "red bell top left") == {
+    "a bell at the top left",
+    "a bell in the top left corner",
+    "there is a bell in the top left corner",
+    "at the top left stands a bell",
+    "an image with a bell at the top left",
+  }
+  assert "there are red glasses in the top left corner" in captions(
+    "colors", "red glasses top left"
+  )
+  assert "at the top left stand red glasses" in captions("colors", "red glasses top left")
+  three = "red bell bottom left, red bell top left, red bell top right"
+  assert {"we see three bells", "we see three red bells"} < captions("counting", three)
+  two = "blue key top right, red bell top left"
+  assert {"a bell and a key", "a key and a bell"} < captions("two_object", two)
+  assert {"a bell left of a key", "a blue key to the right of a red bell"} < captions(
+    "position", two
+  )
+  assert {"a red bell and a blue key", "a blue key and a red bell"} < captions("color_attr", two)
+  for category in CATEGORIES:
+    (scene,) = some_scenes(category, 1)
+    assert len(captions(category, scene.facts_key)) >= 4
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_what_a_caption_says_holds_in_its_scene_and_is_in_its_words(category):
+  named = set()
+  for i, scene in enumerate(some_scenes(category, 200)):
+    text = describe(category, scene, random.Random(i))
+    objects = {placed.object: placed for placed in scene.objects}
+    counts = [sum(p.object == claim["class"] for p in scene.objects) for claim in text.include]
+    assert [claim["count"] for claim in text.include] == counts
+    assert sum(counts) == len(scene.objects)
+    assert text.caption == text.caption.lower()
+    assert not text.caption.endswith(".")
+    for claim in text.include:
+      placed = objects[claim["class"]]
+      name = plural(placed.object) if claim["count"] > 1 else placed.object
+      assert f"{claim.get('color', '')} {name}".strip() in text.caption
+      assert claim.get("color", placed.color) == placed.color
+      assert claim.get("place", placed.place) == placed.place
+      assert ("place" in claim) == (placed.place in text.caption)
+      named |= set(claim)
+      if "position" in claim:
+        relation, other = claim["position"]
+        other = objects[text.include[other]["class"]]
+        assert holds(placed.place, relation, other.place)
+    colored = any(f" {color} " in f" {text.caption} " for color in COLORS)
+    assert colored == any("color" in claim for claim in text.include)
+    more = [{"class": scene.objects[0].object, "count": len(scene.objects) + 1}]
+    assert text.exclude == (more if category == "counting" else [])
+  expected = {
+    "single_object": {"place"},
+    "colors": {"color", "place"},
+    "counting": {"color"},
+    "two_object": set(),
+    "position": {"color", "position"},
+    "color_attr": {"color"},
+    "rare": {"color", "place"},
+  }
+  assert named == {"class", "count", *expected[category]}
+
+
+def holds(place, relation, other):
+  """Compares rows or columns by the words of two places."""
+  words = {"left of": ("left", "right"), "right of": ("right", "left")}
+  words |= {"above": ("top", "bottom"), "below": ("bottom", "top")}
+  one, two = words[relation]
+  return one in place and two in other
+
+
+def test_plural_words_take_the_verb_of_several():
+  for name in PLURAL_WORDS:
+    texts = captions("two_object", f"red {name} top left, blue key top right")
+    assert f"there are {name} and a key" in texts
+    assert "there is a key and " + name in texts
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"objects": ("bel",)}, r"objects has the unknown object 'bel'; did you mean 'bell'\?"),
+    ({"colors": ("pinkish",)}, r"unknown color 'pinkish'; it must be one of red, orange"),
+    ({"categories": ("color",)}, r"unknown category 'color'; did you mean 'colors'\?"),
+    ({"objects": ()}, r"objects is empty; it must name at least one object"),
+    ({"colors": ("red", "red")}, r"colors names a color twice"),
+    ({"shares": (1.0,)}, r"shares has 1 numbers; it must have one for each of the 7 categories"),
+    ({"objects": ("bell",)}, r"category 'two_object' has no scene; it needs two objects"),
+    ({"colors": ("red",)}, r"'color_attr' has no scene; it needs two objects and two colors"),
+    ({"rare_objects": 0}, r"category 'rare' has no scene; it needs rare_objects of at least 1"),
+    ({"rare_objects": 10_000}, r"rare_objects is 10000; it must be at most"),
+    ({"train": 0}, r"train is 0; it must be greater than 0"),
+  ],
+)  # fmt: skip
+def test_wrong_configs_are_refused_in_one_sentence(fields, message):
+  with pytest.raises(UserError, match=message) as error:
+    build(ScenesConfig, fields, "scenes")
+  assert "\n" not in str(error.value)
