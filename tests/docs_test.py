@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 FIELDS = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 FIELDS |= {f"{name}.FIELD" for name in SECTIONS} | {f"config.{name}" for name in SECTIONS}
-SUFFIXES = "py json jsonl npy npz png sh txt md csv sha256 safetensors".split()
+SUFFIXES = ["py", "json", "jsonl", "npy", "npz", "png", "sh", "md"]
+SUFFIXES += ["txt", "csv", "sha256", "safetensors"]
 SOURCES = {
   path.with_suffix("") if path.suffix == ".jinja" else path: path.read_text()
   for folder in ("cm3leon_jax", "benchmarks", "launch", ".ci", "ml_configs", "tests")
