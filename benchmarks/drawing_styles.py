@@ -25,8 +25,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.checks import duplicates
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import openmoji
-from cm3leon_jax.io import replacing
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.progress import progress_bar
 
 PAIRS = "pairs.jsonl"
 HELD_IN_ONE_STYLE = 0.10  # Share of the concepts that are held out in one style, and else in train.

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -24,12 +24,12 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.export import bundle
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.checkpoints.sealing import files_below
@@ -52,7 +52,7 @@ def settings_of(layers: int) -> Settings:
 
 def make_run(folder: epath.Path, settings: Settings) -> None:
   """Writes the folders of a run that launch.export reads."""
-  for stage in stage_table.TOKENIZERS:
+  for stage in table.TOKENIZERS:
     (folder / stage).mkdir(parents=True)
     for name in bundle.FILES[stage]:
       (bundle.folder_of("scenes") / stage / name).copy(folder / stage / name)
@@ -64,11 +64,11 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   with Checkpoints(folder / "train", keep=2) as checkpoints:
     checkpoints.save({"params": params}, 1, next_row=0)
   stored = {
-    "run": stage_table.identity(settings, "train"),
+    "run": table.identity(settings, "train"),
     "settings": dataclasses.asdict(settings),
   }
   write_json(folder / "train" / "config.json", stored)
-  for name in (*stage_table.TOKENIZERS, "train"):
+  for name in (*table.TOKENIZERS, "train"):
     about = {"id": name, "config": {}, "summary": {}, "seconds": 0.0}
     write_json(folder / name / stages.DONE, about)
 

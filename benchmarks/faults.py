@@ -27,7 +27,7 @@ from benchmarks import (
   faults_stages,
   faults_table,
 )
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import faults_damage, faults_kill, faults_run
 from benchmarks.faults_damage import Fault
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 FULL, SAME_PATH = "disk full", "load path = save path"
 COUNTS = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import faults_run
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, read_json_lines, write_json
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Of the checkpoints in process.
 MORE = 40  # Step that is saved on a full disk.

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import faults_kill, faults_run
 from benchmarks.faults_run import Process
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 CONFIG = f"{faults_run.CONFIG}:elastic"
 BATCH = 12  # Rows; 1, 2, 3 and 4 processes can split them.

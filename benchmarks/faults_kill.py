@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from benchmarks import experiment, faults_run
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 SHARED = ("documents", "neighbors", "text_tokenizer", "vqgan")
 # Command -> kills of a run, at most: a command that is done sooner is killed less often.

@@ -20,7 +20,7 @@ import re
 import numpy as np
 
 from benchmarks import faults_run
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")

@@ -17,8 +17,9 @@ import signal
 import sys
 import time
 
-from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
-from cm3leon_jax.stages import DONE
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
+from cm3leon_jax.runs.stages import DONE
 
 CONFIG = "benchmarks/faults_config.py"
 IMPORTED = (

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import experiment, faults_run
-from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
-from cm3leon_jax.stages import DONE
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
+from cm3leon_jax.runs.stages import DONE
 
 CONFIG = f"{faults_run.CONFIG}:stages"
 TASKS = f"{faults_run.CONFIG}:tasks"

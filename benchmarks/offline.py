@@ -23,8 +23,8 @@ from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import openmoji
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout

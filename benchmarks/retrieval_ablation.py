@@ -20,17 +20,17 @@ import numpy as np
 from benchmarks import ablation_table, drawing_styles
 from benchmarks import experiment as experiment_lib
 from benchmarks.ablation_table import Run
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.plan import RowPlan, Source
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoints import checkpoint
 
@@ -275,7 +275,7 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
   settings = ablation.settings(overrides)
   drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
   for name in SHARED:
-    ablation.command(stage_table.STAGES[name].command, shared, overrides)
+    ablation.command(table.STAGES[name].command, shared, overrides)
   corpus = open_corpus(shared, settings.vocab)
   about = {
     "steps": ablation.steps,

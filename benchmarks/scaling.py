@@ -22,11 +22,12 @@ import jax
 from benchmarks import experiment as experiment_lib
 from benchmarks import scaling_table as table
 from benchmarks import scene_retrieval
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.watch import flops

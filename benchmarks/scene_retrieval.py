@@ -19,7 +19,6 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_retrieval_table as table
-from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
@@ -30,6 +29,7 @@ from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_style_table as table
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -32,6 +31,8 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.bank import load_clip
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import describe
 from cm3leon_jax.scenes.drawings import ink, render

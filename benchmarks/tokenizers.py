@@ -22,15 +22,16 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers_table as table
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation.likelihood import bits
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers import quantizers, train_vqgan
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.ablation_table import student_interval
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 
 BASE = "restarts"
 # Measure -> title and format. More is better, but for bits.

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
 from PIL import Image
 
-from cm3leon_jax import accelerators, buckets
+from cm3leon_jax import accelerators
+from cm3leon_jax.files import buckets
 
 if TYPE_CHECKING:
   import jax

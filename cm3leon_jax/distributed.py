@@ -14,9 +14,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
-from cm3leon_jax.io import plain
+from cm3leon_jax.files.json_files import plain
+from cm3leon_jax.runs import stages
 
 # A process that was killed, stopped or cut off ends the others after this time.
 HEARTBEAT_SECONDS = 100

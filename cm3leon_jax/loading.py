@@ -10,11 +10,11 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import buckets, progress
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.export import bundle, exported, weights
 from cm3leon_jax.export.trained import Trained, open_trained
+from cm3leon_jax.files import buckets, progress
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.keywords import LoadOptions

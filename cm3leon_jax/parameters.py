@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import read_foreign_json, replacing
-from cm3leon_jax.stages import differences
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_foreign_json
+from cm3leon_jax.runs.stages import differences
 
 
 def structure(make) -> tuple[nnx.GraphDef, nnx.State]:

@@ -20,9 +20,9 @@ from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, w
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
 from cm3leon_jax.evaluation.likelihood import bits
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.text_tasks import Caption
-from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run

@@ -15,7 +15,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import cm3leon_jax
-from cm3leon_jax import parameters, shards, stages
+from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -25,12 +25,14 @@ from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.files import shards
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.importing.tokenizer import read_tokenizer
-from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.reports import instruction_section, summary
 from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import recovery

@@ -7,10 +7,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import CM3Leon, UserError, progress
+from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import export
 from cm3leon_jax.export import bundle, formats
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files import progress
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS

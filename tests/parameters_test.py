@@ -6,7 +6,7 @@ import pytest
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers.published_source import find_files
 
 

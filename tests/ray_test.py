@@ -12,12 +12,12 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import encode
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank, neighbors
-from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.raw_folder import write_raw
+from tests.files.shards_test import NAMES, Copy, log, run
 from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
-from tests.shards_test import NAMES, Copy, log, run
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
 SHARDS = 6

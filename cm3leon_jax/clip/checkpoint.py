@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import check_foreign, read_foreign_json
+from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.parameters import files_of_index, not_finite
 
 CONFIG = "config.json"

@@ -19,9 +19,10 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import parameters, stages
+from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT, UserError, build
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 HEAD_DIM = 64

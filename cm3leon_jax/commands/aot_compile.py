@@ -21,7 +21,7 @@ from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, e.g. v5e-256, or a chip and the shape of its torus, e.g. v5p:4x4x8."

@@ -5,8 +5,9 @@ import importlib.util
 
 from absl import flags
 
-from cm3leon_jax import buckets, extras
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files import buckets
 
 NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
 

@@ -7,8 +7,8 @@
 
 import functools
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.runs import stages, table
 
 
 def main(settings, workdir):
@@ -28,7 +28,7 @@ def main(settings, workdir):
         {},
       )
       width = bank.embedding_width(settings.retrieval.clip, workdir)
-      own = stages.ids(settings, workdir, stage_table.own_clip(settings))
+      own = stages.ids(settings, workdir, table.own_clip(settings))
       clip = {"clip": settings.retrieval.clip, **own}
       summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, runner))
 

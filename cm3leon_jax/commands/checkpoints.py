@@ -19,7 +19,7 @@ from absl import flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 
 ACTIONS = ("list", "verify", "prune", "rollback")
 _STEP = flags.DEFINE_string("step", None, "rollback: step to go back to, 1600 or 1,600.")

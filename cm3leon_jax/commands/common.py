@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets, disk_errors, from_data
+from cm3leon_jax import accelerators
 from cm3leon_jax.commands import (
   arguments,
   bucket_paths,
@@ -35,7 +35,9 @@ from cm3leon_jax.config import (
   causes,
   printable,
 )
-from cm3leon_jax.stage_table import STAGES
+from cm3leon_jax.files import buckets, disk_errors
+from cm3leon_jax.runs import from_data
+from cm3leon_jax.runs.table import STAGES
 
 if TYPE_CHECKING:
   import jax

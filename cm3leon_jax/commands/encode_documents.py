@@ -8,8 +8,8 @@ import functools
 
 from absl import flags
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.runs import stages, table
 
 _VALIDATE = flags.DEFINE_bool(
   "validate", False, "Only check all written records, arrays and digests."
@@ -46,7 +46,7 @@ def main(settings, workdir):
         num_threads=settings.raw.num_threads,
       )
       # Without the id of raw: shards identify their records by digest.
-      tokenizers = stages.ids(settings, workdir, stage_table.TOKENIZERS)
+      tokenizers = stages.ids(settings, workdir, table.TOKENIZERS)
       summary.update(encode.encode_documents(job, tokenizers, runner))
       for split, numbers in summary.items():
         shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())

@@ -7,9 +7,9 @@
 is set aside in instructions/NAME/rejected.jsonl with the reason.
 """
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages, table
 
 
 def main(settings, workdir) -> None:
@@ -21,7 +21,7 @@ def main(settings, workdir) -> None:
       "config.instructions names no tasks: set config.instructions.tasks to a YAML file, or to one "
       f"of {', '.join(shipped())}."
     )
-  for name in stage_table.TOKENIZERS:
+  for name in table.TOKENIZERS:
     if not (workdir / name / stages.DONE).exists():
       raise UserError(
         f"{workdir / name} is not finished: run `cm3leon copy_tokenizers --init_from=RUN` "
@@ -41,7 +41,7 @@ def main(settings, workdir) -> None:
       settings.data.sequence_length,
       settings.raw.num_threads,
     )
-    tokenizers = stages.ids(settings, workdir, stage_table.TOKENIZERS)
+    tokenizers = stages.ids(settings, workdir, table.TOKENIZERS)
     summary.update(sources.encode_tasks(job, tokenizers, runner))
     for name, numbers in summary.items():
       shown = ", ".join(f"{value:,} {field}" for field, value in numbers.items())

@@ -28,12 +28,13 @@ import json
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag, protocol_flags
 from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import digest, write_json
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import stages, table
 
 _EXPORT = flags.DEFINE_enum(
   "export",
@@ -267,9 +268,9 @@ def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, lis
 
 def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:
   """Returns what the images of an export depend on."""
-  config, read = settings.evaluation, [*stage_table.TOKENIZERS, "train"]
+  config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:
-    read += ["documents", "neighbors", *stage_table.own_clip(settings)]
+    read += ["documents", "neighbors", *table.own_clip(settings)]
   return {
     "inputs": stages.ids(settings, workdir, read),
     "sampling": dataclasses.asdict(settings.sampling),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cm3leon_jax import distributed, stage_table
+from cm3leon_jax import distributed
 from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.metrics.extractors import Extractor
@@ -166,7 +167,7 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   """Returns the stages of the run that are read."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
-  read, retrieves = [*stage_table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
+  read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
   if retrieves:
     read += ["documents", "neighbors"]
   # Neighbors of held-out pairs are known, others are searched for by CLIP.
@@ -174,7 +175,7 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   needs_clip |= any(column.samples > 1 for column in protocol.columns)
   needs_clip |= "embeddings" in needs and options.clip is None
   needs_clip |= "features" in needs and protocol.extractor == "clip" and options.weights is None
-  return [*read, *(stage_table.own_clip(settings) if needs_clip else [])]
+  return [*read, *(table.own_clip(settings) if needs_clip else [])]
 
 
 def _params(trained: Trained, before: bool) -> tuple[dict, int]:

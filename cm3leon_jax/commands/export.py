@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
+from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.export.trained import Trained
@@ -97,7 +97,7 @@ def main(
 def _export(trained: Trained, choice: formats.Choice, output: str) -> None:
   settings, workdir = trained.settings, trained.folder
   if output:
-    trained.ids([*stage_table.STAGES["export"].reads])
+    trained.ids([*table.STAGES["export"].reads])
     with formats.replacing(output) as folder, common.use_mesh(settings):
       message = _write(folder, epath.Path(output), trained, choice)[1]
     print(f"export: {message}.", flush=True)

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.export.trained import Trained
@@ -198,7 +198,7 @@ def _bank(trained: Trained, heldout: bool) -> epath.Path | None:
     stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
-  read = (*stage_table.TOKENIZERS, *stage_table.own_clip(settings))
+  read = (*table.TOKENIZERS, *table.own_clip(settings))
   expected = {"clip": settings.retrieval.clip, **trained.ids(read)}
   for name, value in expected.items():
     if found[name] != value:
@@ -217,14 +217,14 @@ def _identity(trained: Trained, bank: epath.Path | None, tasks, columns, seed: i
   """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
   settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
-  read = [*stage_table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
-  read += stage_table.own_clip(settings) if _needs_clip(tasks) else ()
+  read = [*table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
+  read += table.own_clip(settings) if _needs_clip(tasks) else ()
   inputs = trained.ids(read)
   if retrieves:
     own, neighbors = bank == trained.bank, ["neighbors"]
     inputs |= trained.ids(neighbors) if own else stages.ids(settings, bank, neighbors)
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
-  config = {"inputs": inputs, **stage_table.identity(settings, "samples")}
+  config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
   if tasks:
     return {**config, "tasks": [task.identity() for task in tasks]}

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from cm3leon_jax.scenes.judge.instruction_grades import Answer

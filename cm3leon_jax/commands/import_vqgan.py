@@ -12,9 +12,9 @@ amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon
 
 from absl import flags
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages, table
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
@@ -44,7 +44,7 @@ def _check_folder(folder) -> None:
 
 
 def main(settings, workdir, source: str, family: str | None) -> None:
-  from cm3leon_jax.io import digest
+  from cm3leon_jax.files.digests import digest
   from cm3leon_jax.tokenizers import published_files
 
   own = bool(source) and family is None and published_files.is_own(source)
@@ -71,7 +71,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
     "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
     "vocab": {"image_size": settings.vocab.image_size},
   }
-  with stages.once(folder, config, files=stage_table.STAGES["vqgan"].files) as summary:
+  with stages.once(folder, config, files=table.STAGES["vqgan"].files) as summary:
     if summary is None:
       return
     tokenizer.save(folder)

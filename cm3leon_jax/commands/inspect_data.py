@@ -20,9 +20,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import io, stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files import atomic
+from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.rows.loader import RowLoader
@@ -44,7 +45,7 @@ _VALIDATE = flags.DEFINE_bool(
 )
 
 DOCUMENTS = ("documents", "neighbors")
-READ = (*stage_table.TOKENIZERS, *DOCUMENTS)
+READ = (*table.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
@@ -71,7 +72,7 @@ def write_page(
   inspect_page.check_writable(out)
   documents = DOCUMENTS if replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
-  for name in (*stage_table.TOKENIZERS, *instructions, *documents):
+  for name in (*table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
   loader, scores = open_rows(settings, workdir, split), None
   if documents:
@@ -108,7 +109,7 @@ def validate(settings, workdir) -> None:
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()
-  for name in (*stage_table.TOKENIZERS, *instructions, *documents):
+  for name in (*table.TOKENIZERS, *instructions, *documents):
     described = len(stages.require(workdir, name).get("files", {}))
     stages.check_files(workdir / name)
     state = f"{described} files as written" if described else "of an earlier version: no digests"
@@ -125,7 +126,7 @@ def validate(settings, workdir) -> None:
         numbers = validate_store(store)
         read_targets(store.folder, len(store))
         print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
-  if io.exists(workdir / "raw" / stages.DONE):
+  if atomic.exists(workdir / "raw" / stages.DONE):
     validate_raw(workdir / "raw", settings.raw.num_threads)
   else:
     print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")

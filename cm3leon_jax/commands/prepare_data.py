@@ -11,9 +11,9 @@ import dataclasses
 
 from absl import flags
 
-from cm3leon_jax import from_data, stages
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.runs import from_data, stages
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",

@@ -18,12 +18,12 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common, run_start, training_rows
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from cm3leon_jax.export.weights import Weights

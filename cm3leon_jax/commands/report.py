@@ -6,9 +6,9 @@ cm3leon report --config=scenes --workdir=workdir/scenes
 from absl import flags
 from ml_collections import config_flags
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
 
 
 def _interval(interval: dict | None) -> str:

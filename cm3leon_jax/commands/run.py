@@ -13,12 +13,12 @@ import re
 import sys
 import time
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.commands.stage_process import StageProcesses, width
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages, table
 
 OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Not every stage takes them.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
@@ -37,11 +37,11 @@ def commands(settings, given: bool) -> dict[str, str]:
     settings: the run's config.
     given: whether the run starts from another, of which it has tokenizers and CLIP.
   """
-  names = stage_table.order(settings, given)
+  names = table.order(settings, given)
   if "grades" in names and not _are_judged(settings):
     names.remove("grades")
   copied = {"copy_tokenizers": ""} if given else {}
-  return {**copied, **{stage_table.STAGES[n].command: n for n in names}, "report": ""}
+  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
 
 
 def _are_judged(settings) -> bool:

@@ -6,9 +6,10 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import exists, plain, read_json, write_json
+from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from collections.abc import Sequence

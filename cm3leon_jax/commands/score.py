@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.export.trained import Trained
@@ -54,7 +54,7 @@ def main(settings, workdir) -> None:
     raise UserError(f"--retrieve is {retrieve}, and {trained.folder} has no bank: leave it out.")
   inputs = trained.ids(_stages_read(settings, retrieve))
   layout, raw = PromptLayout.load(settings, trained.stages), settings.raw
-  tokenizers = {name: inputs[name] for name in stage_table.TOKENIZERS}
+  tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
   documents = given_documents.open_documents(
     _DOCUMENTS.value,
     layout,
@@ -75,7 +75,7 @@ def main(settings, workdir) -> None:
     "inputs": inputs,
     "documents": {"name": path.name, "digest": checked.digest},
     "retrieve": retrieve,
-    "retrieval": stage_table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
+    "retrieval": table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
     "num_resamples": settings.evaluation.num_resamples,
     "seed": settings.seed,
   }
@@ -110,8 +110,8 @@ def _number_of_neighbors(settings) -> int:
 
 
 def _stages_read(settings, retrieve: int) -> list[str]:
-  retrieval = ["documents", "neighbors", *stage_table.own_clip(settings)] if retrieve else []
-  return list(dict.fromkeys([*stage_table.TOKENIZERS, "train", *retrieval]))
+  retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
+  return list(dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
 
 
 def _score(trained: Trained, documents, checked, folder, retrieve: int) -> dict:

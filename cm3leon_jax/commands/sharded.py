@@ -6,8 +6,9 @@ import contextlib
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import shards, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files import shards
+from cm3leon_jax.runs import stages
 
 _RUNNER = flags.DEFINE_enum(
   "runner", "local", shards.RUNNERS, "Runs shards in this process or on Ray workers."

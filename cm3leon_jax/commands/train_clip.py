@@ -5,8 +5,8 @@
 At SIGTERM and Ctrl-C it saves and stops; the same command continues.
 """
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.runs import stages
 
 
 def main(settings, workdir):

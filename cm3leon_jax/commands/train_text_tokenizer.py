@@ -3,8 +3,8 @@
 cm3leon train_text_tokenizer --config=scenes --workdir=workdir/scenes
 """
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.runs import stages
 
 
 def main(settings, workdir):

@@ -12,9 +12,9 @@ exceed the latter.
 import functools
 import importlib.util
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
 
 
 def _judge_scenes(workdir, tokenizer, style="filled") -> dict:

@@ -14,12 +14,13 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.lines import json_lines
 from cm3leon_jax.data.sources.records import Rejected
+from cm3leon_jax.files.atomic import open_filesystem, replacing
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.io import open_filesystem, replacing, write_json
 
 IMAGE_PATHS = "image_paths.json"
 

@@ -17,15 +17,18 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import parameters, stages
+from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents import training_data, unseen_tokens
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.io import absolute, digest, plain, read_json, write_json
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS

@@ -2,11 +2,12 @@
 
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, huggingface
 from cm3leon_jax.export.formats import ABOUT
-from cm3leon_jax.io import describe, plain, write_json
+from cm3leon_jax.files.digests import describe
+from cm3leon_jax.files.json_files import plain, write_json
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
 
@@ -38,7 +39,7 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     )
   trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
   folder = bundle.stages_folder(folder)
-  names = [name for name in bundle.FILES if name != "clip" or stage_table.own_clip(settings)]
+  names = [name for name in bundle.FILES if name != "clip" or table.own_clip(settings)]
   files = {name: _describe(source, folder, name) for name in names}
   digests = {name: stages.id_of(files[name]) for name in names}
   configs = {name: _config(settings, folder, name) for name in names}
@@ -74,7 +75,7 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:
   """Returns the parts of a config that a stage copied from `source` must share with it."""
-  config = stage_table.identity(settings, name)
+  config = table.identity(settings, name)
   if name == "vqgan" and vqgan.is_published(source / name):
     config["vqgan"] = {side: config["vqgan"][side] for side in ("resolution", "downsample")}
   return config

@@ -6,9 +6,9 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats, image_tokenizer, orbax, placed, weights
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.io import read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers.text import TextTokenizer

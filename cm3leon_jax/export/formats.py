@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, plain, read_foreign_json, write_json
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.json_files import plain, read_foreign_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings

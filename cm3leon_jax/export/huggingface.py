@@ -22,7 +22,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import int8, tensor_files
 from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import Tensor
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig

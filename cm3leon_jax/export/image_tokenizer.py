@@ -20,7 +20,8 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image
-from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import published_files, quantizers
 from cm3leon_jax.tokenizers.published import PublishedConfig

@@ -14,12 +14,13 @@ from etils import epath
 import orbax.checkpoint as ocp
 import tensorstore
 
-from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import DTYPES, convert
-from cm3leon_jax.io import absolute, read_json, write_json
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training.checkpoints import sealing, stored
 
@@ -36,7 +37,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)
   text.copy_files(run.workdir / "text_tokenizer", folder)
-  identity = stage_table.identity(run.settings, "train")
+  identity = table.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
     _write_array(folder / FOLDER, params, name, run.choice.dtype)

@@ -40,7 +40,9 @@ from cm3leon_jax.export.serving_functions import (
   named,
 )
 from cm3leon_jax.export.tensor_files import Tensor
-from cm3leon_jax.io import digest, replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import unsplit
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers.text import TOKENIZER

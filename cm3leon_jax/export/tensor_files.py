@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -7,11 +7,11 @@ import os
 
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.export import bundle, weights
-from cm3leon_jax.io import digest
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.checkpoints.stored import StoredParams, of_tree
@@ -55,7 +55,7 @@ class Trained:
   def _id(self, name: str) -> str:
     if name == "train":
       return str(digest(self.folder / bundle.FILE))
-    patterns = stage_table.STAGES[name].files
+    patterns = table.STAGES[name].files
     return stages.id_of(stages.describe_files(self.stages / name, patterns))
 
   def unseen_tokens(self) -> frozenset[int] | None:
@@ -129,7 +129,7 @@ def open_trained(source: str | os.PathLike[str], settings: Settings | None = Non
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:
   """Returns the settings of a config, with what the files of a bundle decide as it is stored."""
-  old, new = (stage_table.identity(one, "train") for one in (stored, settings))
+  old, new = (table.identity(one, "train") for one in (stored, settings))
   parts = ("vocab", "model")
   stages.check_same_config(
     folder,

@@ -5,13 +5,15 @@ import os
 
 from etils import epath
 
-from cm3leon_jax import distributed, stage_table, stages
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
 from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
-from cm3leon_jax.io import digest, plain, read_json
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.training.checkpoints import checkpoint
 
 IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
@@ -111,7 +113,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
       "orbax."
     )
   run = folder / "train" / "config.json"
-  expected = plain(stage_table.identity(settings, "train"))
+  expected = plain(table.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}

@@ -12,8 +12,8 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.sample import Sample
-from cm3leon_jax.io import replacing
 
 SHEET_ROWS = 64  # Few programs open a larger image.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.

@@ -7,15 +7,16 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import opt, qwen3, tokenizer
 from cm3leon_jax.importing.source import CONFIG, Source, open_source
 from cm3leon_jax.importing.tables import Tables
-from cm3leon_jax.io import digest, write_json
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import (
   IMPORTED,
@@ -139,7 +140,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   lines = describe(found)
   lines += _write_tokenizer(settings, workdir, found, digests)
   folder = workdir / weights.INIT
-  identity = {name: stage_table.identity(settings, "train")[name] for name in ("model", "vocab")}
+  identity = {name: table.identity(settings, "train")[name] for name in ("model", "vocab")}
   files = (CONFIG, tensor_files.INDEX, "*.safetensors")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
     if summary is not None:
@@ -174,10 +175,10 @@ def _write_tokenizer(
       f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
       "or delete that folder."
     )
-  config = stage_table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
+  config = table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
   config["command"] = IMPORTED
   notes: list[str] = []
-  with stages.once(folder, config, files=stage_table.STAGES[TEXT].files) as summary:
+  with stages.once(folder, config, files=table.STAGES[TEXT].files) as summary:
     if summary is not None:
       notes = _make_tokenizer(settings, folder, found)
       summary.update(imported_from=str(source.folder))

@@ -11,7 +11,8 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.export import formats, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
-from cm3leon_jax.io import FOREIGN_BYTES, NAMES, check_foreign, digest, read_foreign_json
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import read_foreign_json
+from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 

@@ -6,7 +6,7 @@ import hashlib
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 
 NUMBERS = "plan.json"
 

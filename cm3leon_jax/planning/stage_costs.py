@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.plan import Plan
-from cm3leon_jax.stage_table import STAGES
+from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.training.watch.flops import device_peak
 

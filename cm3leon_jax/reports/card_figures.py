@@ -5,12 +5,12 @@ import dataclasses
 
 from etils import epath
 
-from cm3leon_jax import stages
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.results import RESULTS, number
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.runs import stages
 from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.settings import Settings
 

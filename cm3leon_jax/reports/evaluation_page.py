@@ -10,7 +10,7 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.run import VALUES, Run
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri
 
 PAGE = "report.html"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.scenes.judge.grade_files import ANSWERS, GRADES, TITLES
 
 

@@ -19,8 +19,9 @@ from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.sources import builtin
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.text_tasks import QUESTION
-from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.reports.report import clock, inert

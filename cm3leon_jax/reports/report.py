@@ -13,13 +13,15 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.evaluation.intervals import describe_groups
-from cm3leon_jax.io import read_json, read_json_lines, replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import table
 
 MAX_PROMPTS = 16

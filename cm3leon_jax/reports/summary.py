@@ -6,10 +6,10 @@ import itertools
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
-from cm3leon_jax.io import lacks, plain, read_json, read_json_lines
+from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
+from cm3leon_jax.runs import stages, table
 
 JUDGED = "judged"  # File of the workdir and section of the summary.
 
@@ -314,7 +314,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if not workdir.exists():
     raise UserError(f"--workdir {workdir} does not exist: name the folder of a run.")
   summary, seconds = {}, {}
-  for folder in stage_table.STAGES:
+  for folder in table.STAGES:
     if (workdir / folder / stages.DONE).exists():
       done = read_json(workdir / folder / stages.DONE, {"summary": dict, "seconds": float})
       seconds[folder] = done["seconds"]
@@ -357,7 +357,7 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 def expected_stages(workdir: epath.Path) -> list[str]:
   """Returns the stages of a run: without instructions it has fewer."""
   tuned = (workdir / "instructions").exists()
-  return [name for name in stage_table.STAGES if tuned or name not in ("instructions", "grades")]
+  return [name for name in table.STAGES if tuned or name not in ("instructions", "grades")]
 
 
 def cost(summary: dict) -> dict | None:
@@ -372,7 +372,7 @@ def cost(summary: dict) -> dict | None:
   """
   if "seconds" not in summary.get("train", {}):
     return None
-  folders = list(stage_table.STAGES)
+  folders = list(table.STAGES)
   before = [
     summary[name]["seconds"] for name in folders[: folders.index("train")] if name in summary
   ]

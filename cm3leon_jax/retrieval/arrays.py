@@ -12,9 +12,9 @@ from etils import epath
 import numpy as np
 import tensorstore as ts
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages, table
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"
@@ -138,7 +138,7 @@ class ArrayStore:
     return f"rows of {self.path} cannot be read"
 
   def _again(self) -> str:
-    stage = next((p for p in self.path.parents if p.name in stage_table.STAGES), self.path.parent)
+    stage = next((p for p in self.path.parents if p.name in table.STAGES), self.path.parent)
     return stages.again(stage, f"the folder {self.path}")
 
   def write(self, start: int, rows: np.ndarray) -> None:

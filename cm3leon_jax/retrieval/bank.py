@@ -10,7 +10,6 @@ import hashlib
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CONFIG, CLIPConfig, normalize
@@ -18,12 +17,13 @@ from cm3leon_jax.config import build
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
-from cm3leon_jax.io import read_json, write_json
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.progress import progress_bar
+from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
-from cm3leon_jax.shards import Runner, forget, run_shards
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 

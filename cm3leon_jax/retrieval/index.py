@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
 
 Backend = Literal["auto", "scann", "exact"]
 EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.

@@ -18,12 +18,12 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.io import plain
+from cm3leon_jax.files.json_files import plain
+from cm3leon_jax.files.shards import Runner, forget, run_shards
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
-from cm3leon_jax.shards import Runner, forget, run_shards
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 QUERY_SHARE = 20  # One pass over all indices searches for index_rows / QUERY_SHARE documents.

@@ -3,12 +3,12 @@
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import ARRAYS
 from cm3leon_jax.retrieval.neighbors import check_ids
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 BLOCK = 2**16  # Rows that are read at a time.

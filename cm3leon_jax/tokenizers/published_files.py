@@ -15,7 +15,8 @@ from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, short
-from cm3leon_jax.io import read_foreign_json, replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_foreign_json, write_json
 from cm3leon_jax.tokenizers import published, published_source
 from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS

@@ -10,7 +10,7 @@ from etils import epath
 import safetensors
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import check_foreign, read_foreign_json
+from cm3leon_jax.files.json_files import check_foreign, read_foreign_json
 from cm3leon_jax.parameters import files_of_index
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import CONFIG

@@ -12,9 +12,10 @@ import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError, short
-from cm3leon_jax.io import GET_AGAIN, exists, write_json
+from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.files.json_files import GET_AGAIN, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.

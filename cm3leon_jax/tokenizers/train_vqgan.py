@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import losses, quantizers, vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig

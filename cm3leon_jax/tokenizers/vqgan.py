@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax import parameters, stages
+from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import published, quantizers
 from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 

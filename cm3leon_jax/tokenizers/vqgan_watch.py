@@ -10,7 +10,7 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.quantizers import RESTARTING
 from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 

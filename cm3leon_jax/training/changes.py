@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain
-from cm3leon_jax.stages import check_same_config, differences
+from cm3leon_jax.files.json_files import plain
+from cm3leon_jax.runs.stages import check_same_config, differences
 
 _SCHEDULE = "the learning rate is that of the new schedule from the next step on, and may jump"
 _UPDATES = "it counts from the next step on; the optimizer keeps its moments"

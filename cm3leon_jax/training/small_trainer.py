@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import exists, plain, read_json, write_json
+from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import RULES, batch_shards, spec
-from cm3leon_jax.progress import progress_bar
-from cm3leon_jax.stages import DONE, check_same_config, differences
+from cm3leon_jax.runs.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints, any_in
 from cm3leon_jax.training.faults.lease import Lease

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import faults_stages
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]

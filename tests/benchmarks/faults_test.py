@@ -44,7 +44,7 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoints/checkpoint
   [
     ([("training/train.py", "_run_steps")], "step"),
     ([("training/checkpoints/checkpoint.py", "wait"), ("training/train.py", "_run_steps")], "save"),
-    ([("io.py", "digest"), ("training/checkpoints/checkpoint.py", "seal")], "save"),
+    ([("files/digests.py", "digest"), ("training/checkpoints/checkpoint.py", "seal")], "save"),
     (
       [("training/checkpoints/checkpoint.py", "damage"), ("training/train.py", "restore_or_init")],
       "restore",

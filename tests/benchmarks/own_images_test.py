@@ -6,7 +6,7 @@ from benchmarks import own_images
 from benchmarks.own_images import SHAPES, Fact
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.writer import RawConfig
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.shards import Runner
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import pytest
 
 from benchmarks import retrieval_ablation
 from benchmarks.retrieval_ablation import Corpus
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)

@@ -8,9 +8,9 @@ import pytest
 from benchmarks import experiment, scaling, scaling_table, scene_retrieval
 from benchmarks.scaling import Scaling, Size
 from benchmarks.scaling_fit import Law
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch import flops
 
 # Bits an image; retrieval saves four fifths of the FLOPs for rare images, and triples them else.

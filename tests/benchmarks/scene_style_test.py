@@ -8,7 +8,7 @@ from benchmarks import experiment, scene_style, scene_style_table
 from benchmarks.scene_style import Asked, ask, classify, draw, known, overrides_of, recognized
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.world import Placed, Scene
 from cm3leon_jax.settings import settings_from_config

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers, tokenizers_table
 from benchmarks.tokenizers import ARMS, Experiment
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers import quantizers, train_vqgan
 
 SMALL = {
@@ -82,7 +82,7 @@ def ran(monkeypatch):
   calls = []
 
   def run_stage(name, config, workdir, overrides):
-    stage = next(key for key, value in stage_table.STAGES.items() if value.command == name)
+    stage = next(key for key, value in table.STAGES.items() if value.command == name)
     folder = pathlib.Path(workdir)
     with stages.once(folder / stage, {"overrides": overrides}) as summary:
       if summary is not None:

@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import bank, neighbors
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.shards import Runner
 from tests.clip.huggingface_files import (
   CAPTIONS,
   END,
@@ -212,7 +212,7 @@ def test_the_config_chooses_it(folder, tmp_path):
   config = default_config()
   config.retrieval.clip = str(folder)
   settings = settings_from_config(config)
-  assert stage_table.own_clip(settings) == ()
+  assert table.own_clip(settings) == ()
   clip = bank.load_clip(settings.retrieval.clip, tmp_path, settings.vocab)
   assert isinstance(clip, HFCLIP)
   assert clip.mesh.size == 8

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages, table
 
 TINY = CLIPConfig(
   resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
@@ -108,7 +108,7 @@ def test_load_names_what_does_not_fit(tmp_path):
 
 def test_damaged_parameters_are_refused(tmp_path):
   folder = tmp_path / "clip"
-  with stages.once(folder, {}, files=stage_table.STAGES["clip"].files):
+  with stages.once(folder, {}, files=table.STAGES["clip"].files):
     make().save(folder)
   CLIP.load(folder)
   params = bytearray((folder / "params.safetensors").read_bytes())

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.raw_folder import write_raw

@@ -16,7 +16,7 @@ from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.export import bundle
-from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.scenes import source as scenes_source
 from cm3leon_jax.scenes.judge import samples, sheet

@@ -8,13 +8,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 from cm3leon_jax.data.documents import store
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.step import optimizer, state
@@ -66,7 +66,7 @@ def workdir(tmp_path):
     params = jax.tree.map(lambda x: np.nan * x, begun.params)
     checkpoints.save(dataclasses.replace(begun, params=params, ema=begun.params), 7, 0)
     checkpoints.close()
-  write_json(tmp_path / "train" / "config.json", {"run": stage_table.identity(settings, "train")})
+  write_json(tmp_path / "train" / "config.json", {"run": table.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):
     with stages.once(tmp_path / folder, {}):
       pass

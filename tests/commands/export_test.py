@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import bundle, formats, huggingface
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
 from cm3leon_jax.training.checkpoints.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run

@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  write_json(root / "train" / "config.json", {"run": stage_table.identity(SETTINGS, "train")})
+  write_json(root / "train" / "config.json", {"run": table.identity(SETTINGS, "train")})
   return root
 
 

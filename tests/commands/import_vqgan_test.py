@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import (
   common,
@@ -25,9 +24,11 @@ from cm3leon_jax.commands import (
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.export import copies
-from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

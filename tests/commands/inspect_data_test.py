@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data, training_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.training.faults import skipped_rows
 from tests.commands import train_test
@@ -68,7 +68,7 @@ def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_sha
   config.instructions.replay_share = replay_share
   settings, workdir = settings_from_config(config), epath.Path(tmp_path)
   make_workdir(tmp_path, settings)
-  for name in stage_table.TOKENIZERS:
+  for name in table.TOKENIZERS:
     write_json(workdir / name / stages.DONE, {"id": name, "config": {}, "summary": {}})
   if not replay_share:
     for name in inspect_data.DOCUMENTS:
@@ -96,7 +96,7 @@ def finished(workdir):
     write_json(workdir / "neighbors" / split / "rows.json", {"first_bank": count})
   for name in inspect_data.READ:
     (workdir / name / stages.DONE).unlink()
-    with stages.once(workdir / name, {}, files=stage_table.STAGES[name].files):
+    with stages.once(workdir / name, {}, files=table.STAGES[name].files):
       pass
   return workdir
 
@@ -216,7 +216,7 @@ def page_of(workdir, numbers, skipped):
 @pytest.mark.parametrize("folder", inspect_data.READ)
 def test_a_missing_stage_is_reported(workdir, folder):
   (workdir / folder / stages.DONE).unlink()
-  command = stage_table.STAGES[folder].command
+  command = table.STAGES[folder].command
   with pytest.raises(UserError, match=rf"{folder} is not finished: run `cm3leon {command}`"):
     write_page(workdir, workdir / "rows.html")
   assert not (workdir / "rows.html").exists()

@@ -11,7 +11,6 @@ from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import (
   common,
   copy_tokenizers,
@@ -26,9 +25,10 @@ from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.export.trained import open_trained
-from cm3leon_jax.io import read_json, read_json_lines, write_json
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
+from cm3leon_jax.runs import stages
 from tests.evaluation.protocol_runs import make_data
 from tests.generation.run import SETTINGS, save_run
 

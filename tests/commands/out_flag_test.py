@@ -13,12 +13,12 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.export.trained import open_trained
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon

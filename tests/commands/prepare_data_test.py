@@ -4,9 +4,9 @@ import json
 from PIL import Image
 import pytest
 
-from cm3leon_jax import from_data
 from cm3leon_jax.commands import prepare_data
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import from_data
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.checks.leaks_test import photos, write_source
 from tests.launched import launch

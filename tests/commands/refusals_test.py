@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from cm3leon_jax.extras import install
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from tests.launched import launch
 
 

@@ -6,13 +6,13 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import encode_instructions, grade_instructions, reinforce
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.export import weights
-from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
+from cm3leon_jax.runs import stages
 from cm3leon_jax.training.step.policy import ReinforceConfig
 from cm3leon_jax.training.train import TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of

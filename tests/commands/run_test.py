@@ -3,9 +3,9 @@ import sys
 from etils import epath
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import config_file, run, stage_process
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 
 DEMO = [

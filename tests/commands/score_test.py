@@ -12,7 +12,7 @@ import pytest
 
 from cm3leon_jax.commands import common, score
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run

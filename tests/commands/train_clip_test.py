@@ -4,9 +4,9 @@ from unittest import mock
 
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import train_clip
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training import small_trainer
 from tests.commands.train_vqgan_test import Killed, write_images

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common, train, training_rows
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, read_json_lines, write_json
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data.raw import ingest
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import train_vqgan, vqgan
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config
@@ -68,7 +68,7 @@ def write_images(root, seed):
     for i in range(12)
   ]
   write_raw(root / "raw", pairs, images)
-  described = stages.describe_files(root / "raw", stage_table.STAGES["raw"].files)
+  described = stages.describe_files(root / "raw", table.STAGES["raw"].files)
   write_json(root / "raw" / stages.DONE, {"id": stages.id_of(described), "files": described})
 
 

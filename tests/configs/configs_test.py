@@ -3,7 +3,6 @@ import dataclasses
 
 import pytest
 
-from cm3leon_jax import from_data
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import (
@@ -19,7 +18,8 @@ from cm3leon_jax.configs import (
   sft_760m,
 )
 from cm3leon_jax.data.instructions.config import load_tasks
-from cm3leon_jax.io import plain
+from cm3leon_jax.files.json_files import plain
+from cm3leon_jax.runs import from_data
 from cm3leon_jax.scenes import world as scene_world
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 

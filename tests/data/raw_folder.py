@@ -8,7 +8,7 @@ from PIL import Image
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 
 
 def write_raw(folder, pairs, images, num_shards=1):

@@ -17,8 +17,8 @@ from cm3leon_jax.evaluation.protocols import compare, results
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import run as run_lib
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.io import read_json
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.training.checkpoints import checkpoint

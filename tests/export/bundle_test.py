@@ -12,7 +12,7 @@ from cm3leon_jax import CM3Leon, config
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.trained import open_trained
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of

@@ -11,7 +11,7 @@ from safetensors import numpy as safetensors_numpy
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface, placed
 from cm3leon_jax.export.stored_tensors import StoredTensors
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig

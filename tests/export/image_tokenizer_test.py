@@ -12,7 +12,7 @@ from safetensors import numpy as safetensors
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image, image_tokenizer
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.tokenizers import published, published_files, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS

@@ -12,8 +12,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface, placed, tensor_files
 from cm3leon_jax.export.stored_tensors import StoredTensors, are_in, digest_of
 from cm3leon_jax.export.tensor_files import Tensor
-from tests.buckets_test import run, server  # noqa: F401
 from tests.export.huggingface_test import VOCAB, config
+from tests.files.buckets_test import run, server  # noqa: F401
 from tests.models.tiny import mesh_of, random_params
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4) / 3

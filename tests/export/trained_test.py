@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
 from cm3leon_jax.export import bundle
 from cm3leon_jax.export.trained import open_trained
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.generation.run import SETTINGS
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, gpt2, huggingface, weights
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import table
 from cm3leon_jax.training.checkpoints import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -141,7 +141,7 @@ def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
   assert start("", None) is None
   begun = start(str(run), None)
   assert f"starts from the parameters of {run}, step 7" in capsys.readouterr().out
-  stored = stage_table.identity(SETTINGS, "train") | {"init_from": dataclasses.asdict(begun)}
+  stored = table.identity(SETTINGS, "train") | {"init_from": dataclasses.asdict(begun)}
   assert start("", stored) == start(str(run), stored) == begun
   with pytest.raises(UserError, match=rf"--init_from is other, but .* began from {run}: leave"):
     start("other", stored)

@@ -11,6 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.generation import pipeline as pipeline_lib
 from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
@@ -19,7 +20,6 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
-from cm3leon_jax.shards import Runner
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device

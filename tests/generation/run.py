@@ -7,11 +7,11 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.data.documents.store import Segment, write_documents
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.training.checkpoints import checkpoint
@@ -103,7 +103,7 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
   stored = {
-    "run": stage_table.identity(settings, "train"),
+    "run": table.identity(settings, "train"),
     "settings": dataclasses.asdict(settings),
   }
   write_json(root / "train" / "config.json", stored)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import weights
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint

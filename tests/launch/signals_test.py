@@ -13,10 +13,10 @@ from etils import epath
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import train
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.data.raw_folder import write_raw
 from tests.launch import small_config

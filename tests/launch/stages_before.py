@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from cm3leon_jax import stages
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig, train_text_tokenizer

@@ -7,10 +7,10 @@ import signal
 from etils import epath
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import train
 from cm3leon_jax.config import INTERRUPTED, UserError
-from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.files.json_files import read_json, read_json_lines
+from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from tests.launch import tiny_instruct_config
 from tests.launch.several_processes_test import (

@@ -316,13 +316,13 @@ DATA = (
     ("batches_unbounded", "or total >= size", "or total < 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/io.py",
+    "cm3leon_jax/files/atomic.py",
     "tests/data/sources/archive_bounds_test.py",
     ("urls_are_chained", 'if "://" not in path:', 'if "/" not in path:'),
   ),
   *mutants_of(
-    "cm3leon_jax/io.py",
-    "tests/io_test.py",
+    "cm3leon_jax/files/atomic.py",
+    "tests/files/atomic_test.py",
     ("unreadable_files_are_absent", "if error.errno in NOT_THERE:", "if error:"),
   ),
   *mutants_of(

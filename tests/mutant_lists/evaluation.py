@@ -241,8 +241,8 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/stages.py",
-    "tests/stages_test.py",
+    "cm3leon_jax/runs/stages.py",
+    "tests/runs/stages_test.py",
     ("stale_inputs_count_as_done", 'return stored.get("inputs") == inputs', "return True"),
     (
       "another_config_accepted",
@@ -263,7 +263,7 @@ EVALUATION = (
     ("whole_numbers_unbounded", "abs(value) > LARGEST", "abs(value) < 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/io.py",
+    "cm3leon_jax/files/json_files.py",
     "tests/damaged_files_test.py",
     ("types_of_fields_unchecked", "if not isinstance(found, right) or", "if found is None or"),
   ),

@@ -89,7 +89,7 @@ EXPORT = (
     ("files_of_instructions_unnamed", "  if not root:", "  if True:"),
   ),
   *mutants_of(
-    "cm3leon_jax/stages.py",
+    "cm3leon_jax/runs/stages.py",
     "tests/commands/export_test.py"
     "::test_another_config_or_no_workdir_is_refused_without_advice_to_delete",
     (

@@ -15,14 +15,15 @@ import pytest
 import tokenizers
 import transformers
 
-from cm3leon_jax import CM3Leon, settings, stages
+from cm3leon_jax import CM3Leon, settings
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import image_tokenizer
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reports import model_card
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw_folder import write_raw

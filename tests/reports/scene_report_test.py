@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from cm3leon_jax import stages
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import report
+from cm3leon_jax.runs import stages
 from tests.reports.run_files import NUMBERS, Page, headings, make_image, make_run
 
 

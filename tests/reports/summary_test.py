@@ -4,7 +4,7 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
 
 

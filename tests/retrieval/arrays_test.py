@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import arrays
 from cm3leon_jax.retrieval.arrays import ArrayStore
 

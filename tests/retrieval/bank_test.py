@@ -9,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import index, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from tests.data.raw_folder import write_raw
 
 CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)

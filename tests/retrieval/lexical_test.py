@@ -13,13 +13,13 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import lexical, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
-from cm3leon_jax.shards import Runner
 from tests.data.raw_folder import write_raw
 from tests.retrieval.bank_test import files_of, tiny_clip
 

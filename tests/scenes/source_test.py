@@ -13,6 +13,7 @@ from cm3leon_jax.data.documents.encode import EncodeJob, encode_documents
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
+from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.scenes import drawings, leaks
 from cm3leon_jax.scenes import source as scenes
 from cm3leon_jax.scenes.world import (
@@ -29,7 +30,6 @@ from cm3leon_jax.scenes.world import (
   rare_place,
   split_of_scene,
 )
-from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 
 RAW = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)

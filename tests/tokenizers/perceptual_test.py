@@ -11,7 +11,7 @@ import torch
 
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import perceptual, train_vqgan, vqgan
 from cm3leon_jax.training import small_trainer
 from tests.models.tiny import mesh_of

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import transformers
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_with_what_to_do(tmp_path, conten
 
 
 def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_path):
-  ids, files = [], stage_table.STAGES["text_tokenizer"].files
+  ids, files = [], table.STAGES["text_tokenizer"].files
   for name in "ab":
     folder = tmp_path / name / "text_tokenizer"
     with stages.once(folder, {}, files=files):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs import stages
+from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 

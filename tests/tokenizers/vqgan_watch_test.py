@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.tokenizers.vqgan_watch import Alarm

@@ -4,8 +4,8 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.runs.table import identity
 from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.stage_table import identity
 from cm3leon_jax.training.changes import MAY_CHANGE, MAY_NOT, check_changes
 
 RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}

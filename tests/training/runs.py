@@ -8,7 +8,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.checkpoints import checkpoint

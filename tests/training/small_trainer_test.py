@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import INTERRUPTED, UserError
-from cm3leon_jax.io import read_json_lines, write_json
+from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.faults import lease

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib

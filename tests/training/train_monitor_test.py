@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.watch.flops import model_flops
 from tests.distributed_test import free_port
 from tests.training import events

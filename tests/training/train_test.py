@@ -6,7 +6,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.step.optimizer import OptimizerConfig

@@ -12,7 +12,7 @@ from cm3leon_jax.data.checks import duplicates
 from cm3leon_jax.data.checks.duplicates import Fingerprints
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, images_of
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.files.progress import progress_bar
 
 BATCH = 1_024  # Images that are read together.
 SHOWN = 20  # Pairs that are kept, the nearest.

@@ -20,7 +20,7 @@ from cm3leon_jax.data.documents.store import (
 )
 from cm3leon_jax.data.raw import reader as raw_pairs
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
-from cm3leon_jax.io import digest
+from cm3leon_jax.files.digests import digest
 from cm3leon_jax.vocab import VocabLayout
 
 SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")  # Arrays of each.

@@ -12,8 +12,8 @@ from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import Document, Segment, finish_store, write_shard
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import KINDS, SPLITS, RawPair, Record, images_of
-from cm3leon_jax.progress import progress_bar
-from cm3leon_jax.shards import Runner, run_shards
+from cm3leon_jax.files.progress import progress_bar
+from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout

@@ -6,9 +6,9 @@ import dataclasses
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe
+from cm3leon_jax.files.digests import damage, describe
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4
@@ -79,9 +79,9 @@ def check_shard_file(folder: epath.Path, file: str, expected: dict, content: boo
 
 def encode_again(path: epath.PathLike) -> str:
   """Says how to write the store that holds `path` again: documents, or instructions."""
-  folders = [folder for folder in epath.Path(path).parents if folder.name in stage_table.STAGES]
+  folders = [folder for folder in epath.Path(path).parents if folder.name in table.STAGES]
   folder = folders[0] if folders else epath.Path("documents")
-  command = stage_table.STAGES[folder.name].command
+  command = table.STAGES[folder.name].command
   return f"delete the folder {folder} and run `cm3leon {command}` again"
 
 

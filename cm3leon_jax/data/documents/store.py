@@ -15,7 +15,6 @@ from etils import epath
 import msgpack
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.shard_files import (
   LENGTHS,
@@ -29,7 +28,10 @@ from cm3leon_jax.data.documents.shard_files import (
   describe_shard,
   read_lengths,
 )
-from cm3leon_jax.io import describe, partial_path, read_json, replacing, write_json
+from cm3leon_jax.files.atomic import partial_path, replacing
+from cm3leon_jax.files.digests import describe
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"

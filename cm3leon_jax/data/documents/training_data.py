@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from etils import epath
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import origins as origins_lib
-from cm3leon_jax.io import lacks, read_json, write_json
+from cm3leon_jax.files.json_files import lacks, read_json, write_json
+from cm3leon_jax.runs import stages
 
 FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
 IMPORTED = "imported_from"  # In the summary of what `cm3leon import_weights` wrote.

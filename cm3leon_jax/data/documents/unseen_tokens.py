@@ -8,9 +8,9 @@ from collections.abc import Callable
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 FILE = "unseen_tokens.json"  # In a bundle.

@@ -12,11 +12,11 @@ import typing
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows import cm3
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 TARGETS = "targets.npy"

@@ -20,9 +20,9 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import Encoder, write_store
 from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
 from cm3leon_jax.data.sources.image_folder import ImageFolder
-from cm3leon_jax.io import plain, read_json
+from cm3leon_jax.files.json_files import plain, read_json
+from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.scenes.world import ScenesConfig
-from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
 SPLITS = ("train", "heldout")

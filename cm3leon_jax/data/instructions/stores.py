@@ -22,7 +22,7 @@ from cm3leon_jax.data.instructions.samples import Drops, plan_instruction, write
 from cm3leon_jax.data.instructions.tasks import Instruction, InstructionTask, fields_of, join_record
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RecordError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 

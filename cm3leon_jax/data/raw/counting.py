@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair
-from cm3leon_jax.from_data import MOST_TEXT_TOKENS, Counts
+from cm3leon_jax.runs.from_data import MOST_TEXT_TOKENS, Counts
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig, supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 

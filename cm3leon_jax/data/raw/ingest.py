@@ -23,10 +23,11 @@ from cm3leon_jax.data.sources.builtin import (
 )
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.data.sources.rejections import Rejections
-from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.files.shards import Runner, run_shards
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.world import ScenesConfig
-from cm3leon_jax.shards import Runner, run_shards
 
 SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
 DEFAULT_SCENES = ScenesConfig()

@@ -15,7 +15,6 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError, causes
 from cm3leon_jax.data.sources.records import (
   KINDS,
@@ -29,7 +28,10 @@ from cm3leon_jax.data.sources.records import (
   required_fields,
   with_images,
 )
-from cm3leon_jax.io import damage, exists, open_filesystem, read_json
+from cm3leon_jax.files.atomic import exists, open_filesystem
+from cm3leon_jax.files.digests import damage
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages
 
 # B images, H height, W width.
 

@@ -17,7 +17,6 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, Crop, kind_of
@@ -35,8 +34,9 @@ from cm3leon_jax.data.sources.records import (
   long_caption,
   with_images,
 )
-from cm3leon_jax.io import replacing
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.progress import progress_bar
+from cm3leon_jax.runs import stages
 
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.

@@ -10,7 +10,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 
 BUCKET_BATCH = 16  # Windows per write to a bucket, where an append writes the whole file.
 SPOTS = 4_096  # Values of each array that go into the fingerprint, evenly spaced.

@@ -37,7 +37,7 @@ from cm3leon_jax.data.sources.samples import (
   has_image,
   suffix_of,
 )
-from cm3leon_jax.io import open_filesystem
+from cm3leon_jax.files.atomic import open_filesystem
 
 Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")

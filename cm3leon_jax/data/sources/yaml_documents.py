@@ -6,7 +6,7 @@ from etils import epath
 import yaml
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import check_foreign
+from cm3leon_jax.files.json_files import check_foreign
 
 MOST_BYTES = 2**20  # Of a file: PyYAML takes about 10 seconds to read 1 MiB.
 MOST_VALUES = 2**17  # Of a file, one for each time that an alias names it.

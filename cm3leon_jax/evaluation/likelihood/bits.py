@@ -14,9 +14,9 @@ from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.training.step import loss
 
 CONDITIONS = ("true", "shuffled", "none")

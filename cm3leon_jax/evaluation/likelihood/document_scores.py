@@ -21,10 +21,10 @@ from cm3leon_jax.data.rows import loader
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, StoredDocuments
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.io import replacing
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout

@@ -17,7 +17,6 @@ import os
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.encode import texts_of
 from cm3leon_jax.data.documents.store import INDEX, Document, DocumentStore, Segment
@@ -34,9 +33,10 @@ from cm3leon_jax.data.sources.records import (
   make_record,
   parse_json,
 )
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.io import read_json
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FORMS = ("text", "image and caption", "segments")

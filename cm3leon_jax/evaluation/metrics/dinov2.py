@@ -10,7 +10,7 @@ from cm3leon_jax import extras
 from cm3leon_jax.clip.checkpoint import CONFIG, WEIGHTS, preprocess
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
-from cm3leon_jax.io import read_foreign_json
+from cm3leon_jax.files.json_files import read_foreign_json
 
 PROCESSOR = "preprocessor_config.json"
 BATCH = 32

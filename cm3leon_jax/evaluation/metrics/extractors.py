@@ -20,7 +20,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
-from cm3leon_jax.io import plain
+from cm3leon_jax.files.json_files import plain
 
 # What an image processor of transformers does.
 PREPROCESSING = (

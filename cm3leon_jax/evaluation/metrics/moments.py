@@ -12,7 +12,7 @@ import numpy as np
 from scipy import linalg
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 
 MIN_ROWS = 2  # Of a covariance.
 FIELDS = ("count", "mean", "scatter")

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import check_foreign
+from cm3leon_jax.files.json_files import check_foreign
 from cm3leon_jax.parameters import not_finite
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")

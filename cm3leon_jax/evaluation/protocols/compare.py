@@ -3,12 +3,12 @@
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.results import RESULTS
 from cm3leon_jax.evaluation.protocols.run import VALUES
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.runs import stages
 
 # What must be equal: other differences are what is compared.
 SAME = ("protocol", "data")

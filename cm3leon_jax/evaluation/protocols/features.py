@@ -18,7 +18,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.samples import PART
-from cm3leon_jax.io import replacing
+from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 KINDS = ("features", "embeddings", "codes")

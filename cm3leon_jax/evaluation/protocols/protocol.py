@@ -21,8 +21,8 @@ from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.files import SPLITS
 from cm3leon_jax.data.sources import yaml_documents
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.generation.tasks import MASK, slug
-from cm3leon_jax.io import plain
 
 HELDOUT = "heldout"  # Format of the data: the held-out pairs of the run.
 FIELDS = ("prompt", "caption", "history")  # Of templates.

@@ -11,7 +11,8 @@ from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.run import Run
 from cm3leon_jax.evaluation.protocols.samples import Evaluated
-from cm3leon_jax.io import digest, plain, write_json
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import plain, write_json
 
 RESULTS = "results.json"
 

@@ -21,11 +21,12 @@ from cm3leon_jax.evaluation.protocols.features import Images, Networks
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
 from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK
-from cm3leon_jax.io import read_json, replacing, write_json
-from cm3leon_jax.progress import progress_bar
 
 VALUES = "values.npz"
 # VQAScore's question (Lin et al. 2024) in the form that CM3Leon gives questions (table 5).

@@ -25,14 +25,15 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import read_json_lines
+from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
-from cm3leon_jax.io import read_json_lines, replacing
-from cm3leon_jax.progress import progress_bar
 
 PART = 64  # Examples of a part.
 

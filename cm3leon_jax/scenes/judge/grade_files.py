@@ -6,8 +6,9 @@ import json
 from etils import epath
 import numpy as np
 
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.scenes.judge import instruction_grades as grades
 from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.scenes.judge.instruction_grades import Answer

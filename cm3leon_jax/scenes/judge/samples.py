@@ -12,12 +12,13 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.scenes import drawings
 from cm3leon_jax.scenes.judge import errors, sheet
 from cm3leon_jax.scenes.judge import judge as scenes

@@ -9,9 +9,12 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from cm3leon_jax import buckets, distributed
+from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import absolute, digest, exists, read_json, write_json
+from cm3leon_jax.files import buckets
+from cm3leon_jax.files.atomic import absolute, exists
+from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig

@@ -10,9 +10,9 @@ import threading
 from etils import epath
 import jax
 
-from cm3leon_jax import buckets
 from cm3leon_jax.config import TryAgain
-from cm3leon_jax.io import digest
+from cm3leon_jax.files import buckets
+from cm3leon_jax.files.digests import digest
 
 
 def files_below(folder: epath.Path) -> list[str]:

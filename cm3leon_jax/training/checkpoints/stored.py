@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute
+from cm3leon_jax.files.atomic import absolute
 
 STACKED = "blocks"  # Parameters of all layers, on a leading axis.
 

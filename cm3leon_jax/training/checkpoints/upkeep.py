@@ -8,8 +8,8 @@ import datetime
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.stages import DONE
+from cm3leon_jax.files.json_files import read_json_lines
+from cm3leon_jax.runs.stages import DONE
 from cm3leon_jax.training.checkpoints import recovery, retention
 from cm3leon_jax.training.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.training.checkpoints.recovery import listed

@@ -11,9 +11,10 @@ import time
 
 from etils import epath
 
-from cm3leon_jax import buckets, distributed
+from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files import buckets
+from cm3leon_jax.files.json_files import read_json, write_json
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0

@@ -13,7 +13,8 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.io import exists, read_json, replacing, write_json
+from cm3leon_jax.files.atomic import exists, replacing
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.watch.metrics import MetricsLog

@@ -9,7 +9,7 @@ from etils import epath
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.prometheus import Prometheus
 from cm3leon_jax.training.watch.tensorboard_board import TensorBoard

@@ -9,7 +9,8 @@ from etils import epath
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import exists, read_json, read_json_lines, replacing, sync, write_json
+from cm3leon_jax.files.atomic import exists, replacing, sync
+from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 LOG = "metrics.jsonl"
 DIGEST = "metrics.digest.json"  # Size and SHA-256 of the log when it was last stored.

@@ -6,7 +6,7 @@ import uuid
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.watch.tensorboard_board import curves
 
 

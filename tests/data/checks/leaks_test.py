@@ -11,7 +11,7 @@ from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import openmoji
 from cm3leon_jax.data.sources.records import SPLITS
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.shards import Runner
 from tests.data.checks.duplicates_test import COPIES, photo
 
 

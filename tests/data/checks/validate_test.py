@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.checks.validate import validate_raw, validate_shard, validate_store
 from cm3leon_jax.data.documents.store import (
@@ -18,8 +17,9 @@ from cm3leon_jax.data.documents.store import (
   write_shard,
 )
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.io import read_json, write_json
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.runs import stages
 from tests.data.documents.store_test import VOCAB, document, flip, image, same, text, write_stage
 
 

@@ -6,7 +6,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.checks.validate import validate_store
 from cm3leon_jax.data.documents.encode import (
@@ -18,7 +17,8 @@ from cm3leon_jax.data.documents.encode import (
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources.records import SPLITS
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.shards import Runner
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -153,7 +153,7 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
     if lost:
       (folder / "train_pairs" / lost).unlink()
       (folder / stages.DONE).unlink()
-    with stages.once(folder, {}, files=stage_table.STAGES["documents"].files):
+    with stages.once(folder, {}, files=table.STAGES["documents"].files):
       encode(raw, text_tokenizer, folder)
     ids.append(stages.require(tmp_path, "documents")["id"])
     assert validate_store(DocumentStore(folder / "train_pairs", VOCAB))["documents"] == 15

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import store as documents_lib
 from cm3leon_jax.data.documents.shard_files import BadRecord
@@ -22,6 +21,7 @@ from cm3leon_jax.data.documents.store import (
   write_documents,
   write_shard,
 )
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import damage_record
 
@@ -184,7 +184,7 @@ def write_stage(root, number=7):
   """A finished stage `documents` with the store `train_pairs` of two shards; its folder."""
   made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
   folder = root / "documents"
-  with stages.once(folder, {}, files=stage_table.STAGES["documents"].files):
+  with stages.once(folder, {}, files=table.STAGES["documents"].files):
     for name, part in {"a": made[:3], "b": made[3:]}.items():
       write_shard(folder / "train_pairs", name, part, VOCAB)
     finish_store(folder / "train_pairs", ["a", "b"], VOCAB)

@@ -3,11 +3,11 @@
 from etils import epath
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import bundle
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import stages
 from tests.data.raw_folder import write_raw
 from tests.reports.run_files import make_image
 

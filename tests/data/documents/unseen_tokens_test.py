@@ -7,7 +7,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import unseen_tokens
 from cm3leon_jax.data.documents.store import Document, Segment, write_documents
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
 from tests.data.stores import VOCAB
 
 FIRST = VOCAB.num_special

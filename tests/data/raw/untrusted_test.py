@@ -27,7 +27,7 @@ from cm3leon_jax.data.sources.records import (
   make_record,
   parse_json,
 )
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
 
 FORMATS = ("png", "jpeg", "webp", "gif", "avif")

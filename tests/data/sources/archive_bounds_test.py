@@ -17,8 +17,8 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import archives, formats, records
 from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import RawPair, RawText, Record, Rejected, batches
-from cm3leon_jax.io import open_filesystem
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.atomic import open_filesystem
+from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
 

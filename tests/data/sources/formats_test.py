@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
-from cm3leon_jax.shards import Runner
+from cm3leon_jax.files.shards import Runner
 
 
 def read(source, kind="auto"):

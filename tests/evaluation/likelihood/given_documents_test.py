@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment, write_documents
 from cm3leon_jax.data.raw import reader
@@ -18,8 +17,9 @@ from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, RawText
 from cm3leon_jax.evaluation.likelihood import given_documents
 from cm3leon_jax.evaluation.likelihood.given_documents import Checked, DocumentFile, open_documents
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.io import write_json
+from cm3leon_jax.runs import stages
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 
 POSITIONS = 64

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.instructions.config import InstructionsConfig, load_tasks, read_tasks
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.text_tasks import InfillText
-from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, record
 from cm3leon_jax.scenes.judge import grade_files

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import faults_replay
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import replay
 from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
 from cm3leon_jax.training.faults.fingerprint import (

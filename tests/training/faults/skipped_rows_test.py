@@ -13,7 +13,7 @@ import pytest
 
 from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.faults import skipped_rows

@@ -5,7 +5,7 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 import pytest
 
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.watch import metrics
 from cm3leon_jax.training.watch.metrics import MetricsLog
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.train import TrainConfig
 from cm3leon_jax.training.watch.flops import Rates

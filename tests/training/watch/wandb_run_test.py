@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.training.watch.wandb_run import WandbRun
 
 

@@ -1,7 +1,7 @@
 """Stages of a run: each owns a folder of the workdir and leaves `done.json` in it.
 
 done.json describes the files that other stages open, and the id of a stage is the digest of these
-files: a stage that is run again and writes the same files is the same stage. `stage_table` says
+files: a stage that is run again and writes the same files is the same stage. `table` says
 which stages there are, and what each depends on.
 """
 
@@ -15,8 +15,10 @@ import time
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe, exists, plain, read_json, sync, write_json
-from cm3leon_jax.stage_table import STAGES, identity, reads_of
+from cm3leon_jax.files.atomic import exists, sync
+from cm3leon_jax.files.digests import damage, describe
+from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.runs.table import STAGES, identity, reads_of
 
 DONE = "done.json"
 
@@ -206,7 +208,7 @@ def stage(
   more_inputs: Mapping[str, str] | None = None,
   **options,
 ):
-  """Runs the body once for the stage `name` of `stage_table.STAGES`, see `once`.
+  """Runs the body once for the stage `name` of `table.STAGES`, see `once`.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
@@ -249,8 +251,8 @@ def once(
       processes run the body, or none.
     together: makes the context in which the processes of a job read done.json, so that all have
       read it before one deletes it.
-    files: see `stage_table.Stage`; without such files, every run of the stage has another id.
-    varying: see `stage_table.Stage`.
+    files: see `table.Stage`; without such files, every run of the stage has another id.
+    varying: see `table.Stage`.
 
   Raises:
     UserError: the folder holds the result of another config, or a file of it is damaged, or the

@@ -10,7 +10,7 @@ from etils import epath
 import ml_collections
 
 from cm3leon_jax.config import UserError, build
-from cm3leon_jax.io import read_json
+from cm3leon_jax.files.json_files import read_json
 
 COUNTS = "counts"  # Key of the summary of raw/done.json.
 CHARACTERS = 4  # Of a token, about.

@@ -4,11 +4,11 @@ import ml_collections
 from ml_collections import config_dict
 import pytest
 
-from cm3leon_jax import from_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import own
-from cm3leon_jax.from_data import Counts
-from cm3leon_jax.io import write_json
+from cm3leon_jax.files.json_files import write_json
+from cm3leon_jax.runs import from_data
+from cm3leon_jax.runs.from_data import Counts
 from cm3leon_jax.settings import default_config, settings_from_config
 
 COUNTS = Counts(48, 264, 0, 0, 7_360, 0, 358)

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import buckets, io
 from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.files import atomic, buckets
 from tests import bucket_server
 
 ROOT = pathlib.Path(__file__).parents[1]
 BEGIN = """
 import sys, time
-from cm3leon_jax import buckets
+from cm3leon_jax.files import buckets
 buckets.IDLE_SECONDS = 1
 buckets.prepare_access()
 """
@@ -323,6 +323,6 @@ def test_s3_is_refused_by_name():
     with pytest.raises(UserError, match=rf"^config\.raw\.source={path} is on S3, which is not "):
       buckets.check_path(path, "config.raw.source")
     with pytest.raises(UserError, match=f"^{path} is on S3"):
-      io.open_filesystem(path)
+      atomic.open_filesystem(path)
   for path in ("gs://s3/run", "runs/s3", "s3:/run", "ray://s3"):
     buckets.check_path(path)

@@ -10,12 +10,12 @@ import termios
 
 import tqdm.auto
 
-from cm3leon_jax import progress
+from cm3leon_jax.files import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = """
 import time
-from cm3leon_jax import progress
+from cm3leon_jax.files import progress
 progress.SECONDS = 0.05
 for _ in progress.progress_bar(range(20), "{name}", unit="step", leave={leave}):
   time.sleep(0.02)

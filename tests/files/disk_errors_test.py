@@ -9,7 +9,7 @@ import types
 import pytest
 
 from cm3leon_jax.config import UserError, causes
-from cm3leon_jax.disk_errors import failure, is_full, is_logged, prepare_logging
+from cm3leon_jax.files.disk_errors import failure, is_full, is_logged, prepare_logging
 
 WRITING = 'OUT_OF_RANGE: Failed writing: "/a/d/756ac1": Failed to write 35 bytes to file 5: '
 

@@ -7,10 +7,12 @@ from typing import Protocol
 
 from etils import epath
 
-from cm3leon_jax import buckets, extras
+from cm3leon_jax import extras
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import exists, plain, read_json, write_json
-from cm3leon_jax.progress import progress_bar
+from cm3leon_jax.files import buckets
+from cm3leon_jax.files.atomic import exists
+from cm3leon_jax.files.json_files import plain, read_json, write_json
+from cm3leon_jax.files.progress import progress_bar
 
 RUNNERS = ("local", "ray")
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.shards import Runner, forget, run_shards
+from cm3leon_jax.files.shards import Runner, forget, run_shards
 
 NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
 

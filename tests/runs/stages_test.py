@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SETTINGS = settings_from_config(default_config())
@@ -29,7 +29,7 @@ def finish(workdir, *names):
     with stages.once(workdir / name, {}, redo=True):
       pass
   if "train" in names:
-    run = {"run": stage_table.identity(SETTINGS, "train")}
+    run = {"run": table.identity(SETTINGS, "train")}
     write_json(workdir / "train" / "config.json", run)
 
 
@@ -84,7 +84,7 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
 
 
 def write_stage(workdir, name="vqgan", content=b"weights"):
-  with stages.once(workdir / name, {}, redo=True, files=stage_table.STAGES[name].files):
+  with stages.once(workdir / name, {}, redo=True, files=table.STAGES[name].files):
     (workdir / name / "params.safetensors").write_bytes(content)
     (workdir / name / "config.json").write_text("{}")
   return read_json(workdir / name / stages.DONE)
@@ -124,7 +124,7 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content,
   stages.check_files(tmp_path / "vqgan" / "config.json")
   with (
     pytest.raises(UserError, match=wrong),
-    stages.once(tmp_path / "vqgan", {}, files=stage_table.STAGES["vqgan"].files),
+    stages.once(tmp_path / "vqgan", {}, files=table.STAGES["vqgan"].files),
   ):
     pytest.fail("the body must not run")
 
@@ -161,7 +161,7 @@ def test_an_id_of_other_files_is_refused(tmp_path, change):
 
 def test_files_that_do_not_count_for_an_id_may_change(tmp_path):
   """Indices of ScaNN are others whenever they are made."""
-  stage, folder = stage_table.STAGES["neighbors"], tmp_path / "neighbors"
+  stage, folder = table.STAGES["neighbors"], tmp_path / "neighbors"
   ids = set()
   for content in (b"one", b"two"):
     with stages.once(folder, {}, redo=True, files=stage.files, varying=stage.varying):
@@ -250,12 +250,12 @@ def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
 
 def test_every_row_of_the_table_names_what_exists():
   fields = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-  order = list(stage_table.STAGES)
-  for name, stage in stage_table.STAGES.items():
+  order = list(table.STAGES)
+  for name, stage in table.STAGES.items():
     assert importlib.util.find_spec(f"cm3leon_jax.commands.{stage.command}")
     assert set(stage.same) <= {"seed", *SECTIONS, *fields}
     assert all(order.index(read) < order.index(name) for read in stage.reads)
-  assert fields >= stage_table.FREE
+  assert fields >= table.FREE
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_every_row_of_the_table_names_what_exists():
   ],
 )
 def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
-  identity = stage_table.identity(SETTINGS, name)
+  identity = table.identity(SETTINGS, name)
   assert set(identity) == set(parts.split())
   for section, values in identity.items():
     if section != "seed":
@@ -283,16 +283,16 @@ def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
 
 
 def test_identity_literals():
-  assert stage_table.identity(SETTINGS, "documents") == {
+  assert table.identity(SETTINGS, "documents") == {
     "vocab": {"num_special": 256, "text_size": 56_320, "image_size": 8_192},
     "text_tokenizer": {"max_caption_tokens": 512},
   }
-  assert stage_table.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
+  assert table.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
     "min_frequency": 2,
     "model_max_length": 4_096,
   }
-  assert stage_table.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
-  assert stage_table.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
+  assert table.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
+  assert table.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,8 @@ def test_identity_literals():
   ],
 )
 def test_fields_that_make_another_run(name, part, value, same):
-  identity = stage_table.identity(SETTINGS, name)
-  assert (stage_table.identity(changed(part, value), name) == identity) == same
+  identity = table.identity(SETTINGS, name)
+  assert (table.identity(changed(part, value), name) == identity) == same
 
 
 def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):
