@@ -95,4 +95,4 @@ from cm3leon_jax.runs import stages
 def f():
   from cm3leon_jax.commands.common import run
 """
-  assert imported(source) == {"mesh", "stages", "commands"}
+  assert imported(source) == {"mesh", "runs", "commands"}
