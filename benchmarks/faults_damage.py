@@ -177,8 +177,9 @@ class Trainer:
     import jax
 
     from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+    from cm3leon_jax.training.config import TrainConfig
     from cm3leon_jax.training.step.optimizer import OptimizerConfig
-    from cm3leon_jax.training.train import TrainConfig, compile_steps
+    from cm3leon_jax.training.steps import compile_steps
     from tests.data.stores import VOCAB
     from tests.models import tiny
 
@@ -199,7 +200,8 @@ class Trainer:
     """Continues as `training.train` does; see the arguments of `judge` for what it returns."""
     import jax
 
-    from cm3leon_jax.training.train import TrainConfig, restore_or_init
+    from cm3leon_jax.training.config import TrainConfig
+    from cm3leon_jax.training.loop import restore_or_init
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -193,7 +193,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
 
   from cm3leon_jax.mesh import create_mesh
   from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
-  from cm3leon_jax.training.train import compile_steps
+  from cm3leon_jax.training.steps import compile_steps
 
   settings, train = faults_run.settings_of(faults_run.CONFIG), folder / "train"
   with jax.set_mesh(create_mesh(settings.mesh)):

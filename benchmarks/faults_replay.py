@@ -93,8 +93,9 @@ class Trainer:
     """
     import jax
 
+    from cm3leon_jax.training.config import TrainConfig
     from cm3leon_jax.training.step.optimizer import OptimizerConfig
-    from cm3leon_jax.training.train import TrainConfig, compile_steps
+    from cm3leon_jax.training.steps import compile_steps
     from tests.data.stores import VOCAB
     from tests.models import tiny
 
@@ -228,7 +229,7 @@ def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients
   updates after the optimizer has made them; see `flipped`."""
   import optax
 
-  from cm3leon_jax.training.faults.replay import checked_step
+  from cm3leon_jax.training.faults.checked_step import checked_step
   from cm3leon_jax.training.step.optimizer import create_optimizer
   from cm3leon_jax.training.step.state import train_step
 

@@ -28,7 +28,7 @@ IMPORTED = (
   "cm3leon_jax.export.weights",
   "cm3leon_jax.generation.heldout",
   "cm3leon_jax.evaluation.likelihood.bits",
-  "cm3leon_jax.training.train",
+  "cm3leon_jax.training.loop",
   "tests.launch.stages_before",
   "torch",  # With which `launch.export` compares, if it is installed.
   "transformers",
@@ -51,7 +51,7 @@ POLL_SECONDS = 0.01
 STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
 # Name of a file, name of a function: the phase in which the main thread is there; the first counts.
 PHASES = (
-  ("training/train.py", "restore_or_init", "restore"),
+  ("training/loop.py", "restore_or_init", "restore"),
   ("training/watch/heldout.py", "evaluate", "evaluate"),
   ("training/watch/heldout.py", "heldout_batches", "evaluate"),
   ("generation/heldout.py", "generate_grid", "sample"),

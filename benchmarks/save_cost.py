@@ -28,7 +28,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.faults.replay import Replay
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 
 _VARIANT = flags.DEFINE_string("variant", "15", "Variant of the config `scenes`: 15, long.")
 _BLOCK = flags.DEFINE_integer("block", 20, "Steps of a block.", lower_bound=2)

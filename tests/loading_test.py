@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import export
-from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.export import bundle, choices
 from cm3leon_jax.files import progress
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -17,7 +17,7 @@ from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 
 PROMPT = "red apple"
-WRITTEN = {"hf": formats.Choice(), "orbax": formats.Choice("orbax")}
+WRITTEN = {"hf": choices.Choice(), "orbax": choices.Choice("orbax")}
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,10 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
 
 def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
   other = tmp_path / "int8"
-  export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
+  export.main(SETTINGS, run, choice=choices.Choice(quantize="int8"), output=str(other))
   with pytest.raises(UserError, match="int8 is an export with int8 weights, for other programs"):
     CM3Leon.load(other)
-  about = exports / "orbax" / formats.ABOUT
+  about = exports / "orbax" / choices.ABOUT
   stored = read_json(about)
   try:
     write_json(about, {k: v for k, v in stored.items() if k != "settings"})

@@ -23,7 +23,7 @@ from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats
+from cm3leon_jax.export import choices, formats
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SAMPLES = 4
 COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
 UNITS = {"image": "image code", "text": "text token"}
-DEFAULT = formats.Choice()
+DEFAULT = choices.Choice()
 _FORMAT = flags.DEFINE_enum(
   "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
 )
@@ -42,7 +42,7 @@ _OUTPUT = flags.DEFINE_string(
   "Folder of the export; default: export/ in the workdir of a run, as a stage, and for a bundle "
   "export/ in the current folder.",
 )
-_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(formats.DTYPES), "Dtype of the weights.")
+_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(choices.DTYPES), "Dtype of the weights.")
 _QUANTIZE = flags.DEFINE_enum(
   "quantize", None, ["int8"], "Matrices of the layers as int8, with a scale per output channel."
 )
@@ -77,7 +77,7 @@ def main(
   workdir,
   bundle_folder: str = "",
   base: str = "",
-  choice: formats.Choice = DEFAULT,
+  choice: choices.Choice = DEFAULT,
   output: str = "",
 ) -> None:
   if base and not bundle_folder:
@@ -94,7 +94,7 @@ def main(
       _write_bundle(trained, bundle_folder, base)
 
 
-def _export(trained: Trained, choice: formats.Choice, output: str) -> None:
+def _export(trained: Trained, choice: choices.Choice, output: str) -> None:
   settings, workdir = trained.settings, trained.folder
   if output:
     trained.ids([*table.STAGES["export"].reads])
@@ -115,14 +115,14 @@ def _export(trained: Trained, choice: formats.Choice, output: str) -> None:
 
 
 def _write(
-  folder: epath.Path, place: epath.Path, trained: Trained, choice: formats.Choice
+  folder: epath.Path, place: epath.Path, trained: Trained, choice: choices.Choice
 ) -> tuple[dict, str]:
   """Writes an export, which will stand at `place`; returns its numbers and what a user reads."""
   from cm3leon_jax.export import bundle
   from cm3leon_jax.reports import model_card
 
   settings, stored = trained.settings, trained.open_params(choice.average)
-  run = formats.Run(settings, trained.stages, stored, choice, trained.folder)
+  run = choices.Run(settings, trained.stages, stored, choice, trained.folder)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
@@ -143,7 +143,7 @@ def _write(
 
 
 def _check(
-  folder, run: formats.Run, transformers: bool, trained: Trained
+  folder, run: choices.Run, transformers: bool, trained: Trained
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
@@ -218,7 +218,7 @@ def _heldout_bits(settings, heldout, params) -> dict[str, float]:
 
 
 def _run(settings, workdir) -> None:
-  choice = formats.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
+  choice = choices.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
   main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value)
 
 

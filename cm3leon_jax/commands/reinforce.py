@@ -141,7 +141,7 @@ def main(
   from cm3leon_jax.export import weights
   from cm3leon_jax.planning import memory
   from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.train import train
+  from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.watch.monitor import change_line
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}

@@ -105,8 +105,8 @@ def main(
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.planning import memory
   from cm3leon_jax.training.faults.lease import Lease
+  from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.objective import Rows
-  from cm3leon_jax.training.train import train
   from cm3leon_jax.training.watch.traces import parse_steps
 
   traced = parse_steps(profile_steps, settings.train.steps)

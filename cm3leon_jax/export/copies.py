@@ -4,7 +4,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, huggingface
-from cm3leon_jax.export.formats import ABOUT
+from cm3leon_jax.export.choices import ABOUT
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.runs import stages, table

@@ -5,7 +5,7 @@ import os
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle, formats, image_tokenizer, orbax, placed, weights
+from cm3leon_jax.export import bundle, choices, image_tokenizer, orbax, placed, weights
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
@@ -18,7 +18,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 def is_export(source: str | os.PathLike[str]) -> bool:
   """Returns whether `cm3leon export` wrote the folder."""
   folder = bundle.folder_of(source)
-  return (folder / formats.ABOUT).exists() and not bundle.is_bundle(folder)
+  return (folder / choices.ABOUT).exists() and not bundle.is_bundle(folder)
 
 
 def read(folder: epath.Path) -> tuple[Settings, int]:
@@ -28,12 +28,12 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
     UserError: its numbers are not those that were trained, an earlier version wrote it, or its
       image tokenizer is a published one.
   """
-  if (kind := formats.kind_of(folder)) not in ("", "orbax"):
+  if (kind := choices.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"{folder} is an export {formats.KINDS[kind]}, for other programs: load the workdir of its "
+      f"{folder} is an export {choices.KINDS[kind]}, for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
-  stored = read_json(folder / formats.ABOUT, {"step": int})
+  stored = read_json(folder / choices.ABOUT, {"step": int})
   if "settings" not in stored:
     raise UserError(
       f"{folder} was written by an older version and has no settings: run "

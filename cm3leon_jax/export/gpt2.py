@@ -12,7 +12,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.export.formats import Run
+from cm3leon_jax.export.choices import Run
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.checkpoints.stored import StoredParams

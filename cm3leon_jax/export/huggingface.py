@@ -20,7 +20,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import int8, tensor_files
-from cm3leon_jax.export.formats import Run
+from cm3leon_jax.export.choices import Run
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard

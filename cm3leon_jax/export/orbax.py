@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.formats import Run
+from cm3leon_jax.export.choices import Run
 from cm3leon_jax.export.tensor_files import DTYPES, convert
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json, write_json

@@ -49,7 +49,7 @@ from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.formats import Run
+  from cm3leon_jax.export.choices import Run
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.training.checkpoints.stored import StoredParams
 
@@ -99,14 +99,14 @@ def write_model(
   Raises:
     UserError: nothing was trained there, a file is damaged, or see `formats.check`.
   """
-  from cm3leon_jax.export import formats
+  from cm3leon_jax.export import choices, formats
   from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.mesh import MeshConfig, create_mesh
   from cm3leon_jax.training.checkpoints import stored
 
   trained = open_trained(source)
   settings = trained.settings
-  formats.check(formats.Choice(format="stablehlo", dtype=dtype), settings)
+  formats.check(choices.Choice(format="stablehlo", dtype=dtype), settings)
   settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     params = stored.of_tree(trained.load_params()[0])

@@ -8,7 +8,7 @@ from etils import epath
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stored_tensors
+from cm3leon_jax.export import bundle, choices, huggingface, orbax, placed, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
@@ -106,9 +106,9 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   folder = bundle.folder_of(source)
   if bundle.is_bundle(folder):
     bundle.read(folder)  # Checks its files.
-  if (kind := formats.kind_of(folder)) not in ("", "orbax"):
+  if (kind := choices.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {formats.KINDS[kind]}, whose numbers are not those that "
+      f"--init_from is {source}, an export {choices.KINDS[kind]}, whose numbers are not those that "
       "were trained: name the workdir that it was exported from, or an export in the format hf or "
       "orbax."
     )

@@ -8,7 +8,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.export import formats, stored_tensors
+from cm3leon_jax.export import choices, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
 from cm3leon_jax.files.digests import digest
@@ -114,9 +114,9 @@ def open_source(source: str) -> Source:
     UserError: the folder holds none, or none that is read safely or exactly.
   """
   folder = epath.Path(source)
-  if (kind := formats.kind_of(folder)) in ("orbax", "stablehlo"):
+  if (kind := choices.kind_of(folder)) in ("orbax", "stablehlo"):
     raise UserError(
-      f"--source is {source}, an export {formats.KINDS[kind]}; only those in the format hf are "
+      f"--source is {source}, an export {choices.KINDS[kind]}; only those in the format hf are "
       "imported"
       + (": `cm3leon train --init_from` starts from this one." if kind == "orbax" else ".")
     )

@@ -11,7 +11,7 @@ from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.search import meshes
 from cm3leon_jax.training.step.accumulation import on_mesh
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import device_peak, model_flops
 
 GIB = 2**30

@@ -20,7 +20,7 @@ from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.step import policy
 from cm3leon_jax.training.step.accumulation import on_mesh
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 
 
 def count_params(settings, mesh: jax.sharding.Mesh) -> int:

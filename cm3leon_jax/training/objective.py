@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 import jax
@@ -20,9 +20,7 @@ from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.step.numerics import TooManySkippedError
-
-if TYPE_CHECKING:
-  from cm3leon_jax.training.train import Steps
+from cm3leon_jax.training.steps import Steps
 
 
 @runtime_checkable
@@ -41,7 +39,7 @@ class Objective(Protocol):
     """Tokens of a row of the batch."""
 
   def begin(
-    self, steps: "Steps", next_row: int, rows: int, sharding: NamedSharding
+    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
     """Begins at a row.
 
@@ -56,7 +54,7 @@ class Objective(Protocol):
     """
 
   def explain(
-    self, steps: "Steps", params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
+    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
   ) -> str:
     """Finds out what steps that were skipped had read. All processes must call it.
 
@@ -96,14 +94,14 @@ class Rows:
     return self.loader.plan.config.sequence_length
 
   def begin(
-    self, steps: "Steps", next_row: int, rows: int, sharding: NamedSharding
+    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
     """See `Objective`."""
     take_step = functools.partial(steps.train, num_sources=len(self.names))
     return take_step, batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
 
   def explain(
-    self, steps: "Steps", params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
+    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
   ) -> str:
     """Saves the rows with the largest losses, see `Objective` and `skipped_rows.save`."""
     remaining = Remaining(self.loader, self.skipped)
@@ -149,7 +147,7 @@ class NewestState:
 
 @contextlib.contextmanager
 def explaining(
-  objective: Objective, steps: "Steps", newest: NewestState, config, sharding, folder: epath.Path
+  objective: Objective, steps: Steps, newest: NewestState, config, sharding, folder: epath.Path
 ) -> Iterator[None]:
   """Explains to the user why a body that trains has stopped because of skipped steps.
 

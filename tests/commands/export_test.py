@@ -16,7 +16,7 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.export import bundle, formats, huggingface
+from cm3leon_jax.export import bundle, choices, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
@@ -107,7 +107,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
   pytest.importorskip("torch")
   settings, root = gelu
   output = tmp_path / "out"
-  choice = formats.Choice(layout, dtype)
+  choice = choices.Choice(layout, dtype)
   export.main(settings, root, choice=choice, output=str(output))
   message = capsys.readouterr().out
   assert f"export: {'GPT2LMHeadModel' if layout == 'gpt2' else 'OPTForCausalLM'}, " in message
@@ -123,7 +123,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
 def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
   pytest.importorskip("compressed_tensors")
   settings, root = gelu
-  choice = formats.Choice(quantize="int8")
+  choice = choices.Choice(quantize="int8")
   export.main(settings, root, choice=choice, output=str(tmp_path / "out"))
   message = capsys.readouterr().out
   before, after = map(
@@ -136,8 +136,8 @@ def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
 
 def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu, capsys):
   settings, root = gelu
-  orbax = formats.Choice("orbax")
-  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (formats.Choice(), "OPTFor")):
+  orbax = choices.Choice("orbax")
+  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (choices.Choice(), "OPTFor")):
     export.main(settings, root, choice=choice)
     assert expected in capsys.readouterr().out
   assert (root / "export" / huggingface.WEIGHTS).exists()
@@ -148,7 +148,7 @@ def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu,
 def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
   """They are NaN, see `save_run`, and NaN is refused."""
   settings, root = gelu
-  choice, output = formats.Choice(average=False), str(tmp_path / "out")
+  choice, output = choices.Choice(average=False), str(tmp_path / "out")
   with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite"):
     export.main(settings, root, choice=choice, output=output)
   assert not (tmp_path / "out").exists()
@@ -159,21 +159,21 @@ def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(expo
   for settings, choice, message in (
     (
       SETTINGS,
-      formats.Choice("gpt2"),
+      choices.Choice("gpt2"),
       r"model\.activation is '' \(ReLU\), and --format=gpt2 needs",
     ),
-    (with_model(SETTINGS, family="modern"), formats.Choice("gpt2"), "GPT-2 has no rotary"),
+    (with_model(SETTINGS, family="modern"), choices.Choice("gpt2"), "GPT-2 has no rotary"),
     (
       with_model(SETTINGS, activation="gelu_tanh", query_key_norm=True),
-      formats.Choice("gpt2"),
+      choices.Choice("gpt2"),
       "GPT2LMHeadModel has no such norm",
     ),
     (
       with_model(SETTINGS, query_key_norm=True),
-      formats.Choice(),
+      choices.Choice(),
       "OPTForCausalLM has no such norm",
     ),
-    (SETTINGS, formats.Choice("orbax", quantize="int8"), "--format=orbax has no such weights"),
+    (SETTINGS, choices.Choice("orbax", quantize="int8"), "--format=orbax has no such weights"),
   ):
     with pytest.raises(UserError, match=message):
       export.main(settings, exported_before, choice=choice)
@@ -202,7 +202,7 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
 
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
-  orbax, output = formats.Choice("orbax"), tmp_path / "out"
+  orbax, output = choices.Choice("orbax"), tmp_path / "out"
   output.mkdir()  # Empty.
   export.main(settings, root, choice=orbax, output=str(output))
   before = contents(output)
@@ -218,10 +218,10 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
     with pytest.raises(Killed):
       export.main(settings, root, choice=orbax, output=str(output))
   assert contents(output) == before
-  export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
+  export.main(settings, root, choice=choices.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  (output / formats.ABOUT).unlink()
+  (output / choices.ABOUT).unlink()
   with pytest.raises(UserError, match=r"which is there and not a folder that cm3leon export wrote"):
     export.main(settings, root, choice=orbax, output=str(output))
   with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):

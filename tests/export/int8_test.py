@@ -8,7 +8,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, huggingface, int8
+from cm3leon_jax.export import choices, formats, huggingface, int8
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training.checkpoints import stored
 from tests.generation.run import SETTINGS, one_device
@@ -52,11 +52,11 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
   positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
   with one_device():
     params = jax.device_get(random_params(config))
-    choice = formats.Choice(quantize="int8")
+    choice = choices.Choice(quantize="int8")
     (tmp_path / "text_tokenizer").mkdir()
     for name in text.FILES:
       (tmp_path / "text_tokenizer" / name).write_text("{}")
-    run = formats.Run(settings, tmp_path, stored.of_tree(params), choice)
+    run = choices.Run(settings, tmp_path, stored.of_tree(params), choice)
     numbers = huggingface.write(tmp_path / "out", run)
     exact, rounded = (
       np.asarray(model_logits(config, tree, tokens, positions, np.ones_like(tokens)))
@@ -79,7 +79,7 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
 def test_other_formats_refuse_it_by_name():
   model = dataclasses.replace(SETTINGS.model, activation="gelu_tanh")
   settings = dataclasses.replace(SETTINGS, model=model)
-  choice = formats.Choice(format="gpt2", quantize="int8")
+  choice = choices.Choice(format="gpt2", quantize="int8")
   with pytest.raises(UserError, match=r"--quantize=int8 is given, and --format=gpt2 has no such"):
     formats.check(choice, settings)
   formats.check(dataclasses.replace(choice, quantize=""), settings)

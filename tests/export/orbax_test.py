@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, orbax, weights
+from cm3leon_jax.export import choices, orbax, weights
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training.checkpoints import stored
 from tests.generation.run import SETTINGS, one_device
@@ -21,8 +21,8 @@ def exported(request, run, tmp_path):
   settings = dataclasses.replace(SETTINGS, model=model)
   with one_device():
     params = jax.device_get(random_params(model))
-  choice = formats.Choice(format="orbax")
-  of_run = formats.Run(settings, run, stored.of_tree(params), choice)
+  choice = choices.Choice(format="orbax")
+  of_run = choices.Run(settings, run, stored.of_tree(params), choice)
   numbers = orbax.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run

@@ -20,7 +20,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.export import formats, stablehlo
+from cm3leon_jax.export import choices, formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import checkpoint
@@ -177,15 +177,15 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(stablehlo.jax.export, "export", fail)
-  choice = formats.Choice(format="stablehlo")
+  choice = choices.Choice(format="stablehlo")
   params = checkpoint.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
-    stablehlo.write(target, formats.Run(SETTINGS, run, params, choice))
+    stablehlo.write(target, choices.Run(SETTINGS, run, params, choice))
   assert not (target / stablehlo.MANIFEST).exists()
 
 
 def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
-  choice = formats.Choice(format="stablehlo", dtype="float16")
+  choice = choices.Choice(format="stablehlo", dtype="float16")
   with pytest.raises(UserError, match=r"^--dtype is float16, .* choose float32 or bfloat16\.$"):
     formats.check(choice, SETTINGS)
   with pytest.raises(UserError, match=r"^--dtype is float16, "):
@@ -197,7 +197,7 @@ def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
 def test_a_missing_flatbuffers_is_named(monkeypatch):
   monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match="pip install flatbuffers"):
-    formats.check(formats.Choice(format="stablehlo"), SETTINGS)
+    formats.check(choices.Choice(format="stablehlo"), SETTINGS)
 
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import formats, gpt2, huggingface, weights
+from cm3leon_jax.export import choices, gpt2, huggingface, weights
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import table
 from cm3leon_jax.training.checkpoints import stored
@@ -105,7 +105,7 @@ def test_an_export_with_other_numbers_is_refused_by_its_name(
   settings = with_model(**fields)
   with one_device():
     params = stored.of_tree(jax.device_get(random_params(settings.model)))
-  about = formats.Run(settings, run, params, formats.Choice(**choice))
+  about = choices.Run(settings, run, params, choices.Choice(**choice))
   (gpt2 if choice.get("format") else huggingface).write(tmp_path, about)
   with pytest.raises(UserError, match=rf"^--init_from is \S+, {message}, .* format hf or orbax\.$"):
     weights.find(settings, str(tmp_path))

@@ -151,18 +151,18 @@ TRAINING = (
     ("spikes_are_sound", " & ~spike\n", "\n"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/train.py",
+    "cm3leon_jax/training/loop.py",
     f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
     ("skipped_steps_are_saved", "or not skipped or", "or skipped < 2 or"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/train.py",
+    "cm3leon_jax/training/loop.py",
     f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
     ("skipped_steps_are_saved_at_a_signal", " and skipped < step - saved)", ")"),
     ("a_signal_after_a_skipped_step_saves_nothing", " or (code is not None and", " or (False and"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/train.py",
+    "cm3leon_jax/training/loop.py",
     f"{SKIPPED_TEST}::test_a_parameter_that_is_not_finite_is_not_saved",
     ("nans_are_saved", 'check_finite(state, f"checkpoint {step}", REMEDY)', "pass"),
   ),

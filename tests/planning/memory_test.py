@@ -20,7 +20,7 @@ from cm3leon_jax.mesh import MeshConfig, abstract
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 from tests.generation.run import SETTINGS
 from tests.models.tiny import mesh_of
 

@@ -22,7 +22,7 @@ from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import policy
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
 from tests.generation.run import SETTINGS
 from tests.launch import tiny_instruct_config

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import parameters
-from cm3leon_jax.export import formats
+from cm3leon_jax.export import choices, formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 def write(run, folder, **choice) -> str:
   """Writes an export and its card; returns the card."""
   params = checkpoint.open_params(run / "train")
-  about = formats.Run(SETTINGS, run, params, formats.Choice(**choice))
+  about = choices.Run(SETTINGS, run, params, choices.Choice(**choice))
   numbers = formats.write(folder, about)
   model_card.write(folder, run, SETTINGS, STEP, numbers)
   return (folder / "README.md").read_text()

@@ -10,12 +10,14 @@ import numpy as np
 
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import train as train_module
+from cm3leon_jax.training import loop
 from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.loop import train
 from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import init_state
-from cm3leon_jax.training.train import TrainConfig, compile_steps, train
+from cm3leon_jax.training.steps import compile_steps
 from tests.data.stores import VOCAB
 from tests.models.tiny import mesh_of
 
@@ -80,7 +82,7 @@ def run(
 
   with (
     jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(train_module, "compile_steps", compile_steps if fresh else steps),
+    mock.patch.object(loop, "compile_steps", compile_steps if fresh else steps),
   ):
     return train(
       epath.Path(folder),

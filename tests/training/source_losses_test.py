@@ -16,12 +16,13 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training import train as train_module
+from cm3leon_jax.training import loop
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.loop import train
 from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import eval_step, init_state, train_step
-from cm3leon_jax.training.train import TrainConfig, train
 from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.training.watch.monitor import change_line
 from cm3leon_jax.training.watch.tensorboard_board import curves
@@ -153,7 +154,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
   arguments = (MODEL, optimizer, config, VOCAB, Rows(loader), loader, 0, sample_grid)
   with (
     jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(train_module, "compile_steps", steps),
+    mock.patch.object(loop, "compile_steps", steps),
   ):
     return train(epath.Path(folder), *arguments, evaluate_start=evaluate_start)
 

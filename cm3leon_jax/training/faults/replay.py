@@ -6,38 +6,29 @@ a third computation on yet other devices decides. Also the state that the step b
 be, bit for bit, the one that a checked step reads, and all replicas of a shard must be equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import socket
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
-import optax
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.assignment import assignments, moved, moved_back
+from cm3leon_jax.training.faults.checked_step import STAGES, is_checked
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
   equal,
-  fingerprint,
   fingerprint_of,
   names_of,
 )
 from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
+from cm3leon_jax.training.steps import Steps
 
-if TYPE_CHECKING:
-  from cm3leon_jax.training.train import Steps, TrainConfig
-
-# What is compared, in the order in which an error spreads.
-STAGES = {
-  "read": "the state that it reads",
-  "gradients": "gradients",
-  "updates": "updates",
-  "left": "the new state",
-}
 MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
 Fingerprints = dict[str, Fingerprint]
 Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
@@ -47,36 +38,6 @@ REPLACE = (
   "report the device to its provider and run without its node (SLURM: --exclude=NODE; GKE: kubectl "
   "cordon NODE; a TPU slice: delete it and request another)"
 )
-
-
-def checked_step(
-  make_step: Callable[[optax.GradientTransformation], Callable],
-  optimizer: optax.GradientTransformation,
-) -> Callable:
-  """Makes a train step that also returns the fingerprints of `STAGES`.
-
-  Args:
-    make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
-    optimizer: of the run.
-
-  Returns:
-    (state, batch, num_sources) -> (state, metrics, fingerprints).
-  """
-
-  def step(state, batch, num_sources=0):
-    found = {"read": fingerprint(state)}
-
-    def update(gradients, opt_state, params):
-      found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
-      updates, opt_state = optimizer.update(gradients, opt_state, params)
-      found["updates"] = fingerprint(updates)
-      return updates, opt_state
-
-    watched = optax.GradientTransformation(optimizer.init, update)
-    state, metrics = make_step(watched)(state, batch, num_sources=num_sources)
-    return state, metrics, {**found, "left": fingerprint(state)}
-
-  return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +111,7 @@ class Replay:
     faults: descriptions of those that were found.
   """
 
-  def __init__(self, steps: "Steps", config: "TrainConfig", step: int, mesh: Mesh):
+  def __init__(self, steps: Steps, config: TrainConfig, step: int, mesh: Mesh):
     """Prepares it. All processes must call it.
 
     Args:
@@ -327,7 +288,7 @@ class Replay:
     ]
 
 
-def replaying(steps: "Steps", config: "TrainConfig", state) -> "Steps":
+def replaying(steps: Steps, config: TrainConfig, state) -> Steps:
   """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
 
   Args:
@@ -346,11 +307,6 @@ def replaying(steps: "Steps", config: "TrainConfig", state) -> "Steps":
     where = "the only device (train.replay_every): what it computes wrongly each time stays unseen"
   distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
   return dataclasses.replace(steps, train=replay)
-
-
-def is_checked(config: "TrainConfig", step: int) -> bool:
-  """Returns whether a step is checked; the call of such a step returns when it is done."""
-  return bool(config.replay_every) and step % config.replay_every == 0
 
 
 def _agreed(verdict: Verdict) -> Verdict:

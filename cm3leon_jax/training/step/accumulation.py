@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from cm3leon_jax.config import UserError
-
-if TYPE_CHECKING:
-  from cm3leon_jax.training.train import TrainConfig
+from cm3leon_jax.training.config import TrainConfig
 
 
 def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:

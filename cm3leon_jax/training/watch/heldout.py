@@ -3,27 +3,25 @@
 from collections.abc import Callable, Sequence
 import functools
 import itertools
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from cm3leon_jax.data.rows.loader import RowLoader, batches
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step import loss
+from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
 
-if TYPE_CHECKING:
-  from cm3leon_jax.training.train import Steps, TrainConfig
 
-
-def heldout_batches(heldout: RowLoader, config: "TrainConfig", sharding) -> list:
+def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
   """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
   count = config.eval_batches * config.gradient_accumulation_steps
   return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
 
 
 def evaluate(
-  steps: "Steps", params, eval_batches: list, sources: Sequence[str] = ()
+  steps: Steps, params, eval_batches: list, sources: Sequence[str] = ()
 ) -> dict[str, float]:
   """Computes the held-out losses by modality, nats per target of the documents themselves.
 
@@ -41,7 +39,7 @@ def evaluate(
 
 
 def evaluator(
-  steps: "Steps", heldout: RowLoader, config: "TrainConfig", sharding
+  steps: Steps, heldout: RowLoader, config: TrainConfig, sharding
 ) -> Callable[[dict], dict[str, float]]:
   """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
   eval_batches = heldout_batches(heldout, config, sharding)

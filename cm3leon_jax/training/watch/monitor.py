@@ -10,7 +10,7 @@ import jax
 import optax
 
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.faults.replay import is_checked
+from cm3leon_jax.training.faults.checked_step import is_checked
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.step.numerics import SkipCounter, finite_values
 from cm3leon_jax.training.watch import flops

@@ -14,7 +14,8 @@ from benchmarks import faults_replay
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.faults import replay
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.faults import checked_step, replay
 from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
@@ -25,7 +26,7 @@ from cm3leon_jax.training.faults.fingerprint import (
 )
 from cm3leon_jax.training.faults.replay import Replay, judge, replaying
 from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
-from cm3leon_jax.training.train import TrainConfig
+from cm3leon_jax.training.steps import Steps
 from tests.models.tiny import mesh_of
 from tests.training import runs
 
@@ -150,7 +151,7 @@ def test_two_of_three_name_the_device_of_the_third():
   assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
 
   def of(*digests, **others):
-    stages = {stage: numbers_of(7, 8, 9) for stage in replay.STAGES}
+    stages = {stage: numbers_of(7, 8, 9) for stage in checked_step.STAGES}
     others = {stage: numbers_of(*x) for stage, x in others.items()}
     return {**stages, "gradients": numbers_of(*digests), **others}
 
@@ -174,7 +175,9 @@ def test_two_of_three_name_the_device_of_the_third():
 
 def test_on_two_devices_an_error_that_repeats_is_no_majority():
   """Device 0 is always wrong, in shard 0, shard 1 and shard 0: two computations agree on it."""
-  wrong, other = ({stage: numbers_of(*x) for stage in replay.STAGES} for x in ((5, 8), (7, 4)))
+  wrong, other = (
+    {stage: numbers_of(*x) for stage in checked_step.STAGES} for x in ((5, 8), (7, 4))
+  )
   found = judge((wrong, other, wrong), meshes_of(2))
   assert found == replay.Verdict((1,), False, True, "read", (0,), ())
   assert found.majority is None
@@ -185,7 +188,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   # Two that agree on other devices are believed; a single device is all that there is.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
-  alone = [{stage: numbers_of(x) for stage in replay.STAGES} for x in (5, 7, 5)]
+  alone = [{stage: numbers_of(x) for stage in checked_step.STAGES} for x in (5, 7, 5)]
   assert judge(alone, meshes_of(1)).majority == 0
 
 
@@ -246,12 +249,14 @@ def test_flips_above_a_tolerance_are_found(trainer):
     assert found["found"] is is_found, found
 
 
+NO_STEPS = Steps(*[pytest.fail] * 5)  # None of them is called.
+
+
 def wrong_replay(step=0, **fields):
   """A Replay whose computations are told what they find; 4 devices."""
   mesh = mesh_of(1, 4, 1)
   config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
-  steps = types.SimpleNamespace(train=None, checked=None)
-  return Replay(steps, config, step, mesh)
+  return Replay(NO_STEPS, config, step, mesh)
 
 
 def test_a_start_says_once_where_steps_are_checked(trainer, capsys):
@@ -395,5 +400,4 @@ def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsy
 
 
 def test_without_replay_the_steps_are_those_of_before():
-  steps = types.SimpleNamespace()
-  assert replaying(steps, TrainConfig(), None) is steps
+  assert replaying(NO_STEPS, TrainConfig(), None) is NO_STEPS

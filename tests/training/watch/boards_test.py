@@ -11,7 +11,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.extras import install
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.training.train import TrainConfig
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch import boards
 from cm3leon_jax.training.watch.boards import Board, open_boards
 from cm3leon_jax.training.watch.goodput import Stopwatch

@@ -16,7 +16,7 @@ from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.heldout import evaluate, heldout_batches
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import mesh_of, random_params

@@ -1,0 +1,51 @@
+"""A train step that returns fingerprints of what it reads, computes and leaves."""
+
+from collections.abc import Callable
+
+import optax
+
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.faults.fingerprint import fingerprint
+
+# What is compared, in the order in which an error spreads.
+STAGES = {
+  "read": "the state that it reads",
+  "gradients": "gradients",
+  "updates": "updates",
+  "left": "the new state",
+}
+
+
+def checked_step(
+  make_step: Callable[[optax.GradientTransformation], Callable],
+  optimizer: optax.GradientTransformation,
+) -> Callable:
+  """Makes a train step that also returns the fingerprints of `STAGES`.
+
+  Args:
+    make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
+    optimizer: of the run.
+
+  Returns:
+    (state, batch, num_sources) -> (state, metrics, fingerprints).
+  """
+
+  def step(state, batch, num_sources=0):
+    found = {"read": fingerprint(state)}
+
+    def update(gradients, opt_state, params):
+      found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
+      updates, opt_state = optimizer.update(gradients, opt_state, params)
+      found["updates"] = fingerprint(updates)
+      return updates, opt_state
+
+    watched = optax.GradientTransformation(optimizer.init, update)
+    state, metrics = make_step(watched)(state, batch, num_sources=num_sources)
+    return state, metrics, {**found, "left": fingerprint(state)}
+
+  return step
+
+
+def is_checked(config: TrainConfig, step: int) -> bool:
+  """Returns whether a step is checked; the call of such a step returns when it is done."""
+  return bool(config.replay_every) and step % config.replay_every == 0

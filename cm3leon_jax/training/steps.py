@@ -1,0 +1,74 @@
+"""The jitted functions of a run, compiled for the current mesh."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.faults.checked_step import checked_step
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import eval_step, init_state, row_losses, train_step
+from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.xla_options import compiler_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The jitted functions of a run.
+
+  Attributes:
+    init: () -> state, with an average of the parameters if the optimizer's config has one.
+    train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
+    evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
+      `num_sources` of rows that are marked with their sources.
+    row_losses: (params, batch) -> loss of each row, see `state.row_losses`.
+    checked: as `train`; also returns fingerprints, see `checked_step`.
+  """
+
+  init: Callable
+  train: Callable
+  evaluate: Callable
+  row_losses: Callable
+  checked: Callable
+
+
+def compile_steps(
+  model: ModelConfig,
+  optimizer_config: OptimizerConfig,
+  config: TrainConfig,
+  vocab: VocabLayout,
+  seed: int,
+) -> Steps:
+  """Builds the functions for the current mesh; each is compiled at its first call."""
+  optimizer = create_optimizer(optimizer_config, config.steps)
+
+  def make_step(optimizer):
+    return functools.partial(
+      train_step,
+      model,
+      optimizer,
+      vocab.text_size,
+      config.gradient_accumulation_steps,
+      z_loss=optimizer_config.z_loss,
+      ema_decay=optimizer_config.ema_decay,
+    )
+
+  compile_step = functools.partial(
+    jax.jit,
+    donate_argnums=0,
+    static_argnames="num_sources",
+    compiler_options=compiler_options(jax.sharding.get_mesh()),
+  )
+  averaged = optimizer_config.ema_decay > 0
+  return Steps(
+    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged)),
+    train=compile_step(make_step(optimizer)),
+    evaluate=jax.jit(
+      functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
+    ),
+    row_losses=jax.jit(functools.partial(row_losses, model)),
+    checked=compile_step(checked_step(make_step, optimizer)),
+  )
