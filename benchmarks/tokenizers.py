@@ -33,8 +33,9 @@ from cm3leon_jax.mesh import create_mesh, shard
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.tokenizers import quantizers, train_vqgan
+from cm3leon_jax.tokenizers import quantizers
 from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
 
@@ -143,12 +144,12 @@ def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
   config = settings.vqgan
   shape = (config.batch_size, config.resolution, config.resolution, 3)
   images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-  state = train_vqgan.init_state(config, settings.vocab.image_size, 0)
+  state = vqgan_training.init_state(config, settings.vocab.image_size, 0)
 
   def take(count: int) -> None:
     nonlocal state
     for _ in range(count):
-      state, _ = train_vqgan.train_step(state, images, config, config.adversarial_weight > 0)
+      state, _ = vqgan_training.train_step(state, images, config, config.adversarial_weight > 0)
     jax.block_until_ready(state)
 
   return take

@@ -31,12 +31,10 @@ def _check_flags(source: str, family: str | None, own: bool) -> None:
 def _check_folder(folder) -> None:
   """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
   from cm3leon_jax.tokenizers import vqgan
-  from cm3leon_jax.training import small_trainer
+  from cm3leon_jax.training.small import trainer
 
   imported = vqgan.is_published(folder) or stages.command_of(folder) == "import_vqgan"
-  if ((folder / vqgan.CONFIG).exists() and not imported) or (
-    folder / small_trainer.FOLDER
-  ).exists():
+  if ((folder / vqgan.CONFIG).exists() and not imported) or (folder / trainer.FOLDER).exists():
     raise UserError(
       f"{folder} holds a VQGAN of cm3leon train_vqgan: use another --workdir, or delete that "
       "folder."

@@ -10,9 +10,9 @@ from cm3leon_jax.runs import stages
 
 
 def main(settings, workdir):
-  from cm3leon_jax.clip import train as train_clip
   from cm3leon_jax.tokenizers.text import TextTokenizer
-  from cm3leon_jax.training import small_trainer
+  from cm3leon_jax.training.small import clip_training as train_clip
+  from cm3leon_jax.training.small import trainer
 
   if stages.is_given(workdir, "clip"):
     return
@@ -32,8 +32,8 @@ def main(settings, workdir):
         )
       )
     else:
-      small_trainer.print_other_steps("clip", workdir / "clip", settings.clip.steps)
-  small_trainer.delete_checkpoints(workdir / "clip")
+      trainer.print_other_steps("clip", workdir / "clip", settings.clip.steps)
+  trainer.delete_checkpoints(workdir / "clip")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def _boards(folder, enabled: bool):
 
 def main(settings, workdir):
   from cm3leon_jax.data.raw import reader
-  from cm3leon_jax.tokenizers import train_vqgan, vqgan
-  from cm3leon_jax.training import small_trainer
+  from cm3leon_jax.tokenizers import vqgan
+  from cm3leon_jax.training.small import trainer, vqgan_training
 
   _check_import(workdir / "vqgan")
   if stages.is_given(workdir, "vqgan"):
@@ -98,7 +98,7 @@ def main(settings, workdir):
         for split in ("train", "heldout")
       ]
       summary.update(
-        train_vqgan.train_vqgan(
+        vqgan_training.train_vqgan(
           settings.vqgan,
           settings.vocab.image_size,
           settings.seed,
@@ -113,8 +113,8 @@ def main(settings, workdir):
       summary.update(_judge_scenes(workdir, tokenizer, settings.scenes.style))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     else:
-      small_trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
-  small_trainer.delete_checkpoints(workdir / "vqgan")
+      trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
+  trainer.delete_checkpoints(workdir / "vqgan")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from benchmarks.tokenizers import ARMS, Experiment
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers import quantizers, train_vqgan
+from cm3leon_jax.tokenizers import quantizers
+from cm3leon_jax.training.small import vqgan_training
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
@@ -64,7 +65,7 @@ def test_the_commonest_square_bounds_the_perplexity():
   # 1 bit for whether it is the first of 5, and 2 more bits in half of the cases: 2 bits.
   assert bound(0.5, 5) == pytest.approx(4)
   codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
-  assert train_vqgan.perplexity(codes, 5) == pytest.approx(4)
+  assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)
 
 
 def test_cpu_seconds_are_those_of_the_work():

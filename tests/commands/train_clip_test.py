@@ -8,7 +8,7 @@ from cm3leon_jax.commands import train_clip
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small import trainer
 from tests.commands.train_vqgan_test import Killed, write_images
 from tests.data.stores import VOCAB
 from tests.generation.run import CAPTIONS, SETTINGS
@@ -21,7 +21,7 @@ def test_a_training_is_one_of_its_pairs_and_its_text_tokenizer(tmp_path):
   text.train_text_tokenizer(words, VOCAB, SETTINGS.text_tokenizer, tokenizer)
   write_json(tokenizer / stages.DONE, {"id": "texts"})
   with (
-    mock.patch.object(small_trainer, "train", side_effect=Killed) as training,
+    mock.patch.object(trainer, "train", side_effect=Killed) as training,
     pytest.raises(Killed),
   ):
     train_clip.main(SETTINGS, tmp_path)

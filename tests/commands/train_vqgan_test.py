@@ -17,7 +17,8 @@ from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers import train_vqgan, vqgan
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.training.small import vqgan_training
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config
 from tests.tokenizers.vqgan_test import LOCAL
@@ -84,7 +85,7 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
   settings = settings_from_config(config)
   write_images(tmp_path / "killed", 0)
   with monkeypatch.context() as patch:
-    patch.setattr(train_vqgan, "evaluate", mock.Mock(side_effect=Killed))
+    patch.setattr(vqgan_training, "evaluate", mock.Mock(side_effect=Killed))
     with pytest.raises(Killed):
       command.main(settings, tmp_path / "killed")
   shutil.rmtree(tmp_path / "killed" / "raw")

@@ -2,7 +2,7 @@
 
 from tests.mutant_lists.mutant import mutants_of
 
-VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
+VQGAN_TEST = "tests/training/small/vqgan_training_test.py"
 PUBLISHED = "cm3leon_jax/tokenizers/published.py"
 PUBLISHED_TEST = "tests/tokenizers/published_test.py"
 PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
@@ -10,7 +10,7 @@ PUBLISHED_SOURCE = "cm3leon_jax/tokenizers/published_source.py"
 PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
 QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
 QUANTIZERS_TEST = "tests/tokenizers/quantizers_test.py"
-WATCH_TEST = "tests/tokenizers/vqgan_watch_test.py"
+WATCH_TEST = "tests/training/small/vqgan_watch_test.py"
 LOSSES_TEST = "tests/tokenizers/losses_test.py"
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
 
@@ -102,12 +102,12 @@ TOKENIZERS = (
     ("average_of_another_decay", "(1 - decay) * x, averages", "decay * x, averages"),
   ),
   *mutants_of(
-    "cm3leon_jax/tokenizers/vqgan_watch.py",
+    "cm3leon_jax/training/small/vqgan_watch.py",
     f"{WATCH_TEST}::test_alarm_in_literals",
     ("alarm_rings_always", "if self._rung or step", "if step"),
   ),
   *mutants_of(
-    "cm3leon_jax/tokenizers/train_vqgan.py",
+    "cm3leon_jax/training/small/vqgan_training.py",
     f"{WATCH_TEST}::test_the_tokenizer_is_the_average_of_the_parameters",
     ("last_parameters_saved", 'state.get("ema", state["params"])', 'state["params"]'),
   ),

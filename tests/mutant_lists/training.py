@@ -243,8 +243,8 @@ TRAINING = (
     ("a_rollback_hides_a_change", "and not difference(", "or difference("),
   ),
   *mutants_of(
-    "cm3leon_jax/training/small_trainer.py",
-    "tests/training/small_trainer_test.py::test_checkpoints_without_their_config_are_refused_and_kept",
+    "cm3leon_jax/training/small/trainer.py",
+    "tests/training/small/trainer_test.py::test_checkpoints_without_their_config_are_refused_and_kept",
     ("checkpoints_without_config_accepted", "elif any_in(folder):", "elif False:"),
   ),
   *mutants_of(
@@ -289,14 +289,14 @@ TRAINING = (
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),
   *mutants_of(
-    "cm3leon_jax/clip/train.py",
-    "tests/clip/train_test.py::test_loss_is_the_oracle",
+    "cm3leon_jax/training/small/clip_training.py",
+    "tests/training/small/clip_training_test.py::test_loss_is_the_oracle",
     ("one_concept_is_a_negative", "& ~jnp.eye(len(concepts), dtype=bool)", ""),
     ("clip_loss_one_sided", "logsumexp(logits, 0)", "logsumexp(logits, 1)"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/small_trainer.py",
-    "tests/training/small_trainer_test.py::test_a_killed_training_continues_bit_for_bit",
+    "cm3leon_jax/training/small/trainer.py",
+    "tests/training/small/trainer_test.py::test_a_killed_training_continues_bit_for_bit",
     ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
     (
       "small_state_not_restored",
@@ -305,14 +305,14 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/small_trainer.py",
-    "tests/training/small_trainer_test.py::test_layout_of_arrays_in_literals",
+    "cm3leon_jax/training/small/trainer.py",
+    "tests/training/small/trainer_test.py::test_layout_of_arrays_in_literals",
     ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
     ("smallest_axis_split", "largest = max(divisible", "largest = min(divisible"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/small_trainer.py",
-    "tests/training/small_trainer_test.py"
+    "cm3leon_jax/training/small/trainer.py",
+    "tests/training/small/trainer_test.py"
     "::test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh",
     ("small_state_restored_whole", "x.update(sharding=s), types", "x, types"),
   ),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.tokenizers import discriminator, losses, train_vqgan, vqgan
+from cm3leon_jax.tokenizers import discriminator, losses, vqgan
+from cm3leon_jax.training.small import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
 
 CONFIG = tiny_config(
@@ -60,8 +61,11 @@ def test_weights_of_the_pixel_losses_count(images):
 
 def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
   """The oracle differentiates the whole losses; the clip and a clear judge are literals."""
-  params = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"]
-  judge, x = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["discriminator"], vqgan.to_float(images)
+  params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
+  judge, x = (
+    vqgan_training.init_state(CONFIG, NUM_CODES, 0)["discriminator"],
+    vqgan.to_float(images),
+  )
 
   def gradient(loss):
     grads = jax.jit(jax.grad(lambda p: loss(vqgan.bind(CONFIG, NUM_CODES, p)(x)[0])))(params)
@@ -85,7 +89,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
 
 def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
   """Gradients are those of a fixed weight of the same size."""
-  state, x = train_vqgan.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)
+  state, x = vqgan_training.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)
 
   @functools.partial(jax.jit, static_argnums=0)
   def grads(config):
@@ -100,10 +104,10 @@ def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, grads(fixed)[0]
   )
-  _, metrics = train_vqgan.train_step(state, images, CONFIG, True)
+  _, metrics = vqgan_training.train_step(state, images, CONFIG, True)
   assert float(metrics["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
 
 
 def test_the_discriminator_starts_late():
-  assert train_vqgan.adversarial_from(CONFIG) == 6
-  assert train_vqgan.adversarial_from(dataclasses.replace(CONFIG, adversarial_start=0.0)) == 0
+  assert vqgan_training.adversarial_from(CONFIG) == 6
+  assert vqgan_training.adversarial_from(dataclasses.replace(CONFIG, adversarial_start=0.0)) == 0

@@ -12,8 +12,8 @@ import torch
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.tokenizers import perceptual, train_vqgan, vqgan
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.tokenizers import perceptual, vqgan
+from cm3leon_jax.training.small import trainer, vqgan_training
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 
@@ -100,7 +100,7 @@ def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
 @pytest.mark.slow
 def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
   """The loss of the first step has the distance of the reconstructions more than without."""
-  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   config = tiny_config(
     resolution=16, steps=2, batch_size=8, perceptual="vgg.safetensors", perceptual_weight=0.5
   )
@@ -109,9 +109,9 @@ def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
   features, first = perceptual.make_params(tensors), {}
   for name, own, given in (("with", config, features), ("without", plain, None)):
     with jax.set_mesh(mesh_of(1, 8, 1)):
-      train_vqgan.train(own, 16, 0, images, tmp_path / name, {}, given)
+      vqgan_training.train(own, 16, 0, images, tmp_path / name, {}, given)
     first[name] = read_json_lines(tmp_path / name / "metrics.jsonl")[0]["loss"]
-  params, x = train_vqgan.init_state(plain, 16, 0)["params"], vqgan.to_float(images)
+  params, x = vqgan_training.init_state(plain, 16, 0)["params"], vqgan.to_float(images)
   y = vqgan.bind(plain, 16, params)(x)[0]
   distance = float(jnp.mean(jax.jit(perceptual.distance)(features, x, y)))
   assert distance > 0.1

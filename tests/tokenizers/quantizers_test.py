@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.tokenizers import quantizers, train_vqgan, vqgan
+from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training.small import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
 
 # N encodings, E code width, K codes.
@@ -70,11 +71,11 @@ def test_a_code_whose_average_is_forgotten_stays():
 
 def test_a_step_moves_the_codes_of_ema_to_their_encodings_and_nothing_else(images):
   config = config_of("ema")
-  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  state = vqgan_training.init_state(config, NUM_CODES, 0)
   old = jax.tree.map(np.array, state)
   model = vqgan.bind(config, NUM_CODES, state["params"])
   _, z, _, indices = model(vqgan.to_float(images))
-  new, _ = train_vqgan.train_step(state, images, config, False)
+  new, _ = vqgan_training.train_step(state, images, config, False)
   table = old["params"]["codebook"]["table"]
   units = table / np.linalg.norm(table, axis=1, keepdims=True)
   for code in range(NUM_CODES):
@@ -175,10 +176,10 @@ def test_simvq_starts_at_its_frozen_codes():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_every_quantizer_trains_and_its_tokenizer_is_saved(kind, images, tmp_path):
   config = config_of(kind)
-  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  state = vqgan_training.init_state(config, NUM_CODES, 0)
   losses = []
   for _ in range(8):
-    state, metrics = train_vqgan.train_step(state, images, config, False)
+    state, metrics = vqgan_training.train_step(state, images, config, False)
     losses.append(float(metrics["mse"]))
   assert losses[-1] < losses[1]
   assert int(state["usage"].sum()) == 8 * 4 * CONFIG.image_tokens
@@ -195,15 +196,15 @@ def test_a_step_of_every_quantizer_trains_and_its_tokenizer_is_saved(kind, image
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_codes_that_stand_alone_restart(kind):
   config = config_of(kind, steps=1_000, restart_every=10, restart_until=0.5)
-  found = [done for done in range(1, 1_000) if train_vqgan.restarts(config, done)]
+  found = [done for done in range(1, 1_000) if vqgan_training.restarts(config, done)]
   assert found == ([] if kind in ("simvq", "fsq") else list(range(10, 500, 10)))
 
 
 def test_a_restarted_code_of_ema_begins_its_average_there(images):
   config = config_of("ema")
-  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  state = vqgan_training.init_state(config, NUM_CODES, 0)
   state["usage"] = jnp.arange(NUM_CODES, dtype=jnp.int32) % 2
-  state = train_vqgan.restart_dead_codes(state, images, config, jax.random.key(0))
+  state = vqgan_training.restart_dead_codes(state, images, config, jax.random.key(0))
   table = state["params"]["codebook"]["table"]
   averaged = quantizers.averaged_table(state["averages"], table)
   dead = np.arange(NUM_CODES) % 2 == 0

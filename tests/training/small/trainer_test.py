@@ -14,8 +14,8 @@ import pytest
 from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.mesh import FSDP
-from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.faults import lease
+from cm3leon_jax.training.small import trainer
 from tests.models.tiny import mesh_of
 
 
@@ -72,7 +72,7 @@ def train(
 
   examples, about = examples or Examples(), {"inputs": {"raw": inputs}}
   with jax.set_mesh(mesh_of(*devices)):
-    return small_trainer.train("clip", config, about, seed, examples, folder, init, step)["w"]
+    return trainer.train("clip", config, about, seed, examples, folder, init, step)["w"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   lines = read_json_lines(tmp_path / "metrics.jsonl")
   assert [line["step"] for line in lines] == [10, 10, 12]
   assert lines[1]["event"] == "resumed"
-  small_trainer.delete_checkpoints(tmp_path)
+  trainer.delete_checkpoints(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
   assert (train(tmp_path / "other", seed=1) != whole).any()
 
@@ -146,7 +146,7 @@ def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkey
 
   with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
     train(tmp_path, examples=Taken())
-  assert list((tmp_path / small_trainer.FOLDER / "checkpoints").iterdir()) == []
+  assert list((tmp_path / trainer.FOLDER / "checkpoints").iterdir()) == []
 
 
 def test_how_often_a_state_is_kept_may_change(tmp_path, whole):
@@ -174,7 +174,7 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
 @pytest.mark.parametrize("config", [Config(), dataclasses.replace(Config(), learning_rate=0.2)])
 def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, config):
   kill_in_step_11(tmp_path)
-  path = tmp_path / small_trainer.FOLDER / "config.json"
+  path = tmp_path / trainer.FOLDER / "config.json"
   content = path.read_bytes()
   path.unlink()
   with pytest.raises(
@@ -219,17 +219,17 @@ def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
 
 def test_checkpoints_of_a_model_that_is_refused_are_deleted(tmp_path):
   train(tmp_path)
-  with pytest.raises(Killed), small_trainer.deleted_if_refused(tmp_path):
+  with pytest.raises(Killed), trainer.deleted_if_refused(tmp_path):
     raise Killed
-  assert (tmp_path / small_trainer.FOLDER).exists()
-  with pytest.raises(UserError, match="of no use"), small_trainer.deleted_if_refused(tmp_path):
+  assert (tmp_path / trainer.FOLDER).exists()
+  with pytest.raises(UserError, match="of no use"), trainer.deleted_if_refused(tmp_path):
     raise UserError("of no use")
-  assert not (tmp_path / small_trainer.FOLDER).exists()
+  assert not (tmp_path / trainer.FOLDER).exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
   kill_in_step_11(tmp_path)
-  files = (tmp_path / small_trainer.FOLDER / "checkpoints" / "10").rglob("*")
+  files = (tmp_path / trainer.FOLDER / "checkpoints" / "10").rglob("*")
   largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
   data = largest.read_bytes()
   largest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
 
 def test_a_state_that_was_not_whole_does_not_count(tmp_path, whole):
   kill_in_step_11(tmp_path)
-  (tmp_path / small_trainer.FOLDER / "checkpoints.digests" / "10.json").unlink()
+  (tmp_path / trainer.FOLDER / "checkpoints.digests" / "10.json").unlink()
   rest = Examples()
   np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
   assert len(rest.rows) == 7  # Steps 5 to 11.
@@ -268,7 +268,7 @@ def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
 )
 def test_layout_of_arrays_in_literals(shape, spec):
   with jax.set_mesh(mesh_of(2, 2, 1, 2)):
-    assert small_trainer.layout(shape) == spec
+    assert trainer.layout(shape) == spec
 
 
 WIDE = 2**15
@@ -283,7 +283,7 @@ def update_wide(state, batch):
 
   value, gradient = jax.value_and_grad(loss)(state)
   state = jax.tree.map(lambda a, g: a - 0.05 * g, state, gradient)
-  return small_trainer.keep_layout(state), {"loss": value}
+  return trainer.keep_layout(state), {"loss": value}
 
 
 def train_wide(folder, devices, reads_left=1_000):
@@ -302,7 +302,7 @@ def train_wide(folder, devices, reads_left=1_000):
   with jax.set_mesh(mesh_of(*devices)):
     examples = Examples(reads_left)
     arguments = "clip", Config(), {}, 0, examples, folder, init, step
-    return small_trainer.train(*arguments), layouts
+    return trainer.train(*arguments), layouts
 
 
 def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_path):
@@ -344,7 +344,7 @@ def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(
   message = f"{sentence}.*lower config.clip.learning_rate and delete .*training to start again"
   with pytest.raises(UserError, match=message):
     train(tmp_path, config)
-  folder = tmp_path / small_trainer.FOLDER / "checkpoints"
+  folder = tmp_path / trainer.FOLDER / "checkpoints"
   assert [path.name for path in folder.iterdir()] == []
   assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -356,10 +356,10 @@ def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
 
 
 def test_an_epoch_visits_every_example_once():
-  rows = [small_trainer.batch_rows(step, 20, 5, 7) for step in range(8)]
+  rows = [trainer.batch_rows(step, 20, 5, 7) for step in range(8)]
   epochs = [np.concatenate(rows[:4]), np.concatenate(rows[4:])]
   assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2
   assert (epochs[0] != epochs[1]).any()
-  assert (small_trainer.batch_rows(0, 20, 5, 8) != rows[0]).any()
+  assert (trainer.batch_rows(0, 20, 5, 8) != rows[0]).any()
   literal = np.random.default_rng([7, 1]).permutation(20)[5:10]
   np.testing.assert_array_equal(rows[5], literal)  # The order of published runs stays.

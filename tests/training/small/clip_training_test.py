@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
-from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.small import clip_training as train_clip
+from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw
 from tests.models.tiny import mesh_of
 
@@ -96,7 +96,7 @@ def test_training_learns_its_pairs(tmp_path):
 
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
   whole = train(TINY, some_data(), tmp_path, 1)
-  checkpoints = tmp_path / small_trainer.FOLDER / checkpoint.FOLDER
+  checkpoints = tmp_path / trainer.FOLDER / checkpoint.FOLDER
   shutil.rmtree(checkpoints / "6")  # The state of step 3 stays, as after a kill.
   continued = train(TINY, some_data(), tmp_path, 1)
   other = train(TINY, some_data(), tmp_path / "other", 2)
@@ -107,7 +107,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
   """Negatives are those of the whole batch: of one pair a device alone the loss would be 0."""
-  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   losses = []
   for devices in (1, 8):
     train(TINY, some_data(), tmp_path / f"{devices}", 1, devices)

@@ -11,10 +11,9 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.tokenizers.vqgan_watch import Alarm
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small import trainer, vqgan_training, vqgan_watch
+from cm3leon_jax.training.small.vqgan_watch import Alarm
 from cm3leon_jax.training.watch.tensorboard_board import curves
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
@@ -43,7 +42,7 @@ def images():
 
 def train(config, images, folder, **options):
   with jax.set_mesh(mesh_of(1, 8, 1)):
-    return train_vqgan.train(config, NUM_CODES, 0, images, folder, {}, **options)
+    return vqgan_training.train(config, NUM_CODES, 0, images, folder, {}, **options)
 
 
 class Recorder:
@@ -142,13 +141,13 @@ def test_few_codes_are_no_collapse_but_one_of_several_is():
 def test_the_tokenizer_is_the_average_of_the_parameters(images):
   """Decays are min(0.5, (1 + t) / (10 + t)): 0.1, 2 / 11, 0.25."""
   config = dataclasses.replace(HEALTHY, ema_decay=0.5)
-  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  state = vqgan_training.init_state(config, NUM_CODES, 0)
   expected = np.asarray(state["params"]["encoder"]["conv_out"]["kernel"])
   for decay in (0.1, 2 / 11, 0.25):
-    state, _ = train_vqgan.train_step(state, images[:64], config, False)
+    state, _ = vqgan_training.train_step(state, images[:64], config, False)
     kernel = np.asarray(state["params"]["encoder"]["conv_out"]["kernel"])
     expected = decay * expected + (1 - decay) * kernel
-  tokenizer = train_vqgan.trained(config, NUM_CODES, state)
+  tokenizer = vqgan_training.trained(config, NUM_CODES, state)
   found = tokenizer.params["encoder"]["conv_out"]["kernel"]
   np.testing.assert_allclose(found, expected, atol=1e-6)
   assert np.abs(found - kernel).max() > 1e-4
@@ -156,8 +155,8 @@ def test_the_tokenizer_is_the_average_of_the_parameters(images):
 
 def test_a_restarted_code_restarts_in_the_average(images):
   config = dataclasses.replace(HEALTHY, ema_decay=0.99)
-  state = train_vqgan.init_state(config, NUM_CODES, 0)
-  state = train_vqgan.restart_dead_codes(state, images[:64], config, jax.random.key(0))
+  state = vqgan_training.init_state(config, NUM_CODES, 0)
+  state = vqgan_training.restart_dead_codes(state, images[:64], config, jax.random.key(0))
   params, average = state["params"]["codebook"], state["ema"]["codebook"]
   np.testing.assert_array_equal(params["table"], average["table"])  # All were dead.
 
@@ -211,15 +210,15 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
   Kernels, codebook, their moments and averages are split over the devices. There are few codes:
   of many, two are equally near to some encoding up to rounding.
   """
-  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
-  monkeypatch.setattr(small_trainer, "SPLIT_FROM", 128)
-  states, take = [], train_vqgan.train_step
+  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+  monkeypatch.setattr(trainer, "SPLIT_FROM", 128)
+  states, take = [], vqgan_training.train_step
 
   def recorded(state, *arguments):
     states.append({k: x.sharding.shard_shape(x.shape) for k, x in named(state)})
     return take(state, *arguments)
 
-  monkeypatch.setattr(train_vqgan, "train_step", recorded)
+  monkeypatch.setattr(vqgan_training, "train_step", recorded)
   config = dataclasses.replace(
     HEALTHY, quantizer="ema", ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
     adversarial_adaptive=True, adversarial_start=0.2, discriminator_width=4,
@@ -229,7 +228,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
   for devices in (1, 8):
     folder = tmp_path / str(devices)
     with jax.set_mesh(mesh_of(1, devices, 1)):
-      train_vqgan.train(config, 64, 0, images, folder, {})
+      vqgan_training.train(config, 64, 0, images, folder, {})
     losses[devices] = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
     table, kernel = (64 // devices, 8), (3, 3, 8, 48 // devices)
     for state in states:
@@ -247,10 +246,10 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
 
 def test_a_saved_average_loads(images, tmp_path):
   config = dataclasses.replace(HEALTHY, ema_decay=0.9, quantizer="ema")
-  state, _ = train_vqgan.train_step(
-    train_vqgan.init_state(config, NUM_CODES, 0), images[:64], config, False
+  state, _ = vqgan_training.train_step(
+    vqgan_training.init_state(config, NUM_CODES, 0), images[:64], config, False
   )
-  tokenizer = train_vqgan.trained(config, NUM_CODES, state)
+  tokenizer = vqgan_training.trained(config, NUM_CODES, state)
   tokenizer.save(tmp_path)
   loaded = ImageTokenizer.load(tmp_path)
   np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))

@@ -16,9 +16,9 @@ import optax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import losses, quantizers, vqgan, vqgan_watch
+from cm3leon_jax.tokenizers import losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average
 
 RECONSTRUCTIONS = "reconstructions.npz"
@@ -121,7 +121,7 @@ def train_step(
   shares = counts / indices.size
   entropy = -jnp.sum(shares * jnp.log(jnp.where(counts > 0, shares, 1)))
   metrics |= {"perplexity": jnp.exp(entropy), "codes_used": jnp.sum(counts > 0)}
-  return small_trainer.keep_layout(state), metrics
+  return trainer.keep_layout(state), metrics
 
 
 def _update(tx, grads, opt_state, params):
@@ -154,7 +154,7 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
     state["averages"] = {
       "counts": jnp.where(dead[:, 0], 1.0, counts), "sums": jnp.where(dead, chosen, sums)
     }  # fmt: skip
-  return small_trainer.keep_layout(state)
+  return trainer.keep_layout(state)
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
@@ -175,7 +175,7 @@ def train(
   shown: np.ndarray | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> ImageTokenizer:
-  """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`.
+  """Trains all steps, or the remaining ones of a killed run; see `trainer.train`.
 
   Args:
     config: of the VQGAN.
@@ -191,11 +191,11 @@ def train(
 
   Raises:
     ValueError: `features` are given without a weight, or are absent with one.
-    UserError: see `small_trainer.train`.
+    UserError: see `trainer.train`.
   """
   if bool(config.perceptual_weight) != (features is not None):
     raise ValueError("features must be given if, and only if, perceptual_weight is positive.")
-  features = small_trainer.replicated(features)
+  features = trainer.replicated(features)
 
   def step(state, batch, i):
     adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)
@@ -212,10 +212,10 @@ def train(
 
   init = functools.partial(init_state, config, num_codes, seed)
   about = {"num_codes": num_codes, "inputs": inputs}
-  remedy = f"delete {epath.Path(folder) / small_trainer.FOLDER} to start again."
+  remedy = f"delete {epath.Path(folder) / trainer.FOLDER} to start again."
   alarm = vqgan_watch.Alarm(config, num_codes, remedy)
   watch = vqgan_watch.Watch(alarm, folder, open_boards, reconstruct, shown)
-  state = small_trainer.train("vqgan", config, about, seed, images, folder, init, step, watch)
+  state = trainer.train("vqgan", config, about, seed, images, folder, init, step, watch)
   return trained(config, num_codes, state)
 
 
@@ -319,6 +319,6 @@ def train_vqgan(
   seconds = time.monotonic() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
-  with small_trainer.deleted_if_refused(folder):
+  with trainer.deleted_if_refused(folder):
     check_learned(measures)
   return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}

@@ -1,7 +1,7 @@
 """The resumable loop that trains the small models: the image tokenizer (VQGAN) and CLIP.
 
 The batch is split over the batch axes of the mesh, and large arrays of the state over its fsdp
-axes, see `layout`. The models import this module; it imports neither of them, nor data.
+axes, see `layout`. It imports neither of the models, nor data.
 """
 
 # n examples, B batch.

@@ -20,7 +20,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small import trainer
 from cm3leon_jax.vocab import VocabLayout
 
 MAX_SCALE = 100.0
@@ -151,7 +151,7 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
   loss, grads = jax.value_and_grad(loss_fn)(params)
   updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], params)
   state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-  return small_trainer.keep_layout(state), {"loss": loss}
+  return trainer.keep_layout(state), {"loss": loss}
 
 
 def train(
@@ -162,7 +162,7 @@ def train(
   seed: int,
   inputs: Mapping[str, str],
 ) -> CLIP:
-  """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`."""
+  """Trains all steps, or the remaining ones of a killed run; see `trainer.train`."""
 
   def init():
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
@@ -173,7 +173,7 @@ def train(
     return train_step(config, text_size, state, batch, key)
 
   about = {"text_size": text_size, "inputs": inputs}
-  state = small_trainer.train("clip", config, about, seed, data, folder, init, step)
+  state = trainer.train("clip", config, about, seed, data, folder, init, step)
   return CLIP(config, text_size, jax.device_put(state["params"]))
 
 
@@ -269,7 +269,7 @@ def train_clip(
     captions = [pair.caption for pair in heldout]
     texts = trained.embed_texts([encode(caption) for caption in captions])
     summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))
-    with small_trainer.deleted_if_refused(folder):
+    with trainer.deleted_if_refused(folder):
       check_recall(summary)
     print(
       f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} "

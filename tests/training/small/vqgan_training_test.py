@@ -15,9 +15,9 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers import discriminator, losses, quantizers, train_vqgan, vqgan
+from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small import trainer, vqgan_training
 from tests.models.tiny import mesh_of
 
 CONFIG = VQGANConfig(
@@ -56,7 +56,7 @@ def _assert_same(a, b):
 
 
 def _discriminator(seed):
-  return train_vqgan.init_state(CONFIG, NUM_CODES, seed)["discriminator"]
+  return vqgan_training.init_state(CONFIG, NUM_CODES, seed)["discriminator"]
 
 
 class Killed(Exception):
@@ -82,7 +82,7 @@ class KilledAfter:
 
 def train(images, folder, seed=0, devices=8):
   with jax.set_mesh(mesh_of(1, devices, 1)):
-    return train_vqgan.train(CONFIG, NUM_CODES, seed, images, folder, {})
+    return vqgan_training.train(CONFIG, NUM_CODES, seed, images, folder, {})
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def whole(images, tmp_path_factory):
   """Parameters after all steps, on 8 devices, and the loss of every step."""
   folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(small_trainer, "LOG_EVERY", 1)
+    patch.setattr(trainer, "LOG_EVERY", 1)
     params = train(images, folder).params
   return params, [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
 
@@ -106,7 +106,7 @@ def test_resume_equals_uninterrupted(images, whole, tmp_path):
 
 
 def test_one_device_and_eight_compute_the_same(images, whole, tmp_path, monkeypatch):
-  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   train(images, tmp_path, devices=1)
   losses = [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")]
   np.testing.assert_allclose(losses, whole[1], atol=1e-5)
@@ -115,10 +115,12 @@ def test_one_device_and_eight_compute_the_same(images, whole, tmp_path, monkeypa
 
 def test_training_improves_and_leaves_its_files(images, tmp_path):
   config = dataclasses.replace(CONFIG, steps=150, adversarial_weight=0.0, checkpoint_every=1_000)
-  before = ImageTokenizer(config, NUM_CODES, train_vqgan.init_state(config, NUM_CODES, 0)["params"])
-  untrained = train_vqgan.evaluate(before, images, images, tmp_path)
+  before = ImageTokenizer(
+    config, NUM_CODES, vqgan_training.init_state(config, NUM_CODES, 0)["params"]
+  )
+  untrained = vqgan_training.evaluate(before, images, images, tmp_path)
   with jax.set_mesh(mesh_of(1, 8, 1)):
-    summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path, {})
+    summary = vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path, {})
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "config.json",
@@ -155,7 +157,7 @@ def test_a_tokenizer_that_diverged_or_learned_nothing_is_no_stage(
     pytest.raises(UserError, match=sentence),
     stages.once(tmp_path, {}) as summary,
   ):
-    summary.update(train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {}))
+    summary.update(vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {}))
   assert not (tmp_path / stages.DONE).exists()
 
 
@@ -165,7 +167,7 @@ def test_a_tokenizer_that_is_refused_is_trained_again_with_another_rate(images, 
     jax.set_mesh(mesh_of(1, 8, 1)),
     pytest.raises(UserError, match=r"or with another config\.vqgan\.learning_rate"),
   ):
-    train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {})
+    vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {})
   _assert_same(train(images, tmp_path).params, whole[0])
 
 
@@ -174,19 +176,21 @@ def test_measures_that_are_no_better_than_one_color(images, tmp_path):
     "psnr_of_mean_mse_db": 20.0, "psnr_of_one_color_db": 19.0,
     "codes_used": 1, "train_codes_used": 2,
   }  # fmt: skip
-  train_vqgan.check_learned(measures)
+  vqgan_training.check_learned(measures)
   with pytest.raises(UserError, match="gives every image the same code"):
-    train_vqgan.check_learned({**measures, "train_codes_used": 1})
+    vqgan_training.check_learned({**measures, "train_codes_used": 1})
   with pytest.raises(UserError, match=r"worse \(19\.0 dB\) than one color \(19\.0 dB\)"):
-    train_vqgan.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
-  model = ImageTokenizer(CONFIG, NUM_CODES, train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"])
-  found = train_vqgan.evaluate(model, images, images, tmp_path)["psnr_of_one_color_db"]
+    vqgan_training.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
+  model = ImageTokenizer(
+    CONFIG, NUM_CODES, vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
+  )
+  found = vqgan_training.evaluate(model, images, images, tmp_path)["psnr_of_one_color_db"]
   error = ((images / 255 - (images / 255).mean((0, 1, 2))) ** 2).mean()
   assert found == pytest.approx(-10 * np.log10(error))
 
 
 def test_only_dead_codes_restart_and_at_encodings(images):
-  state = train_vqgan.init_state(CONFIG, NUM_CODES, 0)
+  state = vqgan_training.init_state(CONFIG, NUM_CODES, 0)
   usage = np.arange(NUM_CODES) % 3
   state["usage"] = jnp.asarray(usage, jnp.int32)
   old, encoder = (
@@ -195,7 +199,7 @@ def test_only_dead_codes_restart_and_at_encodings(images):
   )
   model = vqgan.bind(CONFIG, NUM_CODES, jax.tree.map(jnp.copy, state["params"]))
   z = np.asarray(quantizers.l2_normalize(model.encoder(vqgan.to_float(images)))).reshape(-1, 4)
-  state = train_vqgan.restart_dead_codes(state, images, CONFIG, jax.random.key(3))
+  state = vqgan_training.restart_dead_codes(state, images, CONFIG, jax.random.key(3))
   new = np.asarray(state["params"]["codebook"]["table"])
   np.testing.assert_array_equal(new[usage > 0], old[usage > 0])
   to_encoding = np.abs(new[:, None] - z[None]).max(-1).min(-1)
@@ -206,8 +210,8 @@ def test_only_dead_codes_restart_and_at_encodings(images):
 
 
 def test_usage_counts_every_code(images):
-  state, metrics = train_vqgan.train_step(
-    train_vqgan.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False
+  state, metrics = vqgan_training.train_step(
+    vqgan_training.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False
   )
   assert int(state["usage"].sum()) == 8 * CONFIG.image_tokens
   assert set(metrics) == {"loss", "mse", "perplexity", "codes_used"}
@@ -228,7 +232,7 @@ def test_generator_loss_is_the_oracle(images):
   """Four terms in fp64, and where their gradients go (van den Oord et al. 2017, section 3.2)."""
   weights = {"l1_weight": 0.5, "l2_weight": 0.9, "codebook_weight": 0.7, "commitment_weight": 0.3}
   config, x = dataclasses.replace(CONFIG, **weights), vqgan.to_float(images)
-  params = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"]
+  params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
 
   @functools.partial(jax.jit, static_argnums=1)
   def gradients(params, config):
@@ -274,10 +278,10 @@ def _at_count(opt_state, count):
 def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
   """Steps of the discriminator count from its start, half-way."""
   for count, moves in ((steps - 1, True), (steps, False)):
-    state = train_vqgan.init_state(CONFIG, NUM_CODES, 0)
+    state = vqgan_training.init_state(CONFIG, NUM_CODES, 0)
     state[opt_state] = _at_count(state[opt_state], count)
     old = jax.tree.map(np.array, state[network])
-    state, _ = train_vqgan.train_step(state, images[:8], CONFIG, True)
+    state, _ = vqgan_training.train_step(state, images[:8], CONFIG, True)
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), state[network], old)
     assert (max(jax.tree.leaves(changes)) > 1e-6) == moves
 
@@ -293,9 +297,9 @@ def test_hinge_loss_literals():
 
 def test_adversarial_step(images):
   """The discriminator learns, and its judgment times its weight is part of the VQGAN's loss."""
-  state = functools.partial(train_vqgan.init_state, CONFIG, NUM_CODES, 0)
-  with_it, metrics = train_vqgan.train_step(state(), images[:8], CONFIG, True)
-  without, _ = train_vqgan.train_step(state(), images[:8], CONFIG, False)
+  state = functools.partial(vqgan_training.init_state, CONFIG, NUM_CODES, 0)
+  with_it, metrics = vqgan_training.train_step(state(), images[:8], CONFIG, True)
+  without, _ = vqgan_training.train_step(state(), images[:8], CONFIG, False)
   assert set(metrics) == {"loss", "mse", "perplexity", "codes_used", "discriminator_loss"}
   _assert_same(without["discriminator"], state()["discriminator"])
   with pytest.raises(AssertionError):
@@ -316,8 +320,8 @@ def test_adversarial_step(images):
 
 
 def test_perplexity_literals():
-  assert train_vqgan.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
-  assert train_vqgan.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
+  assert vqgan_training.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
+  assert vqgan_training.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
 
 
 def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
@@ -346,8 +350,8 @@ def test_shipped_configs_train_as_before_the_choice_of_a_quantizer(module, varia
   shape = (config.batch_size, config.resolution, config.resolution, 3)
   x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
   x[:, 10:30, 10:30] //= 3
-  state, found = train_vqgan.init_state(config, settings.vocab.image_size, 0), []
+  state, found = vqgan_training.init_state(config, settings.vocab.image_size, 0), []
   for _ in losses_before:
-    state, metrics = train_vqgan.train_step(state, x, config, False)
+    state, metrics = vqgan_training.train_step(state, x, config, False)
     found.append(float(metrics["loss"]))
   np.testing.assert_allclose(found, losses_before, rtol=1e-5)
