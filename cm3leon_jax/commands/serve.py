@@ -104,9 +104,10 @@ def main(workdir) -> None:
   _check_host(_HOST.value)
   token = _token()
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.serving import program_cache, request_log, server
+  from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
-  from cm3leon_jax.serving.limits import Limits, is_loopback
+  from cm3leon_jax.serving.web import request_log, server
+  from cm3leon_jax.serving.web.limits import Limits, is_loopback
 
   if not token and not is_loopback(_HOST.value):
     print(

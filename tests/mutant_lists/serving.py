@@ -3,9 +3,9 @@
 from tests.mutant_lists.mutant import mutants_of
 
 ENGINE = "tests/serving/engine_test.py"
-APP = "tests/serving/app_test.py"
+APP = "tests/serving/web/app_test.py"
 REFUSALS = "tests/serving/refusals_test.py"
-LOG = "tests/serving/request_log_test.py"
+LOG = "tests/serving/web/request_log_test.py"
 BODIES = "tests/serving/open_bodies_test.py"
 DECODING = "tests/serving/decoding_test.py"
 CACHE = "tests/serving/program_cache_test.py"
@@ -43,12 +43,12 @@ SERVING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/streams.py",
+    "cm3leon_jax/serving/web/streams.py",
     f"{ENGINE}::test_a_client_that_leaves_before_its_answer_frees_its_slots",
     ("nobody_looks_who_left", "await asyncio.wait({task, gone}", "await asyncio.wait({task}"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/limits.py",
+    "cm3leon_jax/serving/web/limits.py",
     REFUSALS,
     ("any_host", "not is_loopback(_name_of(host)):", "not _name_of(host):"),
     ("any_account", r"([\w.-]+))", r"(?:[\w.-]+@)?([\w.-]+))"),
@@ -59,14 +59,14 @@ SERVING = (
     ("bodies_without_end", "if received > self._limits.most_bytes:", "if received < 0:"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/limits.py",
+    "cm3leon_jax/serving/web/limits.py",
     BODIES,
     ("bodies_of_all_without_end", "if held and self._held >", "if False and self._held >"),
     ("bodies_are_held_for_ever", "self._held -= held", "self._held -= 0"),
     ("small_bodies_count", "max(received - SMALL, 0)", "received"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/server.py",
+    "cm3leon_jax/serving/web/server.py",
     BODIES,
     ("any_number_of_chunks", "if self.small > MOST_SMALL:", "if self.small < 0:"),
     ("chunks_of_all_requests", "self.small = 0\n    elif", "pass\n    elif"),
@@ -81,13 +81,13 @@ SERVING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/app.py",
+    "cm3leon_jax/serving/web/app.py",
     DECODING,
     ("decoders_of_all", "run_in_executor(self._decoders,", "run_in_executor(None,"),
     ("who_left_is_decoded", "unless_gone(request, decoding)", "decoding"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/request_log.py",
+    "cm3leon_jax/serving/web/request_log.py",
     f"{LOG}::test_a_line_has_what_a_request_cost",
     ("a_path_begins_a_line", "quote(path)[:LONGEST_PATH]", "path[:LONGEST_PATH]"),
     ("any_request_id", r'r"[\w.:/+=-]{1,128}"', '".*"'),
@@ -131,12 +131,12 @@ SERVING = (
     ("more_than_there_is_room_for", "(length or 1) > most", "(length or 1) > most + 1"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/server.py",
+    "cm3leon_jax/serving/web/server.py",
     f"{ENGINE}::test_a_client_that_reads_nothing_loses_its_connection",
     ("who_reads_nothing_stays", "int(1000 * unread_seconds)", "0"),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/answers.py",
+    "cm3leon_jax/serving/web/answers.py",
     f"{APP}::test_rows_stream_before_the_image",
     ("first_rows_only", " and event.rows >= next_rows", ""),
   ),

@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from cm3leon_jax.serving import app, uploads
+from cm3leon_jax.serving import uploads
+from cm3leon_jax.serving.web import app
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 

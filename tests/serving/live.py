@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.serving.app import Server
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.limits import HEADERS, Limits
-from cm3leon_jax.serving.server import configured, listen
+from cm3leon_jax.serving.web.app import Server
+from cm3leon_jax.serving.web.limits import HEADERS, Limits
+from cm3leon_jax.serving.web.server import configured, listen
 
 
 class Live:

@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from cm3leon_jax.serving import server
-from cm3leon_jax.serving.limits import SMALL
+from cm3leon_jax.serving.web import server
+from cm3leon_jax.serving.web.limits import SMALL
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, error
 

@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.limits import Limits
+from cm3leon_jax.serving.web.limits import Limits
 from tests.serving.live import Live, image, png
 
 CHROMIUM = "/usr/bin/chromium"

@@ -7,8 +7,8 @@ import time
 import httpx
 import pytest
 
-from cm3leon_jax.serving import server
-from cm3leon_jax.serving.limits import Limits
+from cm3leon_jax.serving.web import server
+from cm3leon_jax.serving.web.limits import Limits
 from tests.serving.live import Live
 
 SECONDS = 1.0

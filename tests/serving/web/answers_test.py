@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.serving import answers
 from cm3leon_jax.serving.jobs import Finished, Neighbor, Progress, Started
+from cm3leon_jax.serving.web import answers
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 SAMPLE = types.SimpleNamespace(

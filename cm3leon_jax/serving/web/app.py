@@ -19,13 +19,13 @@ from starlette.routing import Route
 from cm3leon_jax.config import short
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving import partial, schemas, tasks, uploads
-from cm3leon_jax.serving.answers import ChatAnswer, ImageAnswer, failure
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
 from cm3leon_jax.serving.jobs import Event, Finished, Job
-from cm3leon_jax.serving.limits import Guard, Limits
-from cm3leon_jax.serving.metrics import CONTENT_TYPE, Metrics
-from cm3leon_jax.serving.streams import EventStream, unless_gone
+from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer, failure
+from cm3leon_jax.serving.web.limits import Guard, Limits
+from cm3leon_jax.serving.web.metrics import CONTENT_TYPE, Metrics
+from cm3leon_jax.serving.web.streams import EventStream, unless_gone
 
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"

@@ -8,9 +8,9 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from cm3leon_jax.serving.answers import error_event
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event
+from cm3leon_jax.serving.web.answers import error_event
 
 T = TypeVar("T")
 QUIET_SECONDS = 10.0  # Then a stream says that it is alive, so that no proxy closes it.

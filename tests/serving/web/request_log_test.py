@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from cm3leon_jax.serving import request_log
-from cm3leon_jax.serving.request_log import Made, line
+from cm3leon_jax.serving.web import request_log
+from cm3leon_jax.serving.web.request_log import Made, line
 from tests.serving.live import about, events, image, png
 
 SECRET = "a purple submarine"

@@ -13,9 +13,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.serving.app import Server
 from cm3leon_jax.serving.engine import Engine
-from cm3leon_jax.serving.limits import Limits, is_loopback
+from cm3leon_jax.serving.web.app import Server
+from cm3leon_jax.serving.web.limits import Limits, is_loopback
 
 BACKLOG = 1024
 UNREAD_SECONDS = 30.0

@@ -10,9 +10,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cm3leon_jax.serving import request_log
 from cm3leon_jax.serving.errors import ApiError
-from cm3leon_jax.serving.metrics import Metrics
+from cm3leon_jax.serving.web import request_log
+from cm3leon_jax.serving.web.metrics import Metrics
 
 # The page has no script, style or image of another place, and nobody may frame it.
 HEADERS = {
