@@ -21,8 +21,8 @@ from benchmarks.train_step import measured_peak
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.cache import DTYPES as CACHE_DTYPES
-from cm3leon_jax.decoding.compile import prefill_function
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.programs import prefill_function
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 
 from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import layouts
+from cm3leon_jax.weights.stored import of_tree
 
 BATCH, PROMPT, NEW_TOKENS = 4, 32, 256
 MODEL = ModelConfig(
@@ -58,7 +58,7 @@ def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict
 
 def opt_arrays(params: dict) -> dict[str, np.ndarray]:
   """Returns the tensors of OPTForCausalLM by name."""
-  return {tensor.name: tensor.make() for tensor in huggingface.opt_tensors(of_tree(params))}
+  return {tensor.name: tensor.make() for tensor in layouts.opt_tensors(of_tree(params))}
 
 
 class TorchDecoder:
@@ -71,7 +71,7 @@ class TorchDecoder:
       return torch.from_numpy(tensors[f"model.decoder.{name}.weight"])
 
     self.embed = read("embed_tokens")
-    self.positions = read("embed_positions")[huggingface.OPT_OFFSET :].contiguous()
+    self.positions = read("embed_positions")[layouts.OPT_OFFSET :].contiguous()
     self.layers = []
     for i in range(config.num_layers):
       qkv = torch.cat([read(f"layers.{i}.self_attn.{name}_proj") for name in "qkv"])

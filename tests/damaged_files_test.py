@@ -24,7 +24,6 @@ from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
 from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.export import bundle, weights
-from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
@@ -38,6 +37,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 

@@ -11,7 +11,9 @@ BASE = {
   "vocab", "positions", "mesh", "config", "files", "runs", "parameters", "distributed",
   "extras", "xla_options",
 }  # fmt: skip
-CORE = {"tokenizers", "data", "clip", "retrieval", "models", "training", "decoding", "generation"}
+CORE = {
+  "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding", "generation",
+}  # fmt: skip
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.
 MAY_IMPORT = {
   "files": {"config", "extras"},
@@ -21,7 +23,8 @@ MAY_IMPORT = {
   "clip": BASE | {"data"},
   "retrieval": BASE | {"tokenizers", "data", "clip"},
   "models": {"mesh", "config", "parameters"},
-  "training": BASE | {"models", "data", "tokenizers", "clip"},
+  "weights": BASE | {"models"},
+  "training": BASE | {"models", "weights", "data", "tokenizers", "clip"},
   "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
   "evaluation": BASE | CORE | {"scenes"},

@@ -156,8 +156,9 @@ def _check(
 
   from cm3leon_jax.data.documents.store import DocumentStore
   from cm3leon_jax.data.rows.loader import join
-  from cm3leon_jax.export import huggingface, int8
+  from cm3leon_jax.export import huggingface
   from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.weights import int8
 
   if trained.is_bundle:
     return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers

@@ -64,7 +64,7 @@ def write_page(
       row of `skipped` is not what the trainer read.
   """
   from cm3leon_jax.commands.training_rows import open_rows, replay_share
-  from cm3leon_jax.reports import inspect, inspect_page
+  from cm3leon_jax.reports import inspect_page, row_contents
   from cm3leon_jax.retrieval.neighbors import load_neighbors
   from cm3leon_jax.tokenizers.text import TextTokenizer
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -81,7 +81,7 @@ def write_page(
   if skipped is not None:
     _compare(skipped, loader, workdir)
   try:
-    rows = inspect.read_rows(loader, scores, numbers)
+    rows = row_contents.read_rows(loader, scores, numbers)
   except ValueError as error:
     raise UserError(f"the rows are not as planned: {error}") from error
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)

@@ -6,7 +6,7 @@ from etils import epath
 
 from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.checkpoints.stored import StoredParams
+from cm3leon_jax.weights.stored import StoredParams
 
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.

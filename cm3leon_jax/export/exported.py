@@ -5,7 +5,7 @@ import os
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle, choices, image_tokenizer, orbax, placed, weights
+from cm3leon_jax.export import bundle, choices, image_tokenizer, orbax_checkpoint, weights
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
@@ -13,6 +13,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.weights import placed
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
@@ -49,8 +50,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
 
 def load_params(folder: epath.Path, config: ModelConfig) -> dict:
   """Loads parameters onto the current mesh."""
-  if orbax.exists(folder):
-    return orbax.load(folder, placed.types_of(config))
+  if orbax_checkpoint.exists(folder):
+    return orbax_checkpoint.load(folder, placed.types_of(config))
   return weights.load_exported(folder, config)
 
 

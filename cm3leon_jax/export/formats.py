@@ -20,7 +20,12 @@ from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.settings import Settings
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax", "stablehlo": "stablehlo"}
+FORMATS = {
+  "hf": "huggingface",
+  "gpt2": "gpt2",
+  "orbax": "orbax_checkpoint",
+  "stablehlo": "stablehlo",
+}
 QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 
@@ -72,7 +77,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 
 def clear(folder: epath.PathLike) -> None:
   """Removes an earlier export from the folder of a stage, its weights first."""
-  from cm3leon_jax.export import tensor_files
+  from cm3leon_jax.weights import tensor_files
 
   folder = epath.Path(folder)
   if folder.exists():

@@ -13,10 +13,11 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.export.choices import Run
-from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints.stored import StoredParams
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import layouts
+from cm3leon_jax.weights.stored import StoredParams
+from cm3leon_jax.weights.tensor_files import Tensor
 
 
 def check(config: ModelConfig) -> None:
@@ -46,7 +47,7 @@ def check(config: ModelConfig) -> None:
 
 def gpt2_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   """Returns the content of config.json."""
-  return huggingface.ids_config(config, vocab) | {
+  return layouts.ids_config(config, vocab) | {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
     "n_positions": config.max_positions,
@@ -68,8 +69,8 @@ def gpt2_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
   """Lists the tensors of GPT2LMHeadModel, matrices [in, out]; the head is tied."""
   width = params.shapes["embed"][1]
   tensors = [
-    huggingface.as_stored("transformer.wte.weight", params, "embed", dtype=dtype),
-    huggingface.as_stored("transformer.wpe.weight", params, "positions", dtype=dtype),
+    layouts.as_stored("transformer.wte.weight", params, "embed", dtype=dtype),
+    layouts.as_stored("transformer.wpe.weight", params, "positions", dtype=dtype),
     *_norm("transformer.ln_f", width, dtype),
   ]
   for i in range(params.shapes["blocks.up"][0]):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 import numpy as np
 
-from cm3leon_jax.decoding import compile as compile_lib
 from cm3leon_jax.decoding import loop as loop_lib
+from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Control, Padded, Prompts
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
 from cm3leon_jax.decoding.loop import LoopState

@@ -31,7 +31,6 @@ import cm3leon_jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.params import prepare, prepare_layer
-from cm3leon_jax.export import tensor_files
 from cm3leon_jax.export.serving_functions import (
   IMAGE_SETTINGS,
   TEXT_SETTINGS,
@@ -39,7 +38,6 @@ from cm3leon_jax.export.serving_functions import (
   Named,
   named,
 )
-from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
@@ -47,11 +45,13 @@ from cm3leon_jax.mesh import unsplit
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.weights import tensor_files
+from cm3leon_jax.weights.tensor_files import Tensor
 
 if TYPE_CHECKING:
   from cm3leon_jax.export.choices import Run
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.training.checkpoints.stored import StoredParams
+  from cm3leon_jax.weights.stored import StoredParams
 
 MANIFEST = "manifest.json"
 SERVED = ("artifacts.py", "serve_example.py")  # Copied from served/.
@@ -102,7 +102,7 @@ def write_model(
   from cm3leon_jax.export import choices, formats
   from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.mesh import MeshConfig, create_mesh
-  from cm3leon_jax.training.checkpoints import stored
+  from cm3leon_jax.weights import stored
 
   trained = open_trained(source)
   settings = trained.settings

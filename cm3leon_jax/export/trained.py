@@ -14,7 +14,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training.checkpoints import checkpoint
-from cm3leon_jax.training.checkpoints.stored import StoredParams, of_tree
+from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ from etils import epath
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, choices, huggingface, orbax, placed, stored_tensors
-from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.export import bundle, choices, huggingface, orbax_checkpoint
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.weights import layouts, placed, stored_tensors
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
 IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
@@ -117,7 +118,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
-  elif orbax.exists(folder):
+  elif orbax_checkpoint.exists(folder):
     described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
@@ -137,14 +138,14 @@ def find(settings, source: str, step: int | None = None) -> Weights:
     )
   if run.exists():
     return Weights(source, *checkpoint.identify(folder / "train", step))
-  if orbax.exists(folder):
-    return Weights(source, None, digest(folder / orbax.DIGESTS))
+  if orbax_checkpoint.exists(folder):
+    return Weights(source, None, digest(folder / orbax_checkpoint.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
 def _exported_config(folder: epath.Path) -> dict[str, dict]:
   try:
-    return huggingface.config_of(read_json(folder / "config.json", {}))
+    return layouts.config_of(read_json(folder / "config.json", {}))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{folder / 'config.json'} has no field {error}: it was not written by "
@@ -195,8 +196,8 @@ def load(weights: Weights, settings) -> dict:
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
-  if orbax.exists(folder):
-    return orbax.load(folder, placed.types_of(settings.model))
+  if orbax_checkpoint.exists(folder):
+    return orbax_checkpoint.load(folder, placed.types_of(settings.model))
   return load_exported(folder, settings.model)
 
 

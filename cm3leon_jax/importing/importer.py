@@ -9,8 +9,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.export import huggingface, tensor_files, weights
-from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.export import weights
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import opt, qwen3, tokenizer
@@ -26,6 +25,8 @@ from cm3leon_jax.tokenizers.text import (
   save_tokenizer,
   was_imported,
 )
+from cm3leon_jax.weights import layouts, tensor_files
+from cm3leon_jax.weights.tensor_files import Tensor
 
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}
 TEXT = "text_tokenizer"
@@ -78,7 +79,7 @@ def _own_fields(source: Source) -> dict[str, dict]:
   """Returns what a model of this project needs; rotary positions have no longest sample."""
   path, remedy = source.folder / CONFIG, "write it again by `cm3leon export`."
   try:
-    needed = huggingface.config_of(dict(source.described))
+    needed = layouts.config_of(dict(source.described))
   except KeyError as error:
     raise UserError(f"{path} has no field {error}: {remedy}") from error
   except (TypeError, ValueError, AttributeError) as error:
@@ -145,7 +146,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
     if summary is not None:
       tensor_files.remove(folder)
-      described = huggingface.hf_config(settings.model, settings.vocab)
+      described = layouts.hf_config(settings.model, settings.vocab)
       write_json(folder / CONFIG, described)
       if (workdir / TEXT / TOKENIZER).exists():
         copy_files(workdir / TEXT, folder)

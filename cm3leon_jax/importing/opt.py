@@ -7,10 +7,10 @@ import functools
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.huggingface import OPT_ACTIVATIONS, OPT_OFFSET
-from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing.source import CONFIG, Source
 from cm3leon_jax.importing.tables import Tables
+from cm3leon_jax.weights.layouts import OPT_ACTIVATIONS, OPT_OFFSET
+from cm3leon_jax.weights.tensor_files import Tensor
 
 ALLOWED = {
   "do_layer_norm_before": (True, None),

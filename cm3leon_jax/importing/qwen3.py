@@ -9,10 +9,10 @@ from jaxtyping import Float
 import numpy as np
 
 from cm3leon_jax.config import SIZES, UserError, short
-from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing.source import CONFIG, Source
 from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.models.config import ROPE_BASE
+from cm3leon_jax.weights.tensor_files import Tensor
 
 ALLOWED = {
   "hidden_act": ("silu", None),

@@ -8,13 +8,14 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.export import choices, stored_tensors
-from cm3leon_jax.export.stored_tensors import StoredTensors
-from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
+from cm3leon_jax.export import choices
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
+from cm3leon_jax.weights import stored_tensors
+from cm3leon_jax.weights.stored_tensors import StoredTensors
+from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
 
 CONFIG = "config.json"
 OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.

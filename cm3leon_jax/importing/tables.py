@@ -8,8 +8,8 @@ import dataclasses
 from jaxtyping import Float
 import numpy as np
 
-from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights.tensor_files import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

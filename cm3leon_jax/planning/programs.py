@@ -13,9 +13,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import load_tasks
 from cm3leon_jax.data.rows.loader import FIELDS
 from cm3leon_jax.decoding import request
-from cm3leon_jax.decoding.compile import Lowered, lower_batch
 from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.decoding.params import prepare
+from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.step import policy

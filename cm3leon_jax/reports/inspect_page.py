@@ -11,9 +11,9 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.files.atomic import replacing
-from cm3leon_jax.reports.inspect import RowView, SampleView
 from cm3leon_jax.reports.report import page_environment, png_uri, show
 from cm3leon_jax.reports.ribbon import ribbon
+from cm3leon_jax.reports.row_contents import RowView, SampleView
 from cm3leon_jax.reports.row_parts import NO_SPAN, Part
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

@@ -4,7 +4,7 @@
 
 import itertools
 
-from cm3leon_jax.reports.inspect import RowView, SampleView
+from cm3leon_jax.reports.row_contents import RowView, SampleView
 from cm3leon_jax.reports.row_parts import NO_SPAN
 
 

@@ -21,7 +21,8 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
-from cm3leon_jax.training.checkpoints.stored import of_tree
+from cm3leon_jax.weights import layouts
+from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import random_params
 
@@ -77,7 +78,7 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   with one_device():
     average = random_params(SETTINGS.model)
   found = safetensors.load_file(tmp_path / "export" / huggingface.WEIGHTS)
-  expected = {t.name: t.make() for t in huggingface.opt_tensors(of_tree(average))}
+  expected = {t.name: t.make() for t in layouts.opt_tensors(of_tree(average))}
   assert found.keys() == expected.keys()
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import compile as compile_lib
 from cm3leon_jax.decoding import lane, loop, speculative
+from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.lane_kinds import kind_of
 from cm3leon_jax.decoding.lane_samples import Lane, Sample

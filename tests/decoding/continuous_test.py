@@ -12,13 +12,13 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import lane as lane_lib
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.compile import Programs
 from cm3leon_jax.decoding.continuous import (
   ContinuousGenerator,
   NoRoom,
   StepFailed,
 )
 from cm3leon_jax.decoding.lane_kinds import room_bucket, width_bucket
+from cm3leon_jax.decoding.programs import Programs
 from tests.decoding.generator_test import edits
 from tests.decoding.small import (
   IMAGE,

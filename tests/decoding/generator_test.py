@@ -13,7 +13,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import batch
-from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.generator import GeneratorConfig, sample_seed
 from cm3leon_jax.decoding.grammar import Grammar, plan_array

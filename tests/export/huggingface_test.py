@@ -9,15 +9,16 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface, placed
-from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.checkpoints.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import layouts, placed
+from cm3leon_jax.weights.stored import of_tree
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.models.tiny import random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
@@ -88,8 +89,8 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
   described = read_json(tmp_path / "config.json")
   assert described["cm3leon"]["align_images"] is True
   assert "position 0 is the token after the last <break>" in described["cm3leon"]["position_ids"]
-  assert huggingface.config_of(described)["model"]["align_images"] is True
-  assert huggingface.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
+  assert layouts.config_of(described)["model"]["align_images"] is True
+  assert layouts.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
   model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
   with torch.no_grad():  # Without position_ids, and with a constant added to them.
     plain = [model(torch.from_numpy(x).long()[None]).logits[0].numpy() for x in (alone, after)]
@@ -105,7 +106,7 @@ def test_parameters_and_config_are_read_back(exported):
   folder, params, model_config, _ = exported
   found = placed.load(StoredTensors(folder), model_config)
   jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(params))
-  described = huggingface.config_of(read_json(folder / "config.json"))
+  described = layouts.config_of(read_json(folder / "config.json"))
   assert described["vocab"] == dataclasses.asdict(VOCAB)
   fields = dataclasses.asdict(model_config)
   assert described["model"].items() <= fields.items()
@@ -174,7 +175,7 @@ def test_positions_are_stored_two_rows_later():
     "embed": np.zeros((4, 2)),
     "blocks": {"up": np.zeros((0, 2, 2))},
   }
-  rows = huggingface.opt_tensors(of_tree(params))[1].make()
+  rows = layouts.opt_tensors(of_tree(params))[1].make()
   np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
 
 

@@ -19,8 +19,9 @@ from cm3leon_jax.export import gpt2, huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import checkpoint, stored
+from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device
 from tests.models.tiny import mesh_of, model_logits, random_params
 
@@ -70,7 +71,7 @@ def tensors_of(layout, config, source):
 
 def write(folder, layout, config, params):
   """Writes an export."""
-  described = (gpt2.gpt2_config if layout == "gpt2" else huggingface.hf_config)(config, VOCAB)
+  described = (gpt2.gpt2_config if layout == "gpt2" else layouts.hf_config)(config, VOCAB)
   tensors = tensors_of(layout, config, stored.of_tree(params))
   huggingface.write_model(folder, described, tensors, VOCAB, None, "float32")
 
@@ -185,7 +186,7 @@ def set_eps(model):
 
 def no_offset(tensors):
   tensors["model.decoder.embed_positions.weight"] = np.roll(
-    tensors["model.decoder.embed_positions.weight"], -huggingface.OPT_OFFSET, axis=0
+    tensors["model.decoder.embed_positions.weight"], -layouts.OPT_OFFSET, axis=0
   )
 
 

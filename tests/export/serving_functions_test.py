@@ -18,7 +18,7 @@ from cm3leon_jax.mesh import unsplit
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import stored
+from cm3leon_jax.weights import stored
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import choices, gpt2, huggingface, weights
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import table
-from cm3leon_jax.training.checkpoints import stored
+from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 

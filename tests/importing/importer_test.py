@@ -9,13 +9,14 @@ import pytest
 from scipy.special import logsumexp
 
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.export import huggingface, placed, weights
-from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.export import huggingface, weights
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import importer, qwen3
 from cm3leon_jax.importing.tables import extend
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.weights import placed
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.generation.run import make_config
 from tests.importing import published
 from tests.models.tiny import mesh_of, random_params

@@ -77,8 +77,8 @@ EXPORT = (
     ("bundle_removed_before_a_refusal", "  huggingface.check(settings.model)\n", ""),
   ),
   *mutants_of(
-    "cm3leon_jax/export/orbax.py",
-    "tests/export/orbax_test.py::test_nothing_is_compressed",
+    "cm3leon_jax/export/orbax_checkpoint.py",
+    "tests/export/orbax_checkpoint_test.py::test_nothing_is_compressed",
     ("orbax_compressed", '{"compressor": None}', '{"compressor": {"id": "zstd", "level": 1}}'),
   ),
   *mutants_of(

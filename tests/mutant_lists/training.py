@@ -191,7 +191,7 @@ TRAINING = (
     ("average_without_warm_up", "jnp.maximum(1 - decay, 9 / (10 + step))", "1 - decay"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/stored.py",
+    "cm3leon_jax/weights/stored.py",
     f"{CHECKPOINT_TEST}::test_parameters_alone_are_the_average_of_a_run_that_has_one",
     ("average_not_read", '"ema" if described', '"params" if described'),
   ),

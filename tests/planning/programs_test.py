@@ -13,7 +13,7 @@ from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import batches
 from cm3leon_jax.decoding import batch as batch_lib
-from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec

@@ -13,7 +13,8 @@ from cm3leon_jax.export import choices, formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint, stored
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, save_run
 from tests.reports.snippets import execute, snippets
 

@@ -13,7 +13,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
-from cm3leon_jax.reports import inspect, inspect_page, row_parts
+from cm3leon_jax.reports import inspect_page, row_contents, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
 from tests.reports.run_files import Page
@@ -63,8 +63,10 @@ def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
     [loader.build_sample(document, documents, plan, VOCAB, 1.0)[:2]], length, VOCAB
   )
   (sample,) = row_parts.split_row(row, VOCAB)
-  view = inspect.view_sample(sample, inspect.Origin(document, tuple(neighbors), 0), VOCAB, length)
-  return inspect.RowView(0, [view], row["loss_weights"])
+  view = row_contents.view_sample(
+    sample, row_contents.Origin(document, tuple(neighbors), 0), VOCAB, length
+  )
+  return row_contents.RowView(0, [view], row["loss_weights"])
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_masked_codes_are_tinted_and_absent_ones_transparent():
 
 
 def test_a_sample_in_reading_order(blocks, text_tokenizer):
-  neighbor = inspect.Neighbor(pair("n", text_tokenizer.encode("a dog"), 16), 3, 4, 0.8125)
+  neighbor = row_contents.Neighbor(pair("n", text_tokenizer.encode("a dog"), 16), 3, 4, 0.8125)
   found, _, _ = blocks(pair("d", text_tokenizer.encode("a cat")), [neighbor])
   assert [block.get("title", block.get("name")) for block in found] == [
     "</s>", "neighbor 1", "<break>", "the document", "</s>",
@@ -229,7 +231,7 @@ def plan(tmp_path_factory):
 
 def test_the_page_is_one_file_with_every_image_inside(plan, text_tokenizer, image_tokenizer):
   scores = np.zeros(plan.sources[0].neighbors.shape, np.float32)
-  rows = inspect.read_rows(loader.RowLoader(plan, VOCAB), scores, range(12))
+  rows = row_contents.read_rows(loader.RowLoader(plan, VOCAB), scores, range(12))
   decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
   html = inspect_page.render(rows, plan, decoder, "ml_configs/openmoji.py:2", "train")
   page = Page(html)

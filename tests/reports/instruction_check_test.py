@@ -8,11 +8,11 @@ import pytest
 from cm3leon_jax.data.instructions.samples import Drops
 from cm3leon_jax.data.rows import loader as pipeline
 from cm3leon_jax.data.rows.plan import RowPlan
-from cm3leon_jax.reports import inspect, inspect_page
+from cm3leon_jax.reports import inspect_page, row_contents
 from cm3leon_jax.reports.instruction_check import Task, target_range
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources
 from tests.reports.inspect_page_test import image_tokenizer, text_tokenizer  # noqa: F401 (fixtures)
-from tests.reports.inspect_test import Changed
+from tests.reports.row_contents_test import Changed
 
 ROWS = range(30)
 
@@ -40,7 +40,7 @@ def plan_of(stores, loss_on="all", loss_weight=1.0, pairs=0.0) -> RowPlan:
 
 
 def views_of(loader, scores=None):
-  return [v for row in inspect.read_rows(loader, scores, ROWS) for v in row.samples]
+  return [v for row in row_contents.read_rows(loader, scores, ROWS) for v in row.samples]
 
 
 def kind_of(view) -> str:
@@ -86,14 +86,14 @@ def one_sample(stores, kind, **fields):
   """Returns a plan, the number of a row whose first sample is of a kind, and that sample."""
   plan = plan_of(stores, **fields)
   for number in ROWS:
-    row = inspect.read_row(pipeline.RowLoader(plan, VOCAB), None, number)
+    row = row_contents.read_row(pipeline.RowLoader(plan, VOCAB), None, number)
     if kind_of(row.samples[0]) == kind:
       return plan, number, row.samples[0]
   raise AssertionError(f"no row begins with {kind}")
 
 
 def read(plan, number, change):
-  return inspect.read_rows(Changed(plan, change), None, [number])
+  return row_contents.read_rows(Changed(plan, change), None, [number])
 
 
 @pytest.mark.parametrize("kind", ["answers", "edits", "no instruction", "nothing before"])
@@ -113,7 +113,7 @@ def changed_task(view, **fields):
   """Checks a sample again as one of another task."""
   task = dataclasses.replace(view.origin.task, **fields)
   origin = dataclasses.replace(view.origin, task=task)
-  return inspect.view_sample(view.sample, origin, VOCAB, 128)
+  return row_contents.view_sample(view.sample, origin, VOCAB, 128)
 
 
 def test_a_target_at_another_place_of_the_record_is_refused(stores):
@@ -173,7 +173,7 @@ def test_wrong_marks_of_sources_are_refused(stores):
   loader = Changed(plan, lambda row: row.update(sources=1 + (row["sources"] == 1)))
   loader.mark_sources = True
   with pytest.raises(ValueError, match=r"row 0, segment id 1: its slots are marked with"):
-    inspect.read_rows(loader, None, [0])
+    row_contents.read_rows(loader, None, [0])
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def shown(stores, request):
   result = {}
   for kind in ("answers", "edits", "no instruction", "nothing before"):
     plan, number, view = one_sample(stores, kind)
-    rows = inspect.read_rows(pipeline.RowLoader(plan, VOCAB), None, [number])
+    rows = row_contents.read_rows(pipeline.RowLoader(plan, VOCAB), None, [number])
     decoder = inspect_page.make_decoder(rows, VOCAB, *tokenizers)
     html = inspect_page.render(rows, plan, decoder, "c.py", "train")
     result[kind] = view, inspect_page.sample_context(view, decoder), html, decoder

@@ -3,7 +3,7 @@ import numpy as np
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
-from cm3leon_jax.reports import inspect, row_parts
+from cm3leon_jax.reports import row_contents, row_parts
 from cm3leon_jax.reports.ribbon import ribbon, runs
 from tests.data.stores import VOCAB
 
@@ -31,12 +31,12 @@ def make_view():
   ]
   row = loader.pack_row([sample[:2] for sample in samples], 28, VOCAB)
   first, second = row_parts.split_row(row, VOCAB)
-  origin = inspect.Origin(document, (inspect.Neighbor(neighbor, 2, 4, 0.5),), 0)
+  origin = row_contents.Origin(document, (row_contents.Neighbor(neighbor, 2, 4, 0.5),), 0)
   views = [
-    inspect.view_sample(first, origin, VOCAB, 28),
-    inspect.view_sample(second, inspect.Origin(document, (), 0), VOCAB, 28),
+    row_contents.view_sample(first, origin, VOCAB, 28),
+    row_contents.view_sample(second, row_contents.Origin(document, (), 0), VOCAB, 28),
   ]
-  return inspect.RowView(0, views, row["loss_weights"])
+  return row_contents.RowView(0, views, row["loss_weights"])
 
 
 def test_runs():

@@ -18,8 +18,9 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import sealing, stored
+from cm3leon_jax.training.checkpoints import sealing
 from cm3leon_jax.training.checkpoints.retention import METRIC, policy, score
+from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # For which a run that ends with an error waits for its save.

@@ -8,9 +8,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, orbax, weights
+from cm3leon_jax.export import choices, orbax_checkpoint, weights
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training.checkpoints import stored
+from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 
@@ -23,7 +23,7 @@ def exported(request, run, tmp_path):
     params = jax.device_get(random_params(model))
   choice = choices.Choice(format="orbax")
   of_run = choices.Run(settings, run, stored.of_tree(params), choice)
-  numbers = orbax.write(tmp_path / "out", of_run)
+  numbers = orbax_checkpoint.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run
 
@@ -39,7 +39,9 @@ def test_nothing_is_compressed(exported):
   """Memory would grow with every thread that compresses."""
   _, params, folder, run = exported
   constant = stored.of_tree(jax.tree.map(np.ones_like, params))
-  numbers = orbax.write(folder.parent / "constant", dataclasses.replace(run, params=constant))
+  numbers = orbax_checkpoint.write(
+    folder.parent / "constant", dataclasses.replace(run, params=constant)
+  )
   files = (folder.parent / "constant" / "params" / "d").iterdir()
   assert sum(path.stat().st_size for path in files) > numbers["bytes"]
 
@@ -65,7 +67,7 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   settings, params, folder, run = exported
   narrow = dataclasses.replace(run.choice, dtype="bfloat16")
   rounded = folder.parent / "rounded"
-  orbax.write(rounded, dataclasses.replace(run, choice=narrow))
+  orbax_checkpoint.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
     found = weights.load(weights.find(settings, str(rounded)), settings)
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)

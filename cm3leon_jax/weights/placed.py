@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.huggingface import OPT_OFFSET
-from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.weights.layouts import OPT_OFFSET
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 Index = tuple[slice, ...]
 SCALES = {

@@ -10,11 +10,11 @@ import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.tensor_files import DTYPES, INDEX, WEIGHTS
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import check_foreign
 from cm3leon_jax.parameters import files_of_index
 from cm3leon_jax.runs.stages import id_of
+from cm3leon_jax.weights.tensor_files import DTYPES, INDEX, WEIGHTS
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
 

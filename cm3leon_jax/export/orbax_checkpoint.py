@@ -16,13 +16,14 @@ import tensorstore
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.choices import Run
-from cm3leon_jax.export.tensor_files import DTYPES, convert
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training.checkpoints import sealing, stored
+from cm3leon_jax.training.checkpoints import sealing
+from cm3leon_jax.weights import stored
+from cm3leon_jax.weights.tensor_files import DTYPES, convert
 
 FOLDER = "params"
 DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.

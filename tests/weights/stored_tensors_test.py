@@ -9,9 +9,10 @@ import pytest
 from safetensors import numpy as safetensors
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface, placed, tensor_files
-from cm3leon_jax.export.stored_tensors import StoredTensors, are_in, digest_of
-from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.weights import placed, tensor_files
+from cm3leon_jax.weights.stored_tensors import StoredTensors, are_in, digest_of
+from cm3leon_jax.weights.tensor_files import Tensor
 from tests.export.huggingface_test import VOCAB, config
 from tests.files.buckets_test import run, server  # noqa: F401
 from tests.models.tiny import mesh_of, random_params
@@ -96,7 +97,7 @@ def test_a_model_in_a_bucket_is_read(server, tmp_path):  # noqa: F811
     server.put("bucket", path.name, path.read_bytes(), None)
   code = """
 import json
-from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.weights.stored_tensors import StoredTensors
 print(json.dumps(StoredTensors("gs://bucket").read("c", slice(1, 3)).tolist()))
 """
   process = run(server, code)

@@ -10,8 +10,8 @@ from safetensors import numpy as safetensors_numpy
 from safetensors import safe_open
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import tensor_files
-from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.weights import tensor_files
+from cm3leon_jax.weights.tensor_files import Tensor
 
 
 def tensors_of(arrays, dtype="float32"):

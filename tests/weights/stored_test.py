@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints import checkpoint, stored
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.weights import stored
 from tests.models.tiny import CONFIG, mesh_of, random_params
 
 

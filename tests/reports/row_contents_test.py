@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.reports import inspect
+from cm3leon_jax.reports import row_contents
 from tests.data.stores import VOCAB, make_plan, make_sources
 
 
@@ -24,7 +24,9 @@ def scores(sources):
 
 def test_rows_of_every_kind_are_read_and_named(sources, scores):
   loader = RowLoader(make_plan(sources), VOCAB)
-  views = [view for row in inspect.read_rows(loader, scores, range(60)) for view in row.samples]
+  views = [
+    view for row in row_contents.read_rows(loader, scores, range(60)) for view in row.samples
+  ]
   assert any(view.dropped for view in views)
   assert any(part.moved and part.kind == "image" for view in views for part in view.parts)
   assert any(part.moved and part.kind == "text" for view in views for part in view.parts)
@@ -42,19 +44,25 @@ def test_rows_of_every_kind_are_read_and_named(sources, scores):
 
 def test_rows_without_room_are_read_too(sources, scores):
   loader = RowLoader(make_plan(sources, sequence_length=20, text_share=0.5), VOCAB)
-  views = [view for row in inspect.read_rows(loader, scores, range(200)) for view in row.samples]
+  views = [
+    view for row in row_contents.read_rows(loader, scores, range(200)) for view in row.samples
+  ]
   assert any(view.missing for view in views)
 
 
 def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
   plan = make_plan(sources, num_neighbors=2, sequence_length=100)
   loader = RowLoader(plan, VOCAB, align_images=True)
-  views = [view for row in inspect.read_rows(loader, scores, range(40)) for view in row.samples]
+  views = [
+    view for row in row_contents.read_rows(loader, scores, range(40)) for view in row.samples
+  ]
   assert min(view.sample.positions.min() for view in views) < 0
   number = next(i for i in range(40) if (loader[i]["positions"] < 0).any())
   aligned = loader[number]["positions"]
   with pytest.raises(ValueError, match=r"positions do not count from 0"):
-    inspect.read_rows(Changed(plan, lambda row: row.update(positions=aligned)), scores, [number])
+    row_contents.read_rows(
+      Changed(plan, lambda row: row.update(positions=aligned)), scores, [number]
+    )
 
 
 class Changed(RowLoader):
@@ -105,9 +113,9 @@ def test_a_row_without_its_planned_samples_is_refused(sources, scores, change, s
     for i in range(60)
     if len(plan.row(i)) > 1 and VOCAB.is_image(RowLoader(plan, VOCAB)[i]["inputs"]).any()
   )
-  assert inspect.read_rows(RowLoader(plan, VOCAB), scores, [number])
+  assert row_contents.read_rows(RowLoader(plan, VOCAB), scores, [number])
   with pytest.raises(ValueError, match=sentence):
-    inspect.read_rows(Changed(plan, change), scores, [number])
+    row_contents.read_rows(Changed(plan, change), scores, [number])
 
 
 def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_path):
@@ -118,4 +126,4 @@ def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_p
   broken = Changed(plan, lambda changed: changed.update(row))
   broken.plan = make_plan(replaced)
   with pytest.raises(ValueError, match=r"^row 0"):
-    inspect.read_rows(broken, scores, [0])
+    row_contents.read_rows(broken, scores, [0])

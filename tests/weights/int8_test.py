@@ -8,9 +8,9 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, formats, huggingface, int8
+from cm3leon_jax.export import choices, formats, huggingface
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training.checkpoints import stored
+from cm3leon_jax.weights import int8, stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits, random_params
 

@@ -12,7 +12,7 @@ import math
 from flax import traverse_util
 import numpy as np
 
-from cm3leon_jax.export.tensor_files import DTYPES, Tensor
+from cm3leon_jax.weights.tensor_files import DTYPES, Tensor
 
 PACKED = 4  # int8 numbers of an int32.
 MAXIMUM = 127
