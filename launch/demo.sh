@@ -118,7 +118,7 @@ check_log() {
   "$python" -c '
 import sys
 from cm3leon_jax.reports import summary
-from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.files.json_files import read_json_lines
 log = summary.training(read_json_lines(sys.argv[1]))
 last = log["restarts"][-1]
 print("demo: killed after checkpoint {after_step}; {identical} of {replayed} repeated steps have the same loss, bit for bit.".format(**last))
