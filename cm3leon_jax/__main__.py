@@ -22,16 +22,22 @@ def overview() -> str:
   return "\n".join([*lines, "", "Flags and examples of a command: cm3leon COMMAND --help"])
 
 
+def start(name: str) -> None:
+  """Runs a command with the flags of `sys.argv`, as `python -m cm3leon_jax.commands.NAME` would."""
+  sys.argv[0] = f"cm3leon {name}"
+  runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+
+
 def main() -> None:
-  """Runs the command that `sys.argv` names, as `python -m cm3leon_jax.commands.NAME` would."""
+  """Runs the command that `sys.argv` names."""
   name, *flags = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "help"):
     print(overview())
   elif name == "--version":
     print(cm3leon_jax.__version__)
   elif name in COMMANDS:
-    sys.argv = [f"cm3leon {name}", *flags]
-    runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+    sys.argv = ["cm3leon", *flags]
+    start(name)
   else:
     close = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f"did you mean '{close[0]}'?" if close else "cm3leon --help lists them."

@@ -1,5 +1,1 @@
-"""Entry of a checkout: `python -m launch.NAME` runs `cm3leon_jax/commands/NAME.py`."""
-
-from cm3leon_jax import commands
-
-__path__ = [*__path__, *commands.__path__]
+"""The commands in a checkout, one file each, and the scripts that start them."""

@@ -12,7 +12,8 @@ BASE = {
   "extras", "xla_options",
 }  # fmt: skip
 CORE = {
-  "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding", "generation",
+  "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding",
+  "generation",
 }  # fmt: skip
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.
 MAY_IMPORT = {

@@ -1,12 +1,17 @@
 """What a user asks of an export, the run that it is made of, and what a written export is."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from cm3leon_jax.files.json_files import read_foreign_json
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.weights.stored import StoredParams
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.weights.stored import StoredParams
 
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.

@@ -5,11 +5,14 @@ format cannot represent in a decoder. `write(folder, run) -> numbers` writes the
 that half an export has none. Other files of every export are written before, in `write`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 import contextlib
 import dataclasses
 import importlib
 import os
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -17,7 +20,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export.choices import ABOUT, Choice, Run
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.settings import Settings
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
 
 # Name of a format -> module of this package that writes it.
 FORMATS = {

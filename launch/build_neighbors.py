@@ -1,0 +1,6 @@
+"""`python -m launch.build_neighbors`: `cm3leon build_neighbors` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("build_neighbors")

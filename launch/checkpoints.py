@@ -1,0 +1,6 @@
+"""`python -m launch.checkpoints`: `cm3leon checkpoints` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("checkpoints")

@@ -1,0 +1,6 @@
+"""`python -m launch.copy_tokenizers`: `cm3leon copy_tokenizers` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("copy_tokenizers")

@@ -1,0 +1,6 @@
+"""`python -m launch.encode_instructions`: `cm3leon encode_instructions` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("encode_instructions")

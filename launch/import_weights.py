@@ -1,0 +1,6 @@
+"""`python -m launch.import_weights`: `cm3leon import_weights` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("import_weights")

@@ -1,0 +1,6 @@
+"""`python -m launch.inspect_data`: `cm3leon inspect_data` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("inspect_data")

@@ -1,0 +1,6 @@
+"""`python -m launch.prepare_data`: `cm3leon prepare_data` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("prepare_data")

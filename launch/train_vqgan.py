@@ -1,0 +1,6 @@
+"""`python -m launch.train_vqgan`: `cm3leon train_vqgan` in a checkout."""
+
+from cm3leon_jax.__main__ import start
+
+if __name__ == "__main__":
+  start("train_vqgan")
