@@ -1,8 +1,14 @@
-"""Imports between the packages point one way; docs/design.md has the same table."""
+"""Which package imports which (the table of docs/design.md), no circles, short folders."""
 
 import ast
+import builtins
+import graphlib
+import importlib.metadata
+import itertools
 import pathlib
 import re
+import sys
+import tomllib
 
 import pytest
 
@@ -95,3 +101,69 @@ def f():
   from cm3leon_jax.commands.common import run
 """
   assert imported(source) == {"mesh", "runs", "commands"}
+
+
+MODULES = {
+  ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+  for path in PACKAGE.rglob("*.py")
+}
+
+
+def imported_modules(source: str, modules) -> set[str]:
+  """Modules of the package that a file imports anywhere, also where only types need them."""
+  found = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names = {f"{node.module}.{alias.name}" for alias in node.names}
+      found |= {name if name in modules else node.module for name in names}
+  return found & set(modules)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  graph = {
+    name: imported_modules(path.read_text(), MODULES) - {"cm3leon_jax"}
+    for name, path in MODULES.items()
+  }
+  assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_a_circle_is_found():
+  modules = ("a", "b.c")
+  graph = {
+    "a": imported_modules("def f():\n  from b import c", modules),
+    "b.c": imported_modules("import a", modules),
+  }
+  assert graph == {"a": {"b.c"}, "b.c": {"a"}}
+  with pytest.raises(graphlib.CycleError):
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_folder_has_at_most_15_files_of_its_own():
+  """But `commands`, a list of one file each."""
+  folders = {path.parent for path in MODULES.values()} - {PACKAGE / "commands"}
+  sizes = {
+    str(f.relative_to(PACKAGE)): len({*f.glob("*.py")} - {f / "__init__.py"}) for f in folders
+  }
+  assert {name: size for name, size in sizes.items() if size > 15} == {}
+
+
+def libraries() -> set[str]:
+  """Names by which the dependencies of the project are imported."""
+  project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+  extras = project["optional-dependencies"].values()
+  needed = [*project["dependencies"], *itertools.chain(*extras)]
+  needed = {re.split(r"[^\w.-]", name)[0].lower().replace("_", "-") for name in needed}
+  found = importlib.metadata.packages_distributions().items()
+  return {
+    name
+    for name, distributions in found
+    if needed & {d.lower().replace("_", "-") for d in distributions}
+  }
+
+
+def test_no_module_has_the_name_of_a_library_or_builtin():
+  taken = libraries() | set(sys.stdlib_module_names) | set(dir(builtins))
+  assert {"jax", "orbax", "io", "compile"} <= taken
+  assert [path for path in MODULES.values() if path.stem in taken] == []
