@@ -18,7 +18,7 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
@@ -69,7 +69,7 @@ def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
 
 def synthetic_sources(
   documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
-) -> list[Source]:
+) -> list[RowSource]:
   """Makes pairs (a caption and `codes` codes) and as many texts: realistic lengths, no tokens."""
   rng = np.random.default_rng(seed)
   offsets, lengths = (
@@ -80,14 +80,14 @@ def synthetic_sources(
   pairs = LengthStore(2 * offsets, lengths, np.arange(2 * documents) % 2 == 1)
   texts = LengthStore(offsets, text_lengths(documents, rng), np.zeros(documents, bool))
   return [
-    Source(pairs, 1 - text_share, random_candidates(documents, rng), pairs),
-    Source(texts, text_share),
+    RowSource(pairs, 1 - text_share, random_candidates(documents, rng), pairs),
+    RowSource(texts, text_share),
   ]
 
 
 def written_sources(
   folder: pathlib.Path, documents: int, codes: int, seed: int = 0
-) -> list[Source]:
+) -> list[RowSource]:
   """Writes the same documents with random tokens to stores in `folder`."""
   rng = np.random.default_rng(seed)
   origin = {"source": "synthetic", "license": "CC0-1.0", "attribution": "nobody"}
@@ -110,7 +110,7 @@ def written_sources(
   pairs, texts = (DocumentStore(folder / name, VOCAB) for name in ("pairs", "texts"))
   share = DataConfig.text_share
   candidates = random_candidates(documents, rng)
-  return [Source(pairs, 1 - share, candidates, pairs), Source(texts, share)]
+  return [RowSource(pairs, 1 - share, candidates, pairs), RowSource(texts, share)]
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:

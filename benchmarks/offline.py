@@ -36,8 +36,8 @@ _REPEATS = flags.DEFINE_integer(
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads that read and scale images.")
 
 VIT_B32 = checkpoint.HFCLIPConfig(
-  checkpoint.Encoder(512, 12, 8, 2_048, "quick_gelu", 1e-5),
-  checkpoint.Encoder(768, 12, 12, 3_072, "quick_gelu", 1e-5),
+  checkpoint.EncoderSizes(512, 12, 8, 2_048, "quick_gelu", 1e-5),
+  checkpoint.EncoderSizes(768, 12, 12, 3_072, "quick_gelu", 1e-5),
   512, 49_408, 77, 49_407, 224, 32,
 )  # fmt: skip
 

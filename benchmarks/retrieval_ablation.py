@@ -24,7 +24,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
@@ -231,7 +231,7 @@ def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
   """Counts the samples of the training in `run`; each has one document that is not a neighbor."""
   ids = neighbors.load_neighbors(run / "neighbors", "train_pairs")
   plan = RowPlan(
-    [Source(corpus.train, 1.0, ids, corpus.train)],
+    [RowSource(corpus.train, 1.0, ids, corpus.train)],
     settings.data,
     settings.vocab.num_masks,
     settings.seed,

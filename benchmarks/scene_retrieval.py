@@ -23,7 +23,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -223,7 +223,7 @@ def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int 
   """
   bank = Bank(workdir / "documents", settings.vocab)
   ids = load_neighbors(workdir / "neighbors", "train_pairs")
-  source = Source(bank.parts[0], 1.0, ids, bank)
+  source = RowSource(bank.parts[0], 1.0, ids, bank)
   plan = RowPlan([source], settings.data, settings.vocab.num_masks, settings.seed)
   if not documents:
     total = settings.train.steps * settings.train.global_batch_size

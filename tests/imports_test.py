@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import collections
 import graphlib
 import importlib.metadata
 import itertools
@@ -147,6 +148,15 @@ def test_a_folder_has_at_most_15_files_of_its_own():
     str(f.relative_to(PACKAGE)): len({*f.glob("*.py")} - {f / "__init__.py"}) for f in folders
   }
   assert {name: size for name, size in sizes.items() if size > 15} == {}
+
+
+def test_no_two_public_classes_have_one_name():
+  places = collections.defaultdict(list)
+  for name, path in MODULES.items():
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+        places[node.name].append(name)
+  assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def libraries() -> set[str]:

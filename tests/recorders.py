@@ -64,7 +64,7 @@ class Recorders:
 def write(folder, topology="v5e-256", slices=1, **options):
   """Writes the files of a job as `launch.plan` does; returns its folder."""
   options = {"image": "registry#image:tag", "grace_seconds": 1200, "max_restarts": 7, **options}
-  job = launchers.Job("run", hardware.load(topology, slices), tuple(FLAGS), **options)
+  job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), **options)
   folder = folder / "plan"
   folder.mkdir(exist_ok=True)
   for name, text in launchers.files(job).items():

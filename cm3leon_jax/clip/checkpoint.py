@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class EncoderSizes:
   """Sizes of a transformer of pre-norm layers.
 
   Attributes:
@@ -65,8 +65,8 @@ class HFCLIPConfig:
     patch: side of a patch in pixels.
   """
 
-  text: Encoder
-  image: Encoder
+  text: EncoderSizes
+  image: EncoderSizes
   embed_dim: int
   vocab_size: int
   text_length: int
@@ -116,18 +116,18 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   )  # fmt: skip
 
 
-def _encoder(config, where: str) -> Encoder:
+def _encoder(config, where: str) -> EncoderSizes:
   if config.hidden_act not in ACTIVATIONS:
     raise UserError(
       f"{where}.hidden_act is '{config.hidden_act}'; it must be one of {', '.join(ACTIVATIONS)}."
     )
-  return Encoder(
+  return EncoderSizes(
     config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
     config.intermediate_size, config.hidden_act, config.layer_norm_eps,
   )  # fmt: skip
 
 
-def layer_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:
+def layer_shapes(encoder: EncoderSizes) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a layer's tensors by their names in a checkpoint; matrices [out, in]."""
   D, F = encoder.width, encoder.mlp_width
   matrices = {f"self_attn.{name}_proj": (D, D) for name in ("q", "k", "v", "out")}

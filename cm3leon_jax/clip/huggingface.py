@@ -18,7 +18,7 @@ import numpy as np
 from cm3leon_jax.clip.checkpoint import (
   ACTIVATIONS,
   OLD_EOS_ID,
-  Encoder,
+  EncoderSizes,
   HFCLIPConfig,
   preprocess,
   read_config,
@@ -47,7 +47,7 @@ def _linear(x, params: dict, name: str):
 
 
 def run_layers(
-  x: Float[Array, "B L D"], layers: dict, encoder: Encoder, causal: bool
+  x: Float[Array, "B L D"], layers: dict, encoder: EncoderSizes, causal: bool
 ) -> Float[Array, "B L D"]:
   """Applies K layers, whose parameters are stacked along their first axis."""
   B, L, D = x.shape

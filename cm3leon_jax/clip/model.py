@@ -82,7 +82,7 @@ class CLIPConfig:
       raise ValueError(f"patch = {self.patch} does not divide resolution = {self.resolution}.")
 
 
-class Block(nnx.Module):
+class TransformerLayer(nnx.Module):
   """Pre-norm transformer layer; every position attends to all positions of `mask`."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
@@ -157,7 +157,9 @@ class ViTEncoder(nnx.Module):
     self.embed = nnx.Linear(config.patch**2 * 3, config.image_width, rngs=rngs)
     shape = ((config.resolution // self.patch) ** 2, config.image_width)
     self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-    self.blocks = nnx.List(Block(config.image_width, rngs) for _ in range(config.image_layers))
+    self.blocks = nnx.List(
+      TransformerLayer(config.image_width, rngs) for _ in range(config.image_layers)
+    )
     self.norm = nnx.LayerNorm(config.image_width, rngs=rngs)
 
   def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
@@ -178,7 +180,9 @@ class TextEncoder(nnx.Module):
     self.positions = nnx.Param(
       0.1 * jax.random.normal(rngs.params(), (config.text_length, config.text_width))
     )
-    self.blocks = nnx.List(Block(config.text_width, rngs) for _ in range(config.text_layers))
+    self.blocks = nnx.List(
+      TransformerLayer(config.text_width, rngs) for _ in range(config.text_layers)
+    )
     self.norm = nnx.LayerNorm(config.text_width, rngs=rngs)
 
   def __call__(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B D"]:

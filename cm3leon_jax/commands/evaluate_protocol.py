@@ -197,12 +197,12 @@ def _params(trained: Trained, before: bool) -> tuple[dict, int]:
 
 
 def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: Options, about):
-  """Loads what a protocol runs on; returns a `Run` and the step of its parameters."""
+  """Loads what a protocol runs on; returns a `ProtocolRun` and the step of its parameters."""
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
   from cm3leon_jax.evaluation.protocols.metrics import METRICS, check, check_examples
-  from cm3leon_jax.evaluation.protocols.run import Run
+  from cm3leon_jax.evaluation.protocols.run import ProtocolRun
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
@@ -238,7 +238,7 @@ def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: O
     "scorer": scorer and extractors.clip_identity(scorer),
   }
   root, name = out_flag.results_folder(trained, options.out) / FOLDER, slug(about["name"])
-  job = Run(
+  job = ProtocolRun(
     protocol=protocol,
     metrics=names,
     pipeline=pipeline,

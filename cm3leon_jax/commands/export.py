@@ -122,7 +122,7 @@ def _write(
   from cm3leon_jax.reports import model_card
 
   settings, stored = trained.settings, trained.open_params(choice.average)
-  run = choices.Run(settings, trained.stages, stored, choice, trained.folder)
+  run = choices.TrainedRun(settings, trained.stages, stored, choice, trained.folder)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
@@ -143,7 +143,7 @@ def _write(
 
 
 def _check(
-  folder, run: choices.Run, transformers: bool, trained: Trained
+  folder, run: choices.TrainedRun, transformers: bool, trained: Trained
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 

@@ -192,7 +192,7 @@ def main(settings) -> None:
   given = config_flags(sys.argv[1:])
   name = _NAME.value or _default_name(given[0].partition("=")[2])
   given.append(f"--workdir={flags.FLAGS.workdir or ''}")
-  job = launchers.Job(
+  job = launchers.PodJob(
     name=name, hardware=devices, flags=tuple(given), image=_IMAGE.value, queue=_QUEUE.value,
     secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
     service_account=_ACCOUNT.value, reservation=_RESERVATION.value, priority=_PRIORITY.value,

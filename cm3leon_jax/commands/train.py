@@ -106,7 +106,7 @@ def main(
   from cm3leon_jax.planning import memory
   from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.loop import train
-  from cm3leon_jax.training.objective import Rows
+  from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
 
   traced = parse_steps(profile_steps, settings.train.steps)
@@ -146,7 +146,7 @@ def main(
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
-    rows = Rows(loader, left_out)
+    rows = RowObjective(loader, left_out)
     result = train(folder, *sections, rows, heldout, *options, go_back=back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)

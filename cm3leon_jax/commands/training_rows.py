@@ -8,7 +8,7 @@ from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.rows.loader import RowLoader
-  from cm3leon_jax.data.rows.plan import RowPlan, Source
+  from cm3leon_jax.data.rows.plan import RowPlan, RowSource
   from cm3leon_jax.settings import Settings
 
 
@@ -70,7 +70,7 @@ def replay_share(settings: Settings, split: str) -> float:
   return 0.5 if share and split == "heldout" else share
 
 
-def document_sources(settings: Settings, workdir, split: str, share: float) -> list[Source]:
+def document_sources(settings: Settings, workdir, split: str, share: float) -> list[RowSource]:
   """Opens the documents of a split: pairs with their neighbors, texts, interleaved documents.
 
   Args:
@@ -83,7 +83,7 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
     UserError: see `open_rows`.
   """
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
-  from cm3leon_jax.data.rows.plan import Source
+  from cm3leon_jax.data.rows.plan import RowSource
   from cm3leon_jax.retrieval.neighbors import load_neighbors
 
   documents, data = workdir / "documents", settings.data
@@ -101,10 +101,10 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
       f"{len(pairs)}: run `cm3leon build_neighbors` again."
     )
   of_pairs = share * (1 - data.text_share - data.interleaved_share)
-  sources = [Source(pairs, of_pairs, ids, bank, name="pairs")]
+  sources = [RowSource(pairs, of_pairs, ids, bank, name="pairs")]
   for kind, of_kind in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
     if of_kind > 0:
-      sources.append(Source(store(f"{split}_{kind}"), share * of_kind, name=kind))
+      sources.append(RowSource(store(f"{split}_{kind}"), share * of_kind, name=kind))
   for source in sources:
     if source.share > 0 and not len(source.store):
       raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.lane_kinds import Kind, kind_of, largest
-from cm3leon_jax.decoding.lane_samples import Lane, Sample, Update
+from cm3leon_jax.decoding.lane_samples import Lane, LaneSample, Update
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.mesh import batch_shards
@@ -123,7 +123,7 @@ class ContinuousGenerator:
     lane = self._open_lane(kind) or self._new_lane(kind)
     ticket = next(self._tickets)
     none = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    self._places[ticket] = lane, lane.add(Sample(ticket, request, seed, sampling, *none))
+    self._places[ticket] = lane, lane.add(LaneSample(ticket, request, seed, sampling, *none))
     return ticket
 
   def warm(

@@ -42,7 +42,7 @@ class Update:
 
 
 @dataclasses.dataclass(eq=False)
-class Sample:
+class LaneSample:
   """A sample in a row of a lane."""
 
   ticket: int
@@ -66,7 +66,7 @@ class Lane:
   def __init__(self, kind: Kind, generator: Generator, slots: int, chunk: int, shards: int):
     self.kind, self.generator, self.shards = kind, generator, shards
     self.chunk, self.least = chunk, max(1, chunk // 4)
-    self.rows: list[Sample | None] = [None] * slots
+    self.rows: list[LaneSample | None] = [None] * slots
     self.arriving: list[int] = []  # Rows whose prompts are not yet read.
     self.draining = False
     streams, codes = len(kind.static.widths), generator.config.image_tokens
@@ -90,7 +90,7 @@ class Lane:
   def has_room(self) -> bool:
     return not self.draining and not all(self.rows)
 
-  def add(self, sample: Sample) -> int:
+  def add(self, sample: LaneSample) -> int:
     """Takes a free row in the shard of the batch with the fewest samples to read; returns it."""
     size = len(self.rows) // self.shards
     free = [row for row, taken in enumerate(self.rows) if taken is None]

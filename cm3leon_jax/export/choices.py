@@ -43,7 +43,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainedRun:
   """A trained run, as formats read it.
 
   Attributes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.choices import ABOUT, Choice, Run
+from cm3leon_jax.export.choices import ABOUT, Choice, TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
 
@@ -54,7 +54,7 @@ def _module(choice: Choice):
   return importlib.import_module(f"cm3leon_jax.export.{FORMATS[choice.format]}")
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
+def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes an export to an empty folder; its weights come last.
 
   Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.export.choices import Run
+from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts
@@ -119,7 +119,7 @@ def _constant(name: str, size: int, value: float, dtype: str) -> Tensor:
   return Tensor(name, (size,), dtype, lambda: np.full(size, value, np.float32))
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
+def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `transformers` and the converter of llama.cpp; see `huggingface.write_model`.
 
   Raises:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.choices import Run
+from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
@@ -48,7 +48,7 @@ def check(config: ModelConfig) -> None:
     )
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
+def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`; see `export`."""
   settings, choice = run.settings, run.choice
   described = hf_config(settings.model, settings.vocab)

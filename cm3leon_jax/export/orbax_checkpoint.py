@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.choices import Run
+from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
@@ -33,7 +33,7 @@ def check(config: ModelConfig) -> None:
   """Accepts every decoder."""
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
+def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes the text tokenizer, config.json (model and vocab of the run), params/, digests.json."""
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)

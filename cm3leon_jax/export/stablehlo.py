@@ -49,7 +49,7 @@ from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.choices import Run
+  from cm3leon_jax.export.choices import TrainedRun
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.weights.stored import StoredParams
 
@@ -69,7 +69,7 @@ def check(config: ModelConfig) -> None:
     )
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
+def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
   model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
   settings = dataclasses.replace(run.settings, model=model)

@@ -43,7 +43,7 @@ class Runner:
       )
 
 
-class Job(Protocol):
+class ShardJob(Protocol):
   """Work on every shard. It is pickled to the workers, so it holds configs and paths, no models."""
 
   def open(self) -> Callable[[str], dict]:
@@ -61,7 +61,7 @@ Results = Iterator[tuple[str, dict]]
 
 
 def run_shards(
-  job: Job,
+  job: ShardJob,
   shards: dict[str, dict],
   folder: epath.PathLike,
   runner: Runner,
@@ -114,7 +114,7 @@ def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
 class _Worker:
   """Processes shards and records them; built once in each worker."""
 
-  def __init__(self, job: Job, folder: epath.Path):
+  def __init__(self, job: ShardJob, folder: epath.Path):
     buckets.prepare_access()
     self._job, self._folder, self._process = job, folder, None
 
@@ -150,13 +150,13 @@ def _result(row: dict) -> tuple[str, dict]:
   return row["shard"], json.loads(row["summary"])
 
 
-def _local(job: Job, folder: epath.Path, rows: list[dict]) -> Results:
+def _local(job: ShardJob, folder: epath.Path, rows: list[dict]) -> Results:
   worker = _Worker(job, folder)
   for row in rows:
     yield _result(worker(row))
 
 
-def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:
+def _ray(job: ShardJob, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:
   try:
     import ray
   except ImportError as error:

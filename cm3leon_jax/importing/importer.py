@@ -13,7 +13,7 @@ from cm3leon_jax.export import weights
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import opt, qwen3, tokenizer
-from cm3leon_jax.importing.source import CONFIG, Source, open_source
+from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
 from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
@@ -43,7 +43,7 @@ class Import:
     tensors: of the imported model.
   """
 
-  source: Source
+  source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
   tables: Tables
   tensors: list[Tensor]
@@ -75,7 +75,7 @@ def plan(settings: Settings, source: str) -> Import:
   return Import(opened, needed, tables, family.tensors(opened, fields, tables))
 
 
-def _own_fields(source: Source) -> dict[str, dict]:
+def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
   """Returns what a model of this project needs; rotary positions have no longest sample."""
   path, remedy = source.folder / CONFIG, "write it again by `cm3leon export`."
   try:
@@ -89,7 +89,7 @@ def _own_fields(source: Source) -> dict[str, dict]:
   return needed
 
 
-def _end_of_text(source: Source, rows: int) -> int | None:
+def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
   """Returns the id of a published model's end of text; None: config.json names none."""
   found = source.described.get("eos_token_id")
   first = found[0] if isinstance(found, list) and found else found

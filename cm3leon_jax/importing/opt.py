@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.importing.source import CONFIG, Source
+from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
 from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.weights.layouts import OPT_ACTIVATIONS, OPT_OFFSET
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -31,7 +31,7 @@ NORM_OF = {
 }
 
 
-def model_fields(source: Source) -> dict:
+def model_fields(source: SourceCheckpoint) -> dict:
   """Returns the fields of `config.model` that a checkpoint needs.
 
   Raises:
@@ -59,7 +59,7 @@ def model_fields(source: Source) -> dict:
   }
 
 
-def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
+def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tensor]:
   """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
   The scale of a norm is folded into the products after it.
@@ -97,7 +97,7 @@ def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
   return result
 
 
-def notes(source: Source) -> list[str]:
+def notes(source: SourceCheckpoint) -> list[str]:
   """Says what the import of a checkpoint changes beside its vocabulary."""
   norms = [n for n in source.tensors.names if n.endswith("_layer_norm.weight") and ".layers." in n]
   count = sum(bool((source.tensors.read(name) != 1).any()) for name in norms)
@@ -106,13 +106,13 @@ def notes(source: Source) -> list[str]:
   return [f"norms: the scales of {count} are folded into the products after them: exact."]
 
 
-def _folded(source: Source, name: str, scale: str) -> np.ndarray:
+def _folded(source: SourceCheckpoint, name: str, scale: str) -> np.ndarray:
   """Reads a matrix [out, in], its columns times the scale of the norm before it."""
   matrix = source.tensors.read(name)
   return matrix * source.tensors.read(scale)[None] if scale else matrix
 
 
-def _check_head(source: Source) -> None:
+def _check_head(source: SourceCheckpoint) -> None:
   """Raises UserError if the table after the final norm is not the input table."""
   scale = f"{FINAL_NORM}.weight"
   if scale in source.tensors:

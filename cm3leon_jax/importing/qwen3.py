@@ -9,7 +9,7 @@ from jaxtyping import Float
 import numpy as np
 
 from cm3leon_jax.config import SIZES, UserError, short
-from cm3leon_jax.importing.source import CONFIG, Source
+from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
 from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.models.config import ROPE_BASE
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -23,7 +23,7 @@ HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
 
 
-def model_fields(source: Source) -> dict:
+def model_fields(source: SourceCheckpoint) -> dict:
   """Returns the fields of `config.model` that a checkpoint needs.
 
   Raises:
@@ -75,12 +75,12 @@ def repeat_heads(
   return np.repeat(by_head, times, axis=0).reshape(-1, matrix.shape[1])
 
 
-def is_tied(source: Source) -> bool:
+def is_tied(source: SourceCheckpoint) -> bool:
   """Returns whether the output table of a checkpoint is its input table."""
   return bool(source.described.get("tie_word_embeddings", False))
 
 
-def notes(source: Source, fields: dict) -> list[str]:
+def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
   """Says what the import of a checkpoint changes beside its vocabulary."""
   groups, lines = source.size("num_key_value_heads", 32), []
   if (times := fields["num_heads"] // groups) > 1:
@@ -95,7 +95,7 @@ def notes(source: Source, fields: dict) -> list[str]:
   return lines
 
 
-def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
+def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tensor]:
   """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
   Raises:
@@ -146,7 +146,9 @@ def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
   return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def _layer(source: Source, layer: str, shapes, times: int, groups: int) -> Iterator[Tensor]:
+def _layer(
+  source: SourceCheckpoint, layer: str, shapes, times: int, groups: int
+) -> Iterator[Tensor]:
   """Yields the tensors of a layer."""
   for name, shape in shapes.items():
     source.check_shape(f"{layer}.{name}", shape)
@@ -162,7 +164,7 @@ def _repeated(read, groups: int, times: int) -> np.ndarray:
   return repeat_heads(read(), groups, times)
 
 
-def _check_tied(source: Source) -> None:
+def _check_tied(source: SourceCheckpoint) -> None:
   """Raises UserError if the weights have an output table that config.json does not know."""
   if not source.are_equal(HEAD, EMBED):
     raise UserError(

@@ -22,7 +22,7 @@ OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
   """A checkpoint to import.
 
   Attributes:
@@ -108,7 +108,7 @@ class Source:
     return {name: (sha256 or "")[:16] for name, sha256 in found.items()}
 
 
-def open_source(source: str) -> Source:
+def open_source(source: str) -> SourceCheckpoint:
   """Opens the checkpoint in a folder.
 
   Raises:
@@ -152,4 +152,4 @@ def open_source(source: str) -> Source:
         "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
       )
     raise UserError(f"{folder} has no weights; it must hold {WEIGHTS}, or {INDEX} and its files.")
-  return Source(folder, described, StoredTensors(folder))
+  return SourceCheckpoint(folder, described, StoredTensors(folder))

@@ -27,7 +27,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Instruction:
+class HloInstruction:
   """One line of a computation: `%name = type op(operands), attributes`."""
 
   name: str
@@ -60,17 +60,17 @@ class Program:
 
   def __init__(self, text: str):
     self._lines = text.splitlines()
-    self.computations: dict[str, list[Instruction]] = {}
+    self.computations: dict[str, list[HloInstruction]] = {}
     self.entry = ""
-    current: list[Instruction] = []
+    current: list[HloInstruction] = []
     for line in self._lines:
       if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
         current = self.computations.setdefault(head.group(2), [])
         self.entry = head.group(2) if head.group(1) else self.entry
       elif instruction := _INSTRUCTION.match(line):
-        current.append(Instruction(*instruction.groups()))
+        current.append(HloInstruction(*instruction.groups()))
 
-  def _callees(self, caller: str, instruction: Instruction) -> Iterator[tuple[str, int]]:
+  def _callees(self, caller: str, instruction: HloInstruction) -> Iterator[tuple[str, int]]:
     if instruction.op == "while":
       yield instruction.attribute(r"body=%?([\w.\-]+)"), self._trips(caller, instruction)
     elif instruction.op in ("fusion", "call", "async-start"):
@@ -81,7 +81,7 @@ class Program:
     ):
       yield from ((name.strip(" %"), 1) for name in names.split(","))
 
-  def _trips(self, caller: str, loop: Instruction) -> int:
+  def _trips(self, caller: str, loop: HloInstruction) -> int:
     """Returns the iterations of a `lax.scan` loop: from its first index to the one that ends it.
 
     XLA may take the first iteration out of a loop ("peel" it), which then starts at 1.
@@ -96,7 +96,7 @@ class Program:
       start = self._carried(caller, loop, int(places[0].attribute(r"index=(\d+)")))
     return max(ends) - start
 
-  def _carried(self, caller: str, loop: Instruction, place: int) -> int:
+  def _carried(self, caller: str, loop: HloInstruction, place: int) -> int:
     """Returns the constant that a loop starts with at a place of its tuple; 0 if it is none."""
     made = {i.name: i for i in self.computations[caller]}
     values = made[loop.operands[0]]
@@ -169,7 +169,7 @@ class Program:
         total += min(written, parts[-1]) if parts[-1] is not None else written
     return total
 
-  def _parts(self, i: Instruction) -> list[float | None]:
+  def _parts(self, i: HloInstruction) -> list[float | None]:
     """Returns the bytes that are read of each operand, then those replaced of the result.
 
     None stands for the whole array.
@@ -236,13 +236,13 @@ class Program:
         if i.op in VIEWS or i.op.endswith(("-done", "-start")):
           continue
         for text in _ARRAY.findall(i.type):
-          shape = Instruction("", text, "", "").shapes()
+          shape = HloInstruction("", text, "", "").shapes()
           if shape and "S(" not in text:
             sizes[text.split("{")[0], self.source(i)] = size(shape[0])
     top = sorted(sizes.items(), key=lambda item: -item[1])[:count]
     return [{"array": array, "bytes": n, "source": source} for (array, source), n in top]
 
-  def source(self, instruction: Instruction) -> str:
+  def source(self, instruction: HloInstruction) -> str:
     """Returns `file:line function` of the innermost frame in this project, else the op's name."""
     frame = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0)
     while frame:
@@ -266,11 +266,11 @@ class Program:
     return frames
 
 
-def _is_index(instruction: Instruction) -> bool:
+def _is_index(instruction: HloInstruction) -> bool:
   return instruction.type.startswith("s32[]")
 
 
-def _constant(instruction: Instruction) -> int:
+def _constant(instruction: HloInstruction) -> int:
   return int(instruction.rest.split(")")[0])
 
 
@@ -281,7 +281,7 @@ def _number(field: str, text: str) -> int:
 def _main_bytes(text: str) -> float:
   """Counts the bytes of the arrays of a type that lie in main memory."""
   arrays = " ".join(array for array in _ARRAY.findall(text) if "S(" not in array)
-  return float(sum(map(size, Instruction("", arrays, "", "").shapes())))
+  return float(sum(map(size, HloInstruction("", arrays, "", "").shapes())))
 
 
 def _table(lines: list[str], name: str) -> dict[int, str]:
@@ -296,14 +296,14 @@ def _table(lines: list[str], name: str) -> dict[int, str]:
   return rows
 
 
-def _dot_flops(dot: Instruction, left: tuple[int, ...]) -> float:
+def _dot_flops(dot: HloInstruction, left: tuple[int, ...]) -> float:
   dims = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
   contracted = math.prod(left[int(d)] for d in dims.split(",") if d)
   return 2.0 * math.prod(dot.shapes()[0][1]) * contracted
 
 
 def _convolution_flops(
-  convolution: Instruction, left: tuple[int, ...], right: tuple[int, ...]
+  convolution: HloInstruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
   """Counts the FLOPs of a convolution; pairs with padding do not count.
 

@@ -9,7 +9,7 @@ import numpy as np
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.run import VALUES, Run
+from cm3leon_jax.evaluation.protocols.run import VALUES, ProtocolRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri
 
@@ -17,7 +17,7 @@ PAGE = "report.html"
 NUM_EXAMPLES = 12
 
 
-def write(job: Run, result: dict) -> None:
+def write(job: ProtocolRun, result: dict) -> None:
   """Writes report.html.
 
   Args:
@@ -45,7 +45,7 @@ def write(job: Run, result: dict) -> None:
     file.write(page)
 
 
-def _worst(job: Run, result: dict) -> dict[str, list[int]]:
+def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
   """Returns the worst examples of the first column by each metric that has a value for each."""
   first = job.protocol.columns[0].name
   with (job.folder / VALUES).open("rb") as file, np.load(file) as stored:
@@ -60,7 +60,7 @@ def _worst(job: Run, result: dict) -> dict[str, list[int]]:
   return worst
 
 
-def _rows(job: Run, places: Sequence[int]) -> list[dict]:
+def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
   """Returns what the page shows of examples: what was given, what was expected, and the samples."""
   cells: dict[int, dict] = {i: {} for i in places}
   for column in job.protocol.columns:
@@ -79,7 +79,7 @@ def _rows(job: Run, places: Sequence[int]) -> list[dict]:
   return rows
 
 
-def _cells(job: Run, lines: list[dict]) -> list[dict]:
+def _cells(job: ProtocolRun, lines: list[dict]) -> list[dict]:
   """Returns what the page shows of samples."""
   if job.protocol.task == "text":
     return [{"text": line["text"], "image": None, "score": None} for line in lines]

@@ -14,7 +14,7 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri, show
 from cm3leon_jax.reports.ribbon import ribbon
 from cm3leon_jax.reports.row_contents import RowView, SampleView
-from cm3leon_jax.reports.row_parts import NO_SPAN, Part
+from cm3leon_jax.reports.row_parts import NO_SPAN, RowPart
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -121,7 +121,7 @@ class PageDecoder:
     return png_uri(paint(self.images[ids.tobytes()], spans, kept))
 
 
-def segment_ids(view: SampleView, segment: list[Part]) -> np.ndarray:
+def segment_ids(view: SampleView, segment: list[RowPart]) -> np.ndarray:
   """Returns the token ids of a segment, with moved spans back in their place."""
   return np.concatenate([view.sample.tokens[part.start : part.stop] for part in segment])
 
@@ -153,7 +153,7 @@ def make_decoder(
   return PageDecoder(vocab, text_tokenizer, count, dict(zip(codes, pixels)))
 
 
-def text_item(view: SampleView, parts: list[Part], decoder: PageDecoder, begins: bool) -> dict:
+def text_item(view: SampleView, parts: list[RowPart], decoder: PageDecoder, begins: bool) -> dict:
   """Returns consecutive runs of text; `begins` if they start a text (`PageDecoder.text`)."""
   pieces, tokens = [], 0
   for part in parts:
@@ -169,12 +169,12 @@ def text_item(view: SampleView, parts: list[Part], decoder: PageDecoder, begins:
   return {"kind": "text", "pieces": pieces, "note": note, "long": is_long, "target": target}
 
 
-def is_target(view: SampleView, part: Part) -> bool:
+def is_target(view: SampleView, part: RowPart) -> bool:
   """Returns whether a part of a sample is, or belongs to, the target of an instruction."""
   return view.target is not None and view.target[0] <= part.start < view.target[1]
 
 
-def segment_item(view: SampleView, segment: list[Part], decoder: PageDecoder) -> dict:
+def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
   """Returns a segment in its place, with masked parts marked; a dropped condition is a sentinel."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
@@ -190,7 +190,7 @@ def segment_item(view: SampleView, segment: list[Part], decoder: PageDecoder) ->
   return {**item, "target": is_target(view, segment[0])}
 
 
-def infill_item(view: SampleView, part: Part, decoder: PageDecoder) -> dict:
+def infill_item(view: SampleView, part: RowPart, decoder: PageDecoder) -> dict:
   """Returns a moved part at the end of the sample; an image shows only the moved codes."""
   segment = view.segments[part.segment]
   if part.kind == "text":

@@ -14,7 +14,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CheckedTask:
   """What makes the document of a sample an instruction.
 
   Attributes:
@@ -36,7 +36,11 @@ class Task:
 
 
 def check_instruction(
-  sample: row_parts.Sample, document: Document, task: Task, vocab: VocabLayout, length: int
+  sample: row_parts.RowSample,
+  document: Document,
+  task: CheckedTask,
+  vocab: VocabLayout,
+  length: int,
 ) -> tuple[int, int]:
   """Checks that a sample holds its record, less what was dropped, and weighs its targets.
 
@@ -74,7 +78,7 @@ def check_instruction(
   return start, stop
 
 
-def target_range(tokens: np.ndarray, task: Task, vocab: VocabLayout) -> tuple[int, int]:
+def target_range(tokens: np.ndarray, task: CheckedTask, vocab: VocabLayout) -> tuple[int, int]:
   """Finds the target in a sample: after its second `<mask:0>`, or before its end.
 
     </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)

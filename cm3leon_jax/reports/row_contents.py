@@ -10,13 +10,13 @@ from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import Placement
 from cm3leon_jax.reports import row_parts
-from cm3leon_jax.reports.instruction_check import Task, check_instruction
-from cm3leon_jax.reports.row_parts import Part, Sample
+from cm3leon_jax.reports.instruction_check import CheckedTask, check_instruction
+from cm3leon_jax.reports.row_parts import RowPart, RowSample
 from cm3leon_jax.vocab import VocabLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class Neighbor:
+class NeighborView:
   """A retrieved document.
 
   Attributes:
@@ -46,11 +46,11 @@ class Origin:
   """
 
   document: Document
-  neighbors: tuple[Neighbor, ...]
+  neighbors: tuple[NeighborView, ...]
   pass_: int
   piece_start: int = 0
   text_length: int = 0
-  task: Task | None = None
+  task: CheckedTask | None = None
 
   @property
   def documents(self) -> list[Document]:
@@ -72,10 +72,10 @@ class SampleView:
     target: half-open range of an instruction's target in the sample, or None.
   """
 
-  sample: Sample
+  sample: RowSample
   origin: Origin
-  parts: list[Part]
-  segments: list[list[Part]]
+  parts: list[RowPart]
+  segments: list[list[RowPart]]
   owners: list[int]
   dropped: bool
   missing: int
@@ -111,9 +111,9 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   plan = loader.plan.plan(source, pass_, unit)
   if spec.instructions is not None:
     target = tuple(spec.instructions.targets[index].tolist())
-    return Origin(document, (), pass_, task=Task(spec.name, target, plan, spec.instructions))
+    return Origin(document, (), pass_, task=CheckedTask(spec.name, target, plan, spec.instructions))
   neighbors = tuple(
-    Neighbor(spec.bank[int(candidates[j])], j + 1, len(candidates), float(scores[index][j]))
+    NeighborView(spec.bank[int(candidates[j])], j + 1, len(candidates), float(scores[index][j]))
     for j in plan.neighbors
   )
   if len(document.segments) > 1 or document.segments[0].is_image:
@@ -166,7 +166,7 @@ def _check_source(marks: np.ndarray, placement: Placement) -> None:
     raise ValueError(f"its slots are marked with the sources {sorted(set(marks.tolist()))}.")
 
 
-def view_sample(sample: Sample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:
+def view_sample(sample: RowSample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:
   """Checks a sample against its documents and splits it into parts.
 
   Args:

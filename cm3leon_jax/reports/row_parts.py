@@ -16,7 +16,7 @@ NO_SPAN = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class RowSample:
   """One sample of a row.
 
   Attributes:
@@ -40,7 +40,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class RowPart:
   """One special token of a sample, or a run of text tokens or image codes.
 
   Attributes:
@@ -62,7 +62,7 @@ class Part:
 
 def split_row(
   row: dict[str, np.ndarray], vocab: VocabLayout, align_images: bool = False
-) -> list[Sample]:
+) -> list[RowSample]:
   """Cuts a row into its samples by its segment ids.
 
     inputs       </s> 7  8    </s> 9    <pad>
@@ -99,7 +99,7 @@ def split_row(
       raise ValueError(f"slots {start} to {stop - 1} (segment id {number}): {fault}")
     if number:
       weights = np.concatenate([np.zeros(1, np.float32), cut["loss_weights"]])
-      samples.append(Sample(number, start, tokens, weights, positions))
+      samples.append(RowSample(number, start, tokens, weights, positions))
   return samples
 
 
@@ -121,7 +121,7 @@ def _padding_fault(cut: dict[str, np.ndarray], pad: int) -> str:
   return "padding has a loss weight." if cut["loss_weights"].any() else ""
 
 
-def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[Part]:
+def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
   """Splits a sample into parts, in the order of its tokens.
 
     tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
@@ -147,20 +147,20 @@ def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[Part]:
       place = left.setdefault(span, segment)
     elif moved:
       place = left.get(span, segment)
-    parts.append(Part(str(kinds[start]), start, stop, place, span, moved))
+    parts.append(RowPart(str(kinds[start]), start, stop, place, span, moved))
     segment += token == vocab.brk
     if not moved or token == vocab.eoss:
       span = NO_SPAN
   return parts
 
 
-def restore(parts: list[Part]) -> list[list[Part]]:
+def restore(parts: list[RowPart]) -> list[list[RowPart]]:
   """Returns the text and image parts of each segment, with moved parts back in their place.
 
   A dropped condition is a segment without parts.
   """
-  segments: list[list[Part]] = [[] for _ in range(1 + max(part.segment for part in parts))]
-  moved: dict[int, list[Part]] = {}
+  segments: list[list[RowPart]] = [[] for _ in range(1 + max(part.segment for part in parts))]
+  moved: dict[int, list[RowPart]] = {}
   for part in (p for p in parts if p.moved and p.kind != "special"):
     moved.setdefault(part.span, []).append(part)
   for part in (p for p in parts if not p.moved):

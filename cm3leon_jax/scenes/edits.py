@@ -47,7 +47,7 @@ _WHERE = ("at the {place}", "in the {place} corner")
 
 
 @dataclasses.dataclass(frozen=True)
-class Edit:
+class SceneEdit:
   """An instruction, the scene after it, and the facts that a judge checks."""
 
   instruction: str
@@ -73,7 +73,7 @@ def clauses_of(objects: Iterable[Placed], fields=ALL_FIELDS) -> list[dict]:
   return [{**fact, "count": 1} for fact in facts_of(objects, fields)]
 
 
-def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | None:
+def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
   """Gives all objects of a name another color: "Make the bell blue"."""
   name = rng.choice(sorted(counts_of(scene)))
   before = [placed for placed in scene.objects if placed.object == name]
@@ -84,7 +84,7 @@ def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | No
   color = rng.choice(colors)
   after = [dataclasses.replace(placed, color=color) for placed in before]
   target = Scene.of([*others, *after])
-  return Edit(
+  return SceneEdit(
     rng.choice(_RECOLOR).format(x=named(name, len(before)), color=color),
     target,
     include=clauses_of(target.objects),
@@ -94,7 +94,7 @@ def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | No
   )
 
 
-def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | None:
+def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
   """Removes all objects of a name, if others remain: "Remove the key"."""
   del config
   counts = counts_of(scene)
@@ -102,7 +102,7 @@ def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | Non
     return None
   name = rng.choice(sorted(counts))
   target = Scene.of([placed for placed in scene.objects if placed.object != name])
-  return Edit(
+  return SceneEdit(
     rng.choice(_REMOVE).format(x=named(name, counts[name])),
     target,
     include=clauses_of(target.objects),
@@ -112,7 +112,7 @@ def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | Non
   )
 
 
-def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | None:
+def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
   """Exchanges the halves of an image.
 
   Places are mirrored, and drawings are not: a mirrored drawing is no object of the world.
@@ -127,7 +127,7 @@ def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | Non
   target = Scene.of(after)
   if target == scene:
     return None
-  return Edit(
+  return SceneEdit(
     rng.choice(_MIRROR[axis]),
     target,
     include=clauses_of(target.objects),
@@ -137,7 +137,7 @@ def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | Non
   )
 
 
-def add(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | None:
+def add(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
   """Adds an object that is not there yet, at a free place or beside the only object of a name."""
   names = [name for name in config.objects if name not in counts_of(scene)]
   free = [place for place in PLACES if all(place != placed.place for placed in scene.objects)]
@@ -149,10 +149,10 @@ def add(scene: Scene, config: ScenesConfig, rng: random.Random) -> Edit | None:
   return _add_beside(scene, name, color, free, rng)
 
 
-def _add_at(scene: Scene, added: Placed, rng: random.Random) -> Edit:
+def _add_at(scene: Scene, added: Placed, rng: random.Random) -> SceneEdit:
   """Adds an object at a place: "Add a red star at the top left"."""
   where = rng.choice(_WHERE).format(place=added.place)
-  return Edit(
+  return SceneEdit(
     rng.choice(_ADD).format(an_x=with_article(added.object, added.color), where=where),
     Scene.of([*scene.objects, added]),
     include=clauses_of([*scene.objects, added]),
@@ -164,7 +164,7 @@ def _add_at(scene: Scene, added: Placed, rng: random.Random) -> Edit:
 
 def _add_beside(
   scene: Scene, name: str, color: str, free: list[str], rng: random.Random
-) -> Edit | None:
+) -> SceneEdit | None:
   """Adds an object at a side of another one: "Add a red star above the bell".
 
   The star stands in the column of the bell if that place is free. A judge accepts every place above
@@ -184,7 +184,7 @@ def _add_beside(
   place = min(there, key=lambda place: len(relations(place, other.place)))
   clause = {"class": name, "color": color, "count": 1}
   where = f"{rng.choice(RELATIONS[relation])} the {other.object}"
-  return Edit(
+  return SceneEdit(
     rng.choice(_ADD).format(an_x=with_article(name, color), where=where),
     Scene.of([*scene.objects, Placed(name, color, place)]),
     include=[*clauses_of(scene.objects), {**clause, "position": [relation, index]}],

@@ -17,8 +17,8 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.scenes import edits, questions, source, world
 from cm3leon_jax.scenes.captions import Description
 from cm3leon_jax.scenes.drawings import CELL, SIDE, box, render
-from cm3leon_jax.scenes.edits import Edit, clauses_of, facts_of
-from cm3leon_jax.scenes.questions import Question
+from cm3leon_jax.scenes.edits import SceneEdit, clauses_of, facts_of
+from cm3leon_jax.scenes.questions import SceneQuestion
 from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene, ScenesConfig
 
 # H height, W width of an image.
@@ -28,7 +28,7 @@ Split = Literal["train", "heldout"]
 # Tasks on the captioned scenes of the source `source`: the record of the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
 QUESTIONS = ("count", "color", "exists", "relation")
-EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], Edit | None]] = {
+EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None]] = {
   "recolor": edits.recolor,
   "remove": edits.remove,
   "mirror": edits.mirror,
@@ -195,7 +195,7 @@ def _question(config: ScenesConfig, task: str, split: Split, index: int, rng) ->
 
 def _ask(
   config: ScenesConfig, task: str, split: Split, rng, scene: Scene, number: int, shown: bool
-) -> Question | None:
+) -> SceneQuestion | None:
   if task == "count":
     return questions.ask_count(scene, number, rng)
   if task == "color":

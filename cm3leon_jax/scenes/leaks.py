@@ -18,7 +18,7 @@ SHOWN = 20  # Leaked scenes that are named.
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class FactLeakReport:
   """Result of a check.
 
   Attributes:
@@ -33,7 +33,7 @@ class Report:
   first: list[str]
 
 
-def check(folder: epath.PathLike) -> Report:
+def check(folder: epath.PathLike) -> FactLeakReport:
   """Compares the facts of the held-out pairs in a raw folder with those of its training pairs.
 
   A scene has leaked if training or the bank shows one of the same facts; if it is held out for a
@@ -60,7 +60,7 @@ def check(folder: epath.PathLike) -> Report:
     elif _shown(pair.facts, "scene") <= seen["scene"] or _shown(pair.facts, kind) <= seen[kind]:
       leaked[kind] += 1
       first.append(f"heldout '{pair.key}' ({kind}): {pair.concept}")
-  return Report(len(heldout), train, leaked, first[:SHOWN])
+  return FactLeakReport(len(heldout), train, leaked, first[:SHOWN])
 
 
 def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:

@@ -48,7 +48,7 @@ _RELATION = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class SceneQuestion:
   """A question about an image, and its answer."""
 
   question: str
@@ -68,7 +68,7 @@ def named(name: str, number: int) -> str:
   return name if number == 1 else plural(name)
 
 
-def ask_count(scene: Scene, number: int, rng: random.Random) -> Question | None:
+def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | None:
   """Asks how many objects of a name there are, where the answer is `number`.
 
   "How many stars are there?" -> "two". None if no common object is there so often.
@@ -77,10 +77,10 @@ def ask_count(scene: Scene, number: int, rng: random.Random) -> Question | None:
   if not names:
     return None
   name = rng.choice(names)
-  return Question(rng.choice(_COUNT).format(xs=plural(name)), NUMBER_WORDS[number])
+  return SceneQuestion(rng.choice(_COUNT).format(xs=plural(name)), NUMBER_WORDS[number])
 
 
-def ask_color(scene: Scene, rng: random.Random) -> Question | None:
+def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
   """Asks for the color of an object, or of several that have the same name and color.
 
   "What color is the bell?" -> "red". None if there are only objects of a name in several colors.
@@ -96,14 +96,14 @@ def ask_color(scene: Scene, rng: random.Random) -> Question | None:
   many = number > 1 or name in PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "does": "do" if many else "does"}
   question = rng.choice(_COLOR).format(x=named(name, number), **verbs)
-  return Question(question, *colors[name])
+  return SceneQuestion(question, *colors[name])
 
 
-def ask_exists(scene: Scene, name: str, rng: random.Random) -> Question:
+def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
   """Asks whether there is an object of a name: "Is there a cat?" -> "no"."""
   verb = "Are" if name in PLURAL_WORDS else "Is"
   question = rng.choice(_EXISTS).format(an_x=with_article(name), Is=verb)
-  return Question(question, "yes" if name in counts_of(scene) else "no")
+  return SceneQuestion(question, "yes" if name in counts_of(scene) else "no")
 
 
 def may_be_absent(scene: Scene, name: str) -> bool:
@@ -118,7 +118,7 @@ def may_be_absent(scene: Scene, name: str) -> bool:
   return name not in COMMON or not any(is_heldout_objects(name, x) for x in shown if x in COMMON)
 
 
-def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
   """Asks for the only object at a side of the only object of a name.
 
   "What is left of the key?" -> "bell". An object at a diagonal place stands at two sides. None if
@@ -134,4 +134,4 @@ def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     return None
   relation, y, answer = rng.choice(known)
   phrase = rng.choice(RELATIONS[relation])
-  return Question(rng.choice(_RELATION).format(relation=phrase, y=y), answer)
+  return SceneQuestion(rng.choice(_RELATION).format(relation=phrase, y=y), answer)

@@ -12,7 +12,7 @@ import random
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.sources.formats import Part
+from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import Description, describe, describe_plainly, relations
@@ -26,7 +26,7 @@ ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
 PART_RECORDS = 2_000  # Records of one part, which becomes a raw shard.
 
 
-def parts(config: ScenesConfig, resolution: int) -> list[Part]:
+def parts(config: ScenesConfig, resolution: int) -> list[SourcePart]:
   """Splits the source into parts: ranges of indices of a split.
 
   Raises:
@@ -46,13 +46,13 @@ def parts(config: ScenesConfig, resolution: int) -> list[Part]:
       f"{config.rare_objects} rare objects in {len(config.colors)} colors give at most {most}."
     )
   return [
-    Part(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
+    SourcePart(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
     for split, total in zip(SPLITS, (config.train, config.heldout, config.bank))
     for start in range(0, total, PART_RECORDS)
   ]
 
 
-def read(config: ScenesConfig, part: Part) -> Iterator[RawPair]:
+def read(config: ScenesConfig, part: SourcePart) -> Iterator[RawPair]:
   """Yields the records of a part; `load` renders their images."""
   split, start, end = part.files
   return (pair(config, split, index) for index in range(int(start), int(end)))

@@ -98,7 +98,7 @@ def _box(text: str) -> tuple[int, ...]:
   return tuple(map(int, text.split(",")))
 
 
-class Edit(ImageBody):
+class EditBody(ImageBody):
   """Fields of the form of POST /v1/images/edits, beside its files.
 
   Attributes:
@@ -123,7 +123,7 @@ class ImageUrl(pydantic.BaseModel):
   detail: str = "auto"
 
 
-class Part(pydantic.BaseModel):
+class MessagePart(pydantic.BaseModel):
   """A text or an image of a message."""
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -135,7 +135,7 @@ class Part(pydantic.BaseModel):
 def _parts(value: Any) -> Any:
   """A text is the only part of its message."""
   if isinstance(value, str):
-    return [Part(type="text", text=value)]
+    return [MessagePart(type="text", text=value)]
   if not isinstance(value, list):
     raise PydanticCustomError("content", "Input should be a text, or a list of parts")
   return value
@@ -146,7 +146,7 @@ class Message(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra="forbid")
   role: str
-  content: Annotated[list[Part], Field(max_length=MOST_PARTS), BeforeValidator(_parts)]
+  content: Annotated[list[MessagePart], Field(max_length=MOST_PARTS), BeforeValidator(_parts)]
   name: str | None = None
 
 

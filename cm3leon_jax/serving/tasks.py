@@ -21,7 +21,7 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 
 # By the word that a sentence begins with, the field of a body.
 FIELDS = {"message": "messages"} | {
-  name: name for cls in (schemas.Edit, schemas.Chat) for name in cls.model_fields
+  name: name for cls in (schemas.EditBody, schemas.Chat) for name in cls.model_fields
 }
 
 
@@ -35,7 +35,7 @@ def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
 
 
 def edit(
-  pipeline: Pipeline, body: schemas.Edit, image: np.ndarray, box: tuple[int, ...] | None
+  pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
 ) -> Task:
   """Makes the task of an edit by an instruction, or, with a box, of an infill.
 

@@ -120,7 +120,7 @@ def norm(width: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
   return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
-class ResidualBlock(nnx.Module):
+class PublishedResidualBlock(nnx.Module):
   """Residual block of two convolutions; a third one carries x over if the width changes."""
 
   def __init__(self, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs):
@@ -176,7 +176,7 @@ class Level(nnx.Module):
     self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int, rngs: nnx.Rngs
   ):
     self.block = nnx.List(
-      ResidualBlock(outputs if i else inputs, outputs, groups, rngs) for i in range(blocks)
+      PublishedResidualBlock(outputs if i else inputs, outputs, groups, rngs) for i in range(blocks)
     )
     self.attn = nnx.List(Attention(outputs, groups, rngs) for _ in range(blocks * attention))
 
@@ -193,16 +193,16 @@ class Middle(nnx.Module):
 
   def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
     width, groups = config.widths[-1], config.groups
-    self.block_1 = ResidualBlock(width, width, groups, rngs)
+    self.block_1 = PublishedResidualBlock(width, width, groups, rngs)
     self.attn_1 = Attention(width, groups, rngs) if config.middle_attention else None
-    self.block_2 = ResidualBlock(width, width, groups, rngs)
+    self.block_2 = PublishedResidualBlock(width, width, groups, rngs)
 
   def __call__(self, x):
     x = self.block_1(x)
     return self.block_2(x if self.attn_1 is None else self.attn_1(x))
 
 
-class Encoder(nnx.Module):
+class PublishedEncoder(nnx.Module):
   """Encodes pixels: [B, H, W, 3] -> [B, h, w, Z]."""
 
   def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
@@ -227,7 +227,7 @@ class Encoder(nnx.Module):
     return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nnx.Module):
+class PublishedDecoder(nnx.Module):
   """Decodes [B, h, w, Z] to pixels [B, H, W, 3], not clipped."""
 
   def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
     return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
-class Codebook(nnx.Module):
+class PublishedCodebook(nnx.Module):
   """K codes, chosen by distance or by logits."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
@@ -281,8 +281,8 @@ class PublishedVQGAN(nnx.Module):
   """Encoder, codebook and decoder, with a convolution of size 1 on either side of the codes."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
-    self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
-    self.quantize = Codebook(config, num_codes, rngs)
+    self.encoder, self.decoder = PublishedEncoder(config, rngs), PublishedDecoder(config, rngs)
+    self.quantize = PublishedCodebook(config, num_codes, rngs)
     self.quant_conv = conv(config.latent_channels, config.code_dim, 1, rngs)
     self.post_quant_conv = conv(config.code_dim, config.latent_channels, 1, rngs)
 

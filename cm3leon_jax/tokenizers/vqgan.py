@@ -57,7 +57,7 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) 
   return nnx.Conv(inputs, outputs, (size, size), strides=(stride, stride), rngs=rngs)
 
 
-class Block(nnx.Module):
+class ConvBlock(nnx.Module):
   """Residual block of two convolutions; `local`: how it normalizes, see `normalize`."""
 
   def __init__(self, width: int, size: int, local: bool, rngs: nnx.Rngs):
@@ -78,7 +78,7 @@ class Encoder(nnx.Module):
     widths = [config.width * m for m in config.multipliers]
     self.conv_in = conv(3 * config.stem**2, widths[0], size, rngs)
     self.levels = nnx.List(
-      nnx.List(Block(w, size, self.local, rngs) for _ in range(n))
+      nnx.List(ConvBlock(w, size, self.local, rngs) for _ in range(n))
       for w, n in zip(widths, config.encoder_blocks)
     )
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
     self.conv_in = conv(config.code_dim, widths[0], 3, rngs)
     blocks = config.decoder_blocks[::-1]
     self.levels = nnx.List(
-      nnx.List(Block(w, 3, self.local, rngs) for _ in range(n)) for w, n in zip(widths, blocks)
+      nnx.List(ConvBlock(w, 3, self.local, rngs) for _ in range(n)) for w, n in zip(widths, blocks)
     )
     self.ups = nnx.List(conv(a, 4 * b, 3, rngs) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)

@@ -72,7 +72,7 @@ class Objective(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowObjective:
   """The objective of pretraining and of tuning: cross-entropy of the rows of a loader.
 
   Attributes:

@@ -5,7 +5,7 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.instructions.samples import Instructions, read_targets, write_targets
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
@@ -13,7 +13,7 @@ VOCAB = VocabLayout(num_special=32, text_size=512, image_size=64)
 IMAGE_TOKENS = 16
 
 
-def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[Source]:
+def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[RowSource]:
   """Pairs with 4 random candidates each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
 
@@ -35,12 +35,12 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
   neighbors = np.stack([rng.permutation(num_pairs)[:4] for _ in range(num_pairs)]).astype(np.int32)
   neighbors[::7, 2:] = -1
   return [
-    Source(store, 1 - text_share, neighbors, store),
-    Source(DocumentStore(folder / "texts", VOCAB), text_share),
+    RowSource(store, 1 - text_share, neighbors, store),
+    RowSource(DocumentStore(folder / "texts", VOCAB), text_share),
   ]
 
 
-def make_instructions(folder, count=30, seed=0) -> list[Source]:
+def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
   """Two tasks with half of the slots each: answers within a text, and edits of an image."""
   rng = np.random.default_rng(seed)
 
@@ -63,7 +63,7 @@ def make_instructions(folder, count=30, seed=0) -> list[Source]:
     write_targets(folder / name, [target for _, target in found])
     instructions = Instructions(read_targets(folder / name, count))
     store = DocumentStore(folder / name, VOCAB)
-    sources.append(Source(store, 0.5, instructions=instructions, name=name))
+    sources.append(RowSource(store, 0.5, instructions=instructions, name=name))
   return sources
 
 

@@ -16,7 +16,7 @@ from cm3leon_jax.decoding import lane, loop, speculative
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.lane_kinds import kind_of
-from cm3leon_jax.decoding.lane_samples import Lane, Sample
+from cm3leon_jax.decoding.lane_samples import Lane, LaneSample
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.mesh import abstract, batch_shards
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
@@ -110,7 +110,7 @@ def test_a_lane_of_one_row_and_of_four(generator, task, of_shard):
   rows = Lane(kind, generator, slots, chunk=3, shards=batch_shards())
   empty, none = np.zeros(0, np.int32), np.zeros(0, np.float32)
   for ticket in range(slots):
-    rows.add(Sample(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
+    rows.add(LaneSample(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
   state = jax.eval_shape(
     functools.partial(
       lane.empty,

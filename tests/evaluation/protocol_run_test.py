@@ -65,7 +65,7 @@ def pipeline(workdir):
 
 def make_job(workdir, pipeline, folder, protocol=PROTOCOL):
   params, pipe = pipeline
-  return run_lib.Run(
+  return run_lib.ProtocolRun(
     protocol=protocol,
     metrics=protocol.metrics,
     pipeline=pipe,
@@ -238,7 +238,7 @@ def test_no_example_is_shuffled_onto_itself(count):
 
 def test_files_need_a_folder(workdir, pipeline):
   protocol = dataclasses.replace(
-    PROTOCOL, data=protocol_lib.DataConfig(format="coco_2014", split="val", count=2)
+    PROTOCOL, data=protocol_lib.EvaluatedData(format="coco_2014", split="val", count=2)
   )
   with pytest.raises(UserError, match="name their folder by --data"):
     samples_lib.open_evaluated(protocol, pipeline[1], workdir, None)

@@ -6,7 +6,7 @@ import pytest
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation.metrics import captions
 from cm3leon_jax.evaluation.protocols import text_metrics
-from cm3leon_jax.evaluation.protocols.column import Column
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 
 REFERENCES = [
   ("a red cat on a mat", "the cat is red"),
@@ -16,14 +16,14 @@ REFERENCES = [
 ]
 
 
-def column(texts, references=REFERENCES, groups=None, **fields) -> Column:
+def column(texts, references=REFERENCES, groups=None, **fields) -> ColumnSamples:
   examples = [
     Example(str(i), str(i), references=tuple(given), **{k: v[i] for k, v in fields.items()})
     for i, given in enumerate(references)
   ]
   lines = [{"text": text} for text in texts]
   groups = [example.group for example in examples] if groups is None else groups
-  return Column("test", lines, examples, groups, num_resamples=200)
+  return ColumnSamples("test", lines, examples, groups, num_resamples=200)
 
 
 def test_captions_of_people_score_higher_than_those_of_other_images():
@@ -70,5 +70,7 @@ def test_candidates_are_ranked_by_their_scores():
   best = [np.array([-9.0, -1.0, -2.0]), np.array([-1.0, -5.0, -5.0])]
   worst = [-x for x in best]
   fields = {**vars(good)}
-  assert text_metrics.ndcg(Column(**{**fields, "candidates": best}))["value"] == pytest.approx(100)
-  assert text_metrics.ndcg(Column(**{**fields, "candidates": worst}))["value"] < 50
+  assert text_metrics.ndcg(ColumnSamples(**{**fields, "candidates": best}))[
+    "value"
+  ] == pytest.approx(100)
+  assert text_metrics.ndcg(ColumnSamples(**{**fields, "candidates": worst}))["value"] < 50

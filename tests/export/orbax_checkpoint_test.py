@@ -22,7 +22,7 @@ def exported(request, run, tmp_path):
   with one_device():
     params = jax.device_get(random_params(model))
   choice = choices.Choice(format="orbax")
-  of_run = choices.Run(settings, run, stored.of_tree(params), choice)
+  of_run = choices.TrainedRun(settings, run, stored.of_tree(params), choice)
   numbers = orbax_checkpoint.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run

@@ -180,7 +180,7 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
   choice = choices.Choice(format="stablehlo")
   params = checkpoint.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
-    stablehlo.write(target, choices.Run(SETTINGS, run, params, choice))
+    stablehlo.write(target, choices.TrainedRun(SETTINGS, run, params, choice))
   assert not (target / stablehlo.MANIFEST).exists()
 
 

@@ -105,7 +105,7 @@ def test_an_export_with_other_numbers_is_refused_by_its_name(
   settings = with_model(**fields)
   with one_device():
     params = stored.of_tree(jax.device_get(random_params(settings.model)))
-  about = choices.Run(settings, run, params, choices.Choice(**choice))
+  about = choices.TrainedRun(settings, run, params, choices.Choice(**choice))
   (gpt2 if choice.get("format") else huggingface).write(tmp_path, about)
   with pytest.raises(UserError, match=rf"^--init_from is \S+, {message}, .* format hf or orbax\.$"):
     weights.find(settings, str(tmp_path))

@@ -41,7 +41,7 @@ def faulty_after(kind: str, count: int, data):
 
 
 def insert(kind: str, process: int, count: int) -> None:
-  begin = objective.Rows.begin
+  begin = objective.RowObjective.begin
 
   def faulty(*args):
     mine = jax.process_index() == process
@@ -51,7 +51,7 @@ def insert(kind: str, process: int, count: int) -> None:
     take_step, data = begin(*args)
     return take_step, faulty_after(kind, count, data) if mine else data
 
-  objective.Rows.begin = faulty
+  objective.RowObjective.begin = faulty
   if kind == "error_unsealed":
     digest = checkpoint.Checkpoints._digest_share
 

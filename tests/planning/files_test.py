@@ -40,23 +40,25 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
 )  # fmt: skip
 def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
   flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
-  job = launchers.Job(**{"name": "run", **options}, hardware=hardware.load(topology), flags=flags)
+  job = launchers.PodJob(
+    **{"name": "run", **options}, hardware=hardware.load(topology), flags=flags
+  )
   with pytest.raises(UserError, match=re.escape(sentence)):
     launchers.files(job)
 
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
-  job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
+  job = launchers.PodJob("run", hardware.load("v5e-256", 2), tuple(FLAGS))
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   image, several = launchers.remarks(job)
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
   assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
-  assert launchers.remarks(launchers.Job("run", job.hardware, job.flags, IMAGE)) == [several]
+  assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == [several]
 
 
 def test_gke_does_not_connect_slices_of_one_host():
   small = hardware.load("v5e-8", 2)
-  job = launchers.Job("run", small, tuple(FLAGS), IMAGE)
+  job = launchers.PodJob("run", small, tuple(FLAGS), IMAGE)
   for option in ("queue", "secret"):
     with pytest.raises(
       UserError, match=f"--{option} is of gke_jobset.yaml, which is not written, "
@@ -73,7 +75,7 @@ def test_gke_does_not_connect_slices_of_one_host():
 
 def test_machines_that_share_no_folder_get_a_bucket_only():
   shared = ("--config=c", "--workdir=/scratch/7b")
-  job = launchers.Job("run", hardware.load("h100-64"), shared)
+  job = launchers.PodJob("run", hardware.load("h100-64"), shared)
   assert list(launchers.files(job)) == ["offline_ray.sh"]
   image, folder = launchers.remarks(job)
   assert image == "slurm.sbatch needs a container image: give --image."
@@ -86,7 +88,7 @@ def test_machines_that_share_no_folder_get_a_bucket_only():
 
 
 def test_slurm_does_not_ask_for_spot_machines_and_says_so():
-  job = launchers.Job("run", hardware.load("h100-64"), tuple(FLAGS), IMAGE, spot=True)
+  job = launchers.PodJob("run", hardware.load("h100-64"), tuple(FLAGS), IMAGE, spot=True)
   sentence = "slurm.sbatch: --spot changes nothing in SLURM: choose a partition."
   assert launchers.remarks(job) == [sentence]
   assert launchers.remarks(dataclasses.replace(job, spot=False)) == []
@@ -94,7 +96,7 @@ def test_slurm_does_not_ask_for_spot_machines_and_says_so():
 
 @pytest.mark.parametrize("topology", ["v5e-256", "h100-64"])
 def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
-  job = launchers.Job("run", hardware.load(topology), tuple(FLAGS), IMAGE)
+  job = launchers.PodJob("run", hardware.load(topology), tuple(FLAGS), IMAGE)
   sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
   assert sorted([*sentences, "offline_ray.sh"]) == sorted(launchers.files(job))
   assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
@@ -117,14 +119,14 @@ def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
 )
 def test_a_config_that_is_not_copied_to_the_hosts_is_named(config, copied):
   flags = (f"--config={config}", "--workdir=gs://bucket/7b")
-  job = launchers.Job("run", hardware.load("v5e-256"), flags, IMAGE)
+  job = launchers.PodJob("run", hardware.load("v5e-256"), flags, IMAGE)
   file = config.partition(":")[0]
   found = [sentence.partition(": ")[0] for sentence in launchers.remarks(job)]
   assert found == ([] if copied else [f"--config={file}"])
 
 
 def test_a_flag_that_a_file_does_not_follow_is_named():
-  job = launchers.Job(
+  job = launchers.PodJob(
     "run", hardware.load("v5e-256"), tuple(FLAGS), IMAGE, service_account="trainer",
     reservation="july", priority="own", cpus=40,
   )  # fmt: skip
@@ -149,7 +151,7 @@ def test_a_flag_that_a_file_does_not_follow_is_named():
 def test_every_file_says_what_it_needs(topology, slices):
   """Only files that copy a checkout to the hosts may name a part of it."""
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
-  job = launchers.Job("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
+  job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
   assert len(texts) == (7 if topology == "v5e-256" else 3)
   for name, text in texts.items():

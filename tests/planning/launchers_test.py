@@ -288,7 +288,7 @@ def test_the_stages_of_ray_are_chosen_by_name_and_end_at_the_first_failure(recor
 def test_ray_gets_no_flag_of_the_training_and_uploads_no_shipped_config(recorders, tmp_path):
   recorders.add("ray")
   flags = ("--config=cm3leon_7b", "--workdir=gs://b/7b", "--init_from=gs://b/old")
-  job = launchers.Job("run", hardware.load("v5e-256"), flags)
+  job = launchers.PodJob("run", hardware.load("v5e-256"), flags)
   script = tmp_path / "offline_ray.sh"
   script.write_text(launchers.files(job)["offline_ray.sh"])
   assert run_script(recorders, script, "train_text_tokenizer", **RAY).returncode == 0

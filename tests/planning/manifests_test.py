@@ -23,7 +23,7 @@ AWKWARD = [*FLAGS, "--config.train.wandb=yes: no # {x}", "--config.raw.text=a\\n
 
 
 def written(topology="v5e-256", slices=1, flags=FLAGS, **options):
-  job = launchers.Job(
+  job = launchers.PodJob(
     "run", hardware.load(topology, slices), tuple(flags), **{"image": IMAGE, **options}
   )
   return launchers.files(job)

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 def write(run, folder, **choice) -> str:
   """Writes an export and its card; returns the card."""
   params = checkpoint.open_params(run / "train")
-  about = choices.Run(SETTINGS, run, params, choices.Choice(**choice))
+  about = choices.TrainedRun(SETTINGS, run, params, choices.Choice(**choice))
   numbers = formats.write(folder, about)
   model_card.write(folder, run, SETTINGS, STEP, numbers)
   return (folder / "README.md").read_text()

@@ -125,7 +125,7 @@ def test_masked_codes_are_tinted_and_absent_ones_transparent():
 
 
 def test_a_sample_in_reading_order(blocks, text_tokenizer):
-  neighbor = row_contents.Neighbor(pair("n", text_tokenizer.encode("a dog"), 16), 3, 4, 0.8125)
+  neighbor = row_contents.NeighborView(pair("n", text_tokenizer.encode("a dog"), 16), 3, 4, 0.8125)
   found, _, _ = blocks(pair("d", text_tokenizer.encode("a cat")), [neighbor])
   assert [block.get("title", block.get("name")) for block in found] == [
     "</s>", "neighbor 1", "<break>", "the document", "</s>",

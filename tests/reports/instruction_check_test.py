@@ -9,7 +9,7 @@ from cm3leon_jax.data.instructions.samples import Drops
 from cm3leon_jax.data.rows import loader as pipeline
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.reports import inspect_page, row_contents
-from cm3leon_jax.reports.instruction_check import Task, target_range
+from cm3leon_jax.reports.instruction_check import CheckedTask, target_range
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources
 from tests.reports.inspect_page_test import image_tokenizer, text_tokenizer  # noqa: F401 (fixtures)
 from tests.reports.row_contents_test import Changed
@@ -75,7 +75,7 @@ def test_without_documents_no_scores_are_needed(stores):
 
 def test_target_range_literal():
   eos, brk, eoss, mask = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
-  task = Task("t", (2, 4), None, None)
+  task = CheckedTask("t", (2, 4), None, None)
   infilled = np.array([eos, 40, mask, brk, 591, 592, eos, mask, 41, 42, eoss])
   assert target_range(infilled, task, VOCAB) == (8, 10)
   assert target_range(np.array([eos, 40, brk, 591, 592, eos]), task, VOCAB) == (3, 5)

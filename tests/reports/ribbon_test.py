@@ -31,7 +31,7 @@ def make_view():
   ]
   row = loader.pack_row([sample[:2] for sample in samples], 28, VOCAB)
   first, second = row_parts.split_row(row, VOCAB)
-  origin = row_contents.Origin(document, (row_contents.Neighbor(neighbor, 2, 4, 0.5),), 0)
+  origin = row_contents.Origin(document, (row_contents.NeighborView(neighbor, 2, 4, 0.5),), 0)
   views = [
     row_contents.view_sample(first, origin, VOCAB, 28),
     row_contents.view_sample(second, row_contents.Origin(document, (), 0), VOCAB, 28),

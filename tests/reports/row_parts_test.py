@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import cm3, loader
 from cm3leon_jax.reports import row_parts
-from cm3leon_jax.reports.row_parts import Part
+from cm3leon_jax.reports.row_parts import RowPart
 from tests.data.stores import VOCAB
 
 EOS, BRK, EOSS, MASK = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
@@ -79,16 +79,16 @@ def test_a_wrongly_packed_row_is_refused(name, at, value, sentence):
 
 def test_parts_of_a_sample():
   assert row_parts.split_parts(TOKENS, VOCAB) == [
-    Part("special", 0, 1, 0),
-    Part("text", 1, 3, 0),
-    Part("special", 3, 4, 0),
-    Part("image", 4, 5, 1),
-    Part("special", 5, 6, 1, 0),
-    Part("image", 6, 7, 1),
-    Part("special", 7, 8, 1),
-    Part("special", 8, 9, 1, 0, True),
-    Part("image", 9, 11, 1, 0, True),
-    Part("special", 11, 12, 1, 0, True),
+    RowPart("special", 0, 1, 0),
+    RowPart("text", 1, 3, 0),
+    RowPart("special", 3, 4, 0),
+    RowPart("image", 4, 5, 1),
+    RowPart("special", 5, 6, 1, 0),
+    RowPart("image", 6, 7, 1),
+    RowPart("special", 7, 8, 1),
+    RowPart("special", 8, 9, 1, 0, True),
+    RowPart("image", 9, 11, 1, 0, True),
+    RowPart("special", 11, 12, 1, 0, True),
   ]
 
 
@@ -97,8 +97,8 @@ def test_restore_puts_moved_parts_back():
   assert row_parts.restore(parts) == [[parts[1]], [parts[3], parts[8], parts[5]]]
   dropped = np.array([EOS, MASK, BRK, P, Q, EOS])
   parts = row_parts.split_parts(dropped, VOCAB)
-  assert parts[1] == Part("special", 1, 2, 0, 0)
-  assert row_parts.restore(parts) == [[], [Part("image", 3, 5, 1)]]
+  assert parts[1] == RowPart("special", 1, 2, 0, 0)
+  assert row_parts.restore(parts) == [[], [RowPart("image", 3, 5, 1)]]
   assert row_parts.is_dropped(dropped, VOCAB)
   assert not row_parts.is_dropped(TOKENS, VOCAB)
 

@@ -14,7 +14,7 @@ from cm3leon_jax.training import loop
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.loop import train
-from cm3leon_jax.training.objective import Rows
+from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.steps import compile_steps
@@ -90,7 +90,7 @@ def run(
       optimizer,
       config,
       VOCAB,
-      Rows(loader, skipped),
+      RowObjective(loader, skipped),
       loader,
       0,
       sample_grid,

@@ -19,7 +19,7 @@ from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training import loop
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.loop import train
-from cm3leon_jax.training.objective import Rows
+from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import eval_step, init_state, train_step
@@ -151,7 +151,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
     return shared_steps(model, optimizer, accumulation, vocab, seed, mesh)
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
-  arguments = (MODEL, optimizer, config, VOCAB, Rows(loader), loader, 0, sample_grid)
+  arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)
   with (
     jax.set_mesh(mesh_of(*shape)),
     mock.patch.object(loop, "compile_steps", steps),

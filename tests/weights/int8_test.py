@@ -56,7 +56,7 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
     (tmp_path / "text_tokenizer").mkdir()
     for name in text.FILES:
       (tmp_path / "text_tokenizer" / name).write_text("{}")
-    run = choices.Run(settings, tmp_path, stored.of_tree(params), choice)
+    run = choices.TrainedRun(settings, tmp_path, stored.of_tree(params), choice)
     numbers = huggingface.write(tmp_path / "out", run)
     exact, rounded = (
       np.asarray(model_logits(config, tree, tokens, positions, np.ones_like(tokens)))

@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class LeakReport:
   """Result of a check.
 
   Attributes:
@@ -62,7 +62,7 @@ class Report:
 
 def check(
   folder: epath.PathLike, num_threads: int, min_psnr: float = duplicates.MIN_PSNR
-) -> Report:
+) -> LeakReport:
   """Compares every held-out image of a raw folder with every training image.
 
   Reads every image once. Holds the fingerprints of all held-out images, 0.8 kB each, and of 1,024
@@ -97,7 +97,7 @@ def check(
         for i, j in np.argwhere(shown)
       )
       nearest = heapq.nsmallest(SHOWN, itertools.chain(nearest, block))
-  return Report(len(heldout), train, pairs, int(leaked.sum()), nearest)
+  return LeakReport(len(heldout), train, pairs, int(leaked.sum()), nearest)
 
 
 @dataclasses.dataclass(frozen=True)

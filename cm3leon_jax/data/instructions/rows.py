@@ -8,12 +8,12 @@ from cm3leon_jax.data.instructions.config import load_tasks
 from cm3leon_jax.data.instructions.samples import Drops, Instructions, read_targets
 from cm3leon_jax.data.instructions.sources import store_name
 from cm3leon_jax.data.instructions.tasks import InstructionTask, mixture
-from cm3leon_jax.data.rows.plan import Source
+from cm3leon_jax.data.rows.plan import RowSource
 
 
 def instruction_sources(
   settings, workdir: epath.PathLike, split: str, share: float
-) -> list[Source]:
+) -> list[RowSource]:
   """Opens the instructions of a split; without tasks there are none.
 
   The shares of the tasks are those of training in both splits. Held-out samples lack nothing, and
@@ -55,5 +55,5 @@ def instruction_sources(
       drops = Drops(task.drop_instruction, task.drop_all)
       instructions = Instructions(targets, drops, config.loss_on, task.loss_weight)
     of_task = share * shares[task.name] / total
-    sources.append(Source(documents, of_task, instructions=instructions, name=task.name))
+    sources.append(RowSource(documents, of_task, instructions=instructions, name=task.name))
   return sources

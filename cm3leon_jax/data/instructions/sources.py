@@ -17,7 +17,7 @@ from cm3leon_jax.data.instructions import files
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.stores import Encoder, write_store
+from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.files.json_files import plain, read_json
@@ -147,15 +147,15 @@ class InstructionJob:
   num_threads: int
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the tokenizers; see `shards.Job`."""
+    """Loads the tokenizers; see `shards.ShardJob`."""
     text_tokenizer, image_tokenizer = load_tokenizers(self.workdir, self.vocab)
-    encoder = Encoder(
+    encoder = RecordEncoder(
       text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
     )
     training = dataclasses.replace(encoder, redrawn=self.config.redrawn)
     return lambda name: self._write(name, training if name.startswith("train_") else encoder)
 
-  def _write(self, name: str, encoder: Encoder) -> dict:
+  def _write(self, name: str, encoder: RecordEncoder) -> dict:
     split, _, task_name = name.partition("_")
     [task] = [task for task in self.tasks if task.name == task_name]
     records = open_task(task, split, self.config, self.scenes)

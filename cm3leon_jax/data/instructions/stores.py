@@ -31,7 +31,7 @@ REJECTED = "rejected.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class RecordEncoder:
   """What encodes records.
 
   Attributes:
@@ -52,7 +52,7 @@ class Encoder:
 
 
 def write_store(
-  folder: epath.PathLike, task: InstructionTask, records: Iterable[Record], encoder: Encoder
+  folder: epath.PathLike, task: InstructionTask, records: Iterable[Record], encoder: RecordEncoder
 ) -> dict[str, int]:
   """Writes the records of a task as a store with targets.npy, and those that are wrong apart.
 
@@ -101,7 +101,7 @@ def write_store(
   return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
 
 
-def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
+def _encode(task: InstructionTask, records: list[Record], encoder: RecordEncoder):
   """Returns the records that are right, with their form, and those that are wrong, with why."""
   images, wrong = _read_images(task, records, encoder)
   of_record: dict[int, dict[str, np.ndarray]] = {}
@@ -162,7 +162,7 @@ def _sample_length(one: Instruction) -> int:
   return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
 
 
-def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):
+def _read_images(task: InstructionTask, records: list[Record], encoder: RecordEncoder):
   """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)

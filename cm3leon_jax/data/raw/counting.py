@@ -22,7 +22,7 @@ MOST_CROPS = 99  # Of an image.
 CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
 
 
-def resolution_of(parts: list[formats.Part], allow_outside: bool = False) -> int:
+def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
   """Returns the largest of `SIDES` that most of the first images reach, else the smallest one.
 
   Images that cannot be read are left out; their records are rejected later.
@@ -34,7 +34,7 @@ def resolution_of(parts: list[formats.Part], allow_outside: bool = False) -> int
   return max((side for side in SIDES if side <= median), default=SIDES[0])
 
 
-def crops_of(parts: list[formats.Part], allow_outside: bool = False) -> int:
+def crops_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
   """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0.
 
   At most `MOST_CROPS`; 0 of a source without pairs, which is refused later.

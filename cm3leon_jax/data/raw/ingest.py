@@ -33,7 +33,7 @@ SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made ag
 DEFAULT_SCENES = ScenesConfig()
 
 
-def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[formats.Part]:
+def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[formats.SourcePart]:
   """Splits the source into parts, one per shard.
 
   Raises:
@@ -55,7 +55,7 @@ def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[f
 
 def prepare(
   config: RawConfig,
-  parts: list[formats.Part],
+  parts: list[formats.SourcePart],
   folder: epath.PathLike,
   runner: Runner,
   scenes: ScenesConfig = DEFAULT_SCENES,
@@ -99,7 +99,7 @@ def prepare(
 
 def _write_shards(
   config: RawConfig,
-  parts: dict[str, formats.Part],
+  parts: dict[str, formats.SourcePart],
   folder: epath.Path,
   runner: Runner,
   scenes: ScenesConfig,
@@ -152,7 +152,7 @@ def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) 
   )
 
 
-def _identity(config: RawConfig, part: formats.Part, scenes: ScenesConfig) -> dict:
+def _identity(config: RawConfig, part: formats.SourcePart, scenes: ScenesConfig) -> dict:
   """Returns what a shard depends on: its part instead of source, format and number of scenes."""
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   sections = {"raw": config, **({"scenes": scenes} if config.source == SCENES else {})}
@@ -177,7 +177,7 @@ class _Ingest:
 
   config: RawConfig
   folder: str
-  parts: dict[str, formats.Part]
+  parts: dict[str, formats.SourcePart]
   scenes: ScenesConfig
 
   def open(self) -> Callable[[str], dict]:

@@ -41,7 +41,7 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
   return np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
 
 
-class Sample(NamedTuple):
+class SampleTokens(NamedTuple):
   """The tokens of a sample.
 
   Attributes:
@@ -64,7 +64,7 @@ def build_sample(
   plan: SamplePlan,
   vocab: VocabLayout,
   neighbor_weight: float,
-) -> Sample:
+) -> SampleTokens:
   """Builds the sample of a plan: neighbors, document, CM3 spans, or `<mask:0>` and the image.
 
     spans [(6, 8)], neighbor_weight 0.1
@@ -100,7 +100,7 @@ def build_sample(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
       f"planned were {plan.length}: the store changed after planning; start the run again."
     )
-  return Sample(tokens, weights, own, bool(plan.neighbors))
+  return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
 
 def pack_row(
@@ -189,7 +189,7 @@ class RowLoader:
       row["sources"] = np.repeat([*numbers, 0], [*slots, padding]).astype(np.int32)
     return row
 
-  def _sample(self, source: int, pass_: int, unit: int) -> Sample:
+  def _sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
     """Builds a sample; an empty one if a document of it is bad and `data.on_bad_record` skips."""
     try:
       return self._read_sample(source, pass_, unit)
@@ -197,7 +197,9 @@ class RowLoader:
       self._skip((source, pass_, unit), error)
       length = self.plan.plan(source, pass_, unit).length
       nothing = np.zeros(length, bool)
-      return Sample(np.full(length, self.vocab.pad), np.zeros(length, np.float32), nothing, False)
+      return SampleTokens(
+        np.full(length, self.vocab.pad), np.zeros(length, np.float32), nothing, False
+      )
 
   def _skip(self, place: tuple[int, int, int], error: BadRecord) -> None:
     """Counts and reports a sample that is skipped; raises the error if it must not be."""
@@ -216,7 +218,7 @@ class RowLoader:
       ) from error
     print(f"warning: sample {count} of at most {config.max_skipped} skipped: {error}", flush=True)
 
-  def _read_sample(self, source: int, pass_: int, unit: int) -> Sample:
+  def _read_sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
     spec, units = self.plan.sources[source], self.plan.units[source]
     plan = self.plan.plan(source, pass_, unit)
     index, start = units.locate(unit)
@@ -231,7 +233,7 @@ class RowLoader:
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
       if not plan.spans:  # Else the target stands elsewhere, and is a text.
         own[slice(*plan.target)] = True
-      return Sample(tokens, weights, own & is_code, bool((is_code & ~own).any()))
+      return SampleTokens(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
     return build_sample(

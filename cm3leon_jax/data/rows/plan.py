@@ -35,7 +35,7 @@ class Placement(typing.NamedTuple):
 
 
 @dataclasses.dataclass
-class Source:
+class RowSource:
   """Documents that share a place in the mixture.
 
   Attributes:
@@ -183,7 +183,7 @@ class RowPlan:
 
   def __init__(
     self,
-    sources: list[Source],
+    sources: list[RowSource],
     config: DataConfig,
     max_spans: int,
     seed: int,

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 
 TYPICAL = 1_024  # Evenly spaced documents whose median length is the typical length of a store.
@@ -75,7 +75,7 @@ def typical_length(store: Bank | DocumentStore) -> int:
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
-def room_for_neighbors(source: Source, config: DataConfig) -> str:
+def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
   """Returns a warning if K typical neighbors do not fit a row with a typical document, else ""."""
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)

@@ -6,7 +6,7 @@ import importlib
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources import docstrings
-from cm3leon_jax.data.sources.formats import Part
+from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair, RawText
 from cm3leon_jax.scenes.world import ScenesConfig, fraction
 
@@ -39,7 +39,7 @@ def drawings_of(source: str):
 
 def parts(
   source: str, licenses: tuple[str, ...], scenes: ScenesConfig, resolution: int, max_texts: int
-) -> list[Part]:
+) -> list[SourcePart]:
   """Splits OPENMOJI or SCENES into parts; the texts of OPENMOJI are in its only part.
 
   Raises:
@@ -52,8 +52,8 @@ def parts(
       f"{drawings.LICENSE}: add it."
     )
   if source == OPENMOJI:
-    return [Part(OPENMOJI, (drawings.source(),), 0)]
-  texts = [Part(DOCSTRINGS, (), 0)] if max_texts else []
+    return [SourcePart(OPENMOJI, (drawings.source(),), 0)]
+  texts = [SourcePart(DOCSTRINGS, (), 0)] if max_texts else []
   return drawings.parts(scenes, resolution) + texts
 
 

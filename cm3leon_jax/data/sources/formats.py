@@ -65,7 +65,7 @@ class _File(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class SourcePart:
   """A part of a source, which becomes a raw shard.
 
   Attributes:
@@ -89,13 +89,13 @@ class Part:
     return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
 
 
-def digest_of(parts: list[Part]) -> str:
+def digest_of(parts: list[SourcePart]) -> str:
   """Returns the SHA-256 of the parts of a source, which changes with their files."""
   stamps = "".join(part.modified for part in parts)
   return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
 
-def parts(source: str, kind: str = "auto") -> list[Part]:
+def parts(source: str, kind: str = "auto") -> list[SourcePart]:
   """Splits `source` into parts, in a fixed order.
 
   A part is a tar, Parquet or JSONL file, a folder with a list of captions, up to 1,000 .txt files,
@@ -128,7 +128,7 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
       stamps = "\n".join(found[name].stamp for name in names)
       modified = hashlib.sha256(stamps.encode()).hexdigest()[:16]
       urls = tuple(_url(fs, p) for p in paths)
-      result.append(Part(each, urls, sum(found[name].size for name in names), modified))
+      result.append(SourcePart(each, urls, sum(found[name].size for name in names), modified))
   if not result:
     what = {
       "auto": "whose files are links, which are not read: put the files themselves there",
@@ -197,7 +197,7 @@ def _root(path: str, files: Collection[str]) -> str:
 
 
 def read(
-  part: Part, allow_outside: bool = False, longest_caption: int | None = None
+  part: SourcePart, allow_outside: bool = False, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, wrong ones as Rejected.
 

@@ -17,7 +17,7 @@ from cm3leon_jax.evaluation.protocols.features import Images
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class ColumnSamples:
   """Samples of a column, and what they are compared with.
 
   Attributes:
@@ -51,7 +51,7 @@ class Column:
   num_resamples: int = intervals.NUM_RESAMPLES
 
 
-def mean(values: Sequence[float | None], column: Column) -> dict:
+def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:
   """Averages a number of each example; examples with None do not count. None if all have None."""
   places = [i for i, value in enumerate(values) if value is not None]
   if not places:

@@ -5,31 +5,31 @@ import numpy as np
 from cm3leon_jax.evaluation.metrics import code_histograms, kernel_distance
 from cm3leon_jax.evaluation.metrics.frechet_interval import frechet_interval
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall as shares_inside
-from cm3leon_jax.evaluation.protocols.column import Column, mean
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean
 
 
-def frechet_distance(column: Column) -> dict:
+def frechet_distance(column: ColumnSamples) -> dict:
   """Computes the Frechet distance of the samples' features from those of the real images."""
   made, real = column.images, column.reference
   found = frechet_interval(made.features, made.groups, real.features, real.groups, seed=column.seed)
   return {"value": found.pop("distance"), **found, "samples": len(made.groups)}
 
 
-def kernel(column: Column) -> dict:
+def kernel(column: ColumnSamples) -> dict:
   """Computes the kernel distance (KID); `std` is that of its subsets, no error of the mean."""
   made, real = column.images, column.reference
   found = kernel_distance.kid(made.features, real.features, seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made.groups)}
 
 
-def precision(column: Column) -> dict:
+def precision(column: ColumnSamples) -> dict:
   """Computes improved precision, and `recall` beside it."""
   made, real = column.images, column.reference
   found = shares_inside(made.features, real.features)
   return {"value": found["precision"], "recall": found["recall"], "samples": len(made.groups)}
 
 
-def cmmd(column: Column) -> dict:
+def cmmd(column: ColumnSamples) -> dict:
   """Computes CMMD; the paper's numbers are those of CLIP ViT-L/14 at 336 pixels."""
   made, real = column.images, column.reference
   return {
@@ -38,7 +38,7 @@ def cmmd(column: Column) -> dict:
   }
 
 
-def code_distance(column: Column) -> dict:
+def code_distance(column: ColumnSamples) -> dict:
   """Computes the Jensen-Shannon divergence in bits of the image codes' frequencies."""
   made, real = column.images.codes, column.reference.codes
   size = 1 + max(int(made.max()), int(real.max()))
@@ -50,17 +50,17 @@ def code_distance(column: Column) -> dict:
   }
 
 
-def clip_score(column: Column) -> dict:
+def clip_score(column: ColumnSamples) -> dict:
   """Averages the cosines of images and captions."""
   return mean(np.sum(column.images.embeddings * column.captions, axis=1).tolist(), column)
 
 
-def likelihood(column: Column) -> dict:
+def likelihood(column: ColumnSamples) -> dict:
   """Averages how much likelier an image makes its caption, by the model itself, in nats."""
   return mean(column.likelihoods.tolist(), column)
 
 
-def vqa_score(column: Column) -> dict:
+def vqa_score(column: ColumnSamples) -> dict:
   """Averages how probable "yes" is if the model is asked whether an image shows its caption.
 
   VQAScore (Lin et al. 2024) with the run's own decoder, which must have been tuned on yes and no.
@@ -68,12 +68,12 @@ def vqa_score(column: Column) -> dict:
   return mean(column.agreements.tolist(), column)
 
 
-def copy_rate(column: Column) -> dict:
+def copy_rate(column: ColumnSamples) -> dict:
   """Averages the percentage of codes that the best neighbor has at the same places."""
   copied = [line["copied"] for line in column.lines]
   return mean([None if share is None else 100 * share for share in copied], column)
 
 
-def judged(column: Column) -> dict:
+def judged(column: ColumnSamples) -> dict:
   """Computes the percentage of images of `scenes` that show exactly what their captions say."""
   return mean((100 * column.verdicts).astype(float).tolist(), column)

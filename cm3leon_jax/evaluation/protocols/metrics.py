@@ -6,7 +6,7 @@ import dataclasses
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
-from cm3leon_jax.evaluation.protocols.column import Column
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Metric:
     compute: of a column.
     title: in tables.
     task: of protocols that it measures.
-    needs: what it reads: of `Images` "features", "embeddings", "codes"; of `Column` "likelihoods",
-      "agreements", "candidates", "verdicts".
+    needs: what it reads: of `Images` "features", "embeddings", "codes"; of `ColumnSamples`
+      "likelihoods", "agreements", "candidates", "verdicts".
     least: smallest number of samples.
     higher_is_better: in what direction it improves; None: it has none.
   """
 
-  compute: Callable[[Column], dict]
+  compute: Callable[[ColumnSamples], dict]
   title: str
   task: str
   needs: tuple[str, ...] = ()
@@ -31,7 +31,9 @@ class Metric:
   higher_is_better: bool | None = True
 
 
-def _distance(compute: Callable[[Column], dict], title: str, need: str = "features") -> Metric:
+def _distance(
+  compute: Callable[[ColumnSamples], dict], title: str, need: str = "features"
+) -> Metric:
   return Metric(compute, title, "image", (need,), higher_is_better=False)
 
 

@@ -32,7 +32,7 @@ ROUND = "Question: {} Answer: {}."
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class DataConfig:
+class EvaluatedData:
   """What is evaluated."""
 
   format: str
@@ -76,7 +76,7 @@ class Protocol:
   """One line for tables and pages."""
   task: Literal["image", "text"]
   """`image`: an image for each prompt; `text`: what the mask in the template stands for."""
-  data: DataConfig
+  data: EvaluatedData
   """What is evaluated."""
   columns: Annotated[tuple[Column, ...], Field(min_length=1)]
   """Ways to generate, each of which is measured."""
@@ -177,7 +177,7 @@ def _parse_one(values, where: str) -> Protocol:
   values = dict(values)
   try:
     if isinstance(values.get("data"), Mapping):
-      values["data"] = build(DataConfig, values["data"], "data")
+      values["data"] = build(EvaluatedData, values["data"], "data")
     if isinstance(values.get("columns"), list):
       values["columns"] = tuple(
         build(Column, column, f"columns[{i}]") for i, column in enumerate(values["columns"])

@@ -9,7 +9,7 @@ import cm3leon_jax
 from cm3leon_jax import distributed
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.run import Run
+from cm3leon_jax.evaluation.protocols.run import ProtocolRun
 from cm3leon_jax.evaluation.protocols.samples import Evaluated
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, write_json
@@ -40,7 +40,7 @@ def fingerprint(evaluated: Evaluated) -> str:
   )
 
 
-def write(job: Run, about: dict, measured: dict) -> dict:
+def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
   """Writes results.json: what was measured, on what, and by which code; returns its content."""
   result = {
     **about,

@@ -16,7 +16,7 @@ from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
-from cm3leon_jax.evaluation.protocols.column import Column
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 from cm3leon_jax.evaluation.protocols.features import Images, Networks
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
@@ -35,7 +35,7 @@ REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Controls.
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ProtocolRun:
   """A protocol and what it runs on.
 
   Attributes:
@@ -89,13 +89,13 @@ class Run:
       identity={"extractor": extractor, "scorer": self.scorer_identity},
     )
 
-  def column(self, name: str, **fields) -> Column:
+  def column(self, name: str, **fields) -> ColumnSamples:
     """Makes what metrics read; fields that are not given are absent."""
     fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
-    return Column(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
+    return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
 
 
-def run(job: Run) -> dict:
+def run(job: ProtocolRun) -> dict:
   """Generates and measures what is absent; the first process writes values.npz.
 
   Returns:
@@ -135,7 +135,7 @@ def run(job: Run) -> dict:
   return result
 
 
-def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
+def _column(job: ProtocolRun, name: str, reference: Images | None, captions) -> ColumnSamples:
   """Reads the samples of a column and computes what metrics need of them."""
   with distributed.together():  # The first process writes samples; now all read them.
     pass
@@ -173,7 +173,7 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
   )
 
 
-def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
+def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
   """Computes a JSON value of each line, by all processes together; parts that exist are read."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
@@ -188,7 +188,7 @@ def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
   return [value for path in paths.values() for value in read_json(path)]
 
 
-def _judge(job: Run, part: list[dict]) -> list[bool]:
+def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
   """Judges images of `judge`: whether each shows exactly what its caption says."""
   from cm3leon_jax.scenes.judge import judge
 
@@ -198,14 +198,16 @@ def _judge(job: Run, part: list[dict]) -> list[bool]:
   return [bool(verdict.correct) for verdict in judge.judge_all(images, facts, style)]
 
 
-def _likelihoods(job: Run, part: list[dict]) -> list[float]:
+def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
   """Computes how much likelier each image makes its caption, in nats."""
   texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
   scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
   return [score.text_given_image - score.text for score in scores]
 
 
-def _agreements(job: Run, part: list[dict], prompts: Sequence[str] | None = None) -> list[float]:
+def _agreements(
+  job: ProtocolRun, part: list[dict], prompts: Sequence[str] | None = None
+) -> list[float]:
   """Computes the probability of "yes", of yes and no, to whether each image shows its caption.
 
   Args:
@@ -220,7 +222,7 @@ def _agreements(job: Run, part: list[dict], prompts: Sequence[str] | None = None
   return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
 
 
-def _candidates(job: Run, part: list[dict]) -> list[list[float]]:
+def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
   """Scores the candidates of each example, in nats."""
   size = job.pipeline.layout.resolution
   examples = [job.evaluated.examples[line["row"]] for line in part]
@@ -232,7 +234,7 @@ def _candidates(job: Run, part: list[dict]) -> list[list[float]]:
   return [row.tolist() for row in scores]
 
 
-def embed_captions(job: Run) -> np.ndarray:
+def embed_captions(job: ProtocolRun) -> np.ndarray:
   """Embeds the captions that images are drawn for by the CLIP of scores: [n, E] of norm 1."""
   prompts = [example.prompt or "" for example in job.evaluated.examples]
   tokens = [job.scorer.encode(text) for text in prompts]
@@ -240,7 +242,7 @@ def embed_captions(job: Run) -> np.ndarray:
   return np.concatenate(rows).astype(np.float32)
 
 
-def _controls(job: Run, first: Column) -> dict[str, dict]:
+def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
   """Measures what is known to be near, and far.
 
   Distances: the two halves of the real images, split by groups, differ by chance alone; noise is
@@ -251,7 +253,7 @@ def _controls(job: Run, first: Column) -> dict[str, dict]:
   shuffled = others(len(job.groups), rng)
   result: dict[str, dict] = {}
 
-  def measure(title: str, column: Column, names) -> None:
+  def measure(title: str, column: ColumnSamples, names) -> None:
     for name in names:
       if len(column.groups) >= METRICS[name].least:
         found = METRICS[name].compute(column)

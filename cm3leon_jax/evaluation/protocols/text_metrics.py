@@ -9,18 +9,18 @@ import numpy as np
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics import answers, ptb
 from cm3leon_jax.evaluation.metrics import captions as caption_metrics
-from cm3leon_jax.evaluation.protocols.column import Column, mean
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean
 
 BLEU_RESAMPLES = 1000
 
 
-def cider(column: Column) -> dict:
+def cider(column: ColumnSamples) -> dict:
   """Computes CIDEr-D, times 100; weights of words are those of the examples' references."""
   captions, references = _tokens(column)
   return mean((100 * caption_metrics.cider(captions, references)).tolist(), column)
 
 
-def bleu4(column: Column) -> dict:
+def bleu4(column: ColumnSamples) -> dict:
   """Computes BLEU-4 of all captions as one corpus, times 100; the interval resamples groups."""
   counts = caption_metrics.bleu_counts(*_tokens(column))
   _, places = np.unique(np.asarray(column.groups), return_inverse=True)
@@ -43,29 +43,29 @@ def bleu4(column: Column) -> dict:
   return result
 
 
-def vqa_accuracy(column: Column) -> dict:
+def vqa_accuracy(column: ColumnSamples) -> dict:
   """Computes the VQA accuracy, times 100."""
   return mean((100 * answers.vqa_accuracies(*_texts(column))).tolist(), column)
 
 
-def exact_match(column: Column) -> dict:
+def exact_match(column: ColumnSamples) -> dict:
   """Computes the percentage of texts that equal one that people wrote, both normalized."""
   return mean((100 * answers.exact_matches(*_texts(column))).tolist(), column)
 
 
-def ndcg(column: Column) -> dict:
+def ndcg(column: ColumnSamples) -> dict:
   """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
   pairs = zip(column.candidates, column.examples)
   values = [answers.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
   return mean([100 * float(value) for value in values], column)
 
 
-def _texts(column: Column) -> tuple[list[str], list[Sequence[str]]]:
+def _texts(column: ColumnSamples) -> tuple[list[str], list[Sequence[str]]]:
   texts = [line["text"] for line in column.lines]
   return texts, [example.references for example in column.examples]
 
 
-def _tokens(column: Column) -> tuple[list, list]:
+def _tokens(column: ColumnSamples) -> tuple[list, list]:
   texts, references = _texts(column)
   tokens = [[ptb.tokenize(text) for text in of_example] for of_example in references]
   return [ptb.tokenize(text) for text in texts], tokens

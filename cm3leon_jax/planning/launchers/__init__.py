@@ -38,7 +38,7 @@ COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PodJob:
   """A run that is to be started.
 
   Attributes:
@@ -106,7 +106,7 @@ class Job:
     return bool(re.match(r"gs://.", self.workdir))
 
 
-def check(job: Job) -> None:
+def check(job: PodJob) -> None:
   """Raises UserError if no launcher could start the job, with the flag of `cm3leon plan`."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
     raise UserError(
@@ -132,7 +132,7 @@ def check(job: Job) -> None:
     )
 
 
-def _check_names(job: Job, gpu: bool) -> None:
+def _check_names(job: PodJob, gpu: bool) -> None:
   """Raises UserError if a value is no name, or of machines that the job does not have."""
   names = {"queue": job.queue, "secret": job.secret}
   if not gpu:
@@ -163,7 +163,7 @@ def _check_names(job: Job, gpu: bool) -> None:
     raise UserError("--reservation and --spot are given: reserved machines are not spot machines.")
 
 
-def _check_gke(job: Job) -> None:
+def _check_gke(job: PodJob) -> None:
   """Raises UserError if a flag that only the files for GKE follow is given, and none is written."""
   for flag, value in (("queue", job.queue), ("secret", job.secret)):
     if value and _of_one_host(job.hardware):
@@ -178,7 +178,7 @@ def _check_gke(job: Job) -> None:
       )
 
 
-def files(job: Job) -> dict[str, str]:
+def files(job: PodJob) -> dict[str, str]:
   """Renders the files of all launchers that can run a job.
 
   Returns:
@@ -206,7 +206,7 @@ def files(job: Job) -> dict[str, str]:
   }
 
 
-def _with_image(job: Job) -> list[str]:
+def _with_image(job: PodJob) -> list[str]:
   """Names the files that start a container."""
   if job.hardware.platform == "gpu":
     return ["slurm.sbatch"]
@@ -222,7 +222,7 @@ def _of_one_host(hardware: Hardware) -> bool:
   return hardware.platform == "tpu" and hardware.slices > 1 and hardware.hosts_per_slice == 1
 
 
-def keys(job: Job) -> list[str]:
+def keys(job: PodJob) -> list[str]:
   """Returns a sentence for each of `files`: how the key of Weights & Biases reaches it."""
   secret = job.secret or KUBERNETES_SECRET
   return [
@@ -232,7 +232,7 @@ def keys(job: Job) -> list[str]:
   ]
 
 
-def remarks(job: Job) -> list[str]:
+def remarks(job: PodJob) -> list[str]:
   """Returns a sentence for every launcher of the hardware that `files` leaves out.
 
   And one for each flag that a written file does not follow.
@@ -258,7 +258,7 @@ def remarks(job: Job) -> list[str]:
   return sentences + _not_followed(job)
 
 
-def _not_followed(job: Job) -> list[str]:
+def _not_followed(job: PodJob) -> list[str]:
   """Returns a sentence for each file and each flag that the file does not follow."""
   account = "--service_account" if job.service_account else ""
   reservation = "--reservation" if job.reservation else ""

@@ -11,7 +11,7 @@ from cm3leon_jax.evaluation.metrics import answers
 from cm3leon_jax.scenes.instructions import EDITS, TEXT_TASKS
 from cm3leon_jax.scenes.judge import clauses as caption_clauses
 from cm3leon_jax.scenes.judge import judge
-from cm3leon_jax.scenes.judge.facts import Found, Verdict, check
+from cm3leon_jax.scenes.judge.facts import Found, SceneVerdict, check
 from cm3leon_jax.scenes.questions import NUMBER_WORDS
 from cm3leon_jax.scenes.world import Style, fraction
 
@@ -46,7 +46,7 @@ def shown_objects(record: Record) -> list[Found]:
   ]
 
 
-def judge_images(records: Sequence[Record], images, style: Style = "filled") -> list[Verdict]:
+def judge_images(records: Sequence[Record], images, style: Style = "filled") -> list[SceneVerdict]:
   """Judges images as answers to records of image tasks.
 
   Args:
@@ -63,7 +63,7 @@ def judge_images(records: Sequence[Record], images, style: Style = "filled") -> 
   return [judge_objects(record, objects) for record, objects in zip(records, found)]
 
 
-def judge_objects(record: Record, found: Sequence[Found]) -> Verdict:
+def judge_objects(record: Record, found: Sequence[Found]) -> SceneVerdict:
   """Judges the objects that were found in an image, see `judge_images`."""
   facts = record.facts
   verdict = check(found, facts["include"])

@@ -31,7 +31,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class SceneVerdict:
   """What an image shows of the facts of its caption.
 
   Attributes:
@@ -49,7 +49,7 @@ class Verdict:
   holds: dict[str, bool]
 
 
-def check(found: Sequence[Found], clauses: Sequence[dict]) -> Verdict:
+def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
   """Compares found objects with the clauses of a caption, in GenEval's layout.
 
   A named object is compared with the found one of its name; of several, with the one that fits
@@ -85,7 +85,7 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> Verdict:
     holds["color"] = not wrong["color"]
   if any("place" in clause or "position" in clause for clause in clauses):
     holds["place"] = not wrong["place"]
-  return Verdict(not reasons, "\n".join(reasons), tuple(found), holds)
+  return SceneVerdict(not reasons, "\n".join(reasons), tuple(found), holds)
 
 
 def _wrong_facts(

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from cm3leon_jax.scenes import drawings, world
 from cm3leon_jax.scenes.drawings import CELL, SIDE
-from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, Verdict, check
+from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
 from cm3leon_jax.scenes.world import Style
 
 # 99 of 100 objects score 0.90 or more after blur, blotches and color errors that leave 16 dB. Of
@@ -79,7 +79,7 @@ def _find_in_chunk(images, style: Style, min_score: float) -> list[tuple[Found, 
   return [tuple(objects) for objects in found]
 
 
-def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[Verdict]:
+def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[SceneVerdict]:
   """Judges images by the facts of their captions.
 
   Args:
@@ -94,7 +94,7 @@ def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[Ve
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
 
 
-def judge(image, facts: dict) -> Verdict:
+def judge(image, facts: dict) -> SceneVerdict:
   """Judges one image, [H, W, 3] uint8, by the facts of its caption, see `judge_all`."""
   return judge_all(np.asarray(image)[None], [facts])[0]
 

@@ -11,7 +11,7 @@ import numpy as np
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.judge.baselines import Known
-from cm3leon_jax.scenes.judge.facts import FACTS, Verdict
+from cm3leon_jax.scenes.judge.facts import FACTS, SceneVerdict
 
 MEASURES = ("correct", *FACTS)
 LOOKUP = "lookup"
@@ -35,7 +35,7 @@ class Judged:
   prompt: str
   facts: dict
   concept: str
-  verdict: Verdict
+  verdict: SceneVerdict
   known: Known | None = None
 
   @property

@@ -85,7 +85,7 @@ class Server:
 
   async def _edits(self, request: Request) -> Response:
     fields, files = await self._form(request)
-    body = schemas.read(schemas.Edit, fields, strict=False)
+    body = schemas.read(schemas.EditBody, fields, strict=False)
     self._check(body)
     if "image" not in files:
       raise ApiError(400, "image is needed: send a file.", "image", "missing_required_parameter")

@@ -72,7 +72,7 @@ class Connection(h11.Connection):
     return event
 
 
-class Protocol(H11Protocol):
+class HttpProtocol(H11Protocol):
   """HTTP/1.1 with the limits of `Connection`, and a time for headers, for which uvicorn waits."""
 
   _headers_timer: asyncio.TimerHandle | None = None
@@ -117,7 +117,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   """
   config = uvicorn.Config(
     app,
-    http=Protocol,
+    http=HttpProtocol,
     log_level="warning",
     access_log=False,
     server_header=False,

@@ -75,7 +75,7 @@ def test_the_limit_of_the_psnr_is_an_argument(tmp_path):
 
 def test_without_heldout_images_nothing_leaks(tmp_path):
   raw = prepare(write_source(tmp_path / "in", photos("train", range(3))), tmp_path / "raw")
-  assert leaks.check(raw, 1) == leaks.Report(0, 3, 0, 0, [])
+  assert leaks.check(raw, 1) == leaks.LeakReport(0, 3, 0, 0, [])
 
 
 @pytest.fixture(scope="module")

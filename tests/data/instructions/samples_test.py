@@ -10,7 +10,7 @@ from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, w
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.tasks import InstructionTask, mixture
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.data.rows.plan import RowPlan, Source
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from tests.data.stores import VOCAB, make_sources
 
@@ -54,8 +54,10 @@ def stores(tmp_path_factory):
 def sources_of(stores, loss_on="all", drops=(0.0, 0.0)):
   (answers, first), (edits, second) = stores
   return [
-    Source(answers, 0.5, instructions=samples.Instructions(first, loss_on=loss_on)),
-    Source(edits, 0.5, instructions=samples.Instructions(second, samples.Drops(*drops), loss_on)),
+    RowSource(answers, 0.5, instructions=samples.Instructions(first, loss_on=loss_on)),
+    RowSource(
+      edits, 0.5, instructions=samples.Instructions(second, samples.Drops(*drops), loss_on)
+    ),
   ]
 
 

@@ -75,7 +75,7 @@ def encoder(tmp_path_factory):
   make_run(root)
   tokenizer = TextTokenizer(root / "text_tokenizer", SETTINGS.vocab)
   image_tokenizer = ImageTokenizer.load(root / "vqgan")
-  return stores.Encoder(tokenizer.encode, image_tokenizer, SETTINGS.vocab, 96), tokenizer
+  return stores.RecordEncoder(tokenizer.encode, image_tokenizer, SETTINGS.vocab, 96), tokenizer
 
 
 def rejected(folder):
@@ -277,7 +277,7 @@ def test_a_sample_may_fill_the_row(encoder, tmp_path):
   for target, more in (("answer", 3 + 3), ("image", 3)):  # </s>, <break>, </s>; of a span 3 more.
     task = make_task({**ASK, "target": target})
     for room, rejects in ((size + more, 0), (size + more - 1, 1)):
-      encoder = stores.Encoder(base.encode, base.image_tokenizer, base.vocab, room - 1)
+      encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, room - 1)
       records = open_task(tmp_path, {**ASK, "target": target})
       if rejects:
         with pytest.raises(UserError, match=r"task ask has no right record \(1 are wrong\)"):

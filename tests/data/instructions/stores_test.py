@@ -30,7 +30,7 @@ def encoder(tmp_path_factory):
   root = tmp_path_factory.mktemp("run")
   make_run(root)
   tokenizer = TextTokenizer(root / "text_tokenizer", SETTINGS.vocab)
-  return stores.Encoder(
+  return stores.RecordEncoder(
     tokenizer.encode, ImageTokenizer.load(root / "vqgan"), SETTINGS.vocab, 64
   ), tokenizer
 

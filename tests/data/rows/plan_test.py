@@ -11,7 +11,7 @@ import pytest
 from benchmarks.data import LengthStore, synthetic_sources
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.data.rows.plan import RowPlan, Source, Units, pack_best_fit
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
 from cm3leon_jax.data.rows.sample_plan import DataConfig
 from tests.data.stores import VOCAB, make_plan, make_sources
@@ -186,7 +186,7 @@ def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
       LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays])
     )
   pairs, texts = stores
-  mapped = make_plan([Source(pairs, 0.7, sources[0].neighbors, pairs), Source(texts, 0.3)])
+  mapped = make_plan([RowSource(pairs, 0.7, sources[0].neighbors, pairs), RowSource(texts, 0.3)])
   plan = make_plan(sources)
   assert [mapped.row(i) for i in range(60)] == [plan.row(i) for i in range(60)]
 
@@ -274,7 +274,7 @@ def test_starts_of_another_plan_are_refused(sources, tmp_path, other):
     RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
   elif other == "neighbors":
     plan_with_starts(
-      [Source(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path
+      [RowSource(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path
     ).window(4)
   else:
     plan_with_starts(sources, path, seed=1).window(4)
@@ -436,7 +436,7 @@ def test_statistics_count_what_the_rows_hold(sources):
   assert counted["too_few_candidates"] == np.mean([p.missing > 0 for p in plans]) == 0
   assert counted["neighbors_crowded_out"] > 0
   assert f"{len(rows)} rows, {counted['fill']:.1%} of slots filled" in describe(counted)
-  few = Source(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
+  few = RowSource(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
   assert plan_statistics(make_plan([few, sources[1]]), windows=20)[
     "too_few_candidates"
   ] == pytest.approx(0.81, abs=0.06)

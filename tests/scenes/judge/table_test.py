@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.scenes.judge.baselines import Known
-from cm3leon_jax.scenes.judge.facts import Found, Verdict
+from cm3leon_jax.scenes.judge.facts import Found, SceneVerdict
 from cm3leon_jax.scenes.judge.table import Judged
 
 
@@ -22,7 +22,7 @@ def judged(tag, heldout, correct, concept="", asked=1, shown=1, known=None, **ho
   }
   thing = Found("bell", "red", "top left", 0.9, (3, 2, 21, 23))
   holds = {"object": True, "count": True, **holds}
-  verdict = Verdict(correct, "" if correct else "wrong", (thing,) * shown, holds)
+  verdict = SceneVerdict(correct, "" if correct else "wrong", (thing,) * shown, holds)
   return Judged("a bell", facts, concept, verdict, known)
 
 
