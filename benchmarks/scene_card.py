@@ -23,6 +23,7 @@ from cm3leon_jax import CM3Leon, loading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.data.sources import splits
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.scenes import source, world
@@ -124,7 +125,7 @@ def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def _order(name: str) -> Callable[[str], float]:
-  return lambda word: world.fraction(f"scenes/elsewhere/{name}/{word}")
+  return lambda word: splits.fraction(f"scenes/elsewhere/{name}/{word}")
 
 
 def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:

@@ -25,6 +25,7 @@ from benchmarks import scene_style_table as table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.data.sources import splits
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
@@ -94,7 +95,7 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
   for name in world.rare_objects(config):
     colors = [c for c in config.colors if c not in {*shown[name], world.rare_color(name)}]
     if trained[name] == 1 and colors:
-      color = min(colors, key=lambda c: world.fraction(f"style/{name}/{c}"))
+      color = min(colors, key=lambda c: splits.fraction(f"style/{name}/{c}"))
       yield Placed(name, color, world.rare_place(name))
 
 

@@ -15,6 +15,7 @@ from cm3leon_jax.runs import stages, table
 def main(settings, workdir) -> None:
   from cm3leon_jax.data.instructions import sources
   from cm3leon_jax.data.instructions.config import load_tasks, shipped
+  from cm3leon_jax.scenes.tasks import ScenesTasks
 
   if not settings.instructions.any:
     raise UserError(
@@ -36,7 +37,7 @@ def main(settings, workdir) -> None:
       str(workdir),
       tasks,
       settings.instructions,
-      settings.scenes,
+      ScenesTasks(settings.scenes),
       settings.vocab,
       settings.data.sequence_length,
       settings.raw.num_threads,

@@ -168,9 +168,9 @@ def _has_bundled(settings) -> bool:
 
   What is held out there depends on names alone, so it never trained on the run's held-out scenes.
   """
-  from cm3leon_jax.data.sources import builtin
+  from cm3leon_jax.scenes.source import NAME
 
-  return settings.raw.source == builtin.SCENES
+  return settings.raw.source == NAME
 
 
 def _load_bundled():
@@ -207,9 +207,9 @@ def _about(model) -> dict:
 
 def _scene_samples():
   """Imports the module that judges samples, which needs the drawings of the extra `demo`."""
-  from cm3leon_jax.data.sources import builtin
+  from cm3leon_jax.scenes import source
 
-  builtin.drawings_of(builtin.SCENES)
+  source.check_installed()
   from cm3leon_jax.scenes.judge import samples as scene_samples
 
   return scene_samples

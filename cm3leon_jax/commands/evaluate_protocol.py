@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -251,8 +252,16 @@ def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: O
     scorer_identity=identity["scorer"],
     params=params,
     num_resamples=settings.evaluation.num_resamples,
+    judge=functools.partial(_judge, settings.scenes.style),
   )
   return job, step
+
+
+def _judge(style: str, images, facts: Sequence[dict]) -> list[bool]:
+  """Judges images of scenes: whether each shows exactly what its caption says."""
+  from cm3leon_jax.scenes.judge import judge
+
+  return [bool(verdict.correct) for verdict in judge.judge_all(images, facts, style)]
 
 
 def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:

@@ -29,6 +29,16 @@ _LEAK_PSNR = flags.DEFINE_float(
 )
 
 
+DRAWN = ("openmoji", "scenes")  # Values of `raw.source` whose images are drawn.
+
+
+def drawn_source(settings):
+  """Returns the source that draws its own images, or None."""
+  from cm3leon_jax.scenes.source import NAME, ScenesSource
+
+  return ScenesSource(settings.scenes) if settings.raw.source == NAME else None
+
+
 def check_leaks(settings, workdir) -> None:
   """Prints the most similar held-out and training images.
 
@@ -122,11 +132,10 @@ def conclude(settings, folder, summary: dict) -> None:
   from cm3leon_jax.data.checks import leaks
   from cm3leon_jax.data.raw import summary as raw_statistics
   from cm3leon_jax.data.raw import writer
-  from cm3leon_jax.data.sources.builtin import OPENMOJI, SCENES
 
   near = None
-  # Their images are near each other by design, and their concepts and splits take care of it.
-  if settings.raw.source not in (OPENMOJI, SCENES):
+  # Drawings are near each other by design, and their concepts and splits take care of it.
+  if settings.raw.source not in DRAWN:
     near = leaks.near_duplicates(folder, settings.raw.num_threads)
     summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
     summary["leaked_heldout_images"] = near.leaked
@@ -149,7 +158,7 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
   if raw.crops < 0:
     raw = dataclasses.replace(raw, crops=counting.crops_of(parts, raw.allow_outside))
-  summary = ingest.prepare(raw, parts, folder, runner, settings.scenes)
+  summary = ingest.prepare(raw, parts, folder, runner, drawn_source(settings))
   conclude(dataclasses.replace(settings, raw=raw), folder, summary)
   if counts:
     made = counting.counts_of(
@@ -164,20 +173,19 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
 def main(settings, workdir, counts: bool = False):
   from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.data.sources import formats
-  from cm3leon_jax.data.sources.builtin import OPENMOJI, SCENES
 
   if _CHECK_LEAKS.value:
-    if settings.raw.source == SCENES:
+    if drawn_source(settings) is not None:
       check_fact_leaks(workdir)
     else:
       check_leaks(settings, workdir)
     return
-  if not settings.raw.resolution and settings.raw.source in (SCENES, OPENMOJI):
+  if not settings.raw.resolution and settings.raw.source in DRAWN:
     raise UserError(
       f"config.raw.resolution is 0; the source '{settings.raw.source}' needs one: give "
       "--config.raw.resolution=48, or a folder of images as config.raw.source."
     )
-  parts = ingest.parts_of(settings.raw, settings.scenes)
+  parts = ingest.parts_of(settings.raw, drawn_source(settings))
   # New or changed files make the stage run again, only for their shards.
   files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):

@@ -24,6 +24,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
 from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
+from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.training.step import policy
 
 
@@ -66,7 +67,7 @@ def read_prompts(settings, layout: PromptLayout, split: str, count: int) -> list
   for task in tasks:
     if split == "heldout":
       task = dataclasses.replace(task, heldout_records=each)
-    opened = sources.open_task(task, split, config, settings.scenes)
+    opened = sources.open_task(task, split, config, ScenesTasks(settings.scenes))
     records = list(itertools.islice(opened, each))
     if not records or task.target not in records[0].images:
       reason = "its target is no image" if records else f"it has no records of the split {split}"

@@ -17,7 +17,6 @@ import yaml
 import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.data.sources import builtin
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json
@@ -41,8 +40,8 @@ HUB_LICENSES = (
 )
 _BLOCKS = re.MULTILINE | re.DOTALL
 CAPTIONS = {
-  builtin.SCENES: "a green bell to the left of a blue key",
-  builtin.OPENMOJI: "red apple",
+  "scenes": "a green bell to the left of a blue key",
+  "openmoji": "red apple",
 }
 
 

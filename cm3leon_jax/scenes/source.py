@@ -5,6 +5,7 @@ index alone.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import itertools
 import random
@@ -12,6 +13,8 @@ import random
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.sources.builtin import load_drawings
+from cm3leon_jax.data.sources.drawn import check_license
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world
@@ -175,3 +178,43 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
 def number_of(pair: RawPair) -> str:
   """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
   return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
+
+
+def check_installed() -> None:
+  """Raises UserError if the icons, which `drawings` imports at the first one, are absent."""
+  load_drawings(NAME, "fonticon_mdi7")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesSource:
+  """The source `scenes`, see `data.sources.drawn.DrawnSource`."""
+
+  config: ScenesConfig
+
+  name = NAME
+
+  def identity(self) -> dict:
+    """Returns the section `scenes`."""
+    return dataclasses.asdict(self.config)
+
+  def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
+    """Splits the source; see `parts`, and `check_license` and `load_drawings` for errors."""
+    check_installed()
+    check_license(licenses, LICENSE, NAME)
+    return parts(self.config, resolution)
+
+  def read(self, part: SourcePart) -> list[RawPair]:
+    """Returns the records of a part."""
+    return list(read(self.config, part))
+
+  def load(self, image: str, resolution: int) -> np.ndarray:
+    """Renders the image of a record: [H, W, 3] uint8."""
+    return load(image, resolution, self.config.style)
+
+  def number_of(self, pair: RawPair) -> str:
+    """Names the count that a record adds to."""
+    return number_of(pair)
+
+  def numbers(self) -> dict[str, int]:
+    """Returns the number of scenes that differ."""
+    return {"distinct_scenes": world.number_of_scenes(self.config)}

@@ -7,7 +7,6 @@ Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plai
 import dataclasses
 import difflib
 import functools
-import hashlib
 from importlib import resources
 import itertools
 import math
@@ -17,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
+from cm3leon_jax.data.sources.splits import fraction
 
 # RGB. The least distance between two is 100, and 89 between one and a mixture of another with
 # white, as antialiased edges have.
@@ -100,11 +100,6 @@ Style = Literal["filled", "outlined"]
 HELDOUT_SCENES = 0.1  # Share of the facts that are held out although all their parts are trained.
 HELDOUT_OBJECTS = 0.05  # Share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Share of the rare objects.
-
-
-def fraction(text: str) -> float:
-  """Hashes a text to a number in [0, 1)."""
-  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _heldout_colors() -> dict[str, str]:

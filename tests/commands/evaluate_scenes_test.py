@@ -15,6 +15,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.evaluation import strata
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -125,7 +126,7 @@ def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, mo
   monkeypatch.setattr(sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
   (made / "evaluation").rmtree(missing_ok=True)
   run(settings_of(scenes=3, scene_neighbors=2))
-  chosen = samples.choose(facts_of(made), 3, seed=0)
+  chosen = strata.choose(facts_of(made), 3, seed=0)
   facts = {samples.real_image(facts_of(made)[i]).tobytes(): i for i in chosen}
   ids = load_neighbors(made / "neighbors", "heldout_pairs", text_only=True)
   bank = DocumentStore(made / "documents" / "train_pairs", VOCAB)
@@ -142,18 +143,18 @@ def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, mo
 
 def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
   facts = facts_of(made)
-  chosen = samples.choose(facts, 12, seed=0)
+  chosen = strata.choose(facts, 12, seed=0)
   assert len(set(chosen)) == 12
   groups = {(facts[i]["tag"], facts[i]["heldout"]) for i in chosen}
   assert len(groups) == 12
-  assert samples.choose(facts, 12, seed=0) == chosen
-  assert samples.choose(facts, 12, seed=1) != chosen
-  assert samples.choose(facts, 14, seed=0)[:12] == chosen
-  assert sorted(samples.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
+  assert strata.choose(facts, 12, seed=0) == chosen
+  assert strata.choose(facts, 12, seed=1) != chosen
+  assert strata.choose(facts, 14, seed=0)[:12] == chosen
+  assert sorted(strata.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
   with pytest.raises(UserError, match=r"25 held-out scenes .* 24 held-out documents have facts"):
-    samples.choose(facts, 25, seed=0)
+    strata.choose(facts, 25, seed=0)
   with pytest.raises(UserError, match=r"raw\.source = 'scenes'"):
-    samples.choose([{}, {}], 1, seed=0)
+    strata.choose([{}, {}], 1, seed=0)
 
 
 def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, capsys):
@@ -265,7 +266,7 @@ def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
   run(settings_of(scenes=3), export="geneval", samples=1)
   (folder,) = (made / "geneval").glob("heldout-*")
   found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(3)]
-  chosen = samples.choose(facts_of(made), 3, seed=0)
+  chosen = strata.choose(facts_of(made), 3, seed=0)
   assert [x["include"] for x in found] == [facts_of(made)[i]["include"] for i in chosen]
   assert all(list(x) == ["tag", "include", "exclude", "prompt"] for x in found)
   assert [x.name for x in (folder / "00002" / "samples").iterdir()] == ["0000.png"]

@@ -15,6 +15,7 @@ from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.scenes.source import ScenesSource
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import vqgan
@@ -41,7 +42,8 @@ class Half:
 def test_reconstructions_of_scenes_are_judged(tmp_path, style):
   raw = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
   config = ScenesConfig(train=20, heldout=24, style=style)
-  ingest.prepare(raw, ingest.parts_of(raw, config), tmp_path / "raw", Runner(), config)
+  drawn = ScenesSource(config)
+  ingest.prepare(raw, ingest.parts_of(raw, drawn), tmp_path / "raw", Runner(), drawn)
   sizes = dataclasses.replace(LOCAL, resolution=48)
   assert _judge_scenes(tmp_path, Half(sizes), style) == {
     "real_scenes_right": 1.0,

@@ -10,9 +10,9 @@ import sys
 sys.modules["fonticon_mdi7"] = None
 from cm3leon_jax.config import UserError
 from cm3leon_jax.scenes import drawings as scene_drawings
-from cm3leon_jax.data.sources import builtin
+from cm3leon_jax.scenes import source
 from cm3leon_jax.reports import model_card, report
-for draw in (lambda: scene_drawings.alpha("star"), lambda: builtin.drawings_of("scenes")):
+for draw in (lambda: scene_drawings.alpha("star"), source.check_installed):
   try:
     draw()
   except UserError as error:

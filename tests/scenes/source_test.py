@@ -16,6 +16,7 @@ from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.scenes import drawings, leaks
 from cm3leon_jax.scenes import source as scenes
+from cm3leon_jax.scenes.source import ScenesSource
 from cm3leon_jax.scenes.world import (
   CATEGORIES,
   COLORS,
@@ -51,7 +52,8 @@ class Places:
 
 
 def prepare(config, folder, raw=RAW):
-  return ingest.prepare(raw, ingest.parts_of(raw, config), folder, Runner(), config)
+  drawn = ScenesSource(config)
+  return ingest.prepare(raw, ingest.parts_of(raw, drawn), folder, Runner(), drawn)
 
 
 @pytest.fixture(scope="module")
@@ -373,12 +375,12 @@ def test_shares_of_the_categories():
 )
 def test_a_world_that_cannot_be_split_is_refused(fields, message):
   with pytest.raises(UserError, match=message):
-    ingest.parts_of(RAW, ScenesConfig(**fields))
+    ingest.parts_of(RAW, ScenesSource(ScenesConfig(**fields)))
 
 
 def test_other_sizes_and_licenses_are_refused():
   with pytest.raises(UserError, match=r"config.raw.resolution is 256; .* scenes have 48 pixels"):
-    ingest.parts_of(ingest.RawConfig(source="scenes"), FEW)
+    ingest.parts_of(ingest.RawConfig(source="scenes"), ScenesSource(FEW))
   licensed = ingest.RawConfig(source="scenes", resolution=48, licenses=("MIT",))
   with pytest.raises(UserError, match=r"drawings of scenes are under Apache-2\.0: add it"):
-    ingest.parts_of(licensed, FEW)
+    ingest.parts_of(licensed, ScenesSource(FEW))

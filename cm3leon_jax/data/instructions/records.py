@@ -1,7 +1,8 @@
 """Defines a record of instruction data: named texts and images, which a task's template joins."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,3 +24,25 @@ class Record:
   texts: Mapping[str, str]
   images: Mapping[str, str | np.ndarray]
   facts: Mapping = dataclasses.field(default_factory=dict)
+
+
+class DrawnTasks(Protocol):
+  """Tasks whose records are computed, with their images. It is pickled to the workers.
+
+  Attributes:
+    name: before the "/" of the format of such a task.
+  """
+
+  @property
+  def name(self) -> str:
+    """Name before the "/" of the format of such a task."""
+
+  def records(self, task: str, split: str, number: int) -> Iterator[Record]:
+    """Yields the first records of a task.
+
+    Raises:
+      UserError: there is no such task or split, or the packages of an extra are absent.
+    """
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what the records depend on, beside task and split."""

@@ -16,13 +16,12 @@ from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
-from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.records import DrawnTasks, Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
 from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.files.shards import Runner, run_shards
-from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.vocab import VocabLayout
 
 SPLITS = ("train", "heldout")
@@ -40,7 +39,7 @@ def store_name(split: str, task: InstructionTask) -> str:
 
 
 def open_task(
-  task: InstructionTask, split: str, config: InstructionsConfig, scenes: ScenesConfig
+  task: InstructionTask, split: str, config: InstructionsConfig, drawn: DrawnTasks
 ) -> Iterator[Record]:
   """Yields the records of a task.
 
@@ -48,7 +47,7 @@ def open_task(
     task: names its format, files and number of records.
     split: "train" or "heldout".
     config: names the folder of the files.
-    scenes: the world of `scenes/TASK`.
+    drawn: has the records of `scenes/TASK`.
 
   Raises:
     UserError: naming the task: an unknown format or split, or a map that its records cannot have;
@@ -59,7 +58,7 @@ def open_task(
     name, number = task.heldout, task.heldout_records
   try:
     _check_maps(task, config.root)
-    found = _records(task, name, number, config, scenes)
+    found = _records(task, name, number, config, drawn)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config)
   except UserError as error:
@@ -83,15 +82,13 @@ def _records(
   split: str,
   number: int,
   config: InstructionsConfig,
-  scenes: ScenesConfig,
+  drawn: DrawnTasks,
 ) -> Iterator[Record]:
   if not task.format.startswith(SCENES):
     root = posixpath.join(config.root, task.root)
     images = _image_folder(config, task.images or task.root)
     return files.open_records(task.format, root, split, images)
-  from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
-
-  return instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
+  return drawn.records(task.format.removeprefix(SCENES), split, number)
 
 
 def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
@@ -132,7 +129,7 @@ class InstructionJob:
     workdir: holds the tokenizers; the stores go to its folder instructions/.
     tasks: all tasks of the run.
     config: names the folder of the files.
-    scenes: the world of `scenes/TASK`.
+    drawn: has the records of `scenes/TASK`.
     vocab: of the run.
     positions: most tokens of a sample.
     num_threads: number of images read at a time.
@@ -141,7 +138,7 @@ class InstructionJob:
   workdir: str
   tasks: tuple[InstructionTask, ...]
   config: InstructionsConfig
-  scenes: ScenesConfig
+  drawn: DrawnTasks
   vocab: VocabLayout
   positions: int
   num_threads: int
@@ -158,7 +155,7 @@ class InstructionJob:
   def _write(self, name: str, encoder: RecordEncoder) -> dict:
     split, _, task_name = name.partition("_")
     [task] = [task for task in self.tasks if task.name == task_name]
-    records = open_task(task, split, self.config, self.scenes)
+    records = open_task(task, split, self.config, self.drawn)
     return write_store(epath.Path(self.workdir) / "instructions" / name, task, records, encoder)
 
 
@@ -197,11 +194,9 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
   fields = dataclasses.asdict(task)
   for name in NOT_OF_STORES:
     del fields[name]
-  scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else {}
-  for name in ("train", "bank"):  # Numbers of other scenes.
-    scenes.pop(name, None)
+  drawn = job.drawn.identity() if task.format.startswith(SCENES) else {}
   of_config = {name: getattr(job.config, name) for name in ("root", "max_records", "redrawn")}
-  return {"task": fields, "scenes": scenes, **of_config, "positions": job.positions}
+  return {"task": fields, job.drawn.name: drawn, **of_config, "positions": job.positions}
 
 
 def digest_of(tasks: tuple[InstructionTask, ...]) -> str:

@@ -24,7 +24,7 @@ from cm3leon_jax.data.sources.records import RecordError
 from cm3leon_jax.tokenizers.text import encode_pieces
 
 BREAK = "<break>"  # Between the segments of a template.
-SCENES = "scenes/"  # In a format, before the name of a task of `scene_instructions`.
+SCENES = "scenes/"  # In a format, before the name of a task that is drawn, see `DrawnTasks`.
 _FIELD = re.compile(r"\{(\w+)(\??)\}")
 
 

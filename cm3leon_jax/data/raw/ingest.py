@@ -13,32 +13,27 @@ from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, RawConfig, write_shard
 from cm3leon_jax.data.sources import builtin, formats, origins
-from cm3leon_jax.data.sources.builtin import (
-  DOCSTRINGS,
-  OPENMOJI,
-  SCENES,
-  docstring_texts,
-  drawings_of,
-  openmoji_pairs,
-)
+from cm3leon_jax.data.sources.builtin import DOCSTRINGS, OPENMOJI, docstring_texts
+from cm3leon_jax.data.sources.drawn import DrawnSource
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.data.sources.rejections import Rejections
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
-from cm3leon_jax.scenes import world
-from cm3leon_jax.scenes.world import ScenesConfig
 
 SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
-DEFAULT_SCENES = ScenesConfig()
 
 
-def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[formats.SourcePart]:
+def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[formats.SourcePart]:
   """Splits the source into parts, one per shard.
+
+  Args:
+    config: section `raw`.
+    drawn: the source, if it draws its images.
 
   Raises:
     UserError: there is no source, it has no readable files, or another license than the config
-      wants, or the scenes cannot be split.
+      wants, or it cannot draw what the config asks for.
   """
   if not config.source:
     raise UserError(
@@ -46,10 +41,11 @@ def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[f
       "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' "
       "or 'scenes'."
     )
-  if config.source in (OPENMOJI, SCENES):
-    return builtin.parts(
-      config.source, config.licenses, scenes, config.resolution, config.max_texts
-    )
+  if config.source == OPENMOJI:
+    return builtin.openmoji_parts(config.licenses)
+  if drawn is not None:
+    texts = [formats.SourcePart(DOCSTRINGS, (), 0)] if config.max_texts else []
+    return drawn.parts(config.licenses, config.resolution) + texts
   return formats.parts(config.source, config.format)
 
 
@@ -58,7 +54,7 @@ def prepare(
   parts: list[formats.SourcePart],
   folder: epath.PathLike,
   runner: Runner,
-  scenes: ScenesConfig = DEFAULT_SCENES,
+  drawn: DrawnSource | None = None,
 ) -> dict:
   """Writes a shard for each part of the source, then index.json and rejected.jsonl.
 
@@ -69,12 +65,11 @@ def prepare(
     parts: see `parts_of`.
     folder: where the shards are written.
     runner: runs the shards.
-    scenes: section `scenes`, for its source.
+    drawn: see `parts_of`.
 
   Returns:
-    Numbers of shards, of records by split and kind, and of records left out by reason, and the
-    statistics of `raw_statistics`. For scenes
-    also the number of distinct scenes, and of records by category and reason to hold them out.
+    Numbers of shards, of records by split and kind, and of records left out by reason, the
+    statistics of `raw_statistics`, and the numbers of `drawn`.
 
   Raises:
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
@@ -82,7 +77,7 @@ def prepare(
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  made = _write_shards(config, named, folder, runner, scenes)
+  made = _write_shards(config, named, folder, runner, drawn)
   total = _sum(m["counts"] for m in made.values())
   more = _sum(m["more"] for m in made.values())
   _check_some(config, total, more)
@@ -91,8 +86,8 @@ def prepare(
   write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
   )
-  if config.source == SCENES:
-    more = {"distinct_scenes": world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+  if drawn is not None:
+    more = {**drawn.numbers(), **dict(sorted(more.items()))}
   statistics = raw_statistics.merged(m["statistics"] for m in made.values())
   return {"shards": len(made), **total, **statistics, **more}
 
@@ -102,7 +97,7 @@ def _write_shards(
   parts: dict[str, formats.SourcePart],
   folder: epath.Path,
   runner: Runner,
-  scenes: ScenesConfig,
+  drawn: DrawnSource | None,
 ) -> dict[str, dict]:
   """Writes shards and rejected.jsonl, which lists what was rejected also if too much was.
 
@@ -111,16 +106,16 @@ def _write_shards(
     parts: part of the source of each shard, by the shard's name.
     folder: where the shards are written.
     runner: runs the shards.
-    scenes: section `scenes`.
+    drawn: see `parts_of`.
 
   Returns:
     Summary of each shard by name, in the order of `parts`.
   """
   made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
-  configs = {name: _identity(config, part, scenes) for name, part in parts.items()}
+  configs = {name: _identity(config, part, drawn) for name, part in parts.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), parts, scenes),
+      _Ingest(config, str(folder), parts, drawn),
       configs,
       folder / "done",
       runner,
@@ -152,12 +147,15 @@ def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) 
   )
 
 
-def _identity(config: RawConfig, part: formats.SourcePart, scenes: ScenesConfig) -> dict:
-  """Returns what a shard depends on: its part instead of source, format and number of scenes."""
+def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | None) -> dict:
+  """Returns what a shard depends on: its part instead of source, format and number of records."""
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
-  sections = {"raw": config, **({"scenes": scenes} if config.source == SCENES else {})}
+  sections = {
+    "raw": dataclasses.asdict(config),
+    **({drawn.name: drawn.identity()} if drawn else {}),
+  }
   kept = {
-    name: {k: v for k, v in dataclasses.asdict(section).items() if k not in others}
+    name: {k: v for k, v in section.items() if k not in others}
     for name, section in sections.items()
   }
   return {**kept, "part": part.identity(), "summary_version": SUMMARY_VERSION}
@@ -178,7 +176,7 @@ class _Ingest:
   config: RawConfig
   folder: str
   parts: dict[str, formats.SourcePart]
-  scenes: ScenesConfig
+  drawn: DrawnSource | None
 
   def open(self) -> Callable[[str], dict]:
     return self._shard
@@ -188,16 +186,14 @@ class _Ingest:
     fraction, max_texts = self.config.heldout_fraction, self.config.max_texts
     if part.kind == OPENMOJI:
       resolution, threads = self.config.resolution, self.config.num_threads
-      pairs, nameless = openmoji_pairs(resolution, fraction, threads)
+      pairs, nameless = builtin.openmoji_pairs(resolution, fraction, threads)
       items = itertools.chain(pairs, docstring_texts(max_texts, fraction))
       more, total = {"left_out_nameless": nameless}, len(pairs) + max_texts
-      load = _with_own_size(drawings_of(OPENMOJI).render)
+      load = _with_own_size(builtin.openmoji_drawings().render)
       return write_shard(self.config, folder, items, load, more, total)
-    if part.kind == SCENES:
-      source = drawings_of(SCENES)
-      pairs = list(source.read(self.scenes, part))
-      more = collections.Counter(source.number_of(pair) for pair in pairs)
-      load = functools.partial(source.load, style=self.scenes.style)
+    if self.drawn is not None and part.kind == self.drawn.name:
+      pairs = list(self.drawn.read(part))
+      more, load = collections.Counter(map(self.drawn.number_of, pairs)), self.drawn.load
       return write_shard(self.config, folder, pairs, _with_own_size(load), dict(more), len(pairs))
     if part.kind == DOCSTRINGS:
       items = docstring_texts(max_texts, fraction)

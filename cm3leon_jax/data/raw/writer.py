@@ -21,7 +21,6 @@ from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, Crop, kind_of
 from cm3leon_jax.data.sources import formats, origins
-from cm3leon_jax.data.sources.builtin import split_of
 from cm3leon_jax.data.sources.records import (
   KINDS,
   NOTES,
@@ -34,6 +33,7 @@ from cm3leon_jax.data.sources.records import (
   long_caption,
   with_images,
 )
+from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.runs import stages

@@ -1,35 +1,29 @@
-"""Sources in installed packages: drawings of OpenMoji, scenes of icons, texts from docstrings."""
+"""Sources in installed packages: drawings of OpenMoji, texts from docstrings."""
 
 from collections.abc import Iterator
 import importlib
+from types import ModuleType
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources import docstrings
+from cm3leon_jax.data.sources.drawn import check_license
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair, RawText
-from cm3leon_jax.scenes.world import ScenesConfig, fraction
+from cm3leon_jax.data.sources.splits import split_of
 
-OPENMOJI, SCENES = "openmoji", "scenes"  # Values of `raw.source`.
-MODULES = {OPENMOJI: "cm3leon_jax.data.sources.openmoji", SCENES: "cm3leon_jax.scenes.source"}
+OPENMOJI = "openmoji"  # Value of `raw.source`.
 DOCSTRINGS = "docstrings"
 
 
-def split_of(name: str, heldout_fraction: float) -> str:
-  """Returns the split of a concept or module, a function of its name alone."""
-  return "heldout" if fraction("split:" + name) < heldout_fraction else "train"
-
-
-def drawings_of(source: str):
-  """Imports the module of OPENMOJI or SCENES, whose packages are an extra.
+def load_drawings(source: str, *modules: str) -> ModuleType:
+  """Imports modules that need the packages of an extra, and returns the last one.
 
   Raises:
     UserError: a package is absent.
   """
   try:
-    if source == SCENES:
-      importlib.import_module("fonticon_mdi7")  # Its module imports it at the first icon.
-    return importlib.import_module(MODULES[source])
+    return [importlib.import_module(module) for module in modules][-1]
   except ImportError as error:
     raise UserError(
       f"config.raw.source is '{source}', whose drawings are not installed ({error}): "
@@ -37,37 +31,33 @@ def drawings_of(source: str):
     ) from error
 
 
-def parts(
-  source: str, licenses: tuple[str, ...], scenes: ScenesConfig, resolution: int, max_texts: int
-) -> list[SourcePart]:
-  """Splits OPENMOJI or SCENES into parts; the texts of OPENMOJI are in its only part.
+def openmoji_drawings() -> ModuleType:
+  """Imports the drawings of OpenMoji; raises UserError if they are not installed."""
+  return load_drawings(OPENMOJI, "cm3leon_jax.data.sources.openmoji")
+
+
+def openmoji_parts(licenses: tuple[str, ...]) -> list[SourcePart]:
+  """Returns the only part of OPENMOJI, which also has the texts.
 
   Raises:
-    UserError: `licenses` lack that of the drawings, or the scenes cannot be split.
+    UserError: `licenses` lack that of the drawings.
   """
-  drawings = drawings_of(source)
-  if licenses and drawings.LICENSE not in licenses:
-    raise UserError(
-      f"config.raw.licenses is {licenses}; the drawings of {drawings.NAME} are under "
-      f"{drawings.LICENSE}: add it."
-    )
-  if source == OPENMOJI:
-    return [SourcePart(OPENMOJI, (drawings.source(),), 0)]
-  texts = [SourcePart(DOCSTRINGS, (), 0)] if max_texts else []
-  return drawings.parts(scenes, resolution) + texts
+  drawings = openmoji_drawings()
+  check_license(licenses, drawings.LICENSE, drawings.NAME)
+  return [SourcePart(OPENMOJI, (drawings.source(),), 0)]
 
 
 def openmoji_pairs(
   resolution: int, heldout_fraction: float, num_threads: int
 ) -> tuple[list[RawPair], int]:
   """Lists OpenMoji's drawings, near duplicates in one concept, and counts those without a name."""
-  openmoji = drawings_of(OPENMOJI)
-  drawings, nameless = openmoji.drawings()
-  drawings = openmoji.unite_concepts(drawings, resolution, num_threads)
-  origin = (openmoji.source(), openmoji.LICENSE, openmoji.ATTRIBUTION)
+  module = openmoji_drawings()
+  drawings, nameless = module.drawings()
+  drawings = module.unite_concepts(drawings, resolution, num_threads)
+  origin = (module.source(), module.LICENSE, module.ATTRIBUTION)
   pairs = []
   for d in drawings:
-    group = f"openmoji/{openmoji.STYLE}/{d.concept}"
+    group = f"openmoji/{module.STYLE}/{d.concept}"
     split = split_of(d.concept, heldout_fraction)
     key = f"openmoji/{d.code}"
     pairs.append(RawPair(key, d.path, d.caption, *origin, group, split, d.concept))

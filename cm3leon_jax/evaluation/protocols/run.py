@@ -51,6 +51,8 @@ class ProtocolRun:
     scorer_identity: changes if its scores do.
     params: of the decoder as it was trained, which scores of texts read.
     num_resamples: of intervals of means.
+    judge: (images [n, H, W, 3] uint8, their facts) -> whether each shows exactly what its caption
+      says; None: no metric needs it.
   """
 
   protocol: Protocol
@@ -65,6 +67,7 @@ class ProtocolRun:
   scorer_identity: dict | None
   params: dict
   num_resamples: int
+  judge: Callable[[np.ndarray, Sequence[dict]], list[bool]] | None = None
 
   @functools.cached_property
   def needs(self) -> frozenset[str]:
@@ -190,12 +193,10 @@ def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list
 
 def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
   """Judges images of `judge`: whether each shows exactly what its caption says."""
-  from cm3leon_jax.scenes.judge import judge
-
+  assert job.judge is not None
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
   facts = [job.evaluated.facts[line["row"]] for line in part]
-  style = job.pipeline.settings.scenes.style
-  return [bool(verdict.correct) for verdict in judge.judge_all(images, facts, style)]
+  return job.judge(images, facts)
 
 
 def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:

@@ -23,6 +23,7 @@ from cm3leon_jax.data.published.examples import Example, caption_prompts, check_
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
+from cm3leon_jax.evaluation import strata
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.files.atomic import replacing
@@ -103,7 +104,7 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs: scenes as `scene_samples.choose`, others evenly spaced."""
+  """Chooses held-out pairs: those with facts as `strata.choose`, others evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: pair.image for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
@@ -114,9 +115,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
       f"--examples={len(store)}."
     )
   if all(facts) and facts:
-    from cm3leon_jax.scenes.judge.samples import choose as choose_scenes
-
-    rows = choose_scenes(facts, count, protocol.seed)
+    rows = strata.choose(facts, count, protocol.seed)
   else:
     rows = np.linspace(0, len(store) - 1, count).astype(int).tolist()
   examples = []

@@ -22,6 +22,7 @@ from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS
 from cm3leon_jax.scenes.judge import answers as scene_answers
+from cm3leon_jax.scenes.tasks import ScenesTasks
 
 LONGEST_TEXT = 40  # Tokens of an answer: captions of scenes are shorter.
 
@@ -64,7 +65,8 @@ def true_image(record: Record) -> np.ndarray:
 def heldout_records(task: InstructionTask, settings, count: int) -> list[Record]:
   """Returns the first held-out records of a task that `is_judged`."""
   task = dataclasses.replace(task, heldout_records=count)
-  return list(sources.open_task(task, "heldout", settings.instructions, settings.scenes))
+  drawn = ScenesTasks(settings.scenes)
+  return list(sources.open_task(task, "heldout", settings.instructions, drawn))
 
 
 def prompt_of(task: InstructionTask, record: Record, **common) -> Task:

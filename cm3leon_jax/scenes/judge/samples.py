@@ -10,8 +10,8 @@ import json
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
+from cm3leon_jax.evaluation import strata
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
@@ -40,41 +40,12 @@ def real_image(facts: dict, style: Style = "filled") -> np.ndarray:
   return drawings.render(Scene.of(placed), style)
 
 
-def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
-  """Chooses scenes, equally many of each category and kind of held-out as far as there are enough.
-
-  Args:
-    facts: field `facts` of every held-out document; {} without facts.
-    count: number of scenes.
-    seed: of the choice.
-
-  Returns:
-    `count` indices into `facts`; any first ones are spread in the same way.
-
-  Raises:
-    UserError: fewer documents have facts.
-  """
-  rng, groups = np.random.default_rng([seed, len(facts)]), {}
-  for i in rng.permutation(len(facts)):
-    if facts[i]:
-      groups.setdefault((facts[i]["tag"], facts[i]["heldout"]), []).append(int(i))
-  available = sum(map(len, groups.values()))
-  if available < count:
-    raise UserError(
-      f"{count} held-out scenes are to be chosen, and {available} held-out documents have facts: "
-      "lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
-    )
-  ordered = [groups[key] for key in sorted(groups)]
-  rounds = [[group[i] for group in ordered if i < len(group)] for i in range(count)]
-  return [i for one_round in rounds for i in one_round][:count]
-
-
 def heldout_scenes(
   pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
 ) -> list[HeldoutCaption]:
   """Returns tasks of held-out captions that have facts, guidance weight after guidance weight.
 
-  `evaluation.scenes` captions are chosen by the seed (`choose`), all if it is 0.
+  `evaluation.scenes` captions are chosen by the seed (`strata.choose`), all if it is 0.
 
   Args:
     pipeline: of the run; the evaluation, sampling and seed of its settings are used.
@@ -88,7 +59,7 @@ def heldout_scenes(
   facts = [store[i].facts for i in range(len(store))]
   settings, tokenizer = pipeline.settings, pipeline.image_tokenizer
   config, seed = settings.evaluation, settings.seed
-  rows = choose(facts, config.scenes or max(1, sum(map(bool, facts))), seed)
+  rows = strata.choose(facts, config.scenes or max(1, sum(map(bool, facts))), seed)
   columns = [
     (config.scene_neighbors, dataclasses.replace(settings.sampling, guidance=weight))
     for weight in dict.fromkeys(weights)

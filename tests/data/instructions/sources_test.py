@@ -14,6 +14,7 @@ from cm3leon_jax.data.instructions import sources, stores
 from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges, scribble
 from cm3leon_jax.data.instructions.samples import read_targets
+from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -49,7 +50,7 @@ def config_with(root, *tasks, **fields):
 def open_task(root, fields, split="train"):
   """Opens a task of a Python config."""
   config = config_with(root, fields)
-  return list(sources.open_task(config.own_tasks[0], split, config, ScenesConfig()))
+  return list(sources.open_task(config.own_tasks[0], split, config, ScenesTasks(ScenesConfig())))
 
 
 def write_lines(path, *lines):
@@ -188,7 +189,7 @@ def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, 
   write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
   config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
   found = {
-    split: list(sources.open_task(config.own_tasks[0], split, config, ScenesConfig()))
+    split: list(sources.open_task(config.own_tasks[0], split, config, ScenesTasks(ScenesConfig())))
     for split in sources.SPLITS
   }
   assert len(found["train"]) == expected

@@ -11,8 +11,8 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.ingest import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources import origins as origins_lib
-from cm3leon_jax.data.sources.builtin import split_of
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
+from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.files.shards import Runner
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

