@@ -1,11 +1,35 @@
 #!/usr/bin/env bash
 # Runs lint, types and the default tests: bash launch/test.sh [PYTEST ARGUMENTS]
+# Runs the slow tests, or one shard of them:  bash launch/test.sh --slow [SHARD]
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv demo,dev
 cd "$root"
+
+# Each shard takes at most 40 minutes on two cores.
+shards=(launch planning benchmarks mutants-1 mutants-2 cards others)
+slow() {
+  local pytest=("$python" -m pytest -m slow -n logical --maxprocesses=8 --dist=loadfile)
+  case "$1" in
+    launch | planning | benchmarks) "${pytest[@]}" "tests/$1" ;;
+    mutants-*) "$python" -m tests.mutants --part="${1#mutants-}/2" ;;
+    cards) "$python" -m benchmarks.cards --check ;;
+    others)
+      "${pytest[@]}" --ignore=tests/launch --ignore=tests/planning --ignore=tests/benchmarks --ignore=tests/mutants_test.py
+      "$python" -m pytest -m slow tests/mutants_test.py -k "not is_noticed"
+      ;;
+    *) fail "there is no shard '$1' of the slow tests: name one of ${shards[*]}." ;;
+  esac
+}
+
+if [ "${1:-}" = --slow ]; then
+  shift
+  (($#)) || set -- "${shards[@]}"
+  for shard in "$@"; do slow "$shard"; done
+  exit
+fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
