@@ -1,0 +1,150 @@
+"""Counts the files that a call enters, and how often it climbs back into a room above.
+
+  python -m benchmarks.walks --way=load
+  python -m benchmarks.walks --way=generate --files
+  python -m benchmarks.walks --way=rows --workdir=workdir/scenes
+
+A file is entered when one of its functions runs, in any thread; code that only runs while a module
+is imported does not count. A climb is a pair of files of two rooms, of which the lower one calls a
+function of the upper one. The order of the rooms is that of the table in docs/design.md, from the
+bottom to the top; `api.py` and `commands/` are above all rooms.
+"""
+
+import argparse
+import contextlib
+import inspect
+import io
+import pathlib
+import re
+import runpy
+import sys
+import tempfile
+import threading
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = f"{ROOT / 'cm3leon_jax'}/"
+TOP = ("settings", "loading", "api", "keywords", "commands")
+WAYS = ("load", "generate", "rows")
+PROMPT = ["--workdir=scenes", "--prompt=a red square at the top left"]
+
+
+def rooms() -> list[str]:
+  """Returns the rooms from the bottom to the top; the base modules are one."""
+  page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+  table = page.partition("## Rooms")[2].partition("\n## ")[0]
+  return [*re.findall(r"^\| `(\w+)/`", table, re.MULTILINE), *TOP]
+
+
+def room_of(file: str) -> str:
+  """Returns the first part of a path in the package, without its suffix."""
+  return file.partition("/")[0].removesuffix(".py")
+
+
+class Walk:
+  """Records the calls between files of the package while it is active."""
+
+  def __init__(self):
+    self.files: dict[str, None] = {}
+    self.pairs: dict[tuple[str, str], None] = {}
+
+  def __enter__(self):
+    threading.setprofile(self._note)
+    sys.setprofile(self._note)
+    return self
+
+  def __exit__(self, *_):
+    sys.setprofile(None)
+    threading.setprofile(None)
+
+  def _note(self, frame, event: str, _) -> None:
+    if event != "call" or not _is_function(frame) or _imports(frame):
+      return
+    file = frame.f_code.co_filename.removeprefix(PACKAGE)
+    self.files[file] = None
+    caller = frame.f_back
+    while caller is not None and not _is_function(caller):
+      caller = caller.f_back
+    if caller is not None:
+      self.pairs[caller.f_code.co_filename.removeprefix(PACKAGE), file] = None
+
+  def climbs(self) -> list[tuple[str, str]]:
+    """Returns the pairs (caller, callee) of files that climb."""
+    order = {room: place for place, room in enumerate(rooms())}
+
+    def height(file: str) -> int:
+      return order.get(room_of(file), -1)
+
+    return [(a, b) for a, b in self.pairs if height(b) > height(a)]
+
+
+def _is_function(frame) -> bool:
+  code = frame.f_code
+  return code.co_filename.startswith(PACKAGE) and bool(code.co_flags & inspect.CO_OPTIMIZED)
+
+
+def _imports(frame) -> bool:
+  """Returns whether a frame runs while a module is imported, such as a decorator."""
+  while frame is not None:
+    if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
+      return frame.f_code.co_filename.startswith(PACKAGE)
+    frame = frame.f_back
+  return False
+
+
+def load() -> None:
+  """Loads a bundled model."""
+  from cm3leon_jax import CM3Leon
+
+  CM3Leon.load("scenes", show_progress=False)
+
+
+def generate() -> None:
+  """Generates one image with the bundled model, from flags to files."""
+  with tempfile.TemporaryDirectory() as folder:
+    _run("generate", [*PROMPT, f"--out={folder}/out"])
+
+
+def rows(workdir: str) -> None:
+  """Opens the training rows of a run whose documents are encoded, and reads the first one."""
+  from etils import epath
+
+  from cm3leon_jax.commands.training_rows import open_rows
+  from cm3leon_jax.settings import settings_of_run
+
+  folder = epath.Path(workdir)
+  open_rows(settings_of_run(folder), folder, "train")[0]
+
+
+def _run(name: str, arguments: list[str]) -> None:
+  """Runs a command in this process."""
+  sys.argv = [f"cm3leon {name}", *arguments]
+  with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+
+
+def measure(way: str, workdir: str) -> Walk:
+  """Walks a way, one of WAYS."""
+  with Walk() as walk:
+    {"load": load, "generate": generate, "rows": lambda: rows(workdir)}[way]()
+  return walk
+
+
+def main() -> None:
+  # The walked command defines flags of absl, so these are none.
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--way", choices=WAYS, default="load", help="what is called")
+  parser.add_argument("--workdir", help="run whose rows are read")
+  parser.add_argument("--files", action="store_true", help="list the files and the climbs")
+  options = parser.parse_args()
+  if options.way == "rows" and not options.workdir:
+    parser.error("--way=rows needs --workdir, a run whose documents are encoded.")
+  walk = measure(options.way, options.workdir)
+  climbs = walk.climbs()
+  print(f"{options.way}: {len(walk.files)} files, {len(climbs)} climbs")
+  if options.files:
+    print("\n".join(walk.files))
+    print("\n".join(f"climb: {a} -> {b}" for a, b in climbs))
+
+
+if __name__ == "__main__":
+  main()
