@@ -32,7 +32,7 @@ EXAMPLES = {"path/own.py"}  # Files of a user.
 
 def flags_in(*files: str) -> set[str]:
   """Flags that Python files define, relative to the root."""
-  pattern = r"DEFINE_\w+\(\s*\"(\w+)\""
+  pattern = r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\""
   return {"help", *(flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file]))}
 
 
