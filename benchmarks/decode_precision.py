@@ -25,7 +25,7 @@ from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 
 _DOCUMENTS = flags.DEFINE_integer("documents", 64, "Scored held-out documents.", lower_bound=2)
 _IMAGES = flags.DEFINE_integer(
@@ -108,7 +108,7 @@ def main(settings, workdir) -> None:
   )
   print("|---|---|---|---|---|---|---|")
   with common.use_mesh(settings):
-    params, _ = checkpoint.load_params(workdir / "train", settings.model)
+    params, _ = reading.load_params(workdir / "train", settings.model)
     base = None
     for dtype, weight_dtype, cache_dtype in VARIANTS:
       config = dataclasses.replace(settings.model, dtype=dtype)

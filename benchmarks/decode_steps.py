@@ -14,7 +14,7 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Images generated at once.")
@@ -32,7 +32,7 @@ def main(settings, workdir) -> None:
   print("| images at once | window | steps an image | times fewer | codes/s |")
   print("|---|---|---|---|---|")
   with common.use_mesh(settings):
-    params, _ = checkpoint.load_params(workdir / "train", settings.model)
+    params, _ = reading.load_params(workdir / "train", settings.model)
     for batch in map(int, _BATCHES.value):
       for window in map(int, _WINDOWS.value):
         generator = Generator(

@@ -32,7 +32,7 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 
 # n documents, C candidates of each, K of which stand before it.
 
@@ -217,7 +217,7 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
     samples.append(loader.join([*fitting, document], settings.vocab))
     masks.append(bits.own_targets(samples[-1], document, settings.vocab))
   with jax.set_mesh(create_mesh(settings.mesh)):
-    params, _ = checkpoint.load_params(run / "train", settings.model)
+    params, _ = reading.load_params(run / "train", settings.model)
     rows = settings.evaluation.batch_size
     scored = bits.score_samples(params, settings.model, samples, settings.vocab, rows)
   result = {}

@@ -29,7 +29,7 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}
@@ -196,7 +196,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judge
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):
-    params, _ = checkpoint.load_params(run / "train", settings.model)
+    params, _ = reading.load_params(run / "train", settings.model)
     kind = "true" if count else "none"
     scored = scene_retrieval.score(settings, params, corpus, kind)
     right, _ = scene_retrieval.judge(settings, params, run, corpus, places, count)

@@ -33,7 +33,7 @@ from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 
 # n held-out documents that are scored, I codes of an image.
 
@@ -257,7 +257,7 @@ def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: st
   places = chosen(corpus, judged)
   result: dict = {"documents": rows_of_documents(settings, run), "steps": settings.train.steps}
   with jax.set_mesh(create_mesh(settings.mesh)):
-    params, _ = checkpoint.load_params(run / "train", settings.model)
+    params, _ = reading.load_params(run / "train", settings.model)
     result["bits"] = {kind: score(settings, params, corpus, kind) for kind in kinds}
     for count in counts:
       right, codes = judge(settings, params, run, corpus, places, count)

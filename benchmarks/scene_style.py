@@ -41,7 +41,7 @@ from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 
 # n captions, H height, W width, I codes of an image.
 
@@ -255,7 +255,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
   ]
   samples: dict[str, list[Sample]] = {}
   with jax.set_mesh(create_mesh(settings.mesh)):
-    params, _ = checkpoint.load_params(run / "train", settings.model)
+    params, _ = reading.load_params(run / "train", settings.model)
     clip = load_clip(settings.retrieval.clip, run, settings.vocab)
     size = settings.evaluation.batch_size
     for style, bank in banks.items():

@@ -34,7 +34,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers import quantizers
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step
@@ -231,7 +231,7 @@ def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
   samples = [loader.join([document], settings.vocab) for document in documents]
   masks = [bits.own_targets(s, d, settings.vocab)["image"] for s, d in zip(samples, documents)]
   with jax.set_mesh(create_mesh(settings.mesh)):
-    params, _ = checkpoint.load_params(run / "train", settings.model)
+    params, _ = reading.load_params(run / "train", settings.model)
     size = settings.evaluation.batch_size
     scored = bits.score_samples(params, settings.model, samples, settings.vocab, size)
   total = sum(float(values[mask].sum()) for values, mask in zip(scored, masks))

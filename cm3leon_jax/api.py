@@ -52,8 +52,7 @@ class CM3Leon:
   sampling, each a field of `config.sampling` whose default is the run's (docs/config.md). A call
   refuses settings that it does not read.
 
-  A call compiles once for each shape: batch size, lengths of prompt and result in steps. Whatever
-  is wrong in the arguments raises `UserError`.
+  A call compiles once for each shape: batch size and lengths. Wrong arguments raise `UserError`.
 
   Attributes:
     workdir: folder of the run.

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.generation.image_tasks import Unconditional
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
   ],
 )
 def test_wrong_options_of_load(run, options, sentence, monkeypatch):  # noqa: F811
-  monkeypatch.setattr(checkpoint, "load_params", None)  # Nothing is read before.
+  monkeypatch.setattr(reading, "load_params", None)  # Nothing is read before.
   with pytest.raises(UserError, match=sentence):
     CM3Leon.load(run, **options)
 

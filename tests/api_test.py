@@ -26,7 +26,7 @@ from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits
@@ -184,7 +184,7 @@ def test_scores_are_the_bits_of_the_evaluation(model, run, tmp_path, retrieve, c
   with one_device():
     retriever = Retriever(run / "neighbors", SETTINGS.retrieval)
     ids, _ = retriever.retrieve(clip.embed_texts([layout.encode(text) for text in texts]))
-    params, _ = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, _ = reading.load_params(run / "train", SETTINGS.model)
     config = bits.EvaluationConfig(num_documents=2, batch_size=4, num_resamples=100)
     stores = (
       DocumentStore(folder, VOCAB)
@@ -217,7 +217,7 @@ def test_the_score_of_a_text_given_its_image_is_that_of_the_masked_document(mode
   sample = apply_cm3_mask(join([document], VOCAB), [(1, 1 + text)], VOCAB)
   inputs = np.asarray(sample[:-1])[None]
   with one_device():
-    params, _ = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, _ = reading.load_params(run / "train", SETTINGS.model)
     places = np.arange(inputs.shape[1])[None]
     logits = model_logits(SETTINGS.model, params, inputs, places, np.ones_like(inputs))
     log_probs = np.asarray(jax.nn.log_softmax(logits))[0]

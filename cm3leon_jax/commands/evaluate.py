@@ -133,12 +133,12 @@ def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) 
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
   from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.retrieval import neighbors
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
 
   config = settings.evaluation
   bits.check_batch(config)
   average = not _LAST_PARAMS.value
-  params, step = checkpoint.load_params(workdir / "train", settings.model, average=average)
+  params, step = reading.load_params(workdir / "train", settings.model, average=average)
   scene_samples = _scene_samples() if config.scenes else None
   if scene_samples:  # Before anything is measured, so that a mistake ends the command.
     pipeline = _pipeline(settings, workdir, params, clip=None)
@@ -235,7 +235,7 @@ def _export(settings, workdir: epath.Path) -> None:
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
 
   config, path = settings.evaluation, PROMPTS.value
   samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
@@ -245,7 +245,7 @@ def _export(settings, workdir: epath.Path) -> None:
   folder = workdir / "geneval" / f"{stem}-{_digest(identity)[:8]}"
   with stages.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
-      params, step = checkpoint.load_params(workdir / "train", settings.model)
+      params, step = reading.load_params(workdir / "train", settings.model)
       clip = None
       if prompts and config.scene_neighbors:
         clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)

@@ -157,7 +157,7 @@ def _check(
   from cm3leon_jax.data.documents.store import DocumentStore
   from cm3leon_jax.data.rows.loader import join
   from cm3leon_jax.export import huggingface
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
   from cm3leon_jax.weights import int8
 
   if trained.is_bundle:
@@ -172,7 +172,7 @@ def _check(
   heldout = DocumentStore(run.workdir / "documents" / "heldout_pairs", settings.vocab)
   average = choice.average is not False
   train, step = run.workdir / "train", run.params.step
-  params, _ = checkpoint.load_params(train, settings.model, step, average)
+  params, _ = reading.load_params(train, settings.model, step, average)
   written = params
   if rounds:
     written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))

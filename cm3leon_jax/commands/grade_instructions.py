@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def _models(settings, workdir):
   """Returns functions that load the parameters, by the titles of their columns."""
   from cm3leon_jax.export import weights
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
 
   start = weights.start_of(workdir)
   return {
     **({} if start is None else {"before": lambda: weights.load(start, settings)}),
-    "after": lambda: checkpoint.load_params(workdir / "train", settings.model)[0],
+    "after": lambda: reading.load_params(workdir / "train", settings.model)[0],
   }
 
 

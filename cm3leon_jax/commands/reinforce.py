@@ -71,9 +71,9 @@ def _scores(settings, workdir, objective, reference, prompts) -> dict[str, dict]
     `scores_before`, `scores`, and `gains` of the reward with 95% intervals over prompts, by task.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
 
-  params, _ = checkpoint.load_params(workdir / "train", settings.model)
+  params, _ = reading.load_params(workdir / "train", settings.model)
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
   gains = {}

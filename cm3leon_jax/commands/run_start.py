@@ -75,9 +75,9 @@ def check_no_checkpoints(path) -> None:
   Raises:
     UserError: it has, so nobody knows which run they are of.
   """
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
 
-  if checkpoint.any_in(path.parent):
+  if reading.any_in(path.parent):
     raise UserError(
       f"{path} is missing, and {path.parent} holds checkpoints: it says with which seed, data and "
       f"optimizer they were trained. Restore it from a copy, or delete {path.parent} to start "
@@ -98,7 +98,7 @@ def write_config(settings: Settings, workdir, config: dict, step: int | None = N
     UserError: a process sees another folder.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints.checkpoint import newest_step
+  from cm3leon_jax.training.checkpoints.reading import newest_step
 
   path = workdir / "train" / "config.json"
   with distributed.together():

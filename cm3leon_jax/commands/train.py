@@ -76,7 +76,7 @@ def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | 
     UserError: `back` is impossible.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.checkpoints import reading
   from cm3leon_jax.training.faults import skipped_rows
 
   with distributed.together():
@@ -84,7 +84,7 @@ def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | 
   if back in done:
     back = None  # A job that was started again with the same flags.
   if back is not None:
-    skipped_rows.check(back, done, checkpoint.next_row(folder, back.step))
+    skipped_rows.check(back, done, reading.next_row(folder, back.step))
     done.append(back)
   return tuple(earlier.rows for earlier in done), back
 

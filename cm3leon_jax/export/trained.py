@@ -13,7 +13,7 @@ from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 
@@ -71,7 +71,7 @@ class Trained:
     model = self.settings.model
     if self.bundled is not None:
       return weights.load_exported(self.folder, model), self.bundled
-    return checkpoint.load_params(self.folder / "train", model, *step)
+    return reading.load_params(self.folder / "train", model, *step)
 
   def open_params(self, average: bool | None) -> StoredParams:
     """Opens parameters for an export; those of a bundle are in memory, and need a mesh.
@@ -83,7 +83,7 @@ class Trained:
       UserError: `average` says which, and there is no choice.
     """
     if self.bundled is None:
-      return checkpoint.open_params(self.folder / "train", average=average)
+      return reading.open_params(self.folder / "train", average=average)
     if average is not None:
       raise UserError(
         f"--merge_ema is given, and {self.folder} is a bundle, which has its parameters once: "

@@ -13,7 +13,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights import layouts, placed, stored_tensors
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 
@@ -137,7 +137,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
       "model and vocab must be the same."
     )
   if run.exists():
-    return Weights(source, *checkpoint.identify(folder / "train", step))
+    return Weights(source, *reading.identify(folder / "train", step))
   if orbax_checkpoint.exists(folder):
     return Weights(source, None, digest(folder / orbax_checkpoint.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
@@ -195,7 +195,7 @@ def load(weights: Weights, settings) -> dict:
     )
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
-    return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
+    return reading.load_params(folder / "train", settings.model, weights.step)[0]
   if orbax_checkpoint.exists(folder):
     return orbax_checkpoint.load(folder, placed.types_of(settings.model))
   return load_exported(folder, settings.model)

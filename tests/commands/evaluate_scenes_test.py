@@ -24,7 +24,7 @@ from cm3leon_jax.scenes.judge import samples, sheet
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.retrieval.stores import write_neighbors
@@ -170,7 +170,7 @@ def bundled(made):
   folder = made.parent / "bundled"
   cost = {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"}
   with one_device():
-    params, step = checkpoint.load_params(made / "train", SETTINGS.model)
+    params, step = reading.load_params(made / "train", SETTINGS.model)
     bundle.write(folder, made, SETTINGS, params, step, cost)
   return folder
 
@@ -197,7 +197,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
     assert sample.neighbors == ()
   found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
   with one_device():
-    params, _ = checkpoint.load_params(made / "train", SETTINGS.model)
+    params, _ = reading.load_params(made / "train", SETTINGS.model)
   assert found.pop("parameters") == sum(x.size for x in jax.tree.leaves(params))
   size = sum(path.stat().length for path in (*bundled.glob("*.*"), *bundled.glob("*/*")))
   assert found.pop("bytes") == size - (bundled / bundle.FILE).stat().length

@@ -21,7 +21,7 @@ from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import summary
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params
@@ -44,7 +44,7 @@ def workdir(tmp_path_factory):
 def run(workdir, monkeypatch):
   """Returns a function that runs the command with some flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  monkeypatch.setattr(checkpoint, "load_params", lambda folder, config: (random_params(config), 7))
+  monkeypatch.setattr(reading, "load_params", lambda folder, config: (random_params(config), 7))
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
@@ -208,7 +208,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("values", "sentence"), MISTAKES)
 def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, sentence, monkeypatch):
   monkeypatch.setattr(Pipeline, "generate", None)
-  monkeypatch.setattr(checkpoint, "load_params", None)
+  monkeypatch.setattr(reading, "load_params", None)
   before = sorted(workdir.glob("*/*"))
   with pytest.raises(UserError, match=f"^{sentence}"):
     run(**values)

@@ -19,7 +19,7 @@ from cm3leon_jax.export import bundle, choices
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon
 
@@ -45,7 +45,7 @@ def bundled(run):
   """A bundle of `run`, which has no bank."""
   folder = run.parent / "bundled"
   with one_device():
-    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, step = reading.load_params(run / "train", SETTINGS.model)
     bundle.write(folder, run, SETTINGS, params, step)
   return folder
 

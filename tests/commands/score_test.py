@@ -13,7 +13,7 @@ import pytest
 from cm3leon_jax.commands import common, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run
 
@@ -141,7 +141,7 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 def test_mistakes_end_the_command_before_any_work(
   run, workdir, file, tmp_path, monkeypatch, documents, retrieve, sentence
 ):
-  monkeypatch.setattr(checkpoint, "load_params", None)  # Nothing is read before.
+  monkeypatch.setattr(reading, "load_params", None)  # Nothing is read before.
   names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
   names["texts"].write_text('{"text": "red apple"}\n')
   names["wrong"].write_text('{"text"\n')

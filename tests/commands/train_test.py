@@ -14,7 +14,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack
 from tests.data.stores import VOCAB, make_sources
@@ -172,7 +172,7 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root):
   settings = settings_from_config(config)
   train.main(settings, root)
   with one_device():
-    trained, step = checkpoint.load_params(root / "train", settings.model)
+    trained, step = reading.load_params(root / "train", settings.model)
     random = transformer.init_params(settings.model, jax.random.key(settings.seed))
   assert step == 2
   inputs = np.concatenate([codebook, np.ones((len(codebook), 1))], axis=1)

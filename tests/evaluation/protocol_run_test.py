@@ -21,7 +21,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
 from tests.reports import hostile
@@ -58,7 +58,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(workdir):
   with one_device():
-    params, _ = checkpoint.load_params(workdir / "train", SETTINGS.model)
+    params, _ = reading.load_params(workdir / "train", SETTINGS.model)
     clip = load_clip("", workdir, SETTINGS.vocab)
     return params, Pipeline.load(SETTINGS, workdir, params, clip, batch_size=4)
 

@@ -13,7 +13,7 @@ from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
 
@@ -23,7 +23,7 @@ def bundled(run):
   """The bundle of `run`, outside of it."""
   folder = run.parent / f"{run.name}_bundle"
   with one_device():
-    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, step = reading.load_params(run / "train", SETTINGS.model)
     numbers = bundle.write(folder, run, SETTINGS, params, step)
   assert numbers["bytes"] == sum(p.stat().length for p in files(folder) if p.name != bundle.FILE)
   return folder
@@ -49,7 +49,7 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   shutil.copytree(bundled, folder)
   before = {path: path.read_bytes() for path in [*files(workdir), *files(folder)]}
   with one_device():
-    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, step = reading.load_params(run / "train", SETTINGS.model)
     with pytest.raises(config.UserError, match=r".* is the folder of a run, whose tok"):
       bundle.write(workdir, workdir, SETTINGS, params, step)
     model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
@@ -96,7 +96,7 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   write_documents(copied / "documents" / "bank_pairs", last, SETTINGS.vocab)
   write_json(copied / "neighbors" / "train" / "rows.json", {"first_bank": len(store) - 5})
   with one_device() as mesh:
-    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    params, step = reading.load_params(run / "train", SETTINGS.model)
     bundle.write(folder, copied, settings, params, step)
     model = CM3Leon.load(folder, mesh=mesh)
     whole = CM3Leon.load(run, mesh=mesh)
@@ -126,7 +126,7 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   whole, based = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "based")
   models = []
   with one_device() as mesh:
-    params, step = checkpoint.load_params(tuned / "train", SETTINGS.model)
+    params, step = reading.load_params(tuned / "train", SETTINGS.model)
     bundle.write(whole, tuned, SETTINGS, params, step)
     shutil.copytree(whole, based)
     bundle.write(based, tuned, SETTINGS, params, step, base=str(bundled))
@@ -159,7 +159,7 @@ def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
   base, based = tmp_path / "base", tmp_path / "based"
   shutil.copytree(bundled, base)
   with one_device():
-    params, step = checkpoint.load_params(tuned / "train", SETTINGS.model)
+    params, step = reading.load_params(tuned / "train", SETTINGS.model)
     bundle.write(based, tuned, SETTINGS, params, step, base=str(base))
     bundle.write(base, tuned, SETTINGS, params, step + 1)
   with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):

@@ -19,7 +19,7 @@ from cm3leon_jax.export import gpt2, huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device
@@ -300,7 +300,7 @@ def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, nam
     with checkpoint.Checkpoints(tmp_path / "train", keep=2) as checkpoints:
       checkpoints.save({"step": np.int32(5), "params": params, "ema": None}, 5, next_row=0)
     live = stored.of_tree(params)
-  restored = checkpoint.open_params(tmp_path / "train")
+  restored = reading.open_params(tmp_path / "train")
   files = []
   for source, size in ((live, 10**9), (restored, 10**9), (restored, 20_000)):
     folder = tmp_path / f"{len(files)}"

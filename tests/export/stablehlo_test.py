@@ -23,7 +23,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.export import choices, formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
@@ -178,7 +178,7 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
 
   monkeypatch.setattr(stablehlo.jax.export, "export", fail)
   choice = choices.Choice(format="stablehlo")
-  params = checkpoint.open_params(run / "train")
+  params = reading.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
     stablehlo.write(target, choices.TrainedRun(SETTINGS, run, params, choice))
   assert not (target / stablehlo.MANIFEST).exists()

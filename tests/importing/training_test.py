@@ -16,7 +16,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
 from tests.launch.stages_before import make_workdir
@@ -57,7 +57,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(imported, tmp_path
   assert np.isfinite(done["summary"]["heldout_loss"])
   with jax.set_mesh(mesh_of(1, 1, 1)):
     start = weights.load(weights.find(settings, str(folder / "init")), settings)
-    trained, step = checkpoint.load_params(folder / "train", settings.model)
+    trained, step = reading.load_params(folder / "train", settings.model)
   assert step == STEPS
   for name in ("embed", "head"):
     before, after = (np.asarray(tree[name]) for tree in (start, trained))

@@ -13,7 +13,7 @@ from cm3leon_jax.export import choices, formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, save_run
 from tests.reports.snippets import execute, snippets
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 def write(run, folder, **choice) -> str:
   """Writes an export and its card; returns the card."""
-  params = checkpoint.open_params(run / "train")
+  params = reading.open_params(run / "train")
   about = choices.TrainedRun(SETTINGS, run, params, choices.Choice(**choice))
   numbers = formats.write(folder, about)
   model_card.write(folder, run, SETTINGS, STEP, numbers)
@@ -44,7 +44,7 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   found = snippets(card)
   assert [language for language, _ in found] == ["python"]
   params = execute(found)["params"]
-  expected = stored.tree_of(checkpoint.open_params(run / "train"))
+  expected = stored.tree_of(reading.open_params(run / "train"))
   rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), expected)
   jax.tree.map(np.testing.assert_array_equal, params, rounded)
   assert "stored as bfloat16, " in card

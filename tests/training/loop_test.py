@@ -8,7 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.optimizer import OptimizerConfig
 from cm3leon_jax.training.watch import heldout
@@ -93,11 +93,11 @@ def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
   """They replace the parameters and start the average; optimizer and learning rate are new."""
-  given = mock.Mock(side_effect=lambda: checkpoint.load_params(whole[0], MODEL)[0])
+  given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
   first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
   run(tmp_path, loader, steps=1, **first)
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    trained = checkpoint.load_params(whole[0], MODEL)[0]
+    trained = reading.load_params(whole[0], MODEL)[0]
   assert_equal(*arrays(tmp_path))
   assert_equal(arrays(tmp_path)[0], trained)
   assert losses(tmp_path)[1] < losses(whole[0])[1] - 0.3

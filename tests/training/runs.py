@@ -11,7 +11,7 @@ import numpy as np
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loop
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.loop import train
 from cm3leon_jax.training.objective import RowObjective
@@ -132,7 +132,7 @@ def arrays(folder):
     checkpoints = checkpoint.Checkpoints(folder, 2)
     state, _ = checkpoints.restore(jax.eval_shape(init), checkpoints.newest())
     checkpoints.close()
-    return state.params, checkpoint.load_params(folder, MODEL)[0]
+    return state.params, reading.load_params(folder, MODEL)[0]
 
 
 def assert_equal(*trees):

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.checkpoints import checkpoint, upkeep
+from cm3leon_jax.training.checkpoints import checkpoint, reading, upkeep
 from tests.models.tiny import mesh_of
 from tests.training.runs import MODEL, Crash, crash_at, losses, run
 
@@ -47,14 +47,14 @@ def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
 def test_a_flipped_bit_is_found(whole, loader, tmp_path):
   run(tmp_path, loader, steps=4)
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    assert checkpoint.load_params(tmp_path, MODEL)[1] == 4
+    assert reading.load_params(tmp_path, MODEL)[1] == 4
     files = [p for p in (tmp_path / checkpoint.FOLDER / "4").rglob("*") if p.is_file()]
     largest = max(files, key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
-      checkpoint.load_params(tmp_path, MODEL)
+      reading.load_params(tmp_path, MODEL)
 
 
 def test_a_run_with_a_damaged_checkpoint_continues_from_the_one_before(
@@ -114,7 +114,7 @@ def edit(path, lines):
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"run `cm3leon train` first"):
-    checkpoint.load_params(tmp_path, MODEL)
+    reading.load_params(tmp_path, MODEL)
 
 
 def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.weights import stored
 from tests.models.tiny import CONFIG, mesh_of, random_params
 
@@ -39,14 +39,14 @@ def saved(tmp_path_factory):
 
 def test_all_parameters_are_read_as_they_were(saved):
   for average, expected in ((None, saved.ema), (True, saved.ema), (False, saved.params)):
-    found = checkpoint.open_params(saved.folder, average=average)
+    found = reading.open_params(saved.folder, average=average)
     assert (found.step, found.averaged) == (3, average is not False)
     assert found.count == sum(x.size for x in jax.tree.leaves(expected))
     jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), expected)
 
 
 def test_a_slice_is_that_of_the_whole_array(saved):
-  found = checkpoint.open_params(saved.folder)
+  found = reading.open_params(saved.folder)
   for opened in (found, stored.of_tree(saved.ema)):
     blocks = saved.ema["blocks"]
     np.testing.assert_array_equal(opened.read("blocks.up", 2), blocks["up"][2])
@@ -77,11 +77,11 @@ def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
   text = (state / "array_metadatas" / "process_0").read_text()
   shapes = [e["array_metadata"]["chunk_shape"] for e in json.loads(text)["array_metadatas"]]
   assert CONFIG.num_layers in {shape[0] for shape in shapes if shape}
-  found = checkpoint.open_params(tmp_path)
+  found = reading.open_params(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), jax.device_get(params))
   for average in (True, False):
     with pytest.raises(UserError, match="has no average of the parameters"):
-      checkpoint.open_params(tmp_path, average=average)
+      reading.open_params(tmp_path, average=average)
 
 
 def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
   content[-1] ^= 1
   data.write_bytes(bytes(content))
   with pytest.raises(UserError, match="is damaged"):
-    checkpoint.open_params(tmp_path / "copy")
+    reading.open_params(tmp_path / "copy")
 
 
 def test_only_stacked_arrays_are_split():

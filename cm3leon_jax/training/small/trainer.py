@@ -26,7 +26,8 @@ from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.runs.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.checkpoints import recovery
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints, any_in
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.checkpoints.reading import any_in
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.step.numerics import check_finite, finite_values

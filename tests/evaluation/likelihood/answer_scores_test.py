@@ -9,7 +9,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
   root = tmp_path_factory.mktemp("run")
   save_run(root)
   with one_device():
-    params, _ = checkpoint.load_params(root / "train", SETTINGS.model)
+    params, _ = reading.load_params(root / "train", SETTINGS.model)
     yield Pipeline.load(SETTINGS, root, params, None, batch_size=4), params
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training.checkpoints import checkpoint, recovery
+from cm3leon_jax.training.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.training.step.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
 from tests.training.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
@@ -37,7 +37,7 @@ def test_restore_is_bit_equal_on_any_mesh(saved, shape):
 
 def test_parameters_alone_are_those_of_the_state(saved):
   with jax.set_mesh(mesh_of(1, 2, 2)):
-    params, step = checkpoint.load_params(saved, CONFIG)
+    params, step = reading.load_params(saved, CONFIG)
     assert step == 2
   with jax.set_mesh(mesh_of(1, 1, 1)):
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(fresh(2).params)):
@@ -51,8 +51,8 @@ def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
     checkpoints.save(dataclasses.replace(state, ema=average), 3, next_row=0)
     checkpoints.close()
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params, _ = checkpoint.load_params(tmp_path, CONFIG)
-    last, _ = checkpoint.load_params(tmp_path, CONFIG, average=False)
+    params, _ = reading.load_params(tmp_path, CONFIG)
+    last, _ = reading.load_params(tmp_path, CONFIG, average=False)
   jax.tree.map(np.testing.assert_array_equal, params, average)
   jax.tree.map(np.testing.assert_array_equal, last, state.params)
   assert not np.array_equal(params["embed"], state.params["embed"])
@@ -60,7 +60,7 @@ def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
 
 def test_a_run_without_an_average_has_nothing_to_compare(saved):
   with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match="has no average"):
-    checkpoint.load_params(saved, CONFIG, average=False)
+    reading.load_params(saved, CONFIG, average=False)
 
 
 def test_a_checkpoint_without_digests_does_not_count(saved):
@@ -90,7 +90,7 @@ def test_a_damaged_file_is_refused(saved, damage):
   if damage != "missing":
     victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
   with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match=victim.name):
-    checkpoint.load_params(saved, CONFIG)
+    reading.load_params(saved, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
   with pytest.raises(TryAgain) as caught:
     run()
   assert str(caught.value) == sentence
-  assert checkpoint.newest_step(tmp_path) == saves
+  assert reading.newest_step(tmp_path) == saves
 
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):

@@ -15,7 +15,7 @@ from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
 from cm3leon_jax.training.objective import NewestState
@@ -62,7 +62,7 @@ def logged(folder):
 
 def params_of(folder, step=None):
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    return checkpoint.load_params(folder, MODEL, step)[0]
+    return reading.load_params(folder, MODEL, step)[0]
 
 
 def skipped_steps(folder):
@@ -268,12 +268,12 @@ def test_rows_of_steps_are_counted_from_where_the_trainer_began():
 
 def test_a_checkpoint_says_which_row_is_next(tmp_path):
   with pytest.raises(UserError, match=r"has no checkpoint: run"):
-    checkpoint.next_row(tmp_path, 4)
+    reading.next_row(tmp_path, 4)
   with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save({"a": np.zeros(3, np.float32)}, 4, 1_234)
-  assert checkpoint.next_row(tmp_path, 4) == 1_234
+  assert reading.next_row(tmp_path, 4) == 1_234
   with pytest.raises(UserError, match=r"no checkpoint of step 3 any more: the newest is 4"):
-    checkpoint.next_row(tmp_path, 3)
+    reading.next_row(tmp_path, 3)
 
 
 @pytest.mark.parametrize("content", ["[3]", "{}", '[{"resume_from": 1}]', "[", '{"a": 1}'])

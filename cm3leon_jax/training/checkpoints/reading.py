@@ -1,0 +1,93 @@
+"""Reads checkpoints of a run that is not being trained: which there are, and their parameters."""
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.checkpoints import sealing
+from cm3leon_jax.training.checkpoints.checkpoint import FOLDER, Checkpoints
+from cm3leon_jax.weights import stored
+
+
+def newest_step(folder: epath.PathLike) -> int:
+  """Returns the step of a run's newest sealed checkpoint, or 0, without opening it."""
+  digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
+  return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
+
+
+def any_in(folder: epath.PathLike) -> bool:
+  """Returns whether a run has a checkpoint, sealed or not, without opening it.
+
+  Raises:
+    TryAgain: the folder could not be read.
+  """
+  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or newest_step(folder) > 0
+
+
+def load_params(
+  folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
+) -> tuple[dict, int]:
+  """Loads the parameters of a run's checkpoint onto the current mesh: their average, if it has one.
+
+  Args:
+    folder: of the run.
+    config: size of the decoder.
+    step: of the checkpoint; default: the newest.
+    average: False loads the last parameters of a run that has an average.
+
+  Returns:
+    The parameters and their step.
+
+  Raises:
+    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged; or `average` is
+      False and the run has none.
+  """
+  checkpoints, step = _open(folder, step)
+  params = checkpoints.restore_params(config, step, average)
+  checkpoints.close()
+  return params, step
+
+
+def open_params(
+  folder: epath.PathLike, step: int | None = None, average: bool | None = None
+) -> stored.StoredParams:
+  """Opens the parameters of a run's checkpoint, to read them in slices; see `stored.open_state`."""
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  checkpoints.close()
+  return stored.open_state(checkpoints.folder / str(step) / "state", average)
+
+
+def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
+  """Returns step and SHA-256 of the digests of a run's checkpoint; see `load_params`."""
+  checkpoints, step = _open(folder, step)
+  checkpoints.close()
+  return step, checkpoints.digest(step)
+
+
+def next_row(folder: epath.PathLike, step: int) -> int:
+  """Returns the position in the data of a run's checkpoint.
+
+  Arguments and errors are those of `load_params`.
+  """
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  row = checkpoints.next_row(step)
+  checkpoints.close()
+  return row
+
+
+def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
+  """Opens a run's checkpoints; returns them and a step that they have, the newest for None."""
+  if not (epath.Path(folder) / FOLDER).exists():
+    raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
+  checkpoints = Checkpoints(folder, keep=1_000_000)
+  newest = checkpoints.newest()
+  if newest is None:
+    raise UserError(
+      f"{folder} has no complete checkpoint yet: run `cm3leon train` until it saves one."
+    )
+  step = newest if step is None else step
+  if not (checkpoints.folder / str(step)).exists():
+    raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
+  return checkpoints, step
