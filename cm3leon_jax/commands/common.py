@@ -11,10 +11,9 @@ import os
 import re
 import signal
 import sys
-import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -23,6 +22,7 @@ from cm3leon_jax.commands import (
   arguments,
   bucket_paths,
   config_file,
+  ending,
   flag_errors,
   help_text,
 )
@@ -373,26 +373,4 @@ def run(
   parse = functools.partial(
     _parse_flags, workdir, begins or prepares, several_processes, config, actions
   )
-  try:
-    app.run(checked, flags_parser=parse)
-  except KeyboardInterrupt:
-    print(
-      "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
-    )
-    _end_at_once(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
-  except SystemExit as end:
-    # After a save that failed at its start, they wait ten minutes for signals that nobody sends.
-    if (
-      isinstance(end.code, int)
-      and end.code
-      and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
-    ):
-      _end_at_once(end.code)
-    raise
-
-
-def _end_at_once(code: int) -> NoReturn:
-  """Ends the process without waiting for its threads."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  ending.run_app(checked, parse)

@@ -284,6 +284,14 @@ def _check_heldout(trained: Trained, tasks: Sequence[Task]) -> None:
     )
 
 
+def _digests(given) -> dict[str, str]:
+  """Returns the SHA-256 of the pixels of given images, by path and crop."""
+  return {
+    f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
+    for (image, crop), pixels in given.items()
+  }
+
+
 def main(settings, workdir) -> None:
   from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.generation.doubts import doubts
@@ -309,10 +317,7 @@ def main(settings, workdir) -> None:
   layout = PromptLayout.load(settings, trained.stages)
   given = check_tasks(layout, tasks, bank)
   if given:
-    config["images"] = {
-      f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
-      for (image, crop), pixels in given.items()
-    }
+    config["images"] = _digests(given)
   folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
   for sentence in doubts(tasks, layout, settings, trained.unseen_tokens()):
     print(f"generate: warning: {sentence}")

@@ -134,8 +134,7 @@ def main(
       return
     common.keep_compiled(workdir)
     with distributed.together():
-      writes = distributed.is_first()
-      loader = training_rows.open_rows(settings, workdir, "train", write_starts=writes)
+      loader = training_rows.open_rows(settings, workdir, "train", distributed.is_first())
       heldout = training_rows.open_rows(settings, workdir, "heldout")
     run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():

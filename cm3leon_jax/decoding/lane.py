@@ -243,18 +243,15 @@ def steps(
     rows: only so many first rows are computed; no other may have a sample. Not with a batch that
       is split over devices. Default: all.
   """
-  whole = lane._replace(
-    loop=lane.loop._replace(
-      ids=jnp.full_like(lane.loop.ids, grammar.vocab.pad),
-      log_probs=jnp.zeros_like(lane.loop.log_probs),
-    )
+  pad, nothing = (
+    jnp.full_like(lane.loop.ids, grammar.vocab.pad),
+    jnp.zeros_like(lane.loop.log_probs),
   )
+  whole = lane._replace(loop=lane.loop._replace(ids=pad, log_probs=nothing))
   lane, control = whole, split_control(control)
   if rows is not None:
-    lane, control = (
-      _first_rows(whole, rows),
-      Control(*jax.tree.map(lambda x: _first(x, rows), control)),
-    )
+    lane = _first_rows(whole, rows)
+    control = Control(*jax.tree.map(lambda x: _first(x, rows), control))
   keys, plan = jax.vmap(jax.random.key)(control.seeds), control.plan
   slots = jnp.array([seen.shape[1] for seen in lane.loop.seen], jnp.int32)
   began = grammar.active(plan, lane.loop.state)

@@ -120,10 +120,7 @@ def write(
   training_data.write(folder, workdir, folder_of)
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   names.append(training_data.FILE)
-  unseen = unseen_tokens.find(workdir, settings.vocab, folder_of)
-  if unseen is not None:
-    unseen_tokens.write(folder, unseen)
-    names.append(unseen_tokens.FILE)
+  names += _write_unseen(folder, workdir, settings)
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -206,6 +203,15 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
           "`cm3leon copy_tokenizers` copied from, or leave --base out."
         )
   return {"name": base, "digest": str(digest(folder / FILE))}, settings
+
+
+def _write_unseen(folder: epath.Path, workdir: epath.Path, settings: Settings) -> list[str]:
+  """Writes the tokens that training never showed, if they are known, and returns their file."""
+  unseen = unseen_tokens.find(workdir, settings.vocab, folder_of)
+  if unseen is None:
+    return []
+  unseen_tokens.write(folder, unseen)
+  return [unseen_tokens.FILE]
 
 
 def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:

@@ -80,19 +80,14 @@ def train(
       the state is not finite.
   """
   _check_batch(name, config.batch_size, len(examples))
-  identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
-  del identity[name]["checkpoint_every"]
-  mesh = _mesh()
+  identity = _identity(name, config) | {**about, "seed": seed, "examples": len(examples)}
+  mesh, folder = _mesh(), epath.Path(folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     lease = stack.enter_context(Lease(folder))
-    checkpoints = stack.enter_context(
-      _open_checkpoints(name, identity, epath.Path(folder) / FOLDER, lease)
-    )
+    checkpoints = stack.enter_context(_open_checkpoints(name, identity, folder / FOLDER, lease))
     state, first = _restore(name, checkpoints, init)
-    log = MetricsLog(
-      folder, resumed_at=first or None, digest_folder=epath.Path(folder) / FOLDER, every=LOG_EVERY
-    )
+    log = MetricsLog(folder, first or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
     stop = stack.enter_context(StopSignal(mesh))
     if watch is not None:
       stack.callback(watch.close)
@@ -102,7 +97,7 @@ def train(
     )  # fmt: skip
     log.flush()
     checkpoints.close()
-    check_end(done, config.steps, epath.Path(folder), code, saved=done)
+    check_end(done, config.steps, folder, code, saved=done)
     return jax.device_get(state)
 
 
@@ -216,6 +211,12 @@ def _check_values(what: str, values: dict[str, float], remedy: str) -> None:
   if finite_values(values) != values:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     raise UserError(f"{what} has {shown}: {remedy}")
+
+
+def _identity(name: str, config) -> dict:
+  """Returns the fields of the config that a result depends on, by the name of the section."""
+  fields = dataclasses.asdict(config)
+  return {name: {field: value for field, value in fields.items() if field != "checkpoint_every"}}
 
 
 def _check_batch(name: str, batch_size: int, num_examples: int) -> None:

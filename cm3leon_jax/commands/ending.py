@@ -1,0 +1,37 @@
+"""Ends of a command that do not wait for threads which would never end, or crash."""
+
+import os
+import sys
+import threading
+from typing import NoReturn
+
+from absl import app
+
+from cm3leon_jax.config import CTRL_C
+
+
+def run_app(main, parse) -> None:
+  """Runs an absl app; Ctrl-C is one sentence, and no thread of Orbax keeps a failed process."""
+  try:
+    app.run(main, flags_parser=parse)
+  except KeyboardInterrupt:
+    print(
+      "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
+    )
+    _end_at_once(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
+  except SystemExit as end:
+    # After a save that failed at its start, they wait ten minutes for signals that nobody sends.
+    if (
+      isinstance(end.code, int)
+      and end.code
+      and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+    ):
+      _end_at_once(end.code)
+    raise
+
+
+def _end_at_once(code: int) -> NoReturn:
+  """Ends the process without waiting for its threads."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
