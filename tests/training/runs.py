@@ -29,7 +29,7 @@ MODEL = ModelConfig(
   dtype="float32",
   loss_chunk=32,
 )
-STEPS = 12
+STEPS, LENGTH = 12, 64  # Of a run, of its rows.
 
 
 @functools.cache
