@@ -66,7 +66,10 @@ def swapped(params, side, level, first, second):
   return changed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+  "family",
+  ["amused", "chameleon", pytest.param("taming_gumbel_f8", marks=pytest.mark.slow)],
+)
 def test_codes_and_pixels_equal_torch(family):
   """The images are not square; with two layers exchanged the comparisons fail."""
   oracle, params = make(config := small(family))
