@@ -191,7 +191,10 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
 
 @pytest.fixture(scope="module")
 def trainer():
-  return faults_replay.Trainer((1, 2, 2), 1)
+  """Has compiled its programs; each shard has four replicas."""
+  result = faults_replay.Trainer((4, 2, 1), 1)
+  result.trial("none", np.random.default_rng(0))
+  return result
 
 
 @pytest.mark.parametrize("kind", faults_replay.KINDS)
@@ -329,11 +332,6 @@ def test_replicas_of_a_shard_by_hand():
   assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
 
 
-@pytest.fixture(scope="module")
-def replicated():
-  return faults_replay.Trainer((4, 1, 1), 1)
-
-
 def assert_replicas_are_compared(trainer, unknown):
   for seed, kind in enumerate(faults_replay.REPLICAS):
     found = trainer.trial(kind, np.random.default_rng([7, seed]))
@@ -344,9 +342,9 @@ def assert_replicas_are_compared(trainer, unknown):
   assert (found["found"], found["recovered"]) == (False, True)
 
 
-def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(replicated):
+def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(trainer):
   """After unchecked steps, in parameters and moments."""
-  assert_replicas_are_compared(replicated, unknown=False)
+  assert_replicas_are_compared(trainer, unknown=False)
 
 
 @pytest.mark.slow
@@ -356,17 +354,17 @@ def test_a_flip_in_one_replica_is_found_on_further_meshes(shape, unknown):
   assert_replicas_are_compared(faults_replay.Trainer(shape, 1), unknown)
 
 
-def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(replicated, monkeypatch):
+def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monkeypatch):
   """The negative control: no later computation shows it, and the run goes on with it."""
   monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
-  found = replicated.trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
+  found = trainer.trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
   assert (found["found"], found["recovered"]) == (False, False)
 
 
-def test_a_flip_in_one_replica_above_a_tolerance_is_found(replicated):
+def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
   for bit, is_found in ((30, True), (0, False)):
     rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = replicated.trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
+    found = trainer.trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
     assert found["found"] is is_found, found
 
 
