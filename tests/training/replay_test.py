@@ -202,7 +202,9 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
   for seed in range(3):
     found = trainer.trial(kind, np.random.default_rng([5, seed]))
     assert (found["found"], found["named"]) == (True, True), found
-    assert found["recovered"] is (None if kind in ("parameters", "moments") else True)
+    of_state = kind in ("parameters", "moments")
+    assert found["recovered"] is (None if of_state else True)
+    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas differ, too.
 
 
 def test_no_flip_is_no_alarm(trainer):
