@@ -76,7 +76,7 @@ def oracle(tensors, x, y):
   return total.numpy()
 
 
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("calibrated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_distance_is_that_of_torch(tensors, pair, calibrated):
   own = {k: v for k, v in tensors.items() if calibrated or not k.startswith("lin")}
   found = jax.jit(perceptual.distance)(perceptual.make_params(own), *pair)

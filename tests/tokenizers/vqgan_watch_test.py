@@ -41,8 +41,8 @@ def images():
   return np.repeat(np.repeat(squares, 4, 1), 4, 2).astype(np.uint8)
 
 
-def train(config, images, folder, **options):
-  with jax.set_mesh(mesh_of(1, 8, 1)):
+def train(config, images, folder, devices=8, **options):
+  with jax.set_mesh(mesh_of(1, devices, 1)):
     return train_vqgan.train(config, NUM_CODES, 0, images, folder, {}, **options)
 
 
@@ -84,7 +84,7 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
   board = Recorder()
   config = dataclasses.replace(HEALTHY, steps=steps, checkpoint_every=steps // 2)
   tokenizer = train(
-    config, images, tmp_path, shown=images[:3], open_boards=lambda first_step: [board]
+    config, images, tmp_path, 1, shown=images[:3], open_boards=lambda first_step: [board]
   )
   assert "collapsed" not in capsys.readouterr().out
   assert list(board.lines) == list(range(10, steps + 10, 10))
