@@ -82,6 +82,7 @@ def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
     assert {split_of_scene(Scene.parse(image)) for image in heldout} == set(world.KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_its_images_show_what_captions_of_new_scenes_say(model):
   pairs = heldout("scene")
@@ -92,6 +93,7 @@ def test_its_images_show_what_captions_of_new_scenes_say(model):
   assert right(samples, facts[1:] + facts[:1]) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
   pairs = heldout("rare")
@@ -130,6 +132,7 @@ def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
   assert bundle.about(folder)["cost"]["train_seconds"] > 600
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
   records = records_of(instructions.QUESTIONS)
@@ -144,6 +147,7 @@ def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
   assert share_of_right(records[EACH:] + records[:EACH]) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_the_tuned_one_edits_new_scenes(tuned):
   records = records_of(instructions.EDITS)

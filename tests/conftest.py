@@ -15,7 +15,13 @@ os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+  # The newer emitters of fusions compile for more than twice as long; jaxlib 0.12 has no others.
+  " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
+if platform.machine() == "x86_64":
+  # Later instructions multiply and add with one rounding, where a fusion allows it: two programs
+  # that compute the same would differ in the last bit.
+  os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
 
 # Compiling takes most of the time: a later run of the tests on this machine reads the programs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(

@@ -68,7 +68,7 @@ def slurm(process: int, port: str) -> dict[str, str]:
   }
 
 
-@pytest.mark.parametrize("cluster", ["flags", "slurm"])
+@pytest.mark.parametrize("cluster", ["flags", pytest.param("slurm", marks=pytest.mark.slow)])
 def test_two_processes_come_to_the_same_decisions(cluster, tmp_path):
   port, jobs, printed = str(free_port()), [], [tmp_path / "first", tmp_path / "second"]
   for i in range(2):

@@ -61,6 +61,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   assert expected == {name for name in names if name.startswith("cm3leon_jax/")}
 
 
+@pytest.mark.slow
 def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   site = tmp_path / "site"
   pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
@@ -78,6 +79,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_the_image_installs_dependencies_without_the_package(tmp_path):
   # As launch/pod/Dockerfile.
   for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):

@@ -49,7 +49,7 @@ def session(tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_test_over_the_limit_fails_the_session(session, processes):
   code, text = session("-n", processes, "--warn-seconds=0.4", "--fail-seconds=0.5")
   assert "4 passed" in text
@@ -62,6 +62,7 @@ def test_a_test_over_the_limit_fails_the_session(session, processes):
   assert named["test_child"] >= 0.8
 
 
+@pytest.mark.slow
 def test_without_a_limit_seconds_are_only_printed(session):
   code, text = session("-n", "0", "--warn-seconds=0.4")
   assert code == 0

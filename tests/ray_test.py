@@ -88,6 +88,7 @@ def files(folder):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own.
 def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path, ray_address):
   def make(name, load, runner):

@@ -1,8 +1,6 @@
 """Checkpoints of transformers' CLIPModel with random weights embed as CLIPModel does."""
 
 import dataclasses
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,7 @@ from tests.clip.huggingface_files import (
   write_checkpoint,
 )
 from tests.data.raw_folder import write_raw
+from tests.launched import run
 
 TOLERANCE = 1e-5  # fp32, embeddings of norm 1.
 KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}
@@ -170,17 +169,21 @@ def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
     np.testing.assert_allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_it_needs_no_torch(folder):
-  script = f"""
+# As a module, so that it can run in a process that has the imports of commands.
+WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = sys.modules["torchvision"] = None  # Not to be imported.
 import numpy as np
 from cm3leon_jax.clip.huggingface import HFCLIP
-clip = HFCLIP.load({str(folder)!r})
+clip = HFCLIP.load(sys.argv[1])
 images = np.zeros((2, 20, 28, 3), np.uint8)
 print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).shape)
 """
-  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_it_needs_no_torch(folder, tmp_path):
+  (tmp_path / "without_torch.py").write_text(WITHOUT_TORCH)
+  missing = ("torch", "torchvision")  # Not to be imported.
+  done = run("without_torch", ["without_torch", str(folder)], cwd=tmp_path, missing=missing)
   assert done.stdout.endswith("(1, 24) (2, 24)\n"), done.stderr
 
 

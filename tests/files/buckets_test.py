@@ -141,7 +141,11 @@ except Exception as error:
       "a bucket did not answer, or answered with errors, until the last try (ValueError: ABORTED: "
       "All ",
     ),
-    (403, "a bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: "),
+    pytest.param(
+      403,
+      "a bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: ",
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_what_an_array_in_a_bucket_that_fails_says_is_known(server, status, sentence):
@@ -288,8 +292,8 @@ REFUSED = (
   ("kind", "status", "exit_code", "sentence"),
   [
     ("UserError", 503, TryAgain.exit_code, GONE),
-    ("OSError", 503, TryAgain.exit_code, GONE),
     ("OSError", 401, UserError.exit_code, REFUSED),
+    pytest.param("OSError", 503, TryAgain.exit_code, GONE, marks=pytest.mark.slow),
   ],
 )
 def test_a_command_ends_with_one_sentence_and_is_started_again_if_that_may_help(

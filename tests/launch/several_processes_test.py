@@ -111,6 +111,7 @@ def test_the_settings_of_a_training_are_read_from_its_workdir(whole):
   assert settings_of_run(whole) != settings_from_config(get_config())
 
 
+@pytest.mark.slow
 def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
   """Losses and images equal those of one process without a stop."""
   job = start(fresh, 2, "--config.train.checkpoint_every=1")

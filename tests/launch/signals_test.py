@@ -51,6 +51,7 @@ def start(command, workdir, config="tiny_config", program=START):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("number", "code"), [(signal.SIGTERM, INTERRUPTED), (signal.SIGINT, CTRL_C)]
 )

@@ -106,8 +106,14 @@ def test_scanned_layers_equal_unrolled(family):
   np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 
-@FAMILIES
-@pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p not in ("none", "offload")])
+REMAT = [(p, f) for p in REMAT_POLICIES if p not in ("none", "offload") for f in ("opt", "modern")]
+FEW = [("minimal", "opt"), ("save_qkv", "modern")]
+
+
+@pytest.mark.parametrize(
+  ("policy", "family"),
+  [*FEW, *(pytest.param(*x, marks=pytest.mark.slow) for x in REMAT if x not in FEW)],
+)
 def test_remat_changes_nothing(policy, family):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config_of(family))
@@ -142,7 +148,10 @@ def test_what_a_remat_policy_keeps():
 
 
 @FAMILIES
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+  "shape",
+  [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (1, 2, 4)))],
+)
 def test_sharded_equals_one_device(family, shape):
   config = config_of(family)
   with jax.set_mesh(mesh_of(1, 1, 1)):

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -17,7 +15,6 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
-from tests.recorders import ROOT
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):
@@ -174,14 +171,9 @@ def test_flags_of_the_config_are_taken_from_the_command_line():
   assert command.config_flags([*argv, "--configs=1"]) == given
 
 
-def run(*flags):
-  argv = [sys.executable, "-m", "launch.plan", *flags]
-  return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_path):
-  result = run(
-    "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3", "--topology=v5e-256",
+  result = launch(
+    "plan", "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3", "--topology=v5e-256",
     "--workdir=gs://bucket/350m", f"--out={tmp_path}", "--image=i", "--queue=tpus",
     "--train_flag=--init_from=gs://bucket/old", "--config.train.wandb=cats", "--pairs=5000000",
   )  # fmt: skip
@@ -211,6 +203,33 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
 
 
 TOPOLOGY = "--topology=v5e-256"
+FURTHER = [
+  ([TOPOLOGY, "--mfu=nan"], "--mfu is nan; it must be a share of the peak, from 0.001 to 1"),
+  ([TOPOLOGY, "--image=i"], "--image is of the files that --out writes: give --out=FOLDER."),
+  ([TOPOLOGY, "--queue=q"], "--queue is of the files that --out writes: give --out=FOLDER."),
+  ([TOPOLOGY, "--secret=s"], "--secret is of the files that --out writes: give --out=FOLDER."),
+  (
+    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=i", "--secret=s"],
+    "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give --config.tra",
+  ),
+  (
+    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
+    "--secret is of gke_jobset.yaml, which is written only with --image: give --image, or ",
+  ),
+  (
+    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],
+    "--train_flag is '--init-from=gs://b/old', and cm3leon train has no flag --init-from: did ",
+  ),
+  (
+    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--memory_gib=100000"],
+    "--memory_gib is 100,000; a host of v5e-256 has 192.",
+  ),
+  (
+    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=my image"],
+    "--image is 'my image'; the name of an image has no spaces.",
+  ),
+  ([TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"], f"--out is {__file__}, which is a"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -218,46 +237,22 @@ TOPOLOGY = "--topology=v5e-256"
   [
     ([], "name the hardware: --topology=v5e-256, or h100-64."),
     ([TOPOLOGY, "--mfu=40"], "--mfu is 40; it must be a share of the peak, from 0.001 to 1: 0.4 "),
-    ([TOPOLOGY, "--mfu=nan"], "--mfu is nan; it must be a share of the peak, from 0.001 to 1"),
     ([TOPOLOGY, "--out=OUT"], "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and "),
-    ([TOPOLOGY, "--image=i"], "--image is of the files that --out writes: give --out=FOLDER."),
-    ([TOPOLOGY, "--queue=q"], "--queue is of the files that --out writes: give --out=FOLDER."),
-    ([TOPOLOGY, "--secret=s"], "--secret is of the files that --out writes: give --out=FOLDER."),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=i", "--secret=s"],
-      "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give --config.tra",
-    ),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
-      "--secret is of gke_jobset.yaml, which is written only with --image: give --image, or ",
-    ),
     (
       [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=init_from=gs://b/old"],
       "--train_flag is 'init_from=gs://b/old'; it must begin with two hyphens: "
       "--train_flag=--init_from=gs://b/old.",
     ),
     (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],
-      "--train_flag is '--init-from=gs://b/old', and cm3leon train has no flag --init-from: did ",
-    ),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--memory_gib=100000"],
-      "--memory_gib is 100,000; a host of v5e-256 has 192.",
-    ),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=my image"],
-      "--image is 'my image'; the name of an image has no spaces.",
-    ),
-    (
       [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b\nrm -r x"],
       "'--workdir=gs://b/7b\\nrm -r x' holds a line break",
     ),
-    ([TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"], f"--out is {__file__}, which is a"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER),
   ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sentence):
   flags = [flag.replace("OUT", str(tmp_path / "out")) for flag in flags]
-  result = run("--config=cm3leon_350m", *flags)
+  result = launch("plan", "--config=cm3leon_350m", *flags)
   assert result.returncode == 2
   assert result.stderr.startswith(f"error: {sentence}")
   assert result.stderr.count("\n") == 1

@@ -63,7 +63,7 @@ def lowered(monkeypatch):
   return found
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_the_programs_are_those_of_a_generator(lowered, shape):
   settings, mesh = settings_of(), mesh_of(*shape)
   decoder = programs.guided_decoder(settings, mesh, PROMPTS, 16)

@@ -78,6 +78,7 @@ def test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps(o
   assert costs["train_clip"].chip_hours == pytest.approx(flops / (197e12 * 0.4) / 3600)
 
 
+@pytest.mark.slow
 def test_what_trains_on_one_host_is_named_with_its_remedy(of_7b, costs):
   config, made = of_7b
   days = costs["train_clip"].chip_hours / 4 / 24

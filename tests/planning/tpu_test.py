@@ -6,7 +6,7 @@ import pytest
 
 from tests.planning.compiled import aot_compile, run_command
 
-pytestmark = pytest.mark.tpu_backend
+pytestmark = [pytest.mark.slow, pytest.mark.tpu_backend]
 pytest.importorskip("libtpu")
 
 SMALL = (
@@ -32,7 +32,6 @@ def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(
   assert all(x["bytes"] <= 2 * 256 * 64_512 * 4 for x in logits)  # 256 tokens of 2 rows in fp32.
 
 
-@pytest.mark.slow
 def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(tmp_path):
   flags = ["--config.mesh.fsdp=4", "--config.mesh.fsdp_inner=4", "--topology=v5e-16"]
   flags += ["--config.train.global_batch_size=128", "--config.train.rows_per_device=2"]
@@ -48,7 +47,6 @@ def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(t
   assert flops / evaluation["model_flops"] == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", ["350m", "760m"])
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_both_families_compile_with_heads_of_64_and_96(tmp_path, size, family):
@@ -68,7 +66,6 @@ def test_a_program_that_does_not_fit_is_reported_in_one_sentence():
   assert "Traceback" not in result.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e-8", 8), ("v5p-8", 4)])
 def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path, topology, tensor):
   """64 prompts of two streams, 1,152 positions: a step moves little more than weights and cache."""

@@ -9,13 +9,14 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
-from tests.training.runs import run
+from tests.training.runs import LENGTH, run
 from tests.training.saved import fresh
 
 
 @pytest.fixture(scope="session")
 def loader(tmp_path_factory):
-  return RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
+  sources = make_sources(tmp_path_factory.mktemp("stores"))
+  return RowLoader(make_plan(sources, sequence_length=LENGTH), VOCAB)
 
 
 @pytest.fixture(scope="session")

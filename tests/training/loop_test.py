@@ -16,6 +16,7 @@ from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.held import held
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
+  LENGTH,
   MODEL,
   STEPS,
   Crash,
@@ -107,7 +108,8 @@ def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
 
 
 def test_another_seed_gives_other_losses(whole, tmp_path_factory):
-  other = RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores")), seed=1), VOCAB)
+  sources = make_sources(tmp_path_factory.mktemp("stores"))
+  other = RowLoader(make_plan(sources, seed=1, sequence_length=LENGTH), VOCAB)
   folder = tmp_path_factory.mktemp("other")
   run(folder, other)
   assert losses(folder) != losses(whole[0])
@@ -175,6 +177,7 @@ def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tm
     run(tmp_path / "nans", loader, learning_rate=1e38, tensorboard=False, fresh=True)
 
 
+@pytest.mark.slow
 def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
   with jax.debug_nans(True):
     run(tmp_path, loader, steps=4, fresh=True)

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
   dtype="float32",
   loss_chunk=32,
 )
-STEPS = 12
+STEPS, LENGTH = 12, 64  # Of a run, of its rows.
 
 
 @functools.cache

@@ -90,7 +90,12 @@ def test_sums_of_a_step_in_two_parts_are_those_of_all_logits(expected, marked):
   assert np.ptp(expected[0][:-1]) > 0.1
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 2, 2)])
+FURTHER = [
+  pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1, 1), (1, 8, 1), (1, 2, 2, 2))
+]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), *FURTHER])
 def test_sums_of_an_evaluation_are_those_of_all_logits(expected, shape):
   with jax.set_mesh(mesh_of(*shape)):
     batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
@@ -213,6 +218,7 @@ def test_a_step_without_a_source_has_no_value_of_it(sources, tmp_path):
   assert not any(value == 0 or np.isnan(value) for value in values if value is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "accumulation"), [((2, 2, 2), 1), ((2, 2, 1), 2)])
 def test_meshes_and_micro_batches_log_the_same(whole, loader, tmp_path, shape, accumulation):
   tune(tmp_path, loader, shape, steps=2, gradient_accumulation_steps=accumulation)

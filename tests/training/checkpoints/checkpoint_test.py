@@ -177,6 +177,7 @@ common.run(main, config=False)
 """
 
 
+@pytest.mark.slow
 def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
   result = subprocess.run(
     [sys.executable, "-c", FAILS, f"--workdir={tmp_path}"],
@@ -244,6 +245,7 @@ common.run(main, config=False)
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
   """Orbax raises errors that led to one another in a circle, and leaves threads that wait."""
   start = time.monotonic()

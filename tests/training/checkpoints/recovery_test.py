@@ -48,6 +48,7 @@ with Checkpoints(folder, keep=9) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_go_back_together(tmp_path):
   address, jobs = f"localhost:{free_port()}", []
   folder, printed = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]

@@ -194,7 +194,10 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
 
 @pytest.fixture(scope="module")
 def trainer():
-  return faults_replay.Trainer((1, 2, 2), 1)
+  """Has compiled its programs; each shard has four replicas."""
+  result = faults_replay.Trainer((4, 2, 1), 1)
+  result.trial("none", np.random.default_rng(0))
+  return result
 
 
 @pytest.mark.parametrize("kind", faults_replay.KINDS)
@@ -202,7 +205,9 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
   for seed in range(3):
     found = trainer.trial(kind, np.random.default_rng([5, seed]))
     assert (found["found"], found["named"]) == (True, True), found
-    assert found["recovered"] is (None if kind in ("parameters", "moments") else True)
+    of_state = kind in ("parameters", "moments")
+    assert found["recovered"] is (None if of_state else True)
+    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas differ, too.
 
 
 def test_no_flip_is_no_alarm(trainer):
@@ -334,34 +339,39 @@ def test_replicas_of_a_shard_by_hand():
   assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
 
 
-@pytest.fixture(scope="module")
-def replicated():
-  return [faults_replay.Trainer(shape, 1) for shape in ((8, 1, 1), (2, 2, 1))]
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(replicated, number):
-  """After unchecked steps, in parameters and moments; of two replicas, both are named."""
-  for seed, kind in enumerate((*faults_replay.REPLICAS, faults_replay.REPLICAS[0])):
-    found = replicated[number].trial(kind, np.random.default_rng([7, seed]))
+def assert_replicas_are_compared(trainer, unknown):
+  for seed, kind in enumerate(faults_replay.REPLICAS):
+    found = trainer.trial(kind, np.random.default_rng([7, seed]))
     assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
     assert "step 5 reads replicas that are not equal, but were at step 0" in found["sentence"]
-    assert ("is unknown" in found["sentence"]) is (number == 1)
-  found = replicated[number].trial("none", np.random.default_rng(7))
+    assert ("is unknown" in found["sentence"]) is unknown
+  found = trainer.trial("none", np.random.default_rng(7))
   assert (found["found"], found["recovered"]) == (False, True)
 
 
-def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(replicated, monkeypatch):
+def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(trainer):
+  """After unchecked steps, in parameters and moments."""
+  assert_replicas_are_compared(trainer, unknown=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "unknown"), [((8, 1, 1), False), ((2, 2, 1), True)])
+def test_a_flip_in_one_replica_is_found_on_further_meshes(shape, unknown):
+  """Of two replicas, both are named."""
+  assert_replicas_are_compared(faults_replay.Trainer(shape, 1), unknown)
+
+
+def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(trainer, monkeypatch):
   """The negative control: no later computation shows it, and the run goes on with it."""
   monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
-  found = replicated[0].trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
+  found = trainer.trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
   assert (found["found"], found["recovered"]) == (False, False)
 
 
-def test_a_flip_in_one_replica_above_a_tolerance_is_found(replicated):
+def test_a_flip_in_one_replica_above_a_tolerance_is_found(trainer):
   for bit, is_found in ((30, True), (0, False)):
     rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
-    found = replicated[0].trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
+    found = trainer.trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
     assert found["found"] is is_found, found
 
 

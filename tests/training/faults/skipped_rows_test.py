@@ -23,6 +23,7 @@ from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
+  LENGTH,
   MODEL,
   STEPS,
   Crash,
@@ -47,7 +48,8 @@ class Poisoned(RowLoader):
 
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory):
-  return Poisoned(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
+  sources = make_sources(tmp_path_factory.mktemp("stores"))
+  return Poisoned(make_plan(sources, sequence_length=LENGTH), VOCAB)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,7 @@ def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys
   assert_equal(params_of(killed), params_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_path, monkeypatch):
   monkeypatch.setattr(numerics, "SETTLED", 3)
   options = {"skip_above": 0.9, "max_skipped": STEPS}
@@ -118,7 +121,7 @@ def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_p
 def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(loader, tmp_path):
   """Steps 6 and 7 read rows 40 to 55. What was saved is of before them."""
   whole, folder = tmp_path / "whole", tmp_path / "run"
-  run(whole, loader, skipped=(range(40, 56),), checkpoint_every=1)
+  run(whole, loader, skipped=(range(40, 56),))
   loader.bad = range(42, 52, 9)  # 42 and 51.
   message = (
     r"^step 7 is skipped after 1 others in a row \(train\.max_skipped\): its loss is nan, .*: rows "
@@ -213,9 +216,8 @@ def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
   assert skipped_rows.read(epath.Path(tmp_path)) == []
 
 
-def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
+def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
   """The NaN is of a position that no row reaches, so loss and gradient do not show it."""
-  loader = RowLoader(make_plan(make_sources(tmp_path / "stores"), sequence_length=96), VOCAB)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(MODEL, jax.random.key(0))
     last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1

@@ -40,8 +40,8 @@ def images():
   return np.repeat(np.repeat(squares, 4, 1), 4, 2).astype(np.uint8)
 
 
-def train(config, images, folder, **options):
-  with jax.set_mesh(mesh_of(1, 8, 1)):
+def train(config, images, folder, devices=8, **options):
+  with jax.set_mesh(mesh_of(1, devices, 1)):
     return vqgan_training.train(config, NUM_CODES, 0, images, folder, {}, **options)
 
 
@@ -78,26 +78,27 @@ def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, 
   assert line.endswith(f"delete {tmp_path / 'training'} to start again.")
 
 
-def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path, capsys):
+@pytest.mark.parametrize("steps", [20, pytest.param(180, marks=pytest.mark.slow)])
+def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path, capsys, steps):
   board = Recorder()
-  config = dataclasses.replace(HEALTHY, checkpoint_every=90)
+  config = dataclasses.replace(HEALTHY, steps=steps, checkpoint_every=steps // 2)
   tokenizer = train(
-    config, images, tmp_path, shown=images[:3], open_boards=lambda first_step: [board]
+    config, images, tmp_path, 1, shown=images[:3], open_boards=lambda first_step: [board]
   )
   assert "collapsed" not in capsys.readouterr().out
-  assert list(board.lines) == list(range(10, 190, 10))
-  assert {"train/perplexity", "train/codes_used", "train/mse"} <= curves(board.lines[180]).keys()
-  assert list(board.sheets) == [90, 180]
+  assert list(board.lines) == list(range(10, steps + 10, 10))
+  assert {"train/perplexity", "train/codes_used", "train/mse"} <= curves(board.lines[steps]).keys()
+  assert list(board.sheets) == [steps // 2, steps]
   assert board.closed
   sheet = np.asarray(Image.open(tmp_path / vqgan_watch.GRID))
-  np.testing.assert_array_equal(sheet, np.asarray(board.sheets[180]))
+  np.testing.assert_array_equal(sheet, np.asarray(board.sheets[steps]))
   assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images, gaps.
   decoded = tokenizer.decode(tokenizer.encode(images[:3]))
   for i, (image, reconstruction) in enumerate(zip(images, decoded)):
     column = sheet[:, 4 + i * 132 :][:, :128]
     np.testing.assert_array_equal(column[20:148:8, ::8], image)  # Enlarged eightfold.
     np.testing.assert_array_equal(column[172:300:8, ::8], reconstruction)
-  titles = [np.asarray(board.sheets[step])[152:172] for step in (90, 180)]
+  titles = [np.asarray(sheet)[152:172] for sheet in board.sheets.values()]
   assert (titles[0] != titles[1]).any()
   assert (titles[0] < 64).any()
 

@@ -36,7 +36,11 @@ def equal(a, b):
 
 @pytest.mark.parametrize(
   ("shape", "accumulation", "name", "value"),
-  [((1, 1, 1), 1, "adamw", NAN), ((2, 2, 2), 2, "adamw", INF), ((1, 2, 2), 1, "muon", NAN)],
+  [
+    ((2, 2, 2), 2, "adamw", INF),
+    pytest.param((1, 1, 1), 1, "adamw", NAN, marks=pytest.mark.slow),
+    pytest.param((1, 2, 2), 1, "muon", NAN, marks=pytest.mark.slow),
+  ],
 )
 def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
   """After it the run goes on, bit for bit, as if the batch had not been there."""
