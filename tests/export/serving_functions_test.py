@@ -36,8 +36,8 @@ MODERN = {"family": "modern", "align_images": True}
   ("fields", "weight_dtype"),
   [
     ({}, "compute"),
-    ({"query_key_norm": True}, "int8"),
-    (MODERN, "compute"),
+    pytest.param({"query_key_norm": True}, "int8", marks=pytest.mark.slow),
+    pytest.param(MODERN, "compute", marks=pytest.mark.slow),
     (MODERN | {"dtype": "bfloat16"}, "int8"),
   ],
 )
