@@ -122,6 +122,29 @@ def run(engine, cases, rng, removed=0.1, check=check):
   return over
 
 
+def test_a_removed_sample_frees_its_row_at_once(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
+  first, second = engine.add(*one[:3]), engine.add(*two[:3])
+  assert not engine.has_room(three[0], three[2])
+  with pytest.raises(NoRoom, match="try again"):
+    engine.add(*three[:3])
+  assert {u.ticket for u in engine.step()} == {first, second}
+  engine.remove(first)
+  engine.remove(first)  # It is gone already.
+  third = engine.add(*three[:3])
+  updates = engine.step()
+  assert {u.ticket for u in updates} == {second, third}
+  engine.remove(third)
+  fourth = engine.add(*four[:3])
+  engine.remove(fourth)  # It never began.
+  while engine.busy:
+    updates = engine.step()
+    assert [u.ticket for u in updates] == [second]
+    check(updates[0], two)
+  assert engine.step() == []
+
+
 def run_often(engine, cases):
   over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
   assert all(len(cases) / 3 < n < len(cases) for n in over)  # Some were removed.
@@ -255,29 +278,6 @@ def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkey
   broken = compiled_again(generator, "first rows")
   few_at_once(broken, cases, check=lambda update, case: same.append(is_case(update, case)))
   assert not all(same)
-
-
-def test_a_removed_sample_frees_its_row_at_once(generator, cases):
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
-  first, second = engine.add(*one[:3]), engine.add(*two[:3])
-  assert not engine.has_room(three[0], three[2])
-  with pytest.raises(NoRoom, match="try again"):
-    engine.add(*three[:3])
-  assert {u.ticket for u in engine.step()} == {first, second}
-  engine.remove(first)
-  engine.remove(first)  # It is gone already.
-  third = engine.add(*three[:3])
-  updates = engine.step()
-  assert {u.ticket for u in updates} == {second, third}
-  engine.remove(third)
-  fourth = engine.add(*four[:3])
-  engine.remove(fourth)  # It never began.
-  while engine.busy:
-    updates = engine.step()
-    assert [u.ticket for u in updates] == [second]
-    check(updates[0], two)
-  assert engine.step() == []
 
 
 def test_an_idle_lane_makes_room_for_another(generator, cases):
