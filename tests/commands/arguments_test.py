@@ -112,7 +112,9 @@ PLATFORMS = {
 }
 # Forks a process for each mistake, which prints its exit code and the heavy modules it imported.
 FORK = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
+import cm3leon_jax.commands.common  # Of all commands, and without the heavy modules.
+gc.freeze()
 folder, jobs = sys.argv[1], json.loads(sys.argv[2])
 for number, (argv, platforms) in enumerate(jobs):
   if os.fork():

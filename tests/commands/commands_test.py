@@ -32,7 +32,9 @@ def test_every_command_is_listed():
 
 # Forks a process for each command, which prints --help and then the heavy modules that it imported.
 HELP = """
-import os, runpy, sys
+import gc, os, runpy, sys
+import cm3leon_jax.commands.common  # Of all commands, and without the heavy modules.
+gc.freeze()
 folder, *names = sys.argv[1:]
 for name in names:
   if os.fork():

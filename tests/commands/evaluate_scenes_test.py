@@ -33,7 +33,8 @@ NUM_SCENES = 24
 
 
 def settings_of(**fields):
-  evaluation = {"num_documents": 4, "num_resamples": 100, "batch_size": 8, **fields}
+  # One batch of all images, padded to 16 rows as that of the bundled model.
+  evaluation = {"num_documents": 4, "num_resamples": 100, "batch_size": 16, **fields}
   return dataclasses.replace(
     SETTINGS, evaluation=dataclasses.replace(SETTINGS.evaluation, **evaluation)
   )
@@ -231,7 +232,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
 def test_a_run_of_another_source_loads_no_bundled_model(made, run, monkeypatch):
   monkeypatch.setattr(evaluate, "BUNDLED", str(made / "absent"))
   (made / "evaluation").rmtree(missing_ok=True)
-  run(of_source("folder/of/own", scenes=3))
+  run(of_source("folder/of/own", scenes=10))
   assert "bundled" not in read_json(made / "evaluation" / "metrics.json")["scenes"]
 
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from unittest import mock
 
 from absl import flags
 from absl.testing import flagsaver
@@ -130,16 +131,27 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
   assert pathlib.Path(caption["image"]).samefile(image_file)
 
 
-def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys):
-  run(task="edit", image=[image_file], prompt=["make it blue"])
+class Loads(Exception):
+  """The model would be read now."""
+
+
+def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):
+  """Before the model is read."""
+  monkeypatch.setattr(reading, "load_params", mock.Mock(side_effect=Loads))
+
+  def warn(**values):
+    with pytest.raises(Loads):
+      run(**values)
+
+  warn(task="edit", image=[image_file], prompt=["make it blue"])
   printed = capsys.readouterr().out
   assert "generate: warning: this model never learned to edit images by an instruction" in printed
   assert "was seen in training" not in printed
   texts = workdir / "documents" / "train_texts"  # The store that has every token.
   texts.rename(workdir / "texts")
   try:
-    run(task="unconditional", retrieve=["0"])
-    run(prompt=["red car"], retrieve=["0"])
+    warn(task="unconditional", retrieve=["0"])
+    warn(prompt=["red car"], retrieve=["0"])
   finally:
     (workdir / "texts").rename(texts)
   printed = capsys.readouterr().out

@@ -94,6 +94,7 @@ def call(monkeypatch, tmp_path):
   return run_command
 
 
+@pytest.mark.slow
 def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path):
   installed = bundle.folder_of("scenes")
   before = names(installed)

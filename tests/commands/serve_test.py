@@ -144,6 +144,7 @@ def kept(folder) -> set[str]:
   return {path.name for path in programs.glob("*-cache")}
 
 
+@pytest.mark.slow
 def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_path):
   with started(run, tmp_path) as (process, url):
     requests_end_at_sigterm(process, url)

@@ -1,5 +1,7 @@
 """Two jobs never work on the same stage of a workdir."""
 
+import os
+
 from absl import flags
 from etils import epath
 import pytest
@@ -10,7 +12,6 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.faults import lease
-from tests.held import held
 from tests.launched import launch
 
 
@@ -28,7 +29,7 @@ def settings_of(config):
   ],
 )
 def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
-  tmp_path, name, folder, config, more
+  tmp_path, monkeypatch, name, folder, config, more
 ):
   """Also the done.json of the stage, whose inputs have changed since."""
   read = {"raw", "text_tokenizer", "vqgan", "clip"} - {folder}
@@ -40,14 +41,15 @@ def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
   before = done.read_bytes()
   for stage in read:
     write_json(tmp_path / stage / stages.DONE, {"id": "after"})
-  with held(tmp_path / folder) as other:
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+  with lease.Lease(tmp_path / folder):
     result = launch(name, f"--config={config}", f"--workdir={tmp_path}", timeout=100)
+    left = {path.name.removesuffix(".partial") for path in (tmp_path / folder).iterdir()}
   assert result.returncode == 2, result.stderr
-  assert result.stderr.startswith(f"error: process {other.pid} on ")
+  assert result.stderr.startswith(f"error: process {os.getpid()} on ")
   assert result.stderr.endswith(
     f" works in {tmp_path / folder}: use another --workdir, or stop that job.\n"
   )
-  left = {path.name.removesuffix(".partial") for path in (tmp_path / folder).iterdir()}
   assert left == {lease.NAME, stages.DONE}
   assert done.read_bytes() == before
 

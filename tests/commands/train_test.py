@@ -10,6 +10,7 @@ import pytest
 from cm3leon_jax.commands import common, train, training_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
+from cm3leon_jax.generation import heldout
 from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
@@ -160,7 +161,7 @@ def root(tmp_path, monkeypatch):
   return folder
 
 
-def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root):
+def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root, monkeypatch):
   """The rows of all codes are one linear function of the codebook; a short training keeps that."""
   table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
   codebook = table / np.linalg.norm(table, axis=1, keepdims=True)
@@ -170,10 +171,12 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root):
   config.train.update({"global_batch_size": 1, "steps": 2})
   config.optimizer.update({"learning_rate": 1e-7})
   settings = settings_from_config(config)
+  monkeypatch.setattr(heldout, "sample_grids", lambda *_: None)
   train.main(settings, root)
   with one_device():
     trained, step = reading.load_params(root / "train", settings.model)
-    random = transformer.init_params(settings.model, jax.random.key(settings.seed))
+    init = jax.jit(transformer.init_params, static_argnums=0)
+    random = init(settings.model, jax.random.key(settings.seed))
   assert step == 2
   inputs = np.concatenate([codebook, np.ones((len(codebook), 1))], axis=1)
 
@@ -186,40 +189,44 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root):
   assert unexplained(random) > 0.1  # Negative control.
 
 
+def short_config(**train_fields):
+  """Rows of one pair, of a run whose optimizer and steps compile one program for all tests."""
+  config = make_config()
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+  config.train.update({"global_batch_size": 1, "steps": 4, "tensorboard": False, **train_fields})
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 1})
+  return config
+
+
 def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   def start(learning_rate, steps, *allowed):
-    config = make_config()
-    config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
-    config.train.update({"global_batch_size": 1, "steps": steps, "tensorboard": False})
-    config.train.update({"sample_every": 100})
-    config.optimizer.update({"learning_rate": learning_rate, "warmup_steps": 1})
+    config = short_config(steps=steps, sample_every=100)
+    config.optimizer.update({"learning_rate": learning_rate})
     train.main(settings_from_config(config), root, allow_changed=allowed)
 
   name = "optimizer.learning_rate"
-  start(1e-3, 2)
+  start(1e-3, 4)
   message = r"another config \(optimizer\.learning_rate: 0\.001 -> 0\.5\).*--allow_changed=optim"
   with pytest.raises(UserError, match=message):
-    start(0.5, 3)
-  with pytest.raises(UserError, match=r"is finished at step 2, so nothing would be trained with"):
-    start(0.5, 2, name)
-  start(0.5, 3, name)
+    start(0.5, 5)
+  with pytest.raises(UserError, match=r"is finished at step 4, so nothing would be trained with"):
+    start(0.5, 4, name)
+  start(0.5, 5, name)
   assert f"train: continues with {name}: 0.001 -> 0.5: the learning rate" in capsys.readouterr().out
   lines = read_json_lines(root / "train" / "metrics" / "metrics.jsonl")
   rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
-  assert rates[2] < 2e-3
-  assert rates[3] > 0.05
+  assert rates[4] < 2e-3
+  assert rates[5] > 0.04
   stored = read_json(root / "train" / "config.json")
-  assert stored["changes"] == [{"step": 2, "fields": [f"{name}: 0.001 -> 0.5"]}]
-  start(0.5, 4)  # It needs no flag any more.
+  assert stored["changes"] == [{"step": 4, "fields": [f"{name}: 0.001 -> 0.5"]}]
+  start(0.5, 5)  # It needs no flag any more.
+  assert "finished already" in capsys.readouterr().out
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 
 
 def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, capsys):
   """The same flags again change nothing, and neither does leaving them out."""
-  config = make_config()
-  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
-  config.train.update({"global_batch_size": 1, "steps": 4, "checkpoint_every": 1})
-  settings = settings_from_config(config)
+  settings = settings_from_config(short_config(checkpoint_every=1))
   back = GoBack(3, range(2, 5))
   train.main(settings, root)
   with pytest.raises(UserError, match="checkpoint 3 has read the rows before 3 already"):

@@ -50,14 +50,17 @@ def scored(model, params, prompt, ids):
   return -np.log(2) * np.reshape([row[-1] for row in rows], (len(ids), len(codes)))
 
 
-@pytest.mark.parametrize("kind", ["apart", "shared", "edits"])
+@pytest.mark.parametrize(
+  "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
+)
 def test_aligned_positions_are_those_of_training(kind, monkeypatch):
   """Greedy codes and their log_probs equal those of `bits.score_samples` on the whole sample."""
   if kind == "shared":
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)
   requests = edits() if kind == "edits" else aligned_requests()
-  generator = small_generator("modern", align_images=True, sampling=GREEDY, batch_size=4)
+  fields = {"align_images": True, "image_head": False}
+  generator = small_generator("modern", sampling=GREEDY, batch_size=4, **fields)
   params, model = random_params(generator.config.model), generator.config.model
 
   def expected(model, request, ids):

@@ -36,6 +36,9 @@ REQUESTS = {
   "document": request_lib.document(VOCAB, IMAGE, [A, CODES], 7),
 }
 STREAMS = ("unconditional", "image", "edit")  # Tasks of one, two and three streams.
+TASKS = [
+  name if name in STREAMS else pytest.param(name, marks=pytest.mark.slow) for name in REQUESTS
+]
 
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
@@ -81,7 +84,7 @@ def prefilled(static, params, prompts, control):
   return jax.eval_shape(prefill, params.model, prompts, control.plan)
 
 
-@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_batches_of_any_task(generator, task):
   for static, (params, prompts, control) in batches_of(generator, REQUESTS[task]):
     state = prefilled(static, params, prompts, control)

@@ -46,21 +46,44 @@ SAMPLINGS = [
 ROUNDING = {1: 1e-5, 2: 3e-5, 3: 1e-4}
 
 
+# A prompt that takes a wider lane.
+LONG = request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)
+
+
 def cases_of(generator, kinds, samplings=SAMPLINGS):
   """(request, seed, sampling, expected result) of lists of requests, which share their batches."""
   cases = []
   for requests, (i, sampling) in itertools.product(kinds, enumerate(samplings)):
-    seeds = [seed + 20 * i for seed in SEEDS[: len(requests)]]
+    seeds = [SEEDS[0] + n + 20 * i for n in range(len(requests))]
     results = generator.generate(requests, seeds, sampling=sampling)
     cases += zip(requests, seeds, itertools.repeat(sampling), results)
   return cases
 
 
 @pytest.fixture(scope="module")
-def cases(generator):
-  """Samples of one, two and three streams: three lanes."""
+def generator(plain_generator):
+  """The one of smaller programs."""
+  generator = copy.copy(plain_generator)
+  generator.config = dataclasses.replace(generator.config, batch_size=8)
+  return generator
+
+
+@pytest.fixture(scope="module")
+def all_cases(generator):
+  """Samples of one and two streams, and long ones of one stream, which share its batches."""
   with on_mesh():
-    return cases_of(generator, [plain_requests(), guided_requests(), edits()])
+    return cases_of(generator, [[*plain_requests(), LONG], guided_requests()])
+
+
+@pytest.fixture(scope="module")
+def cases(all_cases):
+  """Samples of one and two streams: two lanes."""
+  return [case for case in all_cases if case[0] is not LONG]
+
+
+@pytest.fixture(scope="module")
+def long_case(all_cases):
+  return next(case for case in all_cases if case[0] is LONG)
 
 
 def is_case(update, case) -> bool:
@@ -99,12 +122,46 @@ def run(engine, cases, rng, removed=0.1, check=check):
   return over
 
 
-def test_any_schedule_gives_the_samples_of_generate(generator, cases):
+def test_a_removed_sample_frees_its_row_at_once(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
+  first, second = engine.add(*one[:3]), engine.add(*two[:3])
+  assert not engine.has_room(three[0], three[2])
+  with pytest.raises(NoRoom, match="try again"):
+    engine.add(*three[:3])
+  assert {u.ticket for u in engine.step()} == {first, second}
+  engine.remove(first)
+  engine.remove(first)  # It is gone already.
+  third = engine.add(*three[:3])
+  updates = engine.step()
+  assert {u.ticket for u in updates} == {second, third}
+  engine.remove(third)
+  fourth = engine.add(*four[:3])
+  engine.remove(fourth)  # It never began.
+  while engine.busy:
+    updates = engine.step()
+    assert [u.ticket for u in updates] == [second]
+    check(updates[0], two)
+  assert engine.step() == []
+
+
+def run_often(engine, cases):
   over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
   assert all(len(cases) / 3 < n < len(cases) for n in over)  # Some were removed.
   assert run(engine, cases, np.random.default_rng(5), removed=0) == len(cases)
+
+
+def test_any_schedule_gives_the_samples_of_generate(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  run_often(engine, cases)
   # The rings of a lane turned more than once: every slot was the next one.
+  assert len(engine._lanes) == 2
+
+
+@pytest.mark.slow
+def test_any_schedule_of_samples_of_three_streams(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  run_often(engine, [*cases, *cases_of(generator, [edits()])])
   assert len(engine._lanes) == 3
 
 
@@ -145,15 +202,29 @@ def slots_of_the_last_sample(monkeypatch):
   monkeypatch.setattr(lane_lib, "_put", put)
 
 
+def compiled_again(generator, *names):
+  """Returns a generator that compiles the programs of these names again, and no others."""
+  programs = Programs(generator.programs.mesh)
+  of_before = generator.programs._compiled.items()
+  programs._compiled = {key: made for key, made in of_before if key[0][0] not in names}
+  generator = copy.copy(generator)
+  generator.programs = programs
+  return generator
+
+
 @pytest.mark.parametrize(
-  "damage",
-  [count_of_the_lane, prompts_one_slot_late, seeds_of_other_rows, slots_of_the_last_sample],
+  ("damage", "program"),
+  [
+    pytest.param(count_of_the_lane, "lane", marks=pytest.mark.slow),
+    pytest.param(prompts_one_slot_late, "join", marks=pytest.mark.slow),
+    (seeds_of_other_rows, "lane"),
+    (slots_of_the_last_sample, "join"),
+  ],
 )
-def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage):
+def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage, program):
   """Control: with each part broken, samples differ."""
   damage(monkeypatch)
-  broken = copy.copy(generator)
-  broken.programs = Programs(generator.programs.mesh)
+  broken = compiled_again(generator, program)
   plain, same = [case for case in cases if len(case[0].streams) == 1], []
   run(
     ContinuousGenerator(broken, slots=2, chunk=3),
@@ -189,7 +260,10 @@ def test_few_samples_are_made_by_the_steps_of_the_first_rows(generator, cases):
   assert used.index(False) < len(used) - used[::-1].index(True)
 
 
-@pytest.mark.parametrize("lost", ["counts", "cache", "ids"])
+@pytest.mark.parametrize(
+  "lost",
+  ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))],
+)
 def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkeypatch, lost):
   """Control: of the steps of the first rows, one part is not put back into the lane."""
   plain, same = lane_lib._with_first_rows, []
@@ -201,33 +275,9 @@ def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkey
     return made._replace(loop=made.loop._replace(**{lost: getattr(whole.loop, lost)}))
 
   monkeypatch.setattr(lane_lib, "_with_first_rows", put)
-  broken = copy.copy(generator)
-  broken.programs = Programs(generator.programs.mesh)
+  broken = compiled_again(generator, "first rows")
   few_at_once(broken, cases, check=lambda update, case: same.append(is_case(update, case)))
   assert not all(same)
-
-
-def test_a_removed_sample_frees_its_row_at_once(generator, cases):
-  engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
-  first, second = engine.add(*one[:3]), engine.add(*two[:3])
-  assert not engine.has_room(three[0], three[2])
-  with pytest.raises(NoRoom, match="try again"):
-    engine.add(*three[:3])
-  assert {u.ticket for u in engine.step()} == {first, second}
-  engine.remove(first)
-  engine.remove(first)  # It is gone already.
-  third = engine.add(*three[:3])
-  updates = engine.step()
-  assert {u.ticket for u in updates} == {second, third}
-  engine.remove(third)
-  fourth = engine.add(*four[:3])
-  engine.remove(fourth)  # It never began.
-  while engine.busy:
-    updates = engine.step()
-    assert [u.ticket for u in updates] == [second]
-    check(updates[0], two)
-  assert engine.step() == []
 
 
 def test_an_idle_lane_makes_room_for_another(generator, cases):
@@ -242,11 +292,9 @@ def test_an_idle_lane_makes_room_for_another(generator, cases):
     check(samples[-1], case)
 
 
-def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases):
+def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases, long_case):
   short = [case for case in cases if len(case[0].streams) == 1][:3]
-  [long] = cases_of(
-    generator, [[request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)]], SAMPLINGS[:1]
-  )
+  long = long_case
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   tickets = {engine.add(*case[:3]): case for case in (long, *short)}
   # Two in the long one's lane; the others, for which it has no row, in one of their own.
@@ -263,11 +311,11 @@ def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases):
   assert [lane.kind.static.widths for lane in engine._lanes] == [(32,), (64,)]
 
 
-def test_lanes_take_turns_and_are_bounded(generator, cases):
+def test_lanes_take_turns_and_are_bounded(generator, cases, long_case):
   """A kind of request that finds all lanes busy gets one, though others refill them for ever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, lanes=2)
-  of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2, 3)}
-  other, tickets, chunks = of[3][0], {}, []
+  of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
+  other, tickets, chunks = long_case, {}, []
   while not chunks or not engine.has_room(other[0], other[2]):
     for s in (1, 2):
       while engine.has_room(of[s][0][0], of[s][0][2]):
@@ -302,9 +350,10 @@ def test_a_chunk_that_fails_loses_its_lane_alone(generator, cases):
   assert over == {kept, again}
 
 
-def test_more_candidates_than_the_configs_sort_all(plain_generator):
-  cases = cases_of(plain_generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
-  engine = ContinuousGenerator(plain_generator, slots=4, chunk=2)
+@pytest.mark.slow
+def test_more_candidates_than_the_configs_sort_all(generator):
+  cases = cases_of(generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
+  engine = ContinuousGenerator(generator, slots=4, chunk=2)
   of = {engine.add(*case[:3]): case for case in cases}
   assert [lane.kind.static.sampler for lane in engine._lanes] == [(0, 0, 0)]
   while engine.busy:
@@ -314,17 +363,18 @@ def test_more_candidates_than_the_configs_sort_all(plain_generator):
 
 def test_rows_on_several_devices(generator, cases):
   with on_mesh(2, 1, 2):
-    split = small_generator(sampling=MIXTURE)
+    split = small_generator(sampling=MIXTURE, image_head=False)
     with pytest.raises(UserError, match="slots is 3; it must be a multiple of 2"):
       ContinuousGenerator(split, slots=3)
     engine = ContinuousGenerator(split, slots=4, chunk=3)
-  guided = [case for case in cases if len(case[0].streams) == 2]
-  assert run(engine, guided, np.random.default_rng(0), removed=0) == len(guided)
+  plain = [case for case in cases if len(case[0].streams) == 1]
+  assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
 
 
 def test_a_warm_lane_compiles_nothing(generator, cases, caplog):
   plain = [case for case in cases if len(case[0].streams) == 1]
-  engine = ContinuousGenerator(generator, slots=3, chunk=3)
+  again = compiled_again(generator, "lane", "join")
+  engine = ContinuousGenerator(again, slots=2, chunk=3)
   with jax.log_compiles():
     engine.warm(plain[0][0])
     assert "Compiling jit" in caplog.text
@@ -342,7 +392,7 @@ def test_bad_calls(generator):
     with pytest.raises(UserError, match=f"{next(iter(fields))} is 0; it must be positive"):
       ContinuousGenerator(generator, **fields)
   drafting = copy.copy(generator)
-  drafting.config = dataclasses.replace(generator.config, draft_window=4)
+  drafting.config = dataclasses.replace(generator.config, draft_window=4, image_head=True)
   with pytest.raises(UserError, match="draft_window is 4"):
     ContinuousGenerator(drafting)
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))

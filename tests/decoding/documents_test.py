@@ -28,7 +28,7 @@ def test_stops_when_all_samples_are_over(plain_generator):
   starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
   requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
   stopped = set()
-  for seed in range(60):
+  for seed in range(30):
     reported = []
     results = plain_generator.generate(
       requests, range(seed, seed + 4), sampling=ANYTHING, progress=reported.append

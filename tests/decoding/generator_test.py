@@ -112,12 +112,14 @@ def test_divergence_is_the_mean_kl_of_the_streams_over_image_codes(generator, pa
     assert result.divergence > 0.01
 
 
-def test_divergence_is_0_where_the_prompt_was_lost_and_none_without_a_second_stream(generator):
+def test_divergence_is_0_where_the_prompt_was_lost_and_none_without_a_second_stream(
+  generator, plain_generator
+):
   first = guided_requests()[0]
   lost = dataclasses.replace(first, streams=(first.streams[1], first.streams[1]))
   [same_streams] = generator.generate([lost], SEEDS[:1])
   assert abs(same_streams.divergence) < 1e-6
-  alone = generator.generate(plain_requests()[:1], SEEDS[:1])
+  alone = plain_generator.generate(plain_requests(), SEEDS)
   assert alone[0].divergence is None
 
 
@@ -147,7 +149,7 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
     assert np.abs(result.log_probs - chosen(swapped, result.tokens)).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["guided", "plain"])
+@pytest.mark.parametrize("kind", ["guided", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_request_does_not_depend_on_its_batch(generator, plain_generator, kind):
   """Unequal prompts and unlike plans together and one at a time."""
   generator = plain_generator if kind == "plain" else generator
@@ -185,6 +187,7 @@ def test_seeds_matter_and_repeat(generator):
   same(results[0][1:], results[1][1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["guided", "plain"])
 def test_reading_what_prompts_share_once_changes_nothing(
   generator, plain_generator, kind, monkeypatch
@@ -214,7 +217,8 @@ def on_one_device(generator):
 
 
 @pytest.mark.parametrize(
-  "shape", [(1, 1, 8), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
+  "shape",
+  [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1, 8), (1, 8, 1)))],
 )
 def test_eight_devices_equal_one(on_one_device, shape):
   with on_mesh(*shape):
@@ -229,11 +233,10 @@ def test_without_a_head_for_images_alone(on_one_device, plain_generator):
   same(all_results(plain_generator), on_one_device)
 
 
-def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
-  """A document of at most 24 tokens, from a cache with room for two."""
-  requests = [request_lib.document(VOCAB, IMAGE, [a], 24) for a in (A, B)]
-  generate = functools.partial(plain_generator.generate, requests, SEEDS[:2], sampling=ANYTHING)
-  expected, reported, grown, plain = generate(), [], [], plain_generator.programs.grow
+@pytest.fixture
+def grown(plain_generator, monkeypatch):
+  """Makes caches with room for two tokens; lists by how many slots they grow."""
+  grown, plain = [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "ROOM", 2)
   monkeypatch.setattr(compile_lib, "CHUNK", 3)
@@ -242,6 +245,33 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
     "grow",
     lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest),
   )
+  return grown
+
+
+def documents(longest: int):
+  return [request_lib.document(VOCAB, IMAGE, [a], longest) for a in (A, B)]
+
+
+def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
+  requests, reported = documents(12), []
+  options = {"sampling": ANYTHING, "progress": reported.append}
+  results = plain_generator.generate(requests, SEEDS[:2], **options)
+  assert grown == [10]
+  assert reported == [2, 3, 3, 3, 1]
+  for request, result in zip(requests, results):
+    logits = teacher_forced(plain_generator.config.model, params, request.streams[0], result.tokens)
+    expected = legal_log_probs(request, result.tokens, logits)
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=3e-5)
+
+
+@pytest.mark.slow
+def test_growth_of_the_cache_changes_nothing(plain_generator, request):
+  """Documents of at most 24 tokens, from a cache with room for two."""
+  generate = functools.partial(
+    plain_generator.generate, documents(24), SEEDS[:2], sampling=ANYTHING
+  )
+  expected, reported = generate(), []
+  grown = request.getfixturevalue("grown")
   found = generate(progress=reported.append)
   same(found, expected)
   assert grown == [6, 16]

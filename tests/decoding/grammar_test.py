@@ -195,6 +195,7 @@ def random_runs(grammar, plan, key, steps: int):
   return out.T, dead, grammar.active(plan, state)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_ten_thousand_random_runs():
   cases, others = (

@@ -72,9 +72,9 @@ def example(align_images=False):
   [
     ("opt", False, False, {}),
     ("opt", True, False, {}),
-    ("modern", True, False, {"head_size": 6, "rope_base": 1e6}),
-    ("modern", False, True, {}),
-    ("modern", True, True, {}),
+    ("modern", True, True, {"head_size": 6, "rope_base": 1e6}),
+    pytest.param("modern", True, False, {}, marks=pytest.mark.slow),
+    pytest.param("modern", False, True, {}, marks=pytest.mark.slow),
   ],
 )
 def test_cached_equals_uncached(family, shared, align_images, fields, monkeypatch):

@@ -75,7 +75,7 @@ def test_drafts_hold_as_often_as_the_distributions_overlap():
 def test_equal_distributions_hold_all():
   keys, drafts = jax.random.split(jax.random.key(1), 50), jnp.full((50, 2), 2)
   p = jnp.tile(jnp.asarray(P, jnp.float32), (50, 1, 1))
-  holds, _ = speculative.verify(keys, drafts, p[:, :2], p)
+  holds, _ = jax.jit(speculative.verify)(keys, drafts, p[:, :2], p)
   assert (holds == 2).all()
 
 
@@ -93,6 +93,7 @@ def of_streams(generator, params, request, ids):
   ]
 
 
+@pytest.mark.slow
 def test_three_codes_have_the_joint_distribution_of_single_steps(params):
   """27 images of three codes, the best three of each place, against exact joint probabilities."""
   request, sampling = images()[0], SamplingConfig(top_k=3, top_p=1.0, temperature=2.0)
@@ -136,7 +137,7 @@ def test_three_codes_have_the_joint_distribution_of_single_steps(params):
   )
 
 
-@pytest.mark.parametrize("align_images", [False, True])
+@pytest.mark.parametrize("align_images", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(
   generator, params, align_images
 ):
@@ -156,14 +157,25 @@ def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(
 
 
 def test_an_image_does_not_depend_on_its_batch(generator):
+  """Images in other rows, beside others, are accepted at other steps."""
   together = generator.generate(images(), SEEDS)
-  alone = [generator.generate([r], [seed])[0] for r, seed in zip(images(), SEEDS)]
-  for a, b in itertools.chain(zip(together, alone)):
+  turned = generator.generate(images()[::-1], SEEDS[::-1])[::-1]
+  beside_others = generator.generate(images(), [SEEDS[0], 21, 22])[:1]
+  for a, b in itertools.chain(zip(together, turned), zip(together, beside_others)):
     np.testing.assert_array_equal(a.tokens, b.tokens)
   other = generator.generate(images(), SEEDS[::-1])
   assert any((a.tokens != b.tokens).any() for a, b in zip(together, other))
 
 
+@pytest.mark.slow
+def test_an_image_alone_is_that_of_a_batch(generator):
+  together = generator.generate(images(), SEEDS)
+  for image, request, seed in zip(together, images(), SEEDS):
+    [alone] = generator.generate([request], [seed])
+    np.testing.assert_array_equal(alone.tokens, image.tokens)
+
+
+@pytest.mark.slow
 def test_a_split_mesh_samples_the_same(generator, params):
   expected = generator.generate(images(), SEEDS)
   with on_mesh(2, 2, 2):

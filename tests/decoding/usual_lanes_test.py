@@ -74,6 +74,15 @@ def test_requests_of_any_lengths_need_one_more_lane_for_each_number_of_streams(g
   assert found == {*usual, *any_candidates}
 
 
+def test_a_request_takes_the_usual_lane_if_its_ring_holds_prompt_and_text(generator):
+  usual = kind_of(plain_requests()[0], MIXTURE, generator)
+  engine = ContinuousGenerator(generator, usual=[usual])
+  [ring] = usual.rings
+  left = ring - len(text(5, 2).streams[0]) + 1
+  assert engine._kind(text(5, left), MIXTURE) == usual
+  assert engine._kind(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
+
+
 BEFORE = POSITIONS - IMAGE - 3  # Words of a prompt for an image.
 EXTREMES = {
   1: [text(POSITIONS - 9, 7), text(1, POSITIONS - 9), text(60, 60)],
@@ -83,7 +92,8 @@ EXTREMES = {
 USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 
 
-@pytest.mark.parametrize("streams", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [1, 2, 3])
 def test_samples_of_the_largest_lane_are_those_of_generate(generator, streams):
   """The longest prompts, the longest texts, the most candidates; each beside a short one."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)

@@ -29,13 +29,14 @@ from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
 
-SLOW = ("cm3leon_table1", "scenes_decoding", "tutorial_decoding")  # Many samplers to compile.
+# One protocol of answers and one of captions; `protocol_run_test.py` has one of images.
+FAST = ("cm3leon_table2/vqa_v2", "cm3leon_table2/coco")
 PROTOCOLS = [
   pytest.param(
     name,
     protocol,
     id="/".join(filter(None, [name, protocol.name])),
-    marks=[pytest.mark.slow] if name in SLOW else [],
+    marks=[] if f"{name}/{protocol.name}" in FAST else [pytest.mark.slow],
   )
   for name in protocol_lib.names()
   for protocol in protocol_lib.load(name)

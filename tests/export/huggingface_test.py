@@ -44,7 +44,9 @@ def samples():
   return [*random, np.array([0, 0, 5, 319], np.int32)]
 
 
-@pytest.fixture(params=["opt", "modern", "modern as Qwen3-0.6B"])
+@pytest.fixture(
+  params=["opt", "modern as Qwen3-0.6B", pytest.param("modern", marks=pytest.mark.slow)]
+)
 def exported(request, tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     published = {"head_size": 24, "rope_base": 1e6} if request.param.endswith("B") else {}

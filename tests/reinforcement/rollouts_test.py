@@ -207,6 +207,7 @@ def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(object
   assert (prompts == prompts[:, :1]).all()
 
 
+@pytest.mark.slow
 def test_learning_raises_the_reward_and_measures_it(objective, layout):
   settings = objective.settings
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)

@@ -53,7 +53,13 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   assert "transformers" not in card.partition("## Use")[2]
 
 
-@pytest.fixture(params=published.FAMILIES)
+# One family of each kind of network would be slow; `tests/tokenizers` has them all.
+@pytest.fixture(
+  params=[
+    name if name == "taming_gumbel_f8" else pytest.param(name, marks=pytest.mark.slow)
+    for name in published.FAMILIES
+  ]
+)
 def with_published(request, run, monkeypatch):
   """The run with a tiny published tokenizer in place of its own."""
   config = dataclasses.replace(published.FAMILIES[request.param], **TINY)

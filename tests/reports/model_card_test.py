@@ -46,7 +46,7 @@ def write_card(run, config=SETTINGS, step=STEP) -> str:
   return (folder / "README.md").read_text()
 
 
-@pytest.fixture(scope="module", params=["opt", "modern"])
+@pytest.fixture(scope="module", params=["opt", pytest.param("modern", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
   """A run with its export: of the family opt, or modern with positions counted from images."""
   pytest.importorskip("torch")

@@ -5,6 +5,8 @@ import os
 import re
 import types
 
+import pytest
+
 from benchmarks import serving
 from tests.serving.live import image
 
@@ -16,6 +18,7 @@ def answers(live) -> dict[tuple[str, str], int]:
   return {(endpoint, status): int(count) for endpoint, status, count in found}
 
 
+@pytest.mark.slow
 def test_the_server_and_the_python_call_make_the_same_images_in_turns(live, model):
   before, asked = live.gauge("samples_total"), []
 

@@ -31,7 +31,7 @@ def model(run):
 @pytest.fixture(scope="session")
 def engine(model):
   """An engine that is ready."""
-  engine = Engine(model.pipeline, model.mesh, slots=4, chunk=4, queue_limit=64)
+  engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=64)
   engine.start()
   assert engine.wait_until_ready()
   yield engine
@@ -48,4 +48,4 @@ def live(engine, run):
 @pytest.fixture
 def idle(model):
   """An engine that never starts: its jobs wait."""
-  return Engine(model.pipeline, model.mesh, slots=4, chunk=4, queue_limit=2)
+  return Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=2)

@@ -106,9 +106,9 @@ def test_too_many_connections_are_refused(engine):
       assert time.monotonic() < ends
 
 
-def test_a_short_request_does_not_wait_for_a_long_one(live, slow):
+def test_a_short_request_does_not_wait_for_a_long_one(live, slow, engine):
   with contextlib.closing(send(live, {**BODY, "n": 8, "seed": 3})) as long:
-    live.wait_for("samples_running", 4)
+    live.wait_for("samples_running", engine.slots)
     assert live.generate(**BODY).status_code == 200
     assert live.gauge("requests_active") == 1
     assert long.recv(64).startswith(b"HTTP/1.1 200")

@@ -52,12 +52,16 @@ def test_odd_requests_compile_nothing(live, compiled):
 
 
 def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
-  """The most candidates, and a box of one code in a lane of two streams."""
+  """The most candidates."""
   settings = {"retrieve": 0, "top_k": 2**20, "top_p": 1.0, "temperature": 3.0}
   found = live.generate(prompt=CAPTION, n=2, seed=5, **settings).json()["data"]
   expected = model.generate(CAPTION, num_samples=2, seed=5, **settings)
   for data, sample in zip(found, expected, strict=True):
     np.testing.assert_array_equal(pixels(data["b64_json"]), sample.image)
+
+
+@pytest.mark.slow
+def test_a_box_of_one_code_in_a_lane_of_two_streams_gets_that_of_the_python_call(live, model):
   [data] = live.edit(png(IMAGE), box="0,0,1,1", prompt=CAPTION, seed="3").json()["data"]
   expected = model.infill(IMAGE, (0, 0, 2, 2), CAPTION, seed=3)
   np.testing.assert_array_equal(pixels(data["b64_json"]), expected)

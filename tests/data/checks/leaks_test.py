@@ -97,6 +97,20 @@ def test_openmoji_pairs(drawings):
   assert len(cooks) == 1
 
 
+def test_all_drawings_of_a_concept_are_in_one_split(monkeypatch):
+  """Those that look alike, too, are of one concept: `unite_concepts`, which draws them all."""
+  monkeypatch.setattr(openmoji, "unite_concepts", lambda named, *_: named)
+  pairs, _ = builtin.openmoji_pairs(64, 0.07, 1)
+  splits, drawings = collections.defaultdict(set), collections.Counter()
+  for pair in pairs:
+    splits[pair.concept].add(pair.split)
+    drawings[pair.concept] += 1
+  assert set(map(len, splits.values())) == {1}
+  assert {split for (split,) in splits.values()} == set(SPLITS[:2])
+  assert sum(count > 1 for count in drawings.values()) > 100
+
+
+@pytest.mark.slow
 def test_no_heldout_drawing_is_near_a_training_drawing(drawings):
   report = leaks.check(drawings, 2)
   assert (report.pairs, report.leaked) == (0, 0)
@@ -107,6 +121,7 @@ def test_no_heldout_drawing_is_near_a_training_drawing(drawings):
     assert not set(map(name, heldout)) & set(map(name, train))
 
 
+@pytest.mark.slow
 def test_every_heldout_drawing_is_further_away_than_the_tokenizer_s_error(drawings):
   """Compares all pixels without the functions that united the concepts."""
   train, heldout = (

@@ -148,7 +148,7 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
     bits.fit_neighbors(document, neighbors, slots([]) - 1)
 
 
-@pytest.mark.parametrize("align_images", [False, True])
+@pytest.mark.parametrize("align_images", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scores_are_the_log_likelihoods_of_each_sample_alone(params, align_images):
   model_config = MODEL
   if align_images:

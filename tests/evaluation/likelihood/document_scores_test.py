@@ -67,7 +67,7 @@ def forward(params, model, sample):
   return log_probs[np.arange(len(sample) - 1), sample[1:]]
 
 
-@pytest.mark.parametrize("align_images", [False, True])
+@pytest.mark.parametrize("align_images", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
   if align_images:
     model = dataclasses.replace(SETTINGS.model, family="modern", align_images=True)

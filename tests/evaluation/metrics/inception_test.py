@@ -109,13 +109,21 @@ def networks(tensors):
   }
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+ORACLES = {"tf1": "torch_fidelity", "torch": "pytorch_fid"}
+
+
 @pytest.mark.parametrize(
-  ("resize", "oracle"), [("tf1", "torch_fidelity"), ("torch", "pytorch_fid")]
+  ("resize", "size"),
+  [
+    pytest.param(resize, size, marks=[] if size == SIZES[0] else [pytest.mark.slow])
+    for resize in ORACLES
+    for size in SIZES
+  ],
+  ids=str,
 )
-def test_features_equal_torch(resize, oracle, size, networks, request):
+def test_features_equal_torch(resize, size, networks, request):
   images = some_images(*size)
-  expected = request.getfixturevalue(oracle)(images)
+  expected = request.getfixturevalue(ORACLES[resize])(images)
   features = networks[resize].embed_images(images)
   assert features.dtype == np.float32
   assert features.shape == expected.shape == (2, inception.WIDTH)
@@ -178,19 +186,28 @@ def test_two_pixels_become_a_ramp():
   assert fid[149] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_file_of_torch_is_read(tensors, state, networks, tmp_path):
-  """Counters may be there or not; a batch is padded, and devices share it."""
+@pytest.fixture
+def loaded(state, tmp_path):
+  """The network of a file that torch has written, on two devices."""
   path = tmp_path / "fid.safetensors"
   safetensors.numpy.save_file({name: x.numpy() for name, x in state.items()}, path)
-  network = Inception.load(path, devices=jax.devices()[:2], rows_per_device=1)
-  assert network.digest == networks["tf1"].digest == published_weights.digest(tensors)
-  assert network.resize == "tf1"
+  return Inception.load(path, devices=jax.devices()[:2], rows_per_device=1)
+
+
+def test_a_file_of_torch_is_read(tensors, networks, loaded):
+  """Counters may be there or not."""
+  assert loaded.digest == networks["tf1"].digest == published_weights.digest(tensors)
+  assert loaded.resize == "tf1"
+
+
+@pytest.mark.slow
+def test_a_batch_is_padded_and_shared_by_devices(networks, loaded):
   images = some_images(24, 24, 3)
   features = networks["tf1"].embed_images(images)
-  assert error(network.embed_images(images), features) < TOLERANCE
+  assert error(loaded.embed_images(images), features) < TOLERANCE
   order = [2, 0, 1]  # Another image stands alone in the last batch.
   assert error(networks["tf1"].embed_images(images[order]), features[order]) < TOLERANCE
-  assert network.embed_images(images[:0]).shape == (0, inception.WIDTH)
+  assert loaded.embed_images(images[:0]).shape == (0, inception.WIDTH)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -97,6 +97,7 @@ def test_the_polynomial_distance_is_unbiased():
   assert np.mean(biased) > 5 * np.std(biased) / 10
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block_and_not_of_all_pairs():
   n, width = 6_000, 32
   x, y = two_sets(n=n, m=n, width=width)

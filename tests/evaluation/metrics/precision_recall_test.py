@@ -97,6 +97,7 @@ def test_torch_fidelity_has_the_same_values(scale):
   assert theirs(prc_neighborhood=4) != pytest.approx(ours, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block_and_not_of_all_pairs():
   n = 5_000
   generated, real = two_sets(n=n, m=n)

@@ -36,7 +36,7 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
     assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # Faint edges.
 
 
-@pytest.mark.parametrize("style", ["filled", "outlined"])
+@pytest.mark.parametrize("style", ["filled", pytest.param("outlined", marks=pytest.mark.slow)])
 def test_every_object_of_the_world_is_found_as_itself_in_every_color(style):
   names, colors = list(world.ICONS), list(world.COLORS)
   images, expected = [], []
@@ -73,7 +73,15 @@ def test_opacity_is_the_ink_whatever_its_color():
 
 
 @pytest.mark.parametrize(
-  "name", ["as rendered", "blur 1.2", "noise 30", "halved", "JPEG 40", "strong mixture"]
+  "name",
+  [
+    "as rendered",
+    "strong mixture",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("blur 1.2", "noise 30", "halved", "JPEG 40")
+    ),
+  ],
 )
 def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made, name):
   images, facts = made
@@ -89,8 +97,9 @@ def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made
     assert entry["right"] <= 0.02
 
 
-def test_blots_and_halves_of_icons_are_not_judged_right():
-  wrong = scene_judge.measure_wrong(100, seed=6)
+@pytest.mark.parametrize("count", [50, pytest.param(100, marks=pytest.mark.slow)])
+def test_blots_and_halves_of_icons_are_not_judged_right(count):
+  wrong = scene_judge.measure_wrong(count, seed=6)
   assert set(wrong) == {
     "blank", "blot", "half an icon", "halves of two icons", "halves of two colors", "another icon",
     "another color",
