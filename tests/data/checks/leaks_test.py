@@ -9,7 +9,7 @@ import pytest
 from benchmarks import drawing_styles
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.sources import openmoji
+from cm3leon_jax.data.sources import builtin, openmoji
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from tests.data.checks.duplicates_test import COPIES, photo
