@@ -1,11 +1,11 @@
 """Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
 
 import gc
-import hashlib
-import importlib.metadata
 import os
 import pathlib
 import platform
+
+from tests import compiled
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile more than they compute; subprocesses inherit it, too.
@@ -25,19 +25,8 @@ if platform.machine() == "x86_64":
   # that compute the same would differ in the last bit.
   os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
 
-
-def programs() -> pathlib.Path:
-  """Returns the folder of compiled programs of this processor and version of JAX."""
-  info = pathlib.Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-  kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-  version = importlib.metadata.version("jax")
-  digest = hashlib.sha256("\n".join(sorted(kinds or lines)).encode()).hexdigest()[:8]
-  return pathlib.Path(__file__).parents[1] / ".cache" / f"programs-{version}-{digest}"
-
-
 # Compiling takes most of the time: a later run of the tests on such a machine reads the programs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled.folder()))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
