@@ -11,7 +11,7 @@ cd "$root"
 # Each shard takes at most 40 minutes on two cores.
 shards=(launch planning benchmarks mutants-1 mutants-2 cards others)
 slow() {
-  local pytest=("$python" -m pytest -m slow -n logical --maxprocesses=8 --dist=loadfile)
+  local pytest=("$python" -m pytest -m slow -n logical --maxprocesses=8 --dist=loadgroup)
   case "$1" in
     launch | planning | benchmarks) "${pytest[@]}" "tests/$1" ;;
     mutants-*) "$python" -m tests.mutants --part="${1#mutants-}/2" ;;
@@ -33,5 +33,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# A file of tests stays in one process, for its fixtures.
-"$python" -m pytest -n logical --maxprocesses=8 --dist=loadfile "$@"
+# A file of tests stays in one process, for its fixtures. One process more than cores: some tests wait.
+"$python" -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --maxprocesses=8 --dist=loadgroup "$@"

@@ -49,6 +49,16 @@ MOST_MAPS = 40_000
 MAPS = pathlib.Path("/proc/self/maps")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file stays in one process (--dist=loadgroup), and so does the folder of the served engine."""
+  root = pathlib.Path(__file__).parent
+  for item in items:
+    together = root / "serving" in item.path.parents
+    group = item.path.parent if together else item.path
+    item.add_marker(pytest.mark.xdist_group(str(group.relative_to(root))))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
   """Forgets compiled programs after a module when they have taken many maps."""

@@ -7,6 +7,7 @@ fixture, not for the first test that asks for it.
 
 from collections.abc import Iterable
 import os
+import re
 
 import psutil
 import pytest
@@ -70,7 +71,8 @@ class Judge:
   def pytest_runtest_logreport(self, report):
     for name, value in report.user_properties:
       if name == PROPERTY:
-        self.tests[report.nodeid], shared = value
+        test = re.sub(r"@[^]@]*$", "", report.nodeid)  # The group of --dist=loadgroup.
+        self.tests[test], shared = value
         for fixture, seconds in shared.items():
           self.fixtures[fixture] = self.fixtures.get(fixture, 0.0) + seconds
 

@@ -14,6 +14,11 @@ from tests.serving.live import Live
 LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds=120.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_maps():
+  """The programs of the engine are kept for all modules."""
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
   """The workdir of a finished run."""

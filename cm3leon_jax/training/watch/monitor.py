@@ -145,6 +145,7 @@ class Monitor:
     self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
+    self._logged: dict[str, float] = {}  # Seconds of the last goodput line.
     # Step, metrics, and the seconds in steps at its end if its call returned after that.
     self._pending: tuple[int, dict, float | None] | None = None
     # Seconds by phase in which the last step may have been running.
@@ -170,7 +171,7 @@ class Monitor:
     if error is None:
       if self._skips.total:
         self._print(f"train: {self._skips.total} of the steps were skipped.")
-      self._print(f"train: {describe(self._watch.seconds())}")
+      self._print(f"train: {describe(self._logged or self._watch.seconds())}")
 
   def next_batch(self, data):
     """Returns the next batch of `data`; waiting for it counts as `data`, see `overlapped`."""
@@ -216,7 +217,8 @@ class Monitor:
         self._log.seal()
       yield
     if name in ("evaluate", "save"):
-      line = {"time": round(time.time(), 3), **to_line(self._watch.seconds())}
+      self._logged = self._watch.seconds()
+      line = {"time": round(time.time(), 3), **to_line(self._logged)}
       self._log.write(step, line)
       self._log.flush()
       for board in self._boards:

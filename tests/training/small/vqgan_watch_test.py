@@ -106,12 +106,12 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
 def test_alarm_in_literals():
   """A batch has 1,024 codes; the bound is 51.2. Perplexity alone is no sign."""
   alarm = Alarm(dataclasses.replace(HEALTHY, quantizer="fsq"), NUM_CODES, "delete it.")
-  assert [alarm.check(step, 20.0, 51) is None for step in (10, 50, 100)] == [True] * 3
-  line = alarm.check(110, 20.0, 51)
+  assert [alarm.check(step, 20.0, 51.0) is None for step in (10, 50, 100)] == [True] * 3
+  line = alarm.check(110, 20.0, 51.0)
   assert line.endswith("Lower config.vqgan.learning_rate (it is 0.003); delete it.")
-  assert alarm.check(120, 20.0, 51) is None  # Once is enough.
-  assert alarm.check(130, 1.1, 52) is None
-  assert [alarm.check(step, 20.0, 51) is None for step in (140, 230, 240)] == [True, True, False]
+  assert alarm.check(120, 20.0, 51.0) is None  # Once is enough.
+  assert alarm.check(130, 1.1, 52.0) is None
+  assert [alarm.check(step, 20.0, 51.0) is None for step in (140, 230, 240)] == [True, True, False]
 
 
 def test_the_remedy_is_what_the_config_lacks():
@@ -128,12 +128,12 @@ def test_the_remedy_is_what_the_config_lacks():
     ),
   ):
     alarm = Alarm(dataclasses.replace(HEALTHY, **fields), NUM_CODES, "delete it.")
-    assert alarm.check(10, 1.0, 1) is None
-    assert remedy in alarm.check(110, 1.0, 1)
+    assert alarm.check(10, 1.0, 1.0) is None
+    assert remedy in alarm.check(110, 1.0, 1.0)
 
 
 def test_few_codes_are_no_collapse_but_one_of_several_is():
-  for num_codes, used, rings in ((2, 2, False), (2, 1, True), (1, 1, False)):
+  for num_codes, used, rings in ((2, 2.0, False), (2, 1.0, True), (1, 1.0, False)):
     alarm = Alarm(HEALTHY, num_codes, "delete it.")
     assert alarm.check(10, used, used) is None
     assert bool(alarm.check(500, used, used)) == rings
