@@ -33,5 +33,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# A file of tests stays in one process, for its fixtures. One process more than cores: some tests wait.
-"$python" -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --maxprocesses=8 --dist=loadgroup "$@"
+# A file of tests stays in one process, for its fixtures.
+"$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup "$@"
