@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("no_deadline")
 
 
 # Linux allows a process 65,530 maps of memory, and a compiled program takes several.
-MOST_MAPS = 40_000
+MOST_MAPS = 20_000
 MAPS = pathlib.Path("/proc/self/maps")
 
 

@@ -13,6 +13,7 @@ from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import weights
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.generation import heldout
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -45,7 +46,10 @@ def imported(qwen3_folder, tmp_path_factory):
   return folder
 
 
-def test_a_run_begins_with_what_was_imported_and_remembers_it(imported, tmp_path, capsys):
+def test_a_run_begins_with_what_was_imported_and_remembers_it(
+  imported, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(heldout, "sample_grids", lambda *_: None)
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
   settings = settings_of_run()
