@@ -197,7 +197,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues as `training.train` does; see the arguments of `judge` for what it returns."""
+    """Continues as `loop.train` does; see the arguments of `judge` for what it returns."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Measures what a model of `source` draws, beside what its training scenes already show.
+"""Measures what a model of `scenes` draws, beside what its training scenes already show.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 

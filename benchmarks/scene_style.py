@@ -208,7 +208,7 @@ def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def overrides_of(settings: Settings) -> dict:
-  """Returns the fields in which a config differs from `judge`."""
+  """Returns the fields in which a config differs from `scenes`."""
   usual = settings_from_config(config_scenes.get_config())
   fields = {} if settings.seed == usual.seed else {"seed": settings.seed}
   for section in dataclasses.fields(Settings)[1:]:
@@ -308,7 +308,7 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
   ids = [stages.ids(settings, run, names) for settings, run in zip(read, runs)]
   for run, settings, own in zip(runs, read, ids):
     if settings.raw.source != "scenes" or settings.scenes.style != USUAL:
-      raise UserError(f"--run: {run} is no run of `judge` with config.scenes.style={USUAL}.")
+      raise UserError(f"--run: {run} is no run of `scenes` with config.scenes.style={USUAL}.")
     for name in names:
       if own[name] != ids[0][name]:
         raise UserError(f"--run: {run} has another {name} than {runs[0]}: measure it by itself.")
@@ -353,7 +353,7 @@ def main(argv) -> None:
     if len(argv) > 1:
       raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
     if not args.run:
-      raise UserError("name a finished run of `judge`: --run=workdir/scenes")
+      raise UserError("name a finished run of `scenes`: --run=workdir/scenes")
     runs = [pathlib.Path(run).resolve() for run in args.run]
     workdir = pathlib.Path(args.workdir).resolve()
     result = run_all(runs, workdir, args.captions)

@@ -4,7 +4,7 @@
 
 At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every other saved state writes
 reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
-the codebook collapses, it prints a line with the remedy. For `judge` it also prints the share of
+the codebook collapses, it prints a line with the remedy. For `scenes` it also prints the share of
 held-out images that are judged right, as rendered and reconstructed: no decoder can be expected to
 exceed the latter.
 """

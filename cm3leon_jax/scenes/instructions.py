@@ -1,4 +1,4 @@
-"""Instruction data over `source`, whose answers are known exactly.
+"""Instruction data over `scenes`, whose answers are known exactly.
 
 A record depends on the config, its task, its split and its index alone, so any number of them can
 be made in any order. Held-out records begin with held-out scenes. Training records begin with
@@ -25,7 +25,7 @@ from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene, ScenesConfig
 
 Split = Literal["train", "heldout"]
 
-# Tasks on the captioned scenes of the source `source`: the record of the same split and index.
+# Tasks on the captioned scenes of the source `scenes`: the record of the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
 QUESTIONS = ("count", "color", "exists", "relation")
 EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None]] = {
@@ -68,7 +68,7 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     count, color, exists, relation    question, answer   image
     recolor, remove, mirror, add      instruction        before, after
 
-  Its facts are those of documents of `source` (docs/data_formats.md), of the last image named, and
+  Its facts are those of documents of `scenes` (docs/data_formats.md), of the last image named, and
   `task`; of edits also `changed`, `touched` and `kept` (`edits`), and of `complete` also
   `kept` and `box`, the hidden half as `infill_image` takes it.
 
@@ -131,7 +131,7 @@ def located(caption: str, objects: Sequence[Placed]) -> str:
 
 
 def _captioned(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
-  """Makes a record of a captioned scene of the source `source`."""
+  """Makes a record of a captioned scene of the source `scenes`."""
   pair = source.pair(config, split, index)
   scene = Scene.parse(pair.image)
   image = render(scene, config.style)
@@ -236,7 +236,7 @@ def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Rec
 
 
 def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
-  """Returns facts as documents of `source` have them; `heldout` is why `scene` is held out."""
+  """Returns facts as documents of `scenes` have them; `heldout` is why `scene` is held out."""
   split = world.split_of_scene(scene)
   kind = split if split in KINDS else ""
   return source.facts_of(task, kind, shown, Description("", include, []))

@@ -1,4 +1,4 @@
-"""The source `scenes`: captioned images of the world of `world`, by split and index.
+"""The source `scenes`: captioned images of the world of `world.py`, by split and index.
 
 Any number of them can be written, in any order: a record depends on the config, its split and its
 index alone.

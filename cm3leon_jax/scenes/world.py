@@ -1,7 +1,7 @@
 """The world of `scenes`: objects, colors and places, its scenes, and which of them are held out.
 
 Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plain color.
-`scene_drawings` renders scenes, `scene_captions` describes them, `scenes` writes documents.
+`drawings` renders scenes, `captions` describes them, `source` lists them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Judges answers to the instruction data over `judge`: texts, and images by their facts."""
+"""Judges answers to the instruction data over `scenes`: texts, and images by their facts."""
 
 # B records, H height, W width.
 
