@@ -31,7 +31,7 @@ RULES = {
   "vocab": "tensor",  # Of logits, and of the output table while it is used.
   # Of tables as they are stored, on every mesh; with tensor last a gather costs two permutes.
   "vocab_stored": ("tensor", *FSDP),
-  "largest": FSDP,  # Largest axis of an array of a small model, see `small_trainer.layout`.
+  "largest": FSDP,  # Largest axis of an array of a small model, see `trainer.layout`.
 }
 
 

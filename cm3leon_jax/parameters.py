@@ -60,7 +60,7 @@ def random(state: nnx.State, key) -> dict:
 
 
 def save(path: epath.PathLike, params: dict) -> None:
-  """Writes a safetensors file, see `io.replacing`; names of tensors are the keys joined by dots."""
+  """Writes a safetensors file, see `replacing`; names of tensors are the keys joined by dots."""
   flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   with replacing(path) as file:
     file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))

@@ -51,7 +51,7 @@ class ShardJob(Protocol):
 
     Returns:
       Function that processes the shard of a name and returns its numbers. Its files appear whole
-      (`io.replacing`), and a shard that is processed twice on one kind of machine has the same
+      (`atomic.replacing`), and a shard that is processed twice on one kind of machine has the same
       bytes; an index of ScaNN has not (docs/scaling.md).
     """
     ...

@@ -377,6 +377,6 @@ def check_writable(out: epath.PathLike) -> None:
 
 
 def write(out: epath.PathLike, html: str) -> None:
-  """Writes the page (`io.replacing`)."""
+  """Writes the page (`replacing`)."""
   with replacing(out, "w") as file:
     file.write(html)

@@ -56,7 +56,7 @@ class Embeddings:
   Attributes:
     documents: [n, E] float16 of norm 1, normalized means of caption and image (CM3Leon, section
       2.1).
-    groups: [n] uint64, see `documents.group_id`; equal for near duplicates.
+    groups: [n] uint64, see `store.group_id`; equal for near duplicates.
     keys: [n] uint64, equal for the same document.
   """
 

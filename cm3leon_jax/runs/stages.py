@@ -69,7 +69,7 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
-  """Describes the files in `folder` that glob patterns name: name -> `io.describe`."""
+  """Describes the files in `folder` that glob patterns name: name -> `digests.describe`."""
   folder = epath.Path(folder)
   paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
   return {path.relative_to(folder).as_posix(): describe(path) for path in paths}

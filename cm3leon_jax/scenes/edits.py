@@ -1,6 +1,6 @@
 """Edits scenes by instructions: recolor, remove, mirror and add objects.
 
-The facts of an edit are clauses in the layout of `scene_facts.check` (docs/data_formats.md):
+The facts of an edit are clauses in the layout of `facts.check` (docs/data_formats.md):
 
 - `include`: all that the result shows.
 - `changed`: what the instruction asks of the objects that it names; their names are `touched`.

@@ -1,6 +1,6 @@
 """Makes files of public instruction data, in the formats of their releases, with few entries.
 
-Those of `evaluation_files` are in `releases`.
+Those of `published.files` are in `releases`.
 """
 
 import json

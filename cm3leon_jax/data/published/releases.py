@@ -49,7 +49,7 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
   """Yields (place, content) of each line that is not blank, e.g. ("a.jsonl, line 1", {...}).
 
   Raises:
-    UserError: naming file and line, if it is not JSON, or longer than `source_lines.MAX_LINE`.
+    UserError: naming file and line, if it is not JSON, or longer than `lines.MAX_LINE`.
   """
   for where, line in strict_lines(file):
     try:

@@ -69,7 +69,7 @@ def prepare(
 
   Returns:
     Numbers of shards, of records by split and kind, and of records left out by reason, the
-    statistics of `raw_statistics`, and the numbers of `drawn`.
+    statistics of `summary`, and the numbers of `drawn`.
 
   Raises:
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.

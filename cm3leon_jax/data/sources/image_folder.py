@@ -80,7 +80,7 @@ def _resolve(path: str) -> str:
   start, inner = _split(path)
   if start not in LOCAL:
     return start + posixpath.normpath(inner)
-  # The path that `io.open_filesystem` opens.
+  # The path that `open_filesystem` opens.
   return start + os.path.realpath(os.path.abspath(os.path.expanduser(inner)))
 
 

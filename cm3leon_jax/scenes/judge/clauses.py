@@ -1,6 +1,6 @@
 """Parses captions of `scenes` into the clauses that they claim, to check a generated caption.
 
-The grammar has the wordings of `scene_captions` and free combinations of their parts: objects with
+The grammar has the wordings of `captions` and free combinations of their parts: objects with
 article or number and a color, places, relations, and words that claim nothing. A caption with any
 other word is not understood, so an invented object never passes unseen.
 """
@@ -48,7 +48,7 @@ class _Part(NamedTuple):
 
 
 def parse(caption: str) -> list[dict] | None:
-  """Lists what a caption claims, in the layout of `scene_facts.check`.
+  """Lists what a caption claims, in the layout of `facts.check`.
 
     parse("a red bell left of two keys") =
       [{"class": "bell", "count": 1, "color": "red", "position": ["left of", 1]},

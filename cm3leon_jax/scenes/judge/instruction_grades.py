@@ -159,7 +159,7 @@ def without_model(
 
   Returns:
     For questions "majority", the most frequent answer, and "any object", an answer that knows what
-    the image shows and does not look at what is asked (`scene_answers.any_object_answer`); where
+    the image shows and does not look at what is asked (`answers.any_object_answer`); where
     there is none, the most frequent answer. For images "copy", the given image unchanged, if
     there is one, and "tokenizer", the true image as the image tokenizer reconstructs it.
   """

@@ -89,8 +89,8 @@ def evaluate(
 
   Returns:
     {"judge": result of `errors.measure`, "tables": {"real images", "reconstructions", and for
-    each weight e.g. "guidance 1.5": result of `scene_table.table`}}. If one of several weights is
-    1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}. With
+    each weight e.g. "guidance 1.5": result of `table.table`}}. If one of several weights is
+    1, also "gain": {"title": the best other weight, and its `table.gain` over weight 1}. With
     `bundled`, also "bundled": {"images": number of the captions on the sheet, "right": {title of a
     weight, or "bundled model": how many of their images are correct}}.
   """

@@ -64,7 +64,7 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     and `fewer`, the shares of images with more or fewer objects than their captions name; and for
     `correct`, `object`, `color`, `count`, `place` {share, low, high, groups, effective_groups} over
     the images whose captions name such a fact; without one, the measure is absent. `lookup` is the
-    share of captions for which some training image is right (`scene_baselines.Known.image`).
+    share of captions for which some training image is right (`baselines.Known.image`).
   """
 
   def row(some: Sequence[Judged]) -> dict:

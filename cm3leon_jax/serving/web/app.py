@@ -30,7 +30,7 @@ from cm3leon_jax.serving.web.streams import EventStream, unless_gone
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-DECODERS = 2  # Images that are decoded at once; a large one is alone, see `raw_pairs`.
+DECODERS = 2  # Images that are decoded at once; a large one is alone, see `raw.reader`.
 PAGE = {
   "": ("index.html", "text/html"),
   "app.css": ("app.css", "text/css"),

@@ -181,7 +181,7 @@ def train(
     config: of the VQGAN.
     num_codes: K.
     seed: of parameters, order of the images and restarts.
-    images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `raw_pairs.ImageFiles`.
+    images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `reader.ImageFiles`.
     folder: gets metrics and checkpoints.
     inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
       file of `features`.

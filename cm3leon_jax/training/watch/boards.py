@@ -42,7 +42,7 @@ class Board:
     self._attempt(lambda: self._board.samples(step, sheet))
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """Shows the histograms of `tensorboard.named_histograms`."""
+    """Shows the histograms of `tensorboard_board.named_histograms`."""
     self._attempt(lambda: self._board.histograms(step, histograms))
 
   def flush(self) -> None:

@@ -353,7 +353,7 @@ def open_monitor(
     sequence_length: tokens of a row.
     newest: step of the restored checkpoint; None: a new run.
     watch: started at the start of the trainer.
-    profile_steps: see `profile.parse_steps`.
+    profile_steps: see `traces.parse_steps`.
     sources: see `Monitor`.
   """
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)

@@ -61,7 +61,7 @@ class WandbRun:
     self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """Logs the histograms of `tensorboard.named_histograms`."""
+    """Logs the histograms of `tensorboard_board.named_histograms`."""
     logged = {}
     for name, h in histograms.items():
       edges = np.concatenate([[h["min"]], h["bucket_limits"]])
