@@ -3,8 +3,9 @@
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
 (Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and
-those of `grounding`, `lines` and `llava`. docs/data_formats.md has a table of the files. Texts are those of the files without white space at both ends; a record whose
-caption or answer is blank is left out.
+those of `grounding`, `lines` and `llava`. docs/data_formats.md has a table of the files. Texts
+are those of the files without white space at both ends; a record whose caption or answer is blank
+is left out.
 """
 
 import collections
