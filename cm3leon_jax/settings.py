@@ -25,8 +25,8 @@ from cm3leon_jax.tokenizers.quantizers import check_levels
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.step.grpo import ReinforceConfig
 from cm3leon_jax.training.step.optimizer import OptimizerConfig
-from cm3leon_jax.training.step.policy import ReinforceConfig
 from cm3leon_jax.vocab import VocabLayout
 
 

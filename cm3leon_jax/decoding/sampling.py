@@ -293,7 +293,9 @@ def sample(
 def combine_streams(
   logits: Float[Array, "S B V"], weights: Float[Array, "#B S"] | Float[Array, " S"]
 ) -> Float[Array, "B V"]:
-  """Combines the logits of S guidance streams by their weights (sections 3.1, 4.1).
+  """Combines the logits of S streams by their weights: classifier-free guidance (section 3.1, 4.1).
+
+  `training.step.grpo` combines hidden states in the same way, before the head.
 
     logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
 

@@ -21,8 +21,8 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.step.grpo import BUCKET
 from cm3leon_jax.training.step.optimizer import OptimizerConfig
-from cm3leon_jax.training.step.policy import BUCKET
 
 GIB = 2**30
 LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.

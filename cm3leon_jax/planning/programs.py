@@ -18,7 +18,7 @@ from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.steps import compile_steps
 
@@ -67,13 +67,13 @@ def policy_step(settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lo
       sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
       return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    rollout = policy.Rollout(
+    rollout = grpo.Rollout(
       *[array(rows)] * 3,
       array((samples, codes)),
       array((samples, codes, 2), np.float32),
       array((samples,), np.float32),
     )
-    step = policy.compile_step(
+    step = grpo.compile_step(
       settings.model,
       settings.optimizer,
       settings.reinforce,

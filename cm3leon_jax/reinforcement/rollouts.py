@@ -25,7 +25,7 @@ from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
 from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
 from cm3leon_jax.scenes.tasks import ScenesTasks
-from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step import grpo
 
 
 class Prompt(NamedTuple):
@@ -101,7 +101,7 @@ class Rollouts:
   """Samples of the policy as the objective of a run, see `training.objective.Objective`.
 
   A step draws samples of its prompts from the parameters of the state, scores them, and takes one
-  `policy.policy_step`. Which prompts and seeds it draws depends on the number of the step alone, so
+  `grpo.policy_step`. Which prompts and seeds it draws depends on the number of the step alone, so
   a continued run draws the same.
   """
 
@@ -157,7 +157,7 @@ class Rollouts:
     """Returns `take_step(state, numbers)`, and the numbers of the prompts of each step."""
     del steps, sharding  # Those of cross-entropy.
     settings = self.settings
-    update = policy.compile_step(
+    update = grpo.compile_step(
       settings.model,
       settings.optimizer,
       settings.reinforce,
@@ -167,7 +167,7 @@ class Rollouts:
 
     def take_step(state, numbers: range):
       rollout, scores = self.draw(state.params, numbers)
-      state, metrics = update(state, self._reference, policy.place(rollout))
+      state, metrics = update(state, self._reference, grpo.place(rollout))
       return state, {**metrics, **scores}
 
     group = settings.reinforce.samples
@@ -180,7 +180,7 @@ class Rollouts:
     group = self.settings.reinforce.samples
     return f"their samples are of the prompts {rows[0] // group} to {rows[-1] // group} of the run"
 
-  def draw(self, params: dict, numbers: Sequence[int]) -> tuple[policy.Rollout, dict[str, float]]:
+  def draw(self, params: dict, numbers: Sequence[int]) -> tuple[grpo.Rollout, dict[str, float]]:
     """Draws and scores samples to learn from.
 
     Args:
@@ -194,7 +194,7 @@ class Rollouts:
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
     rewards = self._rewards(prompts, samples)
     codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
-    values = policy.advantages(rewards)
+    values = grpo.advantages(rewards)
     rollout = _rollout(pipeline, requests, codes, values, self.sampling)
     return rollout, {
       "reward": float(rewards.mean()),
@@ -249,7 +249,7 @@ def _rollout(
   codes: Int32[np.ndarray, "N G I"],
   values: np.ndarray,
   sampling: SamplingConfig,
-) -> policy.Rollout:
+) -> grpo.Rollout:
   """Makes the arrays of a step.
 
   Streams of weight 0 are left out; requests with fewer streams than others get some again.
@@ -274,6 +274,6 @@ def _rollout(
       for stream in order:
         ids = np.concatenate([request.streams[stream], vocab.image_ids(sampled)])
         rows.append((ids, positions_of(ids, vocab, align)))
-  arrays = policy.pad_rows(rows, image_tokens, vocab.pad)
+  arrays = grpo.pad_rows(rows, image_tokens, vocab.pad)
   flat = codes.reshape(-1, image_tokens).astype(np.int32)
-  return policy.Rollout(*arrays, flat, np.stack(guidance), values.reshape(-1))
+  return grpo.Rollout(*arrays, flat, np.stack(guidance), values.reshape(-1))

@@ -14,7 +14,7 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.runs import stages
 from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.step.policy import ReinforceConfig
+from cm3leon_jax.training.step.grpo import ReinforceConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run
 

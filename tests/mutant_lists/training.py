@@ -15,7 +15,7 @@ SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoints/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoints/checkpoint_test.py"
 UNREADABLE_TEST = "tests/training/unreadable_test.py"
-POLICY, POLICY_TEST = "cm3leon_jax/training/step/policy.py", "tests/training/step/policy_test.py"
+POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
 
 TRAINING = (
   *mutants_of(

@@ -19,7 +19,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.steps import compile_steps
@@ -139,13 +139,13 @@ def test_the_update_of_reinforce_is_that_of_its_run():
   planned = programs.policy_step(settings, mesh, 32)
   with jax.set_mesh(mesh):
     row = (np.arange(20 + codes), np.arange(20 + codes))
-    arrays = policy.pad_rows([row] * 16, codes, 0)
+    arrays = grpo.pad_rows([row] * 16, codes, 0)
     numbers = (np.zeros((8, codes), np.int32), np.zeros((8, codes, 2), np.float32))
-    rollout = policy.place(policy.Rollout(*arrays, *numbers, np.zeros(8, np.float32)))
+    rollout = grpo.place(grpo.Rollout(*arrays, *numbers, np.zeros(8, np.float32)))
     params = random_params(settings.model)
     optimizer = create_optimizer(settings.optimizer, settings.train.steps)
     state = init_state(settings.model, optimizer, jax.random.key(0))
-    step = policy.compile_step(
+    step = grpo.compile_step(
       settings.model,
       settings.optimizer,
       settings.reinforce,

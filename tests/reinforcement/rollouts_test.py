@@ -17,9 +17,9 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step import grpo
+from cm3leon_jax.training.step.grpo import ReinforceConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
-from cm3leon_jax.training.step.policy import ReinforceConfig
 from cm3leon_jax.training.step.state import TrainState
 from tests.generation.run import make_config, make_run, one_device
 from tests.models.tiny import random_params
@@ -244,10 +244,10 @@ def test_streams_without_weight_are_left_out(objective):
     made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
     compute = jax.jit(
       functools.partial(
-        policy.guided_log_probs, SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+        grpo.guided_log_probs, SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
       )
     )
-    found = np.asarray(compute(objective._reference, policy.place(made)))
+    found = np.asarray(compute(objective._reference, grpo.place(made)))
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]
   assert made.guidance[-1, 0].tolist() == [1.25, -0.25]

@@ -10,7 +10,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.training.step import numerics, policy
+from cm3leon_jax.training.step import grpo, numerics
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, random_params
@@ -81,13 +81,13 @@ def test_a_poisoned_advantage_leaves_no_trace():
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), params)
     step = jax.jit(
       functools.partial(
-        policy.policy_step, model, optimizer, policy_test.VOCAB.text_size, 0.1, 1.0, ema_decay=0.5
+        grpo.policy_step, model, optimizer, policy_test.VOCAB.text_size, 0.1, 1.0, ema_decay=0.5
       )
     )
-    good = policy.place(policy_test.rollout_of("modern", values))
+    good = grpo.place(policy_test.rollout_of("modern", values))
     values = values.copy()
     values[2] = np.nan
-    bad = policy.place(policy_test.rollout_of("modern", values))
+    bad = grpo.place(policy_test.rollout_of("modern", values))
     new, metrics = step(state, reference, bad)
     assert float(metrics["skipped"]) == 1
     assert int(new.step) == 1

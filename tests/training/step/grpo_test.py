@@ -12,7 +12,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.vocab import VocabLayout
@@ -57,18 +57,16 @@ def rollout_of(family, values=None, codes=None):
     for prompt in requests[i // 2].streams:
       ids = np.concatenate([prompt, VOCAB.image_ids(sample)])
       rows.append((ids, positions_of(ids, VOCAB, model.align_images)))
-  arrays = policy.pad_rows(rows, IMAGE, VOCAB.pad)
+  arrays = grpo.pad_rows(rows, IMAGE, VOCAB.pad)
   values = np.ones(8, np.float32) if values is None else values
-  return policy.Rollout(*arrays, codes, np.tile(WEIGHTS, (8, IMAGE, 1)), values)
+  return grpo.Rollout(*arrays, codes, np.tile(WEIGHTS, (8, IMAGE, 1)), values)
 
 
 def log_probs(family, shape, rollout, temperature=1.0):
   model = model_config(family)
   with jax.set_mesh(mesh_of(*shape)):
-    compute = jax.jit(
-      functools.partial(policy.guided_log_probs, model, VOCAB.text_size, temperature)
-    )
-    return np.asarray(compute(random_params(model), policy.place(rollout)))
+    compute = jax.jit(functools.partial(grpo.guided_log_probs, model, VOCAB.text_size, temperature))
+    return np.asarray(compute(random_params(model), grpo.place(rollout)))
 
 
 def chosen(found, codes):
@@ -101,7 +99,7 @@ def test_a_stream_of_weight_0_changes_nothing():
     pairs = x.reshape(8, 2, -1)
     padded.append(np.concatenate([pairs, pairs[:, :1]], 1).reshape(24, -1))
   guidance = np.concatenate([rollout.guidance, np.zeros((8, IMAGE, 1), np.float32)], -1)
-  more = policy.Rollout(*padded, rollout.codes, guidance, rollout.advantages)
+  more = grpo.Rollout(*padded, rollout.codes, guidance, rollout.advantages)
   np.testing.assert_allclose(
     log_probs("opt", (1, 1, 1), more), log_probs("opt", (1, 1, 1), rollout), atol=1e-5
   )
@@ -109,15 +107,13 @@ def test_a_stream_of_weight_0_changes_nothing():
 
 def test_advantages_are_standard_deviations_of_a_group():
   rewards = np.array([[0, 1], [1, 1], [0.1, 0.1 + 1e-9]])
-  np.testing.assert_allclose(policy.advantages(rewards), [[-1, 1], [0, 0], [0, 0]])
-  np.testing.assert_allclose(
-    policy.advantages(np.array([[1.0, 2, 3]])), [[-1.2247, 0, 1.2247]], 1e-4
-  )
+  np.testing.assert_allclose(grpo.advantages(rewards), [[-1, 1], [0, 0], [0, 0]])
+  np.testing.assert_allclose(grpo.advantages(np.array([[1.0, 2, 3]])), [[-1.2247, 0, 1.2247]], 1e-4)
 
 
 def test_rows_are_padded_on_the_left():
   rows = [(np.array([1, 2, 91, 92]), np.array([-2, -1, 0, 1])), (np.arange(36), np.arange(36))]
-  inputs, positions, segment_ids = policy.pad_rows(rows, 2, 7)
+  inputs, positions, segment_ids = grpo.pad_rows(rows, 2, 7)
   assert inputs.shape == (2, 64 + 1)
   assert inputs[0, -4:].tolist() == [7, 1, 2, 91]
   assert positions[0, -4:].tolist() == [0, -2, -1, 0]
@@ -163,11 +159,9 @@ def test_a_step_follows_the_gradient_of_its_definition(shape):
     params, reference = random_params(model), random_params(model, seed=1)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(
-      functools.partial(
-        policy.policy_step, model, optimizer, VOCAB.text_size, kl_weight, temperature
-      )
+      functools.partial(grpo.policy_step, model, optimizer, VOCAB.text_size, kl_weight, temperature)
     )
-    new, metrics = step(state, reference, policy.place(rollout))
+    new, metrics = step(state, reference, grpo.place(rollout))
     # Adam's first moment is (1 - b1) x the gradient.
     moment = jax.device_get(new.opt_state[1][0].mu)
   assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
@@ -191,15 +185,15 @@ def test_steps_make_better_samples_more_likely_and_kl_holds_them_back():
       state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), params)
       step = jax.jit(
         functools.partial(
-          policy.policy_step, model, optimizer, VOCAB.text_size, kl_weight, 1.0, ema_decay=0.5
+          grpo.policy_step, model, optimizer, VOCAB.text_size, kl_weight, 1.0, ema_decay=0.5
         )
       )
-      placed = policy.place(rollout)
+      placed = grpo.place(rollout)
       for i in range(5):
         state, metrics = step(state, params, placed)
         if i == 0:
           assert float(metrics["kl"]) == pytest.approx(0, abs=1e-6)
-      compute = jax.jit(functools.partial(policy.guided_log_probs, model, VOCAB.text_size, 1.0))
+      compute = jax.jit(functools.partial(grpo.guided_log_probs, model, VOCAB.text_size, 1.0))
       before, after = (
         chosen(np.asarray(compute(p, placed)), rollout.codes) for p in (params, state.params)
       )
