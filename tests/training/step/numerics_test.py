@@ -14,7 +14,7 @@ from cm3leon_jax.training.step import grpo, numerics
 from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, random_params
-from tests.training.step import policy_test, state_test
+from tests.training.step import grpo_test, state_test
 
 NAN, INF = float("nan"), float("inf")
 
@@ -73,7 +73,7 @@ def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
 
 
 def test_a_poisoned_advantage_leaves_no_trace():
-  model = policy_test.model_config("modern")
+  model = grpo_test.model_config("modern")
   optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
   values = np.float32([1, -1] * 4)
   with jax.set_mesh(mesh_of(1, 1, 1)):
@@ -81,13 +81,13 @@ def test_a_poisoned_advantage_leaves_no_trace():
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), params)
     step = jax.jit(
       functools.partial(
-        grpo.policy_step, model, optimizer, policy_test.VOCAB.text_size, 0.1, 1.0, ema_decay=0.5
+        grpo.policy_step, model, optimizer, grpo_test.VOCAB.text_size, 0.1, 1.0, ema_decay=0.5
       )
     )
-    good = grpo.place(policy_test.rollout_of("modern", values))
+    good = grpo.place(grpo_test.rollout_of("modern", values))
     values = values.copy()
     values[2] = np.nan
-    bad = grpo.place(policy_test.rollout_of("modern", values))
+    bad = grpo.place(grpo_test.rollout_of("modern", values))
     new, metrics = step(state, reference, bad)
     assert float(metrics["skipped"]) == 1
     assert int(new.step) == 1
