@@ -1,5 +1,6 @@
 """Archives and lists of strangers: what they claim costs no memory, and leads nowhere else."""
 
+import csv
 import json
 import os
 import pathlib
@@ -64,6 +65,15 @@ def test_a_long_row_of_csv(tmp_path):
   assert size < 50
 
 
+@pytest.fixture
+def _limit_of_csv():
+  """Restores the limit of a field, which is that of the whole process."""
+  limit = csv.field_size_limit()
+  yield
+  csv.field_size_limit(limit)
+
+
+@pytest.mark.usefixtures("_limit_of_csv")
 def test_a_row_of_csv_over_many_lines_is_bounded(tmp_path, monkeypatch):
   monkeypatch.setattr(source_lines, "MAX_ROW", 100)
   (tmp_path / "a.png").write_bytes(encoded("png"))
