@@ -293,7 +293,7 @@ def sample(
 def combine_streams(
   logits: Float[Array, "S B V"], weights: Float[Array, "#B S"] | Float[Array, " S"]
 ) -> Float[Array, "B V"]:
-  """Combines the logits of S streams by their weights: classifier-free guidance (section 3.1, 4.1).
+  """Combines logits of S streams by weights: classifier-free guidance (sections 3.1, 4.1).
 
   `training.step.grpo` combines hidden states in the same way, before the head.
 

@@ -27,11 +27,7 @@ class Record:
 
 
 class DrawnTasks(Protocol):
-  """Tasks whose records are computed, with their images. It is pickled to the workers.
-
-  Attributes:
-    name: before the "/" of the format of such a task.
-  """
+  """Tasks whose records are computed, with their images. It is pickled to the workers."""
 
   @property
   def name(self) -> str:

@@ -11,11 +11,7 @@ from cm3leon_jax.data.sources.records import RawPair
 
 
 class DrawnSource(Protocol):
-  """A source whose records and images are computed. It is pickled to the workers that ingest it.
-
-  Attributes:
-    name: value of `raw.source`; also the kind of its parts.
-  """
+  """A source whose records and images are computed. It is pickled to the workers that ingest it."""
 
   @property
   def name(self) -> str:
