@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig

@@ -14,7 +14,7 @@ from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.raw.writer import RawConfig
 from cm3leon_jax.data.rows.sample_plan import DataConfig
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.evaluation.likelihood.bits import EvaluationConfig
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig

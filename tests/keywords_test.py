@@ -8,8 +8,8 @@ import typing
 import pytest
 
 from cm3leon_jax import keywords
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 
 ROOT = pathlib.Path(__file__).parents[1]

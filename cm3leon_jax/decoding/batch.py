@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float32, Int, Int32, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues
+from cm3leon_jax.decoding.sampling import SamplingValues
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -135,7 +136,7 @@ def make_batch(
     np.stack([r.guidance_weights(sampling, image_tokens) for r in repeated]),
     np.asarray(seeds, np.uint32)[rows],
     np.asarray(contrastive)[rows],
-    sampling.values,
+    SamplingValues.of(sampling),
   )
   widths = stream_widths(prompts, len(requests[0].streams))
   return Batch(prompts, control, widths, max(grammar.longest(r.plan) for r in requests))

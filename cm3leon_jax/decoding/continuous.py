@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.lane_kinds import Kind, kind_of, largest
 from cm3leon_jax.decoding.lane_samples import Lane, LaneSample, Update
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.mesh import batch_shards
 
 

@@ -15,10 +15,11 @@ from cm3leon_jax.decoding import cache, grammar
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import Batch, make_batch
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, contrastive_rows
+from cm3leon_jax.decoding.sampling import Sampler, contrastive_rows
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout

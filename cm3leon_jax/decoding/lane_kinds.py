@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig
+from cm3leon_jax.decoding.sampling import Sampler
 
 SHORT = 8  # Slots for the unconditional prompt, of which prefill reads two tokens.
 

@@ -11,11 +11,12 @@ import numpy as np
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.batch import Control
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.lane import Arrivals
 from cm3leon_jax.decoding.lane_kinds import Kind
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues, contrastive_rows
+from cm3leon_jax.decoding.sampling import SamplingValues, contrastive_rows
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
 
@@ -75,7 +76,7 @@ class Lane:
       np.zeros((slots, codes + 1, streams), np.float32),
       np.zeros(slots, np.uint32),
       np.zeros(slots, bool),
-      SamplingValues(*(np.repeat(x, slots) for x in generator.config.sampling.values)),
+      SamplingValues(*(np.repeat(x, slots) for x in SamplingValues.of(generator.config.sampling))),
     )
     self.placed: Control | None = None  # `control` on the devices, while it is the same.
     self.state = self.program = None
@@ -193,7 +194,7 @@ class Lane:
     # Without a stream to contrast with, a sample uses top_p.
     contrastive = contrastive_rows(sampling.method, [sample.seed], 1)[0, 0]
     self.control.contrastive[row] = contrastive and len(request.streams) > 1
-    for into, value in zip(self.control.values, sampling.values):
+    for into, value in zip(self.control.values, SamplingValues.of(sampling)):
       into[row] = value
 
   def _prompts(self, row: int | None):

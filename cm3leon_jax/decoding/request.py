@@ -11,8 +11,8 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar, sampling
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import Part
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.vocab import VocabLayout
 
 

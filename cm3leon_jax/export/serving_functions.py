@@ -20,10 +20,11 @@ import numpy as np
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Control, Padded, Prompts
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
 from cm3leon_jax.decoding.loop import LoopState
 from cm3leon_jax.decoding.params import DecodeParams
-from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, SamplingValues, scheduled
+from cm3leon_jax.decoding.sampling import Sampler, SamplingValues, scheduled
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -113,7 +114,7 @@ class Functions:
     return filled(self.weights, weights)["decoder"]
 
   def _control(self, plan, seeds, guidance, settings: Named) -> Control:
-    values = {**self.sampling.values._asdict(), **settings}
+    values = {**SamplingValues.of(self.sampling)._asdict(), **settings}
     off = jnp.zeros_like(seeds, bool)
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 

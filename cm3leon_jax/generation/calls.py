@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError, build, short
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline

@@ -10,7 +10,7 @@ from PIL import Image
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, first_documents
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, open_bank
 from cm3leon_jax.generation.tasks import PromptLayout

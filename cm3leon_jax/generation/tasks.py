@@ -19,8 +19,8 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 

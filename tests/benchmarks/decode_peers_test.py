@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import unconditional_prompt
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import CODES, Part
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.export import huggingface
 from tests.decoding.small import VOCAB, model_config, on_mesh
 from tests.models.tiny import random_params

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.decoding.config import SCHEDULES
 from cm3leon_jax.decoding.sampling import (
-  SCHEDULES,
   combine_streams,
   editing_weights,
   scheduled,

@@ -10,7 +10,8 @@ import pytest
 from cm3leon_jax.decoding import batch, loop
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding import params as params_lib
-from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.sampling import Sampler
 from cm3leon_jax.mesh import shard, spec
 from tests.decoding.small import IMAGE, VOCAB, full_logits, guided_requests, model_config, on_mesh
 from tests.models.tiny import random_params

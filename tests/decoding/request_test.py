@@ -11,6 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import (
   AFTER_IMAGE,
   CODES,
@@ -24,7 +25,6 @@ from cm3leon_jax.decoding.grammar import (
   Part,
 )
 from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cm3leon_jax.decoding.config import METHODS, SamplingConfig
 from cm3leon_jax.decoding.sampling import (
-  METHODS,
   RowSettings,
-  SamplingConfig,
+  SamplingValues,
   combine_streams,
   contrastive_rows,
   contrastive_scores,
@@ -224,7 +224,9 @@ def mixture_counts():
   )
   contrastive = jnp.tile(contrastive_rows("mixture", [0], 2).ravel(), 2)
   is_image = jnp.array([True, True, False, False])
-  return dict(zip(MIXTURE, counts(select(is_image, contrastive, config.values), len(MIXTURE))))
+  return dict(
+    zip(MIXTURE, counts(select(is_image, contrastive, SamplingValues.of(config)), len(MIXTURE)))
+  )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -364,12 +366,12 @@ def test_a_batch_split_over_devices_samples_the_same():
     )
 
   seeds = np.arange(8, dtype=np.uint32)
-  whole = tokens(*streams, seeds, *flags, config.values)
+  whole = tokens(*streams, seeds, *flags, SamplingValues.of(config))
   with jax.set_mesh(create_mesh(MeshConfig())):
     split = tokens(
       *(shard(x, "batch", None) for x in streams),
       *(shard(x, "batch") for x in (seeds, *flags)),
-      config.values,
+      SamplingValues.of(config),
     )
   assert len(split[0].sharding.device_set) == 8
   np.testing.assert_array_equal(whole[0], split[0])
@@ -385,7 +387,9 @@ def test_which_rows_are_contrastive():
 
 def test_text_is_never_contrastive():
   rows = select(
-    jnp.array([True, False]), jnp.array([True, True]), SamplingConfig("contrastive").values
+    jnp.array([True, False]),
+    jnp.array([True, True]),
+    SamplingValues.of(SamplingConfig("contrastive")),
   )
   assert rows.contrastive.tolist() == [True, False]
   np.testing.assert_allclose(rows.temperature, [0.8, 1.0])

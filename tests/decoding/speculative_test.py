@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cm3leon_jax.decoding import speculative
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from tests.decoding.small import (
   IMAGE,
   VOCAB,

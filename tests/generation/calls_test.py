@@ -3,7 +3,7 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation import calls
 
 FOREIGN = [

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, longest, plan_array
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import calls, prompt_file
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.tasks import Task, has_image

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline

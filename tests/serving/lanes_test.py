@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.lane_kinds import kind_of
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from tests.serving.live import about, image, pixels, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.training.step import grpo
