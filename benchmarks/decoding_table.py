@@ -18,7 +18,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
-from cm3leon_jax.export.trained import open_trained
+from cm3leon_jax.trained.run import Run
 
 _GUIDANCE = flags.DEFINE_list(
   "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance that are plotted."
@@ -118,7 +118,7 @@ def main(settings, workdir) -> None:
     clip=protocol_flags.CLIP.value,
   )
   folder, result = evaluate_protocol.run(
-    open_trained(workdir, settings), name, with_guidance(protocol, weights), options
+    Run.open(workdir, settings), name, with_guidance(protocol, weights), options
   )
   (folder / "table.md").write_text(markdown(result))
   plot(result, weights, folder / "plot.png")

@@ -25,12 +25,12 @@ import jax
 import numpy as np
 
 from cm3leon_jax.configs import cm3leon_7b
-from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.trained import bundles
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.checkpoints.sealing import files_below
 
@@ -54,8 +54,8 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   """Writes the folders of a run that launch.export reads."""
   for stage in table.TOKENIZERS:
     (folder / stage).mkdir(parents=True)
-    for name in bundle.FILES[stage]:
-      (bundle.folder_of("scenes") / stage / name).copy(folder / stage / name)
+    for name in bundles.FILES[stage]:
+      (bundles.folder_of("scenes") / stage / name).copy(folder / stage / name)
   rng = np.random.default_rng(0)
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))

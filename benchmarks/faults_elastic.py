@@ -102,9 +102,10 @@ def read_rows(workdir, out, segment: Segment, address: str, process: int, next_r
   from jax.sharding import NamedSharding
 
   from cm3leon_jax import distributed
-  from cm3leon_jax.commands import common, training_rows
+  from cm3leon_jax.commands import common
   from cm3leon_jax.data.rows.loader import batches
   from cm3leon_jax.mesh import MeshConfig, spec
+  from cm3leon_jax.trained import rows as training_rows
 
   if segment.processes > 1:
     distributed.initialize(address, segment.processes, process, 60)

@@ -25,7 +25,7 @@ CONFIG = "benchmarks/faults_config.py"
 IMPORTED = (
   "cm3leon_jax.commands.common",
   "cm3leon_jax.settings",
-  "cm3leon_jax.export.weights",
+  "cm3leon_jax.trained.initial",
   "cm3leon_jax.generation.heldout",
   "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.loop",

@@ -9,8 +9,8 @@ import sys
 
 from etils import epath
 
-from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.settings import settings_of_run
+from cm3leon_jax.trained.rows import open_rows
 
 
 def main(workdir: str, count: str) -> None:

@@ -33,6 +33,7 @@ from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 
 # n held-out documents that are scored, I codes of an image.
@@ -166,7 +167,7 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
   Returns:
     For each caption whether its image is wholly right, and the [I] codes of the image.
   """
-  made = Pipeline.load(settings, workdir, params, batch_size=settings.evaluation.batch_size)
+  made = Pipeline.load(Run(workdir, settings), params, batch_size=settings.evaluation.batch_size)
   columns = [(count, settings.sampling)]
   tasks = tasks_of_rows(made.layout, workdir, corpus.rows[places], settings.seed, columns)
   samples = [of_task[0] for of_task in made.generate(tasks, show_progress=True)]

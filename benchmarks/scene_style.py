@@ -41,6 +41,7 @@ from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 
 # n captions, H height, W width, I codes of an image.
@@ -259,7 +260,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
     clip = load_clip(settings.retrieval.clip, run, settings.vocab)
     size = settings.evaluation.batch_size
     for style, bank in banks.items():
-      pipeline = Pipeline.load(settings, run, params, clip, bank, batch_size=size)
+      pipeline = Pipeline.load(Run(run, settings), params, clip, bank, batch_size=size)
       samples[style] = [of_task[0] for of_task in pipeline.generate(tasks, show_progress=True)]
   return samples
 

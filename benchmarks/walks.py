@@ -108,8 +108,8 @@ def rows(workdir: str) -> None:
   """Opens the training rows of a run whose documents are encoded, and reads the first one."""
   from etils import epath
 
-  from cm3leon_jax.commands.training_rows import open_rows
   from cm3leon_jax.settings import settings_of_run
+  from cm3leon_jax.trained.rows import open_rows
 
   folder = epath.Path(workdir)
   open_rows(settings_of_run(folder), folder, "train")[0]

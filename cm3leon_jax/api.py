@@ -380,7 +380,7 @@ class CM3Leon:
     """Parameters as they were trained, which only `score` reads; read at its first call."""
     from cm3leon_jax import loading
 
-    return loading.params_of(self.workdir, self.pipeline.settings.model, self.step)
+    return loading.params_of(self.workdir, self.step)
 
   def _in_mesh(self) -> Any:
     import jax

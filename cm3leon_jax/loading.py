@@ -6,26 +6,26 @@ import os
 from typing import Any
 import warnings
 
-from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.export import bundle, exported, weights
-from cm3leon_jax.export.trained import Trained, open_trained
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files import buckets, progress
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.keywords import LoadOptions
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.reports import summary
-from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.settings import Settings
+from cm3leon_jax.trained import bundles, exported, initial
+from cm3leon_jax.trained.run import Run, unseen_in
 
 DTYPES = ("float32", "bfloat16")  # Of the computation; float64 needs JAX's x64, for tests.
+_LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
 ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Of `CM3Leon.load`, by name.
 
 
@@ -58,39 +58,25 @@ def load(
   if jax.process_count() > 1:
     raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
   mesh = _mesh(devices, mesh)
-  if exported.is_export(source):
-    return _load_export(epath.Path(source), clip, dtype, mesh, options)
-  trained = open_trained(source)
-  settings = _checked(trained.settings, dtype, options)
-  trained, folder = dataclasses.replace(trained, settings=settings), trained.stages
-  if clip is not None and not settings.retrieval.clip:
-    raise UserError(f"clip is given, and {trained.folder} has a CLIP of its own: leave it out.")
+  run = Run.open(source, exports=True)
+  run = dataclasses.replace(run, settings=_checked(run.settings, dtype, options))
+  if run.kind == "export":
+    lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
+    warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
+  elif clip is not None and not run.settings.retrieval.clip:
+    raise UserError(f"clip is given, and {run.folder} has a CLIP of its own: leave it out.")
   with jax.set_mesh(mesh):
-    params, step = trained.load_params()
-    encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
-    pipeline = Pipeline.load(settings, folder, params, encoder, **options)
-    pipeline.unseen = trained.unseen_tokens()
-    return os.fspath(trained.folder), pipeline, jax.sharding.get_mesh(), step
+    params, step = run.params()
+    own = None if run.kind == "export" else run.clip
+    encoder = own if clip is None else HFCLIP.load(os.fspath(clip))
+    pipeline = Pipeline.load(run, params, encoder, **options)
+    pipeline.unseen = unseen_in(run)
+    return os.fspath(run.folder), pipeline, jax.sharding.get_mesh(), step
 
 
 def shows_progress(given: bool | None) -> bool:
   """Returns whether a model shows bars; None: in a terminal or notebook."""
   return progress.is_interactive() if given is None else calls.truth("show_progress", given)
-
-
-def _load_export(
-  folder: epath.Path, clip: Any, dtype: Any, mesh: jax.sharding.Mesh, options: Mapping[str, Any]
-) -> tuple[str, Pipeline, jax.sharding.Mesh, int]:
-  """Loads an export; a Hugging Face CLIP that is given scores samples."""
-  settings, step = exported.read(folder)
-  settings = _checked(settings, dtype, options)
-  lacks = "no bank, so nothing can be retrieved" if clip else "neither CLIP nor bank: samples have "
-  lacks += "" if clip else "no CLIP score, and nothing can be ranked or retrieved"
-  warnings.warn(f"{folder} is an export, which has {lacks}.", stacklevel=4)
-  with jax.set_mesh(mesh):
-    encoder = load_clip(os.fspath(clip), folder, settings.vocab) if clip else None
-    pipeline = exported.pipeline(folder, settings, encoder, **options)
-    return os.fspath(folder), pipeline, jax.sharding.get_mesh(), step
 
 
 def _mesh(
@@ -147,22 +133,20 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
   with jax.set_mesh(mesh):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   kind = mesh.devices.flat[0].device_kind
-  installed = {os.fspath(bundle.folder_of(name)): name for name in bundle.INSTALLED}
+  installed = {os.fspath(bundles.folder_of(name)): name for name in bundles.INSTALLED}
   return (
     f"{installed.get(workdir, workdir)!r}, step {step}, {transformer.count_params(types):,} "
     f"parameters, images of {side} x {side}, {config.dtype} on {mesh.size} {kind}"
   )
 
 
-def params_of(workdir: str, config: ModelConfig, step: int) -> dict:
+def params_of(workdir: str, step: int) -> dict:
   """Loads the parameters of a model again, as they were trained, onto the current mesh."""
-  if exported.is_export(workdir):
-    return exported.load_params(epath.Path(workdir), config)
-  return open_trained(workdir).load_params(step)[0]
+  return Run.open(workdir, exports=True).params(step)[0]
 
 
 def write_bundle(
-  trained: Trained, folder: str | os.PathLike[str], base: str = "", *step: int
+  trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
 ) -> tuple[int, dict]:
   """Writes the bundle of a run, with what it cost. Needs a mesh.
 
@@ -170,7 +154,7 @@ def write_bundle(
     trained: the run.
     folder: of the bundle.
     base: see `bundle.write`.
-    *step: of the run's checkpoint; default: the newest.
+    step: of the run's checkpoint; default: the newest.
 
   Returns:
     The step, and the result of `bundle.write`.
@@ -178,8 +162,8 @@ def write_bundle(
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
   if cost is not None:
-    cost["train_seconds"] += weights.seconds_before(workdir)
-  params, found = trained.load_params(*step)
+    cost["train_seconds"] += initial.seconds_before(workdir)
+  params, found = trained.params(step)
   return found, bundle.write(folder, workdir, trained.settings, params, found, cost, base)
 
 
@@ -191,8 +175,8 @@ def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.Path
       f"{workdir} is an export, which has no CLIP, and a bundle needs one: load the workdir of its "
       "run to save it."
     )
-  trained = open_trained(workdir)
-  if trained.is_bundle:
+  trained = Run.open(workdir)
+  if trained.kind == "bundle":
     bundle.copy(trained.folder, folder)
     return
   with jax.set_mesh(mesh):

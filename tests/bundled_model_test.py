@@ -8,12 +8,12 @@ import pytest
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
-from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.scenes import instructions, source, world
 from cm3leon_jax.scenes.judge import answers as scene_answers
 from cm3leon_jax.scenes.judge.judge import judge_all
 from cm3leon_jax.scenes.world import Scene, ScenesConfig, split_of_scene
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained import bundles, initial
 from tests.models.tiny import mesh_of
 
 MOST_WEIGHTS, MOST_BYTES, MOST_OF_A_FILE = 8_000_000, 14_000_000, 5_000_000
@@ -38,8 +38,8 @@ def right(samples, facts):
 
 
 def test_it_is_small_and_every_file_is_the_one_that_was_trained():
-  folder = bundle.folder_of("scenes")
-  bundle.read(folder)
+  folder = bundles.folder_of("scenes")
+  bundles.read(folder)
   paths = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
   sizes = {path: path.stat().st_size for path in paths}
   assert max(sizes.values()) < MOST_OF_A_FILE
@@ -52,25 +52,25 @@ def test_it_is_small_and_every_file_is_the_one_that_was_trained():
 def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
   """With the model and vocab of the config of instructions over scenes."""
   settings = settings_from_config(scenes_instruct.get_config())
-  found = weights.find(settings, "scenes")
+  found = initial.find(settings, "scenes")
   assert (found.source, found.step) == ("scenes", None)
   loaded = []
   for shape in ((1, 1, 1), (2, 4, 1)):
     with jax.set_mesh(mesh_of(*shape)):
-      loaded.append(jax.device_get(weights.load(found, settings)))
+      loaded.append(jax.device_get(initial.load(found, settings)))
   jax.tree.map(np.testing.assert_array_equal, *loaded)
   assert loaded[0]["embed"].std() > 0.01
 
 
 def test_it_says_what_it_cost():
-  about = bundle.about(bundle.folder_of("scenes"))
+  about = bundles.about(bundles.folder_of("scenes"))
   assert about["bytes"] <= MOST_BYTES
   assert about["cost"].keys() == {"train_seconds", "other_seconds", "machine"}
   assert about["cost"]["train_seconds"] > 600
 
 
 def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
-  settings, _ = bundle.read(bundle.folder_of("scenes"))
+  settings, _ = bundles.read(bundles.folder_of("scenes"))
   trained = [source.pair(settings.scenes, "train", i).image for i in range(1_000)]
   assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train"}
   others = (
@@ -122,14 +122,14 @@ def records_of(tasks):
 
 
 def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
-  folder = pathlib.Path(bundle.folder_of(TUNED))
-  bundle.read(folder)
-  assert pathlib.Path(bundle.stages_folder(folder)) == pathlib.Path(bundle.folder_of("scenes"))
+  folder = pathlib.Path(bundles.folder_of(TUNED))
+  bundles.read(folder)
+  assert pathlib.Path(bundles.stages_folder(folder)) == pathlib.Path(bundles.folder_of("scenes"))
   sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
   assert max(sizes.values()) < MOST_OF_A_FILE
   assert sum(sizes.values()) < 6_000_000
   assert [name for name in sizes if name.endswith(".safetensors")] == ["model.safetensors"]
-  assert bundle.about(folder)["cost"]["train_seconds"] > 600
+  assert bundles.about(folder)["cost"]["train_seconds"] > 600
 
 
 @pytest.mark.slow

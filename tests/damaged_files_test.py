@@ -23,7 +23,6 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts
 from cm3leon_jax.evaluation.metrics import published_weights as published
 from cm3leon_jax.evaluation.protocols import compare
-from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.files import shards
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.importing.source import open_source
@@ -34,6 +33,7 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained import bundles, initial
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
@@ -80,15 +80,15 @@ READERS = {
   "raw/done.json": lambda root: stages.once(root / "raw", {"a": 1}).__enter__(),
   "train/done.json": summary.collect,
   "train/config.json": settings_of_run,
-  "run/train/config.json": lambda root: weights.find(SETTINGS, str(root / "run")),
-  "start/train/config.json": lambda root: weights.start_of(root / "start"),
+  "run/train/config.json": lambda root: initial.find(SETTINGS, str(root / "run")),
+  "start/train/config.json": lambda root: initial.start_of(root / "start"),
   "raw/index.json": lambda root: reader.read_index(root / "raw"),
   "store/index.json": lambda root: DocumentStore(root / "store", VOCAB),
   "array/index.json": lambda root: ArrayStore(root / "array"),
   "clip/config.json": lambda root: CLIP.load(root / "clip"),
   "own/clip/config.json": lambda root: bank.embedding_width("", root / "own"),
   "vqgan/config.json": lambda root: ImageTokenizer.load(root / "vqgan"),
-  "bundle/bundle.json": lambda root: bundle.read(root / "bundle"),
+  "bundle/bundle.json": lambda root: bundles.read(root / "bundle"),
   f"bank/{lexical.FILE}": lambda root: lexical.load(root / "bank", 0.5, 8),
   "grades/grades.json": lambda root: instruction_section.read(root, str),
   "source/config.json": lambda root: open_source(str(root / "source")),

@@ -9,10 +9,11 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import export
-from cm3leon_jax.export import bundle, choices
+from cm3leon_jax.export import choices
 from cm3leon_jax.files import progress
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.trained import bundles, exported
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 
@@ -93,7 +94,7 @@ def test_a_model_is_described_in_one_line(run, model):  # noqa: F811
   assert text.startswith(f"CM3Leon({str(run)!r}, step 7, ")
   assert text.endswith(" parameters, images of 8 x 8, float32 on 1 cpu)")
   assert "\n" not in text
-  bundled = CM3Leon(os.fspath(bundle.folder_of("scenes")), model.pipeline, model.mesh, 7)
+  bundled = CM3Leon(os.fspath(bundles.folder_of("scenes")), model.pipeline, model.mesh, 7)
   assert repr(bundled).startswith("CM3Leon('scenes', step 7, ")
 
 
@@ -125,7 +126,7 @@ def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exp
   export.main(SETTINGS, run, choice=choices.Choice(quantize="int8"), output=str(other))
   with pytest.raises(UserError, match="int8 is an export with int8 weights, for other programs"):
     CM3Leon.load(other)
-  about = exports / "orbax" / choices.ABOUT
+  about = exports / "orbax" / exported.ABOUT
   stored = read_json(about)
   try:
     write_json(about, {k: v for k, v in stored.items() if k != "settings"})
@@ -138,7 +139,7 @@ def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exp
 def test_a_saved_model_is_a_bundle_that_generates_alike_and_is_saved_again(model, run, tmp_path):  # noqa: F811
   model.save(tmp_path / "a")
   saved = CM3Leon.load(tmp_path / "a", devices=jax.devices()[:1])
-  assert bundle.about(tmp_path / "a")["cost"]["train_seconds"] == 1.0
+  assert bundles.about(tmp_path / "a")["cost"]["train_seconds"] == 1.0
   saved.save(tmp_path / "b")
   again = CM3Leon.load(tmp_path / "b", devices=jax.devices()[:1])
   assert tokens(again) == tokens(saved)

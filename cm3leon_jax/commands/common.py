@@ -242,10 +242,10 @@ def _settings(optional: bool, prepares: bool) -> Settings:
   if _CONFIG.value is None:
     if not optional:
       raise UserError(NAME_A_CONFIG)
-    from cm3leon_jax.export.trained import open_trained
     from cm3leon_jax.mesh import MeshConfig
+    from cm3leon_jax.trained.run import Run
 
-    stored = open_trained(_folder()).settings
+    stored = Run.open(_folder()).settings
     return dataclasses.replace(stored, mesh=MeshConfig())  # Of this machine.
   return completed(_WORKDIR.value, prepares)
 

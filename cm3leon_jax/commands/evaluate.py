@@ -20,10 +20,13 @@ protocol reads files (--data), and the folder is made in the current one, or in 
 docs/evaluation.md and docs/protocols.md explain all of it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -35,6 +38,12 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages, table
+
+if TYPE_CHECKING:
+  from cm3leon_jax.clip.huggingface import HFCLIP
+  from cm3leon_jax.clip.model import CLIP
+  from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.trained.run import Run
 
 _EXPORT = flags.DEFINE_enum(
   "export",
@@ -87,21 +96,23 @@ def main(settings, workdir):
   if settings.evaluation.scenes:
     inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
     if _has_bundled(settings):
-      from cm3leon_jax.export import bundle
+      from cm3leon_jax.trained import bundles
 
-      inputs["bundled"] = digest(bundle.folder_of(BUNDLED) / bundle.FILE)
+      inputs["bundled"] = digest(bundles.folder_of(BUNDLED) / bundles.FILE)
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(settings, workdir, folder, summary)
+      from cm3leon_jax.trained.run import Run
+
+      _evaluate(Run(workdir, settings), folder, summary)
 
 
 def _check_run(workdir) -> None:
   """Raises UserError if `workdir` is that of a bundle."""
-  from cm3leon_jax.export import bundle
+  from cm3leon_jax.trained import bundles
 
-  if bundle.is_bundle(bundle.folder_of(workdir)):
+  if bundles.is_bundle(bundles.folder_of(workdir)):
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
       "--protocol=FILE --data=FOLDER, or in --workdir the workdir of a run."
@@ -128,20 +139,19 @@ def _by_protocol(settings, workdir) -> None:
   evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)
 
 
-def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:
+def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
   from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.retrieval import neighbors
-  from cm3leon_jax.training.checkpoints import reading
 
+  settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
-  average = not _LAST_PARAMS.value
-  params, step = reading.load_params(workdir / "train", settings.model, average=average)
+  params, step = run.params(average=not _LAST_PARAMS.value)
   scene_samples = _scene_samples() if config.scenes else None
   if scene_samples:  # Before anything is measured, so that a mistake ends the command.
-    pipeline = _pipeline(settings, workdir, params, clip=None)
+    pipeline = _pipeline(run, params)
     tasks = scene_samples.heldout_scenes(pipeline, workdir, config.scene_guidance)
   documents = workdir / "documents"
   bank = Bank(documents, settings.vocab)
@@ -189,8 +199,8 @@ def _about(model) -> dict:
   """Describes a bundled model: its settings of sampling, size and cost."""
   import jax
 
-  from cm3leon_jax.export import bundle
   from cm3leon_jax.models import transformer
+  from cm3leon_jax.trained import bundles
 
   settings = model.pipeline.settings
   with jax.set_mesh(model.mesh):
@@ -201,7 +211,7 @@ def _about(model) -> dict:
     "step": model.step,
     "parameters": transformer.count_params(types),
     "training_scenes": settings.scenes.train,
-    **bundle.about(model.workdir),
+    **bundles.about(model.workdir),
   }
 
 
@@ -215,11 +225,10 @@ def _scene_samples():
   return scene_samples
 
 
-def _pipeline(settings, workdir: epath.Path, params: dict, clip):
+def _pipeline(run: Run, params: dict, clip: CLIP | HFCLIP | None = None) -> Pipeline:
   from cm3leon_jax.generation.pipeline import Pipeline
 
-  size = settings.evaluation.batch_size
-  return Pipeline.load(settings, workdir, params, clip, batch_size=size)
+  return Pipeline.load(run, params, clip, batch_size=run.settings.evaluation.batch_size)
 
 
 def _is_given(flag: flags.FlagHolder) -> bool:
@@ -234,9 +243,9 @@ def _export(settings, workdir: epath.Path) -> None:
   """Generates images for prompts, or for held-out scenes, in the folders that GenEval reads."""
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
-  from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training.checkpoints import reading
+  from cm3leon_jax.trained.run import Run
 
+  run = Run(workdir, settings)
   config, path = settings.evaluation, PROMPTS.value
   samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
   prompts = geneval.read_prompts(path) if path else []
@@ -245,11 +254,9 @@ def _export(settings, workdir: epath.Path) -> None:
   folder = workdir / "geneval" / f"{stem}-{_digest(identity)[:8]}"
   with stages.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
-      params, step = reading.load_params(workdir / "train", settings.model)
-      clip = None
-      if prompts and config.scene_neighbors:
-        clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
-      pipeline = _pipeline(settings, workdir, params, clip)
+      params, step = run.params()
+      retrieves = prompts and config.scene_neighbors
+      pipeline = _pipeline(run, params, run.clip if retrieves else None)
       if prompts:
         tasks = geneval.prompt_tasks(prompts, settings, path)
       else:

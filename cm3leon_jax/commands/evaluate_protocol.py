@@ -17,7 +17,7 @@ from cm3leon_jax.runs import table
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.metrics.extractors import Extractor
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
-  from cm3leon_jax.export.trained import Trained
+  from cm3leon_jax.trained.run import Run
 
 FOLDER = "evaluations"
 # Fields of a protocol that its samples do not depend on.
@@ -54,11 +54,11 @@ class Options:
 def run_all(settings, workdir, name: str, options: Options) -> None:
   """Measures a run or bundle by all protocols of a file, after all of them were checked."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-  from cm3leon_jax.export.trained import open_trained
+  from cm3leon_jax.trained.run import Run
 
-  trained = open_trained(workdir, settings)
+  trained = Run.open(workdir, settings)
   found = [_checked(protocol, options, trained.settings) for protocol in protocol_lib.load(name)]
-  for protocol in found if trained.is_bundle else ():
+  for protocol in found if trained.kind == "bundle" else ():
     _check_bundle(trained, protocol, options)
   path = epath.Path(name)
   file = path.stem if path.suffix else name.partition("/")[0]
@@ -66,7 +66,7 @@ def run_all(settings, workdir, name: str, options: Options) -> None:
     run(trained, file, protocol, options)
 
 
-def _check_bundle(trained: Trained, protocol: Protocol, options: Options) -> None:
+def _check_bundle(trained: Run, protocol: Protocol, options: Options) -> None:
   """Raises UserError if a protocol asks for what a run alone has."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
@@ -119,9 +119,7 @@ def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
   return protocol
 
 
-def run(
-  trained: Trained, name: str, protocol: Protocol, options: Options
-) -> tuple[epath.Path, dict]:
+def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[epath.Path, dict]:
   """Measures a run or bundle by a protocol; writes evaluations/NAME-HASH/.
 
   Args:
@@ -139,6 +137,7 @@ def run(
   from cm3leon_jax.evaluation.protocols import metrics, results
   from cm3leon_jax.evaluation.protocols import run as run_lib
   from cm3leon_jax.reports import evaluation_page
+  from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
   protocol = _checked(protocol, options, settings)
@@ -150,7 +149,7 @@ def run(
   read = _stages(settings, protocol, needs, options)
   about = {
     "name": "/".join(filter(None, [name, protocol.name])),
-    "inputs": trained.ids(read),
+    "inputs": ids(trained, read),
   }
   if options.before:
     about["parameters"] = "before"
@@ -179,25 +178,25 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   return [*read, *(table.own_clip(settings) if needs_clip else [])]
 
 
-def _params(trained: Trained, before: bool) -> tuple[dict, int]:
+def _params(trained: Run, before: bool) -> tuple[dict, int]:
   """Loads the parameters of a run and their step, or those that it began from, step 0.
 
   Raises:
     UserError: it began from random ones.
   """
-  from cm3leon_jax.export import weights
+  from cm3leon_jax.trained import initial
 
   if not before:
-    return trained.load_params()
-  start = weights.start_of(trained.folder)
+    return trained.params()
+  start = initial.start_of(trained.folder)
   if start is None:
     raise UserError(
       f"--before is given, and the run in {trained.folder} began from random parameters."
     )
-  return weights.load(start, trained.settings), 0
+  return initial.load(start, trained.settings), 0
 
 
-def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: Options, about):
+def _make_run(trained: Run, protocol: Protocol, names, extractor, options: Options, about):
   """Loads what a protocol runs on; returns a `ProtocolRun` and the step of its parameters."""
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
@@ -208,16 +207,15 @@ def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: O
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
 
-  settings, folder = trained.settings, trained.stages
+  settings = trained.settings
   params, step = _params(trained, options.before)
-  own_clip = None
-  if settings.retrieval.clip or "clip" in about["inputs"]:
-    own_clip = load_clip(settings.retrieval.clip, folder, settings.vocab)
+  needs_clip = settings.retrieval.clip or "clip" in about["inputs"]
+  own_clip = trained.clip if needs_clip else None
   scorer = None
   if any("embeddings" in METRICS[name].needs for name in names):
-    scorer = load_clip(options.clip, folder, settings.vocab) if options.clip else own_clip
+    scorer = load_clip(options.clip, trained.stages, settings.vocab) if options.clip else own_clip
   size = settings.evaluation.batch_size
-  pipeline = Pipeline.load(settings, folder, params, own_clip, batch_size=size)
+  pipeline = Pipeline.load(trained, params, own_clip, batch_size=size)
   evaluated = samples.open_evaluated(
     protocol, pipeline, trained.folder, options.data, options.allow_outside
   )

@@ -27,7 +27,7 @@ from cm3leon_jax.export import choices, formats
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.trained import Trained
+  from cm3leon_jax.trained.run import Run
 
 SAMPLES = 4
 COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
@@ -64,7 +64,7 @@ _BASE = flags.DEFINE_string(
 )
 
 
-def _write_bundle(trained: Trained, folder: str, base: str) -> None:
+def _write_bundle(trained: Run, folder: str, base: str) -> None:
   from cm3leon_jax import loading
 
   with common.use_mesh(trained.settings):
@@ -82,22 +82,24 @@ def main(
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
-  from cm3leon_jax.export.trained import open_trained
+  from cm3leon_jax.trained.run import Run
 
-  trained = open_trained(workdir, settings)
-  if trained.is_bundle and bundle_folder:
+  trained = Run.open(workdir, settings)
+  if trained.kind == "bundle" and bundle_folder:
     raise UserError(f"--bundle is given, and {workdir} is a bundle already: copy {trained.folder}.")
   formats.check(choice, trained.settings)
   with common.writing("export"):
-    _export(trained, choice, output or "export" * trained.is_bundle)
+    _export(trained, choice, output or "export" * (trained.kind == "bundle"))
     if bundle_folder:
       _write_bundle(trained, bundle_folder, base)
 
 
-def _export(trained: Trained, choice: choices.Choice, output: str) -> None:
+def _export(trained: Run, choice: choices.Choice, output: str) -> None:
+  from cm3leon_jax.trained.run import ids
+
   settings, workdir = trained.settings, trained.folder
   if output:
-    trained.ids([*table.STAGES["export"].reads])
+    ids(trained, [*table.STAGES["export"].reads])
     with formats.replacing(output) as folder, common.use_mesh(settings):
       message = _write(folder, epath.Path(output), trained, choice)[1]
     print(f"export: {message}.", flush=True)
@@ -115,13 +117,14 @@ def _export(trained: Trained, choice: choices.Choice, output: str) -> None:
 
 
 def _write(
-  folder: epath.Path, place: epath.Path, trained: Trained, choice: choices.Choice
+  folder: epath.Path, place: epath.Path, trained: Run, choice: choices.Choice
 ) -> tuple[dict, str]:
   """Writes an export, which will stand at `place`; returns its numbers and what a user reads."""
-  from cm3leon_jax.export import bundle
   from cm3leon_jax.reports import model_card
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained.run import open_params
 
-  settings, stored = trained.settings, trained.open_params(choice.average)
+  settings, stored = trained.settings, open_params(trained, choice.average)
   run = choices.TrainedRun(settings, trained.stages, stored, choice, trained.folder)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
@@ -137,13 +140,13 @@ def _write(
         "for several images, see `cm3leon.position_ids` in config.json"
       )
   about = {} if choice.average is not False else {"average": False}
-  about |= {"cost": bundle.about(trained.folder)["cost"]} if trained.is_bundle else {}
+  about |= {"cost": bundles.about(trained.folder)["cost"]} if trained.kind == "bundle" else {}
   model_card.write(folder, trained.folder, settings, stored.step, {**numbers, **about})
   return numbers, "; ".join(parts)
 
 
 def _check(
-  folder, run: choices.TrainedRun, transformers: bool, trained: Trained
+  folder, run: choices.TrainedRun, transformers: bool, trained: Run
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
@@ -160,7 +163,7 @@ def _check(
   from cm3leon_jax.training.checkpoints import reading
   from cm3leon_jax.weights import int8
 
-  if trained.is_bundle:
+  if trained.kind == "bundle":
     return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers
   settings, choice = run.settings, run.choice
   rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype

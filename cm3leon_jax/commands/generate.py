@@ -33,8 +33,8 @@ from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.trained import Trained
   from cm3leon_jax.generation.tasks import Task
+  from cm3leon_jax.trained.run import Run
 
 
 # Literals, for flags are checked before JAX is imported.
@@ -122,7 +122,7 @@ def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
   ]
 
 
-def _own_tasks(trained: Trained, seed: int) -> list[Task]:
+def _own_tasks(trained: Run, seed: int) -> list[Task]:
   """Returns the tasks of the flags, [] for held-out captions; raises UserError for wrong flags."""
   from cm3leon_jax.generation import prompt_file
 
@@ -181,8 +181,10 @@ def _check_rank(tasks: Sequence[Task]) -> None:
       )
 
 
-def _bank(trained: Trained, heldout: bool) -> epath.Path | None:
+def _bank(trained: Run, heldout: bool) -> epath.Path | None:
   """Returns the workdir to retrieve from; raises UserError on other tokenizers or another CLIP."""
+  from cm3leon_jax.trained.run import ids
+
   settings = trained.settings
   if _BANK.value is None:
     return trained.bank
@@ -199,7 +201,7 @@ def _bank(trained: Trained, heldout: bool) -> epath.Path | None:
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
   read = (*table.TOKENIZERS, *table.own_clip(settings))
-  expected = {"clip": settings.retrieval.clip, **trained.ids(read)}
+  expected = {"clip": settings.retrieval.clip, **ids(trained, read)}
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
@@ -213,16 +215,18 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
   return not tasks or any(task.retrieve or task.is_scored for task in tasks)
 
 
-def _identity(trained: Trained, bank: epath.Path | None, tasks, columns, seed: int) -> dict:
+def _identity(trained: Run, bank: epath.Path | None, tasks, columns, seed: int) -> dict:
   """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
+  from cm3leon_jax.trained.run import ids
+
   settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
   read = [*table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
   read += table.own_clip(settings) if _needs_clip(tasks) else ()
-  inputs = trained.ids(read)
+  inputs = ids(trained, read)
   if retrieves:
     own, neighbors = bank == trained.bank, ["neighbors"]
-    inputs |= trained.ids(neighbors) if own else stages.ids(settings, bank, neighbors)
+    inputs |= ids(trained, neighbors) if own else stages.ids(settings, bank, neighbors)
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, **table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
@@ -276,8 +280,8 @@ def _describe_divergence(mean: float) -> str:
   )
 
 
-def _check_heldout(trained: Trained, tasks: Sequence[Task]) -> None:
-  if trained.is_bundle and not tasks:
+def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
+  if trained.kind == "bundle" and not tasks:
     raise UserError(
       f"{trained.folder.name} is a bundle, which has no held-out captions: give a prompt, "
       '--prompt="a red bell", or in --workdir the workdir of a run.'
@@ -293,19 +297,18 @@ def _digests(given) -> dict[str, str]:
 
 
 def main(settings, workdir) -> None:
-  from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.generation.writer import Writer
   from cm3leon_jax.reports.summary import clip_scores
-  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.trained.run import Run, unseen_in
 
   seed = settings.seed if _SEED.value is None else _SEED.value
   if _DRAFT_WINDOW.value == 1:
     raise UserError("--draft_window is 1; it must be 0, or at least 2.")
-  trained = open_trained(workdir, settings)
+  trained = Run.open(workdir, settings)
   settings = trained.settings
   tasks = _own_tasks(trained, seed)
   _check_heldout(trained, tasks)
@@ -314,22 +317,20 @@ def main(settings, workdir) -> None:
   _check_rank(tasks)
   bank = _bank(trained, heldout=not tasks)
   config = _identity(trained, bank, tasks, columns, seed)
-  layout = PromptLayout.load(settings, trained.stages)
+  layout = PromptLayout.of(trained)
   given = check_tasks(layout, tasks, bank)
   if given:
     config["images"] = _digests(given)
   folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
-  for sentence in doubts(tasks, layout, settings, trained.unseen_tokens()):
+  for sentence in doubts(tasks, layout, settings, unseen_in(trained)):
     print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      clip = None
-      if _needs_clip(tasks):
-        clip = load_clip(settings.retrieval.clip, trained.stages, settings.vocab)
-      params, step = trained.load_params()
+      clip = trained.clip if _needs_clip(tasks) else None
+      params, step = trained.params()
       names = ("batch_size", "weight_dtype", "cache_dtype", "draft_window")
       options = {name: flags.FLAGS[name].value for name in names}
-      pipeline = Pipeline.load(settings, trained.stages, params, clip, bank, **options)
+      pipeline = Pipeline.load(trained, params, clip, bank, **options)
       tasks = tasks or heldout_tasks(
         layout,
         trained.folder,

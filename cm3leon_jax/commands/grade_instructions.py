@@ -18,28 +18,30 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
+  from collections.abc import Callable
+
   from cm3leon_jax.scenes.judge.instruction_grades import Answer
+  from cm3leon_jax.trained.run import Run
 
 
-def _models(settings, workdir):
+def _models(run: Run) -> dict[str, Callable[[], dict]]:
   """Returns functions that load the parameters, by the titles of their columns."""
-  from cm3leon_jax.export import weights
-  from cm3leon_jax.training.checkpoints import reading
+  from cm3leon_jax.trained import initial
 
-  start = weights.start_of(workdir)
+  start = initial.start_of(run.folder)
   return {
-    **({} if start is None else {"before": lambda: weights.load(start, settings)}),
-    "after": lambda: reading.load_params(workdir / "train", settings.model)[0],
+    **({} if start is None else {"before": lambda: initial.load(start, run.settings)}),
+    "after": lambda: run.params()[0],
   }
 
 
-def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
+def _grade(run: Run, count: int) -> dict[str, dict[str, list[Answer]]]:
   """Returns the answers of each task by the titles of the columns."""
   from cm3leon_jax.data.instructions.config import load_tasks
   from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.retrieval.bank import load_clip
   from cm3leon_jax.scenes.judge import instruction_grades as grades
 
+  settings = run.settings
   tasks = [task for task in load_tasks(settings.instructions) if grades.is_judged(task)]
   if not tasks:
     raise UserError(
@@ -47,12 +49,12 @@ def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
       "the run by a protocol, `cm3leon evaluate --protocol=cm3leon_table2`."
     )
   records = {task.name: grades.heldout_records(task, settings, count) for task in tasks}
-  retrieve = settings.evaluation.scene_neighbors if (workdir / "neighbors").exists() else 0
-  clip = load_clip(settings.retrieval.clip, workdir, settings.vocab) if retrieve else None
+  retrieve = settings.evaluation.scene_neighbors if (run.folder / "neighbors").exists() else 0
+  clip = run.clip if retrieve else None
   answers: dict[str, dict[str, list[Answer]]] = {task.name: {} for task in tasks}
-  for title, load in _models(settings, workdir).items():
+  for title, load in _models(run).items():
     size = settings.evaluation.batch_size
-    pipeline = Pipeline.load(settings, workdir, load(), clip, batch_size=size)
+    pipeline = Pipeline.load(run, load(), clip, batch_size=size)
     for task in tasks:
       found = grades.answer_all(pipeline, task, records[task.name], retrieve)
       answers[task.name][title] = found
@@ -67,12 +69,13 @@ def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
 
 def main(settings, workdir, count: int) -> None:
   from cm3leon_jax.scenes.judge import grade_files
+  from cm3leon_jax.trained.run import Run
 
   more = {"records": str(count)}
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
     if summary is None:
       return
-    answers = _grade(settings, workdir, count)
+    answers = _grade(Run(workdir, settings), count)
     result = grade_files.write(workdir / "grades", answers, settings)
     summary.update(result)
     print(grade_files.describe(result))

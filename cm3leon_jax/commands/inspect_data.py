@@ -63,18 +63,18 @@ def write_page(
     UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
       row of `skipped` is not what the trainer read.
   """
-  from cm3leon_jax.commands.training_rows import open_rows, replay_share
   from cm3leon_jax.reports import inspect_page, row_contents
   from cm3leon_jax.retrieval.neighbors import load_neighbors
-  from cm3leon_jax.tokenizers.text import TextTokenizer
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+  from cm3leon_jax.trained.rows import replay_share
+  from cm3leon_jax.trained.run import Run
 
   inspect_page.check_writable(out)
   documents = DOCUMENTS if replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
   for name in (*table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
-  loader, scores = open_rows(settings, workdir, split), None
+  run = Run(workdir, settings)
+  loader, scores = run.rows(split), None
   if documents:
     folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
@@ -84,9 +84,7 @@ def write_page(
     rows = row_contents.read_rows(loader, scores, numbers)
   except ValueError as error:
     raise UserError(f"the rows are not as planned: {error}") from error
-  text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
-  image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
-  decoder = inspect_page.make_decoder(rows, settings.vocab, text_tokenizer, image_tokenizer)
+  decoder = inspect_page.make_decoder(rows, settings.vocab, run.text, run.images)
   inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
   used = f"{inspect_page.fill(rows):.1%} of their slots used"
   samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
@@ -99,13 +97,13 @@ def validate(settings, workdir) -> None:
   Raises:
     UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
   """
-  from cm3leon_jax.commands.training_rows import replay_share
   from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
   from cm3leon_jax.data.documents.store import DocumentStore
   from cm3leon_jax.data.instructions.config import load_tasks
   from cm3leon_jax.data.instructions.samples import read_targets
   from cm3leon_jax.data.instructions.sources import store_name
   from cm3leon_jax.retrieval.validate import validate_neighbors
+  from cm3leon_jax.trained.rows import replay_share
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()

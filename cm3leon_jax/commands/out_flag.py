@@ -10,7 +10,7 @@ from etils import epath
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.trained import Trained
+  from cm3leon_jax.trained.run import Run
 
 OUT = flags.DEFINE_string(
   "out",
@@ -21,13 +21,13 @@ OUT = flags.DEFINE_string(
 )
 
 
-def results_folder(trained: Trained, out: str | None) -> epath.Path:
+def results_folder(trained: Run, out: str | None) -> epath.Path:
   """Returns the folder of results: `out`, or a default, which is never the folder of a bundle.
 
   Raises:
     UserError: `out` is a file.
   """
-  default = epath.Path() if trained.is_bundle else trained.folder
+  default = epath.Path() if trained.kind == "bundle" else trained.folder
   if out is not None and epath.Path(out).exists() and not epath.Path(out).is_dir():
     raise UserError(f"--out is {out}, which is a file: name a folder.")
   return default if out is None else epath.Path(out)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from cm3leon_jax.commands import common, run_start, training_rows
+from cm3leon_jax.commands import common, run_start
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
@@ -26,59 +26,55 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.weights import Weights
+  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.run import Run
 
 
-def _objective(settings, workdir, reference):
+def _objective(run: Run, reference):
   """Makes the objective of the run."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rewards, rollouts
-  from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
+  settings = run.settings
   tasks = rollouts.image_tasks(settings)
   reward = rewards.reward_of(settings.reinforce.reward, tasks, settings.scenes.style)
   needed = settings.train.steps * settings.train.global_batch_size // settings.reinforce.samples
-  layout = PromptLayout.load(settings, workdir)
+  layout = PromptLayout.of(run)
   prompts = rollouts.read_prompts(settings, layout, "train", needed)
-  clip = None
-  if settings.reinforce.reward == "clip":
-    clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
   pipeline_of = functools.partial(
     Pipeline,
     settings=settings,
     layout=layout,
-    image_tokenizer=ImageTokenizer.load(workdir / "vqgan"),
-    clip=clip,
+    image_tokenizer=run.images,
+    clip=run.clip if settings.reinforce.reward == "clip" else None,
     batch_size=settings.train.global_batch_size,
   )
   return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference)
 
 
-def _heldout_prompts(settings, workdir) -> list:
+def _heldout_prompts(run: Run) -> list:
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rollouts
 
-  layout, count = PromptLayout.load(settings, workdir), settings.reinforce.heldout_prompts
-  return rollouts.read_prompts(settings, layout, "heldout", count)
+  layout, count = PromptLayout.of(run), run.settings.reinforce.heldout_prompts
+  return rollouts.read_prompts(run.settings, layout, "heldout", count)
 
 
-def _scores(settings, workdir, objective, reference, prompts) -> dict[str, dict]:
+def _scores(run: Run, objective, reference, prompts) -> dict[str, dict]:
   """Scores held-out prompts by the first parameters and by those of the run.
 
   Returns:
     `scores_before`, `scores`, and `gains` of the reward with 95% intervals over prompts, by task.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints import reading
 
-  params, _ = reading.load_params(workdir / "train", settings.model)
+  params, _ = run.params()
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
   gains = {}
   for task, first in before.items():
-    gains[task] = _gain(first.pop("by_prompt"), after[task].pop("by_prompt"), settings)
+    gains[task] = _gain(first.pop("by_prompt"), after[task].pop("by_prompt"), run.settings)
     shown = ", ".join(
       f"{name} {value:.3f} -> {after[task][name]:.3f}" for name, value in first.items()
     )
@@ -138,8 +134,9 @@ def main(
   import jax
 
   from cm3leon_jax import distributed
-  from cm3leon_jax.export import weights
   from cm3leon_jax.planning import memory
+  from cm3leon_jax.trained import initial
+  from cm3leon_jax.trained.run import Run
   from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.watch.monitor import change_line
@@ -164,12 +161,13 @@ def main(
       run_start.print_more(folder, "reinforce")
       return
     common.keep_compiled(workdir)
-    heldout = training_rows.open_rows(settings, workdir, "heldout")
+    run = Run(workdir, settings)
+    heldout = run.rows("heldout")
     reference = jax.tree.map(
-      lambda x: x.astype(settings.model.dtype), weights.load(start, settings)
+      lambda x: x.astype(settings.model.dtype), initial.load(start, settings)
     )
-    objective = _objective(settings, workdir, reference)
-    prompts = _heldout_prompts(settings, workdir)
+    objective = _objective(run, reference)
+    prompts = _heldout_prompts(run)
     run_start.write_config(settings, workdir, config)
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     result = train(
@@ -178,14 +176,14 @@ def main(
       objective,
       heldout,
       settings.seed,
-      initial_params=functools.partial(weights.load, start, settings),
+      initial_params=functools.partial(initial.load, start, settings),
       evaluate_start=True,
       lease=lease,
     )
     summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, result))
-    summary.update(_scores(settings, workdir, objective, reference, prompts))
+    summary.update(_scores(run, objective, reference, prompts))
 
 
 if __name__ == "__main__":

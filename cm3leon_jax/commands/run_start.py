@@ -14,8 +14,8 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Sequence
 
-  from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.trained.initial import Weights
 
 
 def begin(
@@ -41,7 +41,7 @@ def begin(
     UserError: the folder holds another run, or a new run asks for a board that is not installed.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.export import weights
+  from cm3leon_jax.trained import initial
   from cm3leon_jax.training.changes import check_changes
   from cm3leon_jax.training.watch import boards
 
@@ -52,7 +52,7 @@ def begin(
       check_no_checkpoints(path)
       boards.check_installed(settings.train)
     config = stages.run_config(settings, workdir, "train") | (more or {})
-  start = weights.start_of_run(settings, workdir, init_from, stored)
+  start = initial.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
   elif settings.instructions.any and stored is None:

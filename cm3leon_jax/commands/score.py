@@ -29,7 +29,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.export.trained import Trained
+  from cm3leon_jax.trained.run import Run
 
 _DOCUMENTS = flags.DEFINE_string(
   "documents",
@@ -42,18 +42,18 @@ _DOCUMENTS = flags.DEFINE_string(
 def main(settings, workdir) -> None:
   from cm3leon_jax import distributed
   from cm3leon_jax.evaluation.likelihood import document_scores, given_documents
-  from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.generation.tasks import PromptLayout, slug
+  from cm3leon_jax.trained.run import Run, ids
 
   if not _DOCUMENTS.value:
     raise UserError("name the documents: --documents=my.jsonl")
-  trained = open_trained(workdir, settings)
+  trained = Run.open(workdir, settings)
   settings = trained.settings
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, and {trained.folder} has no bank: leave it out.")
-  inputs = trained.ids(_stages_read(settings, retrieve))
-  layout, raw = PromptLayout.load(settings, trained.stages), settings.raw
+  inputs = ids(trained, _stages_read(settings, retrieve))
+  layout, raw = PromptLayout.of(trained), settings.raw
   tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
   documents = given_documents.open_documents(
     _DOCUMENTS.value,
@@ -114,35 +114,31 @@ def _stages_read(settings, retrieve: int) -> list[str]:
   return list(dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
 
 
-def _score(trained: Trained, documents, checked, folder, retrieve: int) -> dict:
+def _score(trained: Run, documents, checked, folder, retrieve: int) -> dict:
   """Scores the documents; returns the numbers of summary.json."""
   from cm3leon_jax.evaluation.likelihood import bits, document_scores
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
   settings = trained.settings
   config, find = settings.evaluation, document_scores.no_neighbors
   bits.check_batch(config)
   if retrieve:
-    find = _search(settings, trained.stages, documents.layout, retrieve)
-  params, step = trained.load_params()
+    find = _search(trained, documents.layout, retrieve)
+  params, step = trained.params()
   sizes = (documents.layout.positions, config.batch_size)
   scorer = document_scores.Scorer(params, settings.model, settings.vocab, *sizes, find)
-  tokenizer = ImageTokenizer.load(trained.stages / "vqgan")
   resampling = {"num_resamples": config.num_resamples, "seed": settings.seed}
-  found = document_scores.run(scorer, documents, checked, tokenizer, folder, **resampling)
+  found = document_scores.run(scorer, documents, checked, trained.images, folder, **resampling)
   return {"step": step, "retrieve": retrieve, **found}
 
 
-def _search(settings, workdir: epath.Path, layout, count: int):
+def _search(trained: Run, layout, count: int):
   """Opens the bank of the run."""
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
   from cm3leon_jax.generation.pipeline import open_bank
-  from cm3leon_jax.retrieval.bank import load_clip
   from cm3leon_jax.retrieval.neighbors import Retriever
 
-  clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
-  retriever = Retriever(workdir / "neighbors", settings.retrieval)
-  return Search(count, retriever, open_bank(layout, workdir), clip, layout)
+  retriever = Retriever(trained.bank / "neighbors", trained.settings.retrieval)
+  return Search(count, retriever, open_bank(layout, trained.bank), trained.clip, layout)
 
 
 if __name__ == "__main__":

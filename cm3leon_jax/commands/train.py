@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from cm3leon_jax.commands import common, run_start, training_rows
+from cm3leon_jax.commands import common, run_start
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
@@ -29,8 +29,9 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Sequence
 
-  from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.trained.initial import Weights
+  from cm3leon_jax.trained.run import Run
   from cm3leon_jax.training.faults.skipped_rows import GoBack
 
 _PROFILE_STEPS = flags.DEFINE_string(
@@ -50,22 +51,21 @@ _DEBUG_NANS = flags.DEFINE_bool(
 )
 
 
-def _initial_params(settings: Settings, workdir, start: Weights | None):
+def _initial_params(run: Run, start: Weights | None):
   """Returns a function that makes the parameters of a new run, or None for random ones."""
   import jax
 
-  from cm3leon_jax.export import weights
   from cm3leon_jax.models.start import params_from_codebook
-  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+  from cm3leon_jax.trained import initial
 
+  settings = run.settings
   if start is not None:
-    return functools.partial(weights.load, start, settings)
+    return functools.partial(initial.load, start, settings)
   if not settings.model.codebook_start:
     return None
-  codebook = ImageTokenizer.load(workdir / "vqgan").codebook()
   key = jax.random.key(settings.seed)
   return functools.partial(
-    params_from_codebook, settings.model, settings.vocab.text_size, codebook, key
+    params_from_codebook, settings.model, settings.vocab.text_size, run.images.codebook(), key
   )
 
 
@@ -104,11 +104,14 @@ def main(
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.planning import memory
+  from cm3leon_jax.trained import rows
+  from cm3leon_jax.trained.run import Run
   from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
 
+  run = Run(workdir, settings)
   traced = parse_steps(profile_steps, settings.train.steps)
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
@@ -134,19 +137,19 @@ def main(
       return
     common.keep_compiled(workdir)
     with distributed.together():
-      loader = training_rows.open_rows(settings, workdir, "train", distributed.is_first())
-      heldout = training_rows.open_rows(settings, workdir, "heldout")
+      loader = run.rows("train", distributed.is_first())
+      heldout = run.rows("heldout")
     run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():
-      summary.update(rows=training_rows.look_at_rows(loader.plan))
+      summary.update(rows=rows.look_at_rows(loader.plan))
       generate_grid = None  # Its captions are those of held-out documents.
-      if training_rows.replay_share(settings, "heldout"):
-        generate_grid = sample_grids(settings, workdir, folder / "samples")
+      if rows.replay_share(settings, "heldout"):
+        generate_grid = sample_grids(run, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    initial_params = _initial_params(settings, workdir, start)
+    initial_params = _initial_params(run, start)
     options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
-    rows = RowObjective(loader, left_out)
-    result = train(folder, *sections, rows, heldout, *options, go_back=back)
+    objective = RowObjective(loader, left_out)
+    result = train(folder, *sections, objective, heldout, *options, go_back=back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)
 

@@ -3,13 +3,14 @@
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle, huggingface
-from cm3leon_jax.export.choices import ABOUT
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.digests import describe
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.exported import ABOUT
 
 
 def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) -> dict[str, str]:
@@ -29,17 +30,17 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     UserError: `source` lacks a file, or was made with another config; or a folder of `workdir`
       holds something else. Nothing is copied then.
   """
-  folder, workdir = bundle.folder_of(source), epath.Path(workdir)
-  is_bundle = bundle.is_bundle(folder)
+  folder, workdir = bundles.folder_of(source), epath.Path(workdir)
+  is_bundle = bundles.is_bundle(folder)
   if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(
       f"--init_from is {source}, an export, which has no CLIP, and does not say how its tokenizers "
       "were trained: name the workdir that it was exported from, or a folder that `cm3leon export "
       "--bundle` wrote."
     )
-  trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
-  folder = bundle.stages_folder(folder)
-  names = [name for name in bundle.FILES if name != "clip" or table.own_clip(settings)]
+  trained = bundles.read(folder)[0] if is_bundle else settings_of_run(folder)
+  folder = bundles.stages_folder(folder)
+  names = [name for name in bundles.FILES if name != "clip" or table.own_clip(settings)]
   files = {name: _describe(source, folder, name) for name in names}
   digests = {name: stages.id_of(files[name]) for name in names}
   configs = {name: _config(settings, folder, name) for name in names}
@@ -64,7 +65,7 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     if done.exists():
       continue
     (workdir / name).mkdir(parents=True, exist_ok=True)
-    for file in bundle.FILES[name]:
+    for file in bundles.FILES[name]:
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
     config = {"command": "copy_tokenizers", **configs[name]}
     config["inputs"] = {"init_from": digests[name]}
@@ -84,10 +85,10 @@ def _config(settings: Settings, source: epath.Path, name: str) -> dict:
 def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:
   """Describes the files of a stage; raises UserError if one is absent or damaged."""
   stages.check_files(folder / name)
-  for file in bundle.FILES[name]:
+  for file in bundles.FILES[name]:
     if not (folder / name / file).exists():
       raise UserError(
         f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "
         "bundle, written by `cm3leon export --bundle`."
       )
-  return {file: describe(folder / name / file) for file in bundle.FILES[name]}
+  return {file: describe(folder / name / file) for file in bundles.FILES[name]}

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.choices import ABOUT, Choice, TrainedRun
+from cm3leon_jax.export.choices import Choice, TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
+from cm3leon_jax.trained.exported import ABOUT
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -69,11 +70,12 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
     UserError: see `check`.
   """
   from cm3leon_jax.data.documents import training_data
-  from cm3leon_jax.export import bundle, image_tokenizer
+  from cm3leon_jax.export import image_tokenizer
+  from cm3leon_jax.trained import bundles
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.learned or run.workdir, bundle.folder_of)
+  training_data.write(folder, run.learned or run.workdir, bundles.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
   write_json(folder / ABOUT, about)

@@ -8,25 +8,19 @@ all parameters in memory to write them, so TensorStore writes the arrays, layer 
 layout: an OCDBT database of Zarr arrays, and `_METADATA` with the tree.
 """
 
-import os
-
 from etils import epath
-import orbax.checkpoint as ocp
 import tensorstore
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.files.atomic import absolute
-from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
+from cm3leon_jax.trained import orbax_export
 from cm3leon_jax.training.checkpoints import sealing
 from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.tensor_files import DTYPES, convert
-
-FOLDER = "params"
-DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
 
 
 def check(config: ModelConfig) -> None:
@@ -41,9 +35,9 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   identity = table.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
-    _write_array(folder / FOLDER, params, name, run.choice.dtype)
-  write_json(folder / FOLDER / "_METADATA", _metadata(params))
-  write_json(folder / DIGESTS, sealing.digests(folder / FOLDER))
+    _write_array(folder / orbax_export.FOLDER, params, name, run.choice.dtype)
+  write_json(folder / orbax_export.FOLDER / "_METADATA", _metadata(params))
+  write_json(folder / orbax_export.DIGESTS, sealing.digests(folder / orbax_export.FOLDER))
   size = params.count * DTYPES[run.choice.dtype][1].itemsize
   return {"parameters": params.count, "bytes": size}
 
@@ -83,26 +77,3 @@ def _metadata(params: stored.StoredParams) -> dict:
     }
   about = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
   return {"tree_metadata": tree, **about, "custom_metadata": None}
-
-
-def exists(folder: epath.PathLike) -> bool:
-  """Returns whether a folder is an export of this format, written to its end."""
-  return (epath.Path(folder) / DIGESTS).exists()
-
-
-def load(folder: epath.PathLike, types: dict) -> dict:
-  """Restores the parameters of an export.
-
-  Args:
-    folder: of the export.
-    types: of the parameters, with shardings.
-
-  Raises:
-    UserError: a file is damaged.
-  """
-  folder = absolute(folder)
-  digests = read_json(folder / DIGESTS, {})
-  if damage := sealing.damage(folder / FOLDER, digests):
-    raise UserError(f"{damage}: run `cm3leon export` again.")
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(os.fspath(folder / FOLDER), types)

@@ -89,7 +89,7 @@ def write_model(
 
   Args:
     folder: see `export`.
-    source: workdir of a run, or see `bundle.folder_of`, e.g. "scenes".
+    source: workdir of a run, or see `bundles.folder_of`, e.g. "scenes".
     dtype: of the weights and what the artifacts compute in, `float32` or `bfloat16`.
     weight_dtype: see `export`.
 
@@ -100,19 +100,18 @@ def write_model(
     UserError: nothing was trained there, a file is damaged, or see `formats.check`.
   """
   from cm3leon_jax.export import choices, formats
-  from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.mesh import MeshConfig, create_mesh
+  from cm3leon_jax.trained.run import Run
   from cm3leon_jax.weights import stored
 
-  trained = open_trained(source)
+  trained = Run.open(source)
   settings = trained.settings
   formats.check(choices.Choice(format="stablehlo", dtype=dtype), settings)
   settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
-    params = stored.of_tree(trained.load_params()[0])
-  image_tokenizer = ImageTokenizer.load(trained.stages / "vqgan")
+    params = stored.of_tree(trained.params()[0])
   texts = trained.stages / "text_tokenizer"
-  return export(folder, params, settings, image_tokenizer, texts, weight_dtype)
+  return export(folder, params, settings, trained.images, texts, weight_dtype)
 
 
 def export(

@@ -17,6 +17,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 
 GRID_COLUMNS = 4
 
@@ -120,25 +121,23 @@ def tasks_of_rows(
   return tasks
 
 
-def sample_grids(settings, workdir, folder) -> Callable[[dict, int], Image.Image]:
+def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Image.Image]:
   """Returns `generate_grid(params, step)`, which writes samples of held-out captions as a grid.
 
   Captions have no neighbors. All processes of a run generate the same images, since each holds a
   part of `params`; the first process writes them.
 
   Args:
-    settings: of the run.
-    workdir: of the run; document stores and tokenizers are read.
+    run: whose document stores and tokenizers are read.
     folder: gets step_XXXXXX.png.
   """
-  workdir, layout = epath.Path(workdir), PromptLayout.load(settings, workdir)
-  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
+  settings, layout = run.settings, PromptLayout.of(run)
+  heldout = DocumentStore(run.folder / "documents" / "heldout_pairs", layout.vocab)
   count = min(settings.train.num_samples, len(heldout))
-  tasks = heldout_tasks(layout, workdir, count, settings.seed, [(0, settings.sampling)])
-  image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  tasks = heldout_tasks(layout, run.folder, count, settings.seed, [(0, settings.sampling)])
 
   def generate_grid(params: dict, step: int) -> Image.Image:
-    pipeline = Pipeline(params, settings, layout, image_tokenizer)
+    pipeline = Pipeline(params, settings, layout, run.images)
     images = [samples[0].segments[0] for samples in pipeline.generate(tasks)]
     starts = range(0, count, GRID_COLUMNS)
     rows = [images[i : i + GRID_COLUMNS] for i in starts]

@@ -5,6 +5,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -22,6 +23,7 @@ from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
@@ -70,8 +72,10 @@ def check_tasks(
 class Pipeline:
   """Generates samples for tasks: loads each model once, and compiles once for each shape.
 
-  with jax.set_mesh(create_mesh(settings.mesh)):
-    pipeline = Pipeline.load(settings, workdir, params)
+  run = Run.open("workdir/scenes")
+  with jax.set_mesh(create_mesh(run.settings.mesh)):
+    params, _ = run.params()
+    pipeline = Pipeline.load(run, params)
     [[sample]] = pipeline.generate([TextToImage("a green bell", retrieve=0)])
     sample.image.save("bell.png")
   """
@@ -107,13 +111,18 @@ class Pipeline:
     self._tokenizer = image_tokenizer.in_batches(size)
 
   @classmethod
-  def load(cls, settings, workdir, params, clip=None, bank=None, **options) -> "Pipeline":
-    """Loads the tokenizers of `workdir`; its documents are the bank unless another is named."""
-    workdir = epath.Path(workdir)
-    if bank is None and (workdir / "documents").exists():
-      bank = workdir
-    layout, tokenizer = PromptLayout.load(settings, workdir), ImageTokenizer.load(workdir / "vqgan")
-    return cls(params, settings, layout, tokenizer, clip, bank, **options)
+  def load(
+    cls,
+    run: Run,
+    params: dict,
+    clip: CLIP | HFCLIP | None = None,
+    bank: epath.PathLike | None = None,
+    **options: Any,
+  ) -> "Pipeline":
+    """Loads the tokenizers of a run; its documents are the bank unless another is named."""
+    if bank is None and (run.stages / "documents").exists():
+      bank = run.stages
+    return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
 
   @functools.cached_property
   def retriever(self) -> Retriever:

@@ -12,7 +12,6 @@ import pathlib
 import re
 from typing import ClassVar
 
-from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
@@ -21,7 +20,7 @@ from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
 
 # What a user writes in a prompt: a hole in a text, the end of a segment, the given image.
@@ -61,12 +60,12 @@ class PromptLayout:
   longest_token: int = 0
 
   @classmethod
-  def load(cls, settings, workdir: epath.PathLike) -> "PromptLayout":
-    """Reads a run's text tokenizer. Raises UserError if there is none."""
-    vocab, vqgan = settings.vocab, settings.vqgan
-    tokenizer = TextTokenizer(epath.Path(workdir) / "text_tokenizer", vocab)
+  def of(cls, run: Run) -> "PromptLayout":
+    """Reads the text tokenizer of a run. Raises UserError if there is none."""
+    settings, tokenizer = run.settings, run.text
+    vqgan = settings.vqgan
     return cls(
-      vocab,
+      settings.vocab,
       vqgan.image_tokens,
       vqgan.resolution,
       settings.data.sequence_length,

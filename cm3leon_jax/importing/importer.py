@@ -9,7 +9,6 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.export import weights
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import opt, qwen3, tokenizer
@@ -25,6 +24,7 @@ from cm3leon_jax.tokenizers.text import (
   save_tokenizer,
   was_imported,
 )
+from cm3leon_jax.trained import initial
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 
@@ -140,7 +140,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   workdir, digests = epath.Path(workdir), found.source.digests()
   lines = describe(found)
   lines += _write_tokenizer(settings, workdir, found, digests)
-  folder = workdir / weights.INIT
+  folder = workdir / initial.INIT
   identity = {name: table.identity(settings, "train")[name] for name in ("model", "vocab")}
   files = (CONFIG, tensor_files.INDEX, "*.safetensors")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
@@ -155,7 +155,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
-      summary[weights.IMAGES] = digest(found.source.folder / weights.IMAGE_TOKENIZER)
+      summary[initial.IMAGES] = digest(found.source.folder / initial.IMAGE_TOKENIZER)
       lines.append(f"{folder}: {parameters:,} parameters in float32.")
   return lines
 
@@ -213,7 +213,7 @@ def describe(found: Import) -> list[str]:
   ]
   if source.is_own:
     lines.append("a model of this project: parameters and vocabulary stay as they are.")
-    if (images := (source.folder / weights.IMAGE_TOKENIZER).parent).exists():
+    if (images := (source.folder / initial.IMAGE_TOKENIZER).parent).exists():
       lines.append(
         f"it knows the image codes of {images}: `cm3leon import_vqgan --source={images}` "
         "in place of cm3leon train_vqgan."

@@ -8,11 +8,11 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.export import choices
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
+from cm3leon_jax.trained import exported
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
@@ -115,9 +115,9 @@ def open_source(source: str) -> SourceCheckpoint:
     UserError: the folder holds none, or none that is read safely or exactly.
   """
   folder = epath.Path(source)
-  if (kind := choices.kind_of(folder)) in ("orbax", "stablehlo"):
+  if (kind := exported.kind_of(folder)) in ("orbax", "stablehlo"):
     raise UserError(
-      f"--source is {source}, an export {choices.KINDS[kind]}; only those in the format hf are "
+      f"--source is {source}, an export {exported.KINDS[kind]}; only those in the format hf are "
       "imported"
       + (": `cm3leon train --init_from` starts from this one." if kind == "orbax" else ".")
     )

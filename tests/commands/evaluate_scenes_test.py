@@ -24,6 +24,7 @@ from cm3leon_jax.scenes.judge import samples, sheet
 from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained import bundles
 from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -201,7 +202,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
     params, _ = reading.load_params(made / "train", SETTINGS.model)
   assert found.pop("parameters") == sum(x.size for x in jax.tree.leaves(params))
   size = sum(path.stat().length for path in (*bundled.glob("*.*"), *bundled.glob("*/*")))
-  assert found.pop("bytes") == size - (bundled / bundle.FILE).stat().length
+  assert found.pop("bytes") == size - (bundled / bundles.FILE).stat().length
   assert found == {
     "images": 12,
     "right": dict.fromkeys(titles, 0),  # Random weights.
@@ -223,7 +224,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
     for document in (store[i] for i in range(len(store)))
   }
   monkeypatch.setattr(evaluate, "_images_of", lambda model, seed, texts: [real[t] for t in texts])
-  (bundled / bundle.FILE).write_text((bundled / bundle.FILE).read_text() + " ")
+  (bundled / bundles.FILE).write_text((bundled / bundles.FILE).read_text() + " ")
   run(settings)  # Another bundled model.
   found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
   assert found["right"] == {"guidance 1": 0, "guidance 2": 0, "bundled model": 12}

@@ -21,6 +21,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
+from cm3leon_jax.trained import bundles, exported
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -84,7 +85,7 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
     np.testing.assert_array_equal(found[name], tensor)
   # Each stage of `save_run` took a second.
   cost = {"train_seconds": 1.0, "other_seconds": 5.0, "machine": None}
-  assert bundle.about(tmp_path / "bundle")["cost"] == cost
+  assert bundles.about(tmp_path / "bundle")["cost"] == cost
 
 
 def with_model(settings, **fields):
@@ -222,7 +223,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   export.main(settings, root, choice=choices.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  (output / choices.ABOUT).unlink()
+  (output / exported.ABOUT).unlink()
   with pytest.raises(UserError, match=r"which is there and not a folder that cm3leon export wrote"):
     export.main(settings, root, choice=orbax, output=str(output))
   with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):
@@ -259,8 +260,8 @@ def kill_at_any_write(exported_before, tmp_path):
       assert all(found[name] == expected[name] for name in expected if name not in about)
     assert not counts or weights == new[huggingface.WEIGHTS]
     step = 0
-    if bundle.is_bundle(work / "bundle"):
-      _, step = bundle.read(work / "bundle")
+    if bundles.is_bundle(work / "bundle"):
+      _, step = bundles.read(work / "bundle")
     states.add((weights is not None, counts, step))
   kill.left, kill.folder = left // 3, str(work)
   shutil.rmtree(work / "export")
@@ -297,9 +298,9 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not (exported_before / "export" / stages.DONE).exists()
   assert not (exported_before / "export" / huggingface.WEIGHTS).exists()
-  assert bundle.read(epath.Path(target))[1] == 3  # It was not begun.
+  assert bundles.read(epath.Path(target))[1] == 3  # It was not begun.
   export.main(SETTINGS, exported_before, target)
-  assert bundle.read(epath.Path(target))[1] == 7
+  assert bundles.read(epath.Path(target))[1] == 7
 
 
 def test_a_file_that_cannot_be_read_is_no_matter_of_room(exported_before):

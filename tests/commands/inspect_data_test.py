@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.clip.model import normalize
-from cm3leon_jax.commands import inspect_data, training_rows
+from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.files.json_files import write_json
@@ -18,6 +18,7 @@ from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.trained import rows as training_rows
 from cm3leon_jax.training.faults import skipped_rows
 from tests.commands import train_test
 from tests.data.stores import VOCAB

@@ -24,11 +24,11 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
 from cm3leon_jax.runs import stages
+from cm3leon_jax.trained.run import Run
 from tests.evaluation.protocol_runs import make_data
 from tests.generation.run import SETTINGS, save_run
 
@@ -134,14 +134,14 @@ def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_
   with one_mesh():
     for before in (True, False):
       options = evaluate_protocol.Options(data=data, before=before)
-      trained = open_trained(workdir, settings)
+      trained = Run.open(workdir, settings)
       folders[before], result = evaluate_protocol.run(trained, "x", protocol, options)
       assert result["step"] == (0 if before else 2)
     rows = compare.compare(folders[True], folders[False])
     assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
     with pytest.raises(UserError, match="began from random parameters"):
       evaluate_protocol.run(
-        open_trained(source, settings), "x", protocol, dataclasses.replace(options, before=True)
+        Run.open(source, settings), "x", protocol, dataclasses.replace(options, before=True)
       )
 
 

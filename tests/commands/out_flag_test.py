@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, choices
-from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon
@@ -88,7 +89,7 @@ def call(monkeypatch, tmp_path):
 
   def run_command(command, folder, *arguments, **values):
     with flagsaver.flagsaver(**values):
-      command.main(open_trained(folder).settings, folder, *arguments)
+      command.main(Run.open(folder).settings, folder, *arguments)
     return here
 
   return run_command
@@ -96,7 +97,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path):
-  installed = bundle.folder_of("scenes")
+  installed = bundles.folder_of("scenes")
   before = names(installed)
   done = cm3leon("generate", "--workdir=scenes", "--prompt=a red bell", cwd=tmp_path)
   assert done.returncode == 0, done.stderr

@@ -9,10 +9,10 @@ import pytest
 from cm3leon_jax.commands import encode_instructions, grade_instructions, reinforce
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
-from cm3leon_jax.export import weights
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.runs import stages
+from cm3leon_jax.trained import initial
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.grpo import ReinforceConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
@@ -94,7 +94,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   assert summary["scores"]["draw"].keys() == {"reward", "spread"}
   change = summary["scores"]["draw"]["reward"] - summary["scores_before"]["draw"]["reward"]
   assert summary["gains"]["draw"]["mean"] == pytest.approx(change)
-  assert weights.start_of(whole).source == str(source)
+  assert initial.start_of(whole).source == str(source)
   assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
 
 

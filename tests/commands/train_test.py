@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands import common, train, training_rows
+from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.generation import heldout
@@ -15,6 +15,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained import rows as training_rows
 from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack

@@ -21,6 +21,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
@@ -60,7 +61,7 @@ def pipeline(workdir):
   with one_device():
     params, _ = reading.load_params(workdir / "train", SETTINGS.model)
     clip = load_clip("", workdir, SETTINGS.vocab)
-    return params, Pipeline.load(SETTINGS, workdir, params, clip, batch_size=4)
+    return params, Pipeline.load(Run(workdir, SETTINGS), params, clip, batch_size=4)
 
 
 def make_job(workdir, pipeline, folder, protocol=PROTOCOL):

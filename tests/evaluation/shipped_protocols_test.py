@@ -23,8 +23,8 @@ from cm3leon_jax.evaluation.metrics import extractors
 from cm3leon_jax.evaluation.metrics.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained.run import Run
 from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
@@ -75,7 +75,7 @@ def tiny(protocol):
 
 
 def measure(settings, workdir, *arguments):
-  return evaluate_protocol.run(open_trained(workdir, settings), *arguments)
+  return evaluate_protocol.run(Run.open(workdir, settings), *arguments)
 
 
 @pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)

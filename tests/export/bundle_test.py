@@ -10,9 +10,10 @@ import pytest
 
 from cm3leon_jax import CM3Leon, config
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
-from cm3leon_jax.export import bundle, weights
-from cm3leon_jax.export.trained import open_trained
+from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.trained import bundles, initial
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
@@ -25,7 +26,7 @@ def bundled(run):
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
     numbers = bundle.write(folder, run, SETTINGS, params, step)
-  assert numbers["bytes"] == sum(p.stat().length for p in files(folder) if p.name != bundle.FILE)
+  assert numbers["bytes"] == sum(p.stat().length for p in files(folder) if p.name != bundles.FILE)
   return folder
 
 
@@ -35,8 +36,8 @@ def files(folder):
 
 def test_parameters_are_those_of_the_run_rounded_to_float16(run, bundled):
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found, step = open_trained(bundled).load_params()
-    expected, _ = open_trained(run).load_params()
+    found, step = Run.open(bundled).params()
+    expected, _ = Run.open(run).params()
   assert step == 7
   expected = jax.tree.map(lambda x: np.asarray(x.astype("float16").astype("float32")), expected)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
@@ -116,7 +117,7 @@ def tuned(run, bundled, tmp_path_factory):
   """The run with the tokenizers and CLIP of its bundle, as `copy_tokenizers` copies them."""
   folder = epath.Path(tmp_path_factory.mktemp("tuned")) / "run"
   shutil.copytree(run, folder)
-  for stage, names in bundle.FILES.items():
+  for stage, names in bundles.FILES.items():
     for name in names:
       (bundled / stage / name).copy(folder / stage / name, overwrite=True)
   return folder
@@ -140,10 +141,10 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   np.testing.assert_array_equal(sample.tokens, expected.tokens)
   assert sample.clip_score == expected.clip_score
   with one_device():
-    found, step = open_trained(based).load_params()
+    found, step = Run.open(based).params()
   assert found.keys() == params.keys()
   assert step == 7
-  assert weights.other_tokenizers(str(based), tuned) == []
+  assert initial.other_tokenizers(str(based), tuned) == []
   with pytest.raises(config.UserError, match="must be a bundle with tokenizers and CLIP of its"):
     bundle.write(tmp_path / "third", tuned, SETTINGS, {}, 7, base=str(based))
 
@@ -179,10 +180,10 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   with pytest.raises(config.UserError, match=f"{name} has another content"):
     CM3Leon.load(changed)
   with pytest.raises(config.UserError, match=f"{name} has another content"):
-    weights.find(SETTINGS, str(changed))
+    initial.find(SETTINGS, str(changed))
   (changed / name).unlink()
   with pytest.raises(config.UserError, match=f"{name} is absent"):
-    bundle.read(changed)
+    bundles.read(changed)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +201,9 @@ def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence)
   folder = epath.Path(tmp_path / "copy")
   bundle.copy(bundled, folder)
   (tmp_path / "copy" / "zero").symlink_to("/dev/zero")
-  stored = read_json(folder / bundle.FILE)
-  write_json(folder / bundle.FILE, {**stored, "digests": {**stored["digests"], name: "0" * 64}})
-  for read in (bundle.read, bundle.about):
+  stored = read_json(folder / bundles.FILE)
+  write_json(folder / bundles.FILE, {**stored, "digests": {**stored["digests"], name: "0" * 64}})
+  for read in (bundles.read, bundles.about):
     with pytest.raises(config.UserError, match=sentence):
       read(folder)
 
@@ -211,8 +212,8 @@ def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence)
 def test_a_base_that_is_no_name_and_digest_is_refused(bundled, tmp_path, base):
   folder = epath.Path(tmp_path / "copy")
   bundle.copy(bundled, folder)
-  write_json(folder / bundle.FILE, {**read_json(folder / bundle.FILE), "base": base})
-  for read in (bundle.read, bundle.stages_folder):
+  write_json(folder / bundles.FILE, {**read_json(folder / bundles.FILE), "base": base})
+  for read in (bundles.read, bundles.stages_folder):
     with pytest.raises(config.UserError, match="it must be an object with name and digest"):
       read(folder)
 
@@ -224,13 +225,13 @@ def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
   weights_file = tmp_path / "copy" / "model.safetensors"
   weights_file.rename(tmp_path / "blob")
   weights_file.symlink_to(tmp_path / "blob")
-  assert bundle.read(folder) == bundle.read(bundled)
+  assert bundles.read(folder) == bundles.read(bundled)
 
 
 def test_a_run_starts_from_a_bundle(bundled):
-  found = weights.find(SETTINGS, str(bundled))
+  found = initial.find(SETTINGS, str(bundled))
   with one_device():
-    assert weights.load(found, SETTINGS).keys() == {"embed", "blocks", "positions"}
+    assert initial.load(found, SETTINGS).keys() == {"embed", "blocks", "positions"}
 
 
 def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):

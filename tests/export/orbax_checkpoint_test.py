@@ -8,8 +8,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, orbax_checkpoint, weights
+from cm3leon_jax.export import choices, orbax_checkpoint
 from cm3leon_jax.tokenizers import text
+from cm3leon_jax.trained import initial
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -48,18 +49,18 @@ def test_nothing_is_compressed(exported):
 
 def test_a_run_starts_from_it_on_any_mesh(exported, run):
   settings, params, folder, _ = exported
-  start = weights.find(settings, str(folder))
+  start = initial.find(settings, str(folder))
   assert start.step is None
   for name in text.FILES:
     assert (folder / name).read_text() == (run / "text_tokenizer" / name).read_text()
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found, split = weights.load(start, settings), random_params(settings.model)
+    found, split = initial.load(start, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
   other = dataclasses.replace(settings.model, mlp_width=64)
   with pytest.raises(UserError, match=r"model\.mlp_width: 32 -> 64"):
-    weights.find(dataclasses.replace(settings, model=other), str(folder))
+    initial.find(dataclasses.replace(settings, model=other), str(folder))
 
 
 @pytest.mark.parametrize("exported", ["opt"], indirect=True)
@@ -69,7 +70,7 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   rounded = folder.parent / "rounded"
   orbax_checkpoint.write(rounded, dataclasses.replace(run, choice=narrow))
   with one_device():
-    found = weights.load(weights.find(settings, str(rounded)), settings)
+    found = initial.load(initial.find(settings, str(rounded)), settings)
   expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   data = max((folder / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
@@ -77,4 +78,4 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   content[len(content) // 2] ^= 1
   data.write_bytes(bytes(content))
   with one_device(), pytest.raises(UserError, match=f"{data.name} is damaged"):
-    weights.load(weights.find(settings, str(folder)), settings)
+    initial.load(initial.find(settings, str(folder)), settings)

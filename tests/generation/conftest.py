@@ -7,6 +7,7 @@ import pytest
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.tokenizers import text
+from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run
 
@@ -21,7 +22,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def layout(workdir):
-  return PromptLayout.load(SETTINGS, workdir)
+  return PromptLayout.of(Run(workdir, SETTINGS))
 
 
 @pytest.fixture(scope="session")

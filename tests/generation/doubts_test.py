@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from cm3leon_jax.data.instructions.config import InstructionsConfig
-from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.image_tasks import Edit, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
+from cm3leon_jax.trained.run import Run, unseen_in
 
 NEVER = "this model never learned to edit"
 SAID = "no token of the prompt"
@@ -17,9 +17,9 @@ EDIT = Edit(image="a.png", prompt="make the bell blue")
 
 
 def doubts_of(name, tasks):
-  trained = open_trained(name)
-  layout = PromptLayout.load(trained.settings, trained.stages)
-  return doubts(tasks, layout, trained.settings, trained.unseen_tokens())
+  trained = Run.open(name)
+  layout = PromptLayout.of(trained)
+  return doubts(tasks, layout, trained.settings, unseen_in(trained))
 
 
 def test_edits_of_the_bundled_models():
@@ -45,8 +45,8 @@ def test_marks_that_a_task_does_not_read():
 
 
 def test_a_model_of_which_nothing_is_known_is_silent():
-  trained = open_trained("scenes")
-  layout = PromptLayout.load(trained.settings, trained.stages)
+  trained = Run.open("scenes")
+  layout = PromptLayout.of(trained)
   tasks = [TextToImage(prompt="красный колокол")]
   assert doubts(tasks, layout, trained.settings, None) == []
 
@@ -56,8 +56,8 @@ def test_a_model_of_which_nothing_is_known_is_silent():
   [({"tasks": "/nowhere"}, 0), ({"tasks": "scenes", "only": ("count",)}, 1)],
 )
 def test_edits_are_judged_by_the_tasks_of_the_tuning(instructions, count):
-  trained = open_trained("scenes")
-  layout = PromptLayout.load(trained.settings, trained.stages)
+  trained = Run.open("scenes")
+  layout = PromptLayout.of(trained)
   config = InstructionsConfig(**instructions)
   settings = dataclasses.replace(trained.settings, instructions=config)
   assert len(doubts([EDIT], layout, settings, None)) == count

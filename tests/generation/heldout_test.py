@@ -9,6 +9,7 @@ from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.generation.heldout import heldout_tasks, sample_grids
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
@@ -56,7 +57,7 @@ def test_originals_are_decoded_from_their_codes(workdir, layout):
 
 def test_the_trainer_writes_a_grid(workdir, tmp_path):
   with one_device():
-    generate_grid = sample_grids(SETTINGS, workdir, tmp_path / "grid")
+    generate_grid = sample_grids(Run(workdir, SETTINGS), tmp_path / "grid")
     grid = generate_grid(random_params(SETTINGS.model), 12)
   assert [p.name for p in (tmp_path / "grid").iterdir()] == ["step_000012.png"]
   written = np.asarray(Image.open(tmp_path / "grid" / "step_000012.png"))

@@ -20,6 +20,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
@@ -35,7 +36,7 @@ def write_image(path, width=8, height=8):
 @pytest.fixture(scope="module")
 def pipeline(workdir, clip):
   with one_device():
-    return Pipeline.load(SETTINGS, workdir, random_params(SETTINGS.model), clip, batch_size=2)
+    return Pipeline.load(Run(workdir, SETTINGS), random_params(SETTINGS.model), clip, batch_size=2)
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +287,7 @@ def test_a_bank_with_embeddings_of_other_documents_is_refused(pipeline, workdir,
   documents = [pipeline.documents[i] for i in range(5)]
   write_documents(tmp_path / "documents" / "train_pairs", documents, VOCAB)
   (tmp_path / "neighbors").symlink_to(workdir / "neighbors")
-  foreign = Pipeline.load(SETTINGS, workdir, random_params(SETTINGS.model), clip, tmp_path)
+  foreign = Pipeline.load(Run(workdir, SETTINGS), random_params(SETTINGS.model), clip, tmp_path)
   message = "has embeddings of 12 documents in neighbors/, and 5 documents in documents/"
   with pytest.raises(UserError, match=message):
     prepare(foreign, text_to_image("green car", retrieve=1))

@@ -16,6 +16,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Interleaved
 from cm3leon_jax.generation.writer import Writer, record
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
@@ -34,7 +35,7 @@ def generate(folder, workdir, tasks, clip, **options):
   """Generates one sample of each task and returns their records."""
   with one_device():
     params = random_params(SETTINGS.model)
-    pipeline = Pipeline.load(SETTINGS, workdir, params, clip, **options)
+    pipeline = Pipeline.load(Run(workdir, SETTINGS), params, clip, **options)
     writer = Writer(folder)
     return writer.finish(pipeline.generate(tasks, on_batch=writer.save_images))
 

@@ -9,11 +9,12 @@ import pytest
 from scipy.special import logsumexp
 
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.export import huggingface, weights
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import importer, qwen3
 from cm3leon_jax.importing.tables import extend
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained import initial
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -67,7 +68,7 @@ def losses_of_original(model) -> np.ndarray:
 def losses_of_import(workdir, settings, change=None) -> np.ndarray:
   """Losses of what is in `init`, as launch.train reads it, on eight devices."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params = weights.load(weights.find(settings, str(workdir / "init")), settings)
+    params = initial.load(initial.find(settings, str(workdir / "init")), settings)
     return losses_of(params if change is None else change(params), settings)
 
 
@@ -176,11 +177,11 @@ def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tm
   ours.parent.mkdir()
   for written, others in ((b"a", []), (b"b", ["image tokenizer"])):
     ours.write_bytes(written)
-    assert weights.other_tokenizers(init, tmp_path / "run") == others
+    assert initial.other_tokenizers(init, tmp_path / "run") == others
   assert training_data.collect(tmp_path / "run" / "init") == learned
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found = weights.find(settings, str(tmp_path / "run" / "init"))
-    params, split = weights.load(found, settings), random_params(settings.model)
+    found = initial.find(settings, str(tmp_path / "run" / "init"))
+    params, split = initial.load(found, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split), strict=True):
     assert x.sharding == y.sharding

@@ -11,12 +11,12 @@ import pytest
 
 from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.export import weights
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation import heldout
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.trained import initial
 from cm3leon_jax.training.checkpoints import reading
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
@@ -60,7 +60,7 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   assert done["config"]["init_from"]["source"] == str(folder / "init")
   assert np.isfinite(done["summary"]["heldout_loss"])
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    start = weights.load(weights.find(settings, str(folder / "init")), settings)
+    start = initial.load(initial.find(settings, str(folder / "init")), settings)
     trained, step = reading.load_params(folder / "train", settings.model)
   assert step == STEPS
   for name in ("embed", "head"):
@@ -104,7 +104,7 @@ def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
   assert read_json(imported / "text_tokenizer" / stages.DONE) == before
   tokenizer = TextTokenizer(imported / "text_tokenizer", settings.vocab)
   assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
-  assert not weights.other_tokenizers(str(imported / "init"), imported)
+  assert not initial.other_tokenizers(str(imported / "init"), imported)
 
 
 def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, tmp_path):

@@ -5,7 +5,7 @@ from tests.mutant_lists.mutant import mutants_of
 QWEN3, OPT = "cm3leon_jax/importing/qwen3.py", "cm3leon_jax/importing/opt.py"
 TABLES, SOURCE = "cm3leon_jax/importing/tables.py", "cm3leon_jax/importing/source.py"
 TOKENIZER = "cm3leon_jax/importing/tokenizer.py"
-PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/export/weights.py"
+PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/trained/initial.py"
 IMPORTER_TEST = "tests/importing/importer_test.py"
 REFUSALS_TEST, TRAINING_TEST = (
   "tests/importing/refusals_test.py",

@@ -103,7 +103,7 @@ RETRIEVAL = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/commands/training_rows.py",
+    "cm3leon_jax/trained/rows.py",
     "tests/training/watch/heldout_test.py::test_neighbors_are_those_of_the_caption_alone",
     ("heldout_neighbors_by_image", 'text_only=split == "heldout"', "text_only=False"),
   ),

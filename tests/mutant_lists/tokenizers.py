@@ -61,7 +61,7 @@ TOKENIZERS = (
     ("an_exported_grid_is_any", "(config.resolution,) if own else", "(256, 512) if own else"),
   ),
   *mutants_of(
-    "cm3leon_jax/export/weights.py",
+    "cm3leon_jax/trained/initial.py",
     "tests/importing/importer_test.py::test_an_export_of_this_project_is_imported_bit_for_bit",
     ("an_imported_export_fits_all_codes", '["summary"].get(IMAGES)', '["summary"].get("")'),
   ),

@@ -196,8 +196,8 @@ TRAINING = (
     ("average_not_read", '"ema" if described', '"params" if described'),
   ),
   *mutants_of(
-    "cm3leon_jax/export/weights.py",
-    "tests/export/weights_test.py::test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused",
+    "cm3leon_jax/trained/initial.py",
+    "tests/trained/initial_test.py::test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused",
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(

@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import batches
 from cm3leon_jax.decoding import batch as batch_lib
@@ -19,6 +18,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state

@@ -17,6 +17,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.grpo import ReinforceConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -62,7 +63,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def layout(workdir):
-  return PromptLayout.load(SETTINGS, workdir)
+  return PromptLayout.of(Run(workdir, SETTINGS))
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
-from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.trained import bundles
 from tests.data.raw_folder import write_raw
 from tests.reports.run_files import make_image
 
@@ -75,10 +75,10 @@ def test_files_of_instructions_are_named_without_a_license(tmp_path):
     assert [(x["source"], x["license"], x["records"]) for x in found[1:]] == expected
 
 
-@pytest.mark.parametrize("name", bundle.INSTALLED)
+@pytest.mark.parametrize("name", bundles.INSTALLED)
 def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name):
   run = make_run(epath.Path(tmp_path / "run"), "MIT", name)
-  found = training_data.collect(run, bundle.folder_of)
+  found = training_data.collect(run, bundles.folder_of)
   assert [x["name"] for x in found["runs"]] == ["run", *{name: 0, "scenes": 0}]
   assert all(x["known"] for x in found["runs"])
   assert {x["license"] for x in found["origins"]} == {"MIT", "Apache-2.0"}

@@ -9,6 +9,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 
@@ -22,7 +23,7 @@ def run(tmp_path_factory):
   save_run(root)
   with one_device():
     params, _ = reading.load_params(root / "train", SETTINGS.model)
-    yield Pipeline.load(SETTINGS, root, params, None, batch_size=4), params
+    yield Pipeline.load(Run(root, SETTINGS), params, None, batch_size=4), params
 
 
 def plain(pipeline, params, before, answer, after, codes) -> float:

@@ -20,6 +20,7 @@ from cm3leon_jax.positions import positions_of
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits, random_params
@@ -36,7 +37,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def layout(workdir):
-  return PromptLayout.load(SETTINGS, workdir)
+  return PromptLayout.of(Run(workdir, SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_sums_are_those_of_pairs(workdir, layout, scorer, tmp_path, retrieve):
     scorer, file, file.check(), ImageTokenizer.load(workdir / "vqgan"), tmp_path / "out"
   )
   images = [str(tmp_path / f"{i}.png") for i in range(2)]
-  run = Pipeline.load(SETTINGS, workdir, scorer.params, load_clip("", workdir, VOCAB))
+  run = Pipeline.load(Run(workdir, SETTINGS), scorer.params, load_clip("", workdir, VOCAB))
   expected = pairs.score(run, scorer.params, list(zip(texts, images)), retrieve)
   scored = read(tmp_path / "out")
   for line, pair in zip(scored, expected, strict=True):

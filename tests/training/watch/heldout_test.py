@@ -8,7 +8,6 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.rows.loader import RowLoader, join
 from cm3leon_jax.data.rows.plan import RowPlan
@@ -16,6 +15,7 @@ from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.heldout import evaluate, heldout_batches
 from tests.data.stores import VOCAB, make_sources

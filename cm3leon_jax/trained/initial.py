@@ -5,19 +5,16 @@ import os
 
 from etils import epath
 
-from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, choices, huggingface, orbax_checkpoint
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.trained import bundles, exported, orbax_export
 from cm3leon_jax.training.checkpoints import reading
-from cm3leon_jax.weights import layouts, placed, stored_tensors
-from cm3leon_jax.weights.stored_tensors import StoredTensors
+from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
-IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
+IMAGE_TOKENIZER = f"{exported.IMAGES}/params.safetensors"  # Of an exported model.
 IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
@@ -27,7 +24,7 @@ class Weights:
   """Trained parameters on disk, as the config of a run that starts from them records them.
 
   Attributes:
-    source: what the user named, see `bundle.folder_of`.
+    source: what the user named, see `bundles.folder_of`.
     step: of the checkpoint; None for an exported model.
     digest: SHA-256 of the exported file, or of the digests of several ones or of the checkpoint's.
   """
@@ -98,27 +95,27 @@ def find(settings, source: str, step: int | None = None) -> Weights:
 
   Args:
     settings: of the run that starts from them.
-    source: see `bundle.folder_of`.
+    source: see `bundles.folder_of`.
     step: of the checkpoint of a run; default: the newest.
 
   Raises:
     UserError: there are none, or their model or vocab is another one.
   """
-  folder = bundle.folder_of(source)
-  if bundle.is_bundle(folder):
-    bundle.read(folder)  # Checks its files.
-  if (kind := choices.kind_of(folder)) not in ("", "orbax"):
+  folder = bundles.folder_of(source)
+  if bundles.is_bundle(folder):
+    bundles.read(folder)  # Checks its files.
+  if (kind := exported.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {choices.KINDS[kind]}, whose numbers are not those that "
-      "were trained: name the workdir that it was exported from, or an export in the format hf or "
-      "orbax."
+      f"--init_from is {source}, an export {exported.KINDS[kind]}, whose numbers are not those "
+      "that were trained: name the workdir that it was exported from, or an export in the format "
+      "hf or orbax."
     )
   run = folder / "train" / "config.json"
   expected = plain(table.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
-  elif orbax_checkpoint.exists(folder):
+  elif orbax_export.exists(folder):
     described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
@@ -127,8 +124,8 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   else:
     raise UserError(
       f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
-      f"folder of `cm3leon export`, with config.json and {huggingface.WEIGHTS}, or the "
-      f"name of a model that is installed: {', '.join(bundle.INSTALLED)}."
+      f"folder of `cm3leon export`, with config.json and {tensor_files.WEIGHTS}, or the "
+      f"name of a model that is installed: {', '.join(bundles.INSTALLED)}."
     )
   changed = stages.differences({part: described.get(part) for part in expected}, expected)
   if changed:
@@ -138,8 +135,8 @@ def find(settings, source: str, step: int | None = None) -> Weights:
     )
   if run.exists():
     return Weights(source, *reading.identify(folder / "train", step))
-  if orbax_checkpoint.exists(folder):
-    return Weights(source, None, digest(folder / orbax_checkpoint.DIGESTS))
+  if orbax_export.exists(folder):
+    return Weights(source, None, digest(folder / orbax_export.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
@@ -155,7 +152,7 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
-  folder, workdir = bundle.stages_folder(bundle.folder_of(source)), epath.Path(workdir)
+  folder, workdir = bundles.stages_folder(bundles.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
@@ -174,9 +171,9 @@ def seconds_before(workdir: epath.PathLike) -> float:
   """Returns the seconds of the trainings that a run started from, as far as their folders exist."""
   if (start := start_of(workdir)) is None:
     return 0.0
-  folder = bundle.folder_of(start.source)
-  if bundle.is_bundle(folder):
-    return (bundle.about(folder)["cost"] or {}).get("train_seconds", 0.0)
+  folder = bundles.folder_of(start.source)
+  if bundles.is_bundle(folder):
+    return (bundles.about(folder)["cost"] or {}).get("train_seconds", 0.0)
   if not (done := folder / "train" / stages.DONE).exists():
     return 0.0
   return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
@@ -193,28 +190,13 @@ def load(weights: Weights, settings) -> dict:
       f"{weights.source} has other parameters than when this run began, and the run has no "
       "checkpoint yet: delete train/ in the --workdir of this run to begin again."
     )
-  folder = bundle.folder_of(weights.source)
+  folder = bundles.folder_of(weights.source)
   if weights.step is not None:
     return reading.load_params(folder / "train", settings.model, weights.step)[0]
-  if orbax_checkpoint.exists(folder):
-    return orbax_checkpoint.load(folder, placed.types_of(settings.model))
-  return load_exported(folder, settings.model)
+  return exported.load_params(folder, settings.model)
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
   """Returns the parameters that the run in a workdir began from; None: random ones."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return Weights(**run["init_from"]) if run.get("init_from") else None
-
-
-def load_exported(folder: epath.Path, config: ModelConfig) -> dict:
-  """Reads exported parameters onto the current mesh. All processes must call it.
-
-  Raises:
-    UserError: a file is absent or damaged.
-  """
-  with distributed.together():
-    try:
-      return placed.load(StoredTensors(folder), config)
-    except UserError as error:
-      raise UserError(f"{error} Write the folder again: `cm3leon export`.") from error

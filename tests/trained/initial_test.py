@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, gpt2, huggingface, weights
+from cm3leon_jax.export import choices, gpt2, huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import table
+from cm3leon_jax.trained import initial
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -31,21 +32,21 @@ def exported(request, tmp_path):
 
 
 def test_the_average_of_a_run_is_found_and_loaded_onto_any_mesh(run):
-  found = weights.find(SETTINGS, str(run))
+  found = initial.find(SETTINGS, str(run))
   assert (found.source, found.step) == (str(run), 7)
   with one_device():
     expected = jax.device_get(random_params(SETTINGS.model))
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params = weights.load(found, SETTINGS)
+    params = initial.load(found, SETTINGS)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_an_exported_model_is_loaded_as_it_was_and_split_over_the_mesh(exported):
   settings, expected, folder = exported
-  found = weights.find(settings, str(folder))
+  found = initial.find(settings, str(folder))
   assert found.step is None
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    params, split = weights.load(found, settings), random_params(settings.model)
+    params, split = initial.load(found, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
@@ -56,13 +57,13 @@ def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
     r"differs from this one \(model\.mlp_width: 32 -> 64\): model and vocab must be the same"
   )
   with pytest.raises(UserError, match=message):
-    weights.find(with_model(mlp_width=64), str(run))
+    initial.find(with_model(mlp_width=64), str(run))
   settings, _, folder = exported
   model = dataclasses.replace(settings.model, num_heads=4, max_positions=256)
   vocab = dataclasses.replace(settings.vocab, num_special=settings.vocab.num_special + 1)
   message = r"model\.max_positions: 128 -> 256; model\.num_heads: 8 -> 4; vocab\.num_special: "
   with pytest.raises(UserError, match=message):
-    weights.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
+    initial.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
 
 
 @pytest.mark.parametrize("exported", ["modern"], indirect=True)
@@ -70,26 +71,26 @@ def test_an_export_with_other_positions_is_refused(exported):
   settings, _, folder = exported
   model = dataclasses.replace(settings.model, align_images=True)
   with pytest.raises(UserError, match=r"model\.align_images: False -> True"):
-    weights.find(dataclasses.replace(settings, model=model), str(folder))
+    initial.find(dataclasses.replace(settings, model=model), str(folder))
 
 
 def test_fields_that_say_only_how_to_compute_may_differ(run):
-  assert weights.find(with_model(remat_policy="none", loss_chunk=8), str(run)).step == 7
+  assert initial.find(with_model(remat_policy="none", loss_chunk=8), str(run)).step == 7
 
 
 def test_other_folders_and_damaged_files_are_refused(exported, tmp_path):
   settings, _, folder = exported
   with pytest.raises(UserError, match=r"--init_from is nowhere; it must be the workdir of a run"):
-    weights.find(settings, "nowhere")
-  found, path = weights.find(settings, str(folder)), folder / huggingface.WEIGHTS
+    initial.find(settings, "nowhere")
+  found, path = initial.find(settings, str(folder)), folder / huggingface.WEIGHTS
   path.write_bytes(path.read_bytes()[:-9])
   with one_device(), pytest.raises(UserError, match="other parameters than when this run began"):
-    weights.load(found, settings)
+    initial.load(found, settings)
   with one_device(), pytest.raises(UserError, match="is damaged"):
-    weights.load(weights.find(settings, str(folder)), settings)
+    initial.load(initial.find(settings, str(folder)), settings)
   write_json(folder / "config.json", {"model_type": "opt", "vocab_size": 9})
   with pytest.raises(UserError, match=r"has no field .*it was not written by `cm3leon "):
-    weights.find(settings, str(folder))
+    initial.find(settings, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -108,35 +109,35 @@ def test_an_export_with_other_numbers_is_refused_by_its_name(
   about = choices.TrainedRun(settings, run, params, choices.Choice(**choice))
   (gpt2 if choice.get("format") else huggingface).write(tmp_path, about)
   with pytest.raises(UserError, match=rf"^--init_from is \S+, {message}, .* format hf or orbax\.$"):
-    weights.find(settings, str(tmp_path))
+    initial.find(settings, str(tmp_path))
   for path in tmp_path.iterdir():
     path.unlink()
   write_json(tmp_path / "manifest.json", {})
   with pytest.raises(UserError, match="an export in the format stablehlo, "):
-    weights.find(settings, str(tmp_path))
+    initial.find(settings, str(tmp_path))
 
 
 def test_the_image_tokenizer_of_an_export_is_compared(run, tmp_path):
   shutil.copytree(run / "vqgan", tmp_path / "image_tokenizer")
-  assert weights.other_tokenizers(str(tmp_path), run) == []
+  assert initial.other_tokenizers(str(tmp_path), run) == []
   path = tmp_path / "image_tokenizer" / "params.safetensors"
   path.write_bytes(path.read_bytes() + b" ")
-  assert weights.other_tokenizers(str(tmp_path), run) == ["image tokenizer"]
+  assert initial.other_tokenizers(str(tmp_path), run) == ["image tokenizer"]
 
 
 def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(run, copy)
-  found = weights.find(SETTINGS, str(copy))
+  found = initial.find(SETTINGS, str(copy))
   digests = copy / "train" / "checkpoints.digests" / "7.json"
   digests.write_text(digests.read_text() + " ")
   with one_device(), pytest.raises(UserError, match="other parameters than when this run began"):
-    weights.load(found, SETTINGS)
+    initial.load(found, SETTINGS)
 
 
 def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
   def start(source, stored):
-    return weights.start_of_run(SETTINGS, tmp_path, source, stored)
+    return initial.start_of_run(SETTINGS, tmp_path, source, stored)
 
   assert start("", None) is None
   begun = start(str(run), None)
@@ -152,16 +153,16 @@ def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
 
 
 def test_other_tokenizers_are_named(run, tmp_path, capsys):
-  assert weights.other_tokenizers(str(run), run) == []
+  assert initial.other_tokenizers(str(run), run) == []
   for name in ("text_tokenizer", "vqgan"):
     shutil.copytree(run / name, tmp_path / name)
-  assert weights.other_tokenizers(str(run), tmp_path) == []
+  assert initial.other_tokenizers(str(run), tmp_path) == []
   for path in ("text_tokenizer/tokenizer.json", "vqgan/params.safetensors"):
     (tmp_path / path).write_bytes((tmp_path / path).read_bytes() + b" ")
   expected = ["text tokenizer", "image tokenizer"]
-  assert weights.other_tokenizers(str(run), tmp_path) == expected
-  assert weights.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
-  weights.start_of_run(SETTINGS, tmp_path, str(run), None)
+  assert initial.other_tokenizers(str(run), tmp_path) == expected
+  assert initial.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
+  initial.start_of_run(SETTINGS, tmp_path, str(run), None)
   assert "was trained with another text tokenizer than that of" in capsys.readouterr().out
 
 
@@ -176,8 +177,8 @@ def test_a_run_has_cost_what_the_runs_before_it_cost(tmp_path):
   first = trained("first", 40.0, None)
   second = trained("second", 2.0, first)
   third = trained("third", 1.0, second)
-  assert [weights.seconds_before(run) for run in (first, second, third)] == [0.0, 40.0, 42.0]
+  assert [initial.seconds_before(run) for run in (first, second, third)] == [0.0, 40.0, 42.0]
   gone = trained("gone", 1.0, tmp_path / "deleted")
-  assert weights.seconds_before(gone) == 0.0
+  assert initial.seconds_before(gone) == 0.0
   write_json(second / "bundle.json", {"digests": {}, "cost": {"train_seconds": 7.0}})
-  assert weights.seconds_before(third) == 7.0
+  assert initial.seconds_before(third) == 7.0

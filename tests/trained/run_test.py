@@ -6,42 +6,42 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
-from cm3leon_jax.export import bundle
-from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.run import Run, ids
 from tests.generation.run import SETTINGS
 
 READ = ["text_tokenizer", "vqgan", "train"]
 
 
 def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
-  trained = open_trained(run)
-  assert (trained.settings, trained.is_bundle) == (SETTINGS, False)
+  trained = Run.open(run)
+  assert (trained.settings, trained.kind, trained.step) == (SETTINGS, "workdir", None)
   assert trained.stages == trained.bank == trained.folder == run
-  assert trained.ids(READ) == stages.ids(SETTINGS, run, READ)
+  assert ids(trained, READ) == stages.ids(SETTINGS, run, READ)
 
 
 def test_a_bundle_on_a_base_reads_what_the_base_has():
-  base, tuned = open_trained("scenes"), open_trained("scenes-instruct")
-  assert tuned.is_bundle
-  assert tuned.stages == base.stages == base.bank == tuned.bank == bundle.folder_of("scenes")
-  first, second = base.ids([*READ, "neighbors"]), tuned.ids([*READ, "neighbors"])
+  base, tuned = Run.open("scenes"), Run.open("scenes-instruct")
+  assert tuned.kind == base.kind == "bundle"
+  assert tuned.stages == base.stages == base.bank == tuned.bank == bundles.folder_of("scenes")
+  first, second = (ids(one, [*READ, "neighbors"]) for one in (base, tuned))
   assert first.pop("train") != second.pop("train")
   assert first == second
   assert len(set(first.values())) == 3
 
 
 def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
-  stored = open_trained("scenes").settings
+  stored = Run.open("scenes").settings
   sampling = dataclasses.replace(stored.sampling, temperature=0.125)
   asked = dataclasses.replace(stored, sampling=sampling, retrieval=SETTINGS.retrieval)
-  assert open_trained("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
+  assert Run.open("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
   other = settings_from_config(scenes.get_config())  # Of the demo's model, which is smaller.
   with pytest.raises(UserError, match=r"model\.width: 192 -> 128\): leave --config out, the bund"):
-    open_trained("scenes", other)
+    Run.open("scenes", other)
 
 
 def test_a_misspelt_name_of_a_bundle_is_mended():
   with pytest.raises(UserError, match=r"scenez is no folder and no bundle: did you mean scenes\?"):
-    open_trained("scenez")
+    Run.open("scenez")

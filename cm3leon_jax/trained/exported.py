@@ -1,0 +1,86 @@
+"""Reads an export in the format hf or orbax: it has neither CLIP nor bank."""
+
+import os
+
+from etils import epath
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.files.json_files import read_foreign_json, read_json
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import Settings, settings_from_stored
+from cm3leon_jax.trained import bundles, orbax_export
+from cm3leon_jax.weights import placed
+from cm3leon_jax.weights.stored_tensors import StoredTensors
+
+ABOUT = "export.json"  # Marks a folder as an export, and says of what.
+IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
+
+# What `kind_of` returns -> what an export is.
+KINDS = {
+  "stablehlo": "in the format stablehlo",
+  "orbax": "in the format orbax",
+  "gpt2": "in the format gpt2",
+  "int8": "with int8 weights",
+}
+
+
+def kind_of(folder: epath.PathLike) -> str:
+  """Returns the key of `KINDS` of an export, by its files; "": one of `hf`, or another folder."""
+  folder = epath.Path(folder)
+  for kind, name in (("stablehlo", "manifest.json"), ("orbax", orbax_export.DIGESTS)):
+    if (folder / name).exists():
+      return kind
+  path = folder / "config.json"
+  described = read_foreign_json(path, {}) if path.exists() else {}
+  if described.get("model_type") == "gpt2":
+    return "gpt2"
+  return "int8" if described.get("quantization_config") else ""
+
+
+def is_export(source: str | os.PathLike[str]) -> bool:
+  """Returns whether `cm3leon export` wrote the folder."""
+  folder = bundles.folder_of(source)
+  return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
+
+
+def read(folder: epath.Path) -> tuple[Settings, int]:
+  """Reads the settings and the step of an export.
+
+  Raises:
+    UserError: its numbers are not those that were trained, an earlier version wrote it, or its
+      image tokenizer is a published one.
+  """
+  if (kind := kind_of(folder)) not in ("", "orbax"):
+    raise UserError(
+      f"{folder} is an export {KINDS[kind]}, for other programs: load the workdir of its "
+      "run, or an export in the format hf or orbax."
+    )
+  stored = read_json(folder / ABOUT, {"step": int})
+  if "settings" not in stored:
+    raise UserError(
+      f"{folder} was written by an older version and has no settings: run "
+      "`cm3leon export` again, or load the workdir of its run."
+    )
+  if "vqgan" not in read_json(folder / IMAGES / "config.json"):
+    raise UserError(
+      f"{folder} has a published image tokenizer under the names of its release: load the workdir "
+      "of its run."
+    )
+  return settings_from_stored(stored["settings"]), stored["step"]
+
+
+def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
+  """Loads the parameters of an export or bundle onto the current mesh. All processes must call it.
+
+  Raises:
+    UserError: a file is absent or damaged.
+  """
+  folder = epath.Path(folder)
+  if orbax_export.exists(folder):
+    return orbax_export.load(folder, placed.types_of(config))
+  with distributed.together():
+    try:
+      return placed.load(StoredTensors(folder), config)
+    except UserError as error:
+      raise UserError(f"{error} Write the folder again: `cm3leon export`.") from error

@@ -1,0 +1,37 @@
+"""Reads an export in the format orbax, see `export.orbax_checkpoint`."""
+
+import os
+
+from etils import epath
+import orbax.checkpoint as ocp
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.files.atomic import absolute
+from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.training.checkpoints import sealing
+
+FOLDER = "params"
+DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
+
+
+def exists(folder: epath.PathLike) -> bool:
+  """Returns whether a folder is an export of this format, written to its end."""
+  return (epath.Path(folder) / DIGESTS).exists()
+
+
+def load(folder: epath.PathLike, types: dict) -> dict:
+  """Restores the parameters of an export.
+
+  Args:
+    folder: of the export.
+    types: of the parameters, with shardings.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  folder = absolute(folder)
+  digests = read_json(folder / DIGESTS, {})
+  if damage := sealing.damage(folder / FOLDER, digests):
+    raise UserError(f"{damage}: run `cm3leon export` again.")
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(os.fspath(folder / FOLDER), types)
