@@ -18,7 +18,7 @@ from cm3leon_jax import CM3Leon
 from cm3leon_jax.decoding.continuous import ContinuousGenerator
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.config import RARE
 
 _MODEL = flags.DEFINE_string("model", "scenes", "Bundled model, or folder of a run.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples at once.", lower_bound=1)
@@ -30,7 +30,7 @@ _RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved docu
 
 def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
   """Returns requests of rare objects, which the bank has."""
-  names = sorted(world.RARE)
+  names = sorted(RARE)
   tasks = [TextToImage(f"a green {names[i % len(names)]}", retrieve=retrieve) for i in range(count)]
   pipeline = model.pipeline
   with jax.set_mesh(model.mesh):

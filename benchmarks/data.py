@@ -17,10 +17,10 @@ from absl import app, flags
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
 _PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "Part to measure.", required=True)

@@ -5,7 +5,7 @@ import dataclasses
 import ml_collections
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import read_tasks
+from cm3leon_jax.data.instructions.task_files import read_tasks
 from tests.generation import run
 from tests.launch import tiny_config
 

@@ -93,8 +93,7 @@ class Trainer:
     """
     import jax
 
-    from cm3leon_jax.training.config import TrainConfig
-    from cm3leon_jax.training.step.optimizer import OptimizerConfig
+    from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
     from cm3leon_jax.training.steps import compile_steps
     from tests.data.stores import VOCAB
     from tests.models import tiny

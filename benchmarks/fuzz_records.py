@@ -17,7 +17,7 @@ import fsspec
 
 with atheris.instrument_imports(include=["cm3leon_jax", "csv", "json", "tarfile", "yaml"]):
   from cm3leon_jax.config import UserError
-  from cm3leon_jax.data.instructions import config
+  from cm3leon_jax.data.instructions.task_files import parse_tasks
   from cm3leon_jax.data.sources import archives, lines, records
 
 FILES = fsspec.filesystem("memory")
@@ -41,7 +41,7 @@ def read_tar() -> None:
 
 def read_yaml() -> None:
   with contextlib.suppress(UserError, UnicodeDecodeError):
-    config.parse_tasks(FILES.cat_file(FILE).decode(), FILE)
+    parse_tasks(FILES.cat_file(FILE).decode(), FILE)
 
 
 def check(where: str, values: dict | records.Rejected) -> None:

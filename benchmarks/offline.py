@@ -22,11 +22,13 @@ from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import openmoji
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 _RECORDS = flags.DEFINE_integer("records", 1_000, "Records of the tar.")
@@ -75,7 +77,7 @@ def write_tar(path: epath.Path, count: int) -> None:
 
 def ingestion(folder: epath.Path) -> list:
   """Measures tar -> raw shard of 256 pixels; returns its pairs."""
-  config = ingest.RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
+  config = RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
   (folder / "in").mkdir()
   write_tar(folder / "in" / "00000.tar", _RECORDS.value)
   parts = ingest.parts_of(config)

@@ -30,7 +30,8 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
-from cm3leon_jax.scenes import source, world
+from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.config import RARE
 
 FLAT = {
   "temperature": 1.5, "top_k": 0, "top_p": 1.0,
@@ -46,7 +47,7 @@ def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
   config = dataclasses.replace(settings.scenes, heldout=700)
   pairs = [source.pair(config, "heldout", i) for i in range(64)]
   images = [source.load(pair.image, source.SIDE) for pair in pairs]
-  names = sorted(world.RARE)
+  names = sorted(RARE)
 
   def of(kind, **fields):
     return lambda i: kind(

@@ -28,11 +28,12 @@ from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.scenes import source, world
 from cm3leon_jax.scenes.captions import describe_plainly
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.judge import judge as judging
 from cm3leon_jax.scenes.judge.baselines import TrainingScenes
 from cm3leon_jax.scenes.judge.facts import check
-from cm3leon_jax.scenes.world import PLACES, Placed, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
 # Set of captions -> how many.
 COUNTS = {

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from cm3leon_jax.scenes import captions, drawings, world
 from cm3leon_jax.scenes import source as scenes_source
+from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, RARE, ScenesConfig
 from cm3leon_jax.scenes.drawings import CELL, SIDE
 from cm3leon_jax.scenes.judge import errors as judge_errors
 from cm3leon_jax.scenes.judge import judge
@@ -28,7 +29,7 @@ from cm3leon_jax.scenes.world import Placed, Scene
 _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the categories.", 7)
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
 
-CONFIG = world.ScenesConfig(rare_objects=len(world.RARE))
+CONFIG = ScenesConfig(rare_objects=len(RARE))
 # Name -> what is done to an image. Strengths are standard deviations, blur in pixels, others in
 # steps of 255, except "color": the largest error of each channel of an object's color.
 DEGRADED = {
@@ -50,7 +51,7 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
   """Returns scenes of all categories in turn, and their facts."""
   rng, made, facts = random.Random(seed), [], []
   for i in range(count):
-    category = world.CATEGORIES[i % len(world.CATEGORIES)]
+    category = CATEGORIES[i % len(CATEGORIES)]
     number = rng.randrange(world.number_of_scenes_of(CONFIG, category))
     scene = world.scene_at(CONFIG, category, number)
     description = captions.describe(category, scene, rng)
@@ -107,8 +108,8 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
     kind -> [H, W, 3] uint8.
   """
   (placed,) = scene.objects
-  others = [name for name in world.COMMON if name != placed.object]
-  colors = [color for color in world.COLORS if color != placed.color]
+  others = [name for name in COMMON if name != placed.object]
+  colors = [color for color in COLORS if color != placed.color]
   name, color = str(rng.choice(others)), str(rng.choice(colors))
   whole = drawings.render(scene)
   recolored = drawings.render(Scene((Placed(placed.object, color, placed.place),)))
@@ -121,7 +122,7 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
   field = ndimage.gaussian_filter(rng.normal(size=(CELL, CELL)), rng.uniform(1, 4))
   blot = ndimage.gaussian_filter(np.float64(field > np.quantile(field, rng.uniform(0.4, 0.8))), 0.6)
   blotted = blank.copy()
-  ink = blot[..., None] * (255 - np.array(world.COLORS[placed.color]))
+  ink = blot[..., None] * (255 - np.array(COLORS[placed.color]))
   blotted[top : top + CELL, left : left + CELL] = np.rint(255 - ink)
   return {
     "blank": blank,
@@ -142,8 +143,8 @@ def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
   """
   rng, made, facts = np.random.default_rng(seed), {}, []
   for i in range(count):
-    names = list(world.COMMON if i % 2 else world.RARE)
-    parts = (rng.choice(x) for x in (names, list(world.COLORS), world.PLACES))
+    names = list(COMMON if i % 2 else RARE)
+    parts = (rng.choice(x) for x in (names, list(COLORS), world.PLACES))
     name, color, place = map(str, parts)
     facts.append({"include": [{"class": name, "count": 1, "color": color, "place": place}]})
     for kind, image in wrong_images(Scene((Placed(name, color, place),)), rng).items():

@@ -36,9 +36,10 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import describe
+from cm3leon_jax.scenes.config import COMMON, ScenesConfig
 from cm3leon_jax.scenes.drawings import ink, render
 from cm3leon_jax.scenes.judge import judge
-from cm3leon_jax.scenes.world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run

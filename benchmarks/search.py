@@ -16,7 +16,8 @@ import numpy as np
 from cm3leon_jax.retrieval import index
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import document_embeddings
-from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
+from cm3leon_jax.retrieval.config import RetrievalConfig
+from cm3leon_jax.retrieval.neighbors import Retriever
 
 _SIZES = flags.DEFINE_list("sizes", ["100000", "1000000"], "Numbers of vectors.")
 _QUERIES = flags.DEFINE_integer(

@@ -33,7 +33,7 @@ from cm3leon_jax.mesh import create_mesh, shard
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.tokenizers import quantizers
+from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -125,7 +125,7 @@ class Experiment:
     if arm not in ("", "restarts"):
       fields["vqgan.quantizer"] = arm
     if arm == "fsq":
-      fields["vqgan.code_dim"] = max(1, len(quantizers.levels_of(vocab.image_size)))
+      fields["vqgan.code_dim"] = max(1, len(levels_of(vocab.image_size)))
     return fields | {f"{stage}.steps": count for stage, count in (steps or {}).items()}
 
   def settings(self, overrides: dict) -> Settings:

@@ -9,24 +9,20 @@ import ml_collections
 from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
-from cm3leon_jax.clip.model import CLIPConfig
+from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.instructions.config import InstructionsConfig
-from cm3leon_jax.data.raw.writer import RawConfig
-from cm3leon_jax.data.rows.sample_plan import DataConfig
+from cm3leon_jax.data.raw.config import RawConfig
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.evaluation.likelihood.bits import EvaluationConfig
+from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.retrieval.neighbors import RetrievalConfig
-from cm3leon_jax.scenes.world import ScenesConfig
-from cm3leon_jax.tokenizers.quantizers import check_levels
-from cm3leon_jax.tokenizers.text import TextTokenizerConfig
-from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
-from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.step.grpo import ReinforceConfig
-from cm3leon_jax.training.step.optimizer import OptimizerConfig
+from cm3leon_jax.retrieval.config import RetrievalConfig
+from cm3leon_jax.scenes.config import ScenesConfig
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig, check_levels
+from cm3leon_jax.training.config import OptimizerConfig, ReinforceConfig, TrainConfig
 from cm3leon_jax.vocab import VocabLayout
 
 

@@ -19,6 +19,7 @@ from cm3leon_jax.commands import common, generate
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
 from cm3leon_jax.data.rows.loader import join
+from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.generation.image_tasks import TextToImage
@@ -185,7 +186,7 @@ def test_scores_are_the_bits_of_the_evaluation(model, run, tmp_path, retrieve, c
     retriever = Retriever(run / "neighbors", SETTINGS.retrieval)
     ids, _ = retriever.retrieve(clip.embed_texts([layout.encode(text) for text in texts]))
     params, _ = reading.load_params(run / "train", SETTINGS.model)
-    config = bits.EvaluationConfig(num_documents=2, batch_size=4, num_resamples=100)
+    config = EvaluationConfig(num_documents=2, batch_size=4, num_resamples=100)
     stores = (
       DocumentStore(folder, VOCAB)
       for folder in (run / "documents" / "train_pairs", tmp_path / "pairs")

@@ -9,9 +9,10 @@ import pytest
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
 from cm3leon_jax.scenes import instructions, source, world
+from cm3leon_jax.scenes.config import COMMON, ScenesConfig
 from cm3leon_jax.scenes.judge import answers as scene_answers
 from cm3leon_jax.scenes.judge.judge import judge_all
-from cm3leon_jax.scenes.world import Scene, ScenesConfig, split_of_scene
+from cm3leon_jax.scenes.world import Scene, split_of_scene
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles, initial
 from tests.models.tiny import mesh_of
@@ -75,7 +76,7 @@ def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
   assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train"}
   others = (
     ScenesConfig(),
-    ScenesConfig(seed=7, objects=tuple(world.COMMON)[:20], rare_objects=300),
+    ScenesConfig(seed=7, objects=tuple(COMMON)[:20], rare_objects=300),
   )
   for config in others:
     heldout = [source.pair(config, "heldout", i).image for i in range(140)]

@@ -15,17 +15,17 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
 BASE = {
-  "vocab", "positions", "mesh", "config", "files", "runs", "parameters", "distributed",
+  "vocab", "positions", "mesh", "config", "settings", "files", "runs", "parameters", "distributed",
   "extras", "xla_options",
 }  # fmt: skip
 CORE = {
   "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding",
-  "generation",
+  "generation", "trained",
 }  # fmt: skip
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.
 MAY_IMPORT = {
   "files": {"config", "extras"},
-  "runs": {"config", "files"},
+  "runs": {"config", "settings", "files"},
   "tokenizers": BASE,
   "data": BASE | {"tokenizers"},
   "clip": BASE | {"data"},
@@ -34,23 +34,28 @@ MAY_IMPORT = {
   "weights": BASE | {"models"},
   "training": BASE | {"models", "weights", "data", "tokenizers", "clip"},
   "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
-  "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
+  "trained": BASE | {"tokenizers", "data", "clip", "retrieval", "models", "weights", "training"},
+  "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data", "trained"},
   "evaluation": BASE | CORE,
   "scenes": BASE | CORE | {"evaluation"},
   "reinforcement": BASE | CORE | {"evaluation", "scenes"},
-  "reports": BASE | CORE | {"settings", "evaluation", "scenes"},
-  "export": BASE | CORE | {"settings"},
-  "importing": BASE | CORE | {"settings", "export"},
+  "reports": BASE | CORE | {"evaluation", "scenes"},
+  "export": BASE | CORE,
+  "importing": BASE | CORE | {"export"},
   "planning": BASE | CORE,
   "serving": BASE | CORE,
 }
 
 
-def imported(source: str) -> set[str]:
-  """Packages and modules right below cm3leon_jax that a file imports anywhere.
+SETTINGS = {"config", "vocab", "mesh", "files"}  # What settings.py may import beside sections.
+SECTION = re.compile(r"cm3leon_jax\.(?:\w+\.)+config\b")  # A module of sections, in a package.
 
-  >>> imported("from cm3leon_jax.data.rows import plan\\nfrom cm3leon_jax.runs import stages")
-  {'data', 'stages'}
+
+def names_imported(source: str) -> list[str]:
+  """Modules that a file imports anywhere, and names of modules.
+
+  >>> names_imported("import os\\nfrom cm3leon_jax.data.rows import plan")
+  ['os', 'cm3leon_jax.data.rows.plan']
   """
   names = []
   for node in ast.walk(ast.parse(source)):
@@ -59,7 +64,21 @@ def imported(source: str) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, "imports are absolute"
       names += [f"{node.module}.{alias.name}" for alias in node.names]
-  return {name.split(".")[1] for name in names if name.startswith("cm3leon_jax.")}
+  return names
+
+
+def imported(source: str, sections: bool = True) -> set[str]:
+  """Packages and modules right below cm3leon_jax that a file imports anywhere.
+
+  >>> imported("from cm3leon_jax.data.rows import plan\\nfrom cm3leon_jax.runs import stages")
+  {'data', 'runs'}
+
+  Args:
+    source: text of the file.
+    sections: False leaves out the modules of sections of the config.
+  """
+  names = [name for name in names_imported(source) if name.startswith("cm3leon_jax.")]
+  return {name.split(".")[1] for name in names if sections or not SECTION.match(name)}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -69,8 +88,21 @@ def test_a_package_imports_only_what_the_table_allows(package):
   for file in files:
     name = str(file.relative_to(PACKAGE))
     allowed = MAY_IMPORT[package] | {package}
-    surplus = imported(file.read_text()) - allowed
+    surplus = imported(file.read_text(), sections="settings" not in allowed) - allowed
     assert not surplus, f"{name} imports {', '.join(sorted(surplus))}"
+
+
+def test_a_section_of_the_config_imports_nothing_of_its_room():
+  files = sorted(PACKAGE.glob("*/**/config.py"))
+  assert {"clip", "models", "training"} <= {file.parent.name for file in files}
+  for file in files:
+    surplus = imported(file.read_text()) - {"config", "vocab"}
+    assert not surplus, f"{file.relative_to(PACKAGE)} imports {', '.join(sorted(surplus))}"
+
+
+def test_the_settings_import_only_the_base_and_sections():
+  source = (PACKAGE / "settings.py").read_text()
+  assert imported(source, sections=False) <= SETTINGS
 
 
 def test_the_table_lets_no_packages_import_each_other_in_a_circle():
@@ -106,6 +138,15 @@ def f():
   from cm3leon_jax.commands.common import run
 """
   assert imported(source) == {"mesh", "runs", "commands"}
+  source = """
+from cm3leon_jax.clip.config import CLIPConfig
+from cm3leon_jax.data.rows import config
+from cm3leon_jax.config import UserError
+from cm3leon_jax.commands.config_file import read
+from cm3leon_jax.data.configs import plan
+"""
+  assert imported(source) == {"clip", "data", "config", "commands"}
+  assert imported(source, sections=False) == {"data", "config", "commands"}
 
 
 MODULES = {

@@ -14,7 +14,7 @@ from cm3leon_jax.runs import stages, table
 
 def main(settings, workdir) -> None:
   from cm3leon_jax.data.instructions import sources
-  from cm3leon_jax.data.instructions.config import load_tasks, shipped
+  from cm3leon_jax.data.instructions.task_files import load_tasks, shipped
   from cm3leon_jax.scenes.tasks import ScenesTasks
 
   if not settings.instructions.any:

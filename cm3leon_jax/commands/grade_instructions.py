@@ -37,7 +37,7 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
 
 def _grade(run: Run, count: int) -> dict[str, dict[str, list[Answer]]]:
   """Returns the answers of each task by the titles of the columns."""
-  from cm3leon_jax.data.instructions.config import load_tasks
+  from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.scenes.judge import instruction_grades as grades
 

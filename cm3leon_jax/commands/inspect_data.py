@@ -99,9 +99,9 @@ def validate(settings, workdir) -> None:
   """
   from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
   from cm3leon_jax.data.documents.store import DocumentStore
-  from cm3leon_jax.data.instructions.config import load_tasks
   from cm3leon_jax.data.instructions.samples import read_targets
   from cm3leon_jax.data.instructions.sources import store_name
+  from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.retrieval.validate import validate_neighbors
   from cm3leon_jax.trained.rows import replay_share
 

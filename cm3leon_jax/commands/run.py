@@ -46,7 +46,7 @@ def commands(settings, given: bool) -> dict[str, str]:
 
 def _are_judged(settings) -> bool:
   """Returns whether a task of the instructions has answers that are judged exactly."""
-  from cm3leon_jax.data.instructions.config import load_tasks
+  from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.scenes.judge.instruction_grades import is_judged
 
   return any(map(is_judged, load_tasks(settings.instructions)))

@@ -23,7 +23,8 @@ from cm3leon_jax.export import decode_image
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.tokenizers import published_files, quantizers
+from cm3leon_jax.tokenizers import published_files
+from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
@@ -74,7 +75,7 @@ def _write_trained(
     "format": decode_image.FORMAT,
     "vqgan": dataclasses.asdict(tokenizer.config),
     "num_codes": tokenizer.num_codes,
-    "levels": quantizers.levels_of(tokenizer.num_codes) if is_fsq else (),
+    "levels": levels_of(tokenizer.num_codes) if is_fsq else (),
     "token_offset": token_offset,
   }
   if wrong := difference(tokenizer, described):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import re
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.data.instructions.config import InstructionsConfig, load_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import InfillText, Question

@@ -20,9 +20,9 @@ from cm3leon_jax.mesh import FSDP, RULES
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
+from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.grpo import BUCKET
-from cm3leon_jax.training.step.optimizer import OptimizerConfig
 
 GIB = 2**30
 LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.

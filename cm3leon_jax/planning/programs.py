@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.rows.loader import FIELDS
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import GeneratorConfig

@@ -9,12 +9,12 @@ from jaxtyping import Float32
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.tasks import InstructionTask
 from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.scenes.config import Style
 from cm3leon_jax.scenes.judge import answers
 from cm3leon_jax.scenes.judge.instruction_grades import is_judged
-from cm3leon_jax.scenes.world import Style
 
 # (what was asked, samples) -> scores; higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]

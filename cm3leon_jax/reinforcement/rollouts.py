@@ -13,9 +13,9 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions import sources
-from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.tasks import InstructionTask
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks

@@ -14,18 +14,13 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import read_tasks, shipped
+from cm3leon_jax.data.instructions.config import SCENES, InstructionTask, fields_of
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.tasks import (
-  SCENES,
-  InstructionTask,
-  choose_template,
-  fields_of,
-  join_record,
-)
+from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
+from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.reports import config_reference
 from cm3leon_jax.scenes import instructions
-from cm3leon_jax.scenes.world import ScenesConfig
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.vocab import VocabLayout
 
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"

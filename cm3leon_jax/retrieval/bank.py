@@ -11,8 +11,9 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.clip import checkpoint
+from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.huggingface import HFCLIP
-from cm3leon_jax.clip.model import CLIP, CONFIG, CLIPConfig, normalize
+from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
 from cm3leon_jax.config import build
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader

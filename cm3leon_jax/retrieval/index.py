@@ -4,7 +4,7 @@
 
 import functools
 import tempfile
-from typing import Literal, Protocol
+from typing import Protocol
 
 from etils import epath
 import jax
@@ -16,7 +16,6 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
-Backend = Literal["auto", "scann", "exact"]
 EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
 LARGE = 100_000  # Vectors from which an index spills vectors to a second leaf and has 8 bits.

@@ -8,7 +8,8 @@ from scipy import ndimage
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
-from cm3leon_jax.scenes.world import COLORS, ICONS, PLACES, Placed, Scene, Style
+from cm3leon_jax.scenes.config import COLORS, Style
+from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 

@@ -14,8 +14,9 @@ import dataclasses
 import random
 
 from cm3leon_jax.scenes.captions import RELATIONS, relations, with_article
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.questions import counts_of, named
-from cm3leon_jax.scenes.world import PLACES, Placed, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
 ALL_FIELDS = ("object", "color", "place")
 

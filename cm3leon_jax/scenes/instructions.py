@@ -16,10 +16,11 @@ from cm3leon_jax.data.instructions.edges import canny_edges
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.scenes import edits, questions, source, world
 from cm3leon_jax.scenes.captions import Description
+from cm3leon_jax.scenes.config import COMMON, ScenesConfig
 from cm3leon_jax.scenes.drawings import CELL, SIDE, box, render
 from cm3leon_jax.scenes.edits import SceneEdit, clauses_of, facts_of
 from cm3leon_jax.scenes.questions import SceneQuestion
-from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 
@@ -115,7 +116,7 @@ def may_be_edited(scene: Scene) -> bool:
 
 
 def _rare(scene: Scene) -> set[str]:
-  return {placed.object for placed in scene.objects if placed.object not in world.COMMON}
+  return {placed.object for placed in scene.objects if placed.object not in COMMON}
 
 
 def located(caption: str, objects: Sequence[Placed]) -> str:

@@ -15,7 +15,8 @@ from cm3leon_jax.scenes.captions import (
   relations,
   with_article,
 )
-from cm3leon_jax.scenes.world import COMMON, Scene, is_heldout_objects
+from cm3leon_jax.scenes.config import COMMON
+from cm3leon_jax.scenes.world import Scene, is_heldout_objects
 
 NUMBER_WORDS = {1: "one", **NUMBERS}
 

@@ -19,8 +19,9 @@ from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import Description, describe, describe_plainly, relations
+from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesConfig, Style
 from cm3leon_jax.scenes.drawings import SIDE, box, render
-from cm3leon_jax.scenes.world import KINDS, TWO_OBJECTS, Scene, ScenesConfig, Style
+from cm3leon_jax.scenes.world import KINDS, Scene
 
 NAME = "scenes"  # Of `raw.source`, and of the keys.
 SOURCE = "https://pictogrammers.com/library/mdi"
@@ -75,7 +76,7 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     kind = ""
   elif split == "bank":
     kind, scene = "", world.bank_scenes(config)[index]
-    category = "colors" if scene.objects[0].object in world.COMMON else "rare"
+    category = "colors" if scene.objects[0].object in COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
   # One wording in the bank, so that among scenes of an object the place decides, not the wording.
@@ -130,7 +131,7 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
   Raises:
     UserError: the category has no scene to hold out, or none to train on.
   """
-  number = world.CATEGORIES.index(category)
+  number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
   for i in np.random.default_rng((config.seed, number)).permutation(total):

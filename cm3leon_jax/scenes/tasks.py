@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import dataclasses
 
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.scenes.world import ScenesConfig
+from cm3leon_jax.scenes.config import ScenesConfig
 
 
 @dataclasses.dataclass(frozen=True)

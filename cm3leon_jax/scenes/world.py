@@ -5,97 +5,18 @@ Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plai
 """
 
 import dataclasses
-import difflib
 import functools
-from importlib import resources
 import itertools
 import math
-from typing import Annotated, Literal, Self
+from typing import Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
-import pydantic.dataclasses
-
-from cm3leon_jax.config import STRICT
 from cm3leon_jax.data.sources.splits import fraction
+from cm3leon_jax.scenes.config import COLORS, COMMON, RARE, TWO_OBJECTS, ScenesConfig
 
-# RGB. The least distance between two is 100, and 89 between one and a mixture of another with
-# white, as antialiased edges have.
-COLORS = {
-  "red": (220, 0, 30),
-  "orange": (255, 130, 0),
-  "yellow": (250, 230, 0),
-  "green": (0, 150, 50),
-  "cyan": (0, 190, 225),
-  "blue": (0, 50, 230),
-  "purple": (150, 0, 190),
-  "black": (0, 0, 0),
-}
-
-# Spoken name -> icon. No two overlap (intersection over union of their ink) by more than 0.67.
-COMMON = {
-  "airplane": "airplane",
-  "anchor": "anchor",
-  "bell": "bell",
-  "bicycle": "bicycle",
-  "bone": "bone",
-  "butterfly": "butterfly",
-  "cactus": "cactus",
-  "camera": "camera",
-  "carrot": "carrot",
-  "cat": "cat",
-  "cherries": "fruit_cherries",
-  "crown": "crown",
-  "duck": "duck",
-  "fish": "fish",
-  "flag": "flag",
-  "gift": "gift",
-  "glasses": "glasses",
-  "guitar": "guitar_acoustic",
-  "heart": "heart",
-  "key": "key",
-  "leaf": "leaf",
-  "moon": "moon_waning_crescent",
-  "mushroom": "mushroom",
-  "paw": "paw",
-  "pear": "fruit_pear",
-  "pencil": "pencil",
-  "phone": "phone",
-  "rabbit": "rabbit",
-  "rocket": "rocket",
-  "sailboat": "sail_boat",
-  "scissors": "content_cut",
-  "skull": "skull",
-  "snail": "snail",
-  "snowflake": "snowflake",
-  "star": "star",
-  "trophy": "trophy",
-  "truck": "truck",
-  "turtle": "turtle",
-  "umbrella": "umbrella",
-  "wrench": "wrench",
-}
-
-# The rare icons cover 15 to 70% of a cell, and overlap with no other and no common one by 0.79 or
-# more. They are no outlines, letters, arrows or brands. An icon that extends the name of another
-# (`bee_flower`) is among them only if no other icon is extended by the same words.
-_RARE_FILE = resources.files("cm3leon_jax") / "assets" / "scenes" / "rare_icons.txt"
-RARE = {icon.replace("_", " "): icon for icon in _RARE_FILE.read_text("ascii").split()}
 ICONS = {**RARE, **COMMON}
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-CATEGORIES = (
-  "single_object",
-  "colors",
-  "counting",
-  "two_object",
-  "position",
-  "color_attr",
-  "rare",
-)
-TWO_OBJECTS = ("two_object", "position", "color_attr")
 KINDS = ("scene", "pair", "objects", "rare")  # Why a scene is held out.
-
-Style = Literal["filled", "outlined"]
 
 HELDOUT_SCENES = 0.1  # Share of the facts that are held out although all their parts are trained.
 HELDOUT_OBJECTS = 0.05  # Share of the unordered pairs of common objects.
@@ -220,72 +141,6 @@ def split_of_scene(scene: Scene) -> str:
   if any(is_heldout_objects(a, b) for a, b in itertools.combinations(common, 2)):
     return "objects"
   return "scene" if fraction("scenes/scene/" + scene.facts_key) < HELDOUT_SCENES else "train"
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class ScenesConfig:
-  """The scenes that `cm3leon prepare_data` writes for `config.raw.source = "scenes"`."""
-
-  train: PositiveInt = 20_000
-  """Number of training scenes."""
-  heldout: PositiveInt = 1_200
-  """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
-  which scenes are held out."""
-  bank: NonNegativeInt = 0
-  """Number of scenes of one object that are in the bank alone: retrieved, and never trained on, in
-  colors in which neither training nor held-out scenes show the object alone."""
-  objects: tuple[str, ...] = tuple(COMMON)
-  """Common objects that are used, by name."""
-  colors: tuple[str, ...] = tuple(COLORS)
-  """Colors that are used, by name."""
-  categories: tuple[str, ...] = CATEGORIES
-  """Categories of captions."""
-  shares: tuple[Annotated[float, Field(gt=0)], ...] = ()
-  """Share of each category in the training scenes, relative to each other; none: equal shares."""
-  rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
-  """Number of rare objects, for the category `rare`; a fifth of them is never in training."""
-  style: Style = "filled"
-  """How objects are drawn: `filled`, as the icons are; or `outlined`, the edges of their ink alone.
-  Captions do not name it."""
-  seed: NonNegativeInt = 0
-  """Seed of the scenes and captions."""
-
-  def __post_init__(self):
-    for field, kind, known in (
-      ("objects", "object", COMMON),
-      ("colors", "color", COLORS),
-      ("categories", "category", CATEGORIES),
-    ):
-      _check_names(field, kind, getattr(self, field), tuple(known))
-    if self.shares and len(self.shares) != len(self.categories):
-      raise ValueError(
-        f"shares has {len(self.shares)} numbers; it must have one for each of the "
-        f"{len(self.categories)} categories, or none."
-      )
-    for category in self.categories:
-      if not number_of_scenes_of(self, category):
-        raise ValueError(f"category '{category}' has no scene; {_NEEDS[category]}.")
-
-
-_NEEDS = {
-  "rare": "it needs rare_objects of at least 1",
-  "two_object": "it needs two objects",
-  "position": "it needs two objects",
-  "color_attr": "it needs two objects and two colors",
-}
-
-
-def _check_names(field: str, kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-  """Raises ValueError at no names, an unknown name, or one that occurs twice."""
-  if not names:
-    raise ValueError(f"{field} is empty; it must name at least one {kind}.")
-  for name in names:
-    if name not in known:
-      close = difflib.get_close_matches(name, known, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"it must be one of {', '.join(known)}."
-      raise ValueError(f"{field} has the unknown {kind} '{name}'; {hint}")
-  if len(set(names)) < len(names):
-    raise ValueError(f"{field} names a {kind} twice; each must be there once.")
 
 
 @functools.cache

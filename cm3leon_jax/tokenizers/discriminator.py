@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cm3leon_jax import parameters
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
 
 MAX_ADAPTIVE = 1e4  # Largest ratio of the two norms (Esser et al. 2021, published code).
 

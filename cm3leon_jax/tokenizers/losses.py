@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
-from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
 
 SCALES = 3  # Of the loss at several scales: squares of 2, 4 and 8 pixels.
 

@@ -8,16 +8,13 @@ norm 1 (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627).
 
 # N encodings, E code width, K codes, L levels of a channel.
 
-import functools
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax.tokenizers.vqgan_config import Quantizer
+from cm3leon_jax.tokenizers.config import Quantizer, check_levels, levels_of
 
-LEVELS = range(3, 9)  # Numbers of levels that a channel of FSQ may have.
 CODEBOOK_DECAY = 0.99  # Of `ema` (van den Oord et al. 2017, appendix A.1).
 RESTARTING = ("", "ema", "rotation")  # Quantizers whose codes can be put at an encoding.
 
@@ -142,52 +139,6 @@ class FSQ(nnx.Module):
   def _strides(self, ndim: int) -> np.ndarray:
     strides = np.cumprod([1, *self.levels[:-1]], dtype=np.int32)
     return strides.reshape((1,) * (ndim - 1) + (-1,))
-
-
-@functools.cache
-def levels_of(num_codes: int) -> tuple[int, ...]:
-  """Returns numbers of levels whose product is K: as few as possible, then as equal as possible.
-
-  levels_of(1_024) = (8, 8, 4, 4)
-  levels_of(1_000) = (8, 5, 5, 5)
-  levels_of(1_021) = (), since 1,021 is a prime number
-  """
-  found = list(_factorizations(num_codes, LEVELS[-1]))
-  return max(found, key=lambda levels: (-len(levels), levels[-1]), default=())
-
-
-def _factorizations(number: int, largest: int):
-  """Yields the descending factors in `LEVELS`, none above `largest`, of a number."""
-  if number in LEVELS and number <= largest:
-    yield (number,)
-  for first in range(min(largest, number // LEVELS[0]), LEVELS[0] - 1, -1):
-    if number % first == 0:
-      yield from ((first, *rest) for rest in _factorizations(number // first, first))
-
-
-def _products(largest: int) -> set[int]:
-  """Returns all products of `LEVELS` up to the largest."""
-  found, new = set[int](), {1}
-  while new:
-    new = {n * level for n in new for level in LEVELS if n * level <= largest} - found
-    found |= new
-  return found
-
-
-def check_levels(num_codes: int, code_dim: int) -> None:
-  """Raises ValueError if FSQ has no levels for K codes, or another number of them than E."""
-  if not levels_of(num_codes):
-    near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
-    shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))
-    raise ValueError(
-      f"vqgan.quantizer is fsq, and vocab.image_size is {num_codes}; it must be a product of "
-      f"levels from {LEVELS[0]} to {LEVELS[-1]}, e.g. {shown}."
-    )
-  if code_dim != len(levels := levels_of(num_codes)):
-    raise ValueError(
-      f"vqgan.code_dim is {code_dim}; for vqgan.quantizer = fsq it must be {len(levels)}: "
-      f"{num_codes} codes are {' x '.join(map(str, levels))} levels."
-    )
 
 
 def make(kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs) -> Codebook | FSQ:

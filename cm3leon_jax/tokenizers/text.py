@@ -7,15 +7,14 @@ import functools
 from etils import epath
 from jaxtyping import Int32
 import numpy as np
-from pydantic import PositiveInt
-import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cm3leon_jax.config import STRICT, UserError, short
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import GET_AGAIN, write_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
@@ -23,19 +22,6 @@ from cm3leon_jax.vocab import VocabLayout
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 IMPORTED = "import_weights"  # Input of a stage whose tokenizer `cm3leon import_weights` wrote.
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class TextTokenizerConfig:
-  """How the text tokenizer is trained, and how documents use it."""
-
-  min_frequency: PositiveInt = 2
-  """Number of times that a merge must occur in the training texts."""
-  model_max_length: PositiveInt = 4_096
-  """Length that is written for other software; texts are not cut to it."""
-  max_caption_tokens: PositiveInt = 512
-  """Longest caption in tokens: longer captions lose their end when documents are written. Texts
-  without an image are never cut there."""
 
 
 def train_text_tokenizer(

@@ -22,7 +22,7 @@ from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers import published, quantizers
-from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"

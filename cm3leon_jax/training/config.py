@@ -1,8 +1,8 @@
-"""Config section of training: length of the run, and how often it evaluates, saves and prints."""
+"""Config sections of training: the run, its optimizer, and learning from rewards."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -102,3 +102,74 @@ class TrainConfig:
   def micro_batch_size(self) -> int:
     """Rows that all devices take at once, once `on_mesh` has set the accumulation."""
     return self.global_batch_size // self.gradient_accumulation_steps
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+  """The optimizer and its schedule.
+
+  Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated),
+  OPT's other numbers.
+  """
+
+  name: Literal["adamw", "muon"] = "adamw"
+  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes the
+  averaged gradients of the layers' matrices orthogonal; AdamW with Nesterov's momentum updates the
+  rest. Both have one learning rate and weight decay, since Muon's updates are as large as AdamW's.
+  """
+  learning_rate: PositiveFloat = 1e-4
+  """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
+  warmup_steps: NonNegativeInt = 1_500
+  """Number of steps over which the learning rate grows to its peak."""
+  schedule: Literal["cosine", "linear"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
+  final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Learning rate at the last step, as a share of the peak."""
+  b1: Annotated[float, Field(ge=0, le=1)] = 0.9
+  """Decay rate of Adam's first moment. Muon's is 0.95."""
+  b2: Annotated[float, Field(ge=0, le=1)] = 0.95
+  """Decay rate of Adam's second moment."""
+  eps: PositiveFloat = 1e-8
+  """Term that Adam adds to the root of the second moment."""
+  weight_decay: NonNegativeFloat = 0.1
+  """AdamW's weight decay, on all parameters but the scales of norms and, unless
+  `decay_embeddings`, the tables of tokens and positions."""
+  decay_embeddings: bool = True
+  """Whether weight decay acts on the tables of tokens and positions."""
+  clip_norm: PositiveFloat = 1.0
+  """Bound of the global gradient norm."""
+  skip_above: NonNegativeFloat = 0.0
+  """Spikes: a step whose gradient norm is above `skip_above` x the moving average of the steps
+  before is skipped, e.g. 10; 0: none is. Steps with a NaN or an infinity always are."""
+  first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
+  parameter takes."""
+  z_loss: NonNegativeFloat = 0.0
+  """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
+  section 5)."""
+  ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Largest decay of the exponential moving average of the parameters, e.g. 0.999; 0: none. The
+  decay of step t (from 0) is min(ema_decay, (1 + t) / (10 + t)), so the average of a short run
+  is that of its last steps. A run that has the average evaluates, samples and exports it."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ReinforceConfig:
+  """Learning from rewards of own samples, by `cm3leon reinforce`."""
+
+  tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
+  """Names of the tasks of `instructions` whose training records are the prompts; their target is
+  an image."""
+  samples: Annotated[int, Field(ge=2)] = 8
+  """Samples of a prompt in a step, a divisor of `train.global_batch_size`, which counts samples."""
+  reward: Literal["judge", "clip"] = "judge"
+  """What scores a sample: `judge`, 1 if it is wholly right and else 0, of tasks over scenes; or
+  `clip`, the cosine of image and caption."""
+  temperature: PositiveFloat = 1.0
+  """Divisor of the guided logits that samples are drawn from while learning, without top-k and
+  top-p."""
+  kl_weight: NonNegativeFloat = 0.05
+  """Weight in the loss of KL(policy of the first parameters || policy), in nats per code: what the
+  starting model may draw stays likely, so samples stay different and held-out images known."""
+  heldout_prompts: Annotated[int, Field(ge=2)] = 64
+  """Held-out prompts whose samples are scored before the first step and after the last one."""

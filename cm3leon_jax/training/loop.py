@@ -17,7 +17,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
@@ -27,10 +27,7 @@ from cm3leon_jax.training.faults.skipped_rows import GoBack
 from cm3leon_jax.training.objective import NewestState, Objective, explaining
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.numerics import check_finite
-from cm3leon_jax.training.step.optimizer import (
-  OptimizerConfig,
-  learning_rate_schedule,
-)
+from cm3leon_jax.training.step.optimizer import learning_rate_schedule
 from cm3leon_jax.training.steps import Steps, compile_steps
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.heldout import evaluator, losses_at_start

@@ -7,9 +7,9 @@ import functools
 import jax
 
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.checked_step import checked_step
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import eval_step, init_state, row_losses, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options

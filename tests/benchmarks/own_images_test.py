@@ -5,7 +5,7 @@ import pytest
 from benchmarks import own_images
 from benchmarks.own_images import SHAPES, Fact
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.raw.writer import RawConfig
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.shards import Runner
 
 

@@ -12,7 +12,7 @@ from benchmarks.tokenizers import ARMS, Experiment
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers import quantizers
+from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.training.small import vqgan_training
 
 SMALL = {
@@ -191,7 +191,7 @@ def test_the_page_is_written_between_its_markers(tmp_path):
 def test_a_number_of_codes_that_fsq_cannot_have_is_refused_at_once(tmp_path):
   with pytest.raises(UserError, match=r"image_size is 1021; it must be a product of levels"):
     tokenizers.run_all(Experiment(tmp_path, "scenes", 1_021, 1, 1, {}), ["restarts"], 1)
-  assert quantizers.levels_of(1_024)
+  assert levels_of(1_024)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import bank, neighbors
+from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.clip.huggingface_files import (
@@ -195,7 +196,7 @@ def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
   ]
   write_raw(tmp_path / "raw", pairs, some_images(12))
   clip = load(folder)
-  config = neighbors.RetrievalConfig(backend="exact", max_similarity=1.0)
+  config = RetrievalConfig(backend="exact", max_similarity=1.0)
   job = bank.EmbedJob(str(tmp_path / "raw"), str(tmp_path / "out"), lambda: clip, 0.5, 0, {})
   neighbors.build_neighbors(config, job, bank.embedding_width(str(folder), tmp_path), {}, Runner())
   rows, train = (

@@ -20,8 +20,8 @@ from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.scenes import source as scenes_source
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.judge import samples, sheet
-from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles

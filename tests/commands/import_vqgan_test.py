@@ -31,6 +31,7 @@ from cm3leon_jax.reports import report
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
@@ -254,7 +255,7 @@ def write_data(root) -> np.ndarray:
   ]
   write_raw(root / "raw", pairs, images)
   words = [f"word{i} word{i + 1}" for i in range(400)]  # Enough for the vocabulary.
-  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
+  text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for split, count in (("train", 6), ("heldout", 2)):

@@ -13,11 +13,13 @@ from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.trained import rows as training_rows
 from cm3leon_jax.training.faults import skipped_rows
 from tests.commands import train_test
@@ -38,7 +40,7 @@ def workdir(stores):
   for folder in ("text_tokenizer", "vqgan"):
     with stages.once(stores / folder, {}):
       pass
-  text.train_text_tokenizer(texts, VOCAB, text.TextTokenizerConfig(), stores / "text_tokenizer")
+  text.train_text_tokenizer(texts, VOCAB, TextTokenizerConfig(), stores / "text_tokenizer")
   params = vqgan.init_params(VQGAN, VOCAB.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(VQGAN, VOCAB.image_size, params).save(stores / "vqgan")
   return stores
@@ -131,7 +133,7 @@ def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
   for i in range(4):
     Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / f"{i}.txt").write_text(f"shade {i}")
-  config = ingest.RawConfig(source=str(tmp_path / "in"), resolution=8)
+  config = RawConfig(source=str(tmp_path / "in"), resolution=8)
   ingest.prepare(config, ingest.parts_of(config), finished / "raw", Runner())
   write_json(finished / "raw" / stages.DONE, {"id": "r", "config": {}, "summary": {}})
   inspect_data.validate(train_test.settings_with(), finished)

@@ -21,7 +21,8 @@ from cm3leon_jax.commands import (
   train,
 )
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json

@@ -8,13 +8,13 @@ import pytest
 
 from cm3leon_jax.commands import encode_instructions, grade_instructions, reinforce
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import initial
-from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.step.grpo import ReinforceConfig
+from cm3leon_jax.training.config import ReinforceConfig, TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run
 

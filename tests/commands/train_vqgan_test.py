@@ -12,13 +12,15 @@ import pytest
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.source import ScenesSource
-from cm3leon_jax.scenes.world import ScenesConfig
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.training.small import vqgan_training
 from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config
@@ -29,7 +31,7 @@ from tests.tokenizers.vqgan_test import LOCAL
 class Half:
   """A tokenizer that keeps the odd images and blanks the even ones."""
 
-  config: vqgan.VQGANConfig
+  config: VQGANConfig
 
   def encode(self, images):
     return images
@@ -40,7 +42,7 @@ class Half:
 
 @pytest.mark.parametrize("style", ["filled", "outlined"])
 def test_reconstructions_of_scenes_are_judged(tmp_path, style):
-  raw = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
+  raw = RawConfig(source="scenes", resolution=48, max_texts=0)
   config = ScenesConfig(train=20, heldout=24, style=style)
   drawn = ScenesSource(config)
   ingest.prepare(raw, ingest.parts_of(raw, drawn), tmp_path / "raw", Runner(), drawn)
@@ -57,7 +59,7 @@ def test_reconstructions_of_scenes_are_judged(tmp_path, style):
 def test_pairs_without_facts_are_not_judged(tmp_path):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "texts.jsonl").write_text('{"key": "a", "text": "b", "split": "train"}\n')
-  raw = ingest.RawConfig(source=str(tmp_path / "in"))
+  raw = RawConfig(source=str(tmp_path / "in"))
   ingest.prepare(raw, ingest.parts_of(raw), tmp_path / "raw", Runner())
   assert _judge_scenes(tmp_path, None) == {}
 

@@ -11,7 +11,7 @@ import pytest
 
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import parse_tasks
+from cm3leon_jax.data.instructions.task_files import parse_tasks
 from cm3leon_jax.evaluation.protocols import protocol
 from cm3leon_jax.settings import Settings, settings_from_config
 from tests.launched import launch

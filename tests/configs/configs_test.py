@@ -17,10 +17,11 @@ from cm3leon_jax.configs import (
   sft_350m,
   sft_760m,
 )
-from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.runs import from_data
 from cm3leon_jax.scenes import world as scene_world
+from cm3leon_jax.scenes.config import COMMON, RARE
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
@@ -137,9 +138,9 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
   settings = settings_from_config(scenes.get_config())
   world = settings.scenes
   names = scene_world.rare_objects(world)
-  assert len(names) == len(scene_world.RARE)
+  assert len(names) == len(RARE)
   heldout = sum(map(scene_world.is_heldout_rare, names))
-  common = len(scene_world.COMMON)
+  common = len(COMMON)
   assert world.bank == 4 * common + len(names) + 3 * heldout
   counts = collections.Counter(
     (placed.object, placed.color)

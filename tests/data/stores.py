@@ -5,8 +5,8 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.instructions.samples import Instructions, read_targets, write_targets
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=32, text_size=512, image_size=64)

@@ -14,8 +14,8 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.config import Quantizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.tokenizers.vqgan_config import Quantizer, VQGANConfig
 from tests.generation.run import SETTINGS
 
 K = 30  # Of FSQ 6 x 5 levels, an even and an odd number.

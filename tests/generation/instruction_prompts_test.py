@@ -10,7 +10,7 @@ import pytest
 
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.config import read_tasks, shipped
+from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.generation.prompt_file import make_task
 from cm3leon_jax.reports.instruction_reference import example

@@ -20,6 +20,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
@@ -87,7 +88,7 @@ def test_a_given_image_is_its_own_query(pipeline, workdir, clip, tmp_path):
 
 def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
   """With a lexical part, held-out captions and images are embedded as by `build_neighbors`."""
-  config = neighbors.RetrievalConfig(
+  config = RetrievalConfig(
     backend="exact", max_similarity=1.0, lexical_weight=0.5, lexical_width=32
   )
   captions = [f"a {color} {thing}" for color in ("red", "blue") for thing in ("car", "bell", "key")]

@@ -14,6 +14,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
@@ -57,7 +58,7 @@ def one_device() -> contextlib.AbstractContextManager:
 def make_run(root: epath.Path) -> None:
   """Writes tokenizers, five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
   words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough for 512 ids.
-  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
+  text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)

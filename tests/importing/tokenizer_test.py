@@ -11,7 +11,8 @@ import transformers
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.importing.tokenizer import read_tokenizer, rewrite
-from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, save_tokenizer
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.tokenizers.text import TextTokenizer, save_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.importing import published
 

@@ -8,7 +8,8 @@ import jax
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.text import TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.tokenizers.text import train_text_tokenizer
 from tests.data.stores import make_instructions, make_sources
 from tests.retrieval.stores import write_neighbors
 

@@ -51,7 +51,7 @@ DATA = (
     ("always_two_spans", "int(rng.poisson(config.mean_spans))", "2 if config.mean_spans else 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/rows/sample_plan.py",
+    "cm3leon_jax/data/rows/config.py",
     "tests/training/watch/heldout_test.py",
     ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
     ("heldout_neighbors_at_random", 'neighbor_sampling="best"', 'neighbor_sampling="fixed"'),

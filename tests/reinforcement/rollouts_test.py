@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import InstructionsConfig, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
+from cm3leon_jax.training.config import ReinforceConfig
 from cm3leon_jax.training.step import grpo
-from cm3leon_jax.training.step.grpo import ReinforceConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from tests.generation.run import make_config, make_run, one_device

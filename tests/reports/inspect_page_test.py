@@ -15,10 +15,11 @@ from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect_page, row_contents, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
 from tests.reports.run_files import Page
 
-VQGAN = vqgan.VQGANConfig(
+VQGAN = VQGANConfig(
   resolution=8,
   downsample=2,
   stem=2,
@@ -35,7 +36,7 @@ CAPTION = "a red <b>cat</b> & dog"
 def text_tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("text_tokenizer")
   words = [f"a red cat and dog word{i}" for i in range(300)] * 3  # Enough for 512 ids.
-  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), folder)
+  text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), folder)
   return text.TextTokenizer(folder, VOCAB)
 
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from cm3leon_jax.data.instructions.config import make_task, parse_tasks, read_tasks, shipped
+from cm3leon_jax.data.instructions.config import make_task
+from cm3leon_jax.data.instructions.task_files import parse_tasks, read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.reports import instruction_reference as reference
 

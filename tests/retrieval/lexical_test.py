@@ -18,8 +18,9 @@ from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import lexical, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
-from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
+from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw
 from tests.retrieval.bank_test import files_of, tiny_clip
 

@@ -7,7 +7,8 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.config import UserError
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings
-from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever, select_neighbors
+from cm3leon_jax.retrieval.config import RetrievalConfig
+from cm3leon_jax.retrieval.neighbors import Retriever, select_neighbors
 from tests.retrieval.stores import write_bank, write_neighbors
 
 EXACT = RetrievalConfig(backend="exact")

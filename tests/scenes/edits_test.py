@@ -6,17 +6,9 @@ import re
 import pytest
 
 from cm3leon_jax.scenes import edits
+from cm3leon_jax.scenes.config import COLORS, RARE, ScenesConfig
 from cm3leon_jax.scenes.instructions import EDITS, may_be_edited, records
-from cm3leon_jax.scenes.world import (
-  COLORS,
-  HELDOUT_COLOR,
-  RARE,
-  Placed,
-  Scene,
-  ScenesConfig,
-  is_heldout_rare,
-  split_of_scene,
-)
+from cm3leon_jax.scenes.world import HELDOUT_COLOR, Placed, Scene, is_heldout_rare, split_of_scene
 
 CONFIG = ScenesConfig(rare_objects=100)
 

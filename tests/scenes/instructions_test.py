@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.scenes import questions, source
 from cm3leon_jax.scenes.captions import PLURALS, with_article
+from cm3leon_jax.scenes.config import COLORS, COMMON, RARE, ScenesConfig
 from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.instructions import (
   CAPTIONED,
@@ -25,15 +26,11 @@ from cm3leon_jax.scenes.instructions import (
 )
 from cm3leon_jax.scenes.judge.judge import find_objects
 from cm3leon_jax.scenes.world import (
-  COLORS,
-  COMMON,
   HELDOUT_COLOR,
   ICONS,
   KINDS,
-  RARE,
   Placed,
   Scene,
-  ScenesConfig,
   is_heldout_objects,
   is_heldout_rare,
   rare_color,

@@ -12,18 +12,16 @@ from cm3leon_jax.data.checks.validate import validate_store
 from cm3leon_jax.data.documents.encode import EncodeJob, encode_documents
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.scenes import drawings, leaks
 from cm3leon_jax.scenes import source as scenes
+from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.source import ScenesSource
 from cm3leon_jax.scenes.world import (
-  CATEGORIES,
-  COLORS,
-  COMMON,
   HELDOUT_COLOR,
   Scene,
-  ScenesConfig,
   bank_color,
   bank_scenes,
   rare_color,
@@ -33,7 +31,7 @@ from cm3leon_jax.scenes.world import (
 )
 from cm3leon_jax.vocab import VocabLayout
 
-RAW = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
+RAW = RawConfig(source="scenes", resolution=48, max_texts=0)
 FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
 
 
@@ -320,7 +318,7 @@ def write_facts(folder, heldout, other):
   records = [{"key": "h", "split": "heldout", "facts": heldout}, {"key": "t", **other}]
   lines = [json.dumps({"image": "a.png", "caption": "c", **record}) for record in records]
   (source / "pairs.jsonl").write_text("\n".join(lines))
-  config = ingest.RawConfig(source=str(source), resolution=48)
+  config = RawConfig(source=str(source), resolution=48)
   ingest.prepare(config, ingest.parts_of(config), folder / "raw", Runner())
   return folder / "raw"
 
@@ -343,7 +341,7 @@ def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
 
 def test_texts_are_a_shard_of_their_own(tmp_path):
   config = ScenesConfig(train=7, heldout=7, categories=("counting",))
-  raw = ingest.RawConfig(source="scenes", resolution=48, max_texts=20)
+  raw = RawConfig(source="scenes", resolution=48, max_texts=20)
   summary = prepare(config, tmp_path, raw)
   assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (3, 7, 7)
   assert summary["train_texts"] + summary["heldout_texts"] == 20
@@ -380,7 +378,7 @@ def test_a_world_that_cannot_be_split_is_refused(fields, message):
 
 def test_other_sizes_and_licenses_are_refused():
   with pytest.raises(UserError, match=r"config.raw.resolution is 256; .* scenes have 48 pixels"):
-    ingest.parts_of(ingest.RawConfig(source="scenes"), ScenesSource(FEW))
-  licensed = ingest.RawConfig(source="scenes", resolution=48, licenses=("MIT",))
+    ingest.parts_of(RawConfig(source="scenes"), ScenesSource(FEW))
+  licensed = RawConfig(source="scenes", resolution=48, licenses=("MIT",))
   with pytest.raises(UserError, match=r"drawings of scenes are under Apache-2\.0: add it"):
     ingest.parts_of(licensed, ScenesSource(FEW))

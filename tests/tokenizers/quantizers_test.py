@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.tokenizers import quantizers, vqgan
+from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
@@ -107,17 +108,9 @@ def test_rotation_is_the_explicit_matrix():
     assert np.abs(expected - one_g).max() > 1e-3  # Straight through it were g itself.
 
 
-def test_levels_in_literals():
-  assert quantizers.levels_of(1_024) == (8, 8, 4, 4)
-  assert quantizers.levels_of(512) == (8, 8, 8)
-  assert quantizers.levels_of(8_192) == (8, 8, 8, 4, 4)
-  assert quantizers.levels_of(1_000) == (8, 5, 5, 5)
-  assert quantizers.levels_of(1_021) == ()
-
-
 @pytest.mark.parametrize("num_codes", [24, 105, 1_000, 8_192])
 def test_indices_of_fsq_make_a_round_trip_over_all_codes(num_codes):
-  levels = quantizers.levels_of(num_codes)
+  levels = levels_of(num_codes)
   codebook, indices = make("fsq", num_codes, len(levels)), np.arange(num_codes)
   q = np.asarray(codebook(indices))
   np.testing.assert_array_equal(codebook.nearest(q), indices)
@@ -134,14 +127,6 @@ def test_fsq_of_even_and_odd_levels_in_literals():
   odd = make("fsq", 15)
   np.testing.assert_allclose(odd.prepare(jnp.zeros((1, 2))), [[0, 0]], atol=1e-6)
   assert odd.nearest(odd.prepare(jnp.array([[99.0, -99.0]]))) == 4
-
-
-def test_fsq_refuses_other_numbers_of_codes_and_names_the_nearest():
-  nearest = r"1021; it must be a product of levels .* 1024 = 8 x 8 x 4 x 4 or 1029 = 7 x 7 x 7 x 3"
-  with pytest.raises(ValueError, match=nearest):
-    quantizers.check_levels(1_021, 4)
-  with pytest.raises(ValueError, match=r"code_dim is 8; for .* must be 4: 1024 codes are 8 x 8"):
-    quantizers.check_levels(1_024, 8)
 
 
 def test_the_gradient_of_one_code_of_simvq_moves_all_codes():

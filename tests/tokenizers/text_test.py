@@ -8,7 +8,8 @@ import transformers
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
-from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)

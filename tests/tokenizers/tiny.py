@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
 
 SIZES = {
   "resolution": 8,

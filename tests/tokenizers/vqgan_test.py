@@ -13,7 +13,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.tokenizers import quantizers, vqgan
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 CONFIG = VQGANConfig(
   resolution=16,

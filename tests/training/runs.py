@@ -12,10 +12,10 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loop
 from cm3leon_jax.training.checkpoints import checkpoint, reading
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.loop import train
 from cm3leon_jax.training.objective import RowObjective
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.steps import compile_steps
 from tests.data.stores import VOCAB

@@ -2,7 +2,8 @@
 
 import jax
 
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.config import OptimizerConfig
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from tests.models.tiny import CONFIG
 

@@ -17,11 +17,11 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training import loop
-from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.loop import train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step import loss
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import eval_step, init_state, train_step
 from cm3leon_jax.training.watch import heldout
 from cm3leon_jax.training.watch.monitor import change_line

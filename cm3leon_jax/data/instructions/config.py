@@ -1,173 +1,182 @@
-"""The config of instruction tuning, and the tasks that it names."""
+"""Config section of instruction tuning: its tasks, and what is known of their formats."""
 
 from collections.abc import Mapping, Sequence
-import importlib.resources
-from typing import Annotated, Any
+import dataclasses
+import re
+from typing import Annotated, Any, Literal
 
-from etils import epath
-from pydantic import BeforeValidator, Field, NonNegativeInt
-import pydantic.dataclasses
-import yaml
-
-from cm3leon_jax.config import STRICT, FieldError, UserError, build
-from cm3leon_jax.data.instructions.files import FORMATS
-from cm3leon_jax.data.instructions.samples import LossOn
-from cm3leon_jax.data.instructions.tasks import (
-  BREAK,
-  SCENES,
-  InstructionTask,
-  fields_of,
-  split_template,
+from pydantic import (
+  BeforeValidator,
+  Field,
+  NonNegativeFloat,
+  NonNegativeInt,
+  ValidationInfo,
+  field_validator,
 )
-from cm3leon_jax.data.sources import yaml_documents
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT, FieldError, build
+
+BREAK = "<break>"  # Between the segments of a template.
+SCENES = "scenes/"  # In a format, before the name of a task that is drawn, see `DrawnTasks`.
+FIELD = re.compile(r"\{(\w+)(\??)\}")  # Of a template: its name, and a mark if it is optional.
+LossOn = Literal["all", "target"]
 
 
-def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
-  if not isinstance(values, Sequence) or isinstance(values, str):
-    raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of its fields.")
-  found = []
-  for number, value in enumerate(values, 1):
-    try:
-      found.append(make_task(value))
-    except FieldError as error:
-      raise ValueError(f"task {number}: {error}") from error
-  return tuple(found)
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A format.
+
+  Attributes:
+    splits: that can be read; (): any, the name of a file.
+    texts: names of the texts of its records.
+    images: names of the images of its records; (): the file names texts and images.
+  """
+
+  splits: tuple[str, ...]
+  texts: tuple[str, ...]
+  images: tuple[str, ...] = ("image",)
+
+
+FORMATS = {
+  "coco_2014": Format(("train", "val"), ("caption",)),
+  "coco_2017": Format(("train", "val"), ("caption",)),
+  "coco_karpathy": Format(("train", "restval", "val", "test"), ("caption",)),
+  "vg_paragraphs": Format(("train", "val", "test"), ("caption",)),
+  "vqa_v2": Format(("train", "val"), ("question", "answer")),
+  "ok_vqa": Format(("train", "val"), ("question", "answer")),
+  "vizwiz": Format(("train", "val"), ("question", "answer")),
+  "flickr30k": Format(("train", "val", "test"), ("caption",)),
+  "localized_narratives": Format(
+    (
+      "open_images_train",
+      "open_images_validation",
+      "open_images_test",
+      "coco_train",
+      "coco_val",
+      "flickr30k_train",
+      "flickr30k_val",
+      "flickr30k_test",
+      "ade20k_train",
+      "ade20k_validation",
+    ),
+    ("caption",),
+  ),
+  "textvqa": Format(("train", "val"), ("question", "answer")),
+  "scienceqa": Format(
+    ("train", "val", "test"),
+    ("question", "context", "options", "answer", "explanation", "reasoning"),
+  ),
+  "instruct_pix2pix": Format(
+    ("train", "val", "test"),
+    ("instruction", "input_caption", "output_caption"),
+    ("before", "after"),
+  ),
+  "coco_objects": Format(("train2014", "val2014", "train2017", "val2017"), ("caption", "objects")),
+  "llava": Format(
+    (
+      "llava_instruct_150k",
+      "llava_instruct_80k",
+      "conversation_58k",
+      "detail_23k",
+      "complex_reasoning_77k",
+      "llava_v1_5_mix665k",
+    ),
+    ("instruction", "answer"),
+  ),
+  "jsonl": Format((), (), ()),
+}
+
+
+def fields_of(template: str) -> list[str]:
+  """Returns the names of the fields of a template, or of a part of it."""
+  return [name for name, _ in FIELD.findall(template)]
+
+
+def split_template(template: str) -> list[str]:
+  """Returns the segments of a template, without the white space around them."""
+  return [segment.strip() for segment in template.split(BREAK)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class InstructionsConfig:
-  """Tasks of instruction tuning, and how they are mixed (CM3Leon, section 4); docs/instructions.md.
+class InstructionTask:
+  """One task; the templates of a record are chosen by its key, each as often."""
 
-  Without tasks a run trains on its documents alone.
-  """
-
-  tasks: str = ""
-  """YAML file of tasks, or one that comes with the package: `cm3leon`, `tutorial` or `scenes`."""
-  own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """More tasks, each a dict of the fields that it has in YAML (docs/instructions.md)."""
-  only: tuple[str, ...] = ()
-  """Names of the tasks that are trained; (): all."""
+  name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+  """Unique name."""
+  templates: Annotated[tuple[str, ...], Field(min_length=1)]
+  """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
+  segments, and an image is a segment of its own. A line with `{field?}` is left out if this text
+  is empty in a record."""
+  target: Annotated[str, Field(min_length=1)]
+  """Field that is to be predicted."""
+  format: Annotated[str, Field(min_length=1)]
+  """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
+  train: Annotated[str, Field(min_length=1)] = "train"
+  """Split that is trained on."""
+  heldout: str = ""
+  """Split of the held-out loss; "": none."""
   root: str = ""
-  """Folder of the files of all tasks."""
-  allow_outside: bool = False
-  """Whether records may name images outside of the folder of images of their task. Only for records
-  that you trust: they could name any file of the machine."""
-  max_records: NonNegativeInt = 0
-  """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
-  redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of training records whose given images are first encoded and decoded by the image
-  tokenizer, so that they look like images that a model drew."""
-  loss_on: LossOn = "all"
-  """`all`: every token is a target, the instruction, too, as in the paper; `target`: the answer."""
-  replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of slots that the run's documents get, as in pretraining, so that less is forgotten."""
-  least_ratio: Annotated[float, Field(gt=0)] = 0.3
-  """Least size of a task in the mixture, relative to the mean size (paper: 0.3)."""
-  most_ratio: Annotated[float, Field(gt=0)] = 3.0
-  """The largest relative size (paper: 3)."""
+  """Folder of the files, in `config.instructions.root`."""
+  images: str = ""
+  """Folder of the images, in `config.instructions.root`; "": `root`."""
+  maps: dict[str, str] = dataclasses.field(default_factory=dict)
+  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a
+  folder in `config.instructions.root` with a map under the file name of each image."""
+  records: NonNegativeInt = 0
+  """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
+  heldout_records: NonNegativeInt = 500
+  """Most held-out records, the first ones; 0: all."""
+  weight: NonNegativeFloat = 1.0
+  """Factor of its share of the mixture."""
+  cap: NonNegativeInt = 0
+  """Largest number of records that counts for its share; 0: all."""
+  loss_weight: Annotated[float, Field(gt=0)] = 1.0
+  """Weight of each of its targets in the loss. An answer has few tokens, an image has many."""
+  drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of samples without the segment before the target, a text, for guidance by the given
+  image alone. Only samples that predict an image lack something."""
+  drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of samples in which `<mask:0>` stands for all that is before the target."""
 
-  @property
-  def any(self) -> bool:
-    """Returns whether there are tasks."""
-    return bool(self.tasks or self.own_tasks)
-
-
-def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
-  """Returns the tasks that a config names.
-
-  Raises:
-    UserError: no such file, a wrong field in it, two tasks of one name, or no task of a name.
-  """
-  found = (*(read_tasks(config.tasks) if config.tasks else ()), *config.own_tasks)
-  names = [task.name for task in found]
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise UserError(f"config.instructions has two tasks of the name '{twice[0]}': rename one.")
-  if unknown := sorted(set(config.only) - set(names)):
-    raise UserError(
-      f"config.instructions.only names '{unknown[0]}'; the tasks are {', '.join(names)}."
-    )
-  return tuple(task for task in found if task.name in (config.only or names))
-
-
-def shipped() -> list[str]:
-  """Returns the names of the tables of tasks that come with the package."""
-  folder = importlib.resources.files("cm3leon_jax") / "data" / "tasks"
-  return sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name.endswith(".yaml"))
-
-
-def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
-  """Reads a YAML file, a list of tasks, by its path or by the name of one of the package.
-
-  Raises:
-    UserError: naming file and line: no YAML, or a wrong field.
-  """
-  if name_or_path in shipped():
-    path = importlib.resources.files("cm3leon_jax") / "data" / "tasks" / f"{name_or_path}.yaml"
-    return parse_tasks(path.read_text(), name_or_path)
-  path = epath.Path(name_or_path)
-  if not path.exists() or path.is_dir():
-    raise UserError(
-      f"config.instructions.tasks is '{name_or_path}'; it must be a YAML file that exists, or one "
-      f"of {', '.join(shipped())}."
-    )
-  return parse_tasks(yaml_documents.read(path), name_or_path)
-
-
-def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
-  """Makes the tasks of a YAML text; `where` names it in messages.
-
-  Raises:
-    UserError: naming the line: no YAML, no list of tasks, a wrong field, or a name of two tasks.
-  """
-  documents = yaml_documents.parse(text, where)
-  if len(documents) > 1:
-    line = documents[1][0].start_mark.line + 1
-    raise UserError(f"{where}, line {line}: another document begins; a file of tasks has one.")
-  if not documents or not isinstance(documents[0][1], list) or not documents[0][1]:
-    raise UserError(f"{where} must be a list of tasks, each `- name: ...` and its other fields.")
-  [(node, values)] = documents
-  found, lines = [], {}
-  for entry, value in zip(node.value, values, strict=True):
-    try:
-      _check_keys(entry)
-      task = make_task(value)
-      if task.name in lines:
-        message = (
-          f"the task of line {lines[task.name]} has the name '{task.name}', too: rename one."
+  # Validators of fields, not of the whole, so that an error has the field's place in a file.
+  @field_validator("templates")
+  @classmethod
+  def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+    for template in templates:
+      if set("{}") & set(FIELD.sub("", template)):
+        raise ValueError(
+          f"the template '{template}' has a brace that belongs to no field: write {{name}}."
         )
-        raise FieldError(message, ("name",))
-    except FieldError as error:
-      raise UserError(f"{where}, line {_line_of(entry, error.path)}: {error}") from error
-    lines[task.name] = _line_of(entry, ("name",))
-    found.append(task)
-  return tuple(found)
+      if not all(split_template(template)):
+        raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
+      for line in template.replace(BREAK, "\n").split("\n"):
+        if any(mark for _, mark in FIELD.findall(line)) and len(fields_of(line)) > 1:
+          raise ValueError(
+            f"the template '{template}' has an optional field beside another one: give it a line "
+            "of its own."
+          )
+    return templates
 
+  @field_validator("target")
+  @classmethod
+  def _check_target(cls, target: str, info: ValidationInfo) -> str:
+    for template in info.data.get("templates", ()):
+      given = f"{{{target}}}" in template  # Not as an optional field.
+      count = fields_of(template).count(target) if given else 0
+      if count != 1:
+        raise ValueError(
+          f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
+          "times."
+        )
+    return target
 
-def _check_keys(node: yaml.Node) -> None:
-  """Raises FieldError if a field of a task is there twice: YAML would take the last one."""
-  keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-  if twice := [key for key in keys if keys.count(key) > 1]:
-    raise FieldError(
-      f"the task has the field '{twice[0]}' twice: leave one out, or begin a new task with '- '.",
-      (twice[0],),
-    )
-
-
-def _line_of(node: yaml.Node, path: Sequence[str | int]) -> int:
-  """Returns the line of a field, or of what it is in, counted from 1."""
-  line = node.start_mark.line
-  for part in path:
-    if isinstance(node, yaml.MappingNode):
-      # The last one: of two equal keys it is the mistake.
-      inner = [pair for pair in node.value if pair[0].value == part][-1:]
-    else:
-      items = node.value if isinstance(node, yaml.SequenceNode) else []
-      inner = [(item, item) for place, item in enumerate(items) if place == part]
-    if not inner:
-      break
-    [(key, node)] = inner
-    line = key.start_mark.line
-  return line + 1
+  @field_validator("drop_all")
+  @classmethod
+  def _check_drops(cls, drop_all: float, info: ValidationInfo) -> float:
+    if drop_all + info.data.get("drop_instruction", 0) > 1:
+      raise ValueError("drop_instruction and drop_all together are more than 1.")
+    return drop_all
 
 
 def make_task(values: Any) -> InstructionTask:
@@ -242,3 +251,53 @@ def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[s
             "them.",
             ("templates", place),
           )
+
+
+def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
+  if not isinstance(values, Sequence) or isinstance(values, str):
+    raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of its fields.")
+  found = []
+  for number, value in enumerate(values, 1):
+    try:
+      found.append(make_task(value))
+    except FieldError as error:
+      raise ValueError(f"task {number}: {error}") from error
+  return tuple(found)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class InstructionsConfig:
+  """Tasks of instruction tuning, and how they are mixed (CM3Leon, section 4); docs/instructions.md.
+
+  Without tasks a run trains on its documents alone.
+  """
+
+  tasks: str = ""
+  """YAML file of tasks, or one that comes with the package: `cm3leon`, `tutorial` or `scenes`."""
+  own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
+  """More tasks, each a dict of the fields that it has in YAML (docs/instructions.md)."""
+  only: tuple[str, ...] = ()
+  """Names of the tasks that are trained; (): all."""
+  root: str = ""
+  """Folder of the files of all tasks."""
+  allow_outside: bool = False
+  """Whether records may name images outside of the folder of images of their task. Only for records
+  that you trust: they could name any file of the machine."""
+  max_records: NonNegativeInt = 0
+  """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
+  redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of training records whose given images are first encoded and decoded by the image
+  tokenizer, so that they look like images that a model drew."""
+  loss_on: LossOn = "all"
+  """`all`: every token is a target, the instruction, too, as in the paper; `target`: the answer."""
+  replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Share of slots that the run's documents get, as in pretraining, so that less is forgotten."""
+  least_ratio: Annotated[float, Field(gt=0)] = 0.3
+  """Least size of a task in the mixture, relative to the mean size (paper: 0.3)."""
+  most_ratio: Annotated[float, Field(gt=0)] = 3.0
+  """The largest relative size (paper: 3)."""
+
+  @property
+  def any(self) -> bool:
+    """Returns whether there are tasks."""
+    return bool(self.tasks or self.own_tasks)

@@ -17,7 +17,8 @@ import posixpath
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS, read_coco_objects
+from cm3leon_jax.data.instructions.config import FORMATS
+from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
 from cm3leon_jax.data.instructions.llava import LLAVA, read_llava
 from cm3leon_jax.data.instructions.records import Record
@@ -53,40 +54,8 @@ PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
 UNANSWERABLE = "unanswerable"  # In VizWiz.
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-  """A format.
-
-  Attributes:
-    splits: that can be read; (): any, the name of a file.
-    texts: names of the texts of its records.
-    images: names of the images of its records; (): the file names texts and images.
-  """
-
-  splits: tuple[str, ...]
-  texts: tuple[str, ...]
-  images: tuple[str, ...] = ("image",)
-
-
 CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")
 QUESTIONS = ("vqa_v2", "ok_vqa", "vizwiz")
-FORMATS = {
-  **{name: Format(evaluation_files.SPLITS[name], ("caption",)) for name in CAPTIONS},
-  **{name: Format(evaluation_files.SPLITS[name], ("question", "answer")) for name in QUESTIONS},
-  "flickr30k": Format(("train", "val", "test"), ("caption",)),
-  "localized_narratives": Format(tuple(NARRATIVES), ("caption",)),
-  "textvqa": Format(("train", "val"), ("question", "answer")),
-  "scienceqa": Format(
-    ("train", "val", "test"),
-    ("question", "context", "options", "answer", "explanation", "reasoning"),
-  ),
-  "instruct_pix2pix": Format(
-    tuple(PIX2PIX), ("instruction", "input_caption", "output_caption"), ("before", "after")
-  ),
-  "coco_objects": Format(OBJECT_SPLITS, ("caption", "objects")),
-  "llava": Format(tuple(LLAVA), ("instruction", "answer")),
-  "jsonl": Format((), (), ()),
-}
 
 
 def open_records(

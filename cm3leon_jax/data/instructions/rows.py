@@ -4,10 +4,11 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
-from cm3leon_jax.data.instructions.config import load_tasks
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.samples import Drops, Instructions, read_targets
 from cm3leon_jax.data.instructions.sources import store_name
-from cm3leon_jax.data.instructions.tasks import InstructionTask, mixture
+from cm3leon_jax.data.instructions.task_files import load_tasks
+from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.plan import RowSource
 
 

@@ -14,11 +14,10 @@ from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
-from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.config import SCENES, InstructionsConfig, InstructionTask
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import DrawnTasks, Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
-from cm3leon_jax.data.instructions.tasks import SCENES, InstructionTask
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.files.shards import Runner, run_shards

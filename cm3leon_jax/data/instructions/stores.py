@@ -16,10 +16,11 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, finish_store, write_shard
+from cm3leon_jax.data.instructions.config import InstructionTask, fields_of
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.samples import Drops, plan_instruction, write_targets
-from cm3leon_jax.data.instructions.tasks import Instruction, InstructionTask, fields_of, join_record
+from cm3leon_jax.data.instructions.tasks import Instruction, join_record
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RecordError
 from cm3leon_jax.files.atomic import replacing

@@ -10,113 +10,21 @@ table 5); an image that ends the document is predicted in its place.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
-import re
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationInfo, field_validator
-import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Segment
+from cm3leon_jax.data.instructions.config import (
+  BREAK,
+  FIELD,
+  InstructionTask,
+  fields_of,
+  split_template,
+)
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.records import RecordError
 from cm3leon_jax.tokenizers.text import encode_pieces
-
-BREAK = "<break>"  # Between the segments of a template.
-SCENES = "scenes/"  # In a format, before the name of a task that is drawn, see `DrawnTasks`.
-_FIELD = re.compile(r"\{(\w+)(\??)\}")
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class InstructionTask:
-  """One task; the templates of a record are chosen by its key, each as often."""
-
-  name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-  """Unique name."""
-  templates: Annotated[tuple[str, ...], Field(min_length=1)]
-  """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
-  segments, and an image is a segment of its own. A line with `{field?}` is left out if this text
-  is empty in a record."""
-  target: Annotated[str, Field(min_length=1)]
-  """Field that is to be predicted."""
-  format: Annotated[str, Field(min_length=1)]
-  """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
-  train: Annotated[str, Field(min_length=1)] = "train"
-  """Split that is trained on."""
-  heldout: str = ""
-  """Split of the held-out loss; "": none."""
-  root: str = ""
-  """Folder of the files, in `config.instructions.root`."""
-  images: str = ""
-  """Folder of the images, in `config.instructions.root`; "": `root`."""
-  maps: dict[str, str] = dataclasses.field(default_factory=dict)
-  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a
-  folder in `config.instructions.root` with a map under the file name of each image."""
-  records: NonNegativeInt = 0
-  """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
-  heldout_records: NonNegativeInt = 500
-  """Most held-out records, the first ones; 0: all."""
-  weight: NonNegativeFloat = 1.0
-  """Factor of its share of the mixture."""
-  cap: NonNegativeInt = 0
-  """Largest number of records that counts for its share; 0: all."""
-  loss_weight: Annotated[float, Field(gt=0)] = 1.0
-  """Weight of each of its targets in the loss. An answer has few tokens, an image has many."""
-  drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the segment before the target, a text, for guidance by the given
-  image alone. Only samples that predict an image lack something."""
-  drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples in which `<mask:0>` stands for all that is before the target."""
-
-  # Validators of fields, not of the whole, so that an error has the field's place in a file.
-  @field_validator("templates")
-  @classmethod
-  def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-    for template in templates:
-      if set("{}") & set(_FIELD.sub("", template)):
-        raise ValueError(
-          f"the template '{template}' has a brace that belongs to no field: write {{name}}."
-        )
-      if not all(split_template(template)):
-        raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
-      for line in template.replace(BREAK, "\n").split("\n"):
-        if any(mark for _, mark in _FIELD.findall(line)) and len(fields_of(line)) > 1:
-          raise ValueError(
-            f"the template '{template}' has an optional field beside another one: give it a line "
-            "of its own."
-          )
-    return templates
-
-  @field_validator("target")
-  @classmethod
-  def _check_target(cls, target: str, info: ValidationInfo) -> str:
-    for template in info.data.get("templates", ()):
-      given = f"{{{target}}}" in template  # Not as an optional field.
-      count = fields_of(template).count(target) if given else 0
-      if count != 1:
-        raise ValueError(
-          f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
-          "times."
-        )
-    return target
-
-  @field_validator("drop_all")
-  @classmethod
-  def _check_drops(cls, drop_all: float, info: ValidationInfo) -> float:
-    if drop_all + info.data.get("drop_instruction", 0) > 1:
-      raise ValueError("drop_instruction and drop_all together are more than 1.")
-    return drop_all
-
-
-def fields_of(template: str) -> list[str]:
-  """Returns the names of the fields of a template, or of a part of it."""
-  return [name for name, _ in _FIELD.findall(template)]
-
-
-def split_template(template: str) -> list[str]:
-  """Returns the segments of a template, without the white space around them."""
-  return [segment.strip() for segment in template.split(BREAK)]
 
 
 def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
@@ -130,7 +38,7 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
   """
   kept = []
   for line in segment.split("\n"):
-    empty = [(name, mark) for name, mark in _FIELD.findall(line) if not record.texts[name].strip()]
+    empty = [(name, mark) for name, mark in FIELD.findall(line) if not record.texts[name].strip()]
     for name, mark in empty:
       if not mark:
         raise RecordError(
@@ -257,9 +165,9 @@ def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
     return np.zeros(0, np.int32), False, None
   texts = {field: " ".join(record.texts[field].split()) for field in fields}
   if task.target not in fields:
-    return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, None
+    return encode(FIELD.sub(lambda match: texts[match[1]], text)), False, None
   before, after = text.split(f"{{{task.target}}}")
-  before, after = (_FIELD.sub(lambda match: texts[match[1]], part) for part in (before, after))
+  before, after = (FIELD.sub(lambda match: texts[match[1]], part) for part in (before, after))
   pieces = encode_pieces(encode, [before, after])
   target = encode(texts[task.target])
   tokens = np.concatenate([pieces[0], target, pieces[1]]).astype(np.int32)

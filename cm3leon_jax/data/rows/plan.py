@@ -19,8 +19,9 @@ import numpy as np
 
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.instructions.samples import InstructionPlan, Instructions, plan_instruction
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
-from cm3leon_jax.data.rows.sample_plan import DataConfig, SamplePlan, plan_sample
+from cm3leon_jax.data.rows.sample_plan import SamplePlan, plan_sample
 
 SCAN = 2**22  # Lengths that are read at a time.
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 
 TYPICAL = 1_024  # Evenly spaced documents whose median length is the typical length of a store.
 

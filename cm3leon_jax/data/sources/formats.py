@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import posixpath
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
@@ -39,7 +39,6 @@ from cm3leon_jax.data.sources.samples import (
 )
 from cm3leon_jax.files.atomic import open_filesystem
 
-Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
 INTERLEAVED = "interleaved.jsonl"

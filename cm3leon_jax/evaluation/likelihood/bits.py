@@ -3,17 +3,15 @@
 # T tokens, C stored candidates of a document, n documents.
 
 import functools
-from typing import Annotated
 
 import jax
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.sample_plan import DataConfig
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
@@ -22,24 +20,6 @@ from cm3leon_jax.training.step import loss
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")
 ROW_MULTIPLE = 64  # Rows are padded to a multiple of it, so that few shapes compile.
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class EvaluationConfig:
-  """What `cm3leon evaluate` measures on held-out documents, after training."""
-
-  num_documents: Annotated[int, Field(ge=2)] = 200
-  """Number of held-out pairs to score, chosen by the seed; all pairs if there are fewer."""
-  batch_size: PositiveInt = 8
-  """Rows scored at once; a multiple of the parts into which the mesh splits a batch."""
-  num_resamples: Annotated[int, Field(ge=100)] = 10_000
-  """Number of bootstrap resamples of the concepts, for the intervals."""
-  scenes: NonNegativeInt = 0
-  """Held-out captions of `raw.source` = "scenes" to generate images for and judge; 0: none."""
-  scene_guidance: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1.0,)
-  """Guidance weights at which each of these captions gets an image."""
-  scene_neighbors: NonNegativeInt = 0
-  """Number of retrieved documents before each of these captions."""
 
 
 def check_batch(config: EvaluationConfig) -> None:

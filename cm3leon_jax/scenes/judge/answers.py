@@ -9,12 +9,12 @@ import dataclasses
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.splits import fraction
 from cm3leon_jax.evaluation.metrics import answers
+from cm3leon_jax.scenes.config import Style
 from cm3leon_jax.scenes.instructions import EDITS, TEXT_TASKS
 from cm3leon_jax.scenes.judge import clauses as caption_clauses
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.facts import Found, SceneVerdict, check
 from cm3leon_jax.scenes.questions import NUMBER_WORDS
-from cm3leon_jax.scenes.world import Style
 
 
 def answer_of(record: Record) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.scenes import source
 from cm3leon_jax.scenes.captions import OPPOSITES
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.judge.facts import Found, check
-from cm3leon_jax.scenes.world import Placed, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import Placed, Scene
 
 
 class Known(NamedTuple):

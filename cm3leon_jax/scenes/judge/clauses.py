@@ -11,7 +11,8 @@ import re
 from typing import Any, NamedTuple
 
 from cm3leon_jax.scenes.captions import NUMBERS, PLURAL_WORDS, RELATIONS, plural
-from cm3leon_jax.scenes.world import COLORS, COMMON, ICONS, PLACES
+from cm3leon_jax.scenes.config import COLORS, COMMON
+from cm3leon_jax.scenes.world import ICONS, PLACES
 
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = {

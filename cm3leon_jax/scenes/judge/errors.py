@@ -8,9 +8,9 @@ import numpy as np
 
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import OPPOSITES
+from cm3leon_jax.scenes.config import COLORS, COMMON, Style
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.facts import check
-from cm3leon_jax.scenes.world import Style
 
 
 def measure(images, facts: Sequence[dict], seed: int = 0, style: Style = "filled") -> dict:
@@ -67,7 +67,7 @@ def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
   Returns:
     kind of fact -> facts with another `include`, of which the image shows all but one.
   """
-  names, colors = list(world.COMMON), list(world.COLORS)
+  names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]
 
   def changed(field: str, change) -> dict:

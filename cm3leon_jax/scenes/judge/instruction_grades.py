@@ -12,9 +12,10 @@ import dataclasses
 import numpy as np
 
 from cm3leon_jax.data.instructions import sources
+from cm3leon_jax.data.instructions.config import InstructionTask, split_template
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import square_pixels
-from cm3leon_jax.data.instructions.tasks import InstructionTask, choose_template, split_template
+from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline

@@ -17,9 +17,9 @@ from PIL import Image
 from scipy import ndimage
 
 from cm3leon_jax.scenes import drawings, world
+from cm3leon_jax.scenes.config import COLORS, Style
 from cm3leon_jax.scenes.drawings import CELL, SIDE
 from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
-from cm3leon_jax.scenes.world import Style
 
 # 99 of 100 objects score 0.90 or more after blur, blotches and color errors that leave 16 dB. Of
 # halves of icons and of blots, 8 of 100 score more than 0.85, at most 2 as the object asked for.
@@ -113,8 +113,8 @@ def _cells(images) -> np.ndarray:
 @functools.cache
 def _palette() -> tuple[tuple[str, ...], np.ndarray]:
   """Returns the names of the colors, and [C, 3] fp32 what each takes away from white."""
-  values = 1 - np.array(list(world.COLORS.values()), np.float32) / 255
-  return tuple(world.COLORS), values
+  values = 1 - np.array(list(COLORS.values()), np.float32) / 255
+  return tuple(COLORS), values
 
 
 def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -20,13 +20,14 @@ from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.scenes import drawings
+from cm3leon_jax.scenes.config import Style
 from cm3leon_jax.scenes.judge import errors, sheet
 from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.scenes.judge.baselines import Known, TrainingScenes
 from cm3leon_jax.scenes.judge.sheet import SheetScene
 from cm3leon_jax.scenes.judge.table import Judged
-from cm3leon_jax.scenes.world import Placed, Scene, Style
+from cm3leon_jax.scenes.world import Placed, Scene
 
 REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of what limits the samples.
 UNGUIDED = "guidance 1"

@@ -10,6 +10,7 @@ import numpy as np
 
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.scenes import world
+from cm3leon_jax.scenes.config import CATEGORIES
 from cm3leon_jax.scenes.judge.baselines import Known
 from cm3leon_jax.scenes.judge.facts import FACTS, SceneVerdict
 
@@ -73,7 +74,7 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     return {"images": len(some), **counts, **_shares(some, num_resamples, seed)}
 
   result: dict = {"all": row(judged)}
-  for field, order in (("tag", world.CATEGORIES), ("heldout", world.KINDS)):
+  for field, order in (("tag", CATEGORIES), ("heldout", world.KINDS)):
     values = {one.facts[field] for one in judged}
     result[field] = {
       value: row([one for one in judged if one.facts[field] == value])

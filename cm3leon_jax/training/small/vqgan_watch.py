@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.quantizers import RESTARTING
-from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 
 GRID = "reconstructions.png"
 SHOWN = 8  # Images of the grid.

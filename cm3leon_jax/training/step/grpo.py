@@ -11,49 +11,25 @@ policy that sampled them is 1 and nothing is clipped.
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 import optax
-from pydantic import Field, NonNegativeFloat, PositiveFloat
-import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
 from cm3leon_jax.mesh import RULES, shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.config import OptimizerConfig, ReinforceConfig
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
 BUCKET = 32  # Prompt slots are a multiple of it, so that few shapes are compiled.
 SMALL = 1e-6  # Standard deviation of rewards below which a group teaches nothing.
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class ReinforceConfig:
-  """Learning from rewards of own samples, by `cm3leon reinforce`."""
-
-  tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
-  """Names of the tasks of `instructions` whose training records are the prompts; their target is
-  an image."""
-  samples: Annotated[int, Field(ge=2)] = 8
-  """Samples of a prompt in a step, a divisor of `train.global_batch_size`, which counts samples."""
-  reward: Literal["judge", "clip"] = "judge"
-  """What scores a sample: `judge`, 1 if it is wholly right and else 0, of tasks over scenes; or
-  `clip`, the cosine of image and caption."""
-  temperature: PositiveFloat = 1.0
-  """Divisor of the guided logits that samples are drawn from while learning, without top-k and
-  top-p."""
-  kl_weight: NonNegativeFloat = 0.05
-  """Weight in the loss of KL(policy of the first parameters || policy), in nats per code: what the
-  starting model may draw stays likely, so samples stay different and held-out images known."""
-  heldout_prompts: Annotated[int, Field(ge=2)] = 64
-  """Held-out prompts whose samples are scored before the first step and after the last one."""
 
 
 class Rollout(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import drawing_styles
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import builtin, openmoji
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
@@ -16,7 +17,7 @@ from tests.data.checks.duplicates_test import COPIES, photo
 
 
 def prepare(source, out, **fields):
-  config = ingest.RawConfig(source=str(source), **{"resolution": 64, **fields})
+  config = RawConfig(source=str(source), **{"resolution": 64, **fields})
   ingest.prepare(config, ingest.parts_of(config), out, Runner())
   return out
 

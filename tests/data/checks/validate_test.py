@@ -17,6 +17,7 @@ from cm3leon_jax.data.documents.store import (
   write_shard,
 )
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages
@@ -155,7 +156,7 @@ def prepare(folder, **fields) -> pathlib.Path:
       Image.fromarray(pixels).save(folder / "in" / f"{i}.png")
       (folder / "in" / f"{i}.txt").write_text(f"noise of number {i}")
   values = {"resolution": 16, "heldout_fraction": 0.3, "crops": 1, **fields}
-  config = ingest.RawConfig(source=str(folder / "in"), **values)
+  config = RawConfig(source=str(folder / "in"), **values)
   ingest.prepare(config, ingest.parts_of(config), folder / "raw", Runner())
   return folder / "raw"
 

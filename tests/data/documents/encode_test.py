@@ -16,11 +16,13 @@ from cm3leon_jax.data.documents.encode import (
 )
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
+from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
@@ -59,7 +61,7 @@ def raw(tmp_path):
   pages = [{"key": "page", "segments": segments, "split": "train", "group": "g"}]
   for name, records in (("pairs", pairs), ("texts", texts), ("interleaved", pages)):
     (source / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-  config = ingest.RawConfig(source=str(source), resolution=8)
+  config = RawConfig(source=str(source), resolution=8)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   return tmp_path / "raw"
 
@@ -174,7 +176,7 @@ def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
 
 def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
   """As an earlier version left it: now its stage does not finish."""
-  config = vqgan.VQGANConfig(
+  config = VQGANConfig(
     resolution=8, downsample=4, stem=2, width=8, multipliers=(1, 1),
     encoder_blocks=(0, 0), decoder_blocks=(0, 0), code_dim=4,
   )  # fmt: skip

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.instructions.edges import canny_edges, scribble
+from cm3leon_jax.scenes.config import COLORS
 from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.world import COLORS, Placed, Scene
+from cm3leon_jax.scenes.world import Placed, Scene
 
 
 def test_edges_of_a_square_are_its_border():

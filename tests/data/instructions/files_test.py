@@ -7,7 +7,15 @@ import re
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.files import FORMATS, NARRATIVES, open_records
+from cm3leon_jax.data.instructions.config import FORMATS
+from cm3leon_jax.data.instructions.files import (
+  CAPTIONS,
+  NARRATIVES,
+  PIX2PIX,
+  QUESTIONS,
+  open_records,
+)
+from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS
 from cm3leon_jax.data.instructions.llava import LLAVA
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
@@ -235,6 +243,11 @@ def test_the_large_files_of_localized_narratives(tmp_path, split, image_id, file
 
 def test_the_table_has_the_formats_of_captions_and_questions():
   assert set(EVALUATION_SPLITS) - set(FORMATS) == {"visdial"}
+  for name in CAPTIONS + QUESTIONS:
+    assert FORMATS[name].splits == EVALUATION_SPLITS[name]
+    assert FORMATS[name].texts == (("caption",) if name in CAPTIONS else ("question", "answer"))
   assert FORMATS["localized_narratives"].splits == tuple(NARRATIVES)
+  assert FORMATS["instruct_pix2pix"].splits == tuple(PIX2PIX)
+  assert FORMATS["coco_objects"].splits == OBJECT_SPLITS
   assert FORMATS["llava"].splits == tuple(LLAVA)
   assert set(FORMATS) == set(RELEASES)

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.files import FORMATS, open_records
+from cm3leon_jax.data.instructions.config import FORMATS
+from cm3leon_jax.data.instructions.files import open_records
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, split_of, write
 from tests.data.instructions.files_test import NARRATED, files_of, read
 

@@ -8,10 +8,11 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.instructions import samples
-from cm3leon_jax.data.instructions.tasks import InstructionTask, mixture
+from cm3leon_jax.data.instructions.config import InstructionTask
+from cm3leon_jax.data.instructions.tasks import mixture
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 from tests.data.stores import VOCAB, make_sources
 
 ANSWERS = 30

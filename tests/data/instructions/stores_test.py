@@ -10,9 +10,9 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.instructions import stores
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.samples import read_targets
-from cm3leon_jax.data.instructions.tasks import InstructionTask
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS, make_run

@@ -6,8 +6,9 @@ import pytest
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.data.instructions.tasks import InstructionTask, choose_template, join_record
+from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError
 from tests.data.stores import VOCAB
 

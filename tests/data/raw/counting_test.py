@@ -6,11 +6,11 @@ import pytest
 
 from cm3leon_jax.data.checks import leaks
 from cm3leon_jax.data.raw import counting, ingest, reader
-from cm3leon_jax.data.raw.writer import RawConfig
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs.from_data import Counts
-from cm3leon_jax.tokenizers.text import TextTokenizerConfig
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 
 
 def folder_of(path, sides, texts=0):

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
-from cm3leon_jax.data.raw.ingest import RawConfig
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources import origins as origins_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved

@@ -17,6 +17,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import (
   KINDS,
@@ -187,7 +188,7 @@ def test_a_wrong_line_is_rejected_and_the_next_one_is_read(line, tmp_path, monke
   (tmp_path / "a.jsonl").write_bytes(line + b'\n{"key": "right", "text": "b"}\n')
   found = list(read(tmp_path / "a.jsonl"))
   assert reasons(found) == ["malformed_record", "right"]
-  config = ingest.RawConfig(source=str(tmp_path / "a.jsonl"), max_rejected=0.5)
+  config = RawConfig(source=str(tmp_path / "a.jsonl"), max_rejected=0.5)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   [rejected] = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
   assert json.loads(rejected)["reason"] == "malformed_record"
@@ -304,7 +305,7 @@ def test_images_outside_of_the_folder_are_refused(folder, name):
   (folder.parent / "outside" / "a.png").unlink()
   assert [x.message for x in read(folder) if isinstance(x, Rejected)] == [found[0].message]
   (folder.parent / "outside" / "a.png").write_bytes(encoded("png"))
-  config = ingest.RawConfig(source=str(folder), resolution=4, allow_outside=True)
+  config = RawConfig(source=str(folder), resolution=4, allow_outside=True)
   counts = ingest.prepare(config, ingest.parts_of(config), folder.parent / "raw", Runner())
   assert sum(n for kind, n in counts.items() if kind.endswith("_pairs")) == 2
 

@@ -9,9 +9,9 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.samples import Drops
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader, batches, local_rows
 from cm3leon_jax.data.rows.plan import RowPlan
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.rows.loader_test import HostSharding
 from tests.data.stores import VOCAB, make_instructions, make_sources

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.data import LengthStore, synthetic_sources
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource, Units, pack_best_fit
 from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
-from cm3leon_jax.data.rows.sample_plan import DataConfig
 from tests.data.stores import VOCAB, make_plan, make_sources
 
 

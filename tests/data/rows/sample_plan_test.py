@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.rows.cm3 import OVERHEAD, segment_bounds
-from cm3leon_jax.data.rows.sample_plan import DataConfig, joined_length, plan_sample
+from cm3leon_jax.data.rows.config import DataConfig
+from cm3leon_jax.data.rows.sample_plan import joined_length, plan_sample
 from tests.data.stores import IMAGE_TOKENS
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import archives, formats, records
 from cm3leon_jax.data.sources import lines as source_lines
 from cm3leon_jax.data.sources.records import RawPair, RawText, Record, Rejected, batches
@@ -196,7 +197,7 @@ def test_of_a_long_caption_in_parquet_no_text_is_made(tmp_path, name, characters
   """A file of 1.3 kB with 2,000 captions of 1 MB took 72 s."""
   write_repeated(tmp_path / "a.parquet", image=encoded("png"), **{name: "é" * REPEATED})
   write_table(tmp_path / "b.parquet", [encoded("png")])
-  config = ingest.RawConfig(source=str(tmp_path / "*.parquet"), resolution=4, max_rejected=1)
+  config = RawConfig(source=str(tmp_path / "*.parquet"), resolution=4, max_rejected=1)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   lines = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
   rejected = [json.loads(line) for line in lines]

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from cm3leon_jax.data.raw import ingest
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import archives, formats
 from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import reasons
@@ -28,7 +29,7 @@ def test_what_a_tar_may_hold(tmp_path):
       tar.addfile(info, io.BytesIO(data))
   expected = ["000000003", "000000004", "../5", "missing_image"]  # Links and devices are no files.
   assert reasons(formats.read(formats.parts(str(path))[0])) == expected
-  config = ingest.RawConfig(source=str(path), resolution=4, max_rejected=0.5)
+  config = RawConfig(source=str(path), resolution=4, max_rejected=0.5)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}  # Nothing is written at "..".
 

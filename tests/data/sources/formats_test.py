@@ -11,6 +11,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
 from cm3leon_jax.files.shards import Runner
@@ -23,7 +24,7 @@ def read(source, kind="auto"):
 
 
 def prepare(folder, **fields):
-  config = ingest.RawConfig(resolution=4, **fields)
+  config = RawConfig(resolution=4, **fields)
   return ingest.prepare(config, ingest.parts_of(config), folder, Runner())
 
 

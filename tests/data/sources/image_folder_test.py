@@ -23,8 +23,8 @@ from cm3leon_jax.data.sources.records import Rejected, images_of
 from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.tasks import ScenesTasks
-from cm3leon_jax.scenes.world import ScenesConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 
 SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg".

@@ -10,7 +10,8 @@ import pytest
 from cm3leon_jax import config
 from cm3leon_jax.data.documents import store as documents
 from cm3leon_jax.data.rows import loader
-from cm3leon_jax.data.rows.sample_plan import DataConfig
+from cm3leon_jax.data.rows.config import DataConfig
+from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -30,7 +31,7 @@ MODEL = ModelConfig(
   loss_chunk=16,
 )
 DATA = DataConfig(sequence_length=64, num_neighbors=2)
-CONFIG = bits.EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
+CONFIG = EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 
 
 def pair(key, rng, codes=4, concept=""):

@@ -11,6 +11,7 @@ import pytest
 
 from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore, Segment
 from cm3leon_jax.data.rows import loader
+from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.evaluation.likelihood import bits, document_scores, pairs
 from cm3leon_jax.evaluation.likelihood.document_scores import Scorer, Search, Totals
 from cm3leon_jax.evaluation.likelihood.given_documents import StoredDocuments, open_documents
@@ -181,7 +182,7 @@ def heldout(workdir, layout):
 def test_bits_of_a_store_are_those_of_the_evaluation(
   workdir, layout, scorer, tmp_path, retrieve, condition
 ):
-  documents, config = heldout(workdir, layout), bits.EvaluationConfig(batch_size=2)
+  documents, config = heldout(workdir, layout), EvaluationConfig(batch_size=2)
   find = search(workdir, layout, 2)
   texts = [layout.decode(documents.store[i].segments[0].tokens) for i in range(5)]
   queries = find.clip.embed_texts([layout.encode(text) for text in texts])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.huggingface import HFCLIP
-from cm3leon_jax.clip.model import CLIP, CLIPConfig, init_params
+from cm3leon_jax.clip.model import CLIP, init_params
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.evaluation.metrics.extractors import (

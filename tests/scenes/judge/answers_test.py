@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.scenes.config import COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.drawings import render
 from cm3leon_jax.scenes.instructions import EDITS, TASKS, TEXT_TASKS, record, records
 from cm3leon_jax.scenes.judge.answers import (
@@ -19,7 +20,7 @@ from cm3leon_jax.scenes.judge.answers import (
 )
 from cm3leon_jax.scenes.judge.errors import changed_facts
 from cm3leon_jax.scenes.judge.judge import find_objects
-from cm3leon_jax.scenes.world import COLORS, COMMON, Scene, ScenesConfig
+from cm3leon_jax.scenes.world import Scene
 
 CONFIG = ScenesConfig(rare_objects=100)
 IMAGE_TASKS = tuple(task for task in TASKS if task not in TEXT_TASKS)

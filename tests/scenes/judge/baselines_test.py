@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.judge import judge as judging
 from cm3leon_jax.scenes.judge.baselines import Known, TrainingScenes, claims_of
 from cm3leon_jax.scenes.judge.clauses import parse
-from cm3leon_jax.scenes.world import Scene, ScenesConfig
+from cm3leon_jax.scenes.world import Scene
 
 
 def record(caption: str, scene: str) -> tuple[str, dict]:

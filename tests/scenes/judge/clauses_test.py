@@ -3,8 +3,8 @@
 import pytest
 
 from cm3leon_jax.scenes import source
+from cm3leon_jax.scenes.config import RARE, ScenesConfig
 from cm3leon_jax.scenes.judge.clauses import parse
-from cm3leon_jax.scenes.world import RARE, ScenesConfig
 
 
 def canonical(clauses):

@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.instructions.config import InstructionsConfig, load_tasks, read_tasks
+from cm3leon_jax.data.instructions.config import InstructionsConfig
+from cm3leon_jax.data.instructions.task_files import load_tasks, read_tasks
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.text_tasks import InfillText

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import scene_judge
 from cm3leon_jax.scenes import drawings, world
+from cm3leon_jax.scenes.config import COLORS
 from cm3leon_jax.scenes.judge import errors as judge_errors
 from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.facts import UNKNOWN
@@ -38,7 +39,7 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
 
 @pytest.mark.parametrize("style", ["filled", pytest.param("outlined", marks=pytest.mark.slow)])
 def test_every_object_of_the_world_is_found_as_itself_in_every_color(style):
-  names, colors = list(world.ICONS), list(world.COLORS)
+  names, colors = list(world.ICONS), list(COLORS)
   images, expected = [], []
   for start in range(0, len(names) - 3, 4):
     placed = [

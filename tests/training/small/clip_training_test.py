@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.clip.config import CLIPConfig
+from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines

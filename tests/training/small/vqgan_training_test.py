@@ -16,7 +16,8 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
 from tests.models.tiny import mesh_of
 

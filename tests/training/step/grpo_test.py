@@ -12,8 +12,9 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import grpo
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of, model_logits, random_params

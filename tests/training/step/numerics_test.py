@@ -10,8 +10,9 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import shard
+from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import grpo, numerics
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, random_params
 from tests.training.step import grpo_test, state_test

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.optimizer import (
-  OptimizerConfig,
   create_optimizer,
   learning_rate_schedule,
   update_average,

@@ -13,8 +13,9 @@ from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.loss import SOURCE_SUMS
-from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 

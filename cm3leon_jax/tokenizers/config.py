@@ -1,5 +1,6 @@
-"""Config section of the image tokenizer and its training."""
+"""Config sections of the text tokenizer, and of the image tokenizer and its training."""
 
+import functools
 import math
 from typing import Annotated, Literal
 
@@ -9,7 +10,21 @@ import pydantic.dataclasses
 from cm3leon_jax.config import STRICT
 
 SMALLEST_PERCEPTUAL = 16  # Pixels, since the network of `perceptual` halves an image four times.
+LEVELS = range(3, 9)  # Numbers of levels that a channel of FSQ may have.
 Quantizer = Literal["", "ema", "simvq", "fsq", "rotation"]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class TextTokenizerConfig:
+  """How the text tokenizer is trained, and how documents use it."""
+
+  min_frequency: PositiveInt = 2
+  """Number of times that a merge must occur in the training texts."""
+  model_max_length: PositiveInt = 4_096
+  """Length that is written for other software; texts are not cut to it."""
+  max_caption_tokens: PositiveInt = 512
+  """Longest caption in tokens: longer captions lose their end when documents are written. Texts
+  without an image are never cut there."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -142,3 +157,49 @@ class VQGANConfig:
   @property
   def image_tokens(self) -> int:
     return (self.resolution // self.downsample) ** 2
+
+
+@functools.cache
+def levels_of(num_codes: int) -> tuple[int, ...]:
+  """Returns numbers of levels whose product is K: as few as possible, then as equal as possible.
+
+  levels_of(1_024) = (8, 8, 4, 4)
+  levels_of(1_000) = (8, 5, 5, 5)
+  levels_of(1_021) = (), since 1,021 is a prime number
+  """
+  found = list(_factorizations(num_codes, LEVELS[-1]))
+  return max(found, key=lambda levels: (-len(levels), levels[-1]), default=())
+
+
+def _factorizations(number: int, largest: int):
+  """Yields the descending factors in `LEVELS`, none above `largest`, of a number."""
+  if number in LEVELS and number <= largest:
+    yield (number,)
+  for first in range(min(largest, number // LEVELS[0]), LEVELS[0] - 1, -1):
+    if number % first == 0:
+      yield from ((first, *rest) for rest in _factorizations(number // first, first))
+
+
+def _products(largest: int) -> set[int]:
+  """Returns all products of `LEVELS` up to the largest."""
+  found, new = set[int](), {1}
+  while new:
+    new = {n * level for n in new for level in LEVELS if n * level <= largest} - found
+    found |= new
+  return found
+
+
+def check_levels(num_codes: int, code_dim: int) -> None:
+  """Raises ValueError if FSQ has no levels for K codes, or another number of them than E."""
+  if not levels_of(num_codes):
+    near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
+    shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))
+    raise ValueError(
+      f"vqgan.quantizer is fsq, and vocab.image_size is {num_codes}; it must be a product of "
+      f"levels from {LEVELS[0]} to {LEVELS[-1]}, e.g. {shown}."
+    )
+  if code_dim != len(levels := levels_of(num_codes)):
+    raise ValueError(
+      f"vqgan.code_dim is {code_dim}; for vqgan.quantizer = fsq it must be {len(levels)}: "
+      f"{num_codes} codes are {' x '.join(map(str, levels))} levels."
+    )
