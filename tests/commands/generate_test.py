@@ -45,7 +45,7 @@ def workdir(tmp_path_factory):
 def run(workdir, monkeypatch):
   """Returns a function that runs the command with some flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  monkeypatch.setattr(reading, "load_params", lambda folder, config: (random_params(config), 7))
+  monkeypatch.setattr(reading, "load_params", lambda folder, config, *_: (random_params(config), 7))
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 

@@ -22,16 +22,16 @@ from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.trained import rows as training_rows
 from cm3leon_jax.training.faults import skipped_rows
-from tests.commands import train_test
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
 from tests.launched import launch
 from tests.reports.inspect_page_test import VQGAN
 from tests.retrieval.stores import write_bank, write_neighbors
+from tests.trained import rows_test
 
 ROOT = pathlib.Path(__file__).parents[2]
-stores = train_test.workdir  # Documents and neighbors, as of the stages before training.
+stores = rows_test.workdir  # Documents and neighbors, as of the stages before training.
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def workdir(stores):
 
 
 def write_page(workdir, out, split="train", numbers=range(1)):
-  settings, out = train_test.settings_with(), epath.Path(out)
+  settings, out = rows_test.settings_with(), epath.Path(out)
   inspect_data.write_page(settings, workdir, out, split, numbers, "ml_configs/mine.py")
 
 
@@ -117,7 +117,7 @@ def write_wrong_neighbors(root):
 
 
 def test_a_whole_run_is_valid(finished, capsys):
-  inspect_data.validate(train_test.settings_with(), finished)
+  inspect_data.validate(rows_test.settings_with(), finished)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith("text_tokenizer: 3 files as written.")
   assert sum(line.endswith("all valid.") for line in lines) == 5
@@ -125,7 +125,7 @@ def test_a_whole_run_is_valid(finished, capsys):
   assert lines[-1].endswith("raw: is not there, or not finished; its images were not checked.")
   (finished / "vqgan" / stages.DONE).unlink()
   with pytest.raises(UserError, match="vqgan is not finished"):
-    inspect_data.validate(train_test.settings_with(), finished)
+    inspect_data.validate(rows_test.settings_with(), finished)
 
 
 def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
@@ -136,12 +136,12 @@ def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
   config = RawConfig(source=str(tmp_path / "in"), resolution=8)
   ingest.prepare(config, ingest.parts_of(config), finished / "raw", Runner())
   write_json(finished / "raw" / stages.DONE, {"id": "r", "config": {}, "summary": {}})
-  inspect_data.validate(train_test.settings_with(), finished)
+  inspect_data.validate(rows_test.settings_with(), finished)
   assert capsys.readouterr().out.endswith("raw: 1 shards, 4 images; all as written.\n")
   image = pathlib.Path(finished) / "raw/000000/images/0000002.png"
   Image.new("RGB", (8, 8)).save(image)
   with pytest.raises(UserError, match=r"0000002\.png has another content than when it was written"):
-    inspect_data.validate(train_test.settings_with(), finished)
+    inspect_data.validate(rows_test.settings_with(), finished)
 
 
 @pytest.mark.parametrize("is_legacy", [False, True])
@@ -189,14 +189,14 @@ def test_damage_is_found_with_file_and_record(
   if expected is None:
     return
   with pytest.raises(UserError, match=expected):
-    inspect_data.validate(train_test.settings_with(), finished)
+    inspect_data.validate(rows_test.settings_with(), finished)
 
 
 def test_the_worst_rows_of_skipped_steps_are_shown(workdir):
   """And compared with what the trainer read."""
   folder, out = epath.Path(workdir) / "train", workdir / "rows.html"
   folder.mkdir()
-  settings = train_test.settings_with()
+  settings = rows_test.settings_with()
   loader = training_rows.open_rows(settings, workdir, "train")
   numbers, losses = np.arange(100, 110), np.float32([1, 5, np.nan, 3, 2, 9, 1, 1, 1, 1])
   skipped_rows.save(folder, loader, numbers, losses)

@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
+from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
+from cm3leon_jax.export import choices
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run, ids
-from tests.generation.run import SETTINGS
+from tests.generation.run import SETTINGS, one_device
 
 READ = ["text_tokenizer", "vqgan", "train"]
 
@@ -40,6 +44,28 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
   other = settings_from_config(scenes.get_config())  # Of the demo's model, which is smaller.
   with pytest.raises(UserError, match=r"model\.width: 192 -> 128\): leave --config out, the bund"):
     Run.open("scenes", other)
+
+
+@pytest.mark.parametrize("name", ["hf", "orbax"])
+def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
+  folder = tmp_path / name
+  export.main(SETTINGS, run, choice=choices.Choice(name), output=str(folder))
+  opened = Run.open(folder, exports=True)
+  assert (opened.settings, opened.kind, opened.step, opened.bank) == (SETTINGS, "export", 7, None)
+  with one_device():
+    found, step = opened.params()
+    expected, _ = Run.open(run).params()
+  assert step == 7
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert opened.text.encode("a red cat").tolist() == Run.open(run).text.encode("a red cat").tolist()
+  assert opened.images.config == Run.open(run).images.config
+  with pytest.raises(UserError, match="is an export, which `cm3leon serve` and CM3Leon"):
+    Run.open(folder)
+
+
+def test_a_run_has_at_most_twelve_public_members():
+  members = {name for name in dir(Run) if not name.startswith("_")}
+  assert len(members | {field.name for field in dataclasses.fields(Run)}) <= 12
 
 
 def test_a_misspelt_name_of_a_bundle_is_mended():

@@ -1,0 +1,3 @@
+"""Shares the run of the tests of exports."""
+
+from tests.export.conftest import run  # noqa: F401
