@@ -2,8 +2,9 @@
 
   OMP_WAIT_POLICY=passive python -m benchmarks.continuous
 
-Images of `scenes`, without and with retrieved documents, 8 at once. In step: all rows of the lane
-are refilled at once, as in a batch. Out of step: a sample ends and the next joins every few steps.
+Images of `scenes`, without and with retrieved documents, 8 at once. In step: all slots of the
+running batch are refilled at once, as in a batch that starts together. Out of step: a sample ends
+and the next is admitted every few steps.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.decoding.continuous import ContinuousGenerator
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.scenes.config import RARE
@@ -42,19 +43,19 @@ def clocks() -> np.ndarray:
   return np.array([time.perf_counter(), time.process_time()])
 
 
-def run_lane(
+def run_batch(
   engine: ContinuousGenerator,
   requests: list[Request],
   apart: bool,
-  over: Callable[[int, np.ndarray], None],
+  finished: Callable[[int, np.ndarray], None],
 ) -> np.ndarray:
   """Generates as many images as there are requests, from a queue that never ends.
 
   Args:
-    engine: its lane has no samples before and after.
+    engine: has no requests before and after.
     requests: their seeds are their indices.
-    apart: rows are filled one by one, a chunk apart, before the clocks start.
-    over: called with the index of a request and its tokens.
+    apart: slots are filled one by one, a chunk apart, before the clocks start.
+    finished: called with the index of a request and its tokens.
 
   Returns:
     Seconds of both clocks.
@@ -63,23 +64,23 @@ def run_lane(
 
   def add():
     i = next(numbers) % len(requests)
-    places[engine.add(requests[i], i)] = i
+    places[engine.admit(requests[i], i)] = i
 
-  def has_room() -> bool:
-    # In a queue, those after a request that has no room wait, too.
-    return engine.has_room(requests[len(places) % len(requests)])
+  def can_admit() -> bool:
+    # In a queue, those after a request that has no free slot wait, too.
+    return engine.can_admit(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):
     add()
     engine.step()
   start = clocks()
   while count < len(requests):
-    while has_room():
+    while can_admit():
       add()
     for update in engine.step():
-      if update.over:
+      if update.finished:
         count += 1
-        over(places[update.ticket], update.tokens)
+        finished(places[update.ticket], update.tokens)
   seconds = (clocks() - start) * len(requests) / count
   for ticket in places:
     engine.remove(ticket)
@@ -91,7 +92,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
   generator, count = model.pipeline.generator, len(requests)
   tokens = model.pipeline.settings.vqgan.image_tokens + 1
   in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
-  # A sample ends, and another joins, after each chunk.
+  # A sample ends, and another is admitted, after each chunk.
   out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
   seconds, others = [], []
   for _ in range(_RUNS.value + 1):
@@ -100,11 +101,11 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
       expected = [x.tokens for x in generator.generate(requests, range(count))]
     seconds.append([clocks() - start])
 
-    def over(i, tokens, expected=expected):
+    def finished(i, tokens, expected=expected):
       others.append(not np.array_equal(tokens, expected[i]))
 
     for engine in (in_step, out_of_step):
-      seconds[-1].append(run_lane(engine, requests, engine is out_of_step, over))
+      seconds[-1].append(run_batch(engine, requests, engine is out_of_step, finished))
   seconds = np.array(seconds[1:])  # The first run compiles.
   cells = []
   for i, wall in enumerate(seconds[:, :, 0].T):
@@ -118,8 +119,8 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 
 def main(_) -> None:
   model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
-  print("Images/s of `generate` and of a lane whose queue is never empty, medians (range); medians")
-  print("of the ratio to `generate` in the same turn, on the wall and in processor time.")
+  print("Images/s of `generate` and of a batch whose queue is never empty, medians (range);")
+  print("medians of the ratio to `generate` in the same turn, on the wall and in processor time.")
   print(
     "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
   )

@@ -3,7 +3,7 @@
   python -m benchmarks.same_seed --tokens=20000
 
 Every task of a bundled model is sampled from flat distributions (nothing is cut off, temperature
-1.5): each sample alone, in a batch, in a lane in which samples join and leave at any time, and in
+1.5): each sample alone, in a batch, in a running batch that admits samples at any time, and in
 both over 8 (fake) devices. The ids must be the same; matrix products over other shapes round
 differently, which moves logits by 1e-6 in float32, and by 1e-2 in bfloat16. Prints a row for each
 task and way. With --dtype=float32 the command ends with exit code 1 if a token differs.
@@ -25,7 +25,7 @@ import numpy as np
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.continuous import ContinuousGenerator
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.tasks import Task
@@ -96,21 +96,21 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
   return found
 
 
-def lanes(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in lanes: a sample joins as soon as there is room, and at odd steps one by one."""
+def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
+  """Generates in running batches: all free slots are taken, at odd steps one of them."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
-    while following is not None or engine.busy:
-      most = slots if next(turn) % 2 else 1  # Late ones meet rows of any age.
-      while following is not None and most and engine.has_room(following[1], sampling):
+    while following is not None or engine.active:
+      most = slots if next(turn) % 2 else 1  # Late ones meet samples of any age.
+      while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
-        places[engine.add(request, i, sampling)] = i
+        places[engine.admit(request, i, sampling)] = i
         following, most = next(waiting, None), most - 1
       for update in engine.step():
-        if update.over:
+        if update.finished:
           found[places[update.ticket]] = update.tokens
           engine.remove(update.ticket)
   return [found[i] for i in range(len(requests))]
@@ -141,7 +141,7 @@ def measure(
     eight: the same on 8 devices.
     make: makes the i-th task.
     tokens: least number of tokens.
-    size: samples of a batch, and slots of a lane.
+    size: samples of a batch, and slots of a running batch.
   """
   alone: list[np.ndarray] = []
   requests: list[Request] = []
@@ -155,9 +155,9 @@ def measure(
       alone.append(result.tokens)
   ways = {
     "in a batch": batches(one, requests, sampling, size),
-    "in a lane": lanes(one, requests, sampling, size),
+    "in a running batch": running_batches(one, requests, sampling, size),
     "8 devices, in a batch": batches(eight, requests, sampling, size),
-    "8 devices, in a lane": lanes(eight, requests, sampling, size),
+    "8 devices, in a running batch": running_batches(eight, requests, sampling, size),
   }
   return {way: (*compare(alone, found), len(alone)) for way, found in ways.items()}
 
@@ -193,5 +193,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("tokens", 20_000, "Tokens of each task and way, at least.", 1)
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
   flags.DEFINE_list("tasks", [], "Names of tasks; default: all.")
-  flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a lane.", 2)
+  flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a running batch.", 2)
   app.run(main)

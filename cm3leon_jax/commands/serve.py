@@ -28,11 +28,12 @@ _SLOTS = flags.DEFINE_integer(
   "slots", 8, "Samples of one shape that are generated at once.", lower_bound=1
 )
 _CHUNK = flags.DEFINE_integer(
-  "chunk", 8, "Tokens of each sample between two answers; then requests join.", lower_bound=1
+  "chunk", 8, "Tokens of each sample between two answers; then requests begin.", lower_bound=1
 )
-_LANES = flags.DEFINE_integer(
-  "lanes", 8, "Shapes that are decoded in turn, each with memory for --slots.", lower_bound=1
+_BUCKETS = flags.DEFINE_integer(
+  "buckets", 8, "Shapes that are decoded in turn, each with memory for --slots.", lower_bound=1
 )
+_LANES = flags.DEFINE_integer("lanes", None, "Deprecated name of --buckets.", lower_bound=1)
 _MOST_WAITING = flags.DEFINE_integer(
   "most_waiting", 64, "Requests that may wait; more are refused with 429.", lower_bound=1
 )
@@ -97,12 +98,22 @@ def _check_host(host: str) -> None:
       raise UserError(f"--host is {host}; it must be an address such as 127.0.0.1.") from error
 
 
+def _buckets() -> int:
+  """Returns --buckets, also if it has its name of before. Raises UserError if it has both."""
+  if _LANES.value is None:
+    return _BUCKETS.value
+  if _BUCKETS.present:
+    raise UserError("--lanes is the name that --buckets had: give --buckets alone.")
+  print("warning: --lanes is deprecated: its name is --buckets now.", file=sys.stderr)
+  return _LANES.value
+
+
 def main(workdir) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   _check_host(_HOST.value)
-  token = _token()
+  token, buckets = _token(), _buckets()
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving import program_cache
   from cm3leon_jax.serving.engine import Engine
@@ -137,7 +148,7 @@ def main(workdir) -> None:
     model.mesh,
     slots=_SLOTS.value,
     chunk=_CHUNK.value,
-    lanes=_LANES.value,
+    buckets=buckets,
     queue_limit=_MOST_WAITING.value,
   )
   print(

@@ -1,7 +1,7 @@
 """Batches: the arrays of a few requests, with prompts and shared prefixes that occur once."""
 
 # B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, M parts of a plan,
-# I tokens of an image, P slots of padded prompts; U0 and P0 are those of shared prefixes;
+# I tokens of an image, P entries of padded prompts; U0 and P0 are those of shared prefixes;
 # T tokens of a prompt.
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from cm3leon_jax.decoding.sampling import SamplingValues
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
-BUCKET = 32  # Prompt slots are a multiple of it: prompts of similar length share one program.
+BUCKET = 32  # Prompts are padded to a multiple of it: prompts of similar length share one program.
 SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
 Array = jax.Array | np.ndarray
 Tokens = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
@@ -61,8 +61,8 @@ class Prompts(NamedTuple):
   next_positions: Int32[Array, " R"]
 
   @property
-  def slots(self) -> int:
-    """Cache slots of prefixes and rests together."""
+  def entries(self) -> int:
+    """Cache entries of prefixes and rests together."""
     prefixes = 0 if self.prefixes is None else self.prefixes.ids.shape[1]
     return self.rests.ids.shape[1] + prefixes
 
@@ -91,14 +91,14 @@ class Batch(NamedTuple):
   Attributes:
     prompts: of all streams.
     control: how the samples are generated.
-    widths: of each stream, the number of last prompt slots that hold all of its prompts.
-    longest: largest number of tokens that a sample may have.
+    widths: of each stream, the number of last prompt entries that hold all of its prompts.
+    max_new_tokens: largest number of tokens that a sample may have.
   """
 
   prompts: Prompts
   control: Control
   widths: tuple[int, ...]
-  longest: int
+  max_new_tokens: int
 
 
 def make_batch(
@@ -139,7 +139,7 @@ def make_batch(
     SamplingValues.of(sampling),
   )
   widths = stream_widths(prompts, len(requests[0].streams))
-  return Batch(prompts, control, widths, max(grammar.longest(r.plan) for r in requests))
+  return Batch(prompts, control, widths, max(grammar.max_new_tokens(r.plan) for r in requests))
 
 
 def rounded(count: int, multiple: int) -> int:
@@ -175,7 +175,7 @@ def prompt_positions(
   return np.append(positions, positions[-1] + 1)
 
 
-def bucket_slots(length: int) -> int:
+def bucket_length(length: int) -> int:
   """Returns the smallest positive multiple of BUCKET that is no less than `length`."""
   return max(1, -(-length // BUCKET)) * BUCKET
 
@@ -185,17 +185,17 @@ def prompt_tokens(prompt: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+
   return np.stack([prompt[:-1], positions[:-2]], axis=1).astype(np.int32)
 
 
-def pad_left(prompts: Sequence[Tokens], pad: int, slots: int = 0) -> Padded:
-  """Pads prompts of unequal length on the left, to P = `slots`.
+def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
+  """Pads prompts of unequal length on the left, to P = `length`.
 
   Default: P is the multiple of BUCKET that the longest needs.
   """
-  slots = slots or bucket_slots(max(len(p) for p in prompts))
-  shape = (len(prompts), slots)
+  length = length or bucket_length(max(len(p) for p in prompts))
+  shape = (len(prompts), length)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
   positions = np.zeros(shape, np.int32)
   for row, prompt in enumerate(prompts):
-    place = np.s_[row, slots - len(prompt) :]
+    place = np.s_[row, length - len(prompt) :]
     ids[place], positions[place] = prompt.T
     valid[place] = True
   return Padded(ids, valid, positions)
@@ -287,7 +287,7 @@ def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[To
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
-  """Returns for each stream the number of last prompt slots that hold all of its prompts.
+  """Returns for each stream the number of last prompt entries that hold all of its prompts.
 
   A stream of short prompts needs no long cache.
   """
@@ -295,5 +295,5 @@ def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
   if prompts.prefixes is not None:
     prefixed = prompts.prefixes.valid.any(1)[prompts.prefix_of]
   rests = -(-np.maximum(prompts.rests.valid.sum(axis=1), 1) // BUCKET) * BUCKET
-  needed = np.where(prefixed, prompts.slots, rests)[prompts.row]
+  needed = np.where(prefixed, prompts.entries, rests)[prompts.row]
   return tuple(int(n) for n in needed.reshape(-1, streams).max(axis=0))

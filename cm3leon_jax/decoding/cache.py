@@ -1,6 +1,6 @@
 """The static key-value cache of decoding, and attention of new tokens over it."""
 
-# K layers, R rows (streams x prompts), N heads, T slots, L new tokens, H head size.
+# K layers, R rows (streams x prompts), N heads, T entries, L new tokens, H head size.
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,24 +34,24 @@ class LayerCache(NamedTuple):
   value_scales: Float32[Array, "R N T 1"] | None = None
 
   def write(
-    self, slot: int | Int[Array, ""], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
+    self, entry: int | Int[Array, ""], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
   ) -> "LayerCache":
-    """Writes k and v into slots [slot, slot + L)."""
+    """Writes k and v into entries [entry, entry + L)."""
 
     def put(into, x):
-      return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2)
+      return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=2)
 
     return self._written(put, k, v)
 
   def write_rows(
-    self, slots: Int32[Array, " R"], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
+    self, entries: Int32[Array, " R"], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
   ) -> "LayerCache":
-    """Writes like `write`, at a slot of each row's own."""
+    """Writes like `write`, at an entry of each row's own."""
 
-    def put_row(into, x, slot):
-      return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=1)
+    def put_row(into, x, entry):
+      return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=1)
 
-    return self._written(lambda into, x: jax.vmap(put_row)(into, x, slots), k, v)
+    return self._written(lambda into, x: jax.vmap(put_row)(into, x, entries), k, v)
 
   def _written(self, put, k, v) -> "LayerCache":
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -64,9 +64,9 @@ class LayerCache(NamedTuple):
   def attend(
     self, q: Float[Array, "R L N H"], mask: Bool[Array, "R 1 #L T"]
   ) -> Float[Array, "R L N H"]:
-    """Computes softmax attention of new queries over the slots, scores in fp32; laid out like q.
+    """Computes softmax attention of new queries over the entries, scores in fp32; laid out like q.
 
-    `mask` is true where a query sees a slot; every query must see at least one slot.
+    `mask` is true where a query sees an entry; every query must see at least one entry.
     """
     keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
     scores = (
@@ -83,12 +83,12 @@ class LayerCache(NamedTuple):
 
 
 def empty(
-  config: ModelConfig, rows: Size, slots: Size, dtype: str = "compute"
+  config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute"
 ) -> tuple[LayerCache, ...]:
-  """Makes empty caches of all K layers in `dtype`, one of `DTYPES`."""
+  """Makes caches of all K layers, with `capacity` empty entries, in `dtype`, one of `DTYPES`."""
 
   def zeros(dtype, size: int = config.head_dim):
-    shape = (rows, config.num_heads, slots, size)
+    shape = (rows, config.num_heads, capacity, size)
     return jnp.zeros(shape, dtype, out_sharding=spec(*AXES))
 
   def layer():
@@ -101,14 +101,14 @@ def empty(
 
 
 def rows(
-  cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: Size, slots: Size
+  cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: Size, capacity: Size
 ) -> tuple[LayerCache, ...]:
-  """Gathers cache rows as `local_rows`, each with its last `kept` slots, and pads to `slots`."""
+  """Gathers rows as `local_rows`, each with its last `kept` entries, and pads to `capacity`."""
 
   def take(x):
     return local_rows(x[:, :, x.shape[2] - kept :], index)
 
-  return grown(jax.tree.map(take, cache), slots - kept)
+  return grown(jax.tree.map(take, cache), capacity - kept)
 
 
 def local_rows(
@@ -134,7 +134,7 @@ def local_rows(
 
 
 def grown(cache: tuple[LayerCache, ...], by: Size) -> tuple[LayerCache, ...]:
-  """Adds `by` empty slots at the end."""
+  """Adds `by` empty entries at the end."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, by), (0, 0))), cache)
 
 

@@ -107,19 +107,20 @@ class GeneratorConfig:
       align_images=self.model.align_images,
       multiple=batch_shards(),
     )
-    rooms, window = compile_lib.cache_rooms(max(arrays.widths), arrays.longest), 0
+    most, window = arrays.max_new_tokens, 0
+    capacities = compile_lib.cache_capacities(max(arrays.widths), most)
     codes = _codes_first(arrays)
     if self.draft_window and sampling.method == "top_p" and codes:
       window = self.draft_window
-      rooms = (max(arrays.longest, codes + window),)
+      capacities = (max(most, codes + window),)
     static = Static(
       self.model,
       Grammar(self.vocab, self.image_tokens),
       Sampler.of(sampling),
       self.cache_dtype,
       arrays.widths,
-      arrays.longest,
-      rooms,
+      most,
+      capacities,
       window,
     )
     return arrays, static
@@ -256,11 +257,12 @@ class Generator:
 
   def check(self, request: Request) -> None:
     """Raises UserError if a request takes more positions than were trained."""
-    longest, positions = grammar.longest(request.plan), self.config.positions
+    following, positions = grammar.max_new_tokens(request.plan), self.config.positions
     if request.positions > positions:
       raise UserError(
-        f"a prompt has {request.positions - longest} tokens; at most {positions - longest} leave "
-        f"room for the {longest} tokens that follow in the {positions} positions of training: "
+        f"a prompt has {request.positions - following} tokens; at most {positions - following} "
+        f"leave room for the {following} tokens that follow in the {positions} positions of "
+        "training: "
         "shorten it, or retrieve fewer documents."
       )
 
@@ -269,20 +271,20 @@ class Generator:
     batch, static = self.config.batch(requests, seeds, contrastive, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
-    done, room = 0, min(static.rooms[0], batch.longest)
+    done, capacity = 0, min(static.capacities[0], batch.max_new_tokens)
     if static.window:
       done = _codes_first(batch)
       loop, _ = programs.generate_image(loop, params, control, steps, static, done)
       progress(done)
-    for larger in [*static.rooms[1:], None]:
-      over = False
-      while done < room and not over:
+    for larger in [*static.capacities[1:], None]:
+      finished = False
+      while done < capacity and not finished:
         loop = steps(params, control, loop)
         before, done = done, int(jax.device_get(loop.count))
-        over = done < min(before + compile_lib.CHUNK, room)
+        finished = done < min(before + compile_lib.CHUNK, capacity)
         progress(done - before)
-      if over or larger is None:
+      if finished or larger is None:
         break
-      loop, steps = programs.grow(loop, larger - room, params, control, static)
-      room = larger
+      loop, steps = programs.grow(loop, larger - capacity, params, control, static)
+      capacity = larger
     return [x[: len(requests)] for x in jax.device_get(programs.results(loop))]

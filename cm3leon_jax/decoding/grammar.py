@@ -38,16 +38,16 @@ class Part(NamedTuple):
   place: int = 0
 
   @property
-  def longest(self) -> int:
+  def max_new_tokens(self) -> int:
     """Largest number of tokens of the part."""
     return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(
       self.kind, 1
     )
 
 
-def longest(plan: Sequence[Part]) -> int:
+def max_new_tokens(plan: Sequence[Part]) -> int:
   """Returns the largest number of tokens of a plan."""
-  return sum(part.longest for part in plan)
+  return sum(part.max_new_tokens for part in plan)
 
 
 def plan_array(plans: Sequence[Sequence[Part]]) -> Int32[np.ndarray, "B M 3"]:
@@ -123,7 +123,7 @@ class Grammar:
     begins, in_text, after_image = (
       document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE)
     )
-    # Room must remain for `</s>` after a text token, and for a text token and `</s>` after <break>.
+    # Tokens must remain: for `</s>` after a text token, for a text token and `</s>` after <break>.
     may = {
       "text": ((kind == TEXT) & (left > 0)) | ((begins | in_text) & (left >= 2)),
       "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
@@ -158,13 +158,13 @@ class Grammar:
       image, jnp.where(state.place > 0, state.place, self.image_tokens) - 1, IN_TEXT
     )
     place = jnp.where(tokens == vocab.brk, SEGMENT_START, place)
-    over = (kind == EOSS) | (kind == MASK) | (kind == END)
-    over |= (
+    finished = (kind == EOSS) | (kind == MASK) | (kind == END)
+    finished |= (
       ((kind == CODES) & (left == 0))
       | ((kind == TEXT) & (tokens == vocab.eoss))
       | (document & (tokens == vocab.eos))
     )
-    part = state.part + over
-    left = jnp.where(over, _entry(plan, part, 1), left)
+    part = state.part + finished
+    left = jnp.where(finished, _entry(plan, part, 1), left)
     place = jnp.where(document, place, state.place)
-    return State(part, left, jnp.where(over, _entry(plan, part, 2), place))
+    return State(part, left, jnp.where(finished, _entry(plan, part, 2), place))

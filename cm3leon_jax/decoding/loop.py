@@ -1,8 +1,8 @@
 """The decoding loop: a prefill that reads shared prompts once, then steps over a static cache."""
 
 # B samples, S guidance streams, R = B x S rows, U unique prompts, G tokens to generate, T cache
-# slots, L tokens that are read at once, D width, N heads, H head size, V vocabulary, I tokens of an
-# image.
+# entries, L tokens that are read at once, D width, N heads, H head size, V vocabulary, I tokens of
+# an image.
 
 from collections.abc import Callable
 import functools
@@ -33,12 +33,12 @@ class LoopState(NamedTuple):
     tokens: last token of each row, not yet read.
     positions: position of that token.
     next_positions: position of the token after it.
-    cache: of each layer and stream, B rows and T slots; each stream has its own T, since
+    cache: of each layer and stream, B rows and T entries; each stream has its own T, since
       its prompts may be short.
-    seen: of each stream, slots that a row may attend to.
-    slots: slot of each stream's cache that the next token is written to.
+    seen: of each stream, entries that a row may attend to.
+    next_entries: entry of each stream's cache that the next token is written to.
     count: number of tokens generated.
-    going: whether some sample is not over.
+    any_active: whether some sample is active, that is not finished.
     state: of the grammar, B rows.
     ids: generated ids, padding after the end of a sample.
     log_probs: of each id under the guided distribution, before temperature and filters; 0 at
@@ -51,9 +51,9 @@ class LoopState(NamedTuple):
   next_positions: Int32[Array, " R"]
   cache: tuple[tuple[LayerCache, ...], ...]
   seen: tuple[Bool[Array, "B T"], ...]
-  slots: Int32[Array, " S"]
+  next_entries: Int32[Array, " S"]
   count: Int32[Array, ""]
-  going: Bool[Array, ""]
+  any_active: Bool[Array, ""]
   state: State
   ids: Int32[Array, "B G"]
   log_probs: Float32[Array, "B G"]
@@ -87,17 +87,17 @@ def extend(
   return bound.final_norm(x)
 
 
-def read_padded(config, model, tokens: Padded, cache, seen, slot: int):
-  """Reads left-padded tokens [U, L] into slots [slot, slot + L); returns (cache, seen)."""
+def read_padded(config, model, tokens: Padded, cache, seen, entry: int):
+  """Reads left-padded tokens [U, L] into entries [entry, entry + L); returns (cache, seen)."""
   length = tokens.ids.shape[1]
-  seen = jnp.concatenate([seen[:, :slot], tokens.valid, seen[:, slot + length :]], axis=1)
-  ends = slot + jnp.arange(length)
+  seen = jnp.concatenate([seen[:, :entry], tokens.valid, seen[:, entry + length :]], axis=1)
+  ends = entry + jnp.arange(length)
   # A padding query sees only masked keys: it averages them uniformly and is never read.
   mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
   layers = list(cache)
 
   def attend(i, q, k, v):
-    layers[i] = layers[i].write(slot, k, v)
+    layers[i] = layers[i].write(entry, k, v)
     return layers[i].attend(q, mask)
 
   extend(config, model, tokens.ids, tokens.positions, attend)
@@ -116,7 +116,7 @@ def read_prompts(
     cache_dtype: one of `cache.DTYPES`.
 
   Returns:
-    (cache of each layer, U rows and T = `prompts.slots` slots; slots that hold a token).
+    (cache of each layer, U rows and T = `prompts.entries`; entries that hold a token).
   """
   rests = Padded(*(shard(x, "batch", None) for x in prompts.rests))
   count, length = rests.ids.shape
@@ -140,8 +140,8 @@ def prefill(
   *,
   config: ModelConfig,
   grammar: Grammar,
-  longest: Size,
-  room: Size,
+  max_new_tokens: Size,
+  capacity: Size,
   widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
@@ -153,30 +153,30 @@ def prefill(
     plan: as in `Control`.
     config: of the model.
     grammar: of the plan.
-    longest: G.
-    room: number of generated tokens that the cache has slots for, until it grows.
-    widths: of each stream, the number of last prompt slots that its cache keeps.
+    max_new_tokens: G.
+    capacity: number of generated tokens that the cache can hold, until it grows.
+    widths: of each stream, the number of last prompt entries that its cache keeps.
     cache_dtype: one of `cache.DTYPES`.
   """
   cache, seen = read_prompts(config, model, prompts, cache_dtype)
   unique = prompts.row.reshape(-1, len(widths))
   caches, seen_of = [], []
   for s, width in enumerate(widths):
-    caches.append(cache_lib.rows(cache, unique[:, s], width, width + room))
+    caches.append(cache_lib.rows(cache, unique[:, s], width, width + capacity))
     seen_of.append(
-      jnp.pad(cache_lib.local_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room)))
+      jnp.pad(cache_lib.local_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, capacity)))
     )
   plan = shard(plan, "batch", None, None)
-  shape, split = (plan.shape[0], longest), spec("batch", None)
+  shape, split = (plan.shape[0], max_new_tokens), spec("batch", None)
   return LoopState(
     tokens=shard(prompts.last, "batch"),
     positions=shard(prompts.last_positions, "batch"),
     next_positions=shard(prompts.next_positions, "batch"),
     cache=tuple(zip(*caches)),
     seen=tuple(seen_of),
-    slots=jnp.array(widths, jnp.int32),
+    next_entries=jnp.array(widths, jnp.int32),
     count=jnp.int32(0),
-    going=jnp.bool_(True),
+    any_active=jnp.bool_(True),
     state=grammar.start(plan),
     ids=jnp.full(shape, grammar.vocab.pad, jnp.int32, out_sharding=split),
     log_probs=jnp.full(shape, 0, jnp.float32, out_sharding=split),
@@ -214,14 +214,14 @@ def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Call
 def _read_last(config, model, loop: LoopState):
   """Reads the last token of each row; returns (hidden [R, 1, D], cache, seen)."""
 
-  def mark(x, slot):
+  def mark(x, entry):
     one = jnp.ones((x.shape[0], 1), bool, out_sharding=spec("batch", None))
-    return jax.lax.dynamic_update_slice_in_dim(x, one, slot, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, one, entry, axis=1)
 
   def write(cache, s, k, v):
-    return cache.write(loop.slots[s], k, v)
+    return cache.write(loop.next_entries[s], k, v)
 
-  seen = tuple(mark(x, loop.slots[s]) for s, x in enumerate(loop.seen))
+  seen = tuple(mark(x, loop.next_entries[s]) for s, x in enumerate(loop.seen))
   layers = [list(layer) for layer in loop.cache]
   attend = over_streams(layers, [x[:, None, None, :] for x in seen], write)
   hidden = extend(config, model, loop.tokens[:, None], loop.positions[:, None], attend)
@@ -274,7 +274,7 @@ def _sample_ids(
     return ids + grammar.vocab.text_size, *others
 
   def among_all():
-    # All ids are legal for a sample that is over: its id is not kept, a softmax of nothing is NaN.
+    # All ids are legal for a finished sample: its id is not kept, a softmax of nothing is NaN.
     legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
     columns, *others = sample_columns(params.head, sampler.of_all, in_image, legal)
     return (columns + grammar.vocab.text_size) % grammar.vocab.size, *others
@@ -301,7 +301,7 @@ def decode_step(
     params: of `params.prepare`.
     control: split over the batch.
     keys: of the samples.
-    loop: the state before the step; its cache has a free slot.
+    loop: the state before the step; its cache has a free entry.
     config: of the model.
     grammar: of the plans.
     sampler: compiled settings of sampling.
@@ -329,14 +329,14 @@ def decode_step(
   moves = to_rows(active)
   return LoopState(
     tokens=to_rows(ids),
-    # The position of a sample that is over stays, or it would exceed the learned positions.
+    # The position of a finished sample stays, or it would exceed the learned positions.
     positions=jnp.where(moves, loop.next_positions, loop.positions),
     next_positions=loop.next_positions + moves,
     cache=cache,
     seen=seen,
-    slots=loop.slots + 1,
+    next_entries=loop.next_entries + 1,
     count=loop.count + 1,
-    going=jnp.any(grammar.active(control.plan, state)),
+    any_active=jnp.any(grammar.active(control.plan, state)),
     state=state,
     ids=put(loop.ids, ids),
     log_probs=put(loop.log_probs, log_probs),
@@ -356,7 +356,7 @@ def split_control(control: Control) -> Control:
 def decode_steps(
   params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static
 ) -> LoopState:
-  """Makes at most `steps` steps; stops early when all samples are over or the cache is full.
+  """Makes at most `steps` steps; stops early when all samples are finished or the cache is full.
 
   Needs a mesh. While only image codes are legal in all samples, only the image rows of the output
   table are computed.
@@ -370,16 +370,16 @@ def decode_steps(
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  free = loop.seen[0].shape[1] - loop.slots[0]  # The same number in every stream.
+  free = loop.seen[0].shape[1] - loop.next_entries[0]  # The same number in every stream.
   stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
   step = functools.partial(decode_step, params, control, keys, **static)
-  return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.going, step, loop)
+  return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.any_active, step, loop)
 
 
 def grow(loop: LoopState, *, by: int) -> LoopState:
-  """Adds slots at the end of the caches.
+  """Adds entries at the end of the caches.
 
-  Attention reads all slots, so a cache should not have many more than are filled.
+  Attention reads all entries, so a cache should not have many more than are filled.
   """
   cache = tuple(tuple(cache_lib.grown(layer, by)) for layer in loop.cache)
   return loop._replace(cache=cache, seen=tuple(jnp.pad(x, ((0, 0), (0, by))) for x in loop.seen))

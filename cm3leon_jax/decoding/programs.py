@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental.layout import Format, Layout
-import numpy as np
 
-from cm3leon_jax.decoding import lane as lane_lib
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
@@ -19,9 +17,9 @@ from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
-# Generated tokens that a cache has slots for at first: attention also reads empty slots.
-ROOM = 128
-CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are over stops.
+# Generated tokens that a cache can hold at first: attention also reads empty entries.
+CAPACITY = 128
+CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are finished stops.
 
 
 class Static(NamedTuple):
@@ -32,9 +30,9 @@ class Static(NamedTuple):
     grammar: of the plans.
     sampler: compiled settings of sampling.
     cache_dtype: one of `cache.DTYPES`.
-    widths: of each stream, the number of last prompt slots that its cache keeps.
-    longest: largest number of tokens that a sample may have.
-    rooms: numbers of generated tokens that the caches have slots for: at first, then as they grow.
+    widths: of each stream, the number of last prompt entries that its cache keeps.
+    max_new_tokens: largest number of tokens that a sample may have.
+    capacities: numbers of generated tokens that the caches can hold: at first, then as they grow.
     window: codes that are verified in a step of `speculative.generate_image`; 0: one code a step.
   """
 
@@ -43,8 +41,8 @@ class Static(NamedTuple):
   sampler: Sampler
   cache_dtype: str
   widths: tuple[int, ...]
-  longest: int
-  rooms: tuple[int, ...]
+  max_new_tokens: int
+  capacities: tuple[int, ...]
   window: int = 0
 
   @property
@@ -53,19 +51,19 @@ class Static(NamedTuple):
     return {"config": self.model, "grammar": self.grammar, "sampler": self.sampler}
 
 
-def cache_rooms(prompt: int, longest: int) -> tuple[int, ...]:
-  """Returns the numbers of generated tokens that a cache has slots for, as it grows.
+def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
+  """Returns the numbers of generated tokens that a cache can hold, as it grows.
 
-  All slots are doubled, unless the full cache would have less than half as many more.
+  All entries are doubled, unless the full cache would have less than half as many more.
 
-  >>> cache_rooms(32, 257), cache_rooms(32, 1_025), cache_rooms(896, 257)
+  >>> cache_capacities(32, 257), cache_capacities(32, 1_025), cache_capacities(896, 257)
   ((128, 257), (128, 288, 608, 1025), (257,))
   """
-  rooms, slots = [], prompt + ROOM
-  while 3 * slots < 2 * (prompt + longest):
-    rooms.append(slots - prompt)
-    slots *= 2
-  return (*rooms, longest)
+  capacities, entries = [], prompt + CAPACITY
+  while 3 * entries < 2 * (prompt + max_new_tokens):
+    capacities.append(entries - prompt)
+    entries *= 2
+  return (*capacities, max_new_tokens)
 
 
 def prefill_function(static: Static) -> Callable:
@@ -74,8 +72,8 @@ def prefill_function(static: Static) -> Callable:
     loop_lib.prefill,
     config=static.model,
     grammar=static.grammar,
-    longest=static.longest,
-    room=static.rooms[0],
+    max_new_tokens=static.max_new_tokens,
+    capacity=static.capacities[0],
     widths=static.widths,
     cache_dtype=static.cache_dtype,
   )
@@ -88,10 +86,10 @@ def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
     jax.stages.Lowered.
   """
   steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
-  return _lower_loop(mesh, steps, params, control, loop)
+  return lower_loop(mesh, steps, params, control, loop)
 
 
-def _lower_loop(
+def lower_loop(
   mesh: jax.sharding.Mesh, function: Callable, params, control, state, *others, formats=None
 ):
   """Lowers a function of (params, control, state, *others) that returns the state after steps.
@@ -151,7 +149,7 @@ def lower_batch(mesh: jax.sharding.Mesh, params, batch: Batch, static: Static) -
   arguments, first = (params.model, prompts, control.plan), prefill_function(static)
   state = abstract(jax.eval_shape(first, *arguments), mesh)
   lowered = last = lower_steps(mesh, params, control, state, static)
-  if grown := static.rooms[-1] - static.rooms[0]:
+  if grown := static.capacities[-1] - static.capacities[0]:
     grow = functools.partial(loop_lib.grow, by=grown)
     state = abstract(jax.eval_shape(grow, state), mesh)
     last = lower_steps(mesh, params, control, state, static)
@@ -172,7 +170,7 @@ class Programs:
   def __init__(self, mesh: jax.sharding.Mesh):
     self.mesh = mesh
     self.results = jax.jit(loop_lib.results)
-    self._compiled: dict = {}
+    self.compiled: dict = {}
 
   def prefill(self, params, batch: Batch, static: Static):
     """Reads the prompts of a batch. Returns (state, the program that makes its next steps)."""
@@ -197,60 +195,8 @@ class Programs:
       )
       return jax.jit(function, donate_argnums=2, out_shardings=(program.input_formats[0][2], None))
 
-    jitted = self._once(("image", codes, static), (params, control, loop), make)
+    jitted = self.once(("image", codes, static), (params, control, loop), make)
     return jitted(params, control, loop)
-
-  def empty_lane(self, params, control, static: Static, chunk: int, least: int):
-    """Runs `lane.empty` for the rows of `control`; see `lane.steps` for `least`.
-
-    Returns:
-      (state, the program that makes its next steps).
-    """
-    function = functools.partial(
-      lane_lib.empty,
-      config=static.model,
-      grammar=static.grammar,
-      rows=len(control.seeds),
-      widths=static.widths,
-      room=static.longest,
-      steps=chunk,
-      cache_dtype=static.cache_dtype,
-    )
-
-    def make():
-      state, limit = jax.eval_shape(function), np.int32(0)
-      types = [abstract(x, self.mesh) for x in (params, control, state, limit)]
-      steps = functools.partial(lane_lib.steps, least=least, **static.of_step)
-      program = _lower_loop(self.mesh, steps, *types).compile()
-      return jit_before(function, program), program
-
-    jitted, program = self._once(("lane", static, chunk, least), (params, control), make)
-    return jitted(), program
-
-  def lane_steps(self, rows: int, lane, params, control, program, static: Static, least: int):
-    """Returns the steps of the first rows of a lane, whose state is that of `program`."""
-
-    def make():
-      types = [abstract(x, self.mesh) for x in (params, control, lane, np.int32(0))]
-      steps = functools.partial(lane_lib.steps, least=least, rows=rows, **static.of_step)
-      return _lower_loop(self.mesh, steps, *types, formats=program.input_formats[0][2]).compile()
-
-    return self._once(("first rows", rows, static, least), (params, control, lane), make)
-
-  def join(self, lane, arrivals, params, program, static: Static):
-    """Runs `lane.join`, which donates the state. Returns the state for `program`."""
-
-    def make():
-      function = functools.partial(
-        lane_lib.join,
-        config=static.model,
-        grammar=static.grammar,
-        cache_dtype=static.cache_dtype,
-      )
-      return jax.jit(function, donate_argnums=1, out_shardings=program.input_formats[0][2])
-
-    jitted = self._once(("join", static), (params.model, lane, arrivals), make)
-    return jitted(params.model, lane, arrivals)
 
   def _run_before(self, function: Callable, arguments, name, params, control, static: Static):
     """Runs a function that returns a state, in the layout that the next steps want."""
@@ -258,24 +204,24 @@ class Programs:
     def make():
       state = jax.eval_shape(function, *arguments)
       types = [abstract(x, self.mesh) for x in (params, control, state)]
-      program = self._once(
+      program = self.once(
         ("steps", *static.of_step.values()),
         types,
         lambda: lower_steps(self.mesh, *types, static).compile(),
       )
       return jit_before(function, program), program
 
-    jitted, program = self._once(name, (arguments, params, control), make)
+    jitted, program = self.once(name, (arguments, params, control), make)
     return jitted(*arguments), program
 
-  def _once(self, name, arguments, make: Callable):
+  def once(self, name, arguments, make: Callable):
     """Returns the result of `make`, called once for each name, types and shardings."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
     key = (name, structure, types)
-    if key not in self._compiled:
-      self._compiled[key] = make()
-    return self._compiled[key]
+    if key not in self.compiled:
+      self.compiled[key] = make()
+    return self.compiled[key]
 
 
 @functools.cache

@@ -31,7 +31,7 @@ class Request:
   @property
   def positions(self) -> int:
     """Largest number of positions that the request takes, prompt included."""
-    return max(len(s) for s in self.streams) + grammar.longest(self.plan)
+    return max(len(s) for s in self.streams) + grammar.max_new_tokens(self.plan)
 
   def guidance_weights(
     self, config: SamplingConfig, image_tokens: int

@@ -110,12 +110,12 @@ def _read_drafts(config, model, loop: LoopState, done, drafts):
   positions = jnp.minimum(positions, config.max_positions - 1)
   masks = []
   for s, seen in enumerate(loop.seen):
-    slots = jnp.arange(seen.shape[1])[None, None]
-    ends = (loop.slots[s] + done)[:, None, None] + jnp.arange(window)[None, :, None]
-    masks.append((seen[:, None] | ((slots >= loop.slots[s]) & (slots <= ends)))[:, None])
+    entries = jnp.arange(seen.shape[1])[None, None]
+    ends = (loop.next_entries[s] + done)[:, None, None] + jnp.arange(window)[None, :, None]
+    masks.append((seen[:, None] | ((entries >= loop.next_entries[s]) & (entries <= ends)))[:, None])
 
   def write(cache, s, k, v):
-    return cache.write_rows(loop.slots[s] + done, k, v)
+    return cache.write_rows(loop.next_entries[s] + done, k, v)
 
   layers = [list(layer) for layer in loop.cache]
   attend = over_streams(layers, masks, write)
@@ -230,8 +230,8 @@ def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
   in_image = jnp.arange(loop.ids.shape[1])[None] < codes
   seen_of = []
   for s, seen in enumerate(loop.seen):
-    slots = jnp.arange(seen.shape[1])[None]
-    seen_of.append(seen | ((slots >= loop.slots[s]) & (slots < loop.slots[s] + codes)))
+    entries, first = jnp.arange(seen.shape[1])[None], loop.next_entries[s]
+    seen_of.append(seen | ((entries >= first) & (entries < first + codes)))
 
   def fit(x, otherwise):
     return jnp.where(in_image, x[:, : loop.ids.shape[1]], otherwise)
@@ -239,9 +239,9 @@ def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
   state = grammar.next_part(plan, loop.state)
   return loop._replace(
     seen=tuple(seen_of),
-    slots=loop.slots + codes,
+    next_entries=loop.next_entries + codes,
     count=loop.count + codes,
-    going=jnp.any(grammar.active(plan, state)),
+    any_active=jnp.any(grammar.active(plan, state)),
     state=state,
     ids=fit(w.codes + vocab.text_size, vocab.pad),
     log_probs=fit(w.log_probs, 0),
@@ -265,7 +265,7 @@ def generate_image(
   Args:
     params: with an image head.
     control: no sample uses contrastive decoding.
-    loop: of `loop.prefill`, with room for codes + window tokens; donated.
+    loop: of `loop.prefill`, with capacity for codes + window tokens; donated.
     config: of the model.
     grammar: of the plans.
     sampler: compiled settings of sampling.

@@ -31,6 +31,8 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 Named = dict[str, Any]  # Arrays or their types by dotted names.
+# Fields of `LoopState` whose arrays have other names in exports.
+EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
@@ -38,7 +40,8 @@ TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 def named(tree) -> Named:
   """Returns the leaves of a tree by their dotted paths."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+  names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+  return {EXPORTED_AS.get(name, name): x for name, (_, x) in zip(names, leaves)}
 
 
 def filled(types, arrays: Mapping[str, Any]):
@@ -118,7 +121,7 @@ class Functions:
     off = jnp.zeros_like(seeds, bool)
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 
-  def _prefill(self, weights: Named, streams, plan, longest, room) -> LoopState:
+  def _prefill(self, weights: Named, streams, plan, max_new_tokens, capacity) -> LoopState:
     """Reads the prompts of S streams, the longest first; see `loop.prefill`."""
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
@@ -146,8 +149,8 @@ class Functions:
       self._decoder(weights).model,
       prompts,
       plan,
-      longest=longest,
-      room=room,
+      max_new_tokens=max_new_tokens,
+      capacity=capacity,
       widths=tuple(slots),
       **static,
     )
@@ -162,15 +165,15 @@ class Functions:
       seeds: uint32 [b].
       ids: int32 [b, g], not read: g tokens at most are generated.
     """
-    longest = ids.shape[1]
-    state = self._prefill(weights, [prompts], plan, longest, longest)
+    most = ids.shape[1]
+    state = self._prefill(weights, [prompts], plan, most, most)
     return {**named(state), "plan": plan, "seeds": seeds}
 
   def state_types(self, weights: Named, **arguments) -> LoopState:
     """Returns the types of the loop's state for the arguments of `prefill`."""
-    longest = arguments["ids"].shape[1]
+    most = arguments["ids"].shape[1]
     return jax.eval_shape(
-      lambda weights, prompts, plan: self._prefill(weights, [prompts], plan, longest, longest),
+      lambda weights, prompts, plan: self._prefill(weights, [prompts], plan, most, most),
       weights,
       arguments["prompts"],
       arguments["plan"],
@@ -218,13 +221,13 @@ class Functions:
     alpha = guidance[:, None] * share + (1 - share)
     weights_of_streams = jnp.stack([alpha, 1 - alpha], axis=2)
     control = self._control(plan, seeds, weights_of_streams, settings)
-    rooms = compile_lib.cache_rooms(BUCKET, codes)
-    loop = self._prefill(weights, [prompts, unconditional], plan, codes, rooms[0])
+    capacities = compile_lib.cache_capacities(BUCKET, codes)
+    loop = self._prefill(weights, [prompts, unconditional], plan, codes, capacities[0])
     decoder = self._decoder(weights)
-    for room, larger in itertools.zip_longest(rooms, rooms[1:]):
+    for capacity, larger in itertools.zip_longest(capacities, capacities[1:]):
       loop = loop_lib.decode_steps(decoder, control, loop, steps=codes, **self._of_step)
       if larger:
-        loop = loop_lib.grow(loop, by=larger - room)
+        loop = loop_lib.grow(loop, by=larger - capacity)
     images = self.decode_image(weights, tokens=loop.ids)
     return {"images": images, "tokens": loop.ids, "log_probs": loop.log_probs}
 

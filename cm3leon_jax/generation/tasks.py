@@ -199,14 +199,14 @@ class Task:
     before = [[segment.tokens for segment in document.segments] for document in neighbors]
     try:
       request = self._request(layout, layout.vocab.image_ids(image), before)
-      longest = grammar.longest(request.plan)
+      following = grammar.max_new_tokens(request.plan)
       if request.positions > layout.positions:
         hints = ["shorten the prompt"]
         hints += ["ask for a smaller length"] * ("length" in fields and self.length != 1)
         hints += ["retrieve fewer documents"] * bool(neighbors)
         raise UserError(
-          f"the prompt has {request.positions - longest} tokens and up to {longest} follow; the "
-          f"model was trained on {layout.positions} positions: {', or '.join(hints)}."
+          f"the prompt has {request.positions - following} tokens and up to {following} follow; "
+          f"the model was trained on {layout.positions} positions: {', or '.join(hints)}."
         )
       makes_images = any(part.kind in (grammar.CODES, grammar.DOCUMENT) for part in request.plan)
       if makes_images and self.sampling.method != "top_p" and len(request.streams) == 1:

@@ -159,8 +159,8 @@ class Interleaved(Task):
 
   def _request(self, layout, image, neighbors):
     texts = [layout.encode(self.prompt)] if self.prompt.strip() else []
-    room = layout.positions - 1 - sum(map(len, texts))
-    length = self.length or max(room, 2)
+    left = layout.positions - 1 - sum(map(len, texts))
+    length = self.length or max(left, 2)
     return request.document(layout.vocab, layout.image_tokens, texts, length)
 
   def from_ids(self, layout, request, ids):

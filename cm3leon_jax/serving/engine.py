@@ -1,4 +1,4 @@
-"""The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
+"""The one thread that computes: jobs in, events out; a job is admitted at the next chunk."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed
+from cm3leon_jax.decoding.continuous.buckets import Bucket
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
+from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.generator import Result, sample_seed
-from cm3leon_jax.decoding.lane_kinds import Kind
-from cm3leon_jax.decoding.lane_samples import Update
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
@@ -38,7 +38,7 @@ class Engine:
     *,
     slots: int = 8,
     chunk: int = 16,
-    lanes: int = 8,
+    buckets: int = 8,
     queue_limit: int = 64,
   ):
     """Prepares an engine; `start` begins.
@@ -48,14 +48,14 @@ class Engine:
       mesh: that it was loaded on.
       slots: samples of one shape that are decoded at once.
       chunk: tokens of each sample between two deliveries.
-      lanes: shapes that are decoded in turn, see `ContinuousGenerator`.
+      buckets: shapes that are decoded in turn, see `ContinuousGenerator`.
       queue_limit: largest number of jobs with a sample that waits for a slot.
 
     Raises:
       UserError: `slots` does not divide by the devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
-    self._mesh, self._chunk, self._lanes = mesh, chunk, lanes
+    self._mesh, self._chunk, self._buckets = mesh, chunk, buckets
     # A stream alone does not pay for padding; several images are decoded together.
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
@@ -99,7 +99,7 @@ class Engine:
     """Holds a place in the queue for a request whose image is decoded. Raises as `submit`."""
     place = object()
     with self._changed:
-      self._check_room()
+      self._check_queue()
       self._places.add(place)
     try:
       yield place
@@ -114,11 +114,11 @@ class Engine:
     """
     with self._changed:
       self._places.discard(place)
-      self._check_room()
+      self._check_queue()
       self._incoming.append(job)
       self._changed.notify()
 
-  def _check_room(self) -> None:
+  def _check_queue(self) -> None:
     if self._closing or self.failure is not None:
       raise stopping()
     if self.waiting >= self.queue_limit:
@@ -178,13 +178,13 @@ class Engine:
       for job in dict.fromkeys(jobs):
         job.deliver(Failed(stopping()))
 
-  def _fresh(self, usual: Sequence[Kind] = ()) -> ContinuousGenerator:
+  def _fresh(self, usual: Sequence[Bucket] = ()) -> ContinuousGenerator:
     return ContinuousGenerator(
-      self.pipeline.generator, self.slots, self._chunk, self._lanes, usual=usual
+      self.pipeline.generator, self.slots, self._chunk, self._buckets, usual=usual
     )
 
   def _warm_up(self) -> None:
-    """Compiles the lanes of usual requests, then those that hold any other."""
+    """Compiles the buckets of usual requests, then those that hold any other."""
     by_streams = {}
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
@@ -196,8 +196,8 @@ class Engine:
       self._generator.warm(request, task.sampling)
       while self._open or self._running:
         self._compute()
-    for warm in by_streams.values():  # Beside the usual lanes, the arrays of one at a time.
-      self._fresh().warm(*warm, longest=True)
+    for warm in by_streams.values():  # Beside the usual buckets, the arrays of one at a time.
+      self._fresh().warm(*warm, in_largest=True)
     self.samples = self.tokens = 0
     self._busy_seconds = 0.0
 
@@ -209,8 +209,8 @@ class Engine:
         return False
       # Jobs are prepared in batches of the slots, since one costs a retrieval as much as a batch.
       # The next batch is due when fewer jobs than slots are prepared and have not begun.
-      room = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
-      taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
+      most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
+      taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     began = time.monotonic()
     self._prepare([job for job in taken if not job.cancelled])
     try:
@@ -277,15 +277,15 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Begins samples while there is room: one of each job in turn, so that none waits for another.
+    """Begins samples while slots are free: one of each job in turn, so that none waits for others.
 
-    A job whose shape has no room lets those after it pass.
+    A job whose bucket has no free slot lets those after it pass.
     """
     progressed = True
     while progressed:
       progressed = False
       for opened in list(self._open):
-        if self._generator.has_room(opened.request, opened.job.task.sampling):
+        if self._generator.can_admit(opened.request, opened.job.task.sampling):
           progressed = self._begin(opened) or progressed
           self._open.remove(opened)
           if opened.waits and not opened.failed:
@@ -295,7 +295,7 @@ class Engine:
     job, index = opened.job, opened.begun
     try:
       seed = sample_seed(job.task.seed, index)
-      ticket = self._generator.add(opened.request, seed, job.task.sampling)
+      ticket = self._generator.admit(opened.request, seed, job.task.sampling)
     except UserError as error:
       self._fail(opened, self._refused(job, error))
       return False
@@ -322,22 +322,22 @@ class Engine:
 
   def _deliver(self, updates: Sequence[Update]) -> None:
     """Delivers what a chunk made; images of several samples are decoded and scored together."""
-    over, shown = [], []
+    finished, shown = [], []
     for update in updates:
       opened, index = self._running[update.ticket]
-      if update.over:
+      if update.finished:
         del self._running[update.ticket]
         opened.finished += 1
         self.samples += 1
         self.tokens += len(update.tokens)
       if opened.job.cancelled or opened.failed:
         continue
-      if update.over:
-        over.append((opened, index, update))
+      if update.finished:
+        finished.append((opened, index, update))
       elif opened.job.shows_progress:
         shown.append((opened, index, update))
     self._together(self._show, shown)
-    self._together(self._finish, over)
+    self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
     """Calls `deliver` with parts of samples; if that fails, with each alone, and fails its job."""
@@ -353,24 +353,24 @@ class Engine:
         _LOG.exception("a sample could not be made of its tokens")
         self._fail(parts[0][0], internal())
 
-  def _finish(self, over: Sequence[_Part]) -> None:
-    for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
+  def _finish(self, finished: Sequence[_Part]) -> None:
+    for (opened, _, _), sample in zip(finished, self._samples(finished), strict=True):
       opened.job.deliver(Finished(sample))
 
-  def _samples(self, over: Sequence[_Part]) -> list[Sample]:
-    opened = [found for found, _, _ in over]
+  def _samples(self, finished: Sequence[_Part]) -> list[Sample]:
+    opened = [found for found, _, _ in finished]
     results = [
       Result(
         *(0, index, sample_seed(found.job.task.seed, index)),
         *(update.tokens, update.log_probs, False, update.divergence),
       )
-      for found, index, update in over
+      for found, index, update in finished
     ]
     given = {}
     for found in opened:
       given |= found.given
     return self.pipeline.samples(
-      range(len(over)),
+      range(len(finished)),
       results,
       [found.job.task for found in opened],
       [found.request for found in opened],

@@ -97,7 +97,7 @@ def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
   """Returns tasks of the usual kinds and lengths of prompts.
 
-  Their lanes are compiled before the first request; another length takes a larger lane.
+  Their buckets are compiled before the first request; another length takes a larger bucket.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)

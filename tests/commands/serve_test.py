@@ -21,7 +21,32 @@ from tests.launched import ROOT, launch
 
 
 @pytest.mark.parametrize(
-  ("flags", "environment", "sentence"),
+  ("given", "printed", "warnings"),
+  [
+    ("'--buckets=5'", "5\n", ""),
+    ("'--lanes=3'", "3\n", "warning: --lanes is deprecated: its name is --buckets now.\n"),
+    ("'--lanes=3', '--buckets=5'", "--lanes is the name that --buckets had", ""),
+  ],
+)
+def test_buckets_may_have_their_name_of_before(given, printed, warnings):
+  """In a process of its own: commands define flags of the same names."""
+  code = f"""
+from absl import flags
+from cm3leon_jax.commands import serve
+from cm3leon_jax.config import UserError
+flags.FLAGS(['serve', {given}])
+try:
+  print(serve._buckets())
+except UserError as error:
+  print(error)
+"""
+  found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert found.stdout.startswith(printed)
+  assert found.stderr == warnings
+
+
+@pytest.mark.parametrize(
+  ("given", "environment", "sentence"),
   [
     ([], {}, "error: name the folder of the run: --workdir=workdir"),
     (
@@ -73,8 +98,8 @@ from tests.launched import ROOT, launch
     (["--workdir=scenes", "--config=scenes"], {}, "error: --config is not a flag of this command"),
   ],
 )
-def test_wrong_flags_are_refused_in_one_sentence(flags, environment, sentence):
-  result = launch("serve", *flags, **environment)
+def test_wrong_flags_are_refused_in_one_sentence(given, environment, sentence):
+  result = launch("serve", *given, **environment)
   assert (result.returncode, result.stdout) == (2, "")
   assert result.stderr.startswith(sentence)
   assert result.stderr.count("\n") == 1
@@ -154,9 +179,9 @@ def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_p
   assert re.search(r"\] POST /v1/images/generations status=200 .* images=8 tokens=\d+$", line)
   assert "apple" not in log
   programs = kept(tmp_path)
-  # The steps of lanes, which take longest, are compiled ahead of time; the others when they run.
+  # The steps of running batches are compiled ahead of time; the others when they run.
   names = {re.sub(r"-[0-9a-f]{64}-cache$", "", name) for name in programs}
-  assert {"jit_steps", "jit_join", "jit_empty"} <= names, names
+  assert {"jit_steps", "jit_admit", "jit_empty"} <= names, names
   with started(run, tmp_path):
     assert kept(tmp_path) == programs  # A program that is compiled again has another name.
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import lane, loop, speculative
+from cm3leon_jax.decoding import loop, speculative
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.lane_kinds import kind_of
-from cm3leon_jax.decoding.lane_samples import Lane, LaneSample
+from cm3leon_jax.decoding.continuous import state as state_lib
+from cm3leon_jax.decoding.continuous.buckets import bucket_of
+from cm3leon_jax.decoding.continuous.slots import ActiveRequest, RunningBatch
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.mesh import abstract, batch_shards
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
@@ -106,32 +107,33 @@ def test_batches_of_drafts(generator, task):
 
 @pytest.mark.parametrize("of_shard", [1, 4])
 @pytest.mark.parametrize("task", STREAMS)
-def test_a_lane_of_one_row_and_of_four(generator, task, of_shard):
-  """One sample joins, then all rows do; the steps are of all rows, or of the first one."""
-  kind = kind_of(REQUESTS[task], MIXTURE, generator)
+def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
+  """One request is admitted, then to all slots; the steps are of all slots, or of the first one."""
+  bucket = bucket_of(REQUESTS[task], MIXTURE, generator)
   slots = of_shard * batch_shards()
-  rows = Lane(kind, generator, slots, chunk=3, shards=batch_shards())
+  batch = RunningBatch(bucket, generator, slots, chunk=3, shards=batch_shards())
   empty, none = np.zeros(0, np.int32), np.zeros(0, np.float32)
   for ticket in range(slots):
-    rows.add(LaneSample(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
+    batch.admit(ActiveRequest(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
+  static = bucket.static
   state = jax.eval_shape(
     functools.partial(
-      lane.empty,
-      config=kind.static.model,
-      grammar=kind.static.grammar,
-      rows=slots,
-      widths=kind.static.widths,
-      room=kind.static.longest,
+      state_lib.empty,
+      config=static.model,
+      grammar=static.grammar,
+      slots=slots,
+      widths=static.widths,
+      max_new_tokens=static.max_new_tokens,
       steps=3,
     )
   )
-  join = functools.partial(lane.join, config=kind.static.model, grammar=kind.static.grammar)
-  control = abstract(rows.control, jax.sharding.get_mesh())
+  admit = functools.partial(state_lib.admit, config=static.model, grammar=static.grammar)
+  control = abstract(batch.control, jax.sharding.get_mesh())
   everyone = [*range(slots)]
-  for arriving in ([row if row % of_shard == 0 else None for row in everyone], everyone):
-    arrivals = rows._arrivals(arriving[:: 1 if arriving is everyone else of_shard])
-    assert typed(jax.eval_shape(join, generator.params.model, state, arrivals)) == typed(state)
-  for first in [None, 1] if rows.few else [None]:
-    steps = functools.partial(lane.steps, least=1, rows=first, **kind.static.of_step)
+  for chosen in ([slot if slot % of_shard == 0 else None for slot in everyone], everyone):
+    admitted = batch._admitted(chosen[:: 1 if chosen is everyone else of_shard])
+    assert typed(jax.eval_shape(admit, generator.params.model, state, admitted)) == typed(state)
+  for first in [None, 1] if batch.few else [None]:
+    steps = functools.partial(state_lib.steps, least=1, slots=first, **static.of_step)
     after = jax.eval_shape(steps, generator.params, control, state, np.int32(2))
     assert typed(after) == typed(state)

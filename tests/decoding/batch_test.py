@@ -168,12 +168,12 @@ def test_equal_prompts_are_read_once():
   assert made.rests[1].sum() == 2
 
 
-def test_a_stream_of_short_prompts_needs_few_slots():
-  """Two streams; a prompt with a shared beginning, whose slots are the first, needs all."""
+def test_a_stream_of_short_prompts_needs_few_entries():
+  """Two streams; a prompt with a shared beginning, whose entries are the first, needs all."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
   made = plain_arrays([other, short, other[:6], short])
   assert made.prefixes is not None
-  assert made.slots == 12
+  assert made.entries == 12
   assert batch.stream_widths(made, 2) == (12, 4)
   alone = plain_arrays([other, short])
   assert batch.stream_widths(alone, 2) == (8, 4)

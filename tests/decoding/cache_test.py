@@ -32,9 +32,9 @@ def causal():
   return jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, 1, T, T))
 
 
-def filled(k, v, slots: int = T, dtype: str = "compute"):
+def filled(k, v, capacity: int = T, dtype: str = "compute"):
   """The first layer's cache after a write of four tokens and two of one."""
-  layer = cache_lib.empty(CONFIG, R, slots, dtype)[0]
+  layer = cache_lib.empty(CONFIG, R, capacity, dtype)[0]
   for start, stop in ((0, 4), (4, 5), (5, 6)):
     layer = layer.write(start, k[:, start:stop], v[:, start:stop])
   return layer
@@ -49,7 +49,7 @@ def test_attention_over_the_cache_is_attention_over_what_was_written(qkv):
   assert np.abs(np.asarray(wrong) - expected).max() > 0.1
 
 
-def test_rows_are_copied_and_slots_added_at_the_end(qkv):
+def test_rows_are_copied_and_entries_added_at_the_end(qkv):
   q, k, v = qkv
   wider = jnp.pad(causal(), ((0, 0), (0, 0), (0, 0), (0, 3)))
   expected = np.asarray(masked_attention(q, k, v, causal()))

@@ -235,10 +235,10 @@ def test_without_a_head_for_images_alone(on_one_device, plain_generator):
 
 @pytest.fixture
 def grown(plain_generator, monkeypatch):
-  """Makes caches with room for two tokens; lists by how many slots they grow."""
+  """Makes caches for two tokens; lists by how many entries they grow."""
   grown, plain = [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
-  monkeypatch.setattr(compile_lib, "ROOM", 2)
+  monkeypatch.setattr(compile_lib, "CAPACITY", 2)
   monkeypatch.setattr(compile_lib, "CHUNK", 3)
   monkeypatch.setattr(
     plain_generator.programs,
@@ -248,8 +248,8 @@ def grown(plain_generator, monkeypatch):
   return grown
 
 
-def documents(longest: int):
-  return [request_lib.document(VOCAB, IMAGE, [a], longest) for a in (A, B)]
+def documents(length: int):
+  return [request_lib.document(VOCAB, IMAGE, [a], length) for a in (A, B)]
 
 
 def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
@@ -280,10 +280,10 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, request):
 
 
 def test_rooms_double():
-  assert compile_lib.cache_rooms(32, 5) == (5,)
-  assert compile_lib.cache_rooms(32, 257) == (128, 257)
-  assert compile_lib.cache_rooms(32, 1_025) == (128, 288, 608, 1_025)
-  assert compile_lib.cache_rooms(896, 257) == (257,)
+  assert compile_lib.cache_capacities(32, 5) == (5,)
+  assert compile_lib.cache_capacities(32, 257) == (128, 257)
+  assert compile_lib.cache_capacities(32, 1_025) == (128, 288, 608, 1_025)
+  assert compile_lib.cache_capacities(896, 257) == (257,)
 
 
 def test_int8_in_all_places(params):

@@ -25,7 +25,7 @@ from cm3leon_jax.decoding.grammar import (
   Grammar,
   Part,
   State,
-  longest,
+  max_new_tokens,
   plan_array,
 )
 from cm3leon_jax.mesh import shard
@@ -203,7 +203,7 @@ def test_ten_thousand_random_runs():
   )
   of_row = np.arange(10_000) % len(cases)
   plan, steps = rows_of([cases[n][0] for n in of_row]), 1 + max(most for _, _, most in cases)
-  assert [longest(p) for p, _, _ in cases] == [most for _, _, most in cases]
+  assert [max_new_tokens(p) for p, _, _ in cases] == [most for _, _, most in cases]
   ids, dead, active = (
     np.asarray(x)
     for x in random_runs(Grammar(VOCAB, 5), plan, jax.random.key(0, impl="rbg"), steps)

@@ -26,7 +26,7 @@ INT8_ERROR = 0.03
 def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
   """Logits [R, STEPS, V] of the head's columns after each prompt and each of ids [R, STEPS - 1]."""
   cache, seen = loop.read_prompts(config, params.model, prompts, cache_dtype)
-  rows, filled = prompts.row, prompts.slots
+  rows, filled = prompts.row, prompts.entries
   cache = cache_lib.rows(cache, rows, filled, filled + STEPS)
 
   def of_rows(x):

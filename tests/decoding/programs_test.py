@@ -18,7 +18,7 @@ def test_compiled_once_for_each_way_that_parameters_are_split():
     params = random_params(model_config())
     make = functools.partial(small_generator, image_head=False)
     generator = make(params=params)
-    compiled = generator.programs._compiled
+    compiled = generator.programs.compiled
     first, count = generator.generate(requests, SEEDS), len(compiled)
     again = make(params=params).generate(requests, SEEDS)
     assert len(compiled) == count

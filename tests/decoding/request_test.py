@@ -161,7 +161,7 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
   request, trained = request_lib.infill(VOCAB, IMAGE, holed), apply_cm3_mask(tokens, spans, VOCAB)
   prompt, answer = np.split(trained, [len(request.streams[0])])
   np.testing.assert_array_equal(request.streams[0], prompt)
-  assert len(answer) <= grammar.longest(request.plan)
+  assert len(answer) <= grammar.max_new_tokens(request.plan)
   assert [s.tolist() for s in document_segments(VOCAB, request, answer)] == segments
   # Control: another answer is another document.
   answer[0] += 1 if answer[0] != 263 else -1

@@ -440,7 +440,7 @@ OTHER_TIES = set(itertools.product((0.01, 1.0), (0, 64), (0.9, 1.0), (20_000,)))
   ],
 )
 def test_rounding_of_logits_changes_no_token(spread, top_k, top_p, rows):
-  """As another batch, lane or mesh rounds them: near ties then swap their places in the order."""
+  """As another batch, bucket or mesh rounds them: near ties then swap their places in the order."""
   size = 256
   generator = np.random.default_rng(5)
   logits = (spread * generator.normal(size=(rows, size))).astype(np.float32)

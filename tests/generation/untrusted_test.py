@@ -13,7 +13,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, longest, plan_array
+from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, max_new_tokens, plan_array
 from cm3leon_jax.generation import calls, prompt_file
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.tasks import Task, has_image
@@ -183,7 +183,7 @@ def walk(plan, rng) -> np.ndarray:
   state, ids = START(rows), []
   while (legal := np.flatnonzero(np.asarray(LEGAL(rows, state))[0])).size:
     ids.append(int(rng.choice(legal)))
-    assert len(ids) <= longest(plan)
+    assert len(ids) <= max_new_tokens(plan)
     state = ADVANCE(rows, state, np.array(ids[-1:], np.int32))
   return np.array(ids, np.int32)
 

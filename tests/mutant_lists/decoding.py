@@ -76,10 +76,10 @@ DECODING = (
     ("divergence_counts_texts", "apart = jnp.where(is_image, apart, 0)", "apart = 1.0 * apart"),
   ),
   *mutants_of(
-    "cm3leon_jax/decoding/lane_kinds.py",
-    "tests/decoding/usual_lanes_test.py",
-    ("rings_that_end_early", "prompt + longest <= ring", "prompt <= ring"),
-    ("lanes_of_other_candidates", "sampler == all_candidates else", "True else"),
+    "cm3leon_jax/decoding/continuous/buckets.py",
+    "tests/decoding/continuous/buckets_test.py",
+    ("rings_that_end_early", "prompt + new_tokens <= capacity", "prompt <= capacity"),
+    ("buckets_of_other_candidates", "sampler == all_candidates else", "True else"),
   ),
   *mutants_of(
     "cm3leon_jax/decoding/cache.py",

@@ -59,7 +59,7 @@ def lowered(monkeypatch):
   monkeypatch.setattr(compile_lib, "jit_before", jit_before)
   # So that the cache grows.
   monkeypatch.setattr(batch_lib, "BUCKET", 4)
-  monkeypatch.setattr(compile_lib, "ROOM", 1)
+  monkeypatch.setattr(compile_lib, "CAPACITY", 1)
   return found
 
 

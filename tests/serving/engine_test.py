@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cm3leon_jax.data.documents.store import write_documents
-from cm3leon_jax.decoding.continuous import StepFailed
+from cm3leon_jax.decoding.continuous.engine import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.serving import engine as engine_module
 from cm3leon_jax.serving.engine import Engine

@@ -1,4 +1,4 @@
-"""A sample is that of `Generator.generate`, whatever joins or leaves beside it."""
+"""A sample is that of `Generator.generate`, whatever is admitted or removed beside it."""
 
 import copy
 import dataclasses
@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import lane as lane_lib
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.continuous import (
-  ContinuousGenerator,
-  NoRoom,
-  StepFailed,
-)
-from cm3leon_jax.decoding.lane_kinds import room_bucket, width_bucket
+from cm3leon_jax.decoding.continuous import state as state_lib
+from cm3leon_jax.decoding.continuous.buckets import new_tokens_bucket, width_bucket
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, NoFreeSlot, StepFailed
 from cm3leon_jax.decoding.programs import Programs
 from tests.decoding.generator_test import edits
 from tests.decoding.small import (
@@ -35,7 +31,7 @@ from tests.decoding.small import (
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Guided rows (even seeds) and contrastive ones of one lane, with numbers of their own.
+# Guided rows (even seeds) and contrastive ones of one batch, with numbers of their own.
 SAMPLINGS = [
   MIXTURE,
   dataclasses.replace(MIXTURE, temperature=0.7, top_p=0.5, guidance=5.0, contrastive_alpha=0.1),
@@ -46,14 +42,14 @@ SAMPLINGS = [
 ROUNDING = {1: 1e-5, 2: 3e-5, 3: 1e-4}
 
 
-# A prompt that takes a wider lane.
+# A prompt that takes a wider bucket.
 LONG = request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)
 
 
-def cases_of(generator, kinds, samplings=SAMPLINGS):
+def cases_of(generator, groups, samplings=SAMPLINGS):
   """(request, seed, sampling, expected result) of lists of requests, which share their batches."""
   cases = []
-  for requests, (i, sampling) in itertools.product(kinds, enumerate(samplings)):
+  for requests, (i, sampling) in itertools.product(groups, enumerate(samplings)):
     seeds = [SEEDS[0] + n + 20 * i for n in range(len(requests))]
     results = generator.generate(requests, seeds, sampling=sampling)
     cases += zip(requests, seeds, itertools.repeat(sampling), results)
@@ -77,7 +73,7 @@ def all_cases(generator):
 
 @pytest.fixture(scope="module")
 def cases(all_cases):
-  """Samples of one and two streams: two lanes."""
+  """Samples of one and two streams: two buckets."""
   return [case for case in all_cases if case[0] is not LONG]
 
 
@@ -87,9 +83,9 @@ def long_case(all_cases):
 
 
 def is_case(update, case) -> bool:
-  """Whether an update has the first tokens of the expected result, all of them if it is over."""
+  """Whether an update has the first tokens of the expected result, all if it is finished."""
   expected, count = case[3], len(update.tokens)
-  return np.array_equal(update.tokens, expected.tokens[: None if update.over else count])
+  return np.array_equal(update.tokens, expected.tokens[: None if update.finished else count])
 
 
 def check(update, case):
@@ -97,48 +93,48 @@ def check(update, case):
   expected = case[3]
   known = expected.log_probs[: len(update.tokens)]
   np.testing.assert_allclose(update.log_probs, known, atol=ROUNDING[len(case[0].streams)])
-  assert update.over == (len(update.tokens) == len(expected.tokens))
-  if update.over and expected.divergence is not None:
+  assert update.finished == (len(update.tokens) == len(expected.tokens))
+  if update.finished and expected.divergence is not None:
     np.testing.assert_allclose(update.divergence, expected.divergence, rtol=1e-4)
 
 
 def run(engine, cases, rng, removed=0.1, check=check):
-  """Adds cases at random chunks, removes some, steps until all are over; returns their number."""
-  waiting, running, over = [cases[i] for i in rng.permutation(len(cases))], {}, 0
-  while waiting or engine.busy:
-    for case in [c for c in waiting if rng.random() < 0.4 and engine.has_room(c[0], c[2])]:
-      if engine.has_room(case[0], case[2]):
-        running[engine.add(*case[:3])] = case
+  """Admits cases at random chunks and removes some; returns the number of finished ones."""
+  waiting, running, finished = [cases[i] for i in rng.permutation(len(cases))], {}, 0
+  while waiting or engine.active:
+    for case in [c for c in waiting if rng.random() < 0.4 and engine.can_admit(c[0], c[2])]:
+      if engine.can_admit(case[0], case[2]):
+        running[engine.admit(*case[:3])] = case
         waiting = [c for c in waiting if c is not case]
     for ticket in [t for t in running if rng.random() < removed]:
       engine.remove(ticket)
       del running[ticket]
     for update in engine.step():
       check(update, running[update.ticket])
-      if update.over:
+      if update.finished:
         del running[update.ticket]
-        over += 1
+        finished += 1
   assert not running
-  return over
+  return finished
 
 
-def test_a_removed_sample_frees_its_row_at_once(generator, cases):
+def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
-  first, second = engine.add(*one[:3]), engine.add(*two[:3])
-  assert not engine.has_room(three[0], three[2])
-  with pytest.raises(NoRoom, match="try again"):
-    engine.add(*three[:3])
+  first, second = engine.admit(*one[:3]), engine.admit(*two[:3])
+  assert not engine.can_admit(three[0], three[2])
+  with pytest.raises(NoFreeSlot, match="try again"):
+    engine.admit(*three[:3])
   assert {u.ticket for u in engine.step()} == {first, second}
   engine.remove(first)
   engine.remove(first)  # It is gone already.
-  third = engine.add(*three[:3])
+  third = engine.admit(*three[:3])
   updates = engine.step()
   assert {u.ticket for u in updates} == {second, third}
   engine.remove(third)
-  fourth = engine.add(*four[:3])
+  fourth = engine.admit(*four[:3])
   engine.remove(fourth)  # It never began.
-  while engine.busy:
+  while engine.active:
     updates = engine.step()
     assert [u.ticket for u in updates] == [second]
     check(updates[0], two)
@@ -146,67 +142,67 @@ def test_a_removed_sample_frees_its_row_at_once(generator, cases):
 
 
 def run_often(engine, cases):
-  over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
-  assert all(len(cases) / 3 < n < len(cases) for n in over)  # Some were removed.
+  finished = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
+  assert all(len(cases) / 3 < n < len(cases) for n in finished)  # Some were removed.
   assert run(engine, cases, np.random.default_rng(5), removed=0) == len(cases)
 
 
 def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   run_often(engine, cases)
-  # The rings of a lane turned more than once: every slot was the next one.
-  assert len(engine._lanes) == 2
+  # The rings of a batch turned more than once: every entry was the next one.
+  assert len(engine._batches) == 2
 
 
 @pytest.mark.slow
 def test_any_schedule_of_samples_of_three_streams(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   run_often(engine, [*cases, *cases_of(generator, [edits()])])
-  assert len(engine._lanes) == 3
+  assert len(engine._batches) == 3
 
 
-def count_of_the_lane(monkeypatch):
-  plain = lane_lib.decode_step
+def count_of_the_batch(monkeypatch):
+  plain = state_lib.decode_step
 
   def step(*args, counts, **static):
     return plain(*args, counts=jnp.full_like(counts, counts[0]), **static)
 
-  monkeypatch.setattr(lane_lib, "decode_step", step)
+  monkeypatch.setattr(state_lib, "decode_step", step)
 
 
-def prompts_one_slot_late(monkeypatch):
-  plain = lane_lib._read_stream
+def prompts_one_entry_late(monkeypatch):
+  plain = state_lib._read_stream
 
   def read(config, model, prompts, end, *args):
     return plain(config, model, prompts, end + 1, *args)
 
-  monkeypatch.setattr(lane_lib, "_read_stream", read)
+  monkeypatch.setattr(state_lib, "_read_stream", read)
 
 
-def seeds_of_other_rows(monkeypatch):
-  plain = lane_lib.steps
+def seeds_of_other_slots(monkeypatch):
+  plain = state_lib.steps
 
   def steps(params, control, *args, **static):
     return plain(params, control._replace(seeds=control.seeds[::-1]), *args, **static)
 
-  monkeypatch.setattr(lane_lib, "steps", steps)
+  monkeypatch.setattr(state_lib, "steps", steps)
 
 
-def slots_of_the_last_sample(monkeypatch):
-  """A row still sees the slots that others or its last sample wrote."""
-  plain = lane_lib._put
+def entries_of_the_last_sample(monkeypatch):
+  """A slot still sees the entries that others or its last sample wrote."""
+  plain = state_lib._put
 
-  def put(into, x, rows):
-    return plain(into, x | into[: len(x)] if x.dtype == bool else x, rows)
+  def put(into, x, slots):
+    return plain(into, x | into[: len(x)] if x.dtype == bool else x, slots)
 
-  monkeypatch.setattr(lane_lib, "_put", put)
+  monkeypatch.setattr(state_lib, "_put", put)
 
 
 def compiled_again(generator, *names):
   """Returns a generator that compiles the programs of these names again, and no others."""
   programs = Programs(generator.programs.mesh)
-  of_before = generator.programs._compiled.items()
-  programs._compiled = {key: made for key, made in of_before if key[0][0] not in names}
+  of_before = generator.programs.compiled.items()
+  programs.compiled = {key: made for key, made in of_before if key[0][0] not in names}
   generator = copy.copy(generator)
   generator.programs = programs
   return generator
@@ -215,13 +211,13 @@ def compiled_again(generator, *names):
 @pytest.mark.parametrize(
   ("damage", "program"),
   [
-    pytest.param(count_of_the_lane, "lane", marks=pytest.mark.slow),
-    pytest.param(prompts_one_slot_late, "join", marks=pytest.mark.slow),
-    (seeds_of_other_rows, "lane"),
-    (slots_of_the_last_sample, "join"),
+    pytest.param(count_of_the_batch, "running batch", marks=pytest.mark.slow),
+    pytest.param(prompts_one_entry_late, "admit", marks=pytest.mark.slow),
+    (seeds_of_other_slots, "running batch"),
+    (entries_of_the_last_sample, "admit"),
   ],
 )
-def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage, program):
+def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):
   """Control: with each part broken, samples differ."""
   damage(monkeypatch)
   broken = compiled_again(generator, program)
@@ -236,25 +232,25 @@ def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage, program):
 
 
 def few_at_once(generator, cases, **options):
-  """Runs the cases of one stream, mostly one or two at once, in a lane of eight rows."""
+  """Runs the cases of one stream, mostly one or two at once, in a batch of eight slots."""
   plain = [case for case in cases if len(case[0].streams) == 1]
   engine, used = ContinuousGenerator(generator, slots=8, chunk=3), []
   waiting, running, rng = list(plain), {}, np.random.default_rng(0)
-  while waiting or engine.busy:
+  while waiting or engine.active:
     count = 3 if len(waiting) == 3 else int(len(running) < 2 and rng.random() < 0.5)
     for case in waiting[:count]:
-      running[engine.add(*case[:3])] = case
+      running[engine.admit(*case[:3])] = case
     del waiting[:count]
     for update in engine.step():
-      used.append(engine._lanes[0]._program() is engine._lanes[0].program_of_few)
+      used.append(engine._batches[0]._program() is engine._batches[0].program_of_few)
       options.get("check", check)(update, running[update.ticket])
-      if update.over:
+      if update.finished:
         del running[update.ticket]
   return used
 
 
-def test_few_samples_are_made_by_the_steps_of_the_first_rows(generator, cases):
-  """Samples pass from the steps of the first rows to those of all rows, and back."""
+def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
+  """Samples pass from the steps of the first slots to those of all slots, and back."""
   used = few_at_once(generator, cases)
   assert set(used) == {True, False}
   assert used.index(False) < len(used) - used[::-1].index(True)
@@ -264,9 +260,9 @@ def test_few_samples_are_made_by_the_steps_of_the_first_rows(generator, cases):
   "lost",
   ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))],
 )
-def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkeypatch, lost):
-  """Control: of the steps of the first rows, one part is not put back into the lane."""
-  plain, same = lane_lib._with_first_rows, []
+def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
+  """Control: of the steps of the first slots, one part is not put back into the state."""
+  plain, same = state_lib._with_first_slots, []
 
   def put(whole, first):
     if lost == "counts":
@@ -274,94 +270,94 @@ def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkey
     made = plain(whole, first)
     return made._replace(loop=made.loop._replace(**{lost: getattr(whole.loop, lost)}))
 
-  monkeypatch.setattr(lane_lib, "_with_first_rows", put)
-  broken = compiled_again(generator, "first rows")
+  monkeypatch.setattr(state_lib, "_with_first_slots", put)
+  broken = compiled_again(generator, "first slots")
   few_at_once(broken, cases, check=lambda update, case: same.append(is_case(update, case)))
   assert not all(same)
 
 
-def test_an_idle_lane_makes_room_for_another(generator, cases):
-  engine, samples = ContinuousGenerator(generator, slots=2, chunk=3, lanes=1), []
+def test_an_idle_batch_is_replaced_by_another(generator, cases):
+  engine, samples = ContinuousGenerator(generator, slots=2, chunk=3, buckets=1), []
   for streams in (1, 2, 1):
     case = next(case for case in cases if len(case[0].streams) == streams)
-    assert engine.has_room(case[0], case[2])
-    engine.add(*case[:3])
-    assert len(engine._lanes) == 1
-    while engine.busy:
-      samples += [update for update in engine.step() if update.over]
+    assert engine.can_admit(case[0], case[2])
+    engine.admit(*case[:3])
+    assert len(engine._batches) == 1
+    while engine.active:
+      samples += [update for update in engine.step() if update.finished]
     check(samples[-1], case)
 
 
-def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases, long_case):
+def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator, cases, long_case):
   short = [case for case in cases if len(case[0].streams) == 1][:3]
   long = long_case
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  tickets = {engine.add(*case[:3]): case for case in (long, *short)}
-  # Two in the long one's lane; the others, for which it has no row, in one of their own.
-  assert [lane.kind.static.widths for lane in engine._lanes] == [(64,), (32,)]
-  while engine.busy:
+  tickets = {engine.admit(*case[:3]): case for case in (long, *short)}
+  # Two in the long one's batch; the others, for which it has no slot, in one of their own.
+  assert [batch.bucket.static.widths for batch in engine._batches] == [(64,), (32,)]
+  while engine.active:
     for update in engine.step():
       check(update, tickets[update.ticket])
-  # An idle lane is not joined, and a long request does not fit a short one.
-  assert engine.has_room(long[0], long[2])
-  tickets = {engine.add(*case[:3]): case for case in (*short[:2], long)}
-  assert [sum(map(bool, lane.rows)) for lane in engine._lanes] in ([1, 2], [2, 1])
+  # An idle batch admits no other bucket, and a long request does not fit a short one.
+  assert engine.can_admit(long[0], long[2])
+  tickets = {engine.admit(*case[:3]): case for case in (*short[:2], long)}
+  assert [sum(map(bool, batch.slots)) for batch in engine._batches] in ([1, 2], [2, 1])
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  tickets = {engine.add(*case[:3]): case for case in (*short[:1], long)}
-  assert [lane.kind.static.widths for lane in engine._lanes] == [(32,), (64,)]
+  tickets = {engine.admit(*case[:3]): case for case in (*short[:1], long)}
+  assert [batch.bucket.static.widths for batch in engine._batches] == [(32,), (64,)]
 
 
-def test_lanes_take_turns_and_are_bounded(generator, cases, long_case):
-  """A kind of request that finds all lanes busy gets one, though others refill them for ever."""
-  engine = ContinuousGenerator(generator, slots=2, chunk=3, lanes=2)
+def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
+  """A request that finds all batches active gets one, though others refill them for ever."""
+  engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []
-  while not chunks or not engine.has_room(other[0], other[2]):
+  while not chunks or not engine.can_admit(other[0], other[2]):
     for s in (1, 2):
-      while engine.has_room(of[s][0][0], of[s][0][2]):
-        tickets[engine.add(*of[s][0][:3])] = s
+      while engine.can_admit(of[s][0][0], of[s][0][2]):
+        tickets[engine.admit(*of[s][0][:3])] = s
     chunks.append({tickets[update.ticket] for update in engine.step()})
   assert chunks[:3] == [{1}, {2}, {1}]
   assert len(chunks) < 20
-  ticket = engine.add(*other[:3])
-  assert len(engine._lanes) == 2
+  ticket = engine.admit(*other[:3])
+  assert len(engine._batches) == 2
   while ticket in engine._places:
     for update in engine.step():
       if update.ticket == ticket:
         check(update, other)
 
 
-def test_a_chunk_that_fails_loses_its_lane_alone(generator, cases):
+def test_a_chunk_that_fails_loses_its_batch_alone(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   of = {s: next(case for case in cases if len(case[0].streams) == s) for s in (1, 2)}
-  lost, kept = (engine.add(*of[s][:3]) for s in (1, 2))
+  lost, kept = (engine.admit(*of[s][:3]) for s in (1, 2))
   engine.step()
   jax.tree.map(lambda x: x.delete(), engine._places[lost][0].state)
   engine.step()
   with pytest.raises(StepFailed, match="1 samples failed") as error:
     engine.step()
   assert error.value.tickets == [lost]
-  again = engine.add(*of[1][:3])
-  over = set()
-  while engine.busy:
+  again = engine.admit(*of[1][:3])
+  finished = set()
+  while engine.active:
     for update in engine.step():
       check(update, of[2 if update.ticket == kept else 1])
-      over |= {update.ticket} if update.over else set()
-  assert over == {kept, again}
+      finished |= {update.ticket} if update.finished else set()
+  assert finished == {kept, again}
 
 
 @pytest.mark.slow
 def test_more_candidates_than_the_configs_sort_all(generator):
   cases = cases_of(generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
   engine = ContinuousGenerator(generator, slots=4, chunk=2)
-  of = {engine.add(*case[:3]): case for case in cases}
-  assert [lane.kind.static.sampler for lane in engine._lanes] == [(0, 0, 0)]
-  while engine.busy:
+  of = {engine.admit(*case[:3]): case for case in cases}
+  assert [batch.bucket.static.sampler for batch in engine._batches] == [(0, 0, 0)]
+  while engine.active:
     for update in engine.step():
       check(update, of[update.ticket])
 
 
-def test_rows_on_several_devices(generator, cases):
+def test_slots_on_several_devices(generator, cases):
   with on_mesh(2, 1, 2):
     split = small_generator(sampling=MIXTURE, image_head=False)
     with pytest.raises(UserError, match="slots is 3; it must be a multiple of 2"):
@@ -371,24 +367,24 @@ def test_rows_on_several_devices(generator, cases):
   assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
 
 
-def test_a_warm_lane_compiles_nothing(generator, cases, caplog):
+def test_a_warm_bucket_compiles_nothing(generator, cases, caplog):
   plain = [case for case in cases if len(case[0].streams) == 1]
-  again = compiled_again(generator, "lane", "join")
+  again = compiled_again(generator, "running batch", "admit")
   engine = ContinuousGenerator(again, slots=2, chunk=3)
   with jax.log_compiles():
     engine.warm(plain[0][0])
     assert "Compiling jit" in caplog.text
     caplog.clear()
-    assert not engine.busy
+    assert not engine.active
     assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
     assert "Compiling jit" not in caplog.text
-  engine.add(*plain[0][:3])
+  engine.admit(*plain[0][:3])
   with pytest.raises(ValueError, match="under way"):
     engine.warm(plain[0][0])
 
 
 def test_bad_calls(generator):
-  for fields in ({"slots": 0}, {"chunk": 0}, {"lanes": 0}):
+  for fields in ({"slots": 0}, {"chunk": 0}, {"buckets": 0}):
     with pytest.raises(UserError, match=f"{next(iter(fields))} is 0; it must be positive"):
       ContinuousGenerator(generator, **fields)
   drafting = copy.copy(generator)
@@ -398,11 +394,11 @@ def test_bad_calls(generator):
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
   engine = ContinuousGenerator(generator)
   with pytest.raises(UserError, match=f"has {POSITIONS} tokens"):
-    engine.add(long, 0)
+    engine.admit(long, 0)
   for seed in (-1, 2**32):
     with pytest.raises(UserError, match=f"the seed is {seed}"):
-      engine.add(guided_requests()[0], seed)
-  assert not engine.busy
+      engine.admit(guided_requests()[0], seed)
+  assert not engine.active
 
 
 def test_buckets():
@@ -410,4 +406,4 @@ def test_buckets():
   assert [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)] == [
     32, 32, 64, 96, 192, 256, 384,
   ]  # fmt: skip
-  assert [room_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)] == [33, 33, 65, 65, 130, 260]
+  assert [new_tokens_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)] == [33, 33, 65, 65, 130, 260]

@@ -1,4 +1,4 @@
-"""Requests of any lengths need few lanes beside those that are warm; their samples are exact."""
+"""Requests of any lengths need few buckets beside those that are warm; their samples are exact."""
 
 import dataclasses
 import itertools
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.continuous import ContinuousGenerator
-from cm3leon_jax.decoding.lane_kinds import kind_of, largest
+from cm3leon_jax.decoding.continuous.buckets import bucket_of, largest
+from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator
 from cm3leon_jax.decoding.request import Hole
-from tests.decoding.continuous_test import cases_of, run
+from tests.decoding.continuous.engine_test import cases_of, run
 from tests.decoding.generator_test import edits
 from tests.decoding.small import (
   CODES,
@@ -54,9 +54,9 @@ def texts_with_holes(holes: int):
   return request_lib.infill(VOCAB, IMAGE, [pieces])
 
 
-def test_requests_of_any_lengths_need_one_more_lane_for_each_number_of_streams(generator):
+def test_requests_of_any_lengths_need_one_more_bucket_for_each_number_of_streams(generator):
   usual = [
-    kind_of(requests[0], MIXTURE, generator)
+    bucket_of(requests[0], MIXTURE, generator)
     for requests in (plain_requests(), guided_requests(), edits())
   ]
   engine = ContinuousGenerator(generator, usual=usual)
@@ -68,19 +68,19 @@ def test_requests_of_any_lengths_need_one_more_lane_for_each_number_of_streams(g
     *(texts_with_holes(n) for n in range(1, VOCAB.num_masks)),
   ]
   requests = [request for request in requests if request.positions <= POSITIONS]
-  found = {engine._kind(request, MIXTURE) for request in requests}
-  any_candidates = {engine._kind(request, MOST) for request in requests}
-  assert any_candidates == {largest(kind, generator.config) for kind in usual}
+  found = {engine._bucket(request, MIXTURE) for request in requests}
+  any_candidates = {engine._bucket(request, MOST) for request in requests}
+  assert any_candidates == {largest(bucket, generator.config) for bucket in usual}
   assert found == {*usual, *any_candidates}
 
 
-def test_a_request_takes_the_usual_lane_if_its_ring_holds_prompt_and_text(generator):
-  usual = kind_of(plain_requests()[0], MIXTURE, generator)
+def test_a_request_takes_the_usual_bucket_if_its_cache_holds_prompt_and_text(generator):
+  usual = bucket_of(plain_requests()[0], MIXTURE, generator)
   engine = ContinuousGenerator(generator, usual=[usual])
-  [ring] = usual.rings
-  left = ring - len(text(5, 2).streams[0]) + 1
-  assert engine._kind(text(5, left), MIXTURE) == usual
-  assert engine._kind(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
+  [capacity] = usual.stream_capacities
+  left = capacity - len(text(5, 2).streams[0]) + 1
+  assert engine._bucket(text(5, left), MIXTURE) == usual
+  assert engine._bucket(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
 
 
 BEFORE = POSITIONS - IMAGE - 3  # Words of a prompt for an image.
@@ -94,11 +94,11 @@ USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2, 3])
-def test_samples_of_the_largest_lane_are_those_of_generate(generator, streams):
+def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams):
   """The longest prompts, the longest texts, the most candidates; each beside a short one."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   engine.warm(USUAL[streams]()[0])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])
   assert run(engine, cases, np.random.default_rng(0), removed=0) == len(cases)
   [usual] = engine.usual
-  assert {lane.kind for lane in engine._lanes} == {usual, largest(usual, generator.config)}
+  assert {batch.bucket for batch in engine._batches} == {usual, largest(usual, generator.config)}

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.lane_kinds import kind_of
+from cm3leon_jax.decoding.continuous.buckets import bucket_of
 from tests.serving.live import about, image, pixels, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
@@ -61,15 +61,15 @@ def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
 
 
 @pytest.mark.slow
-def test_a_box_of_one_code_in_a_lane_of_two_streams_gets_that_of_the_python_call(live, model):
+def test_a_box_of_one_code_in_a_bucket_of_two_streams_gets_that_of_the_python_call(live, model):
   [data] = live.edit(png(IMAGE), box="0,0,1,1", prompt=CAPTION, seed="3").json()["data"]
   expected = model.infill(IMAGE, (0, 0, 2, 2), CAPTION, seed=3)
   np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
 
 
-def test_the_usual_lanes_are_known_after_a_failure(idle):
+def test_the_usual_buckets_are_known_after_a_failure(idle):
   request = request_lib.unconditional(idle.pipeline.layout.vocab, 16)
-  usual = [kind_of(request, SamplingConfig(), idle.pipeline.generator)]
+  usual = [bucket_of(request, SamplingConfig(), idle.pipeline.generator)]
   idle._generator.usual = usual
   idle._fail_running()
   assert idle._generator.usual == usual

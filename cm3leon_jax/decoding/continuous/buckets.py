@@ -1,0 +1,165 @@
+"""Buckets: the shapes that requests share so that one program generates for them."""
+
+# M parts of a plan, I tokens of an image, S guidance streams.
+
+import math
+from typing import NamedTuple
+
+from cm3leon_jax.decoding import batch as batch_lib
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.programs import Static
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling import Sampler
+
+SHORT = 8  # Cache entries for the unconditional prompt, of which prefill reads two tokens.
+
+
+class Bucket(NamedTuple):
+  """What requests of one running batch have in common.
+
+  Attributes:
+    static: of the programs; `max_new_tokens` and `widths` are rounded up.
+    parts: M.
+  """
+
+  static: Static
+  parts: int
+
+  @property
+  def stream_capacities(self) -> tuple[int, ...]:
+    """Number of tokens that the cache of each stream holds for a slot."""
+    return tuple(width + self.static.max_new_tokens for width in self.static.widths)
+
+  @property
+  def capacity(self) -> int:
+    """Number of tokens that the caches of all streams hold for a slot."""
+    return sum(self.stream_capacities)
+
+  def fits(self, other: "Bucket") -> bool:
+    """Returns whether a request of this bucket may take a slot of another.
+
+    The other has at most 3 times the capacity: attention reads all entries of a cache. But a step
+    of each running batch reads all weights.
+    """
+    if not self._compiled_as(other, self.static.sampler) or self.parts > other.parts:
+      return False
+    larger = [b >= a for a, b in zip(self.static.widths, other.static.widths)]
+    larger += [b >= a for a, b in zip(self.stream_capacities, other.stream_capacities)]
+    return all(larger) and other.capacity <= 3 * self.capacity
+
+  def holds(self, request: Request, own: "Bucket") -> bool:
+    """Returns whether a slot of this bucket can hold a request, however little of it is used.
+
+    Args:
+      request: of `request`.
+      own: its `bucket_of`. A bucket that sorts all logits takes any number of candidates.
+    """
+    sampler = self.static.sampler
+    all_candidates = Sampler(0, 0, own.static.sampler.contrastive_k)
+    sampler = sampler if sampler == all_candidates else own.static.sampler
+    if not own._compiled_as(self, sampler) or own.parts > self.parts:
+      return False
+    new_tokens = grammar.max_new_tokens(request.plan)
+    prompts = [len(prompt) - 1 for prompt in request.streams]
+    fit = [prompt <= width for prompt, width in zip(prompts, self.static.widths)]
+    return all(fit) and all(
+      prompt + new_tokens <= capacity for prompt, capacity in zip(prompts, self.stream_capacities)
+    )
+
+  def _compiled_as(self, other: "Bucket", sampler: Sampler) -> bool:
+    """Returns whether two buckets differ in sizes alone, if this one has another sampler."""
+    names = ("widths", "max_new_tokens", "capacities")
+    sizes = {name: getattr(other.static, name) for name in names}
+    streams = len(self.static.widths), len(other.static.widths)
+    return self.static._replace(sampler=sampler, **sizes) == other.static and len(set(streams)) == 1
+
+
+def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Bucket:
+  """Returns the smallest bucket of a request: its lengths, rounded up."""
+  config, usual = generator.config, Sampler.of(generator.config.sampling)
+  own = Sampler.of(sampling)
+
+  def candidates(asked: int, compiled: int) -> int:
+    return compiled if 0 < asked <= compiled else 0
+
+  sampler = Sampler(
+    candidates(own.of_codes, usual.of_codes),
+    candidates(own.of_all, usual.of_all),
+    own.contrastive_k if len(request.streams) > 1 else 0,
+  )
+  most = batch_lib.bucket_length(config.positions)
+  # The unconditional prompt is short always, the first of any length: few buckets of both.
+  smallest = [batch_lib.BUCKET, *[SHORT] * (len(request.streams) - 1)]
+  widths = tuple(
+    min(width_bucket(len(prompt) - 1, n), most) for prompt, n in zip(request.streams, smallest)
+  )
+  new_tokens = new_tokens_bucket(grammar.max_new_tokens(request.plan), config.image_tokens + 1)
+  new_tokens = min(new_tokens, config.positions)
+  static = Static(
+    config.model,
+    Grammar(config.vocab, config.image_tokens),
+    sampler,
+    config.cache_dtype,
+    widths,
+    new_tokens,
+    (new_tokens,),
+  )
+  return Bucket(static, max(4, 1 << len(request.plan).bit_length()))
+
+
+def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
+  """Returns a bucket that holds all prompts, boxes and candidates of the tasks with S streams.
+
+  The first stream may take all positions. The second one has an image, a sentinel for each row of a
+  box, and the words of an edit; the third is the short prompt without conditions.
+
+  Args:
+    own: `bucket_of` a request with S streams.
+    config: of the generator.
+  """
+  image = config.image_tokens
+  second = batch_lib.bucket_length(image + math.isqrt(image) + 2 * batch_lib.BUCKET)
+  streams = len(own.static.widths)
+  widths = (batch_lib.bucket_length(config.positions), second, SHORT)[:streams]
+  # With one stream, the entries of the prompt hold the positions after it, too.
+  new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
+  sampler = Sampler(0, 0, own.static.sampler.contrastive_k)
+  parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()
+  static = own.static._replace(
+    sampler=sampler, widths=widths, max_new_tokens=new_tokens, capacities=(new_tokens,)
+  )
+  return Bucket(static, max(4, parts))
+
+
+def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:
+  """Returns the entries for a prompt: `smallest`, or BUCKET times 1, 2, 3, 4, 6, 8, 12, ...
+
+  >>> [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)]
+  [32, 32, 64, 96, 192, 256, 384]
+  """
+  if length <= smallest:
+    return smallest
+  units = -(-length // batch_lib.BUCKET)
+  power = 1 << (units - 1).bit_length()
+  return batch_lib.BUCKET * (power * 3 // 4 if units <= power * 3 // 4 else power)
+
+
+def new_tokens_bucket(length: int, image: int) -> int:
+  """Returns the entries for the tokens of a sample: those of an image, halved or doubled.
+
+  >>> [new_tokens_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)]
+  [33, 33, 65, 65, 130, 260]
+
+  Args:
+    length: largest number of tokens.
+    image: number of tokens of an image and its end.
+  """
+  entries = image
+  while entries < length:
+    entries *= 2
+  while (half := -(-entries // 2)) >= max(length, batch_lib.BUCKET):
+    entries = half
+  return entries

@@ -1,0 +1,80 @@
+"""Builds the compiled programs of running batches; see `decoding.programs` for those of others."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import numpy as np
+
+from cm3leon_jax.decoding.continuous import state as state_lib
+from cm3leon_jax.decoding.programs import Programs, Static, jit_before, lower_loop
+from cm3leon_jax.mesh import abstract
+
+
+def empty_batch(programs: Programs, params, control, static: Static, chunk: int, least: int):
+  """Runs `state.empty` for the slots of `control`.
+
+  Args:
+    programs: of the current mesh.
+    params: `DecodeParams`.
+    control: of all slots.
+    static: of the batch; its cache can hold `max_new_tokens` of them from the start.
+    chunk: largest number of steps of a call.
+    least: see `state.steps`.
+
+  Returns:
+    (state, the program that makes its next steps).
+  """
+  function = functools.partial(
+    state_lib.empty,
+    config=static.model,
+    grammar=static.grammar,
+    slots=len(control.seeds),
+    widths=static.widths,
+    max_new_tokens=static.max_new_tokens,
+    steps=chunk,
+    cache_dtype=static.cache_dtype,
+  )
+
+  def make():
+    state, limit = jax.eval_shape(function), np.int32(0)
+    types = [abstract(x, programs.mesh) for x in (params, control, state, limit)]
+    program = lower_loop(programs.mesh, _steps(static, least), *types).compile()
+    return jit_before(function, program), program
+
+  jitted, program = programs.once(("running batch", static, chunk, least), (params, control), make)
+  return jitted(), program
+
+
+def steps_of_first_slots(
+  programs: Programs, slots: int, state, params, control, program, static: Static, least: int
+):
+  """Returns the steps of the first slots of a batch, whose state is that of `program`."""
+
+  def make():
+    types = [abstract(x, programs.mesh) for x in (params, control, state, np.int32(0))]
+    formats = program.input_formats[0][2]
+    steps = _steps(static, least, slots=slots)
+    return lower_loop(programs.mesh, steps, *types, formats=formats).compile()
+
+  return programs.once(("first slots", slots, static, least), (params, control, state), make)
+
+
+def admit(programs: Programs, state, admitted, params, program, static: Static):
+  """Runs `state.admit`, which donates the state. Returns the state for `program`."""
+
+  def make():
+    function = functools.partial(
+      state_lib.admit,
+      config=static.model,
+      grammar=static.grammar,
+      cache_dtype=static.cache_dtype,
+    )
+    return jax.jit(function, donate_argnums=1, out_shardings=program.input_formats[0][2])
+
+  jitted = programs.once(("admit", static), (params.model, state, admitted), make)
+  return jitted(params.model, state, admitted)
+
+
+def _steps(static: Static, least: int, slots: int | None = None) -> Callable:
+  return functools.partial(state_lib.steps, least=least, slots=slots, **static.of_step)
