@@ -164,7 +164,7 @@ def write_bundle(
   if cost is not None:
     cost["train_seconds"] += initial.seconds_before(workdir)
   params, found = trained.params(step)
-  return found, bundle.write(folder, workdir, trained.settings, params, found, cost, base)
+  return found, bundle.write(folder, trained, params, found, cost, base)
 
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:

@@ -14,13 +14,14 @@ from cm3leon_jax.config import UserError
 
 def main(settings, workdir) -> None:
   from cm3leon_jax.export import copies
+  from cm3leon_jax.trained.run import Run
 
   if not INIT_FROM.value:
     raise UserError(
       "name the run that is tuned, whose tokenizers are copied: --init_from=workdir/scenes, or "
       "--init_from=scenes, the installed model."
     )
-  made = copies.copy_tokenizers(settings, workdir, INIT_FROM.value)
+  made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
   print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
 

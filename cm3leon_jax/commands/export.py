@@ -125,7 +125,7 @@ def _write(
   from cm3leon_jax.trained.run import open_params
 
   settings, stored = trained.settings, open_params(trained, choice.average)
-  run = choices.TrainedRun(settings, trained.stages, stored, choice, trained.folder)
+  run = choices.TrainedRun(trained, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
@@ -141,7 +141,7 @@ def _write(
       )
   about = {} if choice.average is not False else {"average": False}
   about |= {"cost": bundles.about(trained.folder)["cost"]} if trained.kind == "bundle" else {}
-  model_card.write(folder, trained.folder, settings, stored.step, {**numbers, **about})
+  model_card.write(folder, trained, stored.step, {**numbers, **about})
   return numbers, "; ".join(parts)
 
 
@@ -160,7 +160,6 @@ def _check(
   from cm3leon_jax.data.documents.store import DocumentStore
   from cm3leon_jax.data.rows.loader import join
   from cm3leon_jax.export import huggingface
-  from cm3leon_jax.training.checkpoints import reading
   from cm3leon_jax.weights import int8
 
   if trained.kind == "bundle":
@@ -172,10 +171,8 @@ def _check(
   compares = transformers and huggingface.can_compare(choice.quantize)
   if run.params.count > COMPARED:
     return {}, [f"logits are compared up to {COMPARED:,} parameters only"] * transformers
-  heldout = DocumentStore(run.workdir / "documents" / "heldout_pairs", settings.vocab)
-  average = choice.average is not False
-  train, step = run.workdir / "train", run.params.step
-  params, _ = reading.load_params(train, settings.model, step, average)
+  heldout = DocumentStore(trained.stages / "documents" / "heldout_pairs", settings.vocab)
+  params, _ = trained.params(run.params.step, choice.average is not False)
   written = params
   if rounds:
     written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))

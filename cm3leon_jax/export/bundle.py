@@ -23,12 +23,12 @@ from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.run import Run, unseen_in
 
 
 def write(
   folder: epath.PathLike,
-  workdir: epath.PathLike,
-  settings: Settings,
+  run: Run,
   params: dict,
   step: int,
   cost: dict | None = None,
@@ -38,8 +38,7 @@ def write(
 
   Args:
     folder: of the bundle.
-    workdir: of the run; its tokenizers and CLIP are read.
-    settings: of the run.
+    run: whose tokenizers and CLIP are read.
     params: of the decoder.
     step: of `params`.
     cost: of the run, see `reports.summary.cost`; None: unknown.
@@ -54,12 +53,13 @@ def write(
       the Hugging Face model lacks a part of the decoder, or `base` is no bundle or has other
       tokenizers or another CLIP.
   """
+  settings, workdir = run.settings, run.folder
   if settings.retrieval.clip:
     raise UserError(
       f"config.retrieval.clip is {settings.retrieval.clip}, and a bundle holds the CLIP that "
       "`cm3leon train_clip` trained: this run has no bundle."
     )
-  folder, workdir = epath.Path(folder), epath.Path(workdir)
+  folder = epath.Path(folder)
   _check_target(folder)
   huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
@@ -69,11 +69,11 @@ def write(
   training_data.write(folder, workdir, bundles.folder_of)
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   names.append(training_data.FILE)
-  names += _write_unseen(folder, workdir, settings)
+  names += _write_unseen(folder, run)
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
-    settings, of_bank = _write_bank(folder, workdir, settings)
+    settings, of_bank = _write_bank(folder, run)
     names += of_bank + _write_stages(folder, workdir)
   described = {
     "settings": plain(dataclasses.asdict(settings)),
@@ -154,9 +154,9 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   return {"name": base, "digest": str(digest(folder / bundles.FILE))}, settings
 
 
-def _write_unseen(folder: epath.Path, workdir: epath.Path, settings: Settings) -> list[str]:
+def _write_unseen(folder: epath.Path, run: Run) -> list[str]:
   """Writes the tokens that training never showed, if they are known, and returns their file."""
-  unseen = unseen_tokens.find(workdir, settings.vocab, bundles.folder_of)
+  unseen = unseen_in(run)
   if unseen is None:
     return []
   unseen_tokens.write(folder, unseen)
@@ -179,21 +179,20 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
   return [f"{stage}/{name}" for stage, names in bundles.FILES.items() for name in names]
 
 
-def _write_bank(
-  folder: epath.Path, workdir: epath.Path, settings: Settings
-) -> tuple[Settings, list[str]]:
+def _write_bank(folder: epath.Path, run: Run) -> tuple[Settings, list[str]]:
   """Copies the documents of the split `bank` and their embeddings, if nothing else is searched.
 
   Returns:
     The settings with exact search, since no index is copied, and the names of all files.
   """
+  settings = run.settings
   if settings.retrieval.train_documents:
     return settings, []
-  pairs = DocumentStore(workdir / "documents" / "bank_pairs", settings.vocab)
+  pairs = DocumentStore(run.folder / "documents" / "bank_pairs", settings.vocab)
   write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
   documents = (pairs[i] for i in range(len(pairs)))
   write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
-  copy_bank(workdir / "neighbors", folder / "neighbors")
+  copy_bank(run.folder / "neighbors", folder / "neighbors")
   names = [
     str((epath.Path(root) / name).relative_to(folder))
     for part in ("documents", "neighbors")

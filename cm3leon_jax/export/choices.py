@@ -9,6 +9,7 @@ from etils import epath
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.trained.run import Run
   from cm3leon_jax.weights.stored import StoredParams
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,15 +37,21 @@ class TrainedRun:
   """A trained run, as formats read it.
 
   Attributes:
-    settings: of the run.
-    workdir: of the run; its tokenizers are read.
+    run: whose tokenizers are read.
     params: of the decoder, read from disk when they are needed.
     choice: what the user asks for.
-    learned: folder that knows the data of the training; None: `workdir`.
   """
 
-  settings: Settings
-  workdir: epath.Path
+  run: Run
   params: StoredParams
   choice: Choice
-  learned: epath.Path | None = None
+
+  @property
+  def settings(self) -> Settings:
+    """Settings of the run."""
+    return self.run.settings
+
+  @property
+  def text_tokenizer(self) -> epath.Path:
+    """Folder of the text tokenizer."""
+    return self.run.stages / "text_tokenizer"

@@ -11,26 +11,27 @@ from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.exported import ABOUT
+from cm3leon_jax.trained.run import Run
 
 
-def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) -> dict[str, str]:
+def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   """Copies the stages of tokenizers and CLIP, and marks them as finished.
 
   Folders that hold the same files already stay as they are.
 
   Args:
-    settings: of the run in `workdir`.
-    workdir: gets the folders of the stages.
-    source: workdir of a run, or see `bundle.folder_of`.
+    run: whose workdir gets the folders of the stages.
+    source: workdir of a run, or see `bundles.folder_of`.
 
   Returns:
     "copied" or "there already" for each stage.
 
   Raises:
-    UserError: `source` lacks a file, or was made with another config; or a folder of `workdir`
+    UserError: `source` lacks a file, or was made with another config; or a folder of `run`
       holds something else. Nothing is copied then.
   """
-  folder, workdir = bundles.folder_of(source), epath.Path(workdir)
+  settings, workdir = run.settings, run.folder
+  folder = bundles.folder_of(source)
   is_bundle = bundles.is_bundle(folder)
   if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(

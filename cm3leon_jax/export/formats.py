@@ -75,11 +75,11 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.learned or run.workdir, bundles.folder_of)
+  training_data.write(folder, run.run.folder, bundles.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
   write_json(folder / ABOUT, about)
-  numbers = image_tokenizer.write(folder, run.workdir, run.settings)
+  numbers = image_tokenizer.write(folder, run.run)
   return {**numbers, **_module(run.choice).write(folder, run)}
 
 

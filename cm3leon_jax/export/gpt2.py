@@ -129,5 +129,5 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   check(settings.model)
   described = gpt2_config(settings.model, settings.vocab)
   tensors = gpt2_tensors(run.params, dtype)
-  tokenizer = run.workdir / "text_tokenizer"
+  tokenizer = run.text_tokenizer
   return huggingface.write_model(folder, described, tensors, settings.vocab, tokenizer, dtype)

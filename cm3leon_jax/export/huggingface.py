@@ -57,7 +57,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   if choice.quantize:
     described["quantization_config"] = int8.CONFIG
     tensors = int8.quantized(tensors)
-  tokenizer = run.workdir / "text_tokenizer"
+  tokenizer = run.text_tokenizer
   numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
   return {**numbers, "parameters": count}
 

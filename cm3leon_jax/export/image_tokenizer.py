@@ -22,23 +22,22 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
+from cm3leon_jax.trained.exported import IMAGES
+from cm3leon_jax.trained.run import Run
 
-FOLDER = "image_tokenizer"
 SCRIPT = "decode_image.py"
 
 
-def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -> dict:
-  """Writes `FOLDER` into the folder of an export; config.json comes last.
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes `IMAGES` into the folder of an export; config.json comes last.
 
   Args:
     folder: of the export.
-    workdir: of the run, whose vqgan/ is read.
-    settings: of the run.
+    run: whose vqgan/ is read.
 
   Returns:
     {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family": of
@@ -48,13 +47,13 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
     UserError: the stage `train_vqgan` has not run or its files are damaged, or decode_image.py
       does not compute its network.
   """
-  source, target = epath.Path(workdir) / "vqgan", epath.Path(folder) / FOLDER
+  source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
   if isinstance(tokenizer.config, PublishedConfig):
     family, name = tokenizer.config.family, published_files.save(target, tokenizer)
   else:
     family, name = "", PARAMS
-    _write_trained(target, source, tokenizer, settings.vocab.text_size)
+    _write_trained(target, source, tokenizer, run.settings.vocab.text_size)
   about = {
     "resolution": tokenizer.config.resolution,
     "image_tokens": tokenizer.config.image_tokens,
@@ -63,7 +62,7 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
     "family": family,
     "code_dim": tokenizer.config.code_dim,
   }
-  return {FOLDER: about}
+  return {IMAGES: about}
 
 
 def _write_trained(

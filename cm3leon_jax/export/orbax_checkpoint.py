@@ -31,7 +31,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes the text tokenizer, config.json (model and vocab of the run), params/, digests.json."""
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)
-  text.copy_files(run.workdir / "text_tokenizer", folder)
+  text.copy_files(run.text_tokenizer, folder)
   identity = table.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:

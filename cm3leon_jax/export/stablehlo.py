@@ -73,10 +73,9 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
   model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
   settings = dataclasses.replace(run.settings, model=model)
-  image_tokenizer = ImageTokenizer.load(run.workdir / "vqgan")
-  texts = run.workdir / "text_tokenizer"
+  texts = run.text_tokenizer
   weight_dtype = run.choice.quantize or "compute"
-  return export(folder, run.params, settings, image_tokenizer, texts, weight_dtype)
+  return export(folder, run.params, settings, run.run.images, texts, weight_dtype)
 
 
 def write_model(

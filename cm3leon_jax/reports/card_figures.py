@@ -12,7 +12,7 @@ from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.runs import stages
 from cm3leon_jax.scenes.judge import table as scene_table
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.trained.run import Run
 
 EVALUATIONS = "evaluations"
 LOSSES = {
@@ -53,22 +53,21 @@ class Figures:
   missing: tuple[str, ...]
 
 
-def collect(workdir: epath.PathLike, settings: Settings, step: int, summary: dict) -> Figures:
+def collect(run: Run, step: int, summary: dict) -> Figures:
   """Collects the figures that a workdir has of the parameters of a step.
 
   Args:
-    workdir: of the run.
-    settings: of its training.
+    run: with the settings of its training.
     step: of the parameters.
     summary: result of `summary.collect`.
 
   Raises:
     UserError: a file is damaged.
   """
-  workdir = epath.Path(workdir)
+  workdir = run.folder
   tables, missing = [], []
   for name in TITLES:
-    if table := _stage_table(workdir, settings, name, summary):
+    if table := _stage_table(run, name, summary):
       if name == "evaluation" and not _is_of(workdir, name, step):
         missing.append("`cm3leon evaluate`: its figures are of another training, and left out.")
       else:
@@ -113,7 +112,7 @@ def interval(value: float, found: dict) -> str:
   return f"{text} [{number(found['low'])}, {number(found['high'])}]"
 
 
-def _stage_table(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> Table | None:
+def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
   """Returns the figures of a stage, or None."""
   paths = {line.title: line.path for line in summary_lib.headlines(summary)}
   rows = []
@@ -128,11 +127,11 @@ def _stage_table(workdir: epath.Path, settings: Settings, name: str, summary: di
     rows += [(title, number(of[key])) for key, title in LOSSES.items() if key in of]
   if not rows:
     return None
-  how = _how(workdir, settings, name, summary)
+  how = _how(run, name, summary)
   return Table(TITLES[name], how, ("measure", "value"), tuple(rows))
 
 
-def _how(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> str:
+def _how(run: Run, name: str, summary: dict) -> str:
   """Says how a stage measured its figures."""
   if name == "vqgan":
     return (
@@ -141,10 +140,11 @@ def _how(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> s
     )
   if name == "train":
     return (
-      f"`cm3leon train`, at its end: {settings.train.eval_batches} batches of held-out documents, "
-      "each after the neighbors that its caption finds; the targets of the document alone."
+      f"`cm3leon train`, at its end: {run.settings.train.eval_batches} batches of held-out "
+      "documents, each after the neighbors that its caption finds; the targets of the document "
+      "alone."
     )
-  config = read_json(workdir / name / stages.DONE, {"config": dict})["config"]
+  config = read_json(run.folder / name / stages.DONE, {"config": dict})["config"]
   found, fields = summary[name], config.get("evaluation", {})
   texts = [
     f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "

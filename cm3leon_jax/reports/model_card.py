@@ -24,7 +24,7 @@ from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.reports import card_figures
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.reports.report import clock, inert
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.trained.run import Run
 
 CARD = "README.md"
 EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
@@ -45,15 +45,12 @@ CAPTIONS = {
 }
 
 
-def write(
-  folder: epath.PathLike, workdir: epath.PathLike, settings: Settings, step: int, exported: dict
-) -> None:
+def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
   """Writes README.md into the folder of an export, after its other files, which it describes.
 
   Args:
     folder: of the export.
-    workdir: of the run, or the folder of a bundle.
-    settings: of the export; its model and vocab are those of the run.
+    run: that was exported, or a bundle.
     step: of the exported parameters.
     exported: numbers of the export: "parameters" of the decoder; and if known, "bytes" of its
       files; "image_tokenizer", what `export.image_tokenizer.write` returned; "average": False if
@@ -64,26 +61,24 @@ def write(
     UserError: a file of the workdir is absent or damaged.
   """
   with replacing(epath.Path(folder) / CARD, "w") as file:
-    file.write(render(epath.Path(folder), epath.Path(workdir), settings, step, exported))
+    file.write(render(epath.Path(folder), run, step, exported))
 
 
-def render(
-  folder: epath.Path, workdir: epath.Path, settings: Settings, step: int, exported: dict
-) -> str:
+def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
   """Returns the card, see `write`."""
-  summary = summary_lib.collect(workdir)
+  summary, settings = summary_lib.collect(run.folder), run.settings
   described, about = (
     read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / EXPORTED)
   )
   form, quantized = about.get("format", ""), bool(about.get("quantize"))
   architecture = (described.get("architectures") or [""])[0]
-  trained = settings_lib.settings_of_run(workdir) if "cost" not in exported else settings
+  trained = settings_lib.settings_of_run(run.folder) if "cost" not in exported else settings
   sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
   sizes |= {"family": "", "code_dim": trained.vqgan.code_dim} | exported.get("image_tokenizer", {})
   learned = training_data.read(folder)
   data, bases = learned["origins"], learned["runs"][1:]
   licenses = {origin["license"] for origin in data}
-  if not all(run["known"] for run in learned["runs"]):
+  if not all(one["known"] for one in learned["runs"]):
     licenses.add("")
   fields = {
     "front_matter": front_matter(sorted(licenses), architecture),
@@ -115,7 +110,7 @@ def render(
     "cost": exported.get("cost", summary_lib.cost(summary)),
     "step": step,
     "records": records_of_splits(summary.get("raw", {})),
-    "figures": card_figures.collect(workdir, trained, step, summary),
+    "figures": card_figures.collect(Run(run.folder, trained), step, summary),
   }
   return wrapped(_environment().get_template(TEMPLATE).render(fields))
 

@@ -36,7 +36,8 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   from cm3leon_jax.data.rows.plan import RowPlan
 
   share = replay_share(settings, split)
-  sources = instruction_sources(settings, workdir, split, 1 - share)
+  of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
+  sources = instruction_sources(*of_instructions, split, 1 - share)
   if share:
     documents = document_sources(settings, workdir, split, share)
     if taken := {source.name for source in sources} & {source.name for source in documents}:

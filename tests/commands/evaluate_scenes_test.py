@@ -25,6 +25,7 @@ from cm3leon_jax.scenes.judge import samples, sheet
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -173,7 +174,7 @@ def bundled(made):
   cost = {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"}
   with one_device():
     params, step = reading.load_params(made / "train", SETTINGS.model)
-    bundle.write(folder, made, SETTINGS, params, step, cost)
+    bundle.write(folder, Run(made, SETTINGS), params, step, cost)
   return folder
 
 

@@ -22,6 +22,7 @@ from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
 from cm3leon_jax.trained import bundles, exported
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
@@ -64,7 +65,7 @@ def exported_before(tmp_path):
     params = random_params(SETTINGS.model, seed=1)
     tokenizer = root / "text_tokenizer"
     huggingface.export(root / "export", params, SETTINGS.model, SETTINGS.vocab, tokenizer)
-    bundle.write(root / "bundle", root, SETTINGS, params, 3)
+    bundle.write(root / "bundle", Run(root, SETTINGS), params, 3)
   config = stages.run_config(SETTINGS, root, "export")
   config["inputs"]["train"] = "another"
   done = {"id": "e", "config": config, "summary": {}, "seconds": 1.0, "files": {}}

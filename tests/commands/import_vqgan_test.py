@@ -33,6 +33,7 @@ from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
@@ -160,9 +161,9 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
   with pytest.raises(
     UserError, match=r"vqgan was made with another config \(vqgan\.resolution: 256"
   ):
-    copies.copy_tokenizers(make_settings(resolution=512), tuned, str(run))
+    copies.copy_tokenizers(Run(tuned, make_settings(resolution=512)), str(run))
   other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
-  made = copies.copy_tokenizers(other, tuned, str(run))
+  made = copies.copy_tokenizers(Run(tuned, other), str(run))
   assert made == dict.fromkeys(("text_tokenizer", "vqgan", "clip"), "copied")
   capsys.readouterr()
   for command in (train_text_tokenizer, train_vqgan, train_clip):
@@ -172,7 +173,7 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
     f"{tuned / name}: made by cm3leon copy_tokenizers, stays as it is; nothing is trained."
     for name in made
   ]
-  assert copies.copy_tokenizers(other, tuned, str(run)) == dict.fromkeys(made, "there already")
+  assert copies.copy_tokenizers(Run(tuned, other), str(run)) == dict.fromkeys(made, "there already")
   page = report.render(tuned, report.summary_lib.collect(tuned), "sft")
   assert page.count("<code>cm3leon copy_tokenizers</code>") == 3
   assert "cm3leon train_vqgan" not in page

@@ -47,7 +47,7 @@ def bundled(run):
   folder = run.parent / "bundled"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    bundle.write(folder, run, SETTINGS, params, step)
+    bundle.write(folder, Run(run, SETTINGS), params, step)
   return folder
 
 

@@ -25,7 +25,7 @@ def bundled(run):
   folder = run.parent / f"{run.name}_bundle"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    numbers = bundle.write(folder, run, SETTINGS, params, step)
+    numbers = bundle.write(folder, Run(run, SETTINGS), params, step)
   assert numbers["bytes"] == sum(p.stat().length for p in files(folder) if p.name != bundles.FILE)
   return folder
 
@@ -52,10 +52,10 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
     with pytest.raises(config.UserError, match=r".* is the folder of a run, whose tok"):
-      bundle.write(workdir, workdir, SETTINGS, params, step)
+      bundle.write(workdir, Run(workdir, SETTINGS), params, step)
     model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
     with pytest.raises(config.UserError, match="OPTForCausalLM has no such norm"):
-      bundle.write(folder, workdir, dataclasses.replace(SETTINGS, model=model), params, step)
+      bundle.write(folder, Run(workdir, dataclasses.replace(SETTINGS, model=model)), params, step)
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
 
@@ -98,7 +98,7 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   write_json(copied / "neighbors" / "train" / "rows.json", {"first_bank": len(store) - 5})
   with one_device() as mesh:
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    bundle.write(folder, copied, settings, params, step)
+    bundle.write(folder, Run(copied, settings), params, step)
     model = CM3Leon.load(folder, mesh=mesh)
     whole = CM3Leon.load(run, mesh=mesh)
   found = [x.key for x in model.retrieve("a red bell", k=5)]
@@ -108,7 +108,7 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   [sample] = model.generate("a red bell", seed=1)
   assert [document.key for document in sample.neighbors] == found[: SETTINGS.data.num_neighbors]
   # A bundle of the same folder that has no bank leaves none behind.
-  bundle.write(folder, run, SETTINGS, params, step)
+  bundle.write(folder, Run(run, SETTINGS), params, step)
   assert not (epath.Path(folder) / "documents").exists()
 
 
@@ -128,9 +128,9 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   models = []
   with one_device() as mesh:
     params, step = reading.load_params(tuned / "train", SETTINGS.model)
-    bundle.write(whole, tuned, SETTINGS, params, step)
+    bundle.write(whole, Run(tuned, SETTINGS), params, step)
     shutil.copytree(whole, based)
-    bundle.write(based, tuned, SETTINGS, params, step, base=str(bundled))
+    bundle.write(based, Run(tuned, SETTINGS), params, step, base=str(bundled))
     for folder in (whole, based):
       models.append(CM3Leon.load(folder, mesh=mesh))
   assert {path.parent for path in files(based)} == {based}
@@ -146,13 +146,13 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   assert step == 7
   assert initial.other_tokenizers(str(based), tuned) == []
   with pytest.raises(config.UserError, match="must be a bundle with tokenizers and CLIP of its"):
-    bundle.write(tmp_path / "third", tuned, SETTINGS, {}, 7, base=str(based))
+    bundle.write(tmp_path / "third", Run(tuned, SETTINGS), {}, 7, base=str(based))
 
 
 def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
   """Those of the run have not been rounded."""
   with pytest.raises(config.UserError, match=r"whose vqgan/params\.safetensors is not that of"):
-    bundle.write(tmp_path / "based", run, SETTINGS, {}, 7, base=str(bundled))
+    bundle.write(tmp_path / "based", Run(run, SETTINGS), {}, 7, base=str(bundled))
   assert not (tmp_path / "based").exists()
 
 
@@ -161,8 +161,8 @@ def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
   shutil.copytree(bundled, base)
   with one_device():
     params, step = reading.load_params(tuned / "train", SETTINGS.model)
-    bundle.write(based, tuned, SETTINGS, params, step, base=str(base))
-    bundle.write(base, tuned, SETTINGS, params, step + 1)
+    bundle.write(based, Run(tuned, SETTINGS), params, step, base=str(base))
+    bundle.write(base, Run(tuned, SETTINGS), params, step + 1)
   with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):
     CM3Leon.load(based)
   shutil.rmtree(base)
@@ -237,4 +237,4 @@ def test_a_run_starts_from_a_bundle(bundled):
 def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):
   retrieval = dataclasses.replace(SETTINGS.retrieval, clip="clip-vit-base-patch16")
   with pytest.raises(config.UserError, match=r"config\.retrieval\.clip is clip-vit-base-patch16"):
-    bundle.write(tmp_path, run, dataclasses.replace(SETTINGS, retrieval=retrieval), {}, 7)
+    bundle.write(tmp_path, Run(run, dataclasses.replace(SETTINGS, retrieval=retrieval)), {}, 7)

@@ -16,6 +16,8 @@ from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import Quantizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.exported import IMAGES
+from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
 
 K = 30  # Of FSQ 6 x 5 levels, an even and an odd number.
@@ -71,8 +73,8 @@ def pixels_of(tokenizer: ImageTokenizer, codes):
 def save(tokenizer: ImageTokenizer, folder):
   """Writes a vqgan/ and the image tokenizer of an export; returns the folder of the latter."""
   tokenizer.save(folder / "run" / "vqgan")
-  image_tokenizer.write(folder / "export", folder / "run", SETTINGS)
-  return folder / "export" / image_tokenizer.FOLDER
+  image_tokenizer.write(folder / "export", Run(folder / "run", SETTINGS))
+  return folder / "export" / IMAGES
 
 
 @pytest.fixture(params=VARIANTS, scope="module")

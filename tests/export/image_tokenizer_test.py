@@ -15,6 +15,7 @@ from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.tokenizers import published, published_files, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
 
 K = SETTINGS.vocab.image_size
@@ -29,7 +30,7 @@ def workdir(tmp_path_factory):
 
 
 def test_the_folder_has_weights_config_and_script(workdir, tmp_path):
-  about = image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  about = image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   folder = epath.Path(tmp_path) / "image_tokenizer"
   names = {"config.json", "decode_image.py", "params.safetensors"}
   assert {path.name for path in folder.iterdir()} == names
@@ -45,21 +46,21 @@ def test_the_folder_has_weights_config_and_script(workdir, tmp_path):
 
 
 def test_this_package_reads_it_and_encodes_with_it(workdir, tmp_path):
-  image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
   found = ImageTokenizer.load(tmp_path / "image_tokenizer").encode(images)
   np.testing.assert_array_equal(found, ImageTokenizer.load(workdir / "vqgan").encode(images))
 
 
 def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypatch):
-  image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
 
   def fail(*_):
     raise OSError("no space left")
 
   monkeypatch.setattr(image_tokenizer.shutil, "copyfileobj", fail)
   with pytest.raises(OSError, match="no space left"):
-    image_tokenizer.write(tmp_path, workdir, SETTINGS)
+    image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   assert not (tmp_path / "image_tokenizer" / "config.json").exists()
   with pytest.raises(FileNotFoundError):
     decode_image.load.__wrapped__(tmp_path / "image_tokenizer")
@@ -68,7 +69,7 @@ def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypat
 def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(decode_image, "silu", lambda x: np.maximum(x, 0))
   with pytest.raises(UserError, match=r"decode_image\.py does not compute its network \(images d"):
-    image_tokenizer.write(tmp_path, workdir, SETTINGS)
+    image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   assert not (tmp_path / "image_tokenizer").exists()
 
 
@@ -82,7 +83,9 @@ def test_a_published_tokenizer_is_written_as_it_was_published(tmp_path, monkeypa
   params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), expected)
   tokenizer = ImageTokenizer(config, K, params)
   tokenizer.save(tmp_path / "run" / "vqgan")
-  about = image_tokenizer.write(tmp_path / "export", tmp_path / "run", SETTINGS)["image_tokenizer"]
+  about = image_tokenizer.write(tmp_path / "export", Run(tmp_path / "run", SETTINGS))[
+    "image_tokenizer"
+  ]
   assert (about["family"], about["image_tokens"], about["num_codes"]) == (family, 128**2, K)
   folder = tmp_path / "export" / "image_tokenizer"
   name = "diffusion_pytorch_model" if family == "amused" else "model"
@@ -109,4 +112,4 @@ def test_a_tensor_that_is_absent_is_named(workdir):
 
 def test_a_run_without_image_tokenizer_is_refused(tmp_path):
   with pytest.raises(UserError, match="vqgan"):
-    image_tokenizer.write(tmp_path, tmp_path, SETTINGS)
+    image_tokenizer.write(tmp_path, Run(tmp_path, SETTINGS))

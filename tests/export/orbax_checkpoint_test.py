@@ -11,6 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import choices, orbax_checkpoint
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained import initial
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -23,7 +24,7 @@ def exported(request, run, tmp_path):
   with one_device():
     params = jax.device_get(random_params(model))
   choice = choices.Choice(format="orbax")
-  of_run = choices.TrainedRun(settings, run, stored.of_tree(params), choice)
+  of_run = choices.TrainedRun(Run(run, settings), stored.of_tree(params), choice)
   numbers = orbax_checkpoint.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run

@@ -23,6 +23,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.export import choices, formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
@@ -180,7 +181,7 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
   choice = choices.Choice(format="stablehlo")
   params = reading.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
-    stablehlo.write(target, choices.TrainedRun(SETTINGS, run, params, choice))
+    stablehlo.write(target, choices.TrainedRun(Run(run, SETTINGS), params, choice))
   assert not (target / stablehlo.MANIFEST).exists()
 
 

@@ -13,6 +13,7 @@ from cm3leon_jax.export import choices, formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, save_run
@@ -32,9 +33,9 @@ def run(tmp_path_factory):
 def write(run, folder, **choice) -> str:
   """Writes an export and its card; returns the card."""
   params = reading.open_params(run / "train")
-  about = choices.TrainedRun(SETTINGS, run, params, choices.Choice(**choice))
+  about = choices.TrainedRun(Run(run, SETTINGS), params, choices.Choice(**choice))
   numbers = formats.write(folder, about)
-  model_card.write(folder, run, SETTINGS, STEP, numbers)
+  model_card.write(folder, Run(run, SETTINGS), STEP, numbers)
   return (folder / "README.md").read_text()
 
 

@@ -26,6 +26,7 @@ from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
@@ -40,9 +41,9 @@ ALIGNED = dataclasses.replace(
 def write_card(run, config=SETTINGS, step=STEP) -> str:
   """Writes the contents of the export beside the decoder; returns the card."""
   folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
-  image_tokenizer.write(folder, run, config)
+  image_tokenizer.write(folder, Run(run, config))
   training_data.write(folder, run)
-  model_card.write(folder, run, config, step, numbers)
+  model_card.write(folder, Run(run, config), step, numbers)
   return (folder / "README.md").read_text()
 
 
@@ -247,7 +248,7 @@ def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
       "before, 1.6250 after.",
     ),
   ):
-    model_card.write(root / "export", root, SETTINGS, STEP, numbers | more)
+    model_card.write(root / "export", Run(root, SETTINGS), STEP, numbers | more)
     card = (root / "export" / "README.md").read_text()
     assert expected in " ".join(card.split())
     assert "images of 256 x 256 pixels" in card
@@ -378,7 +379,7 @@ def test_a_card_names_only_what_the_folder_has(measured):
   for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):
     path = root / "export" / name
     path.rmtree() if path.is_dir() else path.unlink()
-    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1234})
+    model_card.write(root / "export", Run(root, SETTINGS), STEP, {"parameters": 1234})
     card = (root / "export" / "README.md").read_text()
     uses = card.partition("## Limits")[0]
     assert absent not in uses
@@ -391,4 +392,4 @@ def test_a_run_without_settings_is_refused(measured):
   root, _ = measured
   write_json(root / "train" / "config.json", {"run": {}})
   with pytest.raises(UserError, match="was written by an older version and has no settings"):
-    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1})
+    model_card.write(root / "export", Run(root, SETTINGS), STEP, {"parameters": 1})

@@ -12,6 +12,7 @@ from cm3leon_jax.export import choices, gpt2, huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import table
 from cm3leon_jax.trained import initial
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
@@ -106,7 +107,7 @@ def test_an_export_with_other_numbers_is_refused_by_its_name(
   settings = with_model(**fields)
   with one_device():
     params = stored.of_tree(jax.device_get(random_params(settings.model)))
-  about = choices.TrainedRun(settings, run, params, choices.Choice(**choice))
+  about = choices.TrainedRun(Run(run, settings), params, choices.Choice(**choice))
   (gpt2 if choice.get("format") else huggingface).write(tmp_path, about)
   with pytest.raises(UserError, match=rf"^--init_from is \S+, {message}, .* format hf or orbax\.$"):
     initial.find(settings, str(tmp_path))

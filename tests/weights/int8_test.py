@@ -10,6 +10,7 @@ from safetensors import numpy as safetensors_numpy
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import choices, formats, huggingface
 from cm3leon_jax.tokenizers import text
+from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import int8, stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits, random_params
@@ -56,7 +57,7 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
     (tmp_path / "text_tokenizer").mkdir()
     for name in text.FILES:
       (tmp_path / "text_tokenizer" / name).write_text("{}")
-    run = choices.TrainedRun(settings, tmp_path, stored.of_tree(params), choice)
+    run = choices.TrainedRun(Run(tmp_path, settings), stored.of_tree(params), choice)
     numbers = huggingface.write(tmp_path / "out", run)
     exact, rounded = (
       np.asarray(model_logits(config, tree, tokens, positions, np.ones_like(tokens)))

@@ -4,16 +4,17 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
-from cm3leon_jax.data.instructions.config import InstructionTask
+from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
 from cm3leon_jax.data.instructions.samples import Drops, Instructions, read_targets
 from cm3leon_jax.data.instructions.sources import store_name
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.plan import RowSource
+from cm3leon_jax.vocab import VocabLayout
 
 
 def instruction_sources(
-  settings, workdir: epath.PathLike, split: str, share: float
+  config: InstructionsConfig, folder: epath.Path, vocab: VocabLayout, split: str, share: float
 ) -> list[RowSource]:
   """Opens the instructions of a split; without tasks there are none.
 
@@ -21,21 +22,21 @@ def instruction_sources(
   only their answers have a weight.
 
   Args:
-    settings: settings of the config.
-    workdir: folder of the run.
+    config: of the instructions.
+    folder: of their stores.
+    vocab: of the run.
     split: "train" or "heldout".
     share: of all tasks together.
 
   Raises:
     UserError: a task has no store, or no record, or no task has a held-out split.
   """
-  config = settings.instructions
   if not config.any:
     return []
-  folder, tasks = epath.Path(workdir) / "instructions", load_tasks(config)
+  tasks = load_tasks(config)
 
   def store(split: str, task: InstructionTask) -> DocumentStore:
-    return DocumentStore(folder / store_name(split, task), settings.vocab)
+    return DocumentStore(folder / store_name(split, task), vocab)
 
   sizes = [len(store("train", task)) for task in tasks]
   of_tasks = mixture(tasks, sizes, config.least_ratio, config.most_ratio)
