@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.decoder import DecoderTraining
   from cm3leon_jax.training.faults.skipped_rows import GoBack
+  from cm3leon_jax.training.objective import RowObjective
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
@@ -66,6 +68,38 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   key = jax.random.key(settings.seed)
   return functools.partial(
     params_from_codebook, settings.model, settings.vocab.text_size, codebook, key
+  )
+
+
+def _training(
+  settings: Settings, workdir, start: Weights | None, rows: RowObjective, heldout, grid, traced
+) -> DecoderTraining:
+  """Describes the training of a run.
+
+  Args:
+    settings: of the run.
+    workdir: of the run.
+    start: weights that a new run starts from; None: random ones.
+    rows: to learn from.
+    heldout: rows for the held-out loss.
+    grid: makes a grid of samples, see `DecoderTraining`.
+    traced: steps to trace.
+  """
+  from cm3leon_jax.training.decoder import DecoderTraining
+
+  return DecoderTraining(
+    folder=workdir / "train",
+    model=settings.model,
+    optimizer=settings.optimizer,
+    config=settings.train,
+    vocab=settings.vocab,
+    objective=rows,
+    heldout=heldout,
+    seed=settings.seed,
+    sample_grid=grid,
+    profile_steps=traced,
+    initial_params=_initial_params(settings, workdir, start),
+    evaluate_start=start is not None,
   )
 
 
@@ -104,8 +138,8 @@ def main(
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.planning import memory
+  from cm3leon_jax.training.decoder import train
   from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
 
@@ -142,11 +176,9 @@ def main(
       generate_grid = None  # Its captions are those of held-out documents.
       if training_rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(settings, workdir, folder / "samples")
-    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    initial_params = _initial_params(settings, workdir, start)
-    options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
     rows = RowObjective(loader, left_out)
-    result = train(folder, *sections, rows, heldout, *options, go_back=back)
+    training = _training(settings, workdir, start, rows, heldout, generate_grid, traced)
+    result = train(training, lease, back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)
 
