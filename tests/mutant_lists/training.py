@@ -313,7 +313,7 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_a_killed_training_continues_bit_for_bit",
-    ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
+    ("small_trainer_restarts", "range(done + 1, config.steps + 1)", "range(1, config.steps + 1)"),
     (
       "small_state_not_restored",
       "checkpoints.restore(types, newest, checked=True)",

@@ -1,6 +1,5 @@
 """A lease on the folder of a stage, so that two jobs do not work in one folder."""
 
-from collections.abc import Callable
 import contextlib
 import os
 import pathlib
@@ -100,15 +99,6 @@ class Lease(Hook):
   def ready(self, step: int) -> None:
     """See `Hook`. Raises as `check` does."""
     self.check(now=False)
-
-  def guard(self, function: Callable) -> Callable:
-    """Returns a function that first checks that the lease is still held, see `check`."""
-
-    def guarded(*args):
-      self.check(now=False)
-      return function(*args)
-
-    return guarded
 
   @property
   def _path(self) -> epath.Path:
