@@ -196,11 +196,11 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues as `loop.train` does; see the arguments of `judge` for what it returns."""
+    """Continues as `decoder.train` does; see the arguments of `judge` for what it returns."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
-    from cm3leon_jax.training.loop import restore_or_init
+    from cm3leon_jax.training.decoder import restore_or_init
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

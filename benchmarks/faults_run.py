@@ -28,7 +28,7 @@ IMPORTED = (
   "cm3leon_jax.trained.initial",
   "cm3leon_jax.generation.heldout",
   "cm3leon_jax.evaluation.likelihood.bits",
-  "cm3leon_jax.training.loop",
+  "cm3leon_jax.training.decoder",
   "tests.launch.stages_before",
   "torch",  # With which `launch.export` compares, if it is installed.
   "transformers",
@@ -51,7 +51,7 @@ POLL_SECONDS = 0.01
 STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
 # Name of a file, name of a function: the phase in which the main thread is there; the first counts.
 PHASES = (
-  ("training/loop.py", "restore_or_init", "restore"),
+  ("training/decoder.py", "restore_or_init", "restore"),
   ("training/watch/heldout.py", "evaluate", "evaluate"),
   ("training/watch/heldout.py", "heldout_batches", "evaluate"),
   ("generation/heldout.py", "generate_grid", "sample"),
@@ -200,7 +200,7 @@ def phase_of(stacks: str) -> str:
       return phase
   if any("/jax/_src/" in f and ("/interpreters/" in f or "compiler" in f) for f, _ in frames):
     return "compile"
-  return "step" if any(g == "_run_steps" for _, g in frames) else "start"
+  return "step" if any(g == "run_steps" for _, g in frames) else "start"
 
 
 def make_workdir(root: pathlib.Path, config: str) -> None:

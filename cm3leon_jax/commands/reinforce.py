@@ -137,8 +137,8 @@ def main(
   from cm3leon_jax.planning import memory
   from cm3leon_jax.trained import initial
   from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.training.decoder import DecoderTraining, train
   from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.watch.monitor import change_line
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
@@ -169,17 +169,19 @@ def main(
     objective = _objective(run, reference)
     prompts = _heldout_prompts(run)
     run_start.write_config(settings, workdir, config)
-    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    result = train(
-      folder,
-      *sections,
-      objective,
-      heldout,
-      settings.seed,
+    training = DecoderTraining(
+      folder=folder,
+      model=settings.model,
+      optimizer=settings.optimizer,
+      config=settings.train,
+      vocab=settings.vocab,
+      objective=objective,
+      heldout=heldout,
+      seed=settings.seed,
       initial_params=functools.partial(initial.load, start, settings),
       evaluate_start=True,
-      lease=lease,
     )
+    result = train(training, lease)
     summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, result))

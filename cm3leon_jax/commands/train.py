@@ -27,12 +27,15 @@ from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Sequence
+  from collections.abc import Callable, Sequence
 
+  from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
   from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.training.decoder import DecoderTraining
   from cm3leon_jax.training.faults.skipped_rows import GoBack
+  from cm3leon_jax.training.objective import RowObjective
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
@@ -66,6 +69,43 @@ def _initial_params(run: Run, start: Weights | None):
   key = jax.random.key(settings.seed)
   return functools.partial(
     params_from_codebook, settings.model, settings.vocab.text_size, run.images.codebook(), key
+  )
+
+
+def _training(
+  run: Run,
+  start: Weights | None,
+  rows: RowObjective,
+  heldout: RowLoader,
+  grid: Callable | None,
+  traced: range,
+) -> DecoderTraining:
+  """Describes the training of a run.
+
+  Args:
+    run: with its folder and settings.
+    start: weights that a new run starts from; None: random ones.
+    rows: to learn from.
+    heldout: rows for the held-out loss.
+    grid: makes a grid of samples, see `DecoderTraining`.
+    traced: steps to trace.
+  """
+  from cm3leon_jax.training.decoder import DecoderTraining
+
+  settings = run.settings
+  return DecoderTraining(
+    folder=run.folder / "train",
+    model=settings.model,
+    optimizer=settings.optimizer,
+    config=settings.train,
+    vocab=settings.vocab,
+    objective=rows,
+    heldout=heldout,
+    seed=settings.seed,
+    sample_grid=grid,
+    profile_steps=traced,
+    initial_params=_initial_params(run, start),
+    evaluate_start=start is not None,
   )
 
 
@@ -106,8 +146,8 @@ def main(
   from cm3leon_jax.planning import memory
   from cm3leon_jax.trained import rows
   from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.training.decoder import train
   from cm3leon_jax.training.faults.lease import Lease
-  from cm3leon_jax.training.loop import train
   from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
 
@@ -145,11 +185,9 @@ def main(
       generate_grid = None  # Its captions are those of held-out documents.
       if rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(run, folder / "samples")
-    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    initial_params = _initial_params(run, start)
-    options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
     objective = RowObjective(loader, left_out)
-    result = train(folder, *sections, objective, heldout, *options, go_back=back)
+    training = _training(run, start, objective, heldout, generate_grid, traced)
+    result = train(training, lease, back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)
 

@@ -3,7 +3,6 @@
 # B rows of a step.
 
 from collections.abc import Callable, Iterator, Sequence
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,11 +14,9 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import Remaining
-from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.steps import Steps
 
 
@@ -126,50 +123,3 @@ class RowObjective:
       f"`cm3leon train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
       "without them from an earlier checkpoint"
     )
-
-
-class NewestState:
-  """A step function that remembers the state that it returned last, and where it began."""
-
-  def __init__(self, take_step: Callable, step: int, next_row: int):
-    self._take_step, self.state = take_step, None
-    self._step, self._next_row = step, next_row
-
-  def rows_of(self, steps: range, batch_size: int) -> range:
-    """Returns the rows that steps since the start have read; before, batches had another size."""
-    first = self._next_row + (steps[0] - 1 - self._step) * batch_size
-    return range(first, first + len(steps) * batch_size)
-
-  def __call__(self, state, batch):
-    self.state, metrics = self._take_step(state, batch)
-    return self.state, metrics
-
-
-@contextlib.contextmanager
-def explaining(
-  objective: Objective, steps: Steps, newest: NewestState, config, sharding, folder: epath.Path
-) -> Iterator[None]:
-  """Explains to the user why a body that trains has stopped because of skipped steps.
-
-  Args:
-    objective: of the run.
-    steps: of the run.
-    newest: the step function of the body.
-    config: the TrainConfig.
-    sharding: of the rows of a batch.
-    folder: of the run.
-
-  Raises:
-    UserError: in place of a TooManySkippedError, with the rows that these steps read.
-  """
-  try:
-    yield
-  except TooManySkippedError as error:
-    rows = newest.rows_of(error.steps, config.global_batch_size)
-    params, batch_size = newest.state.params, config.micro_batch_size
-    what = objective.explain(steps, params, rows, batch_size, sharding, folder)
-    raise UserError(
-      f"{error}: {what}; or lower optimizer.learning_rate in a new --workdir; with --debug_nans "
-      "the same command continues from the last checkpoint and stops at the operation that makes "
-      "the first NaN."
-    ) from error

@@ -42,15 +42,18 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoints/checkpoint
 @pytest.mark.parametrize(
   ("frames", "phase"),
   [
-    ([("training/loop.py", "_run_steps")], "step"),
-    ([("training/checkpoints/checkpoint.py", "wait"), ("training/loop.py", "_run_steps")], "save"),
+    ([("training/loop.py", "run_steps")], "step"),
+    ([("training/checkpoints/checkpoint.py", "wait"), ("training/loop.py", "run_steps")], "save"),
     ([("files/digests.py", "digest"), ("training/checkpoints/checkpoint.py", "seal")], "save"),
     (
-      [("training/checkpoints/checkpoint.py", "damage"), ("training/loop.py", "restore_or_init")],
+      [
+        ("training/checkpoints/checkpoint.py", "damage"),
+        ("training/decoder.py", "restore_or_init"),
+      ],
       "restore",
     ),
-    ([("training/watch/heldout.py", "evaluate"), ("training/loop.py", "_run_steps")], "evaluate"),
-    ([("generation/heldout.py", "generate_grid"), ("training/loop.py", "_run_steps")], "sample"),
+    ([("training/watch/heldout.py", "evaluate"), ("training/loop.py", "run_steps")], "evaluate"),
+    ([("generation/heldout.py", "generate_grid"), ("training/loop.py", "run_steps")], "sample"),
     ([("commands/common.py", "checked")], "start"),
   ],
 )
@@ -60,14 +63,14 @@ def test_the_phase_of_a_kill_is_read_from_the_main_thread(frames, phase):
 
 def test_every_phase_names_a_function_of_the_package():
   names = [(file, function) for file, function, _ in faults_run.PHASES if function]
-  for file, function in [*names, ("training/loop.py", "_run_steps")]:
+  for file, function in [*names, ("training/loop.py", "run_steps")]:
     assert f"\ndef {function}(" in (ROOT / file).read_text().replace("\n  def ", "\ndef ")
 
 
 def test_tracing_in_a_step_is_a_phase_of_its_own():
   frames = [
     ("/p/jax/_src/interpreters/partial_eval.py", "trace"),
-    (f"{PACKAGE}/x.py", "_run_steps"),
+    (f"{PACKAGE}/x.py", "run_steps"),
   ]
   assert faults_run.phase_of(stacks(*frames)) == "compile"
 

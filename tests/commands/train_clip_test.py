@@ -26,4 +26,4 @@ def test_a_training_is_one_of_its_pairs_and_its_text_tokenizer(tmp_path):
   ):
     train_clip.main(SETTINGS, tmp_path)
   raw = read_json(tmp_path / "raw" / stages.DONE)["id"]
-  assert training.call_args.args[2]["inputs"] == {"raw": raw, "text_tokenizer": "texts"}
+  assert training.call_args.args[0].about["inputs"] == {"raw": raw, "text_tokenizer": "texts"}

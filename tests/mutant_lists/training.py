@@ -14,6 +14,7 @@ SKIPPED_TEST = "tests/training/faults/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoints/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoints/checkpoint_test.py"
+SAVING = "cm3leon_jax/training/checkpoints/saving.py"
 UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
 
@@ -92,12 +93,8 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/watch/heldout.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
-    ("step_0_is_lost", "return monitor.logged_heldout(0)", "return {}"),
-    (
-      "step_0_is_repeated",
-      "  if newest is not None:\n    return monitor",
-      "  if False:\n    return monitor",
-    ),
+    ("step_0_is_lost", "self._monitor.logged_heldout(0)", "{}"),
+    ("step_0_is_repeated", "if self._newest is not None:", "if False:"),
   ),
   *mutants_of(
     "cm3leon_jax/training/watch/monitor.py",
@@ -152,17 +149,36 @@ TRAINING = (
   ),
   *mutants_of(
     "cm3leon_jax/training/loop.py",
+    "tests/training/loop_test.py",
+    ("a_stop_is_ignored", "if any(hook.stops() for hook in hooks):", "if False:"),
+    (
+      "the_first_hook_alone_stops",
+      "if any(hook.stops() for hook in hooks):",
+      "if hooks[0].stops():",
+    ),
+    (
+      "ready_before_the_batch",
+      "    batch = next(batches)\n    for hook in hooks:\n      hook.ready(step)\n",
+      "    for hook in hooks:\n      hook.ready(step)\n    batch = next(batches)\n",
+    ),
+  ),
+  *mutants_of(
+    SAVING,
     f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
     ("skipped_steps_are_saved", "or not skipped or", "or skipped < 2 or"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loop.py",
+    SAVING,
     f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
-    ("skipped_steps_are_saved_at_a_signal", " and skipped < step - saved)", ")"),
-    ("a_signal_after_a_skipped_step_saves_nothing", " or (code is not None and", " or (False and"),
+    ("skipped_steps_are_saved_at_a_signal", " and skipped < step - self.saved", ""),
+    (
+      "a_signal_after_a_skipped_step_saves_nothing",
+      "taken = code is not None and",
+      "taken = False and",
+    ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loop.py",
+    SAVING,
     f"{SKIPPED_TEST}::test_a_parameter_that_is_not_finite_is_not_saved",
     ("nans_are_saved", 'check_finite(state, f"checkpoint {step}", REMEDY)', "pass"),
   ),
@@ -297,7 +313,7 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_a_killed_training_continues_bit_for_bit",
-    ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
+    ("small_trainer_restarts", "range(done + 1, config.steps + 1)", "range(1, config.steps + 1)"),
     (
       "small_state_not_restored",
       "checkpoints.restore(types, newest, checked=True)",

@@ -1,202 +1,75 @@
-from unittest import mock
+"""The loop of all trainings, on numbers."""
 
-import jax
-from jax.sharding import NamedSharding
+import itertools
+
 import pytest
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.checkpoints import reading
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
-from cm3leon_jax.training.watch import heldout
-from tests.data.stores import VOCAB, make_plan, make_sources
-from tests.held import held
-from tests.models.tiny import mesh_of
-from tests.training.runs import (
-  LENGTH,
-  MODEL,
-  STEPS,
-  Crash,
-  arrays,
-  assert_equal,
-  crash_at,
-  losses,
-  run,
-  shared_steps,
-)
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import run_steps
+from tests.training.fakes import Noting
 
 
-def test_the_loss_falls_and_every_step_is_logged(whole):
-  folder, summary = whole
-  found = losses(folder)
-  assert sorted(found) == list(range(1, STEPS + 1))
-  assert found[STEPS] < found[1] - 0.3
-  assert summary["next_row"] == 8 * STEPS
+def add(events):
+  """A step function that adds its batch to the state."""
+
+  def take_step(state, batch):
+    events.append(("step", state, batch))
+    return state + batch, {"loss": batch}
+
+  return take_step
 
 
-def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
-  """A run that is killed in step 11 repeats the steps after its checkpoint, then continues."""
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
-  assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
-  run(tmp_path, loader, fresh=True)
-  assert losses(tmp_path) == losses(whole[0])
-  (event,) = [
-    line
-    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
-    if line.get("event") == "resumed"
+def read(events):
+  for batch in itertools.count(10, 10):
+    events.append(("batch", batch))
+    yield batch
+
+
+def test_hooks_are_called_in_their_order_around_each_step():
+  events = []
+  hooks = [Noting("a", events), Hook(), Noting("b", events)]
+  assert run_steps(range(4, 6), add(events), 1, read(events), hooks) == 31
+  step = [
+    [
+      *((name, "before", i) for name in "ab"),
+      ("batch", batch),
+      *((name, "ready", i) for name in "ab"),
+      ("step", state, batch),
+      *((name, "after", i, state + batch, {"loss": batch}) for name in "ab"),
+    ]
+    for i, state, batch in ((4, 1, 10), (5, 11, 20))
   ]
-  assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
-  assert event["replayed"] == event["identical"] == 11 - event["from_step"]
+  begin, end = (
+    [(name, what, state) for name in "ab"] for what, state in (("begin", 1), ("end", 31))
+  )
+  assert events == [*begin, *step[0], *step[1], *end]
 
 
-def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
-  """No checkpoint of the step may count before its grid is written."""
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(4, tmp_path), sample_every=4)
-  seen = []
-  run(tmp_path, loader, sample_grid=lambda _, step: seen.append(step), sample_every=4)
-  assert seen == [4, 8, 12]
+def test_a_hook_stops_after_the_other_hooks_of_its_step():
+  events = []
+  hooks = [Noting("a", events), Noting("b", events, stop_after=2), Noting("c", events)]
+  assert run_steps(range(1, 9), add(events), 0, read(events), hooks) == 30
+  assert events[-4:] == [
+    ("c", "after", 2, 30, {"loss": 20}),
+    ("a", "end", 30),
+    ("b", "end", 30),
+    ("c", "end", 30),
+  ]
+  assert ("batch", 30) not in events
 
 
-@pytest.mark.slow
-def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
-  """The held-out losses and the samples are those of the average."""
-  seen = {}
-
-  def sample_grid(params, step):
-    seen[step] = jax.device_get(params)
-
-  summary = run(tmp_path / "whole", loader, sample_grid=sample_grid, ema_decay=0.9)
-  killed = tmp_path / "killed"
-  with pytest.raises(Crash):
-    run(killed, loader, sample_grid=crash_at(7, killed), sample_every=1, ema_decay=0.9)
-  assert run(killed, loader, ema_decay=0.9) == summary
-  (params, average), expected = arrays(killed), arrays(tmp_path / "whole")
-  assert_equal((params, average), expected)
-  assert_equal(seen[STEPS], jax.device_get(average))
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    mesh = jax.sharding.get_mesh()
-    optimizer = OptimizerConfig(learning_rate=1e-2, ema_decay=0.9)
-    steps = shared_steps(MODEL, optimizer, 1, VOCAB, 0, mesh)
-    sharding = NamedSharding(mesh, spec("batch", "length"))
-    config = TrainConfig(global_batch_size=8, eval_batches=1)
-    rows = heldout.heldout_batches(loader, config, sharding)
-    found = heldout.evaluate(steps, average, rows)
-    assert found.items() <= summary.items()
-    assert heldout.evaluate(steps, params, rows)["heldout_loss"] != found["heldout_loss"]
+def test_without_steps_nothing_is_read():
+  events = []
+  assert run_steps(range(5, 5), add(events), 7, read(events), [Noting("a", events)]) == 7
+  assert events == [("a", "begin", 7), ("a", "end", 7)]
 
 
-def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
-  whole, loader, tmp_path
-):
-  """They replace the parameters and start the average; optimizer and learning rate are new."""
-  given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
-  first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
-  run(tmp_path, loader, steps=1, **first)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    trained = reading.load_params(whole[0], MODEL)[0]
-  assert_equal(*arrays(tmp_path))
-  assert_equal(arrays(tmp_path)[0], trained)
-  assert losses(tmp_path)[1] < losses(whole[0])[1] - 0.3
-  assert given.call_count == 1
-  assert run(tmp_path, loader, steps=1, **first)["steps"] == 1
-  assert given.call_count == 1
+def test_at_an_error_no_other_hook_is_called():
+  class Refusing(Hook):
+    def ready(self, step):
+      raise ZeroDivisionError
 
-
-def test_another_seed_gives_other_losses(whole, tmp_path_factory):
-  sources = make_sources(tmp_path_factory.mktemp("stores"))
-  other = RowLoader(make_plan(sources, seed=1, sequence_length=LENGTH), VOCAB)
-  folder = tmp_path_factory.mktemp("other")
-  run(folder, other)
-  assert losses(folder) != losses(whole[0])
-
-
-def test_restore_onto_another_mesh(whole, loader, tmp_path):
-  with pytest.raises(Crash):
-    run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
-  run(tmp_path, loader, shape=(2, 2, 2))
-  expected = losses(whole[0])
-  for step, loss in losses(tmp_path).items():
-    assert loss == pytest.approx(expected[step], rel=2e-4)
-
-
-def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_path):
-  with held(tmp_path):
-    with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
-      run(tmp_path, loader)
-    assert not (tmp_path / "metrics").exists()
-  run(tmp_path, loader)  # The other one is gone, and is not waited for.
-  assert losses(tmp_path) == losses(whole[0])
-
-
-def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
-  with pytest.raises(UserError, match="global_batch_size is 6"):
-    run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
-
-
-def test_rows_of_a_device_set_the_passes(loader, tmp_path):
-  """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
-  run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
-  run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
-  assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
-  with pytest.raises(UserError, match=r"train\.rows_per_device = 4 x 3 = 12 must divide it"):
-    run(tmp_path, loader, shape=(2, 2, 2), rows_per_device=3)
-
-
-def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp_path):
-  with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
-    summary = run(tmp_path, loader, steps=4, eval_every=3)
-    assert evaluate.call_count == 2  # At steps 3 and 4.
-    lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
-    last = [line for line in lines if "heldout_loss" in line][-1]
-    assert {name: summary[name] for name in last if name != "step"} == {
-      name: x for name, x in last.items() if name != "step"
-    }
-    again = run(tmp_path, loader, steps=4)  # Nothing is left to train.
-    assert evaluate.call_count == 3
-  assert again == summary
-
-
-def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
-  run(tmp_path, loader, steps=4)
-  assert run(tmp_path, loader, steps=2)["steps"] == 4
-  assert "is at step 4 already" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
-  """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
-  message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
-  with pytest.raises(UserError, match=message):
-    run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)
-  with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
-    run(tmp_path / "nans", loader, learning_rate=1e38, tensorboard=False, fresh=True)
-
-
-@pytest.mark.slow
-def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
-  with jax.debug_nans(True):
-    run(tmp_path, loader, steps=4, fresh=True)
-  assert losses(tmp_path)[1] == losses(whole[0])[1]
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {"keep_checkpoints": 1},
-    {"steps": 0},
-    {"global_batch_size": 8, "gradient_accumulation_steps": 3},
-    {"checkpoint_every": 4, "keep_every": 6},
-    {"eval_every": 3, "checkpoint_every": 4, "keep_best": 1},
-    {"log_every": 0},
-    {"histogram_every": -1},
-    {"peak_flops": -1.0},
-    {"max_skipped": -1},
-  ],
-)
-def test_config_errors_name_the_field(fields):
-  with pytest.raises(ValueError, match=next(reversed(fields))):
-    TrainConfig(**fields)
+  events = []
+  with pytest.raises(ZeroDivisionError):
+    run_steps(range(1, 3), add(events), 0, read(events), [Refusing(), Noting("a", events)])
+  assert events == [("a", "begin", 0), ("a", "before", 1), ("batch", 10)]

@@ -10,10 +10,10 @@ import numpy as np
 
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loop
+from cm3leon_jax.training import decoder
 from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
-from cm3leon_jax.training.loop import train
+from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
@@ -82,22 +82,22 @@ def run(
 
   with (
     jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(loop, "compile_steps", compile_steps if fresh else steps),
+    mock.patch.object(decoder, "compile_steps", compile_steps if fresh else steps),
   ):
-    return train(
-      epath.Path(folder),
-      MODEL,
-      optimizer,
-      config,
-      VOCAB,
-      RowObjective(loader, skipped),
-      loader,
-      0,
-      sample_grid,
-      profile_steps,
-      initial_params,
-      go_back=go_back,
+    training = DecoderTraining(
+      folder=epath.Path(folder),
+      model=MODEL,
+      optimizer=optimizer,
+      config=config,
+      vocab=VOCAB,
+      objective=RowObjective(loader, skipped),
+      heldout=loader,
+      seed=0,
+      sample_grid=sample_grid,
+      profile_steps=profile_steps,
+      initial_params=initial_params,
     )
+    return train(training, go_back=go_back)
 
 
 def losses(folder):

@@ -16,9 +16,9 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training import loop
+from cm3leon_jax.training import decoder
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
-from cm3leon_jax.training.loop import train
+from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.optimizer import create_optimizer
@@ -159,9 +159,10 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
   arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)
   with (
     jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(loop, "compile_steps", steps),
+    mock.patch.object(decoder, "compile_steps", steps),
   ):
-    return train(epath.Path(folder), *arguments, evaluate_start=evaluate_start)
+    training = DecoderTraining(epath.Path(folder), *arguments, evaluate_start=evaluate_start)
+    return train(training)
 
 
 def log_of(folder):

@@ -1,6 +1,6 @@
 """Hang watch: a run that takes no step for too long says where every process stands, and ends."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import faulthandler
@@ -18,6 +18,7 @@ import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 
 FOLDER = "hang"
@@ -73,7 +74,7 @@ def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
   return f"{named}; process {ahead} is at {place(known[ahead])}", late
 
 
-class HangWatch:
+class HangWatch(Hook):
   """Ends the process, with exit code `HUNG`, if the loop makes no progress while a `with` runs.
 
   A thread looks at the loop: a batch that is read, a step that is dispatched and a new phase of the
@@ -121,41 +122,31 @@ class HangWatch:
     if self._thread.is_alive():
       self._thread.join()
 
-  def follow(
-    self, take_step: Callable, data: Iterator, first_step: int
-  ) -> tuple[Callable, Iterator]:
-    """Returns a step function and batches that count as progress.
+  def continue_after(self, step: int) -> None:
+    """Notes the step that the run continues after: where this process stands from now on."""
+    self._steps = step
 
-    Args:
-      take_step: called once per step.
-      data: the batches that it takes.
-      first_step: number of the first step.
-    """
-    self._steps = first_step - 1
-
-    def taken(*args):
-      self._begin_step()
-      result = take_step(*args)
-      self._sign = self._clock()
-      return result
-
-    return taken, self._read(data)
-
-  def _read(self, data: Iterator) -> Iterator:
+  def before(self, step: int) -> None:
+    """See `Hook`."""
     self._reading = True
-    for batch in data:
-      self._reading = False
-      self._sign = self._clock()
-      yield batch
-      self._reading = True
 
-  def _begin_step(self) -> None:
+  def ready(self, step: int) -> None:
+    """See `Hook`."""
+    self._reading = False
+    self._sign = self._clock()
+    self._begin_step(step)
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    self._sign = self._clock()
+
+  def _begin_step(self, step: int) -> None:
     """Counts a step, and the seconds since the last one without those of other phases."""
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
     if self._taken >= COMPILED:
       self._longest = max(self._longest, self._in_steps - before)
-    self._steps += 1
+    self._steps = step
     self._taken += 1
     self._sign = self._clock()
 

@@ -1,6 +1,5 @@
 """A lease on the folder of a stage, so that two jobs do not work in one folder."""
 
-from collections.abc import Callable
 import contextlib
 import os
 import pathlib
@@ -15,6 +14,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.training.hooks import Hook
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0
@@ -23,7 +23,7 @@ EXPIRE_SECONDS = 90.0
 SETTLE_SECONDS = 0.2  # After which a job reads whether one that started with it has the lease.
 
 
-class Lease:
+class Lease(Hook):
   """Holds a folder for this job while the body of a `with` runs; process 0 acts for all.
 
   lease.json names the job that holds it, and a number that grows with every sign of life. A job
@@ -96,14 +96,9 @@ class Lease:
     if time.monotonic() - self._renewed > EXPIRE_SECONDS:
       raise TryAgain(f"{self._path} could not be renewed for {EXPIRE_SECONDS:g} s.")
 
-  def guard(self, function: Callable) -> Callable:
-    """Returns a function that first checks that the lease is still held, see `check`."""
-
-    def guarded(*args):
-      self.check(now=False)
-      return function(*args)
-
-    return guarded
+  def ready(self, step: int) -> None:
+    """See `Hook`. Raises as `check` does."""
+    self.check(now=False)
 
   @property
   def _path(self) -> epath.Path:

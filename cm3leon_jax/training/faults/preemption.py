@@ -13,6 +13,7 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
+from cm3leon_jax.training.hooks import Hook
 
 # Signals and their exit codes. All processes agree on the largest place, so the later one counts.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,7 +22,7 @@ CODES = (CTRL_C, INTERRUPTED)
 _largest = jax.jit(jnp.max)
 
 
-class StopSignal:
+class StopSignal(Hook):
   """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends.
 
   Only some processes may get the signal. So after each step the maximum of all flags is started as
@@ -32,12 +33,16 @@ class StopSignal:
   (JAX has `multihost_utils.reached_preemption_sync_point` for this. It agrees on the largest step
   that a process has named. But Orbax also names old steps, from the thread in which a save ends, so
   the agreed step may have passed.)
+
+  Attributes:
+    code: with which to exit after the newest step; None: go on.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
     self._sharding = NamedSharding(mesh, P(mesh.axis_names))
     self._shape = (mesh.size,)
     self._pending = None
+    self.code: int | None = None
 
   def __enter__(self):
     self._received = 0  # 1 + place in SIGNALS.
@@ -59,6 +64,14 @@ class StopSignal:
   def __exit__(self, *_):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`. The flags are read once: a later signal counts at the next step."""
+    self.code = self.stopping()
+
+  def stops(self) -> bool:
+    """See `Hook`."""
+    return self.code is not None
 
   def stopping(self) -> int | None:
     """Returns the exit code with which to stop after this step; None: go on.

@@ -174,7 +174,8 @@ def train(
     return train_step(config, text_size, state, batch, key)
 
   about = {"text_size": text_size, "inputs": inputs}
-  state = trainer.train("clip", config, about, seed, data, folder, init, step)
+  training = trainer.SmallTraining("clip", config, about, seed, data, folder, init, step)
+  state = trainer.train(training)
   return CLIP(config, text_size, jax.device_put(state["params"]))
 
 

@@ -1,4 +1,4 @@
-"""The resumable loop that trains the small models: the image tokenizer (VQGAN) and CLIP.
+"""The training of the small models, the image tokenizer (VQGAN) and CLIP, which can be resumed.
 
 The batch is split over the batch axes of the mesh, and large arrays of the state over its fsdp
 axes, see `layout`. It imports neither of the models, nor data.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+from tqdm.auto import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import exists
@@ -27,10 +29,13 @@ from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.runs.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.checkpoints import recovery
 from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.checkpoints.failed_saves import FailedSaves
 from cm3leon_jax.training.checkpoints.reading import any_in
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
-from cm3leon_jax.training.step.numerics import check_finite, finite_values
+from cm3leon_jax.training.loop import run_steps
+from cm3leon_jax.training.small.lines import Lines, ShownLines
+from cm3leon_jax.training.small.saves import ShownSaves, SmallSaves
 from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
@@ -39,23 +44,11 @@ SPLIT_FROM = 2**16  # Elements of an array of the state; gathering smaller ones 
 OF_DATA = ("inputs", "examples:")  # Fields of the identity of a training.
 
 
-def train(
-  name: str,
-  config,
-  about: dict,
-  seed: int,
-  examples,
-  folder: epath.PathLike,
-  init: Callable[[], dict],
-  step: Callable[[dict, Any, int], tuple[dict, dict]],
-  watch: Any = None,
-) -> dict:
-  """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
+@dataclasses.dataclass(frozen=True)
+class SmallTraining:
+  """What a small model is trained with.
 
-  A step depends on its number, the seed and the state alone, so a continued training ends bit for
-  bit where it would have ended. With other steps or other data it starts again.
-
-  Args:
+  Attributes:
     name: section of the config, for messages.
     config: its dataclass, with steps, batch_size and checkpoint_every.
     about: what the result depends on beside config, seed and number of examples; under "inputs" the
@@ -68,7 +61,41 @@ def train(
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state,
       if its jitted functions end with `keep_layout`.
     watch: shows the training: log(steps, values) after a line of metrics.jsonl, save(steps, state)
-      after a checkpoint, and close(); see `tokenizers.vqgan_watch.Watch`.
+      after a checkpoint, and close(); see `vqgan_watch.Watch`.
+  """
+
+  name: str
+  config: Any
+  about: dict
+  seed: int
+  examples: Any
+  folder: epath.PathLike
+  init: Callable[[], dict]
+  step: Callable[[dict, Any, int], tuple[dict, dict]]
+  watch: Any = None
+
+  @property
+  def identity(self) -> dict:
+    """What the result depends on; of the config, by the name of the section."""
+    fields = dataclasses.asdict(self.config)
+    section = {field: value for field, value in fields.items() if field != "checkpoint_every"}
+    return {self.name: section, **self.about, "seed": self.seed, "examples": len(self.examples)}
+
+  @property
+  def remedy(self) -> str:
+    """What the user can do if numbers are not finite."""
+    checkpoints = epath.Path(self.folder) / FOLDER
+    return f"lower config.{self.name}.learning_rate and delete {checkpoints} to start again."
+
+
+def train(training: SmallTraining) -> dict:
+  """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
+
+  A step depends on its number, the seed and the state alone, so a continued training ends bit for
+  bit where it would have ended. With other steps or other data it starts again.
+
+  Args:
+    training: what to train.
 
   Returns:
     The last state, on the host. At SIGTERM and Ctrl-C it saves and exits with the code of
@@ -79,26 +106,50 @@ def train(
       training of another config, or a damaged checkpoint, or another job trains in it; a loss or
       the state is not finite.
   """
-  _check_batch(name, config.batch_size, len(examples))
-  identity = _identity(name, config) | {**about, "seed": seed, "examples": len(examples)}
-  mesh, folder = _mesh(), epath.Path(folder)
+  name, config, watch = training.name, training.config, training.watch
+  _check_batch(name, config.batch_size, len(training.examples))
+  mesh, folder = _mesh(), epath.Path(training.folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     lease = stack.enter_context(Lease(folder))
-    checkpoints = stack.enter_context(_open_checkpoints(name, identity, folder / FOLDER, lease))
-    state, first = _restore(name, checkpoints, init)
-    log = MetricsLog(folder, first or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
+    opened = _open_checkpoints(name, training.identity, folder / FOLDER, lease)
+    checkpoints = stack.enter_context(opened)
+    state, done = _restore(name, checkpoints, training.init)
+    log = MetricsLog(folder, done or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
     stop = stack.enter_context(StopSignal(mesh))
     if watch is not None:
       stack.callback(watch.close)
-    state, done, code = _run_steps(
-      name, config, seed, examples, state, first, lease.guard(step), checkpoints, log, stop,
-      _remedy(name, folder), watch,
-    )  # fmt: skip
-    log.flush()
-    checkpoints.close()
-    check_end(done, config.steps, folder, code, saved=done)
+    steps = range(done + 1, config.steps + 1)
+    bar = progress_bar(steps, name, config.steps, initial=done, unit="step")
+    lines = Lines(log, LOG_EVERY, config.steps, name, training.remedy)
+    saves = SmallSaves(checkpoints, log, stop, name, config, training.remedy, done)
+    hooks = [
+      lease,
+      stop,
+      lines,
+      *([ShownLines(lines, watch.log)] if watch is not None else []),
+      ShownLines(lines, functools.partial(_show, bar)),
+      saves,
+      *([ShownSaves(saves, watch.save)] if watch is not None else []),
+      FailedSaves(checkpoints),
+    ]
+    batches = _batches(training, done, NamedSharding(mesh, spec("batch")))
+    state = run_steps(bar, lambda state, batch: training.step(state, *batch), state, batches, hooks)
+    check_end(saves.saved, config.steps, folder, stop.code, saves.saved)
     return jax.device_get(state)
+
+
+def _batches(training: SmallTraining, first: int, split: NamedSharding) -> Iterator[tuple]:
+  """Yields the batches of the steps from `first` on, which counts from 0, each with its number."""
+  for i in itertools.count(first):
+    rows = batch_rows(i, len(training.examples), training.config.batch_size, training.seed)
+    yield jax.device_put(training.examples[rows], split), i
+
+
+def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
+  """Shows the metrics of a step beside the progress bar, from when it is next drawn."""
+  del step  # The bar has its own.
+  bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
 
 
 def _mesh() -> Mesh:
@@ -147,76 +198,6 @@ def _shardings(tree):
 def replicated(tree):
   """Puts a tree of arrays that a step reads beside the state on all devices of the current mesh."""
   return jax.device_put(tree, NamedSharding(_mesh(), P()))
-
-
-def _run_steps(
-  name: str, config, seed: int, examples, state: dict, first: int, step: Callable,
-  checkpoints: Checkpoints, log: MetricsLog, stop: StopSignal, remedy: str, watch: Any,
-) -> tuple[dict, int, int | None]:  # fmt: skip
-  """Trains to `config.steps`; saves then, every so often, and at SIGTERM and Ctrl-C, which end it.
-
-  Args:
-    name: see `train`, like the next three.
-    config: its dataclass.
-    seed: of the order of the examples.
-    examples: data.
-    state: to continue from.
-    first: number of steps that made it.
-    step: (state, batch, i) -> state, metrics.
-    checkpoints: of the training.
-    log: of the training.
-    stop: set at SIGTERM and Ctrl-C.
-    remedy: what the user can do if numbers are not finite.
-    watch: see `train`.
-
-  Returns:
-    The state, the number of steps that made it, and the exit code of a training that was asked to
-    stop, or None.
-  """
-  split, done, code = NamedSharding(jax.sharding.get_mesh(), spec("batch")), first, None
-  steps = range(first, config.steps)
-  bar = progress_bar(steps, name, config.steps, initial=first, unit="step")
-  for i in bar:
-    batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
-    state, metrics = step(state, jax.device_put(batch, split), i)
-    done, code = i + 1, stop.stopping()
-    last = done == config.steps
-    if done % LOG_EVERY == 0 or last:
-      values = {key: float(value) for key, value in metrics.items()}
-      _check_values(f"{name}: step {done}", values, remedy)
-      log.write(done, values)
-      if watch is not None:
-        watch.log(done, values)
-      bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
-    # Also at the end: until the stage is finished, it may be stopped, too.
-    if done % config.checkpoint_every == 0 or last or code is not None:
-      what = "the model" if last else f"checkpoint {done}"
-      check_finite(state, f"{name}: {what}", remedy)
-      log.seal()
-      checkpoints.save(state, done, next_row=done * config.batch_size)
-      if watch is not None and code is None:
-        watch.save(done, state)
-    checkpoints.check_save()
-    if code is not None:
-      break
-  return state, done, code
-
-
-def _remedy(name: str, folder: epath.PathLike) -> str:
-  training = epath.Path(folder) / FOLDER
-  return f"lower config.{name}.learning_rate and delete {training} to start again."
-
-
-def _check_values(what: str, values: dict[str, float], remedy: str) -> None:
-  if finite_values(values) != values:
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    raise UserError(f"{what} has {shown}: {remedy}")
-
-
-def _identity(name: str, config) -> dict:
-  """Returns the fields of the config that a result depends on, by the name of the section."""
-  fields = dataclasses.asdict(config)
-  return {name: {field: value for field, value in fields.items() if field != "checkpoint_every"}}
 
 
 def _check_batch(name: str, batch_size: int, num_examples: int) -> None:

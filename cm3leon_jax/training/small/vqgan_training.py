@@ -216,8 +216,8 @@ def train(
   remedy = f"delete {epath.Path(folder) / trainer.FOLDER} to start again."
   alarm = vqgan_watch.Alarm(config, num_codes, remedy)
   watch = vqgan_watch.Watch(alarm, folder, open_boards, reconstruct, shown)
-  state = trainer.train("vqgan", config, about, seed, images, folder, init, step, watch)
-  return trained(config, num_codes, state)
+  training = trainer.SmallTraining("vqgan", config, about, seed, images, folder, init, step, watch)
+  return trained(config, num_codes, trainer.train(training))
 
 
 def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:

@@ -9,6 +9,8 @@ import numpy as np
 
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.faults.preemption import StopSignal
+from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
@@ -46,13 +48,55 @@ def evaluator(
   return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
 
 
-def losses_at_start(
-  state, newest: int | None, heldout_losses: Callable, monitor: Monitor
-) -> dict[str, float]:
-  """Computes and logs the held-out losses of step 0; a continued run reads them from its log."""
-  if newest is not None:
-    return monitor.logged_heldout(0)
-  with monitor.phase("evaluate", 0):
-    losses = heldout_losses(state.eval_params)
-    monitor.heldout(0, losses)
-  return losses
+class HeldoutLosses(Hook):
+  """Computes and logs held-out losses every `eval_every` steps, and after the last step.
+
+  Attributes:
+    losses: newest ones; None: no step was evaluated yet.
+    at_start: those of step 0, if it is evaluated.
+  """
+
+  def __init__(
+    self,
+    evaluate_params: Callable[[dict], dict[str, float]],
+    config: TrainConfig,
+    monitor: Monitor,
+    stop: StopSignal,
+    evaluate_start: bool = False,
+    newest: int | None = None,
+  ):
+    """Prepares it.
+
+    Args:
+      evaluate_params: of `evaluator`.
+      config: of the run.
+      monitor: of the run.
+      stop: asked before; a hook that comes first.
+      evaluate_start: whether there are also losses of step 0.
+      newest: step of the restored checkpoint; None: a new run.
+    """
+    self._evaluate, self._config, self._monitor, self._stop = evaluate_params, config, monitor, stop
+    self._evaluate_start, self._newest = evaluate_start, newest
+    self.losses: dict[str, float] | None = None
+    self.at_start: dict[str, float] = {}
+
+  def begin(self, state) -> None:
+    """See `Hook`. A continued run reads the losses of step 0 from its log."""
+    if not self._evaluate_start:
+      return
+    if self._newest is not None:
+      self.at_start = self._monitor.logged_heldout(0)
+    else:
+      self.at_start = self._log(0, state)
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    last = step == self._config.steps or self._stop.code is not None
+    if step % self._config.eval_every == 0 or last:
+      self.losses = self._log(step, state)
+
+  def _log(self, step: int, state) -> dict[str, float]:
+    with self._monitor.phase("evaluate", step):
+      losses = self._evaluate(state.eval_params)
+      self._monitor.heldout(step, losses)
+    return losses

@@ -11,6 +11,7 @@ import optax
 
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.faults.checked_step import is_checked
+from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.step.numerics import SkipCounter, finite_values
 from cm3leon_jax.training.watch import flops
@@ -110,17 +111,13 @@ def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[st
   return modalities, sources
 
 
-class Monitor:
+class Monitor(Hook):
   """Logs metrics one step late, so that the host does not wait for the step that it just started.
 
-  with monitor:
-    for step in ...:
-      with monitor.traced(step):
-        state, metrics = train_step(state, monitor.next_batch(data))
-      monitor.step(step, metrics)
-      if ...:
-        with monitor.phase("save", step):
-          save(state)
+  It is a context manager around the loop; other hooks give it what they show:
+
+    with monitor.phase("save", step):
+      save(state)
   """
 
   def __init__(
@@ -173,11 +170,6 @@ class Monitor:
         self._print(f"train: {self._skips.total} of the steps were skipped.")
       self._print(f"train: {describe(self._logged or self._watch.seconds())}")
 
-  def next_batch(self, data):
-    """Returns the next batch of `data`; waiting for it counts as `data`, see `overlapped`."""
-    with self.overlapped("data"):
-      return next(data)
-
   @contextlib.contextmanager
   def overlapped(self, name: str):
     """Counts a body during which the device may work as `name` only if the device becomes idle."""
@@ -197,8 +189,8 @@ class Monitor:
       self.flush()
     return self._profiler.step(step, self.flush)
 
-  def step(self, step: int, metrics: dict) -> None:
-    """Keeps the metrics of `step` and logs those of the previous step."""
+  def after(self, step: int, state, metrics: dict) -> None:
+    """Keeps the metrics of `step` and logs those of the previous step, see `Hook`."""
     ended = self._in_steps() if _is_done(metrics) else None
     self._flush(halved=ended is not None)
     self._pending = (step, metrics, ended)

@@ -1,5 +1,4 @@
 import contextlib
-import itertools
 import json
 import os
 import subprocess
@@ -27,14 +26,7 @@ class Loop:
     self.watch = HangWatch(
       epath.Path(folder), minutes, self.stopwatch, self.ended.append, lambda: self.now
     )
-    take_step, data = self.watch.follow(lambda: None, self.batches(), 1)
-    self.take_step, self.data = take_step, data
-    self.seconds_of_data = 0.0
-
-  def batches(self):
-    for i in itertools.count():
-      self.wait(self.seconds_of_data)
-      yield i
+    self.step, self.seconds_of_data = 0, 0.0
 
   def wait(self, seconds):
     """Lets time pass while the watch looks, as its thread does."""
@@ -45,8 +37,11 @@ class Loop:
   def steps(self, count, seconds=1.0):
     with self.stopwatch.phase("step"):
       for _ in range(count):
-        next(self.data)
-        self.take_step()
+        self.step += 1
+        self.watch.before(self.step)
+        self.wait(self.seconds_of_data)
+        self.watch.ready(self.step)
+        self.watch.after(self.step, None, {})
         self.wait(seconds)
 
 
@@ -243,9 +238,10 @@ def wait_for_ever():
   time.sleep(600)
 
 with HangWatch(epath.Path(sys.argv[1]), 0.02, Stopwatch()) as watch:
-  take_step, _ = watch.follow(lambda i: i, iter(()), 1)
-  for i in range(5):
-    take_step(i)
+  for step in range(1, 6):
+    watch.before(step)
+    watch.ready(step)
+    watch.after(step, None, {})
     time.sleep(0.05)
   print("stuck", flush=True)
   wait_for_ever()

@@ -48,7 +48,7 @@ def test_a_lease_lives_as_long_as_its_job(tmp_path):
     first = json.loads(path.read_text())
     assert (first["host"], first["pid"]) == (socket.gethostname(), os.getpid())
     wait_until(lambda: json.loads(path.read_text())["beats"] > first["beats"] + 1)
-    assert held.guard(lambda x: x + 1)(1) == 2
+    held.ready(1)
   assert not path.exists()
   with pytest.raises(ZeroDivisionError), Lease(tmp_path / "run"):
     raise ZeroDivisionError
@@ -172,16 +172,16 @@ def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monke
     raise RuntimeError("the bucket is away")
 
   with Lease(tmp_path) as held:
-    step = held.guard(lambda: True)
     monkeypatch.setattr(lease, "write_json", fail)
     wait_until(lambda: len(renewals) > 2)
-    assert step()
+    held.ready(1)
 
     def stopped():
       try:
-        return not step()
+        held.ready(2)
       except TryAgain as error:
         return "could not be renewed for 1 s" in str(error)
+      return False
 
     wait_until(stopped)
     monkeypatch.undo()
@@ -217,13 +217,12 @@ def test_a_lease_that_cannot_be_given_back_buries_no_error(tmp_path, monkeypatch
 
 def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
   with Lease(tmp_path) as held:
-    step = held.guard(lambda: None)
-    step()
+    held.ready(1)
     hold(tmp_path)
 
     def stopped():
       try:
-        step()
+        held.ready(2)
       except UserError as error:
         return str(error).startswith("process 7 on elsewhere took ")
       return False

@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 
+import jax
 import pytest
 
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.faults.preemption import StopSignal
 from tests.training.runs import losses, run
 
 
@@ -23,6 +25,16 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
   assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
   run(tmp_path, loader)
   assert losses(tmp_path) == losses(whole[0])
+
+
+def test_the_hook_stops_after_the_step_in_which_a_signal_came():
+  with StopSignal(jax.make_mesh((1,), ("data",))) as stop:
+    stop.after(1, None, {})
+    assert (stop.code, stop.stops()) == (None, False)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not stop.stops()  # All hooks of a step see the same.
+    stop.after(2, None, {})
+    assert (stop.code, stop.stops()) == (INTERRUPTED, True)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
-from cm3leon_jax.training.objective import NewestState
 from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
@@ -259,13 +258,6 @@ def test_rows_that_the_checkpoint_has_read_are_refused():
   with pytest.raises(UserError, match=r"checkpoint 4 has read the rows before 34 already"):
     skipped_rows.check(GoBack(4, range(33, 40)), done, 32)
   skipped_rows.check(GoBack(4, range(34, 40)), done, 32)
-
-
-def test_rows_of_steps_are_counted_from_where_the_trainer_began():
-  """100 steps of 16 rows, then steps of 8 rows."""
-  newest = NewestState(lambda state, batch: (state, {}), 100, 1_600)
-  assert newest.rows_of(range(101, 103), 8) == range(1_600, 1_616)
-  assert newest.rows_of(range(103, 104), 8) == range(1_616, 1_624)
 
 
 def test_a_checkpoint_says_which_row_is_next(tmp_path):

@@ -72,7 +72,8 @@ def train(
 
   examples, about = examples or Examples(), {"inputs": {"raw": inputs}}
   with jax.set_mesh(mesh_of(*devices)):
-    return trainer.train("clip", config, about, seed, examples, folder, init, step)["w"]
+    arguments = "clip", config, about, seed, examples, folder, init, step
+    return trainer.train(trainer.SmallTraining(*arguments))["w"]
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,7 @@ def train_wide(folder, devices, reads_left=1_000):
   with jax.set_mesh(mesh_of(*devices)):
     examples = Examples(reads_left)
     arguments = "clip", Config(), {}, 0, examples, folder, init, step
-    return trainer.train(*arguments), layouts
+    return trainer.train(trainer.SmallTraining(*arguments)), layouts
 
 
 def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_path):

@@ -16,11 +16,13 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.trained.rows import open_rows
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.steps import compile_steps
-from cm3leon_jax.training.watch.heldout import evaluate, heldout_batches
+from cm3leon_jax.training.watch.heldout import HeldoutLosses, evaluate, heldout_batches
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import mesh_of, random_params
 from tests.retrieval.stores import write_neighbors
+from tests.training.fakes import FakeMonitor, FakeState, FakeStop
 
 HELDOUT, TRAIN = 24, 50
 
@@ -141,3 +143,41 @@ def test_an_evaluation_takes_the_rows_of_a_micro_batch_at_once(settings, workdir
   assert shapes == [2] * 4
   for name, value in whole.items():
     assert parts[name] == pytest.approx(value, rel=1e-6)
+
+
+def losses_of(params):
+  return {"heldout_loss": float(len(params))}
+
+
+def test_the_average_is_evaluated_every_few_steps_and_at_the_end():
+  monitor, found = FakeMonitor(), losses_of("average")
+  hook = HeldoutLosses(losses_of, TrainConfig(steps=5, eval_every=2), monitor, FakeStop())
+  hook.begin(FakeState(0))
+  assert monitor.events == []
+  hook.after(1, FakeState(1), {})
+  assert hook.losses is None
+  for step in range(2, 6):
+    hook.after(step, FakeState(step), {})
+  assert monitor.events == [
+    part for step in (2, 4, 5) for part in (f"evaluate {step}", (step, found), "end")
+  ]
+  assert (hook.losses, hook.at_start) == (found, {})
+
+
+def test_a_step_after_which_a_signal_stops_is_evaluated():
+  hook = HeldoutLosses(losses_of, TrainConfig(), FakeMonitor(), FakeStop(75))
+  hook.after(1, FakeState(1), {})
+  assert hook.losses == {"heldout_loss": 7}
+
+
+def test_step_0_is_evaluated_by_a_new_run_and_read_by_a_continued_one():
+  monitor = FakeMonitor(logged={0: {"heldout_loss": 3.0}})
+  options = losses_of, TrainConfig(), monitor, FakeStop()
+  new = HeldoutLosses(*options, evaluate_start=True)
+  new.begin(FakeState(0))
+  assert new.at_start == {"heldout_loss": 7}
+  assert monitor.events == ["evaluate 0", (0, {"heldout_loss": 7}), "end"]
+  continued = HeldoutLosses(*options, evaluate_start=True, newest=4)
+  continued.begin(FakeState(4))
+  assert continued.at_start == {"heldout_loss": 3.0}
+  assert new.losses is continued.losses is None

@@ -10,6 +10,7 @@ import pytest
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.numerics import TooManySkippedError
+from cm3leon_jax.training.watch.dispatch import Dispatch
 from cm3leon_jax.training.watch.flops import Rates
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
@@ -39,11 +40,13 @@ def make_monitor(
 def follow(monitor, steps, **changed):
   """Lets the monitor see some steps, the metrics of each as the step function would return them."""
   metrics = {name: jnp.float32(x) for name, x in {**VALUES, **changed}.items()}
+  dispatch = Dispatch(monitor)
   with monitor:
     for step in steps:
-      with monitor.traced(step):
-        assert monitor.next_batch(iter([step])) == step
-      monitor.step(step, metrics)
+      dispatch.before(step)
+      dispatch.ready(step)
+      for hook in (dispatch, monitor):
+        hook.after(step, None, metrics)
     monitor.flush()
 
 
@@ -116,7 +119,7 @@ def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path,
         metrics = device.start(2.5 if step % 3 == 0 else 1.0)
         if step % 3 != 1:
           device.wait(left=0.5 if step % 3 == 2 else 0.0)
-      monitor.step(step, metrics)
+      monitor.after(step, None, metrics)
     monitor.flush()
   lines = read_json_lines(tmp_path / "metrics.jsonl")[1:12]
   usual, checked = (1_000.0, 0.1), (400.0, 0.04)
@@ -142,7 +145,7 @@ def test_rates_add_up_to_the_wall_time_whichever_steps_block(tmp_path, blocks):
         metrics = device.start(1.0)
         if step in blocks:
           device.wait()
-      monitor.step(step, metrics)
+      monitor.after(step, None, metrics)
     monitor.flush()
   lines = read_json_lines(tmp_path / "metrics.jsonl")[1:8]
   assert [line["tokens_per_second"] for line in lines] == [1_000.0] * 7
@@ -176,9 +179,9 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
     return [line["step"] for line in lines if "loss" in line]
 
   with monitor:
-    monitor.step(1, metrics)
+    monitor.after(1, None, metrics)
     assert logged() == []
-    monitor.step(2, metrics)
+    monitor.after(2, None, metrics)
     assert logged() == [1]
     with monitor.phase("save", 2):  # Needs the state of step 2.
       assert logged() == [1, 2]
@@ -228,19 +231,17 @@ def test_without_a_step_to_spare_the_first_one_stops_the_run(tmp_path):
 
 def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   """Here the metrics are always there at once."""
-
-  def slow():
-    while True:
-      time.sleep(0.02)
-      yield 0
-
-  monitor, data = make_monitor(tmp_path), slow()
+  monitor = make_monitor(tmp_path)
+  dispatch = Dispatch(monitor)
   metrics = jax.block_until_ready({name: jnp.float32(x) for name, x in VALUES.items()})
   start = time.perf_counter()
   with monitor:
     for step in (1, 2, 3):
-      monitor.next_batch(data)
-      monitor.step(step, metrics)
+      dispatch.before(step)
+      time.sleep(0.02)
+      dispatch.ready(step)
+      for hook in (dispatch, monitor):
+        hook.after(step, None, metrics)
     with monitor.phase("evaluate", 3):
       pass
   seconds = time.perf_counter() - start

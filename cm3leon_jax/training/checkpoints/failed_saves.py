@@ -1,0 +1,15 @@
+"""Saves in the background that fail end a training."""
+
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.hooks import Hook
+
+
+class FailedSaves(Hook):
+  """Ends a training in whose background a save has failed."""
+
+  def __init__(self, checkpoints: Checkpoints):
+    self._checkpoints = checkpoints
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`. Raises TryAgain: the save in flight could not be written."""
+    self._checkpoints.check_save()

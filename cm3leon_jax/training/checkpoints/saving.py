@@ -1,0 +1,70 @@
+"""When a run of the decoder saves, and what it checks before."""
+
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.faults.preemption import StopSignal
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.numerics import check_finite
+from cm3leon_jax.training.watch.heldout import HeldoutLosses
+from cm3leon_jax.training.watch.monitor import Monitor
+
+REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints are unchanged."
+
+
+class Saves(Hook):
+  """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
+
+  Attributes:
+    saved: step of the newest checkpoint, or 0.
+    next_row: of the data, after the newest step.
+  """
+
+  def __init__(
+    self, checkpoints: Checkpoints, config: TrainConfig, monitor: Monitor, stop: StopSignal,
+    heldout: HeldoutLosses, next_row: int,
+  ):  # fmt: skip
+    """Prepares it.
+
+    Args:
+      checkpoints: of the run; closed at the end.
+      config: of the run.
+      monitor: of the run.
+      stop: asked before; a hook that comes first.
+      heldout: losses that checkpoints are compared by; a hook that comes first.
+      next_row: of the data, before the first step.
+    """
+    self._checkpoints, self._config, self._monitor = checkpoints, config, monitor
+    self._stop, self._heldout = stop, heldout
+    self.saved, self.next_row = 0, next_row
+
+  def begin(self, state) -> None:
+    """See `Hook`."""
+    self.saved = int(state.step)
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    self.next_row += self._config.global_batch_size
+    last = step == self._config.steps or self._stop.code is not None
+    if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
+      with self._monitor.phase("save", step):
+        check_finite(state, f"checkpoint {step}", REMEDY)
+        losses = self._heldout.losses  # With `keep_best`, of this very step.
+        loss = losses["heldout_loss"] if losses else None
+        self._checkpoints.save(state, step, self.next_row, loss)
+      self.saved = step
+
+  def end(self, state) -> None:
+    """See `Hook`."""
+    with self._monitor.phase("save", int(state.step)):
+      self._checkpoints.close()
+
+  def _must_save(self, step: int) -> bool:
+    """Returns whether a step is saved that ends the run or an interval between checkpoints.
+
+    Skipped steps change nothing. While steps are skipped nothing is saved, so the checkpoints stay
+    those of before, except at the end of the run, and at a signal if it has taken a step since the
+    newest checkpoint.
+    """
+    skipped, code = self._monitor.skipped_in_a_row(), self._stop.code
+    taken = code is not None and skipped < step - self.saved
+    return step == self._config.steps or not skipped or taken

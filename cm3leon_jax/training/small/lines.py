@@ -1,0 +1,58 @@
+"""The lines of metrics.jsonl of a small training, and what is shown of them."""
+
+from collections.abc import Callable
+import dataclasses
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.numerics import finite_values
+from cm3leon_jax.training.watch.metrics import MetricsLog
+
+
+@dataclasses.dataclass
+class Lines(Hook):
+  """Checks and logs the metrics of some steps.
+
+  Attributes:
+    log: of the training.
+    every: number of steps between two that are logged; the last one is, too.
+    steps: number of steps of the training.
+    name: section of the config, for messages.
+    remedy: what the user can do if numbers are not finite.
+    values: of the newest step; None: it is not logged.
+  """
+
+  log: MetricsLog
+  every: int
+  steps: int
+  name: str
+  remedy: str
+  values: dict[str, float] | None = None
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`. Raises UserError: a number is not finite."""
+    self.values = None
+    if step % self.every and step != self.steps:
+      return
+    values = {key: float(value) for key, value in metrics.items()}
+    if finite_values(values) != values:
+      shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+      raise UserError(f"{self.name}: step {step} has {shown}: {self.remedy}")
+    self.log.write(step, values)
+    self.values = values
+
+  def end(self, state) -> None:
+    """See `Hook`."""
+    self.log.flush()
+
+
+class ShownLines(Hook):
+  """Shows each line once it is logged: `show(step, values)`."""
+
+  def __init__(self, lines: Lines, show: Callable[[int, dict[str, float]], None]):
+    self._lines, self._show = lines, show
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    if self._lines.values is not None:
+      self._show(step, self._lines.values)

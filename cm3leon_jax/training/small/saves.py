@@ -1,0 +1,62 @@
+"""When a small training saves, and what is shown of the states that it saves."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.faults.preemption import StopSignal
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.numerics import check_finite
+from cm3leon_jax.training.watch.metrics import MetricsLog
+
+
+@dataclasses.dataclass
+class SmallSaves(Hook):
+  """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
+
+  Also after the last step: until the stage is finished, it may be stopped, too.
+
+  Attributes:
+    checkpoints: of the training; closed at the end.
+    log: of the training, whose digest is stored before.
+    stop: asked before; a hook that comes first.
+    name: section of the config, for messages.
+    config: its dataclass.
+    remedy: what the user can do if the state is not finite.
+    saved: step of the newest checkpoint, or 0.
+  """
+
+  checkpoints: Checkpoints
+  log: MetricsLog
+  stop: StopSignal
+  name: str
+  config: Any
+  remedy: str
+  saved: int
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`. Raises UserError: the state is not finite."""
+    last = step == self.config.steps
+    if step % self.config.checkpoint_every == 0 or last or self.stop.code is not None:
+      what = "the model" if last else f"checkpoint {step}"
+      check_finite(state, f"{self.name}: {what}", self.remedy)
+      self.log.seal()
+      self.checkpoints.save(state, step, next_row=step * self.config.batch_size)
+      self.saved = step
+
+  def end(self, state) -> None:
+    """See `Hook`."""
+    self.checkpoints.close()
+
+
+class ShownSaves(Hook):
+  """Shows each state once it is saved, unless the training stops: `show(step, state)`."""
+
+  def __init__(self, saves: SmallSaves, show: Callable[[int, Any], None]):
+    self._saves, self._show = saves, show
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    if self._saves.saved == step and self._saves.stop.code is None:
+      self._show(step, state)

@@ -1,0 +1,16 @@
+"""Histograms of the parameters that a run shows while it trains."""
+
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.watch.monitor import Monitor
+
+
+class Histograms(Hook):
+  """Shows a histogram of every parameter each `every` steps; 0: never."""
+
+  def __init__(self, every: int, monitor: Monitor):
+    self._every, self._monitor = every, monitor
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    if self._every and step % self._every == 0:
+      self._monitor.histograms(step, state.params)

@@ -1,0 +1,35 @@
+"""Grids of samples that a run makes while it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.watch.monitor import Monitor
+
+
+class SampleGrids(Hook):
+  """Makes a grid of samples every `sample_every` steps, and of the last step of the run."""
+
+  def __init__(
+    self,
+    config: TrainConfig,
+    monitor: Monitor,
+    sample_grid: Callable[[dict, int], Any] | None = None,
+  ):
+    """Prepares it.
+
+    Args:
+      config: of the run.
+      monitor: of the run.
+      sample_grid: (params, step) -> grid, a PIL image or None; None: no grids are made.
+    """
+    self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
+
+  def after(self, step: int, state, metrics: dict) -> None:
+    """See `Hook`."""
+    if self._sample_grid is None:
+      return
+    if step % self._config.sample_every == 0 or step == self._config.steps:
+      with self._monitor.phase("sample", step):
+        self._monitor.samples(step, self._sample_grid(state.eval_params, step))

@@ -1,0 +1,79 @@
+"""When a run of the decoder saves; `skipped_rows_test` has runs that do."""
+
+import jax.numpy as jnp
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.checkpoints.saving import Saves
+from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.watch.heldout import HeldoutLosses
+from tests.training.fakes import FakeCheckpoints, FakeMonitor, FakeState, FakeStop
+
+CONFIG = TrainConfig(steps=10, checkpoint_every=4, global_batch_size=8)
+
+
+class FakeLosses(HeldoutLosses):
+  """The losses of a step that was evaluated, or none."""
+
+  def __init__(self, losses=None):
+    self.losses = losses
+
+
+def make(**fakes):
+  fakes = {"monitor": FakeMonitor(), "stop": FakeStop(), "heldout": FakeLosses(), **fakes}
+  return Saves(FakeCheckpoints(), CONFIG, next_row=100, **fakes)
+
+
+def saved(hook, steps):
+  hook.begin(FakeState(steps[0] - 1))
+  for step in steps:
+    hook.after(step, {"w": jnp.ones(2)}, {})
+  return hook._checkpoints.saves
+
+
+def test_it_saves_every_few_steps_and_at_the_end():
+  """With the rows that were read before this start, and the newest loss."""
+  hook = make(heldout=FakeLosses({"heldout_loss": 0.5}))
+  assert saved(hook, range(3, 11)) == [(4, 116, 0.5), (8, 148, 0.5), (10, 164, 0.5)]
+  assert (hook.saved, hook.next_row) == (10, 164)
+  assert hook._monitor.events == ["save 4", "end", "save 8", "end", "save 10", "end"]
+  assert saved(make(), [4]) == [(4, 108, None)]
+
+
+def test_a_signal_saves_the_step_that_it_ends():
+  assert saved(make(stop=FakeStop(75)), [7]) == [(7, 108, None)]
+
+
+@pytest.mark.parametrize(
+  ("step", "code", "skipped", "expected"),
+  [
+    (8, None, 0, True),
+    (8, None, 1, False),
+    (10, None, 6, True),  # The last step of the run.
+    (6, 75, 1, True),  # Step 5 was taken, after checkpoint 4.
+    (6, 75, 2, False),
+  ],
+)
+def test_while_steps_are_skipped_nothing_is_saved_but_what_a_run_ends_with(
+  step, code, skipped, expected
+):
+  hook = make(monitor=FakeMonitor(skipped=skipped), stop=FakeStop(code))
+  hook.begin(FakeState(4))
+  hook.after(step, {"w": jnp.ones(2)}, {})
+  assert bool(hook._checkpoints.saves) == expected
+
+
+def test_a_state_that_is_not_finite_is_not_saved():
+  hook = make()
+  hook.begin(FakeState(3))
+  with pytest.raises(UserError, match=r"^checkpoint 4 is not saved: w hold NaNs"):
+    hook.after(4, {"w": jnp.array([1.0, jnp.nan])}, {})
+  assert hook._checkpoints.saves == []
+  assert hook.saved == 3
+
+
+def test_the_end_waits_for_the_last_save():
+  hook = make()
+  hook.end(FakeState(10))
+  assert hook._checkpoints.closed
+  assert hook._monitor.events == ["save 10", "end"]

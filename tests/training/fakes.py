@@ -1,0 +1,111 @@
+"""Stand-ins for what the hooks of a training need, which note what they are asked to do."""
+
+import contextlib
+import dataclasses
+
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.faults.preemption import StopSignal
+from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.watch.monitor import Monitor
+
+
+@dataclasses.dataclass
+class FakeState:
+  """A state of a step."""
+
+  step: int = 0
+  params: str = "params"
+  eval_params: str = "average"
+
+
+class FakeStop(StopSignal):
+  """A signal that was received, with the exit code, or none."""
+
+  def __init__(self, code=None):
+    self.code = code
+
+
+class FakeMonitor(Monitor):
+  """Notes calls in `events`; `skipped` steps in a row were skipped, `logged` is in the log."""
+
+  def __init__(self, skipped=0, logged=()):
+    self.events, self.skipped, self.logged = [], skipped, dict(logged)
+
+  @contextlib.contextmanager
+  def phase(self, name, step):
+    self.events.append(f"{name} {step}")
+    yield
+    self.events.append("end")
+
+  @contextlib.contextmanager
+  def traced(self, step):
+    self.events.append(f"traced {step}")
+    try:
+      yield
+    finally:
+      self.events.append("end of trace")
+
+  @contextlib.contextmanager
+  def overlapped(self, name):
+    self.events.append(name)
+    yield
+    self.events.append(f"end of {name}")
+
+  def heldout(self, step, losses):
+    self.events.append((step, losses))
+
+  def logged_heldout(self, step):
+    return self.logged.get(step, {})
+
+  def samples(self, step, sheet):
+    self.events.append((step, sheet))
+
+  def histograms(self, step, params):
+    self.events.append((step, params))
+
+  def skipped_in_a_row(self):
+    return self.skipped
+
+
+class FakeCheckpoints(Checkpoints):
+  """Notes what is saved; a save in flight fails with an error, or none does."""
+
+  def __init__(self, failure=None):
+    self.saves, self.closed, self.failure = [], False, failure
+
+  def save(self, state, step, next_row, heldout_loss=None):
+    self.saves.append((step, next_row, heldout_loss))
+
+  def check_save(self):
+    if self.failure:
+      raise self.failure
+
+  def close(self):
+    self.closed = True
+
+
+class Noting(Hook):
+  """A hook that notes its calls; it stops after a step."""
+
+  def __init__(self, name, events, stop_after=None):
+    self.name, self.events, self.stop_after = name, events, stop_after
+    self.newest = 0
+
+  def begin(self, state):
+    self.events.append((self.name, "begin", state))
+
+  def before(self, step):
+    self.events.append((self.name, "before", step))
+
+  def ready(self, step):
+    self.events.append((self.name, "ready", step))
+
+  def after(self, step, state, metrics):
+    self.newest = step
+    self.events.append((self.name, "after", step, state, metrics))
+
+  def stops(self):
+    return self.newest == self.stop_after
+
+  def end(self, state):
+    self.events.append((self.name, "end", state))
