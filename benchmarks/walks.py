@@ -7,7 +7,8 @@
 A file is entered when one of its functions runs, in any thread; code that only runs while a module
 is imported does not count. A climb is a pair of files of two rooms, of which the lower one calls a
 function of the upper one. The order of the rooms is that of the table in docs/design.md, from the
-bottom to the top; `api.py` and `commands/` are above all rooms.
+bottom to the top; its base, with the sections of the config, is one room, and `api.py` and
+`commands/` are above all rooms.
 """
 
 import argparse
@@ -23,21 +24,34 @@ import threading
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = f"{ROOT / 'cm3leon_jax'}/"
-TOP = ("settings", "loading", "api", "keywords", "commands")
+BASE = "base"
+TOP = ("loading", "api", "keywords", "commands")
 WAYS = ("load", "generate", "rows")
 PROMPT = ["--workdir=scenes", "--prompt=a red square at the top left"]
 
 
 def rooms() -> list[str]:
-  """Returns the rooms from the bottom to the top; the base modules are one."""
+  """Returns the rooms from the bottom to the top."""
+  above = re.findall(r"^\| `(\w+)/`", _table(), re.MULTILINE)
+  return [BASE, *(room for room in above if room not in base()), *TOP]
+
+
+def base() -> set[str]:
+  """Returns the packages and modules of the base."""
+  sentence = re.search(r"The base is (.*?)\.\n", _table(), re.DOTALL)
+  assert sentence, "docs/design.md does not say what the base is"
+  return set(re.findall(r"`(\w+)`", sentence[1]))
+
+
+def _table() -> str:
   page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-  table = page.partition("## Rooms")[2].partition("\n## ")[0]
-  return [*re.findall(r"^\| `(\w+)/`", table, re.MULTILINE), *TOP]
+  return page.partition("## Rooms")[2].partition("\n## ")[0]
 
 
 def room_of(file: str) -> str:
-  """Returns the first part of a path in the package, without its suffix."""
-  return file.partition("/")[0].removesuffix(".py")
+  """Returns the room of a path in the package."""
+  room = file.partition("/")[0].removesuffix(".py")
+  return BASE if room in base() or file.endswith("/config.py") else room
 
 
 class Walk:
@@ -106,13 +120,9 @@ def generate() -> None:
 
 def rows(workdir: str) -> None:
   """Opens the training rows of a run whose documents are encoded, and reads the first one."""
-  from etils import epath
+  from cm3leon_jax.trained.run import Run
 
-  from cm3leon_jax.settings import settings_of_run
-  from cm3leon_jax.trained.rows import open_rows
-
-  folder = epath.Path(workdir)
-  open_rows(settings_of_run(folder), folder, "train")[0]
+  Run.open(workdir).rows("train")[0]
 
 
 def _run(name: str, arguments: list[str]) -> None:

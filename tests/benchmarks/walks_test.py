@@ -29,6 +29,8 @@ def test_a_climb_is_a_call_of_a_room_above():
 
 def test_rooms_are_in_the_order_of_the_page():
   order = walks.rooms()
-  assert order.index("files") < order.index("data") < order.index("decoding") < order.index("api")
+  assert order.index("base") < order.index("data") < order.index("decoding") < order.index("api")
   assert walks.room_of("data/rows/plan.py") == "data"
   assert walks.room_of("api.py") == "api"
+  for file in ("files/atomic.py", "vocab.py", "clip/config.py"):
+    assert walks.room_of(file) == "base"
