@@ -83,7 +83,7 @@ def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
   made = params_lib.prepare(params, config=MODEL, vocab=VOCAB)
   requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
   config, seconds = GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions), []
-  batch, static = config.batch(requests, range(len(requests)), [False] * len(requests))
+  batch, static = config.batch(requests, range(len(requests)))
   prefill = jax.jit(prefill_function(static))
   for _ in range(repeats + 1):
     start = time.perf_counter()

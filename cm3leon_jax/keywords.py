@@ -2,6 +2,8 @@
 
 from typing import Literal, TypedDict
 
+from cm3leon_jax.decoding.config import Method, Schedule
+
 
 class TextSampling(TypedDict, total=False):
   """Fields of `config.sampling` that calls read which write a text."""
@@ -22,12 +24,12 @@ class TopP(TypedDict, total=False):
 class ImageCodes(TopP, total=False):
   """Fields of all samplers of image codes."""
 
-  method: Literal["top_p", "contrastive", "mixture"]
+  method: Method
   contrastive_k: int
   contrastive_alpha: float
   contrastive_temperature: float
   amateur_temperature: float
-  guidance_schedule: Literal["constant", "linear", "cosine"]
+  guidance_schedule: Schedule
 
 
 class ImageSampling(ImageCodes, total=False):

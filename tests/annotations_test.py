@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import TypeCheckError
 import pytest
 
-from cm3leon_jax.decoding.sampling import combine_streams
+from cm3leon_jax.decoding.sampling.guidance import combine_streams
 from cm3leon_jax.models.transformer import rotate
 from cm3leon_jax.training.step.loss import modality_sums
 

@@ -13,7 +13,7 @@ from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.generation import prompt_file
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = ("__init__.py", "api.py", "keywords.py", "config.py")
+FILES = ("__init__.py", "api.py", "keywords.py", "config.py", "decoding/config.py")
 TYPED = {
   "text_to_image": keywords.ImageSampling,
   "infill_image": keywords.ImageSampling,

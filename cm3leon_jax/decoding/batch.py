@@ -14,7 +14,8 @@ import numpy as np
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingValues
+from cm3leon_jax.decoding.sampling.method import TokenMethod
+from cm3leon_jax.decoding.sampling.rows import SamplingValues, Uses, uses_of
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -74,14 +75,14 @@ class Control(NamedTuple):
     plan: of `grammar.plan_array`.
     guidance: weights of the streams at each code of an image, then at text.
     seeds: a sample depends on its own seed only.
-    contrastive: samples that use contrastive decoding.
-    values: settings of the sampler that may change without compiling again.
+    uses: by the name of each sampling method but top-p: samples that use it.
+    values: settings of sampling that may change without compiling again.
   """
 
   plan: Int32[Array, "B M 3"]
   guidance: Float32[Array, "B I+1 S"]
   seeds: UInt32[Array, " B"]
-  contrastive: Bool[Array, " B"]
+  uses: Uses
   values: SamplingValues
 
 
@@ -104,7 +105,7 @@ class Batch(NamedTuple):
 def make_batch(
   requests: Sequence[Request],
   seeds: Sequence[int],
-  contrastive: Sequence[bool],
+  methods: Sequence[TokenMethod],
   sampling: SamplingConfig,
   *,
   image_tokens: int,
@@ -119,7 +120,7 @@ def make_batch(
   Args:
     requests: one for each sample.
     seeds: of each sample.
-    contrastive: samples that use contrastive decoding.
+    methods: by which each sample is sampled.
     sampling: how tokens are sampled.
     image_tokens: I.
     vocab: of the ids.
@@ -135,7 +136,7 @@ def make_batch(
     grammar.plan_array([r.plan for r in repeated]),
     np.stack([r.guidance_weights(sampling, image_tokens) for r in repeated]),
     np.asarray(seeds, np.uint32)[rows],
-    np.asarray(contrastive)[rows],
+    uses_of([methods[i] for i in rows]),
     SamplingValues.of(sampling),
   )
   widths = stream_widths(prompts, len(requests[0].streams))

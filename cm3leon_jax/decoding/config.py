@@ -51,8 +51,3 @@ class SamplingConfig:
   """`top_k` of text tokens."""
   text_top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
   """`top_p` of text tokens."""
-
-  def candidates(self, *, image: bool, text: bool) -> int:
-    """Returns C of a batch that samples image or text tokens: the largest top_k; 0 keeps all."""
-    used = [self.top_k] * image + [self.text_top_k] * text
-    return 0 if 0 in used else max(used)

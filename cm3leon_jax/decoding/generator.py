@@ -19,7 +19,11 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import Sampler, contrastive_rows
+from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
+from cm3leon_jax.decoding.sampling.method import TokenMethod
+from cm3leon_jax.decoding.sampling.methods import METHODS, choose_methods
+from cm3leon_jax.decoding.sampling.rows import Sampler
+from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
@@ -40,8 +44,8 @@ class GeneratorConfig:
     weight_dtype: `compute`, or `int8` for the products of the blocks.
     cache_dtype: `compute` or `int8`.
     draft_window: codes of an image that a step reads as drafts and accepts while they hold
-      (`speculative`), at least 2, in batches of whole images that use top_p; 0: one code a step.
-      Images have the same distribution, but a seed gives another image.
+      (`speculative`), at least 2, in batches of whole images by a method that takes drafts (top_p);
+      0: one code a step. Images have the same distribution, but a seed gives another image.
     image_head: compute only the image rows of the output table while only image codes are legal.
   """
 
@@ -84,23 +88,26 @@ class GeneratorConfig:
     image_tokens, positions = settings.vqgan.image_tokens, settings.data.sequence_length
     return cls(settings.model, settings.vocab, image_tokens, positions, settings.sampling, **fields)
 
-  def batch(self, requests, seeds, contrastive, sampling: SamplingConfig | None = None):
+  def batch(
+    self,
+    requests: Sequence[Request],
+    seeds: Sequence[int],
+    methods: Sequence[TokenMethod] | None = None,
+    sampling: SamplingConfig | None = None,
+  ) -> tuple[Batch, Static]:
     """Makes the arrays of a batch on the current mesh, and the static arguments of its programs.
 
     Args:
       requests: one for each sample, all of one number of streams.
       seeds: of each sample.
-      contrastive: samples that use contrastive decoding.
+      methods: by which each sample is sampled; default: top-p.
       sampling: default: the config's.
-
-    Returns:
-      (Batch, Static).
     """
     sampling = sampling or self.sampling
     arrays = make_batch(
       requests,
       seeds,
-      contrastive,
+      methods or [TOP_P] * len(requests),
       sampling,
       image_tokens=self.image_tokens,
       vocab=self.vocab,
@@ -110,7 +117,7 @@ class GeneratorConfig:
     most, window = arrays.max_new_tokens, 0
     capacities = compile_lib.cache_capacities(max(arrays.widths), most)
     codes = _codes_first(arrays)
-    if self.draft_window and sampling.method == "top_p" and codes:
+    if self.draft_window and METHODS[sampling.method].takes_drafts and codes:
       window = self.draft_window
       capacities = (max(most, codes + window),)
     static = Static(
@@ -210,7 +217,7 @@ class Generator:
       seeds: an integer in [0, 2^32) for each request; with the same seed a request gives the same
         samples in any batch.
       samples: of each request.
-      sampling: default: the config's. Only another top_k or contrastive_k compiles again.
+      sampling: default: the config's. Only another top_k, method or contrastive_k compiles again.
       progress: called with the number of steps since the last call.
 
     Raises:
@@ -225,19 +232,17 @@ class Generator:
     for request in requests:
       self.check(request)
     sampling = sampling or self.config.sampling
-    # Without a stream to contrast with, a sample uses top_p.
-    contrastive = contrastive_rows(sampling.method, seeds, samples) & np.array(
-      [[len(r.streams) > 1] for r in requests]
-    )
+    streams = [len(request.streams) for request in requests]
+    methods = choose_methods(sampling.method, seeds, samples, streams)
     todo = list(itertools.product(range(len(requests)), range(samples)))
     for _, alike in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
       alike = list(alike)
       for start in range(0, len(alike), self.config.batch_size):
         batch = alike[start : start + self.config.batch_size]
         seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
-        contrasted = [bool(contrastive[x]) for x in batch]
+        used = [methods[i][s] for i, s in batch]
         ids, log_probs, divergence = self._generate_batch(
-          [requests[i] for i, _ in batch], seeds_of, contrasted, sampling, progress
+          [requests[i] for i, _ in batch], seeds_of, used, sampling, progress
         )
         lengths = (ids != self.config.vocab.pad).sum(axis=1)
         codes = self.config.vocab.is_image(ids).sum(axis=1)
@@ -249,7 +254,7 @@ class Generator:
             seeds_of[row],
             ids[row, :n],
             log_probs[row, :n],
-            contrasted[row],
+            used[row] is CONTRASTIVE,
             float(divergence[row] / codes[row]) if codes[row] else None,
           )
           for row, (x, n) in enumerate(zip(batch, lengths))
@@ -266,9 +271,9 @@ class Generator:
         "shorten it, or retrieve fewer documents."
       )
 
-  def _generate_batch(self, requests, seeds, contrastive, sampling, progress):
+  def _generate_batch(self, requests, seeds, methods, sampling, progress):
     """Generates for requests of one number of streams; returns (ids, log_probs, divergence)."""
-    batch, static = self.config.batch(requests, seeds, contrastive, sampling)
+    batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
     done, capacity = 0, min(static.capacities[0], batch.max_new_tokens)

@@ -17,7 +17,9 @@ from cm3leon_jax.decoding.batch import Control, Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache, Size
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
-from cm3leon_jax.decoding.sampling import Sampler, combine_streams, divergence, sample, select
+from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
+from cm3leon_jax.decoding.sampling.method import StreamLogits
+from cm3leon_jax.decoding.sampling.rows import Sampler, sample, select
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
@@ -43,7 +45,7 @@ class LoopState(NamedTuple):
     ids: generated ids, padding after the end of a sample.
     log_probs: of each id under the guided distribution, before temperature and filters; 0 at
       padding.
-    divergence: sum over the image codes of `sampling.divergence` of the first stream from the last.
+    divergence: sum over the image codes of `guidance.divergence` of the first stream from the last.
   """
 
   tokens: Int32[Array, " R"]
@@ -262,12 +264,9 @@ def _sample_ids(
     logits = [shard(x, "batch", None) for x in logits]
     if legal is not None:
       logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
-    guided, full, without = logits
-    rows = select(is_image, control.contrastive, control.values)
+    rows = select(is_image, control.uses, control.values)
     apart = jnp.where(is_image, apart, 0)
-    if not sampler.contrastive_k:
-      return *sample(guided, keys, rows, candidates), apart
-    return *sample(guided, keys, rows, candidates, full, without, sampler.contrastive_k), apart
+    return *sample(StreamLogits(*logits), keys, rows, candidates, sampler.others), apart
 
   def among_codes():
     ids, *others = sample_columns(params.image_head, sampler.of_codes, jnp.ones_like(in_image))

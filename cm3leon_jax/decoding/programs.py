@@ -12,7 +12,7 @@ from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import LoopState
-from cm3leon_jax.decoding.sampling import Sampler
+from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options

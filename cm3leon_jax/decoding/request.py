@@ -10,9 +10,10 @@ from jaxtyping import Float32, Int32
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import grammar, sampling
+from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import Part
+from cm3leon_jax.decoding.sampling.guidance import editing_weights, text_to_image_weights
 from cm3leon_jax.vocab import VocabLayout
 
 
@@ -45,9 +46,9 @@ class Request:
       case 1:
         weights = np.ones((image_tokens, 1), np.float32)
       case 2:
-        weights = sampling.text_to_image_weights(config.guidance, schedule, image_tokens)
+        weights = text_to_image_weights(config.guidance, schedule, image_tokens)
       case _:
-        weights = sampling.editing_weights(
+        weights = editing_weights(
           config.image_guidance, config.edit_guidance, schedule, image_tokens
         )
     return np.concatenate([weights, weights[-1:]])

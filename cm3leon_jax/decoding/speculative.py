@@ -17,13 +17,9 @@ from cm3leon_jax.decoding.batch import Control
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import LoopState, extend, over_streams, split_control
 from cm3leon_jax.decoding.params import DecodeParams, head_axis
-from cm3leon_jax.decoding.sampling import (
-  Sampler,
-  combine_streams,
-  divergence,
-  filter_candidates,
-  select,
-)
+from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
+from cm3leon_jax.decoding.sampling.rows import Sampler, select
+from cm3leon_jax.decoding.sampling.top_p import filter_candidates
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
@@ -150,10 +146,8 @@ def _distributions(
   guided = shard(combine_streams(by_stream, weights), "batch", None)
   apart = divergence(shard(by_stream[0], "batch", None), shard(by_stream[-1], "batch", None))
   every = jnp.ones_like(guided[:, 0], bool)
-  rows = select(every, ~every, control.values)
-  values, ids = filter_candidates(
-    guided / rows.temperature[:, None], rows.top_k, rows.top_p, sampler.of_codes
-  )
+  rows = select(every, dict.fromkeys(control.uses, ~every), control.values)
+  values, ids = filter_candidates(guided / rows.temperature[:, None], *rows.top_p, sampler.of_codes)
   place = jax.vmap(lambda ids, p: jnp.zeros(size, p.dtype).at[ids].set(p))
 
   def by_window(x):
@@ -230,8 +224,9 @@ def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
   in_image = jnp.arange(loop.ids.shape[1])[None] < codes
   seen_of = []
   for s, seen in enumerate(loop.seen):
-    entries, first = jnp.arange(seen.shape[1])[None], loop.next_entries[s]
-    seen_of.append(seen | ((entries >= first) & (entries < first + codes)))
+    entries = jnp.arange(seen.shape[1])[None]
+    written = (entries >= loop.next_entries[s]) & (entries < loop.next_entries[s] + codes)
+    seen_of.append(seen | written)
 
   def fit(x, otherwise):
     return jnp.where(in_image, x[:, : loop.ids.shape[1]], otherwise)
@@ -264,7 +259,7 @@ def generate_image(
 
   Args:
     params: with an image head.
-    control: no sample uses contrastive decoding.
+    control: all samples use a method that takes drafts.
     loop: of `loop.prefill`, with capacity for codes + window tokens; donated.
     config: of the model.
     grammar: of the plans.

@@ -24,7 +24,9 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
 from cm3leon_jax.decoding.loop import LoopState
 from cm3leon_jax.decoding.params import DecodeParams
-from cm3leon_jax.decoding.sampling import Sampler, SamplingValues, scheduled
+from cm3leon_jax.decoding.sampling.guidance import scheduled
+from cm3leon_jax.decoding.sampling.methods import OTHERS
+from cm3leon_jax.decoding.sampling.rows import Sampler, SamplingValues
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -118,7 +120,7 @@ class Functions:
 
   def _control(self, plan, seeds, guidance, settings: Named) -> Control:
     values = {**SamplingValues.of(self.sampling)._asdict(), **settings}
-    off = jnp.zeros_like(seeds, bool)
+    off = {method.name: jnp.zeros_like(seeds, bool) for method in OTHERS}
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 
   def _prefill(self, weights: Named, streams, plan, max_new_tokens, capacity) -> LoopState:

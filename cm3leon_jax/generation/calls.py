@@ -14,6 +14,7 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.sampling.methods import METHODS
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
@@ -269,7 +270,7 @@ def tasks(
 
 def _unread(task: Task, field: str) -> str:
   """Says why a setting that was given has no effect."""
-  if field in GUIDANCE and task.sampling.method != "contrastive":
+  if field in GUIDANCE and METHODS[task.sampling.method].is_guided:
     return f"{field} is given, and no prompt to guide by: give one, or leave it out."
   return (
     f"{field} is given, which sampling.method = '{task.sampling.method}' does not read: leave it "

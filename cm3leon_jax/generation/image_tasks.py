@@ -9,11 +9,11 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.generation.tasks import (
+  ALONE_SETTINGS,
   EDITING,
   GUIDANCE,
   IMAGE,
   IMAGE_SETTINGS,
-  TOP_P,
   PromptLayout,
   Task,
   decode_segment,
@@ -192,7 +192,7 @@ class Unconditional(ImageTask):
   """An image without a prompt."""
 
   name = "unconditional"
-  settings = TOP_P
+  settings = ALONE_SETTINGS
 
   def _request(self, layout, image, neighbors):
     return request.unconditional(layout.vocab, layout.image_tokens)

@@ -20,19 +20,21 @@ from cm3leon_jax.data.rows.cm3 import undo_cm3_mask
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling.methods import (
+  METHODS,
+  settings_of_codes,
+  unread_settings,
+  without_unconditional,
+)
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
 
 # What a user writes in a prompt: a hole in a text, the end of a segment, the given image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
-# Fields of SamplingConfig that tasks read: of text tokens, of image codes, of their guidance.
-TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
-TOP_P = ("temperature", "top_k", "top_p")
-CONTRASTIVE = (
-  *("contrastive_k", "contrastive_alpha"),
-  *("contrastive_temperature", "amateur_temperature"),
-)
-IMAGE_SETTINGS = (*TOP_P, "method", *CONTRASTIVE)
+# Fields of SamplingConfig that tasks read beside TEXT_SETTINGS: of image codes, without a stream to
+# contrast with, and of their guidance.
+IMAGE_SETTINGS = settings_of_codes(unconditional=True)
+ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
 EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
 
@@ -153,9 +155,8 @@ class Task:
 
   def unread_settings(self) -> tuple[str, ...]:
     """Returns the fields of `settings` that have no effect with this task's other fields."""
-    return {"top_p": CONTRASTIVE, "contrastive": (*TOP_P, *GUIDANCE, *EDITING), "mixture": ()}[
-      self.sampling.method
-    ]
+    name = self.sampling.method
+    return (*unread_settings(name), *(() if METHODS[name].is_guided else (*GUIDANCE, *EDITING)))
 
   def _check_masks(self) -> None:
     if MASK in self.prompt:
@@ -186,7 +187,7 @@ class Task:
 
     Raises:
       UserError: naming the task's place: more positions than were trained, a box outside the image,
-        or contrastive decoding without an unconditional stream.
+        or a method that needs an unconditional stream, and there is none.
     """
     most = layout.most_characters
     if most is not None and len(self.prompt) > most:  # Encoding it would take minutes.
@@ -209,10 +210,11 @@ class Task:
           f"the model was trained on {layout.positions} positions: {', or '.join(hints)}."
         )
       makes_images = any(part.kind in (grammar.CODES, grammar.DOCUMENT) for part in request.plan)
-      if makes_images and self.sampling.method != "top_p" and len(request.streams) == 1:
+      name = self.sampling.method
+      if makes_images and METHODS[name].needs_unconditional and len(request.streams) == 1:
         raise UserError(
-          f"sampling.method is '{self.sampling.method}', which contrasts with a stream without the "
-          f"prompt, and task {self.name} has one stream here: set it to top_p."
+          f"sampling.method is '{name}', which contrasts with a stream without the prompt, and "
+          f"task {self.name} has one stream here: set it to {' or '.join(without_unconditional())}."
         )
       return request
     except UserError as error:

@@ -7,11 +7,11 @@ import numpy as np
 
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS
 from cm3leon_jax.generation.tasks import (
+  ALONE_SETTINGS,
   IMAGE,
   MASK,
-  TEXT_SETTINGS,
-  TOP_P,
   Task,
   decode_segment,
   document_segments,
@@ -153,7 +153,7 @@ class Interleaved(Task):
 
   name = "interleaved"
   numbers_images = True
-  settings = (*TOP_P, *TEXT_SETTINGS)
+  settings = (*ALONE_SETTINGS, *TEXT_SETTINGS)
   prompt: str = ""
   length: int = 0
 

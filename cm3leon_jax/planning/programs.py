@@ -191,7 +191,7 @@ def guided_decoder(
         "must divide it."
       )
     config = GeneratorConfig.of(settings, batch_size=prompts)
-    batch, static = config.batch([make(c) for c in captions], range(prompts), [False] * prompts)
+    batch, static = config.batch([make(c) for c in captions], range(prompts))
     params = _decode_params(settings, mesh)
     lowered = lower_batch(mesh, params, batch, static)
   weights = _local_bytes((params.model["blocks"], params.image_head))

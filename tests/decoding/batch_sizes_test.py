@@ -57,7 +57,7 @@ def typed(tree):
 def types_of(generator, request, size: int, **fields):
   """Returns (static arguments, types of (params, Prompts, Control)) of a batch of one request."""
   config = dataclasses.replace(generator.config, **fields)
-  batch, static = config.batch([request] * size, range(size), [False] * size)
+  batch, static = config.batch([request] * size, range(size))
   types = generator.params, batch.prompts, batch.control
   return static, [abstract(x, jax.sharding.get_mesh()) for x in types]
 

@@ -10,10 +10,8 @@ import pytest
 from cm3leon_jax.decoding import batch, loop
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding import params as params_lib
-from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.sampling import Sampler
 from cm3leon_jax.mesh import shard, spec
-from tests.decoding.small import IMAGE, VOCAB, full_logits, guided_requests, model_config, on_mesh
+from tests.decoding.small import VOCAB, full_logits, guided_requests, model_config, on_mesh
 from tests.models.tiny import random_params
 
 STEPS = 4
@@ -125,14 +123,3 @@ def test_int8_is_near(family):
       return x._replace(values=x.values // 8 * 8) if is_int8(x) else x
 
     assert error(jax.tree.map(fewer, int8, is_leaf=is_int8), "int8") > INT8_ERROR
-
-
-def test_a_sampler_compiles_for_its_candidates():
-  sampling = SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
-  assert Sampler.of(sampling) == (5, 9, 0)
-  assert Sampler.of(SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)) == (
-    5,
-    0,
-    3,
-  )
-  assert IMAGE > 5

@@ -4,24 +4,38 @@ from tests.mutant_lists.mutant import mutants_of
 
 DECODING = (
   *mutants_of(
-    "cm3leon_jax/decoding/sampling.py",
-    "tests/decoding/sampling_test.py",
+    "cm3leon_jax/decoding/sampling/top_p.py",
+    "tests/decoding/sampling/top_p_test.py",
     ("top_k_one_more", "[None] < top_k)", "[None] <= top_k)"),
     ("nucleus_without_its_last", "(before < top_p)", "(before + probabilities < top_p)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling/contrastive.py",
+    "tests/decoding/sampling/contrastive_test.py",
+    ("contrastive_k_is_one", "largest(expert, min(k, expert.shape[-1]))", "largest(expert, 1)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling/mixture.py",
+    "tests/decoding/sampling/mixture_test.py",
+    ("mixture_inverted", "np.broadcast_to(one % 2,", "np.broadcast_to(1 - one % 2,"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling/methods.py",
+    "tests/decoding/sampling/methods_test.py",
     (
-      "contrastive_k_is_one",
-      "_top_k(expert, min(k, expert.shape[-1]))",
-      "_top_k(expert, 1)",
-    ),
-    (
-      "mixture_inverted",
-      "return np.broadcast_to(one % 2 == 1,",
-      "return np.broadcast_to(one % 2 == 0,",
+      "contrast_without_a_stream",
+      "TOP_P if method.needs_unconditional and count == 1 else method",
+      "method",
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/decoding/sampling.py",
-    "tests/decoding/guidance_test.py",
+    "cm3leon_jax/decoding/sampling/rows.py",
+    "tests/decoding/sampling/rows_test.py",
+    ("texts_by_other_methods", "uses[method.name] & is_image", "uses[method.name]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling/guidance.py",
+    "tests/decoding/sampling/guidance_test.py",
     ("guidance_sign", "[alpha, 1 - alpha]", "[alpha, alpha - 1]"),
     (
       "editing_weights_exchanged",

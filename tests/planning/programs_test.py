@@ -80,7 +80,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
     requests = [request.text_to_image(VOCAB, IMAGE, caption) for caption in captions]
     generator.generate(requests, range(PROMPTS))
     run = {x.as_text() for x in lowered if isinstance(x, jax.stages.Lowered)}
-    arrays, _ = generator.config.batch(requests, range(PROMPTS), [False] * PROMPTS)
+    arrays, _ = generator.config.batch(requests, range(PROMPTS))
     first_jitted = next(x for x in lowered if not isinstance(x, jax.stages.Lowered))
     arguments = (generator.params.model, arrays.prompts, arrays.control.plan)
     found = first_jitted.lower(*(abstract(x, mesh) for x in arguments)).as_text()

@@ -12,7 +12,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import Sampler
+from cm3leon_jax.decoding.sampling.rows import Sampler
 
 SHORT = 8  # Cache entries for the unconditional prompt, of which prefill reads two tokens.
 
@@ -58,7 +58,7 @@ class Bucket(NamedTuple):
       own: its `bucket_of`. A bucket that sorts all logits takes any number of candidates.
     """
     sampler = self.static.sampler
-    all_candidates = Sampler(0, 0, own.static.sampler.contrastive_k)
+    all_candidates = Sampler(0, 0, own.static.sampler.others)
     sampler = sampler if sampler == all_candidates else own.static.sampler
     if not own._compiled_as(self, sampler) or own.parts > self.parts:
       return False
@@ -80,7 +80,7 @@ class Bucket(NamedTuple):
 def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Bucket:
   """Returns the smallest bucket of a request: its lengths, rounded up."""
   config, usual = generator.config, Sampler.of(generator.config.sampling)
-  own = Sampler.of(sampling)
+  own = Sampler.of(sampling).for_streams(len(request.streams))
 
   def candidates(asked: int, compiled: int) -> int:
     return compiled if 0 < asked <= compiled else 0
@@ -88,7 +88,7 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
   sampler = Sampler(
     candidates(own.of_codes, usual.of_codes),
     candidates(own.of_all, usual.of_all),
-    own.contrastive_k if len(request.streams) > 1 else 0,
+    own.others,
   )
   most = batch_lib.bucket_length(config.positions)
   # The unconditional prompt is short always, the first of any length: few buckets of both.
@@ -126,7 +126,7 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   widths = (batch_lib.bucket_length(config.positions), second, SHORT)[:streams]
   # With one stream, the entries of the prompt hold the positions after it, too.
   new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
-  sampler = Sampler(0, 0, own.static.sampler.contrastive_k)
+  sampler = Sampler(0, 0, own.static.sampler.others)
   parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()
   static = own.static._replace(
     sampler=sampler, widths=widths, max_new_tokens=new_tokens, capacities=(new_tokens,)

@@ -104,7 +104,7 @@ class ContinuousGenerator:
       request: of `request`.
       seed: an integer in [0, 2^32).
       sampling: default: the config's. A top_k above the config's sorts all logits, in another
-        bucket; another contrastive_k compiles again.
+        bucket; another method or contrastive_k compiles again.
 
     Returns:
       Ticket of its updates.

@@ -17,7 +17,9 @@ from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.state import Admitted
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import SamplingValues, contrastive_rows
+from cm3leon_jax.decoding.sampling.methods import choose_methods
+from cm3leon_jax.decoding.sampling.rows import SamplingValues, uses_of
+from cm3leon_jax.decoding.sampling.top_p import TOP_P
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
 
@@ -76,7 +78,7 @@ class RunningBatch:
       np.zeros((slots, bucket.parts, 3), np.int32),
       np.zeros((slots, codes + 1, streams), np.float32),
       np.zeros(slots, np.uint32),
-      np.zeros(slots, bool),
+      uses_of([TOP_P] * slots),
       SamplingValues(*(np.repeat(x, slots) for x in SamplingValues.of(generator.config.sampling))),
     )
     self.placed: Control | None = None  # `control` on the devices, while it is the same.
@@ -196,9 +198,9 @@ class RunningBatch:
     image_tokens = self.generator.config.image_tokens
     self.control.guidance[slot] = request.guidance_weights(sampling, image_tokens)
     self.control.seeds[slot] = active.seed
-    # Without a stream to contrast with, a sample uses top_p.
-    contrastive = contrastive_rows(sampling.method, [active.seed], 1)[0, 0]
-    self.control.contrastive[slot] = contrastive and len(request.streams) > 1
+    methods = choose_methods(sampling.method, [active.seed], 1, [len(request.streams)])
+    for name, used in uses_of(methods[0]).items():
+      self.control.uses[name][slot] = used[0]
     for into, value in zip(self.control.values, SamplingValues.of(sampling)):
       into[slot] = value
 

@@ -26,7 +26,7 @@ from cm3leon_jax.decoding.cache import LayerCache
 from cm3leon_jax.decoding.grammar import Grammar, State
 from cm3leon_jax.decoding.loop import LoopState, decode_step, read_padded, split_control
 from cm3leon_jax.decoding.params import DecodeParams
-from cm3leon_jax.decoding.sampling import Sampler
+from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.config import ModelConfig
 

@@ -351,7 +351,7 @@ def test_more_candidates_than_the_configs_sort_all(generator):
   cases = cases_of(generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
   engine = ContinuousGenerator(generator, slots=4, chunk=2)
   of = {engine.admit(*case[:3]): case for case in cases}
-  assert [batch.bucket.static.sampler for batch in engine._batches] == [(0, 0, 0)]
+  assert [batch.bucket.static.sampler for batch in engine._batches] == [(0, 0, ())]
   while engine.active:
     for update in engine.step():
       check(update, of[update.ticket])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding.config import SCHEDULES
-from cm3leon_jax.decoding.sampling import (
+from cm3leon_jax.decoding.sampling.guidance import (
   combine_streams,
   editing_weights,
   scheduled,

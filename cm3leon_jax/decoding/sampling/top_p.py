@@ -1,0 +1,126 @@
+"""Top-k, then top-p: the nucleus of the guided distribution. Texts are always sampled so."""
+
+# B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+
+from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
+
+TEXT_SETTINGS = (
+  "text_temperature",
+  "text_top_k",
+  "text_top_p",
+)  # Of texts.
+
+
+class TopPRows(NamedTuple):
+  """Settings of rows.
+
+  Attributes:
+    top_k: candidates that a row keeps; 0 keeps all.
+    top_p: nucleus.
+  """
+
+  top_k: Int32[Array, " B"]
+  top_p: Float32[Array, " B"]
+
+
+class TopPMethod(TokenMethod):
+  """Nucleus sampling (Holtzman et al. 2020) of the top-k candidates."""
+
+  name = "top_p"
+  settings = ("temperature", "top_k", "top_p")
+  takes_drafts = True
+  numbers = settings
+  temperature = "temperature"
+
+  def compiled(self, config: SamplingConfig) -> tuple[int, int]:
+    """Returns C where only image codes are sampled, and C where texts are, too."""
+    return candidates(config, image=True, text=False), candidates(config, image=True, text=True)
+
+  def rows(self, is_image: Bool[Array, " B"], values) -> TopPRows:
+    return TopPRows(
+      top_k=jnp.where(is_image, values.top_k, values.text_top_k),
+      top_p=jnp.where(is_image, values.top_p, values.text_top_p),
+    )
+
+  def sample(
+    self,
+    logits: StreamLogits,
+    keys: Key[Array, " B"],
+    temperature: Float[Array, "B 1"],
+    rows: TopPRows,
+    compiled: int,
+  ) -> Int[Array, " B"]:
+    values, ids = filter_candidates(logits.guided / temperature, rows.top_k, rows.top_p, compiled)
+    noisy = values + _noise(keys, ids)
+    # Of sums that rounding makes equal the first id.
+    best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(best, ids, logits.guided.shape[-1]), axis=-1)
+
+
+TOP_P = TopPMethod()
+
+
+def candidates(config: SamplingConfig, *, image: bool, text: bool) -> int:
+  """Returns C of a batch that samples image or text tokens: the largest top_k; 0 keeps all."""
+  used = [config.top_k] * image + [config.text_top_k] * text
+  return 0 if 0 in used else max(used)
+
+
+def filter_candidates(
+  logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], candidates: int
+) -> tuple[Float[Array, "B C"], Int32[Array, "B C"]]:
+  """Filters by top-k, then by top-p among the remaining candidates.
+
+    top_k = 3, top_p = 0.6, probabilities [.1 .4 .2 .3]: top-k keeps ids [1 3 2] with [.44 .33 .22];
+    id 2 has .44 + .33 >= 0.6 before it and is removed.
+
+  Args:
+    logits: temperature applied; -inf is never kept.
+    top_k: candidates that each row keeps; 0 keeps all C.
+    top_p: nucleus in (0, 1]: keeps a candidate if the probability *before* it is less, so the
+      first always stays.
+    candidates: C, no less than any top_k; 0 stands for V, and only then is the whole vocabulary
+      sorted.
+
+  Returns:
+    (logits in falling order, -inf after the last candidate of a row; their ids).
+  """
+  size = logits.shape[-1]
+  values, ids = largest(logits, min(candidates, size) if candidates else size)
+  top_k, top_p = top_k[:, None], top_p[:, None]
+  values = jnp.where((jnp.arange(values.shape[-1])[None] < top_k) | (top_k == 0), values, -jnp.inf)
+  probabilities = jax.nn.softmax(values, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  # Rounding can bring the sum to 1 before the last candidate.
+  return jnp.where((before < top_p) | (top_p >= 1), values, -jnp.inf), ids
+
+
+def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
+  """Finds the k largest of each row where the row is: XLA:TPU would gather all rows first."""
+  sharding, top_k = jax.typeof(x).sharding, functools.partial(jax.lax.top_k, k=k)
+  if not sharding.mesh.empty:
+    whole_rows = jax.P(sharding.spec[0], None)
+    top_k = jax.shard_map(top_k, in_specs=whole_rows, out_specs=whole_rows)
+  values, ids = top_k(x)
+  return values, ids
+
+
+def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B C"]:
+  """Draws Gumbel noise for each id of each row: the same for an id at any place in `ids`.
+
+  Rounding may swap the places of candidates that are nearly equal; noise of places would then swap
+  the tokens, too.
+  """
+
+  def of_id(key, i):
+    return jax.random.gumbel(jax.random.fold_in(key, i), dtype=jnp.float32)
+
+  return jax.vmap(jax.vmap(of_id, (None, 0)))(keys, ids)

@@ -1,0 +1,67 @@
+"""The registry of sampling methods agrees with the config, and says what each one reads."""
+
+import dataclasses
+
+import pytest
+
+from cm3leon_jax.decoding.config import METHODS as NAMES
+from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
+from cm3leon_jax.decoding.sampling.method import TokenMethod
+from cm3leon_jax.decoding.sampling.methods import (
+  METHODS,
+  OTHERS,
+  choose_methods,
+  settings_of_codes,
+  unread_settings,
+  without_unconditional,
+)
+from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P
+
+FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
+GUIDANCE = {"guidance", "guidance_schedule", "image_guidance", "edit_guidance"}
+
+
+def test_every_method_of_the_config_is_an_object_and_no_other():
+  assert tuple(METHODS) == NAMES
+  assert all(SamplingConfig(name).method == name for name in METHODS)
+
+
+def test_every_field_of_the_config_is_read():
+  assert {*settings_of_codes(unconditional=True), *TEXT_SETTINGS, *GUIDANCE} == FIELDS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_of_itself(name):
+  method = METHODS[name]
+  assert set(method.settings) <= FIELDS
+  assert set(method.members) <= {TOP_P, *OTHERS}
+  assert {*method.settings} == {field for member in method.members for field in member.settings}
+  assert method.needs_unconditional == any(m.needs_unconditional for m in method.members)
+  assert method.choose([3, 4, 5], 2).shape == (3, 2)
+  if isinstance(method, TokenMethod):
+    assert method.temperature in method.numbers
+    assert set(method.numbers) <= set(method.settings)
+    assert isinstance(hash(method.compiled(SamplingConfig())), int)
+
+
+def test_settings_literals():
+  cdk = ("contrastive_k", "contrastive_alpha", "contrastive_temperature", "amateur_temperature")
+  top = ("temperature", "top_k", "top_p")
+  assert settings_of_codes(unconditional=True)[:8] == (*top, "method", *cdk)
+  alone = settings_of_codes(unconditional=False)
+  assert alone[:3] == top
+  assert not {*alone} & {*cdk}
+  assert unread_settings("top_p")[:4] == cdk
+  assert unread_settings("contrastive")[:3] == top
+  assert not {*unread_settings("mixture")} & {*top, *cdk}
+  assert without_unconditional()[0] == "top_p"
+  assert not {*without_unconditional()} & {"contrastive", "mixture"}
+
+
+def test_the_methods_of_samples():
+  """Without a stream to contrast with, a sample uses top-p."""
+  assert choose_methods("mixture", [4, 7], 1, [2, 2]) == [[TOP_P], [CONTRASTIVE]]
+  assert choose_methods("mixture", [4, 7], 2, [2, 1]) == [[TOP_P, CONTRASTIVE], [TOP_P, TOP_P]]
+  assert choose_methods("contrastive", [4, 7], 2, [3, 1]) == [[CONTRASTIVE] * 2, [TOP_P] * 2]
+  assert choose_methods("top_p", [4, 7], 1, [3, 1]) == [[TOP_P], [TOP_P]]

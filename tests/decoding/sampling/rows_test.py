@@ -1,0 +1,282 @@
+"""Rows of a batch: the exact distribution of each method, alone and beside the others."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE as CDK
+from cm3leon_jax.decoding.sampling.guidance import combine_streams
+from cm3leon_jax.decoding.sampling.method import StreamLogits
+from cm3leon_jax.decoding.sampling.methods import choose_methods
+from cm3leon_jax.decoding.sampling.rows import (
+  RowSettings,
+  Sampler,
+  SamplingValues,
+  sample,
+  select,
+  uses_of,
+)
+from cm3leon_jax.decoding.sampling.top_p import TOP_P
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
+from tests.decoding.sampling.small_rows import (
+  cdk,
+  contrastive_uses,
+  exact_scores,
+  rows_of,
+  sample_top_p,
+  top,
+)
+
+VOCABULARY, DRAWS, K = 20, 12_000, 4
+ILLEGAL = 7
+
+_rng = np.random.default_rng(3)
+GUIDED, EXPERT = (_rng.normal(size=VOCABULARY).astype(np.float32) for _ in range(2))
+AMATEUR = (0.4 * _rng.normal(size=VOCABULARY)).astype(np.float32)
+for _logits in (GUIDED, EXPERT, AMATEUR):
+  _logits[ILLEGAL] = -np.inf
+
+traces = []
+
+
+@functools.partial(jax.jit, static_argnames=("candidates", "contrastive_k"))
+def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k=K):
+  traces.append(guided.shape)
+  others = (("contrastive", contrastive_k),)
+  return sample(StreamLogits(guided, expert, amateur), keys, rows, candidates, others)
+
+
+def test_candidates_bound_the_sort():
+  """Only the selection of candidates works on the whole vocabulary; without others no CD-K."""
+  logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
+
+  def program(candidates, *others):
+    streams = StreamLogits(logits, logits, logits)
+    traced = jax.make_jaxpr(lambda rows: sample(streams, keys, rows, candidates, others))
+    return str(traced(rows_of(top(), top())))
+
+  assert "sort[" not in program(8)
+  assert program(8).count("top_k[") == 1
+  assert "k=8" in program(8)
+  assert "k=500" in program(0)
+  assert program(8, ("contrastive", K)).count("top_k[") == 2
+
+
+def exact_top(temperature=1.0, top_k=0, top_p=1.0):
+  """Distribution of one sample in float64, independent of the code, like the next two."""
+  p = np.exp(GUIDED.astype(np.float64) / temperature)
+  order = np.argsort(-p)[: top_k or VOCABULARY]
+  p_kept = p[order] / p[order].sum()
+  order = [i for i, before in zip(order, np.cumsum(p_kept) - p_kept) if before < top_p]
+  out = np.zeros_like(p)
+  out[order] = p[order] / p[order].sum()
+  return out
+
+
+def exact_cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5, k=K):
+  p = np.exp(exact_scores(EXPERT, AMATEUR / amateur_temperature, k, alpha) / temperature)
+  return p / p.sum()
+
+
+# Setting, its distribution, and another distribution that a test must reject.
+CASES = {
+  "temperature": (top(0.7), exact_top(0.7), exact_top(0.8)),
+  "top-k": (top(top_k=7), exact_top(top_k=7), exact_top(top_k=8)),
+  "top-p": (top(top_p=0.8), exact_top(top_p=0.8), exact_top(top_p=0.9)),
+  "top-k, then top-p": (
+    top(0.8, 6, 0.9),
+    exact_top(0.8, 6, 0.9),
+    exact_top(0.8, 6),
+  ),  # top-p, then top-k
+  "CD-K": (cdk(), exact_cdk(), exact_cdk(k=1)),
+  "CD-K, alpha": (cdk(alpha=0.2), exact_cdk(alpha=0.2), exact_cdk(alpha=0.5)),
+  "CD-K, temperature": (cdk(1.2), exact_cdk(1.2), exact_cdk(1.0)),
+  "CD-K, amateur": (cdk(amateur_temperature=1.0), exact_cdk(amateur_temperature=1.0), exact_cdk()),
+}
+IMAGE, CONTRASTIVE, TEXT = exact_top(0.9, 9, 0.8), exact_cdk(), exact_top(1.3, 0, 0.95)
+MIXTURE = {  # Rows in turn: of a mixture's image tokens, and text tokens.
+  "image, top-p": (IMAGE, TEXT),
+  "image, CD-K": (CONTRASTIVE, IMAGE),
+  "text, even sample": (TEXT, IMAGE),
+  "text, odd sample": (TEXT, CONTRASTIVE),
+}
+
+
+def counts(rows: RowSettings, number: int) -> np.ndarray:
+  """Histograms [number, V] of a batch in which every `number`-th row has the same setting."""
+
+  def repeat(row):
+    return np.tile(row, (len(CASES) * DRAWS, 1))
+
+  keys = jax.random.split(jax.random.key(0), len(CASES) * DRAWS)
+  rows = jax.tree.map(lambda x: np.resize(x, len(keys)), rows)
+  tokens = np.asarray(sample_rows(repeat(GUIDED), keys, rows, repeat(EXPERT), repeat(AMATEUR))[0])
+  return np.stack([np.bincount(tokens[i::number], minlength=VOCABULARY) for i in range(number)])
+
+
+def p_value(counts, p) -> float:
+  """Of a chi-square test; 0 if a sample has no probability."""
+  if counts[p == 0].any():
+    return 0.0
+  return stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue
+
+
+@functools.cache
+def case_counts():
+  return dict(zip(CASES, counts(rows_of(*(row for row, _, _ in CASES.values())), len(CASES))))
+
+
+@functools.cache
+def mixture_counts():
+  config = SamplingConfig(
+    "mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K
+  )
+  [methods] = choose_methods("mixture", [0], 2, [2])
+  uses = jax.tree.map(jnp.asarray, uses_of([*methods, *methods]))
+  is_image = jnp.array([True, True, False, False])
+  return dict(zip(MIXTURE, counts(select(is_image, uses, SamplingValues.of(config)), len(MIXTURE))))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_follow_the_exact_distribution(case):
+  _, expected, other = CASES[case]
+  histogram = case_counts()[case]
+  assert p_value(histogram, expected) > 1e-3
+  assert p_value(histogram, other) < 1e-6
+
+
+@pytest.mark.parametrize("case", MIXTURE)
+def test_a_batch_mixes_methods_and_modalities(case):
+  expected, other = MIXTURE[case]
+  histogram = mixture_counts()[case]
+  assert p_value(histogram, expected) > 1e-3
+  assert p_value(histogram, other) < 1e-6
+
+
+def test_three_streams_follow_the_exact_distribution():
+  """As those of an edit: nothing, image and instruction, image alone."""
+  generator = np.random.default_rng(11)
+  streams = generator.normal(size=(3, 1, VOCABULARY)).astype(np.float32)
+  streams[:, :, ILLEGAL] = -1e9
+  weights = np.array([0.4, 1.7, -1.1], np.float32)
+
+  def distribution(weights):
+    logits = np.einsum("s,sv->v", weights, streams[:, 0].astype(np.float64))
+    logits[ILLEGAL] = -np.inf
+    probabilities = np.exp(logits - logits.max())
+    return probabilities / probabilities.sum()
+
+  guided = combine_streams(jnp.asarray(streams), jnp.asarray(weights)).at[:, ILLEGAL].set(-jnp.inf)
+  keys = jax.random.split(jax.random.key(2), DRAWS)
+  tokens = sample_top_p(jnp.tile(guided, (DRAWS, 1)), keys, rows_of(*[top()] * DRAWS), 0)[0]
+  histogram = np.bincount(np.asarray(tokens), minlength=VOCABULARY)
+  assert p_value(histogram, distribution(weights)) > 1e-3
+  assert p_value(histogram, distribution(weights[[0, 2, 1]])) < 1e-6
+
+
+SMALL = _rng.normal(size=(3, 6, 30)).astype(np.float32)
+SMALL_ROWS = [top(1.0, 20, 0.9), cdk(alpha=0.1), top(0.5, 3), cdk(2.0), top(1.5, 0, 0.6), top(3.0)]
+
+
+def small(rows, part=slice(None)):
+  guided, expert, amateur = SMALL[:, part]
+  return sample_rows(
+    guided, jax.random.split(jax.random.key(3), 6)[part], rows_of(*rows[part]), expert, amateur
+  )
+
+
+def test_greedy_is_the_argmax():
+  tokens, log_probs = small([top(1.0, 1, 0.9)] * 6)
+  np.testing.assert_array_equal(tokens, np.argmax(SMALL[0], -1))
+  np.testing.assert_allclose(log_probs, jax.nn.log_softmax(SMALL[0]).max(-1), rtol=1e-6)
+
+
+def test_log_probs_are_those_of_the_guided_distribution():
+  tokens, log_probs = small(SMALL_ROWS)
+  assert (tokens.dtype, log_probs.dtype) == (jnp.int32, jnp.float32)
+  np.testing.assert_allclose(
+    log_probs, np.asarray(jax.nn.log_softmax(SMALL[0]))[range(6), tokens], rtol=1e-6
+  )
+
+
+def test_a_row_does_not_depend_on_the_others():
+  together = np.asarray(small(SMALL_ROWS)[0])
+  alone = [int(small(SMALL_ROWS, slice(i, i + 1))[0][0]) for i in range(6)]
+  assert together.tolist() == alone
+
+
+def test_settings_of_rows_are_those_of_separate_calls():
+  together = np.asarray(small(SMALL_ROWS)[0])
+  traced = len(traces)
+  separate = np.stack([small([row] * 6)[0] for row in SMALL_ROWS])
+  np.testing.assert_array_equal(together, separate.diagonal())
+  assert any((row != together).any() for row in separate)
+  assert len(traces) == traced  # Another setting does not recompile.
+
+
+def test_a_batch_split_over_devices_samples_the_same():
+  config = SamplingConfig("mixture", top_k=12, contrastive_k=K)
+  streams = jax.random.normal(jax.random.key(0), (3, 8, 30))
+  flags = [np.arange(8) < 6, np.arange(8) % 2 == 1]
+  sampler = Sampler.of(config)
+
+  @jax.jit
+  def tokens(guided, expert, amateur, seeds, is_image, contrastive, values):
+    keys = jax.vmap(jax.random.key)(seeds)
+    rows = select(is_image, contrastive_uses(contrastive), values)
+    streams = StreamLogits(guided, expert, amateur)
+    return sample(streams, keys, rows, sampler.of_all, sampler.others)
+
+  seeds = np.arange(8, dtype=np.uint32)
+  whole = tokens(*streams, seeds, *flags, SamplingValues.of(config))
+  with jax.set_mesh(create_mesh(MeshConfig())):
+    split = tokens(
+      *(shard(x, "batch", None) for x in streams),
+      *(shard(x, "batch") for x in (seeds, *flags)),
+      SamplingValues.of(config),
+    )
+  assert len(split[0].sharding.device_set) == 8
+  np.testing.assert_array_equal(whole[0], split[0])
+  np.testing.assert_allclose(whole[1], split[1], rtol=1e-6)
+
+
+def test_text_is_sampled_by_top_p():
+  values = SamplingValues.of(SamplingConfig("contrastive", top_k=3, text_top_k=4))
+  uses = contrastive_uses(jnp.array([True, True]))
+  rows = select(jnp.array([True, False]), uses, values)
+  used, settings = rows.others["contrastive"]
+  assert used.tolist() == [True, False]
+  np.testing.assert_allclose(rows.temperature, [0.8, 1.0])
+  assert rows.top_p.top_k.tolist() == [3, 4]
+  floats = (rows.temperature, rows.top_p.top_p, *settings)
+  assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+  assert (used.dtype, rows.top_p.top_k.dtype) == (jnp.bool, jnp.int32)
+
+
+def test_values_have_the_kinds_of_the_config():
+  """In this order: other programs would be compiled otherwise."""
+  values = SamplingValues.of(SamplingConfig(temperature=2))
+  assert values._fields[:9] == (
+    *("temperature", "top_k", "top_p", "text_temperature", "text_top_k", "text_top_p"),
+    *("contrastive_temperature", "contrastive_alpha", "amateur_temperature"),
+  )
+  whole = {name for name in values._fields[:9] if getattr(values, name).dtype == np.int32}
+  assert whole == {"top_k", "text_top_k"}
+  assert values.temperature == np.float32(2)
+
+
+def test_a_sampler_compiles_for_its_candidates():
+  sampling = SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
+  assert Sampler.of(sampling) == (5, 9, ())
+  mixture = Sampler.of(SamplingConfig("mixture", top_k=5, text_top_k=0, contrastive_k=3))
+  assert mixture == (5, 0, (("contrastive", 3),))
+  assert (mixture.for_streams(2), mixture.for_streams(1)) == (mixture, (5, 0, ()))
+
+
+def test_which_rows_use_a_method():
+  assert uses_of([TOP_P, CDK, TOP_P])["contrastive"].tolist() == [False, True, False]
