@@ -10,10 +10,11 @@ from cm3leon_jax.data.instructions.sources import store_name
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.instructions.tasks import mixture
 from cm3leon_jax.data.rows.plan import RowSource
+from cm3leon_jax.settings import Settings
 
 
 def instruction_sources(
-  settings, workdir: epath.PathLike, split: str, share: float
+  settings: Settings, workdir: epath.PathLike, split: str, share: float
 ) -> list[RowSource]:
   """Opens the instructions of a split; without tasks there are none.
 
