@@ -110,7 +110,7 @@ class TryAgain(UserError):
   exit_code = 1
 
 
-def build(cls: type[T], values, where: str = "") -> T:
+def build(cls: type[T], values: Any, where: str = "") -> T:
   """Makes the dataclass `cls` from a mapping and names the wrong field when that fails.
 
     build(TrainConfig, {"steps": 0}, "train")
@@ -144,7 +144,7 @@ def build(cls: type[T], values, where: str = "") -> T:
     raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
 
 
-def _check_value(value, path: tuple[str | int, ...], where: str) -> None:
+def _check_value(value: Any, path: tuple[str | int, ...], where: str) -> None:
   """Raises FieldError at a number outside of LARGEST or SIZES, or half a surrogate pair."""
   field = ".".join([where, *map(str, path)])
   if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):

@@ -9,6 +9,8 @@ import socket
 import sys
 import threading
 import time
+import types
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -62,11 +64,11 @@ def initialize(
     raise UserError(
       f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed alone."
     )
-  if not missing:
+  if coordinator is not None and num_processes is not None and process_id is not None:
     _check(coordinator, num_processes, process_id)
   # The service would catch SIGTERM, see training/faults/preemption.py.
   jax.config.update("jax_enable_preemption_service", False)
-  if not missing and process_id:
+  if coordinator is not None and process_id:
     _wait_for(coordinator, timeout)
   try:
     jax.distributed.initialize(
@@ -156,7 +158,7 @@ def stop_together() -> None:
   threading.Thread(target=_hear, args=(reading, seconds), name="signals", daemon=True).start()
 
 
-def _note(number: int, _) -> None:
+def _note(number: int, _: types.FrameType | None) -> None:
   if number == signal.SIGINT and _asked:
     raise KeyboardInterrupt
   _asked.append(_code(number))
@@ -197,7 +199,7 @@ def asked_to_stop() -> int:
   return code
 
 
-def gather(value) -> list:
+def gather(value: Any) -> list[Any]:
   """Gathers a JSON value of every process, in their order. All processes must call it.
 
   If one of them was asked to stop (`stop_together`), all exit here.
@@ -212,7 +214,7 @@ def gather(value) -> list:
   return [value for value, _ in found]
 
 
-def _exchange(value) -> list:
+def _exchange(value: Any) -> list[Any]:
   message = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(message)))
   padded = np.zeros(sizes.max(), np.uint8)
@@ -231,7 +233,8 @@ def together() -> Iterator[None]:
     UserError: in all processes, if the body failed in one: its UserError or TryAgain. Another error
       is raised by the process in which it failed; the others raise TryAgain with a description.
   """
-  failure, message, crash = None, "", False
+  failure: Exception | None = None
+  message, crash = "", False
   try:
     yield
   except UserError as error:

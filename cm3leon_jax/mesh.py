@@ -1,15 +1,16 @@
 """The device mesh, and the one table of the mesh axes that a logical axis is split over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import contextvars
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
 from pydantic import Field
 import pydantic.dataclasses
 
@@ -17,10 +18,11 @@ from cm3leon_jax.config import STRICT
 
 AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
+BATCH = ("data", *FSDP)  # Axes that a batch is split over.
 
 # Logical axis -> mesh axes; nothing else in the project decides what is split over what.
 RULES = {
-  "batch": ("data", *FSDP),
+  "batch": BATCH,
   "length": None,
   "layers": None,
   "act": None,  # Width of activations.
@@ -51,7 +53,7 @@ class MeshConfig:
   16 on v5e-256): XLA:TPU reduce-scatters gradients along one dimension, and all-reduces them, at
   twice the traffic, over an axis that spans two."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
         f"{_shown(self.shape)}; each must be positive, or one of them -1 (the remaining devices)."
@@ -88,11 +90,13 @@ class MeshConfig:
     return dict(zip(AXES, shape, strict=True))
 
 
-def _shown(shape) -> str:
+def _shown(shape: Sequence[int]) -> str:
   return f"mesh ({', '.join(AXES)}) = {tuple(shape)}"
 
 
-def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+def create_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
   """Makes a mesh of `devices` (default: all) with explicit axes.
 
   The network between slices (TPU slices, GPU hosts) is slow; they lie along `data`.
@@ -149,12 +153,12 @@ def spec(*axes: str | None) -> P | None:
   return None if _unsplit.get() else P(*(RULES[a] if a else None for a in axes))
 
 
-def shard(x, *axes: str | None):
+def shard(x: Array, *axes: str | None) -> Array:
   """Splits `x` by its logical `axes`; moves data if necessary. Needs a mesh (`jax.set_mesh`)."""
   return x if _unsplit.get() else jax.sharding.reshard(x, spec(*axes))
 
 
-def gathered(w):
+def gathered(w: Array) -> Array:
   """Gathers a parameter over the fsdp axes for its use.
 
   It is gathered over one axis at a time, so that each is an all-gather along one dimension of the
@@ -180,15 +184,15 @@ def gathered(w):
   return w
 
 
-def shardings(tree, mesh: jax.sharding.Mesh):
+def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   """Returns the NamedShardings of a tree of arrays or of types (`jax.eval_shape`)."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
-def abstract(tree, mesh: jax.sharding.Mesh):
+def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   """Returns the types and shardings on `mesh` of a tree of arrays, types or host arrays (whole)."""
 
-  def place(x):
+  def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()
     if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
       spec = sharding.spec  # Also over automatic axes, which the type does not name.
@@ -202,4 +206,4 @@ def abstract(tree, mesh: jax.sharding.Mesh):
 def batch_shards() -> int:
   """Returns the number of parts into which the current mesh splits a batch."""
   shape = jax.sharding.get_abstract_mesh().shape
-  return math.prod(shape[axis] for axis in RULES["batch"])
+  return math.prod(shape[axis] for axis in BATCH)

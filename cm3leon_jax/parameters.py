@@ -1,6 +1,6 @@
 """Parameters of a model as nested dicts with string keys: from and to NNX modules and files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import math
 import os
 
@@ -8,6 +8,7 @@ from etils import epath
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
@@ -18,7 +19,7 @@ from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.runs.stages import differences
 
 
-def structure(make) -> tuple[nnx.GraphDef, nnx.State]:
+def structure(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
   """Splits the module that `make()` returns, without computing it, for `fill`."""
   return nnx.split(nnx.eval_shape(make))
 
@@ -40,7 +41,7 @@ def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
   return nnx.merge(graphdef, state)
 
 
-def random(state: nnx.State, key) -> dict:
+def random(state: nnx.State, key: Key[Array, ""]) -> dict:
   """Initializes the parameters of a module from its abstract state, as a pure dict.
 
   Kernels are normal with variance 1 / fan-in, biases 0, codes standard normal.
@@ -93,8 +94,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
     raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
   expected = traverse_util.flatten_dict(expected, sep=".")
   # As text: the shape of a scalar is empty, and what is empty may be absent.
-  shapes = [{name: str(x.shape) for name, x in tensors.items()} for tensors in (flat, expected)]
-  if changed := differences(*shapes):
+  found, wanted = ({name: str(x.shape) for name, x in xs.items()} for xs in (flat, expected))
+  if changed := differences(found, wanted):
     raise UserError(f"{path} does not fit the config beside it ({changed[0]}): {remedy}.")
   if bad := not_finite(flat):
     raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")

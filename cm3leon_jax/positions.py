@@ -6,11 +6,14 @@ import itertools
 
 from jaxtyping import Int32
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.vocab import VocabLayout
 
 
-def positions_of(tokens, vocab: VocabLayout, align_images: bool) -> Int32[np.ndarray, " T"]:
+def positions_of(
+  tokens: npt.ArrayLike, vocab: VocabLayout, align_images: bool
+) -> Int32[np.ndarray, " T"]:
   """Numbers the tokens of a sample: 0, 1, 2, ..., or from its images (`model.align_images`).
 
     tokens   </s>  7 <break> 91 92 <break>  8  9 <break> 93 94 </s>

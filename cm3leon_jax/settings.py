@@ -49,7 +49,7 @@ class Settings:
   sampling: SamplingConfig
   evaluation: EvaluationConfig
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.model.vocab_size != self.vocab.size:
       raise ValueError(
         f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}: "
@@ -106,7 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-def settings_from_config(config) -> Settings:
+def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Settings:
   """Builds every section.
 
   Raises:

@@ -1,5 +1,8 @@
 """Compiler options by kind of device: all XLA flags that this project sets."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
 # Start of `jax.Device.device_kind` -> option -> (value, reason and source). Asynchronous
@@ -36,7 +39,9 @@ DECODE_OPTIONS = {
 }
 
 
-def compiler_options(mesh: jax.sharding.Mesh, options=OPTIONS) -> dict:
+def compiler_options(
+  mesh: jax.sharding.Mesh, options: Mapping[str, Mapping[str, tuple[Any, str]]] = OPTIONS
+) -> dict[str, Any]:
   """Returns `jax.jit`'s compiler_options for programs on `mesh`, from one of the tables above."""
   kind = mesh.devices.flat[0].device_kind
   return {

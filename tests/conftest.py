@@ -37,7 +37,9 @@ import pytest
 
 pytest_plugins = ["tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
-CHECKED = [f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "training")]
+CHECKED = [
+  f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
+]
 install_import_hook(CHECKED, "beartype.beartype")
 # A deadline of 200 ms an example is missed now and then on a busy machine.
 hypothesis.settings.register_profile("no_deadline", deadline=None)

@@ -3,13 +3,16 @@
 # B batch, D width, F feed-forward, N heads, E embedding, H height, W width, K layers,
 # S side of the images in pixels.
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+from typing import Any
 
 from etils import epath
 import jax
 from jaxtyping import Float32, UInt8
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
@@ -23,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # `eos_token_id` in config.json before transformers 4.31; the end is the tokenizer's largest id.
 OLD_EOS_ID = 2
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
@@ -116,7 +119,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   )  # fmt: skip
 
 
-def _encoder(config, where: str) -> EncoderSizes:
+def _encoder(config: Any, where: str) -> EncoderSizes:
   if config.hidden_act not in ACTIVATIONS:
     raise UserError(
       f"{where}.hidden_act is '{config.hidden_act}'; it must be one of {', '.join(ACTIVATIONS)}."
@@ -130,6 +133,7 @@ def _encoder(config, where: str) -> EncoderSizes:
 def layer_shapes(encoder: EncoderSizes) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a layer's tensors by their names in a checkpoint; matrices [out, in]."""
   D, F = encoder.width, encoder.mlp_width
+  matrices: dict[str, tuple[int, ...]]
   matrices = {f"self_attn.{name}_proj": (D, D) for name in ("q", "k", "v", "out")}
   matrices |= {"mlp.fc1": (F, D), "mlp.fc2": (D, F)}
   vectors = {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
@@ -163,7 +167,9 @@ def tensor_shapes(config: HFCLIPConfig) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-def stack_layers(tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype) -> dict:
+def stack_layers(
+  tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype: npt.DTypeLike
+) -> dict:
   """Makes parameters of the tensors of a checkpoint, with the layers of each side stacked.
 
   Names stay; layers become `{side}.layers`. Norms are fp32, other tensors `dtype`.
@@ -172,6 +178,7 @@ def stack_layers(tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype) ->
   def cast(name: str) -> np.ndarray:
     return np.asarray(tensors[name], np.float32 if "norm" in name else dtype)
 
+  params: dict[str, Any]
   params = {name: cast(name) for name in tensor_shapes(config) if ".layers." not in name}
   for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
     layers = [f"{side}.encoder.layers.{i}" for i in range(encoder.layers)]
@@ -197,7 +204,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
     raise UserError(
       f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."
     )
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for path in (folder / name for name in names):
     if not path.exists():
       raise UserError(f"{path} does not exist, but {folder / INDEX} names it; download it again.")
@@ -221,7 +228,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   return tensors
 
 
-def read_processing(folder: epath.PathLike, config: HFCLIPConfig):
+def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, Any]:
   """Reads the tokenizer and the image processor of a checkpoint; needs no torch.
 
   Raises:
@@ -265,7 +272,9 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig):
   return tokenizer, processor
 
 
-def preprocess(processor, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B 3 S S"]:
+def preprocess(
+  processor: Callable[..., Mapping[str, Any]], images: UInt8[np.ndarray, "B H W 3"]
+) -> Float32[np.ndarray, "B 3 S S"]:
   """Scales, crops and normalizes images with the image processor of a checkpoint."""
   # Without input_data_format, an image of height 3 counts as one with its channels first.
   batch = processor(list(images), return_tensors="np", input_data_format="channels_last")

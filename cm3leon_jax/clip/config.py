@@ -56,6 +56,6 @@ class CLIPConfig:
   checkpoint_every: PositiveInt = 1_000
   """Number of steps between two states that a killed run continues from."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.resolution % self.patch:
       raise ValueError(f"patch = {self.patch} does not divide resolution = {self.resolution}.")

@@ -3,9 +3,10 @@
 # B batch, L length, D width, F feed-forward, N heads, E embedding, H height, W width, h and w of
 # the grid of patches, S side of the images in pixels, K layers.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import copy
 import functools
+from typing import Any
 
 from etils import epath
 import jax
@@ -33,7 +34,7 @@ DTYPES = ("float32", "bfloat16")
 ROWS_PER_DEVICE = 64
 
 
-def _norm(x, params: dict, name: str, epsilon: float):
+def _norm(x: Float[Array, "*B D"], params: dict, name: str, epsilon: float) -> Float[Array, "*B D"]:
   """Applies a layer norm to [..., D] in fp32; returns the dtype of x."""
   y = jax.nn.standardize(x.astype(jnp.float32), axis=-1, epsilon=epsilon)
   axes = range(x.ndim - 1)
@@ -41,7 +42,7 @@ def _norm(x, params: dict, name: str, epsilon: float):
   return (y * scale + bias).astype(x.dtype)
 
 
-def _linear(x, params: dict, name: str):
+def _linear(x: Float[Array, "B L I"], params: dict, name: str) -> Float[Array, "B L O"]:
   """Applies a linear layer: [B, L, in] -> [B, L, out]."""
   return jnp.einsum("BLI,OI->BLO", x, params[f"{name}.weight"]) + params[f"{name}.bias"][None, None]
 
@@ -53,7 +54,7 @@ def run_layers(
   B, L, D = x.shape
   heads = (B, L, encoder.heads, D // encoder.heads)
 
-  def layer(x, params):
+  def layer(x: Float[Array, "B L D"], params: dict) -> tuple[Float[Array, "B L D"], None]:
     y = _norm(x, params, "layer_norm1", encoder.epsilon)
     qkv = (_linear(y, params, f"self_attn.{name}_proj").reshape(heads) for name in "qkv")
     # The softmax is in fp32.
@@ -65,7 +66,7 @@ def run_layers(
   return jax.lax.scan(layer, x, layers)[0]
 
 
-def _project(x, weight):
+def _project(x: Float[Array, "B D"], weight: Float[Array, "E D"]) -> Float32[Array, "B E"]:
   """Projects [B, D] to [B, E] fp32 of norm 1."""
   return normalize(jnp.einsum("BD,ED->BE", x, weight, preferred_element_type=jnp.float32))
 
@@ -117,8 +118,8 @@ class HFCLIP:
     self,
     config: HFCLIPConfig,
     params: dict,
-    tokenizer,
-    processor,
+    tokenizer: Any,
+    processor: Callable[..., Mapping[str, Any]],
     devices: Sequence[jax.Device] | None = None,
   ):
     """Puts `params`, see `stack_layers`, on `devices`, by default all of this host.
@@ -142,9 +143,9 @@ class HFCLIP:
     if dtype not in DTYPES:
       raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
     config = read_config(folder)
-    processing = read_processing(folder, config)
+    tokenizer, processor = read_processing(folder, config)
     params = stack_layers(read_tensors(folder, config), config, jnp.dtype(dtype))
-    return cls(config, params, *processing, devices)
+    return cls(config, params, tokenizer, processor, devices)
 
   def in_batches(self, size: int) -> "HFCLIP":
     """Returns this model with batches of `size` rows, if fewer, rounded up for its devices."""
@@ -163,8 +164,8 @@ class HFCLIP:
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)
     for row, ids in zip(tokens, texts):
-      ids = [start, *ids[: self.config.text_length - 2], end]
-      row[: len(ids)] = ids
+      framed = [start, *ids[: self.config.text_length - 2], end]
+      row[: len(framed)] = framed
     return tokens
 
   def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
@@ -180,7 +181,9 @@ class HFCLIP:
       )
     return self._batched(embed_pixels, images, functools.partial(preprocess, self.processor))
 
-  def _batched(self, embed, rows: np.ndarray, prepare) -> np.ndarray:
+  def _batched(
+    self, embed: Callable[..., Array], rows: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray]
+  ) -> np.ndarray:
     """Embeds `prepare(rows)` in batches of one shape, the last padded with zeros."""
     size, sharding = self.batch_size, NamedSharding(self.mesh, P("data"))
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)

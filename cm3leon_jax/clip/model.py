@@ -8,12 +8,13 @@ import copy
 import dataclasses
 import functools
 import itertools
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt8
 import numpy as np
 
 from cm3leon_jax import parameters
@@ -144,7 +145,8 @@ class CLIPModel(nnx.Module):
   """Both encoders, their projections and the temperature."""
 
   def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
-    self.image = {"vit": ViTEncoder, "conv": ConvEncoder}[config.image_encoder](config, rngs)
+    encoder = ViTEncoder if config.image_encoder == "vit" else ConvEncoder
+    self.image = encoder(config, rngs)
     self.text = TextEncoder(config, text_size, rngs)
     self.image_projection = nnx.Linear(
       config.image_width, config.embed_dim, use_bias=False, rngs=rngs
@@ -169,11 +171,11 @@ def normalize(x: Float[Array | np.ndarray, "... E"]) -> Float[Array, "... E"]:
 
 
 @functools.cache
-def _structure(config: CLIPConfig, text_size: int):
+def _structure(config: CLIPConfig, text_size: int) -> tuple[nnx.GraphDef, nnx.State]:
   return parameters.structure(lambda: CLIPModel(config, text_size, nnx.Rngs(0)))
 
 
-def init_params(config: CLIPConfig, text_size: int, key) -> dict:
+def init_params(config: CLIPConfig, text_size: int, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters."""
   return parameters.to_dict(
     nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param)
@@ -203,12 +205,16 @@ def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.n
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_images(config, text_size, params, images):
+def _embed_images(
+  config: CLIPConfig, text_size: int, params: dict, images: UInt8[Array, "B H W 3"]
+) -> Float32[Array, "B E"]:
   return bind(config, text_size, params).embed_images(to_float(images))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_texts(config, text_size, params, tokens):
+def _embed_texts(
+  config: CLIPConfig, text_size: int, params: dict, tokens: Int32[Array, "B L"]
+) -> Float32[Array, "B E"]:
   return bind(config, text_size, params).embed_texts(tokens)
 
 
@@ -280,7 +286,7 @@ class CLIP:
     """Embeds captions, given as ids, with norm 1; raises UserError at one without ids."""
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
-  def _batched(self, embed, rows: np.ndarray) -> np.ndarray:
+  def _batched(self, embed: Callable[..., Array], rows: np.ndarray) -> np.ndarray:
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)
     for start in range(0, len(rows), self.batch_size):
       batch = rows[start : start + self.batch_size]
@@ -291,13 +297,24 @@ class CLIP:
     return out
 
 
+@runtime_checkable
+class Embedder(Protocol):
+  """A model that embeds images and captions with norm 1: `CLIP` or `huggingface.HFCLIP`."""
+
+  def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
+    """Embeds images, uint8 [B, H, W, 3]."""
+
+  def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
+    """Embeds captions, given as ids."""
+
+
 def clip_score(
-  clip, images: UInt8[np.ndarray, "B H W 3"], texts: Sequence[Int[np.ndarray, " _"]]
+  clip: Embedder, images: UInt8[np.ndarray, "B H W 3"], texts: Sequence[Int[np.ndarray, " _"]]
 ) -> Float32[np.ndarray, " B"]:
   """Computes the cosine similarity of each image and its caption.
 
   Args:
-    clip: `CLIP` or `huggingface.HFCLIP`.
+    clip: the model.
     images: images of the size that `clip` takes.
     texts: ids of one caption per image, see `clip.encode`.
   """

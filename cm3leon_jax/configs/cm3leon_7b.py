@@ -6,10 +6,12 @@ cm3leon train --config=cm3leon_7b:paper --workdir=runs/cm3leon_7b_paper
 Its image tokenizer and its CLIP train on one host, unless both are published ones: see base.py.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config = base.get_config(variant, learning_rate=1.2e-4, tokens=2.4e12)
   config.model.update({"num_layers": 32, "width": 4_096, "num_heads": 32, "mlp_width": 16_384})
   config.train.update({"rows_per_device": 4})

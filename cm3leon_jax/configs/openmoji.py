@@ -9,13 +9,15 @@ neighbors of a finished run of minutes, for hours on two cores or minutes on a G
 explains both choices.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
 LONG_STEPS = 2_000
 
 
-def get_config(variant: str = "15"):
+def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "openmoji")
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()

@@ -8,6 +8,7 @@ are None here follow from what `cm3leon prepare_data` counts: resolution, size o
 vocabulary, share of texts, batches and steps. docs/own_images.md walks through a run.
 """
 
+import ml_collections
 from ml_collections import config_dict
 
 from cm3leon_jax.configs import base
@@ -22,7 +23,7 @@ FOLLOW = {
 }
 
 
-def get_config(variant: str = "15"):
+def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.get_config()
   config.train.minutes = 15 * base.scale_of(variant, "own", named=())
   # Of 300 images, a few mistakes are many.
@@ -39,7 +40,7 @@ def get_config(variant: str = "15"):
   return config
 
 
-def _set_encoders(config):
+def _set_encoders(config: ml_collections.ConfigDict) -> None:
   # A code is a square of 6 x 6 pixels, and depends on them alone. Few codes are learned in minutes.
   config.vqgan.update({"downsample": 6, "stem": 6, "local_codes": True, "width": 64})
   config.vqgan.update({"multipliers": (1,), "encoder_blocks": (1,), "decoder_blocks": (2,)})
@@ -56,7 +57,7 @@ def _set_encoders(config):
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512})
 
 
-def _set_decoder(config):
+def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.data.update({"sequence_length": 512, "pack_window": 1_024, "mean_spans": 0.3})
   # A hidden code must be found in the neighbor.
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})

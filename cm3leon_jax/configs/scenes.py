@@ -9,13 +9,15 @@ larger decoder. docs/design.md explains the choices, docs/retrieval_ablation.md 
 small decoder copy from its neighbors.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_200}  # In 15 minutes.
 LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
 
 
-def get_config(variant: str = "15"):
+def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes")
   steps = (
     LONG_STEPS
@@ -37,7 +39,7 @@ def get_config(variant: str = "15"):
   return config
 
 
-def _set_world(config):
+def _set_world(config: ml_collections.ConfigDict) -> None:
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   # Colors are learned last, those of two objects later still: captions that name them are more
   # frequent than the rest.
@@ -49,7 +51,7 @@ def _set_world(config):
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
 
 
-def _set_encoders(config):
+def _set_encoders(config: ml_collections.ConfigDict) -> None:
   # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
@@ -70,7 +72,7 @@ def _set_encoders(config):
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
 
 
-def _set_decoder(config):
+def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
   config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
@@ -93,7 +95,7 @@ def _set_decoder(config):
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.25), "scene_neighbors": 1})
 
 
-def _lengthen(config):
+def _lengthen(config: ml_collections.ConfigDict) -> None:
   config.scenes.update({"train": 80_000})
   config.vqgan.update({"learning_rate": 5e-3, "l1_weight": 0.5})  # As the bundled model's.
   config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})

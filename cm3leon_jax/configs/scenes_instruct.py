@@ -10,12 +10,14 @@ on more records, 80 minutes on two idle cores, and `redrawn`, 3,000 steps from `
 records, half of whose given images look as if the model had drawn them, 20 minutes.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base, scenes
 
 STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 
 
-def get_config(variant: str = "15"):
+def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
   config = scenes.get_config("long")  # The model of the bundle.
   config.scenes.update({"train": 8_000})  # Of them some are replayed.

@@ -7,12 +7,14 @@ The variant is the time in minutes that `cm3leon reinforce` may take on two core
 scales only the steps.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base, scenes_instruct
 
 STEPS = 125  # In 15 minutes.
 
 
-def get_config(variant: str = "30"):
+def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
   # Of the run's own tasks only held-out records are read as rows.

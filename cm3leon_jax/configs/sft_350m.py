@@ -9,8 +9,10 @@ cm3leon train --config=sft_350m:paper --workdir=runs/sft_350m_paper \\
 stages before the training.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base, cm3leon_350m
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return base.instruction_tuning(cm3leon_350m.get_config(variant))

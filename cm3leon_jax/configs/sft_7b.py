@@ -9,8 +9,10 @@ cm3leon train --config=sft_7b:paper --workdir=runs/sft_7b_paper \\
 stages before the training.
 """
 
+import ml_collections
+
 from cm3leon_jax.configs import base, cm3leon_7b
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return base.instruction_tuning(cm3leon_7b.get_config(variant))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import os
+from typing import IO, Any
 
 from etils import epath
 import fsspec
@@ -16,7 +17,7 @@ from cm3leon_jax.files import buckets
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
-def open_filesystem(path: epath.PathLike):
+def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
   """Returns the filesystem of a path or URL, and the path in it.
 
   A name with `::` stays a name, while fsspec takes it for a chain of URLs: a stranger's name of an
@@ -60,7 +61,7 @@ def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def replacing(path: epath.PathLike, mode: str = "wb"):
+def replacing(path: epath.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
   """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
   encoding = {} if "b" in mode else {"encoding": "utf-8"}
   with partial_path(path) as partial, partial.open(mode, **encoding) as file:

@@ -85,7 +85,7 @@ def is_logged(record: logging.LogRecord) -> bool:
   return not (of_orbax and record.exc_info and is_full(record.exc_info[1]))
 
 
-def print_unraisable(found) -> None:
+def print_unraisable(found: "sys.UnraisableHookArgs") -> None:
   """Prints an error that nobody can catch, unless TensorStore reports to a closed event loop.
 
   After the first array that cannot be written Orbax closes the loop, and the writes of the others

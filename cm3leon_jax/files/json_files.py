@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import json
 import os
 import stat
+from typing import Any
 
 from etils import epath
 
@@ -18,12 +19,12 @@ FOREIGN_BYTES = 2**26  # Read, JSON takes 50 times its bytes; large tokenizers h
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
 
-def plain(value):
+def plain(value: Any) -> Any:
   """Returns a value as it is read from JSON: tuples as lists, numpy scalars as numbers."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 
-def write_json(path: epath.PathLike, value) -> None:
+def write_json(path: epath.PathLike, value: Any) -> None:
   """Writes a JSON file, see `replacing`."""
   with replacing(path, "w") as file:
     file.write(json.dumps(plain(value), indent=1) + "\n")
@@ -33,7 +34,7 @@ def read_json(
   path: epath.PathLike,
   fields: Fields | None = None,
   remedy: str = "delete it and run its stage again",
-):
+) -> Any:
   """Reads a JSON file.
 
   Args:
@@ -60,7 +61,7 @@ def read_json(
   return value
 
 
-def lacks(value, fields: Fields | None) -> str:
+def lacks(value: Any, fields: Fields | None) -> str:
   """Says what keeps a value from being an object with these fields; "" if nothing does."""
   if fields is None:
     return ""
@@ -88,7 +89,7 @@ def check_foreign(path: epath.PathLike, most_bytes: int | None = None) -> None:
     raise UserError(f"{path} has {size:,} bytes; it may have {most_bytes:,}: {GET_AGAIN}.")
 
 
-def read_foreign_json(path: epath.PathLike, fields: Fields | None = None):
+def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any:
   """Reads a JSON file that another program wrote, of at most `FOREIGN_BYTES`.
 
   Raises:

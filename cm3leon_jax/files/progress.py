@@ -1,6 +1,7 @@
 """Progress of long work: a bar in a terminal, a line now and then in a log."""
 
 import sys
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -12,7 +13,7 @@ class _Lines:
 
   encoding = "ascii"
 
-  def __init__(self, stream):
+  def __init__(self, stream: TextIO) -> None:
     self._stream = stream
 
   def write(self, text: str) -> None:
@@ -28,7 +29,7 @@ def is_interactive() -> bool:
   return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
 
 
-def progress_bar(*args, **options) -> tqdm:
+def progress_bar(*args: Any, **options: Any) -> tqdm:
   """Returns a tqdm bar on stderr, with the arguments of tqdm.
 
   In a terminal or notebook it is redrawn every second. Elsewhere (a file, a pipe, the log of a pod)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
+import types
 from typing import Protocol
 
 from etils import epath
@@ -33,7 +34,7 @@ class Runner:
   workers: int = 1
   worker_cpus: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.kind not in RUNNERS:
       raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
@@ -114,9 +115,10 @@ def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
 class _Worker:
   """Processes shards and records them; built once in each worker."""
 
-  def __init__(self, job: ShardJob, folder: epath.Path):
+  def __init__(self, job: ShardJob, folder: epath.Path) -> None:
     buckets.prepare_access()
-    self._job, self._folder, self._process = job, folder, None
+    self._job, self._folder = job, folder
+    self._process: Callable[[str], dict] | None = None
 
   def __call__(self, row: dict) -> dict:
     """Processes {"shard": name, "config": JSON}.
@@ -168,18 +170,18 @@ def _ray(job: ShardJob, folder: epath.Path, rows: list[dict], runner: Runner) ->
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # `run_shards` has its own.
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(rows)))
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    data = data.map(
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    results = items.map(
       _Worker, fn_constructor_args=(job, folder), compute=workers, num_cpus=runner.worker_cpus
     )
-    for row in data.iter_rows():
+    for row in results.iter_rows():
       yield _result(row)
   finally:
     if started:
       ray.shutdown()
 
 
-def _connect(ray, runner: Runner) -> None:
+def _connect(ray: types.ModuleType, runner: Runner) -> None:
   try:
     if runner.address:
       ray.init(runner.address, log_to_driver=False, logging_level="warning")

@@ -2,7 +2,7 @@
 
 # N heads, G heads of keys and values, H head size, D width, A width of all heads.
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import functools
 
 from jaxtyping import Float
@@ -147,7 +147,11 @@ def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(
-  source: SourceCheckpoint, layer: str, shapes, times: int, groups: int
+  source: SourceCheckpoint,
+  layer: str,
+  shapes: Mapping[str, tuple[int, ...]],
+  times: int,
+  groups: int,
 ) -> Iterator[Tensor]:
   """Yields the tensors of a layer."""
   for name, shape in shapes.items():
@@ -160,7 +164,7 @@ def _layer(
       yield Tensor(f"{layer}.{name}", shape, "float32", read)
 
 
-def _repeated(read, groups: int, times: int) -> np.ndarray:
+def _repeated(read: Callable[[], np.ndarray], groups: int, times: int) -> np.ndarray:
   return repeat_heads(read(), groups, times)
 
 

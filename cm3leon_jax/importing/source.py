@@ -59,7 +59,7 @@ class SourceCheckpoint:
       )
     return value
 
-  def part(self, name: str, kind: type):
+  def part(self, name: str, kind: type) -> Any:
     """Returns an object or a list of config.json, empty if it is absent. Raises UserError."""
     found = self.described.get(name)
     if found is None:

@@ -1,6 +1,6 @@
 """The text tokenizer of a published model, with its ids after the special tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
@@ -115,6 +115,7 @@ def _types(part: Mapping[str, Any] | None) -> list[str]:
     return []
   if part.get("type") != "Sequence":
     return [part.get("type", "")]
+  inner: Sequence[Mapping[str, Any]]
   inner = next((part[n] for n in ("normalizers", "pretokenizers", "decoders") if n in part), [])
   return [kind for one in inner for kind in _types(one)]
 

@@ -2,20 +2,25 @@
 
 # B batch, L length (queries), T length (keys), N heads, H head size.
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, DTypeLike, Float, Int32
+import numpy as np
 
 from cm3leon_jax.mesh import spec
 
 BLOCK = 256  # Queries of one masked product.
-Heads, Ids = Float[Array, "B L N H"], Int32[Array, "B L"]
+Heads: TypeAlias = Float[Array, "B L N H"]
+Ids: TypeAlias = Int32[Array, "B L"]
 
 
-def wide(dtype):
+def wide(dtype: DTypeLike) -> np.dtype:
   """Returns the dtype of sums that need all digits: fp32, or fp64 for fp64."""
   return jnp.promote_types(dtype, jnp.float32)
 
@@ -53,7 +58,9 @@ def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
   return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention")
 
 
-def _per_shard(kernel, q, k, v, segment_ids):
+def _per_shard(
+  kernel: Callable[..., Array], q: Heads, k: Heads, v: Heads, segment_ids: Ids
+) -> Heads:
   """Calls `kernel` for every device's part of batch and heads, with q, k and v as [B, N, L, H]."""
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
   call = jax.shard_map(
@@ -71,7 +78,12 @@ def splash_attention(
   sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
   blocks = splash.BlockSizes(**dict.fromkeys(sizes, block))
 
-  def local(q, k, v, segment_ids):
+  def local(
+    q: Float[Array, "B N L H"],
+    k: Float[Array, "B N L H"],
+    v: Float[Array, "B N L H"],
+    segment_ids: Ids,
+  ) -> Float[Array, "B N L H"]:
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1])
     kernel = splash.make_splash_mha(
       mask=mask,
@@ -82,7 +94,12 @@ def splash_attention(
       interpret=interpret,
     )
 
-    def row(q, k, v, s):
+    def row(
+      q: Float[Array, "N L H"],
+      k: Float[Array, "N L H"],
+      v: Float[Array, "N L H"],
+      s: Int32[Array, " L"],
+    ) -> Float[Array, "N L H"]:
       return kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
 
     return jax.vmap(row)(q * scale, k, v, segment_ids)
@@ -99,7 +116,12 @@ def triton_attention(
   """
   from jax.experimental.pallas.ops.gpu import attention as gpu  # Here: jax 0.12 warns of it.
 
-  def local(q, k, v, segment_ids):
+  def local(
+    q: Float[Array, "B N L H"],
+    k: Float[Array, "B N L H"],
+    v: Float[Array, "B N L H"],
+    segment_ids: Ids,
+  ) -> Float[Array, "B N L H"]:
     rows_first = (x.swapaxes(1, 2) for x in (q, k, v))
     out = gpu.mha(
       *rows_first, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret

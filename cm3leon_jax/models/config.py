@@ -89,7 +89,7 @@ class ModelConfig:
   loss_chunk: PositiveInt = 256
   """Tokens of a row whose logits exist at the same time in the loss."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.head_size and self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:

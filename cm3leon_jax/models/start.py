@@ -45,7 +45,7 @@ def params_from_codebook(
   rows = jnp.pad(rows, ((text_size, 0), (0, 0)))
   is_code = jnp.arange(config.vocab_size)[:, None] >= text_size
 
-  def start(table, std: float):
+  def start(table: Float[Array, "V D"], std: float) -> Float[Array, "V D"]:
     layout = jax.typeof(table).sharding.spec
     near = jax.sharding.reshard(math.sqrt(share) * std * rows, layout)
     return jnp.where(is_code, math.sqrt(1 - share), 1) * table + near

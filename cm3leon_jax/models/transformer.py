@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any, TypeAlias
 
 from flax import nnx
 import jax
@@ -24,11 +25,15 @@ ACTIVATIONS: dict[str, Callable] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-Ids, Stream = Int32[Array, "B L"], Float[Array, "B L D"]
-Vectors = Float[Array, "*batch D"]
+Ids: TypeAlias = Int32[Array, "B L"]
+Stream: TypeAlias = Float[Array, "B L D"]
+Vectors: TypeAlias = Float[Array, "*batch D"]
+Layer: TypeAlias = Callable[["Stream", "Block"], tuple["Stream", None]]
 
 
-def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
+def _param(
+  rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float
+) -> nnx.Param:
   sample = jax.random.truncated_normal(
     rngs.params(), -3.0, 3.0, shape, jnp.float32, out_sharding=spec(*axes)
   )
@@ -115,10 +120,10 @@ def apply_block(
   rows = ("batch", "length")
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
 
-  def product(equation, x, w, axes):
+  def product(equation: str, x: Array, w: Array, axes: tuple[str, ...]) -> Array:
     return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
 
-  def scale(name):
+  def scale(name: str) -> Float[Array, " D"] | None:
     return params[name]["scale"] if name in params else None
 
   h = apply_norm(scale("norm1"), x)
@@ -155,17 +160,21 @@ def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
   return _rows(table.astype(dtype), ids)
 
 
-def _rows(table, ids):
+def _rows(table: Float[Array, "V D"], ids: Ids) -> Stream:
   # Gathering the fsdp shards first keeps XLA from rematerializing the whole table; rows stay split
   # over tensor.
   return gathered(table).at[ids].get(out_sharding=spec("batch", "length", "act"))
 
 
-def _look_up_forward(table, ids, dtype):
+def _look_up_forward(
+  table: Float[Array, "V D"], ids: Ids, dtype: str
+) -> tuple[Stream, tuple[Array, Array]]:
   return look_up(table, ids, dtype), (table, ids)
 
 
-def _look_up_backward(dtype, kept, cotangent):
+def _look_up_backward(
+  dtype: str, kept: tuple[Array, Array], cotangent: Stream
+) -> tuple[Float[Array, "V D"], None]:
   table, ids = kept
   wide = attention.wide(table.dtype)
   _, transposed = jax.vjp(functools.partial(_rows, ids=ids), table.astype(wide))
@@ -234,7 +243,7 @@ class Transformer(nnx.Module):
       attention.row_attention, self.config.attention, segment_ids=segment_ids
     )
 
-    def layer(x, block):
+    def layer(x: Stream, block: Block) -> tuple[Stream, None]:
       return block(checkpoint_name(x, "input"), positions, attend), None
 
     x, _ = jax.lax.scan(
@@ -256,7 +265,7 @@ KEPT = {
 }
 
 
-def _checkpointed(layer, policy: str):
+def _checkpointed(layer: Layer, policy: str) -> Layer:
   if policy == "none":
     return layer
   if policy == "offload":
@@ -273,7 +282,7 @@ def _checkpointed(layer, policy: str):
 
 def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
   """Computes the logits for rows of the output table in fp32, split over `tensor`."""
-  out = {
+  out: dict[str, Any] = {
     "preferred_element_type": attention.wide(hidden.dtype),
     "out_sharding": spec("batch", "length", "vocab"),
   }
@@ -281,7 +290,7 @@ def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
 
 
 @functools.cache
-def _structure(config: ModelConfig):
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
   return parameters.structure(lambda: Transformer(config, nnx.Rngs(0)))
 
 

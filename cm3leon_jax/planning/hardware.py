@@ -7,6 +7,7 @@ import re
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
+from cm3leon_jax.training.watch.flops import device_peak
 
 GPUS_PER_HOST = 8
 # Of a GPU's memory: launchers of GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION to it, JAX's default is
@@ -195,3 +196,10 @@ def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
   return Hardware(
     name, chip, "gpu", gpu.device_kind, memory, (per_host,), count // per_host, per_host
   )
+
+
+def peak_of(device_kind: str) -> float:
+  """Returns `flops.device_peak` of a kind of device that it knows; raises ValueError at others."""
+  if (peak := device_peak(device_kind)) is None:
+    raise ValueError(f"the peak of {device_kind} is not known.")
+  return peak

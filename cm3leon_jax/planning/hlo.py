@@ -43,7 +43,11 @@ class HloInstruction:
   def attribute(self, pattern: str) -> str | None:
     """Returns the first group of a pattern in operands and attributes, None if nothing matches."""
     match = re.search(pattern, self.rest)
-    return match and match.group(1)
+    return match.group(1) if match else None
+
+  def required(self, pattern: str) -> str:
+    """Returns `attribute`; raises ValueError if nothing matches."""
+    return _match(pattern, self.rest).group(1)
 
   @property
   def operands(self) -> list[str]:
@@ -72,7 +76,7 @@ class Program:
 
   def _callees(self, caller: str, instruction: HloInstruction) -> Iterator[tuple[str, int]]:
     if instruction.op == "while":
-      yield instruction.attribute(r"body=%?([\w.\-]+)"), self._trips(caller, instruction)
+      yield instruction.required(r"body=%?([\w.\-]+)"), self._trips(caller, instruction)
     elif instruction.op in ("fusion", "call", "async-start"):
       if name := instruction.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)"):
         yield name, 1
@@ -86,14 +90,14 @@ class Program:
 
     XLA may take the first iteration out of a loop ("peel" it), which then starts at 1.
     """
-    condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+    condition = self.computations[loop.required(r"condition=%?([\w.\-]+)")]
     ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
     if not ends:
       return 1  # A loop whose end depends on data counts once.
     places = [i for i in condition if _is_index(i) and i.op == "get-tuple-element"]
     start = 0
     if len(places) == 1:
-      start = self._carried(caller, loop, int(places[0].attribute(r"index=(\d+)")))
+      start = self._carried(caller, loop, int(places[0].required(r"index=(\d+)")))
     return max(ends) - start
 
   def _carried(self, caller: str, loop: HloInstruction, place: int) -> int:
@@ -110,7 +114,7 @@ class Program:
     """Counts how often each computation runs in one call of the program."""
     runs: Counter = Counter()
 
-    def visit(name: str, times: int):
+    def visit(name: str, times: int) -> None:
       runs[name] += times
       for instruction in self.computations[name]:
         for callee, trips in self._callees(name, instruction):
@@ -174,7 +178,7 @@ class Program:
 
     None stands for the whole array.
     """
-    inner = self.computations[i.attribute(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
+    inner = self.computations[i.required(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
     names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
     if i.op == "fusion":
       names.sort(key=lambda name: int(next(x for x in inner if x.name == name).rest.split(")")[0]))
@@ -213,7 +217,7 @@ class Program:
         entry = kinds.setdefault(kind, [0, 0])
         entry[0] += times
         entry[1] += times * moved
-    return {kind: tuple(kinds[kind]) for kind in sorted(kinds)}
+    return {kind: (kinds[kind][0], kinds[kind][1]) for kind in sorted(kinds)}
 
   def _continues_another(self, computation: str) -> bool:
     """Returns whether a computation only continues an asynchronous collective.
@@ -275,7 +279,14 @@ def _constant(instruction: HloInstruction) -> int:
 
 
 def _number(field: str, text: str) -> int:
-  return int(re.search(rf"{field}=(\d+)", text).group(1))
+  return int(_match(rf"{field}=(\d+)", text).group(1))
+
+
+def _match(pattern: str, text: str) -> re.Match[str]:
+  """Searches for a pattern that must be there; raises ValueError if it is not."""
+  if (found := re.search(pattern, text)) is None:
+    raise ValueError(f"no {pattern} in {text}")
+  return found
 
 
 def _main_bytes(text: str) -> float:
@@ -309,7 +320,7 @@ def _convolution_flops(
 
   XLA:TPU writes products as convolutions, with dimensions of the batch as a window.
   """
-  lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
+  lhs, rhs, out = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
   result = convolution.shapes()[0][1]
   total = 2.0 * result[out.index("b")] * result[out.index("f")] * right[rhs.index("i")]
   axes = sorted(c for c in lhs if c.isdigit())

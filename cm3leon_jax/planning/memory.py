@@ -16,10 +16,11 @@ import jax
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.mesh import FSDP, RULES
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.mesh import BATCH, FSDP
+from cm3leon_jax.models.config import ModelConfig, RematPolicy
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.grpo import BUCKET
@@ -74,7 +75,7 @@ class Memory:
     return f"{self.total / GIB:,.2f} GiB ({', '.join(parts)})"
 
 
-def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
+def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
   """Estimates the memory that a train step takes on one device.
 
   Args:
@@ -86,7 +87,7 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
     UserError: the mesh cannot split the batch.
   """
   model, L, tensor = settings.model, settings.data.sequence_length, shape["tensor"]
-  batch_shards = math.prod(shape[axis] for axis in RULES["batch"])
+  batch_shards = math.prod(shape[axis] for axis in BATCH)
   train = on_mesh(settings.train, batch_shards)
   R = train.micro_batch_size // batch_shards
   params, matrices, tables = _shares(model, shape)
@@ -115,7 +116,7 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
   )
 
 
-def estimate_update(settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
+def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
   """Estimates the memory that an update of `cm3leon reinforce` takes on one device.
 
   Samples are drawn by other programs, at another time; what they take is not estimated.
@@ -126,7 +127,7 @@ def estimate_update(settings, shape: Mapping[str, int], prompt: int = BUCKET) ->
     prompt: slots of a prompt; the default is the least that there is.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
-  batch_shards = math.prod(shape[axis] for axis in RULES["batch"])
+  batch_shards = math.prod(shape[axis] for axis in BATCH)
   samples = -(-settings.train.global_batch_size // batch_shards)
   R, L = 2 * samples, prompt + codes - 1
   params, matrices, tables = _shares(model, shape)
@@ -243,7 +244,9 @@ def device_memory(device: jax.Device) -> int | None:
   return None
 
 
-def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterator[tuple]:
+def smaller(
+  settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
+) -> Iterator[tuple[Settings, str]]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
   First fewer rows at once, then the policy that keeps nothing, with the most rows first, and at
@@ -260,9 +263,11 @@ def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterat
     yield other, f"{flags} {more}"
 
 
-def _fewer_rows(settings, shape: Mapping[str, int], platform: str) -> Iterator[tuple]:
+def _fewer_rows(
+  settings: Settings, shape: Mapping[str, int], platform: str
+) -> Iterator[tuple[Settings, str]]:
   """Yields settings with fewer rows at once, and then with the policy that keeps nothing."""
-  shards = math.prod(shape[axis] for axis in RULES["batch"])
+  shards = math.prod(shape[axis] for axis in BATCH)
   now = estimate(settings, shape, platform).rows
   rows = settings.train.global_batch_size // shards
   divisors = [n for n in range(now, 0, -1) if rows % n == 0]
@@ -278,7 +283,7 @@ def _fewer_rows(settings, shape: Mapping[str, int], platform: str) -> Iterator[t
       yield dataclasses.replace(settings, train=train, model=model), " ".join(flags)
 
 
-def excess(settings, memory: Memory, limit: float) -> str:
+def excess(settings: Settings, memory: Memory, limit: float) -> str:
   """Says what a step takes of a device that has only `limit` bytes, without a full stop."""
   return (
     f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens at once takes "
@@ -286,7 +291,9 @@ def excess(settings, memory: Memory, limit: float) -> str:
   )
 
 
-def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu") -> Memory:
+def check(
+  settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
+) -> Memory:
   """Returns the `estimate` of a train step that fits.
 
   Args:
@@ -317,7 +324,9 @@ def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu")
   )
 
 
-def check_update(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu") -> Memory:
+def check_update(
+  settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
+) -> Memory:
   """Returns the `estimate_update` of an update that fits.
 
   Arguments and errors are those of `check`.
@@ -339,10 +348,13 @@ def check_update(settings, shape: Mapping[str, int], limit: int, platform: str =
   )
 
 
-def _smaller_updates(settings, shape: Mapping[str, int]) -> Iterator[tuple]:
+def _smaller_updates(
+  settings: Settings, shape: Mapping[str, int]
+) -> Iterator[tuple[Settings, str]]:
   """Yields settings whose updates take less memory, and the flags that select them."""
-  size, full = settings.train.global_batch_size, "full"
-  step = math.lcm(settings.reinforce.samples, math.prod(shape[axis] for axis in RULES["batch"]))
+  size = settings.train.global_batch_size
+  full: RematPolicy = "full"
+  step = math.lcm(settings.reinforce.samples, math.prod(shape[axis] for axis in BATCH))
   for n in (size, *range(size - size % step, 0, -step)):
     train = dataclasses.replace(settings.train, global_batch_size=n)
     model = dataclasses.replace(settings.model, remat_policy=full)
@@ -352,7 +364,7 @@ def _smaller_updates(settings, shape: Mapping[str, int]) -> Iterator[tuple]:
 
 
 def check_devices(
-  settings, mesh: jax.sharding.Mesh, check_step: Callable[..., Memory] = check
+  settings: Settings, mesh: jax.sharding.Mesh, check_step: Callable[..., Memory] = check
 ) -> None:
   """Prints what a step takes of its devices, if their memory is known.
 

@@ -8,11 +8,13 @@ import jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.planning import memory
-from cm3leon_jax.planning.hardware import Hardware
+from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.search import meshes
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.steps import compile_steps
-from cm3leon_jax.training.watch.flops import device_peak, model_flops
+from cm3leon_jax.training.watch.flops import model_flops
 
 GIB = 2**30
 MFU = 0.4  # Default of `cm3leon plan`.
@@ -107,7 +109,7 @@ class Plan:
     return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
 
 
-def make(settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
+def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
   """Plans a run.
 
   The mesh is the config's; if its fields have their defaults, the axes follow the torus. If the
@@ -128,7 +130,7 @@ def make(settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
   train = on_mesh(settings.train, shards)
   length = settings.data.sequence_length
   tokens = train.global_batch_size * length
-  peak = device_peak(hardware.device_kind) * hardware.chips
+  peak = peak_of(hardware.device_kind) * hardware.chips
   parameters, checkpoint = _state(settings)
   replica = hardware.chips // mesh["data"]
   return Plan(
@@ -153,7 +155,9 @@ def make(settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
   )
 
 
-def _fitting(settings, hardware: Hardware):
+def _fitting(
+  settings: Settings, hardware: Hardware
+) -> tuple[Settings, dict[str, int], tuple[str, ...], memory.Memory]:
   """Returns settings that fit, the size of each mesh axis, flags that select them, and memory."""
   chosen = settings.mesh == MeshConfig()
   candidates = _meshes(hardware) if chosen else [settings.mesh]
@@ -184,7 +188,9 @@ def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> s
   return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
 
 
-def _check_batch(settings, shape: dict[str, int], hardware: Hardware, chosen: bool) -> None:
+def _check_batch(
+  settings: Settings, shape: dict[str, int], hardware: Hardware, chosen: bool
+) -> None:
   """Raises UserError if the mesh cannot split a step's rows, with numbers that could."""
   shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
   try:
@@ -194,7 +200,7 @@ def _check_batch(settings, shape: dict[str, int], hardware: Hardware, chosen: bo
     raise UserError(f"{error}{hint}") from error
 
 
-def _divisor(train, shards: int) -> str:
+def _divisor(train: TrainConfig, shards: int) -> str:
   """Names the most rows of a device, up to the config's, with which a mesh splits a step."""
   rows = train.global_batch_size // shards
   if train.global_batch_size % shards:
@@ -207,7 +213,7 @@ def _divisor(train, shards: int) -> str:
   return f" With {flags} it does."
 
 
-def _slices(train, shards: int, hardware: Hardware) -> str:
+def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
   """Names the next fewer and more slices, or GPUs, among which a step's rows can be split."""
   rows = train.rows_per_device or train.gradient_accumulation_steps
   each, now = shards // hardware.slices * rows, hardware.slices
@@ -239,7 +245,7 @@ def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
   return shape
 
 
-def _state(settings) -> tuple[int, int]:
+def _state(settings: Settings) -> tuple[int, int]:
   """Counts the parameters, and the bytes of everything that a checkpoint holds."""
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):

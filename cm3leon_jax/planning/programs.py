@@ -7,23 +7,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.data.rows.loader import FIELDS
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.decoding.params import prepare
+from cm3leon_jax.decoding.params import DecodeParams, prepare
 from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.accumulation import on_mesh
-from cm3leon_jax.training.steps import compile_steps
+from cm3leon_jax.training.step.state import TrainState
+from cm3leon_jax.training.steps import Steps, compile_steps
 
 
-def count_params(settings, mesh: jax.sharding.Mesh) -> int:
+def count_params(settings: Settings, mesh: jax.sharding.Mesh) -> int:
   """Counts the parameters of the config's decoder."""
   with jax.set_mesh(mesh):
     # The key is made inside: these devices cannot run anything.
@@ -31,7 +35,7 @@ def count_params(settings, mesh: jax.sharding.Mesh) -> int:
     return transformer.count_params(init)
 
 
-def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   """Lowers the step that `cm3leon train` runs on `mesh` with this config.
 
   Raises:
@@ -40,10 +44,11 @@ def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.global_batch_size)
-    return steps.train.lower(state, batch, num_sources=num_sources(settings, "train"))
+    train: jax.stages.Wrapped = steps.train
+    return train.lower(state, batch, num_sources=num_sources(settings, "train"))
 
 
-def policy_step(settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
+def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
   """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
 
   Args:
@@ -63,17 +68,20 @@ def policy_step(settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lo
     samples, codes = settings.train.global_batch_size, settings.vqgan.image_tokens
     rows = (2 * samples, prompt + codes - 1)
 
-    def array(shape, dtype=np.int32):
+    def array(shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
       sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
       return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    inputs = array(rows)
     rollout = grpo.Rollout(
-      *[array(rows)] * 3,
+      inputs,
+      inputs,
+      inputs,
       array((samples, codes)),
       array((samples, codes, 2), np.float32),
       array((samples,), np.float32),
     )
-    step = grpo.compile_step(
+    step: jax.stages.Wrapped = grpo.compile_step(
       settings.model,
       settings.optimizer,
       settings.reinforce,
@@ -96,7 +104,7 @@ class Evaluation(NamedTuple):
   rest_bytes: int
 
 
-def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
+def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
   """Lowers the held-out loss that `cm3leon train` computes on `mesh`; raises as `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
@@ -104,18 +112,21 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
     batch = _batch(settings, mesh, rows)
     rest = (state.opt_state, None if state.ema is None else state.params)
     count = num_sources(settings, "heldout")
-    lowered = steps.evaluate.lower(state.eval_params, batch, num_sources=count)
+    evaluate: jax.stages.Wrapped = steps.evaluate
+    lowered = evaluate.lower(state.eval_params, batch, num_sources=count)
     return Evaluation(lowered, _local_bytes(rest))
 
 
-def _steps(settings, mesh: jax.sharding.Mesh):
+def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainState]:
   """Returns the jitted functions of a run on the current mesh, and the types of its state."""
   train = on_mesh(settings.train, batch_shards())
   steps = compile_steps(settings.model, settings.optimizer, train, settings.vocab, settings.seed)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
 
 
-def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(
+  settings: Settings, mesh: jax.sharding.Mesh, rows: int
+) -> dict[str, jax.ShapeDtypeStruct]:
   shape = (rows, settings.data.sequence_length)
   sharding = NamedSharding(mesh, spec("batch", "length"))
   fields = dict(FIELDS)
@@ -126,7 +137,7 @@ def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeD
   }
 
 
-def num_sources(settings, split: str) -> int:
+def num_sources(settings: Settings, split: str) -> int:
   """Counts the sources that the rows of a run are marked with; 0 without instructions.
 
   Args:
@@ -158,7 +169,7 @@ class DecodePrograms(NamedTuple):
 
 
 def guided_decoder(
-  settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
+  settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
 ) -> DecodePrograms:
   """Lowers what `Generator` runs for text-to-image prompts with two guidance streams.
 
@@ -198,10 +209,10 @@ def guided_decoder(
   return DecodePrograms(lowered, weights, _local_bytes(lowered.state.cache))
 
 
-def _decode_params(settings, mesh: jax.sharding.Mesh):
+def _decode_params(settings: Settings, mesh: jax.sharding.Mesh) -> DecodeParams:
   """Returns the types of `DecodeParams`."""
 
-  def init():
+  def init() -> DecodeParams:
     params = transformer.init_params(settings.model, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(settings.model.dtype)), params)
     return prepare(params, config=settings.model, vocab=settings.vocab)
@@ -209,7 +220,7 @@ def _decode_params(settings, mesh: jax.sharding.Mesh):
   return abstract(jax.eval_shape(init), mesh)
 
 
-def _local_bytes(tree) -> int:
+def _local_bytes(tree: PyTree) -> int:
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

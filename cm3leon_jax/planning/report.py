@@ -7,9 +7,9 @@ import time
 import jax
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.planning.hardware import peak_of
 from cm3leon_jax.planning.hlo import Program
 from cm3leon_jax.planning.topology import Topology
-from cm3leon_jax.training.watch.flops import device_peak
 
 GIB = 2**30
 LARGEST = 8
@@ -47,7 +47,7 @@ def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) ->
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()
-  peak = device_peak(topology.devices[0].device_kind)
+  peak = peak_of(topology.devices[0].device_kind)
   sent = sum(moved * (2 if kind == "all-reduce" else 1) for kind, (_, moved) in collectives.items())
   return {
     "devices": len(topology.devices),

@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
+from typing import Any
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.models.config import ModelConfig, RematPolicy
 from cm3leon_jax.models.transformer import KEPT
+from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.topology import Topology
+from cm3leon_jax.settings import Settings
 
 # From the least recomputation to the most.
-POLICIES = ("minimal", "save_qkv", "save_attention", "offload", "full")
+POLICIES: tuple[RematPolicy, ...] = ("minimal", "save_qkv", "save_attention", "offload", "full")
 # Rows of a device, the largest first: more rows share one gather of the parameters.
 BATCHES = (16, 8, 4, 2, 1)
 
@@ -27,9 +31,9 @@ class Candidate:
 
   mesh: MeshConfig
   batch: int
-  policy: str
+  policy: RematPolicy
 
-  def apply(self, settings, topology: Topology):
+  def apply(self, settings: Settings, topology: Topology) -> Settings:
     """Returns `settings` with this mesh, policy and batch, and the same global batch.
 
     Raises:
@@ -61,7 +65,7 @@ class Candidate:
     return " ".join([*parts, f"--config.model.remat_policy={self.policy}"])
 
 
-def meshes(topology: Topology) -> Iterator[MeshConfig]:
+def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
   """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
   Slices lie along `data`, the last dimension of the torus along `fsdp_inner` and `tensor`, and the
@@ -75,7 +79,7 @@ def meshes(topology: Topology) -> Iterator[MeshConfig]:
       yield MeshConfig(topology.slices, outer, tensor, inner // tensor)
 
 
-def kept_bytes(model, tokens: int, policy: str) -> int:
+def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
   """Computes a lower bound of the bytes on a device that a policy keeps for the backward pass."""
   mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
@@ -86,7 +90,7 @@ def kept_bytes(model, tokens: int, policy: str) -> int:
 
 
 def search(
-  settings, topology: Topology, compile_one: Callable, report_line: Callable[[str], None]
+  settings: Settings, topology: Topology, compile_one: Callable, report_line: Callable[[str], None]
 ) -> list[dict]:
   """Compiles candidates: for each mesh and batch, the policy that recomputes least and fits.
 
@@ -127,7 +131,7 @@ def search(
         reports.append(report)
         break
 
-  def speed(report):
+  def speed(report: dict[str, Any]) -> tuple[float, float]:
     cycles = report["cycles"] * report["devices"] / report["tokens"]
     return round(cost(report), 9), cycles
 

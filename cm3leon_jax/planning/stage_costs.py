@@ -6,13 +6,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.planning.hardware import Hardware
+from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.plan import Plan
 from cm3leon_jax.runs.table import STAGES
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.training.watch.flops import device_peak
 
 # Of one core and second, unless another unit is named; docs/benchmarks.md (two cores of an AMD EPYC
 # machine) and docs/scaling.md have the measurements.
@@ -45,7 +46,7 @@ class Cost:
   basis: str
 
 
-def pairs_of_a_pass(settings) -> int:
+def pairs_of_a_pass(settings: Settings) -> int:
   """Returns how many captioned images the run trains on if it reads each once as a document.
 
   Each document takes its own tokens and those of `data.num_neighbors` others.
@@ -56,7 +57,7 @@ def pairs_of_a_pass(settings) -> int:
   return round(tokens * share / (document * (1 + settings.data.num_neighbors)))
 
 
-def estimate(settings, plan: Plan, pairs: int) -> list[Cost]:
+def estimate(settings: Settings, plan: Plan, pairs: int) -> list[Cost]:
   """Estimates the stages up to the training, in the order in which they run.
 
   Args:
@@ -67,7 +68,7 @@ def estimate(settings, plan: Plan, pairs: int) -> list[Cost]:
   return list(_costs(settings, plan, pairs))
 
 
-def _costs(settings, plan: Plan, pairs: int) -> Iterator[Cost]:
+def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
   train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
   if settings.instructions.any:
@@ -77,7 +78,7 @@ def _costs(settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   image, text = clip_flops(settings)
 
   def chips(flops: float) -> float:
-    return flops / (device_peak(hw.device_kind) * plan.mfu) / 3600
+    return flops / (peak_of(hw.device_kind) * plan.mfu) / 3600
 
   def cores(amount: float, rate: float) -> float:
     return amount / rate / 3600
@@ -130,7 +131,7 @@ def search_hours(pairs: int, block: int) -> float:
   return seconds / 3600
 
 
-def image_tokenizer_flops(settings, function) -> float:
+def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> float:
   """Returns the FLOPs of `vqgan.encode` or `vqgan.decode` for one image, as XLA counts them."""
   config, codes = settings.vqgan, settings.vocab.image_size
   params = jax.eval_shape(lambda key: vqgan.init_params(config, codes, key), jax.random.key(0))
@@ -141,7 +142,7 @@ def image_tokenizer_flops(settings, function) -> float:
   return _flops(function.lower(config, codes, params, argument))
 
 
-def clip_flops(settings) -> tuple[float, float]:
+def clip_flops(settings: Settings) -> tuple[float, float]:
   """Returns the FLOPs of embedding an image and a caption by the config's own CLIP."""
   config, size = settings.clip, settings.vocab.text_size
   params = jax.eval_shape(lambda key: clip_lib.init_params(config, size, key), jax.random.key(0))
@@ -149,10 +150,10 @@ def clip_flops(settings) -> tuple[float, float]:
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
   text = jax.ShapeDtypeStruct((1, config.text_length), jnp.int32)
 
-  def embed_image(params, x):
+  def embed_image(params: dict, x: Array) -> Array:
     return clip_lib.bind(config, size, params).embed_images(clip_lib.to_float(x))
 
-  def embed_text(params, x):
+  def embed_text(params: dict, x: Array) -> Array:
     return clip_lib.bind(config, size, params).embed_texts(x)
 
   image_flops = _flops(jax.jit(embed_image).lower(params, image))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Int32
 import numpy as np
@@ -25,7 +25,9 @@ from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
 from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
 from cm3leon_jax.scenes.tasks import ScenesTasks
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.step import grpo
+from cm3leon_jax.training.step.state import TrainState
 
 
 class Prompt(NamedTuple):
@@ -35,7 +37,7 @@ class Prompt(NamedTuple):
   record: Record
 
 
-def image_tasks(settings) -> list[InstructionTask]:
+def image_tasks(settings: Settings) -> list[InstructionTask]:
   """Returns the tasks of `config.reinforce`. Raises UserError if one is unknown."""
   tasks = {task.name: task for task in load_tasks(settings.instructions)}
   for name in settings.reinforce.tasks:
@@ -46,7 +48,7 @@ def image_tasks(settings) -> list[InstructionTask]:
   return [tasks[name] for name in settings.reinforce.tasks]
 
 
-def read_prompts(settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
+def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
   """Reads the first records of the tasks of `config.reinforce`, in turns.
 
   Records that are too long for the model are left out.
@@ -109,7 +111,7 @@ class Rollouts:
 
   def __init__(
     self,
-    settings,
+    settings: Settings,
     prompts: Sequence[Prompt],
     pipeline_of: Callable[[dict], Pipeline],
     reward: Reward,
@@ -153,7 +155,7 @@ class Rollouts:
       top_p=1.0,
     )
 
-  def begin(self, steps, next_row: int, rows: int, sharding) -> tuple[Callable, Iterator]:
+  def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
     """Returns `take_step(state, numbers)`, and the numbers of the prompts of each step."""
     del steps, sharding  # Those of cross-entropy.
     settings = self.settings
@@ -165,7 +167,7 @@ class Rollouts:
       settings.vocab.text_size,
     )
 
-    def take_step(state, numbers: range):
+    def take_step(state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
       rollout, scores = self.draw(state.params, numbers)
       state, metrics = update(state, self._reference, grpo.place(rollout))
       return state, {**metrics, **scores}
@@ -174,7 +176,9 @@ class Rollouts:
     first, each = next_row // group, rows // group
     return take_step, (range(n, n + each) for n in itertools.count(first, each))
 
-  def explain(self, steps, params: dict, rows: range, batch_size: int, sharding, folder) -> str:
+  def explain(
+    self, steps: Any, params: dict, rows: range, batch_size: int, sharding: Any, folder: Any
+  ) -> str:
     """Names the prompts of steps that were skipped, see `training.objective.Objective`."""
     del steps, params, batch_size, sharding, folder  # The samples are gone.
     group = self.settings.reinforce.samples
@@ -223,7 +227,7 @@ class Rollouts:
     return result
 
   def _sample(
-    self, params: dict, prompts: Sequence[Prompt], numbers, sampling: SamplingConfig
+    self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: SamplingConfig
   ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
     """Draws `reinforce.samples` samples of each prompt; the seed depends on the prompt's number."""
     pipeline, base = self._pipeline_of(params), self.settings.seed * 1_000_003

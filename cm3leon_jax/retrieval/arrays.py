@@ -5,11 +5,13 @@ Every chunk has a checksum, and a chunk that is missing is an error: TensorStore
 
 # n rows, m of them.
 
+from collections.abc import Iterable
 import hashlib
 import json
 
 from etils import epath
 import numpy as np
+import numpy.typing as npt
 import tensorstore as ts
 
 from cm3leon_jax.config import UserError
@@ -57,7 +59,9 @@ class ArrayStore:
       )
 
   @classmethod
-  def create(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype) -> "ArrayStore":
+  def create(
+    cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike
+  ) -> "ArrayStore":
     """Creates an empty store; deletes an existing one."""
     path, row_bytes = epath.Path(path), int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     path.mkdir(parents=True, exist_ok=True)
@@ -65,23 +69,24 @@ class ArrayStore:
     read = max(1, READ_BYTES // row_bytes)
     file = read * max(1, FILE_BYTES // (read * row_bytes))
     spec = {**_spec(path), "metadata": _metadata((file, *row_shape), (read, *row_shape))}
-    array = {"dtype": np.dtype(dtype), "shape": (0, *row_shape)}
-    ts.open(spec, create=True, delete_existing=True, **array).result()
+    shape = (0, *row_shape)
+    ts.open(spec, create=True, delete_existing=True, dtype=np.dtype(dtype), shape=shape).result()
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     return cls(path)
 
   @classmethod
-  def prepare(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype, rows: int) -> bool:
+  def prepare(
+    cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int
+  ) -> bool:
     """Makes room for `rows` rows; keeps the rows of an existing store of this shape and dtype.
 
     Returns:
       Whether there was such a store. If not, all rows must be written.
     """
     path = epath.Path(path)
-    store = cls(path) if (path / INDEX).exists() else None
-    kept = store is not None and store.shape[1:] == tuple(row_shape) and store.dtype == dtype
-    if not kept:
-      store = cls.create(path, row_shape, dtype)
+    found = cls(path) if (path / INDEX).exists() else None
+    kept = found is not None and found.shape[1:] == tuple(row_shape) and found.dtype == dtype
+    store = found if found is not None and kept else cls.create(path, row_shape, dtype)
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     store._array.resize(exclusive_max=[rows, *row_shape]).result()
     return kept
@@ -97,7 +102,7 @@ class ArrayStore:
   def __len__(self) -> int:
     return self._rows
 
-  def __getitem__(self, rows) -> np.ndarray:
+  def __getitem__(self, rows: slice | npt.ArrayLike) -> np.ndarray:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
     Raises:
@@ -128,7 +133,8 @@ class ArrayStore:
 
   def _first_damaged(self) -> str:
     """Names the first rows that cannot be read."""
-    size = self._array.chunk_layout.read_chunk.shape[0]
+    chunk = self._array.chunk_layout.read_chunk.shape
+    size = (chunk and chunk[0]) or 1
     for start in range(0, self._rows, size):
       stop = min(start + size, self._rows)
       try:
@@ -202,7 +208,7 @@ def _digest_of_metadata(path: epath.Path) -> str:
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of(blocks) -> str:
+def _digest_of(blocks: Iterable[np.ndarray]) -> str:
   """Returns the SHA-256 of rows, given in blocks."""
   digest = hashlib.sha256()
   for block in blocks:

@@ -150,11 +150,14 @@ def embed_pairs(
   clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int, lexical: Lexical
 ) -> dict[str, np.ndarray]:
   """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
+  encode = clip.encode
+  assert encode is not None
+  chunks: dict[str, list[np.ndarray]]
   chunks = {name: [] for name in ("documents", "queries", "images")}
   for start in progress_bar(range(0, len(pairs), EMBED_CHUNK), "embed", unit="chunk", leave=False):
     chunk = pairs[start : start + EMBED_CHUNK]
     captions = [p.caption for p in chunk]
-    ids = [clip.encode(caption) for caption in captions]
+    ids = [encode(caption) for caption in captions]
     texts = clip.embed_texts(ids)
     images = clip.embed_images(
       reader.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
@@ -163,7 +166,7 @@ def embed_pairs(
     chunks["images"].append(lexical.join(images))
     if dropout and lexical.weight:
       captions = [drop_words(p.caption, dropout, p.key, seed) for p in chunk]
-      texts = clip.embed_texts([clip.encode(caption) for caption in captions])
+      texts = clip.embed_texts([encode(caption) for caption in captions])
     elif dropout:
       dropped = [drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]
       texts = clip.embed_texts(dropped)
@@ -211,7 +214,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     The config of each shard, which changes with its embeddings.
   """
   raw, folder = reader.shards(job.raw), epath.Path(job.folder)
-  starts = {split: {} for split in SPLITS}
+  starts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
   kept = True
   for split, others in (("train", ("bank",)), ("heldout", ())):
     count = 0

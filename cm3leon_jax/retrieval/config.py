@@ -45,7 +45,7 @@ class RetrievalConfig:
   """Width that `lexical_weight` adds to embeddings. Captions without a common word have a lexical
   cosine of mean 0 and standard deviation 1 / sqrt(lexical_width)."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.max_candidates < self.kept_per_side:
       raise ValueError(
         f"max_candidates is {self.max_candidates}; it must be at least "

@@ -2,18 +2,23 @@
 
 # n vectors in the index, q queries, m results of a search, E width of a vector, k best results.
 
+from collections.abc import Sequence
 import functools
 import tempfile
-from typing import Protocol
+import types
+from typing import Any, Protocol, TypeAlias
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages
 
 EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
@@ -23,6 +28,7 @@ EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
 BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
 
 
+Found: TypeAlias = tuple[Float[Array, "q m"], Int32[Array, "q m"]]  # Scores and ids.
 ASSETS = "scann_assets.pbtxt"  # Of a ScaNN index, the list of its files.
 
 
@@ -45,7 +51,12 @@ class ExactIndex:
 
   backend = "exact"
 
-  def __init__(self, vectors: np.ndarray, devices=None, query_batch: int = QUERY_BATCH):
+  def __init__(
+    self,
+    vectors: np.ndarray,
+    devices: Sequence[jax.Device] | None = None,
+    query_batch: int = QUERY_BATCH,
+  ):
     """Puts vectors [n, E] on `devices`, by default all; pads queries to `query_batch`."""
     self._query_batch = query_batch
     devices = jax.devices() if devices is None else devices
@@ -75,15 +86,21 @@ class ExactIndex:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _exact_top_k(mesh, count, k, vectors, queries):
+def _exact_top_k(
+  mesh: jax.sharding.Mesh,
+  count: int,
+  k: int,
+  vectors: Float[Array, "blocks block E"],
+  queries: Float[Array, "q E"],
+) -> Found:
   """Searches vectors [blocks, block, E], sharded by blocks, `count` of them without padding."""
   block = vectors.shape[1]
 
-  def local(blocks, queries):
+  def local(blocks: Float[Array, "b block E"], queries: Float[Array, "q E"]) -> Found:
     first = jax.lax.axis_index("bank") * len(blocks)
     empty = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
 
-    def step(best, xs):
+    def step(best: Found, xs: tuple[Array, Array]) -> tuple[Found, None]:
       number, vectors = xs
       ids = number * block + jnp.arange(block, dtype=jnp.int32)
       products = jnp.where(ids < count, jnp.dot(queries, vectors.T, precision="highest"), -jnp.inf)
@@ -98,7 +115,7 @@ def _exact_top_k(mesh, count, k, vectors, queries):
   return top_k((scores, ids), (nothing, nothing.astype(jnp.int32)), k)
 
 
-def top_k(first, second, k: int):
+def top_k(first: Found, second: Found, k: int) -> Found:
   """Returns the k best of two pairs of scores and ids, [q, m] each; ties keep their order."""
   scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(first, second))
   best, places = jax.lax.top_k(scores, k)
@@ -116,7 +133,7 @@ class ScannIndex:
 
   backend = "scann"
 
-  def __init__(self, searcher, count: int):
+  def __init__(self, searcher: Any, count: int):
     """Wraps a ScaNN searcher over `count` vectors; see `build` and `load`."""
     self._searcher, self._count = searcher, count
 
@@ -186,7 +203,7 @@ class BlockIndex:
 
   def __init__(
     self,
-    documents,
+    documents: np.ndarray | ArrayStore,
     backend: str,
     folder: epath.PathLike,
     rows: int,
@@ -279,7 +296,7 @@ def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
   return float((exact_ids[:, :, None] == ids[:, None, :]).any(-1).mean())
 
 
-def _scann():
+def _scann() -> types.ModuleType:
   try:
     from scann import scann_ops_pybind
   except ImportError as error:
@@ -290,7 +307,7 @@ def _scann():
   return scann_ops_pybind
 
 
-def _matrix(values, what: str) -> np.ndarray:
+def _matrix(values: npt.ArrayLike, what: str) -> np.ndarray:
   values = np.ascontiguousarray(values, np.float32)
   if values.ndim != 2 or not values.shape[1] or (what == "vectors" and not len(values)):
     raise UserError(
@@ -299,6 +316,6 @@ def _matrix(values, what: str) -> np.ndarray:
   return values
 
 
-def _fill(ids, scores, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _fill(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   more = ((0, 0), (0, k - ids.shape[1]))
   return np.pad(ids, more, constant_values=-1), np.pad(scores, more, constant_values=-np.inf)

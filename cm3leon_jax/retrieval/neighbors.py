@@ -3,12 +3,13 @@
 # q queries, n documents, E embedding, M candidates per side, C neighbors kept.
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import hashlib
 import json
 import time
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -29,14 +30,14 @@ SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at 
 
 
 def select_neighbors(
-  sides,
-  vectors,
-  query,
-  forbidden,
+  sides: Sequence[np.ndarray],
+  vectors: np.ndarray,
+  query: np.ndarray,
+  forbidden: Callable[[int], bool],
   kept_per_side: int,
   max_similarity: float,
   min_similarity: float = -1.0,
-):
+) -> tuple[list[int], collections.Counter[str]]:
   """Keeps candidates of the sides in turn, best first, that no rule rejects.
 
     text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
@@ -55,7 +56,7 @@ def select_neighbors(
     The kept candidates in the order of the turns, and a Counter of rejections by `REASONS`.
   """
   kept: list[int] = []
-  rejected = collections.Counter()
+  rejected: collections.Counter[str] = collections.Counter()
   walks = [iter([int(c) for c in side if c >= 0]) for side in sides]
   for walk in walks * kept_per_side:
     for candidate in walk:
@@ -95,7 +96,14 @@ class Retriever:
     """Finds the nearest documents of queries [q, E]: ids [q, M], best first."""
     return self.index.search(queries, min(self.config.max_candidates, len(self)))[0]
 
-  def select(self, sides, documents, keys, groups, kept_per_side: int):
+  def select(
+    self,
+    sides: Sequence[np.ndarray],
+    documents: np.ndarray,
+    keys: np.ndarray,
+    groups: np.ndarray,
+    kept_per_side: int,
+  ) -> tuple[np.ndarray, np.ndarray, collections.Counter[str]]:
     """Selects the neighbors of q documents, see `select_neighbors`.
 
     Args:
@@ -109,7 +117,7 @@ class Retriever:
       ids [q, C] int32 into the bank, padded with -1; their cosines to `documents`, [q, C] float32,
       padded with 0; a Counter of rejections by `REASONS`.
     """
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
     scores = np.zeros(ids.shape, np.float32)
     for start in range(0, len(documents), SELECT_BATCH):
@@ -241,7 +249,7 @@ def build_neighbors(
       flush=True,
     )
   digest = hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode())
-  depends = {"bank": digest.hexdigest()}
+  depends: dict[str, Any] = {"bank": digest.hexdigest()}
   if backend == "scann":
     shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}
     index_job, done = _IndexJob(job.folder, config), folder / "done" / "index"
@@ -281,7 +289,7 @@ def _search(
   job, done = _SearchJob(folder, config, blocks), path / "done" / "search"
   if not kept:
     forget(done, blocks)
-  total = collections.Counter()
+  total: collections.Counter[str] = collections.Counter()
   for _, numbers in run_shards(job, shards, done, runner, f"neighbors {split}"):
     total.update(numbers)
   for name in names:

@@ -5,12 +5,13 @@ files: a stage that is run again and writes the same files is the same stage. `t
 which stages there are, and what each depends on.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import hashlib
 import math
 from numbers import Real
 import time
+from typing import Any
 
 from etils import epath
 
@@ -19,6 +20,7 @@ from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs.table import STAGES, identity, reads_of
+from cm3leon_jax.settings import Settings
 
 DONE = "done.json"
 
@@ -162,7 +164,7 @@ def is_given(workdir: epath.PathLike, name: str) -> bool:
   return True
 
 
-def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, str]:
+def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, str]:
   """Returns the ids of finished stages.
 
   Raises:
@@ -185,13 +187,16 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
   return result
 
 
-def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
+def inputs(settings: Settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
   """Returns the ids of all stages that a stage reads. Raises UserError, see `ids`."""
   return ids(settings, workdir, reads_of(settings, name))
 
 
 def run_config(
-  settings, workdir: epath.PathLike, name: str, more_inputs: Mapping[str, str] | None = None
+  settings: Settings,
+  workdir: epath.PathLike,
+  name: str,
+  more_inputs: Mapping[str, str] | None = None,
 ) -> dict:
   """Returns what the result of a stage depends on.
 
@@ -204,10 +209,10 @@ def run_config(
 def stage(
   workdir: epath.PathLike,
   name: str,
-  settings,
+  settings: Settings,
   more_inputs: Mapping[str, str] | None = None,
-  **options,
-):
+  **options: Any,
+) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
   """Runs the body once for the stage `name` of `table.STAGES`, see `once`.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
@@ -239,7 +244,7 @@ def once(
   together: Callable = contextlib.nullcontext,
   files: Collection[str] = (),
   varying: Collection[str] = (),
-):
+) -> Iterator[dict[str, Any] | None]:
   """Runs the body once: yields None if the folder is finished, else a dict for its summary.
 
   Args:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from cm3leon_jax.settings import Settings
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -131,7 +133,7 @@ FREE = frozenset(
 )
 
 
-def identity(settings, name: str) -> dict:
+def identity(settings: Settings, name: str) -> dict:
   """Returns the parts of the config that make two runs of a stage the same run.
 
   identity(settings, "documents")
@@ -154,12 +156,12 @@ def identity(settings, name: str) -> dict:
   return config
 
 
-def own_clip(settings) -> tuple[str, ...]:
+def own_clip(settings: Settings) -> tuple[str, ...]:
   """Returns the stages of the run's own CLIP; none if the config names a published CLIP."""
   return () if settings.retrieval.clip else ("text_tokenizer", "clip")
 
 
-def reads_of(settings, name: str) -> tuple[str, ...]:
+def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
   """Returns the stages whose results a stage reads under this config."""
   reads = STAGES[name].reads
   if name == "train" and settings.instructions.any:
@@ -167,7 +169,7 @@ def reads_of(settings, name: str) -> tuple[str, ...]:
   return (*reads, *(own_clip(settings) if STAGES[name].embeds else ()))
 
 
-def order(settings, given: bool) -> list[str]:
+def order(settings: Settings, given: bool) -> list[str]:
   """Returns the stages of a whole run under this config, in the order in which they run.
 
   Args:

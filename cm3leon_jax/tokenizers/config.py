@@ -1,5 +1,6 @@
 """Config sections of the text tokenizer, and of the image tokenizer and its training."""
 
+from collections.abc import Iterator
 import functools
 import math
 from typing import Annotated, Literal
@@ -115,7 +116,7 @@ class VQGANConfig:
   checkpoint_every: PositiveInt = 2_000
   """Number of steps between two states that a killed run continues from."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
       raise ValueError(
         f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
@@ -171,7 +172,7 @@ def levels_of(num_codes: int) -> tuple[int, ...]:
   return max(found, key=lambda levels: (-len(levels), levels[-1]), default=())
 
 
-def _factorizations(number: int, largest: int):
+def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
   """Yields the descending factors in `LEVELS`, none above `largest`, of a number."""
   if number in LEVELS and number <= largest:
     yield (number,)

@@ -2,11 +2,14 @@
 
 # B batch, H height, W width, h and w of the judgments.
 
+from collections.abc import Callable
 import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key, PyTree
+import numpy as np
 
 from cm3leon_jax import parameters
 from cm3leon_jax.tokenizers import vqgan
@@ -25,7 +28,7 @@ class Discriminator(nnx.Module):
     )
     self.conv_out = vqgan.conv(widths[-1], 1, 3, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w"]:
     for i, layer in enumerate(self.layers):
       x = layer(x)
       x = nnx.leaky_relu(vqgan.normalize(x) if i else x, 0.2)
@@ -33,21 +36,28 @@ class Discriminator(nnx.Module):
 
 
 @functools.cache
-def _structure(config: VQGANConfig):
+def _structure(config: VQGANConfig) -> tuple[nnx.GraphDef, nnx.State]:
   return parameters.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
 
 
-def init_params(config: VQGANConfig, key) -> dict:
+def init_params(config: VQGANConfig, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a pure dict."""
   return parameters.random(_structure(config)[1], key)
 
 
-def judge(config: VQGANConfig, params: dict, x):
+def judge(
+  config: VQGANConfig, params: dict, x: Float[Array | np.ndarray, "B H W 3"]
+) -> Float[Array, "B h w"]:
   """Applies the discriminator to pixels: [B, H, W, 3] -> [B, h, w] of its last layer."""
   return parameters.fill(*_structure(config), params)(x)
 
 
-def hinge_loss(params: dict, config: VQGANConfig, x, y):
+def hinge_loss(
+  params: dict,
+  config: VQGANConfig,
+  x: Float[Array | np.ndarray, "B H W 3"],
+  y: Float[Array | np.ndarray, "B H W 3"],
+) -> Float32[Array, ""]:
   """Computes the hinge loss of judgments of images x and reconstructions y, [B, H, W, 3].
 
   Judgments of x above 1, and of y below -1, cost nothing.
@@ -57,7 +67,13 @@ def hinge_loss(params: dict, config: VQGANConfig, x, y):
   )
 
 
-def adaptive_weight(last_layer, params, y, reconstruction_loss, adversarial_loss):
+def adaptive_weight(
+  last_layer: Callable[[PyTree], Array],
+  params: PyTree,
+  y: Float[Array | np.ndarray, "B H W 3"],
+  reconstruction_loss: Callable[[Array], Array],
+  adversarial_loss: Callable[[Array], Array],
+) -> Float32[Array, ""]:
   """Computes how many times the reconstruction's gradient is larger than the adversarial one.
 
   Both are gradients of the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, equation 7).
@@ -75,7 +91,7 @@ def adaptive_weight(last_layer, params, y, reconstruction_loss, adversarial_loss
   params, y = jax.lax.stop_gradient((params, y))
   _, pull = jax.vjp(last_layer, params)
 
-  def norm(loss):
+  def norm(loss: Callable[[Array], Array]) -> Float32[Array, ""]:
     (grads,) = pull(jax.grad(loss)(y))
     return jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
 

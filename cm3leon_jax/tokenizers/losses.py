@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PyTree
+import numpy as np
 
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
@@ -30,7 +32,9 @@ class Outputs(NamedTuple):
   adaptive: jax.Array
 
 
-def multiscale_loss(x, y):
+def multiscale_loss(
+  x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
+) -> Float32[Array, ""] | float:
   """Computes the mean absolute error of the means of squares of 2, 4 and 8 pixels.
 
   Scales whose squares do not divide the image are left out.
@@ -49,7 +53,9 @@ def multiscale_loss(x, y):
   return sum(losses) / max(len(losses), 1)
 
 
-def gradient_loss(x, y):
+def gradient_loss(
+  x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
+) -> Float32[Array, ""]:
   """Computes the mean absolute error of differences of neighboring pixels, down and to the right.
 
   Args:
@@ -62,7 +68,12 @@ def gradient_loss(x, y):
   ) / 2
 
 
-def reconstruction_loss(config: VQGANConfig, x, y, features: dict | None = None):
+def reconstruction_loss(
+  config: VQGANConfig,
+  x: Float[Array | np.ndarray, "B H W 3"],
+  y: Float[Array | np.ndarray, "B H W 3"],
+  features: dict | None = None,
+) -> Float32[Array, ""]:
   """Computes the weighted sum of all losses of reconstructions y of x, pixels in [-1, 1].
 
   Args:
@@ -77,6 +88,7 @@ def reconstruction_loss(config: VQGANConfig, x, y, features: dict | None = None)
   if config.gradient_weight:
     loss += config.gradient_weight * gradient_loss(x, y)
   if config.perceptual_weight:
+    assert features is not None
     loss += config.perceptual_weight * jnp.mean(perceptual.distance(features, x, y))
   return loss
 
@@ -86,9 +98,9 @@ def generator_loss(
   discriminator: dict | None,
   config: VQGANConfig,
   num_codes: int,
-  x,
+  x: Float[Array | np.ndarray, "B H W 3"],
   features: dict | None = None,
-):
+) -> tuple[Float32[Array, ""], Outputs]:
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
   A discriminator adds its mean judgment of the reconstructions, negated.
@@ -106,20 +118,21 @@ def generator_loss(
   """
   hidden, z, q, indices = vqgan.bind(config, num_codes, params).hidden(x)
 
-  def last_layer(layer):
+  def last_layer(layer: PyTree) -> Float[Array, "B H W 3"]:
     decoder = {**params["decoder"], "conv_out": layer}
     return vqgan.bind(config, num_codes, {**params, "decoder": decoder}).decoder.last(hidden)
 
-  def rebuilt(y):
+  def rebuilt(y: Float[Array | np.ndarray, "B H W 3"]) -> Float32[Array, ""]:
     return reconstruction_loss(config, x, y, features)
-
-  def not_convincing(y):
-    return -discriminator_lib.judge(config, discriminator, y).mean()
 
   y = last_layer(params["decoder"]["conv_out"])
   loss, adaptive = rebuilt(y), jnp.ones(())
   loss += quantizers.loss(config.quantizer, config.codebook_weight, config.commitment_weight, z, q)
   if discriminator is not None:
+
+    def not_convincing(y: Float[Array | np.ndarray, "B H W 3"]) -> Float32[Array, ""]:
+      return -discriminator_lib.judge(config, discriminator, y).mean()
+
     if config.adversarial_adaptive:
       layer = params["decoder"]["conv_out"]
       adaptive = discriminator_lib.adaptive_weight(last_layer, layer, y, rebuilt, not_convincing)

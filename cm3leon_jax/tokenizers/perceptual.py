@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 import numpy as np
 
 NETWORK = "VGG16 with the tensor names of torchvision"
@@ -69,7 +70,9 @@ def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
   return params
 
 
-def activations(params: dict, x) -> list:
+def activations(
+  params: dict, x: Float[Array | np.ndarray, "B H W 3"]
+) -> list[Float[Array, "B _ _ _"]]:
   """Computes what the five stages return, before their pools: pixels [B, H, W, 3] in [-1, 1]."""
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
   x, found = (x - shift) / scale, []
@@ -86,7 +89,9 @@ def activations(params: dict, x) -> list:
   return found
 
 
-def distance(params: dict, x, y):
+def distance(
+  params: dict, x: Float[Array | np.ndarray, "B H W 3"], y: Float[Array | np.ndarray, "B H W 3"]
+) -> Float32[Array, " B"]:
   """Computes the sum over stages of the mean squared distance of normalized features.
 
   With the learned layers of LPIPS it is LPIPS itself; without, all channels count equally.
@@ -109,7 +114,7 @@ def distance(params: dict, x, y):
   return total
 
 
-def _unit(features):
+def _unit(features: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H W C"]:
   """Scales the channels of every place to norm 1; the gradient of no features is 0."""
   squares = jnp.sum(features * features, -1, keepdims=True)
   norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

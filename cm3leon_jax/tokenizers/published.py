@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 import numpy as np
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
@@ -54,7 +55,7 @@ class PublishedConfig:
   lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
   """Value of black: the network reads and writes pixels in [-1, 1] or [0, 1]."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if wrong := [width for width in self.widths if width % self.groups]:
       raise ValueError(
         f"groups is {self.groups}; it must divide all widths, and one of them is {wrong[0]}."
@@ -79,7 +80,7 @@ class PublishedConfig:
     return max(1, 2**20 // self.resolution**2)
 
 
-FAMILIES = {
+FAMILIES: dict[Family, PublishedConfig] = {
   "amused": PublishedConfig(
     family="amused",
     resolution=256,
@@ -128,7 +129,7 @@ class PublishedResidualBlock(nnx.Module):
     self.norm2, self.conv2 = norm(outputs, groups, rngs), conv(outputs, outputs, 3, rngs)
     self.nin_shortcut = None if inputs == outputs else conv(inputs, outputs, 1, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W _"]) -> Float[Array, "B H W _"]:
     h = self.conv1(nnx.silu(self.norm1(x)))
     h = self.conv2(nnx.silu(self.norm2(h)))
     return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -142,7 +143,7 @@ class Attention(nnx.Module):
     self.q, self.k, self.v = (conv(width, width, 1, rngs) for _ in range(3))
     self.proj_out = conv(width, width, 1, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     B, H, W, C = x.shape
     y = self.norm(x)
     qkv = (layer(y).reshape(B, H * W, 1, C) for layer in (self.q, self.k, self.v))
@@ -155,7 +156,7 @@ class Downsample(nnx.Module):
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.conv = nnx.Conv(width, width, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)), rngs=rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B _ _ C"]:
     return self.conv(x)
 
 
@@ -165,7 +166,7 @@ class Upsample(nnx.Module):
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.conv = conv(width, width, 3, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
 
 
@@ -180,7 +181,7 @@ class Level(nnx.Module):
     )
     self.attn = nnx.List(Attention(outputs, groups, rngs) for _ in range(blocks * attention))
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W _"]) -> Float[Array, "B H W _"]:
     for i, block in enumerate(self.block):
       x = block(x)
       if self.attn:
@@ -197,7 +198,7 @@ class Middle(nnx.Module):
     self.attn_1 = Attention(width, groups, rngs) if config.middle_attention else None
     self.block_2 = PublishedResidualBlock(width, width, groups, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     x = self.block_1(x)
     return self.block_2(x if self.attn_1 is None else self.attn_1(x))
 
@@ -218,7 +219,7 @@ class PublishedEncoder(nnx.Module):
     self.norm_out = norm(widths[-1], config.groups, rngs)
     self.conv_out = conv(widths[-1], config.latent_channels, 3, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w _"]:
     x = self.conv_in(x)
     for i, level in enumerate(self.down):
       x = level(x)
@@ -243,7 +244,7 @@ class PublishedDecoder(nnx.Module):
     self.norm_out = norm(widths[0], config.groups, rngs)
     self.conv_out = conv(widths[0], 3, 3, rngs)
 
-  def __call__(self, z):
+  def __call__(self, z: Float[Array, "B h w _"]) -> Float[Array, "B H W 3"]:
     x = self.mid(self.conv_in(z))
     for i in reversed(range(len(self.up))):
       x = self.up[i](x)
@@ -264,11 +265,11 @@ class PublishedCodebook(nnx.Module):
       self.embedding = table
 
   @property
-  def table(self):
+  def table(self) -> Float[Array, "K E"]:
     """The codes, [K, E]."""
     return (self.embed if self.gumbel else self.embedding).embedding[...]
 
-  def scores(self, z):
+  def scores(self, z: Float[Array, "*B E"]) -> Float[Array, "*B K"]:
     """Scores all codes: [..., E] -> [..., K]; the largest score is that of the code of z."""
     if self.gumbel:
       return self.proj(z)
@@ -288,7 +289,7 @@ class PublishedVQGAN(nnx.Module):
 
 
 @functools.cache
-def structure(config: PublishedConfig, num_codes: int):
+def structure(config: PublishedConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
   """Returns graph and abstract state of the module, see `parameters.structure`."""
   return parameters.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
 
@@ -300,7 +301,12 @@ def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def encode(config: PublishedConfig, num_codes: int, params: dict, images):
+def encode(
+  config: PublishedConfig,
+  num_codes: int,
+  params: dict,
+  images: UInt8[Array | np.ndarray, "B H W 3"],
+) -> Int32[Array, "B h w"]:
   """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, h, w].
 
   H and W are any multiples of `config.downsample`.
@@ -312,14 +318,18 @@ def encode(config: PublishedConfig, num_codes: int, params: dict, images):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def decode_pixels(config: PublishedConfig, num_codes: int, params: dict, codes):
+def decode_pixels(
+  config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
+) -> Float32[Array, "B H W 3"]:
   """Decodes codes, int32 [B, h, w], to fp32 [B, H, W, 3], from `lowest_pixel` to 1 if clipped."""
   with jax.default_matmul_precision("highest"):
     model = parameters.fill(*structure(config, num_codes), params)
     return model.decoder(model.post_quant_conv(model.quantize.table[codes]))
 
 
-def decode(config: PublishedConfig, num_codes: int, params: dict, codes):
+def decode(
+  config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
+) -> UInt8[Array, "B H W 3"]:
   """Decodes codes, int32 [B, h, w], to images, uint8 [B, H, W, 3]."""
   low, pixels = config.lowest_pixel, decode_pixels(config, num_codes, params, codes)
   return jnp.clip(jnp.round((pixels - low) * (255 / (1 - low))), 0, 255).astype(jnp.uint8)

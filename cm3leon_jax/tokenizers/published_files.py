@@ -101,11 +101,19 @@ def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[in
   }
 
 
+def _config_of(tokenizer: ImageTokenizer) -> PublishedConfig:
+  """Returns the config of a published tokenizer; raises TypeError at one of another kind."""
+  if not isinstance(tokenizer.config, PublishedConfig):
+    raise TypeError("the image tokenizer is not a published one.")
+  return tokenizer.config
+
+
 def to_tensors(tokenizer: ImageTokenizer) -> dict[str, np.ndarray]:
   """Returns the parameters of a published tokenizer under their published names."""
+  config = _config_of(tokenizer)
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   return {
-    published_name(name, tokenizer.config): np.ascontiguousarray(
+    published_name(name, config): np.ascontiguousarray(
       x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
     )
     for name, x in flat.items()
@@ -154,7 +162,7 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
     raise UserError(f"{path} does not describe a VQModel that is read here ({error})") from error
 
 
-def _check(found: dict, config: PublishedConfig, num_codes: int, source) -> None:
+def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.PathLike) -> None:
   """Raises UserError, with the name, if a tensor is missing, surplus or of another shape.
 
   Args:
@@ -268,8 +276,10 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
     UserError: the codebook or the grid of codes is not that of the config.
   """
   config = tokenizer.config
-  own = isinstance(config, VQGANConfig)
-  sides = (config.resolution,) if own else RESOLUTIONS[config.family]
+  sides: tuple[int, ...] = (config.resolution,)
+  maker = "the tokenizer"
+  if isinstance(config, PublishedConfig):
+    sides, maker = RESOLUTIONS[config.family], f"--family={config.family}"
   if tokenizer.num_codes != num_codes:
     raise UserError(
       f"config.vocab.image_size is {num_codes}; the codebook has {tokenizer.num_codes} codes: set "
@@ -277,13 +287,12 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
     )
   if vqgan.downsample != config.downsample or vqgan.resolution not in sides:
     grids = " or ".join(f"{(s // config.downsample) ** 2:,} codes of {s}x{s} pixels" for s in sides)
-    maker = "the tokenizer" if own else f"--family={config.family}"
     raise UserError(
       f"config.vqgan.resolution is {vqgan.resolution} and config.vqgan.downsample "
       f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; {maker} makes {grids}: set "
       f"config.vqgan.resolution={sides[0]}, config.vqgan.downsample={config.downsample}."
     )
-  if own:
+  if isinstance(config, VQGANConfig):
     return tokenizer
   config = dataclasses.replace(config, resolution=vqgan.resolution)
   return dataclasses.replace(tokenizer, config=config, batch_size=config.batch_size)
@@ -330,7 +339,7 @@ def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
   Returns:
     Name of the file with the tensors.
   """
-  folder, config = epath.Path(folder), tokenizer.config
+  folder, config = epath.Path(folder), _config_of(tokenizer)
   if config.family == "amused":
     save_diffusers(folder, tokenizer)
     return DIFFUSERS

@@ -11,6 +11,7 @@ norm 1 (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627).
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
 import numpy as np
 
 from cm3leon_jax.tokenizers.config import Quantizer, check_levels, levels_of
@@ -19,17 +20,21 @@ CODEBOOK_DECAY = 0.99  # Of `ema` (van den Oord et al. 2017, appendix A.1).
 RESTARTING = ("", "ema", "rotation")  # Quantizers whose codes can be put at an encoding.
 
 
-def l2_normalize(x):
+def l2_normalize(x: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
   """Scales vectors along the last axis to norm 1."""
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 
-def straight_through(z, q):
+def straight_through(
+  z: Float[Array | np.ndarray, "*B E"], q: Float[Array | np.ndarray, "*B E"]
+) -> Float[Array, "*B E"]:
   """Returns the value of q with the gradient of z."""
   return z + jax.lax.stop_gradient(q - z)
 
 
-def rotate(z, q):
+def rotate(
+  z: Float[Array | np.ndarray, "*B E"], q: Float[Array | np.ndarray, "*B E"]
+) -> Float[Array, "*B E"]:
   """Returns the value of q as a rotated and scaled z (Fifty et al. 2024, arXiv 2410.06424).
 
   The rotation R in the plane of z and q, and the scale s = |q| / |z|, are constants of the
@@ -46,7 +51,7 @@ def rotate(z, q):
     jnp.linalg.norm(q, axis=-1, keepdims=True) / jnp.linalg.norm(z, axis=-1, keepdims=True)
   )
 
-  def along(direction):
+  def along(direction: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B 1"]:
     return jnp.sum(direction * z, -1, keepdims=True)
 
   return scale * (z - 2 * along(middle) * middle + 2 * along(unit_z) * unit_q)
@@ -59,24 +64,26 @@ class Codebook(nnx.Module):
     self.table = nnx.Param(jax.random.normal(rngs.params(), (num_codes, code_dim), jnp.float32))
     self.rotates = rotates
 
-  def vectors(self):
+  def vectors(self) -> Float32[Array, "K E"]:
     """Returns all codes, [K, E]."""
     return l2_normalize(self.table[...])
 
-  def prepare(self, encodings):
+  def prepare(self, encodings: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
     """Scales encodings [..., E] to norm 1."""
     return l2_normalize(encodings)
 
-  def nearest(self, z):
+  def nearest(self, z: Float[Array | np.ndarray, "*B E"]) -> Int32[Array, "*B"]:
     """Finds the nearest code of vectors of norm 1: [..., E] -> int32 [...]."""
     products = jnp.matmul(z, self.vectors().T, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(products, -1).astype(jnp.int32)
 
-  def __call__(self, indices):
+  def __call__(self, indices: Int[Array | np.ndarray, "*B"]) -> Float32[Array, "*B E"]:
     """Looks up codes: int32 [...] -> [..., E] of norm 1."""
     return self.vectors()[indices]
 
-  def pass_through(self, z, q):
+  def pass_through(
+    self, z: Float[Array | np.ndarray, "*B E"], q: Float[Array | np.ndarray, "*B E"]
+  ) -> Float[Array, "*B E"]:
     """Returns the value of q with a gradient for z, straight through or rotated."""
     return rotate(z, q) if self.rotates else straight_through(z, q)
 
@@ -92,7 +99,7 @@ class SimVQ(Codebook):
     super().__init__(num_codes, code_dim, False, rngs)
     self.projection = nnx.Param(jnp.eye(code_dim))
 
-  def vectors(self):
+  def vectors(self) -> Float32[Array, "K E"]:
     frozen = jax.lax.stop_gradient(self.table[...])
     product = jnp.matmul(frozen, self.projection[...], precision=jax.lax.Precision.HIGHEST)
     return l2_normalize(product)
@@ -109,27 +116,30 @@ class FSQ(nnx.Module):
     check_levels(num_codes, code_dim)
     self.levels = levels_of(num_codes)
 
-  def prepare(self, encodings):
+  def prepare(self, encodings: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
     """Squashes encodings [..., E]; channel i is in steps of 1 / (L_i // 2)."""
     levels = self._levels(encodings.ndim)
     half = (levels - 1) * (1 + 1e-3) / 2  # A bit more, so that the outermost levels are reached.
     offset = np.where(levels % 2, 0.0, 0.5)  # An even number of levels has one more below 0.
-    shift, half, offset = (np.float32(x) for x in (np.arctanh(offset / half), half, offset))
-    return (jnp.tanh(encodings + shift) * half - offset) / np.float32(levels // 2)
+    shift = np.float32(np.arctanh(offset / half))
+    squashed = jnp.tanh(encodings + shift) * np.float32(half) - np.float32(offset)
+    return squashed / np.float32(levels // 2)
 
-  def nearest(self, z):
+  def nearest(self, z: Float[Array | np.ndarray, "*B E"]) -> Int32[Array, "*B"]:
     """Rounds squashed encodings to codes: [..., E] -> int32 [...]."""
     levels = self._levels(z.ndim)
     digits = jnp.round(z * np.float32(levels // 2)).astype(jnp.int32) + levels // 2
     return jnp.sum(digits * self._strides(z.ndim), -1).astype(jnp.int32)
 
-  def __call__(self, indices):
+  def __call__(self, indices: Int[Array | np.ndarray, "*B"]) -> Float[Array | np.ndarray, "*B E"]:
     """Looks up codes: int32 [...] -> [..., E] in [-1, 1]."""
     levels = self._levels(indices.ndim + 1)
     digits = indices[..., None] // self._strides(indices.ndim + 1) % levels
     return (digits - levels // 2) / np.float32(levels // 2)
 
-  def pass_through(self, z, q):
+  def pass_through(
+    self, z: Float[Array | np.ndarray, "*B E"], q: Float[Array | np.ndarray, "*B E"]
+  ) -> Float[Array, "*B E"]:
     """Returns the value of q with the gradient of z."""
     return straight_through(z, q)
 
@@ -154,7 +164,13 @@ def make(kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs) -> Code
   return Codebook(num_codes, code_dim, kind == "rotation", rngs)
 
 
-def loss(kind: Quantizer, codebook_weight: float, commitment_weight: float, z, q):
+def loss(
+  kind: Quantizer,
+  codebook_weight: float,
+  commitment_weight: float,
+  z: Float[Array | np.ndarray, "*B E"],
+  q: Float[Array | np.ndarray, "*B E"],
+) -> Float32[Array, ""] | float:
   """Computes the codebook and the commitment loss (van den Oord et al. 2017, section 3.2).
 
   Codes of `ema` follow their encodings without a loss, those of `fsq` are given.
@@ -173,11 +189,11 @@ def loss(kind: Quantizer, codebook_weight: float, commitment_weight: float, z, q
   return commitment if kind == "ema" else codebook_weight * _squared(q - stop(z)) + commitment
 
 
-def _squared(x):
+def _squared(x: Float[Array | np.ndarray, "*B E"]) -> Float[Array, ""]:
   return jnp.mean(jnp.sum(x * x, -1))
 
 
-def init_averages(table) -> dict:
+def init_averages(table: Float[Array | np.ndarray, "K E"]) -> dict:
   """Returns the first averages of `ema`, as if one encoding equal to each code had been seen.
 
   Args:
@@ -189,7 +205,12 @@ def init_averages(table) -> dict:
   return {"counts": jnp.ones(len(table), jnp.float32), "sums": l2_normalize(table)}
 
 
-def update_averages(averages: dict, z, indices, decay: float = CODEBOOK_DECAY) -> dict:
+def update_averages(
+  averages: dict,
+  z: Float[Array | np.ndarray, "*B E"],
+  indices: Int[Array | np.ndarray, "*B"],
+  decay: float = CODEBOOK_DECAY,
+) -> dict:
   """Moves the averages of `ema` (van den Oord et al. 2017, appendix A.1).
 
     counts = decay * counts + (1 - decay) * number of encodings with the code
@@ -210,7 +231,7 @@ def update_averages(averages: dict, z, indices, decay: float = CODEBOOK_DECAY) -
   return jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, averages, new)
 
 
-def averaged_table(averages: dict, table):
+def averaged_table(averages: dict, table: Float[Array | np.ndarray, "K E"]) -> Float[Array, "K E"]:
   """Returns sums / counts, [K, E]; a code whose count has decayed to about 0 keeps its row."""
   counts = averages["counts"][:, None]
   return jnp.where(counts > 1e-20, averages["sums"] / jnp.maximum(counts, 1e-20), table)

@@ -180,7 +180,7 @@ class TextTokenizer:
       encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
 
-  def decode(self, ids) -> str:
+  def decode(self, ids: Iterable[int] | np.ndarray) -> str:
     """Decodes [T] integers to a text, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 

@@ -7,6 +7,7 @@ pure dict of their parameters.
 # B batch, H height, W width, C channels, E code width, K codes, h = H / downsample,
 # w = W / downsample, T = h * w codes of an image.
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
@@ -15,6 +16,7 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 import numpy as np
 
 from cm3leon_jax import parameters
@@ -28,7 +30,9 @@ PARAMS = "params.safetensors"
 CONFIG = "config.json"
 
 
-def space_to_depth(x, factor: int):
+def space_to_depth(
+  x: Float[Array | np.ndarray, "B H W C"], factor: int
+) -> Float[Array | np.ndarray, "B H//{factor} W//{factor} C*{factor}**2"]:
   """Folds squares into channels: [B, H, W, C] -> [B, H / factor, W / factor, factor^2 * C].
 
   factor = 2: [[0 1 2 3] [4 5 6 7]] -> [[[0 1 4 5] [2 3 6 7]]]
@@ -38,14 +42,18 @@ def space_to_depth(x, factor: int):
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
 
 
-def depth_to_space(x, factor: int):
+def depth_to_space(
+  x: Float[Array | np.ndarray, "B H W C"], factor: int
+) -> Float[Array | np.ndarray, "B H*{factor} W*{factor} C//{factor}**2"]:
   """Inverts `space_to_depth`."""
   b, h, w, c = x.shape
   x = x.reshape(b, h, w, factor, factor, c // factor**2)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
 
-def normalize(x, local: bool = False):
+def normalize(
+  x: Float[Array | np.ndarray, "B H W C"], local: bool = False
+) -> Float[Array, "B H W C"]:
   """Shifts and scales to mean 0 and variance 1: each image over [H, W, C], or each place over C."""
   axes = 3 if local else (1, 2, 3)
   x = x - x.mean(axes, keepdims=True)
@@ -64,7 +72,7 @@ class ConvBlock(nnx.Module):
     self.conv1, self.conv2 = conv(width, width, size, rngs), conv(width, width, size, rngs)
     self.local = local
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array | np.ndarray, "B H W D"]) -> Float[Array, "B H W D"]:
     h = self.conv1(nnx.silu(normalize(x, self.local)))
     return x + self.conv2(nnx.silu(normalize(h, self.local)))
 
@@ -84,7 +92,7 @@ class Encoder(nnx.Module):
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w E"]:
     x = self.conv_in(space_to_depth(x, self.stem))
     for i, blocks in enumerate(self.levels):
       if i:
@@ -108,10 +116,10 @@ class Decoder(nnx.Module):
     self.ups = nnx.List(conv(a, 4 * b, 3, rngs) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
 
-  def __call__(self, z):
+  def __call__(self, z: Float[Array | np.ndarray, "B h w E"]) -> Float[Array, "B H W 3"]:
     return self.last(self.hidden(z))
 
-  def hidden(self, z):
+  def hidden(self, z: Float[Array | np.ndarray, "B h w E"]) -> Float[Array, "B _ _ D"]:
     """Computes what the last layer receives: [B, H / stem, W / stem, width]."""
     x = self.conv_in(z)
     for i, blocks in enumerate(self.levels):
@@ -121,7 +129,7 @@ class Decoder(nnx.Module):
         x = block(x)
     return nnx.silu(normalize(x, self.local))
 
-  def last(self, hidden):
+  def last(self, hidden: Float[Array | np.ndarray, "B _ _ D"]) -> Float[Array, "B H W 3"]:
     """Applies the last layer to what `hidden` returns: pixels [B, H, W, 3]."""
     return depth_to_space(self.conv_out(hidden), self.stem)
 
@@ -134,7 +142,11 @@ class VQGAN(nnx.Module):
     self.codebook = quantizers.make(config.quantizer, num_codes, config.code_dim, rngs)
     self.decoder = Decoder(config, rngs)
 
-  def __call__(self, x):
+  def __call__(
+    self, x: Float[Array | np.ndarray, "B H W 3"]
+  ) -> tuple[
+    Float[Array, "B H W 3"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
+  ]:
     """Reconstructs pixels. The gradient of the codes goes through to the encodings.
 
     Args:
@@ -147,7 +159,11 @@ class VQGAN(nnx.Module):
     hidden, *codes = self.hidden(x)
     return self.decoder.last(hidden), *codes
 
-  def hidden(self, x):
+  def hidden(
+    self, x: Float[Array | np.ndarray, "B H W 3"]
+  ) -> tuple[
+    Float[Array, "B _ _ D"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
+  ]:
     """Computes what `__call__` returns, with `Decoder.hidden` in place of the reconstruction."""
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
@@ -155,7 +171,7 @@ class VQGAN(nnx.Module):
     return self.decoder.hidden(self.codebook.pass_through(z, q)), z, q, indices
 
 
-def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
+def init_params(config: VQGANConfig, num_codes: int, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a pure dict."""
   params = parameters.random(_structure(config, num_codes)[1], key)
   if "projection" in params.get("codebook", {}):
@@ -164,7 +180,7 @@ def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
 
 
 @functools.cache
-def _structure(config: VQGANConfig, num_codes: int):
+def _structure(config: VQGANConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
   return parameters.structure(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0)))
 
 
@@ -173,18 +189,23 @@ def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
   return parameters.fill(*_structure(config, num_codes), params)
 
 
-def to_float(images):
+def to_float(images: UInt8[Array | np.ndarray, "*B"]) -> Float32[Array | np.ndarray, "*B"]:
   """Converts uint8 pixels to fp32 in [-1, 1]."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(pixels):
+def to_uint8(pixels: Float[Array | np.ndarray, "*B"]) -> UInt8[Array, "*B"]:
   """Converts pixels in [-1, 1] to uint8, rounded and clipped."""
   return jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def encode(config: VQGANConfig | published.PublishedConfig, num_codes: int, params: dict, images):
+def encode(
+  config: VQGANConfig | published.PublishedConfig,
+  num_codes: int,
+  params: dict,
+  images: UInt8[Array | np.ndarray, "B H W 3"],
+) -> Int32[Array, "B T"]:
   """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], in raster order."""
   if isinstance(config, published.PublishedConfig):
     return published.encode(config, num_codes, params, images).reshape(images.shape[0], -1)
@@ -194,7 +215,12 @@ def encode(config: VQGANConfig | published.PublishedConfig, num_codes: int, para
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def decode(config: VQGANConfig | published.PublishedConfig, num_codes: int, params: dict, codes):
+def decode(
+  config: VQGANConfig | published.PublishedConfig,
+  num_codes: int,
+  params: dict,
+  codes: Int32[Array | np.ndarray, "B T"],
+) -> UInt8[Array, "B H W 3"]:
   """Decodes codes, int32 [B, T], in raster order, to images, uint8 [B, H, W, 3]."""
   side = config.resolution // config.downsample
   codes = codes.reshape(-1, side, side)
@@ -205,12 +231,12 @@ def decode(config: VQGANConfig | published.PublishedConfig, num_codes: int, para
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def code_vectors(config: VQGANConfig, num_codes: int, params: dict):
+def code_vectors(config: VQGANConfig, num_codes: int, params: dict) -> Float32[Array, "K E"]:
   """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""
   return bind(config, num_codes, params).codebook(jnp.arange(num_codes))
 
 
-def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
+def in_batches(function: Callable[[np.ndarray], Array], array: np.ndarray, size: int) -> np.ndarray:
   """Applies a jitted function in batches of `size`, the last padded: it compiles once."""
   outputs = []
   for start in range(0, max(len(array), 1), size):
@@ -253,10 +279,10 @@ class ImageTokenizer:
         f"{folder / CONFIG}: num_codes is {stored['num_codes']}; it must be greater than 0."
       )
     if published.SECTION in stored:
-      config = build(published.PublishedConfig, stored[published.SECTION], published.SECTION)
-      expected = parameters.to_dict(published.structure(config, stored["num_codes"])[1])
+      other = build(published.PublishedConfig, stored[published.SECTION], published.SECTION)
+      expected = parameters.to_dict(published.structure(other, stored["num_codes"])[1])
       params = parameters.load(folder / PARAMS, expected, "import_vqgan")
-      return cls(config, stored["num_codes"], params, config.batch_size)
+      return cls(other, stored["num_codes"], params, other.batch_size)
     stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))

@@ -119,7 +119,8 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
   """Rounds the matrices of all layers; their outputs are the last axes, see `Block`."""
-  inputs = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}.get(name, x.shape[1])
+  sizes = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}
+  inputs = sizes[name] if name in sizes else x.shape[1]
   matrices = x.reshape(-1, inputs, x.size // (x.shape[0] * inputs * (3 if name == "qkv" else 1)))
   result = np.empty_like(matrices)
   for i, matrix in enumerate(matrices):

@@ -35,7 +35,7 @@ def opt_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
   """Lists the tensors of OPTForCausalLM, weights [out, in]; the head is tied to the embeddings."""
   table = params.shapes["positions"]
 
-  def positions():
+  def positions() -> np.ndarray:
     return np.pad(params.read("positions"), ((OPT_OFFSET, 0), (0, 0)))
 
   tensors = [
@@ -88,7 +88,7 @@ def transposed(
   shape = params.shapes[source][len(index) :]
   rows, columns = math.prod(shape[:axes_in]), math.prod(shape[axes_in:])
 
-  def make():
+  def make() -> np.ndarray:
     return params.read(source, *index).reshape(rows, columns).T
 
   return Tensor(name, (columns, rows), dtype, make)

@@ -34,7 +34,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   A, V = config.num_heads * config.head_dim, config.vocab_size
   opt = config.family == "opt"
   prefix = "model.decoder" if opt else "model"
-  table = {f"{prefix}.embed_tokens.weight": (V, D)}
+  table: dict[str, tuple[int, ...]] = {f"{prefix}.embed_tokens.weight": (V, D)}
   layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (A, D) for name in "qkv"}
   if opt:
     table[f"{prefix}.embed_positions.weight"] = (config.max_positions + OPT_OFFSET, D)
@@ -84,7 +84,9 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
   return traverse_util.unflatten_dict(params, sep=".")
 
 
-def _in_fp32(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index):
+def _in_fp32(
+  read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
+) -> np.ndarray:
   """Reads the part `index` of an array of this shape."""
   bounds = (part.indices(size) for part, size in zip(index, shape))
   return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(np.float32, copy=False)

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 from flax import traverse_util
 import jax
+from jaxtyping import Array, PyTree
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -66,10 +67,10 @@ def tree_of(params: StoredParams) -> dict:
   return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def save_args(state) -> Any:
+def save_args(state: PyTree) -> Any:
   """Returns Orbax's arguments to save a state: each layer of stacked parameters is stored apart."""
 
-  def args(path, x):
+  def args(path: tuple, x: Array) -> ocp.SaveArgs:
     stacked = any(getattr(key, "key", None) == STACKED for key in path) and x.ndim > 1
     return ocp.SaveArgs(shard_axes=(0,)) if stacked else ocp.SaveArgs()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import functools
 import math
 import os
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -112,7 +113,7 @@ class StoredTensors:
       raise UserError(f"{self.folder}: tensor '{name}' has values that are not finite.")
     return x
 
-  def _view(self, name: str):
+  def _view(self, name: str) -> Any:
     if name not in self._views:
       raise UserError(f"{self.folder} has no tensor '{name}', which its config.json asks for.")
     return self._views[name]()
@@ -131,7 +132,7 @@ class _InMemory:
   def get_dtype(self) -> str:
     return self._about["dtype"]
 
-  def __getitem__(self, index) -> np.ndarray:
+  def __getitem__(self, index: Any) -> np.ndarray:
     flat = np.frombuffer(self._about["data"], FLOATS[self.get_dtype()])
     return flat.reshape(self.get_shape())[index]
 

@@ -90,7 +90,7 @@ def write(
   if len(shards) == 1:
     _write_file(folder / WEIGHTS, tensors)
     return [WEIGHTS]
-  places = {}
+  places: dict[str, str] = {}
   for i, shard in enumerate(shards, 1):
     name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
     _write_file(folder / name, shard)

@@ -58,7 +58,11 @@ TOKENIZERS = (
   *mutants_of(
     PUBLISHED_FILES,
     "tests/commands/import_vqgan_test.py::test_the_tokenizer_of_an_export_needs_no_family",
-    ("an_exported_grid_is_any", "(config.resolution,) if own else", "(256, 512) if own else"),
+    (
+      "an_exported_grid_is_any",
+      "tuple[int, ...] = (config.resolution,)",
+      "tuple[int, ...] = (256, 512)",
+    ),
   ),
   *mutants_of(
     "cm3leon_jax/trained/initial.py",

@@ -81,7 +81,8 @@ def check(
     np.concatenate([p.thumbnails for p in prints] or [np.zeros((0, 768), np.uint8)]),
     np.concatenate([p.hashes for p in prints] or [np.zeros((0, 24), np.uint8)]),
   )
-  train, pairs, nearest, leaked = 0, 0, [], np.zeros(len(heldout), bool)
+  nearest: list[Pair] = []
+  train, pairs, leaked = 0, 0, np.zeros(len(heldout), bool)
   for names, batch in _read(folder, "train", num_threads):
     train += len(names)
     for start in range(0, len(heldout), BATCH):
@@ -159,13 +160,14 @@ def _first_images(folder: epath.PathLike, split: str, count: int) -> list[tuple[
 
 def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str, str, str]]:
   """Yields key and concept of the record, and path, of the images of a split in a shard."""
-  for cls in (RawPair, RawInterleaved):
+  kinds: tuple[type[RawPair | RawInterleaved], ...] = (RawPair, RawInterleaved)
+  for cls in kinds:
     for record in reader.read_shard(folder, name, cls, split):
       if getattr(record, "added_crop", ""):  # As near to others as the whole image is.
         continue
       concept = getattr(record, "concept", "") or record.group or record.key
       for image in images_of(record):
-        yield record.key, concept, image
+        yield record.key, concept, str(image)
 
 
 def _read(

@@ -1,8 +1,9 @@
 """Encodes raw shards as shards of documents of token ids, and counts tokens and codes."""
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -57,7 +58,9 @@ class EncodeJob:
 
     return encode_shard
 
-  def _encode_split(self, name: str, split: str, text_tokenizer, image_tokenizer) -> dict:
+  def _encode_split(
+    self, name: str, split: str, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
+  ) -> dict[str, Any]:
     """Encodes a split of a shard; returns counts by kind, and `code_counts` [C] of image codes."""
     code_counts = np.zeros(self.vocab.image_size, np.int64)
     summary = {}
@@ -79,7 +82,9 @@ class EncodeJob:
       write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
     return {**summary, "code_counts": code_counts.tolist()}
 
-  def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
+  def _codes(
+    self, images: list[str | bytes], image_tokenizer: ImageTokenizer, bar: str
+  ) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
     with progress_bar(
       total=len(images), desc=bar, unit="image", leave=False, disable=not images
@@ -105,7 +110,11 @@ def texts_of(record: Record) -> list[str]:
 
 
 def _documents(
-  records, texts: Iterator, codes: Iterator, vocab: VocabLayout, counts: np.ndarray
+  records: Iterable[Record],
+  texts: Iterator[np.ndarray],
+  codes: Iterator[np.ndarray],
+  vocab: VocabLayout,
+  counts: np.ndarray,
 ) -> Iterator[Document]:
   """Yields a document for every record; adds its image codes to `counts`, [C] int64."""
   for record in records:
@@ -191,7 +200,8 @@ class _Totals:
 
   def __init__(self, num_codes: int):
     self._codes = np.zeros(num_codes, np.int64)
-    self._counts, self._longest = collections.Counter(), 0
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._longest = 0
 
   def add(self, shard: dict) -> None:
     self._codes += np.array(shard["code_counts"])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 from array_record.python import array_record_module
 from etils import epath
@@ -122,7 +123,7 @@ def write_shard(
     finally:
       writer.close()
     records = describe(partial)
-  arrays = {
+  arrays: dict[str, Any] = {
     "schema_version": SCHEMA_VERSION,
     "vocab": np.array(dataclasses.astuple(vocab)),
     "counts": np.array(counts, np.int32),
@@ -153,7 +154,9 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
-  shards, token_counts, files = [], np.zeros(vocab.size, np.int64), {}
+  shards: list[dict[str, Any]] = []
+  files: dict[str, dict] = {}
+  token_counts = np.zeros(vocab.size, np.int64)
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
     files |= describe_shard(folder, name, shards[-1].pop("records", None))
@@ -270,7 +273,7 @@ class DocumentStore:
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
-  def _open(self, name: str):
+  def _open(self, name: str) -> array_record_module.ArrayRecordReader:
     file = f"{name}{RECORDS}"
     if file in self.files:
       check_shard_file(self.folder, file, self.files[file], content=False)
@@ -325,7 +328,7 @@ class Bank:
     """Opens the pairs in the folder of all stores; raises as `DocumentStore`."""
     documents = epath.Path(documents)
     self.folder = documents / "train_pairs"
-    self.parts = (DocumentStore(self.folder, vocab),)
+    self.parts: tuple[DocumentStore, ...] = (DocumentStore(self.folder, vocab),)
     if (documents / "bank_pairs" / INDEX).exists():
       self.parts += (DocumentStore(documents / "bank_pairs", vocab),)
 

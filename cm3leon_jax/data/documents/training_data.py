@@ -1,6 +1,7 @@
 """Records what a model learned from: the data of its run, and of the runs that it began from."""
 
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
@@ -32,7 +33,9 @@ def collect(
   Raises:
     UserError: a file is damaged.
   """
-  runs, origins, folder = [], [], epath.Path(workdir)
+  runs: list[dict[str, Any]] = []
+  origins: list[dict[str, Any]] = []
+  folder = epath.Path(workdir)
   seen: set[str] = set()
   while str(folder) not in seen:
     seen.add(str(folder))

@@ -3,6 +3,7 @@
 # H height, W width.
 
 import dataclasses
+import types
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from cm3leon_jax.config import UserError
 LOW, HIGH = 100, 200  # Thresholds of hysteresis, as most examples of ControlNet have them.
 
 
-def load_opencv():
+def load_opencv() -> types.ModuleType:
   """Imports OpenCV, which is an extra: a task without computed maps does not need it.
 
   Raises:
@@ -71,8 +72,8 @@ class ImageMap:
 
   Attributes:
     kind: a key of MAPS.
-    image: of which it is; a path, or [H, W, 3] uint8.
+    image: of which it is; a path, [H, W, 3] uint8, or another map.
   """
 
   kind: str
-  image: str | np.ndarray
+  image: "str | np.ndarray | ImageMap"

@@ -121,6 +121,8 @@ def open_records(
 def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
   """Yields a record of each caption; its key is that of `caption_prompts`."""
   for example in caption_prompts(examples):
+    assert example.prompt is not None
+    assert example.image is not None
     texts = {"caption": example.prompt}
     yield Record(example.key, example.group, texts, {"image": example.image})
 
@@ -140,6 +142,8 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
     answer = collections.Counter(given).most_common(1)[0][0]
     if example.answerable is False:
       answer = UNANSWERABLE
+    assert example.prompt is not None
+    assert example.image is not None
     yield Record(
       key=example.key,
       group=example.group,
@@ -186,7 +190,7 @@ def read_narratives(
   Raises:
     UserError: naming file and line: no JSON, another format.
   """
-  seen = collections.Counter()
+  seen: collections.Counter[str] = collections.Counter()
   for file in files:
     for where, entry in read_json_lines(file):
       image_id = field_of(entry, "image_id", str, where)

@@ -49,6 +49,8 @@ def read_coco_objects(
         "split."
       )
     if listed := objects[int(example.group)]:
+      assert example.prompt is not None
+      assert example.image is not None
       texts = {"caption": example.prompt, "objects": listed}
       yield Record(example.key, example.group, texts, {"image": example.image})
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cm3leon_jax.data.instructions.edges import ImageMap
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -15,14 +17,14 @@ class Record:
     key: unique in its source.
     group: what it belongs to, e.g. the id of an image; records of one group are not independent.
     texts: name -> text, e.g. "question".
-    images: name -> path, or [H, W, 3] uint8 pixels.
+    images: name -> path, or [H, W, 3] uint8 pixels, or a map that is computed from either.
     facts: what a judge needs to know; {} if nothing.
   """
 
   key: str
   group: str
   texts: Mapping[str, str]
-  images: Mapping[str, str | np.ndarray]
+  images: Mapping[str, str | np.ndarray | ImageMap]
   facts: Mapping = dataclasses.field(default_factory=dict)
 
 

@@ -6,11 +6,13 @@ image last:    </s> a cat <break> image </s>
 
 # T tokens of a sample.
 
+from collections.abc import Sequence
 import dataclasses
 import typing
 
 from etils import epath
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document
@@ -47,7 +49,7 @@ class Instructions:
   loss_weight: float = 1.0
 
 
-def write_targets(folder: epath.PathLike, targets) -> None:
+def write_targets(folder: epath.PathLike, targets: npt.ArrayLike) -> None:
   """Writes the targets of a store beside its documents."""
   with replacing(epath.Path(folder) / TARGETS) as file:
     np.save(file, np.asarray(targets, np.int32).reshape(-1, 2))
@@ -96,7 +98,11 @@ class InstructionPlan(typing.NamedTuple):
 
 
 def plan_instruction(
-  lengths, is_image, target: tuple[int, int], rng: np.random.Generator, drops: Drops
+  lengths: Sequence[int],
+  is_image: Sequence[bool],
+  target: tuple[int, int],
+  rng: np.random.Generator,
+  drops: Drops,
 ) -> InstructionPlan:
   """Chooses what a sample lacks.
 

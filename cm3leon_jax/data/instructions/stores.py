@@ -102,7 +102,9 @@ def write_store(
   return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
 
 
-def _encode(task: InstructionTask, records: list[Record], encoder: RecordEncoder):
+def _encode(
+  task: InstructionTask, records: list[Record], encoder: RecordEncoder
+) -> tuple[list[tuple[Record, Instruction]], list[tuple[Record, str]]]:
   """Returns the records that are right, with their form, and those that are wrong, with why."""
   images, wrong = _read_images(task, records, encoder)
   of_record: dict[int, dict[str, np.ndarray]] = {}
@@ -163,7 +165,9 @@ def _sample_length(one: Instruction) -> int:
   return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
 
 
-def _read_images(task: InstructionTask, records: list[Record], encoder: RecordEncoder):
+def _read_images(
+  task: InstructionTask, records: list[Record], encoder: RecordEncoder
+) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
   """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
@@ -178,7 +182,7 @@ def _read_images(task: InstructionTask, records: list[Record], encoder: RecordEn
   return found, wrong
 
 
-def _read_record(named: set[str], side: int, record: Record) -> list | str:
+def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, np.ndarray]] | str:
   """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
   try:
     return [
@@ -190,7 +194,7 @@ def _read_record(named: set[str], side: int, record: Record) -> list | str:
     return str(error)
 
 
-def square_pixels(image, side: int) -> np.ndarray:
+def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
   """Reads an image of a record, [side, side, 3] uint8: a path, pixels, or a map to compute.
 
   Raises:

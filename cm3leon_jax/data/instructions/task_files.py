@@ -65,7 +65,8 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
   if not documents or not isinstance(documents[0][1], list) or not documents[0][1]:
     raise UserError(f"{where} must be a list of tasks, each `- name: ...` and its other fields.")
   [(node, values)] = documents
-  found, lines = [], {}
+  found: list[InstructionTask] = []
+  lines: dict[str, int] = {}
   for entry, value in zip(node.value, values, strict=True):
     try:
       _check_keys(entry)

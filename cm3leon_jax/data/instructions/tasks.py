@@ -109,7 +109,9 @@ def join_record(
   return Instruction(tuple(segments), *found)
 
 
-def _check_place(task: InstructionTask, segments: list[Segment], target, end: int) -> None:
+def _check_place(
+  task: InstructionTask, segments: list[Segment], target: tuple[int, int], end: int
+) -> None:
   """Checks that an image that is predicted is last, and that what may be dropped can be.
 
   Args:
@@ -141,7 +143,13 @@ def _check_place(task: InstructionTask, segments: list[Segment], target, end: in
     )
 
 
-def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
+def _segment(
+  task: InstructionTask,
+  record: Record,
+  text: str,
+  encode: Callable[[str], np.ndarray],
+  codes: Mapping[str, np.ndarray],
+) -> tuple[np.ndarray, bool, tuple[int, int] | None]:
   """Returns the tokens of a segment, whether it is an image, and the target's range or None."""
   fields = fields_of(text)
   images = [field for field in fields if field in record.images]

@@ -83,7 +83,8 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
   def rank(name: str) -> bytes:
     return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
-  turns, seen = [], collections.Counter()
+  turns: list[tuple[int, bytes, Example]] = []
+  seen: collections.Counter[str] = collections.Counter()
   for example in sorted(examples, key=lambda e: rank(e.key)):
     turns.append((seen[example.group], rank(example.group), example))
     seen[example.group] += 1
@@ -97,10 +98,10 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
 
 def check_images(examples: Iterable[Example]) -> None:
   """Raises UserError if images of the examples do not exist; it names the first and its example."""
-  first = {}
+  first: dict[str, str] = {}
   for example in examples:
-    first.setdefault(example.image, example.key)
-  first.pop(None, None)
+    if example.image is not None:
+      first.setdefault(example.image, example.key)
   absent = [image for image in first if not epath.Path(image).exists()]
   if absent:
     raise UserError(

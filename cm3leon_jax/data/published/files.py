@@ -9,6 +9,7 @@ the files. Texts are those of the files, unchanged: metrics normalize them.
 from collections.abc import Iterator
 import dataclasses
 import posixpath
+from typing import Any
 
 from etils import epath
 
@@ -104,7 +105,7 @@ def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterato
   """
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
-  captions = {image_id: [] for image_id in listed}
+  captions: dict[int, list[str]] = {image_id: [] for image_id in listed}
   for number, entry in enumerate(field_of(content, "annotations", list, file), 1):
     where = f"{file}, annotation {number}"
     image_id = field_of(entry, "image_id", int, where)
@@ -243,7 +244,7 @@ def read_paragraphs(
     UserError: naming file and id: another format, an image that is twice in the split or has no
       paragraph, a `url` of another folder.
   """
-  entries = {}
+  entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
     entries.setdefault(field_of(entry, "image_id", int, f"{file}, entry {number}"), entry)
   seen = set()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import json
+from typing import Any
 
 from etils import epath
 
@@ -31,7 +32,7 @@ def find_file(root: epath.PathLike, names: tuple[str, ...], name: str, split: st
   return found
 
 
-def load_json(file: epath.PathLike, kind: type = dict):
+def load_json(file: epath.PathLike, kind: type = dict) -> Any:
   """Reads a JSON file; raises UserError unless it is JSON and of this kind."""
   path = epath.Path(file)
   if not path.exists():
@@ -59,7 +60,7 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
     yield where, content
 
 
-def field_of(entry, name: str, kind: type, where: object):
+def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
   """Returns a field; raises UserError unless the entry is an object that has it, of this kind."""
   value = entry.get(name) if isinstance(entry, dict) else None
   if not isinstance(value, kind) or isinstance(value, bool):
@@ -85,7 +86,7 @@ def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:
   return tuple(field_of(e, name, str, f"{where}, entry {n}") for n, e in enumerate(entries, 1))
 
 
-def text_list(entry, name: str, where: str) -> tuple[str, ...]:
+def text_list(entry: Any, name: str, where: str) -> tuple[str, ...]:
   """Returns the list of texts `name`; raises UserError if it is empty, or has something else."""
   values = field_of(entry, name, list, where)
   if not values or not all(isinstance(value, str) for value in values):

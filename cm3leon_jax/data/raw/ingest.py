@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 from etils import epath
+import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
-from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
+from cm3leon_jax.data.raw.writer import FILES, REJECTED, Load, write_shard
 from cm3leon_jax.data.sources import builtin, formats, origins
 from cm3leon_jax.data.sources.builtin import DOCSTRINGS, OPENMOJI, docstring_texts
 from cm3leon_jax.data.sources.drawn import DrawnSource
-from cm3leon_jax.data.sources.records import KINDS, SPLITS
+from cm3leon_jax.data.sources.records import KINDS, SPLITS, Record, Rejected
 from cm3leon_jax.data.sources.rejections import Rejections
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
@@ -164,7 +166,7 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
   """Sums counts by name."""
-  total = {}
+  total: dict[str, int] = {}
   for shard in counts:
     total |= {name: total.get(name, 0) + count for name, count in shard.items()}
   return total
@@ -188,14 +190,16 @@ class _Ingest:
     if part.kind == OPENMOJI:
       resolution, threads = self.config.resolution, self.config.num_threads
       pairs, nameless = builtin.openmoji_pairs(resolution, fraction, threads)
+      items: Iterable[Record | Rejected]
       items = itertools.chain(pairs, docstring_texts(max_texts, fraction))
       more, total = {"left_out_nameless": nameless}, len(pairs) + max_texts
       load = _with_own_size(builtin.openmoji_drawings().render)
       return write_shard(self.config, folder, items, load, more, total)
     if self.drawn is not None and part.kind == self.drawn.name:
       pairs = list(self.drawn.read(part))
-      more, load = collections.Counter(map(self.drawn.number_of, pairs)), self.drawn.load
-      return write_shard(self.config, folder, pairs, _with_own_size(load), dict(more), len(pairs))
+      numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
+      load = _with_own_size(self.drawn.load)
+      return write_shard(self.config, folder, pairs, load, numbers, len(pairs))
     if part.kind == DOCSTRINGS:
       items = docstring_texts(max_texts, fraction)
       return write_shard(self.config, folder, items, load_with_size, total=max_texts)
@@ -205,10 +209,10 @@ class _Ingest:
     return write_shard(self.config, folder, items, load)
 
 
-def _with_own_size(draw: Callable) -> Callable:
+def _with_own_size(draw: Callable[[Any, int], np.ndarray]) -> Load:
   """Returns `draw` with the size of the image that it draws, as `load_with_size` returns it."""
 
-  def load(image, resolution):
+  def load(image: str | bytes, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
     pixels = draw(image, resolution)
     return pixels, (pixels.shape[1], pixels.shape[0])
 

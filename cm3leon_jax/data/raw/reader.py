@@ -1,6 +1,6 @@
 """Reads raw folders, which `ingest.prepare` writes, and images. Schema: docs/data_formats.md."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import ctypes
@@ -9,7 +9,7 @@ import functools
 import io
 import threading
 import traceback
-import typing
+from typing import IO
 
 from etils import epath
 import numpy as np
@@ -18,10 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cm3leon_jax.config import UserError, causes
 from cm3leon_jax.data.sources.records import (
   KINDS,
-  RawInterleaved,
   RawPair,
   RawText,
   RecordError,
+  T,
   images_of,
   make_record,
   parse_json,
@@ -88,9 +88,6 @@ def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
   return [text for name in shards(folder) for text in read_shard(folder, name, RawText, split)]
 
 
-T = typing.TypeVar("T", RawPair, RawText, RawInterleaved)
-
-
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
   """Reads the records of one kind and split in shard `name`, in order, images as full paths.
 
@@ -127,7 +124,7 @@ def kind_of(cls: type) -> str:
   return next(kind for kind, record in KINDS.items() if record is cls)
 
 
-def _read(path: epath.Path, cls) -> Iterator:
+def _read(path: epath.Path, cls: type[T]) -> Iterator[T]:
   """Yields the records of a file that `ingest.prepare` wrote."""
   if not path.exists():
     raise UserError(
@@ -185,7 +182,9 @@ def load_with_size(
     ) from error
 
 
-def _decode(file, name: str, resolution: int | None, crop: str) -> tuple[np.ndarray, tuple]:
+def _decode(
+  file: IO[bytes], name: str, resolution: int | None, crop: str
+) -> tuple[np.ndarray, tuple[int, int]]:
   """Decodes the image in an open file; returns and raises what `load_with_size` does."""
   opened = Image.open(file, formats=FORMATS)
   pixels = opened.width * opened.height
@@ -199,14 +198,16 @@ def _decode(file, name: str, resolution: int | None, crop: str) -> tuple[np.ndar
     return _upright_square(Image.open(file, formats=FORMATS), resolution, crop)
 
 
-def _upright_square(opened, resolution: int | None, crop: str) -> tuple[np.ndarray, tuple]:
+def _upright_square(
+  opened: Image.Image, resolution: int | None, crop: str
+) -> tuple[np.ndarray, tuple[int, int]]:
   upright = ImageOps.exif_transpose(opened).convert("RGBA")
   del opened  # With its pixels and its decoder, which may hold as many.
   return _square(upright, resolution, crop), upright.size
 
 
 @contextlib.contextmanager
-def _one_at_a_time():
+def _one_at_a_time() -> Iterator[None]:
   """Holds the lock of large images, and gives the memory of each one back to the system.
 
   glibc keeps what a thread frees for this thread alone, 0.4 GB after a large image. What an image
@@ -229,7 +230,7 @@ def _trim_memory() -> None:
     trim(0)
 
 
-def open_image(image: str | bytes | epath.Path, name: str):
+def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
   """Opens a file, or bytes; raises UserError at what is no file, or is too large, as `name`."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
@@ -251,8 +252,11 @@ def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarra
   """Puts an RGBA image on white, and scales it to a square unless `resolution` is None."""
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
   if resolution and pixels.size != (resolution, resolution):
-    square = {"center": ImageOps.fit, "pad": functools.partial(ImageOps.pad, color="white")}[crop]
-    pixels = square(pixels, (resolution, resolution), Image.Resampling.LANCZOS)
+    squares: dict[str, Callable[..., Image.Image]] = {
+      "center": ImageOps.fit,
+      "pad": functools.partial(ImageOps.pad, color="white"),
+    }
+    pixels = squares[crop](pixels, (resolution, resolution), Image.Resampling.LANCZOS)
   return np.asarray(pixels)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -41,13 +42,15 @@ FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
 BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 LEAST_CROP = 0.88  # Side of a random crop, as a share of that of the image.
+# (image, resolution) -> pixels, and the size of the image.
+Load = Callable[[Any, int], tuple[np.ndarray, tuple[int, int]]]
 
 
 class _Writer:
   """Writes correct records and their images; counts and lists the others."""
 
   def __init__(
-    self, config: RawConfig, folder: epath.Path, load: Callable, stack: contextlib.ExitStack
+    self, config: RawConfig, folder: epath.Path, load: Load, stack: contextlib.ExitStack
   ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._load = config, folder, load
@@ -55,10 +58,12 @@ class _Writer:
       name: stack.enter_context(replacing(folder / name, "w")) for name in (*FILES, IMAGE_DIGESTS)
     }
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
-    self._keys = {cls: set() for cls in KINDS.values()}
+    self._keys: dict[type, set[str]] = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
-    self._counts, self._reasons = collections.Counter(), collections.Counter()
-    self._origins, self._digest = collections.Counter(), hashlib.sha256()
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._reasons: collections.Counter[str] = collections.Counter()
+    self._origins: collections.Counter[tuple[str, str, str, str]] = collections.Counter()
+    self._digest = hashlib.sha256()
     self._other_licenses, self._num_images, self._first = 0, 0, ""
     self._statistics = raw_statistics.merged([])
 
@@ -79,7 +84,7 @@ class _Writer:
     """Fills in defaults; returns None at a license to leave out, Rejected at a wrong record."""
     if isinstance(item, Rejected):
       return item
-    defaults = {
+    defaults: dict[str, Any] = {
       "license": self.config.default_license,
       "attribution": self.config.default_attribution,
     }
@@ -98,7 +103,7 @@ class _Writer:
       return Rejected(item.source, item.key, "long_caption", message)
     concept = getattr(item, "concept", "") or getattr(item, "group", "") or item.key
     split = item.split or split_of(concept, self.config.heldout_fraction)
-    extra = {"concept": concept} if isinstance(item, RawPair) else {}
+    extra: dict[str, Any] = {"concept": concept} if isinstance(item, RawPair) else {}
     return dataclasses.replace(item, split=split, **extra)
 
   def _crops(self, item: Record | Rejected | None) -> list[RawPair]:
@@ -110,7 +115,7 @@ class _Writer:
       dataclasses.replace(item, key=f"{item.key} crop {i}", added_crop=str(i)) for i in numbers
     ]
 
-  def _load_crop(self, image, key: str) -> tuple:
+  def _load_crop(self, image: str | bytes, key: str) -> tuple[np.ndarray, tuple[int, int]]:
     """Loads a random crop of an image, the same for equal keys."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     generator, side = np.random.default_rng(seed), self.config.resolution
@@ -120,13 +125,17 @@ class _Writer:
     top, left = generator.integers(0, scaled - side + 1, 2)
     return array[top : top + side, left : left + side], size
 
-  def _save_images(self, item, images: list, names: list[str]) -> tuple:
+  def _save_images(
+    self, item: Record | Rejected | None, images: list[str | bytes], names: list[str]
+  ) -> tuple[Record | Rejected | None, bytes, list[tuple[int, int]], list[str]]:
     """Saves the images of a record.
 
     Returns:
       The record, Rejected at an error; the digest of the pixels; the sizes; and for each file that
       the record names a line with its SHA-256.
     """
+    if not isinstance(item, Record) or not images:
+      return item, b"", [], []
     digest, sizes, files = hashlib.sha256(), [], []
     for image, name in zip(images, names):
       try:
@@ -146,8 +155,6 @@ class _Writer:
       encoded = self._encoded(pixels)
       files.append(f"{hashlib.sha256(encoded).hexdigest()}  {name}\n")
       (self.folder / name).write_bytes(encoded)
-    if not images:
-      return item, b"", [], []
     return with_images(item, names), digest.digest(), sizes, files
 
   def _encoded(self, pixels: Image.Image) -> bytes:
@@ -205,7 +212,7 @@ def write_shard(
   config: RawConfig,
   folder: epath.Path,
   items: Iterable,
-  load: Callable,
+  load: Load,
   more: dict | None = None,
   total: int | None = None,
 ) -> dict:

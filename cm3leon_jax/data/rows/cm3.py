@@ -2,6 +2,7 @@
 
 # T tokens of a sample, n spans.
 
+from collections.abc import Iterable, Sequence
 import itertools
 
 import numpy as np
@@ -11,7 +12,7 @@ from cm3leon_jax.vocab import VocabLayout
 OVERHEAD = 3  # A span adds <mask:i> in its place, and <mask:i> ... <eoss> around it at the end.
 
 
-def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
+def segment_bounds(segment_lengths: Iterable[int]) -> list[tuple[int, int]]:
   """Computes the half-open ranges of the segments in a joined sample.
 
   >>> segment_bounds([3, 4])  # </s> t t t <break> i i i i </s>
@@ -22,7 +23,7 @@ def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
 
 
 def sample_spans(
-  segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator
+  segment_lengths: Sequence[int], num_spans: int, whole_segments: bool, rng: np.random.Generator
 ) -> tuple[tuple[int, int], ...]:
   """Samples disjoint spans that leave context and never cross `<break>` or `</s>`.
 
@@ -62,7 +63,7 @@ def sample_spans(
   return tuple(sorted(spans))
 
 
-def cm3_layout(length: int, spans) -> np.ndarray:
+def cm3_layout(length: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
   """Computes the source of each token of the transformed sample.
 
     length = 6, spans = [(1, 4)]
@@ -84,7 +85,9 @@ def cm3_layout(length: int, spans) -> np.ndarray:
   return np.concatenate([*kept, np.arange(position, length), *moved]).astype(np.int64)
 
 
-def apply_cm3_mask(tokens: np.ndarray, spans, vocab: VocabLayout) -> np.ndarray:
+def apply_cm3_mask(
+  tokens: np.ndarray, spans: Sequence[tuple[int, int]], vocab: VocabLayout
+) -> np.ndarray:
   """Moves spans to the end (CM3, Aghajanyan et al. 2022, section 2).
 
     tokens = [</s> 7 8 9 <break> 91 92 93 94 </s>], spans = [(1, 4)]: the caption 7 8 9
@@ -126,10 +129,11 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
     raise ValueError("<mask:0> stands once: its infill is missing.")
   body, tail = tokens[: first[1]], tokens[first[1] :]
   ends = np.flatnonzero(tail == vocab.eoss)
-  pieces = np.split(tail, ends[:-1] + 1) if len(ends) else []
-  infills = {int(piece[0]): piece[1:-1] for piece in pieces}
-  pieces, position = [], 0
-  for place in np.flatnonzero(vocab.is_mask(body)):
+  tails = np.split(tail, ends[:-1] + 1) if len(ends) else []
+  infills = {int(piece[0]): piece[1:-1] for piece in tails}
+  pieces: list[np.ndarray] = []
+  position = 0
+  for place in np.flatnonzero(vocab.is_mask(body)).tolist():
     sentinel = int(body[place])
     if sentinel not in infills:
       raise ValueError(f"<mask:{sentinel - vocab.mask(0)}> has no infill that ends in <eoss>.")

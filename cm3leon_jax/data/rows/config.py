@@ -59,7 +59,7 @@ class DataConfig:
   max_skipped: NonNegativeInt = 100
   """Number of different samples that a process skips, after each start, before it stops."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.text_share + self.interleaved_share > 1:
       raise ValueError(
         f"text_share is {self.text_share} and interleaved_share {self.interleaved_share}; "

@@ -2,7 +2,7 @@
 
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import threading
 from typing import NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.shard_files import BadRecord
 from cm3leon_jax.data.documents.store import Document, Segment
-from cm3leon_jax.data.instructions.samples import build_instruction
+from cm3leon_jax.data.instructions.samples import InstructionPlan, build_instruction
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
@@ -104,7 +104,10 @@ def build_sample(
 
 
 def pack_row(
-  samples, length: int, vocab: VocabLayout, align_images: bool = False
+  samples: Iterable[tuple[np.ndarray, np.ndarray]],
+  length: int,
+  vocab: VocabLayout,
+  align_images: bool = False,
 ) -> dict[str, np.ndarray]:
   """Lays samples into one row, one after the other; each predicts only its own tokens.
 
@@ -227,7 +230,8 @@ class RowLoader:
     if len(lengths) == 1 and not is_image[0]:
       piece = document.segments[0].tokens[start : start + int(lengths[0])]
       document = Document(**{**vars(document), "segments": (Segment(False, piece),)})
-    if spec.instructions is not None:
+    if isinstance(plan, InstructionPlan):
+      assert spec.instructions is not None
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
@@ -235,7 +239,10 @@ class RowLoader:
         own[slice(*plan.target)] = True
       return SampleTokens(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
-    neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
+    neighbors = []
+    if plan.neighbors:
+      assert spec.bank is not None
+      neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
     return build_sample(
       document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
     )

@@ -8,10 +8,12 @@ Planning reads lengths and candidates, no tokens.
 
 import bisect
 import collections
+from collections.abc import Sequence
 import dataclasses
 import functools
 import threading
 import typing
+from typing import Any
 
 from etils import epath
 import grain
@@ -114,8 +116,7 @@ class Units:
   def lengths(self, store: DocumentStore, unit: int) -> tuple[list[int], list[bool]]:
     """Returns the segment lengths of a unit, and whether each segment is an image."""
     document, start = self.locate(unit)
-    lengths, is_image = store.segment_lengths(document)
-    lengths, is_image = lengths.tolist(), is_image.tolist()
+    lengths, is_image = (x.tolist() for x in store.segment_lengths(document))
     if len(lengths) == 1 and not is_image[0]:
       lengths = [min(lengths[0] - start, self._piece)]
     return lengths, is_image
@@ -124,10 +125,10 @@ class Units:
 class SampleGenerators(threading.local):
   """One generator per thread, moved to each sample's stream: ten times faster than a new one."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._philox = np.random.Philox(0)
     self._generator = np.random.Generator(self._philox)
-    self._state = self._philox.state
+    self._state: Any = self._philox.state  # Its counter may be a tuple, though its type says no.
 
   def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
     """Returns a stream of `unit` at its start; valid until the next call in this thread.
@@ -146,19 +147,21 @@ def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
   return words[:2], int(words[2]) % 2**32
 
 
-def pack_best_fit(slots, capacity: int) -> list[list[int]]:
+def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
   """Packs samples into rows: the longest first, each into a fullest row with room (best fit).
 
   >>> pack_best_fit([3, 6, 4, 2], 8)
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  open_rows = collections.defaultdict(list)  # Number of free slots -> rows.
+  # Number of free slots -> rows.
+  open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # Keys of `open_rows`, ascending.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
     at = bisect.bisect_left(sizes, slots[i])
+    row: list[int] = []
+    free = capacity
     if at == len(sizes):
-      row, free = [], capacity
       rows.append(row)
     else:
       free = sizes[at]
@@ -244,6 +247,7 @@ class RowPlan:
       return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops)
     candidates = []
     if spec.neighbors is not None:
+      assert spec.bank is not None
       ids = spec.candidates(units.locate(unit)[0]).tolist()
       candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
@@ -264,7 +268,7 @@ class RowPlan:
     sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
     progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}
     for _ in range(self.config.pack_window):
-      source = min(progress, key=progress.get)
+      source = min(progress, key=progress.__getitem__)
       pass_, offset = divmod(taken[source], sizes[source])
       order = self._pass_seeds(source, pass_)[1]
       unit = grain.experimental.index_shuffle(

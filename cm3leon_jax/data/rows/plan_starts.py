@@ -1,15 +1,18 @@
 """Starts of the windows of a row plan, in a file: a resumed run plans only its current window."""
 
 import bisect
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
 import typing
+from typing import Any
 
 from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.files.atomic import replacing
 
 BUCKET_BATCH = 16  # Windows per write to a bucket, where an append writes the whole file.
@@ -24,7 +27,7 @@ class Start(typing.NamedTuple):
   used: tuple[int, ...]
 
 
-def fingerprint(sources, config, max_spans: int, seed: int) -> str:
+def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int) -> str:
   """Digests the inputs of a plan; of the stores, sizes and evenly spaced lengths and neighbors."""
   fields = {
     k: v
@@ -152,6 +155,7 @@ class WindowStarts:
       self._rewrite()
 
   def _write(self, window: int) -> None:
+    assert self._path is not None
     bucket = "://" in str(self._path)
     if self._whole and not bucket:
       with self._path.open("a") as f:
@@ -160,6 +164,7 @@ class WindowStarts:
       self._rewrite()
 
   def _rewrite(self) -> None:
+    assert self._path is not None
     with replacing(self._path, "w") as f:
       f.write(self._header + self._lines(1))
     self._whole = True

@@ -23,7 +23,8 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
     neighbors_crowded_out, the share of the picked neighbors that did not fit; condition_drops, the
     share without caption and neighbors.
   """
-  counts, slots, rows = collections.Counter(), np.zeros(len(plan.sources), np.int64), 0
+  counts: collections.Counter[str] = collections.Counter()
+  slots, rows = np.zeros(len(plan.sources), np.int64), 0
   for window in range(windows):
     for row in plan.window(window):
       rows += 1
@@ -77,6 +78,7 @@ def typical_length(store: Bank | DocumentStore) -> int:
 
 def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
   """Returns a warning if K typical neighbors do not fit a row with a typical document, else ""."""
+  assert source.bank is not None
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)
   if fitting >= config.num_neighbors:

@@ -2,6 +2,7 @@
 
 # K neighbors of a document.
 
+from collections.abc import Sequence
 import typing
 
 import numpy as np
@@ -30,7 +31,7 @@ class SamplePlan(typing.NamedTuple):
   crowded_out: int = 0
 
 
-def joined_length(segment_lengths) -> int:
+def joined_length(segment_lengths: Sequence[int]) -> int:
   """Counts the tokens of `</s> segment <break> ... segment </s>`."""
   return int(sum(segment_lengths)) + len(segment_lengths) + 1
 
@@ -52,7 +53,12 @@ def pick_neighbors(
 
 
 def plan_sample(
-  lengths, is_image, candidates, rng: np.random.Generator, config: DataConfig, max_spans: int
+  lengths: Sequence[int],
+  is_image: Sequence[bool],
+  candidates: Sequence[Sequence[int]],
+  rng: np.random.Generator,
+  config: DataConfig,
+  max_spans: int,
 ) -> SamplePlan:
   """Samples all choices that decide a sample's length; planner and loader get equal plans.
 
@@ -75,7 +81,8 @@ def plan_sample(
     are left out, the last first, then spans, then the end of the document.
   """
   limit = config.sequence_length + 1
-  neighbors, missing = [], 0
+  neighbors: list[int] = []
+  missing = 0
   if any(is_image) and rng.random() >= config.neighbor_dropout:
     neighbors, missing = pick_neighbors(len(candidates), rng, config)
     if rng.random() < config.condition_dropout and is_image[-1]:

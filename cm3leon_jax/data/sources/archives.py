@@ -7,6 +7,9 @@ import itertools
 import posixpath
 import shutil
 import tarfile
+from typing import IO, Any
+
+import fsspec
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
@@ -35,7 +38,7 @@ NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fiel
 class _Bounded:
   """A file for `tarfile`, which reads a header at once, whatever its size: that is refused."""
 
-  def __init__(self, stream):
+  def __init__(self, stream: IO[bytes]) -> None:
     self._stream = stream
     self.seek, self.tell = stream.seek, stream.tell
 
@@ -45,13 +48,19 @@ class _Bounded:
     return self._stream.read(size)
 
 
-def tar_samples(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
+def tar_samples(
+  fs: fsspec.AbstractFileSystem, file: str, images: Callable
+) -> Iterator[Record | Rejected]:
   """Yields the samples of a tar by img2dataset: an image and its captions, of one stem."""
   del images  # They are in the tar.
   try:
     # "r:": a compressed tar could be a thousand times as large as its file.
-    with fs.open(file, "rb") as stream, tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
-      stem, sample = "", {}
+    with (
+      fs.open(file, "rb") as stream,
+      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # It calls these three methods alone.
+    ):
+      stem = ""
+      sample: dict[str, bytes] = {}
       for member in tar:
         member.pax_headers = {}  # The tar keeps all members.
         if not member.isfile():
@@ -83,7 +92,7 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record |
 
 
 def parquet_rows(
-  fs, file: str, images: Callable, longest_caption: int | None = None
+  fs: fsspec.AbstractFileSystem, file: str, images: Callable, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
   """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face).
 
@@ -134,7 +143,7 @@ def parquet_rows(
     yield Rejected(file, "", "unreadable_file", message)
 
 
-def _columns(group) -> tuple[list[str], int, int]:
+def _columns(group: Any) -> tuple[list[str], int, int]:
   """Returns the columns of a group of rows that records read, their bytes, and the rows."""
   columns, size = [], 0
   for i in range(group.num_columns):
@@ -147,7 +156,7 @@ def _columns(group) -> tuple[list[str], int, int]:
   return columns, size, group.num_rows
 
 
-def _plain_columns(batch) -> dict:
+def _plain_columns(batch: Any) -> dict[str, Any]:
   """Returns the columns of a batch by their names, values in place of dictionaries."""
   return {
     name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
@@ -164,7 +173,7 @@ def _row(
   try:
     row = {name: column[0].as_py() for name, column in columns.items() if name not in long}
     values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
-    if long and "image" in values:
+    if long and longest_caption is not None and "image" in values:
       names = (name for name in ALIASES["caption"] if name in long or row.get(name) is not None)
       if (name := next(names)) in long:
         key = str(values["key"])

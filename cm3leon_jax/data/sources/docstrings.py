@@ -9,6 +9,7 @@ import pathlib
 import platform
 import re
 import sysconfig
+from typing import Any
 import warnings
 
 MIN_CHARS = 60
@@ -139,7 +140,7 @@ def _module_name(path: pathlib.PurePath) -> str:
   return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def _license(about) -> str:
+def _license(about: Any) -> str:
   """Returns the license of a package, '' if it has none or one that forbids reuse of its text."""
   stated = [about.get("License-Expression"), about.get("License")]
   stated += [

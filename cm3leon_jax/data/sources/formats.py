@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import hashlib
 import posixpath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import fsspec
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.archives import parquet_rows, tar_samples
@@ -206,6 +208,7 @@ def read(
     longest_caption: in characters; Parquet rejects longer ones as it reads. None: any length.
   """
   rows = functools.partial(parquet_rows, longest_caption=longest_caption)
+  readers: dict[str, Callable[..., Iterator[Record | Rejected]]]
   readers = {"folder": _folder, "webdataset": tar_samples, "parquet": rows, "text": _text}
   if part.kind == "sidecars":
     fs, root = _filesystem(part.files[0])
@@ -217,16 +220,17 @@ def read(
     yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
 
 
-def _filesystem(source: str):
+def _filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
   try:
     return open_filesystem(source)
   except UserError as error:
     raise UserError(f"config.raw.source: {error}") from error
 
 
-def _files(fs, path: str, source: str) -> dict[str, _File]:
+def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _File]:
   """Lists the files at `path`, in the order of their names, but for hidden ones in a folder."""
-  entries, hidden = {}, len(path)
+  entries: dict[str, dict[str, Any]] = {}
+  hidden: int | None = len(path)
   if any(c in path for c in WILDCARDS):
     entries, hidden = fs.glob(path, detail=True), None
   elif fs.exists(path):
@@ -269,11 +273,13 @@ def _detect(found: Collection[str], files: Collection[str], source: str) -> list
   )
 
 
-def _url(fs, path: str) -> str:
+def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
   return path if "file" in fs.protocol else fs.unstrip_protocol(path)
 
 
-def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
+def _folder(
+  fs: fsspec.AbstractFileSystem, path: str, images: Callable
+) -> Iterator[Record | Rejected]:
   """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl.
 
   Then come the images that no list names and that have a caption beside them.
@@ -311,12 +317,12 @@ def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
     yield from folder_samples(fs, path, _unnamed(path, known, named), images)
 
 
-def _joined(folder: str, image) -> str:
+def _joined(folder: str, image: Any) -> str:
   """Returns the full path of an image that a list in `folder` names; of no path ""."""
   return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
 
 
-def _unnamed(path: str, known: Collection[str], named: Collection[str]) -> list[str]:
+def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
   """Lists images that no list names, with captions; folders with lists of their own have theirs."""
   inner = _folders(known, IMAGE_LISTS) - {path}
   stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
@@ -324,7 +330,7 @@ def _unnamed(path: str, known: Collection[str], named: Collection[str]) -> list[
   return [name for names in samples if named.isdisjoint(names) for name in names]
 
 
-def _is_regular(fs, path: str) -> bool:
+def _is_regular(fs: fsspec.AbstractFileSystem, path: str) -> bool:
   """Returns whether a path is a file: no link, which may lead out of a folder, and no pipe."""
   try:
     info = fs.info(path)
@@ -334,7 +340,7 @@ def _is_regular(fs, path: str) -> bool:
 
 
 def _with_images(
-  fs,
+  fs: fsspec.AbstractFileSystem,
   allow_outside: bool,
   item: Record | Rejected,
   folder: str,
@@ -366,7 +372,9 @@ def _with_images(
   return with_images(item, full)
 
 
-def _text(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
+def _text(
+  fs: fsspec.AbstractFileSystem, file: str, images: Callable
+) -> Iterator[Record | Rejected]:
   """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
   name = posixpath.basename(file)
   if suffix_of(file) == "txt":

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 import csv
 import io
 import itertools
+from typing import Self, TextIO
 
 from etils import epath
+import fsspec
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import RecordError, Rejected, parse_json
@@ -14,7 +16,7 @@ MAX_LINE = 2**24  # Bytes of a line of JSON, or of a text file.
 MAX_ROW = 2**20  # Characters of a row of CSV, which may have half as many fields.
 
 
-def bounded_lines(raw, file: object) -> Iterator[tuple[str, bytes | RecordError]]:
+def bounded_lines(raw: io.RawIOBase, file: object) -> Iterator[tuple[str, bytes | RecordError]]:
   """Yields (where, line) for every line of a binary file that is not blank.
 
   Args:
@@ -48,7 +50,9 @@ def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
       yield where, line
 
 
-def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | Rejected]]:
+def json_lines(
+  fs: fsspec.AbstractFileSystem, file: str, fields: list[str]
+) -> Iterator[tuple[str, dict | Rejected]]:
   """Yields (where, values) of every line of a JSONL file that is not blank.
 
   Args:
@@ -82,10 +86,10 @@ class _RowLines:
     used: characters of the lines since it was set to 0.
   """
 
-  def __init__(self, stream):
+  def __init__(self, stream: TextIO) -> None:
     self._stream, self.used = stream, 0
 
-  def __iter__(self):
+  def __iter__(self) -> Self:
     return self
 
   def __next__(self) -> str:
@@ -98,7 +102,7 @@ class _RowLines:
     return line
 
 
-def csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
+def csv_rows(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[tuple[str, dict | Rejected]]:
   """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
   csv.field_size_limit(MAX_ROW)
   with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
@@ -114,7 +118,7 @@ def csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
       yield where, Rejected(file, "", "unreadable_file", message)
 
 
-def whole_file(fs, file: str) -> bytes:
+def whole_file(fs: fsspec.AbstractFileSystem, file: str) -> bytes:
   """Reads a file; raises RecordError if it has more than MAX_LINE bytes."""
   with fs.open(file, "rb") as stream:
     data = stream.read(MAX_LINE + 1)
@@ -124,6 +128,6 @@ def whole_file(fs, file: str) -> bytes:
   return data
 
 
-def whole_text(fs, file: str) -> str:
+def whole_text(fs: fsspec.AbstractFileSystem, file: str) -> str:
   """Reads a text file; raises RecordError as `whole_file`, or if it is not UTF-8."""
   return _decode(whole_file(fs, file), file)

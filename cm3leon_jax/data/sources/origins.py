@@ -9,11 +9,11 @@ MOST = 100  # Origins that are listed.
 
 def most_common(origins: Iterable[dict]) -> list[dict]:
   """Sums the records of each origin; of too many, the rarest keep only kind and license."""
-  counts = collections.Counter()
+  counts: collections.Counter[tuple] = collections.Counter()
   for origin in origins:
     counts[tuple(origin[field] for field in FIELDS)] += origin["records"]
   kept = counts.most_common(MOST)
-  others = collections.Counter()
+  others: collections.Counter[tuple] = collections.Counter()
   for (kind, _, license_, _), records in counts.most_common()[MOST:]:
     others[kind, "others", license_, "others"] += records
   return [

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
+from typing import Any, TypeVar
 
 from cm3leon_jax.config import without_addresses
 
@@ -76,8 +77,9 @@ class RawInterleaved:
 
 
 Record = RawPair | RawText | RawInterleaved
+T = TypeVar("T", bound=Record)
 # The names are also those of the files.
-KINDS: dict[str, type] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
+KINDS: dict[str, type[Record]] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
 def images_of(record: Record) -> list[str | bytes]:
@@ -87,7 +89,7 @@ def images_of(record: Record) -> list[str | bytes]:
   return [record.image] if isinstance(record, RawPair) else []
 
 
-def with_images(record: Record, images: Iterable[str]) -> Record:
+def with_images(record: T, images: Iterable[str | bytes]) -> T:
   """Replaces the images of a record, in their order."""
   images = iter(images)
   if isinstance(record, RawInterleaved):
@@ -125,7 +127,7 @@ class Rejected:
   reason: str
   message: str
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     object.__setattr__(self, "message", without_addresses(self.message))
 
 
@@ -137,7 +139,7 @@ class RecordError(ValueError):
     self.reason = reason
 
 
-def required_fields(cls) -> list[str]:
+def required_fields(cls: type) -> list[str]:
   """Returns the fields of a kind of record without a default."""
   return [
     f.name
@@ -146,7 +148,7 @@ def required_fields(cls) -> list[str]:
   ]
 
 
-def make_record(cls: type, values: Mapping, where: str):
+def make_record(cls: type[T], values: Mapping, where: str) -> T:
   """Makes a record, one of `KINDS`, from a mapping; ignores other fields than those of `cls`.
 
   Raises:
@@ -176,7 +178,7 @@ def make_record(cls: type, values: Mapping, where: str):
   return cls(**values)
 
 
-def _check_value(name: str, value, required: bool, where: str) -> None:
+def _check_value(name: str, value: Any, required: bool, where: str) -> None:
   if name == "image" and isinstance(value, bytes):
     return
   if name == "facts":
@@ -205,7 +207,7 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
   _check_unicode(name, value, where)
 
 
-def _depth(value) -> int:
+def _depth(value: Any) -> int:
   """Counts the levels of lists and objects, up to MAX_DEPTH + 1."""
   level, depth = [value], 0
   while level and depth <= MAX_DEPTH:
@@ -215,7 +217,7 @@ def _depth(value) -> int:
   return depth
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
   text = repr(value)
   return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -228,7 +230,7 @@ def _check_unicode(name: str, value: str, where: str) -> None:
     raise RecordError("malformed_record", message) from error
 
 
-def _checked_segments(segments, where: str) -> tuple[dict, ...]:
+def _checked_segments(segments: Any, where: str) -> tuple[dict, ...]:
   if not isinstance(segments, list | tuple) or not segments:
     raise RecordError(
       "malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one."
@@ -267,7 +269,7 @@ def renamed(values: dict) -> dict:
   return result
 
 
-def checked_record(cls, values: dict, file: str, where: str) -> Record | Rejected:
+def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Record | Rejected:
   """Makes a record of `cls`, or says what is wrong in `values`."""
   try:
     return make_record(cls, values, where)
@@ -282,7 +284,7 @@ def long_caption(key: str, length: int, longest: int) -> str:
   )
 
 
-def key_of(values: Mapping, default):
+def key_of(values: Mapping, default: Any) -> Any:
   """Returns the key of a record as a text, else `default`; 0 is a key, and "" is none."""
   key = values.get("key")
   if key is None or key == "":

@@ -15,7 +15,8 @@ class Rejections:
 
   def __init__(self, most: float, path: epath.Path):
     self._most, self._path = most, path
-    self._seen, self._reasons, self._first = 0, collections.Counter(), ""
+    self._seen, self._first = 0, ""
+    self._reasons: collections.Counter[str] = collections.Counter()
 
   def add(self, summary: dict) -> None:
     """Adds the counts of a shard."""

@@ -13,6 +13,8 @@ import os
 import posixpath
 import zlib
 
+import fsspec
+
 from cm3leon_jax.data.sources.lines import whole_file
 from cm3leon_jax.data.sources.records import (
   RawPair,
@@ -89,7 +91,7 @@ def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
 
 
 def folder_samples(
-  fs, root: str, files: Iterable[str], images: Callable
+  fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str], images: Callable
 ) -> Iterator[Record | Rejected]:
   """Yields the samples of a folder in the order of `files`; keys are stems relative to `root`.
 
@@ -105,14 +107,18 @@ def folder_samples(
     while batch := list(itertools.islice(stems, 2 * THREADS)):
       for items in pool.map(lambda sample: _folder_sample(fs, root, *sample), batch):
         for item in items:
-          where = posixpath.join(root, item.image) if isinstance(item, RawPair) else root
+          image = item.image if isinstance(item, RawPair) else ""
+          where = posixpath.join(root, image) if isinstance(image, str) and image else root
           yield images(item, root, where, known)
 
 
-def _folder_sample(fs, root: str, stem: str, names: list[str]) -> list[RawPair | Rejected]:
+def _folder_sample(
+  fs: fsspec.AbstractFileSystem, root: str, stem: str, names: list[str]
+) -> list[Record | Rejected]:
   """Reads the captions of one sample; the image of a pair is a path relative to `root`."""
   where = next((name for name in names if _is_image(suffix_of(name))), names[0])
-  key, sample = posixpath.relpath(stem, root), {}
+  key = posixpath.relpath(stem, root)
+  sample: dict[str, bytes | str] = {}
   for name in names:
     suffix = name.rpartition(".")[2]
     if _is_image(suffix.lower()):
@@ -130,7 +136,7 @@ def _folder_sample(fs, root: str, stem: str, names: list[str]) -> list[RawPair |
 
 def sample_records(
   file: str, where: str, key: str, sample: Mapping[str, bytes | str], source: str
-) -> Iterator[RawPair | Rejected]:
+) -> Iterator[Record | Rejected]:
   """Yields the pair of a sample, or why it has none, and what else of it is left out.
 
   Args:
@@ -184,7 +190,8 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
   for preferred in CAPTION_SUFFIXES:
     for suffix in [s for s in sample if s.lower() == preferred]:
       try:
-        text = sample[suffix].decode("utf-8-sig")
+        content = sample[suffix]
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
         fields = json.loads(text) if preferred == "json" else None
       except UnicodeDecodeError as error:
         message = f"{where}: its .{suffix} is not UTF-8 ({error}); save it as UTF-8."
