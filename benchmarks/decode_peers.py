@@ -58,7 +58,10 @@ def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict
 
 def opt_arrays(params: dict) -> dict[str, np.ndarray]:
   """Returns the tensors of OPTForCausalLM by name."""
-  return {tensor.name: tensor.make() for tensor in layouts.opt_tensors(of_tree(params))}
+  return {
+    tensor.name: tensor.make()
+    for tensor in layouts.tensors_of(layouts.LAYOUTS["opt"], of_tree(params))
+  }
 
 
 class TorchDecoder:
@@ -71,7 +74,7 @@ class TorchDecoder:
       return torch.from_numpy(tensors[f"model.decoder.{name}.weight"])
 
     self.embed = read("embed_tokens")
-    self.positions = read("embed_positions")[layouts.OPT_OFFSET :].contiguous()
+    self.positions = read("embed_positions")[layouts.LAYOUTS["opt"].first_position :].contiguous()
     self.layers = []
     for i in range(config.num_layers):
       qkv = torch.cat([read(f"layers.{i}.self_attn.{name}_proj") for name in "qkv"])

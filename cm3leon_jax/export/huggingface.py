@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
@@ -26,8 +25,8 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.vocab import VocabLayout
-from cm3leon_jax.weights import int8, tensor_files
-from cm3leon_jax.weights.layouts import VOCAB_FIELDS, hf_config, opt_tensors, qwen3_tensors
+from cm3leon_jax.weights import int8, layouts, tensor_files
+from cm3leon_jax.weights.layouts import VOCAB_FIELDS, hf_config
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.tensor_files import Tensor
 
@@ -36,16 +35,7 @@ WEIGHTS = tensor_files.WEIGHTS
 
 def check(config: ModelConfig) -> None:
   """Raises UserError if the Hugging Face model lacks a part of the decoder."""
-  if config.family == "opt" and config.query_key_norm:
-    raise UserError(
-      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
-      "be exported in the format hf."
-    )
-  if config.family == "opt" and config.head_dim * config.num_heads != config.width:
-    raise UserError(
-      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
-      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
-    )
+  layouts.layout_of(config).check(config)
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -65,7 +55,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
   """Lists the tensors of the Hugging Face model; raises UserError, see `check`."""
   check(config)
-  return (opt_tensors if config.family == "opt" else qwen3_tensors)(params, dtype)
+  return layouts.tensors_of(layouts.layout_of(config), params, dtype)
 
 
 def export(

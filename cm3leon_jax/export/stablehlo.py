@@ -200,7 +200,7 @@ def weight_tensors(
   """Lists the weights of `weight_types`; each is computed when it is written, as by `prepare`."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
-  table = "embed" if config.family == "opt" else "head"
+  table = "embed" if config.traits.tied else "head"
 
   def head() -> np.ndarray:
     return np.roll(params.read(table), vocab.image_size, axis=0).T

@@ -14,6 +14,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import opt, qwen3, tokenizer
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
 from cm3leon_jax.importing.tables import Tables
+from cm3leon_jax.models.config import FAMILIES as FAMILY_TRAITS
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import (
@@ -84,7 +85,7 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
     raise UserError(f"{path} has no field {error}: {remedy}") from error
   except (TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-  if needed["model"]["family"] == "modern":
+  if FAMILY_TRAITS[needed["model"]["family"]].rotary:
     del needed["model"]["max_positions"]
   return needed
 

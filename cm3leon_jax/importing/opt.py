@@ -9,7 +9,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
 from cm3leon_jax.importing.tables import Tables
-from cm3leon_jax.weights.layouts import OPT_ACTIVATIONS, OPT_OFFSET
+from cm3leon_jax.weights.layouts import LAYOUTS, OPT_ACTIVATIONS
 from cm3leon_jax.weights.tensor_files import Tensor
 
 ALLOWED = {
@@ -20,6 +20,7 @@ ALLOWED = {
 }
 EMBED, POSITIONS = "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"
 HEAD, FINAL_NORM = "lm_head.weight", "model.decoder.final_layer_norm"
+FIRST_POSITION = LAYOUTS["opt"].first_position
 # A product of a layer -> the norm before it.
 NORM_OF = {
   "self_attn.q_proj": "self_attn_layer_norm",
@@ -80,12 +81,12 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   weights = [f"{name}.weight" for name in products]
   source.check_names({*weights, *scales, *biases, EMBED, POSITIONS, HEAD})
   _check_head(source)
-  for name, shape in ((EMBED, (tables.rows, D)), (POSITIONS, (P + OPT_OFFSET, D))):
+  for name, shape in ((EMBED, (tables.rows, D)), (POSITIONS, (P + FIRST_POSITION, D))):
     source.check_shape(name, shape)
   read = source.tensors.read
   result = [
     tables.tensor(EMBED, D, functools.partial(read, EMBED)),
-    Tensor(POSITIONS, (P + OPT_OFFSET, D), "float32", functools.partial(read, POSITIONS)),
+    Tensor(POSITIONS, (P + FIRST_POSITION, D), "float32", functools.partial(read, POSITIONS)),
   ]
   for layer in layers:
     for name, norm in NORM_OF.items():

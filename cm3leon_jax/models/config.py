@@ -1,5 +1,6 @@
 """Size and variant of the decoder."""
 
+import dataclasses
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -16,6 +17,33 @@ DTYPES = get_args(Dtype)
 REMAT_POLICIES = get_args(RematPolicy)
 ATTENTIONS = get_args(Attention)
 ROPE_BASE = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+  """What sets the decoders of a family apart.
+
+  Attributes:
+    rotary: positions are angles (RoPE); else they have a learned table.
+    gated: the feed-forward layer has a gate (SwiGLU), so three products; else two.
+    scaled_norms: RMS norms with a scale; else layer norms without parameters.
+    head_norms: queries and keys always pass a norm, see `ModelConfig.query_key_norm`.
+    tied: one table of tokens serves inputs and outputs.
+    starts_as_identity: residual outputs start at 0 (section 2.3).
+  """
+
+  rotary: bool = False
+  gated: bool = False
+  scaled_norms: bool = False
+  head_norms: bool = False
+  tied: bool = False
+  starts_as_identity: bool = False
+
+
+FAMILIES: dict[str, Traits] = {
+  "opt": Traits(tied=True, starts_as_identity=True),
+  "modern": Traits(rotary=True, gated=True, scaled_norms=True, head_norms=True),
+}
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -92,24 +120,29 @@ class ModelConfig:
   def __post_init__(self) -> None:
     if not self.head_size and self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
-    if self.family == "modern" and self.head_dim % 2:
+    if self.traits.rotary and self.head_dim % 2:
       what = "head_size" if self.head_size else "width / num_heads"
       raise ValueError(f"{what} = {self.head_dim} is odd; rotary positions need an even head size.")
-    if self.rope_base and self.family != "modern":
+    if self.rope_base and not self.traits.rotary:
       raise ValueError(
-        f"rope_base is {self.rope_base}, and family is '{self.family}'; only 'modern' has rotary "
-        "positions."
+        f"rope_base is {self.rope_base}, and family is '{self.family}'; only {_with('rotary')} has "
+        "rotary positions."
       )
-    if self.activation and self.family == "modern":
+    if self.activation and self.traits.gated:
       raise ValueError(
-        f"activation is '{self.activation}', and family is 'modern', whose feed-forward layer is "
-        "SwiGLU: leave it empty."
+        f"activation is '{self.activation}', and family is '{self.family}', whose feed-forward "
+        "layer is SwiGLU: leave it empty."
       )
-    if self.align_images and self.family != "modern":
+    if self.align_images and not self.traits.rotary:
       raise ValueError(
-        f"align_images is set, and family is '{self.family}'; it must be 'modern', whose positions "
-        "are relative."
+        f"align_images is set, and family is '{self.family}'; it must be {_with('rotary')}, whose "
+        "positions are relative."
       )
+
+  @property
+  def traits(self) -> Traits:
+    """What sets the family apart."""
+    return FAMILIES[self.family]
 
   @property
   def head_dim(self) -> int:
@@ -120,3 +153,8 @@ class ModelConfig:
   def rotary_base(self) -> float:
     """Base of the wavelengths of rotary positions."""
     return self.rope_base or ROPE_BASE
+
+
+def _with(trait: str) -> str:
+  """Names the families that have a trait."""
+  return " or ".join(f"'{name}'" for name, traits in FAMILIES.items() if getattr(traits, trait))

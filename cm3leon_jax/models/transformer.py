@@ -49,10 +49,10 @@ def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
 
 
 class Norm(nnx.Module):
-  """The family's norm, see `apply_norm`; only `modern` has a scale."""
+  """A norm with a scale or without, see `apply_norm`."""
 
-  def __init__(self, family: str, width: int):
-    self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if family == "modern" else None
+  def __init__(self, scaled: bool, width: int):
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if scaled else None
 
   def __call__(self, x: Vectors) -> Vectors:
     return apply_norm(None if self.scale is None else self.scale[...], x)
@@ -80,22 +80,22 @@ def rotate(
 
 
 class Block(nnx.Module):
-  """One layer. In `opt` residual outputs start at 0: the network is the identity (section 2.3)."""
+  """One layer. Where residual outputs start at 0, the network is the identity (section 2.3)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
     D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_width
-    std = config.init_std
-    out_std = 0.0 if config.family == "opt" else std
-    self.norm1, self.norm2 = Norm(config.family, D), Norm(config.family, D)
+    std, traits = config.init_std, config.traits
+    out_std = 0.0 if traits.starts_as_identity else std
+    self.norm1, self.norm2 = Norm(traits.scaled_norms, D), Norm(traits.scaled_norms, D)
     self.qkv = _param(rngs, (3, D, N, H), (None, "embed", "heads", "head_dim"), std)
     self.out = _param(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
     self.up = _param(rngs, (D, F), ("embed", "mlp"), std)
     self.down = _param(rngs, (F, D), ("mlp", "embed"), out_std)
-    if config.family == "modern":
+    if traits.gated:
       self.gate = _param(rngs, (D, F), ("embed", "mlp"), std)
-    if config.family == "modern" or config.query_key_norm:
-      self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
+    if traits.head_norms or config.query_key_norm:
+      self.q_norm, self.k_norm = Norm(True, H), Norm(True, H)
 
   def __call__(self, x: Stream, positions: Ids, attend: Callable) -> Stream:
     """Runs `apply_block` with the parameters of this module."""
@@ -130,14 +130,14 @@ def apply_block(
   q, k, v = (checkpoint_name(product("BLD,DNH->BLNH", h, w, heads), "qkv") for w in params["qkv"])
   if "q_norm" in params:
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
-  if config.family == "modern":
+  if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
   # An einsum sums over letters in their order: H before N would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
   up = checkpoint_name(product("BLD,DF->BLF", h, params["up"], mlp), "mlp")
-  if config.family == "modern":
+  if config.traits.gated:
     gate = checkpoint_name(product("BLD,DF->BLF", h, params["gate"], mlp), "mlp")
     up = up * jax.nn.silu(gate)
   else:
@@ -193,15 +193,15 @@ class Transformer(nnx.Module):
       rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.embed_std
     )
     self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
-    self.final_norm = Norm(config.family, config.width)
-    if config.family == "opt":
+    self.final_norm = Norm(config.traits.scaled_norms, config.width)
+    if not config.traits.rotary:
       self.positions = _param(
         rngs,
         (config.max_positions, config.width),
         (None, "embed"),
         POSITION_RATIO * config.init_std,
       )
-    else:
+    if not config.traits.tied:
       self.head = _param(
         rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std
       )
@@ -209,18 +209,18 @@ class Transformer(nnx.Module):
         self.head = nnx.Param(self.embed[...] * (config.init_std / config.embed_std))
 
   def embed_tokens(self, tokens: Ids, positions: Ids) -> Stream:
-    """Embeds tokens, and in `opt` their positions, in the compute dtype."""
+    """Embeds tokens, and learned positions, in the compute dtype."""
     x = look_up(self.embed[...], tokens, self.config.dtype)
-    if self.config.family == "opt":
+    if not self.config.traits.rotary:
       x = x + look_up(self.positions[...], positions, self.config.dtype)
     return x
 
   def stored_table(self) -> Float[Array, "V D"]:
     """Returns the output table in the compute dtype, split by vocabulary as it is stored.
 
-    In `opt` it is also the input table.
+    If tables are tied, it is also the input table.
     """
-    return (self.embed if self.config.family == "opt" else self.head)[...].astype(
+    return (self.embed if self.config.traits.tied else self.head)[...].astype(
       jnp.dtype(self.config.dtype)
     )
 

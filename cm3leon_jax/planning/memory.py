@@ -167,13 +167,14 @@ def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float,
 def _parameters(model: ModelConfig) -> tuple[int, int, int]:
   """Counts the parameters of layers, tables of tokens, and positions."""
   K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
-  modern = model.family == "modern"
-  layer = 4 * D * model.num_heads * model.head_dim + (3 * D * F + 2 * D if modern else 2 * D * F)
-  if modern or model.query_key_norm:
+  traits = model.traits
+  layer = 4 * D * model.num_heads * model.head_dim + (3 if traits.gated else 2) * D * F
+  if traits.head_norms or model.query_key_norm:
     layer += 2 * model.head_dim
-  if modern:
-    return K * layer, 2 * V * D + D, 0
-  return K * layer, V * D, model.max_positions * D
+  tables, positions = (1 if traits.tied else 2) * V * D, 0 if traits.rotary else model.max_positions
+  if traits.scaled_norms:
+    layer, tables = layer + 2 * D, tables + D
+  return K * layer, tables, positions * D
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
@@ -194,7 +195,7 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   H = model.head_dim
   held = -(-H // LANES) * LANES if platform == "tpu" else H
   heads = model.num_heads * held / model.width / tensor
-  mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width / tensor
+  mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
   if policy == "none":  # Also inputs of products: norms in fp32, activations.
@@ -214,7 +215,7 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
   """Bytes of the backward pass of a layer: its parameters, gathered, twice, and activations."""
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
   params = _parameters(model)[0] / model.num_layers / tensor
-  products = 3 if model.family == "modern" else 2
+  products = 3 if model.traits.gated else 2
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)  # Without a kernel: all weights.

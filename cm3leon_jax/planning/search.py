@@ -81,7 +81,7 @@ def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
 
 def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
   """Computes a lower bound of the bytes on a device that a policy keeps for the backward pass."""
-  mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width
+  mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))  # 1: the input of the layer.

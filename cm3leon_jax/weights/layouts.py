@@ -1,10 +1,16 @@
-"""The layouts of OPTForCausalLM and Qwen3ForCausalLM: their tensors and config.json, both ways."""
+"""Layouts of decoders in `transformers`: their tensors and config.json, both ways.
 
+`LAYOUTS` has one for each family of `config.model.family`.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import math
 
 import numpy as np
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.stored import StoredParams
@@ -20,59 +26,211 @@ POSITION_IDS = (
   "takes no negative positions, add one number to all positions of the sample: attention depends "
   "on their differences alone."
 )
-QWEN3_NORMS = (
-  ("q_norm", "self_attn.q_norm"),
-  ("k_norm", "self_attn.k_norm"),
-  ("norm1", "input_layernorm"),
-  ("norm2", "post_attention_layernorm"),
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A decoder of `transformers`.
+
+  Attributes:
+    architecture: name of its class.
+    model_type: its name in config.json.
+    prefix: of the names of its tables and layers.
+    tables: parameter -> tensor, of those outside of the layers, in the order of the files.
+    products: parameter of a layer -> tensor, of the feed-forward layer.
+    scales: parameter of a layer -> tensor, of the norms that have a scale.
+    out: tensor of a layer that attention's result is multiplied by.
+    first_position: row of the table of positions that position 0 is read from.
+    check: raises UserError if the layout lacks a part of a decoder.
+    describe: model -> fields of config.json, beside those of all layouts.
+    read_fields: content of config.json -> fields of the section `model`, beside those of all
+      layouts.
+  """
+
+  architecture: str
+  model_type: str
+  prefix: str
+  tables: Mapping[str, str]
+  products: Mapping[str, str]
+  scales: Mapping[str, str]
+  out: str
+  first_position: int
+  check: Callable[[ModelConfig], None]
+  describe: Callable[[ModelConfig], dict]
+  read_fields: Callable[[dict], dict]
+
+
 # config.model.activation -> its name in transformers.
 OPT_ACTIVATIONS = {"": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
 
 
-def opt_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of OPTForCausalLM, weights [out, in]; the head is tied to the embeddings."""
-  table = params.shapes["positions"]
+def _describe_opt(config: ModelConfig) -> dict:
+  return {
+    "activation_function": OPT_ACTIVATIONS[config.activation],
+    "do_layer_norm_before": True,
+    "layer_norm_elementwise_affine": False,
+    "enable_bias": False,
+    "word_embed_proj_dim": config.width,
+    "ffn_dim": config.mlp_width,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "layerdrop": 0.0,
+    "tie_word_embeddings": True,
+  }
 
-  def positions() -> np.ndarray:
-    return np.pad(params.read("positions"), ((OPT_OFFSET, 0), (0, 0)))
 
-  tensors = [
-    as_stored("model.decoder.embed_tokens.weight", params, "embed", dtype=dtype),
-    Tensor(
-      "model.decoder.embed_positions.weight", (table[0] + OPT_OFFSET, table[1]), dtype, positions
-    ),
-  ]
+def _fields_of_opt(described: dict) -> dict:
+  """A decoder with query-key norms or another head size is not exported."""
+  names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
+  return {
+    "mlp_width": described["ffn_dim"],
+    "activation": names[described["activation_function"]],
+    "query_key_norm": False,
+    "head_size": 0,
+  }
+
+
+def _check_opt(config: ModelConfig) -> None:
+  if config.query_key_norm:
+    raise UserError(
+      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
+      "be exported in the format hf."
+    )
+  if config.head_dim * config.num_heads != config.width:
+    raise UserError(
+      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
+      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
+    )
+
+
+def _check_qwen3(config: ModelConfig) -> None:
+  """Accepts every decoder."""
+
+
+def _describe_qwen3(config: ModelConfig) -> dict:
+  return {
+    "hidden_act": "silu",
+    "intermediate_size": config.mlp_width,
+    "num_key_value_heads": config.num_heads,
+    "head_dim": config.head_dim,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": config.rotary_base,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+  }
+
+
+def _fields_of_qwen3(described: dict) -> dict:
+  size, base = described["head_dim"], float(described["rope_theta"])
+  usual = size * described["num_attention_heads"] == described["hidden_size"]
+  return {
+    "mlp_width": described["intermediate_size"],
+    "head_size": 0 if usual else size,
+    "rope_base": 0.0 if base == ROPE_BASE else base,
+  }
+
+
+# Family -> the layout that its decoders are exported in.
+LAYOUTS = {
+  "opt": Layout(
+    architecture="OPTForCausalLM",
+    model_type="opt",
+    prefix="model.decoder",
+    tables={"embed": "model.decoder.embed_tokens", "positions": "model.decoder.embed_positions"},
+    products={"up": "fc1", "down": "fc2"},
+    scales={},
+    out="self_attn.out_proj",
+    first_position=2,  # OPT never reads the rows before.
+    check=_check_opt,
+    describe=_describe_opt,
+    read_fields=_fields_of_opt,
+  ),
+  "modern": Layout(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    prefix="model",
+    tables={
+      "embed": "model.embed_tokens",
+      "final_norm.scale": "model.norm",
+      "head": "lm_head",
+    },
+    products={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    scales={
+      "q_norm": "self_attn.q_norm",
+      "k_norm": "self_attn.k_norm",
+      "norm1": "input_layernorm",
+      "norm2": "post_attention_layernorm",
+    },
+    out="self_attn.o_proj",
+    first_position=0,
+    check=_check_qwen3,
+    describe=_describe_qwen3,
+    read_fields=_fields_of_qwen3,
+  ),
+}
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+
+
+def layout_of(config: ModelConfig) -> Layout:
+  """Returns the layout of a decoder's family."""
+  return LAYOUTS[config.family]
+
+
+def tensors_of(layout: Layout, params: StoredParams, dtype: str = "float32") -> list[Tensor]:
+  """Lists the tensors of a decoder, weights [out, in]."""
+  tensors = [_table(layout, params, name, dtype) for name in layout.tables]
   for i in range(params.shapes["blocks.up"][0]):
-    layer = f"model.decoder.layers.{i}"
-    tensors += _attention(f"{layer}.self_attn", params, i, "out_proj", dtype)
+    layer = f"{layout.prefix}.layers.{i}"
     tensors += [
-      transposed(f"{layer}.fc1.weight", params, "blocks.up", i, dtype=dtype),
-      transposed(f"{layer}.fc2.weight", params, "blocks.down", i, dtype=dtype),
+      transposed(f"{layer}.{name}.weight", params, "blocks.qkv", i, j, dtype=dtype)
+      for j, name in enumerate(QKV)
     ]
-  return tensors
-
-
-def qwen3_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of Qwen3ForCausalLM, weights [out, in]."""
-  tensors = [
-    as_stored("model.embed_tokens.weight", params, "embed", dtype=dtype),
-    as_stored("model.norm.weight", params, "final_norm.scale", dtype=dtype),
-    as_stored("lm_head.weight", params, "head", dtype=dtype),
-  ]
-  for i in range(params.shapes["blocks.up"][0]):
-    layer = f"model.layers.{i}"
-    tensors += _attention(f"{layer}.self_attn", params, i, "o_proj", dtype)
+    out = f"{layer}.{layout.out}.weight"
+    tensors.append(transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2))
     tensors += [
       as_stored(f"{layer}.{theirs}.weight", params, f"blocks.{ours}.scale", i, dtype=dtype)
-      for ours, theirs in QWEN3_NORMS
+      for ours, theirs in layout.scales.items()
     ]
     tensors += [
-      transposed(f"{layer}.mlp.{name}_proj.weight", params, f"blocks.{name}", i, dtype=dtype)
-      for name in ("gate", "up", "down")
+      transposed(f"{layer}.{theirs}.weight", params, f"blocks.{ours}", i, dtype=dtype)
+      for ours, theirs in layout.products.items()
     ]
   return tensors
+
+
+def _table(layout: Layout, params: StoredParams, name: str, dtype: str) -> Tensor:
+  theirs = f"{layout.tables[name]}.weight"
+  if name != "positions" or not layout.first_position:
+    return as_stored(theirs, params, name, dtype=dtype)
+  rows, width = params.shapes[name]
+
+  def positions() -> np.ndarray:
+    return np.pad(params.read(name), ((layout.first_position, 0), (0, 0)))
+
+  return Tensor(theirs, (rows + layout.first_position, width), dtype, positions)
+
+
+def shapes_of(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns the names and shapes of the tensors of `tensors_of`."""
+  D, F, H = config.width, config.mlp_width, config.head_dim
+  rows = {"positions": config.max_positions + layout.first_position}
+  tables = {
+    f"{theirs}.weight": (D,) if ours.endswith(".scale") else (rows.get(ours, config.vocab_size), D)
+    for ours, theirs in layout.tables.items()
+  }
+  layer: dict[str, tuple[int, ...]] = dict.fromkeys(QKV, (config.num_heads * H, D))
+  layer[layout.out] = (D, config.num_heads * H)
+  layer |= {theirs: (D, F) if x == "down" else (F, D) for x, theirs in layout.products.items()}
+  layer |= {
+    theirs: (H,) if x in ("q_norm", "k_norm") else (D,) for x, theirs in layout.scales.items()
+  }
+  return tables | {
+    f"{layout.prefix}.layers.{i}.{name}.weight": shape
+    for i in range(config.num_layers)
+    for name, shape in layer.items()
+  }
 
 
 def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: str) -> Tensor:
@@ -94,44 +252,25 @@ def transposed(
   return Tensor(name, (columns, rows), dtype, make)
 
 
-def _attention(
-  prefix: str, params: StoredParams, i: int, out_name: str, dtype: str
-) -> list[Tensor]:
-  tensors = [
-    transposed(f"{prefix}.{name}_proj.weight", params, "blocks.qkv", i, j, dtype=dtype)
-    for j, name in enumerate("qkv")
-  ]
-  out = f"{prefix}.{out_name}.weight"
-  return [*tensors, transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2)]
-
-
 def config_of(described: dict) -> dict[str, dict]:
   """Returns the fields of the sections `model` and `vocab` that `hf_config` described.
 
   Raises:
     KeyError: `hf_config` did not write it.
   """
-  if described["model_type"] not in ("opt", "qwen3"):
-    raise KeyError("model_type 'opt' or 'qwen3'")
-  opt = described["model_type"] == "opt"
+  families = {layout.model_type: family for family, layout in LAYOUTS.items()}
+  if (family := families.get(described["model_type"])) is None:
+    raise KeyError(f"model_type {' or '.join(map(repr, families))}")
   model = {
-    "family": "opt" if opt else "modern",
+    "family": family,
     "vocab_size": described["vocab_size"],
     "num_layers": described["num_hidden_layers"],
     "width": described["hidden_size"],
     "num_heads": described["num_attention_heads"],
-    "mlp_width": described["ffn_dim" if opt else "intermediate_size"],
     "max_positions": described["max_position_embeddings"],
     "align_images": described["cm3leon"].get("align_images", False),
+    **LAYOUTS[family].read_fields(described),
   }
-  if opt:  # A decoder with query-key norms or another head size is not exported.
-    names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
-    model["activation"] = names[described["activation_function"]]
-    model |= {"query_key_norm": False, "head_size": 0}
-  else:
-    size, base = described["head_dim"], float(described["rope_theta"])
-    usual = size * model["num_heads"] == model["width"]
-    model |= {"head_size": 0 if usual else size, "rope_base": 0.0 if base == ROPE_BASE else base}
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
@@ -156,39 +295,14 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
 
   `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
   """
-  common = {
+  layout = layout_of(config)
+  return {
     **ids_config(config, vocab),
     "hidden_size": config.width,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
     "max_position_embeddings": config.max_positions,
-  }
-  if config.family == "opt":
-    return common | {
-      "architectures": ["OPTForCausalLM"],
-      "model_type": "opt",
-      "activation_function": OPT_ACTIVATIONS[config.activation],
-      "do_layer_norm_before": True,
-      "layer_norm_elementwise_affine": False,
-      "enable_bias": False,
-      "word_embed_proj_dim": config.width,
-      "ffn_dim": config.mlp_width,
-      "dropout": 0.0,
-      "attention_dropout": 0.0,
-      "layerdrop": 0.0,
-      "tie_word_embeddings": True,
-    }
-  return common | {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "intermediate_size": config.mlp_width,
-    "num_key_value_heads": config.num_heads,
-    "head_dim": config.head_dim,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": config.rotary_base,
-    "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
+    "architectures": [layout.architecture],
+    "model_type": layout.model_type,
+    **layout.describe(config),
   }

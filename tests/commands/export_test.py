@@ -80,7 +80,9 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   with one_device():
     average = random_params(SETTINGS.model)
   found = safetensors.load_file(tmp_path / "export" / huggingface.WEIGHTS)
-  expected = {t.name: t.make() for t in layouts.opt_tensors(of_tree(average))}
+  expected = {
+    t.name: t.make() for t in layouts.tensors_of(layouts.LAYOUTS["opt"], of_tree(average))
+  }
   assert found.keys() == expected.keys()
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)

@@ -177,7 +177,7 @@ def test_positions_are_stored_two_rows_later():
     "embed": np.zeros((4, 2)),
     "blocks": {"up": np.zeros((0, 2, 2))},
   }
-  rows = layouts.opt_tensors(of_tree(params))[1].make()
+  rows = layouts.tensors_of(layouts.LAYOUTS["opt"], of_tree(params))[1].make()
   np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
 
 

@@ -186,7 +186,7 @@ def set_eps(model):
 
 def no_offset(tensors):
   tensors["model.decoder.embed_positions.weight"] = np.roll(
-    tensors["model.decoder.embed_positions.weight"], -layouts.OPT_OFFSET, axis=0
+    tensors["model.decoder.embed_positions.weight"], -layouts.LAYOUTS["opt"].first_position, axis=0
   )
 
 

@@ -39,7 +39,7 @@ IMPORTING = (
     f"{IMPORTER_TEST}::test_an_opt_without_biases_has_the_loss_of_the_original",
     (
       "positions_two_rows_early",
-      "slice(rows.start + OPT_OFFSET, rows.stop",
+      "slice(rows.start + first, rows.stop",
       "slice(rows.start, rows.stop - 2",
     ),
   ),
@@ -48,8 +48,8 @@ IMPORTING = (
     f"{IMPORTER_TEST}::test_an_export_of_this_project_is_imported_bit_for_bit",
     (
       "every_device_reads_the_first_heads",
-      "slice(part.start * H, part.stop * H)",
-      "slice(0, (part.stop - part.start) * H)",
+      "slice(part.start * head_size, part.stop * head_size)",
+      "slice(0, (part.stop - part.start) * head_size)",
     ),
   ),
   *mutants_of(

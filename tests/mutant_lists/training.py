@@ -27,7 +27,11 @@ TRAINING = (
   *mutants_of(
     TRANSFORMER,
     f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",
-    ("layers_start_at_random", 'out_std = 0.0 if config.family == "opt" else std', "out_std = std"),
+    (
+      "layers_start_at_random",
+      "out_std = 0.0 if traits.starts_as_identity else std",
+      "out_std = std",
+    ),
   ),
   *mutants_of(
     TRANSFORMER,

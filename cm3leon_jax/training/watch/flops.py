@@ -50,7 +50,7 @@ def matmul_params(config: ModelConfig) -> int:
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
   A = config.num_heads * config.head_dim
-  mlp = 3 if config.family == "modern" else 2
+  mlp = 3 if config.traits.gated else 2
   return K * (4 * D * A + mlp * D * F) + config.vocab_size * D
 
 
