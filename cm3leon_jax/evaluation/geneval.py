@@ -21,6 +21,7 @@ from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.writer import save_png
+from cm3leon_jax.settings import Settings
 
 IMAGE_PATHS = "image_paths.json"
 
@@ -56,7 +57,7 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
   return prompts
 
 
-def prompt_tasks(prompts: Sequence[dict], settings, where: str) -> list[TextToImage]:
+def prompt_tasks(prompts: Sequence[dict], settings: Settings, where: str) -> list[TextToImage]:
   """Returns the task of each prompt: `sampling`, `evaluation.scene_neighbors` and seed of the run.
 
   Args:

@@ -3,8 +3,10 @@
 # n samples, G groups.
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 LEVEL = 0.95
@@ -12,8 +14,12 @@ NUM_RESAMPLES = 10_000
 
 
 def mean_interval(
-  sums, weights, groups: Sequence[Hashable], num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> dict[str, float | int | None]:
+  sums: npt.ArrayLike,
+  weights: npt.ArrayLike,
+  groups: Sequence[Hashable] | np.ndarray,
+  num_resamples: int = NUM_RESAMPLES,
+  seed: int = 0,
+) -> dict[str, Any]:
   """Computes sum(sums) / sum(weights) and a bootstrap interval over whole groups.
 
     sums = [2, 4, 9], weights = [1, 1, 1], groups = ["fox", "fox", "cat"]
@@ -58,7 +64,7 @@ def mean_interval(
   return {**result, "groups": len(sums), "effective_groups": effective}
 
 
-def _ratio(sums, weights, axis=-1):
+def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
   return sums.sum(axis) / weights.sum(axis)
 
 

@@ -21,7 +21,8 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
   Raises:
     UserError: fewer documents have facts.
   """
-  rng, groups = np.random.default_rng([seed, len(facts)]), {}
+  rng = np.random.default_rng([seed, len(facts)])
+  groups: dict[tuple[str, str], list[int]] = {}
   for i in rng.permutation(len(facts)):
     if facts[i]:
       groups.setdefault((facts[i]["tag"], facts[i]["heldout"]), []).append(int(i))

@@ -58,7 +58,7 @@ class PromptLayout:
   resolution: int
   positions: int
   encode: Callable[[str], np.ndarray]
-  decode: Callable[[Sequence[int]], str]
+  decode: Callable[[Sequence[int] | np.ndarray], str]
   longest_token: int = 0
 
   @classmethod

@@ -163,6 +163,7 @@ def _how(run: Run, name: str, summary: dict) -> str:
 def _grades(workdir: epath.Path) -> Table:
   """Returns the shares of right answers to held-out instructions."""
   found = instruction_section.read(workdir, lambda path: None)
+  assert found is not None
   config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]
   rows = [
     (row["label"], f"{row['answers']:,}", *map(scene_table.share, row["cells"]))

@@ -6,6 +6,7 @@ python -m cm3leon_jax.reports.config_reference
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import pydantic
 
@@ -76,7 +77,7 @@ def _one_line(schema: dict) -> str:
   return " ".join(schema["description"].split())
 
 
-def _show(value) -> str:
+def _show(value: Any) -> str:
   return json.dumps(value) if isinstance(value, str) else repr(value)
 
 

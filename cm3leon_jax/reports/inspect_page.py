@@ -2,8 +2,10 @@
 
 # L slots of a row, H height and W width of an image, C codes of an image.
 
+from collections.abc import Sequence
 import dataclasses
 import re
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -137,7 +139,9 @@ def make_decoder(
   Raises:
     UserError: an image has more codes than the image tokenizer makes.
   """
-  count, codes, pixels = image_tokenizer.config.image_tokens, {}, ()
+  count = image_tokenizer.config.image_tokens
+  codes: dict[bytes, np.ndarray] = {}
+  pixels: Sequence[np.ndarray] | np.ndarray = ()
   for view in (view for row in rows for view in row.samples):
     for segment in (s for s in view.segments if s and s[0].kind == "image"):
       ids = segment_ids(view, segment)
@@ -155,7 +159,8 @@ def make_decoder(
 
 def text_item(view: SampleView, parts: list[RowPart], decoder: PageDecoder, begins: bool) -> dict:
   """Returns consecutive runs of text; `begins` if they start a text (`PageDecoder.text`)."""
-  pieces, tokens = [], 0
+  pieces: list[dict[str, Any]] = []
+  tokens = 0
   for part in parts:
     ids = view.sample.tokens[part.start : part.stop]
     is_first, is_last = part is parts[0], part is parts[-1]
@@ -236,7 +241,7 @@ def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
   return blocks
 
 
-def _box(role: str, title: str, span: int = NO_SPAN, **fields) -> dict:
+def _box(role: str, title: str, span: int = NO_SPAN, **fields: Any) -> dict[str, Any]:
   return {
     "kind": "box",
     "role": role,

@@ -185,7 +185,8 @@ def _wrapped(prose: str) -> str:
   """Wraps lines of prose: a paragraph, or items of a list."""
   if not prose.strip():
     return prose
-  start, end = re.match(r"\n*", prose)[0], re.search(r"\n*$", prose)[0]
+  start = prose[: len(prose) - len(prose.lstrip("\n"))]
+  end = prose[len(prose.rstrip("\n")) :]
   lines = []
   for item in re.split(r"\n(?=- )", prose.strip("\n")):
     text, indent = " ".join(item.split()), "  " if item.startswith("- ") else ""

@@ -5,16 +5,18 @@ import datetime
 import importlib.resources
 import io
 import re
+from typing import Any
 
 from etils import epath
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.data.sources.records import SPLITS
+from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
@@ -42,7 +44,7 @@ CSS_COLORS = {
   TEXT: "var(--text-series)",
   FAINT: "var(--rule)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",
   "svg.hashsalt": "cm3leon_jax",
   "font.family": "sans-serif",
@@ -57,7 +59,7 @@ STYLE = {
 }
 
 
-def png_uri(pixels) -> str:
+def png_uri(pixels: npt.ArrayLike) -> str:
   """Returns the data URI of a PNG of [H, W, 3] or [H, W, 4] uint8."""
   buffer = io.BytesIO()
   Image.fromarray(np.asarray(pixels)).save(buffer, "PNG", optimize=True)
@@ -162,7 +164,9 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
 
 def prompts(workdir: epath.Path) -> list[dict]:
   """Returns the first prompts: caption, original, neighbors and samples of each."""
-  raw, pairs, grouped = workdir / "raw", {}, {}
+  raw = workdir / "raw"
+  pairs: dict[str, RawPair] = {}
+  grouped: dict[tuple[str, str], list[dict]] = {}
   if (raw / reader.INDEX).exists():
     pairs = {pair.key: pair for split in SPLITS for pair in reader.read_pairs(raw, split)}
   for result in summary_lib.read_results(workdir):
@@ -178,7 +182,7 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
   images = {name: file_uri(pairs[name].image) for name in (key, *keys) if name in pairs}
   rows = []
   for retrieve in sorted({result["retrieve"] for result in results}, reverse=True):
-    cells = {}
+    cells: dict[float, list[tuple[str | None, float | None]]] = {}
     for result in (r for r in results if r["retrieve"] == retrieve):
       uri = file_uri(workdir / "samples" / result["file"])
       cells.setdefault(result["guidance"], []).append((uri, result.get("clip_score")))
@@ -190,7 +194,7 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
   return {"caption": caption, "original": images.get(key), "neighbors": neighbors, "rows": rows}
 
 
-def grids(workdir: epath.Path) -> list[tuple[str, str]]:
+def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
   """Returns (name, data URI) of sample grids of the training, by step, evenly spaced."""
   folder = workdir / "train" / "samples"
   files = folder.glob("*.png") if folder.exists() else []
@@ -210,7 +214,7 @@ def licenses(workdir: epath.Path) -> list[dict]:
   """Returns a dict for each source and license of images: number of pairs, and attributions."""
   if not (workdir / "raw" / reader.INDEX).exists():
     return []
-  entries = {}
+  entries: dict[tuple, dict[str, Any]] = {}
   for origin in reader.read_index(workdir / "raw")["origins"]:
     if origin["kind"] == "pairs":
       names = {"source": origin["source"], "license": origin["license"]}
@@ -221,7 +225,7 @@ def licenses(workdir: epath.Path) -> list[dict]:
   return list(entries.values())
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
   """Formats a value for a page.
 
   show(True) = "yes", show(-1234) = "−1,234", show(0.123456) = "0.1235", show(None) = "—"
@@ -248,7 +252,7 @@ OBEYED = re.compile(
 )
 
 
-def inert(value):
+def inert(value: Any) -> Any:
   """Makes the control characters of a text visible: inert("a\\x1b[2J") = "a⟨U+001B⟩[2J"."""
   if not isinstance(value, str) or hasattr(value, "__html__"):
     return value

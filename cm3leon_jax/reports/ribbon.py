@@ -2,13 +2,14 @@
 
 # L slots of a row.
 
+from collections.abc import Iterable
 import itertools
 
 from cm3leon_jax.reports.row_contents import RowView, SampleView
 from cm3leon_jax.reports.row_parts import NO_SPAN
 
 
-def runs(values) -> list[tuple[int, int, float]]:
+def runs(values: Iterable[float]) -> list[tuple[int, int, float]]:
   """Returns the runs of equal values as (start, length, value).
 
   >>> runs([0, 1, 1, 0])

@@ -2,11 +2,13 @@
 
 # L slots of a row, n documents, C candidates of each.
 
+from collections.abc import Iterable
 import dataclasses
 
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Document, Segment
+from cm3leon_jax.data.instructions.samples import InstructionPlan
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import Placement
 from cm3leon_jax.reports import row_parts
@@ -109,13 +111,19 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   index, start = loader.plan.units[source].locate(unit)
   document, candidates = spec.store[index], spec.candidates(index)
   plan = loader.plan.plan(source, pass_, unit)
-  if spec.instructions is not None:
+  if isinstance(plan, InstructionPlan):
+    assert spec.instructions is not None
     target = tuple(spec.instructions.targets[index].tolist())
     return Origin(document, (), pass_, task=CheckedTask(spec.name, target, plan, spec.instructions))
-  neighbors = tuple(
-    NeighborView(spec.bank[int(candidates[j])], j + 1, len(candidates), float(scores[index][j]))
-    for j in plan.neighbors
-  )
+  neighbors: tuple[NeighborView, ...] = ()
+  if plan.neighbors:
+    assert spec.bank is not None
+    assert scores is not None
+    bank, similar = spec.bank, scores[index]
+    neighbors = tuple(
+      NeighborView(bank[int(candidates[j])], j + 1, len(candidates), float(similar[j]))
+      for j in plan.neighbors
+    )
   if len(document.segments) > 1 or document.segments[0].is_image:
     return Origin(document, neighbors, pass_)
   text = document.segments[0].tokens
@@ -125,7 +133,9 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   return Origin(document, neighbors, pass_, start, len(text))
 
 
-def read_rows(loader: RowLoader, scores: np.ndarray | None, numbers) -> list[RowView]:
+def read_rows(
+  loader: RowLoader, scores: np.ndarray | None, numbers: Iterable[int]
+) -> list[RowView]:
   """Reads rows and checks every sample against its documents.
 
   Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -124,7 +125,7 @@ TUNED_HEADLINES = (
 # fmt: on
 
 
-def lookup(summary: dict, path: str):
+def lookup(summary: Any, path: str) -> Any:
   """Returns the value at a dotted path, or None: lookup({"a": {"b": 1}}, "a.b") = 1."""
   value = summary
   for name in path.split("."):
@@ -199,7 +200,7 @@ def clip_scores(results: list[dict]) -> list[dict]:
     samples, standard_deviation (of the samples), and mean, low, high, groups, effective_groups
     (`intervals.mean_interval`).
   """
-  columns = {}
+  columns: dict[tuple[float, int], list[dict]] = {}
   for result in results:
     columns.setdefault((result["guidance"], result["retrieve"]), []).append(result)
   rows = []
@@ -313,7 +314,8 @@ def collect(workdir: epath.PathLike) -> dict:
   workdir = epath.Path(workdir)
   if not workdir.exists():
     raise UserError(f"--workdir {workdir} does not exist: name the folder of a run.")
-  summary, seconds = {}, {}
+  summary: dict[str, Any] = {}
+  seconds: dict[str, float] = {}
   for folder in table.STAGES:
     if (workdir / folder / stages.DONE).exists():
       done = read_json(workdir / folder / stages.DONE, {"summary": dict, "seconds": float})
@@ -381,7 +383,7 @@ def cost(summary: dict) -> dict | None:
   return {"train_seconds": train["seconds"], "other_seconds": seconds, "machine": machine}
 
 
-def flatten(value, where: str = "") -> list[tuple[str, object]]:
+def flatten(value: Any, where: str = "") -> list[tuple[str, object]]:
   """Returns the leaves of nested dicts and lists with their dotted names, in order.
 
   {"a": {"b": 1, "c": [2, 3]}} -> [("a.b", 1), ("a.c.0", 2), ("a.c.1", 3)]

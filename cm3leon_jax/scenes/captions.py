@@ -90,7 +90,7 @@ def describe_plainly(scene: Scene) -> Description:
   return _one(placed, placed.color, _PLACED[0])
 
 
-def _fill(template: str, first: str, **words) -> str:
+def _fill(template: str, first: str, **words: str) -> str:
   """Fills a template; the verb agrees with the object `first`."""
   many = first in PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "stands": "stand" if many else "stands"}

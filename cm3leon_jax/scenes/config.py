@@ -116,7 +116,7 @@ class ScenesConfig:
   seed: NonNegativeInt = 0
   """Seed of the scenes and captions."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, kind, known in (
       ("objects", "object", COMMON),
       ("colors", "color", COLORS),

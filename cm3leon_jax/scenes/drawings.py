@@ -1,6 +1,7 @@
 """Renders scenes with Material Design Icons 7 (Apache-2.0, Pictogrammers), an icon font."""
 
 import functools
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +19,7 @@ SIDE = 2 * CELL
 
 
 @functools.cache
-def _icons():
+def _icons() -> Any:
   """Imports the icon font: reports and exports of other data do without it."""
   try:
     from fonticon_mdi7 import MDI7
@@ -99,5 +100,7 @@ def box(placed: Placed) -> list[int]:
   They are the same in all styles.
   """
   left, top = corner(placed.place)
-  x0, y0, x1, y1 = Image.fromarray(alpha(ICONS[placed.object])).getbbox()
+  bounds = Image.fromarray(alpha(ICONS[placed.object])).getbbox()
+  assert bounds is not None
+  x0, y0, x1, y1 = bounds
   return [left + x0, top + y0, left + x1, top + y1]

@@ -9,7 +9,7 @@ The facts of an edit are clauses in the layout of `facts.check` (docs/data_forma
 An edit that a scene does not allow, or that would not change it, is None instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import random
 
@@ -59,7 +59,7 @@ class SceneEdit:
   kept: list[dict]
 
 
-def facts_of(objects: Iterable[Placed], fields=ALL_FIELDS) -> list[dict]:
+def facts_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
   """Lists some facts of objects.
 
   facts_of([Placed("bell", "red", "top left")], ("object", "color")) =
@@ -69,7 +69,7 @@ def facts_of(objects: Iterable[Placed], fields=ALL_FIELDS) -> list[dict]:
   return [{keys[field]: getattr(placed, field) for field in fields} for placed in objects]
 
 
-def clauses_of(objects: Iterable[Placed], fields=ALL_FIELDS) -> list[dict]:
+def clauses_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
   """Lists a clause of the count 1 for each object."""
   return [{**fact, "count": 1} for fact in facts_of(objects, fields)]
 

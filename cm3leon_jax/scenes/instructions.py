@@ -7,7 +7,7 @@ training scenes and end with them: an edit whose result is held out is dropped.
 
 from collections.abc import Callable, Iterator, Sequence
 import random
-from typing import Literal
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 
-Split = Literal["train", "heldout"]
+Split = str  # "train" or "heldout".
+T = TypeVar("T")
 
 # Tasks on the captioned scenes of the source `scenes`: the record of the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
@@ -131,10 +132,12 @@ def located(caption: str, objects: Sequence[Placed]) -> str:
   return f"{caption} with {', '.join(places)}"
 
 
-def _captioned(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+def _captioned(
+  config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
+) -> Record:
   """Makes a record of a captioned scene of the source `scenes`."""
   pair = source.pair(config, split, index)
-  scene = Scene.parse(pair.image)
+  scene = Scene.parse(str(pair.image))
   image = render(scene, config.style)
   texts, images, facts = {"caption": pair.caption}, {"image": image}, dict(pair.facts)
   if task in ("located", "edges"):
@@ -179,7 +182,9 @@ def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
   return given
 
 
-def _question(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+def _question(
+  config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
+) -> Record:
   """Makes a record of a question. Equally often: counts from 1 to 4, and yes and no."""
   number = _in_turn((1, 2, 3, 4), config, task, split, index)
   shown = _in_turn((True, False), config, task, split, index)
@@ -195,7 +200,13 @@ def _question(config: ScenesConfig, task: str, split: Split, index: int, rng) ->
 
 
 def _ask(
-  config: ScenesConfig, task: str, split: Split, rng, scene: Scene, number: int, shown: bool
+  config: ScenesConfig,
+  task: str,
+  split: Split,
+  rng: random.Random,
+  scene: Scene,
+  number: int,
+  shown: bool,
 ) -> SceneQuestion | None:
   if task == "count":
     return questions.ask_count(scene, number, rng)
@@ -211,7 +222,7 @@ def _ask(
   return None
 
 
-def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
+def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random) -> Record:
   """Makes a record of an edit; in training also its result is a scene of training."""
   has_rare = split == "train" and "rare" in config.categories
   with_rare = has_rare and rng.random() < RARE_EDITS
@@ -250,14 +261,14 @@ def _record(
   return Record(key, scene.facts_key, texts, images, {"task": task, **facts})
 
 
-def _in_turn(options: Sequence, config: ScenesConfig, task: str, split: Split, index: int):
+def _in_turn(options: Sequence[T], config: ScenesConfig, task: str, split: Split, index: int) -> T:
   """Chooses each of n options once in every n indices, in a random order."""
   block, i = divmod(index, len(options))
   rng = random.Random(f"{config.seed}/{task}/{split}/turns/{block}")
   return rng.sample(options, len(options))[i]
 
 
-def _draw(config: ScenesConfig, task: str, split: Split, rng, equal: int) -> Scene:
+def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equal: int) -> Scene:
   """Draws a scene of a split: `equal` equal objects and others, or a rare object."""
   rare = world.rare_objects(config) if "rare" in config.categories else ()
   for _ in range(TRIES):
@@ -284,7 +295,7 @@ def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
   return Scene.of([Placed(name, colors[name], place) for name, place in zip(shown, places)])
 
 
-def _with_rare(config: ScenesConfig, scene: Scene, rng, all_of_them: bool) -> Scene:
+def _with_rare(config: ScenesConfig, scene: Scene, rng: random.Random, all_of_them: bool) -> Scene:
   """Puts rare objects in any color in the place of the objects of one name, or of all names.
 
   Of one, so that a model which does not know its name finds it by knowing the names of the others.

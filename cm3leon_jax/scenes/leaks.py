@@ -41,7 +41,8 @@ def check(folder: epath.PathLike) -> FactLeakReport:
   these. Only rare objects may be in the bank, but not in the color of the held-out scene.
   """
   heldout = list(_pairs(folder, "heldout"))
-  train, seen = 0, {kind: set() for kind in KINDS}
+  seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
+  train = 0
   for pair in _pairs(folder, "train"):
     train += 1
     for kind in KINDS:

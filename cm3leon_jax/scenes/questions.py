@@ -133,6 +133,6 @@ def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
       known.append((relation, y.object, there[0].object))
   if not known:
     return None
-  relation, y, answer = rng.choice(known)
+  relation, name, answer = rng.choice(known)
   phrase = rng.choice(RELATIONS[relation])
-  return SceneQuestion(rng.choice(_RELATION).format(relation=phrase, y=y), answer)
+  return SceneQuestion(rng.choice(_RELATION).format(relation=phrase, y=name), answer)

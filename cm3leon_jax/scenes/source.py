@@ -143,8 +143,8 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
         break
   train = found.pop("train")
   heldout = {kind: scenes for kind, scenes in found.items() if scenes}
-  for scenes, what in ((heldout, "hold out"), (train, "train on")):
-    if not scenes:
+  for some, what in ((heldout, "hold out"), (train, "train on")):
+    if not some:
       raise UserError(
         f"config.scenes has no scene to {what} in category '{category}'; name more objects or "
         "colors, or leave the category out."

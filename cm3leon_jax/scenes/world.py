@@ -4,6 +4,7 @@ Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plai
 `drawings` renders scenes, `captions` describes them, `source` lists them.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 import itertools
@@ -109,7 +110,7 @@ class Scene:
     return cls.of(objects)
 
   @classmethod
-  def of(cls, objects) -> Self:
+  def of(cls, objects: Iterable[Placed]) -> Self:
     """Makes a scene of objects in any order."""
     return cls(tuple(sorted(objects, key=lambda placed: PLACES.index(placed.place))))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import functools
+from typing import SupportsIndex
 
 from etils import epath
 from jaxtyping import Int32
@@ -180,7 +181,7 @@ class TextTokenizer:
       encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
 
-  def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Decodes [T] integers to a text, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 

@@ -85,8 +85,8 @@ EVALUATION = (
     ),
     (
       "images_do_not_change_the_digest",
-      "digest.update(self._check_image(image, where))",
-      "self._check_image(image, where)",
+      "digest.update(self._check_image(str(image), where))",
+      "self._check_image(str(image), where)",
     ),
   ),
   *mutants_of(

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
@@ -23,7 +24,7 @@ def score_answers(
   params: dict,
   texts: Sequence[str],
   answers: Sequence[Sequence[str]],
-  codes,
+  codes: npt.ArrayLike,
 ) -> list[np.ndarray]:
   """Computes log p(answer, <eoss>) for each answer to each question.
 
@@ -59,7 +60,14 @@ def score_answers(
   return np.split(sums, np.cumsum([len(of_question) for of_question in answers])[:-1])
 
 
-def _sample(layout: PromptLayout, before, hole, after, image, text: str) -> np.ndarray:
+def _sample(
+  layout: PromptLayout,
+  before: np.ndarray,
+  hole: np.ndarray,
+  after: np.ndarray,
+  image: np.ndarray,
+  text: str,
+) -> np.ndarray:
   """The document of a question with an answer, which is its masked span."""
   if not len(hole):
     raise UserError(f"an answer to '{text.replace(MASK, '?')}' is empty: give at least one word.")

@@ -2,12 +2,17 @@
 
 # T tokens, C stored candidates of a document, n documents.
 
+from collections.abc import Callable, Iterable, Sequence
 import functools
+from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents.store import Bank, Document, DocumentStore
 from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.evaluation import intervals
@@ -15,7 +20,9 @@ from cm3leon_jax.evaluation.config import EvaluationConfig
 from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.step import loss
+from cm3leon_jax.vocab import VocabLayout
 
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")
@@ -32,7 +39,7 @@ def check_batch(config: EvaluationConfig) -> None:
     )
 
 
-def unigram_bits(counts) -> np.ndarray:
+def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
   """Computes the bits of each symbol under the add-one smoothed frequencies of `counts`.
 
     counts = [3, 0, 1]: probabilities 4/7, 1/7, 2/7, so bits = [0.807, 2.807, 1.807]
@@ -47,7 +54,7 @@ def unigram_bits(counts) -> np.ndarray:
   return np.log2(smoothed.sum()) - np.log2(smoothed)
 
 
-def unigram_table(store, vocab) -> np.ndarray:
+def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
   """Computes the bits of every id under two unigram models, one of image codes and one of text.
 
   Args:
@@ -64,7 +71,7 @@ def unigram_table(store, vocab) -> np.ndarray:
   return table
 
 
-def partners(concepts, rng: np.random.Generator) -> np.ndarray:
+def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
   """Gives each document another document, each once, of another concept.
 
     concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
@@ -87,7 +94,7 @@ def partners(concepts, rng: np.random.Generator) -> np.ndarray:
   return result
 
 
-def fit_neighbors(document, neighbors, length: int):
+def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int) -> list[Document]:
   """Returns the first of `neighbors` that fit before `document` in a row of `length` slots.
 
   Args:
@@ -113,12 +120,14 @@ def fit_neighbors(document, neighbors, length: int):
   return kept
 
 
-def _slots(document) -> int:
+def _slots(document: Document) -> int:
   """Counts the tokens of a document with the <break> or </s> after each segment."""
   return sum(len(s.tokens) + 1 for s in document.segments)
 
 
-def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
+def own_targets(
+  sample: np.ndarray, document: Document, vocab: VocabLayout
+) -> dict[str, np.ndarray]:
   """Marks the targets of a joined sample that are the document's own image codes and text tokens.
 
     sample    </s> 7 <break> 91 <break> 8 9 <break> 92 </s>, the document: 8 9 <break> 92
@@ -144,18 +153,18 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nll(model_config, params, batch):
+def _nll(model_config: ModelConfig, params: dict, batch: dict[str, Array]) -> Float[Array, "B L"]:
   """[B, L] nats of each target of a batch, whole on every device; compiled once per shape."""
   return shard(loss.batch_nll(transformer.bind(model_config, params), batch)[1], None, None)
 
 
 def score_samples(
-  params,
-  model_config,
-  samples,
-  vocab,
+  params: dict,
+  model_config: ModelConfig,
+  samples: Sequence[np.ndarray],
+  vocab: VocabLayout,
   batch_size: int,
-  progress=lambda rows: None,
+  progress: Callable[[int], object] = lambda rows: None,
   length: int | None = None,
 ) -> list[np.ndarray]:
   """Computes the negative log-likelihood of every target of `samples`, causal, one sample a row.
@@ -175,10 +184,10 @@ def score_samples(
   if length is None:
     longest = max(len(s) for s in samples) - 1
     length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
-  bits = []
+  bits: list[np.ndarray] = []
   for start in range(0, len(samples), batch_size):
     some = samples[start : start + batch_size]
-    filled = some + [some[-1]] * (batch_size - len(some))
+    filled = [*some, *[some[-1]] * (batch_size - len(some))]
     arrays = loader.rows_of_samples(filled, length, vocab, model_config.align_images)
     batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
     rows = np.asarray(_nll(model_config, params, batch), np.float64) / np.log(2)
@@ -187,7 +196,15 @@ def score_samples(
   return bits
 
 
-def _samples(store, bank, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int):
+def _samples(
+  store: DocumentStore,
+  bank: Bank | DocumentStore,
+  neighbor_ids: np.ndarray,
+  num_documents: int,
+  data: DataConfig,
+  vocab: VocabLayout,
+  seed: int,
+) -> tuple[list[Document], list[str], dict[str, list[np.ndarray]], dict[str, list[int]]]:
   """Chooses documents; returns them, their concepts, and for each condition samples and counts.
 
   The samples are the documents after their neighbors, the counts the numbers of neighbors.
@@ -203,13 +220,14 @@ def _samples(store, bank, neighbor_ids, num_documents: int, data: DataConfig, vo
     )
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
   partner = partners(concepts, rng)
-  ids = {
+  ids: dict[str, list[list[int]]] = {
     "true": candidates,
     "shuffled": [candidates[p] for p in partner],
     "none": [[] for _ in chosen],
   }
   documents = [store[int(j)] for j in chosen]
-  samples, counts = {}, {}
+  samples: dict[str, list[np.ndarray]] = {}
+  counts: dict[str, list[int]] = {}
   for condition in CONDITIONS:
     kept = [
       fit_neighbors(d, [bank[i] for i in k], data.sequence_length)
@@ -221,8 +239,16 @@ def _samples(store, bank, neighbor_ids, num_documents: int, data: DataConfig, vo
 
 
 def evaluate(
-  params, model_config, bank, heldout_store, neighbor_ids, vocab, data, config, seed
-) -> dict:
+  params: dict,
+  model_config: ModelConfig,
+  bank: Bank | DocumentStore,
+  heldout_store: DocumentStore,
+  neighbor_ids: np.ndarray,
+  vocab: VocabLayout,
+  data: DataConfig,
+  config: EvaluationConfig,
+  seed: int,
+) -> dict[str, Any]:
   """Measures the bits of held-out pairs, causal, without spans or conditioning drop.
 
   Only the targets of the document itself count (`own_targets`). Conditions: `true`, the document's
@@ -257,7 +283,7 @@ def evaluate(
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
   scored = _score_conditions(params, model_config, samples, vocab, config.batch_size)
   table = unigram_table(bank, vocab)
-  result = {
+  result: dict[str, Any] = {
     "documents": len(documents),
     "mean_neighbors": {c: float(np.mean(counts[c])) for c in CONDITIONS},
   }
@@ -272,18 +298,28 @@ def evaluate(
   return result
 
 
-def _score_conditions(params, model_config, samples: dict, vocab, batch_size: int) -> dict:
+def _score_conditions(
+  params: dict,
+  model_config: ModelConfig,
+  samples: dict[str, list[np.ndarray]],
+  vocab: VocabLayout,
+  batch_size: int,
+) -> dict[str, list[np.ndarray]]:
   """Scores the samples of every condition, with a progress bar."""
   n = len(samples["none"])
   with progress_bar(total=n * len(CONDITIONS), desc="evaluate", unit="doc") as bar:
-    options = {"vocab": vocab, "batch_size": batch_size, "progress": bar.update}
-    score = functools.partial(score_samples, params, model_config, **options)
+
+    def score(rows: list[np.ndarray]) -> list[np.ndarray]:
+      return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
+
     together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 
-def _compare(sums, tokens, unigram: float, resampling: dict) -> dict:
-  def interval(bits):
+def _compare(
+  sums: dict[str, np.ndarray], tokens: np.ndarray, unigram: float, resampling: dict[str, Any]
+) -> dict[str, Any]:
+  def interval(bits: np.ndarray) -> dict[str, Any]:
     result = intervals.mean_interval(bits, tokens, **resampling)
     return {"bits": result.pop("mean"), **result}
 

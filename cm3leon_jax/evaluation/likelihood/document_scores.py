@@ -9,6 +9,7 @@ one, and memory does not grow with the number of documents.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import json
+from typing import Any, SupportsFloat
 
 from etils import epath
 import numpy as np
@@ -65,8 +66,10 @@ class Search:
     pairs = [i for i, document in enumerate(documents) if is_pair(document)]
     if not pairs:
       return found
+    encode = self.clip.encode
+    assert encode is not None
     texts = [self.layout.decode(documents[i].segments[0].tokens) for i in pairs]
-    embedded = self.clip.embed_texts([self.clip.encode(text) for text in texts])
+    embedded = self.clip.embed_texts([encode(text) for text in texts])
     queries = self.retriever.lexical.join(embedded, texts)
     keys = np.array([group_id(documents[i].key) for i in pairs], np.uint64)
     sides = [self.retriever.search(queries)]
@@ -193,7 +196,7 @@ def line_of(
   }
 
 
-def _rounded(log_prob) -> float:
+def _rounded(log_prob: SupportsFloat) -> float:
   return round(float(log_prob), DIGITS)
 
 
@@ -275,7 +278,8 @@ class Totals:
   """
 
   def __init__(self, most: int = MAX_GROUPS):
-    self.most, self.rows = most, {}
+    self.most = most
+    self.rows: dict[int, int] = {}
     self.documents = self.neighbors = 0
     self.of_modality = dict.fromkeys(MODALITIES, 0)  # Documents that have tokens of it.
     self.tokens = {name: np.zeros(most, np.int64) for name in MODALITIES}
@@ -308,7 +312,10 @@ class Totals:
       tokens, log_prob (nats), bits and perplexity of a token with 95% intervals (`low`, `high`,
       `perplexity_low`, `perplexity_high`; None for one group), groups and effective_groups.
     """
-    result = {"documents": self.documents, "mean_neighbors": self.neighbors / self.documents}
+    result: dict[str, Any] = {
+      "documents": self.documents,
+      "mean_neighbors": self.neighbors / self.documents,
+    }
     for name in MODALITIES:
       filled = np.flatnonzero(self.tokens[name])
       result[name] = None
@@ -319,7 +326,9 @@ class Totals:
     return result
 
 
-def _numbers_of_groups(tokens, log_probs, num_resamples: int, seed: int) -> dict:
+def _numbers_of_groups(
+  tokens: np.ndarray, log_probs: np.ndarray, num_resamples: int, seed: int
+) -> dict[str, Any]:
   """Returns the numbers of a modality from the sums of its groups, see `Totals.summary`."""
   groups = np.arange(len(tokens))
   found = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)

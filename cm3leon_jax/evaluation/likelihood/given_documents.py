@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -89,7 +90,7 @@ class DocumentFile:
       digest.update(json.dumps(dataclasses.asdict(record)).encode())
       slots = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
       for image in images_of(record):
-        digest.update(self._check_image(image, where))
+        digest.update(self._check_image(str(image), where))
         slots += self.layout.image_tokens + 1
       _check_slots(f"{where}, key '{record.key}'", slots, self.layout.positions)
       documents += 1
@@ -143,7 +144,9 @@ class DocumentFile:
   def _encode(self, records: list[Record], image_tokenizer: ImageTokenizer) -> list[Document]:
     """Makes documents of records, as `cm3leon encode_documents` does."""
     where = str(self.path)
-    paths = [self._images.find(image, where) for record in records for image in images_of(record)]
+    paths = [
+      self._images.find(str(image), where) for record in records for image in images_of(record)
+    ]
     codes = iter(())
     if paths:
       images = reader.load_images(paths, self.layout.resolution, self.num_threads, self.crop)
@@ -207,7 +210,7 @@ class StoredDocuments:
 
 
 def open_documents(
-  path: epath.PathLike, layout: PromptLayout, tokenizers: dict[str, str], **options
+  path: epath.PathLike, layout: PromptLayout, tokenizers: dict[str, str], **options: Any
 ) -> DocumentFile | StoredDocuments:
   """Opens what `--documents` names.
 
@@ -245,7 +248,7 @@ def open_documents(
   return StoredDocuments(DocumentStore(path, layout.vocab), layout, made["id"])
 
 
-def segments_of(record: Record) -> list[tuple[str, str]]:
+def segments_of(record: Record) -> list[tuple[str, Any]]:
   """Returns the kind, "text" or "image", and the value of each segment of a record.
 
   >>> segments_of(RawPair("cat-1", "cat.jpg", "a cat"))

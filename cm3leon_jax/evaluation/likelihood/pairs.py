@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, Segment
@@ -17,6 +18,7 @@ from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import batch_shards
+from cm3leon_jax.vocab import VocabLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def score(
 
 
 def score_codes(
-  pipeline: Pipeline, params: dict, texts: Sequence[str], codes, retrieve: int = 0
+  pipeline: Pipeline, params: dict, texts: Sequence[str], codes: npt.ArrayLike, retrieve: int = 0
 ) -> list[PairScore]:
   """Scores texts with images that are given as their codes [n, I], see `score`."""
   layout, vocab = pipeline.layout, pipeline.layout.vocab
@@ -90,12 +92,13 @@ def score_codes(
     own = bits.own_targets(sample, document, vocab)
     text = first[own["text"]]
     span = last[-len(text) - 1 : -1]  # <eoss> stands after it.
-    sums = (float(x.sum()) for x in (text, first[own["image"]], span))
+    image_sum, span_sum = float(first[own["image"]].sum()), float(span.sum())
+    sums = (float(text.sum()), image_sum, span_sum)
     scores.append(PairScore(*sums, len(text), layout.image_tokens))
   return scores
 
 
-def _masked(sample: np.ndarray, segments, vocab) -> np.ndarray:
+def _masked(sample: np.ndarray, segments: Sequence[Segment], vocab: VocabLayout) -> np.ndarray:
   """The joined sample with the text of its last pair as the masked span."""
   text, image = (len(segment.tokens) for segment in segments)
   stop = len(sample) - image - 2

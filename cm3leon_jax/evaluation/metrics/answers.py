@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import re
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 
@@ -145,7 +146,7 @@ def exact_matches(
   return np.array([change(one) in map(change, given) for one, given in pairs], np.float64)
 
 
-def ndcg(scores, relevance) -> np.ndarray:
+def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
   """Computes the normalized discounted cumulative gain of each question (Visual Dialog, 2018).
 
     scores = [[3, 2, 1, 0]], relevance = [[0.0, 1.0, 0.0, 0.5]]

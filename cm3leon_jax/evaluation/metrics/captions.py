@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import ptb
@@ -94,7 +95,7 @@ def bleu_counts(
   return np.array(rows, np.int64)
 
 
-def bleu(sums) -> np.ndarray:
+def bleu(sums: npt.ArrayLike) -> np.ndarray:
   """Computes BLEU-1 to BLEU-4 from sums of counts.
 
     bleu([2, 1, 0, 0, 3, 2, 1, 0, 3]) = [0.667, 0.577, 0.000, 0.000]
@@ -143,8 +144,9 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
   frequencies: Counter = Counter()
   for others in grams:
     frequencies.update({gram for other in others for counter in other for gram in counter})
+  idf: dict[tuple[str, ...], float]
   idf = {gram: np.log(len(grams) / count) for gram, count in frequencies.items()}
-  unseen = np.log(len(grams))
+  unseen: float = np.log(len(grams))
 
   def weigh(counters: Grams) -> list[dict]:
     return [{gram: k * idf.get(gram, unseen) for gram, k in own.items()} for own in counters]

@@ -10,6 +10,7 @@ areas), and no wrong shape. They need no extractor, and depend on the tokenizer.
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 from scipy import special
 
 from cm3leon_jax.config import UserError
@@ -46,7 +47,7 @@ def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
   return counts
 
 
-def jensen_shannon_bits(first, second) -> float:
+def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns the Jensen-Shannon divergence of two histograms: 0 if equal, 1 if nothing is shared.
 
     first = [3, 1], second = [1, 3]
@@ -70,7 +71,7 @@ def jensen_shannon_bits(first, second) -> float:
   return min(1.0, max(0.0, float(nats / np.log(2))))
 
 
-def total_variation(first, second) -> float:
+def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns the total variation of two histograms: the share of codes that would have to change.
 
     first = [3, 1], second = [1, 3]
@@ -87,7 +88,7 @@ def total_variation(first, second) -> float:
   return float(np.abs(first - second).sum() / 2)
 
 
-def _shares(first, second) -> tuple[np.ndarray, np.ndarray]:
+def _shares(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   first, second = (np.asarray(counts, np.float64) for counts in (first, second))
   if first.shape != second.shape or first.ndim != 1:
     raise UserError(

@@ -2,6 +2,8 @@
 
 # B batch, H height, W width, D width of the features, S side of the preprocessed images.
 
+from typing import Any
+
 from etils import epath
 from jaxtyping import Float32, UInt8
 import numpy as np
@@ -24,13 +26,13 @@ class DINOv2:
     processor: image processor, as the folder's preprocessor_config.json says.
   """
 
-  def __init__(self, model, processor, digest: str, device: str = "cpu"):
+  def __init__(self, model: Any, processor: Any, digest: str, device: str = "cpu"):
     """Puts a `transformers.Dinov2Model` on a device of torch."""
     self._model = model.eval().to(device)
     self.processor, self.digest, self._device = processor, digest, device
 
   @property
-  def config(self):
+  def config(self) -> Any:
     """The model's `transformers.Dinov2Config`."""
     return self._model.config
 
@@ -72,7 +74,7 @@ class DINOv2:
     return out
 
 
-def _read_model(folder: epath.Path, dtype):
+def _read_model(folder: epath.Path, dtype: Any) -> Any:
   import transformers  # Takes seconds.
 
   model, info = transformers.Dinov2Model.from_pretrained(
@@ -98,7 +100,7 @@ def _read_model(folder: epath.Path, dtype):
   return model
 
 
-def _read_processor(folder: epath.Path):
+def _read_processor(folder: epath.Path) -> Any:
   """Reads the image processor, whose version for PIL needs no torchvision."""
   import transformers
 

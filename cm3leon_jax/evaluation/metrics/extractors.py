@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 from etils import epath
 from flax import traverse_util
@@ -58,7 +59,7 @@ class Extractor:
     return self.embed(images)
 
 
-def load_inception(path: epath.PathLike, resize: Resize = "tf1", **options) -> Extractor:
+def load_inception(path: epath.PathLike, resize: Resize = "tf1", **options: Any) -> Extractor:
   """Loads the Inception-v3 of the FID; arguments and errors are those of `Inception.load`."""
   network = Inception.load(path, resize, **options)
   identity = {"network": NETWORK, "tensors": network.digest, "resize": resize}
@@ -104,6 +105,6 @@ def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:
   return Extractor("dinov2", identity, network.config.hidden_size, network.embed_images)
 
 
-def _preprocessing(processor) -> dict:
+def _preprocessing(processor: Any) -> dict[str, Any]:
   stored = processor.to_dict()
   return plain({name: stored.get(name) for name in PREPROCESSING})

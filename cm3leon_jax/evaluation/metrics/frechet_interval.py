@@ -15,8 +15,10 @@ far too small.
 # n rows of the images in question, m rows of the reference, d numbers in a row, G groups.
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import linalg
 
 from cm3leon_jax.config import UserError
@@ -28,13 +30,13 @@ BLOCK = 4096  # Rows that become float64 at once.
 
 
 def frechet_interval(
-  rows,
+  rows: npt.ArrayLike,
   groups: Sequence[Hashable],
-  reference,
+  reference: npt.ArrayLike | Moments,
   reference_groups: Sequence[Hashable] | None = None,
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
-) -> dict:
+) -> dict[str, Any]:
   """Computes the Frechet distance of two sets of features, and a bootstrap interval over groups.
 
     rows = [[0], [2], [5], [7]], groups = ["fox", "fox", "cat", "cat"]
@@ -67,23 +69,31 @@ def frechet_interval(
       other, or rows of two widths.
   """
   sets, places, fixed = _placed_sets(rows, groups, reference, reference_groups)
-  is_few = not fixed and max(map(len, two_sets(*sets, at_least=2))) < np.shape(rows)[1]
+  is_few = not fixed and _are_few(*sets)
 
-  def distance(counts) -> float:
+  def distance(counts: Sequence[np.ndarray]) -> float:
     if is_few:
       return _distance_of_few(sets, counts)
-    return frechet_distance(*(_moments(*pair) for pair in zip(sets, counts)), *fixed)
+    first, second = (*(_moments(*pair) for pair in zip(sets, counts)), *fixed)
+    return frechet_distance(first, second)
 
   found = distance([np.ones(len(one)) for one in sets])
   sizes = [np.bincount(where)[np.unique(where)] for where in places]
   effective = min(float(size.sum() ** 2 / (size**2).sum()) for size in sizes)
-  result = {"distance": found, "low": None, "high": None, "bias": None, "resamples": None}
+  absent = dict.fromkeys(("low", "high", "bias", "resamples"))
+  result: dict[str, Any] = {"distance": found, **absent}
   strata = _strata(places)
   if min(map(len, sizes)) > 1 and max(map(len, strata)) > 1:
     rng = np.random.default_rng(seed)
     distances = [distance(_draw(strata, places, rng)) for _ in range(num_resamples)]
     result |= _percentiles(np.array(distances), found, effective)
   return {**result, "groups": len(sizes[0]), "effective_groups": effective}
+
+
+def _are_few(first: npt.ArrayLike, second: npt.ArrayLike) -> bool:
+  """Returns whether both sets have fewer rows than their width."""
+  sets = two_sets(first, second, at_least=2)
+  return max(map(len, sets)) < sets[0].shape[1]
 
 
 def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
@@ -94,7 +104,9 @@ def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
   return {"low": max(0.0, float(low)), "high": float(high), "bias": bias, "resamples": distances}
 
 
-def _placed_sets(rows, groups, reference, reference_groups) -> tuple[list, list, list]:
+def _placed_sets(
+  rows: Any, groups: Any, reference: Any, reference_groups: Any
+) -> tuple[list[Any], list[np.ndarray], list[Moments]]:
   """Returns the sets that are resampled, the number of each row's group, and what stays as it is.
 
   Equal names have equal numbers: ["fox", "cat"] and ["fox", "dog"] are [2, 0] and [2, 1].
@@ -125,14 +137,16 @@ def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
   return [np.intersect1d(first, second), np.setdiff1d(first, second), np.setdiff1d(second, first)]
 
 
-def _draw(strata, places, rng: np.random.Generator) -> list[np.ndarray]:
+def _draw(
+  strata: Sequence[np.ndarray], places: Sequence[np.ndarray], rng: np.random.Generator
+) -> list[np.ndarray]:
   """Draws groups, as many of each stratum as it has; returns how often each row of a set counts."""
   drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
   counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
   return [counts[where] for where in places]
 
 
-def _distance_of_few(sets, counts) -> float:
+def _distance_of_few(sets: Sequence[npt.ArrayLike], counts: Sequence[np.ndarray]) -> float:
   """`frechet_distance` of fewer rows than their width, by matrices of that many rows.
 
   Centered rows over sqrt(n - 1) are factors of the covariance, as those of `moments._factor` are.
@@ -148,7 +162,7 @@ def _distance_of_few(sets, counts) -> float:
   return max(0.0, float(shift @ shift + traces - 2 * cross))
 
 
-def _moments(rows, counts: np.ndarray) -> Moments:
+def _moments(rows: npt.ArrayLike, counts: np.ndarray) -> Moments:
   rows = np.asarray(rows)
   moments = Moments(rows.shape[-1])
   for start in range(0, len(rows), BLOCK):

@@ -9,7 +9,7 @@ other weights.
 # B batch, H height, W width, C channels, D width of the features.
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from etils import epath
 import jax
@@ -54,7 +54,7 @@ def _mixed(name: str, *branches: list) -> tuple:
   tuple of parallel branches.
   """
 
-  def build(step):
+  def build(step: Any) -> Any:
     if isinstance(step, str):
       return step
     if isinstance(step[0], list):
@@ -143,7 +143,7 @@ STEPS = [
 
 def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
   """Returns the shapes of kernels, [out, in, height, width], and the channels after the steps."""
-  shapes = {}
+  shapes: dict[str, tuple[int, ...]] = {}
   for step in steps:
     if isinstance(step, Conv):
       shapes[step.name] = (step.channels, channels, *step.kernel)
@@ -190,7 +190,7 @@ def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
   return params
 
 
-def _pool(x, kind: str):
+def _pool(x: Array, kind: str) -> Array:
   """Pools squares of 3 x 3; a mean counts only the pixels within the image."""
   window = (1, 3, 3, 1)
   if kind == HALVE:
@@ -208,7 +208,7 @@ def _window_counts(size: int) -> np.ndarray:
   return np.minimum(places + 1, size - 1) - np.maximum(places - 1, 0) + 1
 
 
-def _run(steps: list, params: dict, x):
+def _run(steps: list, params: dict, x: Array) -> Array:
   for step in steps:
     if isinstance(step, str):
       x = _pool(x, step)
@@ -300,7 +300,7 @@ class Inception:
     self._params = jax.device_put(make_params(tensors), NamedSharding(self.mesh, P()))
 
   @classmethod
-  def load(cls, path: epath.PathLike, resize: Resize = "tf1", **options) -> "Inception":
+  def load(cls, path: epath.PathLike, resize: Resize = "tf1", **options: Any) -> "Inception":
     """Reads a safetensors file with the names of the state dict of pytorch-fid or torch-fidelity.
 
     Raises:

@@ -7,9 +7,10 @@ memory does not depend on the number of rows.
 
 # n rows of the first set, m rows of the second, d numbers in a row.
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
@@ -18,9 +19,16 @@ SIGMA = 10.0  # Of the Gaussian kernel of CMMD.
 SCALE = 1000.0  # Of CMMD.
 BLOCK = 1024  # Rows.
 
+# Of all pairs of a row of one block and one of another: [n, d], [m, d] -> [n, m].
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 
 def kid(
-  first, second, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+  first: npt.ArrayLike,
+  second: npt.ArrayLike,
+  num_subsets: int = 100,
+  subset_size: int = 1000,
+  seed: int = 0,
 ) -> dict[str, float | int]:
   """Computes the kernel distance KID: the mean of `polynomial_mmd` over random subsets.
 
@@ -54,7 +62,7 @@ def kid(
   return {"mean": float(np.mean(distances)), "std": float(np.std(distances)), "subset_size": size}
 
 
-def polynomial_mmd(first, second) -> float:
+def polynomial_mmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns the unbiased MMD^2 of the kernel (x.y / d + 1)^3.
 
     first = [[0], [1]]: kernel 1, second = [[0], [2]]: kernel 1; between them 1, 1, 1 and 27
@@ -73,7 +81,7 @@ def polynomial_mmd(first, second) -> float:
   return result
 
 
-def cmmd(first, second) -> float:
+def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   """Returns CMMD: 1,000 times the MMD^2 of a Gaussian kernel (sigma 10) on rows of length 1.
 
     first = [[2, 0]], second = [[0, 5]]: kernel 1 within each, exp(-2 / 200) between them
@@ -112,12 +120,12 @@ def _gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return np.exp((x @ y.T - 1) / SIGMA**2)  # |x - y|^2 = 2 - 2 x.y
 
 
-def _sum_between(kernel, first: np.ndarray, second: np.ndarray) -> float:
+def _sum_between(kernel: Kernel, first: np.ndarray, second: np.ndarray) -> float:
   """Sums the kernel over all pairs of a row of the first set and one of the second."""
   return sum(float(kernel(x, y).sum()) for x in _blocks(first) for y in _blocks(second))
 
 
-def _sum_within(kernel, rows: np.ndarray) -> float:
+def _sum_within(kernel: Kernel, rows: np.ndarray) -> float:
   """Sums the kernel over all ordered pairs of different rows; each is computed once."""
   total = 0.0
   for i, x in enumerate(_blocks(rows)):

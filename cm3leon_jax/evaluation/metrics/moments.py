@@ -9,6 +9,7 @@ import zipfile
 
 from etils import epath
 import numpy as np
+import numpy.typing as npt
 from scipy import linalg
 
 from cm3leon_jax.config import UserError
@@ -43,7 +44,7 @@ class Moments:
     self.mean = np.zeros(width)
     self.scatter = np.zeros((width, width))
 
-  def add(self, rows, counts=None) -> None:
+  def add(self, rows: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> None:
     """Adds a batch of rows.
 
     Args:
@@ -122,7 +123,7 @@ class Moments:
     return moments
 
 
-def feature_rows(rows) -> np.ndarray:
+def feature_rows(rows: npt.ArrayLike) -> np.ndarray:
   """Returns features as an array [n, d] of their own dtype.
 
   Raises:
@@ -140,7 +141,9 @@ def feature_rows(rows) -> np.ndarray:
   return rows
 
 
-def two_sets(first, second, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+def two_sets(
+  first: npt.ArrayLike, second: npt.ArrayLike, at_least: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns two sets of `feature_rows` that can be compared.
 
   Raises:

@@ -8,6 +8,7 @@ Distances are computed in blocks, so memory does not depend on the number of row
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
@@ -15,7 +16,9 @@ from cm3leon_jax.evaluation.metrics.moments import two_sets
 BLOCK = 1024  # Rows.
 
 
-def precision_recall(generated, real, neighbors: int = 3) -> dict[str, float]:
+def precision_recall(
+  generated: npt.ArrayLike, real: npt.ArrayLike, neighbors: int = 3
+) -> dict[str, float]:
   """Computes the shares of generated rows among real ones and of real rows among generated ones.
 
     generated = [[0], [1], [9]], with the balls -1 to 1, 0 to 2 and 1 to 17, neighbors = 1

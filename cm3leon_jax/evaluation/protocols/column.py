@@ -8,12 +8,15 @@ By `values`, one for each example, or `resamples`, two evaluations are compared 
 
 from collections.abc import Sequence
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 
 from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.features import Images
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,13 @@ class ColumnSamples:
   verdicts: np.ndarray | None = None
   seed: int = 0
   num_resamples: int = intervals.NUM_RESAMPLES
+
+
+def present(value: T | None) -> T:
+  """Returns what a metric reads; raises ValueError if it is absent: `Metric.needs` lacks it."""
+  if value is None:
+    raise ValueError("a metric reads what it does not say that it needs.")
+  return value
 
 
 def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:

@@ -1,5 +1,7 @@
 """Compares two evaluations by one protocol: paired differences of means over examples."""
 
+from typing import Any
+
 from etils import epath
 import numpy as np
 
@@ -53,7 +55,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
         "protocol, data, extractor and CLIP are the same."
       )
   values = [_values(folder) for folder in (first, second)]
-  rows = []
+  rows: list[dict[str, Any]] = []
   for column, of_column in results[0]["columns"].items():
     for metric, found in of_column["metrics"].items():
       other = results[1]["columns"][column]["metrics"].get(metric)
@@ -64,7 +66,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
       for kind, interval in (("values", paired), ("resamples", resampled)):
         pair = [of[name] for of in values if (name := f"{column}/{metric}/{kind}") in of]
         if len(pair) == 2:
-          row |= interval(*pair, values[0]["groups"], row["difference"], num_resamples)
+          groups = values[0]["groups"]
+          row |= interval(pair[0], pair[1], groups, row["difference"], num_resamples)
       rows.append(row)
   return rows
 
@@ -74,7 +77,9 @@ def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
     return {name: stored[name] for name in stored.files}
 
 
-def paired(first, second, groups, difference: float, num_resamples: int) -> dict:
+def paired(
+  first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
+) -> dict[str, Any]:
   """Returns the mean difference of the examples that have both values, and its interval."""
   both = ~np.isnan(first) & ~np.isnan(second)
   if not both.any():
@@ -84,7 +89,9 @@ def paired(first, second, groups, difference: float, num_resamples: int) -> dict
   return {"difference": found["mean"], "low": found["low"], "high": found["high"]}
 
 
-def resampled(first, second, groups, difference: float, num_resamples: int) -> dict:
+def resampled(
+  first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
+) -> dict[str, Any]:
   """Returns the interval of a difference from values of the same resamples.
 
   As in `frechet_interval` the percentiles are moved by the mean difference of the resamples less

@@ -8,6 +8,7 @@ processes of a job share the parts; a part that exists is not computed again.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 from etils import epath
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType
 import numpy as np
 
 from cm3leon_jax import distributed
+from cm3leon_jax.clip.model import Embedder
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.samples import PART
@@ -42,9 +44,10 @@ class Images:
 
   def __getitem__(self, mask: np.ndarray) -> "Images":
     """Selects images by a mask [n]."""
-    arrays = (getattr(self, kind) for kind in KINDS)
+    found = (getattr(self, kind) for kind in KINDS)
+    features, embeddings, codes = (None if x is None else x[mask] for x in found)
     groups = [group for group, kept in zip(self.groups, mask) if kept]
-    return Images(*(None if x is None else x[mask] for x in arrays), groups)
+    return Images(features, embeddings, codes, groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Networks:
   folder: epath.Path
   needs: frozenset[str]
   extractor: Callable[[np.ndarray], np.ndarray] | None
-  scorer: object
+  scorer: Embedder | None
   image_tokenizer: ImageTokenizer
   identity: dict
 
@@ -87,21 +90,24 @@ class Networks:
         if number % jax.process_count() == jax.process_index() and not path.exists():
           pixels, codes = load(start, min(start + PART, len(groups)))
           with replacing(path) as file:
-            np.savez(file, **self._compute(pixels, codes))
-    found = {kind: [] for kind in KINDS}
+            arrays: dict[str, Any] = self._compute(pixels, codes)
+            np.savez(file, **arrays)
+    found: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for path in paths:
       with path.open("rb") as file, np.load(file) as stored:
         for kind in stored.files:
           found[kind].append(stored[kind])
-    arrays = (np.concatenate(rows) if rows else None for rows in found.values())
-    return Images(*arrays, list(groups))
+    whole = {kind: np.concatenate(rows) if rows else None for kind, rows in found.items()}
+    return Images(whole["features"], whole["embeddings"], whole["codes"], list(groups))
 
   def _compute(self, pixels: np.ndarray, codes: np.ndarray | None) -> dict[str, np.ndarray]:
     """Computes what is needed of a part."""
     found = {}
     if "features" in self.needs:
+      assert self.extractor is not None
       found["features"] = np.asarray(self.extractor(pixels), np.float32)
     if "embeddings" in self.needs:
+      assert self.scorer is not None
       found["embeddings"] = np.asarray(self.scorer.embed_images(pixels), np.float32)
     if "codes" in self.needs:
       codes = self.image_tokenizer.encode(pixels) if codes is None else codes
@@ -113,7 +119,7 @@ def real_images(networks: Networks, paths: dict[str, str]) -> Images:
   """Computes what is needed of image files: path -> group."""
   files, size = list(paths), networks.image_tokenizer.config.resolution
 
-  def load(start: int, stop: int):
+  def load(start: int, stop: int) -> tuple[np.ndarray, None]:
     return np.stack([reader.load_image(path, size) for path in files[start:stop]]), None
 
   return networks.images("reference", list(paths.values()), load)
@@ -123,7 +129,7 @@ def noise(networks: Networks, count: int, seed: int) -> Images:
   """Computes what is needed of images of independent random pixels."""
   size = networks.image_tokenizer.config.resolution
 
-  def load(start: int, stop: int):
+  def load(start: int, stop: int) -> tuple[np.ndarray, None]:
     rng = np.random.default_rng([seed, start])
     return rng.integers(0, 256, (stop - start, size, size, 3), np.uint8), None
 

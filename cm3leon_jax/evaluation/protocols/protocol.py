@@ -42,7 +42,7 @@ class EvaluatedData:
   count: NonNegativeInt = 200
   """Number of examples, chosen by the seed; 0: all."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     formats = (HELDOUT, *SPLITS)
     if self.format not in formats:
       raise ValueError(f"format is '{self.format}'; it must be one of {', '.join(formats)}.")
@@ -102,7 +102,7 @@ class Protocol:
   """Figures of others: `model`, `source`, `column` if it belongs to one, and values by the names of
   metrics."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     names = [column.name for column in self.columns]
     if len(set(names)) < len(names):
       raise ValueError(f"two columns have one name among {', '.join(names)}: rename one.")
@@ -171,7 +171,7 @@ def parse(text: str, where: str) -> tuple[Protocol, ...]:
   return found
 
 
-def _parse_one(values, where: str) -> Protocol:
+def _parse_one(values: Any, where: str) -> Protocol:
   if not isinstance(values, Mapping):
     raise UserError(f"{where} must have the fields of a protocol, one per line.")
   values = dict(values)
@@ -207,7 +207,7 @@ def stem(column: str) -> str:
   return f"{slug(column)}-{digest(column)[:6]}"
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
   """Returns the SHA-256 of plain values, whatever the order of their fields."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     value = dataclasses.asdict(value)

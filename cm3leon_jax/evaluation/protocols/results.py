@@ -36,7 +36,10 @@ def fingerprint(evaluated: Evaluated) -> str:
   """Returns the SHA-256 of all that is given and expected: examples, and the bytes of images."""
   images = {path: digest(path) for path in sorted(evaluated.images)}
   return protocol_lib.digest(
-    [{**dataclasses.asdict(e), "image": images.get(e.image)} for e in evaluated.examples]
+    [
+      {**dataclasses.asdict(e), "image": images.get(e.image) if e.image else None}
+      for e in evaluated.examples
+    ]
   )
 
 

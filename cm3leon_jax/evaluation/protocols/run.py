@@ -2,7 +2,7 @@
 
 # n examples.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.evaluation.metrics.extractors import Extractor
 from cm3leon_jax.evaluation.protocols import features
 from cm3leon_jax.evaluation.protocols import samples as samples_lib
-from cm3leon_jax.evaluation.protocols.column import ColumnSamples
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples, present
 from cm3leon_jax.evaluation.protocols.features import Images, Networks
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
@@ -92,7 +92,7 @@ class ProtocolRun:
       identity={"extractor": extractor, "scorer": self.scorer_identity},
     )
 
-  def column(self, name: str, **fields) -> ColumnSamples:
+  def column(self, name: str, **fields: Any) -> ColumnSamples:
     """Makes what metrics read; fields that are not given are absent."""
     fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
     return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
@@ -134,11 +134,14 @@ def run(job: ProtocolRun) -> dict:
   if distributed.is_first():
     with replacing(job.folder / VALUES) as file:
       keys = [example.key for example in job.evaluated.examples]
-      np.savez(file, keys=np.array(keys), groups=np.array(job.groups), **values)
+      arrays: dict[str, Any] = {"keys": np.array(keys), "groups": np.array(job.groups), **values}
+      np.savez(file, **arrays)
   return result
 
 
-def _column(job: ProtocolRun, name: str, reference: Images | None, captions) -> ColumnSamples:
+def _column(
+  job: ProtocolRun, name: str, reference: Images | None, captions: np.ndarray | None
+) -> ColumnSamples:
   """Reads the samples of a column and computes what metrics need of them."""
   with distributed.together():  # The first process writes samples; now all read them.
     pass
@@ -146,13 +149,13 @@ def _column(job: ProtocolRun, name: str, reference: Images | None, captions) -> 
   images = None
   if job.networks.needs:
 
-    def load(start: int, stop: int):
+    def load(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
       part = samples_lib.read_part(job.samples, name, start)
       codes = np.array([line["codes"] for line in part])
       return job.pipeline.image_tokenizer.decode(codes), codes
 
     images = job.networks.images(f"column {name}", job.groups, load)
-  of_parts = {
+  of_parts: dict[str, Callable[[list[dict]], list]] = {
     "verdicts": functools.partial(_judge, job),
     "likelihoods": functools.partial(_likelihoods, job),
     "agreements": functools.partial(_agreements, job),
@@ -254,7 +257,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
   shuffled = others(len(job.groups), rng)
   result: dict[str, dict] = {}
 
-  def measure(title: str, column: ColumnSamples, names) -> None:
+  def measure(title: str, column: ColumnSamples, names: Iterable[str]) -> None:
     for name in names:
       if len(column.groups) >= METRICS[name].least:
         found = METRICS[name].compute(column)
@@ -263,7 +266,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
 
   distances = [n for n in job.metrics if METRICS[n].needs in (("features",), ("codes",))]
   if distances:
-    real = first.reference
+    real = present(first.reference)
     unique = sorted(set(real.groups))
     chosen = set(rng.permutation(unique)[: len(unique) // 2])
     mask = np.array([group in chosen for group in real.groups])
@@ -273,10 +276,10 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
       measure(title, column, distances)
   if "clip_score" in job.metrics:
     places = {path: i for i, path in enumerate(job.evaluated.images)}
-    rows = [places[example.image] for example in job.evaluated.examples]
-    real = Images(None, first.reference.embeddings[rows], None, job.groups)
+    rows = [places[present(example.image)] for example in job.evaluated.examples]
+    real = Images(None, present(present(first.reference).embeddings)[rows], None, job.groups)
     measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
-    column = dataclasses.replace(first, captions=first.captions[shuffled])
+    column = dataclasses.replace(first, captions=present(first.captions)[shuffled])
     measure(SHUFFLED, column, ["clip_score"])
   if "vqa_score" in job.metrics:
     prompts = [first.lines[i]["prompt"] for i in shuffled]

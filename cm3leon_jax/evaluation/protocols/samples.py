@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -23,9 +24,10 @@ from cm3leon_jax.data.published.examples import Example, caption_prompts, check_
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
+from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation import strata
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
-from cm3leon_jax.evaluation.protocols.protocol import Protocol
+from cm3leon_jax.evaluation.protocols.protocol import Column, Protocol
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.files.progress import progress_bar
@@ -60,7 +62,11 @@ class Evaluated:
 
 
 def open_evaluated(
-  protocol: Protocol, pipeline: Pipeline, workdir, data, allow_outside: bool = False
+  protocol: Protocol,
+  pipeline: Pipeline,
+  workdir: epath.PathLike,
+  data: epath.PathLike | None,
+  allow_outside: bool = False,
 ) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
@@ -90,8 +96,8 @@ def open_evaluated(
       "--data."
     )
   images = ImageFolder(os.fspath(data), BY_FLAG, allow_outside)
-  examples = open_examples(protocol.data.format, data, protocol.data.split, images)
-  examples = list(caption_prompts(examples) if protocol.task == "image" else examples)
+  read = open_examples(protocol.data.format, data, protocol.data.split, images)
+  examples = list(caption_prompts(read) if protocol.task == "image" else read)
   count = protocol.data.count or len(examples)
   if count > len(examples):
     raise UserError(
@@ -106,7 +112,7 @@ def open_evaluated(
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
   """Chooses held-out pairs: those with facts as `strata.choose`, others evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
-  images = {pair.key: pair.image for pair in reader.read_pairs(workdir / "raw", "heldout")}
+  images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
   count = protocol.data.count or len(store)
   if count > len(store):
@@ -128,7 +134,7 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
 
 
 def tasks_of(
-  protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir
+  protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir: epath.PathLike
 ) -> dict[str, list[Task]]:
   """Returns a task for each column and example: column -> n tasks."""
   result: dict[str, list[Task]] = {}
@@ -145,8 +151,14 @@ def tasks_of(
   return result
 
 
-def _task(protocol: Protocol, column, sampling, row: int, example: Example) -> Task:
-  common = {"retrieve": column.retrieve, "sampling": sampling, "seed": protocol.seed + row}
+def _task(
+  protocol: Protocol, column: Column, sampling: SamplingConfig, row: int, example: Example
+) -> Task:
+  common: dict[str, Any] = {
+    "retrieve": column.retrieve,
+    "sampling": sampling,
+    "seed": protocol.seed + row,
+  }
   common |= {"prompt": protocol.text_of(example), "row": row, "where": f"example {example.key}"}
   if protocol.task == "image":
     return TextToImage(**common)
@@ -196,7 +208,8 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
   """Reads the given image of a task: its centered square, of the size of the model's images."""
   if not task.image:
     return task
-  return dataclasses.replace(task, image=reader.load_image(task.image, pipeline.layout.resolution))
+  pixels: dict[str, Any] = {"image": reader.load_image(task.image, pipeline.layout.resolution)}
+  return dataclasses.replace(task, **pixels)
 
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:

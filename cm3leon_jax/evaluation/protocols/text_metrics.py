@@ -3,13 +3,14 @@
 # n examples, G groups, R resamples.
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics import answers, ptb
 from cm3leon_jax.evaluation.metrics import captions as caption_metrics
-from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean
+from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
 BLEU_RESAMPLES = 1000
 
@@ -26,7 +27,7 @@ def bleu4(column: ColumnSamples) -> dict:
   _, places = np.unique(np.asarray(column.groups), return_inverse=True)
   of_groups = np.zeros((places.max() + 1, counts.shape[1]))
   np.add.at(of_groups, places, counts)
-  result = {
+  result: dict[str, Any] = {
     "value": 100 * float(caption_metrics.bleu(counts.sum(0))[-1]),
     "low": None,
     "high": None,
@@ -55,7 +56,7 @@ def exact_match(column: ColumnSamples) -> dict:
 
 def ndcg(column: ColumnSamples) -> dict:
   """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
-  pairs = zip(column.candidates, column.examples)
+  pairs = zip(present(column.candidates), column.examples)
   values = [answers.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
   return mean([100 * float(value) for value in values], column)
 

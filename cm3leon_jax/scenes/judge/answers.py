@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 
+import numpy as np
+
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources.splits import fraction
 from cm3leon_jax.evaluation.metrics import answers
@@ -47,7 +49,9 @@ def shown_objects(record: Record) -> list[Found]:
   ]
 
 
-def judge_images(records: Sequence[Record], images, style: Style = "filled") -> list[SceneVerdict]:
+def judge_images(
+  records: Sequence[Record], images: np.ndarray, style: Style = "filled"
+) -> list[SceneVerdict]:
   """Judges images as answers to records of image tasks.
 
   Args:

@@ -2,7 +2,8 @@
 
 # B images, H height, W width.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from cm3leon_jax.scenes.judge import judge
 from cm3leon_jax.scenes.judge.facts import check
 
 
-def measure(images, facts: Sequence[dict], seed: int = 0, style: Style = "filled") -> dict:
+def measure(
+  images: np.ndarray, facts: Sequence[dict], seed: int = 0, style: Style = "filled"
+) -> dict:
   """Judges images under their own captions, and under captions with one fact changed.
 
   Args:
@@ -70,13 +73,13 @@ def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
   names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]
 
-  def changed(field: str, change) -> dict:
+  def changed(field: str, change: Callable[[Any], Any]) -> dict:
     places = [i for i, clause in enumerate(clauses) if field in clause]
     place = places[rng.integers(len(places))]
     new = {**clauses[place], field: change(clauses[place][field])}
     return {**facts, "include": [*clauses[:place], new, *clauses[place + 1 :]]}
 
-  def another(values, taken):
+  def another(values: Sequence[Any], taken: Collection[Any]) -> Any:
     return values[rng.choice([i for i, value in enumerate(values) if value not in taken])]
 
   shown = {clause["class"] for clause in clauses}

@@ -89,7 +89,7 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 
 
 def _wrong_facts(
-  clauses, slots: list[int], chosen: Sequence[Found | None], any_name: bool
+  clauses: Sequence[dict], slots: list[int], chosen: Sequence[Found | None], any_name: bool
 ) -> dict[str, list]:
   """Lists what is wrong if `chosen`, [slots], are the objects that the clauses name.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -12,6 +13,7 @@ from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.scenes.judge import instruction_grades as grades
 from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.scenes.judge.instruction_grades import Answer
+from cm3leon_jax.settings import Settings
 
 GRADES, ANSWERS = "grades.json", "answers.jsonl"
 TITLES = (
@@ -25,7 +27,9 @@ TITLES = (
 EXAMPLES = 4  # Of each kind and task.
 
 
-def write(folder: epath.PathLike, answers: Mapping[str, Mapping[str, list[Answer]]], settings):
+def write(
+  folder: epath.PathLike, answers: Mapping[str, Mapping[str, list[Answer]]], settings: Settings
+) -> dict[str, Any]:
   """Writes grades.json, answers.jsonl, and the images of the examples.
 
   Args:
@@ -76,7 +80,7 @@ def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
 def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
   """Returns the line of an answer; writes its images if it is an example."""
   is_text = isinstance(answer.answer, str)
-  line = {
+  line: dict[str, Any] = {
     "task": task,
     "column": title,
     "row": i,

@@ -8,6 +8,7 @@ the image that follows.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,12 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
+from cm3leon_jax.scenes.config import Style
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS
 from cm3leon_jax.scenes.judge import answers as scene_answers
 from cm3leon_jax.scenes.tasks import ScenesTasks
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 LONGEST_TEXT = 40  # Tokens of an answer: captions of scenes are shorter.
 
@@ -63,14 +67,14 @@ def true_image(record: Record) -> np.ndarray:
   return np.asarray(record.images["after" if record.facts["task"] in EDITS else "image"])
 
 
-def heldout_records(task: InstructionTask, settings, count: int) -> list[Record]:
+def heldout_records(task: InstructionTask, settings: Settings, count: int) -> list[Record]:
   """Returns the first held-out records of a task that `is_judged`."""
   task = dataclasses.replace(task, heldout_records=count)
   drawn = ScenesTasks(settings.scenes)
   return list(sources.open_task(task, "heldout", settings.instructions, drawn))
 
 
-def prompt_of(task: InstructionTask, record: Record, **common) -> Task:
+def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
   """Returns what a model is asked for a record.
 
     "Question: {question} Answer: {answer}. <break> {image}", target "answer":
@@ -82,7 +86,8 @@ def prompt_of(task: InstructionTask, record: Record, **common) -> Task:
     **common: seed and sampling, and for captions `retrieve`.
   """
   retrieve = common.pop("retrieve", 0)
-  segments, given = [], ""
+  segments: list[str] = []
+  given: Any = ""
   for segment in split_template(choose_template(task, record.key)):
     if segment == f"{{{task.target}}}" and task.target in record.images:
       break
@@ -144,9 +149,11 @@ def judge_texts(records: Sequence[Record], texts: Sequence[str]) -> list[Answer]
   return found
 
 
-def judge_images(records: Sequence[Record], images, style="filled") -> list[Answer]:
+def judge_images(
+  records: Sequence[Record], images: Sequence[np.ndarray] | np.ndarray, style: Style = "filled"
+) -> list[Answer]:
   """Judges images as answers."""
-  verdicts = scene_answers.judge_images(records, np.stack(images), style)
+  verdicts = scene_answers.judge_images(records, np.stack([*images]), style)
   return [
     Answer(record, "", None, image, v.correct, v.reason, v.holds.get("kept"))
     for record, image, v in zip(records, images, verdicts)
@@ -154,7 +161,10 @@ def judge_images(records: Sequence[Record], images, style="filled") -> list[Answ
 
 
 def without_model(
-  task: InstructionTask, records: Sequence[Record], image_tokenizer, style="filled"
+  task: InstructionTask,
+  records: Sequence[Record],
+  image_tokenizer: ImageTokenizer,
+  style: Style = "filled",
 ) -> dict[str, list[Answer]]:
   """Answers without a model: what any model has to beat, and what none can.
 
@@ -180,7 +190,7 @@ def without_model(
   result = {"tokenizer": judge_images(records, decoded, style)}
   given = [field for field in records[0].images if field != task.target]
   if given:
-    copies = [record.images[given[0]] for record in records]
+    copies = [np.asarray(record.images[given[0]]) for record in records]
     result["copy"] = judge_images(records, copies, style)
   return result
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
@@ -37,7 +38,7 @@ CHUNK = 32  # Images judged at once.
 
 
 def find_objects(
-  images, style: Style = "filled", min_score: float = MIN_SCORE
+  images: np.ndarray, style: Style = "filled", min_score: float = MIN_SCORE
 ) -> list[tuple[Found, ...]]:
   """Finds the objects of images.
 
@@ -53,12 +54,12 @@ def find_objects(
   return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
 
 
-def opacities(images) -> np.ndarray:
+def opacities(images: np.ndarray) -> np.ndarray:
   """Returns how much ink the places have, [B, 4, CELL, CELL] fp32, each in its own best color."""
   return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
 
 
-def _find_in_chunk(images, style: Style, min_score: float) -> list[tuple[Found, ...]]:
+def _find_in_chunk(images: np.ndarray, style: Style, min_score: float) -> list[tuple[Found, ...]]:
   cells = _cells(images)
   opacity, colors = _find_colors(cells)
   visible = np.where(opacity > FAINT, opacity, 0)
@@ -79,7 +80,9 @@ def _find_in_chunk(images, style: Style, min_score: float) -> list[tuple[Found, 
   return [tuple(objects) for objects in found]
 
 
-def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[SceneVerdict]:
+def judge_all(
+  images: np.ndarray, facts: Sequence[dict], style: Style = "filled"
+) -> list[SceneVerdict]:
   """Judges images by the facts of their captions.
 
   Args:
@@ -94,12 +97,12 @@ def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[Sc
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
 
 
-def judge(image, facts: dict) -> SceneVerdict:
+def judge(image: npt.ArrayLike, facts: dict) -> SceneVerdict:
   """Judges one image, [H, W, 3] uint8, by the facts of its caption, see `judge_all`."""
   return judge_all(np.asarray(image)[None], [facts])[0]
 
 
-def _cells(images) -> np.ndarray:
+def _cells(images: npt.ArrayLike) -> np.ndarray:
   """Cuts images into cells: [B, H, W, 3] uint8 -> [B * 4, 24, 24, 3] fp32, 0 = white, 1 = black."""
   images = np.asarray(images)
   if images.shape[1:3] != (SIDE, SIDE):
@@ -161,8 +164,7 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
   """Returns the names of all M objects, and for each blur their silhouettes, [M, P] fp32."""
   icons = world.ICONS
-  drawn = [drawings.ink(icon, style) for icon in icons.values()]
-  drawn = np.stack(drawn) / np.float32(255)
+  drawn = np.stack([drawings.ink(icon, style) for icon in icons.values()]) / np.float32(255)
   return tuple(icons), [_unit(ndimage.gaussian_filter(drawn, (0, b, b))) for b in BLURS]
 
 
@@ -198,6 +200,5 @@ def _box(ink: np.ndarray, place: int) -> tuple[int, int, int, int]:
   """Returns the box of the ink of a cell, [24, 24], in pixels of the image."""
   rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
   left, top = drawings.corner(world.PLACES[place])
-  return tuple(
-    int(x) for x in (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-  )
+  right, bottom = left + columns[-1] + 1, top + rows[-1] + 1
+  return int(left + columns[0]), int(top + rows[0]), int(right), int(bottom)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 import dataclasses
 import json
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -101,12 +102,12 @@ def evaluate(
   by_weight: dict[str, list[Sample]] = {}
   for sample in samples:
     by_weight.setdefault(f"guidance {sample.task.sampling.guidance:g}", []).append(sample)
-  first = [sample.task for sample in next(iter(by_weight.values()))]
+  first = [_task_of(sample) for sample in next(iter(by_weight.values()))]
   facts = [task.document.facts for task in first]
   real = np.stack([real_image(fact, style) for fact in facts])
   columns = {
     REAL: real,
-    RECONSTRUCTED: np.stack([task.original for task in first]),
+    RECONSTRUCTED: np.stack([np.asarray(task.original) for task in first]),
     **{title: np.stack([s.segments[0] for s in some]) for title, some in by_weight.items()},
   }
   trained = _trained(pipeline, workdir)
@@ -114,7 +115,7 @@ def evaluate(
   judged = {title: _judge(first, images, style, known) for title, images in columns.items()}
   resamples = pipeline.settings.evaluation.num_resamples
   tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
-  result = {"judge": errors.measure(real, facts, seed, style), "tables": tables}
+  result: dict[str, Any] = {"judge": errors.measure(real, facts, seed, style), "tables": tables}
   if UNGUIDED in tables and len(by_weight) > 1:
     title = best_guidance({name: tables[name] for name in by_weight if name != UNGUIDED})
     gain = scene_table.gain(judged[title], judged[UNGUIDED], resamples, seed)
@@ -123,6 +124,12 @@ def evaluate(
   result |= _write_sheet(folder / "scenes.png", pipeline, by_weight, judged, bundled)
   write_json(folder / "scenes.json", result)
   return result
+
+
+def _task_of(sample: Sample) -> HeldoutCaption:
+  """Returns the caption that a sample was generated for."""
+  assert isinstance(sample.task, HeldoutCaption)
+  return sample.task
 
 
 def metadata(task: HeldoutCaption) -> dict:
@@ -181,7 +188,7 @@ def _write_sheet(
     Field "bundled" of the result of `evaluate`; {} without `bundled`.
   """
   every = next(iter(by_weight.values()))
-  tags = [sample.task.document.facts["tag"] for sample in every]
+  tags = [_task_of(sample).document.facts["tag"] for sample in every]
   chosen = spread(tags, SHEET_SCENES, pipeline.settings.seed)
   columns = {
     title: [(some[i].segments[0], judged[title][i].verdict.correct) for i in chosen]
@@ -189,7 +196,7 @@ def _write_sheet(
   }
   samples = [every[i] for i in chosen]
   if bundled is not None:
-    tasks = [sample.task for sample in samples]
+    tasks = [_task_of(sample) for sample in samples]
     images = bundled([task.prompt for task in tasks])
     facts = [task.document.facts for task in tasks]
     verdicts = [one.correct for one in scenes.judge_all(np.stack(images), facts)]
@@ -209,7 +216,7 @@ def _sheet_scenes(
   return [
     SheetScene(
       caption=sample.task.prompt,
-      original=real_image(sample.task.document.facts, pipeline.settings.scenes.style),
+      original=real_image(_task_of(sample).document.facts, pipeline.settings.scenes.style),
       neighbors=tuple(next(images) for _ in sample.neighbors),
       samples={title: column[i] for title, column in columns.items()},
     )
@@ -222,8 +229,9 @@ def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
 
   spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3
   """
-  order, seen, turns = np.random.default_rng(seed).permutation(len(tags)), Counter(), {}
-  for i in map(int, order):
+  seen: Counter[str] = Counter()
+  turns: dict[int, int] = {}
+  for i in map(int, np.random.default_rng(seed).permutation(len(tags))):
     turns[i] = seen[tags[i]]
     seen[tags[i]] += 1
   return sorted(turns, key=lambda i: turns[i])[:count]

@@ -121,7 +121,7 @@ def _badge(right: bool) -> Image.Image:
   return badge.resize((BADGE, BADGE), Image.Resampling.LANCZOS)
 
 
-def _lines(text: str, width: int, font) -> list[str]:
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
   """Breaks a text into lines of `width` pixels; ends the last of `CAPTION_LINES` with "..."."""
   lines = [""]
   for word in text.split():

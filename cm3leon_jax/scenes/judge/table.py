@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 import numpy as np
+import numpy.typing as npt
 
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.scenes import world
@@ -108,12 +109,14 @@ def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
       ones, holds = zip(*values)
       result[measure] = _mean_share(ones, holds, num_resamples, seed)
   if known := [one for one in judged if one.known is not None]:
-    found = [one.known.image for one in known]
+    found = [has.image for one in known if (has := one.known) is not None]
     result[LOOKUP] = _mean_share(known, found, num_resamples, seed)
   return result
 
 
-def _mean_share(judged: Sequence[Judged], values, num_resamples: int, seed: int) -> dict:
+def _mean_share(
+  judged: Sequence[Judged], values: npt.ArrayLike, num_resamples: int, seed: int
+) -> dict:
   """Computes the mean of a number for each image, with its interval: {share, low, high, ...}."""
   groups = [one.concept or f"image {i}" for i, one in enumerate(judged)]
   values = np.asarray(values, np.float64)
