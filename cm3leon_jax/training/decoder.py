@@ -187,9 +187,9 @@ def train(
     take_step, batches = objective.begin(
       replaying(steps, config, state), next_row, config.global_batch_size, sharding
     )
-    first = int(state.step) + 1
-    hang.continue_after(first - 1)
-    newest_state = NewestState(first - 1, next_row)
+    done = int(state.step)
+    hang.continue_after(done)
+    newest_state = NewestState(done, next_row)
     monitor = _open_monitor(training, newest, watch)
     explained = explaining(objective, steps, newest_state, config, sharding, folder)
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
@@ -209,7 +209,7 @@ def train(
         Histograms(config.histogram_every, monitor),
         FailedSaves(checkpoints),
       ]
-      state = run_steps(range(first, config.steps + 1), take_step, state, batches, hooks)
+      state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   found = losses.losses or heldout_losses(state.eval_params)  # If no step was left to train.
   return _summary(state, saves.next_row, found, losses.at_start)
