@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.decoding import cache as cache_lib
@@ -25,7 +26,6 @@ from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.checkpoints import reading
 
 _DOCUMENTS = flags.DEFINE_integer("documents", 64, "Scored held-out documents.", lower_bound=2)
 _IMAGES = flags.DEFINE_integer(

@@ -10,11 +10,11 @@ import time
 from absl import flags
 import numpy as np
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.training.checkpoints import reading
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Images generated at once.")

@@ -24,6 +24,8 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -31,8 +33,6 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.trained import bundles
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.training.checkpoints.sealing import files_below
 
 _LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
 _FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")

@@ -176,7 +176,7 @@ class Trainer:
     """Saves the checkpoints of `STEPS` in `folder`."""
     import jax
 
-    from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+    from cm3leon_jax.checkpoints.checkpoint import Checkpoints
     from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
     from cm3leon_jax.training.steps import compile_steps
     from tests.data.stores import VOCAB

@@ -191,8 +191,8 @@ def _shift_rows(folder: pathlib.Path) -> None:
   """Replaces the checkpoints of a run by its newest one with the next row plus 1."""
   import jax
 
+  from cm3leon_jax.checkpoints.checkpoint import Checkpoints
   from cm3leon_jax.mesh import create_mesh
-  from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
   from cm3leon_jax.training.steps import compile_steps
 
   settings, train = faults_run.settings_of(faults_run.CONFIG), folder / "train"

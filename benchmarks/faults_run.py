@@ -55,7 +55,7 @@ PHASES = (
   ("training/watch/heldout.py", "evaluate", "evaluate"),
   ("training/watch/heldout.py", "heldout_batches", "evaluate"),
   ("generation/heldout.py", "generate_grid", "sample"),
-  ("training/checkpoints/checkpoint.py", "", "save"),
+  ("checkpoints/checkpoint.py", "", "save"),
 )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import ablation_table, drawing_styles
 from benchmarks import experiment as experiment_lib
 from benchmarks.ablation_table import Run
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -32,7 +33,6 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoints import reading
 
 # n documents, C candidates of each, K of which stand before it.
 

@@ -22,11 +22,11 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.rows.loader import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.faults.replay import Replay
 from cm3leon_jax.training.steps import compile_steps
 

@@ -22,6 +22,7 @@ import jax
 from benchmarks import experiment as experiment_lib
 from benchmarks import scaling_table as table
 from benchmarks import scene_retrieval
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -29,7 +30,6 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}

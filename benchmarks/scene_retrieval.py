@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_retrieval_table as table
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import Bank, DocumentStore
@@ -34,7 +35,6 @@ from cm3leon_jax.scenes.judge import judge as scenes
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 
 # n held-out documents that are scored, I codes of an image.
 

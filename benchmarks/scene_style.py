@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_style_table as table
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -43,7 +44,6 @@ from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 
 # n captions, H height, W width, I codes of an image.
 

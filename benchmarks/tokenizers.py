@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers_table as table
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -34,7 +35,6 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.config import levels_of
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.small import vqgan_training
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state, train_step

@@ -15,6 +15,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon, UserError
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.rows.cm3 import apply_cm3_mask
@@ -27,7 +28,6 @@ from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run
-from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits

@@ -16,6 +16,8 @@ from safetensors import numpy as safetensors
 
 import cm3leon_jax
 from cm3leon_jax import parameters
+from cm3leon_jax.checkpoints import recovery
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import DocumentStore
@@ -34,8 +36,6 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles, initial
-from cm3leon_jax.training.checkpoints import recovery
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from tests.data.stores import VOCAB

@@ -20,7 +20,7 @@ BASE = {
 }  # fmt: skip
 CORE = {
   "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding",
-  "generation", "trained",
+  "generation", "trained", "checkpoints",
 }  # fmt: skip
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.
 MAY_IMPORT = {
@@ -32,9 +32,10 @@ MAY_IMPORT = {
   "retrieval": BASE | {"tokenizers", "data", "clip"},
   "models": {"mesh", "config", "parameters"},
   "weights": BASE | {"models"},
-  "training": BASE | {"models", "weights", "data", "tokenizers", "clip"},
+  "checkpoints": BASE | {"models", "weights"},
+  "training": BASE | {"models", "weights", "checkpoints", "data", "tokenizers", "clip"},
   "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
-  "trained": BASE | {"tokenizers", "data", "clip", "retrieval", "models", "weights", "training"},
+  "trained": BASE | {"tokenizers", "data", "clip", "retrieval", "models", "weights", "checkpoints"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data", "trained"},
   "evaluation": BASE | CORE,
   "scenes": BASE | CORE | {"evaluation"},

@@ -80,7 +80,7 @@ def _limits(folder) -> tuple[int, int, int]:
 
 def _show(folder, check: bool) -> None:
   """Prints the list; with `check`, raises UserError if one is damaged or none is sealed."""
-  from cm3leon_jax.training.checkpoints import upkeep
+  from cm3leon_jax.training.saves import upkeep
 
   with upkeep.open_run(folder) as checkpoints:
     found = upkeep.entries(checkpoints)
@@ -93,7 +93,7 @@ def _show(folder, check: bool) -> None:
 
 
 def main(action: str, workdir) -> None:
-  from cm3leon_jax.training.checkpoints import upkeep
+  from cm3leon_jax.training.saves import upkeep
 
   _check_flags(action)
   step = _step() if action == "rollback" else 0

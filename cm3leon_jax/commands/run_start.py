@@ -75,7 +75,7 @@ def check_no_checkpoints(path) -> None:
   Raises:
     UserError: it has, so nobody knows which run they are of.
   """
-  from cm3leon_jax.training.checkpoints import reading
+  from cm3leon_jax.checkpoints import reading
 
   if reading.any_in(path.parent):
     raise UserError(
@@ -98,7 +98,7 @@ def write_config(settings: Settings, workdir, config: dict, step: int | None = N
     UserError: a process sees another folder.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints.reading import newest_step
+  from cm3leon_jax.checkpoints.reading import newest_step
 
   path = workdir / "train" / "config.json"
   with distributed.together():

@@ -116,7 +116,7 @@ def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | 
     UserError: `back` is impossible.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoints import reading
+  from cm3leon_jax.checkpoints import reading
   from cm3leon_jax.training.faults import skipped_rows
 
   with distributed.together():

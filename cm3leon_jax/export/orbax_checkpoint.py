@@ -11,6 +11,7 @@ layout: an OCDBT database of Zarr arrays, and `_METADATA` with the tree.
 from etils import epath
 import tensorstore
 
+from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.export.choices import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import write_json
@@ -18,7 +19,6 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained import orbax_export
-from cm3leon_jax.training.checkpoints import sealing
 from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.tensor_files import DTYPES, convert
 

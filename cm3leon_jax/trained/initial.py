@@ -5,13 +5,13 @@ import os
 
 from etils import epath
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.trained import bundles, exported, orbax_export
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{exported.IMAGES}/params.safetensors"  # Of an exported model.

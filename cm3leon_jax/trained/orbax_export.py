@@ -5,10 +5,10 @@ import os
 from etils import epath
 import orbax.checkpoint as ocp
 
+from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json
-from cm3leon_jax.training.checkpoints import sealing
 
 FOLDER = "params"
 DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.

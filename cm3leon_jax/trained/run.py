@@ -8,6 +8,7 @@ from typing import Literal
 
 from etils import epath
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
@@ -21,7 +22,6 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles, exported
 from cm3leon_jax.trained.rows import open_rows
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints import recovery
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import recovery
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.training.checkpoints.failed_saves import FailedSaves
-from cm3leon_jax.training.checkpoints.saving import Saves
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
@@ -29,6 +27,8 @@ from cm3leon_jax.training.faults.skipped_rows import GoBack
 from cm3leon_jax.training.faults.skipped_steps import NewestState, explaining
 from cm3leon_jax.training.loop import run_steps
 from cm3leon_jax.training.objective import Objective
+from cm3leon_jax.training.saves.failed_saves import FailedSaves
+from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.optimizer import learning_rate_schedule
 from cm3leon_jax.training.steps import Steps, compile_steps

@@ -24,7 +24,7 @@ PACKAGE = "/anywhere/cm3leon_jax"
 ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 
 
-def stacks(*main: tuple[str, str], other: str = "training/checkpoints/checkpoint.py") -> str:
+def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> str:
   """Two threads, as faulthandler writes them: the main thread is the last one."""
   frames = [f'  File "{file}", line 7 in {function}' for file, function in main]
   return "\n".join(
@@ -43,11 +43,11 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoints/checkpoint
   ("frames", "phase"),
   [
     ([("training/loop.py", "run_steps")], "step"),
-    ([("training/checkpoints/checkpoint.py", "wait"), ("training/loop.py", "run_steps")], "save"),
-    ([("files/digests.py", "digest"), ("training/checkpoints/checkpoint.py", "seal")], "save"),
+    ([("checkpoints/checkpoint.py", "wait"), ("training/loop.py", "run_steps")], "save"),
+    ([("files/digests.py", "digest"), ("checkpoints/checkpoint.py", "seal")], "save"),
     (
       [
-        ("training/checkpoints/checkpoint.py", "damage"),
+        ("checkpoints/checkpoint.py", "damage"),
         ("training/decoder.py", "restore_or_init"),
       ],
       "restore",

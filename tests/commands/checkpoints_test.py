@@ -8,12 +8,12 @@ from etils import epath
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.sealing import files_below
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.checkpoints import upkeep
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
-from cm3leon_jax.training.checkpoints.sealing import files_below
 from cm3leon_jax.training.faults import lease
+from cm3leon_jax.training.saves import upkeep
 from tests.launched import launch
 
 STEPS = (2, 4, 6, 8)

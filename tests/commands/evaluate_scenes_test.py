@@ -12,6 +12,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import CM3Leon
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import Document, DocumentStore, Segment, write_documents
@@ -26,7 +27,6 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.retrieval.stores import write_neighbors

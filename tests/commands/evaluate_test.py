@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
@@ -16,7 +17,6 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.step import optimizer, state
 from tests.retrieval.stores import write_neighbors
 

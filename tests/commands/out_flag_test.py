@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, choices
@@ -20,7 +21,6 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon
 

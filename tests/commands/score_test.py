@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
@@ -14,7 +15,6 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack
 from tests.data.stores import VOCAB

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon, config
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.data.documents.store import DocumentStore, write_documents
 from cm3leon_jax.export import bundle
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.trained import bundles, initial
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.export import gpt2, huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
@@ -24,7 +25,6 @@ from cm3leon_jax.export import choices, formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

@@ -251,7 +251,7 @@ def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it()
 
 FILES_BELOW = """
 from etils import epath
-from cm3leon_jax.training.checkpoints import sealing
+from cm3leon_jax.checkpoints import sealing
 print(sealing.files_below(epath.Path("gs://bucket/step")))
 """
 

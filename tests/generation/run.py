@@ -7,6 +7,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.data.documents.store import Segment, write_documents
 from cm3leon_jax.files.json_files import write_json
@@ -15,7 +16,6 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
-from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from tests.data.stores import VOCAB, make_sources

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json
@@ -17,7 +18,6 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.trained import initial
-from cm3leon_jax.training.checkpoints import reading
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
 from tests.launch.stages_before import make_workdir

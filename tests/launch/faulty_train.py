@@ -14,9 +14,9 @@ import time
 import jax
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training import objective
-from cm3leon_jax.training.checkpoints import checkpoint
 
 BOUNDS = {
   "HEARTBEAT_SECONDS": distributed,

@@ -12,9 +12,9 @@ NUMERICS = "cm3leon_jax/training/step/numerics.py"
 NUMERICS_TEST = "tests/training/step/numerics_test.py"
 SKIPPED_TEST = "tests/training/faults/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
-CHECKPOINT = "cm3leon_jax/training/checkpoints/checkpoint.py"
-CHECKPOINT_TEST = "tests/training/checkpoints/checkpoint_test.py"
-SAVING = "cm3leon_jax/training/checkpoints/saving.py"
+CHECKPOINT = "cm3leon_jax/checkpoints/checkpoint.py"
+CHECKPOINT_TEST = "tests/checkpoints/checkpoint_test.py"
+SAVING = "cm3leon_jax/training/saves/saving.py"
 UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
 
@@ -221,7 +221,7 @@ TRAINING = (
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/sealing.py",
+    "cm3leon_jax/checkpoints/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     (
       "missing_files_unnoticed",
@@ -235,7 +235,7 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/sealing.py",
+    "cm3leon_jax/checkpoints/sealing.py",
     f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
     ("a_bucket_alone_may_be_away", "    if buckets.failure(error):\n      raise", "    raise"),
   ),
@@ -288,8 +288,8 @@ TRAINING = (
     ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/retention.py",
-    "tests/training/checkpoints/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
+    "cm3leon_jax/checkpoints/retention.py",
+    "tests/checkpoints/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
     ("worst_is_kept", "else -loss", "else loss"),
     ("nan_is_best", "return -math.inf if", "return math.inf if"),
   ),
@@ -299,12 +299,12 @@ TRAINING = (
     ("rolled_back_too_far", "if newer > step:", "if newer >= step:"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/recovery.py",
+    "cm3leon_jax/checkpoints/recovery.py",
     "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
     ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoints/upkeep.py",
+    "cm3leon_jax/training/saves/upkeep.py",
     "tests/commands/checkpoints_test.py::test_prune_removes_nothing_if_the_newest_is_damaged",
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),

@@ -9,12 +9,12 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import parameters
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.export import choices, formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, save_run
 from tests.reports.snippets import execute, snippets

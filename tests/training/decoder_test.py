@@ -4,11 +4,11 @@ import jax
 from jax.sharding import NamedSharding
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.training.checkpoints import reading
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.watch import heldout
 from tests.data.stores import VOCAB, make_plan, make_sources

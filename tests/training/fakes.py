@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.watch.monitor import Monitor

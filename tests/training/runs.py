@@ -8,10 +8,10 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import decoder
-from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.decoder import DecoderTraining, train
 from cm3leon_jax.training.objective import RowObjective

@@ -6,9 +6,10 @@ from etils import epath
 import jax
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.training.checkpoints import checkpoint, reading, upkeep
+from cm3leon_jax.training.saves import upkeep
 from tests.models.tiny import mesh_of
 from tests.training.runs import MODEL, Crash, crash_at, losses, run
 

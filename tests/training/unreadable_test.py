@@ -10,9 +10,9 @@ import shutil
 
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, recovery
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training.checkpoints import checkpoint, recovery
-from tests.training.saved import flip, largest_file, on_disk
+from tests.checkpoints.saved import flip, largest_file, on_disk
 
 # What a disk in the network, a full table of open files, or changed rights answer.
 ERRORS = ("EIO", "ESTALE", "EACCES", "EMFILE", "ENFILE", "ETIMEDOUT", "EHOSTDOWN", "ENOMEM")

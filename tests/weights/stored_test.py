@@ -9,8 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.weights import stored
 from tests.models.tiny import CONFIG, mesh_of, random_params
 

@@ -24,7 +24,7 @@ from cm3leon_jax.data.published.examples import Example, caption_prompts, check_
 from cm3leon_jax.data.published.files import open_examples
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.image_folder import BY_FLAG, ImageFolder
-from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.evaluation import strata
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Column, Protocol

@@ -11,12 +11,12 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints import recovery
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.atomic import exists, replacing
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.checkpoints import recovery
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.watch.metrics import MetricsLog
 
 RECORD = "left_out_rows.json"

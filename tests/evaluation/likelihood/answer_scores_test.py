@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.training.checkpoints import reading
 from tests.generation.run import SETTINGS, one_device, save_run
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]

@@ -7,8 +7,8 @@ import threading
 import jax
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
-from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.faults.preemption import StopSignal
 from tests.training.runs import losses, run
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training.checkpoints import checkpoint, reading
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
 from cm3leon_jax.training.step import numerics

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
@@ -13,7 +14,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
-from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.small import clip_training as train_clip
 from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
 
 
 def discard_unsealed(checkpoints: Checkpoints) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from cm3leon_jax.config import TryAgain
-from cm3leon_jax.training.checkpoints.failed_saves import FailedSaves
+from cm3leon_jax.training.saves.failed_saves import FailedSaves
 from tests.training.fakes import FakeCheckpoints
 
 

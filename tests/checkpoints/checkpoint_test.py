@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.training.step.state import init_state
+from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
 from tests.models.tiny import CONFIG, mesh_of
-from tests.training.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
@@ -168,7 +168,7 @@ import sys
 import jax.numpy as jnp
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 def main(workdir):
   with Checkpoints(workdir, 2) as checkpoints:
     checkpoints.save({"w": jnp.arange(50_000_000, dtype=jnp.float32)}, 1, 1)
@@ -192,7 +192,7 @@ FULL_DISK = """
 import resource, time
 import jax.numpy as jnp
 from cm3leon_jax.commands import common
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 def main(workdir):
   with Checkpoints(workdir, 2) as checkpoints:
     checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
@@ -226,7 +226,7 @@ NO_RIGHTS = """
 import os, time
 import jax.numpy as jnp
 from cm3leon_jax.commands import common
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 make = os.makedirs
 def refuse(path, *arguments, **options):
   if "2.orbax" in os.fspath(path):

@@ -2,10 +2,10 @@
 
 from etils import epath
 
+from cm3leon_jax.checkpoints import sealing
+from cm3leon_jax.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.config import UserError
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import sealing
-from cm3leon_jax.training.checkpoints.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.weights import stored
 
 

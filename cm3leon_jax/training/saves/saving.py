@@ -1,6 +1,6 @@
 """When a run of the decoder saves, and what it checks before."""
 
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.hooks import Hook

@@ -1,6 +1,6 @@
 import pytest
 
-from cm3leon_jax.training.checkpoints import retention
+from cm3leon_jax.checkpoints import retention
 
 NAN = float("nan")
 

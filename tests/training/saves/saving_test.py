@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.checkpoints.saving import Saves
 from cm3leon_jax.training.config import TrainConfig
+from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
 from tests.training.fakes import FakeCheckpoints, FakeMonitor, FakeState, FakeStop
 

@@ -1,6 +1,6 @@
 """Saves in the background that fail end a training."""
 
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.hooks import Hook
 
 

@@ -10,11 +10,11 @@ from etils import epath
 import jax
 import pytest
 
+from cm3leon_jax.checkpoints import checkpoint, recovery, sealing
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training.checkpoints import checkpoint, recovery, sealing
+from tests.checkpoints.saved import flip, fresh, largest_file, on_disk
 from tests.distributed_test import free_port
 from tests.models.tiny import mesh_of
-from tests.training.saved import flip, fresh, largest_file, on_disk
 
 # Saves steps 1 to 5, damages 5, unseals 4, leaves digests of 7, and goes back to what is whole,
 # then to step 2.
@@ -22,8 +22,8 @@ PROCESS = """
 import pathlib, sys
 import numpy as np
 from cm3leon_jax import distributed
-from cm3leon_jax.training.checkpoints import recovery
-from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.checkpoints import recovery
+from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 folder = pathlib.Path(sys.argv[3])
 # Libraries write to the process's standard output at any time, in the middle of a line, too.
 sys.stdout = open(sys.argv[4], "w", encoding="utf-8")

@@ -10,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints import sealing
+from cm3leon_jax.checkpoints.retention import METRIC, policy, score
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.atomic import absolute, exists
@@ -18,8 +20,6 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.checkpoints import sealing
-from cm3leon_jax.training.checkpoints.retention import METRIC, policy, score
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"

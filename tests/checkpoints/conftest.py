@@ -1,0 +1,28 @@
+"""Checkpoints to damage."""
+
+import shutil
+
+import jax
+import pytest
+
+from cm3leon_jax.checkpoints import checkpoint
+from tests.checkpoints.saved import fresh
+from tests.models.tiny import mesh_of
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+  """Two checkpoints made on a (1, 1, 1) mesh, of the states of seeds 1 and 2."""
+  folder = tmp_path_factory.mktemp("original")
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    for step in (1, 2):
+      checkpoints.save(fresh(step), step, next_row=8 * step)
+    checkpoints.close()
+  return folder
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+  """A copy of them, for the test to damage."""
+  return shutil.copytree(original, tmp_path / "saved")
