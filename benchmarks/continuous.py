@@ -80,7 +80,7 @@ def run_batch(
     for update in engine.step():
       if update.finished:
         count += 1
-        finished(places[update.ticket], update.tokens)
+        finished(places[update.ticket], update.result.tokens)
   seconds = (clocks() - start) * len(requests) / count
   for ticket in places:
     engine.remove(ticket)

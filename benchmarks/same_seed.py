@@ -111,7 +111,7 @@ def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.n
         following, most = next(waiting, None), most - 1
       for update in engine.step():
         if update.finished:
-          found[places[update.ticket]] = update.tokens
+          found[places[update.ticket]] = update.result.tokens
           engine.remove(update.ticket)
   return [found[i] for i in range(len(requests))]
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Bool, Float32, Int, Int32, UInt32
+from jaxtyping import Bool, Int, Int32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.control import Control, control_of
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.method import TokenMethod
-from cm3leon_jax.decoding.sampling.rows import SamplingValues, Uses, uses_of
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -23,6 +23,28 @@ BUCKET = 32  # Prompts are padded to a multiple of it: prompts of similar length
 SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
 Array = jax.Array | np.ndarray
 Tokens = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
+
+
+class StreamPrompt(NamedTuple):
+  """The prompt of one stream.
+
+  Attributes:
+    tokens: those that prefill reads, all but the last.
+    last: the last id, which the first step reads.
+    last_position: position of that token.
+    next_position: position of the token after it.
+  """
+
+  tokens: Tokens
+  last: int
+  last_position: int
+  next_position: int
+
+  @classmethod
+  def of(cls, ids: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+1"]) -> "StreamPrompt":
+    """Splits a prompt of at least one token; `positions` are those of `prompt_positions`."""
+    tokens = np.stack([ids[:-1], positions[:-2]], axis=1).astype(np.int32)
+    return cls(tokens, int(ids[-1]), int(positions[-2]), int(positions[-1]))
 
 
 class Padded(NamedTuple):
@@ -68,24 +90,6 @@ class Prompts(NamedTuple):
     return self.rests.ids.shape[1] + prefixes
 
 
-class Control(NamedTuple):
-  """How B samples are generated.
-
-  Attributes:
-    plan: of `grammar.plan_array`.
-    guidance: weights of the streams at each code of an image, then at text.
-    seeds: a sample depends on its own seed only.
-    uses: by the name of each sampling method but top-p: samples that use it.
-    values: settings of sampling that may change without compiling again.
-  """
-
-  plan: Int32[Array, "B M 3"]
-  guidance: Float32[Array, "B I+1 S"]
-  seeds: UInt32[Array, " B"]
-  uses: Uses
-  values: SamplingValues
-
-
 class Batch(NamedTuple):
   """Arrays of one batch.
 
@@ -129,15 +133,14 @@ def make_batch(
   """
   rows = np.arange(rounded(len(requests), multiple)) % len(requests)
   repeated = [requests[i] for i in rows]
-  streams = [(s, r.plan) for r in repeated for s in r.streams]
-  positions = [prompt_positions(*s, vocab, align_images) for s in streams]
-  prompts = prompt_arrays([s for s, _ in streams], positions, vocab.pad, multiple)
-  control = Control(
-    grammar.plan_array([r.plan for r in repeated]),
-    np.stack([r.guidance_weights(sampling, image_tokens) for r in repeated]),
-    np.asarray(seeds, np.uint32)[rows],
-    uses_of([methods[i] for i in rows]),
-    SamplingValues.of(sampling),
+  read = [prompt for r in repeated for prompt in prompts_of(r, vocab, align_images)]
+  prompts = prompt_arrays(read, vocab.pad, multiple)
+  control = control_of(
+    repeated,
+    [seeds[i] for i in rows],
+    [methods[i] for i in rows],
+    sampling,
+    image_tokens,
   )
   widths = stream_widths(prompts, len(requests[0].streams))
   return Batch(prompts, control, widths, max(grammar.max_new_tokens(r.plan) for r in requests))
@@ -181,9 +184,12 @@ def bucket_length(length: int) -> int:
   return max(1, -(-length // BUCKET)) * BUCKET
 
 
-def prompt_tokens(prompt: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+1"]) -> Tokens:
-  """Returns ids and positions of the tokens that prefill reads: all of a prompt but its last."""
-  return np.stack([prompt[:-1], positions[:-2]], axis=1).astype(np.int32)
+def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list[StreamPrompt]:
+  """Returns the prompts of a request's streams; see `prompt_positions`."""
+  return [
+    StreamPrompt.of(prompt, prompt_positions(prompt, request.plan, vocab, align_images))
+    for prompt in request.streams
+  ]
 
 
 def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
@@ -228,23 +234,21 @@ def _common(a, b) -> int:
   return int(differ[0]) if len(differ) else n
 
 
-def prompt_arrays(
-  rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], pad: int, shards: int
-) -> Prompts:
+def prompt_arrays(read: Sequence[StreamPrompt], pad: int, shards: int) -> Prompts:
   """Makes the arrays of R prompts, in which the equal ones of a device occur once.
 
   Prompts and shared prefixes that several devices need occur on each of them: to read one again
   takes less time than to send its keys and values.
 
   Args:
-    rows: ids of R prompts of at least one token.
-    positions: of each prompt, one more than it has tokens (`prompt_positions`).
+    read: R prompts.
     pad: id of padding.
     shards: number of devices that a batch is split over; R must divide by it.
   """
-  read = [prompt_tokens(p, at) for p, at in zip(rows, positions)]
   size = len(read) // shards
-  row, prompts = _unique_of_shards([read[i : i + size] for i in range(0, len(read), size)])
+  row, prompts = _unique_of_shards(
+    [[p.tokens for p in read[i : i + size]] for i in range(0, len(read), size)]
+  )
   lengths = [shared_prefixes(of_shard) for of_shard in prompts]
   prefix_of, prefixes = _unique_of_shards(
     [[p[:n] for p, n in zip(*of_shard)] for of_shard in zip(prompts, lengths)]
@@ -257,9 +261,9 @@ def prompt_arrays(
     rests=pad_left(rests, pad),
     prefix_of=prefix_of,
     row=row,
-    last=np.array([p[-1] for p in rows], np.int32),
-    last_positions=np.array([at[-2] for at in positions], np.int32),
-    next_positions=np.array([at[-1] for at in positions], np.int32),
+    last=np.array([p.last for p in read], np.int32),
+    last_positions=np.array([p.last_position for p in read], np.int32),
+    next_positions=np.array([p.next_position for p in read], np.int32),
   )
 
 

@@ -1,14 +1,12 @@
 """The interface of decoding: requests in, token ids out, batch by batch."""
 
-# B samples of a batch, S guidance streams, G tokens to generate, I tokens of an image.
+# I tokens of an image.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 
 import jax
-from jaxtyping import Float32, Int32
-import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import cache, grammar
@@ -19,7 +17,7 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE
+from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import METHODS, choose_methods
 from cm3leon_jax.decoding.sampling.rows import Sampler
@@ -120,17 +118,28 @@ class GeneratorConfig:
     if self.draft_window and METHODS[sampling.method].takes_drafts and codes:
       window = self.draft_window
       capacities = (max(most, codes + window),)
-    static = Static(
+    static = self.static(Sampler.of(sampling), arrays.widths, most, capacities, window)
+    return arrays, static
+
+  def static(
+    self,
+    sampler: Sampler,
+    widths: tuple[int, ...],
+    max_new_tokens: int,
+    capacities: tuple[int, ...],
+    window: int = 0,
+  ) -> Static:
+    """Returns the static arguments of programs for prompts and results of these sizes."""
+    return Static(
       self.model,
       Grammar(self.vocab, self.image_tokens),
-      Sampler.of(sampling),
+      sampler,
       self.cache_dtype,
-      arrays.widths,
-      most,
+      widths,
+      max_new_tokens,
       capacities,
       window,
     )
-    return arrays, static
 
 
 def _codes_first(batch: Batch) -> int:
@@ -138,39 +147,6 @@ def _codes_first(batch: Batch) -> int:
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """One generated sample.
-
-  Attributes:
-    request: index of its request.
-    sample: number of the sample among those of the request.
-    seed: its seed.
-    tokens: ids generated after the prompt.
-    log_probs: of each id under the guided distribution, before temperature and filters.
-    contrastive: whether contrastive decoding was used.
-    divergence: mean over the image codes of KL(conditional || unconditional) in nats; None without
-      image codes, or without an unconditional stream.
-  """
-
-  request: int
-  sample: int
-  seed: int
-  tokens: Int32[np.ndarray, " G"]
-  log_probs: Float32[np.ndarray, " G"]
-  contrastive: bool
-  divergence: float | None = None
-
-  def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
-    """Returns the image codes among the tokens."""
-    return vocab.image_codes(self.tokens[vocab.is_image(self.tokens)])
-
-
-def sample_seed(seed: int, sample: int) -> int:
-  """Returns the seed of a request's n-th sample; the first sample has the request's own seed."""
-  return seed if sample == 0 else int(np.random.SeedSequence([seed, sample]).generate_state(1)[0])
 
 
 def _ignore(steps: int) -> None:
@@ -244,20 +220,17 @@ class Generator:
         ids, log_probs, divergence = self._generate_batch(
           [requests[i] for i, _ in batch], seeds_of, used, sampling, progress
         )
-        lengths = (ids != self.config.vocab.pad).sum(axis=1)
-        codes = self.config.vocab.is_image(ids).sum(axis=1)
-        if len(requests[batch[0][0]].streams) == 1:
-          codes = np.zeros_like(codes)  # There is no other stream.
         yield [
-          Result(
-            *x,
+          Result.of(
+            place,
             seeds_of[row],
-            ids[row, :n],
-            log_probs[row, :n],
-            used[row] is CONTRASTIVE,
-            float(divergence[row] / codes[row]) if codes[row] else None,
+            used[row],
+            *cut(ids[row], log_probs[row], self.config.vocab.pad),
+            divergence[row],
+            streams[place[0]],
+            self.config.vocab,
           )
-          for row, (x, n) in enumerate(zip(batch, lengths))
+          for row, place in enumerate(batch)
         ]
 
   def check(self, request: Request) -> None:
@@ -267,8 +240,7 @@ class Generator:
       raise UserError(
         f"a prompt has {request.positions - following} tokens; at most {positions - following} "
         f"leave room for the {following} tokens that follow in the {positions} positions of "
-        "training: "
-        "shorten it, or retrieve fewer documents."
+        "training: shorten it, or retrieve fewer documents."
       )
 
   def _generate_batch(self, requests, seeds, methods, sampling, progress):

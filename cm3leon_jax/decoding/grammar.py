@@ -50,9 +50,14 @@ def max_new_tokens(plan: Sequence[Part]) -> int:
   return sum(part.max_new_tokens for part in plan)
 
 
-def plan_array(plans: Sequence[Sequence[Part]]) -> Int32[np.ndarray, "B M 3"]:
-  """Returns the plans of B rows, padded with DONE; every row ends in at least one."""
-  parts = max(len(plan) for plan in plans) + 1
+def plan_array(plans: Sequence[Sequence[Part]], parts: int = 0) -> Int32[np.ndarray, "B M 3"]:
+  """Returns the plans of B rows, padded with DONE; every row ends in at least one.
+
+  Args:
+    plans: of each row.
+    parts: M; default: that of the longest plan and one DONE.
+  """
+  parts = parts or max(len(plan) for plan in plans) + 1
   return np.array([[*plan, *[Part(DONE)] * (parts - len(plan))] for plan in plans], np.int32)
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding import cache as cache_lib
-from cm3leon_jax.decoding.batch import Control, Padded, Prompts
+from cm3leon_jax.decoding.batch import Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache, Size
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
 from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence

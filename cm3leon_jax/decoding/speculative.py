@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key
 
-from cm3leon_jax.decoding.batch import Control
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import LoopState, extend, over_streams, split_control
 from cm3leon_jax.decoding.params import DecodeParams, head_axis

@@ -19,8 +19,9 @@ import numpy as np
 
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
-from cm3leon_jax.decoding.batch import BUCKET, Control, Padded, Prompts
+from cm3leon_jax.decoding.batch import BUCKET, Padded, Prompts
 from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
 from cm3leon_jax.decoding.loop import LoopState
 from cm3leon_jax.decoding.params import DecodeParams

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import logging
 import math
 import threading
@@ -15,7 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
-from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
@@ -329,7 +330,7 @@ class Engine:
         del self._running[update.ticket]
         opened.finished += 1
         self.samples += 1
-        self.tokens += len(update.tokens)
+        self.tokens += len(update.result.tokens)
       if opened.job.cancelled or opened.failed:
         continue
       if update.finished:
@@ -359,13 +360,7 @@ class Engine:
 
   def _samples(self, finished: Sequence[_Part]) -> list[Sample]:
     opened = [found for found, _, _ in finished]
-    results = [
-      Result(
-        *(0, index, sample_seed(found.job.task.seed, index)),
-        *(update.tokens, update.log_probs, False, update.divergence),
-      )
-      for found, index, update in finished
-    ]
+    results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
     given = {}
     for found in opened:
       given |= found.given
@@ -384,10 +379,10 @@ class Engine:
     for opened, index, update in parts:
       if not partial.makes_image(opened.job.task):
         opened.job.deliver(
-          Progress(index, text=partial.text(opened.job.task, layout, update.tokens))
+          Progress(index, text=partial.text(opened.job.task, layout, update.result.tokens))
         )
         continue
-      rows, codes = partial.image(opened.job.task, layout, update.tokens, opened.codes)
+      rows, codes = partial.image(opened.job.task, layout, update.result.tokens, opened.codes)
       if rows > opened.rows.get(index, 0):
         images.append((opened, index, rows, codes))
     decoded = self._decoded([codes for *_, codes in images])

@@ -112,9 +112,8 @@ def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
   bucket = bucket_of(REQUESTS[task], MIXTURE, generator)
   slots = of_shard * batch_shards()
   batch = RunningBatch(bucket, generator, slots, chunk=3, shards=batch_shards())
-  empty, none = np.zeros(0, np.int32), np.zeros(0, np.float32)
   for ticket in range(slots):
-    batch.admit(ActiveRequest(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
+    batch.admit(ActiveRequest(ticket, REQUESTS[task], ticket, MIXTURE))
   static = bucket.static
   state = jax.eval_shape(
     functools.partial(

@@ -25,7 +25,8 @@ def small():
 def plain_arrays(rows, shards=1):
   """Arrays of prompts whose positions count from 0."""
   rows = [np.array(r, np.int32) for r in rows]
-  return batch.prompt_arrays(rows, [np.arange(len(r) + 1) for r in rows], PAD, shards)
+  read = [batch.StreamPrompt.of(r, np.arange(len(r) + 1)) for r in rows]
+  return batch.prompt_arrays(read, PAD, shards)
 
 
 def pairs(ids, first=0):
@@ -73,7 +74,8 @@ def test_tokens_at_other_positions_are_not_shared():
   assert batch.shared_prefixes([prompts[0], prompts[3]]) == [7, 7]
   ids = [p[:, 0] for p in prompts[:3]]
   positions = [np.append(p[:, 1], p[-1, 1] + 1) for p in prompts[:3]]
-  made = batch.prompt_arrays(ids, positions, PAD, 1)
+  read = [batch.StreamPrompt.of(*prompt) for prompt in zip(ids, positions)]
+  made = batch.prompt_arrays(read, PAD, 1)
   assert made.row.tolist() == [0, 1, 0]
   assert made.prefixes.valid.sum() == 4
   assert made.prefixes.positions[0].tolist() == [-1, 0, 1, 2]

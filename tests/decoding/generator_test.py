@@ -15,8 +15,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import batch
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
-from cm3leon_jax.decoding.generator import GeneratorConfig, sample_seed
+from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
+from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.mesh import shard
 from tests.decoding.small import (
   ANYTHING,

@@ -56,14 +56,11 @@ def example(align_images=False):
   """(prompts of unequal rows, their arrays, ids that follow each)."""
   requests = guided_requests()
   rows = [request.streams[0] for request in requests]
-  positions = [
-    batch.prompt_positions(row, request.plan, VOCAB, align_images)
-    for row, request in zip(rows, requests)
-  ]
+  read = [batch.prompts_of(request, VOCAB, align_images)[0] for request in requests]
   ids = VOCAB.image_ids(
     np.random.default_rng(0).integers(0, VOCAB.image_size, (len(rows), STEPS - 1))
   )
-  return rows, batch.prompt_arrays(rows, positions, VOCAB.pad, 1), ids
+  return rows, batch.prompt_arrays(read, VOCAB.pad, 1), ids
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import group_id, write_documents
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.decoding.result import Result, sample_seed
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.generation import pipeline as pipeline_lib
 from cm3leon_jax.generation.heldout import heldout_tasks

@@ -60,6 +60,17 @@ DECODING = (
     ("empty_text_allowed", "(kind == TEXT) & (left < _entry(plan, state.part, 1))", "kind == TEXT"),
   ),
   *mutants_of(
+    "cm3leon_jax/decoding/control.py",
+    "tests/decoding/control_test.py",
+    ("settings_of_the_last_request", "into[row] = np.reshape", "into[-1] = np.reshape"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/result.py",
+    "tests/decoding/result_test.py",
+    ("divergence_without_a_stream", "if streams > 1 else 0", "if streams else 0"),
+    ("padding_is_a_token", "(ids != pad).sum()", "len(ids)"),
+  ),
+  *mutants_of(
     "cm3leon_jax/decoding/batch.py",
     "tests/decoding/batch_test.py",
     (

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import itertools
 
 import jax
-import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
@@ -124,8 +123,7 @@ class ContinuousGenerator:
       raise NoFreeSlot("this request's bucket has no free slot: try again after a step.")
     batch = self._free_batch(bucket) or self._new_batch(bucket)
     ticket = next(self._tickets)
-    none = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    slot = batch.admit(ActiveRequest(ticket, request, seed, sampling, *none))
+    slot = batch.admit(ActiveRequest(ticket, request, seed, sampling))
     self._places[ticket] = batch, slot
     return ticket
 

@@ -1,25 +1,24 @@
 """A running batch: which request each of its slots has, and the chunks that are generated."""
 
-# B slots, S guidance streams, G tokens so far, M parts of a plan.
-
 import dataclasses
 
 import jax
-from jaxtyping import Float32, Int32
 import numpy as np
 
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.batch import Control
+from cm3leon_jax.decoding.batch import StreamPrompt
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous import programs as compile_lib
 from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.state import Admitted
+from cm3leon_jax.decoding.control import Control, control_of, put_sample, without_samples
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.result import Result, cut
+from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import choose_methods
-from cm3leon_jax.decoding.sampling.rows import SamplingValues, uses_of
-from cm3leon_jax.decoding.sampling.top_p import TOP_P
+from cm3leon_jax.vocab import VocabLayout
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
 
@@ -30,18 +29,14 @@ class Update:
 
   Attributes:
     ticket: of `ContinuousGenerator.admit`.
-    tokens: all ids generated after the prompt so far.
-    log_probs: of each id, as in `generator.Result`.
+    result: its tokens so far; `request` and `sample` are 0.
     finished: whether these are all; the slot is free.
-    divergence: mean over the image codes so far, as in `generator.Result`.
     steps: number of steps of the chunk.
   """
 
   ticket: int
-  tokens: Int32[np.ndarray, " G"]
-  log_probs: Float32[np.ndarray, " G"]
+  result: Result
   finished: bool
-  divergence: float | None
   steps: int
 
 
@@ -53,8 +48,8 @@ class ActiveRequest:
   request: Request
   seed: int
   sampling: SamplingConfig
-  tokens: np.ndarray
-  log_probs: np.ndarray
+  tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  log_probs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
 
   @property
   def left(self) -> int | None:
@@ -62,6 +57,18 @@ class ActiveRequest:
     plan = self.request.plan
     fixed = all(part.kind in FIXED for part in plan)
     return grammar.max_new_tokens(plan) - len(self.tokens) if fixed else None
+
+  @property
+  def method(self) -> TokenMethod:
+    """The method by which its sample is sampled."""
+    streams = len(self.request.streams)
+    [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
+    return method
+
+  def result(self, divergence, vocab: VocabLayout) -> Result:
+    """Returns its tokens so far; `divergence` as `Result.of` takes it."""
+    known = self.seed, self.method, self.tokens, self.log_probs
+    return Result.of((0, 0), *known, divergence, len(self.request.streams), vocab)
 
 
 class RunningBatch:
@@ -73,13 +80,9 @@ class RunningBatch:
     self.slots: list[ActiveRequest | None] = [None] * slots
     self.admitted: list[int] = []  # Slots whose prompts are not yet read.
     self.draining = False
-    streams, codes = len(bucket.static.widths), generator.config.image_tokens
-    self.control = Control(
-      np.zeros((slots, bucket.parts, 3), np.int32),
-      np.zeros((slots, codes + 1, streams), np.float32),
-      np.zeros(slots, np.uint32),
-      uses_of([TOP_P] * slots),
-      SamplingValues(*(np.repeat(x, slots) for x in SamplingValues.of(generator.config.sampling))),
+    config, streams = generator.config, len(bucket.static.widths)
+    self.control = without_samples(
+      slots, streams, config.sampling, config.image_tokens, bucket.parts
     )
     self.placed: Control | None = None  # `control` on the devices, while it is the same.
     self.state = self.program = None
@@ -178,45 +181,30 @@ class RunningBatch:
     for slot in slots:
       if slot is not None:
         self._write_control(slot)
-    streams = [self._prompts(slot) for slot in slots]
-    tokens, places = zip(*streams)
-    widths = self.bucket.static.widths
+    read = [self._prompts(slot) for slot in slots]
     prompts = tuple(
-      batch_lib.pad_left([of_slot[s] for of_slot in tokens], config.vocab.pad, width)
-      for s, width in enumerate(widths)
+      batch_lib.pad_left([streams[s].tokens for streams in read], config.vocab.pad, width)
+      for s, width in enumerate(self.bucket.static.widths)
     )
+    places = [[(p.last, p.last_position, p.next_position) for p in streams] for streams in read]
     last, last_positions, next_positions = np.array(places, np.int32).transpose(2, 0, 1)
     plan = self.control.plan[[slot or 0 for slot in slots]]
     local = np.array([size if slot is None else slot % size for slot in slots], np.int32)
     return Admitted(prompts, last, last_positions, next_positions, plan, local)
 
   def _write_control(self, slot: int) -> None:
-    active, plan = self.slots[slot], self.control.plan
-    request, sampling = active.request, active.sampling
-    plan[slot] = grammar.DONE
-    plan[slot, : len(request.plan)] = request.plan
-    image_tokens = self.generator.config.image_tokens
-    self.control.guidance[slot] = request.guidance_weights(sampling, image_tokens)
-    self.control.seeds[slot] = active.seed
-    methods = choose_methods(sampling.method, [active.seed], 1, [len(request.streams)])
-    for name, used in uses_of(methods[0]).items():
-      self.control.uses[name][slot] = used[0]
-    for into, value in zip(self.control.values, SamplingValues.of(sampling)):
-      into[slot] = value
+    active, codes = self.slots[slot], self.generator.config.image_tokens
+    requests, seeds, methods = [active.request], [active.seed], [active.method]
+    one = control_of(requests, seeds, methods, active.sampling, codes, self.bucket.parts)
+    put_sample(self.control, slot, one)
 
-  def _prompts(self, slot: int | None):
-    """Returns (tokens that prefill reads of each stream; last id, its position, the next one)."""
+  def _prompts(self, slot: int | None) -> list[StreamPrompt]:
+    """Returns the prompts of a slot's streams; None: without tokens."""
     config = self.generator.config
     if slot is None:
-      streams = len(self.bucket.static.widths)
-      return [np.zeros((0, 2), np.int32)] * streams, [(config.vocab.pad, 0, 0)] * streams
-    request = self.slots[slot].request
-    tokens, places = [], []
-    for prompt in request.streams:
-      at = batch_lib.prompt_positions(prompt, request.plan, config.vocab, config.model.align_images)
-      tokens.append(batch_lib.prompt_tokens(prompt, at))
-      places.append((prompt[-1], at[-2], at[-1]))
-    return tokens, places
+      nothing = StreamPrompt(np.zeros((0, 2), np.int32), config.vocab.pad, 0, 0)
+      return [nothing] * len(self.bucket.static.widths)
+    return batch_lib.prompts_of(self.slots[slot].request, config.vocab, config.model.align_images)
 
   def _updates(self) -> list[Update]:
     """Reads what a chunk generated, and frees the slots of finished samples."""
@@ -228,21 +216,12 @@ class RunningBatch:
     for slot, active in enumerate(self.slots):
       if active is None:
         continue
-      count = int((ids[slot] != vocab.pad).sum())
-      active.tokens = np.append(active.tokens, ids[slot, :count])
-      active.log_probs = np.append(active.log_probs, log_probs[slot, :count])
-      codes = int(vocab.is_image(active.tokens).sum()) if len(active.request.streams) > 1 else 0
+      tokens, of_tokens = cut(ids[slot], log_probs[slot], vocab.pad)
+      active.tokens = np.append(active.tokens, tokens)
+      active.log_probs = np.append(active.log_probs, of_tokens)
       finished = bool(self.control.plan[slot, parts[slot], 0] == grammar.DONE)
-      updates.append(
-        Update(
-          active.ticket,
-          active.tokens,
-          active.log_probs,
-          finished,
-          float(apart[slot] / codes) if codes else None,
-          int(steps),
-        )
-      )
+      result = active.result(apart[slot], vocab)
+      updates.append(Update(active.ticket, result, finished, int(steps)))
       if finished:
         self.slots[slot] = None
     return updates

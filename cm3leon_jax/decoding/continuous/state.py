@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
 from cm3leon_jax.decoding import cache as cache_lib
-from cm3leon_jax.decoding.batch import Control, Padded
+from cm3leon_jax.decoding.batch import Padded
 from cm3leon_jax.decoding.cache import LayerCache
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, State
 from cm3leon_jax.decoding.loop import LoopState, decode_step, read_padded, split_control
 from cm3leon_jax.decoding.params import DecodeParams

@@ -84,18 +84,18 @@ def long_case(all_cases):
 
 def is_case(update, case) -> bool:
   """Whether an update has the first tokens of the expected result, all if it is finished."""
-  expected, count = case[3], len(update.tokens)
-  return np.array_equal(update.tokens, expected.tokens[: None if update.finished else count])
+  expected, count = case[3], len(update.result.tokens)
+  return np.array_equal(update.result.tokens, expected.tokens[: None if update.finished else count])
 
 
 def check(update, case):
   assert is_case(update, case)
   expected = case[3]
-  known = expected.log_probs[: len(update.tokens)]
-  np.testing.assert_allclose(update.log_probs, known, atol=ROUNDING[len(case[0].streams)])
-  assert update.finished == (len(update.tokens) == len(expected.tokens))
+  known = expected.log_probs[: len(update.result.tokens)]
+  np.testing.assert_allclose(update.result.log_probs, known, atol=ROUNDING[len(case[0].streams)])
+  assert update.finished == (len(update.result.tokens) == len(expected.tokens))
   if update.finished and expected.divergence is not None:
-    np.testing.assert_allclose(update.divergence, expected.divergence, rtol=1e-4)
+    np.testing.assert_allclose(update.result.divergence, expected.divergence, rtol=1e-4)
 
 
 def run(engine, cases, rng, removed=0.1, check=check):
