@@ -10,7 +10,11 @@ import sys
 from etils import epath
 
 from cm3leon_jax.settings import settings_of_run
-from cm3leon_jax.trained.rows import open_rows
+
+try:
+  from cm3leon_jax.trained.rows import open_rows
+except ModuleNotFoundError:  # Of a commit before this package.
+  from cm3leon_jax.commands.training_rows import open_rows
 
 
 def main(workdir: str, count: str) -> None:
