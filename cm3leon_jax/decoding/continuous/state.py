@@ -218,6 +218,12 @@ def _with_first_slots(state: BatchState, first: BatchState) -> BatchState:
   return _by_slots(lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0), state, first)
 
 
+def _new_chunk(state: BatchState, pad: int) -> BatchState:
+  """Returns the state without the tokens of its last chunk."""
+  ids, log_probs = jnp.full_like(state.loop.ids, pad), jnp.zeros_like(state.loop.log_probs)
+  return state._replace(loop=state.loop._replace(ids=ids, log_probs=log_probs))
+
+
 def steps(
   params: DecodeParams,
   control: Control,
@@ -245,12 +251,8 @@ def steps(
     slots: only so many first slots are computed; no other may have a sample. Not with a batch that
       is split over devices. Default: all.
   """
-  pad, nothing = (
-    jnp.full_like(state.loop.ids, grammar.vocab.pad),
-    jnp.zeros_like(state.loop.log_probs),
-  )
-  whole = state._replace(loop=state.loop._replace(ids=pad, log_probs=nothing))
-  state, control = whole, split_control(control)
+  state = whole = _new_chunk(state, grammar.vocab.pad)
+  control = split_control(control)
   if slots is not None:
     state = _first_slots(whole, slots)
     control = Control(*jax.tree.map(lambda x: _first(x, slots), control))
