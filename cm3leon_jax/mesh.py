@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
+import numpy as np
 from pydantic import Field
 import pydantic.dataclasses
 
@@ -153,7 +154,7 @@ def spec(*axes: str | None) -> P | None:
   return None if _unsplit.get() else P(*(RULES[a] if a else None for a in axes))
 
 
-def shard(x: Array, *axes: str | None) -> Array:
+def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
   """Splits `x` by its logical `axes`; moves data if necessary. Needs a mesh (`jax.set_mesh`)."""
   return x if _unsplit.get() else jax.sharding.reshard(x, spec(*axes))
 

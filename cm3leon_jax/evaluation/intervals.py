@@ -64,7 +64,7 @@ def mean_interval(
   return {**result, "groups": len(sums), "effective_groups": effective}
 
 
-def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
+def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
   return sums.sum(axis) / weights.sum(axis)
 
 

@@ -28,7 +28,7 @@ EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
 BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
 
 
-Found: TypeAlias = tuple[Float[Array, "q m"], Int32[Array, "q m"]]  # Scores and ids.
+Found: TypeAlias = tuple[Float[Array, "q _"], Int32[Array, "q _"]]  # Scores and ids.
 ASSETS = "scann_assets.pbtxt"  # Of a ScaNN index, the list of its files.
 
 

@@ -3,7 +3,7 @@
 # q queries, n documents, E embedding, M candidates per side, C neighbors kept.
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +30,7 @@ SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at 
 
 
 def select_neighbors(
-  sides: Sequence[np.ndarray],
+  sides: Iterable[np.ndarray],
   vectors: np.ndarray,
   query: np.ndarray,
   forbidden: Callable[[int], bool],

@@ -70,7 +70,7 @@ def tree_of(params: StoredParams) -> dict:
 def save_args(state: PyTree) -> Any:
   """Returns Orbax's arguments to save a state: each layer of stacked parameters is stored apart."""
 
-  def args(path: tuple, x: Array) -> ocp.SaveArgs:
+  def args(path: tuple, x: Array | np.ndarray | np.generic) -> ocp.SaveArgs:
     stacked = any(getattr(key, "key", None) == STACKED for key in path) and x.ndim > 1
     return ocp.SaveArgs(shard_axes=(0,)) if stacked else ocp.SaveArgs()
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import csv
 import io
 import itertools
-from typing import Self, TextIO
+from typing import IO, Self, TextIO
 
 from etils import epath
 import fsspec
@@ -16,7 +16,7 @@ MAX_LINE = 2**24  # Bytes of a line of JSON, or of a text file.
 MAX_ROW = 2**20  # Characters of a row of CSV, which may have half as many fields.
 
 
-def bounded_lines(raw: io.RawIOBase, file: object) -> Iterator[tuple[str, bytes | RecordError]]:
+def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | RecordError]]:
   """Yields (where, line) for every line of a binary file that is not blank.
 
   Args:
@@ -26,7 +26,8 @@ def bounded_lines(raw: io.RawIOBase, file: object) -> Iterator[tuple[str, bytes 
   Yields:
     Of a line of more than MAX_LINE bytes, which is never in memory whole, the error that says so.
   """
-  with io.BufferedReader(raw) as stream:  # Files of a bucket have a `readline` without a limit.
+  # Files of a bucket have a `readline` without a limit.
+  with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # Any binary file has what it calls.
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)
       if not line:

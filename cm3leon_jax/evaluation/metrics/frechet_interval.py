@@ -31,9 +31,9 @@ BLOCK = 4096  # Rows that become float64 at once.
 
 def frechet_interval(
   rows: npt.ArrayLike,
-  groups: Sequence[Hashable],
+  groups: Sequence[Hashable] | np.ndarray,
   reference: npt.ArrayLike | Moments,
-  reference_groups: Sequence[Hashable] | None = None,
+  reference_groups: Sequence[Hashable] | np.ndarray | None = None,
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
 ) -> dict[str, Any]:
