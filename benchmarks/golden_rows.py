@@ -12,9 +12,9 @@ from etils import epath
 from cm3leon_jax.settings import settings_of_run
 
 try:
+  from cm3leon_jax.commands.training_rows import open_rows  # Of an earlier commit.
+except ModuleNotFoundError:
   from cm3leon_jax.trained.rows import open_rows
-except ModuleNotFoundError:  # Of a commit before this package.
-  from cm3leon_jax.commands.training_rows import open_rows
 
 
 def main(workdir: str, count: str) -> None:
