@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 import jax
+from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
@@ -83,10 +84,10 @@ class Checkpoints:
     self._save: sealing.Save | None = None
     self._good: int | None = None  # Step of the newest checkpoint that is known to be whole.
 
-  def __enter__(self):
+  def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, _, error, __):
+  def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
     if error is None:
       return self.close()
     self._close_alone()
@@ -136,7 +137,9 @@ class Checkpoints:
     """Returns the step of the newest sealed checkpoint, or None."""
     return distributed.gather(max(self.sealed(), default=None))[0]
 
-  def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
+  def save(
+    self, state: PyTree, step: int, next_row: int, heldout_loss: float | None = None
+  ) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays.
 
     Args:
@@ -248,7 +251,7 @@ class Checkpoints:
       if step.isdecimal() and of(int(step)):  # Other files may be the disk's own.
         path.unlink()
 
-  def restore(self, state, step: int, checked: bool = False) -> tuple[Any, int]:
+  def restore(self, state: PyTree, step: int, checked: bool = False) -> tuple[Any, int]:
     """Restores the state and the next row of a checkpoint.
 
     Args:
@@ -315,7 +318,7 @@ class Checkpoints:
       except UserError:
         expected = None
       if not isinstance(expected, dict) or not expected:
-        damage = f"{self._digest_path(step)} is damaged: it has no digests"
+        damage: str | None = f"{self._digest_path(step)} is damaged: it has no digests"
       else:
         damage = sealing.damage(self.folder / str(step), expected)
     return next(filter(None, distributed.gather(damage)), None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 from etils import epath
 
@@ -11,6 +12,7 @@ from cm3leon_jax.distributed import print_once
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.runs import stages, table
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import bundles, exported, orbax_export
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
@@ -35,7 +37,7 @@ class Weights:
 
 
 def start_of_run(
-  settings, workdir: epath.PathLike, source: str, stored: dict | None
+  settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
 ) -> Weights | None:
   """Returns the parameters that a run starts or has started from; None: random ones.
 
@@ -90,7 +92,7 @@ def _imported(workdir: epath.Path) -> str:
   return os.fspath(folder)
 
 
-def find(settings, source: str, step: int | None = None) -> Weights:
+def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
   Args:
@@ -179,7 +181,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
   return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
 
 
-def load(weights: Weights, settings) -> dict:
+def load(weights: Weights, settings: Settings) -> dict:
   """Loads parameters onto the current mesh; of a run their average, if it has one.
 
   Raises:

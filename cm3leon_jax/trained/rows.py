@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
+  from etils import epath
+
   from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.data.rows.plan import RowPlan, RowSource
   from cm3leon_jax.settings import Settings
 
 
-def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
+def open_rows(
+  settings: Settings, workdir: epath.Path, split: str, write_starts: bool = False
+) -> RowLoader:
   """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
   documents.
 
@@ -71,7 +75,9 @@ def replay_share(settings: Settings, split: str) -> float:
   return 0.5 if share and split == "heldout" else share
 
 
-def document_sources(settings: Settings, workdir, split: str, share: float) -> list[RowSource]:
+def document_sources(
+  settings: Settings, workdir: epath.Path, split: str, share: float
+) -> list[RowSource]:
   """Opens the documents of a split: pairs with their neighbors, texts, interleaved documents.
 
   Args:
@@ -89,7 +95,7 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
 
   documents, data = workdir / "documents", settings.data
 
-  def store(name):
+  def store(name: str) -> DocumentStore:
     return DocumentStore(documents / name, settings.vocab)
 
   bank, pairs = Bank(documents, settings.vocab), store(f"{split}_pairs")
@@ -116,7 +122,7 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
   return sources
 
 
-def look_at_rows(plan: RowPlan) -> dict:
+def look_at_rows(plan: RowPlan) -> dict[str, Any]:
   """Prints and returns statistics of the plan's first window; warns of neighbors that never fit."""
   from cm3leon_jax import distributed
   from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors

@@ -71,7 +71,7 @@ class TrainConfig:
   peak_flops: NonNegativeFloat = 0.0
   """Peak FLOP/s of one device, for MFU; 0: the peak of its kind, if that is known."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.global_batch_size % self.gradient_accumulation_steps:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "

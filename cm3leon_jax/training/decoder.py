@@ -1,14 +1,14 @@
 """The training of the decoder: what it opens, and the hooks of its loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-from typing import Any
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from PIL import Image
 
 from cm3leon_jax import distributed
 from cm3leon_jax.checkpoints import recovery
@@ -31,6 +31,7 @@ from cm3leon_jax.training.saves.failed_saves import FailedSaves
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.optimizer import learning_rate_schedule
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
 from cm3leon_jax.training.watch.dispatch import Dispatch
 from cm3leon_jax.training.watch.goodput import Stopwatch
@@ -70,14 +71,16 @@ class DecoderTraining:
   objective: Objective
   heldout: RowLoader
   seed: int
-  sample_grid: Callable[[dict, int], Any] | None = None
+  sample_grid: Callable[[dict, int], Image.Image | None] | None = None
   profile_steps: range = range(0)
   initial_params: Callable[[], dict] | None = None
   evaluate_start: bool = False
 
 
 @contextlib.contextmanager
-def _opened(folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None):
+def _opened(
+  folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
+) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
   """Opens the folder of a run, which is measured, watched, and under a lease.
 
   Yields:
@@ -98,7 +101,7 @@ def _opened(folder: epath.Path, config: TrainConfig, lease: Lease | None, go_bac
 def restore_or_init(
   folder: epath.Path, checkpoints: Checkpoints, steps: Steps, config: TrainConfig,
   initial_params: Callable[[], dict] | None = None,
-):  # fmt: skip
+) -> tuple[int | None, TrainState, int]:  # fmt: skip
   """Restores the newest checkpoint that is whole, or initializes a state.
 
   Args:
@@ -144,7 +147,7 @@ def _open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatc
     )
 
 
-def _summary(state, next_row: int, losses: dict, before: dict) -> dict:
+def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
   """Returns what `train` returns, of the held-out losses after the run and before it."""
   return {
     "steps": int(state.step),

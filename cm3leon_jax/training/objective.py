@@ -51,8 +51,9 @@ class Objective(Protocol):
     """
 
   def explain(
-    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
-  ) -> str:
+    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
+    folder: epath.Path,
+  ) -> str:  # fmt: skip
     """Finds out what steps that were skipped had read. All processes must call it.
 
     Args:
@@ -98,8 +99,9 @@ class RowObjective:
     return take_step, batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
 
   def explain(
-    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
-  ) -> str:
+    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
+    folder: epath.Path,
+  ) -> str:  # fmt: skip
     """Saves the rows with the largest losses, see `Objective` and `skipped_rows.save`."""
     remaining = Remaining(self.loader, self.skipped)
     read = batches(remaining, rows.start, batch_size, sharding)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import optax
 
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
@@ -45,7 +46,7 @@ def compile_steps(
   """Builds the functions for the current mesh; each is compiled at its first call."""
   optimizer = create_optimizer(optimizer_config, config.steps)
 
-  def make_step(optimizer):
+  def make_step(optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(
       train_step,
       model,

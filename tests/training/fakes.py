@@ -1,21 +1,21 @@
 """Stand-ins for what the hooks of a training need, which note what they are asked to do."""
 
 import contextlib
-import dataclasses
 
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
 
 
-@dataclasses.dataclass
-class FakeState:
-  """A state of a step."""
+class FakeState(TrainState):
+  """A state of a step, with names in place of parameters."""
 
-  step: int = 0
-  params: str = "params"
-  eval_params: str = "average"
+  eval_params = "average"
+
+  def __init__(self, step=0, params="params"):
+    self.step, self.params = step, params
 
 
 class FakeStop(StopSignal):

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 import numpy as np
 
 from cm3leon_jax.mesh import AXES, FSDP
@@ -44,7 +45,7 @@ def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
   return first, second
 
 
-def moved(tree, source: Mesh, target: Mesh, assignment: Assignment):
+def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
   """Copies a tree to other devices; over the network of the devices, not through a host.
 
   Args:
@@ -61,20 +62,20 @@ def moved(tree, source: Mesh, target: Mesh, assignment: Assignment):
   return jax.tree.map(lambda x: _renamed(x, target), copies)
 
 
-def moved_back(tree, source: Mesh, target: Mesh, assignment: Assignment):
+def moved_back(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
   """Copies a tree that `moved` has made on `source` to `target`, where it came from."""
   inverse = Assignment(assignment.axis, -assignment.shift)
   return moved(tree, source, target, inverse)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _permuted(tree, assignment: Assignment):
+def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
   """Copies what each device holds to the device `shift` places further along the axis."""
   size = jax.sharding.get_abstract_mesh().shape[assignment.axis]
   pairs = [(i, (i + assignment.shift) % size) for i in range(size)]
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
-  def copy(x):
+  def copy(x: jax.Array) -> jax.Array:
     return jax.lax.ppermute(x, assignment.axis, pairs) if assignment.shift else jnp.copy(x)
 
   return jax.shard_map(

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import optax
 
 from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.faults.fingerprint import fingerprint
+from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
+from cm3leon_jax.training.step.state import TrainState
 
 # What is compared, in the order in which an error spreads.
 STAGES = {
@@ -30,10 +31,14 @@ def checked_step(
     (state, batch, num_sources) -> (state, metrics, fingerprints).
   """
 
-  def step(state, batch, num_sources=0):
+  def step(
+    state: TrainState, batch: dict, num_sources: int = 0
+  ) -> tuple[TrainState, dict, dict[str, Fingerprint]]:
     found = {"read": fingerprint(state)}
 
-    def update(gradients, opt_state, params):
+    def update(
+      gradients: dict, opt_state: optax.OptState, params: dict
+    ) -> tuple[dict, optax.OptState]:
       found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
       updates, opt_state = optimizer.update(gradients, opt_state, params)
       found["updates"] = fingerprint(updates)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, UInt32
+from jaxtyping import Array, Bool, Float32, PyTree, UInt32
 import numpy as np
 
 from cm3leon_jax.mesh import AXES
@@ -30,7 +30,7 @@ class Fingerprint(NamedTuple):
   norm: Float32[Array, "D N"] | Float32[np.ndarray, "D N"]
 
 
-def fingerprint(tree) -> Fingerprint:
+def fingerprint(tree: PyTree) -> Fingerprint:
   """Computes the fingerprint of a tree of arrays under jit; it is whole on every device.
 
   Replicas of an array are apart: each device reads what it holds itself.
@@ -95,7 +95,7 @@ def equal(a: Fingerprint, b: Fingerprint, tolerance: float = 0.0) -> Bool[np.nda
   return same | near
 
 
-def names_of(tree) -> list[str]:
+def names_of(tree: PyTree) -> list[str]:
   """Names the arrays of a tree in the order of a fingerprint, e.g. "params.embed"."""
   return [
     jax.tree_util.keystr(path, simple=True, separator=".")

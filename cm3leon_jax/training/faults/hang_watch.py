@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any, TypeVar
 
 from etils import epath
 import jax
@@ -36,6 +37,7 @@ READERS = 32  # Reports that are read at once.
 LINGER_SECONDS = 10.0
 # The order in which a process passes them, from the dispatch of a step on.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
+Result = TypeVar("Result")
 
 
 def place(report: dict) -> str:
@@ -110,14 +112,14 @@ class HangWatch(Hook):
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
 
-  def __enter__(self):
+  def __enter__(self) -> "HangWatch":
     self._sign = self._looked = self._clock()
     if self._allowed:
       self._start = distributed.gather(secrets.token_hex(8))[0]
       self._thread.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._stop.set()
     if self._thread.is_alive():
       self._thread.join()
@@ -136,7 +138,7 @@ class HangWatch(Hook):
     self._sign = self._clock()
     self._begin_step(step)
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`."""
     self._sign = self._clock()
 
@@ -258,11 +260,11 @@ def stacks() -> str:
     return file.read()
 
 
-def _within(seconds: float, function: Callable):
+def _within(seconds: float, function: Callable[[], Result]) -> Result | None:
   """Returns what `function` returns, or None if it fails or takes longer than `seconds`."""
-  found = []
+  found: list[Result] = []
 
-  def call():
+  def call() -> None:
     with contextlib.suppress(Exception):
       found.append(function())
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+from typing import Any
 
 from etils import epath
 
@@ -39,7 +40,7 @@ class Lease(Hook):
     self._stop, self._renewing = threading.Event(), threading.Lock()
     self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-  def __enter__(self):
+  def __enter__(self) -> "Lease":
     """Takes the lease.
 
     Raises:
@@ -63,7 +64,7 @@ class Lease(Hook):
       raise kind(f"{self._path} cannot be read or written ({error}).") from error
     self._thread.start()
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     """Gives the lease back."""
     if not self._beats:  # This process has not written it.
       return
@@ -176,7 +177,8 @@ def _this_process() -> dict:
 
 def _is_gone(holder: dict) -> bool:
   """Returns whether the holder was a process of this machine, or container, that has ended."""
-  here, pid = _this_process(), holder.get("pid")
+  here = _this_process()
+  pid: Any = holder.get("pid")
   if any(holder.get(name) != here[name] for name in ("host", "boot", "namespace")):
     return False
   try:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from typing import Any
 
 from etils import epath
 import jax
@@ -41,10 +42,10 @@ class StopSignal(Hook):
   def __init__(self, mesh: jax.sharding.Mesh):
     self._sharding = NamedSharding(mesh, P(mesh.axis_names))
     self._shape = (mesh.size,)
-    self._pending = None
+    self._pending: jax.Array | None = None
     self.code: int | None = None
 
-  def __enter__(self):
+  def __enter__(self) -> "StopSignal":
     self._received = 0  # 1 + place in SIGNALS.
     # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -53,7 +54,7 @@ class StopSignal(Hook):
       self._received = max(self._received, 1 + CODES.index(code))
     return self
 
-  def _set(self, number: int, _) -> None:
+  def _set(self, number: int, _: object) -> None:
     before, self._received = self._received, max(self._received, 1 + SIGNALS.index(number))
     if number == signal.SIGINT:
       if before:
@@ -61,11 +62,11 @@ class StopSignal(Hook):
       # A handler must not print: it may have interrupted a print.
       os.write(2, b"\nCtrl-C: the run saves after this step; once more stops it at once.\n")
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. The flags are read once: a later signal counts at the next step."""
     self.code = self.stopping()
 

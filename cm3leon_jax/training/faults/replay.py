@@ -9,7 +9,7 @@ be, bit for bit, the one that a checked step reads, and all replicas of a shard 
 from collections.abc import Sequence
 import dataclasses
 import socket
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -27,10 +27,13 @@ from cm3leon_jax.training.faults.fingerprint import (
   names_of,
 )
 from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 
 MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
-Fingerprints = dict[str, Fingerprint]
+Fingerprints: TypeAlias = dict[str, Fingerprint]
+Inputs: TypeAlias = tuple[TrainState, dict]  # State and batch.
+Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
 Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
 CONTINUE = "The same command continues from the newest checkpoint."
 # What to do about a device, see docs/reliability.md.
@@ -129,7 +132,9 @@ class Replay:
     self._first_replicas: np.ndarray | None = None
     self.faults: list[str] = []
 
-  def __call__(self, state, batch, num_sources: int = 0):
+  def __call__(
+    self, state: TrainState, batch: dict, num_sources: int = 0
+  ) -> tuple[TrainState, dict]:
     """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
 
     Raises:
@@ -144,7 +149,7 @@ class Replay:
     self._left = fingerprint_of(state) if is_checked(self._config, self._step + 1) else None
     return state, metrics
 
-  def _check(self, state, batch, num_sources: int):
+  def _check(self, state: TrainState, batch: dict, num_sources: int) -> tuple[TrainState, dict]:
     """Computes a step twice, and a third time if that differs; never holds a third state."""
     # The second computation comes first: the state is still there for the third one.
     again = self._compute(1, *self._move(1, state, batch), num_sources)[2]
@@ -167,18 +172,20 @@ class Replay:
       self._left = prints["left"]
     return new, {**metrics, "replay_faults": len(self.faults)}
 
-  def _move(self, number: int, state, batch):
+  def _move(self, number: int, state: TrainState, batch: dict) -> Inputs:
     """Copies the inputs of a step to the devices of a computation."""
     place = self._assignments[number - 1]
     return moved((state, batch), self._meshes[0], self._meshes[number], place)
 
-  def _compute(self, number: int, state, batch, num_sources: int):
+  def _compute(self, number: int, state: TrainState, batch: dict, num_sources: int) -> Computed:
     """Computes a checked step, which donates `state`, and waits for its fingerprints."""
     with jax.set_mesh(self._meshes[number]):
       state, metrics, prints = self._checked(state, batch, num_sources=num_sources)
       return state, metrics, jax.device_get(prints)
 
-  def _decide(self, first, again: Fingerprints, spare, num_sources: int):
+  def _decide(
+    self, first: Computed, again: Fingerprints, spare: Inputs, num_sources: int
+  ) -> Computed:
     """Computes the step a third time.
 
     Args:
@@ -288,7 +295,7 @@ class Replay:
     ]
 
 
-def replaying(steps: Steps, config: TrainConfig, state) -> Steps:
+def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
   """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
 
   Args:
@@ -316,7 +323,8 @@ def _agreed(verdict: Verdict) -> Verdict:
   """
   found = distributed.gather(dataclasses.asdict(verdict))
   fields = next((f for f in found if f["wrong"] or f["undecided"]), found[0])
-  return Verdict(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+  return Verdict(**values)
 
 
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:

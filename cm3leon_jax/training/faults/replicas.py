@@ -8,13 +8,13 @@ that computes a step again reads the same error again; another replica shows it.
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, equal
 
 
-def first_replicas(tree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
+def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
   """Returns the place of the first device that holds the same part of an array as each device.
 
   One array, split over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
@@ -180,7 +180,9 @@ def save(folder: epath.Path, loader: RowLoader, numbers: np.ndarray, losses: np.
   order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable")
   numbers, losses = numbers[order], losses[order]
   read_rows = [loader[int(number)] for number in numbers[:MOST]]
-  arrays = {f"row_{name}": np.stack([row[name] for row in read_rows]) for name in read_rows[0]}
+  arrays: dict[str, Any] = {
+    f"row_{name}": np.stack([row[name] for row in read_rows]) for name in read_rows[0]
+  }
   with replacing(folder / ROWS) as file:
     np.savez_compressed(file, numbers=numbers, losses=losses, **arrays)
 

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 import contextlib
 
 from etils import epath
+from jax.sharding import NamedSharding
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.objective import Objective
 from cm3leon_jax.training.step.numerics import TooManySkippedError
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 
 
@@ -22,9 +24,10 @@ class NewestState(Hook):
 
   def __init__(self, step: int, next_row: int):
     """Remembers the begin of this start: the step before its first one, and its first row."""
-    self._step, self._next_row, self.state = step, next_row, None
+    self._step, self._next_row = step, next_row
+    self.state: TrainState | None = None
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
     """See `Hook`."""
     self.state = state
 
@@ -36,8 +39,8 @@ class NewestState(Hook):
 
 @contextlib.contextmanager
 def explaining(
-  objective: Objective, steps: Steps, newest: NewestState, config: TrainConfig, sharding,
-  folder: epath.Path,
+  objective: Objective, steps: Steps, newest: NewestState, config: TrainConfig,
+  sharding: NamedSharding, folder: epath.Path,
 ) -> Iterator[None]:  # fmt: skip
   """Explains to the user why a body that trains has stopped because of skipped steps.
 
@@ -56,6 +59,7 @@ def explaining(
     yield
   except TooManySkippedError as error:
     rows = newest.rows_of(error.steps, config.global_batch_size)
+    assert newest.state is not None  # Steps were taken.
     params, batch_size = newest.state.params, config.micro_batch_size
     what = objective.explain(steps, params, rows, batch_size, sharding, folder)
     raise UserError(

@@ -1,5 +1,7 @@
 """Saves in the background that fail end a training."""
 
+from typing import Any
+
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.hooks import Hook
 
@@ -10,6 +12,6 @@ class FailedSaves(Hook):
   def __init__(self, checkpoints: Checkpoints):
     self._checkpoints = checkpoints
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Raises TryAgain: the save in flight could not be written."""
     self._checkpoints.check_save()

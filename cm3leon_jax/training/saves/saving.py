@@ -1,10 +1,13 @@
 """When a run of the decoder saves, and what it checks before."""
 
+from typing import Any
+
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step.numerics import check_finite
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
 from cm3leon_jax.training.watch.monitor import Monitor
 
@@ -37,11 +40,11 @@ class Saves(Hook):
     self._stop, self._heldout = stop, heldout
     self.saved, self.next_row = 0, next_row
 
-  def begin(self, state) -> None:
+  def begin(self, state: TrainState) -> None:
     """See `Hook`."""
     self.saved = int(state.step)
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`."""
     self.next_row += self._config.global_batch_size
     last = step == self._config.steps or self._stop.code is not None
@@ -53,7 +56,7 @@ class Saves(Hook):
         self._checkpoints.save(state, step, self.next_row, loss)
       self.saved = step
 
-  def end(self, state) -> None:
+  def end(self, state: TrainState) -> None:
     """See `Hook`."""
     with self._monitor.phase("save", int(state.step)):
       self._checkpoints.close()

@@ -2,15 +2,16 @@
 
 # B batch, L length, E embedding, H height, W width, n pairs.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import time
+from typing import TypeAlias
 
 from etils import epath
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, Key, UInt8
 import numpy as np
 import optax
 
@@ -27,6 +28,8 @@ from cm3leon_jax.vocab import VocabLayout
 MAX_SCALE = 100.0
 READ_THREADS = 8
 MAX_HELDOUT = 4_096
+# Images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B]; of the host or of devices.
+ClipBatch: TypeAlias = tuple[Array | np.ndarray, Array | np.ndarray, Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +49,13 @@ class ClipData:
   def __len__(self) -> int:
     return len(self.tokens)
 
-  def __getitem__(self, rows: np.ndarray):
+  def __getitem__(self, rows: np.ndarray) -> ClipBatch:
     return self.images[rows], self.tokens[rows], self.concepts[rows]
 
 
-def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) -> ClipData:
+def open_data(
+  folder: epath.PathLike, split: str, encode: Callable[[str], np.ndarray], config: CLIPConfig
+) -> ClipData:
   """Opens the pairs of a split in order; `encode` converts a caption to int32 ids."""
   paths, tokens, concepts = [], [], []
   for name in reader.shards(folder):
@@ -58,9 +63,9 @@ def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) ->
     paths += [pair.image for pair in pairs]
     tokens.append(clip_lib.pad_texts([encode(p.caption) for p in pairs], config.text_length))
     concepts.append(np.array([group_id(p.concept or p.caption) for p in pairs], np.uint64))
-  _, concepts = np.unique(np.concatenate(concepts), return_inverse=True)
+  _, numbers = np.unique(np.concatenate(concepts), return_inverse=True)
   images = reader.in_memory(reader.ImageFiles(paths, config.resolution, READ_THREADS))
-  return ClipData(images, np.concatenate(tokens), concepts.astype(np.int32))
+  return ClipData(images, np.concatenate(tokens), numbers.astype(np.int32))
 
 
 def contrastive_loss(
@@ -127,7 +132,9 @@ def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> tuple[dict, dict]:
+def train_step(
+  config: CLIPConfig, text_size: int, state: dict, batch: ClipBatch, key: Key[Array, ""]
+) -> tuple[dict, dict]:
   """Takes one AdamW step; all other pairs of the global batch are negatives, on any device.
 
   Args:
@@ -142,7 +149,7 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
   """
   images, tokens, concepts = batch
 
-  def loss_fn(params):
+  def loss_fn(params: dict) -> Float[Array, ""]:
     model = clip_lib.bind(config, text_size, params)
     x, t = augment(clip_lib.to_float(images), tokens, key, config)
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
@@ -165,11 +172,11 @@ def train(
 ) -> CLIP:
   """Trains all steps, or the remaining ones of a killed run; see `trainer.train`."""
 
-  def init():
+  def init() -> dict:
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
     return {"params": params, "opt_state": make_optimizer(config).init(params)}
 
-  def step(state, batch, i):
+  def step(state: dict, batch: ClipBatch, i: int) -> tuple[dict, dict]:
     key = jax.random.fold_in(jax.random.key(seed), i)
     return train_step(config, text_size, state, batch, key)
 
@@ -199,7 +206,7 @@ def text_to_image_recall(
   right = names[:, None] == names[None, :]
   best = np.where(right, scores, -np.inf).max(1)
   rank = (~right & ~(scores < best[:, None])).sum(1)
-  result = {"candidates": n}
+  result: dict[str, float | int] = {"candidates": n}
   for k in (1, 5):
     result[f"recall@{k}"] = float((rank < k).mean())
     # The chance that k random images miss all right ones.
@@ -228,7 +235,7 @@ def check_recall(found: dict[str, float | int]) -> None:
 
 def train_clip(
   config: CLIPConfig,
-  encode,
+  encode: Callable[[str], np.ndarray],
   text_size: int,
   raw_folder: epath.PathLike,
   folder: epath.PathLike,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.hooks import Hook
@@ -29,7 +30,7 @@ class Lines(Hook):
   remedy: str
   values: dict[str, float] | None = None
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Raises UserError: a number is not finite."""
     self.values = None
     if step % self.every and step != self.steps:
@@ -41,7 +42,7 @@ class Lines(Hook):
     self.log.write(step, values)
     self.values = values
 
-  def end(self, state) -> None:
+  def end(self, state: Any) -> None:
     """See `Hook`."""
     self.log.flush()
 
@@ -52,7 +53,7 @@ class ShownLines(Hook):
   def __init__(self, lines: Lines, show: Callable[[int, dict[str, float]], None]):
     self._lines, self._show = lines, show
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`."""
     if self._lines.values is not None:
       self._show(step, self._lines.values)

@@ -35,7 +35,7 @@ class SmallSaves(Hook):
   remedy: str
   saved: int
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Raises UserError: the state is not finite."""
     last = step == self.config.steps
     if step % self.config.checkpoint_every == 0 or last or self.stop.code is not None:
@@ -45,7 +45,7 @@ class SmallSaves(Hook):
       self.checkpoints.save(state, step, next_row=step * self.config.batch_size)
       self.saved = step
 
-  def end(self, state) -> None:
+  def end(self, state: Any) -> None:
     """See `Hook`."""
     self.checkpoints.close()
 
@@ -56,7 +56,7 @@ class ShownSaves(Hook):
   def __init__(self, saves: SmallSaves, show: Callable[[int, Any], None]):
     self._saves, self._show = saves, show
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`."""
     if self._saves.saved == step and self._saves.stop.code is None:
       self._show(step, state)

@@ -18,6 +18,7 @@ from etils import epath
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -171,7 +172,7 @@ def layout(shape: tuple[int, ...]) -> P:
   (3, 3, 8, 8) -> P()
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-  parts = math.prod(sizes[axis] for axis in RULES["largest"])
+  parts = math.prod(sizes[axis] for axis in RULES["largest"] or ())
   divisible = [i for i, size in enumerate(shape) if size % parts == 0]
   if math.prod(shape) < SPLIT_FROM or not divisible:
     return P()
@@ -179,7 +180,7 @@ def layout(shape: tuple[int, ...]) -> P:
   return spec(*("largest" if i == largest else None for i in range(len(shape))))
 
 
-def keep_layout(state):
+def keep_layout(state: PyTree) -> PyTree:
   """Makes a jitted function return a state as `train` lays it out, so that it can be donated.
 
   Outside of `train`, where the mesh has no automatic axes, it returns the state as it is.
@@ -189,13 +190,13 @@ def keep_layout(state):
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout(x.shape)), state)
 
 
-def _shardings(tree):
+def _shardings(tree: PyTree) -> PyTree:
   """Returns the NamedShardings of a state of these arrays or types on the current mesh."""
   mesh = jax.sharding.get_mesh()
   return jax.tree.map(lambda x: NamedSharding(mesh, layout(x.shape)), tree)
 
 
-def replicated(tree):
+def replicated(tree: PyTree) -> PyTree:
   """Puts a tree of arrays that a step reads beside the state on all devices of the current mesh."""
   return jax.device_put(tree, NamedSharding(_mesh(), P()))
 
@@ -213,7 +214,7 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
     )
 
 
-def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
+def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> tuple[dict, int]:
   """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
   newest = recovery.newest_whole(checkpoints)
   if newest is None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import time
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key, UInt8
 import numpy as np
 import optax
 
@@ -22,10 +24,22 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_watch
 from cm3leon_jax.training.step.optimizer import update_average
 
+Images: TypeAlias = UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"]
 RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32
 NUM_TRAIN_MEASURED = 1_024
 MAX_HELDOUT = 4_096
+
+
+@runtime_checkable
+class ImageRows(Protocol):
+  """Images uint8 [n, H, W, 3] by their rows: an array, or on disk, see `reader.ImageFiles`."""
+
+  def __len__(self) -> int:
+    """Returns n."""
+
+  def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+    """Returns the images of some rows."""
 
 
 def adversarial_from(config: VQGANConfig) -> int:
@@ -75,7 +89,11 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def train_step(
-  state: dict, images, config: VQGANConfig, adversarial: bool, features: dict | None = None
+  state: dict,
+  images: Images,
+  config: VQGANConfig,
+  adversarial: bool,
+  features: dict | None = None,
 ) -> tuple[dict, dict]:
   """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
 
@@ -107,7 +125,7 @@ def train_step(
       metrics["adversarial_weight"] = config.adversarial_weight * adaptive
     old = state["discriminator_opt_state"]
     state["discriminator"], state["discriminator_opt_state"] = _update(
-      discriminator_optimizer(config), grads, old, discriminator
+      discriminator_optimizer(config), grads, old, state["discriminator"]
     )
   if "averages" in state:
     state["averages"] = quantizers.update_averages(state["averages"], z, indices)
@@ -125,13 +143,17 @@ def train_step(
   return trainer.keep_layout(state), metrics
 
 
-def _update(tx, grads, opt_state, params):
+def _update(
+  tx: optax.GradientTransformation, grads: dict, opt_state: optax.OptState, params: dict
+) -> tuple[dict, optax.OptState]:
   updates, opt_state = tx.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
+def restart_dead_codes(
+  state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
+) -> dict:
   """Moves codes that were not used since the last restart to random encodings; resets `usage`.
 
   Args:
@@ -169,7 +191,7 @@ def train(
   config: VQGANConfig,
   num_codes: int,
   seed: int,
-  images,
+  images: ImageRows,
   folder: epath.PathLike,
   inputs: Mapping[str, str],
   features: dict | None = None,
@@ -182,7 +204,7 @@ def train(
     config: of the VQGAN.
     num_codes: K.
     seed: of parameters, order of the images and restarts.
-    images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `reader.ImageFiles`.
+    images: of the training.
     folder: gets metrics and checkpoints.
     inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
       file of `features`.
@@ -198,7 +220,7 @@ def train(
     raise ValueError("features must be given if, and only if, perceptual_weight is positive.")
   features = trainer.replicated(features)
 
-  def step(state, batch, i):
+  def step(state: dict, batch: Images, i: int) -> tuple[dict, dict]:
     adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)
     state, metrics = train_step(state, batch, config, adversarial, features)
     done = i + 1
@@ -207,7 +229,7 @@ def train(
       state = restart_dead_codes(state, batch, config, key)
     return state, metrics
 
-  def reconstruct(state, some):
+  def reconstruct(state: dict, some: np.ndarray) -> np.ndarray:
     tokenizer = trained(config, num_codes, state)
     return tokenizer.decode(tokenizer.encode(some))
 
@@ -240,7 +262,12 @@ def perplexity(codes: np.ndarray, num_codes: int) -> float:
   return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
 
 
-def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.PathLike) -> dict:
+def evaluate(
+  tokenizer: ImageTokenizer,
+  images: ImageRows,
+  train_images: ImageRows,
+  folder: epath.PathLike,
+) -> dict:
   """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images.
 
   Writes reconstructions.npz.
@@ -299,8 +326,8 @@ def train_vqgan(
   config: VQGANConfig,
   num_codes: int,
   seed: int,
-  images,
-  heldout_images,
+  images: ImageRows,
+  heldout_images: ImageRows,
   folder: epath.PathLike,
   inputs: Mapping[str, str],
   features: dict | None = None,

@@ -90,7 +90,7 @@ def place(rollout: Rollout) -> Rollout:
   """Splits the arrays of a rollout, which every process holds whole, over the current mesh."""
   mesh = jax.sharding.get_mesh()
 
-  def put(x):
+  def put(x: np.ndarray) -> Array:
     axes = spec("batch", *[None] * (x.ndim - 1))
     sharding = jax.sharding.NamedSharding(mesh, axes)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -162,7 +162,7 @@ def policy_step(
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
   of_reference = guided_log_probs(config, text_size, temperature, reference, rollout)
 
-  def loss_fn(params):
+  def loss_fn(params: dict) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
     ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
     sampled = rollout.codes[..., None] == ids[None, None]

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
 SCATTER_WIDTH = 256  # Columns of the table's gradient that are summed over devices at a time.
-Ids, Values, Scalar = Int32[Array, "B L"], Float32[Array, "B L"], Float32[Array, ""]
-BySource = Float32[Array, "S"]
+Ids: TypeAlias = Int32[Array, "B L"]
+Values: TypeAlias = Float32[Array, "B L"]
+Scalar: TypeAlias = Float32[Array, ""]
+BySource: TypeAlias = Float32[Array, " S"]
 SOURCE_SUMS = ("source_nll", "source_weight")
 
 
@@ -60,12 +62,17 @@ def weighted_nll(
   return _value(nll, log_z, weights, z_loss)
 
 
-def _forward(hidden, table, targets, weights, chunk, z_loss):
+def _forward(
+  hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids, weights: Values,
+  chunk: int, z_loss: float,
+) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
   (nll, log_z), gradients = _over_mesh(hidden, table, targets, weights, chunk, z_loss, True)
   return _value(nll, log_z, weights, z_loss), gradients
 
 
-def _backward(chunk, z_loss, gradients, cotangents):
+def _backward(
+  chunk: int, z_loss: float, gradients: Gradients, cotangents: tuple[Scalar, Values]
+) -> tuple[Float[Array, "B L D"], Float[Array, "V D"], None, None]:
   by_hidden, by_table = ((x * cotangents[0]).astype(x.dtype) for x in gradients)
   return by_hidden, by_table, None, None
 
@@ -73,7 +80,7 @@ def _backward(chunk, z_loss, gradients, cotangents):
 weighted_nll.defvjp(_forward, _backward)
 
 
-def _value(nll, log_z, weights, z_loss):
+def _value(nll: Values, log_z: Values, weights: Values, z_loss: float) -> tuple[Scalar, Values]:
   return jnp.sum(weights * (nll + z_loss * log_z**2)), nll
 
 
@@ -82,7 +89,10 @@ def _divisor(n: int, most: int) -> int:
   return max(d for d in range(1, min(most, n) + 1) if n % d == 0)
 
 
-def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
+def _over_mesh(
+  hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids, weights: Values,
+  chunk: int, z_loss: float, gradients: bool,
+) -> tuple[tuple[Values, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's tokens and rows of the table.
 
   Returns:
@@ -99,7 +109,10 @@ def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
   )(hidden, table, targets, weights)
 
 
-def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
+def _on_device(
+  C: int, z_loss: float, gradients: bool, hidden: Float[Array, "b L D"],
+  table: Float[Array, "rows D"], targets: Int32[Array, "b L"], weights: Float32[Array, "b L"],
+) -> tuple[tuple[Float32[Array, "b L"], Float32[Array, "b L"]], Gradients | None]:  # fmt: skip
   tensor = RULES["vocab"]
   # Without this XLA keeps the table that it gathered for the embedding, and a buffer for the
   # table's gradient, through all layers.
@@ -108,7 +121,9 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
     rows = jax.lax.all_gather(rows, axis, tiled=True)
   ids = jax.lax.axis_index(tensor) * rows.shape[0] + jnp.arange(rows.shape[0])
 
-  def chunk_nll(table_gradient, chunk):
+  def chunk_nll(
+    table_gradient: Float32[Array, "D v"] | None, chunk: tuple[Array, Array, Array]
+  ) -> tuple[Float32[Array, "D v"] | None, tuple[Array, Array, Array | None]]:
     h, target, weight = chunk
     logits = jnp.einsum("bCd,vd->bCv", h, rows, preferred_element_type=jnp.float32)
     top = jax.lax.pmax(jnp.max(logits, -1), tensor)
@@ -133,10 +148,10 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
 
   b, L = targets.shape
 
-  def split(x):
+  def split(x: Array) -> Array:
     return x.reshape(b, L // C, C, *x.shape[2:]).swapaxes(0, 1)
 
-  def whole(x):
+  def whole(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
 
   first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients else None
@@ -151,7 +166,7 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
   return values, jax.lax.optimization_barrier(Gradients(whole(by_hidden), by_rows))
 
 
-def _scattered(gradient):
+def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
   """Sums the table's gradient [D, v] fp32 over fsdp; returns this device's rows [rows, D] fp32.
 
   The transpose exists for at most SCATTER_WIDTH columns at a time: a second array of all rows,
@@ -160,7 +175,7 @@ def _scattered(gradient):
   D, v = gradient.shape
   width = _divisor(D, SCATTER_WIDTH)
 
-  def scattered(_, start):
+  def scattered(_: None, start: Int32[Array, ""]) -> tuple[None, Float32[Array, "rows width"]]:
     piece = jax.lax.dynamic_slice(gradient, (start, 0), (width, v)).T
     for axis in FSDP:
       piece = jax.lax.psum_scatter(piece, axis, tiled=True)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, PyTree
 import numpy as np
 import optax
 
@@ -36,11 +36,11 @@ def watch_norm(ratio: float) -> optax.GradientTransformation:
   SETTLED steps.
   """
 
-  def init(params):
+  def init(params: PyTree) -> NormState:
     del params
     return NormState(jnp.float32(0), jnp.int32(0), jnp.bool_(False))
 
-  def update(updates, state, params=None):
+  def update(updates: PyTree, state: NormState, params: PyTree = None) -> tuple[PyTree, NormState]:
     del params
     norm = optax.tree.norm(updates).astype(jnp.float32)
     rate = jnp.maximum(1 / (state.seen + 1), SMALLEST_RATE)
@@ -64,7 +64,7 @@ def is_sound(
   return jnp.isfinite(value) & jnp.isfinite(norm) & ~spike
 
 
-def select(sound: Bool[Array, ""], new, old):
+def select(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
   """Returns the tree `new` if `sound`, else `old`, which has the same types.
 
   Arrays are selected element by element, which the compiler fuses into what computes `new`: no
@@ -78,7 +78,7 @@ def _finite(leaves: list) -> list:
   return [jnp.isfinite(x).all() for x in leaves]
 
 
-def not_finite(tree) -> list[str]:
+def not_finite(tree: PyTree) -> list[str]:
   """Names the arrays of a tree that hold a NaN or an infinity, e.g. "params.embed"."""
   found = [
     (jax.tree_util.keystr(path, simple=True, separator="."), x)
@@ -89,7 +89,7 @@ def not_finite(tree) -> list[str]:
   return [name for (name, _), is_finite in zip(found, finite) if not is_finite]
 
 
-def check_finite(tree, what: str, remedy: str) -> None:
+def check_finite(tree: PyTree, what: str, remedy: str) -> None:
   """Checks a state before it is saved. All processes of a job must call it.
 
   Args:

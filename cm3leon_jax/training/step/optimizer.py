@@ -39,12 +39,12 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
   """Makes the optimizer of a run of `steps` steps; its state is laid out like the parameters."""
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
 
-  def decayed(params):
+  def decayed(params: dict) -> dict:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
 
   schedule, moment = learning_rate_schedule(config, steps), jnp.dtype(config.first_moment_dtype)
   if config.name == "adamw":
-    steps = [
+    transforms = [
       optax.adamw(
         schedule,
         config.b1,
@@ -65,14 +65,14 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
       muon_weight_dimension_numbers=_matrices,
       consistent_rms=UPDATE_RMS,
     )
-    steps = [
+    transforms = [
       _on_any_layout(directions),
       optax.add_decayed_weights(config.weight_decay, decayed),
       optax.scale_by_learning_rate(schedule),
     ]
   # Before the clipping. Without it the state has the layout of older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
-  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *steps)
+  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
 
 
 def _matrices(params: dict) -> dict:
@@ -86,7 +86,7 @@ def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransfo
   Updates and state keep the layout of the parameters.
   """
 
-  def update(updates, state, params):
+  def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
     if jax.sharding.get_abstract_mesh().empty:
       return inner.update(updates, state, params)
     layout = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))

@@ -2,13 +2,14 @@
 
 # B rows of the global batch, A accumulation steps, L length, S sources of rows.
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Float32, Key, Num, PyTree
 import optax
 
 from cm3leon_jax.mesh import spec
@@ -86,7 +87,9 @@ def train_step(
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
-  def loss_fn(params, part):
+  def loss_fn(
+    params: dict, part: dict[str, loss.Ids | loss.Values]
+  ) -> tuple[loss.Scalar, dict[str, loss.Scalar | loss.BySource]]:
     value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)
     return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
@@ -138,7 +141,9 @@ def apply_gradients(
   return TrainState(state.step + 1, *new), metrics
 
 
-def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
+def _accumulated(
+  grad_fn: Callable[[dict], tuple[dict, dict]], params: dict, batch: dict, accumulation_steps: int
+) -> tuple[dict, dict]:
   """Sums the results of `grad_fn`, (gradients, sums), over the micro-batches of a batch.
 
   Args:
@@ -148,7 +153,7 @@ def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
     accumulation_steps: A.
   """
 
-  def split(x):
+  def split(x: Num[Array, "B L"]) -> Num[Array, "A rows L"]:
     shape, axes = (-1, accumulation_steps, x.shape[1]), spec("batch", None, "length")
     return x.reshape(shape, out_sharding=axes).swapaxes(0, 1)
 
@@ -156,7 +161,7 @@ def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
   # The sum starts at zeros, not at the first gradients, so that a micro-batch is traced once.
   zeros = jax.tree.map(jnp.zeros_like, params)
 
-  def add(grads, part):
+  def add(grads: dict, part: dict) -> tuple[dict, dict]:
     part_grads, part_sums = _fp32(grad_fn(part))
     return jax.tree.map(jnp.add, grads, part_grads), part_sums
 
@@ -164,7 +169,7 @@ def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
   return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
 
-def _fp32(tree):
+def _fp32(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 

@@ -6,10 +6,12 @@ import threading
 from typing import Any
 
 from etils import epath
+from PIL import Image
 
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.prometheus import Prometheus
 from cm3leon_jax.training.watch.tensorboard_board import TensorBoard
@@ -30,14 +32,15 @@ class Board:
       instead: what to do if that fails.
       command: that opens it, the begin of the warning.
     """
-    self._name, self._instead, self._command = name, instead, command
+    self._name, self._command = name, command
+    self._instead: str | None = instead  # None: the board is off.
     self._board = self._attempt(make)
 
   def scalars(self, step: int, values: dict) -> None:
     """Shows a line of metrics.jsonl."""
     self._attempt(lambda: self._board.scalars(step, values))
 
-  def samples(self, step: int, sheet) -> None:
+  def samples(self, step: int, sheet: Image.Image) -> None:
     """Shows a grid of samples, a PIL image."""
     self._attempt(lambda: self._board.samples(step, sheet))
 
@@ -76,7 +79,7 @@ class Board:
     self._instead = None
 
 
-def check_installed(config) -> None:
+def check_installed(config: TrainConfig) -> None:
   """Raises UserError if a TrainConfig asks for Weights & Biases and its package is missing."""
   if not config.wandb:
     return
@@ -88,7 +91,9 @@ def check_installed(config) -> None:
     )
 
 
-def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -> list[Board]:
+def open_boards(
+  folder: epath.Path, config: TrainConfig, first_step: int, watch: Stopwatch
+) -> list[Board]:
   """Opens the boards of a TrainConfig; one that cannot be opened is a printed line.
 
   That TensorBoard is not installed is printed when the run begins, and not again.

@@ -1,6 +1,7 @@
 """What the monitor counts of a step until it is dispatched."""
 
 import contextlib
+from typing import Any
 
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.watch.monitor import Monitor
@@ -16,10 +17,10 @@ class Dispatch(Hook):
     self._monitor = monitor
     self._traced, self._wait = contextlib.ExitStack(), contextlib.ExitStack()
 
-  def __enter__(self):
+  def __enter__(self) -> "Dispatch":
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._traced.close()
 
   def before(self, step: int) -> None:
@@ -31,6 +32,6 @@ class Dispatch(Hook):
     """See `Hook`."""
     self._wait.close()
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`."""
     self._traced.close()

@@ -1,6 +1,6 @@
 """Goodput: the share of a run's wall time that went into steps, measured on the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import threading
 import time
@@ -42,7 +42,7 @@ class Stopwatch:
     jax.monitoring.unregister_event_duration_listener(self._on_event)
 
   @contextlib.contextmanager
-  def phase(self, name: str):
+  def phase(self, name: str) -> Iterator[None]:
     """Counts the body as `name`, not as the phase around it."""
     before = self._phase
     self._switch(name)
@@ -75,7 +75,7 @@ class Stopwatch:
     self._seconds[self._phase] += now - self._mark
     self._phase, self._mark = name, now
 
-  def _on_event(self, event: str, duration: float, **_) -> None:
+  def _on_event(self, event: str, duration: float, **_: object) -> None:
     """Counts tracing, lowering and compiling; a nested trace is reported before the outer one."""
     if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
       return

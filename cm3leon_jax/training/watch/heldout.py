@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax.data.rows.loader import RowLoader, batches
@@ -12,18 +13,19 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step import loss
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 from cm3leon_jax.training.watch.monitor import Monitor
 
 
-def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
+def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedSharding) -> list[dict]:
   """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
   count = config.eval_batches * config.gradient_accumulation_steps
   return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
 
 
 def evaluate(
-  steps: Steps, params, eval_batches: list, sources: Sequence[str] = ()
+  steps: Steps, params: dict, eval_batches: list[dict], sources: Sequence[str] = ()
 ) -> dict[str, float]:
   """Computes the held-out losses by modality, nats per target of the documents themselves.
 
@@ -41,7 +43,7 @@ def evaluate(
 
 
 def evaluator(
-  steps: Steps, heldout: RowLoader, config: TrainConfig, sharding
+  steps: Steps, heldout: RowLoader, config: TrainConfig, sharding: NamedSharding
 ) -> Callable[[dict], dict[str, float]]:
   """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
   eval_batches = heldout_batches(heldout, config, sharding)
@@ -80,7 +82,7 @@ class HeldoutLosses(Hook):
     self.losses: dict[str, float] | None = None
     self.at_start: dict[str, float] = {}
 
-  def begin(self, state) -> None:
+  def begin(self, state: TrainState) -> None:
     """See `Hook`. A continued run reads the losses of step 0 from its log."""
     if not self._evaluate_start:
       return
@@ -89,13 +91,13 @@ class HeldoutLosses(Hook):
     else:
       self.at_start = self._log(0, state)
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
     """See `Hook`."""
     last = step == self._config.steps or self._stop.code is not None
     if step % self._config.eval_every == 0 or last:
       self.losses = self._log(step, state)
 
-  def _log(self, step: int, state) -> dict[str, float]:
+  def _log(self, step: int, state: TrainState) -> dict[str, float]:
     with self._monitor.phase("evaluate", step):
       losses = self._evaluate(state.eval_params)
       self._monitor.heldout(step, losses)

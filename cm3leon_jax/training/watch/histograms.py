@@ -1,6 +1,7 @@
 """Histograms of the parameters that a run shows while it trains."""
 
 from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
 
 
@@ -10,7 +11,7 @@ class Histograms(Hook):
   def __init__(self, every: int, monitor: Monitor):
     self._every, self._monitor = every, monitor
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
     """See `Hook`."""
     if self._every and step % self._every == 0:
       self._monitor.histograms(step, state.params)

@@ -140,7 +140,7 @@ class MetricsLog:
       self._text += self._resume_event(resumed_at)  # Nothing to compare is an outcome too.
     self._appends = "://" not in os.fspath(self.path)
     if enabled and resumed_at is not None:
-      self._warn_of_difference(every)
+      self._warn_of_difference(resumed_at, every)
     if enabled:  # The digest is that of the log before.
       self._digest_path.unlink(missing_ok=True)
     self._rewrite()
@@ -181,21 +181,21 @@ class MetricsLog:
       sync(self.path)  # After a power loss the digest must not be of lines that are lost.
       write_json(self._digest_path, {"bytes": self._size, "sha256": self._sha256.hexdigest()})
 
-  def _warn_of_difference(self, every: int) -> None:
+  def _warn_of_difference(self, resumed_at: int, every: int) -> None:
     """Prints how the log differs from what the run wrote, or that it has no digest."""
     last = max((line["step"] for line in self.before if "event" not in line), default=0)
     if exists(self._digest_path):
       wrong = difference(self.path, self._digest_path)
-    elif not self.before and self._resumed_at >= every:
+    elif not self.before and resumed_at >= every:
       wrong = "is missing"
-    elif self._appends and last + every <= self._resumed_at:
+    elif self._appends and last + every <= resumed_at:
       wrong = f"ends with step {last:,}"
     else:
       wrong = ""
       print(f"{self.path} is of an earlier version, without a digest: it is read as it is.")
     if wrong:
       print(
-        f"warning: {self.path} {wrong}: curves and goodput of the steps up to {self._resumed_at:,} "
+        f"warning: {self.path} {wrong}: curves and goodput of the steps up to {resumed_at:,} "
         "are wrong or have gaps. The training does not depend on them and goes on; to mend them, "
         "restore the file from a copy and start again.",
         flush=True,

@@ -1,15 +1,18 @@
 """Output of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import datetime
 import time
+from typing import Any
 
 from etils import epath
 import jax
 import optax
+from PIL import Image
 
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.checked_step import is_checked
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
@@ -121,8 +124,8 @@ class Monitor(Hook):
   """
 
   def __init__(
-    self, log: MetricsLog, watch: Stopwatch, rates: flops.Rates, schedule: optax.Schedule, config,
-    profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
+    self, log: MetricsLog, watch: Stopwatch, rates: flops.Rates, schedule: optax.Schedule,
+    config: TrainConfig, profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
     skipped: int = 0,
   ):  # fmt: skip
     """Combines the outputs that `open_monitor` opens.
@@ -154,12 +157,12 @@ class Monitor(Hook):
     self._begin: tuple[int, float] | None = None
     self._phases = contextlib.ExitStack()
 
-  def __enter__(self):
+  def __enter__(self) -> "Monitor":
     self._phases.enter_context(self._watch.phase("step"))
     self._ended = self._in_steps()
     return self
 
-  def __exit__(self, error, *_):
+  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
     self._phases.close()
     self._profiler.stop()
     self._log.flush()
@@ -171,7 +174,7 @@ class Monitor(Hook):
       self._print(f"train: {describe(self._logged or self._watch.seconds())}")
 
   @contextlib.contextmanager
-  def overlapped(self, name: str):
+  def overlapped(self, name: str) -> Iterator[None]:
     """Counts a body during which the device may work as `name` only if the device becomes idle."""
     start = time.perf_counter()
     yield
@@ -179,7 +182,7 @@ class Monitor(Hook):
     if self._pending is None:
       self._count_overlapped()
 
-  def traced(self, step: int):
+  def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
     """Returns the context in which `step` is dispatched.
 
     A checked step returns when it is done, and the one before may wait for its fingerprint. So both
@@ -189,7 +192,7 @@ class Monitor(Hook):
       self.flush()
     return self._profiler.step(step, self.flush)
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: Any, metrics: dict) -> None:
     """Keeps the metrics of `step` and logs those of the previous step, see `Hook`."""
     ended = self._in_steps() if _is_done(metrics) else None
     self._flush(halved=ended is not None)
@@ -201,7 +204,7 @@ class Monitor(Hook):
       self._print(f"train: the trace that ends with step {step:,} is in {self._profiler.folder}.")
 
   @contextlib.contextmanager
-  def phase(self, name: str, step: int):
+  def phase(self, name: str, step: int) -> Iterator[None]:
     """Waits for `step` and logs it; then counts the body, which needs its state, as `name`."""
     self.flush()
     with self._watch.phase(name):
@@ -232,10 +235,11 @@ class Monitor(Hook):
       name: value for line in lines for name, value in line.items() if name.startswith("heldout_")
     }
 
-  def samples(self, step: int, sheet) -> None:
+  def samples(self, step: int, sheet: Image.Image | None) -> None:
     """Writes a grid of samples, a PIL image or None."""
-    for board in self._boards if sheet is not None else ():
-      board.samples(step, sheet)
+    if sheet is not None:
+      for board in self._boards:
+        board.samples(step, sheet)
 
   def histograms(self, step: int, params: dict) -> None:
     """Writes a histogram of every parameter. All processes must call it."""
@@ -274,6 +278,7 @@ class Monitor(Hook):
     values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
     self._write(step, {**values, "time": round(time.time(), 3)})
     shown = step % self._config.log_every == 0 or values.get("skipped")
+    assert self._begin is not None  # `_add_rates` sets it.
     if shown or step in (self._begin[0], self._config.steps):
       if self._unprinted[2]:
         values |= self._rates.of(*self._unprinted)
@@ -332,8 +337,9 @@ def _is_done(metrics: dict) -> bool:
 
 
 def open_monitor(
-  folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int,
-  newest: int | None, watch: Stopwatch, profile_steps: range, sources: Sequence[str] = (),
+  folder: epath.Path, model: ModelConfig, config: TrainConfig, schedule: optax.Schedule,
+  sequence_length: int, newest: int | None, watch: Stopwatch, profile_steps: range,
+  sources: Sequence[str] = (),
 ) -> Monitor:  # fmt: skip
   """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
 

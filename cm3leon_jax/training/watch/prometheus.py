@@ -5,6 +5,8 @@ import http.server
 import threading
 import time
 
+from PIL import Image
+
 from cm3leon_jax.training.watch.goodput import Stopwatch, goodput
 
 # Name, its source among the values of a metrics line, and its meaning.
@@ -70,7 +72,7 @@ class Prometheus:
     if "loss" in values:
       self._stepped = self._clock()
 
-  def samples(self, step: int, sheet) -> None:
+  def samples(self, step: int, sheet: Image.Image) -> None:
     """Does nothing: Prometheus has numbers only."""
 
   def histograms(self, step: int, histograms: dict) -> None:
@@ -94,7 +96,7 @@ def _handler(text: Callable[[], str]) -> type[http.server.BaseHTTPRequestHandler
   class Handler(http.server.BaseHTTPRequestHandler):
     timeout = READ_SECONDS
 
-    def do_GET(self):
+    def do_GET(self) -> None:
       if self.path.partition("?")[0] != "/metrics":
         self.send_error(404)
         return
@@ -105,7 +107,7 @@ def _handler(text: Callable[[], str]) -> type[http.server.BaseHTTPRequestHandler
       self.end_headers()
       self.wfile.write(body)
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
       """Prints nothing: standard error is the log of the run."""
 
   return Handler

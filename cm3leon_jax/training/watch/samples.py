@@ -1,10 +1,12 @@
 """Grids of samples that a run makes while it trains."""
 
 from collections.abc import Callable
-from typing import Any
+
+from PIL import Image
 
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
 
 
@@ -15,7 +17,7 @@ class SampleGrids(Hook):
     self,
     config: TrainConfig,
     monitor: Monitor,
-    sample_grid: Callable[[dict, int], Any] | None = None,
+    sample_grid: Callable[[dict, int], Image.Image | None] | None = None,
   ):
     """Prepares it.
 
@@ -26,7 +28,7 @@ class SampleGrids(Hook):
     """
     self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
 
-  def after(self, step: int, state, metrics: dict) -> None:
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
     """See `Hook`."""
     if self._sample_grid is None:
       return

@@ -7,7 +7,9 @@ import os
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
+from PIL import Image
 
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
@@ -77,7 +79,7 @@ class TensorBoard:
     for tag, value in curves(values).items():
       self._writer.add_scalar(tag, value, step)
 
-  def samples(self, step: int, sheet) -> None:
+  def samples(self, step: int, sheet: Image.Image) -> None:
     """Writes a grid of samples, a PIL image."""
     self._writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
@@ -107,7 +109,7 @@ def tree_histograms(params: dict) -> dict:
     [BUCKETS] fp32 bucket_limits (upper ends of equal buckets) and bucket_counts (exact up to 2^24).
   """
 
-  def histogram(x):
+  def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
     low, high = jnp.min(x), jnp.max(x)
     limits = low + (high - low) * jnp.arange(1, BUCKETS, dtype=jnp.float32) / BUCKETS
     below = jax.lax.map(lambda limit: jnp.sum(x < limit, dtype=jnp.float32), limits)

@@ -1,6 +1,6 @@
 """Traces of chosen steps, for XProf and TensorBoard's profile plugin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import importlib.util
 import pathlib
@@ -57,7 +57,7 @@ class Profiler:
     self._collected: tempfile.TemporaryDirectory | None = None
 
   @contextlib.contextmanager
-  def step(self, step: int, wait: Callable[[], None]):
+  def step(self, step: int, wait: Callable[[], None]) -> Iterator[None]:
     """Traces the body, which dispatches `step`, if the step is in the range.
 
     Args:

@@ -5,6 +5,7 @@ import uuid
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.watch.tensorboard_board import curves
@@ -56,7 +57,7 @@ class WandbRun:
     """Logs the `curves` of a metrics line."""
     self._run.log(curves(values), step=step)
 
-  def samples(self, step: int, sheet) -> None:
+  def samples(self, step: int, sheet: Image.Image) -> None:
     """Logs a grid of samples, a PIL image."""
     self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
 

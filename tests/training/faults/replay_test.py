@@ -29,6 +29,7 @@ from cm3leon_jax.training.faults.replicas import different_replicas, first_repli
 from cm3leon_jax.training.steps import Steps
 from tests.models.tiny import mesh_of
 from tests.training import runs
+from tests.training.fakes import FakeState
 
 
 def tree_on(mesh):
@@ -410,4 +411,4 @@ def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsy
 
 
 def test_without_replay_the_steps_are_those_of_before():
-  assert replaying(NO_STEPS, TrainConfig(), None) is NO_STEPS
+  assert replaying(NO_STEPS, TrainConfig(), FakeState()) is NO_STEPS

@@ -1,6 +1,8 @@
 """`skipped_rows_test` has runs that end because of skipped steps."""
 
 from etils import epath
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -34,6 +36,7 @@ class Explained(Objective):
 
 CONFIG = TrainConfig(global_batch_size=4, gradient_accumulation_steps=2)
 STEPS = Steps(*[lambda: None] * 5)
+SHARDING = NamedSharding(Mesh(jax.devices()[:1], "data"), PartitionSpec())
 
 
 def test_the_objective_explains_the_newest_state_and_the_rows_of_the_skipped_steps():
@@ -42,7 +45,7 @@ def test_the_objective_explains_the_newest_state_and_the_rows_of_the_skipped_ste
     newest.after(step, FakeState(params=f"of step {step}"), {})
   with (
     pytest.raises(UserError, match=r"^step 3 is skipped: it was row 9; or lower optimizer"),
-    explaining(objective, STEPS, newest, CONFIG, None, folder),
+    explaining(objective, STEPS, newest, CONFIG, SHARDING, folder),
   ):
     raise TooManySkippedError("step 3 is skipped", range(2, 4))
   assert objective.asked == [("of step 3", range(4, 12), 2, folder)]
@@ -50,7 +53,7 @@ def test_the_objective_explains_the_newest_state_and_the_rows_of_the_skipped_ste
 
 def test_other_errors_are_not_explained():
   objective = Explained()
-  explained = explaining(objective, STEPS, NewestState(0, 0), CONFIG, None, epath.Path("run"))
+  explained = explaining(objective, STEPS, NewestState(0, 0), CONFIG, SHARDING, epath.Path("run"))
   with pytest.raises(ZeroDivisionError), explained:
     raise ZeroDivisionError
   assert objective.asked == []

@@ -6,6 +6,7 @@ import threading
 import types
 
 from etils import epath
+from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -42,7 +43,7 @@ class Failing:
 
 def use(board):
   board.scalars(1, {})
-  board.samples(1, None)
+  board.samples(1, Image.new("RGB", (2, 2)))
   board.histograms(1, {})
   board.flush()
   board.close()

@@ -4,6 +4,7 @@ import sys
 import types
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax.files.json_files import read_json
@@ -56,7 +57,8 @@ def test_the_environment_names_a_run(calls, tmp_path, monkeypatch):
 def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path):
   run = WandbRun(tmp_path, "cats", {})
   run.scalars(3, {"loss": 2.0, "heldout_loss": 3.0, "weight": 9.0})
-  run.samples(3, "sheet")
+  sheet = Image.new("RGB", (2, 2))
+  run.samples(3, sheet)
   run.histograms(
     3,
     {
@@ -69,7 +71,7 @@ def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path)
   )
   assert calls[1:3] == [
     (3, {"train/loss": 2.0, "heldout/loss": 3.0}),
-    (3, {"samples": ("image", "sheet")}),
+    (3, {"samples": ("image", sheet)}),
   ]
   ((step, logged),) = calls[3:]
   kind, (counts, edges) = logged["params/embed"]
