@@ -19,11 +19,11 @@ from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
+from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
-from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
 from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.step import grpo

@@ -8,28 +8,22 @@ the image that follows.
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from cm3leon_jax.data.instructions import sources
-from cm3leon_jax.data.instructions.config import InstructionTask, split_template
+from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.stores import square_pixels
-from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
-from cm3leon_jax.generation.text_tasks import InfillText
+from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.scenes.config import Style
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS
 from cm3leon_jax.scenes.judge import answers as scene_answers
 from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-
-LONGEST_TEXT = 40  # Tokens of an answer: captions of scenes are shorter.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,39 +66,6 @@ def heldout_records(task: InstructionTask, settings: Settings, count: int) -> li
   task = dataclasses.replace(task, heldout_records=count)
   drawn = ScenesTasks(settings.scenes)
   return list(sources.open_task(task, "heldout", settings.instructions, drawn))
-
-
-def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
-  """Returns what a model is asked for a record.
-
-    "Question: {question} Answer: {answer}. <break> {image}", target "answer":
-    InfillText("Question: Is there a cat? Answer: <mask>. <break> <image>", image)
-
-  Args:
-    task: of the record.
-    record: its texts and images.
-    **common: seed and sampling, and for captions `retrieve`.
-  """
-  retrieve = common.pop("retrieve", 0)
-  segments: list[str] = []
-  given: Any = ""
-  for segment in split_template(choose_template(task, record.key)):
-    if segment == f"{{{task.target}}}" and task.target in record.images:
-      break
-    for field, text in record.texts.items():
-      segment = segment.replace(f"{{{field}}}", MASK if field == task.target else text)
-    for field, image in record.images.items():
-      if segment == f"{{{field}}}":
-        segment, given = IMAGE, image
-    segments.append(segment)
-  prompt = f" {BREAK} ".join(segments)
-  if task.target in record.texts:
-    return InfillText(prompt=prompt, image=given, length=LONGEST_TEXT, **common)
-  if IMAGE not in segments and len(segments) == 1:
-    return TextToImage(prompt=prompt, retrieve=retrieve, **common)
-  if task.drop_instruction:
-    return Edit(prompt=segments[-1], image=given, **common)
-  return Instruct(prompt=prompt, image=given, **common)
 
 
 def answer_all(

@@ -3,16 +3,13 @@
 import dataclasses
 import types
 
-import numpy as np
 import pytest
 
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.instructions.task_files import load_tasks, read_tasks
 from cm3leon_jax.files.json_files import read_json_lines
-from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
-from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.reports import instruction_section
-from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, record
+from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS
 from cm3leon_jax.scenes.judge import grade_files
 from cm3leon_jax.scenes.judge import instruction_grades as grades
 from tests.generation.run import SETTINGS
@@ -38,46 +35,8 @@ def records():
   return {
     name: grades.heldout_records(task, SETTINGS, COUNT)
     for name, task in TASKS.items()
-    if name in ("count", "describe", "recolor", "edges", "draw", "complete")
+    if name in ("count", "describe", "recolor", "draw")
   }
-
-
-def ask(records, name, **fields):
-  return grades.prompt_of(TASKS[name], records[name][0], **fields)
-
-
-def test_a_model_is_asked_in_the_words_of_its_task(records):
-  asked = ask(records, "count", seed=3)
-  question = records["count"][0].texts["question"]
-  assert isinstance(asked, InfillText)
-  assert asked.prompt == f"Question: {question} Answer: <mask>. <break> <image>"
-  assert (asked.image == records["count"][0].images["image"]).all()
-  assert asked.seed == 3
-  asked = ask(records, "describe")
-  assert asked.prompt == "Describe the given picture. <mask> <break> <image>"
-  asked = ask(records, "draw", retrieve=1)
-  assert isinstance(asked, TextToImage)
-  assert (asked.prompt, asked.retrieve) == (records["draw"][0].texts["caption"], 1)
-  asked = ask(records, "recolor")
-  assert isinstance(asked, Edit)
-  assert asked.prompt == records["recolor"][0].texts["instruction"]
-  assert (asked.image == records["recolor"][0].images["before"]).all()
-  asked = ask(records, "edges")
-  assert isinstance(asked, Instruct)
-  caption = records["edges"][0].texts["caption"]
-  start = "Make high quality image from canny edge features <break> <image> <break> "
-  assert asked.prompt == start + caption
-  assert (asked.image == records["edges"][0].images["edges"]).all()
-
-
-def test_nothing_of_the_answer_is_in_what_is_asked():
-  for name, task in TASKS.items():
-    one = record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 1)
-    asked = grades.prompt_of(task, one)
-    if task.target in one.texts:
-      assert one.texts[task.target] not in asked.prompt
-    elif not isinstance(asked.image, str):
-      assert not np.array_equal(asked.image, one.images[task.target]), name
 
 
 def test_what_needs_no_model(records):
