@@ -13,10 +13,12 @@ import tomllib
 
 import pytest
 
+from cm3leon_jax import worlds
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
 BASE = {
   "vocab", "positions", "mesh", "config", "settings", "files", "runs", "parameters", "distributed",
-  "extras", "xla_options",
+  "extras", "xla_options", "worlds",
 }  # fmt: skip
 CORE = {
   "tokenizers", "data", "clip", "retrieval", "models", "weights", "training", "decoding",
@@ -39,8 +41,8 @@ MAY_IMPORT = {
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data", "trained"},
   "evaluation": BASE | CORE,
   "scenes": BASE | CORE | {"evaluation"},
-  "reinforcement": BASE | CORE | {"evaluation", "scenes"},
-  "reports": BASE | CORE | {"evaluation", "scenes"},
+  "reinforcement": BASE | CORE | {"evaluation"},
+  "reports": BASE | CORE | {"evaluation"},
   "export": BASE | CORE,
   "importing": BASE | CORE | {"export"},
   "planning": BASE | CORE,
@@ -97,8 +99,45 @@ def test_a_section_of_the_config_imports_nothing_of_its_room():
   files = sorted(PACKAGE.glob("*/**/config.py"))
   assert {"clip", "models", "training"} <= {file.parent.name for file in files}
   for file in files:
-    surplus = imported(file.read_text()) - {"config", "vocab"}
+    surplus = imported(file.read_text()) - {"config", "vocab", "worlds"}
     assert not surplus, f"{file.relative_to(PACKAGE)} imports {', '.join(sorted(surplus))}"
+
+
+def names_a_world(source: str) -> bool:
+  """Whether a file imports a module of a world, or names one: its folder is that of the module.
+
+  >>> names_a_world("from cm3leon_jax.scenes.judge import judge")
+  True
+  """
+  folders = {module.split(".")[1] for module in worlds.MODULES.values()}
+  return bool(re.search(rf"cm3leon_jax(\.| import )({'|'.join(folders)})\b", source))
+
+
+def test_only_the_table_of_worlds_and_the_settings_name_a_world():
+  """The settings import the section of the config."""
+  rooms = {module.split(".")[1] for module in worlds.MODULES.values()} | {"configs"}
+  found = {
+    str(path.relative_to(PACKAGE))
+    for path in PACKAGE.rglob("*.py")
+    if path.relative_to(PACKAGE).parts[0] not in rooms and names_a_world(path.read_text())
+  }
+  assert found == {"worlds.py", "settings.py"}
+  source = (PACKAGE / "settings.py").read_text()
+  assert not names_a_world(SECTION.sub("", source))
+
+
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [
+    ("import cm3leon_jax.scenes.world", True),
+    ("from cm3leon_jax import scenes", True),
+    ("def f():\n  from cm3leon_jax.scenes import leaks", True),
+    ('importlib.import_module("cm3leon_jax.scenes.interface")', True),
+    ("from cm3leon_jax.data.sources import drawn\nname = 'scenes'", False),
+  ],
+)
+def test_names_of_worlds_are_found(source, expected):
+  assert names_a_world(source) == expected
 
 
 def test_the_settings_import_only_the_base_and_sections():

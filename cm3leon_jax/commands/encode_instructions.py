@@ -15,7 +15,7 @@ from cm3leon_jax.runs import stages, table
 def main(settings, workdir) -> None:
   from cm3leon_jax.data.instructions import sources
   from cm3leon_jax.data.instructions.task_files import load_tasks, shipped
-  from cm3leon_jax.scenes.tasks import ScenesTasks
+  from cm3leon_jax.evaluation.world import drawn_tasks
 
   if not settings.instructions.any:
     raise UserError(
@@ -37,7 +37,7 @@ def main(settings, workdir) -> None:
       str(workdir),
       tasks,
       settings.instructions,
-      ScenesTasks(settings.scenes),
+      drawn_tasks(settings),
       settings.vocab,
       settings.data.sequence_length,
       settings.raw.num_threads,

@@ -42,6 +42,7 @@ from cm3leon_jax.runs import stages, table
 if TYPE_CHECKING:
   from cm3leon_jax.clip.huggingface import HFCLIP
   from cm3leon_jax.clip.model import CLIP
+  from cm3leon_jax.evaluation.world import World
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.trained.run import Run
 
@@ -57,7 +58,6 @@ _LAST_PARAMS = flags.DEFINE_bool(
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
 EXPORT_SAMPLES = 4  # GenEval's own number.
-BUNDLED = "scenes"  # Model whose images stand beside those of a run of `scenes`.
 
 
 def main(settings, workdir):
@@ -84,6 +84,8 @@ def main(settings, workdir):
     return
   import jax
 
+  from cm3leon_jax.evaluation.world import of_source
+
   _check_run(workdir)
   if jax.distributed.is_initialized():
     raise UserError("of cm3leon evaluate only --protocol runs in several processes: add it.")
@@ -95,10 +97,10 @@ def main(settings, workdir):
   inputs = {}
   if settings.evaluation.scenes:
     inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
-    if _has_bundled(settings):
+    if world := of_source(settings):
       from cm3leon_jax.trained import bundles
 
-      inputs["bundled"] = digest(bundles.folder_of(BUNDLED) / bundles.FILE)
+      inputs["bundled"] = digest(bundles.folder_of(world.bundled) / bundles.FILE)
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
@@ -142,17 +144,20 @@ def _by_protocol(settings, workdir) -> None:
 def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
+  from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.likelihood import bits
+  from cm3leon_jax.evaluation.world import of_facts
   from cm3leon_jax.retrieval import neighbors
 
   settings, workdir = run.settings, run.folder
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
-  scene_samples = _scene_samples() if config.scenes else None
-  if scene_samples:  # Before anything is measured, so that a mistake ends the command.
+  if config.scenes:  # Before anything is measured, so that a mistake ends the command.
+    world = of_facts(settings)
+    world.check_installed()
     pipeline = _pipeline(run, params)
-    tasks = scene_samples.heldout_scenes(pipeline, workdir, config.scene_guidance)
+    tasks = strata.heldout_captions(pipeline, workdir, config.scene_guidance)
   documents = workdir / "documents"
   bank = Bank(documents, settings.vocab)
   heldout = DocumentStore(documents / "heldout_pairs", settings.vocab)
@@ -161,33 +166,29 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   metrics = bits.evaluate(params, settings.model, bank, heldout, ids, *sections)
   summary.update(step=step, **metrics)
   print(f"evaluate: {bits.describe(metrics)}", flush=True)
-  if scene_samples:
-    bundled = _load_bundled() if _has_bundled(settings) else None
+  if config.scenes:
+    bundled = _load_bundled(settings)
     generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
-    judged = scene_samples.evaluate(pipeline, tasks, workdir, folder, generate)
-    summary["scenes"] = scene_samples.overview(judged)
+    judged = world.evaluate(pipeline, tasks, workdir, folder, generate)
+    summary[world.name] = judged.overview
     if bundled:
-      summary["scenes"]["bundled"] |= _about(bundled)
-    print(scene_samples.describe(judged))
-    print(f"evaluate: samples are in {folder / 'scenes.png'}", flush=True)
+      summary[world.name]["bundled"] |= _about(bundled, world)
+    print(judged.text)
+    print(f"evaluate: samples are in {folder / f'{world.name}.png'}", flush=True)
   write_json(folder / "metrics.json", summary)
 
 
-def _has_bundled(settings) -> bool:
-  """Returns whether the bundled model knows the world of the run.
+def _load_bundled(settings):
+  """Loads the bundled model of the run's world; None if its records are of another source.
 
-  What is held out there depends on names alone, so it never trained on the run's held-out scenes.
+  What a world holds out depends on names alone, so the model never trained on what the run holds
+  out.
   """
-  from cm3leon_jax.scenes.source import NAME
-
-  return settings.raw.source == NAME
-
-
-def _load_bundled():
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.scenes.judge.samples import SHEET_SCENES
+  from cm3leon_jax.evaluation.world import of_source
 
-  return CM3Leon.load(BUNDLED, batch_size=SHEET_SCENES)
+  world = of_source(settings)
+  return world and CM3Leon.load(world.bundled, batch_size=world.sheet_size)
 
 
 def _images_of(model, seed: int, captions: list[str]) -> list:
@@ -195,7 +196,7 @@ def _images_of(model, seed: int, captions: list[str]) -> list:
   return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
 
 
-def _about(model) -> dict:
+def _about(model, world: World) -> dict:
   """Describes a bundled model: its settings of sampling, size and cost."""
   import jax
 
@@ -210,19 +211,9 @@ def _about(model) -> dict:
     "neighbors": model.pipeline.usual_retrieve,
     "step": model.step,
     "parameters": transformer.count_params(types),
-    "training_scenes": settings.scenes.train,
+    **world.about(settings),
     **bundles.about(model.workdir),
   }
-
-
-def _scene_samples():
-  """Imports the module that judges samples, which needs the drawings of the extra `demo`."""
-  from cm3leon_jax.scenes import source
-
-  source.check_installed()
-  from cm3leon_jax.scenes.judge import samples as scene_samples
-
-  return scene_samples
 
 
 def _pipeline(run: Run, params: dict, clip: CLIP | HFCLIP | None = None) -> Pipeline:
@@ -267,10 +258,14 @@ def _export(settings, workdir: epath.Path) -> None:
 
 
 def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, list[dict]]:
-  """Returns tasks of held-out scenes, and what GenEval would check of each."""
-  scene_samples = _scene_samples()
-  tasks = scene_samples.heldout_scenes(pipeline, workdir, [settings.sampling.guidance])
-  return tasks, [scene_samples.metadata(task) for task in tasks]
+  """Returns tasks of held-out captions, and what GenEval would check of each."""
+  from cm3leon_jax.evaluation import strata
+  from cm3leon_jax.evaluation.world import of_facts
+
+  world = of_facts(settings)
+  world.check_installed()
+  tasks = strata.heldout_captions(pipeline, workdir, [settings.sampling.guidance])
+  return tasks, [world.geneval_metadata(task) for task in tasks]
 
 
 def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:

@@ -198,6 +198,7 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
 
 def _make_run(trained: Run, protocol: Protocol, names, extractor, options: Options, about):
   """Loads what a protocol runs on; returns a `ProtocolRun` and the step of its parameters."""
+  from cm3leon_jax.evaluation import world
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
@@ -250,16 +251,9 @@ def _make_run(trained: Run, protocol: Protocol, names, extractor, options: Optio
     scorer_identity=identity["scorer"],
     params=params,
     num_resamples=settings.evaluation.num_resamples,
-    judge=functools.partial(_judge, settings.scenes.style),
+    judge=functools.partial(world.of_facts(settings).judge_images, settings=settings),
   )
   return job, step
-
-
-def _judge(style: str, images, facts: Sequence[dict]) -> list[bool]:
-  """Judges images of scenes: whether each shows exactly what its caption says."""
-  from cm3leon_jax.scenes.judge import judge
-
-  return [bool(verdict.correct) for verdict in judge.judge_all(images, facts, style)]
 
 
 def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:

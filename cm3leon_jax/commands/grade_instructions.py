@@ -20,7 +20,7 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Callable
 
-  from cm3leon_jax.scenes.judge.instruction_grades import Answer
+  from cm3leon_jax.evaluation.world import Answer, World
   from cm3leon_jax.trained.run import Run
 
 
@@ -35,19 +35,33 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
   }
 
 
-def _grade(run: Run, count: int) -> dict[str, dict[str, list[Answer]]]:
-  """Returns the answers of each task by the titles of the columns."""
-  from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.scenes.judge import instruction_grades as grades
+def _judges(settings) -> dict[str, World]:
+  """Returns the worlds that judge answers exactly, by the names of the tasks.
 
-  settings = run.settings
-  tasks = [task for task in load_tasks(settings.instructions) if grades.is_judged(task)]
-  if not tasks:
+  Raises:
+    UserError: no task has such answers.
+  """
+  from cm3leon_jax.data.instructions.task_files import load_tasks
+  from cm3leon_jax.evaluation.world import of_answers
+
+  tasks = load_tasks(settings.instructions)
+  judges = {task.name: world for task in tasks if (world := of_answers(task))}
+  if not judges:
     raise UserError(
       "no task of config.instructions has answers that are judged exactly, of scenes/...: evaluate "
       "the run by a protocol, `cm3leon evaluate --protocol=cm3leon_table2`."
     )
+  return judges
+
+
+def _grade(run: Run, judges: dict[str, World], count: int) -> dict[str, dict[str, list[Answer]]]:
+  """Returns the answers of each task of `judges` by the titles of the columns."""
+  from cm3leon_jax.data.instructions.task_files import load_tasks
+  from cm3leon_jax.evaluation.grades import answers as grades
+  from cm3leon_jax.generation.pipeline import Pipeline
+
+  settings = run.settings
+  tasks = [task for task in load_tasks(settings.instructions) if task.name in judges]
   records = {task.name: grades.heldout_records(task, settings, count) for task in tasks}
   retrieve = settings.evaluation.scene_neighbors if (run.folder / "neighbors").exists() else 0
   clip = run.clip if retrieve else None
@@ -56,29 +70,32 @@ def _grade(run: Run, count: int) -> dict[str, dict[str, list[Answer]]]:
     size = settings.evaluation.batch_size
     pipeline = Pipeline.load(run, load(), clip, batch_size=size)
     for task in tasks:
-      found = grades.answer_all(pipeline, task, records[task.name], retrieve)
+      world, asked = judges[task.name], records[task.name]
+      found = grades.answer_all(world, pipeline, task, asked, retrieve)
       answers[task.name][title] = found
       right = sum(answer.right for answer in found)
       print(f"{title}: {task.name} {right} of {len(found)} right", flush=True)
   for task in tasks:
     answers[task.name] |= grades.without_model(
-      task, records[task.name], pipeline.image_tokenizer, settings.scenes.style
+      judges[task.name], task, records[task.name], pipeline.image_tokenizer, settings
     )
   return answers
 
 
 def main(settings, workdir, count: int) -> None:
-  from cm3leon_jax.scenes.judge import grade_files
+  from cm3leon_jax.evaluation.grades import files
   from cm3leon_jax.trained.run import Run
 
   more = {"records": str(count)}
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
     if summary is None:
       return
-    answers = _grade(Run(workdir, settings), count)
-    result = grade_files.write(workdir / "grades", answers, settings)
+    judges = _judges(settings)
+    answers = _grade(Run(workdir, settings), judges, count)
+    kinds = {kind: of for world in judges.values() for kind, of in world.kinds.items()}
+    result = files.write(workdir / "grades", answers, settings, kinds)
     summary.update(result)
-    print(grade_files.describe(result))
+    print(files.describe(result))
 
 
 if __name__ == "__main__":

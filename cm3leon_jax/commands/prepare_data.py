@@ -11,6 +11,7 @@ import dataclasses
 
 from absl import flags
 
+from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
@@ -29,14 +30,15 @@ _LEAK_PSNR = flags.DEFINE_float(
 )
 
 
-DRAWN = ("openmoji", "scenes")  # Values of `raw.source` whose images are drawn.
+DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are drawn.
 
 
 def drawn_source(settings):
   """Returns the source that draws its own images, or None."""
-  from cm3leon_jax.scenes.source import NAME, ScenesSource
+  from cm3leon_jax.evaluation.world import of_source
 
-  return ScenesSource(settings.scenes) if settings.raw.source == NAME else None
+  world = of_source(settings)
+  return world and world.source(settings)
 
 
 def check_leaks(settings, workdir) -> None:
@@ -63,16 +65,14 @@ def check_leaks(settings, workdir) -> None:
     )
 
 
-def check_fact_leaks(workdir) -> None:
+def check_fact_leaks(drawn, workdir) -> None:
   """Prints how many held-out scenes show only facts that training shows.
 
   Raises:
     UserError: there is one.
   """
-  from cm3leon_jax.scenes import leaks as fact_leaks
-
   stages.require(workdir, "raw")
-  report = fact_leaks.check(workdir / "raw")
+  report = drawn.leaks(workdir / "raw")
   kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
   print(
     f"check_leaks, by facts: heldout_scenes {report.heldout}, train_scenes {report.train}, {kinds}"
@@ -175,8 +175,8 @@ def main(settings, workdir, counts: bool = False):
   from cm3leon_jax.data.sources import formats
 
   if _CHECK_LEAKS.value:
-    if drawn_source(settings) is not None:
-      check_fact_leaks(workdir)
+    if (drawn := drawn_source(settings)) is not None:
+      check_fact_leaks(drawn, workdir)
     else:
       check_leaks(settings, workdir)
     return

@@ -38,7 +38,7 @@ def _objective(run: Run, reference):
 
   settings = run.settings
   tasks = rollouts.image_tasks(settings)
-  reward = rewards.reward_of(settings.reinforce.reward, tasks, settings.scenes.style)
+  reward = rewards.reward_of(settings, tasks)
   needed = settings.train.steps * settings.train.global_batch_size // settings.reinforce.samples
   layout = PromptLayout.of(run)
   prompts = rollouts.read_prompts(settings, layout, "train", needed)

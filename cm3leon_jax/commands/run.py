@@ -47,9 +47,9 @@ def commands(settings, given: bool) -> dict[str, str]:
 def _are_judged(settings) -> bool:
   """Returns whether a task of the instructions has answers that are judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.scenes.judge.instruction_grades import is_judged
+  from cm3leon_jax.evaluation.world import of_answers
 
-  return any(map(is_judged, load_tasks(settings.instructions)))
+  return any(map(of_answers, load_tasks(settings.instructions)))
 
 
 def passed_on(argv: list[str]) -> list[str]:

@@ -17,22 +17,22 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 
-def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
-  """Judges held-out scenes and their reconstructions; {} for pairs without facts."""
+def _judge(settings, workdir, tokenizer) -> dict:
+  """Judges held-out images and their reconstructions; {} for pairs without facts."""
   import numpy as np
 
   from cm3leon_jax.data.raw import reader
+  from cm3leon_jax.evaluation.world import of_facts
 
   facts = [pair.facts for pair in reader.read_pairs(workdir / "raw", "heldout")]
   if not facts or not all(facts):
     return {}
-  from cm3leon_jax.scenes.judge import judge
-
+  world = of_facts(settings)
   images = reader.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
   return {
-    f"{kind}_scenes_right": float(np.mean([v.correct for v in judge.judge_all(x, facts, style)]))
+    f"{kind}_{world.name}_right": float(np.mean(world.judge_images(x, facts, settings)))
     for kind, x in kinds.items()
   }
 
@@ -110,7 +110,7 @@ def main(settings, workdir):
         )
       )
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
-      summary.update(_judge_scenes(workdir, tokenizer, settings.scenes.style))
+      summary.update(_judge(settings, workdir, tokenizer))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
     else:
       trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)

@@ -85,3 +85,13 @@ def describe_groups(interval: dict, noun: str = "concept") -> str:
   count, effective = interval["groups"], round(interval["effective_groups"])
   groups = f"1 {noun}" if count == 1 else f"{count} {noun}s"
   return groups if effective == count else f"{groups} (effectively {effective})"
+
+
+def describe_share(measure: dict | None) -> str:
+  """Formats a share and its interval: "81.0% [77.4, 84.1]"; "-" for None."""
+  if measure is None:
+    return "-"
+  text = f"{measure['share']:.1%}"
+  if measure["low"] is None:
+    return text
+  return f"{text} [{100 * measure['low']:.1f}, {100 * measure['high']:.1f}]"

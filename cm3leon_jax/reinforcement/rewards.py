@@ -11,17 +11,16 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionTask
 from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.evaluation.world import World, of_answers
 from cm3leon_jax.generation.sample import Sample
-from cm3leon_jax.scenes.config import Style
-from cm3leon_jax.scenes.judge import answers
-from cm3leon_jax.scenes.judge.instruction_grades import is_judged
+from cm3leon_jax.settings import Settings
 
 # (what was asked, samples) -> scores; higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]
 
 
 def judged(
-  records: Sequence[Record], samples: Sequence[Sample], style: Style = "filled"
+  records: Sequence[Record], samples: Sequence[Sample], world: World, settings: Settings
 ) -> Float32[np.ndarray, " B"]:
   """Returns 1 for each image that is wholly right, and 0 for the others.
 
@@ -29,8 +28,8 @@ def judged(
   edit must not touch.
   """
   images = np.stack([sample.segments[0] for sample in samples])
-  verdicts = answers.judge_images(records, images, style)
-  return np.array([verdict.correct for verdict in verdicts], np.float32)
+  answers = world.judge_answer_images(records, images, settings)
+  return np.array([answer.right for answer in answers], np.float32)
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
@@ -48,18 +47,20 @@ def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32
   return np.array([sample.clip_score for sample in samples], np.float32)
 
 
-def reward_of(kind: str, tasks: Sequence[InstructionTask], style: Style = "filled") -> Reward:
-  """Returns the reward of a kind, see `ReinforceConfig.reward`; `style` is that of the scenes.
+def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
+  """Returns the reward of a config, see `ReinforceConfig.reward`, for tasks of one world.
 
   Raises:
     UserError: it cannot score a task.
   """
-  if kind == "clip":
+  if settings.reinforce.reward == "clip":
     return clip_scores
+  judges = []
   for task in tasks:
-    if not is_judged(task):
+    if (world := of_answers(task)) is None:
       raise UserError(
         f"config.reinforce.reward is 'judge', and task {task.name} has the format {task.format}: "
         "only tasks over scenes are judged; 'clip' scores images for captions."
       )
-  return functools.partial(judged, style=style)
+    judges.append(world)
+  return functools.partial(judged, world=judges[0], settings=settings)

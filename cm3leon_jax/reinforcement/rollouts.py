@@ -18,13 +18,13 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.evaluation.world import drawn_tasks
 from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
+from cm3leon_jax.generation.record_prompts import prompt_of
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
-from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
-from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.state import TrainState
@@ -69,7 +69,7 @@ def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: in
   for task in tasks:
     if split == "heldout":
       task = dataclasses.replace(task, heldout_records=each)
-    opened = sources.open_task(task, split, config, ScenesTasks(settings.scenes))
+    opened = sources.open_task(task, split, config, drawn_tasks(settings))
     records = list(itertools.islice(opened, each))
     if not records or task.target not in records[0].images:
       reason = "its target is no image" if records else f"it has no records of the split {split}"

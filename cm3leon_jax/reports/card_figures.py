@@ -5,13 +5,14 @@ import dataclasses
 
 from etils import epath
 
+from cm3leon_jax import worlds
+from cm3leon_jax.evaluation.intervals import describe_share
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.results import RESULTS, number
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.runs import stages
-from cm3leon_jax.scenes.judge import table as scene_table
 from cm3leon_jax.trained.run import Run
 
 EVALUATIONS = "evaluations"
@@ -150,12 +151,12 @@ def _how(run: Run, name: str, summary: dict) -> str:
     f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
     "pairs, whose captions retrieve the neighbors."
   ]
-  if "scenes" in found:
+  for judged in (found[name] for name in worlds.MODULES if name in found):
     weights = ", ".join(f"{x:g}" for x in fields.get("scene_guidance", ()))
     texts.append(
       f"Images for {fields.get('scenes')} held-out captions, drawn at guidance {weights}, judged "
       f"exactly; neighbors before a caption: {fields.get('scene_neighbors')}; figures are of the "
-      f"best weight, {found['scenes'].get('best', {}).get('title', 'of those')}."
+      f"best weight, {judged.get('best', {}).get('title', 'of those')}."
     )
   return " ".join(texts)
 
@@ -166,7 +167,7 @@ def _grades(workdir: epath.Path) -> Table:
   assert found is not None
   config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]
   rows = [
-    (row["label"], f"{row['answers']:,}", *map(scene_table.share, row["cells"]))
+    (row["label"], f"{row['answers']:,}", *map(describe_share, row["cells"]))
     for row in found["rows"]
   ]
   for kind, shares in found["means"].items():

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from etils import epath
 
+from cm3leon_jax.evaluation.grades.files import ANSWERS, GRADES, TITLES
 from cm3leon_jax.files.json_files import read_json, read_json_lines
-from cm3leon_jax.scenes.judge.grade_files import ANSWERS, GRADES, TITLES
 
 
 def read(workdir: epath.Path, image_uri: Callable) -> dict | None:

@@ -18,6 +18,7 @@ import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.data.sources.records import KINDS, SPLITS
+from cm3leon_jax.evaluation.world import of_source
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.generation.text_tasks import QUESTION
@@ -39,10 +40,7 @@ HUB_LICENSES = (
   *("odc-by", "odbl"),
 )
 _BLOCKS = re.MULTILINE | re.DOTALL
-CAPTIONS = {
-  "scenes": "a green bell to the left of a blue key",
-  "openmoji": "red apple",
-}
+CAPTIONS = {"openmoji": "red apple"}  # Of other sources than worlds.
 
 
 def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
@@ -73,6 +71,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
   form, quantized = about.get("format", ""), bool(about.get("quantize"))
   architecture = (described.get("architectures") or [""])[0]
   trained = settings_lib.settings_of_run(run.folder) if "cost" not in exported else settings
+  world = of_source(trained)
   sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
   sizes |= {"family": "", "code_dim": trained.vqgan.code_dim} | exported.get("image_tokenizer", {})
   learned = training_data.read(folder)
@@ -99,7 +98,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
     "family": sizes["family"],
     "code_dim": sizes["code_dim"],
     "trained": trained,
-    "caption": CAPTIONS.get(trained.raw.source, "a photo of a dog"),
+    "caption": world.caption if world else CAPTIONS.get(trained.raw.source, "a photo of a dog"),
     "question": QUESTION.replace("{}", "..."),
     "changed": [line for line in settings_lib.describe(trained) if "# default:" in line],
     "tasks": sorted(tuned_tasks(summary)),

@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cm3leon_jax import worlds
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
-from cm3leon_jax.evaluation.intervals import describe_groups
+from cm3leon_jax.evaluation import world as world_lib
+from cm3leon_jax.evaluation.intervals import describe_groups, describe_share
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
-from cm3leon_jax.scenes.judge import table
 
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
@@ -203,11 +204,22 @@ def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
   return [(f"step {paths[i][0]}", file_uri(paths[i][1])) for i in chosen]
 
 
-def scene_tables(workdir: epath.Path, summary: dict) -> dict[str, dict]:
-  """Returns the tables of judged scenes by their titles; {} if the evaluation judged none."""
-  if "scenes" not in summary.get("evaluation", {}):
-    return {}
-  return read_json(workdir / "evaluation" / "scenes.json", {"tables": dict})["tables"]
+def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
+  """Returns what the page shows of judged samples; None if the evaluation judged none.
+
+  Returns:
+    "world"; "overview", the numbers of the stage; "tables" by their titles; "sheet", a data URI.
+  """
+  for name in worlds.MODULES:
+    if name in (evaluation := summary.get("evaluation", {})):
+      path = workdir / "evaluation" / f"{name}.json"
+      return {
+        "world": world_lib.find(name),
+        "overview": evaluation[name],
+        "tables": read_json(path, {"tables": dict})["tables"],
+        "sheet": file_uri(path.with_suffix(".png")),
+      }
+  return None
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
@@ -289,7 +301,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
   environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
-  environment.filters |= {"share": table.share, "scene_rows": table.rows}
+  environment.filters["share"] = describe_share
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     cost=summary_lib.cost(summary),
@@ -300,10 +312,8 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),
     bits_svg=bits_figure(summary.get("evaluation", {})),
-    scene_tables=scene_tables(workdir, summary),
+    judged=judged_samples(workdir, summary),
     instructions=instruction_section.read(workdir, file_uri),
-    scene_measures=table.COLUMNS,
-    scenes_png=file_uri(workdir / "evaluation" / "scenes.png"),
     reconstructions=reconstructions(workdir),
     prompts=prompts(workdir),
     num_prompts=len({(r["key"], r["prompt"]) for r in summary_lib.read_results(workdir)}),

@@ -1,13 +1,15 @@
 """Collects the numbers of a run, and compares the main ones with their targets."""
 
-import dataclasses
 import itertools
 from typing import Any
 
 from etils import epath
 import numpy as np
 
+from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import world as world_lib
+from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.runs import stages, table
@@ -15,54 +17,14 @@ from cm3leon_jax.runs import stages, table
 JUDGED = "judged"  # File of the workdir and section of the summary.
 
 
-@dataclasses.dataclass(frozen=True)
-class Headline:
-  """One of the main figures of a run.
-
-  Attributes:
-    title: what is measured, with its unit.
-    path: dotted path of the figure in the summary.
-    better: relation of a good figure to the target, ">=", "<=", ">" or "<"; "" without a target.
-    target: a number, or the dotted path of a number in the summary.
-    note: what the target is. A figure with an interval gets the note that all of it counts.
-  """
-
-  title: str
-  path: str
-  better: str = ""
-  target: float | str = ""
-  note: str = ""
-
-
 # fmt: off
-_RETRIEVAL = (
-  Headline(
-    "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
-  Headline(
-    "CLIP text-to-image recall@1, held-out concepts", "clip.recall@1", ">", "clip.chance@1",
-    "chance"),
-  Headline(
-    "CLIP text-to-image recall@5, held-out concepts", "clip.recall@5", ">", "clip.chance@5",
-    "chance"),
-  Headline(
-    "Bits per image code, true neighbors", "evaluation.image.true.bits", "<",
-    "evaluation.image.unigram", "unigram model"),
-)
-_NEIGHBORS = (
-  Headline(
-    "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
-    "<", 0.0),
-  Headline(
-    "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
-    "<", 0.0),
-)
 HEADLINES = (
   Headline(
     "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
     "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
     "of openmoji's 512 codes"),
-  *_RETRIEVAL,
+  *RETRIEVAL,
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
     "for openmoji"),
@@ -72,55 +34,14 @@ HEADLINES = (
   Headline(
     "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
     "evaluation.text.unigram", "unigram model"),
-  *_NEIGHBORS,
+  *NEIGHBORS,
 )
 # Of runs whose config follows from their data, as `own`.
 OWN_HEADLINES = (
   Headline(
     "PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
-  *_RETRIEVAL,
-  *_NEIGHBORS,
-)
-# Of runs with judged scenes. Shares of samples are those at the best guidance weight.
-SCENE_HEADLINES = (
-  Headline(
-    "Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
-  Headline(
-    "New combinations of known parts, wholly right", "evaluation.scenes.best.scene.share",
-    ">=", 0.25),
-  Headline(
-    "New combinations whose claims no training caption makes, wholly right",
-    "evaluation.scenes.best.new_claims.share", ">",
-    "evaluation.scenes.best.lookup.new_claims", "the best training image"),
-  Headline(
-    "Single objects, wholly right", "evaluation.scenes.best.single_object.share",
-    ">=", 0.5),
-  Headline(
-    "Color right", "evaluation.scenes.best.color.share", ">=", 0.8),
-  Headline(
-    "Number of objects right", "evaluation.scenes.best.count.share", ">=", 0.8),
-  Headline(
-    "Place right", "evaluation.scenes.best.place.share", ">=", 0.8),
-  Headline(
-    "Best guidance minus guidance 1, wholly right", "evaluation.scenes.gain.share",
-    ">=", 0.05),
-  *_RETRIEVAL,
-  *_NEIGHBORS,
-)
-# Of runs whose answers to instructions over scenes were graded.
-TUNED_HEADLINES = (
-  Headline(
-    "Answers right, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8),
-  Headline(
-    "Is it there, yes or no: right", "grades.tasks.exists.after.right.share", ">=", 0.85),
-  Headline(
-    "Captions wholly right", "grades.tasks.describe.after.right.share", ">=", 0.6),
-  Headline(
-    "Edits wholly right, mean of four kinds", "grades.means.edits.after", ">=", 0.5),
-  Headline(
-    "Edits that leave all else as it was", "grades.means.edits, kept.after", ">=", 0.8),
-  Headline(
-    "Images for captions wholly right, after less before", "grades.gains.draw.share", ">=", -0.03),
+  *RETRIEVAL,
+  *NEIGHBORS,
 )
 # fmt: on
 
@@ -169,7 +90,7 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 
 def headlines(summary: dict) -> list[Headline]:
-  """Returns the headlines of a run: by what was judged, scenes or answers to instructions."""
+  """Returns the headlines of a run: by what was judged, samples or answers to instructions."""
   figures = summary.get(JUDGED, {}).items()
   own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f["target"]) for i, f in figures]
   return own + _of_stages(summary)
@@ -177,13 +98,10 @@ def headlines(summary: dict) -> list[Headline]:
 
 def _of_stages(summary: dict) -> list[Headline]:
   """Returns the headlines of what the stages measured."""
-  if "grades" in summary and "evaluation" not in summary:
-    return list(TUNED_HEADLINES)
-  scenes = lookup(summary, "evaluation.scenes")
-  if scenes is None and lookup(summary, "vqgan.reconstructed_scenes_right") is None:
-    return list(HEADLINES if lookup(summary, "raw.counts") is None else OWN_HEADLINES)
-  compared = scenes is None or "gain" in scenes  # A run may sample one guidance weight only.
-  return [line for line in SCENE_HEADLINES if compared or ".gain." not in line.path]
+  for name in worlds.MODULES:
+    if found := world_lib.find(name).headlines(summary):
+      return list(found)
+  return list(HEADLINES if lookup(summary, "raw.counts") is None else OWN_HEADLINES)
 
 
 def clip_scores(results: list[dict]) -> list[dict]:

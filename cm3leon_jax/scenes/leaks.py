@@ -5,32 +5,16 @@ about them.
 """
 
 from collections.abc import Iterable
-import dataclasses
 import itertools
 
 from etils import epath
 
 from cm3leon_jax.data.raw import reader
+from cm3leon_jax.data.sources.drawn import FactLeakReport
 from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.scenes.world import KINDS
 
 SHOWN = 20  # Leaked scenes that are named.
-
-
-@dataclasses.dataclass(frozen=True)
-class FactLeakReport:
-  """Result of a check.
-
-  Attributes:
-    heldout, train: number of scenes.
-    leaked: number of held-out scenes that leaked, by the reason why they are held out.
-    first: sentences on at most SHOWN of them.
-  """
-
-  heldout: int
-  train: int
-  leaked: dict[str, int]
-  first: list[str]
 
 
 def check(folder: epath.PathLike) -> FactLeakReport:

@@ -4,17 +4,17 @@ Any number of them can be written, in any order: a record depends on the config,
 index alone.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
 import random
 
+from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.builtin import load_drawings
-from cm3leon_jax.data.sources.drawn import check_license
+from cm3leon_jax.data.sources.drawn import FactLeakReport, check_license
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world
@@ -30,41 +30,9 @@ ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
 PART_RECORDS = 2_000  # Records of one part, which becomes a raw shard.
 
 
-def parts(config: ScenesConfig, resolution: int) -> list[SourcePart]:
-  """Splits the source into parts: ranges of indices of a split.
-
-  Raises:
-    UserError: `resolution` is not that of scenes, a category has no scene to train on, or none to
-      hold out, or the bank is to have more scenes than there are.
-  """
-  if resolution != SIDE:
-    raise UserError(
-      f"config.raw.resolution is {resolution}; the images of scenes have {SIDE} pixels: set it to "
-      f"{SIDE}."
-    )
-  for category in config.categories:
-    _scenes_by_kind(config, category, 1)
-  if config.bank > (most := len(world.bank_scenes(config))):
-    raise UserError(
-      f"config.scenes.bank is {config.bank}; {len(config.objects)} common and "
-      f"{config.rare_objects} rare objects in {len(config.colors)} colors give at most {most}."
-    )
-  return [
-    SourcePart(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
-    for split, total in zip(SPLITS, (config.train, config.heldout, config.bank))
-    for start in range(0, total, PART_RECORDS)
-  ]
-
-
-def read(config: ScenesConfig, part: SourcePart) -> Iterator[RawPair]:
-  """Yields the records of a part; `load` renders their images."""
-  split, start, end = part.files
-  return (pair(config, split, index) for index in range(int(start), int(end)))
-
-
 def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
   """Renders the image of a record, whose `image` is the key of its facts: [H, W, 3] uint8."""
-  del resolution  # `parts` has checked it.
+  del resolution  # `ScenesSource.parts` has checked it.
   return render(Scene.parse(facts_key), style)
 
 
@@ -100,7 +68,7 @@ def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
   """Draws a category by its share, and one of its scenes that are not held out."""
   category = rng.choices(config.categories, config.shares or None)[0]
   total = world.number_of_scenes_of(config, category)
-  while True:  # `parts` has checked that there is one.
+  while True:  # `ScenesSource.parts` has checked that there is one.
     scene = world.scene_at(config, category, rng.randrange(total))
     if world.split_of_scene(scene) == "train":
       return category, scene
@@ -176,11 +144,6 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
   }
 
 
-def number_of(pair: RawPair) -> str:
-  """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
-  return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
-
-
 def check_installed() -> None:
   """Raises UserError if the icons, which `drawings` imports at the first one, are absent."""
   load_drawings(NAME, "fonticon_mdi7")
@@ -199,23 +162,53 @@ class ScenesSource:
     return dataclasses.asdict(self.config)
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
-    """Splits the source; see `parts`, and `check_license` and `load_drawings` for errors."""
+    """Splits the source into parts: ranges of indices of a split.
+
+    Raises:
+      UserError: `resolution` is not that of scenes, a category has no scene to train on, or none to
+        hold out, or the bank is to have more scenes than there are; see also `check_installed` and
+        `check_license`.
+    """
     check_installed()
     check_license(licenses, LICENSE, NAME)
-    return parts(self.config, resolution)
+    config = self.config
+    if resolution != SIDE:
+      raise UserError(
+        f"config.raw.resolution is {resolution}; the images of scenes have {SIDE} pixels: set it "
+        f"to {SIDE}."
+      )
+    for category in config.categories:
+      _scenes_by_kind(config, category, 1)
+    if config.bank > (most := len(world.bank_scenes(config))):
+      raise UserError(
+        f"config.scenes.bank is {config.bank}; {len(config.objects)} common and "
+        f"{config.rare_objects} rare objects in {len(config.colors)} colors give at most {most}."
+      )
+    return [
+      SourcePart(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
+      for split, total in zip(SPLITS, (config.train, config.heldout, config.bank))
+      for start in range(0, total, PART_RECORDS)
+    ]
 
   def read(self, part: SourcePart) -> list[RawPair]:
     """Returns the records of a part."""
-    return list(read(self.config, part))
+    split, start, end = part.files
+    return [pair(self.config, split, index) for index in range(int(start), int(end))]
 
   def load(self, image: str, resolution: int) -> np.ndarray:
     """Renders the image of a record: [H, W, 3] uint8."""
     return load(image, resolution, self.config.style)
 
   def number_of(self, pair: RawPair) -> str:
-    """Names the count that a record adds to."""
-    return number_of(pair)
+    """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
+    return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
 
   def numbers(self) -> dict[str, int]:
     """Returns the number of scenes that differ."""
     return {"distinct_scenes": world.number_of_scenes(self.config)}
+
+  def leaks(self, folder: epath.PathLike) -> FactLeakReport:
+    """Returns which held-out scenes show only facts that training shows, see `leaks.check`."""
+    from cm3leon_jax.scenes import leaks  # Ingestion does not need what it reads.
+
+    return leaks.check(folder)

@@ -13,8 +13,6 @@ class ScenesTasks:
 
   config: ScenesConfig
 
-  name = "scenes"
-
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
     """Yields the first records of a task, see `instructions.record`."""
     from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.

@@ -22,6 +22,7 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.scenes import source as scenes_source
 from cm3leon_jax.scenes.config import ScenesConfig
+from cm3leon_jax.scenes.interface import WORLD
 from cm3leon_jax.scenes.judge import samples, sheet
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -184,7 +185,7 @@ def of_source(source, **fields):
 
 
 def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, monkeypatch, capsys):
-  monkeypatch.setattr(evaluate, "BUNDLED", str(bundled))
+  monkeypatch.setattr(WORLD, "bundled", str(bundled))
   shown, render = [], sheet.render
   monkeypatch.setattr(sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
   (made / "evaluation").rmtree(missing_ok=True)
@@ -232,7 +233,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
 
 
 def test_a_run_of_another_source_loads_no_bundled_model(made, run, monkeypatch):
-  monkeypatch.setattr(evaluate, "BUNDLED", str(made / "absent"))
+  monkeypatch.setattr(WORLD, "bundled", str(made / "absent"))
   (made / "evaluation").rmtree(missing_ok=True)
   run(of_source("folder/of/own", scenes=10))
   assert "bundled" not in read_json(made / "evaluation" / "metrics.json")["scenes"]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.commands import train_vqgan as command
-from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -47,13 +46,14 @@ def test_reconstructions_of_scenes_are_judged(tmp_path, style):
   drawn = ScenesSource(config)
   ingest.prepare(raw, ingest.parts_of(raw, drawn), tmp_path / "raw", Runner(), drawn)
   sizes = dataclasses.replace(LOCAL, resolution=48)
-  assert _judge_scenes(tmp_path, Half(sizes), style) == {
+  settings = dataclasses.replace(settings_from_config(make_config()), raw=raw, scenes=config)
+  assert command._judge(settings, tmp_path, Half(sizes)) == {
     "real_scenes_right": 1.0,
     "reconstructed_scenes_right": 0.5,
   }
   params = jax.jit(lambda key: vqgan.init_params(sizes, 8, key))(jax.random.key(0))
   untrained = vqgan.ImageTokenizer(sizes, 8, params)
-  assert _judge_scenes(tmp_path, untrained, style)["reconstructed_scenes_right"] == 0.0
+  assert command._judge(settings, tmp_path, untrained)["reconstructed_scenes_right"] == 0.0
 
 
 def test_pairs_without_facts_are_not_judged(tmp_path):
@@ -61,7 +61,7 @@ def test_pairs_without_facts_are_not_judged(tmp_path):
   (tmp_path / "in" / "texts.jsonl").write_text('{"key": "a", "text": "b", "split": "train"}\n')
   raw = RawConfig(source=str(tmp_path / "in"))
   ingest.prepare(raw, ingest.parts_of(raw), tmp_path / "raw", Runner())
-  assert _judge_scenes(tmp_path, None) == {}
+  assert command._judge(settings_from_config(make_config()), tmp_path, None) == {}
 
 
 def write_images(root, seed):

@@ -90,3 +90,10 @@ def test_pairing_removes_variation_that_two_conditions_share():
 def test_groups_are_described(groups, effective, sentence):
   found = {"groups": groups, "effective_groups": effective}
   assert intervals.describe_groups(found) == sentence
+
+
+def test_a_share_is_shown_with_its_interval():
+  share = {"share": 0.81, "low": 0.774, "high": 0.841}
+  assert intervals.describe_share(share) == "81.0% [77.4, 84.1]"
+  assert intervals.describe_share({**share, "low": None, "high": None}) == "81.0%"
+  assert intervals.describe_share(None) == "-"

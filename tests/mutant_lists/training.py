@@ -379,9 +379,9 @@ TRAINING = (
     ("samples_of_the_nucleus", "top_p=1.0,", "top_p=0.9,"),
   ),
   *mutants_of(
-    "cm3leon_jax/reinforcement/rewards.py",
+    "cm3leon_jax/scenes/judge/instruction_grades.py",
     "tests/reinforcement/rollouts_test.py::test_an_object_in_the_old_color_has_no_reward",
-    ("objects_are_enough", "verdict.correct for", 'verdict.holds["object"] for'),
+    ("objects_are_enough", "v.correct, v.reason", 'v.holds["object"], v.reason'),
   ),
   *mutants_of(
     "cm3leon_jax/training/step/accumulation.py",

@@ -49,6 +49,12 @@ def settings_of(**fields):
   )
 
 
+def judged(records, samples):
+  """Scores samples by the judge of the tasks of `settings_of`."""
+  settings = settings_of()
+  return rewards.reward_of(settings, rollouts.image_tasks(settings))(records, samples)
+
+
 def low_codes(records, samples):
   """Rewards codes below 16 of 64: no model knows this reward."""
   assert len(records) == len(samples)
@@ -118,8 +124,8 @@ def test_a_task_without_images_is_refused(layout, tasks, message):
 def test_only_scenes_are_judged():
   task = dataclasses.replace(read_tasks("scenes")[0], format="coco_2017")
   with pytest.raises(UserError, match="task draw has the format coco_2017"):
-    rewards.reward_of("judge", [task])
-  assert rewards.reward_of("clip", [task]) is rewards.clip_scores
+    rewards.reward_of(settings_of(reward="judge"), [task])
+  assert rewards.reward_of(settings_of(reward="clip"), [task]) is rewards.clip_scores
 
 
 def test_clip_scores_captions_alone(layout):
@@ -150,9 +156,9 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
   records = [prompt.record for prompt in prompts]
   images = [p.record.images["after" if p.task.name == "recolor" else "image"] for p in prompts]
   samples = [SampleOf((np.asarray(image),)) for image in images]
-  assert rewards.judged(records, samples).tolist() == [1.0] * 12
+  assert judged(records, samples).tolist() == [1.0] * 12
   # Those of the next prompt of the same task.
-  assert rewards.judged(records, samples[2:] + samples[:2]).max() == 0
+  assert judged(records, samples[2:] + samples[:2]).max() == 0
 
 
 def test_an_object_in_the_old_color_has_no_reward(layout):
@@ -161,7 +167,7 @@ def test_an_object_in_the_old_color_has_no_reward(layout):
   records = [prompt.record for prompt in prompts if prompt.task.name == "recolor"]
   unchanged = [SampleOf((np.asarray(record.images["before"]),)) for record in records]
   assert records
-  assert rewards.judged(records, unchanged).max() == 0
+  assert judged(records, unchanged).max() == 0
 
 
 def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):

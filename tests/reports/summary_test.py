@@ -6,6 +6,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
+from cm3leon_jax.scenes import headlines
 
 
 @pytest.mark.parametrize(
@@ -13,10 +14,10 @@ from cm3leon_jax.reports import summary
   [
     ({}, summary.HEADLINES),
     ({"vqgan": {"psnr_db": 20.0}, "evaluation": {}}, summary.HEADLINES),
-    ({"vqgan": {"reconstructed_scenes_right": 0.9}}, summary.SCENE_HEADLINES),
-    ({"evaluation": {"scenes": {"gain": {}}}}, summary.SCENE_HEADLINES),
-    ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, summary.SCENE_HEADLINES),
-    ({"grades": {"tasks": {}}}, summary.TUNED_HEADLINES),
+    ({"vqgan": {"reconstructed_scenes_right": 0.9}}, headlines.SCENE_HEADLINES),
+    ({"evaluation": {"scenes": {"gain": {}}}}, headlines.SCENE_HEADLINES),
+    ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, headlines.SCENE_HEADLINES),
+    ({"grades": {"tasks": {}}}, headlines.TUNED_HEADLINES),
     ({"raw": {"counts": {}}, "evaluation": {}}, summary.OWN_HEADLINES),
   ],
 )
@@ -31,7 +32,7 @@ def test_headlines_of_a_tuned_run_are_found_in_its_grades():
     "means": {"questions": {"after": 0.81}, "edits": {"after": 0.4}, "edits, kept": {"after": 0.9}},
     "gains": {"draw": {"share": 0.0, "low": -0.05, "high": 0.05}},
   }
-  found = [summary.judge({"grades": grades}, line) for line in summary.TUNED_HEADLINES]
+  found = [summary.judge({"grades": grades}, line) for line in headlines.TUNED_HEADLINES]
   assert [line["value"] for line in found] == [0.81, 0.9, 0.9, 0.4, 0.9, 0.0]
   assert [line["met"] for line in found] == [True, False, True, False, True, False]
   # 0.9 >= 0.85 and 0 >= -0.03 are not met, because the whole interval counts.
@@ -40,7 +41,7 @@ def test_headlines_of_a_tuned_run_are_found_in_its_grades():
 
 
 def test_one_guidance_weight_has_no_headline_of_a_gain():
-  left_out = set(summary.SCENE_HEADLINES) - set(
+  left_out = set(headlines.SCENE_HEADLINES) - set(
     summary.headlines({"evaluation": {"scenes": {"best": {}}}})
   )
   assert [line.path for line in left_out] == ["evaluation.scenes.gain.share"]

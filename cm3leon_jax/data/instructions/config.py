@@ -15,10 +15,10 @@ from pydantic import (
 )
 import pydantic.dataclasses
 
+from cm3leon_jax import worlds
 from cm3leon_jax.config import STRICT, FieldError, build
 
 BREAK = "<break>"  # Between the segments of a template.
-SCENES = "scenes/"  # In a format, before the name of a task that is drawn, see `DrawnTasks`.
 FIELD = re.compile(r"\{(\w+)(\??)\}")  # Of a template: its name, and a mark if it is optional.
 LossOn = Literal["all", "target"]
 
@@ -205,11 +205,11 @@ def check_format(task: InstructionTask) -> None:
     FieldError: an unknown format or split, a split for both purposes, or a template with a field
       that the records do not have, or with an image in a text.
   """
-  is_scenes = task.format.startswith(SCENES)
-  if not is_scenes and task.format not in FORMATS:
-    names = ", ".join([f"{SCENES}TASK", *FORMATS])
+  world = worlds.world_of_format(task.format)
+  if not world and task.format not in FORMATS:
+    names = ", ".join([*(f"{name}/TASK" for name in worlds.MODULES), *FORMATS])
     raise FieldError(f"format is '{task.format}'; it must be one of {names}.", ("format",))
-  splits = ("train", "heldout") if is_scenes else FORMATS[task.format].splits
+  splits = ("train", "heldout") if world else FORMATS[task.format].splits
   for field in ("train", "heldout"):
     split = getattr(task, field)
     if splits and split not in splits and (split or field == "train"):
@@ -221,10 +221,10 @@ def check_format(task: InstructionTask) -> None:
     raise FieldError(
       f"heldout is '{task.heldout}', which is trained on: name another.", ("heldout",)
     )
-  if is_scenes:
+  if world:
     for field in ("records", "heldout_records"):
       if not getattr(task, field) and (task.heldout or field == "records"):
-        raise FieldError(f"{field} is 0; scenes are drawn without end: set a number.", (field,))
+        raise FieldError(f"{field} is 0; {world} are drawn without end: set a number.", (field,))
   elif FORMATS[task.format].images:
     _check_fields(task, FORMATS[task.format].texts, FORMATS[task.format].images)
 

@@ -29,11 +29,7 @@ class Record:
 
 
 class DrawnTasks(Protocol):
-  """Tasks whose records are computed, with their images. It is pickled to the workers."""
-
-  @property
-  def name(self) -> str:
-    """Name before the "/" of the format of such a task."""
+  """Tasks of a world: it draws their records, with the images. They are pickled to the workers."""
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
     """Yields the first records of a task.

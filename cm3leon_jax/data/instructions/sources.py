@@ -1,6 +1,6 @@
 """Reads the records of tasks, and encodes them as stores: one of each task and split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import hashlib
 import itertools
@@ -9,12 +9,13 @@ import posixpath
 
 from etils import epath
 
+from cm3leon_jax import worlds
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.encode import load_tokenizers
 from cm3leon_jax.data.documents.shard_files import shards_with_files
 from cm3leon_jax.data.documents.store import INDEX
 from cm3leon_jax.data.instructions import files
-from cm3leon_jax.data.instructions.config import SCENES, InstructionsConfig, InstructionTask
+from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask
 from cm3leon_jax.data.instructions.edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instructions.records import DrawnTasks, Record
 from cm3leon_jax.data.instructions.stores import RecordEncoder, write_store
@@ -38,7 +39,10 @@ def store_name(split: str, task: InstructionTask) -> str:
 
 
 def open_task(
-  task: InstructionTask, split: str, config: InstructionsConfig, drawn: DrawnTasks
+  task: InstructionTask,
+  split: str,
+  config: InstructionsConfig,
+  drawn: Mapping[str, DrawnTasks],
 ) -> Iterator[Record]:
   """Yields the records of a task.
 
@@ -46,7 +50,7 @@ def open_task(
     task: names its format, files and number of records.
     split: "train" or "heldout".
     config: names the folder of the files.
-    drawn: has the records of `scenes/TASK`.
+    drawn: name of a world -> its tasks, which have the records of WORLD/TASK.
 
   Raises:
     UserError: naming the task: an unknown format or split, or a map that its records cannot have;
@@ -81,13 +85,13 @@ def _records(
   split: str,
   number: int,
   config: InstructionsConfig,
-  drawn: DrawnTasks,
+  drawn: Mapping[str, DrawnTasks],
 ) -> Iterator[Record]:
-  if not task.format.startswith(SCENES):
+  if not (world := worlds.world_of_format(task.format)):
     root = posixpath.join(config.root, task.root)
     images = _image_folder(config, task.images or task.root)
     return files.open_records(task.format, root, split, images)
-  return drawn.records(task.format.removeprefix(SCENES), split, number)
+  return drawn[world].records(task.format.partition("/")[2], split, number)
 
 
 def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
@@ -128,7 +132,7 @@ class InstructionJob:
     workdir: holds the tokenizers; the stores go to its folder instructions/.
     tasks: all tasks of the run.
     config: names the folder of the files.
-    drawn: has the records of `scenes/TASK`.
+    drawn: name of a world -> its tasks, which have the records of WORLD/TASK.
     vocab: of the run.
     positions: most tokens of a sample.
     num_threads: number of images read at a time.
@@ -137,7 +141,7 @@ class InstructionJob:
   workdir: str
   tasks: tuple[InstructionTask, ...]
   config: InstructionsConfig
-  drawn: DrawnTasks
+  drawn: Mapping[str, DrawnTasks]
   vocab: VocabLayout
   positions: int
   num_threads: int
@@ -193,9 +197,10 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
   fields = dataclasses.asdict(task)
   for name in NOT_OF_STORES:
     del fields[name]
-  drawn = job.drawn.identity() if task.format.startswith(SCENES) else {}
+  world = worlds.world_of_format(task.format)
+  drawn = {name: of.identity() if name == world else {} for name, of in job.drawn.items()}
   of_config = {name: getattr(job.config, name) for name in ("root", "max_records", "redrawn")}
-  return {"task": fields, job.drawn.name: drawn, **of_config, "positions": job.positions}
+  return {"task": fields, **drawn, **of_config, "positions": job.positions}
 
 
 def digest_of(tasks: tuple[InstructionTask, ...]) -> str:

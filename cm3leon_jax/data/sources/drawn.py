@@ -1,13 +1,31 @@
-"""What ingestion asks of a source that draws its images itself, such as `scenes`."""
+"""What ingestion asks of a source that draws its images itself."""
 
 from collections.abc import Iterable
+import dataclasses
 from typing import Any, Protocol
 
+from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair
+
+
+@dataclasses.dataclass(frozen=True)
+class FactLeakReport:
+  """What training shows of what is held out, by the facts of the images.
+
+  Attributes:
+    heldout, train: number of images.
+    leaked: number of held-out images that leaked, by the reason why they are held out.
+    first: sentences on the first of them.
+  """
+
+  heldout: int
+  train: int
+  leaked: dict[str, int]
+  first: list[str]
 
 
 class DrawnSource(Protocol):
@@ -38,6 +56,12 @@ class DrawnSource(Protocol):
 
   def numbers(self) -> dict[str, int]:
     """Returns numbers of the whole source."""
+
+  def leaks(self, folder: epath.PathLike) -> FactLeakReport:
+    """Compares the facts of the splits in a raw folder.
+
+    Drawn images of both splits are alike by design, so a comparison of pixels says nothing.
+    """
 
 
 def check_license(licenses: tuple[str, ...], given: str, name: str) -> None:

@@ -79,5 +79,5 @@ def copy_rate(column: ColumnSamples) -> dict:
 
 
 def judged(column: ColumnSamples) -> dict:
-  """Computes the percentage of images of `scenes` that show exactly what their captions say."""
+  """Computes the percentage of images that show exactly what their captions say."""
   return mean((100 * present(column.verdicts)).astype(float).tolist(), column)

@@ -4,7 +4,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-import dataclasses
 import json
 from typing import Any
 
@@ -12,10 +11,10 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.data.documents.store import DocumentStore
-from cm3leon_jax.evaluation import strata
+from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
+from cm3leon_jax.generation.heldout import HeldoutCaption
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.retrieved import images_of
 from cm3leon_jax.generation.sample import Sample
@@ -42,33 +41,6 @@ def real_image(facts: dict, style: Style = "filled") -> np.ndarray:
   return drawings.render(Scene.of(placed), style)
 
 
-def heldout_scenes(
-  pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
-) -> list[HeldoutCaption]:
-  """Returns tasks of held-out captions that have facts, guidance weight after guidance weight.
-
-  `evaluation.scenes` captions are chosen by the seed (`strata.choose`), all if it is 0.
-
-  Args:
-    pipeline: of the run; the evaluation, sampling and seed of its settings are used.
-    workdir: of the run; its document stores and neighbors are read.
-    weights: of guidance; equal ones count once.
-
-  Raises:
-    UserError: too few held-out documents have facts.
-  """
-  store = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", pipeline.layout.vocab)
-  facts = [store[i].facts for i in range(len(store))]
-  settings, tokenizer = pipeline.settings, pipeline.image_tokenizer
-  config, seed = settings.evaluation, settings.seed
-  rows = strata.choose(facts, config.scenes or max(1, sum(map(bool, facts))), seed)
-  columns = [
-    (config.scene_neighbors, dataclasses.replace(settings.sampling, guidance=weight))
-    for weight in dict.fromkeys(weights)
-  ]
-  return tasks_of_rows(pipeline.layout, workdir, rows, seed, columns, image_tokenizer=tokenizer)
-
-
 def evaluate(
   pipeline: Pipeline,
   tasks: Sequence[HeldoutCaption],
@@ -83,7 +55,7 @@ def evaluate(
 
   Args:
     pipeline: of the run.
-    tasks: result of `heldout_scenes`.
+    tasks: result of `strata.heldout_captions`.
     workdir: of the run; its training documents are what a lookup finds.
     folder: gets the files.
     bundled: generates an image for each caption, with the bundled model; it gets the captions of
@@ -251,7 +223,7 @@ def describe(result: dict) -> str:
   """Writes the result of `evaluate` as text."""
   lines = [scene_table.describe(result["tables"])]
   if gain := result.get("gain"):
-    lines.append(f"{gain['title']} minus {UNGUIDED}: {scene_table.share(gain)} correct")
+    lines.append(f"{gain['title']} minus {UNGUIDED}: {intervals.describe_share(gain)} correct")
   if bundled := result.get("bundled"):
     right = ", ".join(f"{title} {count}" for title, count in bundled["right"].items())
     lines.append(f"correct of the {bundled['images']} images on the sheet: {right}")

@@ -158,7 +158,7 @@ def describe(tables: dict[str, dict]) -> str:
     )
     lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in COLUMNS).rstrip())
     for label, row in rows(table):
-      cells = "".join(f"{share(row.get(m)):<23}" for m in COLUMNS).rstrip()
+      cells = "".join(f"{intervals.describe_share(row.get(m)):<23}" for m in COLUMNS).rstrip()
       lines.append(f"{label:<{width}}{row['images']:>6}  {cells}")
   return "\n".join(lines)
 
@@ -168,16 +168,6 @@ def rows(table: dict) -> list[tuple[str, dict]]:
   kinds = {**table["heldout"], **table.get("parts", {})}.items()
   labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
   return [("all", table["all"]), *table["tag"].items(), *labeled]
-
-
-def share(measure: dict | None) -> str:
-  """Formats a share and its interval: "81.0% [77.4, 84.1]"; "-" for None."""
-  if measure is None:
-    return "-"
-  text = f"{measure['share']:.1%}"
-  if measure["low"] is None:
-    return text
-  return f"{text} [{100 * measure['low']:.1f}, {100 * measure['high']:.1f}]"
 
 
 def geneval_metadata(prompt: str, facts: dict) -> dict:

@@ -22,6 +22,8 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write
 from tests.generation.run import SETTINGS, make_run
 
+DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
+
 DRAW = {
   "name": "draw",
   "format": "coco_2017",
@@ -50,7 +52,7 @@ def config_with(root, *tasks, **fields):
 def open_task(root, fields, split="train"):
   """Opens a task of a Python config."""
   config = config_with(root, fields)
-  return list(sources.open_task(config.own_tasks[0], split, config, ScenesTasks(ScenesConfig())))
+  return list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
 
 
 def write_lines(path, *lines):
@@ -189,7 +191,7 @@ def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, 
   write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
   config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
   found = {
-    split: list(sources.open_task(config.own_tasks[0], split, config, ScenesTasks(ScenesConfig())))
+    split: list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
     for split in sources.SPLITS
   }
   assert len(found["train"]) == expected

@@ -27,6 +27,8 @@ from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.tasks import ScenesTasks
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 
+DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
+
 SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg".
 
 
@@ -172,7 +174,7 @@ def maps(root, name, allow_outside):
   if allow_outside:
     config = InstructionsConfig(root=str(root), own_tasks=(task,), allow_outside=True)
   [task] = config.own_tasks
-  records = instruction_sources.open_task(task, "train", config, ScenesTasks(ScenesConfig()))
+  records = instruction_sources.open_task(task, "train", config, DRAWN)
   return [record.images["image"] for record in records]
 
 

@@ -7,12 +7,12 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from cm3leon_jax.evaluation.grades import answers as grades
+from cm3leon_jax.evaluation.intervals import describe_share
+from cm3leon_jax.evaluation.world import Answer
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.scenes.judge import instruction_grades as grades
-from cm3leon_jax.scenes.judge import table as scene_table
-from cm3leon_jax.scenes.judge.instruction_grades import Answer
 from cm3leon_jax.settings import Settings
 
 GRADES, ANSWERS = "grades.json", "answers.jsonl"
@@ -28,7 +28,10 @@ EXAMPLES = 4  # Of each kind and task.
 
 
 def write(
-  folder: epath.PathLike, answers: Mapping[str, Mapping[str, list[Answer]]], settings: Settings
+  folder: epath.PathLike,
+  answers: Mapping[str, Mapping[str, list[Answer]]],
+  settings: Settings,
+  kinds: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
   """Writes grades.json, answers.jsonl, and the images of the examples.
 
@@ -36,10 +39,11 @@ def write(
     folder: gets the files.
     answers: name of a task -> title of a column -> answers to the same records.
     settings: number of resamples, and seed.
+    kinds: kinds of tasks, see `answers.means`.
 
   Returns:
     {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain`, after over
-    before}, "means": result of `instruction_grades.means`}.
+    before}, "means": result of `answers.means`}.
   """
   folder, seed = epath.Path(folder), settings.seed
   resamples = settings.evaluation.num_resamples
@@ -52,7 +56,7 @@ def write(
     }
     if "before" in columns:
       gains[task] = grades.gain(columns["after"], columns["before"], resamples, seed)
-  result = {"tasks": tables, "gains": gains, "means": grades.means(tables)}
+  result = {"tasks": tables, "gains": gains, "means": grades.means(tables, kinds)}
   examples = {task: choose(columns["after"], seed) for task, columns in answers.items()}
   with replacing(folder / ANSWERS, "w") as file:
     for task, columns in answers.items():
@@ -94,7 +98,7 @@ def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, sho
   }
   if shown:
     images = {"given": answer.given, "answer": None if is_text else answer.answer}
-    images["true"] = None if is_text else grades.true_image(answer.record)
+    images["true"] = answer.true
     line["images"] = {
       name: f"examples/{task}_{i:04d}_{name}.png" for name, x in images.items() if x is not None
     }
@@ -109,7 +113,7 @@ def describe(result: dict) -> str:
   lines = [f"{'':<16}" + "".join(f"{title:<24}" for title in titles).rstrip()]
   for task, table in result["tasks"].items():
     for measure in ("right", "kept"):
-      cells = [scene_table.share(table.get(title, {}).get(measure)) for title in titles]
+      cells = [describe_share(table.get(title, {}).get(measure)) for title in titles]
       if any(cell != "-" for cell in cells):
         name = task if measure == "right" else "  kept"
         lines.append(f"{name:<16}" + "".join(f"{cell:<24}" for cell in cells).rstrip())

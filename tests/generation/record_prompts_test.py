@@ -12,11 +12,16 @@ from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.task_files import read_tasks, shipped
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
+from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.prompt_file import make_task
+from cm3leon_jax.generation.record_prompts import prompt_of
+from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.reports.instruction_reference import example
-from cm3leon_jax.scenes.judge.instruction_grades import prompt_of
+from cm3leon_jax.scenes.instructions import record
 from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS
 
+SCENES = {task.name: task for task in read_tasks("scenes")}
 CODES = np.arange(16, dtype=np.int32)
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "instructions.md").read_text()
 CASES = [
@@ -59,6 +64,53 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
     np.testing.assert_array_equal(answer, [*layout.encode(texts), VOCAB.eoss])
   else:
     np.testing.assert_array_equal(answer, [*VOCAB.image_ids(CODES), VOCAB.eos])
+
+
+@pytest.fixture(scope="module")
+def records():
+  """The first held-out record of each task over scenes."""
+  return {
+    name: record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 0)
+    for name, task in SCENES.items()
+  }
+
+
+def ask(records, name, **fields):
+  return prompt_of(SCENES[name], records[name], **fields)
+
+
+def test_a_model_is_asked_in_the_words_of_its_task(records):
+  asked = ask(records, "count", seed=3)
+  question = records["count"].texts["question"]
+  assert isinstance(asked, InfillText)
+  assert asked.prompt == f"Question: {question} Answer: <mask>. <break> <image>"
+  assert (asked.image == records["count"].images["image"]).all()
+  assert asked.seed == 3
+  asked = ask(records, "describe")
+  assert asked.prompt == "Describe the given picture. <mask> <break> <image>"
+  asked = ask(records, "draw", retrieve=1)
+  assert isinstance(asked, TextToImage)
+  assert (asked.prompt, asked.retrieve) == (records["draw"].texts["caption"], 1)
+  asked = ask(records, "recolor")
+  assert isinstance(asked, Edit)
+  assert asked.prompt == records["recolor"].texts["instruction"]
+  assert (asked.image == records["recolor"].images["before"]).all()
+  asked = ask(records, "edges")
+  assert isinstance(asked, Instruct)
+  caption = records["edges"].texts["caption"]
+  start = "Make high quality image from canny edge features <break> <image> <break> "
+  assert asked.prompt == start + caption
+  assert (asked.image == records["edges"].images["edges"]).all()
+
+
+def test_nothing_of_the_answer_is_in_what_is_asked():
+  for name, task in SCENES.items():
+    one = record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 1)
+    asked = prompt_of(task, one)
+    if task.target in one.texts:
+      assert one.texts[task.target] not in asked.prompt
+    elif not isinstance(asked.image, str):
+      assert not np.array_equal(asked.image, one.images[task.target]), name
 
 
 def commands_of_the_page():

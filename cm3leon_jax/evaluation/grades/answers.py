@@ -1,0 +1,142 @@
+"""Grades answers to held-out instructions, and baselines without a model, by a world's judge."""
+
+# n records, H height, W width.
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+
+import numpy as np
+
+from cm3leon_jax.data.instructions import sources
+from cm3leon_jax.data.instructions.config import InstructionTask
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.stores import square_pixels
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.world import Answer, World, drawn_tasks
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.record_prompts import prompt_of
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+
+def heldout_records(task: InstructionTask, settings: Settings, count: int) -> list[Record]:
+  """Returns the first held-out records of a task."""
+  task = dataclasses.replace(task, heldout_records=count)
+  drawn = drawn_tasks(settings)
+  return list(sources.open_task(task, "heldout", settings.instructions, drawn))
+
+
+def answer_all(
+  world: World,
+  pipeline: Pipeline,
+  task: InstructionTask,
+  records: Sequence[Record],
+  retrieve: int = 0,
+) -> list[Answer]:
+  """Generates and judges an answer to each record; the first has the seed of the settings."""
+  settings = pipeline.settings
+  asked = [
+    prompt_of(
+      task, record, seed=settings.seed + i, sampling=settings.sampling, retrieve=retrieve, row=i
+    )
+    for i, record in enumerate(records)
+  ]
+  samples = [some[0] for some in pipeline.generate(asked)]
+  scores = [
+    float(np.mean(sample.log_probs)) if len(sample.log_probs) else 0.0 for sample in samples
+  ]
+  given = [None if isinstance(one.image, str) else one.image for one in asked]
+  prompts = [one.prompt for one in asked]
+  if task.target in records[0].texts:
+    texts = [sample.filled[0] if sample.filled else "" for sample in samples]
+    found = world.judge_answer_texts(records, texts)
+  else:
+    images = [sample.segments[0] for sample in samples]
+    found = world.judge_answer_images(records, images, settings)
+  return [
+    dataclasses.replace(answer, prompt=prompt, given=image, score=score)
+    for answer, prompt, image, score in zip(found, prompts, given, scores)
+  ]
+
+
+def without_model(
+  world: World,
+  task: InstructionTask,
+  records: Sequence[Record],
+  image_tokenizer: ImageTokenizer,
+  settings: Settings,
+) -> dict[str, list[Answer]]:
+  """Answers without a model: what any model has to beat, and what none can.
+
+  Returns:
+    For questions the `guesses` of the world. For images "copy", the given image unchanged, if there
+    is one, and "tokenizer", the true image as the image tokenizer reconstructs it.
+  """
+  if task.target in records[0].texts:
+    guesses = world.guesses(records).items()
+    return {title: world.judge_answer_texts(records, texts) for title, texts in guesses}
+  side = image_tokenizer.config.resolution
+  true = np.stack([square_pixels(record.images[task.target], side) for record in records])
+  decoded = image_tokenizer.decode(image_tokenizer.encode(true))
+  result = {"tokenizer": world.judge_answer_images(records, decoded, settings)}
+  given = [field for field in records[0].images if field != task.target]
+  if given:
+    copies = [np.asarray(record.images[given[0]]) for record in records]
+    result["copy"] = world.judge_answer_images(records, copies, settings)
+  return result
+
+
+def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
+  """Computes shares with 95% intervals over scenes.
+
+  Returns:
+    {"right": {share, low, high, groups, effective_groups}}, and of images with parts that had to
+    stay "kept".
+  """
+  options = (answers, num_resamples, seed)
+  result = {"answers": len(answers), "right": _share([a.right for a in answers], *options)}
+  if answers[0].kept is not None:
+    result["kept"] = _share([a.kept for a in answers], *options)
+  return result
+
+
+def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
+  """Averages a value of each answer: {share, low, high, groups, effective_groups}."""
+  groups = [answer.record.group for answer in answers]
+  found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": found.pop("mean"), **found}
+
+
+def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
+  """Computes how many more answers to the same records are right: {share, low, high, ...}."""
+  values = [a.right - b.right for a, b in zip(after, before, strict=True)]
+  return _share(values, after, num_resamples, seed)
+
+
+def means(
+  tables: dict[str, dict[str, dict]], kinds: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+  """Computes the means over kinds of tasks of which all were asked.
+
+  Args:
+    tables: name of a task -> title ("before", "after", "majority", ...) -> result of `summarize`.
+    kinds: name of a kind, e.g. "edits" -> names of its tasks.
+
+  Returns:
+    {"edits": {title: mean of the shares that are right}, "edits, kept": ...}, of the titles that
+    all tasks of the kind have; the second one of a kind whose answers have parts to keep.
+  """
+  result = {}
+  for kind, members in kinds.items():
+    some = [tables[name] for name in members if name in tables]
+    if len(some) < len(members):
+      continue
+    titles = [title for title in some[0] if all(title in table for table in some)]
+    result[kind] = {
+      title: float(np.mean([table[title]["right"]["share"] for table in some])) for title in titles
+    }
+    if all("kept" in table[title] for table in some for title in titles):
+      result[f"{kind}, kept"] = {
+        title: float(np.mean([table[title]["kept"]["share"] for table in some])) for title in titles
+      }
+  return result

@@ -1,0 +1,47 @@
+"""The main figures of a run, and those that every run with retrieval has."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+  """One of the main figures of a run.
+
+  Attributes:
+    title: what is measured, with its unit.
+    path: dotted path of the figure in the summary.
+    better: relation of a good figure to the target, ">=", "<=", ">" or "<"; "" without a target.
+    target: a number, or the dotted path of a number in the summary.
+    note: what the target is. A figure with an interval gets the note that all of it counts.
+  """
+
+  title: str
+  path: str
+  better: str = ""
+  target: float | str = ""
+  note: str = ""
+
+
+# fmt: off
+RETRIEVAL = (
+  Headline(
+    "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
+  Headline(
+    "CLIP text-to-image recall@1, held-out concepts", "clip.recall@1", ">", "clip.chance@1",
+    "chance"),
+  Headline(
+    "CLIP text-to-image recall@5, held-out concepts", "clip.recall@5", ">", "clip.chance@5",
+    "chance"),
+  Headline(
+    "Bits per image code, true neighbors", "evaluation.image.true.bits", "<",
+    "evaluation.image.unigram", "unigram model"),
+)
+NEIGHBORS = (
+  Headline(
+    "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
+    "<", 0.0),
+  Headline(
+    "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
+    "<", 0.0),
+)
+# fmt: on

@@ -1,0 +1,45 @@
+"""Asks a model for the target of a record of instruction data, in the words of its template."""
+
+from typing import Any
+
+from cm3leon_jax.data.instructions.config import InstructionTask, split_template
+from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.tasks import choose_template
+from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
+from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
+from cm3leon_jax.generation.text_tasks import InfillText
+
+LONGEST_TEXT = 40  # Tokens of an answer.
+
+
+def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
+  """Returns what a model is asked for a record.
+
+    "Question: {question} Answer: {answer}. <break> {image}", target "answer":
+    InfillText("Question: Is there a cat? Answer: <mask>. <break> <image>", image)
+
+  Args:
+    task: of the record.
+    record: its texts and images.
+    **common: seed and sampling, and for captions `retrieve`.
+  """
+  retrieve = common.pop("retrieve", 0)
+  segments: list[str] = []
+  given: Any = ""
+  for segment in split_template(choose_template(task, record.key)):
+    if segment == f"{{{task.target}}}" and task.target in record.images:
+      break
+    for field, text in record.texts.items():
+      segment = segment.replace(f"{{{field}}}", MASK if field == task.target else text)
+    for field, image in record.images.items():
+      if segment == f"{{{field}}}":
+        segment, given = IMAGE, image
+    segments.append(segment)
+  prompt = f" {BREAK} ".join(segments)
+  if task.target in record.texts:
+    return InfillText(prompt=prompt, image=given, length=LONGEST_TEXT, **common)
+  if IMAGE not in segments and len(segments) == 1:
+    return TextToImage(prompt=prompt, retrieve=retrieve, **common)
+  if task.drop_instruction:
+    return Edit(prompt=segments[-1], image=given, **common)
+  return Instruct(prompt=prompt, image=given, **common)

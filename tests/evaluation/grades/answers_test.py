@@ -1,0 +1,69 @@
+"""Answers to instructions are graded, and beside them what needs no model."""
+
+import types
+
+import pytest
+
+from cm3leon_jax.data.instructions.task_files import read_tasks
+from cm3leon_jax.evaluation.grades import answers
+from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS
+from cm3leon_jax.scenes.interface import WORLD
+from tests.generation.run import SETTINGS
+
+TASKS = {task.name: task for task in read_tasks("scenes")}
+COUNT = 24
+
+
+class TrueTokenizer:
+  """Loses nothing."""
+
+  config = types.SimpleNamespace(resolution=48)
+
+  def encode(self, images):
+    return images
+
+  def decode(self, codes):
+    return codes
+
+
+@pytest.fixture(scope="module")
+def records():
+  return {
+    name: answers.heldout_records(task, SETTINGS, COUNT)
+    for name, task in TASKS.items()
+    if name in ("count", "describe", "recolor", "draw")
+  }
+
+
+def without_model(task, records):
+  return answers.without_model(WORLD, task, records, TrueTokenizer(), SETTINGS)
+
+
+def test_what_needs_no_model(records):
+  some = records["recolor"]
+  found = without_model(TASKS["recolor"], some)
+  shares = {title: answers.summarize(some, 50, 0) for title, some in found.items()}
+  assert shares["tokenizer"]["right"]["share"] == shares["tokenizer"]["kept"]["share"] == 1
+  assert shares["copy"]["right"]["share"] == 0  # An edit changes every scene.
+  assert shares["copy"]["kept"]["share"] == 1
+  found = without_model(TASKS["count"], records["count"])
+  assert list(found) == ["majority", "any object"]
+  assert answers.summarize(found["majority"], 50, 0)["right"]["share"] == 0.25
+  assert without_model(TASKS["describe"], records["describe"]) == {}
+  assert list(without_model(TASKS["draw"], records["draw"])) == ["tokenizer"]
+
+
+def test_means_are_over_all_questions_and_all_edits():
+  table = {"answers": 2, "right": {"share": 0.5}, "kept": {"share": 0.75}}
+  tables = {name: {"after": table, "before": table} for name in (*QUESTIONS, *EDITS)}
+  tables["count"] = {"after": {"answers": 2, "right": {"share": 1.0}}, "majority": table}
+  found = answers.means(tables, WORLD.kinds)
+  assert found["questions"] == {"after": 0.625}
+  assert found["edits"] == {"after": 0.5, "before": 0.5}
+  assert found["edits, kept"] == {"after": 0.75, "before": 0.75}
+
+
+def test_a_kind_of_which_a_task_was_not_asked_has_no_mean():
+  table = {"after": {"answers": 2, "right": {"share": 0.5}}}
+  kinds = {"questions": ("count", "color"), "texts": ("describe",)}
+  assert answers.means({"count": table, "describe": table}, kinds) == {"texts": {"after": 0.5}}
