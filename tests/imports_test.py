@@ -34,7 +34,7 @@ MAY_IMPORT = {
   "weights": BASE | {"models"},
   "checkpoints": BASE | {"models", "weights"},
   "training": BASE | {"models", "weights", "checkpoints", "data", "tokenizers", "clip"},
-  "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
+  "decoding": {"models", "mesh", "vocab", "config", "settings", "xla_options", "positions"},
   "trained": BASE | {"tokenizers", "data", "clip", "retrieval", "models", "weights", "checkpoints"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data", "trained"},
   "evaluation": BASE | CORE,

@@ -5,7 +5,7 @@
 # T tokens of a prompt.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Bool, Int, Int32
@@ -21,8 +21,8 @@ from cm3leon_jax.vocab import VocabLayout
 
 BUCKET = 32  # Prompts are padded to a multiple of it: prompts of similar length share one program.
 SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
-Array = jax.Array | np.ndarray
-Tokens = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
+Array: TypeAlias = jax.Array | np.ndarray
+Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
 
 
 class StreamPrompt(NamedTuple):
@@ -131,7 +131,7 @@ def make_batch(
     align_images: as in `positions_of`.
     multiple: number of devices that a batch is split over.
   """
-  rows = np.arange(rounded(len(requests), multiple)) % len(requests)
+  rows = [i % len(requests) for i in range(rounded(len(requests), multiple))]
   repeated = [requests[i] for i in rows]
   read = [prompt for r in repeated for prompt in prompts_of(r, vocab, align_images)]
   prompts = prompt_arrays(read, vocab.pad, multiple)
@@ -227,7 +227,7 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
   return lengths
 
 
-def _common(a, b) -> int:
+def _common(a: Tokens, b: Tokens) -> int:
   """Returns the length of the common prefix."""
   n = min(len(a), len(b))
   differ = np.flatnonzero((a[:n] != b[:n]).any(axis=1))
@@ -284,7 +284,8 @@ def _unique_of_shards(
 
 def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:
   """Returns the number of each prompt among the unique ones, and these in order of appearance."""
-  numbers, unique = {}, []
+  numbers: dict[bytes, int] = {}
+  unique: list[Tokens] = []
   for prompt in prompts:
     if numbers.setdefault(prompt.tobytes(), len(unique)) == len(unique):
       unique.append(prompt)
@@ -298,7 +299,7 @@ def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
   """
   prefixed = np.zeros(len(prompts.prefix_of), bool)
   if prompts.prefixes is not None:
-    prefixed = prompts.prefixes.valid.any(1)[prompts.prefix_of]
+    prefixed = np.any(prompts.prefixes.valid, axis=1)[prompts.prefix_of]
   rests = -(-np.maximum(prompts.rests.valid.sum(axis=1), 1) // BUCKET) * BUCKET
   needed = np.where(prefixed, prompts.entries, rests)[prompts.row]
   return tuple(int(n) for n in needed.reshape(-1, streams).max(axis=0))

@@ -3,7 +3,7 @@
 # B samples, S guidance streams, I tokens of an image, M parts of a plan.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Float32, Int32, UInt32
@@ -16,7 +16,7 @@ from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.rows import SamplingValues, Uses, uses_of
 from cm3leon_jax.decoding.sampling.top_p import TOP_P
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = jax.Array | np.ndarray
 
 
 class Control(NamedTuple):
@@ -79,5 +79,7 @@ def without_samples(
 
 def put_sample(control: Control, row: int, sample: Control) -> None:
   """Writes the control of one sample, of `control_of`, into a row of `without_samples`."""
-  for into, x in zip(jax.tree.leaves(control), jax.tree.leaves(sample), strict=True):
+  of_all: list[np.ndarray] = jax.tree.leaves(control)
+  of_sample: list[np.ndarray] = jax.tree.leaves(sample)
+  for into, x in zip(of_all, of_sample, strict=True):
     into[row] = np.reshape(x, into.shape[1:])

@@ -5,8 +5,10 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
+import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import cache, grammar
@@ -24,6 +26,7 @@ from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.decoding.sampling.top_p import TOP_P
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.vocab import VocabLayout
 
 
@@ -58,7 +61,7 @@ class GeneratorConfig:
   image_head: bool = True
   draft_window: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, allowed in (("weight_dtype", params_lib.DTYPES), ("cache_dtype", cache.DTYPES)):
       if getattr(self, field) not in allowed:
         raise ValueError(
@@ -81,7 +84,7 @@ class GeneratorConfig:
       )
 
   @classmethod
-  def of(cls, settings, **fields) -> "GeneratorConfig":
+  def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
     """Makes the config of a run's settings."""
     image_tokens, positions = settings.vqgan.image_tokens, settings.data.sequence_length
     return cls(settings.model, settings.vocab, image_tokens, positions, settings.sampling, **fields)
@@ -162,7 +165,7 @@ class Generator:
     image_tokenizer.decode(result.codes(vocab)[None])
   """
 
-  def __init__(self, params, config: GeneratorConfig):
+  def __init__(self, params: dict, config: GeneratorConfig):
     """Prepares the parameters of a model. Needs a mesh."""
     self.config = config
     self.params = params_lib.prepare(
@@ -174,7 +177,9 @@ class Generator:
     )
     self.programs = compile_lib.programs_of(jax.sharding.get_mesh())
 
-  def generate(self, requests: Sequence[Request], seeds: Sequence[int], **options) -> list[Result]:
+  def generate(
+    self, requests: Sequence[Request], seeds: Sequence[int], **options: Any
+  ) -> list[Result]:
     """Returns all results, ordered by request and sample; see `batches`."""
     return list(itertools.chain.from_iterable(self.batches(requests, seeds, **options)))
 
@@ -211,8 +216,8 @@ class Generator:
     streams = [len(request.streams) for request in requests]
     methods = choose_methods(sampling.method, seeds, samples, streams)
     todo = list(itertools.product(range(len(requests)), range(samples)))
-    for _, alike in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
-      alike = list(alike)
+    for _, group in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
+      alike = list(group)
       for start in range(0, len(alike), self.config.batch_size):
         batch = alike[start : start + self.config.batch_size]
         seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
@@ -243,7 +248,14 @@ class Generator:
         "training: shorten it, or retrieve fewer documents."
       )
 
-  def _generate_batch(self, requests, seeds, methods, sampling, progress):
+  def _generate_batch(
+    self,
+    requests: Sequence[Request],
+    seeds: Sequence[int],
+    methods: Sequence[TokenMethod],
+    sampling: SamplingConfig,
+    progress: Callable[[int], None],
+  ) -> list[np.ndarray]:
     """Generates for requests of one number of streams; returns (ids, log_probs, divergence)."""
     batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs

@@ -7,7 +7,7 @@ The decoding loop carries the state of a small state machine, three integers a r
 
 from collections.abc import Sequence
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Part(NamedTuple):
   """
 
   kind: int
-  count: int = 0
+  count: int = 0  # type: ignore[assignment]  # The method of this name of tuples is not used.
   place: int = 0
 
   @property
@@ -76,10 +76,10 @@ class State(NamedTuple):
   place: Int32[Array, " B"]
 
 
-Plan = Int32[Array, "B M 3"]  # Of `plan_array`.
+Plan: TypeAlias = Int32[Array, "B M 3"]  # Of `plan_array`.
 
 
-def _entry(plan, part, column: int):
+def _entry(plan: Plan, part: Int32[Array, " B"], column: int) -> Int32[Array, " B"]:
   return jax.vmap(lambda row, i: row[i, column])(plan, part)
 
 
@@ -94,7 +94,7 @@ class Grammar:
   vocab: VocabLayout
   image_tokens: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.image_tokens < 1:
       raise ValueError(f"image_tokens is {self.image_tokens}; an image has at least one code.")
 

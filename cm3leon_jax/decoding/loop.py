@@ -6,15 +6,16 @@
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
+import numpy as np
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded, Prompts
-from cm3leon_jax.decoding.cache import LayerCache, Size
+from cm3leon_jax.decoding.cache import LayerCache, Layers, Read, Size, over_streams
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
@@ -26,6 +27,8 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
 
+# See `_sample_ids`.
+Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]
 NEVER = -1e9  # A logit without probability, but finite: differences of two are 0, not NaN.
 
 
@@ -90,7 +93,10 @@ def extend(
   return bound.final_norm(x)
 
 
-def read_padded(config, model, tokens: Padded, cache, seen, entry: int):
+def read_padded(
+  config: ModelConfig, model: dict, tokens: Padded, cache: Layers, seen: Bool[Array, "U T"],
+  entry: Size,
+) -> tuple[Layers, Bool[Array, "U T"]]:  # fmt: skip
   """Reads left-padded tokens [U, L] into entries [entry, entry + L); returns (cache, seen)."""
   length = tokens.ids.shape[1]
   seen = jnp.concatenate([seen[:, :entry], tokens.valid, seen[:, entry + length :]], axis=1)
@@ -99,7 +105,7 @@ def read_padded(config, model, tokens: Padded, cache, seen, entry: int):
   mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
   layers = list(cache)
 
-  def attend(i, q, k, v):
+  def attend(i: int, q: Read, k: Read, v: Read) -> Read:
     layers[i] = layers[i].write(entry, k, v)
     return layers[i].attend(q, mask)
 
@@ -109,7 +115,7 @@ def read_padded(config, model, tokens: Padded, cache, seen, entry: int):
 
 def read_prompts(
   config: ModelConfig, model: dict, prompts: Prompts, cache_dtype: str = "compute"
-) -> tuple[tuple[LayerCache, ...], Bool[Array, "U T"]]:
+) -> tuple[Layers, Bool[Array, "U T"]]:
   """Reads every prefix and every rest once.
 
   Args:
@@ -129,7 +135,7 @@ def read_prompts(
   else:
     shared = Padded(*(shard(x, "batch", None) for x in prompts.prefixes))
     start, seen = shared.ids.shape[1], jnp.zeros_like(shared.valid)
-    cache = cache_lib.empty(config, *shared.ids.shape, cache_dtype)
+    cache = cache_lib.empty(config, shared.ids.shape[0], start, cache_dtype)
     cache, seen = read_padded(config, model, shared, cache, seen, 0)
     cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
     seen = jnp.pad(cache_lib.local_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
@@ -187,41 +193,16 @@ def prefill(
   )
 
 
-def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Callable:
-  """Makes the `attend` of `extend` for S streams that have caches of their own.
-
-  Args:
-    layers: caches of each layer and stream; written caches replace their entries.
-    masks: of each stream, as in `LayerCache.attend`.
-    write: (cache, stream, k, v) -> cache, with k and v [B, L, N, H].
-
-  Returns:
-    (layer, q, k, v), each [R, L, N, H], the streams of a sample side by side -> [R, L, N, H].
-  """
-  streams, heads = len(masks), ("length", "heads", "head_dim")
-
-  def by_stream(x):
-    return jnp.reshape(x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
-
-  def attend(i, q, k, v):
-    q, k, v, out = by_stream(q), by_stream(k), by_stream(v), []
-    for s, mask in enumerate(masks):
-      layers[i][s] = write(layers[i][s], s, k[:, s], v[:, s])
-      out.append(layers[i][s].attend(q[:, s], mask))
-    out = jnp.stack(out, axis=1)
-    return jnp.reshape(out, (-1, *out.shape[2:]), out_sharding=spec("batch", *heads))
-
-  return attend
-
-
-def _read_last(config, model, loop: LoopState):
+def _read_last(
+  config: ModelConfig, model: dict, loop: LoopState
+) -> tuple[Float[Array, "R 1 D"], tuple[Layers, ...], tuple[Bool[Array, "B _"], ...]]:
   """Reads the last token of each row; returns (hidden [R, 1, D], cache, seen)."""
 
-  def mark(x, entry):
+  def mark(x: Bool[Array, "B T"], entry: Int32[Array, ""]) -> Bool[Array, "B T"]:
     one = jnp.ones((x.shape[0], 1), bool, out_sharding=spec("batch", None))
     return jax.lax.dynamic_update_slice_in_dim(x, one, entry, axis=1)
 
-  def write(cache, s, k, v):
+  def write(cache: LayerCache, s: int, k: Read, v: Read) -> LayerCache:
     return cache.write(loop.next_entries[s], k, v)
 
   seen = tuple(mark(x, loop.next_entries[s]) for s, x in enumerate(loop.seen))
@@ -231,7 +212,9 @@ def _read_last(config, model, loop: LoopState):
   return hidden, tuple(map(tuple, layers)), seen
 
 
-def _stream_logits(hidden, head, streams: int):
+def _stream_logits(
+  hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"], streams: int
+) -> Float[Array, "S B V"]:
   """Logits [S, B, V] of hidden [R, 1, D] by the columns of `head` [D, V]."""
   axis = head_axis(head.shape[1])
   split = spec("batch", "length", axis)
@@ -242,8 +225,9 @@ def _stream_logits(hidden, head, streams: int):
 
 
 def _sample_ids(
-  params: DecodeParams, control: Control, state, hidden, keys, grammar: Grammar, sampler: Sampler
-):
+  params: DecodeParams, control: Control, state: State, hidden: Float[Array, "R 1 D"],
+  keys: Key[Array, " B"], grammar: Grammar, sampler: Sampler,
+) -> Sampled:  # fmt: skip
   """Samples a guided id for each sample from hidden [R, 1, D].
 
   Returns:
@@ -255,7 +239,10 @@ def _sample_ids(
   place = jnp.where(in_image, place, grammar.image_tokens)
   weights = jax.vmap(lambda row, i: row[i])(control.guidance, place)
 
-  def sample_columns(head, candidates, is_image, legal=None):
+  def sample_columns(
+    head: Float[Array, "D V"], candidates: int, is_image: Bool[Array, " B"],
+    legal: Bool[Array, "B V"] | None = None,
+  ) -> Sampled:  # fmt: skip
     out = _stream_logits(hidden, head, streams)
     logits = [combine_streams(out, weights), out[0], out[-1]]
     # Of columns that stay split. Those of image codes are first; the others have no probability.
@@ -269,15 +256,16 @@ def _sample_ids(
     apart = jnp.where(is_image, apart, 0)
     return *sample(StreamLogits(*logits), keys, rows, candidates, sampler.others), apart
 
-  def among_codes():
-    ids, *others = sample_columns(params.image_head, sampler.of_codes, jnp.ones_like(in_image))
-    return ids + grammar.vocab.text_size, *others
+  def among_codes() -> Sampled:
+    every = jnp.ones_like(in_image)
+    ids, log_probs, apart = sample_columns(params.image_head, sampler.of_codes, every)
+    return ids + grammar.vocab.text_size, log_probs, apart
 
-  def among_all():
+  def among_all() -> Sampled:
     # All ids are legal for a finished sample: its id is not kept, a softmax of nothing is NaN.
     legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
-    columns, *others = sample_columns(params.head, sampler.of_all, in_image, legal)
-    return (columns + grammar.vocab.text_size) % grammar.vocab.size, *others
+    columns, log_probs, apart = sample_columns(params.head, sampler.of_all, in_image, legal)
+    return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs, apart
 
   if params.image_head is None:
     return among_all()
@@ -309,11 +297,11 @@ def decode_step(
   """
   streams = control.guidance.shape[2]
 
-  def to_rows(x):
+  def to_rows(x: Shaped[Array, " B"]) -> Shaped[Array, " R"]:
     rows = loop.tokens.shape[0]
     return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
-  def put(into, x):
+  def put(into: Shaped[Array, "B G"], x: Shaped[Array, " B"]) -> Shaped[Array, "B G"]:
     x = x[:, None].astype(into.dtype)
     return jax.lax.dynamic_update_slice_in_dim(into, x, loop.count, axis=1)
 
@@ -347,14 +335,14 @@ def decode_step(
 def split_control(control: Control) -> Control:
   """Splits the arrays of `control` over the batch; settings of all samples stay whole."""
 
-  def split(x):
+  def split(x: Array | np.ndarray) -> Array | np.ndarray:
     return shard(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
 
   return jax.tree.map(split, control)
 
 
 def decode_steps(
-  params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static
+  params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static: Any
 ) -> LoopState:
   """Makes at most `steps` steps; stops early when all samples are finished or the cache is full.
 

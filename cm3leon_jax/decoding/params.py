@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, PyTree
 from jaxtyping import Int8 as Int8Array
 
 from cm3leon_jax.mesh import RULES, shard
@@ -50,10 +51,10 @@ def quantized(w: Float[Array, "..."], summed: tuple[int, ...]) -> Int8:
   return Int8(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
 
-def dequantized(tree, dtype):
+def dequantized(tree: PyTree, dtype: DTypeLike) -> PyTree:
   """Returns the tree with every `Int8` as a matrix of `dtype`."""
 
-  def matrix(x):
+  def matrix(x: Array | Int8) -> Array:
     if not isinstance(x, Int8):
       return x
     return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
@@ -72,7 +73,7 @@ def head_axis(rows: int) -> str | None:
   return None if rows % devices else "vocab"
 
 
-def _at(tree, i: int):
+def _at(tree: PyTree, i: int) -> PyTree:
   return jax.tree.map(lambda x: x[i], tree)
 
 
@@ -102,7 +103,7 @@ def prepare(
     image_head: whether to keep a copy of the output table's image rows.
   """
 
-  def columns(rows):
+  def columns(rows: Float[Array, "V D"]) -> Float[Array, "D V"]:
     return shard(rows.T, None, head_axis(len(rows)))
 
   params = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), params)

@@ -1,17 +1,20 @@
 """Builds the compiled programs of decoding, for `Generator` and for ahead-of-time compilation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 from jax.experimental.layout import Format, Layout
+from jaxtyping import Array, Int32, PyTree
 
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import LoopState
+from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models.config import ModelConfig
@@ -19,6 +22,7 @@ from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
 # Generated tokens that a cache can hold at first: attention also reads empty entries.
 CAPACITY = 128
+T = TypeVar("T")
 CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are finished stops.
 
 
@@ -79,29 +83,30 @@ def prefill_function(static: Static) -> Callable:
   )
 
 
-def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
-  """Lowers `loop.decode_steps` for arguments of these types, all `abstract`.
-
-  Returns:
-    jax.stages.Lowered.
-  """
+def lower_steps(
+  mesh: jax.sharding.Mesh, params: DecodeParams, control: Control, loop: LoopState, static: Static
+) -> jax.stages.Lowered:
+  """Lowers `loop.decode_steps` for arguments of these types, all `abstract`."""
   steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
   return lower_loop(mesh, steps, params, control, loop)
 
 
 def lower_loop(
-  mesh: jax.sharding.Mesh, function: Callable, params, control, state, *others, formats=None
-):
+  mesh: jax.sharding.Mesh,
+  function: Callable,
+  params: DecodeParams,
+  control: Control,
+  state: PyTree,
+  *others: PyTree,
+  formats: PyTree = None,
+) -> jax.stages.Lowered:
   """Lowers a function of (params, control, state, *others) that returns the state after steps.
 
   Without `formats` of the state, the compiler chooses its memory layout: with the default layout
   XLA:TPU copies the whole cache to the layout that its loop prefers, and back, in every call.
-
-  Returns:
-    jax.stages.Lowered.
   """
 
-  def shardings(tree):
+  def shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
 
   if formats is None:
@@ -116,7 +121,7 @@ def lower_loop(
   return jitted.lower(params, control, state, *others)
 
 
-def jit_before(function: Callable, program: jax.stages.Compiled):
+def jit_before(function: Callable, program: jax.stages.Compiled) -> jax.stages.Wrapped:
   """Jits a function that returns the state in the layout of `program`, which runs next."""
   return jax.jit(function, out_shardings=program.input_formats[0][2])
 
@@ -136,12 +141,14 @@ class Lowered(NamedTuple):
   state: LoopState
 
 
-def lower_batch(mesh: jax.sharding.Mesh, params, batch: Batch, static: Static) -> Lowered:
+def lower_batch(
+  mesh: jax.sharding.Mesh, params: DecodeParams, batch: Batch, static: Static
+) -> Lowered:
   """Lowers what `Programs` runs for a batch; `mesh` must be the current one.
 
   Args:
     mesh: of devices that need not be present.
-    params: `DecodeParams`, `abstract`.
+    params: `abstract`.
     batch: arrays of `batch.make_batch`.
     static: of the batch.
   """
@@ -154,7 +161,7 @@ def lower_batch(mesh: jax.sharding.Mesh, params, batch: Batch, static: Static) -
     state = abstract(jax.eval_shape(grow, state), mesh)
     last = lower_steps(mesh, params, control, state, static)
 
-  def lower_prefill(program):
+  def lower_prefill(program: jax.stages.Compiled) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
       return jit_before(first, program).lower(*arguments)
 
@@ -172,24 +179,36 @@ class Programs:
     self.results = jax.jit(loop_lib.results)
     self.compiled: dict = {}
 
-  def prefill(self, params, batch: Batch, static: Static):
+  def prefill(
+    self, params: DecodeParams, batch: Batch, static: Static
+  ) -> tuple[LoopState, jax.stages.Compiled]:
     """Reads the prompts of a batch. Returns (state, the program that makes its next steps)."""
     arguments = (params.model, batch.prompts, batch.control.plan)
     return self._run_before(
       prefill_function(static), arguments, static, params, batch.control, static
     )
 
-  def grow(self, loop: LoopState, by: int, params, control, static: Static):
+  def grow(
+    self, loop: LoopState, by: int, params: DecodeParams, control: Control, static: Static
+  ) -> tuple[LoopState, jax.stages.Compiled]:
     """Runs `loop.grow`. Returns (state, the program that makes its next steps)."""
     function = functools.partial(loop_lib.grow, by=by)
     return self._run_before(
       function, (loop,), (by, *static.of_step.values()), params, control, static
     )
 
-  def generate_image(self, loop: LoopState, params, control, program, static: Static, codes: int):
+  def generate_image(
+    self,
+    loop: LoopState,
+    params: DecodeParams,
+    control: Control,
+    program: jax.stages.Compiled,
+    static: Static,
+    codes: int,
+  ) -> tuple[LoopState, Int32[Array, ""]]:
     """Runs `speculative.generate_image`. Returns (state for `program`, number of steps)."""
 
-    def make():
+    def make() -> Callable:
       function = functools.partial(
         speculative.generate_image, codes=codes, window=static.window, **static.of_step
       )
@@ -198,23 +217,32 @@ class Programs:
     jitted = self.once(("image", codes, static), (params, control, loop), make)
     return jitted(params, control, loop)
 
-  def _run_before(self, function: Callable, arguments, name, params, control, static: Static):
+  def _run_before(
+    self,
+    function: Callable,
+    arguments: tuple,
+    name: Hashable,
+    params: DecodeParams,
+    control: Control,
+    static: Static,
+  ) -> tuple[LoopState, jax.stages.Compiled]:
     """Runs a function that returns a state, in the layout that the next steps want."""
 
-    def make():
+    def make() -> tuple[Callable, jax.stages.Compiled]:
       state = jax.eval_shape(function, *arguments)
-      types = [abstract(x, self.mesh) for x in (params, control, state)]
+      types = tuple(abstract(x, self.mesh) for x in (params, control, state))
+      of_params, of_control, of_state = types
       program = self.once(
         ("steps", *static.of_step.values()),
         types,
-        lambda: lower_steps(self.mesh, *types, static).compile(),
+        lambda: lower_steps(self.mesh, of_params, of_control, of_state, static).compile(),
       )
       return jit_before(function, program), program
 
     jitted, program = self.once(name, (arguments, params, control), make)
     return jitted(*arguments), program
 
-  def once(self, name, arguments, make: Callable):
+  def once(self, name: Hashable, arguments: PyTree, make: Callable[[], T]) -> T:
     """Returns the result of `make`, called once for each name, types and shardings."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 import dataclasses
 import itertools
+from typing import TypeAlias
 
 from jaxtyping import Float32, Int32
 import numpy as np
@@ -62,6 +63,10 @@ class Hole:
   most_text: int = 0
 
 
+Ids: TypeAlias = Sequence[int] | np.ndarray
+Pieces: TypeAlias = Sequence[Ids | Hole]
+
+
 def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
   """Returns `</s> <mask:0> <break>`, the prompt of training samples without conditioning."""
   return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
@@ -70,7 +75,7 @@ def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
 def text_to_image(
   vocab: VocabLayout,
   image_tokens: int,
-  caption,
+  caption: Ids,
   neighbors: Sequence[Sequence] = (),
   keep_neighbors: bool = False,
 ) -> Request:
@@ -104,7 +109,9 @@ def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
   return Request((unconditional_prompt(vocab),), _image_plan(image_tokens))
 
 
-def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> Request:
+def edit(
+  vocab: VocabLayout, image_tokens: int, before: Ids, image: Ids, instruction: Ids
+) -> Request:
   """Requests an edit of an image (sections 4.1 and E, with InstructPix2Pix's template).
 
     before = [5], image = [91 92], instruction = [7]:
@@ -120,7 +127,7 @@ def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> R
   return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
 
 
-def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence) -> Request:
+def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> Request:
   """Requests an image after the segments of an instruction (CM3Leon, section 4.1: single guidance).
 
     segments = [[5], [91 92], [7]]:
@@ -138,7 +145,7 @@ def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence) -> Reque
 def infill(
   vocab: VocabLayout,
   image_tokens: int,
-  segments: Sequence[Sequence],
+  segments: Sequence[Pieces],
   neighbors: Sequence[Sequence] = (),
 ) -> Request:
   """Requests what fills the holes of a document; it follows at the end, as CM3 trains it.
@@ -176,7 +183,7 @@ def infill(
     for segment in segments
   ]
   before = list(itertools.chain(*neighbors))
-  streams = (_infill_prompt(vocab, [*before, *marked]),)
+  streams: tuple[np.ndarray, ...] = (_infill_prompt(vocab, [*before, *marked]),)
   is_text = [not _is_image(vocab, segment) for segment in segments]
   if all(hole.codes for hole in holes) and any(is_text):
     images = [segment for text, segment in zip(is_text, marked) if not text]
@@ -192,7 +199,11 @@ def infill(
 
 
 def document(
-  vocab: VocabLayout, image_tokens: int, segments: Sequence, length: int, after_break: bool = False
+  vocab: VocabLayout,
+  image_tokens: int,
+  segments: Sequence[Ids],
+  length: int,
+  after_break: bool = False,
 ) -> Request:
   """Requests texts and images in any order, after the segments of a prompt.
 
@@ -220,13 +231,13 @@ def document(
   return Request((prompt,), (Part(grammar.DOCUMENT, length, place),))
 
 
-def _join(vocab: VocabLayout, segments) -> np.ndarray:
+def _join(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
   """Returns `</s>`, then every segment followed by `<break>`."""
   parts = [part for segment in segments for part in (segment, [vocab.brk])]
   return np.concatenate([[vocab.eos], *parts]).astype(np.int32)
 
 
-def _infill_prompt(vocab: VocabLayout, segments) -> np.ndarray:
+def _infill_prompt(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
   """Returns a complete document, then the sentinel of its first hole."""
   return np.append(_join(vocab, segments)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
 
@@ -235,7 +246,7 @@ def _image_plan(image_tokens: int) -> tuple[Part, ...]:
   return Part(grammar.CODES, image_tokens), Part(grammar.END)
 
 
-def _is_image(vocab: VocabLayout, segment) -> bool:
+def _is_image(vocab: VocabLayout, segment: Pieces) -> bool:
   return any(
     piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any()
     for piece in segment
@@ -249,7 +260,7 @@ def _check_image(length: int, image_tokens: int) -> None:
     )
 
 
-def _check_segment(vocab: VocabLayout, image_tokens: int, segment) -> None:
+def _check_segment(vocab: VocabLayout, image_tokens: int, segment: Pieces) -> None:
   image = _is_image(vocab, segment)
   for piece in segment:
     if isinstance(piece, Hole):

@@ -7,15 +7,17 @@ Speculative Jacobi Decoding".
 # B samples, S guidance streams, R = B x S rows, W codes of a window, D = W - 1 drafts, K image
 # codes, I codes of the image.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
+from cm3leon_jax.decoding.cache import LayerCache, Layers, Read, over_streams
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.grammar import Grammar
-from cm3leon_jax.decoding.loop import LoopState, extend, over_streams, split_control
+from cm3leon_jax.decoding.grammar import Grammar, Plan
+from cm3leon_jax.decoding.loop import LoopState, extend, split_control
 from cm3leon_jax.decoding.params import DecodeParams, head_axis
 from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
 from cm3leon_jax.decoding.sampling.rows import Sampler, select
@@ -73,7 +75,12 @@ def verify(
     (number of drafts that hold; tokens, of which one more than hold are valid).
   """
 
-  def one(key, drafts, odds, p):
+  def one(
+    key: Key[Array, ""],
+    drafts: Int32[Array, " D"],
+    odds: Float[Array, "D K"],
+    p: Float[Array, "D+1 K"],
+  ) -> tuple[Int32[Array, ""], Int32[Array, " D+1"]]:
     accept, replace = jax.random.split(key)
     pick = jax.vmap(lambda row, i: row[i])
     uniform = jax.random.uniform(accept, drafts.shape)
@@ -89,7 +96,13 @@ def verify(
   return jax.vmap(one)(keys, drafts, odds, probabilities)
 
 
-def _read_drafts(config, model, loop: LoopState, done, drafts):
+def _read_drafts(
+  config: ModelConfig,
+  model: dict,
+  loop: LoopState,
+  done: Int32[Array, " B"],
+  drafts: Int32[Array, "B D"],
+) -> tuple[Float[Array, "R W width"], tuple[Layers, ...]]:
   """Reads the last token of each row and the drafts after it.
 
   Returns:
@@ -110,7 +123,7 @@ def _read_drafts(config, model, loop: LoopState, done, drafts):
     ends = (loop.next_entries[s] + done)[:, None, None] + jnp.arange(window)[None, :, None]
     masks.append((seen[:, None] | ((entries >= loop.next_entries[s]) & (entries <= ends)))[:, None])
 
-  def write(cache, s, k, v):
+  def write(cache: LayerCache, s: int, k: Read, v: Read) -> LayerCache:
     return cache.write_rows(loop.next_entries[s] + done, k, v)
 
   layers = [list(layer) for layer in loop.cache]
@@ -120,8 +133,13 @@ def _read_drafts(config, model, loop: LoopState, done, drafts):
 
 
 def _distributions(
-  params: DecodeParams, control: Control, hidden, done, codes: int, sampler: Sampler
-):
+  params: DecodeParams,
+  control: Control,
+  hidden: Float[Array, "R W width"],
+  done: Int32[Array, " B"],
+  codes: int,
+  sampler: Sampler,
+) -> tuple[Float[Array, "B W K"], Float[Array, "B W K"], Float32[Array, "B W"]]:
   """Distributions of the window's codes.
 
   Returns:
@@ -129,9 +147,13 @@ def _distributions(
     divergence of the streams [B, W]).
   """
   batch, _, streams = control.guidance.shape
+  assert params.image_head is not None
   window, size = hidden.shape[1], params.image_head.shape[1]
   axis = head_axis(size)
-  out = {"preferred_element_type": wide(hidden.dtype), "out_sharding": spec("batch", None, axis)}
+  out: dict[str, Any] = {
+    "preferred_element_type": wide(hidden.dtype),
+    "out_sharding": spec("batch", None, axis),
+  }
   logits = jnp.einsum("BLD,DR->BLR", hidden, params.image_head, **out)
   logits = jnp.reshape(
     logits, (batch, streams, window, size), out_sharding=spec("batch", None, None, axis)
@@ -150,7 +172,7 @@ def _distributions(
   values, ids = filter_candidates(guided / rows.temperature[:, None], *rows.top_p, sampler.of_codes)
   place = jax.vmap(lambda ids, p: jnp.zeros(size, p.dtype).at[ids].set(p))
 
-  def by_window(x):
+  def by_window(x: Float[Array, "rows K"]) -> Float[Array, "B W K"]:
     return jnp.reshape(x, (batch, window, size), out_sharding=spec("batch", None, None))
 
   probabilities = place(ids, jax.nn.softmax(values, axis=-1))
@@ -158,14 +180,16 @@ def _distributions(
   return by_window(probabilities), by_window(jax.nn.log_softmax(guided, axis=-1)), apart
 
 
-def _first(loop: LoopState, keys, codes: int, window: int, size: int, dtype) -> Window:
+def _first(
+  loop: LoopState, keys: Key[Array, " B"], codes: int, window: int, size: int, dtype: str
+) -> Window:
   """Initializes drafts uniformly at random."""
 
-  def zeros(*shape, dtype=jnp.int32):
+  def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
     split = spec("batch", *[None] * len(shape))
     return jnp.zeros((len(loop.ids), *shape), dtype, out_sharding=split)
 
-  def random_codes(key):
+  def random_codes(key: Key[Array, ""]) -> Int32[Array, " D"]:
     return jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size)
 
   return Window(
@@ -180,7 +204,16 @@ def _first(loop: LoopState, keys, codes: int, window: int, size: int, dtype) -> 
   )
 
 
-def _accept(w: Window, cache, p, log_p, apart, keys, codes: int, text_size: int) -> Window:
+def _accept(
+  w: Window,
+  cache: tuple[Layers, ...],
+  p: Float[Array, "B W K"],
+  log_p: Float[Array, "B W K"],
+  apart: Float32[Array, "B W"],
+  keys: Key[Array, " B"],
+  codes: int,
+  text_size: int,
+) -> Window:
   """Moves the window past the drafts that hold; samples new drafts from this step's distributions.
 
   p, log_p and apart are of `_distributions`.
@@ -190,7 +223,7 @@ def _accept(w: Window, cache, p, log_p, apart, keys, codes: int, text_size: int)
   cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window - 1))
   put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
 
-  def to_rows(x):
+  def to_rows(x: Shaped[Array, " B"]) -> Shaped[Array, " R"]:
     rows, streams = len(w.loop.tokens), len(w.loop.seen)
     return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
@@ -218,7 +251,7 @@ def _accept(w: Window, cache, p, log_p, apart, keys, codes: int, text_size: int)
   )
 
 
-def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
+def _after_image(w: Window, plan: Plan, grammar: Grammar, codes: int) -> LoopState:
   """Returns the state after the image, where all samples have the same number of tokens again."""
   loop, vocab = w.loop, grammar.vocab
   in_image = jnp.arange(loop.ids.shape[1])[None] < codes
@@ -228,7 +261,7 @@ def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
     written = (entries >= loop.next_entries[s]) & (entries < loop.next_entries[s] + codes)
     seen_of.append(seen | written)
 
-  def fit(x, otherwise):
+  def fit(x: Shaped[Array, "B _"], otherwise: int) -> Shaped[Array, "B G"]:
     return jnp.where(in_image, x[:, : loop.ids.shape[1]], otherwise)
 
   state = grammar.next_part(plan, loop.state)
@@ -270,6 +303,7 @@ def generate_image(
   Returns:
     (state after the image, number of steps).
   """
+  assert params.image_head is not None
   text_size = grammar.vocab.text_size
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)

@@ -7,16 +7,26 @@ import jax
 import numpy as np
 
 from cm3leon_jax.decoding.continuous import state as state_lib
+from cm3leon_jax.decoding.continuous.state import Admitted, BatchState
+from cm3leon_jax.decoding.control import Control
+from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.programs import Programs, Static, jit_before, lower_loop
 from cm3leon_jax.mesh import abstract
 
 
-def empty_batch(programs: Programs, params, control, static: Static, chunk: int, least: int):
+def empty_batch(
+  programs: Programs,
+  params: DecodeParams,
+  control: Control,
+  static: Static,
+  chunk: int,
+  least: int,
+) -> tuple[BatchState, jax.stages.Compiled]:
   """Runs `state.empty` for the slots of `control`.
 
   Args:
     programs: of the current mesh.
-    params: `DecodeParams`.
+    params: of the model.
     control: of all slots.
     static: of the batch; its cache can hold `max_new_tokens` of them from the start.
     chunk: largest number of steps of a call.
@@ -36,7 +46,7 @@ def empty_batch(programs: Programs, params, control, static: Static, chunk: int,
     cache_dtype=static.cache_dtype,
   )
 
-  def make():
+  def make() -> tuple[Callable, jax.stages.Compiled]:
     state, limit = jax.eval_shape(function), np.int32(0)
     types = [abstract(x, programs.mesh) for x in (params, control, state, limit)]
     program = lower_loop(programs.mesh, _steps(static, least), *types).compile()
@@ -47,11 +57,18 @@ def empty_batch(programs: Programs, params, control, static: Static, chunk: int,
 
 
 def steps_of_first_slots(
-  programs: Programs, slots: int, state, params, control, program, static: Static, least: int
-):
+  programs: Programs,
+  slots: int,
+  state: BatchState,
+  params: DecodeParams,
+  control: Control,
+  program: jax.stages.Compiled,
+  static: Static,
+  least: int,
+) -> jax.stages.Compiled:
   """Returns the steps of the first slots of a batch, whose state is that of `program`."""
 
-  def make():
+  def make() -> jax.stages.Compiled:
     types = [abstract(x, programs.mesh) for x in (params, control, state, np.int32(0))]
     formats = program.input_formats[0][2]
     steps = _steps(static, least, slots=slots)
@@ -60,10 +77,17 @@ def steps_of_first_slots(
   return programs.once(("first slots", slots, static, least), (params, control, state), make)
 
 
-def admit(programs: Programs, state, admitted, params, program, static: Static):
+def admit(
+  programs: Programs,
+  state: BatchState,
+  admitted: Admitted,
+  params: DecodeParams,
+  program: jax.stages.Compiled,
+  static: Static,
+) -> BatchState:
   """Runs `state.admit`, which donates the state. Returns the state for `program`."""
 
-  def make():
+  def make() -> Callable:
     function = functools.partial(
       state_lib.admit,
       config=static.model,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jaxtyping import Float
 import numpy as np
 
 from cm3leon_jax.decoding import batch as batch_lib
@@ -11,7 +12,7 @@ from cm3leon_jax.decoding.batch import StreamPrompt
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.continuous import programs as compile_lib
 from cm3leon_jax.decoding.continuous.buckets import Bucket
-from cm3leon_jax.decoding.continuous.state import Admitted
+from cm3leon_jax.decoding.continuous.state import Admitted, BatchState
 from cm3leon_jax.decoding.control import Control, control_of, put_sample, without_samples
 from cm3leon_jax.decoding.generator import Generator
 from cm3leon_jax.decoding.request import Request
@@ -65,7 +66,9 @@ class ActiveRequest:
     [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
     return method
 
-  def result(self, divergence, vocab: VocabLayout) -> Result:
+  def result(
+    self, divergence: Float[np.ndarray, ""] | np.floating | float, vocab: VocabLayout
+  ) -> Result:
     """Returns its tokens so far; `divergence` as `Result.of` takes it."""
     known = self.seed, self.method, self.tokens, self.log_probs
     return Result.of((0, 0), *known, divergence, len(self.request.streams), vocab)
@@ -85,9 +88,11 @@ class RunningBatch:
       slots, streams, config.sampling, config.image_tokens, bucket.parts
     )
     self.placed: Control | None = None  # `control` on the devices, while it is the same.
-    self.state = self.program = None
+    self.state: BatchState | None = None
+    self.program: jax.stages.Compiled | None = None
     # Steps of the first slots alone, for a batch with few samples.
-    self.few, self.program_of_few = slots // 4 if shards == 1 else 0, None
+    self.few = slots // 4 if shards == 1 else 0
+    self.program_of_few: jax.stages.Compiled | None = None
 
   @property
   def active(self) -> bool:
@@ -136,6 +141,7 @@ class RunningBatch:
     if any(self.slots[self.few :]):
       return self.program
     if self.program_of_few is None:
+      assert self.state is not None
       self.program_of_few = compile_lib.steps_of_first_slots(
         self.generator.programs,
         self.few,
@@ -194,6 +200,7 @@ class RunningBatch:
 
   def _write_control(self, slot: int) -> None:
     active, codes = self.slots[slot], self.generator.config.image_tokens
+    assert active is not None
     requests, seeds, methods = [active.request], [active.seed], [active.method]
     one = control_of(requests, seeds, methods, active.sampling, codes, self.bucket.parts)
     put_sample(self.control, slot, one)
@@ -204,10 +211,13 @@ class RunningBatch:
     if slot is None:
       nothing = StreamPrompt(np.zeros((0, 2), np.int32), config.vocab.pad, 0, 0)
       return [nothing] * len(self.bucket.static.widths)
-    return batch_lib.prompts_of(self.slots[slot].request, config.vocab, config.model.align_images)
+    active = self.slots[slot]
+    assert active is not None
+    return batch_lib.prompts_of(active.request, config.vocab, config.model.align_images)
 
   def _updates(self) -> list[Update]:
     """Reads what a chunk generated, and frees the slots of finished samples."""
+    assert self.state is not None
     loop, vocab = self.state.loop, self.generator.config.vocab
     ids, log_probs, apart, parts, steps = jax.device_get(
       (loop.ids, loop.log_probs, loop.divergence, loop.state.part, loop.count)

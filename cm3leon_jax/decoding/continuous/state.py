@@ -14,15 +14,17 @@ sample is finished before its first entry is written again.
 # B slots, S guidance streams, R = B x S rows, J samples that are admitted, W entries of a stream's
 # prompts, T entries of its ring, C tokens of a chunk, M parts of a plan.
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded
-from cm3leon_jax.decoding.cache import LayerCache
+from cm3leon_jax.decoding.cache import LayerCache, Layers
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, State
 from cm3leon_jax.decoding.loop import LoopState, decode_step, read_padded, split_control
@@ -87,7 +89,7 @@ def empty(
     cache_dtype: one of `cache.DTYPES`.
   """
 
-  def full(value, dtype, *shape):
+  def full(value: int | bool, dtype: DTypeLike, *shape: int) -> Array:
     split = spec("batch", *[None] * (len(shape) - 1))
     return jnp.full(shape, value, dtype, out_sharding=split)
 
@@ -110,17 +112,26 @@ def empty(
   return BatchState(loop, full(0, jnp.int32, slots))
 
 
-def _put(into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots) -> Shaped[Array, "B ..."]:
+def _put(
+  into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots: Int32[Array, " J"]
+) -> Shaped[Array, "B ..."]:
   """Replaces slots, each in its own shard of the batch; see `Admitted.slots`."""
   split = jax.typeof(into).sharding.spec
 
-  def put(into, x, slots):
+  def put(into: Array, x: Array, slots: Array) -> Array:
     return into.at[slots].set(x.astype(into.dtype), mode="drop")
 
   return jax.shard_map(put, in_specs=(split, split, spec("batch")), out_specs=split)(into, x, slots)
 
 
-def _read_stream(config: ModelConfig, model: dict, prompts: Padded, end, capacity: int, dtype: str):
+def _read_stream(
+  config: ModelConfig,
+  model: dict,
+  prompts: Padded,
+  end: Int32[Array, ""],
+  capacity: int,
+  dtype: str,
+) -> tuple[Layers, Bool[Array, "J T"]]:
   """Reads prompts into rings of `capacity` entries, the last token before entry `end`.
 
   Returns:
@@ -159,7 +170,7 @@ def admit(
   loop, slots = state.loop, shard(admitted.slots, "batch")
   layers, seen_of = [list(layer) for layer in loop.cache], list(loop.seen)
 
-  def put(into, x):
+  def put(into: Array, x: Array) -> Array:
     return _put(into, x, slots)
 
   for s, prompts in enumerate(admitted.prompts):
@@ -169,7 +180,7 @@ def admit(
       layer[s] = LayerCache(*jax.tree.map(put, layer[s], new))
     seen_of[s] = put(seen_of[s], seen)
 
-  def put_streams(into, x):
+  def put_streams(into: Int32[Array, " R"], x: Int32[Array, "J S"]) -> Int32[Array, " R"]:
     pairs = jnp.reshape(into, (-1, x.shape[1]), out_sharding=spec("batch", None))
     return jnp.reshape(put(pairs, shard(x, "batch", None)), into.shape, out_sharding=spec("batch"))
 
@@ -190,7 +201,7 @@ def admit(
 OF_ALL_SLOTS = ("next_entries", "count", "any_active")  # Fields of LoopState.
 
 
-def _by_slots(function, state: BatchState, *others: BatchState) -> BatchState:
+def _by_slots(function: Callable[..., Array], state: BatchState, *others: BatchState) -> BatchState:
   """Applies a function to the arrays of states that have a part for each slot: not OF_ALL_SLOTS."""
   states = (state, *others)
   loop = {
@@ -202,7 +213,7 @@ def _by_slots(function, state: BatchState, *others: BatchState) -> BatchState:
   return BatchState(states[-1].loop._replace(**loop), counts)
 
 
-def _first(x, count: int):
+def _first(x: Shaped[Array, "_ ..."], count: int) -> Shaped[Array, "{count} ..."]:
   """Returns the first entries of an array, split as it is; see `Grammar.start`."""
   return jax.sharding.reshard(x[:count], jax.typeof(x).sharding.spec)
 

@@ -2,7 +2,7 @@
 
 # B rows, V vocabulary (or the part of it that is legal).
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class ContrastiveMethod(TokenMethod):
     """Returns k."""
     return config.contrastive_k
 
-  def rows(self, is_image: Bool[Array, " B"], values) -> ContrastiveRows:
+  def rows(self, is_image: Bool[Array, " B"], values: Any) -> ContrastiveRows:
     return ContrastiveRows(
       alpha=jnp.full_like(is_image, values.contrastive_alpha, jnp.float32),
       amateur_temperature=jnp.full_like(is_image, values.amateur_temperature, jnp.float32),

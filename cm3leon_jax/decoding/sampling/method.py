@@ -80,7 +80,7 @@ class TokenMethod(SamplingMethod):
     """Returns what the program is compiled for: the values of the other settings."""
     raise NotImplementedError
 
-  def rows(self, is_image: Bool[Array, " B"], values) -> Any:
+  def rows(self, is_image: Bool[Array, " B"], values: Any) -> Any:
     """Returns the arrays of the rows that `sample` reads.
 
     Args:

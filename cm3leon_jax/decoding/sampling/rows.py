@@ -4,7 +4,7 @@
 
 import collections
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,18 @@ from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
 from cm3leon_jax.decoding.sampling.methods import METHODS, OTHERS
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P, TopPRows
 
-Uses = dict[str, Bool[Array, " B"]]  # By the name of each of OTHERS: the rows that use it.
+# By the name of each of OTHERS: the rows that use it.
+Uses: TypeAlias = dict[str, Bool[Array, " B"]]
+_BY_NAME = {method.name: method for method in OTHERS}
 # Each once: methods may share a field.
 NUMBERS = dict.fromkeys((*TOP_P.numbers, *TEXT_SETTINGS, *(x for m in OTHERS for x in m.numbers)))
 
 
-class SamplingValues(collections.namedtuple("SamplingValues", NUMBERS)):
+_namedtuple: Any = collections.namedtuple  # To a type checker: it reads fields of literals alone.
+_Numbers: Any = _namedtuple("SamplingValues", NUMBERS)
+
+
+class SamplingValues(_Numbers):
   """Numbers of a SamplingConfig that are traced: other values do not compile again.
 
   They are those of all rows, or arrays with one number for each row: int32 or fp32, as in the
@@ -123,7 +129,7 @@ def sample(
   token = TOP_P.sample(logits, keys, temperature, rows.top_p, candidates)
   for name, compiled in others:
     used, settings = rows.others[name]
-    other = METHODS[name].sample(logits, keys, temperature, settings, compiled)
+    other = _BY_NAME[name].sample(logits, keys, temperature, settings, compiled)
     token = jnp.where(used, other, token)
   pick = jax.vmap(lambda row, i: row[i])
   return token, pick(jax.nn.log_softmax(logits.guided, axis=-1), token)

@@ -3,7 +3,7 @@
 # B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class TopPMethod(TokenMethod):
     """Returns C where only image codes are sampled, and C where texts are, too."""
     return candidates(config, image=True, text=False), candidates(config, image=True, text=True)
 
-  def rows(self, is_image: Bool[Array, " B"], values) -> TopPRows:
+  def rows(self, is_image: Bool[Array, " B"], values: Any) -> TopPRows:
     return TopPRows(
       top_k=jnp.where(is_image, values.top_k, values.text_top_k),
       top_p=jnp.where(is_image, values.top_p, values.text_top_p),
@@ -120,7 +120,7 @@ def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B 
   the tokens, too.
   """
 
-  def of_id(key, i):
+  def of_id(key: Key[Array, ""], i: Int[Array, ""]) -> Float32[Array, ""]:
     return jax.random.gumbel(jax.random.fold_in(key, i), dtype=jnp.float32)
 
   return jax.vmap(jax.vmap(of_id, (None, 0)))(keys, ids)
