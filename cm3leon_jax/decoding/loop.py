@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
+import numpy as np
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded, Prompts
@@ -334,7 +335,7 @@ def decode_step(
 def split_control(control: Control) -> Control:
   """Splits the arrays of `control` over the batch; settings of all samples stay whole."""
 
-  def split(x: Array) -> Array:
+  def split(x: Array | np.ndarray) -> Array | np.ndarray:
     return shard(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
 
   return jax.tree.map(split, control)

@@ -22,7 +22,7 @@ from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
 # Generated tokens that a cache can hold at first: attention also reads empty entries.
 CAPACITY = 128
-Made = TypeVar("Made")
+T = TypeVar("T")
 CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are finished stops.
 
 
@@ -242,7 +242,7 @@ class Programs:
     jitted, program = self.once(name, (arguments, params, control), make)
     return jitted(*arguments), program
 
-  def once(self, name: Hashable, arguments: PyTree, make: Callable[[], Made]) -> Made:
+  def once(self, name: Hashable, arguments: PyTree, make: Callable[[], T]) -> T:
     """Returns the result of `make`, called once for each name, types and shardings."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)

@@ -64,7 +64,7 @@ class Hole:
 
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
-Segment: TypeAlias = Sequence[Ids | Hole]
+Pieces: TypeAlias = Sequence[Ids | Hole]
 
 
 def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
@@ -145,7 +145,7 @@ def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> 
 def infill(
   vocab: VocabLayout,
   image_tokens: int,
-  segments: Sequence[Segment],
+  segments: Sequence[Pieces],
   neighbors: Sequence[Sequence] = (),
 ) -> Request:
   """Requests what fills the holes of a document; it follows at the end, as CM3 trains it.
@@ -246,7 +246,7 @@ def _image_plan(image_tokens: int) -> tuple[Part, ...]:
   return Part(grammar.CODES, image_tokens), Part(grammar.END)
 
 
-def _is_image(vocab: VocabLayout, segment: Segment) -> bool:
+def _is_image(vocab: VocabLayout, segment: Pieces) -> bool:
   return any(
     piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any()
     for piece in segment
@@ -260,7 +260,7 @@ def _check_image(length: int, image_tokens: int) -> None:
     )
 
 
-def _check_segment(vocab: VocabLayout, image_tokens: int, segment: Segment) -> None:
+def _check_segment(vocab: VocabLayout, image_tokens: int, segment: Pieces) -> None:
   image = _is_image(vocab, segment)
   for piece in segment:
     if isinstance(piece, Hole):

@@ -29,7 +29,9 @@ class Objective(Protocol):
     length: tokens of a row of the batch.
   """
 
-  names: Sequence[str]
+  @property
+  def names(self) -> Sequence[str]:
+    """Names of the sources that a batch is marked with."""
 
   @property
   def length(self) -> int:

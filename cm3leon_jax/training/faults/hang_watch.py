@@ -37,7 +37,7 @@ READERS = 32  # Reports that are read at once.
 LINGER_SECONDS = 10.0
 # The order in which a process passes them, from the dispatch of a step on.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def place(report: dict) -> str:
@@ -260,9 +260,9 @@ def stacks() -> str:
     return file.read()
 
 
-def _within(seconds: float, function: Callable[[], Result]) -> Result | None:
+def _within(seconds: float, function: Callable[[], T]) -> T | None:
   """Returns what `function` returns, or None if it fails or takes longer than `seconds`."""
-  found: list[Result] = []
+  found: list[T] = []
 
   def call() -> None:
     with contextlib.suppress(Exception):
