@@ -105,6 +105,15 @@ EVALUATION = (
     ("bootstrap_unpaired", "paired=True", "paired=False"),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/world.py",
+    "tests/evaluation/world_test.py",
+    (
+      "answers_to_training_alone_are_judged",
+      "if name and task.heldout else None",
+      "if name else None",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/scenes/judge/judge.py",
     "tests/scenes/judge/judge_test.py",
     (
