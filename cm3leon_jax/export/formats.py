@@ -3,7 +3,7 @@
 A format is a module of this package with two functions. `check(config)` refuses by name what the
 format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
 that half an export has none. Other files of every export are written before, in `write`.
-`choices.kind_of` must know a written export of a new format by its files.
+`trained.exported.kind_of` must know a written export of a new format by its files.
 """
 
 from __future__ import annotations

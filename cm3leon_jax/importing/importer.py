@@ -220,10 +220,7 @@ def describe(found: Import) -> list[str]:
         "in place of cm3leon train_vqgan."
       )
     return lines
-  if source.described["model_type"] == "qwen3":
-    lines += qwen3.notes(source, model)
-  else:
-    lines += opt.notes(source)
+  lines += FAMILIES[source.described["model_type"]].notes(source, model)
   vocab = tables.vocab
   start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
   lines.append(

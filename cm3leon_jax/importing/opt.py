@@ -98,7 +98,7 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   return result
 
 
-def notes(source: SourceCheckpoint) -> list[str]:
+def notes(source: SourceCheckpoint, _: dict) -> list[str]:
   """Says what the import of a checkpoint changes beside its vocabulary."""
   norms = [n for n in source.tensors.names if n.endswith("_layer_norm.weight") and ".layers." in n]
   count = sum(bool((source.tensors.read(name) != 1).any()) for name in norms)

@@ -14,6 +14,7 @@ from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.trained import exported
 from cm3leon_jax.weights import stored_tensors
+from cm3leon_jax.weights.layouts import LAYOUTS
 from cm3leon_jax.weights.stored_tensors import StoredTensors
 from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
 
@@ -133,10 +134,12 @@ def open_source(source: str) -> SourceCheckpoint:
       f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
       "`cm3leon import_vqgan` imports an image tokenizer."
     )
-  if described["model_type"] not in ("opt", "qwen3"):
+  types = [layout.model_type for layout in LAYOUTS.values()]
+  if described["model_type"] not in types:
     raise UserError(
-      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be 'opt' or "
-      "'qwen3', whose decoders are those of config.model.family 'opt' and 'modern'."
+      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be "
+      f"{' or '.join(map(repr, types))}, whose decoders are those of config.model.family "
+      f"{' and '.join(map(repr, LAYOUTS))}."
     )
   if described.get("quantization_config"):
     raise UserError(
