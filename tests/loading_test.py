@@ -13,7 +13,7 @@ from cm3leon_jax.export import choices
 from cm3leon_jax.files import progress
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.trained import bundles, exported
+from cm3leon_jax.trained import bundles, kinds
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
 
@@ -126,7 +126,7 @@ def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exp
   export.main(SETTINGS, run, choice=choices.Choice(quantize="int8"), output=str(other))
   with pytest.raises(UserError, match="int8 is an export with int8 weights, for other programs"):
     CM3Leon.load(other)
-  about = exports / "orbax" / exported.ABOUT
+  about = exports / "orbax" / kinds.ABOUT
   stored = read_json(about)
   try:
     write_json(about, {k: v for k, v in stored.items() if k != "settings"})

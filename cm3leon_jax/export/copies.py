@@ -10,7 +10,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.trained import bundles
-from cm3leon_jax.trained.exported import ABOUT
+from cm3leon_jax.trained.kinds import ABOUT
 from cm3leon_jax.trained.run import Run
 
 

@@ -3,7 +3,7 @@
 A format is a module of this package with two functions. `check(config)` refuses by name what the
 format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
 that half an export has none. Other files of every export are written before, in `write`.
-`trained.exported.kind_of` must know a written export of a new format by its files.
+`trained.kinds.kind_of` must know a written export of a new format by its files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export.choices import Choice, TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
-from cm3leon_jax.trained.exported import ABOUT
+from cm3leon_jax.trained.kinds import ABOUT
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings

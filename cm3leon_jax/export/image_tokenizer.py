@@ -26,7 +26,7 @@ from cm3leon_jax.tokenizers import published_files
 from cm3leon_jax.tokenizers.config import levels_of
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
-from cm3leon_jax.trained.exported import IMAGES
+from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 
 SCRIPT = "decode_image.py"

@@ -18,7 +18,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained import orbax_export
+from cm3leon_jax.trained import kinds, orbax_export
 from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.tensor_files import DTYPES, convert
 
@@ -37,7 +37,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   for name in params.shapes:
     _write_array(folder / orbax_export.FOLDER, params, name, run.choice.dtype)
   write_json(folder / orbax_export.FOLDER / "_METADATA", _metadata(params))
-  write_json(folder / orbax_export.DIGESTS, sealing.digests(folder / orbax_export.FOLDER))
+  write_json(folder / kinds.DIGESTS, sealing.digests(folder / orbax_export.FOLDER))
   size = params.count * DTYPES[run.choice.dtype][1].itemsize
   return {"parameters": params.count, "bytes": size}
 

@@ -12,7 +12,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import FOREIGN_BYTES, NAMES, check_foreign, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
-from cm3leon_jax.trained import exported
+from cm3leon_jax.trained import kinds
 from cm3leon_jax.weights import stored_tensors
 from cm3leon_jax.weights.layouts import LAYOUTS
 from cm3leon_jax.weights.stored_tensors import StoredTensors
@@ -116,9 +116,9 @@ def open_source(source: str) -> SourceCheckpoint:
     UserError: the folder holds none, or none that is read safely or exactly.
   """
   folder = epath.Path(source)
-  if (kind := exported.kind_of(folder)) in ("orbax", "stablehlo"):
+  if (kind := kinds.kind_of(folder)) in ("orbax", "stablehlo"):
     raise UserError(
-      f"--source is {source}, an export {exported.KINDS[kind]}; only those in the format hf are "
+      f"--source is {source}, an export {kinds.KINDS[kind]}; only those in the format hf are "
       "imported"
       + (": `cm3leon train --init_from` starts from this one." if kind == "orbax" else ".")
     )

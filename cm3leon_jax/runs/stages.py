@@ -5,13 +5,15 @@ files: a stage that is run again and writes the same files is the same stage. `t
 which stages there are, and what each depends on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import hashlib
 import math
 from numbers import Real
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -20,7 +22,9 @@ from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe
 from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs.table import STAGES, identity, reads_of
-from cm3leon_jax.settings import Settings
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
 
 DONE = "done.json"
 

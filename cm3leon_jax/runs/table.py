@@ -1,8 +1,12 @@
 """The table of the stages of a run: their commands, and what each depends on. Reads no file."""
 
-import dataclasses
+from __future__ import annotations
 
-from cm3leon_jax.settings import Settings
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

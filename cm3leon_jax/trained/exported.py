@@ -6,36 +6,13 @@ from etils import epath
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import read_foreign_json, read_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.trained import bundles, orbax_export
+from cm3leon_jax.trained.kinds import ABOUT, IMAGES, KINDS, kind_of
 from cm3leon_jax.weights import placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
-
-ABOUT = "export.json"  # Marks a folder as an export, and says of what.
-IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-
-# What `kind_of` returns -> what an export is.
-KINDS = {
-  "stablehlo": "in the format stablehlo",
-  "orbax": "in the format orbax",
-  "gpt2": "in the format gpt2",
-  "int8": "with int8 weights",
-}
-
-
-def kind_of(folder: epath.PathLike) -> str:
-  """Returns the key of `KINDS` of an export, by its files; "": one of `hf`, or another folder."""
-  folder = epath.Path(folder)
-  for kind, name in (("stablehlo", "manifest.json"), ("orbax", orbax_export.DIGESTS)):
-    if (folder / name).exists():
-      return kind
-  path = folder / "config.json"
-  described = read_foreign_json(path, {}) if path.exists() else {}
-  if described.get("model_type") == "gpt2":
-    return "gpt2"
-  return "int8" if described.get("quantization_config") else ""
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:

@@ -13,10 +13,10 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.trained import bundles, exported, orbax_export
+from cm3leon_jax.trained import bundles, exported, kinds, orbax_export
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
-IMAGE_TOKENIZER = f"{exported.IMAGES}/params.safetensors"  # Of an exported model.
+IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # Of an exported model.
 IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
@@ -106,9 +106,9 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
     bundles.read(folder)  # Checks its files.
-  if (kind := exported.kind_of(folder)) not in ("", "orbax"):
+  if (kind := kinds.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {exported.KINDS[kind]}, whose numbers are not those "
+      f"--init_from is {source}, an export {kinds.KINDS[kind]}, whose numbers are not those "
       "that were trained: name the workdir that it was exported from, or an export in the format "
       "hf or orbax."
     )
@@ -138,7 +138,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     return Weights(source, *reading.identify(folder / "train", step))
   if orbax_export.exists(folder):
-    return Weights(source, None, digest(folder / orbax_export.DIGESTS))
+    return Weights(source, None, digest(folder / kinds.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 

@@ -9,9 +9,9 @@ from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json
+from cm3leon_jax.trained.kinds import DIGESTS
 
 FOLDER = "params"
-DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
 
 
 def exists(folder: epath.PathLike) -> bool:

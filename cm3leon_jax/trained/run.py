@@ -20,7 +20,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained import bundles, exported
+from cm3leon_jax.trained import bundles, exported, kinds
 from cm3leon_jax.trained.rows import open_rows
 from cm3leon_jax.weights.stored import StoredParams, of_tree
 
@@ -94,9 +94,7 @@ class Run:
   def images(self) -> ImageTokenizer:
     """The image tokenizer."""
     is_export = self.kind == "export"
-    return ImageTokenizer.load(
-      self.folder / exported.IMAGES if is_export else self.stages / "vqgan"
-    )
+    return ImageTokenizer.load(self.folder / kinds.IMAGES if is_export else self.stages / "vqgan")
 
   @functools.cached_property
   def clip(self) -> CLIP | HFCLIP:
@@ -180,7 +178,7 @@ def _check_workdir(name: str, folder: epath.Path) -> None:
     )
   if not folder.is_dir():
     raise UserError(f"{name} is a file: give the folder of a run or of a bundle.")
-  if (folder / exported.ABOUT).exists():
+  if (folder / kinds.ABOUT).exists():
     raise UserError(
       f"{name} is an export, which `cm3leon serve` and CM3Leon.load take: give the workdir of its "
       "run, or a bundle."

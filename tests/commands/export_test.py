@@ -21,7 +21,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_stored
-from cm3leon_jax.trained import bundles, exported
+from cm3leon_jax.trained import bundles, kinds
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
@@ -226,7 +226,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   export.main(settings, root, choice=choices.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  (output / exported.ABOUT).unlink()
+  (output / kinds.ABOUT).unlink()
   with pytest.raises(UserError, match=r"which is there and not a folder that cm3leon export wrote"):
     export.main(settings, root, choice=orbax, output=str(output))
   with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):

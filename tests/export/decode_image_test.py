@@ -16,7 +16,7 @@ from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import Quantizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.trained.exported import IMAGES
+from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
 
