@@ -124,7 +124,7 @@ def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Sett
     name = str(dtype).removeprefix("torch.")
   if name not in DTYPES:
     raise UserError(f"dtype is {short(dtype)}; it must be one of {', '.join(DTYPES)}.")
-  return dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=name))
+  return dataclasses.replace(settings, model=settings.model.computing_in(name))
 
 
 def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: int) -> str:

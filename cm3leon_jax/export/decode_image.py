@@ -16,16 +16,16 @@ config.json and params.safetensors are read from the folder of this script.
 # channel of FSQ.
 
 import argparse
-from collections.abc import Sequence
 import functools
 import json
-import os
 import pathlib
 import struct
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+Folder = str | pathlib.PurePath
 FORMAT = "cm3leon_jax.vqgan"  # The network that `decode_pixels` computes.
 NETWORK = ("stem", "downsample", "encoder_blocks", "decoder_blocks", "local_codes")
 CODES = ("num_codes", "token_offset", "levels")  # `levels` of FSQ; of other quantizers empty.
@@ -79,7 +79,7 @@ def tokenizer_of(config: dict, tensors: dict[str, np.ndarray]) -> Tokenizer:
 
 
 @functools.lru_cache(2)
-def load(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
+def load(folder: Folder | None = None) -> Tokenizer:
   """Reads the tokenizer in a folder, by default that of this script.
 
   Raises:
@@ -103,7 +103,7 @@ def load(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
   )
 
 
-def convolve(x, kernel, bias, stride: int = 1):
+def convolve(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, stride: int = 1) -> np.ndarray:
   """Convolves [H, W, C] with a square kernel [k, k, C, D], zeros around it.
 
   Returns:
@@ -120,44 +120,44 @@ def convolve(x, kernel, bias, stride: int = 1):
   return result + bias
 
 
-def normalize(x, local: bool):
+def normalize(x: np.ndarray, local: bool) -> np.ndarray:
   """Shifts and scales [H, W, C] to mean 0 and variance 1: all of it, or each place over C."""
   axes = 2 if local else (0, 1, 2)
   x = x - x.mean(axes, keepdims=True)
   return x / np.sqrt(np.mean(x * x, axes, keepdims=True) + np.float32(1e-5))
 
 
-def silu(x):
+def silu(x: np.ndarray) -> np.ndarray:
   """Computes x times its logistic function."""
   return x / (1 + np.exp(np.minimum(-x, 80)))
 
 
-def unit(x):
+def unit(x: np.ndarray) -> np.ndarray:
   """Scales vectors along the last axis to norm 1."""
   return x / np.sqrt(np.sum(x * x, -1, keepdims=True) + np.float32(1e-12))
 
 
-def space_to_depth(x, factor: int):
+def space_to_depth(x: np.ndarray, factor: int) -> np.ndarray:
   """Folds squares of pixels into channels: [factor H, factor W, C] -> [H, W, factor^2 C]."""
   height, width, channels = x.shape
   x = x.reshape(height // factor, factor, width // factor, factor, channels)
   return x.transpose(0, 2, 1, 3, 4).reshape(height // factor, width // factor, -1)
 
 
-def depth_to_space(x, factor: int):
+def depth_to_space(x: np.ndarray, factor: int) -> np.ndarray:
   """Unfolds channels to squares of pixels: [H, W, factor^2 C] -> [factor H, factor W, C]."""
   height, width, channels = x.shape
   x = x.reshape(height, width, factor, factor, channels // factor**2)
   return x.transpose(0, 2, 1, 3, 4).reshape(height * factor, width * factor, -1)
 
 
-def conv(tokenizer: Tokenizer, name: str, x, stride: int = 1):
+def conv(tokenizer: Tokenizer, name: str, x: np.ndarray, stride: int = 1) -> np.ndarray:
   """Applies the convolution of this name."""
   tensors = tokenizer.tensors
   return convolve(x, tensors[f"{name}.kernel"], tensors[f"{name}.bias"], stride)
 
 
-def blocks(tokenizer: Tokenizer, name: str, count: int, x):
+def blocks(tokenizer: Tokenizer, name: str, count: int, x: np.ndarray) -> np.ndarray:
   """Applies `count` residual blocks of two convolutions each."""
   local = tokenizer.config["local_codes"]
   for block in (f"{name}.{i}" for i in range(count)):
@@ -166,7 +166,7 @@ def blocks(tokenizer: Tokenizer, name: str, count: int, x):
   return x
 
 
-def code_vectors(tokenizer: Tokenizer):
+def code_vectors(tokenizer: Tokenizer) -> np.ndarray:
   """Returns the vectors of all codes as the decoder receives them, fp32 [K, E].
 
   Those of FSQ (Mentzer et al. 2023) are all combinations of levels, the first channel's changing
@@ -182,7 +182,7 @@ def code_vectors(tokenizer: Tokenizer):
   return unit(table)
 
 
-def decode_pixels(tokenizer: Tokenizer, codes):
+def decode_pixels(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
   """Decodes the codes of one image, int [T], to fp32 [H, W, 3], about in [-1, 1].
 
   The decoder of a VQGAN (Esser et al. 2021).
@@ -198,14 +198,14 @@ def decode_pixels(tokenizer: Tokenizer, codes):
   return depth_to_space(x, config["stem"])
 
 
-def squashed(x, levels):
+def squashed(x: np.ndarray, levels: npt.ArrayLike) -> np.ndarray:
   """Brings encodings [..., E] into the range of FSQ's codes, in steps of 1 / (L // 2)."""
   levels = np.array(levels)
   half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2, 0, 0.5)
   return ((np.tanh(x + np.arctanh(offset / half)) * half - offset) / (levels // 2)).astype("f4")
 
 
-def scores(tokenizer: Tokenizer, pixels):
+def scores(tokenizer: Tokenizer, pixels: np.ndarray) -> np.ndarray:
   """Scores all codes for the places of an image; the largest score is that of the nearest code.
 
   Args:
@@ -227,12 +227,12 @@ def scores(tokenizer: Tokenizer, pixels):
   return z.reshape(-1, z.shape[-1]) @ codes.T - np.sum(codes * codes, -1) / 2
 
 
-def to_uint8(pixels) -> np.ndarray:
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
   """Converts pixels in [-1, 1] to uint8, rounded and clipped."""
   return np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def decode(codes, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+def decode(codes: npt.ArrayLike, folder: Folder | None = None) -> np.ndarray:
   """Decodes codes to images.
 
   Args:
@@ -266,7 +266,7 @@ def decode(codes, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
   return images
 
 
-def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+def encode(images: npt.ArrayLike, folder: Folder | None = None) -> np.ndarray:
   """Encodes images to codes, int64 [B, T], row by row of the image.
 
   Args:
@@ -290,7 +290,7 @@ def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
   return codes
 
 
-def codes_of(ids: Sequence[int], folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+def codes_of(ids: npt.ArrayLike, folder: Folder | None = None) -> np.ndarray:
   """Finds the images in token ids of the language model.
 
   With offset 512, 4 codes an image:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -52,7 +53,7 @@ def check(choice: Choice, settings: Settings) -> None:
   _module(choice).check(settings.model)
 
 
-def _module(choice: Choice):
+def _module(choice: Choice) -> ModuleType:
   return importlib.import_module(f"cm3leon_jax.export.{FORMATS[choice.format]}")
 
 

@@ -7,6 +7,9 @@ a decoder with `model.activation="gelu_tanh"` has the same logits there.
 
 # D width, F feed-forward, N positions.
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from etils import epath
 import numpy as np
 
@@ -18,6 +21,8 @@ from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
+
+Matrix: TypeAlias = tuple[tuple[int, int], Callable[[], np.ndarray]]  # See `_matrix`.
 
 
 def check(config: ModelConfig) -> None:
@@ -86,24 +91,24 @@ def gpt2_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
   return tensors
 
 
-def _matrix(params: StoredParams, name: str, i: int, rows: int | None = None):
+def _matrix(params: StoredParams, name: str, i: int, rows: int | None = None) -> Matrix:
   """Returns the shape of a matrix of layer `i` as [rows, columns], and a function that reads it."""
-  shape = params.shapes[name][1:]
-  shape = (rows or shape[0], int(np.prod(shape)) // (rows or shape[0]))
+  stored = params.shapes[name][1:]
+  shape = (rows or stored[0], int(np.prod(stored)) // (rows or stored[0]))
   return shape, lambda: params.read(name, i).reshape(shape)
 
 
-def _qkv(params: StoredParams, i: int):
+def _qkv(params: StoredParams, i: int) -> Matrix:
   """Like `_matrix` for queries, keys and values beside each other, [D, 3 D]."""
   width = params.shapes["embed"][1]
 
-  def read():
+  def read() -> np.ndarray:
     return np.concatenate([params.read("blocks.qkv", i, j).reshape(width, -1) for j in range(3)], 1)
 
   return (width, 3 * width), read
 
 
-def _linear(name: str, matrix, dtype: str) -> list[Tensor]:
+def _linear(name: str, matrix: Matrix, dtype: str) -> list[Tensor]:
   shape, read = matrix
   return [
     Tensor(f"{name}.weight", shape, dtype, read),

@@ -15,6 +15,7 @@ import importlib.util
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 import numpy as np
 
 from cm3leon_jax.export.choices import TrainedRun
@@ -114,7 +115,7 @@ def write_model(
   write_json(folder / "config.json", {**described, "dtype": dtype})
   # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
   # only one of them, so this file must not be marked as derived from it ("_from_model_config").
-  ids = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
+  ids: dict[str, int | list[int]] = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
   if tokenizer_folder is not None:
@@ -134,7 +135,9 @@ def can_compare(quantized: str = "") -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def causal_logits(config: ModelConfig, params: dict, tokens, positions):
+def causal_logits(
+  config: ModelConfig, params: dict, tokens: Int32[Array, " T"], positions: Int32[Array, " T"]
+) -> Float32[Array, "T V"]:
   """Computes logits [T, V] fp32 of the ids and positions [T] of a sample, on the current mesh."""
   model = transformer.bind(config, params)
   tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")

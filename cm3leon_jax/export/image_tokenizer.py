@@ -23,7 +23,7 @@ from cm3leon_jax.export import decode_image
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers import published_files
-from cm3leon_jax.tokenizers.config import levels_of
+from cm3leon_jax.tokenizers.config import VQGANConfig, levels_of
 from cm3leon_jax.tokenizers.published import PublishedConfig
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 from cm3leon_jax.trained.kinds import IMAGES
@@ -49,10 +49,10 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
+  family, name = "", PARAMS
   if isinstance(tokenizer.config, PublishedConfig):
     family, name = tokenizer.config.family, published_files.save(target, tokenizer)
   else:
-    family, name = "", PARAMS
     _write_trained(target, source, tokenizer, run.settings.vocab.text_size)
   about = {
     "resolution": tokenizer.config.resolution,
@@ -69,6 +69,7 @@ def _write_trained(
   target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
 ) -> None:
   """Writes a tokenizer that `cm3leon train_vqgan` trained, its weights byte for byte."""
+  assert isinstance(tokenizer.config, VQGANConfig)
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
     "format": decode_image.FORMAT,

@@ -10,19 +10,20 @@ image codes are token ids; prompts are padded with `<pad>` on the left.
 from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Float32, Int32, PyTree, UInt8, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding.batch import BUCKET, Padded, Prompts
+from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
+from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
 from cm3leon_jax.decoding.loop import LoopState
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.sampling.guidance import scheduled
@@ -33,21 +34,23 @@ from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-Named = dict[str, Any]  # Arrays or their types by dotted names.
+Named: TypeAlias = dict[str, Any]  # Arrays or their types by dotted names.
+Tokens: TypeAlias = Int32[Array, "b _"]
+Seeds: TypeAlias = UInt32[Array, " b"]
 # Fields of `LoopState` whose arrays have other names in exports.
 EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
 
-def named(tree) -> Named:
+def named(tree: PyTree) -> Named:
   """Returns the leaves of a tree by their dotted paths."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
   return {EXPORTED_AS.get(name, name): x for name, (_, x) in zip(names, leaves)}
 
 
-def filled(types, arrays: Mapping[str, Any]):
+def filled(types: PyTree, arrays: Mapping[str, Any]) -> PyTree:
   """Returns the tree of `types` with the arrays that `named` gave their places."""
   return jax.tree.unflatten(jax.tree.structure(types), [arrays[name] for name in named(types)])
 
@@ -63,13 +66,15 @@ def aligned_positions(
   if not align_images:
     return jnp.where(valid, at - first, 0)
 
-  def latest(marked):  # Index of the last marked token up to each token; -1: none.
+  # Index of the last marked token up to each token; -1: none.
+  def latest(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummax(jnp.where(marked, at, -1), axis=1)
 
-  def following(marked):  # Index of the first marked token from each token on; L: none.
+  # Index of the first marked token from each token on; L: none.
+  def following(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummin(jnp.where(marked, at, length), axis=1, reverse=True)
 
-  def take(x, index):
+  def take(x: Int32[Array, "b L"], index: Int32[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.vmap(lambda row, i: row[i])(x, jnp.clip(index, 0, length - 1))
 
   is_image, is_break = vocab.is_image(tokens), tokens == vocab.brk
@@ -119,12 +124,16 @@ class Functions:
   def _decoder(self, weights: Named) -> DecodeParams:
     return filled(self.weights, weights)["decoder"]
 
-  def _control(self, plan, seeds, guidance, settings: Named) -> Control:
+  def _control(
+    self, plan: Plan, seeds: Seeds, guidance: Float32[Array, "b I+1 S"], settings: Named
+  ) -> Control:
     values = {**SamplingValues.of(self.sampling)._asdict(), **settings}
     off = {method.name: jnp.zeros_like(seeds, bool) for method in OTHERS}
     return Control(plan, guidance, seeds, off, SamplingValues(**values))
 
-  def _prefill(self, weights: Named, streams, plan, max_new_tokens, capacity) -> LoopState:
+  def _prefill(
+    self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
+  ) -> LoopState:
     """Reads the prompts of S streams, the longest first; see `loop.prefill`."""
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
@@ -158,7 +167,9 @@ class Functions:
       **static,
     )
 
-  def prefill(self, weights: Named, *, prompts, plan, seeds, ids) -> Named:
+  def prefill(
+    self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
+  ) -> Named:
     """Reads prompts of one stream. Returns the state for `decode_step`.
 
     Args:
@@ -172,7 +183,7 @@ class Functions:
     state = self._prefill(weights, [prompts], plan, most, most)
     return {**named(state), "plan": plan, "seeds": seeds}
 
-  def state_types(self, weights: Named, **arguments) -> LoopState:
+  def state_types(self, weights: Named, **arguments: Any) -> LoopState:
     """Returns the types of the loop's state for the arguments of `prefill`."""
     most = arguments["ids"].shape[1]
     return jax.eval_shape(
@@ -189,7 +200,7 @@ class Functions:
       types: of `state_types`.
     """
 
-    def decode_step(weights: Named, *, state: Named, **settings) -> Named:
+    def decode_step(weights: Named, *, state: Named, **settings: Array) -> Named:
       plan, seeds = state["plan"], state["seeds"]
       loop = filled(types, state)
       guidance = jnp.ones((seeds.shape[0], self.image_tokens + 1, 1), jnp.float32)
@@ -201,7 +212,14 @@ class Functions:
     return decode_step
 
   def generate_image(
-    self, weights: Named, *, prompts, unconditional, seeds, guidance, **settings
+    self,
+    weights: Named,
+    *,
+    prompts: Tokens,
+    unconditional: Tokens,
+    seeds: Seeds,
+    guidance: Float32[Array, " b"],
+    **settings: Array,
   ) -> Named:
     """Generates a guided image after each prompt, and decodes it.
 
@@ -234,13 +252,13 @@ class Functions:
     images = self.decode_image(weights, tokens=loop.ids)
     return {"images": images, "tokens": loop.ids, "log_probs": loop.log_probs}
 
-  def encode_image(self, weights: Named, *, images):
+  def encode_image(self, weights: Named, *, images: UInt8[Array, "b H W 3"]) -> Int32[Array, "b I"]:
     """Encodes images, uint8 [b, H, W, 3], to tokens, int32 [b, I]."""
     tokenizer, params = self.image_tokenizer, filled(self.weights, weights)["image_tokenizer"]
     codes = vqgan.encode(tokenizer.config, tokenizer.num_codes, params, images)
     return codes + self.vocab.text_size
 
-  def decode_image(self, weights: Named, *, tokens):
+  def decode_image(self, weights: Named, *, tokens: Int32[Array, "b I"]) -> UInt8[Array, "b H W 3"]:
     """Decodes tokens, int32 [b, I], to images, uint8 [b, H, W, 3]."""
     tokenizer, params = self.image_tokenizer, filled(self.weights, weights)["image_tokenizer"]
     codes = tokens - self.vocab.text_size

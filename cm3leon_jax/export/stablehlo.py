@@ -18,7 +18,7 @@ import functools
 import importlib.resources
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from flax import traverse_util
@@ -30,6 +30,7 @@ import numpy as np
 import cm3leon_jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
 from cm3leon_jax.export.serving_functions import (
   IMAGE_SETTINGS,
@@ -71,8 +72,9 @@ def check(config: ModelConfig) -> None:
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
-  model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
-  settings = dataclasses.replace(run.settings, model=model)
+  settings = dataclasses.replace(
+    run.settings, model=run.settings.model.computing_in(run.choice.dtype)
+  )
   texts = run.text_tokenizer
   weight_dtype = run.choice.quantize or "compute"
   return export(folder, run.params, settings, run.run.images, texts, weight_dtype)
@@ -106,7 +108,7 @@ def write_model(
   trained = Run.open(source)
   settings = trained.settings
   formats.check(choices.Choice(format="stablehlo", dtype=dtype), settings)
-  settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+  settings = dataclasses.replace(settings, model=settings.model.computing_in(dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     params = stored.of_tree(trained.params()[0])
   texts = trained.stages / "text_tokenizer"
@@ -233,10 +235,10 @@ def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
   """Yields name, function and types of the arguments after the weights of each artifact."""
   weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
-  def ids(*shape):
+  def ids(*shape: Size) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.int32)
 
-  def of_samples(b, *names):
+  def of_samples(b: Size, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
     kinds = {"seeds": np.uint32, "top_k": np.int32, "text_top_k": np.int32}
     return {name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32)) for name in names}
 
@@ -270,8 +272,8 @@ def _no_locations() -> Iterator[None]:
     jax.config.update(name, before)
 
 
-def _array(x) -> dict:
-  """Describes an array; a symbolic size is its text, as in ["b", "p + g"]."""
+def _array(x: Any) -> dict:
+  """Describes an array or its type; a symbolic size is its text, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
 

@@ -248,7 +248,7 @@ def tasks(
     UserError: a wrong value.
   """
   seed, config = whole("seed", seed), sampling(name, defaults, settings)
-  fields = {
+  shared: dict[str, Any] = {
     field: whole(field, value, least=int(field == "length"))
     for field, value in fields.items()
     if value is not None
@@ -258,7 +258,7 @@ def tasks(
   for i, row in enumerate(chosen):
     row = {"prompt" if key in PROMPTS else key: value for key, value in row.items()}
     made.append(
-      prompt_file.task_class(name)(**row, **fields, seed=seed + i, sampling=config, row=i)
+      prompt_file.task_class(name)(**row, **shared, seed=seed + i, sampling=config, row=i)
     )
   for task in made:
     task.validate()

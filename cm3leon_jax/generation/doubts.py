@@ -9,6 +9,7 @@ from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import InfillText, Question
+from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
 SHOWN = 10_000  # Characters of a prompt whose tokens are looked at.
@@ -18,7 +19,7 @@ READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
 def doubts(
   tasks: Sequence[Task],
   layout: PromptLayout,
-  settings,
+  settings: Settings,
   unseen: frozenset[int] | None,
 ) -> list[str]:
   """Returns a sentence for each thing that the model was never shown.
@@ -56,7 +57,7 @@ def doubts(
   for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
     ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt[:SHOWN]))]
     ids = [i for i in ids if layout.decode([i]).strip()]  # A space says nothing.
-    if ids and unseen.issuperset(ids):
+    if unseen and ids and unseen.issuperset(ids):
       found.append(
         f"no token of the prompt {short(prompt)} was seen in training, so it says nothing to this "
         "model: write it in the language and the letters of its training texts."

@@ -9,17 +9,17 @@ from PIL import Image
 
 from cm3leon_jax.config import printable
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.generation.tasks import Task, image_name
+from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
 
 
-def load_image(image, resolution: int | None, crop: str = "center") -> np.ndarray:
+def load_image(image: GivenImage, resolution: int | None, crop: str = "center") -> np.ndarray:
   """Reads a path, a PIL image or an [H, W, 3] uint8 array as `reader.load_image` does."""
-  if not isinstance(image, str):
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    image.save(buffer, "PNG")
-    image = buffer.getvalue()
-  return reader.load_image(image, resolution, crop)
+  if isinstance(image, str):
+    return reader.load_image(image, resolution, crop)
+  buffer = io.BytesIO()
+  image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+  image.save(buffer, "PNG")
+  return reader.load_image(buffer.getvalue(), resolution, crop)
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def square_image(task: Task, resolution: int) -> np.ndarray:
   return load_image(image, resolution, task.crop)
 
 
-def image_key(image):
+def image_key(image: GivenImage) -> str | int:
   """Returns a key that is equal for the same image of several tasks."""
   return image if isinstance(image, str) else id(image)
 

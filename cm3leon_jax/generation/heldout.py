@@ -45,7 +45,7 @@ class HeldoutCaption(TextToImage):
   def concept(self) -> str:
     return self.document.concept
 
-  def _caption(self, layout):
+  def _caption(self, layout: PromptLayout) -> np.ndarray:
     return self.document.segments[0].tokens
 
 
@@ -85,7 +85,7 @@ def heldout_tasks(
 def tasks_of_rows(
   layout: PromptLayout,
   workdir: epath.PathLike,
-  rows: Sequence[int],
+  rows: Sequence[int] | np.ndarray,
   seed: int,
   columns: Sequence[tuple[int, SamplingConfig]],
   keep_neighbors: bool = False,
@@ -95,10 +95,10 @@ def tasks_of_rows(
   workdir = epath.Path(workdir)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
   documents = [heldout[int(i)] for i in rows]
-  originals = [None] * len(documents)
+  originals: list[np.ndarray | None] = [None] * len(documents)
   if image_tokenizer is not None and documents:
     codes = [layout.vocab.image_codes(document.segments[1].tokens) for document in documents]
-    originals = image_tokenizer.decode(np.stack(codes))
+    originals = list(image_tokenizer.decode(np.stack(codes)))
   if any(retrieve for retrieve, _ in columns):
     bank = open_bank(layout, workdir)
     ids = load_neighbors(workdir / "neighbors", "heldout_pairs", True, bank=len(bank))

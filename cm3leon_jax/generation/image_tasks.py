@@ -4,6 +4,9 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding import request
@@ -14,8 +17,11 @@ from cm3leon_jax.generation.tasks import (
   GUIDANCE,
   IMAGE,
   IMAGE_SETTINGS,
+  Decoded,
+  GivenImage,
   PromptLayout,
   Task,
+  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -29,10 +35,16 @@ EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
 class ImageTask(Task):
   """A task whose answer is one image."""
 
-  def from_ids(self, layout, request, ids):
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
 
-  def record(self, segments, codes, filled, files):
+  def record(
+    self,
+    segments: Sequence[TextOrImage],
+    codes: Sequence[np.ndarray],
+    filled: Sequence[str],
+    files: list[str],
+  ) -> dict[str, Any]:
     return {"file": files[0], "codes": codes[0].tolist()}
 
 
@@ -53,24 +65,24 @@ class TextToImage(ImageTask):
   retrieve: int = 2
   keep_neighbors: bool = False
 
-  def _caption(self, layout: PromptLayout):
+  def _caption(self, layout: PromptLayout) -> np.ndarray:
     return layout.encode(self.prompt)
 
-  def _request(self, layout, image, neighbors) -> Request:
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     return request.text_to_image(
       layout.vocab, layout.image_tokens, self._caption(layout), neighbors, self.keep_neighbors
     )
 
   @property
-  def is_scored(self):
+  def is_scored(self) -> bool:
     return True
 
   @property
-  def settings_label(self):
+  def settings_label(self) -> str:
     return f"{self.retrieve} docs, guidance {self.sampling.guidance:g}"
 
   @property
-  def file_stem(self):
+  def file_stem(self) -> str:
     return f"{super().file_stem}_guidance{self.sampling.guidance:g}_retrieve{self.retrieve}"
 
 
@@ -88,30 +100,30 @@ class InfillImage(ImageTask):
   name = "infill_image"
   required = ("image",)
   settings = (*GUIDANCE, *IMAGE_SETTINGS)
-  image: object = ""
-  box: tuple = ()
+  image: GivenImage = ""
+  box: tuple[int, ...] = ()
   prompt: str = ""
   retrieve: int = 0
 
-  def validate(self):
+  def validate(self) -> None:
     super().validate()
     if not self.box:
       raise self.error(
         "task infill_image needs a box, left,top,right,bottom in pixels, and none is given."
       )
 
-  def unread_settings(self):
+  def unread_settings(self) -> tuple[str, ...]:
     return super().unread_settings() + (() if self.prompt.strip() else GUIDANCE)
 
-  def query(self):
+  def query(self) -> tuple[str, GivenImage]:
     return ("text", self.prompt) if self.prompt.strip() else ("image", self.image)
 
-  def _request(self, layout, image, neighbors):
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     texts = [(layout.encode(self.prompt),)] if self.prompt.strip() else []
     segments = [*texts, self._pieces(layout, image)]
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
-  def _pieces(self, layout: PromptLayout, codes) -> list:
+  def _pieces(self, layout: PromptLayout, codes: np.ndarray) -> list[np.ndarray | Hole]:
     """Splits the image: one hole for a box of full width, otherwise one for each row of the box."""
     side = layout.side
     left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
@@ -124,17 +136,18 @@ class InfillImage(ImageTask):
         f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, and the vocabulary has "
         f"sentinels for {layout.vocab.num_masks - 1}: make it lower, or as wide as the image."
       )
-    pieces, position = [], 0
+    pieces: list[np.ndarray | Hole] = []
+    position = 0
     for start, stop in holes:
       pieces += [codes[position:start], Hole(codes=stop - start)]
       position = stop
     return [p for p in (*pieces, codes[position:]) if isinstance(p, Hole) or len(p)]
 
-  def from_ids(self, layout, request, ids):
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (decode_segment(layout, document_segments(layout.vocab, request, ids)[-1]),), ()
 
   @property
-  def is_scored(self):
+  def is_scored(self) -> bool:
     return bool(self.prompt.strip())
 
 
@@ -150,10 +163,10 @@ class Edit(ImageTask):
   name = "edit"
   required = ("image", "prompt")
   settings = (*EDITING, *IMAGE_SETTINGS)
-  image: object = ""
+  image: GivenImage = ""
   prompt: str = ""
 
-  def _request(self, layout, image, neighbors):
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     before, instruction = layout.encode(EDIT), layout.encode(self.prompt)
     return request.edit(layout.vocab, layout.image_tokens, before, image, instruction)
 
@@ -172,15 +185,15 @@ class Instruct(ImageTask):
   required = ("prompt",)
   settings = (*GUIDANCE, *IMAGE_SETTINGS)
   prompt: str = ""
-  image: object = ""
+  image: GivenImage = ""
 
-  def validate(self):
+  def validate(self) -> None:
     super().validate()
     segments = split_prompt(self)
     if has_image(self) and IMAGE not in segments:
       raise self.error(f"an image is given, and the prompt '{self.prompt}' has no {IMAGE} for it.")
 
-  def _request(self, layout, image, neighbors) -> Request:
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     segments = [
       image if segment == IMAGE else layout.encode(segment) for segment in split_prompt(self)
     ]
@@ -194,7 +207,7 @@ class Unconditional(ImageTask):
   name = "unconditional"
   settings = ALONE_SETTINGS
 
-  def _request(self, layout, image, neighbors):
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     return request.unconditional(layout.vocab, layout.image_tokens)
 
 

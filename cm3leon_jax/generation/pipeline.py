@@ -21,8 +21,9 @@ from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
 from cm3leon_jax.generation.image_tasks import print_rounded_box
 from cm3leon_jax.generation.sample import Sample, ranked
-from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
+from cm3leon_jax.generation.tasks import GivenImage, PromptLayout, Task, has_image
 from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
@@ -48,7 +49,7 @@ def check_tasks(
   Raises:
     UserError: a field is wrong, a prompt too long, an image unreadable, or the bank is empty.
   """
-  given = {}
+  given: dict[tuple, np.ndarray] = {}
   for task in tasks:
     task.validate()
     task.to_request(layout)
@@ -84,12 +85,12 @@ class Pipeline:
   def __init__(
     self,
     params: dict,
-    settings,
+    settings: Settings,
     layout: PromptLayout,
     image_tokenizer: ImageTokenizer,
     clip: CLIP | HFCLIP | None = None,
     bank: epath.PathLike | None = None,
-    **options,
+    **options: Any,
   ):
     """Prepares the decoder. Needs a mesh, as does every call.
 
@@ -174,11 +175,13 @@ class Pipeline:
     given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
-    alike = {}  # Tasks whose samples may share a batch.
+    alike: dict[tuple, list[int]] = {}  # Tasks whose samples may share a batch.
     for i, task in enumerate(tasks):
       kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
       alike.setdefault(kind, []).append(i)
-    samples, total, steps = {}, num_samples * len(tasks), []
+    samples: dict[tuple[int, int], Sample] = {}
+    steps: list[int] = []
+    total = num_samples * len(tasks)
 
     def show_steps(more: int) -> None:
       steps.append(more)
@@ -211,7 +214,8 @@ class Pipeline:
     Raises:
       UserError: `retrieval.max_similarity` leaves none. `retrieval.min_similarity` may leave none.
     """
-    found, queries = [task.neighbors or () for task in tasks], {}
+    found = [task.neighbors or () for task in tasks]
+    queries: dict[tuple, tuple[GivenImage, list[int]]] = {}
     for i, task in enumerate(tasks):
       if task.retrieve and task.neighbors is None:
         kind, value = task.query()
@@ -267,14 +271,16 @@ class Pipeline:
 
   def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
     """[n, E] embeddings of queries, see `search`."""
-    values = {"image": [], "text": []}
+    values: dict[str, list[Any]] = {"image": [], "text": []}
     for kind, value in queries:
       values[kind].append(value)
-    embedded, lexical = {}, self.retriever.lexical
-    if images := [load_image(image, self.clip.resolution) for image in values["image"]]:
-      embedded["image"] = iter(lexical.join(self.clip.embed_images(np.stack(images))))
-    if texts := [self.clip.encode(text) for text in values["text"]]:
-      embedded["text"] = iter(lexical.join(self.clip.embed_texts(texts), values["text"]))
+    embedded, lexical, clip = {}, self.retriever.lexical, self.clip
+    assert clip is not None
+    if images := [load_image(image, clip.resolution) for image in values["image"]]:
+      embedded["image"] = iter(lexical.join(clip.embed_images(np.stack(images))))
+    assert clip.encode is not None
+    if texts := [clip.encode(text) for text in values["text"]]:
+      embedded["text"] = iter(lexical.join(clip.embed_texts(texts), values["text"]))
     return np.stack([next(embedded[kind]) for kind, _ in queries])
 
   def requests(
@@ -298,7 +304,13 @@ class Pipeline:
     return dict(zip(given, self._tokenizer.encode(np.stack(list(given.values()))))) if given else {}
 
   def samples(
-    self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
+    self,
+    places: Sequence[int],
+    batch: Sequence[Result],
+    tasks: Sequence[Task],
+    requests: Sequence[Request],
+    given: dict,
+    neighbors: Sequence[tuple[Document, ...]],
   ) -> list[Sample]:
     """Makes the samples of generated ids: decodes their images and texts, and scores them.
 
@@ -332,14 +344,16 @@ class Pipeline:
       )
       for i, result, (segments, filled) in zip(places, batch, answers)
     ]
-    pairs = {}
+    pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    clip = self.clip
     for i, sample in enumerate(samples):
-      if self.clip is not None and sample.task.is_scored:
+      if clip is not None and sample.task.is_scored:
+        assert clip.encode is not None
         image, text = sample.task.clip_pair(sample.given, sample.segments)
-        if len(ids := self.clip.encode(text)):
+        if len(ids := clip.encode(text)):
           pairs[i] = (image, ids)
-    if pairs:
+    if clip is not None and pairs:
       shown, texts = zip(*pairs.values())
-      for i, score in zip(pairs, clip_score(self.clip, np.stack(shown), list(texts))):
+      for i, score in zip(pairs, clip_score(clip, np.stack(shown), list(texts))):
         samples[i] = dataclasses.replace(samples[i], clip_score=float(score))
     return samples

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import os
+from typing import Any
 
 from etils import epath
 
@@ -38,7 +39,7 @@ def task_class(name: str, where: str = "") -> type[Task]:
   return found
 
 
-def make_task(name: str, fields: dict, **common) -> Task:
+def make_task(name: str, fields: dict, **common: Any) -> Task:
   """Makes a task and validates it.
 
   Args:
@@ -77,7 +78,7 @@ def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
       f"{len(prompts)} prompts and {len(images)} images are given: give one of each for the other, "
       "or one for all."
     )
-  pairs = [{} for _ in range(count)]
+  pairs: list[dict] = [{} for _ in range(count)]
   for name, values in (("prompt", prompts), ("image", images)):
     for i, fields in enumerate(pairs if values else []):
       fields[name] = values[i if len(values) > 1 else 0]
@@ -90,7 +91,7 @@ def read(
   seed: int = 0,
   sampling: SamplingConfig | None = None,
   allow_outside: bool = False,
-  **defaults,
+  **defaults: Any,
 ) -> list[Task]:
   """Reads one task from each line of a JSONL file; empty lines are ignored.
 
@@ -117,7 +118,7 @@ def read(
       f"--prompts names {path}, which does not exist: give a file with one JSON object per line."
     )
   images = ImageFolder(os.fspath(path.parent), BY_FLAG, allow_outside)
-  tasks = []
+  tasks: list[Task] = []
   for where, line in json_lines(*open_filesystem(path), []):
     if isinstance(line, Rejected):
       raise UserError(line.message)

@@ -10,9 +10,10 @@ import dataclasses
 import math
 import pathlib
 import re
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
+from PIL import Image
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.documents.store import Document
@@ -29,6 +30,9 @@ from cm3leon_jax.decoding.sampling.methods import (
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
 
+GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].
+TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or its pixels.
+Decoded: TypeAlias = tuple[tuple[TextOrImage, ...], tuple[str, ...]]  # See `Task.from_ids`.
 # What a user writes in a prompt: a hole in a text, the end of a segment, the given image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
 # Fields of SamplingConfig that tasks read beside TEXT_SETTINGS: of image codes, without a stream to
@@ -111,24 +115,32 @@ class Task:
   settings: ClassVar[tuple[str, ...]] = ()
   numbers_images: ClassVar[bool] = False
   crop: ClassVar[str] = "center"
-  # Values of the fields that a subclass does not declare.
+  # Values of the fields that a subclass does not declare; annotations would make fields of them.
   prompt = ""
-  image = ""
-  box = ()
+  image = cast("GivenImage", "")
+  box = cast("tuple[int, ...]", ())
   length = 0
   retrieve = 0
   keep_neighbors = False
-  key = ""  # Of a held-out document.
-  concept = ""  # Of a held-out document.
-  neighbors: ClassVar[tuple[Document, ...] | None] = None  # None: they are searched for.
-  original: ClassVar[np.ndarray | None] = None  # A held-out image, for the contact sheet.
+  neighbors = cast("tuple[Document, ...] | None", None)  # None: they are searched for.
+  original = cast("np.ndarray | None", None)  # A held-out image, for the contact sheet.
 
   seed: int = 0
   sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
   row: int = 0
   where: str = ""
 
-  def error(self, sentence) -> UserError:
+  @property
+  def key(self) -> str:
+    """Returns the name of a held-out document; "" of other tasks."""
+    return ""
+
+  @property
+  def concept(self) -> str:
+    """Returns the concept of a held-out document; "" of other tasks."""
+    return ""
+
+  def error(self, sentence: object) -> UserError:
     """Returns an error that names the task's place in a prompt file."""
     return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
 
@@ -165,18 +177,21 @@ class Task:
         f"{self.name}."
       )
 
-  def identity(self) -> dict:
+  def identity(self) -> dict[str, Any]:
     """Returns the name and the fields that the samples depend on."""
     fields = dataclasses.asdict(self)
     del fields["where"]
     return {"task": self.name, **fields}
 
-  def query(self) -> tuple[str, object]:
+  def query(self) -> tuple[str, GivenImage]:
     """Returns the query of retrieval: ("text", text) or ("image", image)."""
     return ("image", self.image) if has_image(self) else ("text", self.prompt)
 
   def to_request(
-    self, layout: PromptLayout, image=None, neighbors: Sequence[Document] = ()
+    self,
+    layout: PromptLayout,
+    image: np.ndarray | None = None,
+    neighbors: Sequence[Document] = (),
   ) -> Request:
     """Returns the prompts of the guidance streams and the plan of what may follow.
 
@@ -224,7 +239,7 @@ class Task:
     """Makes the request (`to_request`) for [I] ids of the image and the neighbors' segments."""
     raise NotImplementedError
 
-  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> tuple:
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     """Decodes [G] generated ids.
 
     Returns:
@@ -237,14 +252,18 @@ class Task:
     """Returns whether CLIP can score a sample: whether it has a caption and an image."""
     return False
 
-  def clip_pair(self, given, segments) -> tuple[np.ndarray, str]:
+  def clip_pair(
+    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
+  ) -> tuple[np.ndarray, str]:
     """Returns the image and the caption that CLIP compares, if `is_scored`.
 
     Args:
       given: [H, W, 3] uint8, the given image or None.
       segments: of the sample, images as [H, W, 3] uint8.
     """
-    return segments[0], self.prompt
+    image = segments[0]
+    assert not isinstance(image, str)
+    return image, self.prompt
 
   @property
   def label(self) -> str:
@@ -261,7 +280,13 @@ class Task:
     """Returns the start of the names of its image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
 
-  def record(self, segments, codes, filled, files: list[str]) -> dict:
+  def record(
+    self,
+    segments: Sequence[TextOrImage],
+    codes: Sequence[np.ndarray],
+    filled: Sequence[str],
+    files: list[str],
+  ) -> dict[str, Any]:
     """Returns the answer of a sample for results.jsonl: texts, codes and files."""
     raise NotImplementedError
 
@@ -291,12 +316,12 @@ def has_image(task: Task) -> bool:
   return not isinstance(task.image, str) or bool(task.image)
 
 
-def image_name(image) -> str:
+def image_name(image: GivenImage) -> str:
   """Returns the name of an image file, or the type of an image in memory."""
   return pathlib.PurePath(image).name if isinstance(image, str) else "image"
 
 
-def document_segments(vocab: VocabLayout, request: Request, ids) -> list[np.ndarray]:
+def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> list[np.ndarray]:
   """Splits the document of a request into segments, with [G] generated ids in their place."""
   whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
   whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
@@ -304,7 +329,7 @@ def document_segments(vocab: VocabLayout, request: Request, ids) -> list[np.ndar
   return [segment for part in parts if len(segment := part[1:])]
 
 
-def decode_segment(layout: PromptLayout, segment):
+def decode_segment(layout: PromptLayout, segment: np.ndarray) -> TextOrImage:
   """Decodes the ids of a segment to its text or its [I] image codes."""
   vocab = layout.vocab
   return vocab.image_codes(segment) if vocab.is_image(segment).all() else layout.decode(segment)

@@ -1,18 +1,23 @@
 """Defines tasks that write text: captions, answers, infilled texts, and interleaved documents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from cm3leon_jax.decoding import request
-from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   IMAGE,
   MASK,
+  Decoded,
+  GivenImage,
+  PromptLayout,
   Task,
+  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -41,7 +46,7 @@ class TextTask(Task):
     """Returns the text of the document, with MASK for each hole."""
     return self.prompt
 
-  def _request(self, layout, image, neighbors):
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     hole = Hole(most_text=self.length or TEXT_LENGTH)
     segments = [
       (image,) if text == IMAGE else _with_holes(layout.encode, text, hole)
@@ -53,17 +58,23 @@ class TextTask(Task):
     """Returns the texts of the document in their order, and IMAGE for the image: last."""
     return [self._text(), IMAGE] if has_image(self) else [self._text()]
 
-  def from_ids(self, layout, request, ids):
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     vocab = layout.vocab
     holes = np.split(ids, np.flatnonzero(ids == vocab.eoss))
     filled = [layout.decode(hole).strip() for hole in holes if (hole >= vocab.num_special).any()]
     count = len(self._texts())
     whole = document_segments(vocab, request, ids)[-count:]
     texts = zip(self._texts(), whole, strict=True)
-    shown = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
+    shown: list[Any] = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
     return ("\n".join(shown),), tuple(filled)
 
-  def record(self, segments, codes, filled, files):
+  def record(
+    self,
+    segments: Sequence[TextOrImage],
+    codes: Sequence[np.ndarray],
+    filled: Sequence[str],
+    files: list[str],
+  ) -> dict[str, Any]:
     return {"text": segments[0], "filled": list(filled)}
 
 
@@ -73,17 +84,22 @@ class Caption(TextTask):
 
   name = "caption"
   required = ("image",)
-  image: object = ""
+  image: GivenImage = ""
 
-  def _text(self):
+  def _text(self) -> str:
     return MASK
 
   @property
-  def is_scored(self):
+  def is_scored(self) -> bool:
     return True
 
-  def clip_pair(self, given, segments):
-    return given, segments[0]
+  def clip_pair(
+    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
+  ) -> tuple[np.ndarray, str]:
+    caption = segments[0]
+    assert given is not None
+    assert isinstance(caption, str)
+    return given, caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +113,13 @@ class Question(TextTask):
 
   name = "question"
   required = ("prompt", "image")
-  image: object = ""
+  image: GivenImage = ""
   prompt: str = ""
 
-  def _text(self):
+  def _text(self) -> str:
     return QUESTION.format(self.prompt.strip())
 
-  def from_ids(self, layout, request, ids):
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     _, filled = super().from_ids(layout, request, ids)
     return filled[:1], filled
 
@@ -121,21 +137,23 @@ class InfillText(TextTask):
   name = "infill_text"
   required = ("prompt",)
   prompt: str = ""
-  image: object = ""
+  image: GivenImage = ""
 
-  def validate(self):
+  def validate(self) -> None:
     super().validate()
     split_prompt(self)
 
-  def query(self):
+  def query(self) -> tuple[str, GivenImage]:
     kind, value = super().query()
-    return kind, value.replace(MASK, " ").strip() if kind == "text" else value
+    if kind == "text" and isinstance(value, str):
+      return kind, value.replace(MASK, " ").strip()
+    return kind, value
 
-  def _texts(self):
+  def _texts(self) -> list[str]:
     segments = split_prompt(self)
     return [*segments, IMAGE] if has_image(self) and IMAGE not in segments else segments
 
-  def _check_masks(self):
+  def _check_masks(self) -> None:
     if MASK not in self.prompt:
       raise self.error(
         f"task infill_text fills in each {MASK}: put one into the prompt '{self.prompt}'."
@@ -157,25 +175,33 @@ class Interleaved(Task):
   prompt: str = ""
   length: int = 0
 
-  def _request(self, layout, image, neighbors):
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     texts = [layout.encode(self.prompt)] if self.prompt.strip() else []
     left = layout.positions - 1 - sum(map(len, texts))
     length = self.length or max(left, 2)
     return request.document(layout.vocab, layout.image_tokens, texts, length)
 
-  def from_ids(self, layout, request, ids):
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     segments = document_segments(layout.vocab, request, ids)
     return tuple(decode_segment(layout, segment) for segment in segments), ()
 
-  def record(self, segments, codes, filled, files):
+  def record(
+    self,
+    segments: Sequence[TextOrImage],
+    codes: Sequence[np.ndarray],
+    filled: Sequence[str],
+    files: list[str],
+  ) -> dict[str, Any]:
     lines = [s if isinstance(s, str) else "<image>" for s in segments]
     return {"files": files, "text": "\n".join(lines)}
 
 
-def _with_holes(encode: Callable[[str], np.ndarray], text: str, hole: Hole) -> list:
+def _with_holes(
+  encode: Callable[[str], np.ndarray], text: str, hole: Hole
+) -> list[np.ndarray | Hole]:
   """Encodes a text as the pieces of a segment, with a hole for each mask."""
   first, *others = text_pieces(encode, text)
-  segment: list = [first] if len(first) else []
+  segment: list[np.ndarray | Hole] = [first] if len(first) else []
   for piece in others:
     segment += [hole, piece] if len(piece) else [hole]
   return segment

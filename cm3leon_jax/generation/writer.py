@@ -104,11 +104,11 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
       titles[row] += [title] * len(sample.segments)
   columns = list(titles.values())
   alike = all(column == columns[0] for column in columns)
-  titles = columns[0] if alike and any(columns[0]) else ()
-  return contact_sheet(list(rows.values()), list(labels.values()), titles)
+  above = columns[0] if alike and any(columns[0]) else ()
+  return contact_sheet(list(rows.values()), list(labels.values()), above)
 
 
-def save_png(path: epath.PathLike, image) -> None:
+def save_png(path: epath.PathLike, image: Image.Image | np.ndarray) -> None:
   """Writes [H, W, 3] uint8, or a PIL image, atomically."""
   image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   buffer = io.BytesIO()

@@ -1,7 +1,7 @@
 """Size and variant of the decoder."""
 
 import dataclasses
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
@@ -138,6 +138,11 @@ class ModelConfig:
         f"align_images is set, and family is '{self.family}'; it must be {_with('rotary')}, whose "
         "positions are relative."
       )
+
+  def computing_in(self, dtype: str) -> "ModelConfig":
+    """Returns the same decoder with another dtype of the computation; raises as other fields do."""
+    changed: dict[str, Any] = {"dtype": dtype}
+    return dataclasses.replace(self, **changed)
 
   @property
   def traits(self) -> Traits:

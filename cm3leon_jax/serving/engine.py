@@ -1,7 +1,7 @@
 """The one thread that computes: jobs in, events out; a job is admitted at the next chunk."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import logging
@@ -242,7 +242,7 @@ class Engine:
       self._open.append(one)
       one.job.deliver(started)
 
-  def _decoded(self, codes: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+  def _decoded(self, codes: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
     """Decodes the images of [I] codes."""
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
@@ -361,7 +361,7 @@ class Engine:
   def _samples(self, finished: Sequence[_Part]) -> list[Sample]:
     opened = [found for found, _, _ in finished]
     results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
-    given = {}
+    given: dict = {}
     for found in opened:
       given |= found.given
     return self.pipeline.samples(

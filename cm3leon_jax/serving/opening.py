@@ -2,7 +2,7 @@
 
 # I tokens of an image, H height, W width.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.serving.jobs import Job, Neighbor, OpenJob, Started
 
-Decode = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
 def open_jobs(

@@ -59,6 +59,10 @@ class Body(pydantic.BaseModel):
   top_k: Count | None = None
   top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
+  def sampling(self) -> dict[str, Any]:
+    """Returns the settings of sampling that are given."""
+    raise NotImplementedError
+
 
 class ImageBody(Body):
   """Fields of requests whose answer is an image."""
@@ -109,7 +113,7 @@ class EditBody(ImageBody):
   image_guidance: Weight | None = None
   edit_guidance: Weight | None = None
 
-  def sampling(self):
+  def sampling(self) -> dict[str, Any]:
     names = ("image_guidance", "edit_guidance")
     given = {name: value for name in names if (value := getattr(self, name)) is not None}
     return super().sampling() | given

@@ -95,7 +95,8 @@ def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | 
   length = getattr(body, name)
   if (length or 1) > most:
     raise refusal(f"{name} is {length}; after this message there is room for {most}.", name)
-  return dataclasses.replace(task, length=length or min(TEXT_LENGTH, most))
+  changed: dict[str, Any] = {"length": length or min(TEXT_LENGTH, most)}
+  return dataclasses.replace(task, **changed)
 
 
 def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
@@ -119,7 +120,8 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
     )
   if BREAK in text and MASK not in text:
     raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
-  return text, uploads.from_data_url(images[0].url, "image_url.url") if images else None
+  image = images[0] if images else None
+  return text, None if image is None else uploads.from_data_url(image.url, "image_url.url")
 
 
 def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:

@@ -98,8 +98,8 @@ RETRIEVAL = (
     "tests/generation/pipeline_test.py::test_queries_are_those_of_the_stage",
     (
       "query_without_words",
-      'self.clip.embed_texts(texts), values["text"])',
-      "self.clip.embed_texts(texts))",
+      'clip.embed_texts(texts), values["text"])',
+      "clip.embed_texts(texts))",
     ),
   ),
   *mutants_of(

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def answer_all(
   scores = [
     float(np.mean(sample.log_probs)) if len(sample.log_probs) else 0.0 for sample in samples
   ]
-  given = [None if isinstance(one.image, str) else one.image for one in asked]
+  given: list[Any] = [None if isinstance(one.image, str) else one.image for one in asked]
   prompts = [one.prompt for one in asked]
   if task.target in records[0].texts:
     texts = [sample.filled[0] if sample.filled else "" for sample in samples]

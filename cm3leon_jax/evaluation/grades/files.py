@@ -97,7 +97,7 @@ def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, sho
     "score": round(answer.score, 4),
   }
   if shown:
-    images = {"given": answer.given, "answer": None if is_text else answer.answer}
+    images: dict[str, Any] = {"given": answer.given, "answer": None if is_text else answer.answer}
     images["true"] = answer.true
     line["images"] = {
       name: f"examples/{task}_{i:04d}_{name}.png" for name, x in images.items() if x is not None

@@ -16,7 +16,7 @@ from cm3leon_jax.decoding.batch import rounded
 from cm3leon_jax.evaluation.likelihood import bits
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.generation.tasks import GivenImage, PromptLayout
 from cm3leon_jax.mesh import batch_shards
 from cm3leon_jax.vocab import VocabLayout
 
@@ -45,7 +45,7 @@ class PairScore:
 
 
 def score(
-  pipeline: Pipeline, params: dict, pairs: Sequence[tuple[str, object]], retrieve: int = 0
+  pipeline: Pipeline, params: dict, pairs: Sequence[tuple[str, GivenImage]], retrieve: int = 0
 ) -> list[PairScore]:
   """Scores texts with images, each pair after the documents that are retrieved by its text.
 

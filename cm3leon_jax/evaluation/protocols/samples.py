@@ -162,6 +162,7 @@ def _task(
   common |= {"prompt": protocol.text_of(example), "row": row, "where": f"example {example.key}"}
   if protocol.task == "image":
     return TextToImage(**common)
+  assert example.image is not None
   return InfillText(image=example.image, length=column.length, **common)
 
 

@@ -4,7 +4,7 @@ Text needs the package tokenizers, too. Functions raise `Refused` for what does 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import hashlib
@@ -13,7 +13,11 @@ import json
 import pathlib
 import struct
 import sys
+from typing import TYPE_CHECKING, Any
 import zlib
+
+if TYPE_CHECKING:
+  from tokenizers import Tokenizer
 
 HERE = pathlib.Path(__file__).resolve().parent
 SEEDS = 2**32
@@ -33,13 +37,13 @@ def reporting() -> Iterator[None]:
     sys.exit(2)
 
 
-def _bytes(name):
+def _bytes(name: str) -> bytes:
   if not (HERE / name).is_file():
     raise Refused(f"{HERE} has no {name}: copy the whole folder of the export again.")
   return (HERE / name).read_bytes()
 
 
-def _manifest():
+def _manifest() -> dict[str, Any]:
   try:
     return json.loads(_bytes("manifest.json"))
   except ValueError as error:
@@ -59,7 +63,7 @@ with reporting():
 VOCAB = ABOUT["vocab"]
 
 
-def read(name):
+def read(name: str) -> bytes:
   """Reads a file; raises Refused if it is not the one that was exported."""
   data = _bytes(name)
   if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:
@@ -68,7 +72,7 @@ def read(name):
 
 
 @functools.cache
-def load(name):
+def load(name: str) -> Callable[..., Any]:
   """Returns an artifact as a compiled function of the weights and of the arrays in the manifest.
 
   Raises Refused if its file is another one, or of a version that the installed jax does not run.
@@ -92,7 +96,7 @@ def load(name):
   return jax.jit(artifact.call)
 
 
-def load_weights():
+def load_weights() -> dict[str, jax.Array]:
   """Returns the weights by name, on the default device."""
   weights = {}
   for file in ABOUT["digests"]:
@@ -108,7 +112,7 @@ def load_weights():
   return weights
 
 
-def load_tokenizer():
+def load_tokenizer() -> "Tokenizer":
   """Returns the text tokenizer; `decode` leaves out special tokens, which end and pad a text.
 
   Raises Refused if the package tokenizers is not installed.
@@ -122,7 +126,7 @@ def load_tokenizer():
   return tokenizer
 
 
-def padded(prompts, following):
+def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
   """Pads prompts on the left to a multiple of 32, so that few programs are compiled.
 
   Raises Refused if an id is outside the vocabulary, or a prompt too long for the number of tokens
@@ -141,7 +145,9 @@ def padded(prompts, following):
   return np.array([[VOCAB["pad"]] * (slots - len(p)) + list(p) for p in prompts], np.int32)
 
 
-def settings(artifact, seeds, **given):
+def settings(
+  artifact: str, seeds: Sequence[int], **given: float | np.ndarray
+) -> dict[str, np.ndarray]:
   """Returns seeds and settings of sampling of an artifact, for each sample: given, or the model's.
 
   Raises Refused if it has no setting of a given name.
@@ -154,7 +160,7 @@ def settings(artifact, seeds, **given):
   return values | ({"seeds": np.array(seeds, np.uint32)} if "seeds" in arrays else {})
 
 
-def request(description):
+def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]], str]]:
   """Reads the command line; with a wrong one, the process ends with a sentence and exit code 2.
 
   Returns:
@@ -178,10 +184,10 @@ def request(description):
   return ids, flags.seed, lambda ids: " ".join(map(str, ids))
 
 
-def png(file, image):
+def png(file: str, image: np.ndarray) -> None:
   """Writes an image, uint8 [H, W, 3]."""
 
-  def chunk(kind, data):
+  def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
   height, width, _ = image.shape

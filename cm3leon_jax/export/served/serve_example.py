@@ -10,31 +10,31 @@ import numpy as np
 EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
 
 
-def draw(weights, captions, seeds, **given):
+def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
   """Returns images, uint8 [b, H, W, 3], and their tokens, [b, I], for the ids of captions."""
   prompts = padded([[EOS, *caption, BREAK] for caption in captions], CODES)
   others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Guidance leads away from these.
-  given = settings("generate_image", seeds, **given)
-  result = load("generate_image")(weights, prompts=prompts, unconditional=others, **given)
+  arrays = settings("generate_image", seeds, **own)
+  result = load("generate_image")(weights, prompts=prompts, unconditional=others, **arrays)
   return np.asarray(result["images"]), np.asarray(result["tokens"])
 
 
-def describe(weights, images, seeds, most=32, **given):
+def describe(weights: dict, images: list, seeds: list, most: int = 32, **own: float) -> np.ndarray:
   """Returns the ids of texts of at most `most` tokens, [b, most + 1], for the tokens of images."""
   prompts = padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images], most + 1)
   plan = np.array([[[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]] * len(images), np.int32)
   ids = np.zeros((len(images), most + 1), np.int32)
-  start, given = settings("prefill", seeds), settings("decode_step", seeds, **given)
+  start, step = settings("prefill", seeds), settings("decode_step", seeds, **own)
   state = load("prefill")(weights, prompts=prompts, plan=plan, ids=ids, **start)
   while state["going"]:
-    state = load("decode_step")(weights, state=state, **given)
+    state = load("decode_step")(weights, state=state, **step)
   return np.asarray(state["ids"])
 
 
 if __name__ == "__main__":
   with reporting():  # What does not fit is one sentence, and the exit code 2.
-    caption, seed, text_of = request(__doc__.splitlines()[0])
+    caption, seed, text_of = request((__doc__ or "").partition("\n")[0])
     weights = load_weights()
     images, tokens = draw(weights, [caption], [seed])
     png("image.png", images[0])
-    print("image.png:", text_of(describe(weights, tokens, [seed], text_top_k=1)[0]))
+    print("image.png:", text_of(describe(weights, tokens.tolist(), [seed], text_top_k=1)[0]))

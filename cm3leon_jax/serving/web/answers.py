@@ -1,7 +1,7 @@
 """Answers of the API: the events of a job as JSON, or as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 import dataclasses
 import json
 import time
@@ -25,13 +25,12 @@ class Seen:
   started: Started = Started((), 0, 0)  # noqa: RUF009 (frozen)
   tokens: int = 0
 
-  def take(self, event: Event) -> Event:
+  def take(self, event: Event) -> None:
     """Notes an event."""
     if isinstance(event, Started):
       self.started = event
     elif isinstance(event, Finished):
       self.tokens += len(event.sample.tokens)
-    return event
 
 
 def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
@@ -69,7 +68,7 @@ class ImageAnswer:
   prefix: str = "image_generation"
   partial_images: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._created, self._seen = int(time.time()), Seen()
     self._shown: dict[int, list[int]] = {}
 
@@ -94,7 +93,8 @@ class ImageAnswer:
     """Returns the answer when all samples are complete."""
     samples = []
     async for event in events:
-      if isinstance(self._seen.take(event), Finished):
+      self._seen.take(event)
+      if isinstance(event, Finished):
         samples.append(event.sample)
     samples.sort(key=lambda sample: sample.index)
     return await asyncio.to_thread(self._body, samples)
@@ -112,7 +112,7 @@ class ImageAnswer:
       "neighbors": neighbors(self._seen.started.neighbors),
     }
 
-  async def stream(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+  async def stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
     """Yields an event for each partial image, and one for each complete image."""
     async for event in events:
       self._seen.take(event)
@@ -123,7 +123,12 @@ class ImageAnswer:
 
   def _partial(self, event: Progress) -> str:
     shown = self._shown.setdefault(event.index, [])
-    data = {"partial_image_index": len(shown), "rows": event.rows, "of_rows": self.total_rows}
+    assert event.image is not None
+    data: dict[str, Any] = {
+      "partial_image_index": len(shown),
+      "rows": event.rows,
+      "of_rows": self.total_rows,
+    }
     if not shown:
       data["neighbors"] = neighbors(self._seen.started.neighbors)
     shown.append(event.rows)
@@ -148,7 +153,7 @@ class ImageAnswer:
     next_rows = (len(shown) + 1) * self.total_rows / (self.partial_images + 1)
     return len(shown) < self.partial_images and event.rows >= next_rows
 
-  def _event(self, kind: str, image, index: int, data: dict[str, Any]) -> str:
+  def _event(self, kind: str, image: np.ndarray, index: int, data: dict[str, Any]) -> str:
     name = f"{self.prefix}.{kind}"
     shared = {"type": name, "created_at": self._created, "index": index, **self._about()}
     return server_event({**shared, "b64_json": png(image), **data}, name)
@@ -172,7 +177,7 @@ class ChatAnswer:
   num_samples: int
   include_usage: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._created, self._seen = int(time.time()), Seen()
     self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
@@ -184,7 +189,7 @@ class ChatAnswer:
       "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens
     }  # fmt: skip
 
-  def _reason(self, sample) -> str:
+  def _reason(self, sample: Sample) -> str:
     """Returns whether each text has ended by itself, or one at its largest length."""
     ends = np.flatnonzero(sample.tokens == self.vocab.eoss)
     lengths = [(text >= self.vocab.num_special).sum() for text in np.split(sample.tokens, ends)]
@@ -194,7 +199,8 @@ class ChatAnswer:
     """Returns the answer when all samples are complete."""
     choices = []
     async for event in events:
-      if isinstance(self._seen.take(event), Finished):
+      self._seen.take(event)
+      if isinstance(event, Finished):
         sample = event.sample
         message = {"role": "assistant", "content": sample.text, "refusal": None}
         reason = self._reason(sample)
@@ -211,7 +217,7 @@ class ChatAnswer:
       "neighbors": neighbors(self._seen.started.neighbors),
     }
 
-  async def stream(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+  async def stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
     """Yields a chunk for each new piece of a text; the texts joined are those of `whole`."""
     sent: dict[int, str] = {}
     async for event in events:

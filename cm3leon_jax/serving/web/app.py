@@ -1,7 +1,7 @@
 """The HTTP application: routes in the shape of the OpenAI API, health, metrics, and one page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent import futures
 import contextlib
 import importlib.resources
@@ -9,6 +9,7 @@ import re
 import time
 from typing import Any, TypeVar
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -103,11 +104,13 @@ class Server:
   async def _chat(self, request: Request) -> Response:
     body = schemas.read(schemas.Chat, await self._json(request))
     self._check(body)
-    text, image = tasks.content(body.messages)
+    text, sent = tasks.content(body.messages)
+    image: np.ndarray | None = None
     with self._place(request):
-      if image is not None:
+      if sent is not None:
         limits = self._layout.resolution, self.limits.most_pixels
-        image = await self._decoded(request, uploads.decode, image, *limits, "image_url.url")
+        image = await self._decoded(request, uploads.decode, sent, *limits, "image_url.url")
+      del sent  # Its memory is free while the answer is made.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
       answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
@@ -196,13 +199,16 @@ class Server:
       return Response(status_code=499)
     return EventStream(answer.stream, first, events)
 
-  async def _events(self, request: Request, task: Task, body: schemas.Body) -> AsyncIterator[Event]:
+  async def _events(
+    self, request: Request, task: Task, body: schemas.Body
+  ) -> AsyncGenerator[Event, None]:
     """Yields the events of a job. Whoever closes it cancels the job.
 
     Raises:
       ApiError: the job failed, or took too long.
     """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def deliver(event: Event) -> None:
       with contextlib.suppress(RuntimeError):  # The loop has ended: nobody waits.
@@ -242,7 +248,8 @@ class Server:
     if kind != "multipart/form-data":
       raise ApiError(415, "the body must be a form: send Content-Type: multipart/form-data.")
     form = await self._read(request.form(max_files=4, max_fields=40, max_part_size=2**16))
-    fields, files = {}, {}
+    fields: dict[str, str] = {}
+    files: dict[str, bytes] = {}
     async with contextlib.AsyncExitStack() as stack:
       stack.push_async_callback(form.close)
       for key, value in form.multi_items():

@@ -1,6 +1,6 @@
 """Numbers of the server in the text format of Prometheus (version 0.0.4)."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 import resource
 import sys
 import threading
@@ -18,7 +18,7 @@ class Metrics:
     self._engine, self._lock = engine, threading.Lock()
     self._answers: Counter[tuple[str, int]] = Counter()
     self._buckets: dict[str, list[int]] = {}
-    self._seconds: Counter[str] = Counter()
+    self._seconds: defaultdict[str, float] = defaultdict(float)
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
     """Counts a request that has ended; 499: its client left before."""

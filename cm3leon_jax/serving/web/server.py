@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 import h11
 from starlette.types import ASGIApp
@@ -61,7 +62,7 @@ class Connection(h11.Connection):
 
   small = 0
 
-  def next_event(self):
+  def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
     event = super().next_event()
     if isinstance(event, h11.Request):
       self.small = 0
@@ -77,7 +78,7 @@ class HttpProtocol(H11Protocol):
 
   _headers_timer: asyncio.TimerHandle | None = None
 
-  def __init__(self, *args, **kwargs):
+  def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)
     self.conn = Connection(h11.SERVER, HEADER_BYTES)
 

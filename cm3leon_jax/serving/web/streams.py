@@ -1,12 +1,13 @@
 """Streams of server-sent events, and clients that leave before their answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 import contextlib
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event
@@ -21,19 +22,20 @@ class EventStream(StreamingResponse):
 
   def __init__(
     self,
-    write: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
+    write: Callable[[AsyncIterator[Event]], AsyncGenerator[str, None]],
     first: Event,
-    events: AsyncIterator[Event],
+    events: AsyncGenerator[Event, None],
   ):
     self._write, self._first, self._events = write, first, events
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    super().__init__(self._texts(), media_type="text/event-stream", headers=headers)
+    self._body = self._texts()
+    super().__init__(self._body, media_type="text/event-stream", headers=headers)
 
-  async def __call__(self, scope, receive, send):
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     try:
       await super().__call__(scope, receive, send)
     finally:
-      await self.body_iterator.aclose()
+      await self._body.aclose()
       await self._events.aclose()
 
   async def _replayed(self) -> AsyncIterator[Event]:
@@ -41,7 +43,7 @@ class EventStream(StreamingResponse):
     async for event in self._events:
       yield event
 
-  async def _texts(self) -> AsyncIterator[str]:
+  async def _texts(self) -> AsyncGenerator[str, None]:
     texts = self._write(self._replayed())
     waiting = None
     try:
