@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -40,9 +40,13 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
+  from types import ModuleType
+
+  from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.clip.huggingface import HFCLIP
   from cm3leon_jax.clip.model import CLIP
   from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 _EXPORT = flags.DEFINE_enum(
@@ -60,7 +64,7 @@ EXPORT_SAMPLES = 4  # GenEval's own number.
 BUNDLED = "scenes"  # Model whose images stand beside those of a run of `scenes`.
 
 
-def main(settings, workdir):
+def main(settings: Settings, workdir: epath.Path) -> None:
   for flag in (PROMPTS, SAMPLES):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
@@ -92,7 +96,7 @@ def main(settings, workdir):
       raise UserError("--export generates with the average: leave --last_params out.")
     _export(settings, workdir)
     return
-  inputs = {}
+  inputs: dict[str, Any] = {}
   if settings.evaluation.scenes:
     inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
     if _has_bundled(settings):
@@ -108,7 +112,7 @@ def main(settings, workdir):
       _evaluate(Run(workdir, settings), folder, summary)
 
 
-def _check_run(workdir) -> None:
+def _check_run(workdir: epath.Path) -> None:
   """Raises UserError if `workdir` is that of a bundle."""
   from cm3leon_jax.trained import bundles
 
@@ -119,7 +123,7 @@ def _check_run(workdir) -> None:
     )
 
 
-def _by_protocol(settings, workdir) -> None:
+def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.commands import evaluate_protocol
 
   if _is_given(protocol_flags.COMPARE):
@@ -173,7 +177,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   write_json(folder / "metrics.json", summary)
 
 
-def _has_bundled(settings) -> bool:
+def _has_bundled(settings: Settings) -> bool:
   """Returns whether the bundled model knows the world of the run.
 
   What is held out there depends on names alone, so it never trained on the run's held-out scenes.
@@ -183,19 +187,19 @@ def _has_bundled(settings) -> bool:
   return settings.raw.source == NAME
 
 
-def _load_bundled():
+def _load_bundled() -> CM3Leon:
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.scenes.judge.samples import SHEET_SCENES
 
   return CM3Leon.load(BUNDLED, batch_size=SHEET_SCENES)
 
 
-def _images_of(model, seed: int, captions: list[str]) -> list:
+def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
   """Generates an image for each caption, with the guidance and neighbors of the model's own run."""
   return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
 
 
-def _about(model) -> dict:
+def _about(model: CM3Leon) -> dict:
   """Describes a bundled model: its settings of sampling, size and cost."""
   import jax
 
@@ -215,7 +219,7 @@ def _about(model) -> dict:
   }
 
 
-def _scene_samples():
+def _scene_samples() -> ModuleType:
   """Imports the module that judges samples, which needs the drawings of the extra `demo`."""
   from cm3leon_jax.scenes import source
 
@@ -235,11 +239,11 @@ def _is_given(flag: flags.FlagHolder) -> bool:
   return not flags.FLAGS[flag.name].using_default_value
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _export(settings, workdir: epath.Path) -> None:
+def _export(settings: Settings, workdir: epath.Path) -> None:
   """Generates images for prompts, or for held-out scenes, in the folders that GenEval reads."""
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
@@ -266,14 +270,18 @@ def _export(settings, workdir: epath.Path) -> None:
   print(f"evaluate: images for GenEval in {folder}", flush=True)
 
 
-def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, list[dict]]:
+def _heldout_prompts(
+  settings: Settings, workdir: epath.Path, pipeline: Pipeline
+) -> tuple[list, list[dict]]:
   """Returns tasks of held-out scenes, and what GenEval would check of each."""
   scene_samples = _scene_samples()
   tasks = scene_samples.heldout_scenes(pipeline, workdir, [settings.sampling.guidance])
   return tasks, [scene_samples.metadata(task) for task in tasks]
 
 
-def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:
+def _export_identity(
+  settings: Settings, workdir: epath.Path, prompts: list[dict], samples: int
+) -> dict:
   """Returns what the images of an export depend on."""
   config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:

@@ -20,7 +20,10 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Callable
 
+  from etils import epath
+
   from cm3leon_jax.scenes.judge.instruction_grades import Answer
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 
@@ -67,7 +70,7 @@ def _grade(run: Run, count: int) -> dict[str, dict[str, list[Answer]]]:
   return answers
 
 
-def main(settings, workdir, count: int) -> None:
+def main(settings: Settings, workdir: epath.Path, count: int) -> None:
   from cm3leon_jax.scenes.judge import grade_files
   from cm3leon_jax.trained.run import Run
 
