@@ -12,9 +12,12 @@ No TPU is needed: the real compiler, XLA:TPU, compiles the programs that a pod r
 with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `cm3leon train`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -22,6 +25,12 @@ from etils import epath
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
+
+if TYPE_CHECKING:
+  import jax
+
+  from cm3leon_jax.planning.topology import Topology
+  from cm3leon_jax.settings import Settings
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, e.g. v5e-256, or a chip and the shape of its torus, e.g. v5p:4x4x8."
@@ -56,7 +65,7 @@ _JSON = flags.DEFINE_string("json", None, "File for the reports.")
 flags.mark_flag_as_required("topology")
 
 
-def _mesh(settings, topology):
+def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
   from cm3leon_jax.mesh import create_mesh
 
   try:
@@ -65,16 +74,16 @@ def _mesh(settings, topology):
     raise UserError(f"config.mesh: {error}") from error
 
 
-def _on_mesh(settings, mesh):
+def _on_mesh(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
   """Returns the settings with the accumulation that they have on the mesh."""
-  from cm3leon_jax.mesh import RULES
+  from cm3leon_jax.mesh import BATCH
   from cm3leon_jax.training.step.accumulation import on_mesh
 
-  train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in RULES["batch"]))
+  train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in BATCH))
   return dataclasses.replace(settings, train=train)
 
 
-def _train_report(topology, settings, mesh) -> dict:
+def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
   from cm3leon_jax.planning import memory, programs
   from cm3leon_jax.planning.report import GIB, compile_report
 
@@ -86,7 +95,7 @@ def _train_report(topology, settings, mesh) -> dict:
   return report
 
 
-def _evaluate_report(topology, settings, mesh) -> dict:
+def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
   """Reports the held-out loss of a micro-batch; the rest of the state stays in memory."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_report
@@ -102,7 +111,9 @@ def _evaluate_report(topology, settings, mesh) -> dict:
   return report
 
 
-def _reinforce_report(topology, settings, mesh, prompt: int) -> dict:
+def _reinforce_report(
+  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompt: int
+) -> dict:
   """Reports the update of `cm3leon reinforce`; its samples are drawn by the decoder's programs."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
@@ -114,7 +125,7 @@ def _reinforce_report(topology, settings, mesh, prompt: int) -> dict:
   return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
 
 
-def _model_numbers(settings, mesh, rows: int, length: int = 0) -> dict:
+def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, length: int = 0) -> dict:
   """Counts parameters, and tokens and model FLOPs of a train step of `rows` rows."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.training.watch.flops import model_flops
@@ -127,14 +138,16 @@ def _model_numbers(settings, mesh, rows: int, length: int = 0) -> dict:
   }
 
 
-def _decode_batch(mesh) -> int:
-  from cm3leon_jax.mesh import RULES
+def _decode_batch(mesh: jax.sharding.Mesh) -> int:
+  from cm3leon_jax.mesh import BATCH
 
-  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  shards = math.prod(mesh.shape[axis] for axis in BATCH)
   return _DECODE_BATCH.value or max(64, shards)
 
 
-def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
+def _decode_reports(
+  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh
+) -> dict[str, dict]:
   """Reports prefill and one decode step over the full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
@@ -159,7 +172,7 @@ def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
   return {"decode": step, "prefill": compile_report(decoder.lowered.prefill(before), topology)}
 
 
-def _search(settings, topology) -> list[dict]:
+def _search(settings: Settings, topology: Topology) -> list[dict]:
   from cm3leon_jax.planning.search import cost, search
 
   print(f"search on {topology.name}:", flush=True)
@@ -178,13 +191,13 @@ def _search(settings, topology) -> list[dict]:
   return reports
 
 
-def main(settings) -> None:
+def main(settings: Settings) -> None:
   from cm3leon_jax.planning import topology as topology_lib
   from cm3leon_jax.planning.report import table
 
   topology_lib.prepare()
   topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
-  reports = {}
+  reports: dict[str, Any] = {}
   if _SEARCH.value:
     reports["search"] = _search(settings, topology)
   else:

@@ -12,7 +12,7 @@ from cm3leon_jax.files import buckets
 NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
 
 
-def _strings(value, name: str = "") -> Iterator[tuple[str, str]]:
+def _strings(value: object, name: str = "") -> Iterator[tuple[str, str]]:
   """Yields the name and the text of every string in nested mappings and lists."""
   if isinstance(value, str):
     yield name.removesuffix("."), value

@@ -5,13 +5,21 @@
     --runner=ray --ray_address=auto --ray_workers=64
 """
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.runs import stages, table
 
+if TYPE_CHECKING:
+  from etils import epath
 
-def main(settings, workdir):
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.retrieval import bank, neighbors
 
   with sharded.stage(workdir, "neighbors", settings) as (summary, runner):

@@ -13,13 +13,20 @@ job trains there; after a job was killed on another host, they wait up to 90 s. 
 what they would remove.
 """
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
+
+if TYPE_CHECKING:
+  from etils import epath
+
 
 ACTIONS = ("list", "verify", "prune", "rollback")
 _STEP = flags.DEFINE_string("step", None, "rollback: step to go back to, 1600 or 1,600.")
@@ -67,7 +74,7 @@ def _step() -> int:
   return int(_STEP.value.replace(",", ""))
 
 
-def _limits(folder) -> tuple[int, int, int]:
+def _limits(folder: epath.Path) -> tuple[int, int, int]:
   """Returns what prune keeps: what flags say; without flags, what the run's config says."""
   given = (_KEEP_LAST.value, _KEEP_EVERY.value, _KEEP_BEST.value)
   if any(value is not None for value in given):
@@ -78,7 +85,7 @@ def _limits(folder) -> tuple[int, int, int]:
   return config["keep_checkpoints"], config.get("keep_every", 0), config.get("keep_best", 0)
 
 
-def _show(folder, check: bool) -> None:
+def _show(folder: epath.Path, check: bool) -> None:
   """Prints the list; with `check`, raises UserError if one is damaged or none is sealed."""
   from cm3leon_jax.training.saves import upkeep
 
@@ -92,7 +99,7 @@ def _show(folder, check: bool) -> None:
     upkeep.check_verified(folder, found, damages)
 
 
-def main(action: str, workdir) -> None:
+def main(action: str, workdir: epath.Path) -> None:
   from cm3leon_jax.training.saves import upkeep
 
   _check_flags(action)

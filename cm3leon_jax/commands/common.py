@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags, logging
 from etils import epath
@@ -40,6 +40,8 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.runs.table import STAGES
 
 if TYPE_CHECKING:
+  from collections.abc import Callable
+
   import jax
 
   from cm3leon_jax.settings import Settings
@@ -113,7 +115,9 @@ def _join_processes(several: bool, saves: bool, stage: str) -> None:
     )
   from cm3leon_jax import distributed
 
-  distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
+  distributed.initialize(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value
+  )
   if saves and distributed.are_several():
     distributed.stop_together()
 
@@ -146,7 +150,7 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
   return mesh
 
 
-def use_mesh(settings: Settings, stage: str = ""):
+def use_mesh(settings: Settings, stage: str = "") -> contextlib.AbstractContextManager:
   """Sets the mesh of the config (`jax.set_mesh`); raises as `make_mesh`."""
   import jax
 
@@ -183,7 +187,7 @@ def writing(what: str) -> Iterator[None]:
     ) from error
 
 
-def _fail(message: str, code: int = UserError.exit_code) -> None:
+def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
   """Prints one line on stderr and ends the process."""
   print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
   sys.exit(code)
@@ -282,7 +286,7 @@ def _folder() -> epath.Path:
   return epath.Path(_WORKDIR.value)
 
 
-def _stop_early(number: int, _) -> None:
+def _stop_early(number: int, _: object) -> None:
   """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
   # A handler must not print: it may have interrupted a print.
   os.write(1, f"{STOPPED_EARLY}\n".encode())
@@ -317,7 +321,7 @@ def _reporting() -> Iterator[None]:
 
 
 def run(
-  main,
+  main: Callable[..., None],
   workdir: bool | None = True,
   several_processes: bool = False,
   saves: bool = False,
@@ -345,7 +349,7 @@ def run(
     prepares: whether it runs before the data is prepared, from which fields may follow; it begins.
   """
 
-  def checked(argv):
+  def checked(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     disk_errors.prepare_logging()
     with _reporting():

@@ -50,7 +50,7 @@ def load(value: str) -> ml_collections.ConfigDict:
   name, *variant = value.split(":", 1)
   path = find(name)
   spec = importlib.util.spec_from_file_location("config", path)
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise UserError(f"--config={name}: a config is a Python file, whose name ends in .py.")
   module = importlib.util.module_from_spec(spec)
   try:
@@ -148,7 +148,7 @@ def unknown_field(known: Sequence[str], arguments: list[str]) -> str:
 class Parser(flags.ArgumentParser):
   """Parses --config for `ml_collections.config_flags`, which adds --config.SECTION.FIELD flags."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.config = ml_collections.ConfigDict()  # That was parsed last.
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:

@@ -7,12 +7,21 @@ It is the first command of instruction tuning: the trained decoder knows the ids
 tokenizers.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
 
+if TYPE_CHECKING:
+  from etils import epath
 
-def main(settings, workdir) -> None:
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.export import copies
   from cm3leon_jax.trained.run import Run
 

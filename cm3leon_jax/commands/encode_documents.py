@@ -4,19 +4,27 @@ cm3leon encode_documents --config=scenes --workdir=workdir/scenes
 cm3leon encode_documents --config=scenes --workdir=workdir/scenes --validate
 """
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.runs import stages, table
 
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
+
 _VALIDATE = flags.DEFINE_bool(
   "validate", False, "Only check all written records, arrays and digests."
 )
 
 
-def validate(settings, workdir) -> None:
+def validate(settings: Settings, workdir: epath.Path) -> None:
   """Checks every record of the document stores and prints their counts.
 
   Raises:
@@ -28,7 +36,7 @@ def validate(settings, workdir) -> None:
   validate_documents(workdir / "documents", settings.vocab)
 
 
-def main(settings, workdir):
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.data.documents import encode
 
   if _VALIDATE.value:

@@ -7,12 +7,21 @@
 is set aside in instructions/NAME/rejected.jsonl with the reason.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
 
+if TYPE_CHECKING:
+  from etils import epath
 
-def main(settings, workdir) -> None:
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.data.instructions import sources
   from cm3leon_jax.data.instructions.task_files import load_tasks, shipped
   from cm3leon_jax.evaluation.world import drawn_tasks

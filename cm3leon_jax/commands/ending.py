@@ -1,16 +1,21 @@
 """Ends of a command that do not wait for threads which would never end, or crash."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app
 
 from cm3leon_jax.config import CTRL_C
 
+if TYPE_CHECKING:
+  from collections.abc import Callable
 
-def run_app(main, parse) -> None:
+
+def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
   """Runs an absl app; Ctrl-C is one sentence, and no thread of Orbax keeps a failed process."""
   try:
     app.run(main, flags_parser=parse)

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -40,10 +40,12 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
+  from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.clip.huggingface import HFCLIP
   from cm3leon_jax.clip.model import CLIP
   from cm3leon_jax.evaluation.world import World
   from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 _EXPORT = flags.DEFINE_enum(
@@ -60,7 +62,7 @@ _LAST_PARAMS = flags.DEFINE_bool(
 EXPORT_SAMPLES = 4  # GenEval's own number.
 
 
-def main(settings, workdir):
+def main(settings: Settings, workdir: epath.Path) -> None:
   for flag in (PROMPTS, SAMPLES):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
@@ -94,7 +96,7 @@ def main(settings, workdir):
       raise UserError("--export generates with the average: leave --last_params out.")
     _export(settings, workdir)
     return
-  inputs = {}
+  inputs: dict[str, Any] = {}
   if settings.evaluation.scenes:
     inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
     if world := of_source(settings):
@@ -110,7 +112,7 @@ def main(settings, workdir):
       _evaluate(Run(workdir, settings), folder, summary)
 
 
-def _check_run(workdir) -> None:
+def _check_run(workdir: epath.Path) -> None:
   """Raises UserError if `workdir` is that of a bundle."""
   from cm3leon_jax.trained import bundles
 
@@ -121,7 +123,7 @@ def _check_run(workdir) -> None:
     )
 
 
-def _by_protocol(settings, workdir) -> None:
+def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.commands import evaluate_protocol
 
   if _is_given(protocol_flags.COMPARE):
@@ -178,7 +180,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   write_json(folder / "metrics.json", summary)
 
 
-def _load_bundled(settings):
+def _load_bundled(settings: Settings) -> CM3Leon | None:
   """Loads the bundled model of the run's world; None if its records are of another source.
 
   What a world holds out depends on names alone, so the model never trained on what the run holds
@@ -188,15 +190,15 @@ def _load_bundled(settings):
   from cm3leon_jax.evaluation.world import of_source
 
   world = of_source(settings)
-  return world and CM3Leon.load(world.bundled, batch_size=world.sheet_size)
+  return None if world is None else CM3Leon.load(world.bundled, batch_size=world.sheet_size)
 
 
-def _images_of(model, seed: int, captions: list[str]) -> list:
+def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
   """Generates an image for each caption, with the guidance and neighbors of the model's own run."""
   return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
 
 
-def _about(model, world: World) -> dict:
+def _about(model: CM3Leon, world: World) -> dict:
   """Describes a bundled model: its settings of sampling, size and cost."""
   import jax
 
@@ -226,11 +228,11 @@ def _is_given(flag: flags.FlagHolder) -> bool:
   return not flags.FLAGS[flag.name].using_default_value
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _export(settings, workdir: epath.Path) -> None:
+def _export(settings: Settings, workdir: epath.Path) -> None:
   """Generates images for prompts, or for held-out scenes, in the folders that GenEval reads."""
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
@@ -257,7 +259,9 @@ def _export(settings, workdir: epath.Path) -> None:
   print(f"evaluate: images for GenEval in {folder}", flush=True)
 
 
-def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, list[dict]]:
+def _heldout_prompts(
+  settings: Settings, workdir: epath.Path, pipeline: Pipeline
+) -> tuple[list, list[dict]]:
   """Returns tasks of held-out captions, and what GenEval would check of each."""
   from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.world import of_facts
@@ -268,7 +272,9 @@ def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, lis
   return tasks, [world.geneval_metadata(task) for task in tasks]
 
 
-def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:
+def _export_identity(
+  settings: Settings, workdir: epath.Path, prompts: list[dict], samples: int
+) -> dict:
   """Returns what the images of an export depend on."""
   config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -17,6 +17,8 @@ from cm3leon_jax.runs import table
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.metrics.extractors import Extractor
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
+  from cm3leon_jax.evaluation.protocols.run import ProtocolRun
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 FOLDER = "evaluations"
@@ -51,7 +53,7 @@ class Options:
   allow_outside: bool = False
 
 
-def run_all(settings, workdir, name: str, options: Options) -> None:
+def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options) -> None:
   """Measures a run or bundle by all protocols of a file, after all of them were checked."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.trained.run import Run
@@ -85,7 +87,7 @@ def _check_bundle(trained: Run, protocol: Protocol, options: Options) -> None:
     )
 
 
-def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
+def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
   """Returns the protocol with the number of examples of the options.
 
   Raises:
@@ -163,7 +165,7 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   return job.folder, result
 
 
-def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
+def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
   """Returns the stages of the run that are read."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
@@ -196,7 +198,14 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
   return initial.load(start, trained.settings), 0
 
 
-def _make_run(trained: Run, protocol: Protocol, names, extractor, options: Options, about):
+def _make_run(
+  trained: Run,
+  protocol: Protocol,
+  names: tuple[str, ...],
+  extractor: Extractor | None,
+  options: Options,
+  about: dict[str, Any],
+) -> tuple[ProtocolRun, int]:
   """Loads what a protocol runs on; returns a `ProtocolRun` and the step of its parameters."""
   from cm3leon_jax.evaluation import world
   from cm3leon_jax.evaluation.metrics import extractors
@@ -256,7 +265,9 @@ def _make_run(trained: Run, protocol: Protocol, names, extractor, options: Optio
   return job, step
 
 
-def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:
+def _extractor(
+  protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
+) -> Extractor:
   """Loads the extractor of a protocol.
 
   Raises:
@@ -279,7 +290,7 @@ def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:
       "--extractor."
     )
   elif network == "inception":
-    found = extractors.load_inception(weights, resize)
+    found = extractors.load_inception(weights, resize)  # type: ignore[arg-type]  # Of its field.
   else:
     found = extractors.load_dinov2(weights)
   tensors = found.identity["tensors"]

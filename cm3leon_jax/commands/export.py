@@ -27,6 +27,8 @@ from cm3leon_jax.export import choices, formats
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
+  from cm3leon_jax.data.documents.store import DocumentStore
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 SAMPLES = 4
@@ -73,8 +75,8 @@ def _write_bundle(trained: Run, folder: str, base: str) -> None:
 
 
 def main(
-  settings,
-  workdir,
+  settings: Settings,
+  workdir: epath.Path,
   bundle_folder: str = "",
   base: str = "",
   choice: choices.Choice = DEFAULT,
@@ -146,7 +148,7 @@ def _write(
 
 
 def _check(
-  folder, run: choices.TrainedRun, transformers: bool, trained: Run
+  folder: epath.Path, run: choices.TrainedRun, transformers: bool, trained: Run
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
@@ -199,7 +201,7 @@ def _check(
   return numbers, sentences
 
 
-def _heldout_bits(settings, heldout, params) -> dict[str, float]:
+def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> dict[str, float]:
   """Measures the mean bits of the image codes and text tokens of held-out documents, alone."""
   import numpy as np
 
@@ -218,7 +220,7 @@ def _heldout_bits(settings, heldout, params) -> dict[str, float]:
   return {name: float(values.mean()) for name, values in found.items() if len(values)}
 
 
-def _run(settings, workdir) -> None:
+def _run(settings: Settings, workdir: epath.Path) -> None:
   choice = choices.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
   main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value)
 

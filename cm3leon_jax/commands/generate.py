@@ -33,7 +33,11 @@ from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
+  from collections.abc import Callable
+
+  from cm3leon_jax.decoding.config import SamplingConfig
   from cm3leon_jax.generation.tasks import Task
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 
@@ -97,7 +101,9 @@ MOST_TEXTS = 16  # Texts that are printed; all are in results.jsonl.
 LEAST_DIVERGENCE = 1e-3
 
 
-def _numbers(flag, default: list, kind, least) -> list:
+def _numbers(
+  flag: flags.FlagHolder, default: list, kind: Callable[[str], float], least: float
+) -> list:
   """Returns the values of a list flag, each once; raises UserError for a wrong value."""
   try:
     values = default if flag.value is None else [kind(v) for v in flag.value]
@@ -112,7 +118,7 @@ def _numbers(flag, default: list, kind, least) -> list:
   return list(dict.fromkeys(values))
 
 
-def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
+def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
   """Pairs each number of retrieved documents with the sampling settings of each guidance."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
   retrieves = _numbers(RETRIEVE, retrieve, int, 0)
@@ -215,7 +221,13 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
   return not tasks or any(task.retrieve or task.is_scored for task in tasks)
 
 
-def _identity(trained: Run, bank: epath.Path | None, tasks, columns, seed: int) -> dict:
+def _identity(
+  trained: Run,
+  bank: epath.Path | None,
+  tasks: Sequence[Task],
+  columns: Sequence[tuple[int, SamplingConfig]],
+  seed: int,
+) -> dict:
   """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
   from cm3leon_jax.trained.run import ids
 
@@ -288,7 +300,7 @@ def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
     )
 
 
-def _digests(given) -> dict[str, str]:
+def _digests(given: dict) -> dict[str, str]:
   """Returns the SHA-256 of the pixels of given images, by path and crop."""
   return {
     f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -296,7 +308,7 @@ def _digests(given) -> dict[str, str]:
   }
 
 
-def main(settings, workdir) -> None:
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
@@ -331,15 +343,17 @@ def main(settings, workdir) -> None:
       names = ("batch_size", "weight_dtype", "cache_dtype", "draft_window")
       options = {name: flags.FLAGS[name].value for name in names}
       pipeline = Pipeline.load(trained, params, clip, bank, **options)
-      tasks = tasks or heldout_tasks(
-        layout,
-        trained.folder,
-        _CAPTIONS.value,
-        seed,
-        columns,
-        _KEEP.value,
-        pipeline.image_tokenizer,
-      )
+      tasks = tasks or [
+        *heldout_tasks(
+          layout,
+          trained.folder,
+          _CAPTIONS.value,
+          seed,
+          columns,
+          _KEEP.value,
+          pipeline.image_tokenizer,
+        )
+      ]
       writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
         tasks, SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True

@@ -20,7 +20,10 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Callable
 
+  from etils import epath
+
   from cm3leon_jax.evaluation.world import Answer, World
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 
@@ -35,7 +38,7 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
   }
 
 
-def _judges(settings) -> dict[str, World]:
+def _judges(settings: Settings) -> dict[str, World]:
   """Returns the worlds that judge answers exactly, by the names of the tasks.
 
   Raises:
@@ -82,7 +85,7 @@ def _grade(run: Run, judges: dict[str, World], count: int) -> dict[str, dict[str
   return answers
 
 
-def main(settings, workdir, count: int) -> None:
+def main(settings: Settings, workdir: epath.Path, count: int) -> None:
   from cm3leon_jax.evaluation.grades import files
   from cm3leon_jax.trained.run import Run
 

@@ -10,11 +10,21 @@ them takes:
 amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon 1,024 of 512x512.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.tokenizers.published import Family
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
@@ -28,7 +38,7 @@ def _check_flags(source: str, family: str | None, own: bool) -> None:
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
 
 
-def _check_folder(folder) -> None:
+def _check_folder(folder: epath.Path) -> None:
   """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
   from cm3leon_jax.tokenizers import vqgan
   from cm3leon_jax.training.small import trainer
@@ -41,7 +51,7 @@ def _check_folder(folder) -> None:
     )
 
 
-def main(settings, workdir, source: str, family: str | None) -> None:
+def main(settings: Settings, workdir: epath.Path, source: str, family: Family | None) -> None:
   from cm3leon_jax.files.digests import digest
   from cm3leon_jax.tokenizers import published_files
 
@@ -49,12 +59,16 @@ def main(settings, workdir, source: str, family: str | None) -> None:
   _check_flags(source, family, own)
   folder = workdir / "vqgan"
   _check_folder(folder)
-  found = published_files.read_own(source) if own else published_files.read(source, family)
+  if family is None:
+    found = published_files.read_own(source)
+  else:
+    found = published_files.read(source, family)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
-  family = family or getattr(tokenizer.config, "family", "")  # "": of one that was trained here.
+  of_file: str = getattr(tokenizer.config, "family", "")  # "": of one that was trained here.
+  name = family or of_file
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
-  kind = family or "trained by cm3leon train_vqgan"
+  kind = name or "trained by cm3leon train_vqgan"
   print(
     f"import_vqgan: {kind}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
     f"{left}.",
@@ -64,7 +78,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
     print(f"import_vqgan: read {path}, SHA-256 {sha256}.", flush=True)
   config = {
     "command": "import_vqgan",
-    "family": family,
+    "family": name,
     "sha256": digests,
     "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
     "vocab": {"image_size": settings.vocab.image_size},
@@ -74,7 +88,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
       return
     tokenizer.save(folder)
     sizes, side = tokenizer.config, settings.vqgan.resolution // settings.vqgan.downsample
-    summary.update(family=family, parameters=found.num_parameters, code_dim=sizes.code_dim)
+    summary.update(family=name, parameters=found.num_parameters, code_dim=sizes.code_dim)
     print(
       f"import_vqgan: {sizes.resolution}x{sizes.resolution} pixels are {side}x{side} = "
       f"{sizes.image_tokens:,} of {tokenizer.num_codes:,} codes, each of width {sizes.code_dim}; "

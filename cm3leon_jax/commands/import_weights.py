@@ -10,12 +10,20 @@ the stages after it and cm3leon train then begin with them, on any mesh. It name
 fields of the config to what the model needs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
 
 _SOURCE = flags.DEFINE_string(
   "source",
@@ -25,7 +33,7 @@ _SOURCE = flags.DEFINE_string(
 )
 
 
-def main(settings, workdir, source: str, given: Collection[str] = ()) -> None:
+def main(settings: Settings, workdir: epath.Path, source: str, given: Collection[str] = ()) -> None:
   """Imports the weights and prints what was done.
 
   Args:

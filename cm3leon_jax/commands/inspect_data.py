@@ -27,6 +27,7 @@ from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.rows.loader import RowLoader
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.training.faults.skipped_rows import SkippedRows
 
 # Without a default, as the flag of this name of other commands: in one process they are one flag.
@@ -49,8 +50,8 @@ READ = (*table.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
-  settings,
-  workdir,
+  settings: Settings,
+  workdir: epath.Path,
   out: epath.Path,
   split: str,
   numbers: Sequence[int],
@@ -91,7 +92,7 @@ def write_page(
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
-def validate(settings, workdir) -> None:
+def validate(settings: Settings, workdir: epath.Path) -> None:
   """Checks digests, documents, neighbors, instructions and raw images of a run; prints numbers.
 
   Raises:
@@ -130,7 +131,7 @@ def validate(settings, workdir) -> None:
     print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")
 
 
-def _compare(skipped: SkippedRows, loader: RowLoader, workdir) -> None:
+def _compare(skipped: SkippedRows, loader: RowLoader, workdir: epath.Path) -> None:
   """Raises UserError unless the loader reads what the trainer saved."""
   import numpy as np
 
@@ -148,7 +149,7 @@ def _compare(skipped: SkippedRows, loader: RowLoader, workdir) -> None:
       )
 
 
-def main(settings, workdir) -> None:
+def main(settings: Settings, workdir: epath.Path) -> None:
   if _VALIDATE.value:
     validate(settings, workdir)
     return

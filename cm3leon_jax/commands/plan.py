@@ -34,6 +34,7 @@ from cm3leon_jax.config import UserError, short
 
 if TYPE_CHECKING:
   from cm3leon_jax.planning.hardware import Hardware
+  from cm3leon_jax.settings import Settings
 
 # Other commands have flags of these names; tests import all of them into one process.
 _SHARED = {"allow_override": True}
@@ -111,11 +112,11 @@ _ONLY_FILES = (
 
 def config_flags(arguments: list[str]) -> list[str]:
   """Returns --config and --config.SECTION.FIELD of a command line, each as --NAME=VALUE."""
-  found, arguments = [], iter(arguments)
-  for argument in arguments:
+  found, rest = [], iter(arguments)
+  for argument in rest:
     if match := re.match(r"--?(config(?:\.[\w.]+)?)(=.*)?$", argument, re.DOTALL):
       name, value = match.groups()
-      found.append(f"--{name}{value or '=' + next(arguments)}")
+      found.append(f"--{name}{value or '=' + next(rest)}")
   return found
 
 
@@ -125,7 +126,7 @@ def _default_name(config: str) -> str:
   return name[:40].strip("-")
 
 
-def _check_flags(settings) -> None:
+def _check_flags(settings: Settings) -> None:
   """Raises UserError if flags are missing or contradict each other."""
   if not _TOPOLOGY.value:
     raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
@@ -182,7 +183,7 @@ def _check_requests(devices: Hardware) -> None:
       raise UserError(f"--{flag.name} is {flag.value:,}; a host of {_TOPOLOGY.value} has {has:,}.")
 
 
-def main(settings) -> None:
+def main(settings: Settings) -> None:
   from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
   from cm3leon_jax.planning import plan as plan_lib
 

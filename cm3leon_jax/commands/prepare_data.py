@@ -7,7 +7,10 @@
 docs/data_formats.md has the formats. Only the configs `scenes` and `openmoji` name a source.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -15,6 +18,14 @@ from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.data.sources.drawn import DrawnSource
+  from cm3leon_jax.data.sources.formats import SourcePart
+  from cm3leon_jax.files.shards import Runner
+  from cm3leon_jax.settings import Settings
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
@@ -33,15 +44,15 @@ _LEAK_PSNR = flags.DEFINE_float(
 DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are drawn.
 
 
-def drawn_source(settings):
+def drawn_source(settings: Settings) -> DrawnSource | None:
   """Returns the source that draws its own images, or None."""
   from cm3leon_jax.evaluation.world import of_source
 
   world = of_source(settings)
-  return world and world.source(settings)
+  return None if world is None else world.source(settings)
 
 
-def check_leaks(settings, workdir) -> None:
+def check_leaks(settings: Settings, workdir: epath.Path) -> None:
   """Prints the most similar held-out and training images.
 
   Raises:
@@ -65,7 +76,7 @@ def check_leaks(settings, workdir) -> None:
     )
 
 
-def check_fact_leaks(drawn, workdir) -> None:
+def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
   """Prints how many held-out scenes show only facts that training shows.
 
   Raises:
@@ -86,7 +97,7 @@ def check_fact_leaks(drawn, workdir) -> None:
     )
 
 
-def check_enough(settings, summary: dict) -> None:
+def check_enough(settings: Settings, summary: dict) -> None:
   """Refuses data that a later stage of the config would refuse.
 
   Raises:
@@ -112,7 +123,7 @@ def check_enough(settings, summary: dict) -> None:
         )
 
 
-def batch_warnings(settings, pairs: int) -> list[str]:
+def batch_warnings(settings: Settings, pairs: int) -> list[str]:
   """Names batches that are larger than the data, which `train_vqgan` and `train_clip` refuse.
 
   They only warn, as a published tokenizer or CLIP may take the place of these stages.
@@ -127,7 +138,7 @@ def batch_warnings(settings, pairs: int) -> list[str]:
   ]
 
 
-def conclude(settings, folder, summary: dict) -> None:
+def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
   """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
   from cm3leon_jax.data.checks import leaks
   from cm3leon_jax.data.raw import summary as raw_statistics
@@ -149,7 +160,9 @@ def conclude(settings, folder, summary: dict) -> None:
     print(f"prepare_data: warning: {warning}")
 
 
-def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
+def _prepare(
+  settings: Settings, parts: list[SourcePart], folder: epath.Path, runner: Runner, counts: bool
+) -> dict:
   """Returns the summary of the stage; with `counts`, also what fields of a config follow from."""
   from cm3leon_jax.data.raw import counting, ingest
 
@@ -170,7 +183,7 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
   return summary
 
 
-def main(settings, workdir, counts: bool = False):
+def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
   from cm3leon_jax.data.raw import ingest
   from cm3leon_jax.data.sources import formats
 
@@ -201,4 +214,6 @@ def main(settings, workdir, counts: bool = False):
 
 
 if __name__ == "__main__":
-  common.run(lambda *given: main(*given, counts=common.follows_data()), prepares=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, common.follows_data()), prepares=True
+  )

@@ -26,11 +26,15 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.reinforcement.rollouts import Rollouts
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
   from cm3leon_jax.trained.run import Run
 
 
-def _objective(run: Run, reference):
+def _objective(run: Run, reference: dict) -> Rollouts:
   """Makes the objective of the run."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
@@ -61,7 +65,7 @@ def _heldout_prompts(run: Run) -> list:
   return rollouts.read_prompts(run.settings, layout, "heldout", count)
 
 
-def _scores(run: Run, objective, reference, prompts) -> dict[str, dict]:
+def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
   """Scores held-out prompts by the first parameters and by those of the run.
 
   Returns:
@@ -87,7 +91,7 @@ def _scores(run: Run, objective, reference, prompts) -> dict[str, dict]:
   return {"scores_before": before, "scores": after, "gains": gains}
 
 
-def _gain(before: list[float], after: list[float], settings) -> dict:
+def _gain(before: list[float], after: list[float], settings: Settings) -> dict:
   """Computes the mean change of the reward, and its interval over prompts."""
   import numpy as np
 
@@ -98,7 +102,7 @@ def _gain(before: list[float], after: list[float], settings) -> dict:
   return mean_interval(change, np.ones(len(change)), names, resamples, settings.seed)
 
 
-def _check(settings, workdir, init_from: str) -> None:
+def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
   """Raises UserError if there is nothing to learn, no run that learns, or a step to check."""
   if not settings.instructions.any:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
@@ -111,7 +115,9 @@ def _check(settings, workdir, init_from: str) -> None:
     raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
 
 
-def _begin(settings, workdir, init_from: str, allowed: Sequence[str]) -> tuple[dict, Weights]:
+def _begin(
+  settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
+) -> tuple[dict, Weights]:
   """Returns what the run depends on and the parameters that it starts from, see `run_start.begin`.
 
   Raises:
@@ -125,8 +131,8 @@ def _begin(settings, workdir, init_from: str, allowed: Sequence[str]) -> tuple[d
 
 
 def main(
-  settings,
-  workdir,
+  settings: Settings,
+  workdir: epath.Path,
   init_from: str = "",
   allow_changed: Sequence[str] = (),
   skip_memory_check: bool = False,

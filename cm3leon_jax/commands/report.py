@@ -3,12 +3,21 @@
 cm3leon report --config=scenes --workdir=workdir/scenes
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from absl import flags
 from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
 
 
 def _interval(interval: dict | None) -> str:
@@ -19,7 +28,7 @@ def _interval(interval: dict | None) -> str:
   return f" [{report.show(interval['low'])}, {report.show(interval['high'])}]"
 
 
-def main(settings, workdir):
+def main(settings: Settings, workdir: epath.Path) -> None:
   if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
     raise UserError(
       f"--workdir {workdir} holds no finished stage: run `cm3leon prepare_data` with the "

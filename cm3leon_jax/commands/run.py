@@ -9,9 +9,12 @@ of its own and prints one line when it ends; logs/NAME.log in the workdir has al
 With --init_from, tokenizers and CLIP are copied from that run, and the decoder starts from it.
 """
 
+from __future__ import annotations
+
 import re
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
@@ -19,6 +22,11 @@ from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.commands.stage_process import StageProcesses, width
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages, table
+
+if TYPE_CHECKING:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
 
 OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Not every stage takes them.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
@@ -30,7 +38,7 @@ HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 LEAST_KNOWN = 0.1  # Share of the run from which on the time left is estimated.
 
 
-def commands(settings, given: bool) -> dict[str, str]:
+def commands(settings: Settings, given: bool) -> dict[str, str]:
   """Returns the commands of a whole run, in order, and the folders that they own ("": none).
 
   Args:
@@ -44,7 +52,7 @@ def commands(settings, given: bool) -> dict[str, str]:
   return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
 
 
-def _are_judged(settings) -> bool:
+def _are_judged(settings: Settings) -> bool:
   """Returns whether a task of the instructions has answers that are judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
@@ -109,7 +117,7 @@ class _Lines:
       sys.stdout.write("\r\x1b[2K")
 
 
-def main(settings, workdir, init_from: str, records: int) -> None:
+def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) -> None:
   names = commands(settings, bool(init_from))
   order, given = list(names), passed_on(sys.argv[1:])
   more = {name: [f"--init_from={init_from}"] for name in STARTED if init_from}
@@ -128,11 +136,14 @@ def main(settings, workdir, init_from: str, records: int) -> None:
     print(f"[{number}/{len(order)}] {name}: {took:.0f} s{estimate}", flush=True)
 
 
-def _recorded(workdir, folder: str) -> float:
+def _recorded(workdir: epath.Path, folder: str) -> float:
   """Returns the seconds that a stage took when it was made; 0.0 if it has no folder."""
   done = workdir / folder / stages.DONE
   return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
 
 
 if __name__ == "__main__":
-  common.run(lambda *given: main(*given, INIT_FROM.value, RECORDS.value), prepares=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value),
+    prepares=True,
+  )

@@ -14,13 +14,15 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Sequence
 
+  from etils import epath
+
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
 
 
 def begin(
   settings: Settings,
-  workdir,
+  workdir: epath.Path,
   init_from: str,
   more: dict | None = None,
   allowed: Sequence[str] = (),
@@ -69,7 +71,7 @@ def begin(
   return config, start
 
 
-def check_no_checkpoints(path) -> None:
+def check_no_checkpoints(path: epath.Path) -> None:
   """Checks that a folder without its file `path`, the config, has no checkpoints.
 
   Raises:
@@ -85,7 +87,9 @@ def check_no_checkpoints(path) -> None:
     )
 
 
-def write_config(settings: Settings, workdir, config: dict, step: int | None = None) -> None:
+def write_config(
+  settings: Settings, workdir: epath.Path, config: dict, step: int | None = None
+) -> None:
   """Writes what a run depends on, once its rows are known to be sound. All processes must call it.
 
   Args:
@@ -117,7 +121,7 @@ def write_config(settings: Settings, workdir, config: dict, step: int | None = N
       )
 
 
-def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
+def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False) -> bool:
   """Returns whether a finished run is to go on, because it has fewer steps than it shall have.
 
   Args:
@@ -144,7 +148,7 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
   return redo
 
 
-def print_more(folder, command: str = "train") -> None:
+def print_more(folder: epath.Path, command: str = "train") -> None:
   """Prints how a finished run of a command gets more steps."""
   from cm3leon_jax import distributed
 

@@ -29,6 +29,14 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
+  from cm3leon_jax.evaluation.likelihood.document_scores import Search
+  from cm3leon_jax.evaluation.likelihood.given_documents import (
+    Checked,
+    DocumentFile,
+    StoredDocuments,
+  )
+  from cm3leon_jax.generation.tasks import PromptLayout
+  from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
 _DOCUMENTS = flags.DEFINE_string(
@@ -39,7 +47,7 @@ _DOCUMENTS = flags.DEFINE_string(
 )
 
 
-def main(settings, workdir) -> None:
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax import distributed
   from cm3leon_jax.evaluation.likelihood import document_scores, given_documents
   from cm3leon_jax.generation.tasks import PromptLayout, slug
@@ -97,7 +105,7 @@ def main(settings, workdir) -> None:
     print(f"score: each token is in {scores}, every number in {name} beside it.", flush=True)
 
 
-def _number_of_neighbors(settings) -> int:
+def _number_of_neighbors(settings: Settings) -> int:
   """Returns the value of --retrieve."""
   given = RETRIEVE.value or ["0"]
   if len(given) > 1 or not given[0].isdecimal():
@@ -109,12 +117,18 @@ def _number_of_neighbors(settings) -> int:
   return number
 
 
-def _stages_read(settings, retrieve: int) -> list[str]:
+def _stages_read(settings: Settings, retrieve: int) -> list[str]:
   retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
   return list(dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
 
 
-def _score(trained: Run, documents, checked, folder, retrieve: int) -> dict:
+def _score(
+  trained: Run,
+  documents: DocumentFile | StoredDocuments,
+  checked: Checked,
+  folder: epath.Path,
+  retrieve: int,
+) -> dict:
   """Scores the documents; returns the numbers of summary.json."""
   from cm3leon_jax.evaluation.likelihood import bits, document_scores
 
@@ -131,12 +145,13 @@ def _score(trained: Run, documents, checked, folder, retrieve: int) -> dict:
   return {"step": step, "retrieve": retrieve, **found}
 
 
-def _search(trained: Run, layout, count: int):
+def _search(trained: Run, layout: PromptLayout, count: int) -> Search:
   """Opens the bank of the run."""
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
   from cm3leon_jax.generation.pipeline import open_bank
   from cm3leon_jax.retrieval.neighbors import Retriever
 
+  assert trained.bank is not None
   retriever = Retriever(trained.bank / "neighbors", trained.settings.retrieval)
   return Search(count, retriever, open_bank(layout, trained.bank), trained.clip, layout)
 

@@ -9,16 +9,23 @@ bundle that is installed. It prints its address when it is ready. Compiled progr
 next start (--cache_dir). Each request is a line on stderr. docs/serving.md has the requests.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import ipaddress
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cm3leon_jax import extras
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from etils import epath
+
 
 TOKEN = "CM3LEON_TOKEN"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
@@ -108,7 +115,7 @@ def _buckets() -> int:
   return _LANES.value
 
 
-def main(workdir) -> None:
+def main(workdir: epath.Path) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
       raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")

@@ -1,7 +1,10 @@
 """Defines the flags of commands that process shards in parallel."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 import contextlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -9,6 +12,9 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files import shards
 from cm3leon_jax.runs import stages
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
 
 _RUNNER = flags.DEFINE_enum(
   "runner", "local", shards.RUNNERS, "Runs shards in this process or on Ray workers."
@@ -24,7 +30,7 @@ _CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for a
 
 @contextlib.contextmanager
 def stage(
-  workdir: epath.Path, name: str, settings, more_inputs: Mapping[str, str] | None = None
+  workdir: epath.Path, name: str, settings: Settings, more_inputs: Mapping[str, str] | None = None
 ) -> Iterator[tuple[dict | None, shards.Runner]]:
   """Runs the body as `stages.stage`, while this job holds the lease on the stage's folder.
 

@@ -45,7 +45,7 @@ class StageProcesses:
       if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
         signal.signal(number, self._forward)
 
-  def _forward(self, number: int, _) -> None:
+  def _forward(self, number: int, _: object) -> None:
     self._stop = number
     if self._process is not None:
       self._process.send_signal(number)

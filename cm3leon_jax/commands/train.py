@@ -29,6 +29,8 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Callable, Sequence
 
+  from etils import epath
+
   from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
@@ -54,7 +56,7 @@ _DEBUG_NANS = flags.DEFINE_bool(
 )
 
 
-def _initial_params(run: Run, start: Weights | None):
+def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
   """Returns a function that makes the parameters of a new run, or None for random ones."""
   import jax
 
@@ -109,7 +111,7 @@ def _training(
   )
 
 
-def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
+def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
   """Returns the rows that the run leaves out, and `back`, or None if it was done already.
 
   Raises:
@@ -131,7 +133,7 @@ def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | 
 
 def main(
   settings: Settings,
-  workdir,
+  workdir: epath.Path,
   profile_steps: str = "",
   debug_nans: bool = False,
   init_from: str = "",
@@ -205,7 +207,7 @@ def _print_losses(result: dict) -> None:
     distributed.print_once(change_line(before, result))
 
 
-def _main(settings, workdir) -> None:
+def _main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.training.faults.skipped_rows import parse
 
   back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)

@@ -5,11 +5,20 @@
 At SIGTERM and Ctrl-C it saves and stops; the same command continues.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from cm3leon_jax.commands import common
 from cm3leon_jax.runs import stages
 
+if TYPE_CHECKING:
+  from etils import epath
 
-def main(settings, workdir):
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.tokenizers.text import TextTokenizer
   from cm3leon_jax.training.small import clip_training as train_clip
   from cm3leon_jax.training.small import trainer

@@ -3,11 +3,20 @@
 cm3leon train_text_tokenizer --config=scenes --workdir=workdir/scenes
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from cm3leon_jax.commands import common
 from cm3leon_jax.runs import stages
 
+if TYPE_CHECKING:
+  from etils import epath
 
-def main(settings, workdir):
+  from cm3leon_jax.settings import Settings
+
+
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.data.raw import reader
   from cm3leon_jax.tokenizers import text
 

@@ -9,15 +9,26 @@ held-out images that are judged right, as rendered and reconstructed: no decoder
 exceed the latter.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
+from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
+if TYPE_CHECKING:
+  from collections.abc import Callable
 
-def _judge(settings, workdir, tokenizer) -> dict:
+  from etils import epath
+
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+
+def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -> dict:
   """Judges held-out images and their reconstructions; {} for pairs without facts."""
   import numpy as np
 
@@ -37,7 +48,7 @@ def _judge(settings, workdir, tokenizer) -> dict:
   }
 
 
-def _check_import(folder) -> None:
+def _check_import(folder: epath.Path) -> None:
   """Raises UserError if a published tokenizer is in the folder, and its import did not finish."""
   from cm3leon_jax.tokenizers import vqgan
 
@@ -65,7 +76,7 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   return perceptual.make_params(tensors), {"perceptual": published_weights.digest(tensors)}
 
 
-def _boards(folder, enabled: bool):
+def _boards(folder: epath.Path, enabled: bool) -> Callable[[int], list]:
   """Returns a function that opens TensorBoard for a training that starts at a step."""
 
   def open_boards(first_step: int) -> list:
@@ -81,7 +92,7 @@ def _boards(folder, enabled: bool):
   return open_boards
 
 
-def main(settings, workdir):
+def main(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.data.raw import reader
   from cm3leon_jax.tokenizers import vqgan
   from cm3leon_jax.training.small import trainer, vqgan_training
@@ -93,16 +104,17 @@ def main(settings, workdir):
   stage = stages.stage(workdir, "vqgan", settings, digests)
   with common.use_mesh(settings, "vqgan"), stage as summary:
     if summary is not None:
-      images = [
+      images, heldout = (
         reader.open_images(workdir / "raw", split, settings.vqgan.resolution)
         for split in ("train", "heldout")
-      ]
+      )
       summary.update(
         vqgan_training.train_vqgan(
           settings.vqgan,
           settings.vocab.image_size,
           settings.seed,
-          *images,
+          images,
+          heldout,
           workdir / "vqgan",
           {**stages.inputs(settings, workdir, "vqgan"), **digests},
           features,

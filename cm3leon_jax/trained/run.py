@@ -1,5 +1,6 @@
 """Opens what training leaves, to read it: the workdir of a run, a bundle or an export."""
 
+from collections.abc import Collection
 import dataclasses
 import difflib
 import functools
@@ -126,7 +127,7 @@ class Run:
     return reading.load_params(self.folder / "train", self.settings.model, step, average)
 
 
-def ids(run: Run, names: list[str]) -> dict[str, str]:
+def ids(run: Run, names: Collection[str]) -> dict[str, str]:
   """Returns the ids of stages, see `stages.ids`; of a bundle those of the same files."""
   if run.kind == "workdir":
     return stages.ids(run.settings, run.folder, names)
