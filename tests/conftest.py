@@ -1,9 +1,11 @@
 """Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
 
+import functools
 import gc
 import os
 import pathlib
 import platform
+import re
 
 from tests import compiled
 
@@ -47,18 +49,29 @@ hypothesis.settings.load_profile("no_deadline")
 
 
 # Linux allows a process 65,530 maps of memory, and a compiled program takes several.
-MOST_MAPS = 20_000
+MOST_MAPS = 26_000
 MAPS = pathlib.Path("/proc/self/maps")
+ORACLES = re.compile(r'importorskip\("(torch|transformers|diffusers|torchvision|compressed_)')
+
+
+@functools.cache
+def _group(path: pathlib.Path) -> str:
+  """Returns the group of a file of tests, which stays in one process (--dist=loadgroup).
+
+  So do the files of the served engine, and those that import torch: one process has it in memory.
+  """
+  root = pathlib.Path(__file__).parent
+  if root / "serving" in path.parents:
+    return "serving"
+  if ORACLES.search(path.read_text(encoding="utf-8")):
+    return "torch"
+  return str(path.relative_to(root))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """A file stays in one process (--dist=loadgroup), and so does the folder of the served engine."""
-  root = pathlib.Path(__file__).parent
   for item in items:
-    together = root / "serving" in item.path.parents
-    group = item.path.parent if together else item.path
-    item.add_marker(pytest.mark.xdist_group(str(group.relative_to(root))))
+    item.add_marker(pytest.mark.xdist_group(_group(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="module")

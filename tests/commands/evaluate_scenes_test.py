@@ -184,6 +184,7 @@ def of_source(source, **fields):
   return dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source=source))
 
 
+@pytest.mark.slow
 def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, monkeypatch, capsys):
   monkeypatch.setattr(WORLD, "bundled", str(bundled))
   shown, render = [], sheet.render

@@ -110,6 +110,7 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   assert names(installed) == before
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_config_either_and_keeps_its_results(run, documents, tmp_path):
   done = cm3leon("score", f"--workdir={run}", f"--documents={documents}", cwd=tmp_path)
   assert done.returncode == 0, done.stderr

@@ -98,6 +98,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
 
 
+@pytest.mark.slow
 def test_clip_scores_captions(source, prepared, tmp_path):
   """Bank and judge are not needed."""
   workdir, settings = epath.Path(tmp_path), settings_to_learn("clip")

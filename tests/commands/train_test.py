@@ -75,6 +75,7 @@ def root(tmp_path, monkeypatch):
   return folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root, monkeypatch):
   """The rows of all codes are one linear function of the codebook; a short training keeps that."""
   table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
@@ -138,6 +139,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, capsys):
   """The same flags again change nothing, and neither does leaving them out."""
   settings = settings_from_config(short_config(checkpoint_every=1))

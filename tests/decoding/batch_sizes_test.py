@@ -94,6 +94,7 @@ def test_batches_of_any_task(generator, task):
     jax.eval_shape(loop.results, jax.eval_shape(functools.partial(loop.grow, by=3), state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", STREAMS)
 def test_batches_of_drafts(generator, task):
   sampling = dataclasses.replace(MIXTURE, method="top_p")
@@ -105,6 +106,7 @@ def test_batches_of_drafts(generator, task):
     assert typed(drafted) == typed(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_shard", [1, 4])
 @pytest.mark.parametrize("task", STREAMS)
 def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):

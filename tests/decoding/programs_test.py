@@ -5,6 +5,7 @@ import functools
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import pytest
 
 from tests.decoding.small import model_config, on_mesh, plain_requests, small_generator
 from tests.models.tiny import random_params
@@ -12,6 +13,7 @@ from tests.models.tiny import random_params
 SEEDS = [11, 12]
 
 
+@pytest.mark.slow
 def test_compiled_once_for_each_way_that_parameters_are_split():
   requests = plain_requests()[:2]
   with on_mesh(1, 2, 1):

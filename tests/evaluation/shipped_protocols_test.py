@@ -78,6 +78,7 @@ def measure(settings, workdir, *arguments):
   return evaluate_protocol.run(Run.open(workdir, settings), *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)
 def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, data, capsys):
   protocol = tiny(protocol)

@@ -72,6 +72,7 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_pa
     bundle.copy(bundled, epath.Path("/proc/absent"))
 
 
+@pytest.mark.slow
 def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
   moved = tmp_path / "moved"
   shutil.copytree(bundled, moved)

@@ -98,12 +98,14 @@ def whole(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_training_reads_no_raw_data(whole):
   """Sample grids come from the document stores: raw/ may be deleted after they exist."""
   assert not (whole / "raw").exists()
   assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_training_are_read_from_its_workdir(whole):
   config = get_config()
   config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
@@ -137,6 +139,7 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
   assert_same_samples(fresh, whole)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_and_continues_without_it(whole, fresh, capsys):
   """Its first loss is near the last one of the other run, whose tokenizers differ."""
   source = fresh / "source"

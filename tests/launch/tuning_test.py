@@ -67,6 +67,7 @@ def whole(pretrained, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_tuning_reports_the_losses_before_and_after_of_tasks_and_documents(
   pretrained, tmp_path, capsys
 ):

@@ -75,6 +75,7 @@ def test_tied_tables_start_proportional_and_are_two():
   assert abs(np.corrcoef(params["head"].ravel(), params["embed"].ravel())[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_parameters_do_not_depend_on_the_mesh():
   config = dataclasses.replace(MODERN, codebook_start=0.5, tied_start=True)
   one, split = (start(config, shape)[0] for shape in ((1, 1, 1), (2, 2, 2)))

@@ -260,6 +260,7 @@ def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sen
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_files_that_copy_a_checkout_are_named_outside_of_one(tmp_path):
   flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
   result = launch("plan", *flags, cwd=tmp_path)

@@ -23,6 +23,7 @@ def costs(of_7b):
   return {cost.stage: cost for cost in stage_costs.estimate(*of_7b, PAIRS)}
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_the_page_names(of_7b):
   config, _ = of_7b
   encode = stage_costs.image_tokenizer_flops(config, vqgan.encode)

@@ -239,6 +239,7 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
   assert after["all"]["spread"] == pytest.approx(np.mean(of_tasks))
 
 
+@pytest.mark.slow
 def test_streams_without_weight_are_left_out(objective):
   """At image_guidance 1, an edit has the streams of the whole prompt and of the image alone."""
   sampling = dataclasses.replace(

@@ -74,6 +74,7 @@ def with_published(request, run, monkeypatch):
   before.save(run / "vqgan")
 
 
+@pytest.mark.slow
 def test_a_published_tokenizer_decodes_as_the_card_says(with_published, run, tmp_path, monkeypatch):
   pytest.importorskip("torch")
   if with_published.config.family == "amused":
@@ -89,6 +90,7 @@ def test_a_published_tokenizer_decodes_as_the_card_says(with_published, run, tmp
   assert "decode_image.py" not in card
 
 
+@pytest.mark.slow
 def test_a_published_tokenizer_in_an_export_of_orbax(with_published, run, tmp_path, monkeypatch):
   if with_published.config.family == "amused":
     pytest.importorskip("diffusers")

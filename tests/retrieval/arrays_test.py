@@ -85,6 +85,7 @@ def write_rows(path, start, stop):
     store.write(i, np.full((1, 6), i, np.float16))
 
 
+@pytest.mark.slow
 def test_processes_write_into_one_file_at_the_same_time(tmp_path):
   ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 200)
   with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT_ICONS = """
 import subprocess
 import sys
@@ -20,6 +22,7 @@ for draw in (lambda: scene_drawings.alpha("star"), source.check_installed):
 """
 
 
+@pytest.mark.slow
 def test_reports_and_exports_of_other_data_need_no_icons():
   result = subprocess.run(
     [sys.executable, "-c", WITHOUT_ICONS], capture_output=True, text=True, check=False

@@ -89,6 +89,7 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
     assert heldout.evaluate(steps, params, rows)["heldout_loss"] != found["heldout_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
@@ -114,6 +115,7 @@ def test_another_seed_gives_other_losses(whole, tmp_path_factory):
   assert losses(folder) != losses(whole[0])
 
 
+@pytest.mark.slow
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)

@@ -16,6 +16,7 @@ from tests.training.runs import MODEL, Crash, crash_at, losses, run
 from tests.training.watch.traces_test import traced_steps
 
 
+@pytest.mark.slow
 def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
   """In the grid of step 8: the endpoint is open as long as the run trains."""
   port, found = free_port(), []
@@ -81,6 +82,7 @@ def test_a_trace_holds_the_chosen_steps_and_no_others(loader, tmp_path):
   assert traced_steps(tmp_path / "profile") == [3, 4]
 
 
+@pytest.mark.slow
 def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
   run(tmp_path, loader, steps=2, peak_flops=1e9, tensorboard=False)
   lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")

@@ -32,6 +32,7 @@ def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path
   assert [line["event"] for line in lines if "event" in line] == ["rolled_back", "resumed"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
   """A learning rate that is too high makes later steps worse."""
   run(

@@ -91,6 +91,7 @@ def test_weights_of_another_config_and_of_no_numbers_are_refused(tmp_path):
       placed.load(StoredTensors(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_a_model_in_a_bucket_is_read(server, tmp_path):  # noqa: F811
   write(tmp_path, "bfloat16", shard_bytes=100)
   for path in tmp_path.iterdir():

@@ -357,6 +357,7 @@ def test_more_candidates_than_the_configs_sort_all(generator):
       check(update, of[update.ticket])
 
 
+@pytest.mark.slow
 def test_slots_on_several_devices(generator, cases):
   with on_mesh(2, 1, 2):
     split = small_generator(sampling=MIXTURE, image_head=False)

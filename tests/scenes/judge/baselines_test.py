@@ -70,6 +70,7 @@ def test_other_claims_are_not_equal():
   assert len({claims_of(parse(caption)) for caption in captions}) == len(captions)
 
 
+@pytest.mark.slow
 def test_a_lookup_agrees_with_the_judge_of_the_rendered_training_images():
   config = ScenesConfig(train=400, heldout=140, rare_objects=20)
   source.ScenesSource(config).parts((), 48)

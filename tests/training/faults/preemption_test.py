@@ -68,6 +68,7 @@ def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
   def interrupt(_, step):

@@ -400,6 +400,7 @@ def test_all_processes_name_the_replicas_that_the_first_one_found():
   assert replay._first([([], []), ([], [])]) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
   """Bit for bit on the CPU, here on its only device, which is said."""
   runs.run(tmp_path, loader, replay_every=5)

@@ -120,6 +120,7 @@ def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
   assert np.ptp(losses[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_temperature_is_bounded():
   """Radford et al. 2021, section 2.5: logits are scaled by at most 100."""
   params = clip_lib.init_params(TINY, TEXT_SIZE, jax.random.key(0))
