@@ -235,6 +235,21 @@ def test_a_folder_has_at_most_15_files_of_its_own():
   assert {name: size for name, size in sizes.items() if size > 15} == {}
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def test_a_file_has_at_most_400_lines_and_a_function_60():
+  long = {}
+  for path in [*MODULES.values(), *(PACKAGE.parent / "benchmarks").glob("*.py")]:
+    source = path.read_text(encoding="utf-8")
+    if (lines := len(source.splitlines())) > 400:
+      long[path.name] = lines
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, FUNCTIONS) and (lines := node.end_lineno - node.lineno + 1) > 60:
+        long[f"{path.name} {node.name}"] = lines
+  assert long == {}
+
+
 def test_no_two_public_classes_have_one_name():
   places = collections.defaultdict(list)
   for name, path in MODULES.items():

@@ -15,6 +15,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
+  from cm3leon_jax.clip.huggingface import HFCLIP
+  from cm3leon_jax.clip.model import CLIP
   from cm3leon_jax.evaluation.metrics.extractors import Extractor
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
   from cm3leon_jax.evaluation.protocols.run import ProtocolRun
@@ -198,6 +200,18 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
   return initial.load(start, trained.settings), 0
 
 
+def _scorer(
+  names: tuple[str, ...], options: Options, own: CLIP | HFCLIP | None
+) -> CLIP | HFCLIP | None:
+  """Returns the CLIP that metrics read, that of --clip or the run's own; None: none reads it."""
+  from cm3leon_jax.clip.huggingface import HFCLIP
+  from cm3leon_jax.evaluation.protocols.metrics import METRICS
+
+  if not any("embeddings" in METRICS[name].needs for name in names):
+    return None
+  return HFCLIP.load(options.clip) if options.clip else own
+
+
 def _make_run(
   trained: Run,
   protocol: Protocol,
@@ -211,21 +225,16 @@ def _make_run(
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
-  from cm3leon_jax.evaluation.protocols.metrics import METRICS, check, check_examples
+  from cm3leon_jax.evaluation.protocols.metrics import check, check_examples
   from cm3leon_jax.evaluation.protocols.run import ProtocolRun
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
-  from cm3leon_jax.retrieval.bank import load_clip
 
   settings = trained.settings
   params, step = _params(trained, options.before)
-  needs_clip = settings.retrieval.clip or "clip" in about["inputs"]
-  own_clip = trained.clip if needs_clip else None
-  scorer = None
-  if any("embeddings" in METRICS[name].needs for name in names):
-    scorer = load_clip(options.clip, trained.stages, settings.vocab) if options.clip else own_clip
-  size = settings.evaluation.batch_size
-  pipeline = Pipeline.load(trained, params, own_clip, batch_size=size)
+  own_clip = trained.clip if settings.retrieval.clip or "clip" in about["inputs"] else None
+  scorer = _scorer(names, options, own_clip)
+  pipeline = Pipeline.load(trained, params, own_clip, batch_size=settings.evaluation.batch_size)
   evaluated = samples.open_evaluated(
     protocol, pipeline, trained.folder, options.data, options.allow_outside
   )

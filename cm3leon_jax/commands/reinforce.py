@@ -23,7 +23,6 @@ from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
-from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from etils import epath
@@ -159,9 +158,7 @@ def main(
   config, start = _begin(settings, workdir, init_from, allow_changed)
   folder = workdir / "train"
   redo = run_start.goes_on(folder, config, settings.train.steps, bool(allow_changed))
-  stage = stages.once(
-    folder, config, redo, writes=distributed.is_first(), together=distributed.together
-  )
+  stage = run_start.stage(folder, config, redo)
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder, "reinforce")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from typing import TYPE_CHECKING
@@ -146,6 +147,17 @@ def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False)
       f"with {'; '.join(changed)}: raise config.train.steps, which is {steps}."
     )
   return redo
+
+
+def stage(
+  folder: epath.Path, config: dict, redo: bool
+) -> contextlib.AbstractContextManager[dict | None]:
+  """Runs the body once, together with the other processes of a job; see `stages.once`."""
+  from cm3leon_jax import distributed
+
+  return stages.once(
+    folder, config, redo, writes=distributed.is_first(), together=distributed.together
+  )
 
 
 def print_more(folder: epath.Path, command: str = "train") -> None:

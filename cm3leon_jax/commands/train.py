@@ -24,7 +24,6 @@ from cm3leon_jax.commands import common, run_start
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
-from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from collections.abc import Callable, Sequence
@@ -169,9 +168,7 @@ def main(
   )
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
-  stage = stages.once(
-    folder, config, redo, writes=distributed.is_first(), together=distributed.together
-  )
+  stage = run_start.stage(folder, config, redo)
   # The lease first: the stage deletes and writes files of the folder.
   with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
     if summary is None:

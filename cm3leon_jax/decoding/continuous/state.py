@@ -284,9 +284,8 @@ def steps(
     )
     active = grammar.active(plan, loop.state)
     ended = jnp.any(began & ~active) & (loop.count >= least)
-    loop = loop._replace(
-      next_entries=loop.next_entries % capacities, any_active=jnp.any(active) & ~ended
-    )
+    entries = loop.next_entries % capacities
+    loop = loop._replace(next_entries=entries, any_active=jnp.any(active) & ~ended)
     return BatchState(loop, state.counts + 1)
 
   loop = state.loop._replace(count=jnp.int32(0), any_active=jnp.any(began))
