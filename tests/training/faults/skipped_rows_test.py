@@ -105,7 +105,7 @@ def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys
 @pytest.mark.slow
 def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_path, monkeypatch):
   monkeypatch.setattr(numerics, "SETTLED", 3)
-  options = {"skip_above": 0.9, "max_skipped": STEPS}
+  options = {"skip_above": 0.95, "max_skipped": STEPS, "checkpoint_every": 1}
   run(tmp_path / "whole", loader, **options)
   steps = skipped_steps(tmp_path / "whole")
   assert 0 < len(steps) < STEPS - 3
