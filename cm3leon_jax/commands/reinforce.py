@@ -172,15 +172,11 @@ def main(
     objective = _objective(run, reference)
     prompts = _heldout_prompts(run)
     run_start.write_config(settings, workdir, config)
-    training = DecoderTraining(
+    training = DecoderTraining.of(
+      settings,
       folder=folder,
-      model=settings.model,
-      optimizer=settings.optimizer,
-      config=settings.train,
-      vocab=settings.vocab,
       objective=objective,
       heldout=heldout,
-      seed=settings.seed,
       initial_params=functools.partial(initial.load, start, settings),
       evaluate_start=True,
     )

@@ -93,16 +93,11 @@ def _training(
   """
   from cm3leon_jax.training.decoder import DecoderTraining
 
-  settings = run.settings
-  return DecoderTraining(
+  return DecoderTraining.of(
+    run.settings,
     folder=run.folder / "train",
-    model=settings.model,
-    optimizer=settings.optimizer,
-    config=settings.train,
-    vocab=settings.vocab,
     objective=rows,
     heldout=heldout,
-    seed=settings.seed,
     sample_grid=grid,
     profile_steps=traced,
     initial_params=_initial_params(run, start),

@@ -37,21 +37,21 @@ class TrainedRun:
   """A trained run, as formats read it.
 
   Attributes:
-    run: whose tokenizers are read.
+    trained: whose tokenizers are read.
     params: of the decoder, read from disk when they are needed.
     choice: what the user asks for.
   """
 
-  run: Run
+  trained: Run
   params: StoredParams
   choice: Choice
 
   @property
   def settings(self) -> Settings:
     """Settings of the run."""
-    return self.run.settings
+    return self.trained.settings
 
   @property
   def text_tokenizer(self) -> epath.Path:
     """Folder of the text tokenizer."""
-    return self.run.stages / "text_tokenizer"
+    return self.trained.stages / "text_tokenizer"

@@ -76,11 +76,11 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.run.folder, bundles.folder_of)
+  training_data.write(folder, run.trained.folder, bundles.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
   write_json(folder / ABOUT, about)
-  numbers = image_tokenizer.write(folder, run.run)
+  numbers = image_tokenizer.write(folder, run.trained)
   return {**numbers, **_module(run.choice).write(folder, run)}
 
 

@@ -77,7 +77,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   )
   texts = run.text_tokenizer
   weight_dtype = run.choice.quantize or "compute"
-  return export(folder, run.params, settings, run.run.images, texts, weight_dtype)
+  return export(folder, run.params, settings, run.trained.images, texts, weight_dtype)
 
 
 def write_model(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+from typing import Any
 
 from etils import epath
 import jax
@@ -17,6 +18,7 @@ from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
@@ -75,6 +77,18 @@ class DecoderTraining:
   profile_steps: range = range(0)
   initial_params: Callable[[], dict] | None = None
   evaluate_start: bool = False
+
+  @classmethod
+  def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
+    """Describes the training of a run's settings; `fields` are the attributes that they lack."""
+    return cls(
+      model=settings.model,
+      optimizer=settings.optimizer,
+      config=settings.train,
+      vocab=settings.vocab,
+      seed=settings.seed,
+      **fields,
+    )
 
 
 @contextlib.contextmanager
