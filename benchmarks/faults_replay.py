@@ -84,12 +84,13 @@ def flip_on_device(x, device, element: int, bit: int):
 class Trainer:
   """A tiny training on 8 devices of this process, in which bits flip."""
 
-  def __init__(self, shape: tuple[int, int, int], passes: int):
+  def __init__(self, shape: tuple[int, int, int], passes: int, layers: int = 3):
     """Prepares its steps.
 
     Args:
       shape: sizes of data, fsdp and tensor.
       passes: of a step.
+      layers: of the decoder.
     """
     import jax
 
@@ -99,15 +100,16 @@ class Trainer:
     from tests.models import tiny
 
     self.mesh = tiny.mesh_of(*shape)
+    model = dataclasses.replace(tiny.CONFIG, num_layers=layers)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9)
     self._config = TrainConfig(
       steps=10_000, global_batch_size=8, gradient_accumulation_steps=passes, replay_every=2
     )
     with jax.set_mesh(self.mesh):
-      steps = compile_steps(tiny.CONFIG, optimizer, self._config, VOCAB, 0)
+      steps = compile_steps(model, optimizer, self._config, VOCAB, 0)
       self._steps = dataclasses.replace(steps, checked=self._checked)
       self._state = steps.init()
-    sections = (tiny.CONFIG, optimizer, self._config, VOCAB)
+    sections = (model, optimizer, self._config, VOCAB)
     self._jitted = jax.jit(functools.partial(_faulty_step, *sections), donate_argnums=0)
     self._flips: list[tuple] = []
 

@@ -137,6 +137,7 @@ def test_requests_are_those_that_samples_are_generated_for(model):
   assert [len(request.streams) for request in requests] == [2, 1]
 
 
+@pytest.mark.slow
 def test_a_list_gives_what_single_calls_give(model):
   prompts = ["red apple", "blue car"]
   together = model.generate(prompts, num_samples=2, seed=3)

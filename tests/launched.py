@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from typing import ClassVar
 import warnings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,18 +25,22 @@ SERVER = "from tests.launched import serve; serve()"
 
 
 class Server:
-  """The process that commands are forked from."""
+  """The process that commands are forked from, with modules that it has imported."""
 
-  def __init__(self):
+  running: ClassVar[list["Server"]] = []
+
+  def __init__(self, imported: tuple[str, ...]):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     self._process = subprocess.Popen(
-      [sys.executable, "-c", SERVER],
+      [sys.executable, "-c", SERVER, *imported],
       env={**os.environ, "PYTHONPATH": path},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
       start_new_session=True,  # So that what it forked ends with it.
     )
+    self.pid = self._process.pid
+    self.running.append(self)
     atexit.register(self.close)
 
   def run(self, job: dict, timeout: float) -> int:
@@ -49,23 +55,21 @@ class Server:
   def close(self) -> None:
     """Ends the process and what it forked; the next command starts another."""
     server.cache_clear()
+    self.running[:] = [other for other in self.running if other is not self]
     with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
+      os.killpg(self.pid, signal.SIGKILL)
     self._process.communicate()
 
 
 @functools.cache
-def server() -> Server:
-  """The server of this process."""
-  return Server()
+def server(imported: tuple[str, ...]) -> Server:
+  """The server of this process that has imported these modules."""
+  return Server(imported)
 
 
-def server_pid() -> int | None:
-  """Returns the process of the server, if one runs."""
-  return server()._process.pid if server.cache_info().currsize else None
-
-
-def run(module: str, argv: list[str], cwd=ROOT, missing=(), timeout=300, **environment):
+def run(
+  module: str, argv: list[str], cwd=ROOT, missing=(), imported=(), timeout=300, **environment
+):
   """Runs a module as the program that `argv` calls, in a process of its own.
 
   Args:
@@ -73,6 +77,7 @@ def run(module: str, argv: list[str], cwd=ROOT, missing=(), timeout=300, **envir
     argv: name of the program and its arguments.
     cwd: folder that it runs in.
     missing: modules that look as if they were not installed.
+    imported: modules that were imported before, for programs that would take a second to do so.
     timeout: seconds.
     **environment: variables that differ from those of this process. What JAX reads when it is
       imported stays as it is here.
@@ -82,7 +87,7 @@ def run(module: str, argv: list[str], cwd=ROOT, missing=(), timeout=300, **envir
   """
   with tempfile.TemporaryDirectory() as folder:
     job = {"module": module, "argv": argv, "cwd": str(cwd), "missing": missing, "out": folder}
-    code = server().run({**job, "environment": {**os.environ, **environment}}, timeout)
+    code = server(imported).run({**job, "environment": {**os.environ, **environment}}, timeout)
     texts = [(pathlib.Path(folder) / name).read_text() for name in ("stdout", "stderr")]
   return subprocess.CompletedProcess(argv, code, *texts)
 
@@ -102,6 +107,8 @@ def serve() -> None:
   import cm3leon_jax.commands.common
   import cm3leon_jax.settings  # noqa: F401
 
+  for module in sys.argv[1:]:
+    importlib.import_module(module)
   gc.collect()
   gc.freeze()  # Else a process visits all objects of the imports when it ends, for 0.6 s.
   for line in sys.stdin:

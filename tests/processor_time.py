@@ -22,8 +22,8 @@ def now() -> float:
   """Returns the processor seconds of this process and of those that it waited for."""
   times = os.times()
   total = times.user + times.system + times.children_user + times.children_system
-  if pid := launched.server_pid():
-    spent = psutil.Process(pid).cpu_times()
+  for server in launched.Server.running:
+    spent = psutil.Process(server.pid).cpu_times()
     total += spent.user + spent.system + spent.children_user + spent.children_system
   return total
 

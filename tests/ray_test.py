@@ -121,6 +121,7 @@ def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address, words):
   assert any("train_pairs/ids" in name for name in files(tmp_path / "local"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own.
 def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address):
   job = Copy(str(tmp_path), kill_once="05")
@@ -142,6 +143,7 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
   assert log(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
   with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):

@@ -39,6 +39,7 @@ def test_each_layout_has_the_same_pairs_and_no_mistake_is_taken_for_one(
   assert summary["rejected_long_caption"] == 1
 
 
+@pytest.mark.slow
 def test_the_rule_sees_color_and_shape_of_every_image(pairs):
   images, facts = [image for *_, image in pairs], [fact for _, fact, _ in pairs]
   right = {"color": 1.0, "shape": 1.0, "both": 1.0}

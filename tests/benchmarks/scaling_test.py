@@ -173,6 +173,7 @@ def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   assert "+0.0%" in text or "-0.0%" in text
 
 
+@pytest.mark.slow
 def test_a_later_start_keeps_runs_and_prediction(tmp_path, trained):
   first = scaling.run_all(small(tmp_path))
   written = (tmp_path / "predictions.json").read_text()
@@ -182,6 +183,7 @@ def test_a_later_start_keeps_runs_and_prediction(tmp_path, trained):
   assert (tmp_path / "predictions.json").read_text() == written
 
 
+@pytest.mark.slow
 def test_a_prediction_is_not_made_anew(tmp_path, trained):
   scaling.run_all(small(tmp_path))
   path = tmp_path / "predictions.json"
@@ -205,6 +207,7 @@ def test_the_first_prediction_stays(tmp_path):
   assert scaling.predict_once(path, {"runs": 1}, {"series": 1}, started=True)["series"] == 3
 
 
+@pytest.mark.slow
 def test_late_copying_is_mispredicted(tmp_path, trained, monkeypatch):
   """Control: bits that fall at once between the fourth and the fifth size follow no law."""
 

@@ -68,6 +68,7 @@ def test_the_commonest_square_bounds_the_perplexity():
   assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)
 
 
+@pytest.mark.slow
 def test_cpu_seconds_are_those_of_the_work():
   def work(count):
     for _ in range(count):

@@ -181,6 +181,7 @@ print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).sh
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(folder, tmp_path):
   (tmp_path / "without_torch.py").write_text(WITHOUT_TORCH)
   missing = ("torch", "torchvision")  # Not to be imported.

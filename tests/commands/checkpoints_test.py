@@ -48,7 +48,8 @@ def workdir(original, tmp_path):
 
 
 def command(workdir, *arguments):
-  return launch("checkpoints", *arguments, f"--workdir={workdir}")
+  imported = ("cm3leon_jax.checkpoints.checkpoint",)
+  return launch("checkpoints", *arguments, f"--workdir={workdir}", imported=imported)
 
 
 def steps(workdir):

@@ -233,6 +233,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
   assert found["right"] == {"guidance 1": 0, "guidance 2": 0, "bundled model": 12}
 
 
+@pytest.mark.slow
 def test_a_run_of_another_source_loads_no_bundled_model(made, run, monkeypatch):
   monkeypatch.setattr(WORLD, "bundled", str(made / "absent"))
   (made / "evaluation").rmtree(missing_ok=True)

@@ -87,6 +87,7 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
     run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
 
 
+@pytest.mark.slow
 def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
   for guidance in ("1", "3"):
     run(prompt=["red apple"], guidance=[guidance], retrieve=["0"], seed=5, batch_size=2)

@@ -124,6 +124,7 @@ def test_its_answers_are_graded_and_reported(tuned, capsys):
   assert page.count("<figcaption>given</figcaption>") == 12
 
 
+@pytest.mark.slow
 def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_path):
   workdir, settings, _ = tuned
   data = str(make_data(tmp_path))

@@ -113,6 +113,7 @@ def short_config(**train_fields):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   def start(learning_rate, steps, *allowed):
     config = short_config(steps=steps, sample_every=100)

@@ -50,6 +50,7 @@ def scored(model, params, prompt, ids):
   return -np.log(2) * np.reshape([row[-1] for row in rows], (len(ids), len(codes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
 )

@@ -287,6 +287,7 @@ def test_rooms_double():
   assert compile_lib.cache_capacities(896, 257) == (257,)
 
 
+@pytest.mark.slow
 def test_int8_in_all_places(params):
   """It runs, and generated ids are about as probable as an exact pass says."""
   generator = small_generator(

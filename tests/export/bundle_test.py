@@ -124,6 +124,7 @@ def tuned(run, bundled, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_path):
   whole, based = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "based")
   models = []

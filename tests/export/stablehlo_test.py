@@ -78,10 +78,11 @@ def served(run, folder, tmp_path_factory):
   ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
   arguments = [str(site), *map(json.dumps, (CAPTIONS, SEEDS, MOST, ids)), *command]
   assert python == "python"
-  environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")}
+  one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
   process = subprocess.run(
     [sys.executable, "-I", "-S", "-c", ALONE, *arguments],
-    cwd=folder, capture_output=True, text=True, env=environment, check=False,
+    cwd=folder, capture_output=True, text=True, check=False,
+    env={**os.environ, "XLA_FLAGS": one_device},
   )  # fmt: skip
   assert process.returncode == 0, process.stderr[-3000:]
   with np.load(pathlib.Path(folder) / "served.npz") as results:

@@ -256,6 +256,7 @@ print(sealing.files_below(epath.Path("gs://bucket/step")))
 """
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
   """`is_dir` would say so, and the checkpoint would count as damaged."""
   pytest.importorskip("gcsfs")

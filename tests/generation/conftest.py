@@ -1,7 +1,6 @@
 """Makes one tiny run for the tests of this folder."""
 
 from etils import epath
-import jax
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
@@ -9,7 +8,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS, make_run
+from tests.generation.run import SETTINGS, clip_params, make_run
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +26,9 @@ def layout(workdir):
 
 @pytest.fixture(scope="session")
 def clip(workdir):
-  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   return clip_lib.CLIP(
     SETTINGS.clip,
     VOCAB.text_size,
-    params,
+    clip_params(),
     text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode,
   )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 from etils import epath
 import jax
@@ -19,7 +20,7 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from tests.data.stores import VOCAB, make_sources
-from tests.models.tiny import random_params
+from tests.models.tiny import random_arrays, random_params
 from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
@@ -84,6 +85,12 @@ def make_run(root: epath.Path) -> None:
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
 
 
+def clip_params(settings=SETTINGS) -> dict:
+  """Random weights of the CLIP of a run."""
+  init = functools.partial(clip_lib.init_params, settings.clip, VOCAB.text_size)
+  return random_arrays(jax.eval_shape(init, jax.random.key(0)))
+
+
 def save_run(root: epath.Path, settings=SETTINGS) -> None:
   """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7.
 
@@ -91,8 +98,7 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
   average.
   """
   make_run(root)
-  params = clip_lib.init_params(settings.clip, VOCAB.text_size, jax.random.key(0))
-  clip_lib.CLIP(settings.clip, VOCAB.text_size, params).save(root / "clip")
+  clip_lib.CLIP(settings.clip, VOCAB.text_size, clip_params(settings)).save(root / "clip")
   optimizer = create_optimizer(settings.optimizer, 10)
   with one_device():
     average = random_params(settings.model)

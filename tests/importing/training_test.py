@@ -107,6 +107,7 @@ def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
   assert not initial.other_tokenizers(str(imported / "init"), imported)
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, tmp_path):
   flags = [f"--source={qwen3_folder}", "--config=tests/launch/tiny_config.py"]
   refused = launch("import_weights", *flags, f"--workdir={tmp_path}")

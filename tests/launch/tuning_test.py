@@ -122,6 +122,7 @@ def test_without_tasks_a_run_from_another_reports_its_losses(pretrained, tmp_pat
   assert " image " in line
 
 
+@pytest.mark.slow
 def test_a_task_of_the_name_of_documents_is_refused(pretrained, tmp_path):
   folder = copy_of(pretrained, tmp_path)
   for split in ("train", "heldout"):

@@ -13,7 +13,7 @@ from cm3leon_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(
   vocab_size=96,
-  num_layers=3,
+  num_layers=2,
   width=32,
   num_heads=4,
   mlp_width=64,
@@ -30,14 +30,19 @@ def mesh_of(*shape):
 
 def random_params(config, seed=0):
   """Random weights that are not tiny, not even residual outputs, on the current mesh."""
-  rng = np.random.default_rng(seed)
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
 
-  def make(path, x, sharding):
+
+def random_arrays(types, seed=0):
+  """Random fp32 arrays in place of a tree of parameters; no program is compiled for them."""
+  rng = np.random.default_rng(seed)
+
+  def make(path, x):
     mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-    return jax.device_put(rng.normal(mean, 0.2, x.shape).astype(np.float32), sharding)
+    return rng.normal(mean, 0.2, x.shape).astype(np.float32)
 
-  return jax.tree.map_with_path(make, types, shardings(types, jax.sharding.get_mesh()))
+  return jax.tree.map_with_path(make, types)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,6 +66,7 @@ def lowered(monkeypatch):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_the_programs_are_those_of_a_generator(lowered, shape):
   settings, mesh = settings_of(), mesh_of(*shape)
@@ -136,6 +137,7 @@ def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
   assert [x.as_text() for x in planned] == [x.as_text() for x in run]
 
 
+@pytest.mark.slow
 def test_the_update_of_reinforce_is_that_of_its_run():
   train = dataclasses.replace(SETTINGS.train, global_batch_size=8)
   settings, mesh, codes = dataclasses.replace(SETTINGS, train=train), mesh_of(2, 2, 2), 16

@@ -19,7 +19,20 @@ def of_7b():
 
 
 @pytest.fixture(scope="module")
-def costs(of_7b):
+def small(of_7b):
+  """The same with a small image tokenizer and a small CLIP."""
+  tokenizer = {"encoder_blocks": (0,) * 4, "decoder_blocks": (0,) * 4}
+  clip = {"image_layers": 1, "text_layers": 1}
+  return settings("cm3leon_7b", vqgan=tokenizer, clip=clip, data={"text_share": 0.0}), of_7b[1]
+
+
+@pytest.fixture(scope="module")
+def costs(small):
+  return {cost.stage: cost for cost in stage_costs.estimate(*small, PAIRS)}
+
+
+@pytest.fixture(scope="module")
+def page(of_7b):
   return {cost.stage: cost for cost in stage_costs.estimate(*of_7b, PAIRS)}
 
 
@@ -35,6 +48,7 @@ def test_flops_are_those_that_the_page_names(of_7b):
   assert image == pytest.approx(8.6e9 * 65 / 50, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("stage", "core_hours", "chip_hours"),
   [
@@ -44,9 +58,9 @@ def test_flops_are_those_that_the_page_names(of_7b):
     ("build_neighbors", 1_100 + 78 + 67_000 + 56, 115),
   ],
 )
-def test_offline_stages_cost_what_the_page_says(costs, stage, core_hours, chip_hours):
-  assert costs[stage].core_hours == pytest.approx(core_hours, rel=0.03)
-  assert costs[stage].chip_hours == pytest.approx(chip_hours, rel=0.03)
+def test_offline_stages_cost_what_the_page_says(page, stage, core_hours, chip_hours):
+  assert page[stage].core_hours == pytest.approx(core_hours, rel=0.03)
+  assert page[stage].chip_hours == pytest.approx(chip_hours, rel=0.03)
 
 
 def test_small_blocks_cost_more_to_search():
@@ -58,8 +72,8 @@ def test_small_blocks_cost_more_to_search():
   assert at_a_million == pytest.approx(201 + 2e6 / 1_628 + 1e6 / 6_900)
 
 
-def test_text_costs_core_hours(of_7b, costs):
-  config, made = of_7b
+def test_text_costs_core_hours(small, costs):
+  config, made = small
   data = dataclasses.replace(config.data, text_share=0.5)
   more = stage_costs.estimate(dataclasses.replace(config, data=data), made, PAIRS)
   [encode] = [cost for cost in more if cost.stage == "encode_documents"]
@@ -67,8 +81,8 @@ def test_text_costs_core_hours(of_7b, costs):
   assert hours == pytest.approx(0.5 * made.tokens / 2.6e6 / 3600)
 
 
-def test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps(of_7b, costs):
-  config, made = of_7b
+def test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps(small, costs):
+  config, made = small
   assert list(costs) == [
     "prepare_data", "train_text_tokenizer", "train_vqgan", "encode_documents", "train_clip",
     "build_neighbors", "train",
@@ -80,8 +94,8 @@ def test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps(o
 
 
 @pytest.mark.slow
-def test_what_trains_on_one_host_is_named_with_its_remedy(of_7b, costs):
-  config, made = of_7b
+def test_what_trains_on_one_host_is_named_with_its_remedy(small, costs):
+  config, made = small
   days = costs["train_clip"].chip_hours / 4 / 24
   assert f"; on one host only, {days:.1f} days, or none with a published CLIP, by --config." in (
     costs["train_clip"].basis
@@ -95,8 +109,8 @@ def test_what_trains_on_one_host_is_named_with_its_remedy(of_7b, costs):
   assert "one host only" not in "".join(c.basis for c in stage_costs.estimate(config, single, 1))
 
 
-def test_pairs_are_those_of_a_pass_unless_they_are_given(of_7b):
-  config, made = of_7b
+def test_pairs_are_those_of_a_pass_unless_they_are_given(small):
+  config, made = small
   pairs = stage_costs.pairs_of_a_pass(config)
   assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # Two neighbors beside each.
   costs = [stage_costs.Cost("a", 10.4, 0.0, "x"), stage_costs.Cost("b", 1.2, 2_000.0, "y")]

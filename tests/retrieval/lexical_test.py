@@ -258,6 +258,7 @@ def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, monkeyp
   assert not (tmp_path / "out" / lexical.FILE).exists()
 
 
+@pytest.mark.slow
 def test_added_shards_change_all_weights(tmp_path):
   make_raw(tmp_path / "raw", num_shards=4)
   path = tmp_path / "raw" / reader.INDEX

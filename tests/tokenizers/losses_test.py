@@ -87,6 +87,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
   assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), judge) == 1
 
 
+@pytest.mark.slow
 def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
   """Gradients are those of a fixed weight of the same size."""
   state, x = vqgan_training.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)

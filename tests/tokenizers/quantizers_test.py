@@ -70,6 +70,7 @@ def test_a_code_whose_average_is_forgotten_stays():
   np.testing.assert_allclose(table, [[7.0, 8.0], [0.5, 1.5]])
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_codes_of_ema_to_their_encodings_and_nothing_else(images):
   config = config_of("ema")
   state = vqgan_training.init_state(config, NUM_CODES, 0)

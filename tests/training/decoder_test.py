@@ -52,6 +52,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
   """No checkpoint of the step may count before its grid is written."""
   with pytest.raises(Crash):
@@ -139,6 +140,7 @@ def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
     run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
 
 
+@pytest.mark.slow
 def test_rows_of_a_device_set_the_passes(loader, tmp_path):
   """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
   run(tmp_path / "rows", loader, steps=4, rows_per_device=2)

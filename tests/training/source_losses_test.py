@@ -207,6 +207,7 @@ def heldout_steps(folder):
   return [line["step"] for line in log_of(folder) if "heldout_loss" in line]
 
 
+@pytest.mark.slow
 def test_a_step_without_a_source_has_no_value_of_it(sources, tmp_path):
   """Also with --debug_nans: no division by its weight, 0, is compiled."""
   rare = [dataclasses.replace(s, share=x) for s, x in zip(sources, (0.96, 0.02, 0.02))]

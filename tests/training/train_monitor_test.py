@@ -53,6 +53,7 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   assert found["params/embed"][8][0].num == MODEL.vocab_size * MODEL.width
 
 
+@pytest.mark.slow
 def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(7, tmp_path), sample_every=1, fresh=True)

@@ -304,6 +304,7 @@ def test_starts_do_not_depend_on_what_happens_at_bad_records(sources, tmp_path, 
   assert planned == [4]
 
 
+@pytest.mark.slow
 def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
   """Objects cannot be appended to; a run that was killed plans at most 15 windows more."""
   modes = []

@@ -1,5 +1,7 @@
 import itertools
 
+import pytest
+
 from cm3leon_jax.data.sources import docstrings
 
 PROSE = "Reads a file line by line and gives every line as text without its end."
@@ -35,6 +37,7 @@ def test_prose_splits_what_is_too_long():
   assert docstrings.prose(f"{PROSE} " * 50) == []
 
 
+@pytest.mark.slow
 def test_pieces_are_deterministic_distinct_and_attributed():
   pieces = list(docstrings.pieces(60))
   assert list(docstrings.pieces(20)) == pieces[:20]

@@ -135,6 +135,7 @@ def test_features_equal_torch(resize, size, networks, request):
   assert error(other.embed_images(images), expected) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_torchvision_pools_otherwise(state, networks):
   """With the same weights, torchvision's network has other features: the comparison shows it."""
   torchvision = pytest.importorskip("torchvision")

@@ -45,6 +45,7 @@ def foreground():
   signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("foreground")
 def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
   signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -196,7 +196,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
 @pytest.fixture(scope="module")
 def trainer():
   """Has compiled its programs; each shard has four replicas."""
-  result = faults_replay.Trainer((4, 2, 1), 1)
+  result = faults_replay.Trainer((4, 2, 1), 1, layers=1)
   result.trial("none", np.random.default_rng(0))
   return result
 
@@ -216,6 +216,7 @@ def test_no_flip_is_no_alarm(trainer):
   assert (found["found"], found["recovered"]) == (False, True)
 
 
+@pytest.mark.slow
 def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch):
   """No third state is held, in any of the two computations the bit flips."""
   states, gone = [], []
@@ -239,6 +240,7 @@ def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch
   assert all(all(deleted) for deleted in gone)
 
 
+@pytest.mark.slow
 def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
   """The negative control: without the comparison a run goes on with another state."""
   monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))

@@ -174,6 +174,7 @@ def stop_after(loader, folder, step, **options):
   assert end.value.code == INTERRUPTED
 
 
+@pytest.mark.slow
 def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
   """Steps 6 to 9 read rows 40 to 71, a bad one each; step 5 is the first after checkpoint 4."""
   loader.bad = range(40, 72, 8)
@@ -196,6 +197,7 @@ def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader,
   assert_equal(params_of(folder), params_of(whole))
 
 
+@pytest.mark.slow
 def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
   """Step 12 reads rows 88 to 95, one of them bad; the state is that of step 11."""
   loader.bad = range(90, 91)

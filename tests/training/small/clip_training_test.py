@@ -96,6 +96,7 @@ def test_training_learns_its_pairs(tmp_path):
   assert before["recall@1"] <= 0.5
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
   whole = train(TINY, some_data(), tmp_path, 1)
   checkpoints = tmp_path / trainer.FOLDER / checkpoint.FOLDER

@@ -306,6 +306,7 @@ def train_wide(folder, devices, reads_left=1_000):
     return trainer.train(trainer.SmallTraining(*arguments)), layouts
 
 
+@pytest.mark.slow
 def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_path):
   alone, layouts = train_wide(tmp_path / "alone", (1, 1, 1))
   assert layouts == [((3, WIDE), (WIDE,))] * 12

@@ -326,6 +326,7 @@ def test_perplexity_literals():
   assert vqgan_training.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   paths = [tmp_path / f"{i}.png" for i in range(4)]
   for path, image in zip(paths, images):
@@ -338,6 +339,7 @@ def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   assert reader.in_memory(files) is files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("module", "variant", "losses_before"),
   [

@@ -73,6 +73,7 @@ def test_a_poisoned_batch_leaves_no_trace(shape, accumulation, name, value):
       assert x.sharding.is_equivalent_to(first.sharding, x.ndim)
 
 
+@pytest.mark.slow
 def test_a_poisoned_advantage_leaves_no_trace():
   model = grpo_test.model_config("modern")
   optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
