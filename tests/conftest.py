@@ -37,7 +37,7 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
-pytest_plugins = ["tests.processor_time"]
+pytest_plugins = ["tests.messages", "tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 CHECKED = [
   f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
