@@ -15,13 +15,19 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import re
 import sys
+import traceback
 from typing import Any
 
 import pytest
 
+from cm3leon_jax.config import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 NAME = "messages.json"
+HEX = re.compile(r"(?<![\w])(?=\d*[a-f])[0-9a-f]{12,}(?!\w)")
 ATTRIBUTE = "messages"  # Of what a worker tells the process that started it.
 
 
@@ -60,7 +66,7 @@ def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.Exceptio
     yield error
   found = {name: getattr(error.value, name) for name in facts}
   assert found == facts, f"{error.value!r} has {found}"
-  sentence = same_everywhere(str(error.value), _base)
+  sentence = same_everywhere(error.value, _base)
   _running.met.append(sentence)
   if _running.stored is None:
     return
@@ -79,22 +85,46 @@ def _different(key: str, stored: str, met: str) -> str:
   )
 
 
-def same_everywhere(sentence: str, base: pathlib.Path) -> str:
-  """Replaces folders that each machine has elsewhere.
+def same_everywhere(error: BaseException, base: pathlib.Path) -> str:
+  """Returns the sentence of an error, without what another machine or version of a library has.
 
   Args:
-    sentence: of an error.
+    error: of this repository.
     base: folder of the temporary files of a session. Each test's in it becomes TMP; so do the
-      repository ROOT, the environment of Python PYTHON, and the user's folder HOME.
+      repository ROOT, the environment of Python PYTHON, the user's folder HOME, digests HEX, this
+      process PID and its machine HOST, and what a library said CAUSE.
   """
+  sentence = str(error)
+  for said in _said_by_libraries(error):
+    if len(said := str(UserError(said)).strip()) > 8:  # As a UserError quotes it.
+      sentence = sentence.replace(said, "CAUSE")
   sentence = re.sub(rf"{re.escape(os.fspath(base))}/[\w-]+", "TMP", sentence)
-  root = pathlib.Path(__file__).parents[1]
-  folders = [(os.fspath(root), "ROOT"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON")]
+  folders = [(os.fspath(ROOT), "ROOT"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON")]
   folders += [(os.fspath(pathlib.Path.home()), "HOME")]
   for folder, word in sorted(folders, key=lambda pair: -len(pair[0])):
     if folder != "/":
       sentence = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w-])", word, sentence)
-  return sentence
+  host = re.escape(platform.node())
+  sentence = re.sub(rf"process {os.getpid()} on {host}\b", "process PID on HOST", sentence)
+  sentence = re.sub(rf" on {host}\b", " on HOST", sentence)
+  return HEX.sub("HEX", sentence)
+
+
+def _said_by_libraries(error: BaseException) -> Iterator[str]:
+  """Yields texts of the errors that led to one and come from no `raise` in this repository.
+
+  Not of KeyErrors: the text of one is the key, which is a fact.
+  """
+  seen = {id(error)}
+  while (error := error.__cause__ or error.__context__) and id(error) not in seen:
+    seen.add(id(error))
+    *_, last = [None, *traceback.extract_tb(error.__traceback__)]
+    folders = pathlib.Path(last.filename).parents if last else ()
+    own = ROOT in folders and pathlib.Path(sys.prefix) not in folders
+    if not (own and last.line.startswith("raise ")) and not isinstance(error, KeyError):
+      first = next(iter(f"{error}".strip().splitlines()), "")
+      yield from (repr(error), str(error), " ".join(str(error).split()), first)
+      yield first.partition(" [")[0]
 
 
 def _key(item: pytest.Item) -> str:

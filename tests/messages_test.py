@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
 
 import pytest
 
+from cm3leon_jax.config import UserError
 from tests import launched, messages
 from tests.messages import refused
 
@@ -135,21 +137,61 @@ def test_another_class_is_no_refusal():
     raise KeyError("name")
 
 
-def test_folders_of_a_machine_have_fixed_words(tmp_path_factory, monkeypatch):
+def test_what_a_machine_has_elsewhere_gets_fixed_words(tmp_path_factory, monkeypatch):
   base = tmp_path_factory.getbasetemp()
   home, root = pathlib.Path("/home/she"), TESTS.parent
   monkeypatch.setenv("HOME", str(home))
+  monkeypatch.setattr(platform, "node", lambda: "vm-1")
   cases = {
     f"{base}/test_a0/run.json: no.": "TMP/run.json: no.",
     f"'{base}/test_a12', and {base}/data3.": "'TMP', and TMP.",
     f"{root}/docs/a.md, {root}.": "ROOT/docs/a.md, ROOT.",
-    f"{root}er/a.md": f"{root}er/a.md".replace(f"{home}/", "HOME/"),
+    f"{root}er/a.md": f"{root}er/a.md",
     f"file://{home}/x": "file://HOME/x",
     f"{home}r and a{home}": f"{home}r and a{home}",
     f"{sys.prefix}/lib": "PYTHON/lib",
+    f"process {os.getpid()} on vm-1 works in w.": "process PID on HOST works in w.",
+    "process 0 on vm-1, process 7 on vm": "process 0 on HOST, process 7 on vm",
+    f"d/{'0a' * 16} is not {'1b' * 6}.": "d/HEX is not HEX.",
+    f"width is {2**70}.": f"width is {2**70}.",
   }
   for sentence, expected in cases.items():
-    assert messages.same_everywhere(sentence, base) == expected
+    assert messages.same_everywhere(UserError(sentence), base) == expected
+
+
+def raised(call):
+  """Returns the error of a call."""
+  with pytest.raises(ValueError, match="is no JSON") as error:
+    call()
+  return error.value
+
+
+def test_what_a_library_says_is_no_part_of_a_sentence(tmp_path):
+  def wrap(make):
+    try:
+      make()
+    except Exception as error:
+      raise UserError(f"a.json is no JSON ({error}): delete it.") from error
+
+  def own():
+    raise ValueError("a name is absent")
+
+  def absent():
+    return {}["format of it"]
+
+  folder, library = pathlib.Path(tmp_path), "a.json is no JSON (CAUSE): delete it."
+  for call, sentence in (
+    (lambda: json.loads("{"), library),
+    (lambda: b"caf\xe9 caf\xe9".decode(), library),
+    (lambda: (folder / "none").read_text(), library),
+    (own, "a.json is no JSON (a name is absent): delete it."),
+    (absent, "a.json is no JSON ('format of it'): delete it."),
+  ):
+    assert messages.same_everywhere(raised(lambda call=call: wrap(call)), folder) == sentence
+  circle = UserError("a.json is no JSON (a fault of its reader).")
+  circle.__cause__ = OSError("a fault of its reader")
+  circle.__cause__.__context__ = circle
+  assert messages.same_everywhere(circle, folder) == "a.json is no JSON (CAUSE)."
 
 
 def test_each_stored_key_names_a_test():
