@@ -1,7 +1,6 @@
 """A person who has only the workdir lists, verifies, prunes and rolls back its checkpoints."""
 
 import json
-import re
 import shutil
 
 from etils import epath
@@ -15,6 +14,7 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep
 from tests.launched import launch
+from tests.messages import refused
 
 STEPS = (2, 4, 6, 8)
 LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
@@ -135,7 +135,7 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
     lambda: upkeep.rollback(train, 4),
     lambda: upkeep.rollback(train, 4, dry_run=True),
   ):
-    with pytest.raises(UserError, match=f"^{re.escape(several)}$"):
+    with refused(UserError):
       function()
   assert verified(workdir) == several
   for step in (2, 4, 6):
@@ -184,7 +184,7 @@ def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
   )
   flip(workdir, 4)
   flip(workdir, 2)
-  with pytest.raises(UserError, match=r"^Nothing was removed\. No checkpoint is whole: the run "):
+  with refused(UserError):
     upkeep.prune(train, 2, 0, 0)
   assert steps(workdir) == list(STEPS)
 
@@ -230,13 +230,13 @@ def test_rollback_of_one_checkpoint_says_so_in_the_singular(workdir):
 
 
 def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
-  victim = flip(workdir, 4)
-  with pytest.raises(UserError, match=f"{victim} is damaged.*; go back to another step: 2, 6, 8"):
+  flip(workdir, 4)
+  with refused(UserError):
     upkeep.rollback(workdir / "train", 4)
-  with pytest.raises(UserError, match=r"no sealed checkpoint of step 5: it has 2, 4, 6, 8\."):
+  with refused(UserError):
     upkeep.rollback(workdir / "train", 5)
   (workdir / "train" / "checkpoints.digests" / "6.json").rename(workdir / "6.json")
-  with pytest.raises(UserError, match=r"step 6: 6 is there but not sealed; it has 2, 4, 8\."):
+  with refused(UserError):
     upkeep.rollback(workdir / "train", 6)
   (workdir / "6.json").rename(workdir / "train" / "checkpoints.digests" / "6.json")
   assert steps(workdir) == list(STEPS)
@@ -250,7 +250,7 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
     "rollback": lambda: upkeep.rollback(workdir / "train", 2),
   }
-  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="works in"):
+  with lease.Lease(workdir / "train"), refused(UserError):
     functions[action]()
   assert steps(workdir) == list(STEPS)
 
