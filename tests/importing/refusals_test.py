@@ -15,6 +15,7 @@ from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.runs import stages
 from tests.importing.importer_test import OPT, QWEN3, imported, settings_for
+from tests.messages import refused
 
 AGAIN = "get it again from where it was published"
 ZEROS = np.zeros(32, np.float32)
@@ -153,7 +154,7 @@ def test_a_base_of_rope_outside_of_rope_parameters_is_read(qwen3_folder, tmp_pat
 def test_values_that_are_no_numbers_are_refused_and_leave_no_weights(x, qwen3_folder, tmp_path):
   name = "model.layers.1.mlp.down_proj.weight"
   source = altered(qwen3_folder, tmp_path / "source", tensors={name: x})
-  with pytest.raises(UserError, match=rf"{name}' (has values that are not finite|is of dtype I8)"):
+  with refused(UserError):
     imported(source, tmp_path / "run", settings_for(QWEN3))
   assert not (tmp_path / "run" / "init" / "model.safetensors").exists()
   assert not (tmp_path / "run" / "init" / stages.DONE).exists()
@@ -171,44 +172,44 @@ def test_the_fields_that_the_config_needs_are_named_with_their_flags(qwen3_folde
 
 def test_folders_that_hold_no_checkpoint_are_refused(qwen3_folder, tmp_path):
   for name in ("Qwen/Qwen3-0.6B", str(tmp_path)):
-    with pytest.raises(UserError, match=r"it must be a folder on this machine .* nothing is down"):
+    with refused(UserError):
       open_source(name)
   source = altered(qwen3_folder, tmp_path / "source")
   (source / "model.safetensors").rename(source / "other")
-  with pytest.raises(UserError, match=r"has no weights; it must hold model\.safetensors, or "):
+  with refused(UserError):
     open_source(str(source))
   (source / "pytorch_model.bin").write_bytes(b"\x80\x04")
-  with pytest.raises(UserError, match=r"pickles \(pytorch_model\.bin\), which may run any code .*"):
+  with refused(UserError):
     open_source(str(source))
 
 
 @pytest.mark.parametrize(
-  ("place", "reason"),
+  "place",
   [
-    ("model-00001-of-00001.safetensors", "does not exist, but the index beside it names it"),
-    ("../other.safetensors", "it must be a file of that folder"),
-    (3, "it must be a file of that folder"),
-    ("damaged.safetensors", "is damaged"),
-    ("..", "it must be a file of that folder"),
-    ("", "it must be a file of that folder"),
-    ("empty.safetensors", "names the tensor 'model.norm.weight', which empty.safetensors does not"),
+    "model-00001-of-00001.safetensors",
+    "../other.safetensors",
+    3,
+    "damaged.safetensors",
+    "..",
+    "",
+    "empty.safetensors",
   ],
 )
-def test_an_index_that_names_other_files_is_refused(place, reason, qwen3_folder, tmp_path):
+def test_an_index_that_names_other_files_is_refused(place, qwen3_folder, tmp_path):
   source = altered(qwen3_folder, tmp_path / "source")
   (source / "model.safetensors").unlink()
   (source / "damaged.safetensors").write_bytes(b"\xff" * 20)
   safetensors.save_file({"x": ZEROS}, source / "empty.safetensors")
   index = {"metadata": {}, "weight_map": {"model.norm.weight": place}}
   (source / "model.safetensors.index.json").write_text(json.dumps(index))
-  with pytest.raises(UserError, match=reason):
+  with refused(UserError):
     open_source(str(source))
 
 
 def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp_path):
   settings, run = settings_for(QWEN3), tmp_path / "run"
   write_json(run / "text_tokenizer" / stages.DONE, {"config": {"inputs": {"raw": "a"}}, "id": "b"})
-  with pytest.raises(UserError, match="was trained, and its ids are not those of"):
+  with refused(UserError):
     imported(qwen3_folder, run, settings)
   shutil.rmtree(run)
   imported(qwen3_folder, run, settings)
@@ -217,23 +218,21 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
   assert (run / "init" / stages.DONE).read_text() == before
   tensors = {"model.norm.weight": a_bias(1.0) + 1}
   other = altered(qwen3_folder, tmp_path / "other", tensors=tensors)
-  with pytest.raises(UserError, match=r"init holds the run of another config \(.*source\.weig"):
+  with refused(UserError):
     imported(other, run, settings)
 
 
 @pytest.mark.parametrize(
-  ("file", "kind", "end"),
+  "file",
   [
-    ("manifest.json", "stablehlo", "imported."),
-    ("digests.json", "orbax", "imported: `cm3leon train --init_from` starts from this one."),
+    "manifest.json",
+    "digests.json",
   ],
 )
-def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file, kind, end):
+def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file):
   write_json(tmp_path / file, {})
-  with pytest.raises(UserError) as error:
+  with refused(UserError):
     open_source(str(tmp_path))
-  start = f"--source is {tmp_path}, an export in the format {kind}; only those in the format hf are"
-  assert str(error.value) == f"{start} {end}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
