@@ -30,6 +30,7 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.messages import refused
 from tests.models.tiny import model_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
@@ -287,5 +288,5 @@ def test_the_settings_of_a_run_are_read_from_its_workdir(run, model, tmp_path):
   assert settings_of_run(tmp_path / "new") != SETTINGS
   del stored["settings"]
   write_json(tmp_path / "old" / "train" / "config.json", stored)
-  with pytest.raises(UserError, match=r"was written by an older version and has no settings: run"):
+  with refused(UserError):
     CM3Leon.load(tmp_path / "old")

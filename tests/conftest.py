@@ -37,7 +37,7 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
-pytest_plugins = ["tests.processor_time"]
+pytest_plugins = ["tests.messages", "tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traces allocate many objects, few of them in circles: collected rarely, tests take 12% less.
 gc.set_threshold(200_000, 50, 100)

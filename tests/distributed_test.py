@@ -9,6 +9,7 @@ import pytest
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
+from tests.messages import refused
 
 PROCESS = """
 import sys
@@ -107,25 +108,22 @@ def test_one_process_needs_no_other():
 
 
 @pytest.mark.parametrize(
-  ("coordinator", "num_processes", "process_id", "sentence"),
+  ("coordinator", "num_processes", "process_id"),
   [
     (
       None,
       None,
       1,
-      "--process_id without --coordinator_address, --num_processes: give all three, or ",
     ),
-    ("localhost:80", 2, None, "--coordinator_address, --num_processes without --process_id: give"),
-    ("localhost", 2, 0, "--coordinator_address is 'localhost'; it must be host:port of process 0"),
-    ("localhost:80", 0, 0, "--num_processes is 0; it must be positive"),
-    ("localhost:80", 2, 2, "--process_id is 2; with --num_processes=2 it must be from 0 to 1"),
-    ("localhost:80", 2, -1, "--process_id is -1; with"),
+    ("localhost:80", 2, None),
+    ("localhost", 2, 0),
+    ("localhost:80", 0, 0),
+    ("localhost:80", 2, 2),
+    ("localhost:80", 2, -1),
   ],
 )
-def test_flags_that_contradict_each_other_are_refused(
-  coordinator, num_processes, process_id, sentence
-):
-  with pytest.raises(UserError, match=f"^{sentence}"):
+def test_flags_that_contradict_each_other_are_refused(coordinator, num_processes, process_id):
+  with refused(UserError):
     distributed.initialize(coordinator, num_processes, process_id, 1)
 
 

@@ -16,6 +16,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.trained import bundles, kinds
 from tests.export.conftest import run  # noqa: F401
 from tests.generation.run import SETTINGS
+from tests.messages import refused
 
 PROMPT = "red apple"
 WRITTEN = {"hf": choices.Choice(), "orbax": choices.Choice("orbax")}
@@ -50,22 +51,22 @@ def test_devices_and_dtype_are_those_that_are_asked_for(run, model):  # noqa: F8
 
 
 @pytest.mark.parametrize(
-  ("options", "sentence"),
+  "options",
   [
-    ({"dtype": "float16"}, r"dtype is 'float16'; it must be one of float32, bfloat16\."),
-    ({"dtype": "float64"}, "dtype is 'float64'; it must be one of"),
-    ({"dtype": 3}, "dtype is 3; it must be one of"),
-    ({"devices": "cpu"}, r"devices is 'cpu'; it must be a list of devices, e\.g\. jax\.devices"),
-    ({"devices": 0}, "devices is 0; it must be a list of devices"),
-    ({"devices": []}, "devices is empty: name at least one"),
-    ({"devices": [0]}, r"devices is \[0\]; it must be a list of devices"),
-    ({"device": "cpu"}, "load has no option 'device': it is devices here"),
-    ({"torch_dtype": "float32"}, "load has no option 'torch_dtype': it is dtype here"),
-    ({"guidance_scale": 3}, "load has no option 'guidance_scale': guidance is a keyword of gene"),
+    {"dtype": "float16"},
+    {"dtype": "float64"},
+    {"dtype": 3},
+    {"devices": "cpu"},
+    {"devices": 0},
+    {"devices": []},
+    {"devices": [0]},
+    {"device": "cpu"},
+    {"torch_dtype": "float32"},
+    {"guidance_scale": 3},
   ],
 )
-def test_a_wrong_option_is_one_sentence(run, options, sentence):  # noqa: F811
-  with pytest.raises(UserError, match=f"^{sentence}"):
+def test_a_wrong_option_is_one_sentence(run, options):  # noqa: F811
+  with refused(UserError):
     CM3Leon.load(run, **options)
 
 
@@ -85,7 +86,7 @@ def test_progress_shows_by_default_where_somebody_looks(run, monkeypatch, shown)
 
 def test_a_mesh_and_devices_exclude_each_other(run):  # noqa: F811
   mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-  with pytest.raises(UserError, match="mesh and devices are given: leave one out"):
+  with refused(UserError):
     CM3Leon.load(run, mesh=mesh, devices=jax.devices()[:1])
 
 
@@ -110,27 +111,27 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
   assert loaded.score(PROMPT, image).text == pytest.approx(
     model.score(PROMPT, image).text, rel=1e-5
   )
-  for call, sentence in (
-    (lambda: loaded.generate(PROMPT, num_samples=2, rank=True), "this model has no CLIP"),
-    (lambda: loaded.generate(PROMPT, retrieve=1), "there is no bank: set it to 0"),
-    (lambda: loaded.retrieve(PROMPT), "this model has no bank of documents"),
-    (lambda: loaded.score(PROMPT, image, retrieve=1), "no bank"),
-    (lambda: loaded.save(exports / "saved"), "is an export, which has no CLIP, and a bundle needs"),
+  for call in (
+    lambda: loaded.generate(PROMPT, num_samples=2, rank=True),
+    lambda: loaded.generate(PROMPT, retrieve=1),
+    lambda: loaded.retrieve(PROMPT),
+    lambda: loaded.score(PROMPT, image, retrieve=1),
+    lambda: loaded.save(exports / "saved"),
   ):
-    with pytest.raises(UserError, match=sentence):
+    with refused(UserError):
       call()
 
 
 def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
   other = tmp_path / "int8"
   export.main(SETTINGS, run, choice=choices.Choice(quantize="int8"), output=str(other))
-  with pytest.raises(UserError, match="int8 is an export with int8 weights, for other programs"):
+  with refused(UserError):
     CM3Leon.load(other)
   about = exports / "orbax" / kinds.ABOUT
   stored = read_json(about)
   try:
     write_json(about, {k: v for k, v in stored.items() if k != "settings"})
-    with pytest.raises(UserError, match="was written by an older version and has no settings"):
+    with refused(UserError):
       CM3Leon.load(exports / "orbax")
   finally:
     write_json(about, stored)
@@ -144,8 +145,8 @@ def test_a_saved_model_is_a_bundle_that_generates_alike_and_is_saved_again(model
   again = CM3Leon.load(tmp_path / "b", devices=jax.devices()[:1])
   assert tokens(again) == tokens(saved)
   assert saved.step == again.step == 7
-  with pytest.raises(UserError, match="a is the bundle itself: name another folder"):
+  with refused(UserError):
     saved.save(tmp_path / "a")
   for one in (model, saved):
-    with pytest.raises(UserError, match="is the folder of a run, whose tokenizers a bundle would"):
+    with refused(UserError):
       one.save(run)

@@ -8,15 +8,16 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, gathered, shard, spec, unsplit
+from tests.messages import refused
 
 
 def test_the_remaining_devices_go_to_the_axis_of_minus_one():
   shape = {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
   assert MeshConfig(fsdp=-1, tensor=4).over(256) == shape
   assert MeshConfig(fsdp=64, tensor=4).over(256) == shape
-  with pytest.raises(ValueError, match="the others must divide 10, the number of devices; it is 4"):
+  with refused(ValueError):
     MeshConfig(fsdp=-1, tensor=4).over(10)
-  with pytest.raises(ValueError, match="must be 10, the number of devices, and is 32; an axis of"):
+  with refused(ValueError):
     MeshConfig(fsdp=8, tensor=4).over(10)
 
 
@@ -51,7 +52,7 @@ def test_rest_of_the_devices():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match="the others must divide 8, the number of devices; it is 3"):
+  with refused(ValueError):
     create_mesh(MeshConfig(3, -1, 1))
   with pytest.raises(ValueError, match="or one of them -1"):
     MeshConfig(-1, -1, 1)

@@ -17,6 +17,7 @@ from cm3leon_jax.retrieval import bank, neighbors
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.raw_folder import write_raw
 from tests.files.shards_test import NAMES, Copy, log, run
+from tests.messages import refused
 from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
@@ -146,5 +147,5 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
-  with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):
+  with refused(UserError):
     run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))

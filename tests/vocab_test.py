@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 SMALL = VocabLayout(num_special=8, text_size=300, image_size=16)
 
@@ -48,17 +49,17 @@ def test_image_ids_literal():
 
 @pytest.mark.parametrize("code", [-1, 16])
 def test_codes_outside_the_vocabulary_are_refused(code):
-  with pytest.raises(ValueError, match=r"vocabulary has \[0, 16\)"):
+  with refused(ValueError):
     SMALL.image_ids([3, code])
 
 
 @pytest.mark.parametrize("token", [299, 316])
 def test_ids_of_no_image_are_refused(token):
-  with pytest.raises(ValueError, match=f"id {token} is no image code"):
+  with refused(ValueError):
     SMALL.image_codes([300, token])
 
 
 @pytest.mark.parametrize("i", [-1, 3])
 def test_absent_sentinels_are_refused(i):
-  with pytest.raises(ValueError, match="3 sentinels"):
+  with refused(ValueError):
     SMALL.mask(i)

@@ -1,10 +1,9 @@
 """The decoding table: a column for each weight of guidance, the table and the plot."""
 
-import pytest
-
 from benchmarks import decoding_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from tests.messages import refused
 
 
 def result_of(protocol, published=()):
@@ -33,7 +32,7 @@ def test_each_weight_becomes_a_column_of_the_last_sampler():
 
 def test_a_protocol_without_the_sampler_is_refused():
   protocol, _ = protocol_lib.load("scenes")
-  with pytest.raises(UserError, match="--protocol has no column 'top-p, top-k and guidance'"):
+  with refused(UserError):
     decoding_table.with_guidance(protocol, [1.0])
 
 

@@ -12,6 +12,7 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
 TRAIN, HELDOUT = (
@@ -65,7 +66,7 @@ def test_shuffling_of_literals():
 
 
 def test_an_impossible_shuffle_is_an_error():
-  with pytest.raises(UserError, match="3 documents cannot be shuffled"):
+  with refused(UserError):
     retrieval_ablation.shuffled_order(
       np.zeros(3, int), np.zeros((3, 1), int), np.random.default_rng(0)
     )

@@ -14,6 +14,7 @@ from cm3leon_jax.checkpoints import checkpoint, recovery, sealing
 from cm3leon_jax.config import TryAgain, UserError
 from tests.checkpoints.saved import flip, fresh, largest_file, on_disk
 from tests.distributed_test import free_port
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 # Saves steps 1 to 5, damages 5, unseals 4, leaves digests of 7, and goes back to what is whole,
@@ -141,8 +142,8 @@ def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
 def test_a_step_to_go_back_to_must_be_sealed(saved):
   (saved / "checkpoints.digests" / "1.json").unlink()
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    for step, state in ((1, "1 is there but not sealed; "), (9, "")):
-      with pytest.raises(UserError, match=f"no sealed checkpoint of step {step}: {state}it has 2"):
+    for step in (1, 9):
+      with refused(UserError):
         recovery.go_back(checkpoints, step)
   assert on_disk(saved) == [[1, 2], [2]]
 
@@ -151,9 +152,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
   for step in ("1", "2"):
     flip(largest_file(saved / "checkpoints" / step))
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with pytest.raises(
-    UserError, match=r"^no checkpoint in .* is whole \(.*2.* is damaged.*1.* is dam"
-  ):
+  with refused(UserError):
     recovery.newest_whole(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
@@ -162,7 +161,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
 def test_checkpoints_without_digests_are_kept_and_refused(saved):
   shutil.rmtree(saved / "checkpoints.digests")
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with pytest.raises(UserError, match="no digests of them"):
+  with refused(UserError):
     recovery.discard_unsealed(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
@@ -178,7 +177,7 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
     recovery.newest_whole(checkpoints)
   assert checkpoints.sealed() == steps != []
   monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
-  with pytest.raises(TryAgain, match=r"cannot be read \(of a disk\)"):
+  with refused(TryAgain):
     recovery.newest_whole(checkpoints)
   assert checkpoints.sealed() == steps
   checkpoints.close()
@@ -197,7 +196,6 @@ def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeyp
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     monkeypatch.setattr(path_type, "read_text", read_text)
-    reason = r"a bucket did not answer, .*\(ValueError: Bad Request: b/bucket/o invalid token"
-    with pytest.raises(TryAgain, match=reason), checkpoints:
+    with refused(TryAgain), checkpoints:
       recovery.newest_whole(checkpoints)
   assert (saved / "checkpoints" / "2").exists()

@@ -11,6 +11,7 @@ from cm3leon_jax.clip.config import CLIPConfig
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
+from tests.messages import refused
 
 TINY = CLIPConfig(
   resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
@@ -70,7 +71,7 @@ def test_pad_texts_in_literals():
     [7, 8, 0],
     [5, 6, 7],
   ]
-  with pytest.raises(UserError, match="no tokens"):
+  with refused(UserError):
     clip_lib.pad_texts([np.array([], np.int32)], 3)
 
 
@@ -94,16 +95,16 @@ def test_save_and_load(kind, tmp_path):
 
 
 def test_load_names_what_does_not_fit(tmp_path):
-  with pytest.raises(UserError, match=r"config\.json does not exist"):
+  with refused(UserError):
     CLIP.load(tmp_path)
   make().save(tmp_path)
   params = safetensors.numpy.load_file(tmp_path / "params.safetensors")
   del params["image_projection.kernel"]
   safetensors.numpy.save_file(params, tmp_path / "params.safetensors")
-  with pytest.raises(UserError, match=r"image_projection\.kernel"):
+  with refused(UserError):
     CLIP.load(tmp_path)
   (tmp_path / "params.safetensors").write_bytes(b"half of a file")
-  with pytest.raises(UserError, match="damaged"):
+  with refused(UserError):
     CLIP.load(tmp_path)
 
 
@@ -115,7 +116,7 @@ def test_damaged_parameters_are_refused(tmp_path):
   params = bytearray((folder / "params.safetensors").read_bytes())
   params[-1] ^= 1
   (folder / "params.safetensors").write_bytes(params)
-  with pytest.raises(UserError, match=r"params\.safetensors has another content than when it was"):
+  with refused(UserError):
     CLIP.load(folder)
 
 
@@ -127,12 +128,12 @@ def test_clip_score_is_the_cosine_of_each_pair():
     @ clip.embed_texts(TEXTS).astype(np.float64).T
   )
   np.testing.assert_allclose(scores, np.diag(expected), atol=1e-6)
-  with pytest.raises(ValueError, match="one caption per image"):
+  with refused(ValueError):
     clip_lib.clip_score(clip, some_images(3), TEXTS)
 
 
 def test_images_of_another_size_are_refused():
-  with pytest.raises(UserError, match=r"uint8\[B, 16, 16, 3\]"):
+  with refused(UserError):
     make().embed_images(np.zeros((1, 8, 8, 3), np.uint8))
 
 

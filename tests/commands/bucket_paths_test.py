@@ -5,6 +5,7 @@ import pytest
 
 from cm3leon_jax.commands import bucket_paths
 from cm3leon_jax.config import UserError
+from tests.messages import refused
 
 
 class Flags:
@@ -32,16 +33,16 @@ def given(monkeypatch):
 
 @pytest.mark.parametrize("gcsfs", [False, True])
 @pytest.mark.parametrize(
-  ("fields", "values", "sentence"),
+  ("fields", "values"),
   [
-    (None, {"workdir": "s3://b/w"}, "--workdir=s3://b/w is on S3, which is not supported: "),
-    ({"raw": {"source": "s3a://b"}}, {}, "config.raw.source=s3a://b is on S3, which is not supp"),
-    ({"data": {"names": ["a", "s3://b/w"]}}, {}, "config.data.names=s3://b/w is on S3"),
+    (None, {"workdir": "s3://b/w"}),
+    ({"raw": {"source": "s3a://b"}}, {}),
+    ({"data": {"names": ["a", "s3://b/w"]}}, {}),
   ],
 )
-def test_a_bucket_of_another_kind_is_refused(given, gcsfs, fields, values, sentence):
+def test_a_bucket_of_another_kind_is_refused(given, gcsfs, fields, values):
   given(gcsfs, fields, **values)
-  with pytest.raises(UserError, match=f"^{sentence}"):
+  with refused(UserError):
     bucket_paths.check()
 
 

@@ -30,6 +30,7 @@ from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.messages import refused
 from tests.retrieval.stores import write_neighbors
 
 NUM_SCENES = 24
@@ -155,15 +156,15 @@ def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
   assert strata.choose(facts, 12, seed=1) != chosen
   assert strata.choose(facts, 14, seed=0)[:12] == chosen
   assert sorted(strata.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
-  with pytest.raises(UserError, match=r"25 held-out scenes .* 24 held-out documents have facts"):
+  with refused(UserError):
     strata.choose(facts, 25, seed=0)
-  with pytest.raises(UserError, match=r"raw\.source = 'scenes'"):
+  with refused(UserError):
     strata.choose([{}, {}], 1, seed=0)
 
 
 def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, capsys):
   (made / "evaluation").rmtree(missing_ok=True)
-  with pytest.raises(UserError, match="25 held-out scenes"):
+  with refused(UserError):
     run(settings_of(scenes=25))
   assert "bits per image code" not in capsys.readouterr().out
 
@@ -282,20 +283,20 @@ def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
 
 
 def test_mistakes_in_prompts_are_named(run, tmp_path):
-  with pytest.raises(UserError, match="--prompts is given without --export: add --export=geneval"):
+  with refused(UserError):
     run(settings_of(), prompts="p.jsonl")
-  with pytest.raises(UserError, match="--samples is given without --export"):
+  with refused(UserError):
     run(settings_of(), samples=2)
   path = tmp_path / "p.jsonl"
-  for text, message in (
-    (None, "p.jsonl, which does not exist"),
-    ("\n", "p.jsonl, which has no line"),
-    ('{"prompt": "a"}\n{', "p.jsonl, line 2 is not valid JSON"),
-    ('{"tag": "colors"}', "p.jsonl, line 1 must be a JSON object with a text in its field"),
-    ('["a"]', "p.jsonl, line 1 is list; every line must be one JSON object."),
-    (json.dumps({"prompt": "word " * 300}), "p.jsonl, prompt 1: the prompt has"),
+  for text in (
+    None,
+    "\n",
+    '{"prompt": "a"}\n{',
+    '{"tag": "colors"}',
+    '["a"]',
+    json.dumps({"prompt": "word " * 300}),
   ):
     if text is not None:
       path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with refused(UserError):
       run(settings_of(), export="geneval", prompts=str(path))

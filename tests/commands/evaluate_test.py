@@ -18,6 +18,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.step import optimizer, state
+from tests.messages import refused
 from tests.retrieval.stores import write_neighbors
 
 
@@ -78,9 +79,9 @@ def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
   """They hold NaNs here, so their evaluation does not count as finished."""
   evaluate.main(tiny_settings(), workdir)
   with flagsaver.flagsaver(last_params=True):
-    with pytest.raises(UserError, match=r"evaluation_last is not finished: image\.true\.bits, .*"):
+    with refused(UserError):
       evaluate.main(tiny_settings(), workdir)
-    with flagsaver.flagsaver(export="geneval"), pytest.raises(UserError, match="leave --last_par"):
+    with flagsaver.flagsaver(export="geneval"), refused(UserError):
       evaluate.main(tiny_settings(), workdir)
   assert read_json(workdir / "evaluation" / "metrics.json")["image"]["true"]["bits"] > 0
   assert not (workdir / "evaluation_last" / stages.DONE).exists()
@@ -110,8 +111,7 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
 def test_the_run_of_another_model_is_refused(workdir):
   settings = tiny_settings()
   other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))
-  message = r"holds the run of another config \(model\.family: opt -> modern\)"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     evaluate.main(other, workdir)
 
 
@@ -120,21 +120,19 @@ def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(
   evaluation = dataclasses.replace(settings.evaluation, batch_size=12)
   settings = dataclasses.replace(settings, evaluation=evaluation)
   shutil.rmtree(workdir / "train" / "checkpoints")
-  message = r"config\.evaluation\.batch_size is 12; mesh\.data x .* = 8 must divide it"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     evaluate.main(settings, workdir)
 
 
 def test_a_mesh_that_splits_parameters_unevenly_is_refused():
   settings = dataclasses.replace(tiny_settings(), mesh=MeshConfig(1, -1, 1))
   model = dataclasses.replace(settings.model, width=36, num_heads=4, mlp_width=64)
-  message = r"config\.mesh: model\.width = 36 does not split into 8 .*mesh\.fsdp=1 .*mesh\.data=8"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     common.make_mesh(dataclasses.replace(settings, model=model))
   common.make_mesh(settings)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(workdir):
   other = dataclasses.replace(tiny_settings(), mesh=MeshConfig(3, 1, 1))
-  with pytest.raises(UserError, match=r"config\.mesh: mesh .* product must be 8, the number"):
+  with refused(UserError):
     evaluate.main(other, workdir)

@@ -26,6 +26,7 @@ from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import layouts
 from cm3leon_jax.weights.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.messages import refused
 from tests.models.tiny import random_params
 
 
@@ -154,33 +155,30 @@ def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
   """They are NaN, see `save_run`, and NaN is refused."""
   settings, root = gelu
   choice, output = choices.Choice(average=False), str(tmp_path / "out")
-  with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite"):
+  with refused(UserError):
     export.main(settings, root, choice=choice, output=output)
   assert not (tmp_path / "out").exists()
 
 
 def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(exported_before):
   before = contents(exported_before / "export")
-  for settings, choice, message in (
+  for settings, choice in (
     (
       SETTINGS,
       choices.Choice("gpt2"),
-      r"model\.activation is '' \(ReLU\), and --format=gpt2 needs",
     ),
-    (with_model(SETTINGS, family="modern"), choices.Choice("gpt2"), "GPT-2 has no rotary"),
+    (with_model(SETTINGS, family="modern"), choices.Choice("gpt2")),
     (
       with_model(SETTINGS, activation="gelu_tanh", query_key_norm=True),
       choices.Choice("gpt2"),
-      "GPT2LMHeadModel has no such norm",
     ),
     (
       with_model(SETTINGS, query_key_norm=True),
       choices.Choice(),
-      "OPTForCausalLM has no such norm",
     ),
-    (SETTINGS, choices.Choice("orbax", quantize="int8"), "--format=orbax has no such weights"),
+    (SETTINGS, choices.Choice("orbax", quantize="int8")),
   ):
-    with pytest.raises(UserError, match=message):
+    with refused(UserError):
       export.main(settings, exported_before, choice=choice)
   assert contents(exported_before / "export") == before
 
@@ -190,15 +188,10 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
   settings, root = gelu
   output = output and str(tmp_path / output)
   before = contents(root / "train")
-  message = (
-    rf"^{root / 'train'} holds the run of another config \(model\.width: 32 -> 64\): give the "
-    r"--config of that run, or another --workdir\.$"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     export.main(with_model(settings, width=64), root, output=output)
   absent = epath.Path(tmp_path / "absent")
-  message = rf"^there is no folder {absent}: give the workdir of a run, the folder of a bundle, "
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     export.main(settings, absent, output=output)
   assert list(tmp_path.iterdir()) == []
   assert contents(root / "train") == before
@@ -227,9 +220,9 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   (output / kinds.ABOUT).unlink()
-  with pytest.raises(UserError, match=r"which is there and not a folder that cm3leon export wrote"):
+  with refused(UserError):
     export.main(settings, root, choice=orbax, output=str(output))
-  with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):
+  with refused(UserError):
     export.main(settings, root, choice=orbax, output="gs://bucket/out")
 
 
@@ -295,7 +288,7 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
   try:
-    with pytest.raises(TryAgain, match=r"^the export could not be written \(.*File too large"):
+    with refused(TryAgain):
       export.main(SETTINGS, exported_before, target)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -309,7 +302,7 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
 def test_a_file_that_cannot_be_read_is_no_matter_of_room(exported_before):
   path = exported_before / "text_tokenizer" / "tokenizer.json"
   path.unlink()
-  with pytest.raises(UserError, match=r"text_tokenizer/tokenizer\.json does not exist"):
+  with refused(UserError):
     export.main(SETTINGS, exported_before)
   path.mkdir()
   with pytest.raises(IsADirectoryError, match=r"text_tokenizer/tokenizer\.json"):

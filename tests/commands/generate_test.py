@@ -25,6 +25,7 @@ from cm3leon_jax.reports import summary
 from cm3leon_jax.runs import stages, table
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
+from tests.messages import refused
 from tests.models.tiny import random_params
 
 
@@ -83,7 +84,7 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
   assert f"generate: all in {workdir / 'samples'}, side by side in " in out
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   assert "finished already, skipped" in capsys.readouterr().out
-  with pytest.raises(UserError, match="samples holds the run of another config"):
+  with refused(UserError):
     run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
 
 
@@ -124,7 +125,7 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
   (tmp_path / "set").mkdir()
   path = tmp_path / "set" / "outside.jsonl"
   path.write_text('{"task": "caption", "image": "../a.png", "length": 5}')
-  with pytest.raises(UserError, match=r"line 1: image '\.\./a\.png' is not in .*/set; put it"):
+  with refused(UserError):
     run(prompts=str(path))
   run(prompts=str(path), allow_outside=True)
   (folder,) = (workdir / "prompts").glob("outside-*")
@@ -160,70 +161,31 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
 
 
 MISTAKES = [
-  ({"task": "paint"}, "task is 'paint'; it must be one of text_to_image, "),
-  ({"task": "caption"}, "task caption needs an image, and none is given."),
-  (
-    {"prompt": ["a"], "rank": True},
-    "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8.",
-  ),
-  (
-    {"task": "unconditional", "rank": True, "samples": 2},
-    "--rank is given, but CLIP cannot score task unconditional",
-  ),
-  (
-    {"prompt": ["a"], "guidance": ["much"]},
-    "--guidance is 'much'; it must be numbers, like 3.0 or 1,3.",
-  ),
-  (
-    {"prompt": ["a"], "retrieve": ["-1"]},
-    r"--retrieve is \[-1\]; it must be one or more finite numbers of at least 0",
-  ),
-  (
-    {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
-    "--guidance is given, but task caption does not use it: ",
-  ),
-  (
-    {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
-    "--guidance or --retrieve has several values: only",
-  ),
-  (
-    {"prompts": "a.jsonl", "guidance": ["1", "3"]},
-    "--guidance or --retrieve has several values: only",
-  ),
-  (
-    {"prompts": "a.jsonl", "prompt": ["b"]},
-    "--prompts and --prompt are given: define tasks in the file or on",
-  ),
-  ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
-  (
-    {"bank": "elsewhere"},
-    "--bank is given without --prompt; held-out captions use the neighbors of their own run",
-  ),
-  (
-    {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
-    "--box is '0,x'; it must be four whole numbers",
-  ),
-  (
-    {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
-    "box is 0,0,9,2; it must lie within the image",
-  ),
-  (
-    {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
-    "image nowhere.png cannot be read",
-  ),
-  (
-    {"prompt": ["car " * 200], "retrieve": ["0"]},
-    "the prompt has 203 tokens and up to 17 follow; the model was trained on 128",
-  ),
+  {"task": "paint"},
+  {"task": "caption"},
+  {"prompt": ["a"], "rank": True},
+  {"task": "unconditional", "rank": True, "samples": 2},
+  {"prompt": ["a"], "guidance": ["much"]},
+  {"prompt": ["a"], "retrieve": ["-1"]},
+  {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
+  {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
+  {"prompts": "a.jsonl", "guidance": ["1", "3"]},
+  {"prompts": "a.jsonl", "prompt": ["b"]},
+  {"prompts": "nowhere.jsonl"},
+  {"bank": "elsewhere"},
+  {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
+  {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
+  {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
+  {"prompt": ["car " * 200], "retrieve": ["0"]},
 ]
 
 
-@pytest.mark.parametrize(("values", "sentence"), MISTAKES)
-def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, sentence, monkeypatch):
+@pytest.mark.parametrize("values", MISTAKES)
+def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, monkeypatch):
   monkeypatch.setattr(Pipeline, "generate", None)
   monkeypatch.setattr(reading, "load_params", None)
   before = sorted(workdir.glob("*/*"))
-  with pytest.raises(UserError, match=f"^{sentence}"):
+  with refused(UserError):
     run(**values)
   assert sorted(workdir.glob("*/*")) == before
 

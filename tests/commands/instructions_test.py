@@ -32,6 +32,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.trained.run import Run
 from tests.evaluation.protocol_runs import make_data
 from tests.generation.run import SETTINGS, save_run
+from tests.messages import refused
 
 NAMES = ("count", "recolor")
 TASKS = tuple(
@@ -141,7 +142,7 @@ def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_
       assert result["step"] == (0 if before else 2)
     rows = compare.compare(folders[True], folders[False])
     assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
-    with pytest.raises(UserError, match="began from random parameters"):
+    with refused(UserError):
       evaluate_protocol.run(
         Run.open(source, settings), "x", protocol, dataclasses.replace(options, before=True)
       )
@@ -162,32 +163,31 @@ def test_one_more_task_leaves_the_stores_of_the_others(source, tmp_path):
 def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
   workdir = epath.Path(tmp_path)
   vqgan = dataclasses.replace(SETTINGS.vqgan, width=16)
-  with pytest.raises(UserError, match=r"vqgan was made with another config .*width: 8 -> 16"):
+  with refused(UserError):
     copy(dataclasses.replace(SETTINGS, vqgan=vqgan), workdir, source)
   assert not (workdir / "text_tokenizer").exists()
-  with pytest.raises(UserError, match="does not exist: name the workdir of a run"):
+  with refused(UserError):
     copy(SETTINGS, workdir, tmp_path / "absent")
   copy(SETTINGS, workdir, source)
   done = workdir / "vqgan" / stages.DONE
   about = read_json(done)
   done.write_text(done.read_text().replace('"id": "', '"id": "other'))
-  with pytest.raises(UserError, match="its id is not that of the files that it describes"):
+  with refused(UserError):
     copy(SETTINGS, workdir, source)
   about["files"]["config.json"]["sha256"] = "0" * 64
   digests = "".join(described["sha256"] for described in about["files"].values())
   write_json(done, {**about, "id": hashlib.sha256(digests.encode()).hexdigest()[:16]})
-  with pytest.raises(UserError, match="vqgan is of another run than --init_from"):
+  with refused(UserError):
     copy(SETTINGS, workdir, source)
 
 
 def test_a_run_without_tasks_is_refused(tmp_path):
-  with pytest.raises(UserError, match="names no tasks"):
+  with refused(UserError):
     encode_instructions.main(SETTINGS, epath.Path(tmp_path))
 
 
 def test_a_tuned_run_needs_its_stores_before_it_trains(source, tmp_path):
   workdir, settings = epath.Path(tmp_path), settings_of()
   copy(settings, workdir, source)
-  message = r"instructions is not finished: run .*encode_instructions"
-  with one_mesh(), pytest.raises(UserError, match=message):
+  with one_mesh(), refused(UserError):
     train.main(settings, workdir, init_from=str(source))

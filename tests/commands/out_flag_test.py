@@ -23,6 +23,7 @@ from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon
+from tests.messages import refused
 
 PROTOCOL = """
 title: captions
@@ -148,40 +149,39 @@ def test_a_bundle_is_exported_like_its_run(call, bundled, capsys):
 
 
 MISTAKES = [
-  (generate, {}, "bundled is a bundle, which has no held-out captions: give a prompt"),
-  (evaluate, {}, "is a bundle, which has no held-out documents: name a protocol and its examples"),
-  (evaluate, {"protocol": "{heldout}"}, "which has no held-out documents, and the protocol reads"),
+  (generate, {}),
+  (evaluate, {}),
+  (evaluate, {"protocol": "{heldout}"}),
   (
     evaluate,
     {"protocol": "{own}", "data": "{folder}", "before": True},
-    "--before is given, and bundled is a bundle",
   ),
-  (score, {"documents": "{texts}", "retrieve": ["1"]}, "has no bank: leave it out"),
-  (evaluate, {"out": "x"}, "--out is given without --protocol: add"),
+  (score, {"documents": "{texts}", "retrieve": ["1"]}),
+  (evaluate, {"out": "x"}),
 ]
 
 
-@pytest.mark.parametrize(("command", "values", "sentence"), MISTAKES)
+@pytest.mark.parametrize(("command", "values"), MISTAKES)
 def test_what_a_bundle_lacks_is_one_sentence(
-  call, bundled, documents, protocol, tmp_path, command, values, sentence
+  call, bundled, documents, protocol, tmp_path, command, values
 ):
   heldout = tmp_path / "heldout.yaml"
   heldout.write_text(PROTOCOL.replace("coco_karpathy, split: test", "heldout"))
   places = {"heldout": heldout, "own": protocol["protocol"], "folder": tmp_path, "texts": documents}
   values = {k: v.format(**places) if isinstance(v, str) else v for k, v in values.items()}
-  with pytest.raises(UserError, match=sentence):
+  with refused(UserError):
     call(command, bundled, **values)
 
 
 def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call, bundled):
-  with pytest.raises(UserError, match="is a bundle already: copy"):
+  with refused(UserError):
     call(export, bundled, "b")
-  with pytest.raises(UserError, match="which has its parameters once: leave --merge_ema out"):
+  with refused(UserError):
     call(export, bundled, "", "", choices.Choice(average=True))
 
 
 def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):
-  with pytest.raises(UserError, match=f"^--out is {documents}, which is a file: name a folder"):
+  with refused(UserError):
     call(score, bundled, documents=str(documents), out=str(documents))
 
 

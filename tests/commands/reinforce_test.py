@@ -17,6 +17,7 @@ from cm3leon_jax.trained import initial
 from cm3leon_jax.training.config import ReinforceConfig, TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run
+from tests.messages import refused
 
 TASKS = tuple(
   dataclasses.replace(task, records=8, heldout_records=8)
@@ -115,17 +116,17 @@ def test_clip_scores_captions(source, prepared, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
+  "changes",
   [
-    ({}, "name the run that learns from rewards: --init_from="),
-    ({"instructions": InstructionsConfig()}, r"config\.instructions has no tasks"),
-    ({"train": TrainConfig(replay_every=2)}, r"config\.train\.replay_every is 2; .* must be 0"),
+    {},
+    {"instructions": InstructionsConfig()},
+    {"train": TrainConfig(replay_every=2)},
   ],
 )
-def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes, message):
+def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes):
   settings = dataclasses.replace(settings_to_learn(), **changes)
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     reinforce.main(settings, epath.Path(tmp_path))
   assert not (tmp_path / "train").exists()

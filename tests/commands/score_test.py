@@ -16,6 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from tests.data.stores import IMAGE_TOKENS
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.messages import refused
 
 
 @pytest.fixture(scope="module")
@@ -115,38 +116,35 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 
 
 @pytest.mark.parametrize(
-  ("documents", "retrieve", "sentence"),
+  ("documents", "retrieve"),
   [
-    (None, None, "name the documents: --documents=my.jsonl"),
+    (None, None),
     (
       "no.jsonl",
       None,
-      "--documents names no.jsonl, which does not exist: give a JSONL file, or the",
     ),
-    ("{file}", "1,2", "--retrieve is '1,2'; it must be one whole number, e.g. 1."),
-    ("{file}", "-1", "--retrieve is '-1'; it must be one whole number, e.g. 1."),
+    ("{file}", "1,2"),
+    ("{file}", "-1"),
     (
       "{file}",
       "65",
-      "--retrieve is 65; at most config.retrieval.max_candidates = 64 can be retrieved.",
     ),
     (
       "{texts}",
       "1",
-      "--retrieve is 1, and no document of {texts} is a text and then an image: other documents ha",
     ),
-    ("{wrong}", None, "{wrong}, line 1 is not valid JSON ("),
+    ("{wrong}", None),
   ],
 )
 def test_mistakes_end_the_command_before_any_work(
-  run, workdir, file, tmp_path, monkeypatch, documents, retrieve, sentence
+  run, workdir, file, tmp_path, monkeypatch, documents, retrieve
 ):
   monkeypatch.setattr(reading, "load_params", None)  # Nothing is read before.
   names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
   names["texts"].write_text('{"text": "red apple"}\n')
   names["wrong"].write_text('{"text"\n')
   folders = sorted((workdir / "scores").glob("*"))
-  with pytest.raises(UserError, match=f"^{re.escape(sentence.format(**names))}"):
+  with refused(UserError):
     run(documents and documents.format(**names), retrieve)
   assert sorted((workdir / "scores").glob("*")) == folders
 
@@ -155,7 +153,7 @@ def test_images_are_in_the_folder_of_the_file_unless_it_is_trusted(run, workdir,
   (tmp_path / "set").mkdir()
   path = tmp_path / "set" / "outside.jsonl"
   path.write_text('{"image": "../a.png", "caption": "green apple"}')
-  with pytest.raises(UserError, match=r"line 1: image '\.\./a\.png' is not in .*/set; put it"):
+  with refused(UserError):
     run(path)
   run(path, allow_outside=True)
   assert list((workdir / "scores").glob("outside-*"))

@@ -8,6 +8,7 @@ import pytest
 
 from cm3leon_jax.commands import stage_process
 from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
+from tests.messages import refused
 
 WAITS = """
 import signal, sys
@@ -68,16 +69,14 @@ def test_the_program_is_that_of_the_package_or_of_the_checkout(monkeypatch):
 
 def test_a_stage_that_fails_ends_the_run_with_its_sentence_and_exit_code(run, capsys):
   text = "import sys; print('step 1'); print('error: no images.', file=sys.stderr); sys.exit(7)"
-  with pytest.raises(UserError, match=r"^no images\.$") as caught:
+  with refused(UserError, exit_code=7):
     run(text)
-  assert caught.value.exit_code == 7
   assert capsys.readouterr().err == ""
 
 
 def test_a_stage_that_crashes_shows_its_last_lines_and_its_log(run, tmp_path, capsys):
-  with pytest.raises(UserError, match=r"train ended with exit code 1; \S+train\.log has") as caught:
+  with refused(UserError, exit_code=1):
     run("print(*range(50), sep='\\n')\n1 / 0")
-  assert caught.value.exit_code == 1
   shown = capsys.readouterr().err
   assert "49\n" in shown
   assert "ZeroDivisionError" in shown
@@ -85,9 +84,8 @@ def test_a_stage_that_crashes_shows_its_last_lines_and_its_log(run, tmp_path, ca
 
 
 def test_a_killed_stage_says_that_the_same_command_continues(run):
-  with pytest.raises(UserError, match="killed by SIGKILL: the same command continues") as caught:
+  with refused(UserError, exit_code=128 + signal.SIGKILL):
     run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-  assert caught.value.exit_code == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -98,16 +96,16 @@ def test_a_signal_reaches_the_stage_which_saves_before_the_run_ends(run, number,
     if line == "waits":
       threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
-  with pytest.raises(UserError, match=f"saved at signal {number:d}") as caught:
+  with refused(UserError, exit_code=code):
     run(WAITS.replace("CODE", str(code)), send)
-  assert caught.value.exit_code == code
 
 
-@pytest.mark.parametrize("program", [OUTLIVES, OUTLIVES.replace("SIG_IGN", "SIG_DFL")])
+@pytest.mark.parametrize(
+  "program", [OUTLIVES, OUTLIVES.replace("SIG_IGN", "SIG_DFL")], ids=["ignores", "ends"]
+)
 def test_a_signal_that_a_stage_does_not_answer_ends_the_run(run, program):
   def send(line):
     os.kill(os.getpid(), signal.SIGTERM)
 
-  with pytest.raises(UserError, match="stopped at train: the same command continues") as caught:
+  with refused(UserError, exit_code=INTERRUPTED):
     run(program, send)
-  assert caught.value.exit_code == INTERRUPTED

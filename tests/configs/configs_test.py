@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from cm3leon_jax.commands import config_file
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import FieldError, UserError
 from cm3leon_jax.configs import (
   cm3leon_7b,
   cm3leon_350m,
@@ -23,6 +23,7 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.scenes import world as scene_world
 from cm3leon_jax.scenes.config import COMMON, RARE
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+from tests.messages import refused
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
 TUNED = {"350m": sft_350m, "760m": sft_760m, "7b": sft_7b}
@@ -120,7 +121,7 @@ def test_the_bundled_tuned_model_took_two_runs_with_other_records():
   assert redrawn.scenes.seed != long.scenes.seed
   assert (long.instructions.redrawn, redrawn.instructions.redrawn) == (0, 0.5)
   assert redrawn.train.steps < long.train.steps
-  with pytest.raises(UserError, match="number of minutes, or 'long' or 'redrawn'"):
+  with refused(UserError):
     scenes_instruct.get_config("other")
 
 
@@ -154,30 +155,30 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
 def test_an_unknown_variant_is_refused(variant):
   if variant:
-    with pytest.raises(UserError, match=r"of scenes\.py must be a positive number of minutes"):
+    with refused(UserError):
       scenes.get_config(variant)
-  with pytest.raises(UserError, match="a positive number of minutes, or 'long'"):
+  with refused(UserError):
     openmoji.get_config(variant)
   if variant:
-    with pytest.raises(UserError, match="it must be empty or 'paper'"):
+    with refused(UserError):
       cm3leon_7b.get_config(variant)
 
 
 def test_contradicting_sections_are_refused():
   config = default_config()
   config.model.vocab_size = 1_000
-  with pytest.raises(UserError, match=r"model\.vocab_size is 1000; it must be vocab\.size = 64512"):
+  with refused(FieldError, path=()):
     settings_from_config(config)
   config = default_config()
   config.data.sequence_length = 8_192
-  with pytest.raises(UserError, match=r"model\.max_positions is 4096"):
+  with refused(FieldError, path=()):
     settings_from_config(config)
 
 
 def test_an_unknown_section_is_refused():
   config = default_config()
   config.moddel = {}
-  with pytest.raises(UserError, match="config has no section 'moddel'"):
+  with refused(UserError):
     settings_from_config(config)
 
 
@@ -186,5 +187,5 @@ def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
   assert set(from_data.missing(config)) == {name for names in own.FOLLOW.values() for name in names}
   assert config.model.vocab_size is None
   assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
-  with pytest.raises(UserError, match=r"of own\.py must be a positive number of minutes\."):
+  with refused(UserError):
     own.get_config("soon")

@@ -38,6 +38,7 @@ from tests.decoding.small import (
   small_generator,
   teacher_forced,
 )
+from tests.messages import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -347,13 +348,11 @@ def test_batches_come_in_order(plain_generator):
 
 def test_bad_calls(generator):
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
-  with pytest.raises(
-    UserError, match=f"has {POSITIONS} tokens; at most 121 leave room for the 7 tokens"
-  ):
+  with refused(UserError):
     generator.generate([long], [0])
-  with pytest.raises(UserError, match="one seed for each"):
+  with refused(UserError):
     generator.generate(guided_requests(), [0])
-  with pytest.raises(UserError, match="0 prompts"):
+  with refused(UserError):
     generator.generate([], [])
 
 
@@ -368,5 +367,5 @@ def test_bad_calls(generator):
   ],
 )
 def test_bad_configs(fields):
-  with pytest.raises(ValueError, match=next(iter(fields))):
+  with refused(ValueError):
     GeneratorConfig(model_config(), VOCAB, IMAGE, **{"positions": POSITIONS, **fields})

@@ -30,6 +30,7 @@ from cm3leon_jax.decoding.grammar import (
 )
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
@@ -241,5 +242,5 @@ def test_what_may_follow_an_image():
 
 
 def test_refuses_an_empty_image():
-  with pytest.raises(ValueError, match="image_tokens"):
+  with refused(ValueError):
     Grammar(VOCAB, 0)

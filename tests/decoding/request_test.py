@@ -27,6 +27,7 @@ from cm3leon_jax.decoding.grammar import (
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4
@@ -188,41 +189,23 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
 
 
 @pytest.mark.parametrize(
-  ("make", "message"),
+  "make",
   [
-    (lambda: request_lib.text_to_image(VOCAB, IMAGE, []), "empty: give at least one word"),
-    (lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE, []), "the instruction is empty"),
-    (
-      lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
-      "has 3 codes; images of this model have 4",
-    ),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]), "put a mask"),
-    (
-      lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
-      "has 3 masks; the vocabulary has sentinels for 2",
-    ),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [(Hole(),)]), "filled with at least one token"),
-    (
-      lambda: request_lib.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
-      "filled with its codes",
-    ),
-    (
-      lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]),
-      "mixes text and image codes",
-    ),
-    (
-      lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]),
-      "stand side by side",
-    ),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "has 5 codes"),
-    (
-      lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
-      "mixes text and image codes|filled with its codes",
-    ),
-    (lambda: request_lib.document(VOCAB, IMAGE, [PICTURE[:2]], 9), "has 2 codes"),
-    (lambda: request_lib.document(VOCAB, IMAGE, [[17]], 1), "the length is 1"),
+    lambda: request_lib.text_to_image(VOCAB, IMAGE, []),
+    lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE, []),
+    lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
+    lambda: request_lib.infill(VOCAB, IMAGE, [(Hole(),)]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]),
+    lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
+    lambda: request_lib.document(VOCAB, IMAGE, [PICTURE[:2]], 9),
+    lambda: request_lib.document(VOCAB, IMAGE, [[17]], 1),
   ],
 )
-def test_bad_requests(make, message):
-  with pytest.raises(UserError, match=message):
+def test_bad_requests(make):
+  with refused(UserError):
     make()

@@ -25,6 +25,7 @@ from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.trained.run import Run
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
+from tests.messages import refused
 from tests.reports import hostile
 
 [PROTOCOL] = protocol_lib.parse(
@@ -193,9 +194,9 @@ def test_other_protocols_and_other_data_are_not_compared(workdir, pipeline, done
     other.mkdir()
     changed = {**result, field: {"other": 1}}
     (other / results.RESULTS).write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=f"differ in {field}"):
+    with refused(UserError):
       compare.compare(job.folder, other)
-  with pytest.raises(UserError, match=r"is no folder of an evaluation: it has no results\.json"):
+  with refused(UserError):
     compare.compare(job.folder, tmp_path)
 
 
@@ -241,7 +242,7 @@ def test_files_need_a_folder(workdir, pipeline):
   protocol = dataclasses.replace(
     PROTOCOL, data=protocol_lib.EvaluatedData(format="coco_2014", split="val", count=2)
   )
-  with pytest.raises(UserError, match="name their folder by --data"):
+  with refused(UserError):
     samples_lib.open_evaluated(protocol, pipeline[1], workdir, None)
 
 

@@ -28,6 +28,7 @@ from cm3leon_jax.trained.run import Run
 from tests.evaluation.metrics.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
 from tests.generation.run import make_config
+from tests.messages import refused
 
 # One protocol of answers and one of captions; `protocol_run_test.py` has one of images.
 FAST = ("cm3leon_table2/vqa_v2", "cm3leon_table2/coco")
@@ -103,31 +104,27 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
 def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
   protocol = dataclasses.replace(protocol, metrics=("clip_score",))
-  with pytest.raises(
-    UserError, match="images of 256 x 256 pixels, and those of the run have 8 x 8"
-  ):
+  with refused(UserError):
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_more_examples_than_there_are_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("scenes_decoding")
   protocol = dataclasses.replace(protocol, metrics=("clip_score",))
-  with pytest.raises(UserError, match="asks for 240 examples, and the run holds out 5 pairs: set"):
+  with refused(UserError):
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options())
 
 
 def test_inception_needs_its_weights(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
-  with pytest.raises(UserError, match="features of inception: name a safetensors file"):
+  with refused(UserError):
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
   protocol = tiny(protocol_lib.load("cm3leon_table1")[0])
   protocol = dataclasses.replace(protocol, extractor_tensors="0" * 64)
-  with pytest.raises(
-    UserError, match=r"the protocol asks for 000000000000\.\.\.: give the weights"
-  ):
+  with refused(UserError):
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
@@ -137,7 +134,7 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
     options = evaluate_protocol.Options(metrics, examples, data if examples == 0 else None)
     if examples == 0:  # All there are: 5, but of COCO 3.
       protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
-    with pytest.raises(UserError, match="metric 'precision_recall' needs at least 4 samples"):
+    with refused(UserError):
       measure(settings, workdir, "x", protocol, options)
 
 
@@ -159,28 +156,28 @@ def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
 def test_flags_of_protocols_need_a_protocol(settings, workdir):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(metrics=["cmmd"]), pytest.raises(UserError, match="add --protocol=sc"):
+  with flagsaver.flagsaver(metrics=["cmmd"]), refused(UserError):
     evaluate.main(settings, workdir)
-  with flagsaver.flagsaver(allow_outside=True), pytest.raises(UserError, match="add --protocol"):
+  with flagsaver.flagsaver(allow_outside=True), refused(UserError):
     evaluate.main(settings, workdir)
-  with flagsaver.flagsaver(compare=["a"]), pytest.raises(UserError, match="must name two folders"):
+  with flagsaver.flagsaver(compare=["a"]), refused(UserError):
     evaluate.main(settings, workdir)
   for wrong in ({"export": "geneval"}, {"last_params": True}):
     with (
       flagsaver.flagsaver(protocol="scenes", **wrong),
-      pytest.raises(UserError, match="take n"),
+      refused(UserError),
     ):
       evaluate.main(settings, workdir)
 
 
 def test_a_flag_without_effect_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("scenes_decoding")
-  for fields, sentence in (
-    ({"data": data}, "--data is given, and the protocol reads the held-out pairs"),
-    ({"clip": "x", "metrics": ("copy_rate",)}, "--clip is given, and no metric of copy_rate reads"),
+  for fields in (
+    {"data": data},
+    {"clip": "x", "metrics": ("copy_rate",)},
   ):
     options = evaluate_protocol.Options(examples=4, **fields)
-    with pytest.raises(UserError, match=sentence):
+    with refused(UserError):
       measure(settings, workdir, "x", protocol, options)
 
 

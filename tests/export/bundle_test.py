@@ -16,6 +16,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.trained import bundles, initial
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 
@@ -51,10 +52,10 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   before = {path: path.read_bytes() for path in [*files(workdir), *files(folder)]}
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
-    with pytest.raises(config.UserError, match=r".* is the folder of a run, whose tok"):
+    with refused(config.UserError):
       bundle.write(workdir, Run(workdir, SETTINGS), params, step)
     model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
-    with pytest.raises(config.UserError, match="OPTForCausalLM has no such norm"):
+    with refused(config.UserError):
       bundle.write(folder, Run(workdir, dataclasses.replace(SETTINGS, model=model)), params, step)
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
@@ -63,12 +64,12 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_pa
   kept = tmp_path / "documents" / "mine.txt"
   kept.parent.mkdir()
   kept.write_text("mine")
-  with pytest.raises(config.UserError, match="holds 'documents' and is no bundle"):
+  with refused(config.UserError):
     bundle.copy(bundled, epath.Path(tmp_path))
   assert kept.read_text() == "mine"
-  with pytest.raises(config.UserError, match="is a file: name a folder"):
+  with refused(config.UserError):
     bundle.copy(bundled, epath.Path(kept))
-  with pytest.raises(config.UserError, match=r"cannot be made \(.*\): name another folder"):
+  with refused(config.UserError):
     bundle.copy(bundled, epath.Path("/proc/absent"))
 
 
@@ -147,13 +148,13 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   assert found.keys() == params.keys()
   assert step == 7
   assert initial.other_tokenizers(str(based), tuned) == []
-  with pytest.raises(config.UserError, match="must be a bundle with tokenizers and CLIP of its"):
+  with refused(config.UserError):
     bundle.write(tmp_path / "third", Run(tuned, SETTINGS), {}, 7, base=str(based))
 
 
 def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
   """Those of the run have not been rounded."""
-  with pytest.raises(config.UserError, match=r"whose vqgan/params\.safetensors is not that of"):
+  with refused(config.UserError):
     bundle.write(tmp_path / "based", Run(run, SETTINGS), {}, 7, base=str(bundled))
   assert not (tmp_path / "based").exists()
 
@@ -165,10 +166,10 @@ def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
     params, step = reading.load_params(tuned / "train", SETTINGS.model)
     bundle.write(based, Run(tuned, SETTINGS), params, step, base=str(base))
     bundle.write(base, Run(tuned, SETTINGS), params, step + 1)
-  with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):
+  with refused(config.UserError):
     CM3Leon.load(based)
   shutil.rmtree(base)
-  with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):
+  with refused(config.UserError):
     CM3Leon.load(based)
 
 
@@ -179,26 +180,26 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   data = bytearray((changed / name).read_bytes())
   data[-1] ^= 1
   (changed / name).write_bytes(bytes(data))
-  with pytest.raises(config.UserError, match=f"{name} has another content"):
+  with refused(config.UserError):
     CM3Leon.load(changed)
-  with pytest.raises(config.UserError, match=f"{name} has another content"):
+  with refused(config.UserError):
     initial.find(SETTINGS, str(changed))
   (changed / name).unlink()
-  with pytest.raises(config.UserError, match=f"{name} is absent"):
+  with refused(config.UserError):
     bundles.read(changed)
 
 
 @pytest.mark.parametrize(
-  ("name", "sentence"),
+  "name",
   [
-    ("/etc/hostname", "names the file '/etc/hostname', which is not in "),
-    ("vqgan/../../outside", "which is not in "),
-    ("http://a.b/c", "which is not in "),
-    ("zero", "names 'zero', which is no file: install"),
-    ("vqgan", "names 'vqgan', which is no file: install"),
+    "/etc/hostname",
+    "vqgan/../../outside",
+    "http://a.b/c",
+    "zero",
+    "vqgan",
   ],
 )
-def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence):
+def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name):
   """/dev/zero would be read for ever."""
   folder = epath.Path(tmp_path / "copy")
   bundle.copy(bundled, folder)
@@ -206,7 +207,7 @@ def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence)
   stored = read_json(folder / bundles.FILE)
   write_json(folder / bundles.FILE, {**stored, "digests": {**stored["digests"], name: "0" * 64}})
   for read in (bundles.read, bundles.about):
-    with pytest.raises(config.UserError, match=sentence):
+    with refused(config.UserError):
       read(folder)
 
 
@@ -216,7 +217,7 @@ def test_a_base_that_is_no_name_and_digest_is_refused(bundled, tmp_path, base):
   bundle.copy(bundled, folder)
   write_json(folder / bundles.FILE, {**read_json(folder / bundles.FILE), "base": base})
   for read in (bundles.read, bundles.stages_folder):
-    with pytest.raises(config.UserError, match="it must be an object with name and digest"):
+    with refused(config.UserError):
       read(folder)
 
 
@@ -238,5 +239,5 @@ def test_a_run_starts_from_a_bundle(bundled):
 
 def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):
   retrieval = dataclasses.replace(SETTINGS.retrieval, clip="clip-vit-base-patch16")
-  with pytest.raises(config.UserError, match=r"config\.retrieval\.clip is clip-vit-base-patch16"):
+  with refused(config.UserError):
     bundle.write(tmp_path, Run(run, dataclasses.replace(SETTINGS, retrieval=retrieval)), {}, 7)

@@ -19,6 +19,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
+from tests.messages import refused
 
 K = 30  # Of FSQ 6 x 5 levels, an even and an odd number.
 TOLERANCE = 1e-4  # Of pixels in [-1, 1], fp32.
@@ -126,7 +127,7 @@ def test_images_are_encoded_as_by_the_image_tokenizer(variant):
     tie = near[places, found] - near[places, right] < 1e-5  # Of two codes either is the nearest.
     np.testing.assert_array_equal(found[~tie], right[~tie])
     assert (found == right).mean() > 0.9
-  with pytest.raises(ValueError, match=r"array of uint8 of the shape \(3, .*\); they must be"):
+  with refused(ValueError):
     decode_image.encode(images[:, :, 1:], folder)
 
 
@@ -160,33 +161,26 @@ def test_codes_are_found_in_ids(folder):
   first, second = np.arange(16), np.arange(16)[::-1]
   ids = [1, 9, 3, *(first + offset), 3, *(second + offset), 1]
   np.testing.assert_array_equal(decode_image.codes_of(ids, folder), [first, second])
-  with pytest.raises(ValueError, match=r"ids at places 3 to 17 are 15 image codes in a row; an im"):
+  with refused(ValueError):
     decode_image.codes_of([*ids[:18], *ids[19:]], folder)
-  with pytest.raises(ValueError, match=rf"none of the 3 ids .* {offset} to {offset + K - 1}\.$"):
+  with refused(ValueError):
     decode_image.codes_of([1, 9, 3], folder)
-  with pytest.raises(ValueError, match="must be a list of integers"):
+  with refused(ValueError):
     decode_image.codes_of([ids], folder)
 
 
 @pytest.mark.parametrize(
-  ("codes", "message"),
+  "codes",
   [
-    (
-      np.zeros((1, 15), int),
-      r"codes are an array of int64 of the shape \(1, 15\); they must be integers of the shape "
-      r"\(images, 16\)\.$",
-    ),
-    (np.zeros(16, int), r"int64 of the shape \(16,\); they must be integers of"),
-    (np.zeros((1, 16)), r"float64 of the shape \(1, 16\); they must be integers of"),
-    (
-      np.where(np.arange(32) == 18, K, 0).reshape(2, 16),
-      rf"^code 2 of image 1 is {K}; codes are 0 to {K - 1} \(ids of .* `--ids`, or `codes_of`, r",
-    ),
-    (np.full((1, 16), -1), rf"^code 0 of image 0 is -1; codes are 0 to {K - 1} "),
+    np.zeros((1, 15), int),
+    np.zeros(16, int),
+    np.zeros((1, 16)),
+    np.where(np.arange(32) == 18, K, 0).reshape(2, 16),
+    np.full((1, 16), -1),
   ],
 )
-def test_other_codes_are_refused(folder, codes, message):
-  with pytest.raises(ValueError, match=message):
+def test_other_codes_are_refused(folder, codes):
+  with refused(ValueError):
     decode_image.decode(codes, folder)
 
 
@@ -263,7 +257,7 @@ def test_a_missing_file_is_named(folder, tmp_path, name):
 def test_a_missing_pillow_is_named(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(decode_image, "__file__", str(folder / "decode_image.py"))
   monkeypatch.setitem(sys.modules, "PIL", None)
-  with pytest.raises(ValueError, match=r"`pip install pillow`\.$"):
+  with refused(ValueError):
     decode_image.run(tmp_path / "codes.json", tmp_path / "a.png", are_ids=False)
 
 
@@ -272,22 +266,22 @@ def test_damaged_files_are_refused(folder, tmp_path):
     (tmp_path / name).write_bytes((folder / name).read_bytes())
   path = tmp_path / "params.safetensors"
   whole = path.read_bytes()
-  for data, message in (
-    (whole[:-9], "cannot be read"),
-    (whole[:5], "cannot be read"),
-    (whole.replace(b'"F32"', b'"I32"'), "is I32, not one of F32, F16"),
+  for data in (
+    whole[:-9],
+    whole[:5],
+    whole.replace(b'"F32"', b'"I32"'),
   ):
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError):
       decode_image.load(tmp_path)
   path.write_bytes(whole)
   assert decode_image.load(tmp_path)
   decode_image.load.cache_clear()
-  for content, message in (
-    ('{"format": "diffusers"}', "has the format 'diffusers', and this script decodes"),
-    ('{"vqgan": {}}', r"is damaged \(KeyError\('format'\)\)"),
-    ("[", "is damaged"),
+  for content in (
+    '{"format": "diffusers"}',
+    '{"vqgan": {}}',
+    "[",
   ):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError):
       decode_image.load(tmp_path)

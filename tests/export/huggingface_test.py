@@ -19,6 +19,7 @@ from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, placed
 from cm3leon_jax.weights.stored import of_tree
 from cm3leon_jax.weights.stored_tensors import StoredTensors
+from tests.messages import refused
 from tests.models.tiny import random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
@@ -198,12 +199,12 @@ def test_sharded_params_export_the_same(tmp_path):
 def test_head_sizes_of_opt_cannot_be_exported(tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     model_config = config("opt", head_size=24)
-    with pytest.raises(UserError, match=r"model\.head_size is 24: the heads of OPTForCausalLM"):
+    with refused(UserError):
       huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)
 
 
 def test_query_key_norm_of_opt_cannot_be_exported(tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     model_config = dataclasses.replace(config("opt"), query_key_norm=True)
-    with pytest.raises(UserError, match="OPTForCausalLM has no such norm"):
+    with refused(UserError):
       huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)

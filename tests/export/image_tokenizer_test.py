@@ -17,6 +17,7 @@ from cm3leon_jax.tokenizers import published, published_files, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS
+from tests.messages import refused
 
 K = SETTINGS.vocab.image_size
 
@@ -68,7 +69,7 @@ def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypat
 
 def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(decode_image, "silu", lambda x: np.maximum(x, 0))
-  with pytest.raises(UserError, match=r"decode_image\.py does not compute its network \(images d"):
+  with refused(UserError):
     image_tokenizer.write(tmp_path, Run(workdir, SETTINGS))
   assert not (tmp_path / "image_tokenizer").exists()
 
@@ -111,5 +112,5 @@ def test_a_tensor_that_is_absent_is_named(workdir):
 
 
 def test_a_run_without_image_tokenizer_is_refused(tmp_path):
-  with pytest.raises(UserError, match="vqgan"):
+  with refused(UserError):
     image_tokenizer.write(tmp_path, Run(tmp_path, SETTINGS))

@@ -14,6 +14,7 @@ from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, one_device
+from tests.messages import refused
 from tests.models.tiny import mesh_of, random_params
 
 
@@ -60,7 +61,7 @@ def test_a_run_starts_from_it_on_any_mesh(exported, run):
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
     assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
   other = dataclasses.replace(settings.model, mlp_width=64)
-  with pytest.raises(UserError, match=r"model\.mlp_width: 32 -> 64"):
+  with refused(UserError):
     initial.find(dataclasses.replace(settings, model=other), str(folder))
 
 
@@ -78,5 +79,6 @@ def test_another_dtype_is_rounded_and_damage_is_found(exported):
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 1
   data.write_bytes(bytes(content))
-  with one_device(), pytest.raises(UserError, match=f"{data.name} is damaged"):
+  with one_device(), refused(UserError) as error:
     initial.load(initial.find(settings, str(folder)), settings)
+  assert data.name in str(error.value)

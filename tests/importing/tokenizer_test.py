@@ -15,6 +15,7 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, save_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.importing import published
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16)
 
@@ -94,40 +95,37 @@ def test_transformers_loads_it(rewritten, tokenizer):
 
 
 @pytest.mark.parametrize(
-  ("change", "reason"),
+  "change",
   [
-    ({"model": {"type": "WordPiece"}}, "its model is 'WordPiece'; only byte-level BPE"),
-    ({"model": {"byte_fallback": True}}, "byte_fallback is set; only byte-level BPE"),
-    ({"model": {"end_of_word_suffix": "</w>"}}, "it has a end_of_word_suffix; only"),
-    ({"model": {"vocab": {"a": 0}}}, "it has no token for the byte '!'; only byte-level BPE"),
-    ({"decoder": None}, "its decoder is absent; only byte-level BPE"),
-    ({"pre_tokenizer": None}, "it does not split texts into bytes; only byte-level BPE"),
-    ({"normalizer": {"type": "Lowercase"}}, "it changes texts by the normalizer Lowercase; only"),
-    ({"added_tokens": [{"id": 480, "content": "<a>"}]}, "has the token id 480, and the model's"),
-    ({"added_tokens": [{}]}, "is damaged ('id'): copy it again."),
-    ({"added_tokens": [3]}, "is damaged ('int' object is not subscriptable): copy it again."),
-    ({"decoder": 3}, "is damaged ('int' object has no attribute 'get'): copy it again."),
-    ({"decoder": {"type": "Sequence", "decoders": 3}}, "is damaged ("),
-    ({"model": {"vocab": 3}}, "is damaged ("),
-    ({"model": {"vocab": {"a": None}}}, "is damaged ("),
-    ({"model": 3}, "its field 'model' must be of type object, and is 3"),
-    ({"added_tokens": [{"id": 470, "content": "!"}]}, "has two tokens of one name or id: 511 of"),
-    ({"model": {"merges": [["q", "zz"]]}}, "cannot be read"),
-    (with_token(-1), "the token id -1 is no whole number from 0 on): copy it again."),
-    (with_token("5"), "the token id '5' is no whole number"),
-    (with_token(469.5), "the token id 469.5 is no whole number"),
-    (with_token(float("inf")), "the token id inf is no whole number"),
-    (with_token(3), "two tokens of its vocabulary have one id"),
-    ({"added_tokens": [{"id": 3, "content": "other"}]}, "the id 3 is that of '$' and 'other'"),
-    (
-      {"added_tokens": [{"id": 475, "content": ""}]},
-      "the added token 475 is ''; it must be a text",
-    ),
-    ({"pre_tokenizer": split_by("a|" * 5_001)}, "that splits texts has 10,002 characters"),
-    ({"pre_tokenizer": split_by("(")}, "cannot be read (Oniguruma error: end pattern"),
+    {"model": {"type": "WordPiece"}},
+    {"model": {"byte_fallback": True}},
+    {"model": {"end_of_word_suffix": "</w>"}},
+    {"model": {"vocab": {"a": 0}}},
+    {"decoder": None},
+    {"pre_tokenizer": None},
+    {"normalizer": {"type": "Lowercase"}},
+    {"added_tokens": [{"id": 480, "content": "<a>"}]},
+    {"added_tokens": [{}]},
+    {"added_tokens": [3]},
+    {"decoder": 3},
+    {"decoder": {"type": "Sequence", "decoders": 3}},
+    {"model": {"vocab": 3}},
+    {"model": {"vocab": {"a": None}}},
+    {"model": 3},
+    {"added_tokens": [{"id": 470, "content": "!"}]},
+    {"model": {"merges": [["q", "zz"]]}},
+    with_token(-1),
+    with_token("5"),
+    with_token(469.5),
+    with_token(float("inf")),
+    with_token(3),
+    {"added_tokens": [{"id": 3, "content": "other"}]},
+    {"added_tokens": [{"id": 475, "content": ""}]},
+    {"pre_tokenizer": split_by("a|" * 5_001)},
+    {"pre_tokenizer": split_by("(")},
   ],
 )
-def test_other_tokenizers_are_refused(change, reason, tmp_path):
+def test_other_tokenizers_are_refused(change, tmp_path):
   published.save_tokenizer(tmp_path)
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text())
@@ -136,11 +134,10 @@ def test_other_tokenizers_are_refused(change, reason, tmp_path):
       value = value(described[name])
     described[name] = described[name] | value if name == "model" and value != 3 else value
   path.write_text(json.dumps(described))
-  with pytest.raises(UserError) as error:
+  with refused(UserError):
     rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
-  assert reason in str(error.value)
   path.unlink()
-  with pytest.raises(UserError, match="does not exist; write it by transformers: "):
+  with refused(UserError):
     read_tokenizer(tmp_path, published.ROWS)
 
 
@@ -158,5 +155,5 @@ def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
     (tokenizer.encode, "a" * 60 + "!"),
     (tokenizer.encode_batch, ["a" * 60 + "!"]),
   ):
-    with pytest.raises(UserError, match=r"cannot split a text \(.*retry-limit.*\): take the token"):
+    with refused(UserError):
       encode(texts)

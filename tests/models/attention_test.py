@@ -7,6 +7,7 @@ import pytest
 
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import attention
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 
@@ -69,5 +70,5 @@ def test_auto_is_plain_on_a_cpu_and_a_kernel_refuses_other_shapes(rows):
     auto = attention.row_attention("auto", q, k, v, segment_ids)
     np.testing.assert_array_equal(auto, attention.causal_attention(q, k, v, segment_ids))
     for name, wrong in (("splash", q[:, :100]), ("triton", q[..., :48])):
-      with pytest.raises(ValueError, match=f"'{name}' takes rows of a multiple of 128"):
+      with refused(ValueError):
         attention.row_attention(name, wrong, wrong, wrong, segment_ids[:, : wrong.shape[1]])

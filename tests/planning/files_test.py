@@ -8,42 +8,42 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning import hardware, launchers, plan_folder
+from tests.messages import refused
 from tests.recorders import FLAGS
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
 
 
 @pytest.mark.parametrize(
-  ("topology", "options", "sentence"),
+  ("topology", "options"),
   [
-    ("v5e-256", {"workdir": "runs/7b"}, "--workdir is 'runs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("v5e-256", {"workdir": "/nfs/7b"}, "--workdir is '/nfs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("h100-8", {"workdir": "7b"}, "--workdir is '7b'; it must be gs://BUCKET/FOLDER or /SHARED/"),
+    ("v5e-256", {"workdir": "runs/7b"}),
+    ("v5e-256", {"workdir": "/nfs/7b"}),
+    ("h100-8", {"workdir": "7b"}),
     (
       "v5e-256", {"workdir": ""},
-      "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and write one workdir.",
     ),
-    ("h100-8", {"queue": "tpus"}, "--queue is of Kueue, which only the files for TPUs use"),
-    ("h100-8", {"secret": "own"}, "--secret is of Kubernetes, which only the files for TPUs use"),
-    ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
-    ("v5e-256", {"secret": "own"}, "--secret is of gke_jobset.yaml, which is written only with --"),
-    ("v5e-256", {"queue": "tpus"}, "--queue is of gke_jobset.yaml, which is written only with --"),
-    ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of Kubernetes"),
-    ("v5e-256", {"priority": "High"}, "--priority is 'High'; it must be a name of Kubernetes"),
-    ("h100-8", {"priority": "a b"}, "--priority is 'a b'; it must be a name, of letters"),
-    ("v5e-256", {"reservation": "$(id)"}, "--reservation is '$(id)'; it must be a name, of let"),
-    ("v5e-256", {"service_account": "a b"}, "--service_account is 'a b'; it must be a name of Kub"),
-    ("v5e-256", {"service_account": "a@b c"}, "--service_account is 'a@b c'; it must be a name o"),
-    ("h100-8", {"service_account": "a"}, "--service_account is of GKE and of TPU VMs: leave it "),
-    ("v5e-256", {"reservation": "r", "spot": True}, "--reservation and --spot are given: reserved"),
+    ("h100-8", {"queue": "tpus"}),
+    ("h100-8", {"secret": "own"}),
+    ("v5e-256", {"name": "7b_run"}),
+    ("v5e-256", {"secret": "own"}),
+    ("v5e-256", {"queue": "tpus"}),
+    ("v5e-256", {"queue": "a b"}),
+    ("v5e-256", {"priority": "High"}),
+    ("h100-8", {"priority": "a b"}),
+    ("v5e-256", {"reservation": "$(id)"}),
+    ("v5e-256", {"service_account": "a b"}),
+    ("v5e-256", {"service_account": "a@b c"}),
+    ("h100-8", {"service_account": "a"}),
+    ("v5e-256", {"reservation": "r", "spot": True}),
   ],
 )  # fmt: skip
-def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
+def test_what_no_launcher_could_start_is_refused(topology, options):
   flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
   job = launchers.PodJob(
     **{"name": "run", **options}, hardware=hardware.load(topology), flags=flags
   )
-  with pytest.raises(UserError, match=re.escape(sentence)):
+  with refused(UserError):
     launchers.files(job)
 
 
@@ -60,9 +60,7 @@ def test_gke_does_not_connect_slices_of_one_host():
   small = hardware.load("v5e-8", 2)
   job = launchers.PodJob("run", small, tuple(FLAGS), IMAGE)
   for option in ("queue", "secret"):
-    with pytest.raises(
-      UserError, match=f"--{option} is of gke_jobset.yaml, which is not written, "
-    ):
+    with refused(UserError):
       launchers.check(dataclasses.replace(job, **{option: "own"}))
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   assert launchers.remarks(job)[0] == (
@@ -188,7 +186,7 @@ def test_a_file_that_was_changed_or_is_another_is_kept(tmp_path, name):
   plan_folder.write(tmp_path, {"a.sh": "1", "b.yaml": "1"}, NUMBERS)
   (tmp_path / name).write_bytes(b"mine, not UTF-8: \xff")
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-  with pytest.raises(UserError, match=rf"/{name} was changed after .* move it away"):
+  with refused(UserError):
     plan_folder.write(tmp_path, {"a.sh": "2", "c.yaml": "2"}, NUMBERS)
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -196,7 +194,7 @@ def test_a_file_that_was_changed_or_is_another_is_kept(tmp_path, name):
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"files": ["a.sh"]}'])
 def test_a_plan_that_names_no_files_is_not_replaced(tmp_path, text):
   (tmp_path / "plan.json").write_text(text)
-  with pytest.raises(UserError, match=r"plan.json does not say which files its plan wrote"):
+  with refused(UserError):
     plan_folder.write(tmp_path, {"a.sh": "1"}, NUMBERS)
   assert contents(tmp_path) == {"plan.json": text}
 

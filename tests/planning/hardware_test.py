@@ -1,29 +1,28 @@
 """Hardware by its name: chips, hosts, and what is no hardware."""
 
-import re
-
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning import hardware
+from tests.messages import refused
 
 
 @pytest.mark.parametrize(
-  ("name", "slices", "sentence"),
+  ("name", "slices"),
   [
-    ("v5e-200", 1, "--topology is 'v5e-200': did you mean v5e-256? give a slice (v5e-4, "),
-    ("v5litepod-100", 1, "--topology is 'v5litepod-100': did you mean v5e-128? give a slice"),
-    ("v5p-9999", 1, "--topology is 'v5p-9999': did you mean v5p-1024? give a slice"),
-    ("v5e256", 1, "--topology is 'v5e256': did you mean v5e-256? give a slice"),
-    ("h10-64", 1, "--topology is 'h10-64': did you mean h100-64? give a slice"),
-    ("tpu", 1, "--topology is 'tpu': give a slice"),
-    ("h100-12", 1, "--topology is 'h100-12': the number of GPUs must be at most 8"),
-    ("h100-0", 1, "--topology is 'h100-0': the number of GPUs must be at most 8"),
-    ("h100-64", 2, "--slices is 2; slices are of TPUs"),
+    ("v5e-200", 1),
+    ("v5litepod-100", 1),
+    ("v5p-9999", 1),
+    ("v5e256", 1),
+    ("h10-64", 1),
+    ("tpu", 1),
+    ("h100-12", 1),
+    ("h100-0", 1),
+    ("h100-64", 2),
   ],
 )
-def test_unknown_hardware_is_refused(name, slices, sentence):
-  with pytest.raises(UserError, match=re.escape(sentence)):
+def test_unknown_hardware_is_refused(name, slices):
+  with refused(UserError):
     hardware.load(name, slices)
 
 

@@ -22,6 +22,7 @@ from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.steps import compile_steps
 from tests.generation.run import SETTINGS
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -162,7 +163,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   assert "of a device, which has 15.75; this fits: --config.train.rows_per_device=4. " in message
   fitting = settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "save_attention")
   needed = int(memory.check(fitting, shape, limit).total)
-  with pytest.raises(UserError, match=r"this fits: --config\.train\.rows_per_device=2"):
+  with refused(UserError):
     memory.check(fitting, shape, needed - 1)
   without = dataclasses.replace(settings.train, rows_per_device=0, gradient_accumulation_steps=2)
   policies = dataclasses.replace(settings.model, remat_policy="minimal", num_layers=64)
@@ -174,10 +175,9 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   )
   assert flags in str(error.value)
   few = MeshConfig(fsdp=4).over(4)
-  none = "no smaller batch or other remat policy fits: take more devices"
-  with pytest.raises(UserError, match=f"{none}, or a larger mesh.tensor"):
+  with refused(UserError):
     memory.check(settings, few, limit)
-  with pytest.raises(UserError, match=rf"{none}\. --skip"):  # `tensor` splits no single device.
+  with refused(UserError):  # `tensor` splits no single device.
     memory.check(settings, MeshConfig(fsdp=1).over(1), limit)
   assert str(memory.Memory(1, 1_500 * GIB, 0, 0, 0, 0)).startswith("1,500.00 GiB (state 1,500.00, ")
 
@@ -233,19 +233,19 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
   assert fits(size)
   assert not fits(size + settings.reinforce.samples)
   assert memory.check_update(*update_of("sft_350m", (1, 2, 1, 2), 4, "minimal"), limit).rows == 8
-  with pytest.raises(UserError, match="no fewer images fit: take more devices"):
+  with refused(UserError):
     memory.check_update(*update_of("sft_7b", (1, 2, 1, 2), 1, "full"), limit)
 
 
 def test_learning_from_rewards_refuses_before_it_reads_a_stage(tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
-  with pytest.raises(UserError, match="is not finished"):  # CPUs are not checked.
+  with refused(UserError):  # CPUs are not checked.
     reinforce_command.main(settings, workdir, "elsewhere")
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
-  with pytest.raises(UserError, match=r"^an update on .* take more devices\. --skip_memory_check"):
+  with refused(UserError):
     reinforce_command.main(settings, workdir, "elsewhere")
-  with pytest.raises(UserError, match="is not finished"):
+  with refused(UserError):
     reinforce_command.main(settings, workdir, "elsewhere", skip_memory_check=True)
 
 
@@ -260,17 +260,17 @@ def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():
 
 def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys):
   workdir = epath.Path(tmp_path)
-  with pytest.raises(UserError, match="is not finished"):  # CPUs are not checked.
+  with refused(UserError):  # CPUs are not checked.
     train_command.main(SETTINGS, workdir)
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
-  with pytest.raises(UserError, match=r"rows of .* --skip_memory_check"):
+  with refused(UserError):
     train_command.main(SETTINGS, workdir)
-  with pytest.raises(UserError, match="is not finished"):
+  with refused(UserError):
     train_command.main(SETTINGS, workdir, skip_memory_check=True)
   monkeypatch.setattr(memory, "device_memory", lambda device: 16 * GIB)
-  with pytest.raises(UserError, match="is not finished"):
+  with refused(UserError):
     train_command.main(SETTINGS, workdir)
   assert "of 16.00." in capsys.readouterr().out
   mesh = dataclasses.replace(SETTINGS, mesh=MeshConfig(fsdp=3))
-  with pytest.raises(UserError, match=r"config\.mesh: mesh .* product must be 8, the number"):
+  with refused(UserError):
     train_command.main(mesh, workdir)

@@ -15,6 +15,7 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
+from tests.messages import refused
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):
@@ -111,38 +112,34 @@ def test_the_mesh_of_a_config_stays():
 
 
 @pytest.mark.parametrize(
-  ("config", "topology", "slices", "sentence"),
+  ("config", "topology", "slices"),
   [
-    ({"mesh": {"fsdp": 7}}, "v5e-256", 1, "config.mesh: mesh (data, fsdp, "),
+    ({"mesh": {"fsdp": 7}}, "v5e-256", 1),
     (
       {"mesh": {"fsdp": 512}}, "v5e-256", 2,
-      "config.mesh.data is 1; it must be a multiple of 2, the number of slices.",
     ),
-    ({"train": {"global_batch_size": 100}}, "v5e-256", 1, "config.train.global_batch_size is 100"),
-    ({}, "v5e-256", 3, "768 x 4 = 3072 must divide it. With 2 or 4 slices it does."),
-    ({}, "h100-24", 1, "24 x 4 = 96 must divide it. With 16 or 32 GPUs it does."),
-    ({}, "v5e-256", 16, "must divide it. With --config.train.rows_per_device=2 it does."),
+    ({"train": {"global_batch_size": 100}}, "v5e-256", 1),
+    ({}, "v5e-256", 3),
+    ({}, "h100-24", 1),
+    ({}, "v5e-256", 16),
     (
       {"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1,
-      "must divide it. With --config.train.rows_per_device=32 "
-      "--config.train.gradient_accumulation_steps=1 it does.",
     ),
   ],
 )  # fmt: skip
-def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, sentence):
-  with pytest.raises(UserError, match=re.escape(sentence)):
+def test_what_the_hardware_cannot_run_is_refused(config, topology, slices):
+  with refused(UserError):
     make(settings(**config), topology, slices)
 
 
 def test_a_model_that_fits_nowhere_is_refused():
   wide = {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}
-  for topology, count in (("v5e-4", "4 devices"), ("h100-1", "1 device")):
-    sentence = rf"^{topology}: .*\. No setting fits {count}: take more\.$"
-    with pytest.raises(UserError, match=sentence):
+  for topology in ("v5e-4", "h100-1"):
+    with refused(UserError):
       make(settings(model=wide), topology)
   # The state fits, split over all of 64; along `data` it is not split.
   layers = {"width": 8_192, "num_heads": 64, "mlp_width": 32_768, "num_layers": 96}
-  with pytest.raises(UserError, match=r"take more than 64 devices, or a larger mesh\.tensor\.$"):
+  with refused(UserError):
     make(settings(model=layers), "h100-64")
 
 

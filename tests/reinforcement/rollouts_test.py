@@ -24,6 +24,7 @@ from cm3leon_jax.training.step import grpo
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState
 from tests.generation.run import make_config, make_run, one_device
+from tests.messages import refused
 from tests.models.tiny import random_params
 
 SETTINGS = settings_from_config(make_config(positions=192))
@@ -105,25 +106,25 @@ def test_records_that_are_too_long_are_left_out(layout):
     0 < len(prompts) < len(rollouts.read_prompts(settings_of(tasks=("draw",)), layout, "train", 20))
   )
   none = dataclasses.replace(layout, positions=20)
-  with pytest.raises(UserError, match="'draw', whose 20 records are all longer than the 20 posi"):
+  with refused(UserError):
     rollouts.read_prompts(settings_of(tasks=("draw",)), none, "train", 20)
 
 
 @pytest.mark.parametrize(
-  ("tasks", "message"),
+  "tasks",
   [
-    (("drow",), "names 'drow'; config.instructions has draw, count, recolor"),
-    (("count",), "names 'count', and its target is no image"),
+    ("drow",),
+    ("count",),
   ],
 )
-def test_a_task_without_images_is_refused(layout, tasks, message):
-  with pytest.raises(UserError, match=message):
+def test_a_task_without_images_is_refused(layout, tasks):
+  with refused(UserError):
     rollouts.read_prompts(settings_of(tasks=tasks), layout, "train", 4)
 
 
 def test_only_scenes_are_judged():
   task = dataclasses.replace(read_tasks("scenes")[0], format="coco_2017")
-  with pytest.raises(UserError, match="task draw has the format coco_2017"):
+  with refused(UserError):
     rewards.reward_of(settings_of(reward="judge"), [task])
   assert rewards.reward_of(settings_of(reward="clip"), [task]) is rewards.clip_scores
 
@@ -133,7 +134,7 @@ def test_clip_scores_captions_alone(layout):
   records = [p.record for p in rollouts.read_prompts(settings_of(), layout, "train", 2)]
   samples = [Scored(0.25), Scored(None)]
   assert rewards.clip_scores(records[:1], samples[:1]).tolist() == [0.25]
-  with pytest.raises(UserError, match=r"CLIP cannot score scenes/recolor/train/0000000"):
+  with refused(UserError):
     rewards.clip_scores(records, samples)
 
 
@@ -141,7 +142,7 @@ def test_clip_scores_captions_alone(layout):
 def test_a_batch_of_parts_of_groups_is_refused(objective, fields):
   train = dataclasses.replace(objective.settings.train, **fields)
   settings = dataclasses.replace(objective.settings, train=train)
-  with pytest.raises(UserError, match=r"needs a multiple of config\.reinforce\.samples = 4"):
+  with refused(UserError):
     rollouts.Rollouts(settings, [], lambda params: None, low_codes, {})
 
 

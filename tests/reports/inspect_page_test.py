@@ -17,6 +17,7 @@ from cm3leon_jax.reports import inspect_page, row_contents, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
+from tests.messages import refused
 from tests.reports.run_files import Page
 
 VQGAN = VQGANConfig(
@@ -220,8 +221,7 @@ def test_the_facts_of_a_sample(blocks, text_tokenizer):
 
 def test_an_image_with_too_many_codes_is_refused(text_tokenizer, image_tokenizer):
   row = view_of(Document("d", (Segment(True, VOCAB.image_ids(np.arange(17))),), "s", "l", "a"))
-  message = "'d' is stored with an image of 17 codes; the image tokenizer makes 16"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)
 
 
@@ -280,11 +280,10 @@ def test_check_writable_refuses_paths_that_cannot_be_written(tmp_path):
   folder = epath.Path(tmp_path)
   inspect_page.check_writable(folder / "new" / "rows.html")
   assert [path.name for path in (folder / "new").iterdir()] == []
-  with pytest.raises(UserError, match=r"--out is .*, a folder; it must be a file in it"):
+  with refused(UserError):
     inspect_page.check_writable(folder)
   (folder / "file").write_text("")
-  message = r"rows\.html, which cannot be written \(.+: .+\): name a file in a folder of yours"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     inspect_page.check_writable(folder / "file" / "rows.html")
   inspect_page.write(folder / "new" / "rows.html", "ä")
   assert (folder / "new" / "rows.html").read_text(encoding="utf-8") == "ä"

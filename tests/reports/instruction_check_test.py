@@ -11,6 +11,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.reports import inspect_page, row_contents
 from cm3leon_jax.reports.instruction_check import CheckedTask, target_range
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_instructions, make_plan, make_sources
+from tests.messages import refused
 from tests.reports.inspect_page_test import image_tokenizer, text_tokenizer  # noqa: F401 (fixtures)
 from tests.reports.row_contents_test import Changed
 
@@ -105,7 +106,7 @@ def test_another_token_in_the_target_is_refused(stores, kind):
     row["targets"][at - 1] = row["inputs"][at] = VOCAB.text_size - 1 + (kind != "answers")
 
   assert read(plan, number, lambda row: None)
-  with pytest.raises(ValueError, match=rf"row {number}, segment id 1: .*has token"):
+  with refused(ValueError):
     read(plan, number, change)
 
 
@@ -120,7 +121,7 @@ def test_a_target_at_another_place_of_the_record_is_refused(stores):
   _, _, view = one_sample(stores, "answers")
   start, stop = view.origin.task.target
   assert changed_task(view).target == view.target
-  with pytest.raises(ValueError, match="has another target than its record at"):
+  with refused(ValueError):
     changed_task(view, target=(start - 1, stop - 1))
 
 
@@ -128,17 +129,12 @@ def test_a_sample_that_lacks_something_else_than_planned_is_refused(stores):
   found = {
     kind: one_sample(stores, kind)[2] for kind in ("edits", "no instruction", "nothing before")
   }
-  sentences = {
-    "edits": "must not lack all before its target|has token|has 25 tokens",
-    "no instruction": "must not lack all before its target|has token",
-    "nothing before": "must lack all before its target",
-  }
   for kind, view in found.items():
     for planned, other in found.items():
       if kind == planned:
         assert changed_task(view, plan=other.origin.task.plan)
       else:
-        with pytest.raises(ValueError, match=sentences[planned]):
+        with refused(ValueError):
           changed_task(view, plan=other.origin.task.plan)
 
 
@@ -164,7 +160,7 @@ def set_weight(token, value):
 )
 def test_wrong_loss_weights_are_refused(stores, kind, loss_on, change):
   plan, number, view = one_sample(stores, kind, loss_on=loss_on)
-  with pytest.raises(ValueError, match="has other loss weights than those of its target"):
+  with refused(ValueError):
     read(plan, number, lambda row: change(row["loss_weights"], view))
 
 
@@ -172,7 +168,7 @@ def test_wrong_marks_of_sources_are_refused(stores):
   plan = plan_of(stores)
   loader = Changed(plan, lambda row: row.update(sources=1 + (row["sources"] == 1)))
   loader.mark_sources = True
-  with pytest.raises(ValueError, match=r"row 0, segment id 1: its slots are marked with"):
+  with refused(ValueError):
     row_contents.read_rows(loader, None, [0])
 
 

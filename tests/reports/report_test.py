@@ -8,6 +8,7 @@ import pytest
 from cm3leon_jax import config
 from cm3leon_jax.reports import report, summary
 from cm3leon_jax.training.watch.metrics import MetricsLog
+from tests.messages import refused
 from tests.reports.run_files import NUMBERS, Page, headings, make_run
 
 
@@ -81,7 +82,7 @@ def test_page_lists_stages_that_have_not_run(tmp_path, only):
 
 
 def test_a_workdir_that_does_not_exist_is_refused(tmp_path):
-  with pytest.raises(config.UserError, match="does not exist: name the folder of a run"):
+  with refused(config.UserError):
     report.write(tmp_path / "none", "c.py")
 
 

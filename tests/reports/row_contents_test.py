@@ -8,6 +8,7 @@ import pytest
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.reports import row_contents
 from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.messages import refused
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
   assert min(view.sample.positions.min() for view in views) < 0
   number = next(i for i in range(40) if (loader[i]["positions"] < 0).any())
   aligned = loader[number]["positions"]
-  with pytest.raises(ValueError, match=r"positions do not count from 0"):
+  with refused(ValueError):
     row_contents.read_rows(
       Changed(plan, lambda row: row.update(positions=aligned)), scores, [number]
     )
@@ -93,20 +94,14 @@ def merge_samples(row):
 
 
 @pytest.mark.parametrize(
-  ("change", "sentence"),
+  "change",
   [
-    (
-      swap_codes,
-      r"row \d+, segment id \d: the sample of document 'p\d+', spans restored, has token \d+",
-    ),
-    (merge_samples, r"row \d+ holds \d samples; \d were planned"),
-    (
-      lambda row: row["positions"].__iadd__(1),
-      r"row \d+: slots 0 to \d+ \(segment id 1\): positions do not count from 0",
-    ),
+    swap_codes,
+    merge_samples,
+    lambda row: row["positions"].__iadd__(1),
   ],
 )
-def test_a_row_without_its_planned_samples_is_refused(sources, scores, change, sentence):
+def test_a_row_without_its_planned_samples_is_refused(sources, scores, change):
   plan = make_plan(sources, mean_spans=0.0)
   number = next(
     i
@@ -114,7 +109,7 @@ def test_a_row_without_its_planned_samples_is_refused(sources, scores, change, s
     if len(plan.row(i)) > 1 and VOCAB.is_image(RowLoader(plan, VOCAB)[i]["inputs"]).any()
   )
   assert row_contents.read_rows(RowLoader(plan, VOCAB), scores, [number])
-  with pytest.raises(ValueError, match=sentence):
+  with refused(ValueError):
     row_contents.read_rows(Changed(plan, change), scores, [number])
 
 
@@ -125,5 +120,5 @@ def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_p
   replaced = [dataclasses.replace(a, store=b.store, bank=b.bank) for a, b in zip(sources, other)]
   broken = Changed(plan, lambda changed: changed.update(row))
   broken.plan = make_plan(replaced)
-  with pytest.raises(ValueError, match=r"^row 0"):
+  with refused(ValueError):
     row_contents.read_rows(broken, scores, [0])

@@ -12,6 +12,7 @@ from cm3leon_jax.data.rows import cm3, loader
 from cm3leon_jax.reports import row_parts
 from cm3leon_jax.reports.row_parts import RowPart
 from tests.data.stores import VOCAB
+from tests.messages import refused
 
 EOS, BRK, EOSS, MASK = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
 A, B, C = (VOCAB.num_special + i for i in range(3))
@@ -40,7 +41,7 @@ def test_codes_that_the_decoder_does_not_see_are_shown_all_the_same():
   np.testing.assert_array_equal(sample.tokens, TOKENS)
   text = np.flatnonzero(~VOCAB.is_image(row["inputs"]))[1]
   row["inputs"][text] = VOCAB.unk
-  with pytest.raises(ValueError, match="a target is not the next input"):
+  with refused(ValueError):
     row_parts.split_row(row, VOCAB)
 
 
@@ -57,23 +58,23 @@ def test_a_row_is_cut_into_its_samples():
 
 
 @pytest.mark.parametrize(
-  ("name", "at", "value", "sentence"),
+  ("name", "at", "value"),
   [
-    ("segment_ids", 4, 2, r"segment ids run \[1, 2, 1, 2, 0\]; they must count 1, 2"),
-    ("segment_ids", 11, 3, r"segment ids run \[1, 3, 2, 0\]"),
-    ("segment_ids", 5, 0, r"segment ids run \[1, 0, 1, 2, 0\]"),
-    ("positions", 12, 12, r"slots 11 to 12 \(segment id 2\): positions do not count from 0"),
-    ("targets", 2, C, r"slots 0 to 10 \(segment id 1\): a target is not the next input"),
-    ("loss_weights", 2, np.nan, r"a loss weight is negative or not finite"),
-    ("loss_weights", 2, -1, r"a loss weight is negative or not finite"),
-    ("loss_weights", 20, 1, r"slots 13 to 23 \(segment id 0\): padding has a loss weight"),
-    ("inputs", 23, A, r"padding holds another token than <pad>"),
+    ("segment_ids", 4, 2),
+    ("segment_ids", 11, 3),
+    ("segment_ids", 5, 0),
+    ("positions", 12, 12),
+    ("targets", 2, C),
+    ("loss_weights", 2, np.nan),
+    ("loss_weights", 2, -1),
+    ("loss_weights", 20, 1),
+    ("inputs", 23, A),
   ],
 )
-def test_a_wrongly_packed_row_is_refused(name, at, value, sentence):
+def test_a_wrongly_packed_row_is_refused(name, at, value):
   row = make_row(TOKENS, [EOS, C, EOS])
   row[name][at] = value
-  with pytest.raises(ValueError, match=sentence):
+  with refused(ValueError):
     row_parts.split_row(row, VOCAB)
 
 
@@ -137,16 +138,15 @@ def test_check_sample_compares_a_sample_with_its_documents():
   assert check(joined) == 0
   assert check(joined[:-3], length=len(joined) - 4) == 3
   assert check([EOS, MASK, BRK, S, R, Q, P, EOS]) == 0
-  with pytest.raises(ValueError, match="'d', spans restored, has 13 tokens; its documents have 16"):
+  with refused(ValueError):
     check(joined[:-3])
-  message = f"'d', spans restored, has token {C} at 1; its documents have {A}"
-  with pytest.raises(ValueError, match=message):
+  with refused(ValueError):
     check(loader.join([itself, neighbor], VOCAB))
-  with pytest.raises(ValueError, match="has token"):
+  with refused(ValueError):
     check([EOS, MASK, BRK, P, Q, R, S, EOS])
   assert check(TOKENS, documents=[document([A, B], [P, Q, R, S])]) == 0
-  with pytest.raises(ValueError, match="<mask:0> has no infill that ends in <eoss>"):
+  with refused(ValueError):
     check(TOKENS[:-1], documents=[document([A, B], [P, Q, R, S])])
   other = dataclasses.replace(itself, segments=itself.segments[:1])
-  with pytest.raises(ValueError, match="its documents have"):
+  with refused(ValueError):
     check(joined, documents=(neighbor, other))

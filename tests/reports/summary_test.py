@@ -1,5 +1,3 @@
-import re
-
 from etils import epath
 import pytest
 
@@ -7,6 +5,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.reports import summary
 from cm3leon_jax.scenes import headlines
+from tests.messages import refused
 
 
 @pytest.mark.parametrize(
@@ -50,6 +49,5 @@ def test_figures_of_another_judge_are_the_first_headlines(tmp_path):
 
 def test_a_damaged_figure_of_another_judge_is_named(tmp_path):
   write_json(tmp_path / "judged.json", {"figures": [{"title": "Colors shown", "value": "half"}]})
-  sentence = "judged.json, a figure: its field 'value' must be of type number, and is 'half'"
-  with pytest.raises(UserError, match=re.escape(sentence)):
+  with refused(UserError):
     summary.judged(epath.Path(tmp_path))

@@ -8,6 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.retrieval import arrays
 from cm3leon_jax.retrieval.arrays import ArrayStore
+from tests.messages import refused
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_preparing_keeps_what_fits(tmp_path, rows):
   store = ArrayStore(tmp_path / "a")
   store.commit()
   assert store.dtype == np.float16
-  with pytest.raises(UserError, match=r"rows 0 to 49 of .* cannot be read"):
+  with refused(UserError):
     store[:]  # They were not written.
 
 
@@ -129,15 +130,11 @@ def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
   assert len(files_of(path)) == 3
   files_of(path)[1].unlink()
   store = ArrayStore(path)
-  message = (
-    r"rows 8 to 11 of .*ids cannot be read \(.*missing\): restore it, or delete the folder .*ids "
-    r"and .*neighbors/done\.json and run `cm3leon build_neighbors` again"
-  )
   for read in (store.read_all, lambda: store[:], lambda: store[np.array([0, 9])]):
-    with pytest.raises(UserError, match=message):
+    with refused(UserError):
       read()
   np.testing.assert_array_equal(store[:8], zeros[:8])
-  with pytest.raises(UserError, match="rows 8 to 11"):
+  with refused(UserError):
     store.commit(digest=True)
 
 
@@ -150,7 +147,7 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
       flipped = bytearray(whole)
       flipped[bit // 8] ^= 1 << bit % 8
       path.write_bytes(flipped)
-      with pytest.raises(UserError, match=r"rows \d+ to \d+ of .* cannot be read"):
+      with refused(UserError):
         ArrayStore(tmp_path / "a")[:]
     path.write_bytes(whole)
   np.testing.assert_array_equal(ArrayStore(tmp_path / "a").read_all(), ids)
@@ -183,22 +180,20 @@ def test_rows_of_another_array_are_an_error(tmp_path, small_files):
   second.write_bytes(first.read_bytes())
   store = ArrayStore(tmp_path / "a")
   np.testing.assert_array_equal(store[8:16], ids[:8])
-  with pytest.raises(UserError, match="has other rows than were written"):
+  with refused(UserError):
     store.read_all()
 
 
 def test_refusals(tmp_path, rows):
-  with pytest.raises(UserError, match="does not exist"):
+  with refused(UserError):
     ArrayStore(tmp_path / "none")
   store = ArrayStore.create(tmp_path / "a", (6,), np.float32)
-  with pytest.raises(
-    UserError, match=r"holds rows of shape \(6,\); rows of shape \(5,\) cannot be written"
-  ):
+  with refused(UserError):
     store.write(0, rows[:, :5])
   store.append(rows)
   for wrong in ([50], [-1]):
-    with pytest.raises(IndexError, match="of 50"):
+    with refused(IndexError):
       store[np.array(wrong)]
   write_json(tmp_path / "a" / arrays.INDEX, {"schema_version": 9, "rows": 50})
-  with pytest.raises(UserError, match="schema version 9; this code reads version 1"):
+  with refused(UserError):
     ArrayStore(tmp_path / "a")

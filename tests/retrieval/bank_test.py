@@ -25,6 +25,7 @@ from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.runs import stages
 from cm3leon_jax.runs import table as stage_table
 from tests.data.raw_folder import write_raw
+from tests.messages import refused
 
 CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)
 WIDTH = 16
@@ -220,7 +221,7 @@ def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
   before = finish()
   [chunk] = [p for p in (out / array / "c").rglob("*") if p.is_file()]
   chunk.unlink()
-  with pytest.raises(UserError, match=rf"rows 0 to \d+ of .*{array} cannot be read"):
+  with refused(UserError):
     bank_lib.ArrayStore(out / array)[:]
   shutil.rmtree(out / array)
   (out / stages.DONE).unlink()
@@ -254,7 +255,7 @@ def test_a_damaged_index_is_refused_and_built_again_without_another_id(tmp_path)
   Retriever(out, config).search(queries)
   codebook = out / "index" / "000000" / "ah_codebook.pb"
   codebook.write_bytes(b"0" * len(codebook.read_bytes()))
-  with pytest.raises(UserError, match=r"000000/ah_codebook\.pb has another content"):
+  with refused(UserError):
     Retriever(out, config).search(queries)
   shutil.rmtree(out / "index" / "000000")
   (out / stages.DONE).unlink()

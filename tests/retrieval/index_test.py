@@ -5,6 +5,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import index
+from tests.messages import refused
 
 
 def unit(values):
@@ -99,7 +100,7 @@ def test_scann_agrees_with_exact_search(clustered, tmp_path, monkeypatch):
   loaded_ids, loaded_scores = index.ScannIndex.load("moved", len(vectors)).search(queries, 2)
   np.testing.assert_array_equal(loaded_ids, ids)
   np.testing.assert_array_equal(loaded_scores, scores)
-  with pytest.raises(UserError, match=r"relative holds no index.*cm3leon build_neighbors"):
+  with refused(UserError):
     index.ScannIndex.load("relative", len(vectors))
 
 
@@ -192,13 +193,13 @@ def test_auto_is_exact_for_few_vectors():
 def test_recall_in_literals():
   exact = np.array([[1, 2], [3, 4]])
   assert index.recall_at_k(np.array([[2, 1], [3, 9]]), exact) == 0.75
-  with pytest.raises(ValueError, match="both must be"):
+  with refused(ValueError):
     index.recall_at_k(exact[:, :1], exact)
 
 
 def test_refusals():
-  with pytest.raises(UserError, match="bank of neighbors is empty"):
+  with refused(UserError):
     index.choose_backend(0)
-  for vectors, message in ((np.ones((0, 3)), "non-empty"), (np.ones(3), "shape")):
-    with pytest.raises(UserError, match=message):
+  for vectors in (np.ones((0, 3)), np.ones(3)):
+    with refused(UserError):
       index.ExactIndex(vectors)

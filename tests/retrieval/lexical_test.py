@@ -22,6 +22,7 @@ from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw
+from tests.messages import refused
 from tests.retrieval.bank_test import files_of, tiny_clip
 
 WIDTH, WORDS = 16, 64
@@ -196,9 +197,9 @@ def test_counts_are_those_of_training_captions(tmp_path):
 
 def test_a_bank_of_another_weight_is_refused(built, tmp_path):
   for changed in ({"lexical_weight": 0.0}, {"lexical_weight": 0.3}, {"lexical_width": 32}):
-    with pytest.raises(UserError, match="lexical_weight and lexical_width"):
+    with refused(UserError):
       Retriever(built / "out", dataclasses.replace(HYBRID, **changed))
-  with pytest.raises(UserError, match="does not exist"):
+  with refused(UserError):
     lexical.load(tmp_path, 0.5, WORDS)
 
 

@@ -9,6 +9,7 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.neighbors import Retriever, select_neighbors
+from tests.messages import refused
 from tests.retrieval.stores import write_bank, write_neighbors
 
 EXACT = RetrievalConfig(backend="exact")
@@ -165,14 +166,14 @@ def test_retrieval_by_caption_is_best_first(tmp_path):
 
 
 def test_absent_neighbors_are_reported(tmp_path):
-  with pytest.raises(UserError, match=r"cm3leon build_neighbors|does not exist"):
+  with refused(UserError):
     Embeddings(tmp_path / "train")
-  with pytest.raises(UserError, match=r"train_pairs does not exist: run `cm3leon build_neighbors`"):
+  with refused(UserError):
     neighbors.load_neighbors(tmp_path, "train_pairs")
   ids = np.array([[3, 1, -1, -1]], np.int32)
   write_neighbors(tmp_path / "train_pairs", ids=ids)
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs"), ids)
-  with pytest.raises(UserError, match="only held-out pairs"):
+  with refused(UserError):
     neighbors.load_neighbors(tmp_path, "train_pairs", text_only=True)
 
 
@@ -183,8 +184,5 @@ def test_neighbors_outside_of_the_bank_are_refused(tmp_path, wrong):
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs", bank=30), ids)
   ids[1, 2] = wrong
   write_neighbors(tmp_path / "train_pairs", ids=ids)
-  message = (
-    rf"ids, row 1: neighbor {wrong} of document 1 is not in the bank, which has 30 documents"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     neighbors.load_neighbors(tmp_path, "train_pairs", bank=30)

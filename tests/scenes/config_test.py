@@ -5,29 +5,30 @@ import itertools
 
 import pytest
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import FieldError, UserError, build
 from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.world import number_of_scenes_of
+from tests.messages import refused
 
 
 @pytest.mark.parametrize(
-  ("fields", "message"),
+  "fields",
   [
-    ({"objects": ("bel",)}, r"objects has the unknown object 'bel'; did you mean 'bell'\?"),
-    ({"colors": ("pinkish",)}, r"unknown color 'pinkish'; it must be one of red, orange"),
-    ({"categories": ("color",)}, r"unknown category 'color'; did you mean 'colors'\?"),
-    ({"objects": ()}, r"objects is empty; it must name at least one object"),
-    ({"colors": ("red", "red")}, r"colors names a color twice"),
-    ({"shares": (1.0,)}, r"shares has 1 numbers; it must have one for each of the 7 categories"),
-    ({"objects": ("bell",)}, r"category 'two_object' has no scene; it needs two objects"),
-    ({"colors": ("red",)}, r"'color_attr' has no scene; it needs two objects and two colors"),
-    ({"rare_objects": 0}, r"category 'rare' has no scene; it needs rare_objects of at least 1"),
-    ({"rare_objects": 10_000}, r"rare_objects is 10000; it must be at most"),
-    ({"train": 0}, r"train is 0; it must be greater than 0"),
+    {"objects": ("bel",)},
+    {"colors": ("pinkish",)},
+    {"categories": ("color",)},
+    {"objects": ()},
+    {"colors": ("red", "red")},
+    {"shares": (1.0,)},
+    {"objects": ("bell",)},
+    {"colors": ("red",)},
+    {"rare_objects": 0},
+    {"rare_objects": 10_000},
+    {"train": 0},
   ],
 )  # fmt: skip
-def test_wrong_configs_are_refused_in_one_sentence(fields, message):
-  with pytest.raises(UserError, match=message) as error:
+def test_wrong_configs_are_refused_in_one_sentence(fields):
+  with refused(FieldError) as error:
     build(ScenesConfig, fields, "scenes")
   assert "\n" not in str(error.value)
 

@@ -37,6 +37,7 @@ from cm3leon_jax.scenes.world import (
   rare_place,
   split_of_scene,
 )
+from tests.messages import refused
 
 CONFIG = ScenesConfig(rare_objects=100)
 SINGULARS = {many: name for name, many in PLURALS.items()}
@@ -365,10 +366,10 @@ def test_one_half_is_hidden_and_shows_an_object(made):
 
 def test_a_config_without_a_scene_for_a_task_is_named():
   config = ScenesConfig(objects=("bell",), categories=("colors",))
-  with pytest.raises(UserError, match="no scene of the split 'train' for the task 'relation'"):
+  with refused(UserError):
     record(config, "relation", "train", 0)
 
 
 def test_an_unknown_task_is_named():
-  with pytest.raises(UserError, match="the task 'rotate' is unknown; it must be one of draw, "):
+  with refused(UserError):
     record(CONFIG, "rotate", "train", 0)

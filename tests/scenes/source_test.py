@@ -30,6 +30,7 @@ from cm3leon_jax.scenes.world import (
   split_of_scene,
 )
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 RAW = RawConfig(source="scenes", resolution=48, max_texts=0)
 FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
@@ -355,30 +356,21 @@ def test_shares_of_the_categories():
 
 
 @pytest.mark.parametrize(
-  ("fields", "message"),
+  "fields",
   [
-    (
-      {"objects": ("bell",), "colors": (HELDOUT_COLOR["bell"],), "categories": ("colors",)},
-      r"config.scenes has no scene to train on in category 'colors'; name more objects",
-    ),
-    (
-      {"rare_objects": 5, "bank": 301},
-      r"config.scenes.bank is 301; 40 common and 5 rare objects in 8 colors give at most 300",
-    ),
-    (
-      {"categories": ("rare",), "rare_objects": 1},
-      r"config.scenes has no scene to hold out in category 'rare'; name more",
-    ),
+    {"objects": ("bell",), "colors": (HELDOUT_COLOR["bell"],), "categories": ("colors",)},
+    {"rare_objects": 5, "bank": 301},
+    {"categories": ("rare",), "rare_objects": 1},
   ],
 )
-def test_a_world_that_cannot_be_split_is_refused(fields, message):
-  with pytest.raises(UserError, match=message):
+def test_a_world_that_cannot_be_split_is_refused(fields):
+  with refused(UserError):
     ingest.parts_of(RAW, ScenesSource(ScenesConfig(**fields)))
 
 
 def test_other_sizes_and_licenses_are_refused():
-  with pytest.raises(UserError, match=r"config.raw.resolution is 256; .* scenes have 48 pixels"):
+  with refused(UserError):
     ingest.parts_of(RawConfig(source="scenes"), ScenesSource(FEW))
   licensed = RawConfig(source="scenes", resolution=48, licenses=("MIT",))
-  with pytest.raises(UserError, match=r"drawings of scenes are under Apache-2\.0: add it"):
+  with refused(UserError):
     ingest.parts_of(licensed, ScenesSource(FEW))

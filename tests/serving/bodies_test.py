@@ -19,6 +19,7 @@ import pytest
 
 from cm3leon_jax.serving import schemas
 from cm3leon_jax.serving.errors import ApiError
+from tests.messages import refused
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live
 
@@ -97,7 +98,7 @@ def made(shape, item, size, mixed) -> bytes:
   return body
 
 
-def refused(cls, body: bytes) -> ApiError | None:
+def refusal(cls, body: bytes) -> ApiError | None:
   try:
     schemas.read(cls, schemas.read_json(body))
   except ApiError as error:
@@ -117,7 +118,7 @@ def bodies(least: int, most: int):
 def test_any_body_is_read_or_refused_within_four_times_its_size(described, cls):
   body = made(*described)
   tracemalloc.start()
-  error = refused(cls, body)
+  error = refusal(cls, body)
   grown = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert error is None or (error.status in (400, 413) and len(str(error)) < 500)
@@ -137,7 +138,7 @@ def read_described() -> None:
     ctypes.CDLL(None).malloc_trim(0)
     (PROC / "clear_refs").write_text("5")  # VmHWM begins anew.
     before = resident("VmRSS")
-    error = refused(CLASSES[path], body)
+    error = refusal(CLASSES[path], body)
     print(json.dumps([len(body), resident("VmHWM") - before, error and error.status]), flush=True)
 
 
@@ -200,13 +201,15 @@ def test_the_server_lives_while_the_largest_bodies_are_read(engine, run):
   assert max(waits) < 3
 
 
-@pytest.mark.parametrize("make", [wide, content])
-def test_a_few_elements_are_named_and_many_are_counted(make):
-  with pytest.raises(ApiError, match=r"messages.*0 is 0; it must be an object|content.*0 is 0"):
+@pytest.mark.parametrize(
+  ("make", "param"), [(wide, "messages.0"), (content, "messages.0.content.0")]
+)
+def test_a_few_elements_are_named_and_many_are_counted(make, param):
+  with refused(ApiError, status=400, param=param, code="invalid_value"):
     schemas.read(schemas.Chat, schemas.read_json(make("0", 8).encode()))
-  with pytest.raises(ApiError, match=r"at most 64"):
+  with refused(ApiError, status=400, param=param[:-2], code="invalid_value"):
     schemas.read(schemas.Chat, schemas.read_json(make("{}", 1_000).encode()))
-  with pytest.raises(ApiError, match=r"brackets, braces and commas; it may have 10,000\.$"):
+  with refused(ApiError, status=400, param=None):
     schemas.read_json(make("0", MIB).encode())
 
 
@@ -217,5 +220,5 @@ def test_an_image_with_a_short_text_is_no_large_body():
   body = json.dumps({"messages": [message]}, ensure_ascii=False).encode()
   assert schemas.read(schemas.Chat, schemas.read_json(body)).messages[0].content[0].image_url
   wide_body = body.replace("語".encode(), "😀".encode())
-  with pytest.raises(ApiError, match="with characters of four bytes"):
+  with refused(ApiError, status=413, param=None):
     schemas.read_json(wide_body)

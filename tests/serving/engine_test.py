@@ -20,6 +20,7 @@ from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job
 from tests.data.stores import VOCAB
+from tests.messages import refused
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, error
 
@@ -253,17 +254,17 @@ def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):
   long = dataclasses.replace(task, prompt="apple " * 999)
   lucky, lucky_events, lucky_ended = job(task)
   unlucky, unlucky_events, unlucky_ended = job(task)
-  refused, refused_events, refused_ended = job(long)
+  wrong, wrong_events, wrong_ended = job(long)
   with engine._changed:  # All come at once.
-    for one in (unlucky, refused, lucky):
+    for one in (unlucky, wrong, lucky):
       engine.submit(one)
   assert lucky_ended.wait(60)
   assert unlucky_ended.wait(60)
-  assert refused_ended.wait(60)
+  assert wrong_ended.wait(60)
   assert together == [2, 1, 1]
   assert isinstance(lucky_events[-1], Finished)
   assert unlucky_events[-1].error.status == 500
-  assert [event.error.status for event in refused_events] == [400]
+  assert [event.error.status for event in wrong_events] == [400]
   assert "broken" in caplog.text
 
 
@@ -275,7 +276,7 @@ def test_an_engine_that_closes_answers_what_waits(idle):
   idle._run()
   assert ended.is_set()
   assert events[0].error.status == 503
-  with pytest.raises(ApiError, match="the server is stopping"):
+  with refused(ApiError, status=503, param=None, code="stopping"):
     idle.submit(waiting)
 
 

@@ -14,6 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.tokenizers import perceptual, vqgan
 from cm3leon_jax.training.small import trainer, vqgan_training
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 
@@ -133,10 +134,10 @@ def test_a_file_of_another_network_is_refused(tensors, tmp_path):
   path = tmp_path / "other.safetensors"
   some = {k: v for k, v in tensors.items() if k != "lin3.model.1.weight"}
   save_file(some, path)
-  with pytest.raises(UserError, match=r"no tensor 'lin3\.model\.1\.weight'; VGG16 with the"):
+  with refused(UserError):
     command._features(str(path))
   save_file({"conv.weight": np.zeros((1,), np.float32)}, path)
-  with pytest.raises(UserError, match=r"no tensor 'features\.0\.weight'; VGG16 with the"):
+  with refused(UserError):
     command._features(str(path))
-  with pytest.raises(UserError, match="is not a file; it must be a safetensors file"):
+  with refused(UserError):
     command._features(str(tmp_path / "absent"))

@@ -14,6 +14,7 @@ from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.tokenizers import published, published_files
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.messages import refused
 from tests.tokenizers.vqgan_test import CONFIG as TRAINED
 
 NUM_CODES = 12
@@ -95,7 +96,7 @@ def test_a_whole_chameleon_in_several_files(tmp_path):
   assert [path.name for path in found.files] == ["model-0.safetensors", "model-1.safetensors"]
   assert found.num_left == 2
   (tmp_path / "model-1.safetensors").unlink()
-  with pytest.raises(UserError, match=r"model-1\.safetensors does not exist, but .*index\.json"):
+  with refused(UserError):
     published_files.read(tmp_path, "chameleon")
 
 
@@ -126,48 +127,45 @@ def test_a_folder_of_amused_and_its_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "message"),
+  ("field", "value"),
   [
-    ("_class_name", "AutoencoderKL", r"_class_name is 'AutoencoderKL'; .* must be 'VQModel'"),
-    ("act_fn", "relu", "act_fn is 'relu'; for --family=amused it must be 'silu'"),
-    ("norm_type", "spatial", "norm_type is 'spatial'"),
-    ("mid_block_add_attention", True, "mid_block_add_attention is True"),
-    ("block_out_channels", None, r"config\.json has no field block_out_channels, which that of"),
-    ("block_out_channels", [6], r"does not describe .*groups is 4; it must divide"),
-    ("layers_per_block", "2", r"does not describe .*blocks"),
+    ("_class_name", "AutoencoderKL"),
+    ("act_fn", "relu"),
+    ("norm_type", "spatial"),
+    ("mid_block_add_attention", True),
+    ("block_out_channels", None),
+    ("block_out_channels", [6]),
+    ("layers_per_block", "2"),
   ],
 )
-def test_another_network_of_diffusers_is_refused(tmp_path, field, value, message):
+def test_another_network_of_diffusers_is_refused(tmp_path, field, value):
   save_file(some_tensors("amused"), tmp_path / "diffusion_pytorch_model.safetensors")
   (tmp_path / "config.json").write_text(json.dumps(DIFFUSERS | {field: value}))
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     published_files.read(tmp_path, "amused")
 
 
 @pytest.mark.parametrize(
-  ("changed", "message"),
+  "changed",
   [
-    ({"quant_conv.bias": None}, r"no tensor 'quant_conv\.bias' \(1 of the \d+ of --family=cham"),
-    ({"extra": np.zeros(1)}, r"has 1 tensors that --family=chameleon has not, 'extra' among"),
-    (
-      {"quant_conv.bias": np.zeros(3, np.float32)},
-      r"tensor 'quant_conv\.bias' is \[3\]; for --family=chameleon it must be \[2\]",
-    ),
-    ({"quant_conv.bias": np.array([1, np.nan])}, r"'quant_conv\.bias' has values that are not fin"),
-    ({"quantize.embedding.weight": None}, r"no tensor 'quantize\.embedding\.weight'"),
-    ({"quantize.embedding.weight": np.zeros(())}, r"'quantize\.embedding\.weight' is \[\]; "),
+    {"quant_conv.bias": None},
+    {"extra": np.zeros(1)},
+    {"quant_conv.bias": np.zeros(3, np.float32)},
+    {"quant_conv.bias": np.array([1, np.nan])},
+    {"quantize.embedding.weight": None},
+    {"quantize.embedding.weight": np.zeros(())},
   ],
 )
-def test_wrong_tensors_are_named(tmp_path, changed, message):
+def test_wrong_tensors_are_named(tmp_path, changed):
   save_file(some_tensors("chameleon", **changed), tmp_path / "a.safetensors")
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     published_files.read(tmp_path, "chameleon")
 
 
 def test_weights_of_another_family_are_named(tmp_path):
   save_file(some_tensors("taming_gumbel_f8"), tmp_path / "a.safetensors")
   for family in ("amused", "chameleon"):
-    with pytest.raises(UserError, match=r"its tensors are those of --family=taming_gumbel_f8"):
+    with refused(UserError):
       published_files.read(tmp_path, family)
 
 
@@ -175,34 +173,24 @@ def test_a_chameleon_without_decoder_is_refused_with_where_it_is(tmp_path):
   tensors = some_tensors("chameleon")
   encoder = {f"model.vqmodel.{k}": x for k, x in tensors.items() if not k.startswith("decoder.")}
   save_file(encoder, tmp_path / "model.safetensors")
-  with pytest.raises(UserError, match=r"holds no decoder, .* take .*vqgan\.ckpt, as safetensors"):
+  with refused(UserError):
     published_files.read(tmp_path, "chameleon")
 
 
 @pytest.mark.parametrize(
-  ("config", "message"),
+  "config",
   [
-    (
-      {"model_type": "qwen3"},
-      r"holds no image tokenizer: by .*config\.json it is a model of the type 'qwen3': "
-      r"`cm3leon import_weights` imports a decoder; here name the folder or file with",
-    ),
-    (
-      {"model_type": "llama"},
-      r"it is a model of the type 'llama': name the folder or file with the weights of an image t",
-    ),
-    (
-      {"vqgan": {}, "num_codes": 8},
-      r"is an image tokenizer of this project: leave --family out",
-    ),
-    ({"published": {}, "num_codes": 8}, r"is an image tokenizer of this project"),
+    {"model_type": "qwen3"},
+    {"model_type": "llama"},
+    {"vqgan": {}, "num_codes": 8},
+    {"published": {}, "num_codes": 8},
   ],
 )
 @pytest.mark.parametrize("family", published.FAMILIES)
-def test_a_folder_of_another_model_is_refused_by_what_it_holds(config, message, family, tmp_path):
+def test_a_folder_of_another_model_is_refused_by_what_it_holds(config, family, tmp_path):
   save_file({"model.norm.weight": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_text(json.dumps(config))
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     published_files.read(tmp_path, family)
 
 
@@ -226,31 +214,25 @@ class Opened:
 @pytest.mark.parametrize("name", ["last.ckpt", "vqgan.pt", "a.bin", "without_suffix"])
 def test_a_pickle_is_never_opened(tmp_path, name):
   (tmp_path / name).write_bytes(pickle.dumps(Opened()))
-  message = (
-    rf"{name} is a pickle, which may run any code when it is read, so it is not read here\. "
-    rf"Convert it in another environment.*torch\.load\('{name}', map_location='cpu', "
-    r"weights_only=True\).*safetensors\.torch\.save_file\(.* If weights_only=True refuses a class, "
-    r"docs/published_tokenizers\.md says how to allow it by torch\.serialization\.safe_globals"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     published_files.read(tmp_path / name, "taming_gumbel_f8")
   if name != "without_suffix":
-    with pytest.raises(UserError, match=message):
+    with refused(UserError):
       published_files.read(tmp_path, "taming_gumbel_f8")
   assert not Opened.opened
 
 
 def test_other_sources_are_refused(tmp_path):
   for source in (tmp_path / "nothing", "gs://bucket/weights"):
-    with pytest.raises(UserError, match="must be a file or folder on this machine"):
+    with refused(UserError):
       published_files.read(source, "amused")
-  with pytest.raises(UserError, match=r"holds no \.safetensors file"):
+  with refused(UserError):
     published_files.read(tmp_path, "amused")
   for name in ("a", "b"):
     (tmp_path / f"{name}.safetensors").write_bytes(b"PK\x03\x04 not what its name says")
-  with pytest.raises(UserError, match=r"holds a\.safetensors, b\.safetensors: name one: --source="):
+  with refused(UserError):
     published_files.read(tmp_path, "amused")
-  with pytest.raises(UserError, match=r"a\.safetensors is not a whole safetensors file"):
+  with refused(UserError):
     published_files.read(tmp_path / "a.safetensors", "amused")
 
 
@@ -270,18 +252,10 @@ def test_the_grid_and_the_codebook_must_be_those_of_the_config(tokenizer):
     fitted = published_files.fit(tokenizer, NUM_CODES, vqgan_config(resolution, 2))
     assert fitted.config == dataclasses.replace(tokenizer.config, resolution=resolution)
     assert fitted.batch_size == 2**20 // resolution**2
-  with pytest.raises(
-    UserError,
-    match=r"config\.vocab\.image_size is 64; the codebook has 12 codes: set config\.vocab\.image_s",
-  ):
+  with refused(UserError):
     published_files.fit(tokenizer, 64, vqgan_config(256, 2))
-  for resolution, downsample, codes in ((256, 4, "4,096"), (128, 2, "4,096")):
-    message = (
-      rf"config\.vqgan\.resolution is {resolution} and config\.vqgan\.downsample {downsample}, "
-      rf"{codes} codes per image; --family=amused makes 16,384 codes of 256x256 pixels or 65,536 "
-      r"codes of 512x512 pixels: set config\.vqgan\.resolution=256, config\.vqgan\.downsample=2"
-    )
-    with pytest.raises(UserError, match=message):
+  for resolution, downsample in ((256, 4), (128, 2)):
+    with refused(UserError):
       published_files.fit(tokenizer, NUM_CODES, vqgan_config(resolution, downsample))
 
 
@@ -309,7 +283,7 @@ def test_diffusers_reads_what_is_written(tokenizer, tmp_path):
 def test_diffusers_has_no_layout_for_others(tokenizer, tmp_path):
   gumbel = dataclasses.replace(tokenizer, config=published_files.FAMILIES["taming_gumbel_f8"])
   trained = ImageTokenizer(TRAINED, NUM_CODES, {})
-  for other, name in ((gumbel, "taming_gumbel_f8"), (trained, r"trained by cm3leon train_vqgan")):
-    with pytest.raises(UserError, match=rf"tokenizer is {name}; diffusers\.VQModel holds only"):
+  for other in (gumbel, trained):
+    with refused(UserError):
       published_files.save_diffusers(tmp_path / "out", other)
   assert not (tmp_path / "out").exists()

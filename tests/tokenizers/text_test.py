@@ -11,6 +11,7 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
 TEXTS = [
@@ -98,30 +99,27 @@ def test_transformers_loads_it(folder, tokenizer):
 
 
 def test_too_few_texts_are_refused(tmp_path):
-  with pytest.raises(
-    UserError,
-    match=r"the 1 training texts \(9 characters\) give \d+ tokens, config.vocab.text_size is 300",
-  ):
+  with refused(UserError):
     train_text_tokenizer(["red heart"], VOCAB, TextTokenizerConfig(), tmp_path)
   assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_another_vocabulary_is_refused(folder, tmp_path):
-  with pytest.raises(UserError, match="has 300 tokens"):
+  with refused(UserError):
     TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))
-  with pytest.raises(UserError, match="start with the 9 special ones"):
+  with refused(UserError):
     TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
-  with pytest.raises(UserError, match=r"cm3leon train_text_tokenizer"):
+  with refused(UserError):
     TextTokenizer(tmp_path / "absent", VOCAB)
 
 
 @pytest.mark.parametrize("content", ["{}", "", "[[[", '{"model": {"type": "BPE"}}'])
 def test_a_file_that_is_no_tokenizer_is_refused_with_what_to_do(tmp_path, content):
   (tmp_path / "tokenizer.json").write_text(content)
-  with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\): get it again"):
+  with refused(UserError):
     TextTokenizer(tmp_path, VOCAB)
   (tmp_path / stages.DONE).write_text('{"id": "a"}')
-  with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\): restore it, or delete"):
+  with refused(UserError):
     TextTokenizer(tmp_path, VOCAB)
 
 
@@ -136,5 +134,5 @@ def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_pa
   assert ids[0] == ids[1]
   path = folder / "tokenizer.json"
   path.write_text(path.read_text().replace("Ġ", "ġ", 1))
-  with pytest.raises(UserError, match=r"tokenizer\.json has another content than when it was"):
+  with refused(UserError):
     TextTokenizer(folder, VOCAB)

@@ -15,6 +15,7 @@ from cm3leon_jax.runs import table as stage_table
 from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.messages import refused
 
 CONFIG = VQGANConfig(
   resolution=16,
@@ -194,24 +195,24 @@ def test_save_and_load_are_bit_equal(tokenizer, images, tmp_path):
 
 
 def test_load_names_what_is_wrong(tokenizer, tmp_path):
-  with pytest.raises(UserError, match=r"config\.json does not exist"):
+  with refused(UserError):
     ImageTokenizer.load(tmp_path)
   tokenizer.save(tmp_path)
   dataclasses.replace(tokenizer, num_codes=NUM_CODES + 1).save(tmp_path)
-  with pytest.raises(UserError, match=r"params\.safetensors does not fit.*codebook\.table"):
+  with refused(UserError):
     ImageTokenizer.load(tmp_path)
   (tmp_path / "params.safetensors").write_bytes(b"nothing of the kind")
-  with pytest.raises(UserError, match=r"params\.safetensors is damaged"):
+  with refused(UserError):
     ImageTokenizer.load(tmp_path)
   (tmp_path / "params.safetensors").unlink()
-  with pytest.raises(UserError, match=r"params\.safetensors does not exist"):
+  with refused(UserError):
     ImageTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("number", [-1, 0])
 def test_a_number_of_codes_is_positive(tokenizer, tmp_path, number):
   dataclasses.replace(tokenizer, num_codes=number).save(tmp_path)
-  with pytest.raises(UserError, match=rf"config\.json: num_codes is {number}; it must be greater"):
+  with refused(UserError):
     ImageTokenizer.load(tmp_path)
 
 
@@ -223,18 +224,18 @@ def test_damaged_parameters_are_refused(tokenizer, tmp_path):
   params = bytearray((folder / "params.safetensors").read_bytes())
   params[-1] ^= 1
   (folder / "params.safetensors").write_bytes(params)
-  with pytest.raises(UserError, match=r"params\.safetensors has another content than when it was"):
+  with refused(UserError):
     ImageTokenizer.load(folder)
 
 
 def test_wrong_arrays_are_refused(tokenizer, images):
-  with pytest.raises(ValueError, match="must be uint8"):
+  with refused(ValueError):
     tokenizer.encode(images.astype(np.float32))
-  with pytest.raises(ValueError, match=r"must be uint8 \[B, 16, 16, 3\]"):
+  with refused(ValueError):
     tokenizer.encode(images[:, :8])
-  with pytest.raises(ValueError, match=r"must be \[B, 16\]"):
+  with refused(ValueError):
     tokenizer.decode(np.zeros((1, 15), np.int32))
-  with pytest.raises(ValueError, match=r"the codebook has \[0, 24\)"):
+  with refused(ValueError):
     tokenizer.decode(np.full((1, 16), NUM_CODES, np.int32))
 
 

@@ -10,6 +10,7 @@ from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.saves import upkeep
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.training.runs import MODEL, Crash, crash_at, losses, run
 
@@ -55,7 +56,7 @@ def test_a_flipped_bit_is_found(whole, loader, tmp_path):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged"):
+    with refused(UserError):
       reading.load_params(tmp_path, MODEL)
 
 
@@ -75,7 +76,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   run(tmp_path, loader, steps=9)
   for folder in (checkpoint.FOLDER, f"{checkpoint.FOLDER}.digests"):
     shutil.rmtree(tmp_path / folder)
-  with pytest.raises(UserError, match=r"has logged 9 steps and has no checkpoint: restore"):
+  with refused(UserError):
     run(tmp_path, loader)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 
@@ -127,7 +128,7 @@ def test_a_log_that_is_not_as_it_was_written_is_named_and_the_run_goes_on(
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"run `cm3leon train` first"):
+  with refused(UserError):
     reading.load_params(tmp_path, MODEL)
 
 
@@ -148,6 +149,6 @@ def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp
   run(tmp_path, loader, steps=8)
   for digests in (tmp_path / "checkpoints.digests").iterdir():
     digests.unlink()
-  with pytest.raises(UserError, match="no digests of them"):
+  with refused(UserError):
     run(tmp_path, loader)
   assert sorted(losses(tmp_path)) == list(range(1, 9))

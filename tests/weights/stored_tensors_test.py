@@ -15,6 +15,7 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors, are_in, digest_of
 from cm3leon_jax.weights.tensor_files import Tensor
 from tests.export.huggingface_test import VOCAB, config
 from tests.files.buckets_test import run, server  # noqa: F401
+from tests.messages import refused
 from tests.models.tiny import mesh_of, random_params
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4) / 3
@@ -38,7 +39,7 @@ def test_parts_of_tensors_are_read(dtype, shard_bytes, tmp_path):
     found = tensors.read("b", *index)
     np.testing.assert_array_equal(found, expected[index].astype(found.dtype))
     assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
-  with pytest.raises(UserError, match="has no tensor 'd', which its config"):
+  with refused(UserError):
     tensors.read("d")
 
 
@@ -81,13 +82,13 @@ def test_weights_of_another_config_and_of_no_numbers_are_refused(tmp_path):
   model = config("opt")
   with jax.set_mesh(mesh_of(1, 1, 1)):
     huggingface.export(tmp_path, random_params(model), model, VOCAB, None)
-    with pytest.raises(UserError, match=r"fc1\.weight' is \[96, 48\]; by the .* \[32, 48\]\."):
+    with refused(UserError):
       placed.load(StoredTensors(tmp_path), config("opt", mlp_width=32))
     path = tmp_path / "model.safetensors"
     tensors = safetensors.load_file(path)
     tensors["model.decoder.layers.2.fc2.weight"][3, 5] = np.inf
     safetensors.save_file(tensors, path)
-    with pytest.raises(UserError, match=r"layers\.2\.fc2\.weight' has values that are not finite"):
+    with refused(UserError):
       placed.load(StoredTensors(tmp_path), model)
 
 

@@ -13,6 +13,7 @@ import pytest
 from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.weights import stored
+from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of, random_params
 
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
   found = reading.open_params(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), jax.device_get(params))
   for average in (True, False):
-    with pytest.raises(UserError, match="has no average of the parameters"):
+    with refused(UserError):
       reading.open_params(tmp_path, average=average)
 
 
@@ -91,7 +92,7 @@ def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
   content = bytearray(data.read_bytes())
   content[-1] ^= 1
   data.write_bytes(bytes(content))
-  with pytest.raises(UserError, match="is damaged"):
+  with refused(UserError):
     reading.open_params(tmp_path / "copy")
 
 

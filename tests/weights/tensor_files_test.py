@@ -12,6 +12,7 @@ from safetensors import safe_open
 from cm3leon_jax.config import UserError
 from cm3leon_jax.weights import tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
+from tests.messages import refused
 
 
 def tensors_of(arrays, dtype="float32"):
@@ -75,14 +76,14 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
 
 def test_another_shape_than_announced_is_an_error(tmp_path):
   wrong = Tensor("t", (2, 3), "float32", lambda: np.zeros((3, 2)))
-  with pytest.raises(ValueError, match=r"t has shape \(3, 2\) instead of \(2, 3\)"):
+  with refused(ValueError):
     tensor_files.write(tmp_path, [wrong])
   assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (7e4, "float16")])
 def test_what_is_not_finite_in_the_file_is_refused_by_name(tmp_path, value, dtype):
-  with pytest.raises(UserError, match=f"t1 has values that are not finite in {dtype}"):
+  with refused(UserError):
     tensor_files.write(tmp_path, tensors_of({"t0": np.ones(2), "t1": np.array([1, value])}, dtype))
   tensor_files.write(tmp_path, tensors_of({"t1": np.array([1, 7e4])}, "float32"))
 

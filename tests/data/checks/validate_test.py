@@ -22,6 +22,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages
 from tests.data.documents.store_test import VOCAB, document, flip, image, same, text, write_stage
+from tests.messages import refused
 
 
 def test_valid_shards_are_counted(tmp_path):
@@ -38,20 +39,19 @@ def test_a_store_is_validated_with_its_joined_token_counts(tmp_path):
   store = DocumentStore(tmp_path, VOCAB)
   assert validate_store(store) == {"shards": 2, "documents": 2, "segments": 3, "tokens": 5}
   np.save(tmp_path / "token_counts.npy", store.token_counts + 1)
-  with pytest.raises(UserError, match=r"token_counts\.npy is not the sum of the token counts"):
+  with refused(UserError):
     validate_store(DocumentStore(tmp_path, VOCAB))
 
 
 @pytest.mark.parametrize(
-  ("stage", "command"),
-  [("documents", "encode_documents"), ("instructions", "encode_instructions")],
+  "stage",
+  ["documents", "instructions"],
 )
-def test_the_command_that_writes_a_store_again_is_that_of_its_stage(tmp_path, stage, command):
+def test_the_command_that_writes_a_store_again_is_that_of_its_stage(tmp_path, stage):
   folder = tmp_path / stage / "train_a"
   write_documents(folder, [document("a", text(9, 10))], VOCAB)
   (folder / "000000.array_record").unlink()
-  message = rf"record is missing: delete the folder .*/{stage} and run `cm3leon {command}`"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     validate_shard(folder, "000000", VOCAB)
 
 
@@ -79,38 +79,23 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("others", "message"),
+  "others",
   [
-    ([document("a", text(9), group="g")], "holds 2 documents, 000000.npz beside it 1"),
-    (
-      [document("a", text(9, 9), group="g"), document("b", text(9))],
-      r"record 0 \('a'\) has other lengths",
-    ),
-    (
-      [document("a", text(9), group="g"), document("b", image(300))],
-      r"record 1 \('b'\) has other lengths",
-    ),
-    (
-      [document("a", text(9), group="h"), document("b", text(9))],
-      r"record 0 \('a'\) has another group",
-    ),
-    (
-      [document("a", text(9), group="g", concept="c"), document("b", text(9))],
-      r"record 0 \('a'\) has another concept",
-    ),
-    (
-      [document("a", text(9), group="g"), document("b", text(10))],
-      "has other token counts than 000000.npz says",
-    ),
+    [document("a", text(9), group="g")],
+    [document("a", text(9, 9), group="g"), document("b", text(9))],
+    [document("a", text(9), group="g"), document("b", image(300))],
+    [document("a", text(9), group="h"), document("b", text(9))],
+    [document("a", text(9), group="g", concept="c"), document("b", text(9))],
+    [document("a", text(9), group="g"), document("b", text(10))],
   ],
 )
-def test_lengths_of_other_documents_are_refused(tmp_path, others, message):
+def test_lengths_of_other_documents_are_refused(tmp_path, others):
   write_documents(
     tmp_path / "one", [document("a", text(9), group="g"), document("b", text(9))], VOCAB
   )
   write_documents(tmp_path / "other", others, VOCAB)
   (tmp_path / "other" / "000000.npz").replace(tmp_path / "one" / "000000.npz")
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     validate_shard(tmp_path / "one", "000000", VOCAB)
 
 
@@ -126,12 +111,7 @@ def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests)
   place = 5 if field in ("offsets", "groups", "concepts") else 10  # Of document 5.
   values[place] = not values[place] if field == "is_image" else values[place] + 1
   np.save(folder / f"{field}.npy", values)
-  message = (
-    rf"{field}\.npy has another content"
-    if has_digests
-    else rf"{field}\.npy is wrong from document 5 on \(record 2 of b\)"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     validate_store(DocumentStore(folder, VOCAB))
 
 
@@ -143,7 +123,7 @@ def test_a_whole_shard_of_other_documents_is_found(tmp_path):
   write_shard(tmp_path / "other", "a", other, VOCAB)
   (tmp_path / "other" / "a.array_record").replace(folder / "a.array_record")
   assert (folder / "a.array_record").stat().st_size == index["files"]["a.array_record"]["bytes"]
-  with pytest.raises(UserError, match=r"a\.array_record has another content"):
+  with refused(UserError):
     validate_store(DocumentStore(folder, VOCAB))
 
 
@@ -181,7 +161,7 @@ def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_qualit
   for path in images:
     content = path.read_bytes()
     flip(path, int(rng.integers(len(content))))
-    with pytest.raises(UserError, match=rf"{path.name} has another content .* delete the folder"):
+    with refused(UserError):
       validate_raw(raw, 2)
     path.write_bytes(content)
   validate_raw(raw, 2)
@@ -191,13 +171,13 @@ def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path
   raw = prepare(tmp_path)
   first, second = sorted((raw / "000000" / "images").iterdir())[:2]
   before = {path.name: path.read_bytes() for path in (first, second)}
-  for change, message in (
-    (lambda: second.unlink(), rf"{second.name} is missing"),
-    (lambda: second.write_bytes(before[first.name]), rf"{second.name} has another content"),
-    (lambda: swap(first, second), rf"{first.name} has another content"),
+  for change in (
+    lambda: second.unlink(),
+    lambda: second.write_bytes(before[first.name]),
+    lambda: swap(first, second),
   ):
     change()
-    with pytest.raises(UserError, match=message):
+    with refused(UserError):
       validate_raw(raw, 2)
     shutil.rmtree(raw / "000000")  # As the sentence says.
     prepare(tmp_path)
@@ -215,7 +195,7 @@ def swap(first, second):
 def test_digests_of_raw_images_have_a_digest(tmp_path, damage):
   raw = prepare(tmp_path)
   damage(raw / "000000" / reader.IMAGE_DIGESTS)
-  with pytest.raises(UserError, match=r"images\.sha256 (is missing|has another content)"):
+  with refused(UserError):
     validate_raw(raw, 2)
 
 

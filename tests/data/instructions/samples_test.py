@@ -14,6 +14,7 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.loader import RowLoader
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 from tests.data.stores import VOCAB, make_sources
+from tests.messages import refused
 
 ANSWERS = 30
 CONFIG = DataConfig(sequence_length=64, pack_window=32, text_share=0.0)
@@ -116,10 +117,10 @@ def test_samples_lack_all_or_the_instruction_as_often_as_asked():
 
 
 def test_targets_belong_to_their_store(stores, tmp_path):
-  with pytest.raises(UserError, match="are no instructions"):
+  with refused(UserError):
     samples.read_targets(tmp_path, 3)
   samples.write_targets(tmp_path, [(1, 2)])
-  with pytest.raises(UserError, match="has 1 targets for 3 documents"):
+  with refused(UserError):
     samples.read_targets(tmp_path, 3)
 
 
@@ -136,7 +137,7 @@ def test_shares_follow_sizes_within_the_clipped_range():
   assert mixture(twice, [10, 10]) == pytest.approx([2 / 3, 1 / 3])
   capped = [make_task(cap=10), make_task()]
   assert mixture(capped, [10_000, 10]) == pytest.approx([0.5, 0.5])
-  with pytest.raises(UserError, match="task x has no records"):
+  with refused(UserError):
     mixture(tasks, [1, 0, 2])
-  with pytest.raises(UserError, match="all tasks have the weight 0"):
+  with refused(UserError):
     mixture([make_task(weight=0.0)], [3])

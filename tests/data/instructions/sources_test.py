@@ -21,6 +21,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.instruction_releases import RELEASES, write
 from tests.generation.run import SETTINGS, make_run
+from tests.messages import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
@@ -129,33 +130,25 @@ def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, t
 
 
 @pytest.mark.parametrize(
-  ("fields", "sentence"),
+  "fields",
   [
-    ({**ASK, "maps": {"edges": "canny"}}, "it has maps, which need an image as the target, and "),
-    (
-      {**ASK, "target": "image", "maps": {"context": "canny"}},
-      "its map 'context' has the name of a field of record 1: rename it.",
-    ),
-    (
-      {"name": "ask", "format": "scenes/draw", "records": 3, "target": "image",
+    {**ASK, "maps": {"edges": "canny"}},
+    {**ASK, "target": "image", "maps": {"context": "canny"}},
+    {"name": "ask", "format": "scenes/draw", "records": 3, "target": "image",
        "templates": ["{depth} <break> {image}"], "maps": {"depth": "maps/depth"}},
-      "its map 'depth' is the folder 'maps/depth', and its images are no files: use one of canny, ",
-    ),
   ],
 )  # fmt: skip
-def test_maps_that_records_cannot_have_are_named(tmp_path, fields, sentence):
+def test_maps_that_records_cannot_have_are_named(tmp_path, fields):
   write_lines(tmp_path / "asked/train.jsonl", line())
   (tmp_path / "maps/depth").mkdir(parents=True)
-  with pytest.raises(UserError, match=re.escape(f"task ask: {sentence}")):
+  with refused(UserError):
     open_task(tmp_path, fields)
 
 
 def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
   write(tmp_path / "coco", RELEASES["coco_2017"])
   fields = {**DRAW, "maps": {"edges": "cany"}, "templates": ["{edges} <break> {image}"]}
-  with pytest.raises(
-    UserError, match="'edges' is 'cany', which is neither canny nor scribble, and"
-  ):
+  with refused(UserError):
     open_task(tmp_path, fields)
 
 
@@ -201,8 +194,7 @@ def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, 
 def test_a_wrong_line_after_the_first_records_is_not_read(tmp_path):
   write_lines(tmp_path / "asked/train.jsonl", line(), line(), {"text": {}})
   assert len(open_task(tmp_path, {**ASK, "records": 2})) == 2
-  message = f"task ask: {tmp_path}/asked/train.jsonl, line 3 has the field 'text': did you mean"
-  with pytest.raises(UserError, match=re.escape(message)):
+  with refused(UserError):
     open_task(tmp_path, ASK)
 
 
@@ -213,13 +205,12 @@ def test_scenes_are_drawn_in_both_splits(tmp_path):
   trained, heldout = (open_task(tmp_path, fields, split) for split in ("train", "heldout"))
   assert (len(trained), len(heldout)) == (3, 2)
   assert {"/train/" in r.key for r in trained} == {"/heldout/" in r.key for r in heldout} == {True}
-  with pytest.raises(UserError, match="task count: the task 'cuont' is unknown; it must be one of"):
+  with refused(UserError):
     open_task(tmp_path, {**fields, "format": "scenes/cuont"})
 
 
 def test_a_file_that_is_absent_is_named_with_the_task(tmp_path):
-  message = f"task ask: {tmp_path}/asked has no train.jsonl: format 'jsonl' reads it for split"
-  with pytest.raises(UserError, match=re.escape(message)):
+  with refused(UserError):
     open_task(tmp_path, ASK)
 
 
@@ -283,7 +274,7 @@ def test_a_sample_may_fill_the_row(encoder, tmp_path):
       encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, room - 1)
       records = open_task(tmp_path, {**ASK, "target": target})
       if rejects:
-        with pytest.raises(UserError, match=r"task ask has no right record \(1 are wrong\)"):
+        with refused(UserError):
           stores.write_store(tmp_path / "store", task, records, encoder)
       else:
         found = stores.write_store(tmp_path / "store", task, records, encoder)
@@ -295,15 +286,14 @@ def test_a_field_that_records_do_not_have_ends_the_command(encoder, tmp_path):
   save_image(tmp_path / "asked/a.png")
   write_lines(tmp_path / "asked/train.jsonl", line(), {**line(), "texts": {"answer": "two"}})
   task = make_task(ASK)
-  message = "a template of task ask has the field {question}; its record 2 has answer, image."
-  with pytest.raises(UserError, match=re.escape(message)):
+  with refused(UserError):
     stores.write_store(tmp_path / "store", task, open_task(tmp_path, ASK), encoder)
 
 
 def test_a_split_without_records_is_named(encoder, tmp_path):
   write_lines(tmp_path / "asked/train.jsonl")
   records = open_task(tmp_path, ASK)
-  with pytest.raises(UserError, match=r"^task ask has no records: the files of its split"):
+  with refused(UserError):
     stores.write_store(tmp_path / "store", make_task(ASK), records, encoder[0])
 
 

@@ -16,6 +16,7 @@ from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS, make_run
+from tests.messages import refused
 
 VQA = InstructionTask(
   name="vqa",
@@ -111,7 +112,7 @@ def test_wrong_records_are_set_aside_with_their_reasons(encoder, tmp_path):
     lines, ["absent.png", "an empty answer", "a row has room for 65", "the shape"]
   ):
     assert reason in line["reason"]
-  with pytest.raises(UserError, match="task vqa has no right record \\(4 are wrong\\): see"):
+  with refused(UserError):
     stores.write_store(tmp_path / "none", VQA, records[1:], encoder)
 
 
@@ -130,7 +131,5 @@ def test_a_template_that_does_not_fit_the_records_ends_the_command(encoder, tmp_
     target="answer",
     format="jsonl",
   )
-  with pytest.raises(
-    UserError, match=r"task x has the field \{context\}; its record r0 has answer"
-  ):
+  with refused(UserError):
     stores.write_store(tmp_path / "store", wrong, [record(0, pixels(0))], encoder[0])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import FieldError, UserError, build
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.data.instructions import samples
 from cm3leon_jax.data.instructions.config import InstructionTask
@@ -11,6 +11,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.instructions.tasks import choose_template, join_record
 from cm3leon_jax.data.sources.records import RecordError
 from tests.data.stores import VOCAB
+from tests.messages import refused
 
 VQA = "Question: {question} Answer: {answer}. <break> {image}"
 CODES = VOCAB.image_ids(np.arange(4))
@@ -115,8 +116,7 @@ def test_the_line_of_an_optional_text_is_left_out_if_it_is_empty(template, texts
 
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_a_record_with_an_empty_text_is_no_sample(field):
-  message = f"^record r has an empty {field}: task vqa needs one.$"
-  with pytest.raises(RecordError, match=message):
+  with refused(RecordError):
     join_record(task(), record(**{field: " \n"}), encode, {"image": CODES})
 
 
@@ -157,63 +157,53 @@ def test_templates_are_chosen_by_the_key_each_as_often():
 
 
 @pytest.mark.parametrize(
-  ("fields", "sentence"),
+  "fields",
   [
-    ({"target": "anwser"}, "must have {anwser}, the target, once; it has it 0 times"),
-    ({"templates": ["{answer} {answer}"]}, "once; it has it 2 times"),
-    ({"templates": ["{answer}\n{answer?}"]}, "once; it has it 2 times"),
-    ({"templates": ["{answer?}"]}, "once; it has it 0 times"),
-    ({"templates": ["{answer} <break> <break> {image}"]}, "has an empty segment"),
-    ({"templates": []}, "templates"),
-    ({"templates": ["{ question } {answer} <break> {image}"]}, "a brace that belongs to no field"),
-    ({"drop_all": 0.7, "drop_instruction": 0.7}, "together are more than 1"),
-    ({"name": "My task"}, "name"),
-    ({"wieght": 2.0}, "has no field 'wieght': did you mean 'weight'?"),
+    {"target": "anwser"},
+    {"templates": ["{answer} {answer}"]},
+    {"templates": ["{answer}\n{answer?}"]},
+    {"templates": ["{answer?}"]},
+    {"templates": ["{answer} <break> <break> {image}"]},
+    {"templates": []},
+    {"templates": ["{ question } {answer} <break> {image}"]},
+    {"drop_all": 0.7, "drop_instruction": 0.7},
+    {"name": "My task"},
+    {"wieght": 2.0},
   ],
 )
-def test_a_wrong_declaration_is_named(fields, sentence):
-  with pytest.raises(UserError) as error:
+def test_a_wrong_declaration_is_named(fields):
+  with refused(FieldError):
     task(**fields)
-  assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ("template", "texts", "sentence"),
+  ("template", "texts"),
   [
     (
       "{answer} {context} <break> {image}",
       {},
-      "a template of task vqa has the field {context}; its record r has answer, image, question.",
     ),
-    ("{answer} {image}", {}, "has the image {image} in a text: put <break> between them"),
+    ("{answer} {image}", {}),
   ],
 )
-def test_a_record_that_does_not_fit_is_named(template, texts, sentence):
-  with pytest.raises(UserError) as error:
+def test_a_record_that_does_not_fit_is_named(template, texts):
+  with refused(UserError):
     join_record(task(templates=[template]), record(**texts), encode, {"image": CODES})
-  assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ("fields", "sentence"),
+  "fields",
   [
-    (
-      {"templates": ["{image} <break> {answer}"], "target": "image"},
-      "task vqa predicts the image {image}, which must be the last segment",
-    ),
-    ({"drop_all": 0.5}, "task vqa predicts a text, and only images can lack what is before them"),
-    (
-      {
-        "templates": ["{question} <break> {image} <break> {after}"],
-        "target": "after",
-        "drop_instruction": 0.1,
-      },
-      "task vqa has drop_instruction, and no text stands before {after}",
-    ),
+    {"templates": ["{image} <break> {answer}"], "target": "image"},
+    {"drop_all": 0.5},
+    {
+      "templates": ["{question} <break> {image} <break> {after}"],
+      "target": "after",
+      "drop_instruction": 0.1,
+    },
   ],
 )
-def test_what_cannot_be_predicted_or_dropped_is_named(fields, sentence):
+def test_what_cannot_be_predicted_or_dropped_is_named(fields):
   one = Record("r", "g", record().texts, {"image": "i", "after": "j"})
-  with pytest.raises(UserError) as error:
+  with refused(UserError):
     join_record(task(**fields), one, encode, {"image": CODES, "after": CODES})
-  assert sentence in str(error.value)

@@ -6,6 +6,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
+from tests.messages import refused
 
 # 30 images; image i has 1 + i % 5 examples.
 EXAMPLES = [Example(f"{i}/{j}", str(i)) for i in range(30) for j in range(1 + i % 5)]
@@ -57,8 +58,7 @@ def test_images_with_many_examples_are_not_chosen_more_often():
 @pytest.mark.parametrize("count", [91, -1])
 def test_other_numbers_are_refused(count):
   assert choose(EXAMPLES, 0) == []
-  message = f"^{count} of 90 examples are to be chosen; ask for 0 to 90.$"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     choose(EXAMPLES, count)
 
 
@@ -67,6 +67,5 @@ def test_images_that_do_not_exist_are_named(tmp_path):
   there = Example("1", "1", str(tmp_path / "a.jpg"))
   absent = [Example(k, k, str(tmp_path / f"{k}.jpg")) for k in ("2", "3")]
   check_images([there, Example("4", "4")])
-  message = r"/2\.jpg, the image of example 2, does not exist \(2 of 3 images are absent\); give"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     check_images([there, *absent, *absent])

@@ -14,6 +14,7 @@ from cm3leon_jax.data.sources import origins as origins_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
 from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.files.shards import Runner
+from tests.messages import refused
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -107,46 +108,28 @@ def test_texts_are_optional(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("line", "message"),
+  "line",
   [
-    ('{"key": "x",', r"pairs.jsonl, line 3 is not valid JSON"),
-    ([1], r"line 3 is list; every line must be one JSON object"),
-    ({"key": "x", "image": "red.png"}, r"line 3, key 'x' has no field 'caption'"),
-    ({"image": "red.png", "caption": "a"}, r"line 3 has no field 'key'"),
-    (
-      {"key": "x", "image": "red.png", "caption": " "},
-      r"line 3, key 'x': field 'caption' is empty",
-    ),
-    (
-      {"key": "x", "image": "red.png", "caption": 7},
-      r"line 3, key 'x': field 'caption' is 7; it must be a string",
-    ),
-    (
-      {"key": "x", "image": "red.png", "caption": "\ud83d"},
-      r"line 3, key 'x': field 'caption' holds half of a surrogate pair",
-    ),
-    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* occurs twice"),
-    (
-      {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
-      r"split is 'test'; it must be 'train', 'heldout' or 'bank'",
-    ),
-    ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
-    (
-      {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
-      r"key 'x': field 'facts' is 'red'; it must be a JSON object",
-    ),
-    (
-      {"key": "x", "image": "pairs.jsonl", "caption": "a"},
-      r"key 'x': image .*pairs.jsonl cannot be read",
-    ),
+    '{"key": "x",',
+    [1],
+    {"key": "x", "image": "red.png"},
+    {"image": "red.png", "caption": "a"},
+    {"key": "x", "image": "red.png", "caption": " "},
+    {"key": "x", "image": "red.png", "caption": 7},
+    {"key": "x", "image": "red.png", "caption": "\ud83d"},
+    {"key": "k0", "image": "red.png", "caption": "a"},
+    {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
+    {"key": "x", "image": "no.png", "caption": "a"},
+    {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
+    {"key": "x", "image": "pairs.jsonl", "caption": "a"},
   ],
 )
-def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
+def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line):
   replace_line(source, 2, line)
-  with pytest.raises(UserError, match=message) as error:
+  with refused(UserError) as error:
     prepare(source, tmp_path)
   assert "\n" not in str(error.value)
-  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
+  with refused(UserError):
     reader.read_pairs(tmp_path / "raw", "train")
 
 
@@ -162,10 +145,7 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
     ("y", "unreadable_image"),
   ]
   assert rejected[0]["file"].endswith("pairs.jsonl")
-  with pytest.raises(
-    UserError,
-    match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%",
-  ):
+  with refused(UserError):
     prepare(source, tmp_path, max_rejected=0.04)
   assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
 
@@ -186,10 +166,9 @@ def test_records_are_chosen_by_license(source, tmp_path):
 
 
 def test_licenses_that_no_record_has_are_reported(source, tmp_path):
-  sentence = r"none of the 42 records of '.*' has one of these licenses"
-  with pytest.raises(UserError, match=sentence):
+  with refused(UserError):
     prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
-  with pytest.raises(UserError, match=r"drawings of OpenMoji are under CC-BY-SA-4\.0: add it"):
+  with refused(UserError):
     ingest.parts_of(RawConfig(source="openmoji", licenses=("CC0-1.0",)))
 
 
@@ -223,10 +202,7 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
 
 
 def test_long_captions_are_rejected(source, tmp_path):
-  with pytest.raises(
-    UserError,
-    match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char",
-  ):
+  with refused(UserError):
     prepare(source, tmp_path, max_caption_characters=11)
 
 
@@ -252,19 +228,19 @@ def test_interleaved_documents_keep_their_order(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("segments", "message"),
+  "segments",
   [
-    ([], "'segments' must be a list"),
-    ([{"text": "a", "image": "red.png"}], r'segment 0 must be {"text": ...} or {"image": ...}'),
-    ([{"text": "a"}, {"text": " "}], r"segment 1: field 'text' is empty"),
-    ([{"image": "no.png"}], r"image 'no.png' does not exist"),
-    ([{"text": "a"}, {"image": "pairs.jsonl"}], r"image .*pairs.jsonl cannot be read"),
-    ([{"text": 5}], r"field 'text' is 5; it must be a string"),
+    [],
+    [{"text": "a", "image": "red.png"}],
+    [{"text": "a"}, {"text": " "}],
+    [{"image": "no.png"}],
+    [{"text": "a"}, {"image": "pairs.jsonl"}],
+    [{"text": 5}],
   ],
 )
-def test_wrong_interleaved_documents_are_refused(source, tmp_path, segments, message):
+def test_wrong_interleaved_documents_are_refused(source, tmp_path, segments):
   (source / "interleaved.jsonl").write_text(interleaved(*segments))
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     prepare(source, tmp_path)
 
 
@@ -324,11 +300,7 @@ def test_damaged_records_of_a_shard_are_refused_and_made_again(tmp_path):
   _, out = prepare(tmp_path / "in", tmp_path)
   index, path = (out / reader.INDEX).read_bytes(), out / "000001" / "texts.jsonl"
   path.write_text(path.read_text().replace("b 1", "x 1"))
-  message = (
-    r"000001/texts\.jsonl has another content than when it was written: restore it, or delete the "
-    r"folder .*000001 and .*done\.json and run"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     reader.read_texts(out, "train")
   shutil.rmtree(out / "000001")
   prepare(tmp_path / "in", tmp_path)
@@ -365,18 +337,16 @@ def test_images_are_made_square_as_configured(source, tmp_path):
 
 
 def test_wrong_sources_are_refused(source, tmp_path):
-  with pytest.raises(
-    UserError, match=r"has no files; it must be 'openmoji' or 'scenes', or a folder"
-  ):
+  with refused(UserError):
     prepare(tmp_path / "absent", tmp_path)
   (source / "pairs.jsonl").write_text("\n")
   (source / "texts.jsonl").unlink()
-  with pytest.raises(UserError, match=r"holds no record that can be used"):
+  with refused(UserError):
     prepare(source, tmp_path)
   (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
-  with pytest.raises(UserError, match="is not UTF-8"):
+  with refused(UserError):
     prepare(source, tmp_path)
-  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
+  with refused(UserError):
     reader.read_pairs(tmp_path / "absent", "train")
 
 

@@ -2,10 +2,10 @@ import io
 
 import numpy as np
 from PIL import Image
-import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from tests.messages import refused
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -29,7 +29,7 @@ def test_load_image_scales_crops_and_puts_on_white(tmp_path):
 
 def test_load_image_names_a_broken_file(tmp_path):
   (tmp_path / "half.png").write_bytes(png(RED, (64, 64))[:60])
-  with pytest.raises(UserError, match=r"half.png cannot be read .* must be a PNG"):
+  with refused(UserError):
     reader.load_image(tmp_path / "half.png", 8)
 
 
@@ -37,12 +37,8 @@ def test_the_content_decides_the_format_and_not_the_suffix(tmp_path):
   (tmp_path / "a.jpg").write_bytes(png(RED))
   assert (reader.load_image(tmp_path / "a.jpg", 4) == np.array(RED)).all()
   (tmp_path / "b.jpg").write_bytes(b"no image")
-  with pytest.raises(UserError) as error:
+  with refused(UserError):
     reader.load_image(tmp_path / "b.jpg", 4)
-  assert str(error.value) == (
-    f"image {tmp_path}/b.jpg cannot be read (its content is of no such format); it must be a PNG, "
-    "JPEG, WebP, GIF or AVIF file."
-  )
 
 
 def test_load_with_size_returns_the_size_of_the_upright_image():

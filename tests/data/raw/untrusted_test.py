@@ -30,6 +30,7 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
+from tests.messages import refused
 
 FORMATS = ("png", "jpeg", "webp", "gif", "avif")
 
@@ -90,7 +91,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
 def test_an_image_of_many_bytes_is_refused(tmp_path):
   with (tmp_path / "a.png").open("wb") as file:
     file.truncate(reader.MAX_BYTES + 1)
-  with pytest.raises(UserError, match=r"a\.png has 67,108,865 bytes; it may have 67,108,864\.$"):
+  with refused(UserError):
     reader.load_image(tmp_path / "a.png", 8)
 
 
@@ -161,7 +162,7 @@ def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damage
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "pipe.png")
   for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-    with pytest.raises(UserError, match=r"is no file|is a folder"):
+    with refused(UserError):
       reader.load_image(path, 8)
 
 

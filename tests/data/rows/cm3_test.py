@@ -8,6 +8,7 @@ import pytest
 
 from cm3leon_jax.data.rows import cm3
 from cm3leon_jax.vocab import VocabLayout
+from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=32, text_size=288, image_size=512)
 BRK, EOS, EOSS = VOCAB.brk, VOCAB.eos, VOCAB.eoss
@@ -151,7 +152,7 @@ def test_several_tries_find_the_spans_that_are_wanted():
 
 def test_undo_refuses_an_infill_that_is_cut():
   tokens = np.array([EOS, M0, BRK, 291, EOS, M0, 77, 78], np.int32)
-  with pytest.raises(ValueError, match="no infill"):
+  with refused(ValueError):
     cm3.undo_cm3_mask(tokens, VOCAB)
-  with pytest.raises(ValueError, match="stands once"):
+  with refused(ValueError):
     cm3.undo_cm3_mask(tokens[:5], VOCAB)

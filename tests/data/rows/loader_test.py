@@ -21,6 +21,7 @@ from cm3leon_jax.data.rows.plan import RowPlan
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, damage_record, make_plan, make_sources
+from tests.messages import refused
 
 EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.pad
 
@@ -71,7 +72,7 @@ def test_a_document_that_alone_does_not_fit_loses_its_tail():
 
 
 def test_a_changed_store_is_refused():
-  with pytest.raises(ValueError, match="planned were 9"):
+  with refused(ValueError):
     build_sample(DOCUMENT, [], SamplePlan((), False, (), 9), VOCAB, 1.0)
 
 
@@ -233,15 +234,14 @@ def test_a_bad_record_stops_the_rows_and_is_named(tmp_path):
   loader = RowLoader(make_plan(sources), VOCAB)
   places = rows_with(loader, 7)
   damage_record(tmp_path / "pairs" / "000000.array_record", 7)
-  message = r"pairs/000000\.array_record, record 7 \(document 7 of the store\) cannot be read"
   for i in range(NUM_ROWS):
     if i in places:
-      with pytest.raises(UserError, match=message):
+      with refused(UserError):
         loader[i]
     else:
       loader[i]
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     take(batches(loader, 0, 8, sharding), NUM_ROWS // 8)
 
 
@@ -275,11 +275,7 @@ def test_more_skipped_records_than_allowed_stop_the_rows(tmp_path):
   sources = make_sources(tmp_path)
   (tmp_path / "pairs" / "000000.array_record").unlink()
   loader = RowLoader(make_plan(sources, on_bad_record="skip", max_skipped=3), VOCAB)
-  message = (
-    r"4 samples cannot be read; config\.data\.max_skipped is 3\. The last: "
-    r".*pairs/000000\.array_record is missing"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     [loader[i] for i in range(60)]
 
 

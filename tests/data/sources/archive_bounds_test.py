@@ -23,6 +23,7 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
+from tests.messages import refused
 
 MIB = 2**20
 LONG = 100 * MIB
@@ -272,9 +273,9 @@ def test_a_chain_of_urls_is_a_name(tmp_path, monkeypatch):
   assert path == str(pathlib.Path("a::b").absolute())
   assert fs.protocol == ("file", "local")
   for url in ("gs://b/a::http://c/1.png", "zip://a.png::/tmp/b.zip"):
-    with pytest.raises(UserError, match="holds '::', a chain of URLs, which is not read"):
+    with refused(UserError):
       open_filesystem(url)
-    with pytest.raises(UserError, match="holds '::'"):
+    with refused(UserError):
       reader.load_image(url, 8)
 
 

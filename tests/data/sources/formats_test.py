@@ -15,6 +15,7 @@ from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
 from cm3leon_jax.files.shards import Runner
+from tests.messages import refused
 
 
 def read(source, kind="auto"):
@@ -176,15 +177,12 @@ def test_from_tar_to_the_raw_folder(tmp_path):
 
 
 def test_absent_and_unknown_sources_are_refused(tmp_path):
-  with pytest.raises(UserError, match="which is absent or has no files"):
+  with refused(UserError):
     list(read(str(tmp_path / "none")))
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
-  with pytest.raises(
-    UserError,
-    match=r"hold no texts and no captions \(a\.jpg, \.\.\.\); a folder of images must hold",
-  ):
+  with refused(UserError):
     list(read(str(tmp_path)))
-  with pytest.raises(UserError, match=r"which holds no \.tar file; format is 'webdataset'"):
+  with refused(UserError):
     list(read(str(tmp_path), "webdataset"))
   with pytest.raises(UserError, match="cannot be opened"):
     list(read("nothing://x/y"))

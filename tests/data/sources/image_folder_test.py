@@ -26,6 +26,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.scenes.config import ScenesConfig
 from cm3leon_jax.scenes.tasks import ScenesTasks
 from tests.data.stores import IMAGE_TOKENS, VOCAB
+from tests.messages import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
@@ -320,7 +321,7 @@ def test_whoever_trusts_a_file_reads_images_from_everywhere(root, reader, escape
 def test_a_map_that_is_a_link_out_of_its_folder_is_refused(root):
   fill(root, "")
   (root / "depth" / "a_0.jpg").symlink_to(root.parent / "outside" / "a_0.jpg")
-  with pytest.raises(UserError, match=r"^task draw: record 1: image 'a_0\.jpg' is not in .*depth;"):
+  with refused(UserError):
     maps(root, "a_0.jpg", False)
 
 
@@ -330,7 +331,7 @@ def test_texts_of_instruct_pix2pix_are_beside_its_list(root, folder):
   write(outside, "prompt.json", {"input": "a", "edit": "secret", "output": "c"})
   (root / "linked").symlink_to(outside)
   write(root, "seeds.json", [[folder.format(outside), ["a"]], ["q", []]])
-  with pytest.raises(UserError, match=r"seeds\.json, folder .*: file '.*prompt\.json' is not in "):
+  with refused(UserError):
     list(open_records("instruct_pix2pix", root, "train"))
 
 
@@ -347,7 +348,7 @@ def test_the_subset_of_vqa_is_a_folder_in_the_folder(root, subset, opened):
   answer = {"question_id": 1, "answers": [{"answer": "red"}]}
   answer |= {"question_type": "what", "answer_type": "other"}
   write(root, "v2_mscoco_val2014_annotations.json", {"annotations": [answer]})
-  with pytest.raises(UserError, match=r"question 1: image '.*' is not in "):
+  with refused(UserError):
     list(opened("vqa_v2", root, "val"))
 
 
@@ -359,7 +360,7 @@ def test_a_folder_of_images_apart_from_the_file_counts(root):
   [record] = open_records("jsonl", root, "train", images=outside)
   assert record.images == {"image": str(outside / "a_0.jpg")}
   write(root, "train.jsonl", {"images": {"image": str(root / "a_0.jpg")}})
-  with pytest.raises(UserError, match=r"is not in .*outside; put it there"):
+  with refused(UserError):
     list(open_records("jsonl", root, "train", images=outside))
 
 
@@ -373,7 +374,7 @@ def test_in_a_bucket_only_names_of_the_same_folder_are_right():
     "gs://other/set/a.png", "gcs://bucket/set/a.png", "file:///etc/passwd", "http://x/a.png",
     "x::file:///etc/passwd", "memory://bucket/set/a.png",
   ):  # fmt: skip
-    with pytest.raises(UserError, match="is not in gs://bucket/set; put it there"):
+    with refused(UserError):
       folder.find(name, "f")
 
 
@@ -382,7 +383,7 @@ def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
   monkeypatch.setenv("HOME", str(root.parent / "outside"))
   monkeypatch.chdir(root)
   for folder in ("", "."):
-    with pytest.raises(UserError, match=r"'~/a_0\.jpg' is not in the current folder; put it there"):
+    with refused(UserError):
       ImageFolder(folder).find("~/a_0.jpg", "f")
     assert ImageFolder(folder).find("a_0.jpg", "f") == "a_0.jpg"
   monkeypatch.setenv("HOME", str(root.parent))

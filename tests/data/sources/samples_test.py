@@ -17,6 +17,7 @@ from cm3leon_jax.data.sources import formats, samples
 from cm3leon_jax.data.sources.records import RawPair, RawText, Rejected
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, prepare, read, write_tar
+from tests.messages import refused
 
 OF_JSON = '{"caption": "of json"}'
 
@@ -203,11 +204,11 @@ def test_a_list_rules_over_captions_beside_its_images(folder):
 
 def test_images_without_any_caption_are_refused_or_rejected(folder):
   write(folder, a_jpg=jpeg(1))
-  with pytest.raises(UserError, match=r"the caption of x\.jpg in x\.txt, x\.caption or x\.json"):
+  with refused(UserError):
     formats.parts(str(folder))
   write(folder, b_txt="A text.")
   assert reasons(read(folder)) == ["missing_caption", "b.txt"]
-  with pytest.raises(UserError, match="holds no image; format is 'sidecars'"):
+  with refused(UserError):
     formats.parts(str(folder / "b.txt"), "sidecars")
 
 
@@ -230,7 +231,7 @@ def test_a_folder_of_links_is_not_read(tmp_path):
   assert reasons(read(tmp_path / "in")) == ["linked_file", "missing_caption"]
   for name in ("a.jpg", "b.jpg", "pairs.jsonl"):
     (tmp_path / "in" / name).unlink()
-  with pytest.raises(UserError, match="whose files are links, which are not read"):
+  with refused(UserError):
     formats.parts(str(tmp_path / "in"))
 
 

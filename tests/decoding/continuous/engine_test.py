@@ -28,6 +28,7 @@ from tests.decoding.small import (
   plain_requests,
   small_generator,
 )
+from tests.messages import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -123,7 +124,7 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
   one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
   first, second = engine.admit(*one[:3]), engine.admit(*two[:3])
   assert not engine.can_admit(three[0], three[2])
-  with pytest.raises(NoFreeSlot, match="try again"):
+  with refused(NoFreeSlot):
     engine.admit(*three[:3])
   assert {u.ticket for u in engine.step()} == {first, second}
   engine.remove(first)
@@ -334,7 +335,7 @@ def test_a_chunk_that_fails_loses_its_batch_alone(generator, cases):
   engine.step()
   jax.tree.map(lambda x: x.delete(), engine._places[lost][0].state)
   engine.step()
-  with pytest.raises(StepFailed, match="1 samples failed") as error:
+  with refused(StepFailed) as error:
     engine.step()
   assert error.value.tickets == [lost]
   again = engine.admit(*of[1][:3])
@@ -380,24 +381,24 @@ def test_a_warm_bucket_compiles_nothing(generator, cases, caplog):
     assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
     assert "Compiling jit" not in caplog.text
   engine.admit(*plain[0][:3])
-  with pytest.raises(ValueError, match="under way"):
+  with refused(ValueError):
     engine.warm(plain[0][0])
 
 
 def test_bad_calls(generator):
   for fields in ({"slots": 0}, {"chunk": 0}, {"buckets": 0}):
-    with pytest.raises(UserError, match=f"{next(iter(fields))} is 0; it must be positive"):
+    with refused(UserError):
       ContinuousGenerator(generator, **fields)
   drafting = copy.copy(generator)
   drafting.config = dataclasses.replace(generator.config, draft_window=4, image_head=True)
-  with pytest.raises(UserError, match="draft_window is 4"):
+  with refused(UserError):
     ContinuousGenerator(drafting)
   long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
   engine = ContinuousGenerator(generator)
-  with pytest.raises(UserError, match=f"has {POSITIONS} tokens"):
+  with refused(UserError):
     engine.admit(long, 0)
   for seed in (-1, 2**32):
-    with pytest.raises(UserError, match=f"the seed is {seed}"):
+    with refused(UserError):
       engine.admit(guided_requests()[0], seed)
   assert not engine.active
 

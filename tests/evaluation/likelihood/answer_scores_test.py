@@ -12,6 +12,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
+from tests.messages import refused
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]
 ANSWERS = [["yes", "no", "yes it is"], ["is", "was"]]
@@ -65,7 +66,7 @@ def test_an_empty_answer_and_a_long_text_are_refused(run):
   pipeline, params = run
   codes = np.zeros((1, 16), np.int32)
   with one_device():
-    with pytest.raises(UserError, match=r"an answer to 'Is it red\? \?\.' is empty"):
+    with refused(UserError):
       score_answers(pipeline, params, TEXTS[:1], [[""]], codes)
-    with pytest.raises(UserError, match="the model was trained on 128: shorten the text"):
+    with refused(UserError):
       score_answers(pipeline, params, ["word " * 200 + "<mask>."], [["yes"]], codes)

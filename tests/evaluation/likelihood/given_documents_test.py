@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import re
 
 from etils import epath
 import numpy as np
@@ -21,6 +20,7 @@ from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.runs import stages
 from tests.data.stores import IMAGE_TOKENS, VOCAB
+from tests.messages import refused
 
 POSITIONS = 64
 TOKENIZERS = {"text_tokenizer": "t1", "vqgan": "v1"}
@@ -148,48 +148,33 @@ LONG = " ".join(["w"] * (POSITIONS + 1))
 
 
 @pytest.mark.parametrize(
-  ("line", "sentence"),
+  "line",
   [
-    ('{"text": \n', ", line 2 is not valid JSON (Expecting value: line 1 column 9"),
-    ([1], ", line 2 is list; every line must be one JSON object, with text, image and caption, "),
-    ({"txt": "a"}, ", line 2 has no text, no image and caption, no segments: it must have one "),
-    (
-      {"text": "a", "licence": "x"},
-      ", line 2: field 'licence' is unknown beside 'text': did you mean 'license'?",
-    ),
-    (
-      {"image": "a.png", "text": "a"},
-      ", line 2: field 'text' is unknown beside 'image': it may have key, image, caption, ",
-    ),
-    ({"text": " "}, ", line 2, key 'docs.jsonl/1': field 'text' is empty; "),
-    ({"image": "a.png", "caption": ""}, ", line 2, key 'docs.jsonl/1': field 'caption' is empty; "),
-    ({"key": "k", "segments": []}, ", line 2, key 'k': 'segments' must be a list of texts and ima"),
-    ({"segments": [{}]}, ", line 2, key 'docs.jsonl/1': segment 0 must be {\"text\": ...} or "),
-    ({"text": 5}, ", line 2, key 'docs.jsonl/1': field 'text' is 5; it must be a string."),
-    ({"image": "a.png"}, ", line 2, key 'docs.jsonl/1' has no field 'caption'; it must have key, "),
-    ({"image": "no.png", "caption": "a"}, ", line 2: image 'no.png' does not exist; give its path"),
-    ({"image": "photos", "caption": "a"}, ", line 2, image 'photos': image "),
-    (
-      {"image": "docs.jsonl", "caption": "a"},
-      ", line 2, image 'docs.jsonl': image of 62 bytes cannot be read (",
-    ),
-    (
-      {"text": LONG},
-      ", line 2, key 'docs.jsonl/1': the document takes 66 positions; the model was trained on 64:",
-    ),
-    (
-      {"segments": [{"image": "a.png"}] * 4},
-      ", line 2, key 'docs.jsonl/1': the document takes 68 positions; the model was trained on 64:",
-    ),
+    '{"text": \n',
+    [1],
+    {"txt": "a"},
+    {"text": "a", "licence": "x"},
+    {"image": "a.png", "text": "a"},
+    {"text": " "},
+    {"image": "a.png", "caption": ""},
+    {"key": "k", "segments": []},
+    {"segments": [{}]},
+    {"text": 5},
+    {"image": "a.png"},
+    {"image": "no.png", "caption": "a"},
+    {"image": "photos", "caption": "a"},
+    {"image": "docs.jsonl", "caption": "a"},
+    {"text": LONG},
+    {"segments": [{"image": "a.png"}] * 4},
   ],
-  ids=str,
+  ids=lambda line: str(line)[:50],
 )  # fmt: skip
-def test_a_wrong_line_is_refused_in_one_sentence(write, tmp_path, line, sentence):
-  with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'docs.jsonl') + sentence)}"):
+def test_a_wrong_line_is_refused_in_one_sentence(write, line):
+  with refused(UserError):
     write({"text": "all right"}, line).check()
 
 
-def test_a_line_without_end_is_refused_and_never_read_whole(write, tmp_path, monkeypatch):
+def test_a_line_without_end_is_refused_and_never_read_whole(write, monkeypatch):
   monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
   sizes, readline = [], io.BufferedReader.readline
 
@@ -200,8 +185,7 @@ def test_a_line_without_end_is_refused_and_never_read_whole(write, tmp_path, mon
       return line
 
   monkeypatch.setattr(io, "BufferedReader", Counted)
-  sentence = "docs.jsonl, line 2 has more than 1,000 bytes; it must be one JSON object."
-  with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / sentence))}$"):
+  with refused(UserError):
     write({"text": "a"}, {"text": "x" * 100_000}, {"text": "b"}).check()
   assert len(sizes) > 100
   assert max(sizes) == 1_001
@@ -213,15 +197,11 @@ def test_a_document_that_fills_all_positions_is_taken(write):
 
 
 def test_files_that_are_no_documents_are_refused(write, tmp_path):
-  def refused(path, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)):
-      open_documents(path, LAYOUT, TOKENIZERS).check()
-
-  refused(tmp_path / "none.jsonl", f"--documents names {tmp_path / 'none.jsonl'}, which does not e")
-  refused(tmp_path, f"--documents names the folder {tmp_path}, which is no store of a finished")
-  refused(write("\n\n").path, "docs.jsonl, which has no line: give one JSON object per line.")
   (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-  refused(tmp_path / "latin.jsonl", "latin.jsonl, line 1 is not UTF-8 (")
+  empty = write("\n\n").path
+  for path in (tmp_path / "none.jsonl", tmp_path, empty, tmp_path / "latin.jsonl"):
+    with refused(UserError):
+      open_documents(path, LAYOUT, TOKENIZERS).check()
 
 
 def stored(folder, sizes, config=None):
@@ -253,11 +233,10 @@ def test_a_store_is_checked_by_lengths_alone_and_read_in_parts(tmp_path, monkeyp
   assert parts == {0: ["d0", "d1"], 2: ["d4"]}
   assert dataclasses.replace(opened, made="again").check().digest != checked.digest
   folder = stored(epath.Path(tmp_path) / "documents" / "long", sizes)
-  sentence = r"long, document 5, key 'd5': the document takes 65 positions; the model was trained o"
-  with pytest.raises(UserError, match=sentence):
+  with refused(UserError):
     open_documents(folder, LAYOUT, TOKENIZERS).check()
   folder = stored(epath.Path(tmp_path) / "documents" / "empty", [])
-  with pytest.raises(UserError, match="empty, which holds no documents"):
+  with refused(UserError):
     open_documents(folder, LAYOUT, TOKENIZERS).check()
 
 
@@ -268,5 +247,5 @@ def test_a_store_of_other_tokenizers_is_refused(tmp_path):
   )
   opened = open_documents(stored(folder, [(3, -16)], config), LAYOUT, TOKENIZERS)
   assert not isinstance(opened, DocumentFile)
-  with pytest.raises(UserError, match="which another vqgan made than that of --workdir"):
+  with refused(UserError):
     open_documents(folder, LAYOUT, {**TOKENIZERS, "vqgan": "v2"})

@@ -10,6 +10,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import answers as answer_metrics
+from tests.messages import refused
 
 ANSWER = st.text("ab e,.'-/12", max_size=8)
 ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), min_size=4)
@@ -242,22 +243,19 @@ def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
 
 
 @pytest.mark.parametrize(
-  ("call", "message"),
+  "call",
   [
-    (lambda: answer_metrics.vqa_accuracies(["a"], []), "1 candidates for 0 questions"),
-    (lambda: answer_metrics.vqa_accuracies(["a"], [["a"] * 3]), "Question 0 has 3 answers"),
-    (lambda: answer_metrics.exact_matches(["a", "b"], [["a"], []]), "Question 1 has no answers"),
-    (lambda: answer_metrics.ndcg([1, 2], [1, 2]), r"scores have the shape \(2,\)"),
-    (lambda: answer_metrics.ndcg([[1, 2]], [[1]]), r"relevance \(1, 1\)"),
-    (
-      lambda: answer_metrics.ndcg([[1], [np.nan]], [[1], [1]]),
-      "Question 1 has a score that is NaN",
-    ),
-    (lambda: answer_metrics.ndcg([[1]], [[-1]]), "Question 0 has a relevance that is negative"),
-    (lambda: answer_metrics.ndcg([[1]], [[np.nan]]), "relevance that is negative or NaN"),
-    (lambda: answer_metrics.ndcg([[1], [1]], [[1], [0]]), "Question 1 has no relevant candidate"),
+    lambda: answer_metrics.vqa_accuracies(["a"], []),
+    lambda: answer_metrics.vqa_accuracies(["a"], [["a"] * 3]),
+    lambda: answer_metrics.exact_matches(["a", "b"], [["a"], []]),
+    lambda: answer_metrics.ndcg([1, 2], [1, 2]),
+    lambda: answer_metrics.ndcg([[1, 2]], [[1]]),
+    lambda: answer_metrics.ndcg([[1], [np.nan]], [[1], [1]]),
+    lambda: answer_metrics.ndcg([[1]], [[-1]]),
+    lambda: answer_metrics.ndcg([[1]], [[np.nan]]),
+    lambda: answer_metrics.ndcg([[1], [1]], [[1], [0]]),
   ],
 )
-def test_wrong_inputs_are_named(call, message):
-  with pytest.raises(UserError, match=message):
+def test_wrong_inputs_are_named(call):
+  with refused(UserError):
     call()

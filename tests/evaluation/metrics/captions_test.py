@@ -10,6 +10,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import captions as caption_metrics
 from tests.evaluation.ptb_captions import CAPTIONS
+from tests.messages import refused
 
 WORDS = "a the man dog red ball on grass runs sits near tree big two with cat".split()  # noqa: SIM905
 CAPTION = st.lists(st.sampled_from(WORDS[:5]), max_size=8)
@@ -167,13 +168,13 @@ def test_ngrams_of_all_images_weigh_nothing():
 
 
 @pytest.mark.parametrize(
-  ("captions", "references", "message"),
+  ("captions", "references"),
   [
-    (["a"], [["a"], ["b"]], "There are 1 captions for 2 images"),
-    ([], [], "no captions"),
-    (["a", "b"], [["a"], []], "Image 1 has no references"),
+    (["a"], [["a"], ["b"]]),
+    ([], []),
+    (["a", "b"], [["a"], []]),
   ],
 )
-def test_wrong_inputs_are_named(captions, references, message):
-  with pytest.raises(UserError, match=message):
+def test_wrong_inputs_are_named(captions, references):
+  with refused(UserError):
     caption_metrics.score(captions, references)

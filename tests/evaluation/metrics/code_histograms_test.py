@@ -13,6 +13,7 @@ from cm3leon_jax.evaluation.metrics.code_histograms import (
   jensen_shannon_bits,
   total_variation,
 )
+from tests.messages import refused
 
 DISTANCES = [jensen_shannon_bits, total_variation]
 COUNTS = hnp.arrays(np.int64, 6, elements=st.integers(0, 10**6)).filter(lambda x: x.any())
@@ -95,22 +96,22 @@ def test_arrangement_is_not_seen():
 
 
 @pytest.mark.parametrize(
-  ("codes", "message"),
+  "codes",
   [
-    ([1, 4], "the image code 4 is not one of the 4 of the tokenizer"),
-    ([-1, 2], "the image code -1 is not one"),
-    ([0.0, 1.0], "image codes must be integers, and are float64"),
+    [1, 4],
+    [-1, 2],
+    [0.0, 1.0],
   ],
 )
-def test_what_is_no_code_is_refused(codes, message):
-  with pytest.raises(UserError, match=message):
+def test_what_is_no_code_is_refused(codes):
+  with refused(UserError):
     count_codes([np.array(codes)], 4)
 
 
 @pytest.mark.parametrize("measure", DISTANCES)
 def test_histograms_that_cannot_be_compared_are_refused(measure):
-  with pytest.raises(UserError, match=r"have the shapes \(2,\) and \(3,\): use one tokenizer"):
+  with refused(UserError):
     measure([1, 2], [1, 2, 3])
   for wrong in ([0, 0], [2, -1]):
-    with pytest.raises(UserError, match="at least one code, and none less than 0 times"):
+    with refused(UserError):
       measure([1, 2], wrong)

@@ -13,6 +13,7 @@ import transformers
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
 from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
+from tests.messages import refused
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 1e-5  # Features are of order 1.
@@ -108,46 +109,30 @@ def change_tensors(folder, change):
 
 
 MISTAKES = {
-  "no weights": (
-    lambda f: (f / "model.safetensors").unlink(),
-    r"model\.safetensors does not exist; the folder must be that of a Hugging Face DINOv2",
+  "no weights": lambda f: (f / "model.safetensors").unlink(),
+  "a pickle": lambda f: torch.save({}, f / "model.safetensors"),
+  "another network": lambda f: change_json(f / "config.json", model_type="vit"),
+  "another processor": lambda f: change_json(
+    f / "preprocessor_config.json", image_processor_type="ViTImageProcessor"
   ),
-  "a pickle": (
-    lambda f: torch.save({}, f / "model.safetensors"),
-    r"model\.safetensors is a pickle",
+  "no tensor": lambda f: change_tensors(f, lambda t: t.pop("layernorm.bias")),
+  "shape": lambda f: change_tensors(
+    f, lambda t: t.update({"layernorm.bias": t["layernorm.bias"][1:]})
   ),
-  "another network": (
-    lambda f: change_json(f / "config.json", model_type="vit"),
-    "model_type is 'vit'; it must be 'dinov2'",
-  ),
-  "another processor": (
-    lambda f: change_json(f / "preprocessor_config.json", image_processor_type="ViTImageProcessor"),
-    "is 'ViTImageProcessor'; it must be 'BitImageProcessor'",
-  ),
-  "no tensor": (
-    lambda f: change_tensors(f, lambda t: t.pop("layernorm.bias")),
-    r"has no tensor 'layernorm\.bias'; by config\.json it must be \[16\]",
-  ),
-  "shape": (
-    lambda f: change_tensors(f, lambda t: t.update({"layernorm.bias": t["layernorm.bias"][1:]})),
-    r"tensor 'layernorm\.bias' is \[15\]; by config\.json it must be \[16\]",
-  ),
-  "another tensor": (
-    lambda f: change_tensors(f, lambda t: t.update({"head.bias": t["layernorm.bias"]})),
-    r"has a tensor 'head\.bias'; by config\.json there is none",
+  "another tensor": lambda f: change_tensors(
+    f, lambda t: t.update({"head.bias": t["layernorm.bias"]})
   ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_load_names_what_does_not_fit(mistake, copy):
-  spoil, message = MISTAKES[mistake]
-  spoil(copy)
-  with pytest.raises(UserError, match=message):
+  MISTAKES[mistake](copy)
+  with refused(UserError):
     DINOv2.load(copy)
 
 
 def test_without_torch_the_extra_is_named(saved, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(UserError, match=r"needs torch.*: pip install 'torch"):
+  with refused(UserError):
     DINOv2.load(saved[0])

@@ -23,6 +23,7 @@ from cm3leon_jax.evaluation.metrics.inception import WIDTH, Inception
 from tests.clip import huggingface_test
 from tests.evaluation.metrics import dinov2_test
 from tests.evaluation.metrics.inception_test import random_tensors
+from tests.messages import refused
 
 TINY = CLIPConfig(
   resolution=16, patch=8, image_width=64, image_layers=1, text_width=64, text_layers=1,
@@ -70,7 +71,7 @@ def test_the_clip_of_the_run(tmp_path):
   assert (extractor.name, extractor.width) == ("clip", 8)
   check(extractor, images, clip.embed_images(images))
   assert extractor.identity["image"] == {"encoder": "vit", "resolution": 16}
-  with pytest.raises(UserError, match=r"they must be uint8\[B, 16, 16, 3\]"):
+  with refused(UserError):
     extractor(some_images(1, 16, 20))
   # Another training is another identity.
   CLIP(TINY, 32, init_params(TINY, 32, jax.random.key(1))).save(tmp_path / "clip")
@@ -112,7 +113,7 @@ def test_images_must_be_pixels():
   extractor = Extractor("some", {}, 2, lambda images: np.zeros((len(images), 2), np.float32))
   assert extractor(some_images(3)).shape == (3, 2)
   for images in (some_images(1)[0], some_images(1)[..., :1], some_images(1) / 255):
-    with pytest.raises(UserError, match=r"images for some are .*; they must be uint8\[B, H, W, 3"):
+    with refused(UserError):
       extractor(images)
   with pytest.raises(dataclasses.FrozenInstanceError):
     extractor.name = "other"

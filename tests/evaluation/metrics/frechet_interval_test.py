@@ -4,6 +4,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.frechet_interval import _distance_of_few, frechet_interval
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance
+from tests.messages import refused
 
 SIZE = 4  # Rows of a group.
 
@@ -146,16 +147,16 @@ def test_one_group_has_no_interval():
 def test_sets_without_groups_are_refused():
   x, y = sample_sets(np.random.default_rng(0), 2, 3)
   groups = range(len(x))
-  with pytest.raises(UserError, match="8 rows of features need as many groups, not 3"):
+  with refused(UserError):
     frechet_interval(x, groups, y, [0, 1, 2])
   for reference, own in ((y, None), (moments_of(y), groups)):
-    with pytest.raises(UserError, match="rows with reference_groups, or moments without"):
+    with refused(UserError):
       frechet_interval(x, groups, reference, own)
-  with pytest.raises(UserError, match="must both be names, or both integers"):
+  with refused(UserError):
     frechet_interval(x, groups, y, [str(i) for i in groups])
-  with pytest.raises(UserError, match="at least 2 images"):
+  with refused(UserError):
     frechet_interval(x[:1], [0], y, groups)
-  with pytest.raises(UserError, match="some features have 3 numbers in a row, others 2"):
+  with refused(UserError):
     frechet_interval(x, groups, moments_of(y[:, :2]))
 
 

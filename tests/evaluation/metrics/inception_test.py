@@ -12,6 +12,7 @@ import safetensors.numpy
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import inception, published_weights
 from cm3leon_jax.evaluation.metrics.inception import Inception
+from tests.messages import refused
 
 torch = pytest.importorskip("torch")
 TOLERANCE = 3e-5  # Of the largest difference between the features of two images; float32.
@@ -215,10 +216,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
   path = tmp_path / "other.safetensors"
   first = "Conv2d_1a_3x3.conv.weight"
   safetensors.numpy.save_file({first: np.zeros((32, 3, 3, 2), np.float32)}, path)
-  message = rf"other\.safetensors: tensor '{first}' is float32\[32, 3, 3, 2\]; in Inception-v3 of "
-  with pytest.raises(UserError, match=message + r"the FID it is float32\[32, 3, 3, 3\]\.$"):
+  with refused(UserError):
     Inception.load(path)
-  with pytest.raises(ValueError, match="resize is 'bicubic'; it must be one of tf1, torch"):
+  with refused(ValueError):
     Inception({}, "bicubic")
 
 
@@ -228,5 +228,5 @@ def test_imagenet_weights_of_torchvision_are_refused():
     name: np.broadcast_to(np.float32(0), shape) for name, shape in inception.tensor_shapes().items()
   }
   tensors["fc.weight"] = tensors["fc.weight"][:1000]
-  with pytest.raises(UserError, match=r"'fc.weight' is float32\[1000, 2048\].*\[1008, 2048\]"):
+  with refused(UserError):
     published_weights.check_shapes("f", tensors, inception.tensor_shapes(), inception.NETWORK)

@@ -8,6 +8,7 @@ from scipy.spatial import distance
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import kernel_distance
 from cm3leon_jax.evaluation.metrics.kernel_distance import cmmd, kid, polynomial_mmd
+from tests.messages import refused
 
 DISTANCES = [polynomial_mmd, cmmd]
 
@@ -165,21 +166,21 @@ def test_torch_fidelity_has_the_same_biased_distance():
 
 
 @pytest.mark.parametrize(
-  ("measure", "first", "second", "message"),
+  ("measure", "first", "second"),
   [
-    (polynomial_mmd, [[1, 2]], [[1, 2], [3, 4]], "at least 2 images in each set, and one has 1"),
-    (kid, [[1, 2], [3, 4]], np.zeros((0, 2)), "at least 2 images in each set, and one has 0"),
-    (cmmd, np.zeros((0, 2)), [[1, 2]], "at least 1 images in each set, and one has 0"),
-    (cmmd, [[1, 2]], [[1, 2], [0, 0]], "row 1 of the features is 0 and has no direction"),
-    (cmmd, [[1, 2]], [[1, 2, 3]], "some features have 2 numbers in a row, others 3"),
-    (polynomial_mmd, [[1, 2], [1, np.nan]], [[1, 2], [3, 4]], "row 1 of the features has a number"),
+    (polynomial_mmd, [[1, 2]], [[1, 2], [3, 4]]),
+    (kid, [[1, 2], [3, 4]], np.zeros((0, 2))),
+    (cmmd, np.zeros((0, 2)), [[1, 2]]),
+    (cmmd, [[1, 2]], [[1, 2], [0, 0]]),
+    (cmmd, [[1, 2]], [[1, 2, 3]]),
+    (polynomial_mmd, [[1, 2], [1, np.nan]], [[1, 2], [3, 4]]),
   ],
 )
-def test_sets_that_cannot_be_compared_are_refused(measure, first, second, message):
-  with pytest.raises(UserError, match=message):
+def test_sets_that_cannot_be_compared_are_refused(measure, first, second):
+  with refused(UserError):
     measure(first, second)
 
 
 def test_subsets_of_one_image_are_refused():
-  with pytest.raises(UserError, match="at least 1 subset of at least 2 images"):
+  with refused(UserError):
     kid(*two_sets(), subset_size=1)

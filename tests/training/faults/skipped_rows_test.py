@@ -20,6 +20,7 @@ from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
 from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
   LENGTH,
@@ -122,12 +123,7 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader, skipped=(range(40, 56),))
   loader.bad = range(42, 52, 9)  # 42 and 51.
-  message = (
-    r"^step 7 is skipped after 1 others in a row \(train\.max_skipped\): its loss is nan, .*: rows "
-    r"40 to 55 were read, and 2 of them have a loss that is not finite; .*cm3leon inspect_data "
-    r"--skipped` .* --resume_from=STEP --skip_rows=40:55` goes on"
-  )
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     run(folder, loader, max_skipped=1, checkpoint_every=1)
   assert skipped_steps(folder) == [6, 7]
   saved = {path.name.partition(".")[0] for path in (folder / checkpoint.FOLDER).iterdir()}
@@ -212,7 +208,7 @@ def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
 def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
   run(tmp_path, loader, steps=4)
   back = GoBack(3, range(40, 56))
-  with pytest.raises(UserError, match=r"has no sealed checkpoint of step 3: it has 4\."):
+  with refused(UserError):
     run(tmp_path, loader, skipped=(back.rows,), go_back=back)
   assert skipped_rows.read(epath.Path(tmp_path)) == []
 
@@ -223,8 +219,7 @@ def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
     params = transformer.init_params(MODEL, jax.random.key(0))
     last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1
     params["positions"] = jnp.where(last, np.nan, params["positions"])
-  message = r"^checkpoint 4 is not saved: params\.positions.* hold NaNs or infinities: lower "
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     run(tmp_path, loader, initial_params=lambda: params, tensorboard=False)
   assert skipped_steps(tmp_path) == []
   assert checkpoint.Checkpoints(tmp_path, 2).newest() is None
@@ -239,50 +234,50 @@ def test_flags_by_hand():
 
 
 @pytest.mark.parametrize(
-  ("resume_from", "skip_rows", "sentence"),
+  ("resume_from", "skip_rows"),
   [
-    (500, "", "--resume_from and --skip_rows go together"),
-    (None, "1:2", "--resume_from and --skip_rows go together"),
-    (500, "7", r"--skip_rows is '7'; it must be FIRST:LAST"),
-    (500, "9:7", r"--skip_rows is '9:7'; it must be FIRST:LAST"),
-    (500, "-1:7", "it must be FIRST:LAST"),
-    (500, "1:" + "9" * 5_000, "it must be FIRST:LAST"),
+    (500, ""),
+    (None, "1:2"),
+    (500, "7"),
+    (500, "9:7"),
+    (500, "-1:7"),
+    (500, "1:" + "9" * 5_000),
   ],
 )
-def test_wrong_flags_are_refused(resume_from, skip_rows, sentence):
-  with pytest.raises(UserError, match=sentence):
+def test_wrong_flags_are_refused(resume_from, skip_rows):
+  with refused(UserError):
     parse(resume_from, skip_rows)
 
 
 def test_rows_that_the_checkpoint_has_read_are_refused():
   """The checkpoint says how many, whatever the size of its batches was."""
   done = [GoBack(1, range(10, 12))]
-  with pytest.raises(UserError, match=r"checkpoint 4 has read the rows before 34 already"):
+  with refused(UserError):
     skipped_rows.check(GoBack(4, range(33, 40)), done, 32)
   skipped_rows.check(GoBack(4, range(34, 40)), done, 32)
 
 
 def test_a_checkpoint_says_which_row_is_next(tmp_path):
-  with pytest.raises(UserError, match=r"has no checkpoint: run"):
+  with refused(UserError):
     reading.next_row(tmp_path, 4)
   with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save({"a": np.zeros(3, np.float32)}, 4, 1_234)
   assert reading.next_row(tmp_path, 4) == 1_234
-  with pytest.raises(UserError, match=r"no checkpoint of step 3 any more: the newest is 4"):
+  with refused(UserError):
     reading.next_row(tmp_path, 3)
 
 
 @pytest.mark.parametrize("content", ["[3]", "{}", '[{"resume_from": 1}]', "[", '{"a": 1}'])
 def test_a_damaged_record_is_refused(tmp_path, content):
   (tmp_path / skipped_rows.RECORD).write_text(content)
-  with pytest.raises(UserError, match=skipped_rows.RECORD):
+  with refused(UserError):
     skipped_rows.read(epath.Path(tmp_path))
 
 
 def test_a_damaged_file_of_rows_is_refused(tmp_path):
   folder = epath.Path(tmp_path)
-  with pytest.raises(UserError, match="does not exist: no run stopped there"):
+  with refused(UserError):
     skipped_rows.load(folder)
   (folder / skipped_rows.ROWS).write_bytes(b"PK\x03\x04 no archive")
-  with pytest.raises(UserError, match="is damaged"):
+  with refused(UserError):
     skipped_rows.load(folder)

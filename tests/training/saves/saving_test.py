@@ -7,6 +7,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
+from tests.messages import refused
 from tests.training.fakes import FakeCheckpoints, FakeMonitor, FakeState, FakeStop
 
 CONFIG = TrainConfig(steps=10, checkpoint_every=4, global_batch_size=8)
@@ -66,7 +67,7 @@ def test_while_steps_are_skipped_nothing_is_saved_but_what_a_run_ends_with(
 def test_a_state_that_is_not_finite_is_not_saved():
   hook = make()
   hook.begin(FakeState(3))
-  with pytest.raises(UserError, match=r"^checkpoint 4 is not saved: w hold NaNs"):
+  with refused(UserError):
     hook.after(4, {"w": jnp.array([1.0, jnp.nan])}, {})
   assert hook._checkpoints.saves == []
   assert hook.saved == 3

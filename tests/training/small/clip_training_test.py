@@ -17,6 +17,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.training.small import clip_training as train_clip
 from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 TINY = CLIPConfig(
@@ -163,7 +164,7 @@ def test_neither_does_a_nan():
 
 def test_a_recall_of_chance_is_refused():
   found = {"candidates": 9, "chance@1": 1 / 9, "chance@5": 5 / 9}
-  with pytest.raises(UserError, match=r"no better than chance, recall@1 0\.100 \(chance 0\.111\)"):
+  with refused(UserError):
     train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 5 / 9})
   train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 0.6})
   train_clip.check_recall({**found, "recall@1": 0.2, "recall@5": 0.1})

@@ -6,6 +6,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.small.saves import ShownSaves, SmallSaves
 from cm3leon_jax.training.watch.metrics import DIGEST, MetricsLog
+from tests.messages import refused
 from tests.training.fakes import FakeCheckpoints, FakeStop
 
 CONFIG = types.SimpleNamespace(steps=7, checkpoint_every=3, batch_size=10)
@@ -40,9 +41,9 @@ def test_a_signal_saves_the_step_that_it_ends_and_shows_nothing(tmp_path):
   assert shown == []
 
 
-@pytest.mark.parametrize(("step", "what"), [(3, "checkpoint 3"), (7, "the model")])
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path, step, what):
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, step):
   saves = make(tmp_path, saved=2)
-  with pytest.raises(UserError, match=rf"^clip: {what} is not saved: w hold NaNs.*train again"):
+  with refused(UserError):
     saves.after(step, {"w": jnp.array([jnp.inf])}, {})
   assert (saves.checkpoints.saves, saves.saved) == ([], 2)

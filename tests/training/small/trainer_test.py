@@ -16,6 +16,7 @@ from cm3leon_jax.files.json_files import read_json_lines, write_json
 from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.small import trainer
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 
@@ -130,7 +131,7 @@ def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
   with (
     lease.Lease(tmp_path),
-    pytest.raises(UserError, match=r"works in .*: use another --workdir"),
+    refused(UserError),
   ):
     train(tmp_path)
   assert list(tmp_path.iterdir()) == []
@@ -145,7 +146,7 @@ def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkey
         write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
       return super().__getitem__(rows)
 
-  with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
+  with refused(UserError):
     train(tmp_path, examples=Taken())
   assert list((tmp_path / trainer.FOLDER / "checkpoints").iterdir()) == []
 
@@ -160,11 +161,11 @@ def test_how_often_a_state_is_kept_may_change(tmp_path, whole):
 
 def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, capsys):
   kill_in_step_11(tmp_path)
-  for config, seed, change in (
-    (dataclasses.replace(Config(), learning_rate=0.2), 0, r"clip\.learning_rate: 0\.1 -> 0\.2"),
-    (dataclasses.replace(Config(), steps=13), 1, r"clip\.steps: 12 -> 13; seed: 0 -> 1"),
+  for config, seed in (
+    (dataclasses.replace(Config(), learning_rate=0.2), 0),
+    (dataclasses.replace(Config(), steps=13), 1),
   ):
-    with pytest.raises(UserError, match=change):
+    with refused(UserError):
       train(tmp_path, config, seed=seed)
   longer = Examples()
   train(tmp_path, dataclasses.replace(Config(), steps=13), longer)
@@ -178,9 +179,7 @@ def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, 
   path = tmp_path / trainer.FOLDER / "config.json"
   content = path.read_bytes()
   path.unlink()
-  with pytest.raises(
-    UserError, match=r"training/config\.json is missing, and .* or delete .*ing to"
-  ):
+  with refused(UserError):
     train(tmp_path, config, seed=3)
   assert not path.exists()
   path.write_bytes(content)
@@ -214,7 +213,7 @@ def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
   np.testing.assert_array_equal(found, expected)
   assert (found != whole).any()
   assert "clip: starts again, with other steps or data (inputs.raw: raw" in capsys.readouterr().out
-  with pytest.raises(UserError, match=r"inputs\.raw: made again -> raw; seed: 0 -> 1"):
+  with refused(UserError):
     train(tmp_path, seed=1)
 
 
@@ -326,25 +325,22 @@ def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_pa
 
 
 def test_batches_that_cannot_be_are_refused(tmp_path):
-  with pytest.raises(UserError, match=r"config\.clip\.batch_size is 21; there are only 20"):
+  with refused(UserError):
     train(tmp_path, dataclasses.replace(Config(), batch_size=21))
-  with pytest.raises(UserError, match=r"config\.clip\.batch_size is 6; .* = 4 must divide it"):
+  with refused(UserError):
     train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
 
 
 @pytest.mark.parametrize(
-  ("checkpoint_every", "sentence"),
+  "checkpoint_every",
   [
-    (5, r"^clip: checkpoint 5 is not saved: w hold NaNs or infinities: "),
-    (50, r"^clip: step 10 has"),
+    5,
+    50,
   ],
 )
-def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(
-  tmp_path, checkpoint_every, sentence
-):
+def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, checkpoint_every):
   config = Config(learning_rate=1e30, checkpoint_every=checkpoint_every)
-  message = f"{sentence}.*lower config.clip.learning_rate and delete .*training to start again"
-  with pytest.raises(UserError, match=message):
+  with refused(UserError):
     train(tmp_path, config)
   folder = tmp_path / trainer.FOLDER / "checkpoints"
   assert [path.name for path in folder.iterdir()] == []
@@ -353,7 +349,7 @@ def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(
 
 def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
   """Its loss is of before that step."""
-  with pytest.raises(UserError, match=r"^clip: the model is not saved: w hold NaNs"):
+  with refused(UserError):
     train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
 
 

@@ -19,6 +19,7 @@ from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 
 CONFIG = VQGANConfig(
@@ -179,9 +180,9 @@ def test_measures_that_are_no_better_than_one_color(images, tmp_path):
     "codes_used": 1, "train_codes_used": 2,
   }  # fmt: skip
   vqgan_training.check_learned(measures)
-  with pytest.raises(UserError, match="gives every image the same code"):
+  with refused(UserError):
     vqgan_training.check_learned({**measures, "train_codes_used": 1})
-  with pytest.raises(UserError, match=r"worse \(19\.0 dB\) than one color \(19\.0 dB\)"):
+  with refused(UserError):
     vqgan_training.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
   model = ImageTokenizer(
     CONFIG, NUM_CODES, vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]

@@ -15,6 +15,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training, vqgan_watch
 from cm3leon_jax.training.small.vqgan_watch import Alarm
 from cm3leon_jax.training.watch.tensorboard_board import curves
+from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 
@@ -257,7 +258,7 @@ def test_a_saved_average_loads(images, tmp_path):
 
 
 def test_features_must_fit_the_config(images, tmp_path):
-  with pytest.raises(ValueError, match="if, and only if, perceptual_weight is positive"):
+  with refused(ValueError):
     train(HEALTHY, images, tmp_path, features={"0": jnp.zeros(1)})
   with pytest.raises(ValueError, match="both must be given, a file and a positive weight"):
     dataclasses.replace(HEALTHY, perceptual_weight=1.0)

@@ -14,6 +14,7 @@ from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step import grpo, numerics
 from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, init_state, train_step
+from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of, random_params
 from tests.training.step import grpo_test, state_test
 
@@ -157,6 +158,6 @@ def test_without_a_threshold_the_state_has_the_layout_of_older_checkpoints():
 def test_what_is_not_finite_is_named_and_not_saved(value):
   tree = {"a": jnp.ones(3), "b": {"c": jnp.float32([1, value])}, "n": jnp.int32(3)}
   assert numerics.not_finite(tree) == ["b.c"]
-  with pytest.raises(UserError, match=r"checkpoint 7 is not saved: b\.c hold NaNs or .*: do it"):
+  with refused(UserError):
     numerics.check_finite(tree, "checkpoint 7", "do it")
   numerics.check_finite({"a": jnp.ones(3)}, "checkpoint 7", "do it")

@@ -16,6 +16,7 @@ from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.training.watch.monitor import Monitor, step_line
 from cm3leon_jax.training.watch.traces import Profiler
+from tests.messages import refused
 
 VALUES = {
   "loss": 3.4123,
@@ -203,13 +204,9 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
   monitor, nan = make_monitor(tmp_path, max_skipped=2, log_every=100, steps=99), float("nan")
   follow(monitor, range(2, 4), loss=nan, skipped=1.0)
   follow(monitor, [4], skipped=0.0)  # The count starts again.
-  with pytest.raises(TooManySkippedError) as stop:
+  with refused(TooManySkippedError) as stop:
     follow(monitor, range(5, 9), loss=nan, grad_norm=float("inf"), skipped=1.0)
   assert stop.value.steps == range(5, 8)
-  assert str(stop.value) == (
-    "step 7 is skipped after 2 others in a row (train.max_skipped): its loss is nan, the norm of "
-    "its gradient inf"
-  )
   text = (tmp_path / "metrics.jsonl").read_text()
   lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
   steps = {line["step"]: line for line in lines if "skipped" in line}
@@ -225,7 +222,7 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
 
 
 def test_without_a_step_to_spare_the_first_one_stops_the_run(tmp_path):
-  with pytest.raises(TooManySkippedError, match=r"^step 1 is skipped: its loss is nan, the norm"):
+  with refused(TooManySkippedError):
     follow(make_monitor(tmp_path, max_skipped=0), [1], loss=float("nan"), skipped=1.0)
 
 
