@@ -6,6 +6,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv demo,dev
+# Else each process of the tests compiles the package and the tests anew.
+unset PYTHONDONTWRITEBYTECODE
 cd "$root"
 
 # Each shard takes at most 40 minutes on two cores.

@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+  # More threads would compile one program in more work.
+  " --xla_cpu_parallel_codegen_split_count=1"
   # The newer emitters of fusions compile for more than twice as long; jaxlib 0.12 has no others.
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )

@@ -93,7 +93,7 @@ def test_other_sentences_fail_their_test_and_say_how_to_renew(session):
     assert "If that is right: pytest --renew-messages tests/a_test.py" in words
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_renewing_writes_what_ran_and_forgets_what_is_gone(session, processes):
   old = {key: ["old"] for key in STORED}
   code, text, stored = session(old, "--renew-messages", "-n", processes)

@@ -49,7 +49,8 @@ def session(tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize("processes", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "2"])
 def test_a_test_over_the_limit_fails_the_session(session, processes):
   code, text = session("-n", processes, "--warn-seconds=0.4", "--fail-seconds=0.5")
   assert "4 passed" in text

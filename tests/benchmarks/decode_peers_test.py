@@ -70,7 +70,10 @@ def uncached(folder, prompt, guidance):
   return found, min(leads)
 
 
-@pytest.mark.parametrize("product", ["linear", "transposed", "packed"])
+@pytest.mark.parametrize(
+  "product",
+  ["linear", *(pytest.param(x, marks=pytest.mark.slow) for x in ("transposed", "packed"))],
+)
 def test_loop_equals_an_uncached_model(peers, exported, product):
   import torch
 

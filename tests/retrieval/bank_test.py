@@ -207,7 +207,13 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
 
 
-@pytest.mark.parametrize("array", ["train_pairs/ids", "heldout_pairs/text_scores", "train/queries"])
+@pytest.mark.parametrize(
+  "array",
+  [
+    "heldout_pairs/text_scores",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("train_pairs/ids", "train/queries")),
+  ],
+)
 def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
   """What the message says to do must not strand a run: the id of the stage stays."""
   make_raw(tmp_path / "raw")
@@ -275,6 +281,7 @@ def test_query_dropout_is_a_function_of_the_document(ids, key, share):
   assert set(kept) <= set(ids)
 
 
+@pytest.mark.slow
 def test_query_dropout_drops_its_share():
   ids = np.arange(10_000)
   kept = bank_lib.drop_tokens(ids, 0.2, "a", 0)

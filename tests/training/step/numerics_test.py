@@ -125,6 +125,7 @@ def test_spikes_by_hand(monkeypatch):
     assert not numerics.is_sound(jnp.float32(value), jnp.float32(norm), optax.EmptyState())
 
 
+@pytest.mark.slow
 def test_a_spike_of_a_real_gradient_is_skipped(monkeypatch):
   """The model learns one batch by heart; the gradient of another one is large."""
   monkeypatch.setattr(numerics, "SETTLED", 10)
