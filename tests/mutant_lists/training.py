@@ -92,26 +92,17 @@ TRAINING = (
     "cm3leon_jax/planning/programs.py",
     "tests/planning/programs_test.py::test_the_steps_of_a_tuning_are_those_of_its_run",
     ("planned_without_sources", 'num_sources=num_sources(settings, "train")', "num_sources=0"),
-    ("tasks_without_a_heldout_split_count", "bool(task.heldout) for", "True for"),
   ),
   *mutants_of(
     "cm3leon_jax/training/watch/heldout.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
     ("step_0_is_lost", "self._monitor.logged_heldout(0)", "{}"),
-    ("step_0_is_repeated", "if self._newest is not None:", "if False:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/training/watch/monitor.py",
-    f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
-    ("step_0_twice_on_the_board", "0 if newest is None else newest + 1", "(newest or 0) + 1"),
   ),
   *mutants_of(
     "cm3leon_jax/training/step/optimizer.py",
     "tests/training/step/optimizer_test.py",
     ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
     ("adam_b1_half", "    config.b1,", "    0.5,"),
-    ("adam_b2_half", "    config.b2,", "    0.5,"),
-    ("adam_eps_1e-3", "    config.eps,", "    1e-3,"),
     ("decay_of_everything", "mask=decayed", "mask=None"),
     ("muon_of_nothing", "MATRICES.get(path[-1].key)", "None"),
     ("muon_of_another_size", "consistent_rms=UPDATE_RMS", "consistent_rms=None"),
@@ -154,7 +145,6 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/loop.py",
     "tests/training/loop_test.py",
-    ("a_stop_is_ignored", "if any(hook.stops() for hook in hooks):", "if False:"),
     (
       "the_first_hook_alone_stops",
       "if any(hook.stops() for hook in hooks):",
@@ -175,11 +165,6 @@ TRAINING = (
     SAVING,
     f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
     ("skipped_steps_are_saved_at_a_signal", " and skipped < step - self.saved", ""),
-    (
-      "a_signal_after_a_skipped_step_saves_nothing",
-      "taken = code is not None and",
-      "taken = False and",
-    ),
   ),
   *mutants_of(
     SAVING,
@@ -224,20 +209,10 @@ TRAINING = (
     "cm3leon_jax/checkpoints/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     (
-      "missing_files_unnoticed",
-      "sorted({*expected, *found})",
-      "sorted(found)",
-    ),
-    (
       "digests_not_compared",
       "expected.get(name) != _digest(folder / name)",
       "_digest(folder / name) is None",
     ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/checkpoints/sealing.py",
-    f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
-    ("a_bucket_alone_may_be_away", "    if buckets.failure(error):\n      raise", "    raise"),
   ),
   *mutants_of(
     CHECKPOINT,
@@ -247,20 +222,12 @@ TRAINING = (
       "if exists(self._digest_path(step))",
       "if self._digest_path(step).exists()",
     ),
-    ("unreadable_digests_are_damaged", "      except TryAgain:\n        raise\n", ""),
-  ),
-  *mutants_of(
-    CHECKPOINT,
-    UNREADABLE_TEST,
-    ("folders_that_orbax_cannot_read_are_gone", "if lacking := (present", "if lacking := (set()"),
   ),
   *mutants_of(
     "cm3leon_jax/training/watch/metrics.py",
     "tests/training/watch/metrics_test.py",
     ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
-    ("cut_log_unnoticed", "if len(content) < size:", "if False:"),
     ("lines_after_the_digest_are_a_change", "sha256(content[:size])", "sha256(content)"),
-    ("a_rollback_hides_a_change", "and not difference(", "or difference("),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
@@ -285,13 +252,11 @@ TRAINING = (
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
     ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
-    ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
   ),
   *mutants_of(
     "cm3leon_jax/checkpoints/retention.py",
     "tests/checkpoints/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
     ("worst_is_kept", "else -loss", "else loss"),
-    ("nan_is_best", "return -math.inf if", "return math.inf if"),
   ),
   *mutants_of(
     CHECKPOINT,
@@ -318,32 +283,17 @@ TRAINING = (
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_a_killed_training_continues_bit_for_bit",
     ("small_trainer_restarts", "range(done + 1, config.steps + 1)", "range(1, config.steps + 1)"),
-    (
-      "small_state_not_restored",
-      "checkpoints.restore(types, newest, checked=True)",
-      "init(), 0",
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_layout_of_arrays_in_literals",
     ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
-    ("smallest_axis_split", "largest = max(divisible", "largest = min(divisible"),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py"
     "::test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh",
     ("small_state_restored_whole", "x.update(sharding=s), types", "x, types"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/commands/train_text_tokenizer.py",
-    "tests/commands/import_vqgan_test.py::test_an_imported_tokenizer_is_copied_into_a_tuned_run",
-    (
-      "a_copied_tokenizer_is_trained",
-      'if stages.is_given(workdir, "text_tokenizer"):',
-      "if False:",
-    ),
   ),
   *mutants_of(
     POLICY,
@@ -374,11 +324,6 @@ TRAINING = (
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
   ),
   *mutants_of(
-    "cm3leon_jax/reinforcement/rollouts.py",
-    "tests/reinforcement/rollouts_test.py::test_samples_to_learn_from_are_drawn_from_the_whole_distribution",
-    ("samples_of_the_nucleus", "top_p=1.0,", "top_p=0.9,"),
-  ),
-  *mutants_of(
     "cm3leon_jax/scenes/judge/instruction_grades.py",
     "tests/reinforcement/rollouts_test.py::test_an_object_in_the_old_color_has_no_reward",
     ("objects_are_enough", "v.correct, v.reason", 'v.holds["object"], v.reason'),
@@ -391,16 +336,6 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/planning/memory.py",
     "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
-    (
-      "only_the_kept_values_count",
-      "shape, platform)\n  if memory.total <= limit",
-      "shape, platform)\n  if memory.kept <= limit",
-    ),
     ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/planning/memory.py",
-    "tests/planning/memory_test.py::test_an_update_that_does_not_fit_names_the_flags_that_fit",
-    ("updates_that_do_not_fit", "other, shape).total <= limit", "other, shape).kept <= limit"),
   ),
 )
