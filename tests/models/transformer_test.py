@@ -202,3 +202,33 @@ def test_rotation_depends_on_distance_alone():
 
   assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
   assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_rotation_literals():
+  """Pair i, that is x[i] and x[i + H / 2], turns by position x base ** (-i / (H / 2))."""
+  x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
+  for position in (0, 3):
+    angles = position * np.array([1.0, 0.01])  # 10,000 ** -0, 10,000 ** -0.5.
+    found = transformer.rotate(x, jnp.array([[position]]))[0, 0, 0]
+    np.testing.assert_allclose(found, [*np.cos(angles), *np.sin(angles)], atol=1e-6)
+  other = transformer.rotate(x, jnp.array([[3]]), base=100.0)[0, 0, 0]
+  np.testing.assert_allclose(other[1], np.cos(0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_norms_of_bfloat16_are_computed_in_fp32(center):
+  x = (jax.random.normal(jax.random.key(0), (4, 512)) + 3).astype(jnp.bfloat16)
+  found = transformer.normalize(x, 1e-6, center)
+  exact = np.asarray(x, np.float64)
+  exact -= exact.mean(-1, keepdims=True) if center else 0
+  exact /= np.sqrt((exact**2).mean(-1, keepdims=True))
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_logits_of_bfloat16_are_fp32():
+  hidden, table = jnp.ones((1, 2, 8), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    found = transformer.logits(hidden, table.at[:, 0].set(1 + 2**-7))
+  assert found.dtype == jnp.float32
+  assert (np.asarray(found) == 8 + 2**-7).all()  # Not a number of bfloat16.

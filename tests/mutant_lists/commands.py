@@ -15,13 +15,6 @@ COMMANDS = (
     (f"{_ARGUMENTS_TEST}::test_flags_of_the_config_are_separated",),
   ),
   Mutant(
-    "a_command_that_begins_a_run_needs_its_folder",
-    _ARGUMENTS,
-    "if begins or path.exists():",
-    "if path.exists():",
-    (f"{_ARGUMENTS_TEST}::test_an_installed_model_and_a_bucket_are_no_absent_folders",),
-  ),
-  Mutant(
     "any_path_named_like_a_shipped_config_is_that_config",
     "cm3leon_jax/commands/config_file.py",
     'path.stem if name == f"ml_configs/{path.stem}.py" else name',

@@ -128,11 +128,6 @@ DATA = (
     ("left_is_right", "if column < other_column", "if column > other_column"),
   ),
   *mutants_of(
-    "cm3leon_jax/scenes/drawings.py",
-    "tests/scenes/world_test.py",
-    ("box_in_the_cell", "return [left + x0, top + y0,", "return [x0, y0,"),
-  ),
-  *mutants_of(
     "cm3leon_jax/scenes/instructions.py",
     "tests/scenes/instructions_test.py",
     (
@@ -142,22 +137,10 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/scenes/questions.py",
-    "tests/scenes/instructions_test.py",
-    ("relation_of_several_objects", "== 1 and len(there) == 1:", "== 1 and there:"),
-  ),
-  *mutants_of(
     "cm3leon_jax/data/published/files.py",
     "tests/data/published/files_test.py",
     ("captions_of_other_images", "captions[image_id].append(entry)", "captions[139].append(entry)"),
-    ("all_splits", 'f"{file}, image {image_id}") == split', 'f"{file}, image {image_id}") != ""'),
-    ("unanswered_questions", "if key not in answered:", "if False:"),
     ("answer_in_the_history", "zip(asked[:-1], said[:-1])", "zip(asked, said)"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/published/releases.py",
-    "tests/data/published/files_test.py",
-    ("ids_twice", "if key in found:", "if False:"),
   ),
   *mutants_of(
     "cm3leon_jax/data/instructions/llava.py",
@@ -167,14 +150,12 @@ DATA = (
   *mutants_of(
     "cm3leon_jax/data/instructions/files.py",
     "tests/data/instructions/files_test.py",
-    ("blank_answers_count", "in example.references if text.strip()]", "in example.references]"),
     ("before_is_after", 'enumerate(("before", "after"))', 'enumerate(("after", "before"))'),
   ),
   *mutants_of(
     "cm3leon_jax/data/published/examples.py",
     "tests/data/published/examples_test.py",
     ("images_not_spread", "turns.sort(key=lambda turn: turn[:2])", ""),
-    ("one_seed", 'f"{seed} {name}"', 'f"{name}"'),
   ),
   *mutants_of(
     "cm3leon_jax/data/instructions/samples.py",
@@ -215,22 +196,11 @@ DATA = (
     "cm3leon_jax/data/sources/archives.py",
     "tests/data/sources/archive_bounds_test.py",
     ("headers_unbounded", "if size > MAX_HEADER + tarfile.BLOCKSIZE:", "if size < 0:"),
-    ("groups_unbounded", "if size > MAX_GROUP:", "if size < 0:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/instructions/files.py",
-    "tests/data/sources/image_folder_test.py",
-    (
-      "texts_of_pairs_anywhere",
-      'beside.find(posixpath.join(folder, "prompt.json"), where, "file")',
-      'posixpath.join(beside.path, folder, "prompt.json")',
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/data/sources/image_folder.py",
     "tests/data/sources/image_folder_test.py",
     ("links_lead_out", "os.path.realpath(os.path.abspath(", "(os.path.abspath("),
-    ("a_longer_name_is_inside", '.rstrip("/") + "/"', '.rstrip("/")'),
   ),
   *mutants_of(
     "cm3leon_jax/data/raw/reader.py",
@@ -251,17 +221,6 @@ DATA = (
     "cm3leon_jax/data/sources/samples.py",
     "tests/data/sources/samples_test.py",
     ("json_before_txt", '("txt", "caption", "json")', '("json", "caption", "txt")'),
-    ("parts_of_equal_size", "if group and (first or", "if group and ("),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/sources/lines.py",
-    "tests/data/sources/archive_bounds_test.py",
-    ("rows_of_csv_unbounded", "if self.used > MAX_ROW:", "if self.used < 0:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/sources/records.py",
-    "tests/data/sources/archive_bounds_test.py",
-    ("batches_unbounded", "or total >= size", "or total < 0"),
   ),
   *mutants_of(
     "cm3leon_jax/files/atomic.py",

@@ -7,7 +7,6 @@ EVALUATION = (
     "cm3leon_jax/evaluation/metrics/moments.py",
     "tests/evaluation/metrics/moments_test.py",
     ("moments_forget_the_shift", "(self.count * count / total)", "0.0"),
-    ("counts_of_rows_ignored", " * np.sqrt(counts)[:, None]", ""),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/metrics/frechet_interval.py",
@@ -18,7 +17,6 @@ EVALUATION = (
     "cm3leon_jax/evaluation/metrics/kernel_distance.py",
     "tests/evaluation/metrics/kernel_distance_test.py",
     ("kernel_of_a_row_with_itself_counts", "np.fill_diagonal(own, 0.0)", "pass"),
-    ("cmmd_unbiased", "(_sum_within(_gaussian, rows) + len(rows))", "_sum_within(_gaussian, rows)"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/metrics/precision_recall.py",
@@ -48,7 +46,6 @@ EVALUATION = (
       "[group_id(documents[i].key) for i in pairs]",
       "[0 for _ in pairs]",
     ),
-    ("perplexity_in_bits", "np.exp(-log_probs.sum()", "np.exp2(-log_probs.sum()"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/likelihood/given_documents.py",
@@ -67,7 +64,6 @@ EVALUATION = (
       "_, places = np.unique(np.asarray(groups), return_inverse=True)",
       "places = np.arange(len(groups))",
     ),
-    ("bootstrap_unpaired", "paired=True", "paired=False"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/world.py",
@@ -86,7 +82,6 @@ EVALUATION = (
       "name if score >= min_score else UNKNOWN",
       "name",
     ),
-    ("pale_ink_has_a_color", "(all_solid > 0) & (agreeing", "(agreeing"),
   ),
   *mutants_of(
     "cm3leon_jax/scenes/judge/facts.py",
@@ -121,43 +116,14 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/scenes/judge/samples.py",
-    "tests/scenes/judge/samples_test.py",
-    (
-      "sheet_of_any_categories",
-      "key=lambda i: turns[i]",
-      "key=lambda i: i",
-    ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/scenes/judge/sheet.py",
-    "tests/scenes/judge/sheet_test.py",
-    (
-      "right_and_wrong_have_one_mark",
-      "for line in check if right else cross:",
-      "for line in check:",
-    ),
-  ),
-  *mutants_of(
     "cm3leon_jax/evaluation/likelihood/answer_scores.py",
     "tests/evaluation/likelihood/answer_scores_test.py",
     ("answers_without_their_end", "x[-n:].sum()", "x[-n:-1].sum()"),
-    ("masks_after_the_answer", "1 + len(before)", "2 + len(before)"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/protocols/text_metrics.py",
     "tests/evaluation/text_metrics_test.py",
     ("captions_resampled_alone", "np.asarray(column.groups)", "np.arange(len(column.groups))"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/evaluation/protocols/features.py",
-    "tests/evaluation/protocol_run_test.py",
-    ("features_of_one_set", "protocol_lib.stem(name)", 'protocol_lib.stem("x")'),
-  ),
-  *mutants_of(
-    "cm3leon_jax/evaluation/protocols/protocol.py",
-    "tests/evaluation/protocol_test.py",
-    ("columns_share_files", "{slug(column)}-{digest(column)[:6]}", "{slug(column)}"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/protocols/compare.py",
@@ -172,15 +138,6 @@ EVALUATION = (
     "cm3leon_jax/reports/instruction_check.py",
     "tests/reports/instruction_check_test.py",
     ("targets_not_compared", "if not np.array_equal(tokens[start:stop], expected):", "if False:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/reports/summary.py",
-    "tests/reports/report_test.py",
-    (
-      "samples_of_a_prompt_independent",
-      '[r.get("concept") or r.get("key") or r["prompt"] for r in column]',
-      "list(range(len(column)))",
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/runs/stages.py",
@@ -198,11 +155,6 @@ EVALUATION = (
     "tests/config_test.py",
     ("unknown_fields_ignored", '"extra": "forbid"', '"extra": "ignore"'),
     ("addresses_printed", "printable(without_addresses(text", "printable((text"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/files/json_files.py",
-    "tests/damaged_files_test.py",
-    ("types_of_fields_unchecked", "if not isinstance(found, right) or", "if found is None or"),
   ),
   *mutants_of(
     "cm3leon_jax/parameters.py",
@@ -223,7 +175,6 @@ EVALUATION = (
     "cm3leon_jax/export/decode_image.py",
     "tests/export/decode_image_test.py",
     ("fsq_even_levels_as_odd_ones", "np.where(levels % 2, 0, 0.5)", "np.zeros(len(levels))"),
-    ("padding_of_numpy_convolutions", "(around // 2, around - around // 2)", "(0, around)"),
   ),
   *mutants_of(
     "cm3leon_jax/export/image_tokenizer.py",

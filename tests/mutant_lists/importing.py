@@ -66,9 +66,4 @@ IMPORTING = (
     f"{TRAINING_TEST}::test_a_run_begins_with_what_was_imported_and_remembers_it",
     ("an_import_is_forgotten", "source = source or _imported(epath.Path(workdir))", "pass"),
   ),
-  *mutants_of(
-    "cm3leon_jax/importing/importer.py",
-    f"{TRAINING_TEST}::test_the_command_prints_what_it_did_and_what_the_config_needs",
-    ("flags_that_nobody_gave", "if chosen is None or f", "if True or f"),
-  ),
 )

@@ -8,11 +8,6 @@ FILES = "tests/planning/files_test.py"
 
 PLANNING = (
   *mutants_of(
-    "cm3leon_jax/planning/topology.py",
-    HARDWARE,
-    ("cloud_names_are_unknown", "ALIASES.get(chip, chip)", "chip"),
-  ),
-  *mutants_of(
     "cm3leon_jax/planning/hardware.py",
     HARDWARE,
     ("a_pod_asks_for_all", "return cpus // 2, memory // 2", "return cpus, memory"),

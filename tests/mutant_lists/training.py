@@ -1,9 +1,7 @@
-"""Mutants of the model, the loss, the optimizer, checkpoints and the small trainers."""
+"""Mutants of the loss, the optimizer, checkpoints and the small trainers."""
 
 from tests.mutant_lists.mutant import mutants_of
 
-TRANSFORMER = "cm3leon_jax/models/transformer.py"
-TRANSFORMER_TEST = "tests/models/transformer_test.py"
 LOSS = "cm3leon_jax/training/step/loss.py"
 LOSS_TEST = "tests/training/step/loss_test.py"
 STATE = "cm3leon_jax/training/step/state.py"
@@ -19,29 +17,6 @@ UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
 
 TRAINING = (
-  *mutants_of(
-    TRANSFORMER,
-    f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",
-    ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
-  ),
-  *mutants_of(
-    TRANSFORMER,
-    f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",
-    (
-      "layers_start_at_random",
-      "out_std = 0.0 if traits.starts_as_identity else std",
-      "out_std = std",
-    ),
-  ),
-  *mutants_of(
-    TRANSFORMER,
-    "tests/models/look_up_test.py",
-    (
-      "embedding_gradient_in_bf16",
-      "  wide = attention.wide(table.dtype)\n",
-      "  wide = jnp.dtype(dtype)\n",
-    ),
-  ),
   *mutants_of(
     LOSS,
     f"{LOSS_TEST}::test_chunked_and_sharded_equals_plain_fp64",
@@ -77,7 +52,6 @@ TRAINING = (
     SOURCES_TEST,
     ("sources_counted_from_0", "jnp.arange(1, num_sources + 1,", "jnp.arange(0, num_sources,"),
     ("source_nll_unweighted", "values = (weights * nll, weights)", "values = (nll, weights)"),
-    ("absent_sources_have_a_loss", "if weight > 0}", "if weight >= 0}"),
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/loader.py",
@@ -104,7 +78,6 @@ TRAINING = (
     ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
     ("adam_b1_half", "    config.b1,", "    0.5,"),
     ("decay_of_everything", "mask=decayed", "mask=None"),
-    ("muon_of_nothing", "MATRICES.get(path[-1].key)", "None"),
     ("muon_of_another_size", "consistent_rms=UPDATE_RMS", "consistent_rms=None"),
     ("muon_decays_everything", "(config.weight_decay, decayed)", "(config.weight_decay)"),
     (
@@ -146,11 +119,6 @@ TRAINING = (
     "cm3leon_jax/training/loop.py",
     "tests/training/loop_test.py",
     (
-      "the_first_hook_alone_stops",
-      "if any(hook.stops() for hook in hooks):",
-      "if hooks[0].stops():",
-    ),
-    (
       "ready_before_the_batch",
       "    batch = next(batches)\n    for hook in hooks:\n      hook.ready(step)\n",
       "    for hook in hooks:\n      hook.ready(step)\n    batch = next(batches)\n",
@@ -160,11 +128,6 @@ TRAINING = (
     SAVING,
     f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
     ("skipped_steps_are_saved", "or not skipped or", "or skipped < 2 or"),
-  ),
-  *mutants_of(
-    SAVING,
-    f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
-    ("skipped_steps_are_saved_at_a_signal", " and skipped < step - self.saved", ""),
   ),
   *mutants_of(
     SAVING,
@@ -227,7 +190,6 @@ TRAINING = (
     "cm3leon_jax/training/watch/metrics.py",
     "tests/training/watch/metrics_test.py",
     ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
-    ("lines_after_the_digest_are_a_change", "sha256(content[:size])", "sha256(content)"),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
@@ -245,11 +207,6 @@ TRAINING = (
   ),
   *mutants_of(
     CHECKPOINT,
-    f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
-    ("digests_of_deleted_steps_stay", "s not in kept", "False"),
-  ),
-  *mutants_of(
-    CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
     ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
   ),
@@ -264,11 +221,6 @@ TRAINING = (
     ("rolled_back_too_far", "if newer > step:", "if newer >= step:"),
   ),
   *mutants_of(
-    "cm3leon_jax/checkpoints/recovery.py",
-    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
-    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
-  ),
-  *mutants_of(
     "cm3leon_jax/training/saves/upkeep.py",
     "tests/commands/checkpoints_test.py::test_prune_removes_nothing_if_the_newest_is_damaged",
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
@@ -277,7 +229,6 @@ TRAINING = (
     "cm3leon_jax/training/small/clip_training.py",
     "tests/training/small/clip_training_test.py::test_loss_is_the_oracle",
     ("one_concept_is_a_negative", "& ~jnp.eye(len(concepts), dtype=bool)", ""),
-    ("clip_loss_one_sided", "logsumexp(logits, 0)", "logsumexp(logits, 1)"),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
@@ -288,12 +239,6 @@ TRAINING = (
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_layout_of_arrays_in_literals",
     ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/training/small/trainer.py",
-    "tests/training/small/trainer_test.py"
-    "::test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh",
-    ("small_state_restored_whole", "x.update(sharding=s), types", "x, types"),
   ),
   *mutants_of(
     POLICY,
@@ -322,11 +267,6 @@ TRAINING = (
     "cm3leon_jax/reinforcement/rollouts.py",
     "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/scenes/judge/instruction_grades.py",
-    "tests/reinforcement/rollouts_test.py::test_an_object_in_the_old_color_has_no_reward",
-    ("objects_are_enough", "v.correct, v.reason", 'v.holds["object"], v.reason'),
   ),
   *mutants_of(
     "cm3leon_jax/training/step/accumulation.py",
