@@ -5,7 +5,6 @@ from tests.mutant_lists.mutant import mutants_of
 ATTENTION, ATTENTION_TEST = "cm3leon_jax/models/attention.py", "tests/models/attention_test.py"
 TRANSFORMER = "cm3leon_jax/models/transformer.py"
 TRANSFORMER_TEST = "tests/models/transformer_test.py"
-IMPORTER_TEST = "tests/importing/importer_test.py"
 
 MODELS = (
   *mutants_of(
@@ -95,7 +94,7 @@ MODELS = (
   ),
   *mutants_of(
     TRANSFORMER,
-    f"{IMPORTER_TEST}::test_a_qwen3_has_the_loss_of_the_original",
+    f"{TRANSFORMER_TEST}::test_a_decoder_is_that_of_plain_numpy",
     (
       "keys_have_no_norm",
       'apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)',
