@@ -91,7 +91,8 @@ def judge(code: int, output: str) -> tuple[str, str]:
 def copied() -> Iterator[pathlib.Path]:
   """Yields the root of a copy of the tree, in which mutants can be made."""
   with tempfile.TemporaryDirectory() as folder:
-    root = pathlib.Path(folder)
+    root = pathlib.Path(folder) / "tree"
+    root.mkdir()
     for name in COPIED:
       if (ROOT / name).is_dir():
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,6 +132,9 @@ def run(
   options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
   command = [sys.executable, "-m", "pytest", *options, *tests]
   environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
+  # Half of the time of a small test is compiling Python, of libraries, too.
+  environment["PYTHONPYCACHEPREFIX"] = str(root.parent / "bytecode")
+  environment.pop("PYTHONDONTWRITEBYTECODE", None)
   with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
     try:
       result = subprocess.run(
