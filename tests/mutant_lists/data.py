@@ -18,8 +18,12 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/plan.py",
-    "tests/data/rows/plan_test.py",
+    "tests/data/rows/plan_test.py::test_shares_are_shares_of_slots",
     ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/rows/plan.py",
+    "tests/data/rows/plan_test.py::test_plans_follow_from_seed_source_pass_and_unit",
     ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
   ),
   *mutants_of(
@@ -229,8 +233,12 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/plan_starts.py",
-    "tests/data/rows/plan_test.py",
+    "tests/data/rows/plan_test.py::test_a_line_that_the_run_did_not_write_is_named",
     ("changed_starts_unnoticed", "or found[1] != self._digests[-1]", ""),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/rows/plan_starts.py",
+    "tests/data/rows/plan_test.py::test_a_line_of_another_plan_is_named",
     ("starts_digested_alone", 'sha256(f"{before}{line}"', 'sha256(f"{line}"'),
   ),
   *mutants_of(

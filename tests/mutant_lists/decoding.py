@@ -100,7 +100,7 @@ DECODING = (
   ),
   *mutants_of(
     "cm3leon_jax/decoding/loop.py",
-    "tests/decoding/generator_test.py",
+    "tests/decoding/generator_test.py::test_divergence_is_the_mean_kl_of_the_streams_over_image_codes",
     (
       "divergence_of_the_guided_stream",
       "for x in logits[1:]]",

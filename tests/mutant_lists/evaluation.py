@@ -94,7 +94,7 @@ EVALUATION = (
   ),
   *mutants_of(
     "cm3leon_jax/scenes/judge/answers.py",
-    "tests/scenes/judge/answers_test.py",
+    "tests/scenes/judge/answers_test.py::test_a_completion_keeps_the_given_half",
     ("given_half_may_change", 'if not holds["kept"]:', "if False:"),
   ),
   *mutants_of(
@@ -127,7 +127,7 @@ EVALUATION = (
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/protocols/compare.py",
-    "tests/evaluation/protocol_run_test.py",
+    "tests/evaluation/protocol_run_test.py::test_paired_differences_cancel_what_both_find_hard",
     (
       "unpaired_differences",
       "apart = (second - first)[both]",

@@ -7,7 +7,7 @@ FUNCTIONS = "tests/export/serving_functions_test.py"
 EXPORT = (
   *mutants_of(
     "cm3leon_jax/export/stablehlo.py",
-    STABLEHLO,
+    f"{STABLEHLO}::test_images_and_texts_served_by_jax_alone_are_those_of_the_generator",
     (
       "stablehlo_head_with_text_first",
       "np.roll(params.read(table), vocab.image_size, axis=0).T",

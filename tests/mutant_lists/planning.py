@@ -14,7 +14,7 @@ PLANNING = (
   ),
   *mutants_of(
     "cm3leon_jax/planning/stage_costs.py",
-    COSTS,
+    f"{COSTS}::test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps",
     ("a_backward_pass_is_free", "hours = chips(3 * seen * (image + text))", "hours = chips(seen)"),
   ),
   *mutants_of(

@@ -54,8 +54,12 @@ RETRIEVAL = (
   ),
   *mutants_of(
     "cm3leon_jax/retrieval/lexical.py",
-    "tests/retrieval/lexical_test.py",
+    "tests/retrieval/lexical_test.py::test_the_cosine_is_the_weighted_mean_of_both",
     ("weight_not_its_root", "math.sqrt(self.weight) * self.embed", "self.weight * self.embed"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/retrieval/lexical.py",
+    "tests/retrieval/lexical_test.py::test_a_rare_word_decides_where_clip_is_blind",
     (
       "all_words_weigh_the_same",
       "weights = self.idf[[bucket(word) for word in found]]",

@@ -13,12 +13,16 @@ CACHE = "tests/serving/program_cache_test.py"
 SERVING = (
   *mutants_of(
     "cm3leon_jax/serving/engine.py",
-    ENGINE,
+    f"{ENGINE}::test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots",
     (
       "who_left_keeps_slots",
       "if opened.job.cancelled or opened.failed:\n        self._generator.remove(ticket)",
       "if opened.failed:\n        self._generator.remove(ticket)",
     ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/engine.py",
+    f"{ENGINE}::test_a_job_that_fails_among_others_fails_alone",
     ("one_spoils_all", "      if len(parts) > 1:", "      if len(parts) > 2:"),
   ),
   *mutants_of(

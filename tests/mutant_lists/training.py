@@ -49,7 +49,7 @@ TRAINING = (
   ),
   *mutants_of(
     LOSS,
-    SOURCES_TEST,
+    f"{SOURCES_TEST}::test_source_sums_literal",
     ("sources_counted_from_0", "jnp.arange(1, num_sources + 1,", "jnp.arange(0, num_sources,"),
     ("source_nll_unweighted", "values = (weights * nll, weights)", "values = (nll, weights)"),
   ),
@@ -117,7 +117,7 @@ TRAINING = (
   ),
   *mutants_of(
     "cm3leon_jax/training/loop.py",
-    "tests/training/loop_test.py",
+    "tests/training/loop_test.py::test_hooks_are_called_in_their_order_around_each_step",
     (
       "ready_before_the_batch",
       "    batch = next(batches)\n    for hook in hooks:\n      hook.ready(step)\n",
