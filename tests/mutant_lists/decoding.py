@@ -175,6 +175,10 @@ DECODING = (
     "cm3leon_jax/decoding/grammar.py",
     "tests/decoding/grammar_test.py",
     ("codes_done_are_those_left", "1) - state.left, self", "1) * 0 + state.left, self"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/grammar.py",
+    "tests/decoding/grammar_test.py::test_admits_exactly_the_language",
     ("a_break_without_room", "(left >= 3)", "(left >= 2)"),
   ),
   *mutants_of(
