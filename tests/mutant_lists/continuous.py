@@ -56,7 +56,7 @@ CONTINUOUS = (
   ),
   *mutants_of(
     "cm3leon_jax/decoding/continuous/engine.py",
-    f"{ENGINE_TEST}::test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones",
+    f"{ENGINE_TEST}::test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone",
     (
       "idle_batches_admit_any_bucket",
       "[x for x in fits if x.active or",
