@@ -22,8 +22,12 @@ SERVING = (
   ),
   *mutants_of(
     "cm3leon_jax/serving/engine.py",
-    f"{ENGINE}::test_a_job_that_fails_among_others_fails_alone",
-    ("one_spoils_all", "      if len(parts) > 1:", "      if len(parts) > 2:"),
+    f"{ENGINE}::test_too_many_waiting_requests_are_refused_with_a_time_to_come_again",
+    (
+      "queue_one_more",
+      "if self.waiting >= self.queue_limit:",
+      "if self.waiting > self.queue_limit:",
+    ),
   ),
   *mutants_of(
     "cm3leon_jax/serving/engine.py",
