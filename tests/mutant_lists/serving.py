@@ -59,11 +59,6 @@ SERVING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/serving/web/app.py",
-    DECODING,
-    ("who_left_is_decoded", "unless_gone(request, decoding)", "decoding"),
-  ),
-  *mutants_of(
     "cm3leon_jax/serving/web/request_log.py",
     f"{LOG}::test_a_line_has_what_a_request_cost",
     ("any_request_id", r'r"[\w.:/+=-]{1,128}"', '".*"'),
