@@ -1,11 +1,13 @@
 """All mutants that `mutants.py` runs, by subject."""
 
 from tests.mutant_lists.commands import COMMANDS
+from tests.mutant_lists.continuous import CONTINUOUS
 from tests.mutant_lists.data import DATA
 from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
 from tests.mutant_lists.export import EXPORT
 from tests.mutant_lists.importing import IMPORTING
+from tests.mutant_lists.models import MODELS
 from tests.mutant_lists.planning import PLANNING
 from tests.mutant_lists.retrieval import RETRIEVAL
 from tests.mutant_lists.serving import SERVING
@@ -17,8 +19,10 @@ MUTANTS = (
   DATA
   + RETRIEVAL
   + TOKENIZERS
+  + MODELS
   + TRAINING
   + DECODING
+  + CONTINUOUS
   + EVALUATION
   + EXPORT
   + IMPORTING

@@ -5,8 +5,9 @@
   python -m tests.mutants --only=adam        # those whose name contains a word
 
 A mutant replaces one text of one file, in a copy of the tree, and runs only the tests that claim
-to notice it. A mutant that no test notices survives: the tests have a gap there. A mutant that
-cannot be imported proves nothing about the tests, so it counts as invalid, not as killed.
+to notice it; those marked `slow` only if no other one does. A mutant that no test notices survives:
+the tests have a gap there. A mutant that cannot be imported proves nothing about the tests, so it
+counts as invalid, not as killed.
 `mutants_test.py` runs the same list (marked `slow`), and checks in every run that each mutant can
 be made and that its tests exist.
 """
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import pytest
 
 from tests.mutant_list import MUTANTS
 from tests.mutant_lists.mutant import Mutant
@@ -41,11 +44,13 @@ class Outcome:
     verdict: KILLED, SURVIVES or INVALID.
     detail: the first test that failed; or why the mutant is invalid.
     seconds: how long the tests took.
+    slow: whether they are the ones marked `slow`.
   """
 
   verdict: str
   detail: str
   seconds: float
+  slow: bool = False
 
 
 def mutated(mutant: Mutant, text: str) -> str:
@@ -67,9 +72,10 @@ def judge(code: int, output: str) -> tuple[str, str]:
   """Verdict and detail of a pytest run with `-x`, from its exit code and its standard output.
 
   A test that fails kills, and so does a fixture. A file that cannot be collected does not, nor
-  does an error that shows that the mutant is no program.
+  does an error that shows that the mutant is no program. Where the marks select no test, none has
+  noticed anything.
   """
-  if code == 0:
+  if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
     return SURVIVES, ""
   summary = output.rpartition("short test summary info")[2]  # Logs above it have lines alike.
   lines = [line for line in summary.splitlines() if line.startswith(("FAILED ", "ERROR "))]
@@ -85,7 +91,8 @@ def judge(code: int, output: str) -> tuple[str, str]:
 def copied() -> Iterator[pathlib.Path]:
   """Yields the root of a copy of the tree, in which mutants can be made."""
   with tempfile.TemporaryDirectory() as folder:
-    root = pathlib.Path(folder)
+    root = pathlib.Path(folder) / "tree"
+    root.mkdir()
     for name in COPIED:
       if (ROOT / name).is_dir():
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -106,12 +113,28 @@ def _changed(path: pathlib.Path, mutant: Mutant) -> Iterator[None]:
 
 
 def run(
-  root: pathlib.Path, mutant: Mutant | None, tests: Sequence[str], timeout: float = TIMEOUT
+  root: pathlib.Path,
+  mutant: Mutant | None,
+  tests: Sequence[str],
+  timeout: float = TIMEOUT,
+  slow: bool = False,
 ) -> Outcome:
-  """Runs tests on a copy of the tree with the mutant in it; None: the tree as it is."""
-  start = time.monotonic()
-  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+  """Runs tests on a copy of the tree with the mutant in it.
+
+  Args:
+    root: of the copy.
+    mutant: None: the tree as it is.
+    tests: as pytest names them.
+    timeout: in seconds.
+    slow: runs those marked `slow`, and no other one.
+  """
+  start, marks = time.monotonic(), "slow" if slow else "not slow"
+  options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
+  command = [sys.executable, "-m", "pytest", *options, *tests]
   environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
+  # Half of the time of a small test is compiling Python, of libraries, too.
+  environment["PYTHONPYCACHEPREFIX"] = str(root.parent / "bytecode")
+  environment.pop("PYTHONDONTWRITEBYTECODE", None)
   with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
     try:
       result = subprocess.run(
@@ -121,7 +144,21 @@ def run(
       verdict, detail = INVALID, f"no end within {timeout} s"
     else:
       verdict, detail = judge(result.returncode, result.stdout)
-  return Outcome(verdict, detail, time.monotonic() - start)
+  return Outcome(verdict, detail, time.monotonic() - start, slow)
+
+
+def noticed(root: pathlib.Path, mutant: Mutant) -> Outcome:
+  """Runs the tests of a mutant: those marked `slow` only if none of the others notices it."""
+  outcome = run(root, mutant, mutant.tests)
+  if outcome.verdict != SURVIVES:
+    return outcome
+  outcome = run(root, mutant, mutant.tests, slow=True)
+  if outcome.verdict != KILLED:
+    return outcome
+  unchanged = run(root, None, mutant.tests, slow=True)
+  if unchanged.verdict == SURVIVES:
+    return outcome
+  return Outcome(INVALID, f"without it, too: {unchanged.detail}", outcome.seconds, slow=True)
 
 
 def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
@@ -135,18 +172,22 @@ def report(root: pathlib.Path, mutants: Sequence[Mutant]) -> bool:
 
   First the tests must pass without a mutant: a test that fails anyway would kill every mutant.
   """
-  killed, start = 0, time.monotonic()
+  killed, by_default, start = 0, 0, time.monotonic()
   tests = sorted({test for mutant in mutants for test in mutant.tests})
   unchanged = run(root, None, tests, timeout=3_600)
   if unchanged.verdict != SURVIVES:
     print(f"These tests do not pass without a mutant: {unchanged.detail}")
     return False
   for mutant in mutants:
-    outcome = run(root, mutant, mutant.tests)
+    outcome = noticed(root, mutant)
     killed += outcome.verdict == KILLED
+    by_default += outcome.verdict == KILLED and not outcome.slow
     said = f"{outcome.verdict} {outcome.detail}".rstrip()
     print(f"{mutant.name}: {said} ({outcome.seconds:.0f} s)", flush=True)
-  print(f"{killed} of {len(mutants)} mutants killed in {time.monotonic() - start:.0f} s.")
+  print(
+    f"{killed} of {len(mutants)} mutants killed in {time.monotonic() - start:.0f} s, {by_default} "
+    "of them by tests that are not slow."
+  )
   return killed == len(mutants)
 
 

@@ -1,5 +1,7 @@
 """Every mutant of the list can be made, and (slow) the tests that claim to notice it do."""
 
+import ast
+import functools
 import subprocess
 
 import pytest
@@ -34,6 +36,31 @@ def test_there_are_enough_mutants_with_names_of_their_own():
   assert len({m.name for m in MUTANTS}) == len(MUTANTS)
 
 
+def test_the_decoder_and_decoding_have_their_share():
+  rooms = ("cm3leon_jax/decoding/", "cm3leon_jax/models/")
+  assert sum(m.file.startswith(rooms) for m in MUTANTS) >= 60
+
+
+@functools.cache
+def is_default(test: str) -> bool:
+  """Whether a test, or one of a file, has no mark `slow` of its own."""
+  file, _, name = test.partition("::")
+  body = ast.parse((mutants.ROOT / file).read_text(encoding="utf-8")).body
+  marks = [ast.unparse(x.value) for x in body if isinstance(x, ast.Assign)]
+  if any(mark == "pytest.mark.slow" for mark in marks):
+    return False
+  functions = [x for x in body if isinstance(x, ast.FunctionDef)]
+  chosen = [x for x in functions if (x.name == name if name else x.name.startswith("test_"))]
+  return any("pytest.mark.slow" not in map(ast.unparse, x.decorator_list) for x in chosen)
+
+
+def test_two_of_three_have_a_test_that_is_not_slow():
+  assert is_default("tests/mutants_test.py")
+  assert not is_default("tests/mutants_test.py::test_the_mutant_is_noticed")  # Control.
+  of_default = [m for m in MUTANTS if any(map(is_default, m.tests))]
+  assert 3 * len(of_default) >= 2 * len(MUTANTS)
+
+
 def test_parts_are_the_whole_list():
   parts = [mutants.part(MUTANTS, f"{k}/4") for k in (1, 2, 3, 4)]
   assert sorted(m.name for part in parts for m in part) == sorted(m.name for m in MUTANTS)
@@ -58,7 +85,7 @@ def test_what_cannot_be_made_is_refused(old, new, message):
     (2, "ERROR tests/a_test.py - SyntaxError: invalid syntax", mutants.INVALID),
     (2, "ERROR tests/a_test.py", mutants.INVALID),
     (4, "ERROR: not found: tests/a_test.py::test_b", mutants.INVALID),
-    (5, "3 deselected", mutants.INVALID),
+    (5, "3 deselected", mutants.SURVIVES),
   ],
 )
 def test_only_a_failed_test_kills(code, output, verdict):
@@ -98,10 +125,33 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   assert (tree / CM3).read_text() == before == (mutants.ROOT / CM3).read_text()
 
 
+@pytest.mark.parametrize(
+  ("failing", "verdict", "slow"),
+  [
+    (("not slow", True), mutants.KILLED, False),
+    (("slow", True), mutants.KILLED, True),
+    (("slow", True, False), mutants.INVALID, True),  # A slow test that fails anyway.
+    ((), mutants.SURVIVES, True),
+  ],
+)
+def test_slow_tests_run_where_no_other_notices(tree, monkeypatch, failing, verdict, slow):
+  """`failing`: marks of the tests that fail, in a mutant or (False) in the tree as it is."""
+
+  def pytest_ends(command, cwd, **_):
+    mutated = (cwd / CM3).read_text() != (mutants.ROOT / CM3).read_text()
+    fails = command[command.index("-m", 3) + 1] in failing and mutated in failing
+    output = f"short test summary info\nFAILED {CM3_TEST}::test_x - assert 1 == 2"
+    return subprocess.CompletedProcess(command, int(fails), output, "")
+
+  monkeypatch.setattr(mutants.subprocess, "run", pytest_ends)
+  outcome = mutants.noticed(tree, RENAMED)
+  assert (outcome.verdict, outcome.slow) == (verdict, slow)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_the_mutant_is_noticed(tree, mutant):
-  outcome = mutants.run(tree, mutant, mutant.tests)
+  outcome = mutants.noticed(tree, mutant)
   assert outcome.verdict == mutants.KILLED, outcome.detail
 
 

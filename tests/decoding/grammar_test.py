@@ -152,6 +152,7 @@ def test_admits_exactly_the_language(image):
     legal, active = (np.asarray(x)[: len(alive)] for x in ask(grammar, filled(plan), state))
     for ids in CLASSES.values():  # Ids of a class are legal together.
       assert (legal[:, list(ids)] == legal[:, [ids[0]]]).all()
+    assert legal[active].any(axis=1).all()  # Every beginning can be continued to an end.
     for i in np.flatnonzero(~active):
       assert not legal[i].any()
       complete[alive[i][0]].add(alive[i][1])

@@ -1,5 +1,6 @@
 """Several codes a step come from the distribution of one at a time."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ from scipy import stats
 
 from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.config import SamplingConfig
+from tests.decoding.generator_test import chosen, guided_by
 from tests.decoding.small import (
   IMAGE,
   VOCAB,
@@ -154,6 +156,18 @@ def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(
     p, q = map(jax.nn.log_softmax, of_streams(generator, params, request, result.tokens))
     kl = np.asarray((np.exp(p) * (p - q)).sum(axis=-1))[:IMAGE]
     np.testing.assert_allclose(result.divergence, kl.mean(), rtol=1e-3)
+
+
+def test_a_window_has_the_weights_of_its_places_and_the_end_follows_all_codes(generator, params):
+  sampling = dataclasses.replace(
+    generator.config.sampling, guidance=5.0, guidance_schedule="linear"
+  )
+  for request, result in zip(images(), generator.generate(images(), SEEDS, sampling=sampling)):
+    streams = [
+      teacher_forced(generator.config.model, params, p, result.tokens) for p in request.streams
+    ]
+    expected = guided_by(sampling, request, result.tokens, streams)
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch(generator):

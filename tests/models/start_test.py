@@ -42,6 +42,14 @@ def test_a_direction_in_which_all_codes_agree_stays_0():
   assert (np.abs(white) > 1e-6).any(0).sum() == 6
 
 
+def test_a_direction_of_rounding_errors_stays_0():
+  """Of two equal dimensions, the difference is 0 for all codes, and nearly so for the SVD."""
+  codes = np.concatenate([codebook(), codebook()[:, :1]], axis=1)
+  values = np.linalg.svd(codes - codes.mean(0), compute_uv=False)
+  assert 0 < values[-1] < 1e-6 * values[0]
+  assert (np.abs(whitened(codes)) > 1e-6).any(0).sum() == 6
+
+
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_only_codes_change_and_codes_that_look_alike_are_near(family):
   config = dataclasses.replace(MODERN, family=family, codebook_start=0.5)

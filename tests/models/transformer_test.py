@@ -202,3 +202,80 @@ def test_rotation_depends_on_distance_alone():
 
   assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
   assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_rotation_literals():
+  """Pair i, that is x[i] and x[i + H / 2], turns by position x base ** (-i / (H / 2))."""
+  x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
+  for position in (0, 3):
+    angles = position * np.array([1.0, 0.01])  # 10,000 ** -0, 10,000 ** -0.5.
+    found = transformer.rotate(x, jnp.array([[position]]))[0, 0, 0]
+    np.testing.assert_allclose(found, [*np.cos(angles), *np.sin(angles)], atol=1e-6)
+  other = transformer.rotate(x, jnp.array([[3]]), base=100.0)[0, 0, 0]
+  np.testing.assert_allclose(other[1], np.cos(0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_norms_of_bfloat16_are_computed_in_fp32(center):
+  x = (jax.random.normal(jax.random.key(0), (4, 512)) + 3).astype(jnp.bfloat16)
+  found = transformer.normalize(x, 1e-6, center)
+  exact = np.asarray(x, np.float64)
+  exact -= exact.mean(-1, keepdims=True) if center else 0
+  exact /= np.sqrt((exact**2).mean(-1, keepdims=True))
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_logits_of_bfloat16_are_fp32():
+  hidden, table = jnp.ones((1, 2, 8), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    found = transformer.logits(hidden, table.at[:, 0].set(1 + 2**-7))
+  assert found.dtype == jnp.float32
+  assert (np.asarray(found) == 8 + 2**-7).all()  # Not a number of bfloat16.
+
+
+def plain_logits(config, params, tokens, positions):
+  """[L, V] logits of one sample by NumPy in fp64, layer by layer; `modern`, or `opt` with ReLU."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  modern, head = config.family == "modern", config.head_dim
+
+  def norm(x, parameters):
+    if "scale" in parameters:
+      return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * parameters["scale"]
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+  def turn(x):
+    angles = positions[:, None, None] * config.rope_base ** (-np.arange(head // 2) / (head // 2))
+    turned = (x[..., : head // 2] + 1j * x[..., head // 2 :]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+  x = params["embed"][tokens]
+  x = x if modern else x + params["positions"][positions]
+  for i in range(config.num_layers):
+    layer = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
+    q, k, v = np.einsum("LD,cDNH->cLNH", norm(x, layer.get("norm1", {})), layer["qkv"])
+    if modern:
+      q, k = turn(norm(q, layer["q_norm"])), turn(norm(k, layer["k_norm"]))
+    scores = np.einsum("LNH,TNH->NLT", q, k) / np.sqrt(head)
+    weights = np.exp(np.where(np.tri(len(x), dtype=bool), scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x + np.einsum("NLT,TNH,NHD->LD", weights, v, layer["out"])
+    h = norm(x, layer.get("norm2", {}))
+    up = h @ layer["up"]
+    gate = h @ layer["gate"] if modern else 0
+    x = x + (up * gate / (1 + np.exp(-gate)) if modern else np.maximum(up, 0)) @ layer["down"]
+  return norm(x, params.get("final_norm", {})) @ params["head" if modern else "embed"].T
+
+
+@pytest.mark.parametrize(
+  ("family", "fields"), [("opt", {}), ("modern", {"head_size": 6, "rope_base": 100.0})]
+)
+def test_a_decoder_is_that_of_plain_numpy(family, fields):
+  config = config_of(family, **fields)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(config)
+    found = model_logits(config, params, TOKENS[:1], POSITIONS[:1] + 3, SEGMENTS[:1])[0]
+  expected = plain_logits(config, params, TOKENS[0], POSITIONS[0] + 3)
+  assert np.abs(expected).max() > 1
+  np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -8,25 +8,11 @@ _SENTENCES = f"{_ARGUMENTS_TEST}::test_a_mistake_is_one_sentence_and_imports_no_
 
 COMMANDS = (
   Mutant(
-    "a_field_that_no_config_has_is_found_with_the_config_only",
-    _ARGUMENTS,
-    "if match and match[1] not in config_file.field_names():",
-    "if match and match[1] in ():",
-    (_SENTENCES,),
-  ),
-  Mutant(
     "a_value_of_the_config_is_taken_for_a_word",
     _ARGUMENTS,
     "if match[1] is None and remaining and",
     "if match[1] and remaining and",
     (f"{_ARGUMENTS_TEST}::test_flags_of_the_config_are_separated",),
-  ),
-  Mutant(
-    "a_command_that_begins_a_run_needs_its_folder",
-    _ARGUMENTS,
-    "if begins or path.exists():",
-    "if path.exists():",
-    (f"{_ARGUMENTS_TEST}::test_an_installed_model_and_a_bucket_are_no_absent_folders",),
   ),
   Mutant(
     "any_path_named_like_a_shipped_config_is_that_config",
@@ -43,28 +29,5 @@ COMMANDS = (
     "record.exc_info and is_full(record.exc_info[1])",
     "record.exc_info",
     ("tests/files/disk_errors_test.py",),
-  ),
-  Mutant(
-    "full_disks_are_tracebacks",
-    "cm3leon_jax/files/disk_errors.py",
-    "  for found in causes(error):\n    if isinstance",
-    "  for found in ():\n    if isinstance",
-    ("tests/files/disk_errors_test.py",),
-  ),
-  Mutant(
-    "late_writes_print_tracebacks",
-    "cm3leon_jax/files/disk_errors.py",
-    "  sys.unraisablehook = print_unraisable\n",
-    "",
-    ("tests/files/disk_errors_test.py",),
-  ),
-  Mutant(
-    "every_start_says_that_tensorboard_is_absent",
-    "cm3leon_jax/training/watch/boards.py",
-    "if first_step == 0:",
-    "if first_step >= 0:",
-    (
-      "tests/training/watch/boards_test.py::test_an_absent_tensorboard_is_a_line_of_a_new_run_only",
-    ),
   ),
 )

@@ -18,8 +18,12 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/plan.py",
-    "tests/data/rows/plan_test.py",
+    "tests/data/rows/plan_test.py::test_shares_are_shares_of_slots",
     ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/rows/plan.py",
+    "tests/data/rows/plan_test.py::test_plans_follow_from_seed_source_pass_and_unit",
     ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
   ),
   *mutants_of(
@@ -107,11 +111,6 @@ DATA = (
       "(noise >= min_psnr) | (distance <= MAX_BITS)",
       "(noise >= min_psnr) & (distance <= MAX_BITS)",
     ),
-    (
-      "nothing_united",
-      "_, components = connected_components(links, directed=False)",
-      "components = np.arange(len(ordered))",
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/data/sources/builtin.py",
@@ -133,11 +132,6 @@ DATA = (
     ("left_is_right", "if column < other_column", "if column > other_column"),
   ),
   *mutants_of(
-    "cm3leon_jax/scenes/drawings.py",
-    "tests/scenes/world_test.py",
-    ("box_in_the_cell", "return [left + x0, top + y0,", "return [x0, y0,"),
-  ),
-  *mutants_of(
     "cm3leon_jax/scenes/instructions.py",
     "tests/scenes/instructions_test.py",
     (
@@ -145,39 +139,12 @@ DATA = (
       "not (may_be_edited(scene) and may_be_edited(edit.target))",
       "not may_be_edited(scene)",
     ),
-    (
-      "absent_objects_from_heldout_pairs",
-      "if shown or questions.may_be_absent(scene, name):",
-      "if shown or name not in scene_questions.counts_of(scene):",
-    ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/scenes/questions.py",
-    "tests/scenes/instructions_test.py",
-    ("relation_of_several_objects", "== 1 and len(there) == 1:", "== 1 and there:"),
   ),
   *mutants_of(
     "cm3leon_jax/data/published/files.py",
     "tests/data/published/files_test.py",
     ("captions_of_other_images", "captions[image_id].append(entry)", "captions[139].append(entry)"),
-    ("all_splits", 'f"{file}, image {image_id}") == split', 'f"{file}, image {image_id}") != ""'),
-    ("unanswered_questions", "if key not in answered:", "if False:"),
-    ("names_of_11_digits", "COCO_{subset}_{image_id:012d}", "COCO_{subset}_{image_id:011d}"),
-    ("group_of_the_question", "group=str(image_id),", "group=str(key),"),
-    ("last_paragraph_counts", "entries.setdefault(", "entries.__setitem__("),
-    ("image_twice_in_the_split", "if image_id in seen:", "if False:"),
-    ("rounds_from_0", "if not 1 <= round_id", "if not 0 <= round_id"),
     ("answer_in_the_history", "zip(asked[:-1], said[:-1])", "zip(asked, said)"),
-    ("candidates_in_order", "for i in options]", "for i in sorted(options)]"),
-    ("negative_places", "if not 0 <= index < len(texts)", "if not index < len(texts)"),
-    ("other_number_of_judgments", "if len(relevance) != len(example.candidates):", "if False:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/published/releases.py",
-    "tests/data/published/files_test.py",
-    ("ids_twice", "if key in found:", "if False:"),
-    ("no_texts", "if not entries:", "if False:"),
-    ("truth_is_a_number", "or isinstance(value, bool)", "or False"),
   ),
   *mutants_of(
     "cm3leon_jax/data/instructions/llava.py",
@@ -187,24 +154,12 @@ DATA = (
   *mutants_of(
     "cm3leon_jax/data/instructions/files.py",
     "tests/data/instructions/files_test.py",
-    ("blank_answers_count", "in example.references if text.strip()]", "in example.references]"),
-    ("narrative_of_any_width", '1, "val2017/{:0>12}.jpg"', '1, "val2017/{}.jpg"'),
-    ("explained_by_the_lecture", '"solution", str', '"lecture", str'),
     ("before_is_after", 'enumerate(("before", "after"))', 'enumerate(("after", "before"))'),
   ),
   *mutants_of(
     "cm3leon_jax/data/published/examples.py",
     "tests/data/published/examples_test.py",
     ("images_not_spread", "turns.sort(key=lambda turn: turn[:2])", ""),
-    (
-      "many_examples_win",
-      "turns.sort(key=lambda turn: turn[:2])",
-      "turns.sort(key=lambda t: t[0])",
-    ),
-    ("in_the_order_of_the_file", "sorted(examples, key=lambda e: rank(e.key))", "examples"),
-    ("one_seed", 'f"{seed} {name}"', 'f"{name}"'),
-    ("blank_prompts", "if text.strip():", "if True:"),
-    ("images_unchecked", "if absent:", "if len(absent) > 2:"),
   ),
   *mutants_of(
     "cm3leon_jax/data/instructions/samples.py",
@@ -225,13 +180,7 @@ DATA = (
     "cm3leon_jax/data/instructions/stores.py",
     "tests/data/instructions/stores_test.py",
     ("codes_of_the_first_record", "of_record.get(i, {})", "of_record.get(0, {})"),
-    ("long_records_accepted", "if size > most:", "if size < 0:"),
     ("targets_are_redrawn", "field != task.target and is", "is"),
-    (
-      "codes_of_redrawn_images_stay",
-      "tokenizer.encode(tokenizer.decode(codes[redrawn]))",
-      "codes[redrawn]",
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/data/instructions/tasks.py",
@@ -251,74 +200,31 @@ DATA = (
     "cm3leon_jax/data/sources/archives.py",
     "tests/data/sources/archive_bounds_test.py",
     ("headers_unbounded", "if size > MAX_HEADER + tarfile.BLOCKSIZE:", "if size < 0:"),
-    ("headers_kept", "member.pax_headers = {}", "member.pax_headers = dict(member.pax_headers)"),
-    ("groups_unbounded", "if size > MAX_GROUP:", "if size < 0:"),
-    ("repeated_values_unbounded", "if total > MAX_GROUP:", "if total < 0:"),
-    ("long_captions_become_texts", "if length > longest}", "if length < 0}"),
-    ("texts_as_long_as_captions", '    elif "text" in long:', '    elif "text" in row:'),
-    ("whole_groups_read", "pre_buffer=False, buffer_size=PARQUET_BUFFER", "pre_buffer=True"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/instructions/files.py",
-    "tests/data/sources/image_folder_test.py",
-    (
-      "texts_of_pairs_anywhere",
-      'beside.find(posixpath.join(folder, "prompt.json"), where, "file")',
-      'posixpath.join(beside.path, folder, "prompt.json")',
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/data/sources/image_folder.py",
     "tests/data/sources/image_folder_test.py",
     ("links_lead_out", "os.path.realpath(os.path.abspath(", "(os.path.abspath("),
-    ("a_longer_name_is_inside", '.rstrip("/") + "/"', '.rstrip("/")'),
-    ("a_name_begins_at_home", "os.path.expanduser(inner)", "inner"),
-    ("up_in_a_bucket", "return start + posixpath.normpath(inner)", "return start + inner"),
-    ("urls_are_names", "if URL in name or posixpath", "if posixpath"),
-    ("everything_is_inside", "and not self._holds(path)", "and not path"),
   ),
   *mutants_of(
     "cm3leon_jax/data/raw/reader.py",
     "tests/data/raw/untrusted_test.py",
-    ("freed_memory_kept", "    trim(0)", "    pass"),
-    ("errors_keep_pixels", "traceback.clear_frames(found.__traceback__)", "pass"),
     ("large_images_at_once", "  with _one_at_a_time():", "  if True:"),
   ),
   *mutants_of(
     "cm3leon_jax/data/raw/summary.py",
     "tests/data/raw/summary_test.py",
-    ("no_words_are_the_fewest", 'if f["fewest_caption_words"]]', "]"),
     ("heldout_characters_count", 'record.split == "train"', 'record.split != "bank"'),
   ),
   *mutants_of(
     "cm3leon_jax/data/checks/leaks.py",
     "tests/data/checks/leaks_test.py",
     ("copies_of_one_concept_count", " & (concepts[pairs[0]] != concepts[pairs[1]])", ""),
-    ("all_images_compared", '"train", MOST - heldout', '"train", 10**9'),
   ),
   *mutants_of(
     "cm3leon_jax/data/sources/samples.py",
     "tests/data/sources/samples_test.py",
     ("json_before_txt", '("txt", "caption", "json")', '("json", "caption", "txt")'),
-    ("blank_captions_taken", "or text.strip()]", "or True]"),
-    ("links_of_captions_followed", "and os.path.islink(name)", "and False"),
-    ("parts_of_equal_size", "if group and (first or", "if group and ("),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/sources/lines.py",
-    "tests/data/sources/archive_bounds_test.py",
-    ("rows_of_csv_unbounded", "if self.used > MAX_ROW:", "if self.used < 0:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/data/sources/records.py",
-    "tests/data/sources/archive_bounds_test.py",
-    ("zero_is_no_key", 'if key is None or key == "":', "if not key:"),
-    ("batches_unbounded", "or total >= size", "or total < 0"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/files/atomic.py",
-    "tests/data/sources/archive_bounds_test.py",
-    ("urls_are_chained", 'if "://" not in path:', 'if "/" not in path:'),
   ),
   *mutants_of(
     "cm3leon_jax/files/atomic.py",
@@ -327,18 +233,17 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/plan_starts.py",
-    "tests/data/rows/plan_test.py",
+    "tests/data/rows/plan_test.py::test_a_line_that_the_run_did_not_write_is_named",
     ("changed_starts_unnoticed", "or found[1] != self._digests[-1]", ""),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/rows/plan_starts.py",
+    "tests/data/rows/plan_test.py::test_a_line_of_another_plan_is_named",
     ("starts_digested_alone", 'sha256(f"{before}{line}"', 'sha256(f"{line}"'),
   ),
   *mutants_of(
     "cm3leon_jax/data/checks/validate.py",
     "tests/data/checks/validate_test.py",
     ("changed_images_unnoticed", "if found != expected[name]:", "if found is None:"),
-    (
-      "missing_images_unnoticed",
-      "if found != expected[name]:",
-      "if found not in (None, expected[name]):",
-    ),
   ),
 )

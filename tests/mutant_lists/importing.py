@@ -22,17 +22,11 @@ IMPORTING = (
       "np.repeat(by_head, times, axis=0)",
       "np.tile(by_head, (times, 1, 1))",
     ),
-    ("the_output_table_is_not_tied", "head = EMBED if is_tied(source) else HEAD", "head = EMBED"),
   ),
   *mutants_of(
     OPT,
     f"{IMPORTER_TEST}::test_an_opt_without_biases_has_the_loss_of_the_original",
     ("scales_are_lost", "matrix * source.tensors.read(scale)[None] if scale else ", ""),
-    (
-      "scales_of_outputs",
-      "source.tensors.read(scale)[None]",
-      "np.resize(source.tensors.read(scale), len(matrix))[:, None]",
-    ),
   ),
   *mutants_of(
     PLACED,
@@ -56,7 +50,6 @@ IMPORTING = (
     TABLES,
     f"{IMPORTER_TEST}::test_new_rows_are_the_mean_and_the_end_of_text",
     ("new_rows_are_the_sum", "table.mean(0, ", "table.sum(0, "),
-    ("another_token_ends_texts", "result[vocab.eos] = ", "result[vocab.unk] = "),
   ),
   *mutants_of(
     SOURCE,
@@ -72,19 +65,5 @@ IMPORTING = (
     WEIGHTS,
     f"{TRAINING_TEST}::test_a_run_begins_with_what_was_imported_and_remembers_it",
     ("an_import_is_forgotten", "source = source or _imported(epath.Path(workdir))", "pass"),
-  ),
-  *mutants_of(
-    WEIGHTS,
-    f"{TRAINING_TEST}::test_a_run_does_not_begin_with_half_an_import",
-    (
-      "half_an_import_counts",
-      "  if not (folder / stages.DONE).exists():\n    raise",
-      "  if not folder.exists():\n    raise",
-    ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/importing/importer.py",
-    f"{TRAINING_TEST}::test_the_command_prints_what_it_did_and_what_the_config_needs",
-    ("flags_that_nobody_gave", "if chosen is None or f", "if True or f"),
   ),
 )

@@ -18,15 +18,7 @@ TOKENIZERS = (
   *mutants_of(
     PUBLISHED,
     f"{PUBLISHED_TEST}::test_codes_and_pixels_equal_torch",
-    ("epsilon_of_flax", "epsilon=1e-6", "epsilon=1e-5"),
-    ("pixels_of_amused_below_0", "lowest_pixel=0,", "lowest_pixel=-1,"),
     ("stride_from_the_other_side", "padding=((0, 1), (0, 1))", "padding=((1, 0), (1, 0))"),
-    ("codes_by_inner_product", "return 2 * jnp.matmul(z,", "return jnp.matmul(z,"),
-    (
-      "attention_on_every_level",
-      "Level(a, b, config.blocks, config.level_attention and i == last,",
-      "Level(a, b, config.blocks, config.level_attention,",
-    ),
   ),
   *mutants_of(
     PUBLISHED_SOURCE,
@@ -34,21 +26,9 @@ TOKENIZERS = (
     ("a_pickle_by_another_name_is_read", "or not is_pickle", "or True"),
   ),
   *mutants_of(
-    PUBLISHED_SOURCE,
-    f"{PUBLISHED_FILES_TEST}::test_a_folder_of_another_model_is_refused_by_what_it_holds",
-    ("a_decoder_is_searched_for_codes", "if kind is None or any(", "if True or any("),
-    ("a_run_is_searched_for_codes", 'if "vqgan" in stored or', 'if "vqgan" not in stored and'),
-  ),
-  *mutants_of(
     PUBLISHED_FILES,
     f"{PUBLISHED_FILES_TEST}::test_the_grid_and_the_codebook_must_be_those_of_the_config",
-    ("other_squares_of_pixels", "vqgan.downsample != config.downsample or ", ""),
     ("another_codebook", "if tokenizer.num_codes != num_codes:", "if False:"),
-  ),
-  *mutants_of(
-    PUBLISHED_FILES,
-    f"{PUBLISHED_TEST}::test_published_names_literals",
-    ("levels_of_diffusers_from_the_top", "{last - int(m[1])}", "{int(m[1])}"),
   ),
   *mutants_of(
     "cm3leon_jax/commands/train_vqgan.py",
@@ -56,30 +36,14 @@ TOKENIZERS = (
     ("an_imported_tokenizer_is_trained", 'if stages.is_given(workdir, "vqgan"):', "if False:"),
   ),
   *mutants_of(
-    PUBLISHED_FILES,
-    "tests/commands/import_vqgan_test.py::test_the_tokenizer_of_an_export_needs_no_family",
-    (
-      "an_exported_grid_is_any",
-      "tuple[int, ...] = (config.resolution,)",
-      "tuple[int, ...] = (256, 512)",
-    ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/trained/initial.py",
-    "tests/importing/importer_test.py::test_an_export_of_this_project_is_imported_bit_for_bit",
-    ("an_imported_export_fits_all_codes", '["summary"].get(IMAGES)', '["summary"].get("")'),
-  ),
-  *mutants_of(
     NETWORK,
     f"{NETWORK_TEST}::test_a_local_code_depends_on_its_own_square_alone",
     ("local_codes_see_the_image", "axes = 3 if local else (1, 2, 3)", "axes = (1, 2, 3)"),
-    ("local_codes_see_their_neighbors", "size = 1 if self.local else 3", "size = 3"),
   ),
   *mutants_of(
     QUANTIZERS,
     f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
     ("codebook_gradient_stopped", "_squared(q - stop(z))", "_squared(stop(q) - stop(z))"),
-    ("commitment_gradient_everywhere", "_squared(z - stop(q))", "_squared(z - q)"),
   ),
   *mutants_of(
     "cm3leon_jax/tokenizers/losses.py",
@@ -96,21 +60,6 @@ TOKENIZERS = (
     ("rotation_straight_through", "2 * along(middle) * middle", "0 * along(middle) * middle"),
   ),
   *mutants_of(
-    QUANTIZERS,
-    f"{QUANTIZERS_TEST}::test_the_gradient_of_one_code_of_simvq_moves_all_codes",
-    ("codes_not_frozen", "jax.lax.stop_gradient(self.table[...])", "self.table[...]"),
-  ),
-  *mutants_of(
-    QUANTIZERS,
-    f"{QUANTIZERS_TEST}::test_the_average_of_codes_in_literals",
-    ("average_of_another_decay", "(1 - decay) * x, averages", "decay * x, averages"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/training/small/vqgan_watch.py",
-    f"{WATCH_TEST}::test_alarm_in_literals",
-    ("alarm_rings_always", "if self._rung or step", "if step"),
-  ),
-  *mutants_of(
     "cm3leon_jax/training/small/vqgan_training.py",
     f"{WATCH_TEST}::test_the_tokenizer_is_the_average_of_the_parameters",
     ("last_parameters_saved", 'state.get("ema", state["params"])', 'state["params"]'),
@@ -125,18 +74,8 @@ TOKENIZERS = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/tokenizers/discriminator.py",
-    f"{LOSSES_TEST}::test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients",
-    ("ratio_without_its_divisor", " / (norm(adversarial_loss) + 1e-4)", ""),
-  ),
-  *mutants_of(
     "cm3leon_jax/tokenizers/perceptual.py",
     "tests/tokenizers/perceptual_test.py::test_the_distance_is_that_of_torch",
     ("features_not_normalized", "(_unit(features) for features in pair)", "pair"),
-  ),
-  *mutants_of(
-    "benchmarks/tokenizers.py",
-    "tests/benchmarks/tokenizers_test.py::test_without_decoders_only_the_images_are_prepared",
-    ("clip_for_tokenizers_alone", "return SHARED if self.decoder_minutes else", "return SHARED or"),
   ),
 )

@@ -1,9 +1,7 @@
-"""Mutants of the model, the loss, the optimizer, checkpoints and the small trainers."""
+"""Mutants of the loss, the optimizer, checkpoints and the small trainers."""
 
 from tests.mutant_lists.mutant import mutants_of
 
-TRANSFORMER = "cm3leon_jax/models/transformer.py"
-TRANSFORMER_TEST = "tests/models/transformer_test.py"
 LOSS = "cm3leon_jax/training/step/loss.py"
 LOSS_TEST = "tests/training/step/loss_test.py"
 STATE = "cm3leon_jax/training/step/state.py"
@@ -19,29 +17,6 @@ UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/step/grpo.py", "tests/training/step/grpo_test.py"
 
 TRAINING = (
-  *mutants_of(
-    TRANSFORMER,
-    f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",
-    ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
-  ),
-  *mutants_of(
-    TRANSFORMER,
-    f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",
-    (
-      "layers_start_at_random",
-      "out_std = 0.0 if traits.starts_as_identity else std",
-      "out_std = std",
-    ),
-  ),
-  *mutants_of(
-    TRANSFORMER,
-    "tests/models/look_up_test.py",
-    (
-      "embedding_gradient_in_bf16",
-      "  wide = attention.wide(table.dtype)\n",
-      "  wide = jnp.dtype(dtype)\n",
-    ),
-  ),
   *mutants_of(
     LOSS,
     f"{LOSS_TEST}::test_chunked_and_sharded_equals_plain_fp64",
@@ -74,10 +49,9 @@ TRAINING = (
   ),
   *mutants_of(
     LOSS,
-    SOURCES_TEST,
+    f"{SOURCES_TEST}::test_source_sums_literal",
     ("sources_counted_from_0", "jnp.arange(1, num_sources + 1,", "jnp.arange(0, num_sources,"),
     ("source_nll_unweighted", "values = (weights * nll, weights)", "values = (nll, weights)"),
-    ("absent_sources_have_a_loss", "if weight > 0}", "if weight >= 0}"),
   ),
   *mutants_of(
     "cm3leon_jax/data/rows/loader.py",
@@ -92,28 +66,18 @@ TRAINING = (
     "cm3leon_jax/planning/programs.py",
     "tests/planning/programs_test.py::test_the_steps_of_a_tuning_are_those_of_its_run",
     ("planned_without_sources", 'num_sources=num_sources(settings, "train")', "num_sources=0"),
-    ("tasks_without_a_heldout_split_count", "bool(task.heldout) for", "True for"),
   ),
   *mutants_of(
     "cm3leon_jax/training/watch/heldout.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
     ("step_0_is_lost", "self._monitor.logged_heldout(0)", "{}"),
-    ("step_0_is_repeated", "if self._newest is not None:", "if False:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/training/watch/monitor.py",
-    f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
-    ("step_0_twice_on_the_board", "0 if newest is None else newest + 1", "(newest or 0) + 1"),
   ),
   *mutants_of(
     "cm3leon_jax/training/step/optimizer.py",
     "tests/training/step/optimizer_test.py",
     ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
     ("adam_b1_half", "    config.b1,", "    0.5,"),
-    ("adam_b2_half", "    config.b2,", "    0.5,"),
-    ("adam_eps_1e-3", "    config.eps,", "    1e-3,"),
     ("decay_of_everything", "mask=decayed", "mask=None"),
-    ("muon_of_nothing", "MATRICES.get(path[-1].key)", "None"),
     ("muon_of_another_size", "consistent_rms=UPDATE_RMS", "consistent_rms=None"),
     ("muon_decays_everything", "(config.weight_decay, decayed)", "(config.weight_decay)"),
     (
@@ -153,13 +117,7 @@ TRAINING = (
   ),
   *mutants_of(
     "cm3leon_jax/training/loop.py",
-    "tests/training/loop_test.py",
-    ("a_stop_is_ignored", "if any(hook.stops() for hook in hooks):", "if False:"),
-    (
-      "the_first_hook_alone_stops",
-      "if any(hook.stops() for hook in hooks):",
-      "if hooks[0].stops():",
-    ),
+    "tests/training/loop_test.py::test_hooks_are_called_in_their_order_around_each_step",
     (
       "ready_before_the_batch",
       "    batch = next(batches)\n    for hook in hooks:\n      hook.ready(step)\n",
@@ -170,16 +128,6 @@ TRAINING = (
     SAVING,
     f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
     ("skipped_steps_are_saved", "or not skipped or", "or skipped < 2 or"),
-  ),
-  *mutants_of(
-    SAVING,
-    f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
-    ("skipped_steps_are_saved_at_a_signal", " and skipped < step - self.saved", ""),
-    (
-      "a_signal_after_a_skipped_step_saves_nothing",
-      "taken = code is not None and",
-      "taken = False and",
-    ),
   ),
   *mutants_of(
     SAVING,
@@ -224,20 +172,10 @@ TRAINING = (
     "cm3leon_jax/checkpoints/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     (
-      "missing_files_unnoticed",
-      "sorted({*expected, *found})",
-      "sorted(found)",
-    ),
-    (
       "digests_not_compared",
       "expected.get(name) != _digest(folder / name)",
       "_digest(folder / name) is None",
     ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/checkpoints/sealing.py",
-    f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
-    ("a_bucket_alone_may_be_away", "    if buckets.failure(error):\n      raise", "    raise"),
   ),
   *mutants_of(
     CHECKPOINT,
@@ -247,20 +185,11 @@ TRAINING = (
       "if exists(self._digest_path(step))",
       "if self._digest_path(step).exists()",
     ),
-    ("unreadable_digests_are_damaged", "      except TryAgain:\n        raise\n", ""),
-  ),
-  *mutants_of(
-    CHECKPOINT,
-    UNREADABLE_TEST,
-    ("folders_that_orbax_cannot_read_are_gone", "if lacking := (present", "if lacking := (set()"),
   ),
   *mutants_of(
     "cm3leon_jax/training/watch/metrics.py",
     "tests/training/watch/metrics_test.py",
     ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
-    ("cut_log_unnoticed", "if len(content) < size:", "if False:"),
-    ("lines_after_the_digest_are_a_change", "sha256(content[:size])", "sha256(content)"),
-    ("a_rollback_hides_a_change", "and not difference(", "or difference("),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
@@ -278,30 +207,18 @@ TRAINING = (
   ),
   *mutants_of(
     CHECKPOINT,
-    f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
-    ("digests_of_deleted_steps_stay", "s not in kept", "False"),
-  ),
-  *mutants_of(
-    CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
     ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
-    ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
   ),
   *mutants_of(
     "cm3leon_jax/checkpoints/retention.py",
     "tests/checkpoints/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
     ("worst_is_kept", "else -loss", "else loss"),
-    ("nan_is_best", "return -math.inf if", "return math.inf if"),
   ),
   *mutants_of(
     CHECKPOINT,
     "tests/commands/checkpoints_test.py::test_rollback_removes_what_is_newer_and_says_so",
     ("rolled_back_too_far", "if newer > step:", "if newer >= step:"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/checkpoints/recovery.py",
-    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
-    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
     "cm3leon_jax/training/saves/upkeep.py",
@@ -312,38 +229,16 @@ TRAINING = (
     "cm3leon_jax/training/small/clip_training.py",
     "tests/training/small/clip_training_test.py::test_loss_is_the_oracle",
     ("one_concept_is_a_negative", "& ~jnp.eye(len(concepts), dtype=bool)", ""),
-    ("clip_loss_one_sided", "logsumexp(logits, 0)", "logsumexp(logits, 1)"),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_a_killed_training_continues_bit_for_bit",
     ("small_trainer_restarts", "range(done + 1, config.steps + 1)", "range(1, config.steps + 1)"),
-    (
-      "small_state_not_restored",
-      "checkpoints.restore(types, newest, checked=True)",
-      "init(), 0",
-    ),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",
     "tests/training/small/trainer_test.py::test_layout_of_arrays_in_literals",
     ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
-    ("smallest_axis_split", "largest = max(divisible", "largest = min(divisible"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/training/small/trainer.py",
-    "tests/training/small/trainer_test.py"
-    "::test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh",
-    ("small_state_restored_whole", "x.update(sharding=s), types", "x, types"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/commands/train_text_tokenizer.py",
-    "tests/commands/import_vqgan_test.py::test_an_imported_tokenizer_is_copied_into_a_tuned_run",
-    (
-      "a_copied_tokenizer_is_trained",
-      'if stages.is_given(workdir, "text_tokenizer"):',
-      "if False:",
-    ),
   ),
   *mutants_of(
     POLICY,
@@ -374,16 +269,6 @@ TRAINING = (
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
   ),
   *mutants_of(
-    "cm3leon_jax/reinforcement/rollouts.py",
-    "tests/reinforcement/rollouts_test.py::test_samples_to_learn_from_are_drawn_from_the_whole_distribution",
-    ("samples_of_the_nucleus", "top_p=1.0,", "top_p=0.9,"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/scenes/judge/instruction_grades.py",
-    "tests/reinforcement/rollouts_test.py::test_an_object_in_the_old_color_has_no_reward",
-    ("objects_are_enough", "v.correct, v.reason", 'v.holds["object"], v.reason'),
-  ),
-  *mutants_of(
     "cm3leon_jax/training/step/accumulation.py",
     "tests/training/step/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
     ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),
@@ -391,16 +276,6 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/planning/memory.py",
     "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
-    (
-      "only_the_kept_values_count",
-      "shape, platform)\n  if memory.total <= limit",
-      "shape, platform)\n  if memory.kept <= limit",
-    ),
     ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
-  ),
-  *mutants_of(
-    "cm3leon_jax/planning/memory.py",
-    "tests/planning/memory_test.py::test_an_update_that_does_not_fit_names_the_flags_that_fit",
-    ("updates_that_do_not_fit", "other, shape).total <= limit", "other, shape).kept <= limit"),
   ),
 )

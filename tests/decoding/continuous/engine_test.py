@@ -308,6 +308,14 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
   assert [batch.bucket.static.widths for batch in engine._batches] == [(32,), (64,)]
 
 
+def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
+  """Else it would read a long cache by itself."""
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  engine.remove(engine.admit(LONG, SEEDS[0]))
+  engine.admit(plain_requests()[0], SEEDS[0])
+  assert [batch.bucket.static.widths for batch in engine._batches] == [(64,), (32,)]
+
+
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
   """A request that finds all batches active gets one, though others refill them for ever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
