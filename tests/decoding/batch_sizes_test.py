@@ -85,9 +85,7 @@ def prefilled(static, params, prompts, control):
   return jax.eval_shape(prefill, params.model, prompts, control.plan)
 
 
-@pytest.mark.parametrize(
-  "task", [x if x == "image" else pytest.param(x, marks=pytest.mark.slow) for x in TASKS]
-)
+@pytest.mark.parametrize("task", TASKS)
 def test_batches_of_any_task(generator, task):
   for static, (params, prompts, control) in batches_of(generator, REQUESTS[task]):
     state = prefilled(static, params, prompts, control)
