@@ -126,6 +126,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   assert "skipped" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, monkeypatch):
   shown, render = [], sheet.render
   monkeypatch.setattr(sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))

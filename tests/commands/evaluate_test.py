@@ -74,6 +74,7 @@ def workdir(tmp_path):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # NaN has none.
 def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
   """They hold NaNs here, so their evaluation does not count as finished."""

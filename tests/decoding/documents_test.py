@@ -98,6 +98,7 @@ def test_infill_of_text_and_image(plain_generator):
   np.testing.assert_array_equal(image[2:5], tail[1:4])
 
 
+@pytest.mark.slow
 def test_both_ends_of_an_image_occur(generator):
   ends = set()
   for seed in range(8):

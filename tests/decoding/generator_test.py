@@ -131,6 +131,7 @@ def test_divergence_is_the_mean_kl_of_the_streams_over_image_codes(generator, pa
     assert result.divergence > 0.01
 
 
+@pytest.mark.slow
 def test_divergence_is_0_where_the_prompt_was_lost_and_none_without_a_second_stream(
   generator, plain_generator
 ):

@@ -68,6 +68,7 @@ def test_logits_equal_transformers(exported):
   assert compared["tokens"] == 52
 
 
+@pytest.mark.slow
 def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
@@ -125,6 +126,7 @@ def test_parameters_and_config_are_read_back(exported):
   }
 
 
+@pytest.mark.slow
 def test_every_weight_is_compared(exported):
   """Negative control: a change of any tensor of the file changes the logits."""
   pytest.importorskip("torch")

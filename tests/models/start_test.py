@@ -68,6 +68,7 @@ def test_only_codes_change_and_codes_that_look_alike_are_near(family):
     jax.tree.map(np.testing.assert_array_equal, params[name], random[name])
 
 
+@pytest.mark.slow
 def test_a_share_of_1_is_the_codebook_alone():
   params, _ = start(dataclasses.replace(MODERN, codebook_start=1.0))
   rows = params["embed"][VOCAB.text_size :]

@@ -214,6 +214,7 @@ def asked(recorders):
 ASKS = ("create", "delete")
 
 
+@pytest.mark.slow
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
   """States: it waits, is made, trains, is preempted, is made again, trains, is done.
 

@@ -340,6 +340,7 @@ def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
       assert (store[i].concept, store[i].group) == (pairs[i].concept, pairs[i].group)
 
 
+@pytest.mark.slow
 def test_texts_are_a_shard_of_their_own(tmp_path):
   config = ScenesConfig(train=7, heldout=7, categories=("counting",))
   raw = RawConfig(source="scenes", resolution=48, max_texts=20)

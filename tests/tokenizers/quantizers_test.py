@@ -19,6 +19,9 @@ from tests.tokenizers.tiny import random_images, tiny_config
 CONFIG = tiny_config(code_dim=2, steps=10)
 NUM_CODES = 24
 KINDS = ("", "ema", "simvq", "fsq", "rotation")
+TRAINED = [
+  kind if kind in ("", "fsq") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+]
 
 
 def config_of(kind, **fields):
@@ -159,7 +162,7 @@ def test_simvq_starts_at_its_frozen_codes():
   np.testing.assert_allclose(vectors, units, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_a_step_of_every_quantizer_trains_and_its_tokenizer_is_saved(kind, images, tmp_path):
   config = config_of(kind)
   state = vqgan_training.init_state(config, NUM_CODES, 0)
@@ -179,7 +182,7 @@ def test_a_step_of_every_quantizer_trains_and_its_tokenizer_is_saved(kind, image
   assert ("codebook" in state["params"]) == (kind != "fsq")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_only_codes_that_stand_alone_restart(kind):
   config = config_of(kind, steps=1_000, restart_every=10, restart_until=0.5)
   found = [done for done in range(1, 1_000) if vqgan_training.restarts(config, done)]

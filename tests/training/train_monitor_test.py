@@ -78,6 +78,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   assert int(printed[2]) == pytest.approx(total, abs=0.51)
 
 
+@pytest.mark.slow
 def test_a_trace_holds_the_chosen_steps_and_no_others(loader, tmp_path):
   run(tmp_path, loader, steps=6, profile_steps=range(3, 5))
   assert traced_steps(tmp_path / "profile") == [3, 4]

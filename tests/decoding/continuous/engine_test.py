@@ -215,7 +215,7 @@ def compiled_again(generator, *names):
     pytest.param(count_of_the_batch, "running batch", marks=pytest.mark.slow),
     pytest.param(prompts_one_entry_late, "admit", marks=pytest.mark.slow),
     (seeds_of_other_slots, "running batch"),
-    (entries_of_the_last_sample, "admit"),
+    pytest.param(entries_of_the_last_sample, "admit", marks=pytest.mark.slow),
   ],
 )
 def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):

@@ -226,6 +226,7 @@ def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
   assert CLIP.load(tmp_path / "clip").embed_texts([encode("ab")]).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_images_are_read_from_disk_where_they_do_not_fit(tmp_path, monkeypatch):
   pairs = [
     {"key": f"k{i}", "caption": "ab" * (i + 1), "concept": "xy"[i % 2], "split": "train"}

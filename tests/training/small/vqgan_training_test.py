@@ -148,7 +148,11 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   ("learning_rate", "sentence"),
   [
     (1e30, r"^vqgan: .*lower config\.vqgan\.learning_rate and delete "),
-    (1e-9, r"^the image tokenizer reconstructs held-out images worse \(.* dB\) than one color \("),
+    pytest.param(
+      1e-9,
+      r"^the image tokenizer reconstructs held-out images worse \(.* dB\) than one color \(",
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_tokenizer_that_diverged_or_learned_nothing_is_no_stage(

@@ -215,7 +215,7 @@ def bfloat16_gradient(shape, family):
 @pytest.mark.parametrize(
   ("shape", "family"),
   [
-    ((1, 1, 1, 1), "opt"),
+    pytest.param((1, 1, 1, 1), "opt", marks=pytest.mark.slow),
     ((2, 2, 1, 2), "opt"),
     pytest.param((1, 2, 2, 2), "modern", marks=pytest.mark.slow),
   ],
