@@ -35,5 +35,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# A file of tests stays in one process, for its fixtures.
-"$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup "$@"
+# A file of tests stays in one process, for its fixtures; files of a folder, which share programs, run near to each other.
+"$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder "$@"
