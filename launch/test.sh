@@ -34,6 +34,10 @@ if [ "${1:-}" = --slow ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy
+"$python" -m mypy >"$venv/mypy.log" &
+types=$!
 # A file of tests stays in one process, for its fixtures; files of a folder, which share programs, run near to each other.
-"$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder "$@"
+"$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder "$@" || failed=$?
+wait "$types" || failed=$?
+cat "$venv/mypy.log"
+exit "${failed:-0}"

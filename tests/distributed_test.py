@@ -199,6 +199,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_the_steps_took_over_ends_no_process_after_them():
   result = subprocess.run(
     [sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=60, check=False

@@ -102,6 +102,7 @@ def test_renewing_writes_what_ran_and_forgets_what_is_gone(session, processes):
   assert list(stored) == sorted(stored)
 
 
+@pytest.mark.slow
 def test_renewing_leaves_tests_that_did_not_run_or_fail(session):
   old = {key: ["old"] for key in STORED}
   code, _, stored = session(old, "--renew-messages", "-k", "two")

@@ -70,6 +70,7 @@ def uncached(folder, prompt, guidance):
   return found, min(leads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "product",
   ["linear", *(pytest.param(x, marks=pytest.mark.slow) for x in ("transposed", "packed"))],

@@ -8,6 +8,8 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.files.shards import Runner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pairs():

@@ -143,6 +143,7 @@ def test_conditions_differ_in_neighbors_alone_and_cost_as_much(tmp_path):
   assert about["flops"] == flops.model_flops(settings.model, about["tokens"], 512)
 
 
+@pytest.mark.slow
 def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   result = scaling.run_all(small(tmp_path))
   assert len(trained) == 20

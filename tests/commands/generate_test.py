@@ -68,6 +68,7 @@ def read_lines(folder):
   return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_heldout_captions_go_to_samples(run, workdir, capsys):
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   records = read_lines(workdir / "samples")

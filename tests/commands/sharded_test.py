@@ -24,8 +24,8 @@ def settings_of(config):
   ("name", "folder", "config", "more"),
   [
     ("prepare_data", "raw", "scenes", {"files": "before"}),
-    ("encode_documents", "documents", "scenes", {}),
-    ("build_neighbors", "neighbors", "scenes", {}),
+    pytest.param("encode_documents", "documents", "scenes", {}, marks=pytest.mark.slow),
+    pytest.param("build_neighbors", "neighbors", "scenes", {}, marks=pytest.mark.slow),
     ("encode_instructions", "instructions", "scenes_instruct", {"tasks": "before"}),
   ],
 )

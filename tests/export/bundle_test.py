@@ -88,6 +88,7 @@ def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
     model.generate("a red bell", retrieve=1)
 
 
+@pytest.mark.slow
 def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path):
   """The last documents of the run stand for those of the split `bank`."""
   retrieval = dataclasses.replace(SETTINGS.retrieval, train_documents=False)

@@ -80,6 +80,7 @@ def test_the_bytes_of_an_image_take_one_request(server):
   assert sum("alt=media" in path for _, path in server.requests) == 1
 
 
+@pytest.mark.slow
 def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
   """As long as the connection lives, TensorStore would wait without the time-out."""
   asked, stop = [], threading.Event()

@@ -281,7 +281,6 @@ def test_query_dropout_is_a_function_of_the_document(ids, key, share):
   assert set(kept) <= set(ids)
 
 
-@pytest.mark.slow
 def test_query_dropout_drops_its_share():
   ids = np.arange(10_000)
   kept = bank_lib.drop_tokens(ids, 0.2, "a", 0)

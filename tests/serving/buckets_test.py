@@ -51,6 +51,7 @@ def test_odd_requests_compile_nothing(live, compiled):
   assert compiled() == []
 
 
+@pytest.mark.slow
 def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
   """The most candidates."""
   settings = {"retrieve": 0, "top_k": 2**20, "top_p": 1.0, "temperature": 3.0}

@@ -80,6 +80,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
   assert counted in live.http.get("/metrics").text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
 def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
   step = engine._generator.step

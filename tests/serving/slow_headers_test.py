@@ -75,6 +75,7 @@ def test_slow_headers_keep_others_out_for_a_limited_time(impatient, connect):
   assert httpx.get(f"{impatient.url}/v1/models").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_connection_that_waits_between_requests_stays_and_a_slow_second_one_does_not(connect):
   connection = connect(REQUEST)
   assert answer(connection).startswith(b"HTTP/1.1 200")
@@ -84,6 +85,7 @@ def test_a_connection_that_waits_between_requests_stays_and_a_slow_second_one_do
   assert SECONDS / 2 < seconds_until_closed(connection, b"GET /") < 10 * SECONDS
 
 
+@pytest.mark.slow
 def test_a_body_may_take_longer_than_the_headers(connect):
   body = b'{"prompt": "a", "n": 0}'
   start = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"

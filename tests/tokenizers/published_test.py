@@ -83,6 +83,7 @@ def test_codes_and_pixels_equal_torch(family):
   assert largest_difference(config, NUM_CODES, decoder, oracle, codes) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "family", ["amused", pytest.param("taming_gumbel_f8", marks=pytest.mark.slow)]
 )

@@ -127,6 +127,7 @@ def test_restore_onto_another_mesh(whole, loader, tmp_path):
     assert loss == pytest.approx(expected[step], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_path):
   with held(tmp_path):
     with pytest.raises(UserError, match=r"works in .*: use another --workdir"):

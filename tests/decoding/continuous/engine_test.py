@@ -250,6 +250,7 @@ def few_at_once(generator, cases, **options):
   return used
 
 
+@pytest.mark.slow
 def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   """Samples pass from the steps of the first slots to those of all slots, and back."""
   used = few_at_once(generator, cases)
@@ -257,6 +258,7 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   assert used.index(False) < len(used) - used[::-1].index(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "lost",
   ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))],
@@ -277,6 +279,7 @@ def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monke
   assert not all(same)
 
 
+@pytest.mark.slow
 def test_an_idle_batch_is_replaced_by_another(generator, cases):
   engine, samples = ContinuousGenerator(generator, slots=2, chunk=3, buckets=1), []
   for streams in (1, 2, 1):

@@ -44,6 +44,7 @@ def check(extractor, images, expected):
   assert len(extractor.identity["tensors"]) == 64
 
 
+@pytest.mark.slow
 def test_inception(tmp_path):
   tensors, path = random_tensors(), tmp_path / "fid.safetensors"
   safetensors.numpy.save_file(tensors, path)

@@ -250,6 +250,7 @@ def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
   assert any(not result["recovered"] for result in found)
 
 
+@pytest.mark.slow
 def test_flips_above_a_tolerance_are_found(trainer):
   """Bit 30 of a number below 2 makes it huge; bit 0 is rounding."""
   for bit, is_found in ((30, True), (0, False)):
