@@ -78,6 +78,16 @@ def pytest_collection_modifyitems(items):
     item.add_marker(pytest.mark.xdist_group(_group(item.path)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_waits():
+  """Whoever takes a lease waits to see whether another job takes it, too: here not for 0.2 s."""
+  from cm3leon_jax.training.faults import lease
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(lease, "SETTLE_SECONDS", 0.02)
+    yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
   """Forgets compiled programs after a module when they have taken many maps."""
