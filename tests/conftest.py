@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-  # More threads would compile one program in more work.
+  # Split over threads, a program takes more processor time to compile.
   " --xla_cpu_parallel_codegen_split_count=1"
   # The newer emitters of fusions compile for more than twice as long; jaxlib 0.12 has no others.
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -41,7 +41,7 @@ import pytest
 
 pytest_plugins = ["tests.messages", "tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Traces allocate many objects, few of them in circles: collected rarely, tests take 12% less.
+# Tracing makes many objects, few of them in reference cycles: looking for these rarely saves 12%.
 gc.set_threshold(200_000, 50, 100)
 CHECKED = [
   f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
