@@ -186,13 +186,14 @@ import signal, sys, time
 import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.training.faults.preemption import StopSignal
-distributed.TOGETHER_SECONDS, distributed.FIRST_WAITS_SECONDS = 2, 0
+distributed.TOGETHER_SECONDS, distributed.FIRST_WAITS_SECONDS = 1, 0
+mesh = jax.make_mesh((1,), ("data",))
 distributed.stop_together()
 signal.raise_signal(signal.SIGTERM)
-time.sleep(1)
-with StopSignal(jax.make_mesh((1,), ("data",))) as stop:
+time.sleep(0.2)
+with StopSignal(mesh) as stop:
   print("stopping", stop.stopping(), flush=True)
-time.sleep(3)
+time.sleep(1.5)
 print("ended", flush=True)
 signal.raise_signal(signal.SIGTERM)
 time.sleep(60)

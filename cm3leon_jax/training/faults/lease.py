@@ -21,6 +21,7 @@ NAME = "lease.json"
 BEAT_SECONDS = 15.0
 # A job without a sign of life for so long has lost its lease. Clocks of machines are not compared.
 EXPIRE_SECONDS = 90.0
+POLL_SECONDS = 1.0  # Between two looks at the lease of another job.
 SETTLE_SECONDS = 0.2  # After which a job reads whether one that started with it has the lease.
 
 
@@ -131,7 +132,7 @@ class Lease(Hook):
     print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
-      time.sleep(min(1.0, EXPIRE_SECONDS / 10))
+      time.sleep(min(POLL_SECONDS, EXPIRE_SECONDS / 10))
       now = self._read()
       if not now:
         return

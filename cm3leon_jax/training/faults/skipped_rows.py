@@ -167,7 +167,7 @@ class SkippedRows(NamedTuple):
   Attributes:
     numbers: of all rows.
     losses: of the rows, nats per target, by the parameters that the steps left.
-    rows: arrays of the first `MOST` rows, see `data.pipeline.RowLoader`.
+    rows: arrays of the first `MOST` rows, see `data.rows.loader.RowLoader`.
   """
 
   numbers: np.ndarray

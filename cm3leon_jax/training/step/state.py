@@ -71,7 +71,7 @@ def train_step(
     text_size: first id of an image code.
     accumulation_steps: A, the number of micro-batches that the batch is split into.
     state: donated by the caller's jit.
-    batch: rows of `data.pipeline`.
+    batch: rows of `data.rows.loader`.
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. It counts if the state has an average.
     num_sources: static; S, if the rows are marked with their sources.

@@ -237,7 +237,7 @@ from cm3leon_jax.training.faults.hang_watch import HangWatch
 def wait_for_ever():
   time.sleep(600)
 
-with HangWatch(epath.Path(sys.argv[1]), 0.02, Stopwatch()) as watch:
+with HangWatch(epath.Path(sys.argv[1]), 0.01, Stopwatch()) as watch:
   for step in range(1, 6):
     watch.before(step)
     watch.ready(step)

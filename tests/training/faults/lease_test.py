@@ -20,7 +20,7 @@ from tests.messages import refused
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 0.5)
 
 
 def hold(folder, beats=1, **holder):
@@ -118,9 +118,9 @@ def test_a_silent_holder_loses_its_lease(tmp_path, capsys):
   hold(tmp_path)
   start = time.monotonic()
   with Lease(tmp_path):
-    assert time.monotonic() - start >= 1
+    assert time.monotonic() - start >= 0.5
     assert json.loads((tmp_path / lease.NAME).read_text())["token"] != "other"
-  assert "process 7 on elsewhere gave no sign for 1 s" in capsys.readouterr().out
+  assert "process 7 on elsewhere gave no sign for 0.5 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["gone", b"", b"{", b"\x00\xff", b"[]"])
@@ -149,7 +149,7 @@ def test_a_process_that_may_live_is_waited_for(tmp_path, holder):
   hold(tmp_path, **{**lease._this_process(), **holder})
   start = time.monotonic()
   with Lease(tmp_path):
-    assert time.monotonic() - start >= 1
+    assert time.monotonic() - start >= 0.5
 
 
 def test_of_two_jobs_that_start_together_one_trains(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monke
       try:
         held.ready(2)
       except TryAgain as error:
-        return "could not be renewed for 1 s" in str(error)
+        return "could not be renewed for 0.5 s" in str(error)
       return False
 
     wait_until(stopped)
