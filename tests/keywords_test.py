@@ -61,6 +61,7 @@ def test_the_types_are_those_of_the_config():
   assert set(keywords.LoadOptions.__annotations__) < set(GeneratorConfig.__dataclass_fields__)
 
 
+@pytest.mark.slow
 def test_mypy_finds_a_wrong_keyword_and_no_right_one(tmp_path):
   snippet = tmp_path / "snippet.py"
   snippet.write_text(RIGHT + "\n".join(WRONG) + "\n")

@@ -81,6 +81,7 @@ PIECES = [
 READERS = {"tasks": (parse_tasks, TASKS), "protocol": (protocol.parse, PROTOCOL)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_any_yaml_is_read_or_one_sentence(name):
   parse_text, right = READERS[name]

@@ -93,6 +93,7 @@ def test_cached_equals_uncached(family, shared, align_images, fields, monkeypatc
       assert np.abs(out[row] - out[row - 1]).max() > 0.1  # Control: the rows differ.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["opt", pytest.param("modern", marks=pytest.mark.slow)])
 def test_int8_is_near(family):
   """The largest error of a logit relative to the largest logit."""

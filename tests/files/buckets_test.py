@@ -98,6 +98,7 @@ def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
   assert len(asked) >= 3
 
 
+@pytest.mark.slow
 def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   """And a file that another process writes is seen, although its folder was listed before."""
   pytest.importorskip("gcsfs")  # Of the extra [data].

@@ -77,6 +77,7 @@ def test_a_share_of_1_is_the_codebook_alone():
   np.testing.assert_allclose(params["head"][VOCAB.text_size :] * 5, rows, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tied_tables_start_proportional_and_are_two():
   _, params = start(dataclasses.replace(MODERN, tied_start=True))
   np.testing.assert_allclose(params["head"] * 5, params["embed"], rtol=1e-5)

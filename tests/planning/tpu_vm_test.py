@@ -76,6 +76,7 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders, tmp_path):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
 def test_tpu_vm_replaces_no_file_of_a_run_that_trains(recorders, tmp_path, state):
   one_host(recorders)

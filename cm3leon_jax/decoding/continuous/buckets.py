@@ -80,13 +80,9 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
   """Returns the smallest bucket of a request: its lengths, rounded up."""
   config, usual = generator.config, Sampler.of(generator.config.sampling)
   own = Sampler.of(sampling).for_streams(len(request.streams))
-
-  def candidates(asked: int, compiled: int) -> int:
-    return compiled if 0 < asked <= compiled else 0
-
   sampler = Sampler(
-    candidates(own.of_codes, usual.of_codes),
-    candidates(own.of_all, usual.of_all),
+    _candidates(own.of_codes, usual.of_codes),
+    _candidates(own.of_all, usual.of_all),
     own.others,
   )
   most = batch_lib.bucket_length(config.positions)
@@ -99,6 +95,11 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
   new_tokens = min(new_tokens, config.positions)
   static = config.static(sampler, widths, new_tokens, (new_tokens,))
   return Bucket(static, max(4, 1 << len(request.plan).bit_length()))
+
+
+def _candidates(asked: int, compiled: int) -> int:
+  """Returns the number of candidates that a program sorts; 0: all tokens."""
+  return compiled if 0 < asked <= compiled else 0
 
 
 def largest(own: Bucket, config: GeneratorConfig) -> Bucket:

@@ -144,6 +144,7 @@ print(peak() - before, sum(isinstance(x, UserError) for x in found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
   """One takes 200 MiB. On 8 threads they took 680 MiB, and damaged ones 980 MiB."""

@@ -231,39 +231,39 @@ def plan_with_starts(sources, path, seed=0, writes=True) -> RowPlan:
 def test_known_starts_leave_one_window_to_plan(sources, tmp_path, planned):
   path = tmp_path / "run" / "plan.jsonl"
   first = plan_with_starts(sources, path)
-  rows = [first.row(i) for i in range(400)]
+  rows = [first.row(i) for i in range(160)]
   last = planned[-1]
   assert planned == list(range(last + 1))
   assert len(path.read_text().splitlines()) == last + 2
-  for i, window in ((399, last), (first._starts[last // 2].first_row, last // 2)):
+  for i, window in ((159, last), (first._starts[last // 2].first_row, last // 2)):
     planned.clear()
     assert plan_with_starts(sources, path, writes=False).row(i) == rows[i]
     assert planned == [window]
   planned.clear()
-  assert make_plan(sources).row(399) == rows[399]
+  assert make_plan(sources).row(159) == rows[159]
   assert planned == list(range(last + 1))
 
 
 def test_starts_are_appended_where_they_ended(sources, tmp_path, planned):
   whole, path = tmp_path / "whole.jsonl", tmp_path / "plan.jsonl"
-  plan_with_starts(sources, whole).window(9)
+  plan_with_starts(sources, whole).window(4)
+  plan_with_starts(sources, path).window(2)
+  plan_with_starts(sources, path, writes=False).window(4)
+  assert len(path.read_text().splitlines()) == 4
   plan_with_starts(sources, path).window(4)
-  plan_with_starts(sources, path, writes=False).window(9)
-  assert len(path.read_text().splitlines()) == 6
-  plan_with_starts(sources, path).window(9)
   assert path.read_text() == whole.read_text()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20])
 def test_a_last_line_cut_short_costs_its_window(sources, tmp_path, planned, cut):
   path = tmp_path / "plan.jsonl"
-  plan_with_starts(sources, path).window(9)
+  plan_with_starts(sources, path).window(4)
   whole = path.read_text()
   path.write_text(whole[:-cut])
   planned.clear()
-  rows = plan_with_starts(sources, path).window(9)
-  assert planned == [9]
-  assert rows == make_plan(sources).window(9)
+  rows = plan_with_starts(sources, path).window(4)
+  assert planned == [4]
+  assert rows == make_plan(sources).window(4)
   assert path.read_text() == whole
 
 

@@ -30,6 +30,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_aliases_that_make_too_many_values_are_refused(name):
   with refused(UserError):

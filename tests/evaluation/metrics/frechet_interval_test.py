@@ -53,6 +53,7 @@ def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, w
   return {name: count / simulations for name, count in covered.items()}
 
 
+@pytest.mark.slow
 def test_intervals_over_groups_cover_at_their_level_and_others_do_not():
   found = coverage(num_groups=30, width=8, simulations=80, resamples=40, with_rows=True)
   assert found["interval"] >= 0.92

@@ -98,6 +98,7 @@ def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made
     assert entry["right"] <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [50, pytest.param(100, marks=pytest.mark.slow)])
 def test_blots_and_halves_of_icons_are_not_judged_right(count):
   wrong = scene_judge.measure_wrong(count, seed=6)

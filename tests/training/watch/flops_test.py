@@ -42,6 +42,7 @@ def traced_flops(config, batch, length):
     return product_flops(jax.make_jaxpr(step)(params).jaxpr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["opt", "modern"])
 @pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
 def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
