@@ -17,7 +17,7 @@ def get_config(variant: str = "opt"):
   if variant == "opt":
     config.raw.update({"source": "scenes", "max_texts": 0})
     config.evaluation.update({"scenes": 7})
-    config.model.activation = "gelu_tanh"  # That of the format gpt2.
+    config.model.activation = "gelu_tanh"
     config.data.update({"text_share": 0.0, "num_neighbors": 1, "neighbor_sampling": "best"})
   else:
     config.raw.update({"source": "data", "default_license": "CC0-1.0", "heldout_fraction": 0.3})

@@ -21,7 +21,7 @@ CONFIG = "golden_config.py"
 ROWS = 1_000
 TIMES = ("seconds", "per_second", "time", "memory", "mfu", "goodput", "bytes_in_use")
 EXPORTS = {
-  "opt": (("hf",), ("hf", "--quantize=int8"), ("gpt2",), ("orbax",), ("stablehlo",)),
+  "opt": (("hf",), ("hf", "--quantize=int8"), ("orbax",), ("stablehlo",)),
   "modern": (("hf",), ("hf", "--merge_ema=False", "--dtype=bfloat16"), ("stablehlo",)),
 }
 # Prints digests of two samples of a model.

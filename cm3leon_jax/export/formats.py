@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # Name of a format -> module of this package that writes it.
 FORMATS = {
   "hf": "huggingface",
-  "gpt2": "gpt2",
   "orbax": "orbax_checkpoint",
   "stablehlo": "stablehlo",
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 import dataclasses
-from types import ModuleType
+import functools
 from typing import Any
 
 from etils import epath
@@ -11,10 +11,10 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.importing import opt, qwen3, tokenizer
+from cm3leon_jax.importing import qwen3, tokenizer
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
 from cm3leon_jax.importing.tables import Tables
-from cm3leon_jax.models.config import FAMILIES as FAMILY_TRAITS
+from cm3leon_jax.models.config import FAMILIES, ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import (
@@ -29,7 +29,6 @@ from cm3leon_jax.trained import initial
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
 
-FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}
 TEXT = "text_tokenizer"
 
 
@@ -61,19 +60,31 @@ def plan(settings: Settings, source: str) -> Import:
     UserError: it cannot be imported exactly, or the config has another model or vocabulary.
   """
   opened = open_source(source)
-  family = FAMILIES[opened.described["model_type"]]
-  fields, rows = family.model_fields(opened), opened.size("vocab_size", 0)
+  rows, vocab = opened.size("vocab_size", 0), settings.vocab
+  tables = Tables(vocab, rows, _end_of_text(opened, rows))
   if opened.is_own:
     needed = _own_fields(opened)
-    tables = Tables(settings.vocab, rows, same=True)
   else:
-    text_size, vocab = settings.vocab.num_special + rows, settings.vocab
-    size = {"vocab_size": text_size + vocab.image_size}
-    needed = {"model": fields | size, "vocab": {"text_size": text_size}}
-    tables = Tables(vocab, rows, _end_of_text(opened, rows))
+    fields, text_size = qwen3.model_fields(opened), vocab.num_special + rows
+    needed = {"model": fields | {"vocab_size": text_size + vocab.image_size}}
+    needed["vocab"] = {"text_size": text_size}
   if differing := flags(_differing(settings, needed)):
     raise UserError(f"{source} has another model than the config, which needs {differing}")
-  return Import(opened, needed, tables, family.tensors(opened, fields, tables))
+  if opened.is_own:
+    return Import(opened, needed, tables, _own_tensors(opened, settings.model))
+  return Import(opened, needed, tables, qwen3.tensors(opened, fields, tables))
+
+
+def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
+  """Returns the tensors of an export of this project, which stay as they are."""
+  shapes = layouts.shapes_of(layouts.layout_of(config), config)
+  source.check_names(shapes)
+  for name, shape in shapes.items():
+    source.check_shape(name, shape)
+  return [
+    Tensor(name, shape, "float32", functools.partial(source.tensors.read, name))
+    for name, shape in shapes.items()
+  ]
 
 
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
@@ -85,7 +96,7 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
     raise UserError(f"{path} has no field {error}: {remedy}") from error
   except (TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-  if FAMILY_TRAITS[needed["model"]["family"]].rotary:
+  if FAMILIES[needed["model"]["family"]].rotary:
     del needed["model"]["max_positions"]
   return needed
 
@@ -220,7 +231,7 @@ def describe(found: Import) -> list[str]:
         "in place of cm3leon train_vqgan."
       )
     return lines
-  lines += FAMILIES[source.described["model_type"]].notes(source, model)
+  lines += qwen3.notes(source, model)
   vocab = tables.vocab
   start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
   lines.append(

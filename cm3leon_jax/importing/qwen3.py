@@ -135,13 +135,13 @@ def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
     "self_attn.k_proj": (groups * H, D),
     "self_attn.v_proj": (groups * H, D),
     "self_attn.o_proj": (D, N * H),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
     "self_attn.q_norm": (H,),
     "self_attn.k_norm": (H,),
     "input_layernorm": (D,),
     "post_attention_layernorm": (D,),
-    "mlp.gate_proj": (F, D),
-    "mlp.up_proj": (F, D),
-    "mlp.down_proj": (D, F),
   }
   return {f"{name}.weight": shape for name, shape in shapes.items()}
 

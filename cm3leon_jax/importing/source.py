@@ -19,6 +19,7 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
 
 CONFIG = "config.json"
+QWEN3 = "qwen3"  # The model_type of published decoders that are imported.
 OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
 
 
@@ -134,12 +135,11 @@ def open_source(source: str) -> SourceCheckpoint:
       f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
       "`cm3leon import_vqgan` imports an image tokenizer."
     )
-  types = [layout.model_type for layout in LAYOUTS.values()]
-  if described["model_type"] not in types:
+  own = [layout.model_type for layout in LAYOUTS.values()] if OWN in described else []
+  if described["model_type"] not in (QWEN3, *own):
     raise UserError(
-      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be "
-      f"{' or '.join(map(repr, types))}, whose decoders are those of config.model.family "
-      f"{' and '.join(map(repr, LAYOUTS))}."
+      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be '{QWEN3}', "
+      "the decoder of config.model.family 'modern', or the folder an export of this project."
     )
   if described.get("quantization_config"):
     raise UserError(

@@ -20,18 +20,14 @@ class Tables:
     vocab: the vocabulary.
     rows: of the source's tables.
     end: id of the source's end of text, whose row `</s>` starts from; None: it has none.
-    same: whether the tables have the rows of `vocab` already, as in a model of this project.
   """
 
   vocab: VocabLayout
   rows: int
   end: int | None = None
-  same: bool = False
 
   def tensor(self, name: str, width: int, read: Callable[[], np.ndarray]) -> Tensor:
     """Returns the tensor of a table that `read` reads."""
-    if self.same:
-      return Tensor(name, (self.rows, width), "float32", read)
     return Tensor(
       name,
       (self.vocab.size, width),

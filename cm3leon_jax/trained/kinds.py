@@ -12,7 +12,7 @@ DIGESTS = "digests.json"  # Of the format orbax; written last: without it there 
 KINDS = {
   "stablehlo": "in the format stablehlo",
   "orbax": "in the format orbax",
-  "gpt2": "in the format gpt2",
+  "gpt2": "in the format gpt2 of an earlier version",
   "int8": "with int8 weights",
 }
 

@@ -16,7 +16,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.checkpoints import checkpoint, reading
-from cm3leon_jax.export import gpt2, huggingface
+from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -42,11 +42,10 @@ CONFIG = ModelConfig(
   remat_policy="none",
 )
 MODELS = {
-  "opt": ("hf", dataclasses.replace(CONFIG)),
-  "opt-gelu": ("hf", dataclasses.replace(CONFIG, activation="gelu")),
-  "opt-gelu_tanh": ("hf", dataclasses.replace(CONFIG, activation="gelu_tanh")),
-  "modern": ("hf", dataclasses.replace(CONFIG, family="modern")),
-  "gpt2": ("gpt2", dataclasses.replace(CONFIG, activation="gelu_tanh")),
+  "opt": CONFIG,
+  "opt-gelu": dataclasses.replace(CONFIG, activation="gelu"),
+  "opt-gelu_tanh": dataclasses.replace(CONFIG, activation="gelu_tanh"),
+  "modern": dataclasses.replace(CONFIG, family="modern"),
 }
 
 
@@ -63,16 +62,10 @@ def rows():
   return tokens, positions, mask
 
 
-def tensors_of(layout, config, source):
-  if layout == "gpt2":
-    return gpt2.gpt2_tensors(source)
-  return huggingface.tensors_of(source, config)
-
-
-def write(folder, layout, config, params):
+def write(folder, config, params):
   """Writes an export."""
-  described = (gpt2.gpt2_config if layout == "gpt2" else layouts.hf_config)(config, VOCAB)
-  tensors = tensors_of(layout, config, stored.of_tree(params))
+  described = layouts.hf_config(config, VOCAB)
+  tensors = huggingface.tensors_of(stored.of_tree(params), config)
   huggingface.write_model(folder, described, tensors, VOCAB, None, "float32")
 
 
@@ -145,12 +138,12 @@ def made(tmp_path_factory):
 
   def make(name):
     if name not in cache:
-      layout, config = MODELS[name]
+      config = MODELS[name]
       config = dataclasses.replace(config, dtype="float32")
       with one_device():
         params = jax.device_get(random_params(config))
       folder = tmp_path_factory.mktemp(name)
-      write(folder, layout, config, params)
+      write(folder, config, params)
       cache[name] = config, params, folder, ours(config, params)
     return cache[name]
 
@@ -165,7 +158,7 @@ def test_fp32_logits_of_transformers_differ_by_less_than_1e_4(made, name):
   assert difference(theirs(folder), logits) < FP32
 
 
-@pytest.mark.parametrize("name", ["opt", "modern", "gpt2"])
+@pytest.mark.parametrize("name", ["opt", "modern"])
 def test_fp64_logits_of_transformers_differ_by_less_than_1e_10(made, name):
   config, params, folder, _ = made(name)
   with jax.enable_x64(True):
@@ -198,12 +191,6 @@ def swap(names):
   return change
 
 
-def swap_in_gpt2(tensors):
-  name = "transformer.h.1.attn.c_attn.weight"
-  q, k, v = np.split(tensors[name], 3, axis=1)
-  tensors[name] = np.concatenate([k, q, v], axis=1)
-
-
 def transpose(name):
   def change(tensors):
     tensors[name] = np.ascontiguousarray(tensors[name].T)
@@ -224,10 +211,6 @@ WRONG = [
   ("modern", "activation", None, {"hidden_act": "gelu"}, None),
   ("modern", "q and k", swap([f"{QWEN3}.q_norm.weight", f"{QWEN3}.k_norm.weight"]), {}, None),
   ("modern", "transposed", transpose(f"{QWEN3}.o_proj.weight"), {}, None),
-  ("gpt2", "eps", None, {"layer_norm_epsilon": 1e-6}, None),
-  ("gpt2", "activation", None, {"activation_function": "gelu"}, None),
-  ("gpt2", "q and k", swap_in_gpt2, {}, None),
-  ("gpt2", "transposed", transpose("transformer.h.1.attn.c_proj.weight"), {}, None),
 ]
 
 
@@ -266,7 +249,7 @@ def greedy(config, params, tokens, positions, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["opt", "modern", "gpt2"])
+@pytest.mark.parametrize("name", ["opt", "modern"])
 def test_256_greedy_tokens_are_those_of_transformers(made, name):
   config, params, folder, _ = made(name)
   tokens, _, mask = rows()
@@ -291,8 +274,7 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
   """Live on 8 devices; read from the disk without any mesh, into several files as well."""
-  layout, config = MODELS[name]
-  config = dataclasses.replace(config, vocab_size=96, max_positions=32, num_layers=3)
+  config = dataclasses.replace(MODELS[name], vocab_size=96, max_positions=32, num_layers=3)
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(config)
     with checkpoint.Checkpoints(tmp_path / "train", keep=2) as checkpoints:
@@ -302,7 +284,7 @@ def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, nam
   files = []
   for source, size in ((live, 10**9), (restored, 10**9), (restored, 20_000)):
     folder = tmp_path / f"{len(files)}"
-    tensors = tensors_of(layout, config, source)
+    tensors = huggingface.tensors_of(source, config)
     huggingface.write_model(folder, {"architectures": [""]}, tensors, VOCAB, None, "float32", size)
     files.append({path.name: path.read_bytes() for path in folder.iterdir()})
   assert files[0] == files[1]
@@ -320,12 +302,11 @@ def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, nam
     np.testing.assert_array_equal(x, split[key])
 
 
-@pytest.mark.parametrize("name", ["opt", "modern", "gpt2"])
+@pytest.mark.parametrize("name", ["opt", "modern"])
 def test_transformers_reads_several_files_as_one(made, tmp_path, name):
   config, params, folder, _ = made(name)
-  layout = MODELS[name][0]
   described = json.loads((folder / "config.json").read_text())
-  tensors = tensors_of(layout, config, stored.of_tree(params))
+  tensors = huggingface.tensors_of(stored.of_tree(params), config)
   huggingface.write_model(tmp_path, described, tensors, VOCAB, None, "float32", 300_000)
   assert not (tmp_path / huggingface.WEIGHTS).exists()
   np.testing.assert_array_equal(theirs(tmp_path), theirs(folder))

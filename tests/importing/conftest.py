@@ -11,11 +11,3 @@ def qwen3_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("qwen3")
   published.save_qwen3(folder)
   return folder
-
-
-@pytest.fixture(scope="session")
-def opt_folder(tmp_path_factory):
-  """A small OPTForCausalLM without biases."""
-  folder = tmp_path_factory.mktemp("opt")
-  published.save_opt(folder)
-  return folder

@@ -84,28 +84,3 @@ def save_qwen3(folder: pathlib.Path, dtype="float32", shards: str = "50GB", **fi
   randomize(model)
   save_tokenizer(folder)
   return _save(model.to(getattr(torch, dtype)), folder, max_shard_size=shards)
-
-
-def save_opt(folder: pathlib.Path, change=None, **fields):
-  """Writes an OPTForCausalLM without biases and its tokenizer; `change` gets its state first."""
-  import torch
-  import transformers
-
-  folder.mkdir(parents=True, exist_ok=True)
-  config = transformers.OPTConfig(
-    vocab_size=ROWS, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=128, dropout=0.0, **{"enable_bias": False, **fields},
-  )  # fmt: skip
-  model = transformers.OPTForCausalLM(config)
-  randomize(model)
-  state = model.state_dict()
-  with torch.no_grad():
-    for name, x in state.items():
-      if name.endswith(".bias"):
-        x.zero_()
-      if name == "model.decoder.final_layer_norm.weight":
-        x.fill_(1)
-    if change is not None:
-      change(state)
-  save_tokenizer(folder, gpt2=True)
-  return _save(model, folder)

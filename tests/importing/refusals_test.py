@@ -14,7 +14,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.importing import importer
 from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.runs import stages
-from tests.importing.importer_test import OPT, QWEN3, imported, settings_for
+from tests.importing.importer_test import QWEN3, imported, settings_for
 from tests.messages import refused
 
 ZEROS = np.zeros(32, np.float32)
@@ -44,41 +44,9 @@ def a_bias(value: float, place: int = 3) -> np.ndarray:
   return x
 
 
-@pytest.mark.parametrize(
-  ("config", "tensors"),
-  [
-    (
-      {"enable_bias": True},
-      {f"model.decoder.{Q}.bias": a_bias(-0.25)},
-    ),
-    (
-      {},
-      {"model.decoder.layers.1.final_layer_norm.bias": a_bias(0.5)},
-    ),
-    (
-      {},
-      {"model.decoder.final_layer_norm.weight": a_bias(2.0) + 1},
-    ),
-    ({"do_layer_norm_before": False}, {}),
-    ({"word_embed_proj_dim": 16}, {}),
-    ({"activation_function": "silu"}, {}),
-    ({"tie_word_embeddings": False}, {}),
-    ({}, {"lm_head.weight": np.ones((480, 32), np.float32)}),
-    (
-      {"hidden_size": 24, "word_embed_proj_dim": 24},
-      {},
-    ),
-  ],
-)  # fmt: skip
-def test_an_opt_that_is_not_ours_is_refused(config, tensors, opt_folder, tmp_path):
-  source = altered(opt_folder, tmp_path / "source", config, tensors)
-  refuses(settings_for(OPT), source)
-
-
-def test_biases_of_0_are_imported(opt_folder, tmp_path):
-  tensors = {f"model.decoder.{Q}.bias": ZEROS}
-  source = altered(opt_folder, tmp_path / "source", {"enable_bias": True}, tensors)
-  assert importer.plan(settings_for(OPT), str(source)).tensors
+def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
+  source = altered(qwen3_folder, tmp_path / "source", tensors={f"model.{Q}.bias": ZEROS})
+  assert importer.plan(settings_for(QWEN3), str(source)).tensors
 
 
 @pytest.mark.parametrize(
@@ -100,10 +68,7 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     ({"rope_parameters": {"rope_theta": 10**400}}, {}),
     ({"num_key_value_heads": 3}, {}),
     ({"num_attention_heads": 4.5}, {}),
-    (
-      {"attention_bias": True},
-      {f"model.{Q}.bias": np.full(48, 0.1, np.float32)},
-    ),
+    ({"attention_bias": True}, {f"model.{Q}.bias": a_bias(0.1)}),
     (
       {},
       {"model.layers.0.mlp.experts.weight": ZEROS},
@@ -112,6 +77,7 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     ({}, {"model.norm.weight": None}),
     ({}, {"model.norm.weight": np.ones(31, np.float32)}),
     ({"model_type": "llama"}, {}),
+    ({"model_type": "opt"}, {}),
     ({"model_type": None}, {}),
     ({"quantization_config": {"bits": 4}}, {}),
     (
@@ -149,7 +115,8 @@ def test_values_that_are_no_numbers_are_refused_and_leave_no_weights(x, qwen3_fo
 
 
 def test_the_fields_that_the_config_needs_are_named_with_their_flags(qwen3_folder):
-  refuses(settings_for(OPT | {"max_positions": 256}), qwen3_folder)
+  opt = {"family": "opt", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "max_positions": 256}
+  refuses(settings_for(opt), qwen3_folder)
   refuses(settings_for(QWEN3, rows=700), qwen3_folder)
 
 

@@ -2,7 +2,7 @@
 
 from tests.mutant_lists.mutant import mutants_of
 
-QWEN3, OPT = "cm3leon_jax/importing/qwen3.py", "cm3leon_jax/importing/opt.py"
+QWEN3 = "cm3leon_jax/importing/qwen3.py"
 TABLES, SOURCE = "cm3leon_jax/importing/tables.py", "cm3leon_jax/importing/source.py"
 TOKENIZER = "cm3leon_jax/importing/tokenizer.py"
 PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/trained/initial.py"
@@ -24,22 +24,13 @@ IMPORTING = (
     ),
   ),
   *mutants_of(
-    OPT,
-    f"{IMPORTER_TEST}::test_an_opt_without_biases_has_the_loss_of_the_original",
-    ("scales_are_lost", "matrix * source.tensors.read(scale)[None] if scale else ", ""),
-  ),
-  *mutants_of(
     PLACED,
-    f"{IMPORTER_TEST}::test_an_opt_without_biases_has_the_loss_of_the_original",
+    f"{IMPORTER_TEST}::test_an_export_of_this_project_is_imported_bit_for_bit",
     (
       "positions_two_rows_early",
       "slice(rows.start + first, rows.stop",
       "slice(rows.start, rows.stop - 2",
     ),
-  ),
-  *mutants_of(
-    PLACED,
-    f"{IMPORTER_TEST}::test_an_export_of_this_project_is_imported_bit_for_bit",
     (
       "every_device_reads_the_first_heads",
       "slice(part.start * head_size, part.stop * head_size)",
@@ -53,7 +44,7 @@ IMPORTING = (
   ),
   *mutants_of(
     SOURCE,
-    f"{REFUSALS_TEST}::test_an_opt_that_is_not_ours_is_refused",
+    f"{REFUSALS_TEST}::test_a_qwen3_that_is_not_ours_is_refused",
     ("one_zero_is_enough", ".max(initial=0.0)", ".min(initial=0.0)"),
   ),
   *mutants_of(
