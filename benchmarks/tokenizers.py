@@ -1,6 +1,6 @@
 """Compares quantizers of the image tokenizer at equal time, by PSNR, perplexity and bits per pixel.
 
-  python -m benchmarks.tokenizers --workdir=workdir/tokenizers --source=scenes
+  python -m benchmarks.tokenizers --workdir=workdir/tokenizers
 
 Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
 small decoder on the codes of each. Prepares what all runs read once. Writes results.json
@@ -24,7 +24,7 @@ from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers_table as table
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import openmoji, scenes
+from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.documents.store import DocumentStore
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.rows import loader
@@ -41,18 +41,11 @@ from cm3leon_jax.training.step.state import init_state, train_step
 
 ARMS = {
   "restarts": "nearest code, dead codes restart",
-  "ema": "EMA codebook, dead codes restart",
-  "simvq": "SimVQ",
   "fsq": "FSQ",
-  "rotation": "rotation trick, dead codes restart",
 }
-SOURCES = {"scenes": scenes.get_config, "openmoji": openmoji.get_config}
-# Those of the demo are for a tenth of these steps.
+# Fields of the demo's long variant: its short one takes a tenth of these steps.
 TUNED = ("learning_rate", "l1_weight")
-LONGER = {
-  "scenes": {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED},
-  "openmoji": {},
-}
+LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
 SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # What `vqgan` to `train` read.
 CORES = 2  # A minute is 60 seconds of CPU time of each.
 ROUNDS, STEPS = 7, 6  # Of the timing: the arms take turns.
@@ -64,8 +57,7 @@ class Experiment:
   """Place and extent of the comparison.
 
   Attributes:
-    workdir: folder of all sources.
-    source: of `SOURCES`.
+    workdir: folder of all comparisons.
     codes: size of the codebook; 0: that of the config.
     minutes: of the training of a tokenizer.
     decoder_minutes: of the training of a decoder; 0: none is trained.
@@ -73,7 +65,6 @@ class Experiment:
   """
 
   workdir: pathlib.Path
-  source: str
   codes: int
   minutes: float
   decoder_minutes: float
@@ -82,7 +73,7 @@ class Experiment:
   @property
   def shared(self) -> pathlib.Path:
     """Folder of the stages that all runs have in common."""
-    return self.workdir / f"{self.source}_{self._config().vocab.image_size}" / "shared"
+    return self.workdir / f"scenes_{self._config().vocab.image_size}" / "shared"
 
   @property
   def shared_stages(self) -> tuple[str, ...]:
@@ -95,7 +86,7 @@ class Experiment:
     return self.shared.parent / f"minutes_{self.minutes:g}_{self.decoder_minutes:g}"
 
   def _config(self):
-    config = SOURCES[self.source]()
+    config = scenes.get_config()
     if self.codes:
       config.vocab.image_size = self.codes
     config.update_from_flattened_dict(self.given)
@@ -118,25 +109,24 @@ class Experiment:
       "train.eval_every": never,
       "train.sample_every": never,
       "train.checkpoint_every": 100,
-      **LONGER[self.source],
+      **LONGER,
       **self.given,
       "seed": seed,
     }
-    if arm not in ("", "restarts"):
-      fields["vqgan.quantizer"] = arm
     if arm == "fsq":
+      fields["vqgan.quantizer"] = arm
       fields["vqgan.code_dim"] = max(1, len(levels_of(vocab.image_size)))
     return fields | {f"{stage}.steps": count for stage, count in (steps or {}).items()}
 
   def settings(self, overrides: dict) -> Settings:
     """Returns the checked config."""
-    config = SOURCES[self.source]()
+    config = scenes.get_config()
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
     """Runs a stage, see `experiment.run_stage`."""
-    experiment_lib.run_stage(name, f"ml_configs/{self.source}.py", workdir, overrides)
+    experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, overrides)
 
 
 def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
@@ -306,7 +296,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   vqgan = settings["restarts"].vqgan
   planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]
   about = {
-    "source": experiment.source,
+    "source": "scenes",
     "codes": settings["restarts"].vocab.image_size,
     "image_tokens": vqgan.image_tokens,
     "minutes": experiment.minutes,
@@ -337,7 +327,7 @@ def main(argv) -> None:
     arms = experiment_lib.chosen_conditions(argv, args.arms, ARMS, "arms")
     decoder = args.minutes if args.decoder_minutes is None else args.decoder_minutes
     workdir = pathlib.Path(args.workdir).resolve()
-    experiment = Experiment(workdir, args.source, args.codes, args.minutes, decoder, {})
+    experiment = Experiment(workdir, args.codes, args.minutes, decoder, {})
     result = run_all(experiment, arms, args.seeds)
     if args.docs:
       table.write_page(pathlib.Path(args.docs), result)
@@ -353,7 +343,6 @@ if __name__ == "__main__":  # Flags here: a test that imports this module define
   flags.DEFINE_string(
     "workdir", "workdir/tokenizers", "Folder of all runs; an existing one continues."
   )
-  flags.DEFINE_enum("source", "scenes", list(SOURCES), "Config and images.")
   flags.DEFINE_list("arms", list(ARMS), "Quantizers to compare.")
   flags.DEFINE_integer("seeds", 3, "Number of seeds of every arm.", lower_bound=1)
   flags.DEFINE_float("minutes", 4, "Training time of a tokenizer on two cores.", lower_bound=1e-3)

@@ -75,7 +75,7 @@ REFUSED = [
   ("vqgan", "decoder_blocks", (1, -1, 1), NOT_NEGATIVE),
   ("vqgan", "local_codes", 1, "a valid boolean"),
   ("vqgan", "code_dim", 0, POSITIVE),
-  ("vqgan", "quantizer", "lfq", "'', 'ema', 'simvq', 'fsq' or 'rotation'"),
+  ("vqgan", "quantizer", "lfq", "'' or 'fsq'"),
   ("vqgan", "steps", 0, POSITIVE),
   ("vqgan", "batch_size", 0, POSITIVE),
   ("vqgan", "learning_rate", 0.0, POSITIVE),

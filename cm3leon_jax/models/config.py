@@ -82,7 +82,8 @@ class ModelConfig:
   generated."""
   activation: Activation = ""
   """Activation of the feed-forward layer of `opt` in place of the paper's ReLU: `gelu`, with the
-  error function; `gelu_tanh`, its approximation by tanh. Empty: ReLU, and in `modern` always SwiGLU."""
+  error function, or `gelu_tanh`, its approximation by tanh. Empty: ReLU; `modern` always has
+  SwiGLU."""
   query_key_norm: bool = False
   """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
   always do."""

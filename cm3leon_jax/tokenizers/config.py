@@ -12,7 +12,7 @@ from cm3leon_jax.config import STRICT
 
 SMALLEST_PERCEPTUAL = 16  # Pixels, since the network of `perceptual` halves an image four times.
 LEVELS = range(3, 9)  # Numbers of levels that a channel of FSQ may have.
-Quantizer = Literal["", "ema", "simvq", "fsq", "rotation"]
+Quantizer = Literal["", "fsq"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -61,10 +61,9 @@ class VQGANConfig:
   code_dim: PositiveInt = 32
   """Width of a code; of `fsq` the number of channels, each with its levels."""
   quantizer: Quantizer = ""
-  """How encodings become codes. Empty: the nearest entry of a learned codebook, straight-through
-  gradients. `ema`: entries are moving averages of their encodings. `simvq`: a frozen codebook times
-  a learned matrix. `fsq`: each of `code_dim` channels is rounded to few levels, without a codebook.
-  `rotation`: as empty, with the gradient rotated and scaled from code to encoding."""
+  """How encodings become codes. Empty: the nearest entry of a learned codebook. `fsq`: each of
+  `code_dim` channels is rounded to one of a few levels, without a codebook. Both have
+  straight-through gradients."""
   steps: PositiveInt = 500_000
   """Number of training steps, over which the learning rate follows one cosine to 0."""
   batch_size: PositiveInt = 256
@@ -107,7 +106,7 @@ class VQGANConfig:
   """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
   restart_every: NonNegativeInt = 100
   """Number of steps within which a code must be used, else it restarts at an encoding; 0: never.
-  Codes of `simvq` and `fsq` never restart."""
+  Codes of `fsq` never restart."""
   restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
   """Share of the steps after which no code restarts, so that the decoder settles."""
   ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -168,15 +168,12 @@ class VQGAN(nnx.Module):
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
     q = self.codebook(indices)
-    return self.decoder.hidden(self.codebook.pass_through(z, q)), z, q, indices
+    return self.decoder.hidden(quantizers.straight_through(z, q)), z, q, indices
 
 
 def init_params(config: VQGANConfig, num_codes: int, key: Key[Array, ""]) -> dict:
   """Initializes fp32 parameters as a pure dict."""
-  params = parameters.random(_structure(config, num_codes)[1], key)
-  if "projection" in params.get("codebook", {}):
-    params["codebook"]["projection"] = jnp.eye(config.code_dim)
-  return params
+  return parameters.random(_structure(config, num_codes)[1], key)
 
 
 @functools.cache

@@ -27,13 +27,13 @@ PLAN = {"cpu_seconds": {}, "steps": {**dict.fromkeys(ARMS, 20), "decoder": 30}, 
 
 @pytest.fixture
 def small(tmp_path):
-  return Experiment(tmp_path, "scenes", 64, 0.01, 0.02, SMALL)
+  return Experiment(tmp_path, 64, 0.01, 0.02, SMALL)
 
 
 def test_arms_differ_in_the_quantizer_alone(small):
   settings = {arm: small.settings(small.overrides(arm, seed=2)) for arm in ARMS}
   assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {
-    "restarts": "", "ema": "ema", "simvq": "simvq", "fsq": "fsq", "rotation": "rotation",
+    "restarts": "", "fsq": "fsq",
   }  # fmt: skip
   base = settings["restarts"]
   for arm, own in settings.items():
@@ -105,18 +105,18 @@ def ran(monkeypatch):
 def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
   write_json(small.folder / "steps.json", PLAN)
   with pytest.raises(KeyboardInterrupt):
-    tokenizers.run_all(small, ["restarts", "simvq"], 2)
+    tokenizers.run_all(small, ["restarts", "fsq"], 2)
   before = list(ran)
   assert before[:4] == [("shared", name) for name in tokenizers.SHARED]
   assert before[4:7] == [("restarts_seed_0", name) for name in ("vqgan", "documents", "train")]
-  result = tokenizers.run_all(small, ["restarts", "simvq"], 2)
+  result = tokenizers.run_all(small, ["restarts", "fsq"], 2)
   assert before[11] == ("restarts_seed_1", "documents")
   assert ran[12:] == [
     ("restarts_seed_1", "documents"), ("restarts_seed_1", "train"),
-    ("simvq_seed_1", "vqgan"), ("simvq_seed_1", "documents"), ("simvq_seed_1", "train"),
+    ("fsq_seed_1", "vqgan"), ("fsq_seed_1", "documents"), ("fsq_seed_1", "train"),
   ]  # fmt: skip
   assert [(r["seed"], r["arm"]) for r in result["runs"]] == [
-    (0, "restarts"), (0, "simvq"), (1, "restarts"), (1, "simvq"),
+    (0, "restarts"), (0, "fsq"), (1, "restarts"), (1, "fsq"),
   ]  # fmt: skip
   assert read_json(small.folder / "results.json") == plain(result)
   assert (small.folder / "table.md").read_text() == tokenizers_table.markdown(result)
@@ -124,7 +124,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
     "mean": 20.5, "lowest": 20.0, "highest": 21.0,
   }  # fmt: skip
   again = len(ran)
-  tokenizers.run_all(small, ["restarts", "simvq"], 2)
+  tokenizers.run_all(small, ["restarts", "fsq"], 2)
   assert len(ran) == again
 
 
@@ -192,7 +192,7 @@ def test_the_page_is_written_between_its_markers(tmp_path):
 
 def test_a_number_of_codes_that_fsq_cannot_have_is_refused_at_once(tmp_path):
   with refused(FieldError, path=()):
-    tokenizers.run_all(Experiment(tmp_path, "scenes", 1_021, 1, 1, {}), ["restarts"], 1)
+    tokenizers.run_all(Experiment(tmp_path, 1_021, 1, 1, {}), ["restarts"], 1)
   assert levels_of(1_024)
 
 
@@ -205,7 +205,7 @@ def test_a_whole_comparison(tmp_path):
     "vqgan.batch_size": 8, "model.num_layers": 1, "model.width": 32, "model.mlp_width": 32,
     "train.global_batch_size": 8, "train.checkpoint_every": 20,
   }  # fmt: skip
-  experiment = Experiment(tmp_path, "scenes", 64, 0.1, 0.02, given)
+  experiment = Experiment(tmp_path, 64, 0.1, 0.02, given)
   result = tokenizers.run_all(experiment, ["restarts", "fsq"], 1)
   for arm in ("restarts", "fsq"):
     measures = result["arms"][arm]["measures"]

@@ -18,7 +18,7 @@ import optax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
-from cm3leon_jax.tokenizers import losses, quantizers, vqgan
+from cm3leon_jax.tokenizers import losses, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_watch
@@ -67,8 +67,8 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   Returns:
     params and opt_state of the VQGAN; usage, int32 [K], the number of times that each code was used
     since the last restart; with a positive adversarial weight, discriminator and
-    discriminator_opt_state; averages of the codes of `ema`, see `quantizers.init_averages`; with a
-    positive `ema_decay`, ema, the average of params, and ema_steps, int32, the steps in it.
+    discriminator_opt_state; with a positive `ema_decay`, ema, the average of params, and ema_steps,
+    int32, the number of steps in it.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -80,8 +80,6 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   if config.adversarial_weight:
     state["discriminator"] = discriminator_lib.init_params(config, discriminator_key)
     state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
-  if config.quantizer == "ema":
-    state["averages"] = quantizers.init_averages(params["codebook"]["table"])
   if config.ema_decay:
     state |= {"ema": jax.tree.map(jnp.copy, params), "ema_steps": jnp.zeros((), jnp.int32)}
   return state
@@ -113,7 +111,7 @@ def train_step(
   discriminator = state["discriminator"] if adversarial else None
   gradient = jax.value_and_grad(losses.generator_loss, has_aux=True)
   (loss, made), grads = gradient(state["params"], discriminator, config, num_codes, x, features)
-  y, z, indices, adaptive = made
+  y, _, indices, adaptive = made
   metrics = {"loss": loss, "mse": jnp.mean((y - x) ** 2)}
   state["params"], state["opt_state"] = _update(tx, grads, state["opt_state"], state["params"])
   if adversarial:
@@ -127,10 +125,6 @@ def train_step(
     state["discriminator"], state["discriminator_opt_state"] = _update(
       discriminator_optimizer(config), grads, old, state["discriminator"]
     )
-  if "averages" in state:
-    state["averages"] = quantizers.update_averages(state["averages"], z, indices)
-    table = quantizers.averaged_table(state["averages"], state["params"]["codebook"]["table"])
-    state["params"] = {**state["params"], "codebook": {"table": table}}
   if "ema" in state:
     average, steps = state["ema"], state["ema_steps"]
     state["ema"] = update_average(average, state["params"], config.ema_decay, steps)
@@ -172,17 +166,12 @@ def restart_dead_codes(
   if "ema" in state:  # Else the average would hold the dead code for many steps.
     table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
     state["ema"] = {**state["ema"], "codebook": {"table": table}}
-  if "averages" in state:
-    counts, sums = state["averages"]["counts"], state["averages"]["sums"]
-    state["averages"] = {
-      "counts": jnp.where(dead[:, 0], 1.0, counts), "sums": jnp.where(dead, chosen, sums)
-    }  # fmt: skip
   return trainer.keep_layout(state)
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
   """Returns whether dead codes restart after `done` steps."""
-  if config.quantizer not in quantizers.RESTARTING or not config.restart_every:
+  if config.quantizer == "fsq" or not config.restart_every:
     return False
   return done < config.restart_until * config.steps and done % config.restart_every == 0
 

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.config import VQGANConfig
-from cm3leon_jax.tokenizers.quantizers import RESTARTING
 
 GRID = "reconstructions.png"
 SHOWN = 8  # Images of the grid.
@@ -86,16 +85,16 @@ class Alarm:
 
   def _advice(self) -> str:
     config, advice = self._config, []
-    restarting = config.quantizer in RESTARTING
-    if restarting and not 0 < config.restart_every <= PATIENCE:
+    has_codebook = config.quantizer != "fsq"
+    if has_codebook and not 0 < config.restart_every <= PATIENCE:
       advice.append(f"set config.vqgan.restart_every to {PATIENCE} (it is {config.restart_every})")
-    if config.quantizer != "fsq" and config.commitment_weight > 0.25:
+    if has_codebook and config.commitment_weight > 0.25:
       weight = f"{config.commitment_weight:g}"
       advice.append(f"lower config.vqgan.commitment_weight to 0.25 (it is {weight})")
     if not advice:
       advice.append(f"lower config.vqgan.learning_rate (it is {config.learning_rate:g})")
-    if restarting:
-      advice.append("or set config.vqgan.quantizer to simvq")
+    if has_codebook:
+      advice.append("or set config.vqgan.quantizer to fsq")
     text = ", ".join(advice)
     return text[0].upper() + text[1:]
 

@@ -75,7 +75,7 @@ def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, 
   assert low[0] < step <= low[0] + 100 <= 180
   assert "for 100 steps batches have had at most 51 of 1,024 codes, now " in line
   assert "Set config.vqgan.restart_every to 100 (it is 0), lower config.vqgan.commit" in line
-  assert "commitment_weight to 0.25 (it is 100), or set config.vqgan.quantizer to simvq; " in line
+  assert "commitment_weight to 0.25 (it is 100), or set config.vqgan.quantizer to fsq; " in line
   assert line.endswith(f"delete {tmp_path / 'training'} to start again.")
 
 
@@ -120,13 +120,10 @@ def test_the_remedy_is_what_the_config_lacks():
     ({"restart_every": 20}, ". Lower config.vqgan.learning_rate (it is 0.003), or set "),
     ({"restart_every": 300}, ". Set config.vqgan.restart_every to 100 (it is 300), or set "),
     (
-      {"quantizer": "simvq", "restart_every": 0},
+      {"quantizer": "fsq", "restart_every": 0},
       ". Lower config.vqgan.learning_rate (it is 0.003); ",
     ),
-    (
-      {"quantizer": "simvq", "commitment_weight": 1.0},
-      ". Lower config.vqgan.commitment_weight to ",
-    ),
+    ({"commitment_weight": 1.0}, ". Lower config.vqgan.commitment_weight to "),
   ):
     alarm = Alarm(dataclasses.replace(HEALTHY, **fields), NUM_CODES, "delete it.")
     assert alarm.check(10, 1.0, 1.0) is None
@@ -167,11 +164,10 @@ class Killed(Exception):
   """Stands for a kill in the middle of training."""
 
 
-@pytest.mark.parametrize("kind", ["", "ema"])
 @pytest.mark.slow
-def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind):
+def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path):
   config = dataclasses.replace(
-    HEALTHY, quantizer=kind, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
+    HEALTHY, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
     code_dim=64,  # Then the codebook is split over the devices.
   )  # fmt: skip
   whole = train(config, images, tmp_path / "whole").params
@@ -207,7 +203,7 @@ def named(tree):
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
-  """With averages of codes and parameters, an adaptive discriminator and all pixel losses.
+  """With an average of the parameters, an adaptive discriminator and all pixel losses.
 
   Kernels, codebook, their moments and averages are split over the devices. There are few codes:
   of many, two are equally near to some encoding up to rounding.
@@ -222,7 +218,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
 
   monkeypatch.setattr(vqgan_training, "train_step", recorded)
   config = dataclasses.replace(
-    HEALTHY, quantizer="ema", ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
+    HEALTHY, ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
     adversarial_adaptive=True, adversarial_start=0.2, discriminator_width=4,
     discriminator_layers=2, multiscale_weight=0.5, gradient_weight=0.5,
   )  # fmt: skip
@@ -237,7 +233,6 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
       for part in ("params", "ema", "opt_state.0.mu", "opt_state.0.nu"):
         assert state[f"{part}.codebook.table"] == table
         assert state[f"{part}.decoder.conv_out.kernel"] == kernel
-      assert state["averages.sums"] == table
       assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 192 numbers; 8 divides none.
       assert state["discriminator.layers.1.kernel"] == (4, 4, 4, 8 // devices)
     assert len(states) == 5
@@ -247,7 +242,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
 
 
 def test_a_saved_average_loads(images, tmp_path):
-  config = dataclasses.replace(HEALTHY, ema_decay=0.9, quantizer="ema")
+  config = dataclasses.replace(HEALTHY, ema_decay=0.9)
   state, _ = vqgan_training.train_step(
     vqgan_training.init_state(config, NUM_CODES, 0), images[:64], config, False
   )
