@@ -8,7 +8,6 @@
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
 --validate reads every record, every row and every image of raw/ instead, and names the first that
 is wrong.
-After a training that has stopped because of skipped steps, --skipped shows the worst of their rows.
 """
 
 from __future__ import annotations
@@ -26,17 +25,12 @@ from cm3leon_jax.files import atomic
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.training.faults.skipped_rows import SkippedRows
 
 # Without a default, as the flag of this name of other commands: in one process they are one flag.
 _OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
-_SKIPPED = flags.DEFINE_bool(
-  "skipped", False, "Show the rows of the skipped steps that stopped a training, the worst first."
-)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 _VALIDATE = flags.DEFINE_bool(
   "validate",
@@ -56,13 +50,11 @@ def write_page(
   split: str,
   numbers: Sequence[int],
   config_name: str,
-  skipped: SkippedRows | None = None,
 ) -> None:
   """Writes the page of rows `numbers` of `split`.
 
   Raises:
-    UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
-      row of `skipped` is not what the trainer read.
+    UserError: `out` cannot be written, a stage is missing, or a row does not hold its documents.
   """
   from cm3leon_jax.reports import inspect_page, row_contents
   from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -79,8 +71,6 @@ def write_page(
   if documents:
     folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
-  if skipped is not None:
-    _compare(skipped, loader, workdir)
   try:
     rows = row_contents.read_rows(loader, scores, numbers)
   except ValueError as error:
@@ -131,41 +121,14 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
     print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")
 
 
-def _compare(skipped: SkippedRows, loader: RowLoader, workdir: epath.Path) -> None:
-  """Raises UserError unless the loader reads what the trainer saved."""
-  import numpy as np
-
-  for i, number in enumerate(skipped.numbers[: len(skipped.rows["inputs"])].tolist()):
-    row = loader[number]
-    changed = [
-      name
-      for name, array in row.items()
-      if not np.array_equal(array, skipped.rows[name][i], equal_nan=array.dtype.kind == "f")
-    ]
-    if changed:
-      raise UserError(
-        f"row {number} has other {', '.join(changed)} than the training read: the data in "
-        f"{workdir} have changed since then, or the machine that trained read them wrongly."
-      )
-
-
 def main(settings: Settings, workdir: epath.Path) -> None:
   if _VALIDATE.value:
     validate(settings, workdir)
     return
-  numbers: Sequence[int] = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
+  numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  out, skipped = epath.Path(_OUT.value or "rows.html"), None
-  if _SKIPPED.value:
-    from cm3leon_jax.training.faults import skipped_rows
-
-    if _SPLIT.value != "train":
-      raise UserError("--skipped shows training rows: leave out --split.")
-    skipped = skipped_rows.load(workdir / "train")
-    numbers = skipped.numbers[: _ROWS.value].tolist()
-    for number, loss in zip(numbers, skipped.losses):
-      print(f"inspect_data: row {number} has a loss of {loss:.4g} nats per target.", flush=True)
-  write_page(settings, workdir, out, _SPLIT.value, numbers, name, skipped)
+  out = epath.Path(_OUT.value or "rows.html")
+  write_page(settings, workdir, out, _SPLIT.value, numbers, name)
 
 
 if __name__ == "__main__":

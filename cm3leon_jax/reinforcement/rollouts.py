@@ -176,11 +176,8 @@ class Rollouts:
     first, each = next_row // group, rows // group
     return take_step, (range(n, n + each) for n in itertools.count(first, each))
 
-  def explain(
-    self, steps: Any, params: dict, rows: range, batch_size: int, sharding: Any, folder: Any
-  ) -> str:
+  def explain(self, rows: range) -> str:
     """Names the prompts of steps that were skipped, see `training.objective.Objective`."""
-    del steps, params, batch_size, sharding, folder  # The samples are gone.
     group = self.settings.reinforce.samples
     return f"their samples are of the prompts {rows[0] // group} to {rows[-1] // group} of the run"
 

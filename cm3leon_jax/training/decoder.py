@@ -26,7 +26,7 @@ from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.faults.replay import replaying
 from cm3leon_jax.training.faults.skipped_rows import GoBack
-from cm3leon_jax.training.faults.skipped_steps import NewestState, explaining
+from cm3leon_jax.training.faults.skipped_steps import explaining
 from cm3leon_jax.training.loop import run_steps
 from cm3leon_jax.training.objective import Objective
 from cm3leon_jax.training.saves.failed_saves import FailedSaves
@@ -206,9 +206,8 @@ def train(
     )
     done = int(state.step)
     hang.continue_after(done)
-    newest_state = NewestState(done, next_row)
     monitor = _open_monitor(training, newest, watch)
-    explained = explaining(objective, steps, newest_state, config, sharding, folder)
+    explained = explaining(objective, done, next_row, config.global_batch_size)
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
       losses = HeldoutLosses(heldout_losses, config, monitor, stop, training.evaluate_start, newest)
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
@@ -216,7 +215,6 @@ def train(
         dispatch,
         hang,
         held,
-        newest_state,
         monitor,
         stop,
         losses,

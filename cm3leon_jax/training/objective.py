@@ -5,17 +5,11 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-import itertools
 from typing import Protocol, runtime_checkable
 
-from etils import epath
-import jax
 from jax.sharding import NamedSharding
-import numpy as np
 
-from cm3leon_jax import distributed
 from cm3leon_jax.data.rows.loader import RowLoader, batches
-from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.skipped_rows import Remaining
 from cm3leon_jax.training.steps import Steps
 
@@ -52,22 +46,11 @@ class Objective(Protocol):
       `take_step(state, batch)`, which returns the new state and metrics, and the batches.
     """
 
-  def explain(
-    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
-    folder: epath.Path,
-  ) -> str:  # fmt: skip
-    """Finds out what steps that were skipped had read. All processes must call it.
+  def explain(self, rows: range) -> str:
+    """Says what skipped steps had read, and what the user can do, in one clause.
 
     Args:
-      steps: of the run.
-      params: after these steps.
-      rows: that they had read, as `begin` counts rows.
-      batch_size: rows that fit at once.
-      sharding: of the rows of a batch.
-      folder: of the run, for a file.
-
-    Returns:
-      A sentence for the user.
+      rows: of these steps, as `begin` counts rows.
     """
 
 
@@ -100,30 +83,12 @@ class RowObjective:
     take_step = functools.partial(steps.train, num_sources=len(self.names))
     return take_step, batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
 
-  def explain(
-    self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
-    folder: epath.Path,
-  ) -> str:  # fmt: skip
-    """Saves the rows with the largest losses, see `Objective` and `skipped_rows.save`."""
+  def explain(self, rows: range) -> str:
+    """See `Objective`."""
     remaining = Remaining(self.loader, self.skipped)
-    read = batches(remaining, rows.start, batch_size, sharding)
-    count = len(rows) // batch_size
-    with jax.debug_nans(False):  # A NaN is what is looked for.
-      found = [steps.row_losses(params, batch) for batch in itertools.islice(read, count)]
-    losses = np.concatenate([np.asarray(x.addressable_data(0)) for x in found])
-    numbers = [remaining.number(row) for row in rows]
-    with distributed.together():
-      if distributed.is_first():
-        skipped_rows.save(folder, self.loader, np.array(numbers), losses)
-    not_finite = int((~np.isfinite(losses)).sum())
-    what = f"{not_finite} of them have a loss that is not finite"
-    if not_finite == len(losses):
-      what = "the loss of each is not finite, so the parameters are to blame"
-    elif not not_finite:
-      what = "each of them has a finite loss"
+    first, last = remaining.number(rows[0]), remaining.number(rows[-1])
     return (
-      f"rows {numbers[0]} to {numbers[-1]} were read, and {what}; "
-      f"`cm3leon inspect_data --skipped` shows the worst of them, and "
-      f"`cm3leon train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
-      "without them from an earlier checkpoint"
+      f"rows {first} to {last} were read; `cm3leon inspect_data --first_row={first}` shows them, "
+      f"and `cm3leon train --resume_from=STEP --skip_rows={first}:{last}` continues without them "
+      "from an earlier checkpoint"
     )

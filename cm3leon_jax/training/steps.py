@@ -11,7 +11,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
 from cm3leon_jax.training.faults.checked_step import checked_step
 from cm3leon_jax.training.step.optimizer import create_optimizer
-from cm3leon_jax.training.step.state import eval_step, init_state, row_losses, train_step
+from cm3leon_jax.training.step.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
@@ -25,14 +25,12 @@ class Steps:
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
     evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
       `num_sources` of rows that are marked with their sources.
-    row_losses: (params, batch) -> loss of each row, see `state.row_losses`.
     checked: as `train`; also returns fingerprints, see `checked_step`.
   """
 
   init: Callable
   train: Callable
   evaluate: Callable
-  row_losses: Callable
   checked: Callable
 
 
@@ -70,6 +68,5 @@ def compile_steps(
     evaluate=jax.jit(
       functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
     ),
-    row_losses=jax.jit(functools.partial(row_losses, model)),
     checked=compile_step(checked_step(make_step, optimizer)),
   )

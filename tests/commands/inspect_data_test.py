@@ -20,8 +20,6 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
-from cm3leon_jax.trained import rows as training_rows
-from cm3leon_jax.training.faults import skipped_rows
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
@@ -167,30 +165,6 @@ def test_damage_is_found_with_file_and_record(finished, damage, needs_digests, i
     return
   with refused(UserError):
     inspect_data.validate(rows_test.settings_with(), finished)
-
-
-def test_the_worst_rows_of_skipped_steps_are_shown(workdir):
-  """And compared with what the trainer read."""
-  folder, out = epath.Path(workdir) / "train", workdir / "rows.html"
-  folder.mkdir()
-  settings = rows_test.settings_with()
-  loader = training_rows.open_rows(settings, workdir, "train")
-  numbers, losses = np.arange(100, 110), np.float32([1, 5, np.nan, 3, 2, 9, 1, 1, 1, 1])
-  skipped_rows.save(folder, loader, numbers, losses)
-  skipped = skipped_rows.load(folder)
-  shown = skipped.numbers[:3].tolist()
-  inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
-  assert "Rows 102, 105, 101 of" in out.read_text(encoding="utf-8")
-  skipped.rows["inputs"][1, 7] += 1
-  with refused(UserError):
-    inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
-
-
-def page_of(workdir, numbers, skipped):
-  return {
-    "workdir": workdir, "split": "train", "numbers": numbers, "config_name": "c.py",
-    "skipped": skipped,
-  }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", inspect_data.READ)

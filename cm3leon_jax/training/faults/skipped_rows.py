@@ -1,11 +1,8 @@
-"""Rows that a run leaves out; rows of steps that were skipped, for `cm3leon inspect_data`."""
-
-# n rows, L slots of a row.
+"""Leaves rows out of a run: --resume_from and --skip_rows of `cm3leon train`."""
 
 from collections.abc import Sequence
 import dataclasses
 import re
-from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
@@ -15,13 +12,11 @@ from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader
-from cm3leon_jax.files.atomic import exists, replacing
+from cm3leon_jax.files.atomic import exists
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.training.watch.metrics import MetricsLog
 
 RECORD = "left_out_rows.json"
-ROWS = "skipped_rows.npz"
-MOST = 64  # Rows whose arrays are saved; all have their number and their loss.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,42 +154,3 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
         f"{back.rows[-1]} ({folder / RECORD}).",
         flush=True,
       )
-
-
-class SkippedRows(NamedTuple):
-  """The rows of steps that were skipped, the largest loss first, not finite ones before all.
-
-  Attributes:
-    numbers: of all rows.
-    losses: of the rows, nats per target, by the parameters that the steps left.
-    rows: arrays of the first `MOST` rows, see `data.rows.loader.RowLoader`.
-  """
-
-  numbers: np.ndarray
-  losses: np.ndarray
-  rows: dict[str, np.ndarray]
-
-
-def save(folder: epath.Path, loader: RowLoader, numbers: np.ndarray, losses: np.ndarray) -> None:
-  """Writes a file with the `SkippedRows`."""
-  order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable")
-  numbers, losses = numbers[order], losses[order]
-  read_rows = [loader[int(number)] for number in numbers[:MOST]]
-  arrays: dict[str, Any] = {
-    f"row_{name}": np.stack([row[name] for row in read_rows]) for name in read_rows[0]
-  }
-  with replacing(folder / ROWS) as file:
-    np.savez_compressed(file, numbers=numbers, losses=losses, **arrays)
-
-
-def load(folder: epath.Path) -> SkippedRows:
-  """Reads what `save` wrote. Raises UserError if there is none, or it is damaged."""
-  path = folder / ROWS
-  if not path.exists():
-    raise UserError(f"{path} does not exist: no run stopped there because of skipped steps.")
-  try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-      rows = {x.removeprefix("row_"): found[x] for x in found.files if x.startswith("row_")}
-      return SkippedRows(found["numbers"], found["losses"], rows)
-  except Exception as error:  # Zip files are damaged in many ways.
-    raise UserError(f"{path} is damaged ({type(error).__name__}): delete it.") from error

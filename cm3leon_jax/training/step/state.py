@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, Num, PyTree
+from jaxtyping import Array, Key, Num, PyTree
 import optax
 
 from cm3leon_jax.mesh import spec
@@ -183,14 +183,3 @@ def eval_step(
   """Computes the `loss.batch_sums` of a batch; sums of batches may be added."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.batch_sums(nll, batch, text_size, num_sources)
-
-
-def row_losses(
-  config: ModelConfig, params: dict, batch: dict[str, loss.Ids | loss.Values]
-) -> Float32[Array, " B"]:
-  """Computes the loss of each row of a batch, nats per target: [B], whole on every device."""
-  _, nll = loss.batch_nll(transformer.bind(config, params), batch)
-  weights = batch["loss_weights"]
-  sums = jnp.sum(jnp.where(weights == 0, 0, weights * nll), 1)
-  losses = sums / jnp.maximum(jnp.sum(weights, 1), 1e-9)
-  return jax.sharding.reshard(losses, jax.P(None))

@@ -259,7 +259,7 @@ def test_flips_above_a_tolerance_are_found(trainer):
     assert found["found"] is is_found, found
 
 
-NO_STEPS = Steps(*[pytest.fail] * 5)  # None of them is called.
+NO_STEPS = Steps(*[pytest.fail] * 4)  # None of them is called.
 
 
 def wrong_replay(step=0, **fields):
