@@ -1,4 +1,4 @@
-"""What a run learns from, and which rows its steps read."""
+"""Defines training objectives: the step function of a run, and the batches that its steps read."""
 
 # B rows of a step.
 
@@ -22,49 +22,45 @@ from cm3leon_jax.training.steps import Steps
 
 @runtime_checkable
 class Objective(Protocol):
-  """What a run learns from.
-
-  Attributes:
-    names: of the sources that a batch is marked with, whose losses are logged.
-    length: tokens of a row of the batch.
-  """
+  """What the decoder learns: the step function and the batches of a run."""
 
   @property
   def names(self) -> Sequence[str]:
-    """Names of the sources that a batch is marked with."""
+    """Names of the sources that rows of a batch are marked with. Their losses are logged."""
 
   @property
   def length(self) -> int:
-    """Tokens of a row of the batch."""
+    """Number of tokens in a row of the batch."""
 
   def begin(
     self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
-    """Begins at a row.
+    """Begins to read rows.
 
     Args:
-      steps: of the run.
-      next_row: first row.
-      rows: of a step.
-      sharding: of the rows of a batch.
+      steps: the compiled functions of the run.
+      next_row: first row to read.
+      rows: number of rows per step.
+      sharding: sharding of the batches.
 
     Returns:
-      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
+      `take_step(state, batch)`, which returns the new state and metrics, and an iterator over the
+      batches.
     """
 
   def explain(
     self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
     folder: epath.Path,
   ) -> str:  # fmt: skip
-    """Finds out what steps that were skipped had read. All processes must call it.
+    """Describes the rows that skipped steps had read. All processes must call it.
 
     Args:
-      steps: of the run.
-      params: after these steps.
-      rows: that they had read, as `begin` counts rows.
-      batch_size: rows that fit at once.
-      sharding: of the rows of a batch.
-      folder: of the run, for a file.
+      steps: the compiled functions of the run.
+      params: parameters after the skipped steps.
+      rows: rows that these steps read, counted as in `begin`.
+      batch_size: number of rows whose loss is computed in one call.
+      sharding: sharding of the batches.
+      folder: the folder of the run, which may receive a file.
 
     Returns:
       A sentence for the user.
@@ -73,11 +69,11 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowObjective:
-  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader.
+  """Objective of pretraining and tuning: the cross-entropy of a loader's rows.
 
   Attributes:
-    loader: of all rows.
-    skipped: ranges of rows that are left out, of `skipped_rows.read`.
+    loader: reads all rows, including the skipped ones.
+    skipped: ranges of rows to leave out, from `skipped_rows.read`.
   """
 
   loader: RowLoader
@@ -90,7 +86,7 @@ class RowObjective:
 
   @property
   def length(self) -> int:
-    """Tokens of a row."""
+    """Number of tokens in a row."""
     return self.loader.plan.config.sequence_length
 
   def begin(
@@ -104,11 +100,11 @@ class RowObjective:
     self, steps: Steps, params: dict, rows: range, batch_size: int, sharding: NamedSharding,
     folder: epath.Path,
   ) -> str:  # fmt: skip
-    """Saves the rows with the largest losses, see `Objective` and `skipped_rows.save`."""
+    """Saves the rows with the largest losses; see `Objective` and `skipped_rows.save`."""
     remaining = Remaining(self.loader, self.skipped)
     read = batches(remaining, rows.start, batch_size, sharding)
     count = len(rows) // batch_size
-    with jax.debug_nans(False):  # A NaN is what is looked for.
+    with jax.debug_nans(False):  # Losses may be NaN here; such rows are counted below.
       found = [steps.row_losses(params, batch) for batch in itertools.islice(read, count)]
     losses = np.concatenate([np.asarray(x.addressable_data(0)) for x in found])
     numbers = [remaining.number(row) for row in rows]
@@ -124,6 +120,6 @@ class RowObjective:
     return (
       f"rows {numbers[0]} to {numbers[-1]} were read, and {what}; "
       f"`cm3leon inspect_data --skipped` shows the worst of them, and "
-      f"`cm3leon train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
+      f"`cm3leon train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` continues "
       "without them from an earlier checkpoint"
     )
