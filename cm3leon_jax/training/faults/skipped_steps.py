@@ -1,4 +1,4 @@
-"""Steps that were skipped, too many in a row: a run that they end says what they had read."""
+"""Explains to the user which rows were read when too many consecutive steps were skipped."""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,14 +16,14 @@ from cm3leon_jax.training.steps import Steps
 
 
 class NewestState(Hook):
-  """Remembers the state of the newest step, and where the run began.
+  """Remembers the state of the newest step, and where this start began.
 
   Attributes:
-    state: None before the first step.
+    state: state of the newest step; None before the first step.
   """
 
   def __init__(self, step: int, next_row: int):
-    """Remembers the begin of this start: the step before its first one, and its first row."""
+    """Takes the number of steps before this start, and the first row that this start reads."""
     self._step, self._next_row = step, next_row
     self.state: TrainState | None = None
 
@@ -32,7 +32,10 @@ class NewestState(Hook):
     self.state = state
 
   def rows_of(self, steps: range, batch_size: int) -> range:
-    """Returns the rows that steps since the start have read; before, batches had another size."""
+    """Returns the rows that `steps` of this start have read.
+
+    Steps of earlier starts may have had batches of another size.
+    """
     first = self._next_row + (steps[0] - 1 - self._step) * batch_size
     return range(first, first + len(steps) * batch_size)
 
@@ -42,24 +45,19 @@ def explaining(
   objective: Objective, steps: Steps, newest: NewestState, config: TrainConfig,
   sharding: NamedSharding, folder: epath.Path,
 ) -> Iterator[None]:  # fmt: skip
-  """Explains to the user why a body that trains has stopped because of skipped steps.
+  """Replaces a TooManySkippedError of the body by an error that describes the rows.
 
-  Args:
-    objective: of the run.
-    steps: of the run.
-    newest: a hook of the body.
-    config: of the run.
-    sharding: of the rows of a batch.
-    folder: of the run.
+  `newest` must be one of the hooks of the loop in the body. `sharding` is the sharding of batches.
 
   Raises:
-    UserError: in place of a TooManySkippedError, with the rows that these steps read.
+    UserError: replaces the TooManySkippedError. Its message names the rows that the skipped steps
+      have read.
   """
   try:
     yield
   except TooManySkippedError as error:
     rows = newest.rows_of(error.steps, config.global_batch_size)
-    assert newest.state is not None  # Steps were taken.
+    assert newest.state is not None  # The skipped steps have set it.
     params, batch_size = newest.state.params, config.micro_batch_size
     what = objective.explain(steps, params, rows, batch_size, sharding, folder)
     raise UserError(
