@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 def discard_unsealed(checkpoints: Checkpoints) -> None:
   """Deletes the unsealed checkpoints of a killed run.
 
-  Otherwise they would count among the newest, and sealed checkpoints would be deleted instead.
+  Unsealed checkpoints would count among the newest and displace sealed checkpoints.
 
   If the run was killed before the digests of its first checkpoint were written, its only checkpoint
   is unsealed. Orbax lists only complete checkpoints, so this one is sealed now.
@@ -71,7 +71,7 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
 
 
 def _warn_of_gone(checkpoints: Checkpoints, sealed: list[int]) -> None:
-  """Warns about checkpoints newer than all of `sealed` of which only the digests are left."""
+  """Warns about missing checkpoints that have left digests and are newer than all of `sealed`."""
   steps = [int(p.stem) for p in checkpoints.digest_folder.glob("*.json") if p.stem.isdecimal()]
   for step in sorted(s for s in steps if sealed and s > sealed[-1]):
     distributed.print_once(

@@ -1,4 +1,4 @@
-"""Decides which checkpoints are kept: the newest, every N steps, and with the lowest loss."""
+"""Decides which checkpoints to keep, by their age, their step and their held-out loss."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -49,7 +49,7 @@ def _plain(name: str) -> str:
 
 
 def _is_folder(path: epath.Path) -> bool:
-  """Returns whether a path is a folder. Unlike `is_dir`, it raises an error if it cannot know."""
+  """Returns whether a path is a folder. Unlike `is_dir`, it raises an error if a read fails."""
   if "://" in os.fspath(path):
     return path.stat().is_directory
   try:

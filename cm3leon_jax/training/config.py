@@ -18,8 +18,8 @@ class TrainConfig:
   steps: PositiveInt = 41_723
   """Number of training steps."""
   minutes: NonNegativeFloat = 0.0
-  """Time budget of all stages, in minutes on two CPU cores. It sets those numbers of steps that the
-  config leaves None, as `own` does."""
+  """Time budget of all stages, in minutes on two CPU cores. Numbers of steps that are None in the
+  config, as in `own`, are computed from it."""
   global_batch_size: PositiveInt = 8_192
   """Rows per step over all devices (paper: 8M tokens, about 2,048 rows)."""
   gradient_accumulation_steps: PositiveInt = 1
@@ -55,7 +55,7 @@ class TrainConfig:
   0: metrics are not served."""
   hang_minutes: NonNegativeFloat = 30.0
   """Minutes without a step after which a job prints where each process hangs and ends with exit
-  code 1. If 10 times the longest step takes longer, the job waits that long. 0: never."""
+  code 1; 0: never. The limit is at least 10 times the longest step so far."""
   wandb: str = ""
   """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: Weights & Biases is not used."""
   max_skipped: NonNegativeInt = 10

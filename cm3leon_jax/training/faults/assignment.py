@@ -37,8 +37,8 @@ class Assignment:
 def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
   """Returns two assignments that differ from `mesh` and from each other.
 
-  This needs an axis with 3 devices, or several axes with 2 devices. If there are too few devices,
-  the second assignment, or both, keep the devices in place.
+  This needs one axis of 3 devices or two axes of 2 devices. If the mesh is smaller, the second
+  assignment, or both, keep the devices in place.
   """
   found = [
     Assignment(axis, shift) for axis in ROLLED for shift in range(1, min(mesh.shape[axis], 3))

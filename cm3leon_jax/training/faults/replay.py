@@ -34,7 +34,7 @@ MOST = 2  # Stop after this many detected faults per start; healthy devices prod
 Fingerprints: TypeAlias = dict[str, Fingerprint]
 Inputs: TypeAlias = tuple[TrainState, dict]  # State and batch.
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
-Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
+Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays, and places of mesh devices.
 CONTINUE = "The same command continues from the newest checkpoint."
 # What to do about a faulty device, see docs/reliability.md.
 REPLACE = (
@@ -129,7 +129,8 @@ class Replay:
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
     self._hosts = distributed.gather(socket.gethostname())
-    self._left: Fingerprint | None = None  # Newest state's fingerprint, if the next is checked.
+    # Fingerprint of the newest state, if the next step is checked.
+    self._left: Fingerprint | None = None
     self._sound = step  # The newest step whose state was restored or checked.
     self._first_replicas: np.ndarray | None = None
     self.faults: list[str] = []

@@ -197,7 +197,7 @@ def _shardings(tree: PyTree) -> PyTree:
 
 
 def replicated(tree: PyTree) -> PyTree:
-  """Replicates a tree of arrays over the current mesh. For inputs of a step besides its state."""
+  """Replicates a tree of arrays, e.g. further inputs of a step, over the current mesh."""
   return jax.device_put(tree, NamedSharding(_mesh(), P()))
 
 

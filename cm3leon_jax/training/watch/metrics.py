@@ -63,7 +63,7 @@ def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
     event["time"] = times[-1]
   text = "".join(json.dumps(line) + "\n" for line in [*kept, event])
   as_written = exists(path.parent / DIGEST) and not difference(path, path.parent / DIGEST)
-  if as_written:  # If the process is killed between the two writes, the digest is not a wrong one.
+  if as_written:  # Otherwise a kill between the two writes would leave a wrong digest.
     (path.parent / DIGEST).unlink()
   with replacing(path, "w") as file:
     file.write(text)
