@@ -1,4 +1,7 @@
-"""Orbax checkpoints of the state and the data position, with digests: Orbax checks no contents."""
+"""Saves and restores the training state and the data position with Orbax.
+
+Digests are added, because Orbax does not verify the contents of files.
+"""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -24,22 +27,22 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
-FINISH_SECONDS = 300.0  # For which a run that ends with an error waits for its save.
-PEER_SECONDS = 60.0  # For which it waits for the digests of other processes, which may end, too.
+FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
+PEER_SECONDS = 60.0  # It waits this long for the digests of other processes, which may be dead.
 
 
 class Checkpoints:
-  """The checkpoints of one run. Saving is asynchronous; a checkpoint counts once it has digests.
+  """Saves, lists, verifies and deletes the checkpoints of one run.
 
   All processes of a run call the same methods in the same order. `save` returns when the state is
-  in the host's memory. A thread waits until Orbax has written it; then each process writes the
-  digests of its share of the files to STEP.partI, and the first process merges them to STEP.json,
-  which seals the checkpoint.
+  in the host's memory. A thread waits until Orbax has written the files. Then each process writes
+  the digests of its share of the files to STEP.partI, and process 0 merges the parts into
+  STEP.json. This seals the checkpoint; an unsealed checkpoint is never restored.
 
     with Checkpoints(folder, keep=2) as checkpoints:
       checkpoints.save(state, step, next_row)
 
-  At the end of the body, also at an error in it, the save in flight is finished.
+  When the body ends or raises an error, the save in flight is finished.
   """
 
   def __init__(
@@ -53,12 +56,12 @@ class Checkpoints:
     """Opens the checkpoints in `folder`.
 
     Args:
-      folder: of the run.
-      keep: number of newest checkpoints that are kept.
-      keep_every: checkpoints of multiples of so many steps are kept, too; 0: none.
-      keep_best: so many checkpoints of the lowest held-out loss are kept, too.
-      check: called before a save is started and before one is sealed; an error that it raises
-        prevents both.
+      folder: the folder of the run.
+      keep: number of newest checkpoints to keep.
+      keep_every: also keeps every checkpoint whose step is a multiple of this; 0 disables it.
+      keep_best: also keeps this number of checkpoints, those with the lowest held-out loss.
+      check: called before a save starts and before it is sealed. If `check` raises an error, the
+        checkpoint is not saved or not sealed.
 
     Raises:
       TryAgain: the folder of a checkpoint could not be read.
@@ -73,7 +76,7 @@ class Checkpoints:
       create=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    with distributed.together():  # Orbax takes a folder that it cannot read for none.
+    with distributed.together():  # Orbax does not list a folder that it cannot read.
       listed = self._manager.all_steps()
       if lacking := (present - {*listed}) & sealing.steps_in(self.folder):
         raise TryAgain(
@@ -82,7 +85,7 @@ class Checkpoints:
         )
     self._check, self._scores, self._closed = check, bool(keep_best), False
     self._save: sealing.Save | None = None
-    self._good: int | None = None  # Step of the newest checkpoint that is known to be whole.
+    self._good: int | None = None  # Step of the newest checkpoint known to match its digests.
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -95,11 +98,11 @@ class Checkpoints:
       raise TryAgain(f"{self.folder.parent}: {reason}: {self._back()}") from error
 
   def steps(self) -> list[int]:
-    """Returns the steps of all checkpoints that are complete on disk, sealed or not, sorted."""
+    """Returns the sorted steps of all checkpoints that are complete on disk, sealed or not."""
     return sorted(self._manager.all_steps())
 
   def sealed(self) -> list[int]:
-    """Returns the steps of all sealed checkpoints, sorted, as this process sees them.
+    """Returns the sorted steps of all sealed checkpoints, as this process sees them.
 
     Raises:
       TryAgain: the folder of the digests could not be read.
@@ -123,12 +126,12 @@ class Checkpoints:
       if newer > step:
         self.delete(newer)
     if distributed.is_first():
-      self._remove_digests(lambda s: s > step)  # Also of checkpoints that are gone.
+      self._remove_digests(lambda s: s > step)  # This includes digests of missing checkpoints.
 
   def seal(self, step: int) -> None:
-    """Seals a checkpoint that is complete on disk. Raises TryAgain: it could not be read."""
+    """Seals a checkpoint that is complete on disk. Raises TryAgain if it could not be read."""
     with distributed.together():
-      if distributed.is_first():  # Parts of a job with another number of processes may be there.
+      if distributed.is_first():  # A job with another number of processes may have left parts.
         self._remove_digests(lambda s: s == step)
     self._save = sealing.Save(step, self._seal)
     self.wait()
@@ -140,20 +143,21 @@ class Checkpoints:
   def save(
     self, state: PyTree, step: int, next_row: int, heldout_loss: float | None = None
   ) -> None:
-    """Seals the previous save and starts to save `state`, a tree of arrays.
+    """Waits until the previous save is sealed, then starts to save `state`.
 
     Args:
-      state: a tree of arrays; it may be donated when this returns.
-      step: of the checkpoint.
+      state: a tree of arrays; it may be donated when `save` returns.
+      step: number of steps taken, which names the checkpoint.
       next_row: position in the data.
-      heldout_loss: of this step, by which the best checkpoints are kept.
+      heldout_loss: decides which checkpoints are the best, see `keep_best`.
 
     Raises:
-      TryAgain: this save or the previous one failed.
+      TryAgain: this save or the previous save failed.
     """
     self.wait()
     self._check()
-    # A killed run may have left digests. Orbax starts to write when all processes are here.
+    # A killed run may have left digests of this step. Deleting them here is safe, because Orbax
+    # writes only after all processes have called `save`.
     if distributed.is_first():
       self._remove_digests(lambda s: s == step)
     args = ocp.args.Composite(
@@ -168,51 +172,51 @@ class Checkpoints:
     self._save = sealing.Save(step, self._seal)
 
   def check_save(self) -> None:
-    """Raises the error of the save in flight, if it has failed; called after every step.
+    """Raises the error of the save in flight, if it has failed. Called after every step.
 
     Raises:
-      TryAgain: it could not be written.
+      TryAgain: the checkpoint could not be written.
     """
     for part in (self._save.share, self._save.sealed) if self._save else ():
       if part.done():
         part.result()
 
   def wait(self) -> None:
-    """Returns when every started save is complete on disk, with its digests.
+    """Waits until the save in flight is complete on disk, with its digests.
 
     Raises:
-      TryAgain: one could not be written.
+      TryAgain: the checkpoint could not be written.
     """
     save, self._save = self._save, None
     if save is None:
       return
     with distributed.together():
       save.share.result()
-    with distributed.together():  # All parts are there, so the first process does not wait long.
+    with distributed.together():  # All parts are written now, so process 0 seals in a short time.
       save.sealed.result()
     self._good = save.step
 
   def _seal(self, save: sealing.Save) -> None:
-    """Digests this process's share of a save, then seals it in the first process; in a thread."""
+    """Digests this process's share of a save; process 0 then seals it. Runs in a thread."""
     for outcome, work in ((save.share, self._digest_share), (save.sealed, self._merge)):
       try:
         work(save)
         outcome.set_result(None)
       except UserError as error:
         return outcome.set_exception(error)
-      except Exception as error:  # Of Orbax, TensorStore, a disk or a bucket.
+      except Exception as error:  # Orbax, TensorStore, a disk or a GCS bucket failed.
         failure = self._failure(save.step, error)
         failure.__cause__ = error
         return outcome.set_exception(failure)
 
   def _digest_share(self, save: sealing.Save) -> None:
-    """Waits until Orbax has written a checkpoint; writes digests of this process's share of it."""
+    """Waits until Orbax has written a checkpoint, then digests this process's share of it."""
     self._manager.wait_until_finished()
     found = sealing.digests(self.folder / str(save.step))
     write_json(self._part(save.step, jax.process_index()), found)
 
   def _all_parts(self, save: sealing.Save) -> bool:
-    """Waits for the digests of all processes; False if nobody waits for the others any more."""
+    """Waits for the digests of all processes. Returns False if `save.ending` is set before."""
     parts = {self._part(save.step, i).name for i in range(jax.process_count())}
     while not parts <= {path.name for path in self.digest_folder.iterdir()}:
       if save.ending.wait(0.2):
@@ -220,7 +224,7 @@ class Checkpoints:
     return True
 
   def _merge(self, save: sealing.Save) -> None:
-    """Writes the digests of all processes into one file, which seals the checkpoint."""
+    """Merges the digests of all processes into one file, which seals the checkpoint."""
     if not distributed.is_first() or not self._all_parts(save):
       return
     self._check()
@@ -240,24 +244,24 @@ class Checkpoints:
     )
 
   def _back(self) -> str:
-    """Says where a run that is started again continues."""
+    """Returns the part of a message that says where a restarted run continues."""
     at = f"checkpoint {self._good}" if self._good else "its newest checkpoint, if it has one"
     return f"the same command continues from {at}."
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
-    """Deletes the digests, merged or not, of all steps for which `of` is true."""
+    """Deletes all files of digests, merged or not, of steps for which `of` returns True."""
     for path in self.digest_folder.glob("*"):
       step = path.name.partition(".")[0]
-      if step.isdecimal() and of(int(step)):  # Other files may be the disk's own.
+      if step.isdecimal() and of(int(step)):  # The file system may add files with other names.
         path.unlink()
 
   def restore(self, state: PyTree, step: int, checked: bool = False) -> tuple[Any, int]:
     """Restores the state and the next row of a checkpoint.
 
     Args:
-      state: a state or its types, on the current mesh.
-      step: of the checkpoint.
-      checked: whether its files were compared with their digests before.
+      state: a state, or its shapes and dtypes, on the current mesh.
+      step: step of the checkpoint.
+      checked: whether the files were already compared with their digests.
 
     Raises:
       UserError: a file of the checkpoint is damaged or missing.
@@ -273,12 +277,12 @@ class Checkpoints:
     return restored["state"], restored["data"]["next_row"]
 
   def next_row(self, step: int) -> int:
-    """Returns the position in the data of a checkpoint."""
+    """Returns the position in the data at which training continues from a checkpoint."""
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
     return self._manager.restore(step, args=args)["data"]["next_row"]
 
   def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
-    """Restores only the parameters, onto the current mesh; see `load_params`."""
+    """Restores only the parameters, onto the current mesh; see `reading.load_params`."""
     self.check(step)
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
     types = abstract(types, jax.sharding.get_mesh())
@@ -287,7 +291,7 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"][name]
 
   def check(self, step: int) -> None:
-    """Raises UserError if a file of the checkpoint differs from what was written; see `damage`."""
+    """Raises UserError if a file of the checkpoint differs from its digest; see `damage`."""
     if not (damage := self.damage(step)):
       return
     sealed = self.sealed()
@@ -304,10 +308,10 @@ class Checkpoints:
     raise UserError(f"{damage}; {remedy}.")
 
   def damage(self, step: int) -> str | None:
-    """Says which file of a checkpoint differs from what was written; None: all are as written.
+    """Returns a message about a file that differs from its digest, or None if all files match.
 
     Raises:
-      TryAgain: a file could not be read, so that nothing is known about it.
+      TryAgain: a file could not be read, so its content is unknown.
     """
     with distributed.together():
       try:
@@ -324,31 +328,31 @@ class Checkpoints:
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:
-    """Returns the SHA-256 of the digests of a checkpoint's files."""
+    """Returns the SHA-256 of the file that holds the digests of a checkpoint."""
     return digest(self._digest_path(step))
 
   def close(self) -> None:
-    """Waits for the last save and ends."""
+    """Waits for the last save and closes Orbax's manager."""
     if not self._closed:
       self.wait()
       self._closed = True
       self._manager.close()
 
   def _close_alone(self) -> None:
-    """Finishes the save in flight at an error, without the other processes, which may be gone.
+    """Finishes the save in flight after an error, without the other processes, which may be dead.
 
-    A program that ended now would end the threads of Orbax in the middle of the save.
+    If the program ended now, Orbax's threads would be stopped in the middle of the save.
     """
     save, self._save = self._save, None
     if save is not None and not self._closed:
-      with contextlib.suppress(futures.TimeoutError, UserError):  # The first error counts.
+      with contextlib.suppress(futures.TimeoutError, UserError):  # The user sees the first error.
         save.share.result(FINISH_SECONDS)
         save.sealed.result(PEER_SECONDS)
       save.ending.set()
       save.join(FINISH_SECONDS)
     if not self._closed:
       self._closed = True
-      with contextlib.suppress(Exception):  # A save that failed raises again.
+      with contextlib.suppress(Exception):  # A failed save raises its error again.
         self._manager.close()
 
   def _digest_path(self, step: int) -> epath.Path:

@@ -1,4 +1,4 @@
-"""Reads checkpoints of a run that is not being trained: which there are, and their parameters."""
+"""Finds the checkpoints of a run that is not being trained, and loads their parameters."""
 
 from etils import epath
 
@@ -10,13 +10,13 @@ from cm3leon_jax.weights import stored
 
 
 def newest_step(folder: epath.PathLike) -> int:
-  """Returns the step of a run's newest sealed checkpoint, or 0, without opening it."""
+  """Returns the step of a run's newest sealed checkpoint, or 0, from the names of the digests."""
   digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
   return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
 
 
 def any_in(folder: epath.PathLike) -> bool:
-  """Returns whether a run has a checkpoint, sealed or not, without opening it.
+  """Returns whether a run has a checkpoint, sealed or not. It reads only the names of files.
 
   Raises:
     TryAgain: the folder could not be read.
@@ -27,20 +27,22 @@ def any_in(folder: epath.PathLike) -> bool:
 def load_params(
   folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
 ) -> tuple[dict, int]:
-  """Loads the parameters of a run's checkpoint onto the current mesh: their average, if it has one.
+  """Loads the parameters of a run's checkpoint onto the current mesh.
+
+  If the run has a moving average of the parameters, the average is loaded.
 
   Args:
-    folder: of the run.
+    folder: the folder of the run.
     config: size of the decoder.
-    step: of the checkpoint; default: the newest.
-    average: False loads the last parameters of a run that has an average.
+    step: step of the checkpoint; None: the newest sealed checkpoint.
+    average: False loads the parameters themselves instead of their average.
 
   Returns:
     The parameters and their step.
 
   Raises:
-    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged; or `average` is
-      False and the run has none.
+    UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is
+      damaged, or `average` is False and the run has no average.
   """
   checkpoints, step = _open(folder, step)
   params = checkpoints.restore_params(config, step, average)
@@ -51,7 +53,7 @@ def load_params(
 def open_params(
   folder: epath.PathLike, step: int | None = None, average: bool | None = None
 ) -> stored.StoredParams:
-  """Opens the parameters of a run's checkpoint, to read them in slices; see `stored.open_state`."""
+  """Opens the parameters of a run's checkpoint to read them in slices; see `stored.open_state`."""
   checkpoints, step = _open(folder, step)
   checkpoints.check(step)
   checkpoints.close()
@@ -59,16 +61,16 @@ def open_params(
 
 
 def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
-  """Returns step and SHA-256 of the digests of a run's checkpoint; see `load_params`."""
+  """Returns the step of a run's checkpoint and the SHA-256 of its digests; see `load_params`."""
   checkpoints, step = _open(folder, step)
   checkpoints.close()
   return step, checkpoints.digest(step)
 
 
 def next_row(folder: epath.PathLike, step: int) -> int:
-  """Returns the position in the data of a run's checkpoint.
+  """Returns the position in the data at which training continues from a run's checkpoint.
 
-  Arguments and errors are those of `load_params`.
+  It raises the same errors as `load_params`.
   """
   checkpoints, step = _open(folder, step)
   checkpoints.check(step)
@@ -78,7 +80,7 @@ def next_row(folder: epath.PathLike, step: int) -> int:
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
-  """Opens a run's checkpoints; returns them and a step that they have, the newest for None."""
+  """Opens a run's checkpoints. Returns the checkpoints and `step`; None: the newest sealed step."""
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
@@ -89,5 +91,5 @@ def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
     )
   step = newest if step is None else step
   if not (checkpoints.folder / str(step)).exists():
-    raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
+    raise UserError(f"{folder} has no checkpoint of step {step}: the newest is {newest}.")
   return checkpoints, step

@@ -1,4 +1,4 @@
-"""Which checkpoint a training continues from; all processes of a run call these functions."""
+"""Chooses the checkpoint that training continues from. All processes call these functions."""
 
 from collections.abc import Sequence
 
@@ -8,26 +8,29 @@ from cm3leon_jax.config import UserError
 
 
 def discard_unsealed(checkpoints: Checkpoints) -> None:
-  """Deletes checkpoints that a killed run left unsealed, so that they displace no sealed ones.
+  """Deletes the unsealed checkpoints of a killed run.
 
-  A run that was killed between its first save and the digests has one checkpoint, unsealed. Orbax
-  reports it as complete, so it gets its digests now.
+  Unsealed checkpoints would count among the newest and displace sealed checkpoints.
+
+  If the run was killed before the digests of its first checkpoint were written, its only checkpoint
+  is unsealed. Orbax lists only complete checkpoints, so this one is sealed now.
 
   Raises:
-    UserError: there are several checkpoints, and none of them is sealed.
+    UserError: the folder has several checkpoints, and none of them is sealed.
   """
   folder, steps = checkpoints.folder, checkpoints.steps()
   sealed = checkpoints.sealed()
-  # All processes list before one deletes, and all use the first one's lists.
+  # All processes list before any process deletes, and all use the lists of process 0.
   steps, unsealed = distributed.gather([steps, [s for s in steps if s not in sealed]])[0]
   if unsealed and len(unsealed) == len(steps) > 1:
     raise UserError(
-      f"{folder} holds checkpoints, but {checkpoints.digest_folder} holds no digests of them: "
+      f"{folder} holds checkpoints, but {checkpoints.digest_folder} does not hold their digests: "
       "restore the digests, or delete both folders."
     )
   if unsealed == steps and steps:
     distributed.print_once(
-      f"warning: checkpoint {steps[0]} in {folder} has no digests; it is complete, so it gets them."
+      f"warning: checkpoint {steps[0]} in {folder} is complete but has no digests; they are now "
+      "written."
     )
     checkpoints.seal(steps[0])
     return
@@ -40,13 +43,13 @@ def discard_unsealed(checkpoints: Checkpoints) -> None:
 
 
 def newest_whole(checkpoints: Checkpoints) -> int | None:
-  """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
+  """Returns the step of the newest sealed checkpoint whose files match their digests, or None.
 
-  Newer ones that are damaged are named in a warning and deleted, newer ones that are gone are
-  named: their steps are trained again.
+  It warns about newer checkpoints that are damaged or missing, and deletes the damaged ones. Their
+  steps are trained again.
 
   Raises:
-    UserError: all checkpoints are damaged.
+    UserError: all sealed checkpoints are damaged.
   """
   sealed = checkpoints.sealed()
   _warn_of_gone(checkpoints, sealed)
@@ -68,12 +71,12 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
 
 
 def _warn_of_gone(checkpoints: Checkpoints, sealed: list[int]) -> None:
-  """Prints which checkpoints newer than all of `sealed`, if any, have left only their digests."""
+  """Warns about missing checkpoints that have left digests and are newer than all of `sealed`."""
   steps = [int(p.stem) for p in checkpoints.digest_folder.glob("*.json") if p.stem.isdecimal()]
   for step in sorted(s for s in steps if sealed and s > sealed[-1]):
     distributed.print_once(
-      f"warning: checkpoint {step} is gone from {checkpoints.folder}, its digests are not; the run "
-      "goes back to one before."
+      f"warning: checkpoint {step} is gone from {checkpoints.folder}, but its digests remain; the "
+      "run goes back to an earlier checkpoint."
     )
 
 
@@ -81,27 +84,27 @@ def check_target(checkpoints: Checkpoints, step: int) -> None:
   """Checks that a run can go back to a step.
 
   Raises:
-    UserError: its checkpoint is absent, not sealed, or damaged.
+    UserError: the checkpoint of that step is absent, not sealed, or damaged.
   """
   steps, sealed = distributed.gather([checkpoints.steps(), checkpoints.sealed()])[0]
   if step not in sealed:
-    state = f"{step:,} is there but not sealed; " if step in steps else ""
+    state = f"{step:,} exists but is not sealed; " if step in steps else ""
     raise UserError(
-      f"{checkpoints.folder} has no sealed checkpoint of step {step:,}: {state}it has "
+      f"{checkpoints.folder} has no sealed checkpoint of step {step:,}: {state}sealed steps: "
       f"{listed(sealed) or 'none'}."
     )
   if damage := checkpoints.damage(step):
     others = listed([s for s in sealed if s != step])
-    remedy = f"go back to another step: {others}" if others else "it is the only one: restore it"
+    remedy = f"go back to another step: {others}" if others else "no other is sealed: restore it"
     raise UserError(f"{damage}; {remedy}.")
 
 
 def go_back(checkpoints: Checkpoints, step: int) -> None:
-  """Deletes all checkpoints after that of `step`. Raises UserError, see `check_target`."""
+  """Deletes all checkpoints after `step`. Raises the errors of `check_target`."""
   check_target(checkpoints, step)
   checkpoints.delete_after(step)
 
 
 def listed(steps: Sequence[int]) -> str:
-  """Formats steps: 1,596, 1,600."""
+  """Formats steps, e.g. "1,596, 1,600"."""
   return ", ".join(f"{step:,}" for step in steps)

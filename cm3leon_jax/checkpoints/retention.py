@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, those of every N steps, those of lowest loss."""
+"""Decides which checkpoints to keep, by their age, their step and their held-out loss."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -12,18 +12,19 @@ METRIC = "heldout_loss"
 
 
 def score(metrics: Mapping[str, float]) -> float:
-  """Returns how good a checkpoint of these metrics is; more is better, and NaN is the worst."""
+  """Returns the score of a checkpoint from its metrics. Higher is better; NaN scores lowest."""
   loss = metrics.get(METRIC)
   return -math.inf if loss is None or math.isnan(loss) else -loss
 
 
 def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservationPolicy:
-  """Returns Orbax's policy that keeps a checkpoint for any of three reasons.
+  """Returns the Orbax policy that keeps a checkpoint for any of three reasons.
 
   Args:
-    last: number of newest checkpoints.
-    every: multiples of so many steps; 0: none.
-    best: number of checkpoints of the lowest `METRIC`; of those without one, none.
+    last: keeps this number of newest checkpoints.
+    every: keeps checkpoints whose step is a multiple of this; 0 disables it.
+    best: keeps this number of checkpoints with the lowest `METRIC`. Checkpoints without the metric
+      are not among them.
   """
   policies: list[Any] = [checkpoint_managers.LatestN(last)]
   if every:
@@ -37,7 +38,7 @@ def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservat
 
 @dataclasses.dataclass
 class _Checkpoint:
-  """A checkpoint as a policy reads it."""
+  """The attributes of a checkpoint that Orbax's policies read."""
 
   step: int
   metrics: dict[str, float] | None
@@ -50,8 +51,8 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
   kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
 
   Args:
-    steps: of all checkpoints.
-    losses: held-out losses of some of them.
+    steps: steps of all checkpoints.
+    losses: step -> held-out loss, for checkpoints that have it.
     last: see `policy`.
     every: see `policy`.
     best: see `policy`.

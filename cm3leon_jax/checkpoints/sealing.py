@@ -1,4 +1,4 @@
-"""Digests of the files of a checkpoint, and a save in flight."""
+"""Computes and compares digests of a checkpoint's files; seals a save in a thread."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -18,16 +18,17 @@ from cm3leon_jax.files.digests import digest
 def files_below(folder: epath.Path) -> list[str]:
   """Returns the relative paths of all files below `folder`, sorted."""
   files = []
-  for path in folder.iterdir():  # Buckets have no recursive glob.
+  for path in folder.iterdir():  # GCS buckets have no recursive glob.
     is_folder = _is_folder(path)
     files += [f"{path.name}/{name}" for name in files_below(path)] if is_folder else [path.name]
   return sorted(files)
 
 
 def steps_in(folder: epath.Path) -> set[int]:
-  """Returns the steps of the checkpoints in a folder, those with a folder of their own.
+  """Returns the steps that have a subfolder in the folder of checkpoints.
 
-  In a bucket, where an answer that does not come is an error of Orbax, too, it returns none.
+  In a GCS bucket Orbax itself raises an error if it cannot list the checkpoints, so the result is
+  then an empty set.
 
   Raises:
     TryAgain: the folder could not be read.
@@ -43,17 +44,17 @@ def steps_in(folder: epath.Path) -> set[int]:
 
 
 def _plain(name: str) -> str:
-  """Returns a name that is a number as Orbax writes it, without zeros before it."""
+  """Returns the number `name` as Orbax writes it, without leading zeros; "" for another name."""
   return str(int(name)) if name.isdecimal() else ""
 
 
 def _is_folder(path: epath.Path) -> bool:
-  """Returns whether a path is a folder; `is_dir` hides that no answer came."""
+  """Returns whether a path is a folder. Unlike `is_dir`, it raises an error if a read fails."""
   if "://" in os.fspath(path):
     return path.stat().is_directory
   try:
     return stat.S_ISDIR(os.stat(path).st_mode)
-  except FileNotFoundError:  # A link to a file that is gone.
+  except FileNotFoundError:  # The path is a link to a file that was deleted.
     return False
 
 
@@ -67,7 +68,7 @@ def digests(folder: epath.Path) -> dict[str, str | None]:
 
   Raises:
     TryAgain: a file could not be read.
-    OSError: a bucket did not answer.
+    OSError: a GCS bucket did not answer.
   """
   with reading(folder):
     names = _share(files_below(folder))
@@ -75,13 +76,15 @@ def digests(folder: epath.Path) -> dict[str, str | None]:
 
 
 def damage(folder: epath.Path, expected: dict) -> str | None:
-  """Says which file of this process's share is not as its digest says, or None.
+  """Returns a message about the first file that differs from its digest, or None.
 
-  A checkpoint that is damaged may be deleted, so a file that cannot be read is no damaged one.
+  `expected` maps the path of each file, relative to `folder`, to its digest. Each process checks
+  only its share of the files. A file that cannot be read does not count as damaged, because damaged
+  checkpoints may be deleted.
 
   Raises:
     TryAgain: a file could not be read.
-    OSError: a bucket did not answer.
+    OSError: a GCS bucket did not answer.
   """
   with reading(folder):
     try:
@@ -103,12 +106,12 @@ def _digest(path: epath.Path) -> str | None:
 def reading(path: epath.PathLike) -> Iterator[None]:
   """Raises `TryAgain` if the body cannot read `path`, a file or folder of a checkpoint.
 
-  That a file is absent or has another content is known only if it could be read: a disk in the
-  network may be away, or the process may have too many open files.
+  A failed read does not prove that a file is absent or damaged. A network disk may be unavailable,
+  or the process may have too many open files.
 
   Raises:
-    TryAgain: names the file.
-    OSError: a bucket did not answer, see `buckets.failure`.
+    TryAgain: its message names the file.
+    OSError: a GCS bucket did not answer, see `buckets.failure`.
   """
   try:
     yield
@@ -117,8 +120,8 @@ def reading(path: epath.PathLike) -> Iterator[None]:
       raise
     where = error.filename or os.fspath(path)
     raise TryAgain(
-      f"{where} cannot be read ({error.strerror or error}), which says nothing about its content: "
-      "nothing was deleted; mend the disk or the rights, and run the same command again."
+      f"{where} cannot be read ({error.strerror or error}), so its content is unknown and nothing "
+      "was deleted: fix the disk or the permissions, and run the same command again."
     ) from error
 
 
@@ -126,10 +129,10 @@ class Save:
   """A save in flight, and the thread that seals it.
 
   Attributes:
-    step: of the checkpoint.
     share: is done when this process has digested its share of the files.
-    sealed: is done when the checkpoint counts; on other processes than the first, with `share`.
-    ending: set when nobody waits for the other processes any more.
+    sealed: is done when the checkpoint is sealed. On processes other than 0, it is done directly
+      after `share`.
+    ending: set when process 0 shall stop waiting for the digests of the other processes.
   """
 
   def __init__(self, step: int, run: Callable[["Save"], None]):
@@ -141,5 +144,5 @@ class Save:
     self._thread.start()
 
   def join(self, seconds: float) -> None:
-    """Waits for the thread, at most so many seconds."""
+    """Waits at most `seconds` for the thread to end."""
     self._thread.join(seconds)

@@ -1,4 +1,4 @@
-"""Fields of a run's config that may change while it goes on, and what follows from that."""
+"""Decides which fields of the config may change when a run continues, and describes the effects."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.runs.stages import check_same_config, differences
 
-_SCHEDULE = "the learning rate is that of the new schedule from the next step on, and may jump"
-_UPDATES = "it counts from the next step on; the optimizer keeps its moments"
-# Field -> what follows.
+_SCHEDULE = "the learning rate follows the new schedule from the next step on, and may jump"
+_UPDATES = "it applies from the next step on; the optimizer keeps its moments"
+# Field -> effect of the change.
 MAY_CHANGE = {
   "optimizer.learning_rate": _SCHEDULE,
   "optimizer.warmup_steps": _SCHEDULE,
@@ -22,22 +22,22 @@ MAY_CHANGE = {
   "optimizer.weight_decay": _UPDATES,
   "optimizer.decay_embeddings": _UPDATES,
   "optimizer.clip_norm": _UPDATES,
-  "optimizer.z_loss": "the loss has another term, so losses before and after do not compare",
+  "optimizer.z_loss": "a term of the loss changes, so losses before and after are not comparable",
   "optimizer.ema_decay": "the average moves at another rate from the next step on",
-  "train.global_batch_size": "the data goes on at its next row, but train.steps and the learning "
-  "rate count steps of another size, and held-out losses are of other numbers of rows",
+  "train.global_batch_size": "the data continues at its next row, but train.steps and the learning "
+  "rate count steps of another size, and held-out losses are computed on another number of rows",
 }
-# Field or section -> why it may not; the longest name that fits counts.
+# Field or section -> why it must not change; the longest matching name is used.
 MAY_NOT = {
-  "optimizer": "the optimizer's state in the checkpoint is of another kind",
-  "optimizer.ema_decay": "a checkpoint has an average of the parameters, or has none",
-  "model": "the checkpoint's parameters are of another decoder",
+  "optimizer": "the optimizer's state in the checkpoint has another structure",
+  "optimizer.ema_decay": "an average can be neither added to the checkpoint nor removed from it",
+  "model": "the checkpoint's parameters belong to another decoder",
   "vocab": "the same ids would mean other tokens",
-  "data": "the rows of the run are planned with it, and some would come twice or never",
-  "instructions": "the rows of the run are planned with it, and some would come twice or never",
-  "inputs": "the documents or their neighbors were made again, so rows would be others",
-  "seed": "the rows would come in another order, and some twice or never",
-  "init_from": "the run has begun from other parameters",
+  "data": "the rows of the run are planned from it, so some would occur twice or never",
+  "instructions": "the rows of the run are planned from it, so some would occur twice or never",
+  "inputs": "the documents or their neighbors were created again, so the rows would differ",
+  "seed": "the order of the rows would change, so some would occur twice or never",
+  "init_from": "the run has started from other parameters",
   "reinforce": "the run learns from other rewards",
 }
 
@@ -45,19 +45,19 @@ MAY_NOT = {
 def check_changes(
   folder: epath.Path, stored: dict, config: dict, allowed: Sequence[str]
 ) -> list[str]:
-  """Checks what differs between a run and the config that is to continue it.
+  """Checks the differences between the config of a run and the config of its next start.
 
   Args:
-    folder: of the run, for messages.
-    stored: what the run depends on, as its config.json says.
-    config: the same of the new start.
-    allowed: names of fields whose change the user allows.
+    folder: the folder of the run, for messages.
+    stored: settings that the run depends on, from its config.json.
+    config: the same settings of the next start.
+    allowed: names of fields that the user allows to change.
 
   Returns:
-    A sentence for each change: the field, its values, and what follows.
+    A sentence for each change: the field, its values, and the effect.
 
   Raises:
-    UserError: a field differs that is not allowed, or must not change.
+    UserError: a field differs that is not in `allowed` or must not change.
   """
   for name in allowed:
     if name not in MAY_CHANGE:

@@ -1,4 +1,4 @@
-"""Config sections of training: the run, its optimizer, and learning from rewards."""
+"""Defines the config sections `train`, `optimizer` and `reinforce`."""
 
 from typing import Annotated, Literal
 
@@ -12,64 +12,68 @@ from cm3leon_jax.config import STRICT
 class TrainConfig:
   """Length of the run, and how often it evaluates, saves, samples and prints.
 
-  Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
+  The defaults train on the tutorial's 1.4T tokens in batches of 8,192 rows.
   """
 
   steps: PositiveInt = 41_723
   """Number of training steps."""
   minutes: NonNegativeFloat = 0.0
-  """Minutes of all stages on two CPU cores, from which steps that are None follow, as in `own`."""
+  """Time budget of all stages, in minutes on two CPU cores. Numbers of steps that are None in the
+  config, as in `own`, are computed from it."""
   global_batch_size: PositiveInt = 8_192
-  """Rows of a step, over all devices (paper: 8M tokens, about 2,048 rows)."""
+  """Rows per step over all devices (paper: 8M tokens, about 2,048 rows)."""
   gradient_accumulation_steps: PositiveInt = 1
-  """Number of micro-batches of a step, one after the other; a divisor of `global_batch_size`."""
+  """Number of micro-batches per step, computed one after another; must divide
+  `global_batch_size`."""
   rows_per_device: NonNegativeInt = 0
-  """Rows that a device takes at once; the mesh then sets the number of micro-batches, so that one
-  config runs on any slice. 0: `gradient_accumulation_steps` counts."""
+  """Rows of a micro-batch per device. The number of micro-batches then follows from the mesh, so
+  that one config runs on any slice. 0: `gradient_accumulation_steps` sets the number."""
   eval_every: PositiveInt = 500
-  """Number of steps between two held-out losses."""
+  """Number of steps between two evaluations of the held-out loss."""
   eval_batches: PositiveInt = 4
-  """Number of global batches that a held-out loss is computed on."""
+  """Number of global batches on which the held-out loss is computed."""
   checkpoint_every: PositiveInt = 500
   """Number of steps between two checkpoints."""
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-  """Number of newest checkpoints that are kept; at least 2, as the last save may not be whole."""
+  """Number of newest checkpoints to keep; at least 2, because the last save may be incomplete."""
   keep_every: NonNegativeInt = 0
-  """Checkpoints of multiples of so many steps are kept, too; 0: none. A multiple of
-  `checkpoint_every`."""
+  """Also keeps every checkpoint whose step is a multiple of this; 0 disables it. Must be a multiple
+  of `checkpoint_every`."""
   keep_best: NonNegativeInt = 0
-  """Number of checkpoints of the lowest held-out loss that are kept, too; `eval_every` must then
-  divide `checkpoint_every`."""
+  """Also keeps this number of checkpoints with the lowest held-out loss; 0 disables it.
+  `eval_every` must then divide `checkpoint_every`."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8
   """Number of images in a grid of samples."""
   log_every: PositiveInt = 1
-  """Number of steps between printed lines; metrics.jsonl has every step."""
+  """Number of steps between printed lines; metrics.jsonl records every step."""
   tensorboard: bool = True
   """Whether TensorBoard event files are written."""
   metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
-  """Port at which process 0 serves metrics as text for Prometheus, to every address; 0: none."""
+  """Port at which process 0 serves metrics in Prometheus's text format, on all network interfaces;
+  0: metrics are not served."""
   hang_minutes: NonNegativeFloat = 30.0
-  """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
-  where every process stands and ends with exit code 1; 0: never."""
+  """Minutes without a step after which a job prints where each process hangs and ends with exit
+  code 1; 0: never. The limit is at least 10 times the longest step so far."""
   wandb: str = ""
-  """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: none."""
+  """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: Weights & Biases is not used."""
   max_skipped: NonNegativeInt = 10
-  """Number of steps in a row that may be skipped because their loss or gradient is not finite, or
-  because of `optimizer.skip_above`; one more stops the run."""
+  """Number of consecutive steps that may be skipped because their loss or gradient is not finite,
+  or because of `optimizer.skip_above`. The run stops when one more step is skipped."""
   replay_every: NonNegativeInt = 0
-  """Number of steps between two that are computed again on other devices, to notice silent errors
-  of the hardware; they take twice the state's memory; 0: none. 200 took 0.7% of the time of the
-  steps on one CPU device, without network; each start also compiles two more programs."""
+  """Number of steps between two checked steps; 0: no step is checked. A checked step is computed
+  again on other devices, to detect silent errors of the hardware. It needs twice the memory of the
+  state. With 200, the checks took 0.7% of the steps' time on one CPU device, without a network.
+  Each start also compiles two more programs."""
   replay_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Difference between two computations of a step that is no error, as a share of the norm of an
-  array's shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal.
+  """Accepted difference between two computations of a step, as a share of the norm of an array's
+  shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal.
   Needs `replay_every`."""
   histogram_every: NonNegativeInt = 0
-  """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
+  """Number of steps between two histograms of the parameters in TensorBoard; 0: no histograms."""
   peak_flops: NonNegativeFloat = 0.0
-  """Peak FLOP/s of one device, for MFU; 0: the peak of its kind, if that is known."""
+  """Peak FLOP/s of one device, used to compute MFU; 0: the known peak of this kind of device."""
 
   def __post_init__(self) -> None:
     if self.global_batch_size % self.gradient_accumulation_steps:
@@ -84,7 +88,7 @@ class TrainConfig:
       )
     if self.keep_best and self.checkpoint_every % self.eval_every:
       raise ValueError(
-        f"keep_best = {self.keep_best} needs a held-out loss of every checkpoint: "
+        f"keep_best = {self.keep_best} needs a held-out loss for every checkpoint: "
         f"eval_every = {self.eval_every} must divide checkpoint_every = {self.checkpoint_every}."
       )
     if self.rows_per_device and self.gradient_accumulation_steps > 1:
@@ -94,29 +98,29 @@ class TrainConfig:
       )
     if self.replay_tolerance and not self.replay_every:
       raise ValueError(
-        f"replay_tolerance is {self.replay_tolerance:g}, and replay_every = 0 computes no step "
-        "twice: set replay_every, or replay_tolerance = 0."
+        f"replay_tolerance is {self.replay_tolerance:g}, but replay_every = 0 checks no step: set "
+        "replay_every, or replay_tolerance = 0."
       )
 
   @property
   def micro_batch_size(self) -> int:
-    """Rows that all devices take at once, once `on_mesh` has set the accumulation."""
+    """Rows of a micro-batch over all devices. Valid after `on_mesh` has set the accumulation."""
     return self.global_batch_size // self.gradient_accumulation_steps
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-  """The optimizer and its schedule.
+  """The optimizer and its learning rate schedule.
 
-  Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated),
-  OPT's other numbers.
+  The default learning rate and schedule are the tutorial's (paper: 1.2e-4 for 7B, schedule not
+  stated). The other defaults are OPT's.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
-  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes the
-  averaged gradients of the layers' matrices orthogonal; AdamW with Nesterov's momentum updates the
-  rest. Both have one learning rate and weight decay, since Muon's updates are as large as AdamW's.
-  """
+  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982)
+  orthogonalizes the averaged gradients of the layers' matrices. AdamW with Nesterov momentum
+  updates the other parameters. Both use the same learning rate and weight decay, because Muon's
+  updates are scaled to the size of AdamW's."""
   learning_rate: PositiveFloat = 1e-4
   """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
   warmup_steps: NonNegativeInt = 1_500
@@ -124,52 +128,54 @@ class OptimizerConfig:
   schedule: Literal["cosine", "linear"] = "cosine"
   """Shape of the decay from the peak to `final_fraction` of it at the last step."""
   final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-  """Learning rate at the last step, as a share of the peak."""
+  """Learning rate at the last step, as a fraction of the peak."""
   b1: Annotated[float, Field(ge=0, le=1)] = 0.9
-  """Decay rate of Adam's first moment. Muon's is 0.95."""
+  """Decay rate of Adam's first moment. Muon always uses 0.95."""
   b2: Annotated[float, Field(ge=0, le=1)] = 0.95
   """Decay rate of Adam's second moment."""
   eps: PositiveFloat = 1e-8
-  """Term that Adam adds to the root of the second moment."""
+  """Term that Adam adds to the square root of the second moment."""
   weight_decay: NonNegativeFloat = 0.1
-  """AdamW's weight decay, on all parameters but the scales of norms and, unless
-  `decay_embeddings`, the tables of tokens and positions."""
+  """Decoupled weight decay. It acts on all parameters except the scales of norms and, if
+  `decay_embeddings` is off, the embedding tables of tokens and positions."""
   decay_embeddings: bool = True
-  """Whether weight decay acts on the tables of tokens and positions."""
+  """Whether weight decay acts on the embedding tables of tokens and positions."""
   clip_norm: PositiveFloat = 1.0
-  """Bound of the global gradient norm."""
+  """Gradients are scaled down to this global norm if theirs is larger."""
   skip_above: NonNegativeFloat = 0.0
-  """Spikes: a step whose gradient norm is above `skip_above` x the moving average of the steps
-  before is skipped, e.g. 10; 0: none is. Steps with a NaN or an infinity always are."""
+  """Skips a step whose gradient norm is above `skip_above` x the moving average of earlier norms,
+  e.g. 10; 0 disables it. Steps with a NaN or an infinity are always skipped."""
   first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-  """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
-  parameter takes."""
+  """Dtype of Adam's first moment. `bfloat16` halves its memory, which saves 2 of the 12 bytes per
+  parameter."""
   z_loss: NonNegativeFloat = 0.0
-  """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
+  """Weight of the squared log of the softmax normalizer in the loss: 0, or about 1e-4 (PaLM,
   section 5)."""
   ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Largest decay of the exponential moving average of the parameters, e.g. 0.999; 0: none. The
-  decay of step t (from 0) is min(ema_decay, (1 + t) / (10 + t)), so the average of a short run
-  is that of its last steps. A run that has the average evaluates, samples and exports it."""
+  """Largest decay of the exponential moving average of the parameters, e.g. 0.999; 0: no average.
+  The decay at step t (from 0) is min(ema_decay, (1 + t) / (10 + t)), so in a short run the average
+  covers only the last steps. A run with an average evaluates, samples from and exports the
+  average."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ReinforceConfig:
-  """Learning from rewards of own samples, by `cm3leon reinforce`."""
+  """Reinforcement learning by `cm3leon reinforce`: the model learns from rewards of its samples."""
 
   tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
-  """Names of the tasks of `instructions` whose training records are the prompts; their target is
-  an image."""
+  """Names of tasks of `instructions`. Their training records are the prompts, and their target must
+  be an image."""
   samples: Annotated[int, Field(ge=2)] = 8
-  """Samples of a prompt in a step, a divisor of `train.global_batch_size`, which counts samples."""
+  """Number of samples per prompt in a step; must divide `train.global_batch_size`, which counts
+  samples."""
   reward: Literal["judge", "clip"] = "judge"
-  """What scores a sample: `judge`, 1 if it is wholly right and else 0, of tasks over scenes; or
-  `clip`, the cosine of image and caption."""
+  """The reward of a sample. `judge` is for tasks over scenes: 1 if the sample is entirely right,
+  else 0. `clip` is the cosine similarity of image and caption."""
   temperature: PositiveFloat = 1.0
-  """Divisor of the guided logits that samples are drawn from while learning, without top-k and
-  top-p."""
+  """Divides the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
-  """Weight in the loss of KL(policy of the first parameters || policy), in nats per code: what the
-  starting model may draw stays likely, so samples stay different and held-out images known."""
+  """Weight in the loss of KL(initial policy || policy), in nats per code. It keeps likely what the
+  initial model draws, so that samples stay diverse and held-out images stay likely."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
-  """Held-out prompts whose samples are scored before the first step and after the last one."""
+  """Number of held-out prompts whose samples are scored before the first and after the last
+  step."""

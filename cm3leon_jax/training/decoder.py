@@ -1,4 +1,4 @@
-"""The training of the decoder: what it opens, and the hooks of its loop."""
+"""Trains the decoder: restores or initializes a state, and runs the loop with its hooks."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -47,22 +47,22 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTraining:
-  """What a run trains, and how.
+  """Everything that defines the training of a decoder.
 
   Attributes:
-    folder: gets checkpoints/, metrics/, tensorboard/ and profile/.
-    model: size of the decoder.
-    optimizer: AdamW and its schedule over `config.steps`.
+    folder: receives checkpoints/, metrics/, tensorboard/ and profile/.
+    model: architecture and size of the decoder.
+    optimizer: the optimizer and its learning rate schedule over `config.steps`.
     config: length of the run, and how often it saves, evaluates and samples.
     vocab: separates image codes from text.
-    objective: what is learned, `RowObjective` or `reinforcement.rollouts.Rollouts`.
+    objective: what the decoder learns: `RowObjective` or `reinforcement.rollouts.Rollouts`.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
-    seed: of the parameters.
-    sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps
-      with the parameters that are evaluated, see `TrainState.eval_params`.
+    seed: seed of the initial parameters.
+    sample_grid: (params, step) -> grid, a PIL image or None. Called every `sample_every` steps with
+      `TrainState.eval_params`.
     profile_steps: steps to trace.
-    initial_params: makes the parameters of a run without a checkpoint; default: random ones.
-    evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
+    initial_params: returns the parameters of a run without a checkpoint; None: random parameters.
+    evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
   """
 
   folder: epath.Path
@@ -80,7 +80,7 @@ class DecoderTraining:
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
-    """Describes the training of a run's settings; `fields` are the attributes that they lack."""
+    """Creates the training from a run's settings; `fields` are the attributes not in `settings`."""
     return cls(
       model=settings.model,
       optimizer=settings.optimizer,
@@ -95,11 +95,7 @@ class DecoderTraining:
 def _opened(
   folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None
 ) -> Iterator[tuple[Checkpoints, Stopwatch, HangWatch, Lease]]:
-  """Opens the folder of a run, which is measured, watched, and under a lease.
-
-  Yields:
-    (Checkpoints, Stopwatch, HangWatch, Lease).
-  """
+  """Takes the lease of a run's folder, starts its watches and opens its checkpoints."""
   keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
   with (
     contextlib.closing(Stopwatch()) as watch,
@@ -116,20 +112,16 @@ def restore_or_init(
   folder: epath.Path, checkpoints: Checkpoints, steps: Steps, config: TrainConfig,
   initial_params: Callable[[], dict] | None = None,
 ) -> tuple[int | None, TrainState, int]:  # fmt: skip
-  """Restores the newest checkpoint that is whole, or initializes a state.
+  """Restores the newest checkpoint that is not damaged, or initializes a state.
 
-  Args:
-    folder: of the run.
-    checkpoints: of the run.
-    steps: of the run.
-    config: of the run.
-    initial_params: see `DecoderTraining`.
+  `initial_params` is described in `DecoderTraining`.
 
   Returns:
     (step of the checkpoint or None, state, next row).
 
   Raises:
-    UserError: damaged checkpoints, or a log that says that checkpoints are missing.
+    UserError: all checkpoints are damaged, or the log has so many steps that checkpoints must be
+      missing.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)
@@ -137,7 +129,7 @@ def restore_or_init(
   if newest is not None:
     return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
   check_log(folder, config.checkpoint_every)
-  state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
+  state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
     params = initial_params()
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
@@ -162,7 +154,7 @@ def _open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatc
 
 
 def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
-  """Returns what `train` returns, of the held-out losses after the run and before it."""
+  """Builds the result of `train` from the held-out losses after and before the run."""
   return {
     "steps": int(state.step),
     "parameters": transformer.count_params(state.params),
@@ -177,19 +169,20 @@ def train(
 ) -> dict:
   """Trains to `config.steps` from the newest checkpoint in the folder, on the current mesh.
 
+  At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
+
   Args:
     training: what to train.
-    lease: on the folder, if the caller holds it already.
-    go_back: the checkpoint to continue from in place of the newest, and the rows that the objective
-      leaves out from now on.
+    lease: lease on the folder, if the caller already holds it.
+    go_back: an older checkpoint to continue from, and the rows that the objective leaves out from
+      now on.
 
   Returns:
-    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM and
-    Ctrl-C it saves and exits with its code, `INTERRUPTED` or `CTRL_C`, instead.
+    Numbers for the report. `heldout_before` has the held-out losses of step 0.
 
   Raises:
-    UserError: an unfit mesh, damaged checkpoints, too many steps that are skipped, parameters that
-      are not finite, or another job that trains in the folder.
+    UserError: the mesh cannot split the batch, all checkpoints are damaged, too many steps were
+      skipped, a parameter is not finite, or another job trains in the folder.
   """
   config = on_mesh(training.config, batch_shards())
   training = dataclasses.replace(training, config=config)
@@ -218,7 +211,7 @@ def train(
         monitor,
         stop,
         losses,
-        # Before the checkpoint: a run that is killed here makes the grid again.
+        # Sample before saving, so that a run killed here makes the grid again.
         SampleGrids(config, monitor, training.sample_grid),
         saves,
         Histograms(config.histogram_every, monitor),
@@ -226,5 +219,6 @@ def train(
       ]
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
-  found = losses.losses or heldout_losses(state.eval_params)  # If no step was left to train.
+  # If there was no step left to train, the losses are not computed yet.
+  found = losses.losses or heldout_losses(state.eval_params)
   return _summary(state, saves.next_row, found, losses.at_start)

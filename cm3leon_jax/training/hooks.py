@@ -1,30 +1,31 @@
-"""The protocol of the hooks of `loop.run_steps`: what happens around the steps of a training."""
+"""Defines the hooks that `loop.run_steps` calls around each training step."""
 
 from typing import Any
 
 
 class Hook:
-  """One thing that happens around the steps of a training; here, nothing.
+  """Base class of hooks, whose methods do nothing.
 
-  All processes of a job have the same hooks in the same order, because some exchange numbers. A
-  hook that must also be closed at an error is a context manager around the loop.
+  All processes of a job have the same hooks in the same order, because some hooks communicate
+  between processes. A hook that must also be closed after an error is a context manager around the
+  loop.
   """
 
   def begin(self, state: Any) -> None:
-    """Is called once, with the state before the first step."""
+    """Called once, with the state before the first step."""
 
   def before(self, step: int) -> None:
-    """Is called before the batch of `step` is read."""
+    """Called before the batch of `step` is read."""
 
   def ready(self, step: int) -> None:
-    """Is called once the batch is read, before `step` is taken."""
+    """Called after the batch is read and before `step` is taken."""
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """Is called once `step` is dispatched; devices may still compute its state and metrics."""
+    """Called after `step` is dispatched. Devices may still compute its state and metrics."""
 
   def stops(self) -> bool:
-    """Returns whether the step just taken is the last one, although others were planned."""
+    """Returns whether training stops after the current step, before the planned last step."""
     return False
 
   def end(self, state: Any) -> None:
-    """Is called once, with the last state, also if a hook has stopped the training."""
+    """Called once with the last state, even if a hook has stopped the training."""

@@ -1,4 +1,4 @@
-"""The loop of all trainings: of the decoder, the image tokenizer and CLIP."""
+"""Runs the training loop of the decoder, the image tokenizer and CLIP."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -9,14 +9,15 @@ from cm3leon_jax.training.hooks import Hook
 def run_steps(
   steps: Iterable[int], take_step: Callable, state: Any, batches: Iterator, hooks: Sequence[Hook]
 ) -> Any:
-  """Takes steps, until the last one or one after which a hook stops.
+  """Takes all steps, or stops earlier if a hook asks for it.
 
   Args:
-    steps: numbers of the steps, from 1 on over all starts; a range, or a progress bar over one.
+    steps: step numbers. The first step of a run is 1, and a resumed run continues the count. May be
+      a progress bar over a range.
     take_step: (state, batch) -> (state, metrics); it may donate the state.
-    state: to continue from.
-    batches: one for each step.
-    hooks: called in their order around each step, see `Hook`.
+    state: the state before the first step.
+    batches: yields one batch for each step.
+    hooks: called in this order around each step, see `Hook`.
 
   Returns:
     The last state.
@@ -30,7 +31,7 @@ def run_steps(
     for hook in hooks:
       hook.ready(step)
     state, metrics = take_step(state, batch)
-    del batch  # Its memory is free while hooks evaluate and save.
+    del batch  # Free its memory before hooks evaluate and save.
     for hook in hooks:
       hook.after(step, state, metrics)
     if any(hook.stops() for hook in hooks):

@@ -1,4 +1,4 @@
-"""What a run learns from, and which rows its steps read."""
+"""Defines training objectives: the step function of a run, and the batches that its steps read."""
 
 # B rows of a step.
 
@@ -16,34 +16,30 @@ from cm3leon_jax.training.steps import Steps
 
 @runtime_checkable
 class Objective(Protocol):
-  """What a run learns from.
-
-  Attributes:
-    names: of the sources that a batch is marked with, whose losses are logged.
-    length: tokens of a row of the batch.
-  """
+  """What the decoder learns: the step function and the batches of a run."""
 
   @property
   def names(self) -> Sequence[str]:
-    """Names of the sources that a batch is marked with."""
+    """Names of the sources that rows of a batch are marked with. Their losses are logged."""
 
   @property
   def length(self) -> int:
-    """Tokens of a row of the batch."""
+    """Number of tokens in a row of the batch."""
 
   def begin(
     self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
-    """Begins at a row.
+    """Begins to read rows.
 
     Args:
-      steps: of the run.
-      next_row: first row.
-      rows: of a step.
-      sharding: of the rows of a batch.
+      steps: the compiled functions of the run.
+      next_row: first row to read.
+      rows: number of rows per step.
+      sharding: sharding of the batches.
 
     Returns:
-      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
+      `take_step(state, batch)`, which returns the new state and metrics, and an iterator over the
+      batches.
     """
 
   def explain(self, rows: range) -> str:
@@ -56,11 +52,11 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowObjective:
-  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader.
+  """Objective of pretraining and tuning: the cross-entropy of a loader's rows.
 
   Attributes:
-    loader: of all rows.
-    skipped: ranges of rows that are left out, of `skipped_rows.read`.
+    loader: reads all rows, including the skipped ones.
+    skipped: ranges of rows to leave out, from `skipped_rows.read`.
   """
 
   loader: RowLoader
@@ -73,7 +69,7 @@ class RowObjective:
 
   @property
   def length(self) -> int:
-    """Tokens of a row."""
+    """Number of tokens in a row."""
     return self.loader.plan.config.sequence_length
 
   def begin(

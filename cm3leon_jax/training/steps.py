@@ -1,4 +1,4 @@
-"""The jitted functions of a run, compiled for the current mesh."""
+"""Builds the jitted functions of a run for the current mesh."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,11 +21,11 @@ class Steps:
   """The jitted functions of a run.
 
   Attributes:
-    init: () -> state, with an average of the parameters if the optimizer's config has one.
+    init: () -> state. The state has an average of the parameters if `ema_decay` is positive.
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
-    evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
-      `num_sources` of rows that are marked with their sources.
-    checked: as `train`; also returns fingerprints, see `checked_step`.
+    evaluate: (params, batch) -> sums, see `state.eval_step`. If rows are marked with their sources,
+      `evaluate` and `train` take their number as the static argument `num_sources`.
+    checked: like `train`, but also returns fingerprints, see `checked_step`.
   """
 
   init: Callable
@@ -41,7 +41,7 @@ def compile_steps(
   vocab: VocabLayout,
   seed: int,
 ) -> Steps:
-  """Builds the functions for the current mesh; each is compiled at its first call."""
+  """Builds the functions for the current mesh. JAX compiles each function at its first call."""
   optimizer = create_optimizer(optimizer_config, config.steps)
 
   def make_step(optimizer: optax.GradientTransformation) -> Callable:

@@ -87,7 +87,7 @@ def test_verify_names_the_damaged_file(workdir):
   assert result.returncode == 2
   assert result.stderr.startswith(
     f"error: 1 of 4 sealed checkpoints is damaged ({victim} is damaged: it is not what was "
-    "written). The newest, 8, is whole, and it is the one that counts."
+    "written). The newest, 8, is whole, and it is the one that is used."
   )
   states = [row.split()[5] for row in result.stdout.splitlines()[2:]]
   assert states == ["whole", "damaged", "whole", "whole"]
@@ -131,7 +131,7 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
   assert result.returncode == 2
   assert result.stdout.splitlines()[0] == f"{train}: 1 checkpoint"
   assert result.stderr == (
-    f"error: {train} has no sealed checkpoint: 8 is there but not sealed. `cm3leon train` "
+    f"error: {train} has no sealed checkpoint: 8 exists but is not sealed. `cm3leon train` "
     "seals it.\n"
   )
   shutil.rmtree(train / "checkpoints" / "8")

@@ -189,7 +189,7 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/watch/metrics.py",
     "tests/training/watch/metrics_test.py",
-    ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
+    ("changed_log_unnoticed", '"differs from what was written" if changed else ""', '""'),
   ),
   *mutants_of(
     "cm3leon_jax/training/small/trainer.py",

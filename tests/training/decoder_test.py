@@ -169,7 +169,7 @@ def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp
 def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
   run(tmp_path, loader, steps=4)
   assert run(tmp_path, loader, steps=2)["steps"] == 4
-  assert "is at step 4 already" in capsys.readouterr().out
+  assert "is already at step 4" in capsys.readouterr().out
 
 
 @pytest.mark.slow

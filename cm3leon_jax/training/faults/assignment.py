@@ -1,4 +1,4 @@
-"""Arrays on another assignment of devices: the same mesh, on which each device does other work."""
+"""Moves arrays to other devices: to the same mesh with its devices in another order."""
 
 import dataclasses
 import functools
@@ -11,32 +11,34 @@ import numpy as np
 
 from cm3leon_jax.mesh import AXES, FSDP
 
-# Between slices, along `data`, the network is slow: the last choice.
+# Axes along which devices may be rolled, in order of preference. `data` is last, because the
+# network between slices is slow.
 ROLLED = (*FSDP, "tensor", "data")
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """Devices rolled along an axis of a mesh: rings of devices, and slices, stay what they are.
+  """Rolls the devices along an axis of a mesh, which keeps rings of devices and slices intact.
 
   Attributes:
-    axis: of the mesh.
-    shift: places; 0: the devices stay where they are.
+    axis: name of the mesh axis.
+    shift: number of places; 0: devices keep their places.
   """
 
   axis: str = AXES[0]
   shift: int = 0
 
   def mesh(self, mesh: Mesh) -> Mesh:
-    """Returns the mesh in which `moved` puts arrays of `mesh`."""
+    """Returns the mesh to which `moved` copies arrays of `mesh`."""
     devices = np.roll(mesh.devices, -self.shift, AXES.index(self.axis))
     return Mesh(devices, mesh.axis_names, mesh.axis_types)
 
 
 def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
-  """Returns two assignments that differ from `mesh` and from each other, if it has 3 devices.
+  """Returns two assignments that differ from `mesh` and from each other.
 
-  The second one is that of `mesh` if it has fewer.
+  This needs one axis of 3 devices or two axes of 2 devices. If the mesh is smaller, the second
+  assignment, or both, keep the devices in place.
   """
   found = [
     Assignment(axis, shift) for axis in ROLLED for shift in range(1, min(mesh.shape[axis], 3))
@@ -46,16 +48,16 @@ def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
 
 
 def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a tree to other devices; over the network of the devices, not through a host.
+  """Copies a tree to other devices over the network of the devices, not through a host.
 
   Args:
-    tree: of arrays on `source`.
-    source: a mesh.
+    tree: a tree of arrays on `source`.
+    source: mesh of the arrays.
     target: `assignment.mesh(source)`.
-    assignment: of `target` in `source`.
+    assignment: how the devices are rolled.
 
   Returns:
-    The tree on `target`, each array split over it as over `source`.
+    The tree on `target`, with each array sharded as on `source`.
   """
   with jax.set_mesh(source):
     copies = _permuted(tree, assignment)
@@ -63,14 +65,14 @@ def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> P
 
 
 def moved_back(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a tree that `moved` has made on `source` to `target`, where it came from."""
+  """Copies a result of `moved` from `source`, its mesh, back to the original mesh `target`."""
   inverse = Assignment(assignment.axis, -assignment.shift)
   return moved(tree, source, target, inverse)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
-  """Copies what each device holds to the device `shift` places further along the axis."""
+  """Copies the shards of each device to the device `shift` places further along the axis."""
   size = jax.sharding.get_abstract_mesh().shape[assignment.axis]
   pairs = [(i, (i + assignment.shift) % size) for i in range(size)]
   specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
@@ -84,7 +86,7 @@ def _permuted(tree: PyTree, assignment: Assignment) -> PyTree:
 
 
 def _renamed(x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Makes an array on `mesh` of what the devices hold already; nothing is copied."""
+  """Returns an array on `mesh` from shards that are already on its devices, without copies."""
   sharding = NamedSharding(mesh, x.sharding.spec)
   held = [shard.data for shard in x.addressable_shards]
   return jax.make_array_from_single_device_arrays(x.shape, sharding, held)

@@ -1,4 +1,4 @@
-"""A train step that returns fingerprints of what it reads, computes and leaves."""
+"""Builds a train step that also returns fingerprints of its inputs, gradients and results."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
 from cm3leon_jax.training.step.state import TrainState
 
-# What is compared, in the order in which an error spreads.
+# The stages that are compared, in the order in which an error spreads.
 STAGES = {
   "read": "the state that it reads",
   "gradients": "gradients",
@@ -25,7 +25,7 @@ def checked_step(
 
   Args:
     make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
-    optimizer: of the run.
+    optimizer: the optimizer of the run.
 
   Returns:
     (state, batch, num_sources) -> (state, metrics, fingerprints).
@@ -39,7 +39,7 @@ def checked_step(
     def update(
       gradients: dict, opt_state: optax.OptState, params: dict
     ) -> tuple[dict, optax.OptState]:
-      found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
+      found["gradients"] = fingerprint(gradients)  # Clipping would spread an error to all arrays.
       updates, opt_state = optimizer.update(gradients, opt_state, params)
       found["updates"] = fingerprint(updates)
       return updates, opt_state
@@ -52,5 +52,5 @@ def checked_step(
 
 
 def is_checked(config: TrainConfig, step: int) -> bool:
-  """Returns whether a step is checked; the call of such a step returns when it is done."""
+  """Returns whether `step` is checked. A checked step returns only after it has finished."""
   return bool(config.replay_every) and step % config.replay_every == 0

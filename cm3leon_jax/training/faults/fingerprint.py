@@ -1,4 +1,4 @@
-"""Fingerprints: a few numbers of each array on each device, by which silent errors are noticed."""
+"""Computes fingerprints: a few numbers per array and device, which reveal silent errors."""
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
 
@@ -17,12 +17,12 @@ GOLDEN = 0x9E3779B1  # Odd; its multiples spread over 32 bits (Knuth 1998, volum
 
 
 class Fingerprint(NamedTuple):
-  """What devices hold of each array of a tree.
+  """Summary of the shards of each array of a tree on each device.
 
   Attributes:
-    digest: sum of words x odd weights, modulo 2^32. One changed word always changes it.
-    projection: sum of elements x random signs. Small errors of rounding change it little.
-    norm: root of the sum of squares.
+    digest: sum of words x odd weights, modulo 2^32. A change of one word always changes the digest.
+    projection: sum of elements x random signs. Small rounding errors change it little.
+    norm: square root of the sum of squares.
   """
 
   digest: UInt32[Array, "D N"] | UInt32[np.ndarray, "D N"]
@@ -31,9 +31,9 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(tree: PyTree) -> Fingerprint:
-  """Computes the fingerprint of a tree of arrays under jit; it is whole on every device.
+  """Computes the fingerprint of a tree of arrays under jit; the result is replicated.
 
-  Replicas of an array are apart: each device reads what it holds itself.
+  Each device reads its own shard or replica, so replicas have separate entries.
   """
   leaves = jax.tree.leaves(tree)
   specs = [jax.typeof(x).sharding.spec for x in leaves]
@@ -47,7 +47,7 @@ def fingerprint(tree: PyTree) -> Fingerprint:
 
 
 def _of_array(x: Array) -> Fingerprint:
-  """Computes digest, projection and norm, scalars, of an array on one device."""
+  """Computes the scalars digest, projection and norm of an array on one device."""
   hashed = _numbers(x.shape) * jnp.uint32(GOLDEN)
   signs = jnp.where(hashed >> 31 == 1, jnp.float32(1), jnp.float32(-1))
   values = x.astype(jnp.float32)
@@ -59,7 +59,7 @@ def _of_array(x: Array) -> Fingerprint:
 
 
 def _words(x: Array) -> Array:
-  """Returns the bits of the elements of an array, of up to 32 bits each, as uint32."""
+  """Returns the bits of an array's elements, which have at most 32 bits, as uint32."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
@@ -67,9 +67,9 @@ def _words(x: Array) -> Array:
 
 
 def _numbers(shape: tuple[int, ...]) -> Array:
-  """Numbers the elements of an array; no array is made, the compiler fuses it into what reads it.
+  """Numbers the elements of an array. The compiler fuses this, so it needs no memory.
 
-  shape (2, 3): [[0 1 2] [3 4 5]]
+  shape (2, 3) -> [[0 1 2] [3 4 5]]
   """
   numbers = jnp.zeros(shape, jnp.uint32)
   for axis in range(len(shape)):
@@ -82,21 +82,21 @@ def equal(a: Fingerprint, b: Fingerprint, tolerance: float = 0.0) -> Bool[np.nda
   """Compares two fingerprints on the host, array by array.
 
   Args:
-    a: as numpy arrays.
-    b: of arrays of the same shapes.
-    tolerance: projections may differ by so much, as a share of the norm; 0: all bits are equal.
+    a: a fingerprint as numpy arrays.
+    b: a fingerprint of arrays of the same shapes.
+    tolerance: accepted difference of projections, as a share of the norm; 0: digests must be equal.
   """
   same = a.digest == b.digest
   if not tolerance:
     return same
   with np.errstate(invalid="ignore", over="ignore"):
-    # The smaller norm: that of a damaged array may be infinite.
+    # Use the smaller norm, because the norm of a damaged array may be infinite.
     near = np.abs(a.projection - b.projection) <= tolerance * np.minimum(a.norm, b.norm)
   return same | near
 
 
 def names_of(tree: PyTree) -> list[str]:
-  """Names the arrays of a tree in the order of a fingerprint, e.g. "params.embed"."""
+  """Returns the names of a tree's arrays in the order of a fingerprint, e.g. "params.embed"."""
   return [
     jax.tree_util.keystr(path, simple=True, separator=".")
     for path, _ in jax.tree.leaves_with_path(tree)

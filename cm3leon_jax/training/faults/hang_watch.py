@@ -1,4 +1,4 @@
-"""Hang watch: a run that takes no step for too long says where every process stands, and ends."""
+"""Ends a run that hangs, after it has printed where each process is."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -23,40 +23,40 @@ from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 
 FOLDER = "hang"
-HUNG = TryAgain.exit_code  # Launchers start the job again, a limited number of times.
-# No step of a healthy run takes so many times as long as the longest one so far.
+HUNG = TryAgain.exit_code  # Launchers restart a job with this exit code a limited number of times.
+# In a healthy run, no step takes this many times as long as the longest step before it.
 LONGEST = 10
-# Compiling, evaluating, saving, sampling and restoring may take so many times as long as a step.
+# Compiling, evaluating, saving, sampling and restoring may take this many times the limit of steps.
 SLOW = 4
-COMPILED = 3  # When this step begins, the first one has ended, and its program is compiled.
+COMPILED = 3  # When this step begins, the first step has ended, so its program is compiled.
 POLL_SECONDS = 5.0
-FILE_SECONDS = 20.0  # To write or read the reports: a bucket may be what hangs.
-READERS = 32  # Reports that are read at once.
-# So long a process that has given up waits for the others to do so, which end with an error of
-# their own when it is gone; the first process, with which JAX's service ends, twice as long.
+FILE_SECONDS = 20.0  # Limit for writing or reading the reports, because a GCS bucket may hang, too.
+READERS = 32  # Number of reports that are read in parallel.
+# A process that has timed out waits this long before it exits, so that the others can print their
+# stacks: they fail when it exits. Process 0, which runs JAX's service, waits twice as long.
 LINGER_SECONDS = 10.0
-# The order in which a process passes them, from the dispatch of a step on.
+# Phases in the order in which a process passes them after it has dispatched a step.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
 T = TypeVar("T")
 
 
 def place(report: dict) -> str:
-  """Describes where a process stands: "step 41, waiting for data"."""
+  """Describes where a process is, e.g. "step 41, waiting for data"."""
   return f"step {report['step']:,}, {PHASES.get(report['doing'], report['doing'])}"
 
 
 def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
-  """Says which processes have not arrived where others wait for them.
+  """Finds the processes that the others wait for.
 
     {0: {"step": 42, "doing": "step", "host": "a"}, 1: {"step": 41, "doing": "data", "host": "b"}}
-    "process 1 on b has not arrived: it is at step 41, waiting for data; process 0 is at step 42,
+    -> "process 1 on b has not arrived: it is at step 41, waiting for data; process 0 is at step 42,
     steps", [1]
 
   Args:
-    reports: of some processes, by their number; None: it gave no sign of life.
+    reports: number of a process -> its report; None: the process wrote no report.
 
   Returns:
-    A sentence without its end, and the processes that it names.
+    A sentence without its final period, and the processes that it names as missing.
   """
   silent = [i for i, report in reports.items() if report is None]
   known = {i: report for i, report in reports.items() if report is not None}
@@ -77,16 +77,17 @@ def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
 
 
 class HangWatch(Hook):
-  """Ends the process, with exit code `HUNG`, if the loop makes no progress while a `with` runs.
+  """Ends the process with exit code `HUNG` if the loop makes no progress inside a `with` block.
 
-  A thread looks at the loop: a batch that is read, a step that is dispatched and a new phase of the
-  Stopwatch are progress. Without any for half of the time, each of several processes writes where
-  it stands, with the stacks of its threads, to `folder/hang/PROCESS.json`; after all of it each
-  prints its stacks, and the first process also those of the processes that have not arrived. While
-  steps go on, nothing is written or exchanged.
+  A thread watches the loop. Progress means that a batch is read, a step is dispatched, or the
+  Stopwatch enters a new phase. After half of the time limit without progress, each process of a job
+  with several processes writes a report to `folder/hang/PROCESS.json`: where it is, and the stacks
+  of its threads. After the full time limit each process prints its stacks. Process 0 also prints
+  the stacks of the processes that have not arrived. While the loop makes progress, the processes
+  neither write reports nor communicate.
 
-  The time is `minutes`, or LONGEST times the longest step so far if that is more. Phases that do
-  not consist of steps have SLOW times as long, and so have the first steps, which compile.
+  The time limit is `minutes`, or LONGEST times the longest step so far if that is longer. It is
+  SLOW times as long for the first steps, which compile, and for phases other than steps.
   """
 
   def __init__(
@@ -96,11 +97,11 @@ class HangWatch(Hook):
     """Prepares a watch.
 
     Args:
-      folder: of the run.
-      minutes: without progress; 0 switches the watch off.
-      watch: of the loop.
-      end: ends the process with an exit code; a hung process runs no clean-up.
-      clock: seconds.
+      folder: the folder of the run.
+      minutes: time limit without progress; 0 switches the watch off.
+      watch: the Stopwatch of the loop.
+      end: ends the process with an exit code. The default skips clean-up, which could hang, too.
+      clock: returns seconds.
     """
     self._folder, self._allowed, self._stopwatch = folder / FOLDER, 60 * minutes, watch
     self._end, self._clock = end, clock
@@ -125,7 +126,7 @@ class HangWatch(Hook):
       self._thread.join()
 
   def continue_after(self, step: int) -> None:
-    """Notes the step that the run continues after: where this process stands from now on."""
+    """Sets the step that the run continues after, which reports show until the next step."""
     self._steps = step
 
   def before(self, step: int) -> None:
@@ -143,7 +144,7 @@ class HangWatch(Hook):
     self._sign = self._clock()
 
   def _begin_step(self, step: int) -> None:
-    """Counts a step, and the seconds since the last one without those of other phases."""
+    """Counts a step, and measures the last one without the time of other phases."""
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
     if self._taken >= COMPILED:
@@ -165,10 +166,10 @@ class HangWatch(Hook):
       self.look()
 
   def look(self) -> None:
-    """Compares the time without progress with the allowed time, and acts."""
+    """Compares the time without progress with the limits; then warns, reports or gives up."""
     now = self._clock()
     if now - self._looked > POLL_SECONDS + self._allowed / 4:
-      self._sign = now  # This process was stopped as a whole (Ctrl-Z, a debugger).
+      self._sign = now  # The whole process was suspended (Ctrl-Z, a debugger).
     self._looked = now
     base = max(self._allowed, LONGEST * self._longest)
     steady = self._doing() in ("step", "data") and self._taken >= COMPILED
@@ -207,14 +208,14 @@ class HangWatch(Hook):
       _within(FILE_SECONDS, lambda: write_json(self._path(), report))
 
   def _read_report(self, process: int) -> dict | None:
-    with contextlib.suppress(UserError):  # There is none, or an incomplete one.
+    with contextlib.suppress(UserError):  # The report is missing or incomplete.
       report = read_json(self._path(process))
       if report.get("start") == self._start:
         return report
     return None
 
   def _read_reports(self) -> dict[int, dict | None]:
-    """Reads the reports: the first process those of all, another one only that of the first."""
+    """Reads the reports of other processes. Processes other than 0 read only process 0's report."""
     mine, count = jax.process_index(), jax.process_count()
     others = [i for i in range(count if mine == 0 else 1) if i != mine]
     with futures.ThreadPoolExecutor(READERS) as pool:
@@ -233,7 +234,7 @@ class HangWatch(Hook):
     lines.append(f"error: the job ends with exit code {HUNG}: the same command continues it.")
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if jax.process_count() > 1:  # Unless the loop ends, because others are gone.
+    if jax.process_count() > 1:  # The wait ends early if the loop ends, because others have exited.
       self._stop.wait(LINGER_SECONDS * (2 if mine["process"] == 0 else 1))
     self._end(HUNG)
 

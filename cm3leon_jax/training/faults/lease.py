@@ -1,4 +1,4 @@
-"""A lease on the folder of a stage, so that two jobs do not work in one folder."""
+"""Leases the folder of a stage to one job, so that two jobs do not write to the same folder."""
 
 import contextlib
 import os
@@ -19,19 +19,21 @@ from cm3leon_jax.training.hooks import Hook
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0
-# A job without a sign of life for so long has lost its lease. Clocks of machines are not compared.
+# A lease expires after this long without a heartbeat, measured by the waiting job's own clock.
 EXPIRE_SECONDS = 90.0
-POLL_SECONDS = 1.0  # Between two looks at the lease of another job.
-SETTLE_SECONDS = 0.2  # After which a job reads whether one that started with it has the lease.
+POLL_SECONDS = 1.0  # Interval at which the lease of another job is read.
+# A job reads its lease again after this time, to see whether another job took it simultaneously.
+SETTLE_SECONDS = 0.2
 
 
 class Lease(Hook):
-  """Holds a folder for this job while the body of a `with` runs; process 0 acts for all.
+  """Reserves a folder for this job inside a `with` block. Process 0 acts for all processes.
 
-  lease.json names the job that holds it, and a number that grows with every sign of life. A job
-  that finds the file waits until the number grows, and refuses to start, or until it has not grown
-  for EXPIRE_SECONDS, and takes the lease. It does not wait for a process of its own machine that is
-  gone. A job whose lease was taken, or that could not renew it for so long, stops at its next step.
+  lease.json names the job that holds the lease, and a number that grows with every heartbeat. A job
+  that finds this file reads it repeatedly. If the number grows, the job refuses to start. If the
+  number does not grow for EXPIRE_SECONDS, or if the holder was a process of the same machine that
+  has ended, the job takes the lease. A job that has lost its lease, or could not renew it for
+  EXPIRE_SECONDS, stops before its next step.
   """
 
   def __init__(self, folder: epath.PathLike):
@@ -45,14 +47,14 @@ class Lease(Hook):
     """Takes the lease.
 
     Raises:
-      UserError: another job holds it, or this account may not write to the bucket.
-      TryAgain: the file cannot be read or written.
+      UserError: another job holds the lease, or this account may not write to the GCS bucket.
+      TryAgain: lease.json cannot be read or written.
     """
     try:
       with distributed.together():
         if distributed.is_first():
           self._start()
-    except BaseException:  # Also the exit of a job that was asked to stop.
+    except BaseException:  # This includes the SystemExit of a job that a signal stops.
       self.__exit__()
       raise
     return self
@@ -66,25 +68,27 @@ class Lease(Hook):
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
-    """Gives the lease back."""
-    if not self._beats:  # This process has not written it.
+    """Releases the lease."""
+    if not self._beats:  # This process has not written lease.json.
       return
     self._stop.set()
     if self._thread.is_alive():
       self._thread.join()
-    with contextlib.suppress(Exception):  # Of a bucket, of any kind: the first error counts.
+    # A GCS bucket may raise errors of any type here, which must not hide an error of the body.
+    with contextlib.suppress(Exception):
       if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)
 
   def check(self, now: bool = True) -> None:
-    """Checks that the lease is still held.
+    """Checks that this job still holds the lease.
 
     Args:
-      now: whether to read the file; else the last sign of life counts, if it is recent.
+      now: whether to read lease.json in any case. False reads it only if the last heartbeat is
+        older than EXPIRE_SECONDS.
 
     Raises:
-      UserError: another job has taken it.
-      TryAgain: it could not be renewed.
+      UserError: another job has taken the lease.
+      TryAgain: the lease could not be renewed.
     """
     if not self._thread.is_alive():
       return
@@ -93,13 +97,13 @@ class Lease(Hook):
     if self._lost:
       raise UserError(
         f"{self._lost} took {self._path}, because this job gave no sign of life for "
-        f"{EXPIRE_SECONDS:g} s: it stops, and the other one continues."
+        f"{EXPIRE_SECONDS:g} s: this job stops, and the other job continues."
       )
     if time.monotonic() - self._renewed > EXPIRE_SECONDS:
       raise TryAgain(f"{self._path} could not be renewed for {EXPIRE_SECONDS:g} s.")
 
   def ready(self, step: int) -> None:
-    """See `Hook`. Raises as `check` does."""
+    """See `Hook`. Raises the errors of `check`."""
     self.check(now=False)
 
   @property
@@ -112,7 +116,7 @@ class Lease(Hook):
     self._renewed = time.monotonic()
 
   def _read(self) -> dict:
-    """Returns what the file says; {} if there is none, or an incomplete one."""
+    """Returns the content of lease.json, or {} if the file is missing or incomplete."""
     try:
       found = read_json(self._path)
     except UserError:
@@ -154,7 +158,7 @@ class Lease(Hook):
           self._lost = _name(found)
         elif not self._lost:
           self._write()
-    except Exception:  # Of a bucket or a network disk, of any kind; the next beat may succeed.
+    except Exception:  # A GCS bucket or network disk may raise any error. The next beat retries.
       return
 
 
@@ -163,10 +167,11 @@ def _name(holder: dict) -> str:
 
 
 def _this_process() -> dict:
-  """Names this process among those of all machines and containers.
+  """Identifies this process among the processes of all machines and containers.
 
-  Containers with one hostname have processes of their own, and so have machines, whose namespaces
-  outside of containers have one id: a boot of a machine has an id that no other has.
+  Containers with the same hostname have separate process ids, so the id of the pid namespace is
+  added. Outside of containers all machines have the same namespace id, so the id of the machine's
+  boot is added, too.
   """
   namespace, boot = "", ""
   with contextlib.suppress(OSError):
@@ -177,7 +182,7 @@ def _this_process() -> dict:
 
 
 def _is_gone(holder: dict) -> bool:
-  """Returns whether the holder was a process of this machine, or container, that has ended."""
+  """Returns whether the holder was a process of this machine or container and has ended."""
   here = _this_process()
   pid: Any = holder.get("pid")
   if any(holder.get(name) != here[name] for name in ("host", "boot", "namespace")):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run saves before it stops, on all processes at the same step."""
+"""Handles SIGTERM and Ctrl-C: all processes stop after the same step, and the run saves before."""
 
 import os
 import signal
@@ -16,7 +16,8 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.training.hooks import Hook
 
-# Signals and their exit codes. All processes agree on the largest place, so the later one counts.
+# Signals and their exit codes. All processes agree on the largest index, so that SIGTERM overrides
+# Ctrl-C.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CODES = (CTRL_C, INTERRUPTED)
 
@@ -24,19 +25,19 @@ _largest = jax.jit(jnp.max)
 
 
 class StopSignal(Hook):
-  """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends.
+  """Records SIGTERM and Ctrl-C, so that the loop can save before it ends.
 
-  Only some processes may get the signal. So after each step the maximum of all flags is started as
-  one all-reduce of a scalar, and it is read after the next step, without waiting. All processes
-  read the same number at the same step, which is at most two after the signal. A second Ctrl-C
-  stops at once.
+  Perhaps only some processes receive the signal. After each step all processes start an all-reduce
+  of one scalar, the maximum of their flags. They read the result after the next step, so they do
+  not wait. All processes thus read the same number at the same step, at most two steps after the
+  signal. A second Ctrl-C stops the process immediately.
 
-  (JAX has `multihost_utils.reached_preemption_sync_point` for this. It agrees on the largest step
-  that a process has named. But Orbax also names old steps, from the thread in which a save ends, so
-  the agreed step may have passed.)
+  JAX has `multihost_utils.reached_preemption_sync_point` for this purpose. It agrees on the largest
+  step for which a process has called it. But Orbax also calls it for old steps, from the thread
+  that finishes a save, so the agreed step may already have passed.
 
   Attributes:
-    code: with which to exit after the newest step; None: go on.
+    code: exit code with which to stop after the newest step; None: continue.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -46,11 +47,11 @@ class StopSignal(Hook):
     self.code: int | None = None
 
   def __enter__(self) -> "StopSignal":
-    self._received = 0  # 1 + place in SIGNALS.
-    # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
+    self._received = 0  # 1 + index in SIGNALS.
+    # A script's background job ignores Ctrl-C, which is meant for the foreground job.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
-    if code := distributed.asked_to_stop():  # Just before, in a job of several processes.
+    if code := distributed.asked_to_stop():  # The signal came before this handler was installed.
       self._received = max(self._received, 1 + CODES.index(code))
     return self
 
@@ -67,7 +68,7 @@ class StopSignal(Hook):
       signal.signal(number, handler)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. The flags are read once: a later signal counts at the next step."""
+    """See `Hook`. It reads the flags once, so a later signal takes effect at the next step."""
     self.code = self.stopping()
 
   def stops(self) -> bool:
@@ -75,9 +76,9 @@ class StopSignal(Hook):
     return self.code is not None
 
   def stopping(self) -> int | None:
-    """Returns the exit code with which to stop after this step; None: go on.
+    """Returns the exit code with which to stop after this step; None: continue.
 
-    All processes call it once a step and agree.
+    All processes call it once per step and get the same result.
     """
     agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
     return CODES[agreed - 1] if agreed else None
@@ -90,25 +91,25 @@ class StopSignal(Hook):
 
 
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:
-  """Exits with `code` if the run was asked to stop before its last step.
+  """Exits with `code` if a signal stopped the run before its last step.
 
   Args:
-    step: that the run has reached.
-    steps: of the whole run.
-    folder: of the run.
-    code: of the exit; None: it was not asked to stop.
+    step: step that the run has reached.
+    steps: number of steps of the whole run.
+    folder: the folder of the run.
+    code: exit code; None: there was no signal.
     saved: step of the newest checkpoint.
   """
   if code is not None and step < steps:
     where = f"saved in {folder}"
     if saved < step:
-      where = f"all steps since {saved} were skipped, so nothing was to be saved in {folder}"
+      where = f"all steps since {saved} were skipped, so there was nothing to save in {folder}"
     distributed.print_once(
       f"stopped at step {step} of {steps}; {where}: the same command continues."
     )
     sys.exit(code)
   if step > steps:
     distributed.print_once(
-      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
+      f"train: the run is already at step {step}, beyond train.steps = {steps}; "
       "nothing was trained."
     )

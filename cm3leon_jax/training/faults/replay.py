@@ -1,9 +1,9 @@
-"""Silent corruption: some steps are computed again on other devices, and the results compared.
+"""Detects silent errors of devices: computes some steps again on other devices and compares.
 
-A step that is checked is computed twice, the second time with every shard on another device. If
-the fingerprints of what the two read, of their gradients, or of the states that they leave differ,
-a third computation on yet other devices decides. Also the state that the step before has left must
-be, bit for bit, the one that a checked step reads, and all replicas of a shard must be equal.
+A checked step is computed twice, the second time with every shard on another device. Fingerprints
+of the inputs, gradients, updates and new states are compared. If they differ, a third computation
+on yet other devices decides. In addition, the state that a checked step reads must be bitwise equal
+to the state that the previous step wrote, and all replicas of a shard must be equal.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ from cm3leon_jax.training.faults.replicas import different_replicas, first_repli
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 
-MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
+MOST = 2  # Stop after this many detected faults per start; healthy devices produce none.
 Fingerprints: TypeAlias = dict[str, Fingerprint]
 Inputs: TypeAlias = tuple[TrainState, dict]  # State and batch.
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
-Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
+Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays, and places of mesh devices.
 CONTINUE = "The same command continues from the newest checkpoint."
-# What to do about a device, see docs/reliability.md.
+# What to do about a faulty device, see docs/reliability.md.
 REPLACE = (
   "report the device to its provider and run without its node (SLURM: --exclude=NODE; GKE: kubectl "
   "cordon NODE; a TPU slice: delete it and request another)"
@@ -45,16 +45,17 @@ REPLACE = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What three computations of a step say about each other.
+  """Result of comparing three computations of a step.
 
   Attributes:
-    wrong: numbers of those that the two others contradict somewhere, while they agree.
-    undecided: whether somewhere no two agree.
-    unconfirmed: whether the two that agree ran on the same assignment of several devices: an error
-      that a device repeats is in both.
-    stage: the first of `STAGES` in which they differ.
-    arrays: numbers of the arrays that differ there.
-    devices: ids of those that held what two computations on other devices outvoted there.
+    wrong: numbers of the outvoted computations. A computation is outvoted if the other two agree
+      with each other but not with it, for at least one array on one device.
+    undecided: whether there is an array for which no two computations agree.
+    unconfirmed: whether the two computations that agree ran on the same assignment of several
+      devices. An error that a device repeats would be in both.
+    stage: the first of `STAGES` in which the computations differ.
+    arrays: numbers of the arrays that differ in this stage.
+    devices: ids of the devices on which a computation was outvoted in this stage.
   """
 
   wrong: tuple[int, ...]
@@ -66,7 +67,7 @@ class Verdict:
 
   @property
   def majority(self) -> int | None:
-    """Number of a computation whose state can be trusted; None if there is none."""
+    """Number of a computation whose state can be trusted, or None."""
     if self.undecided or self.unconfirmed or len(self.wrong) != 1:
       return None
     return 2 if self.wrong == (0,) else 0
@@ -75,16 +76,17 @@ class Verdict:
 def judge(
   computations: Sequence[Fingerprints], meshes: Sequence[Mesh], tolerance: float = 0.0
 ) -> Verdict:
-  """Compares three computations, of which two differ, shard by shard.
+  """Compares three computations of a step shard by shard.
 
     digests of an array on 3 devices, which are rolled by 0, 1 and 2 places:
-      [7 8 9], [7 8 9], [7 5 9]: the third is wrong in shard 1, then on device 1 + 2 = 0
+      [7 8 9], [7 8 9], [7 5 9]: the third computation is wrong in shard 1, which it computed on
+      device (1 + 2) mod 3 = 0
     on 2 devices, which are rolled by 0, 1 and 0 places:
-      [5 8], [7 4], [5 8]: not confirmed; device 0 is always wrong here
+      [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
 
   Args:
     computations: fingerprints by stage, as numpy arrays.
-    meshes: on which they were computed.
+    meshes: mesh of each computation.
     tolerance: see `fingerprint.equal`.
   """
   wrong: set[int] = set()
@@ -108,26 +110,27 @@ def judge(
 
 
 class Replay:
-  """The step function of a run in which some steps are checked.
+  """Step function of a run that checks some steps.
 
   Attributes:
-    faults: descriptions of those that were found.
+    faults: descriptions of the faults found so far.
   """
 
   def __init__(self, steps: Steps, config: TrainConfig, step: int, mesh: Mesh):
-    """Prepares it. All processes must call it.
+    """Prepares the checks. All processes must call it.
 
     Args:
-      steps: the run's.
-      config: of the run: replay_every, replay_tolerance, checkpoint_every.
-      step: that the run continues after.
-      mesh: of the run.
+      steps: the compiled functions of the run.
+      config: provides replay_every, replay_tolerance and checkpoint_every.
+      step: number of steps already taken.
+      mesh: the mesh of the run.
     """
     self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
     self._hosts = distributed.gather(socket.gethostname())
-    self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
+    # Fingerprint of the newest state, if the next step is checked.
+    self._left: Fingerprint | None = None
     self._sound = step  # The newest step whose state was restored or checked.
     self._first_replicas: np.ndarray | None = None
     self.faults: list[str] = []
@@ -135,12 +138,13 @@ class Replay:
   def __call__(
     self, state: TrainState, batch: dict, num_sources: int = 0
   ) -> tuple[TrainState, dict]:
-    """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
+    """Takes a step, see `state.train_step`. A checked step adds the metric replay_faults.
 
     Raises:
-      TryAgain: the state has changed since the step before, or replicas of a shard differ.
-      UserError: the same, and a checkpoint may hold it; no two of three computations agree; or it
-        is the `MOST`th fault.
+      TryAgain: the state has changed since the previous step, or replicas of a shard differ. The
+        newest checkpoint is older than the error.
+      UserError: the newest checkpoint may contain such an error, no two of three computations
+        agree, or this is fault number `MOST`.
     """
     self._step += 1
     if is_checked(self._config, self._step):
@@ -150,8 +154,9 @@ class Replay:
     return state, metrics
 
   def _check(self, state: TrainState, batch: dict, num_sources: int) -> tuple[TrainState, dict]:
-    """Computes a step twice, and a third time if that differs; never holds a third state."""
-    # The second computation comes first: the state is still there for the third one.
+    """Computes a step twice, and a third time if the two computations differ."""
+    # Computation 1 runs before computation 0, which donates the state. In between, the state is
+    # copied for computation 2. So at most two states are in memory.
     again = self._compute(1, *self._move(1, state, batch), num_sources)[2]
     spare = self._move(2, state, batch)
     before, self._left = jax.device_get(self._left), None
@@ -161,7 +166,7 @@ class Replay:
     if self._first_replicas is None:
       self._first_replicas = first_replicas(new, self._meshes[0])
     apart = different_replicas(prints["read"], self._first_replicas, tolerance)
-    # All processes decide the same, whatever one of them has read.
+    # All processes must make the same decision, even if only one of them has read a difference.
     findings = distributed.gather([_changed(before, prints["read"]), apart, not same])
     self._raise_changed(_first([changed for changed, _, _ in findings]), names_of(new))
     self._raise_apart(_first([apart for _, apart, _ in findings]), names_of(new))
@@ -173,7 +178,7 @@ class Replay:
     return new, {**metrics, "replay_faults": len(self.faults)}
 
   def _move(self, number: int, state: TrainState, batch: dict) -> Inputs:
-    """Copies the inputs of a step to the devices of a computation."""
+    """Copies the inputs of a step to the devices of computation `number`."""
     place = self._assignments[number - 1]
     return moved((state, batch), self._meshes[0], self._meshes[number], place)
 
@@ -186,16 +191,13 @@ class Replay:
   def _decide(
     self, first: Computed, again: Fingerprints, spare: Inputs, num_sources: int
   ) -> Computed:
-    """Computes the step a third time.
+    """Computes the step a third time and returns a result that two computations agree on.
 
     Args:
       first: state, metrics and fingerprints of the first computation.
-      again: fingerprints of the second one.
-      spare: inputs of the third one.
-      num_sources: of the step.
-
-    Returns:
-      State, metrics and fingerprints of a computation that another one confirms.
+      again: fingerprints of the second computation.
+      spare: inputs of the third computation.
+      num_sources: see `state.train_step`.
     """
     third = self._compute(2, *spare, num_sources)
     prints = (first[2], again, third[2])
@@ -206,12 +208,12 @@ class Replay:
     if verdict.majority == 0:
       return first
     for x in jax.tree.leaves(first[0]):
-      x.delete()  # The copy of the right state takes its place.
+      x.delete()  # Make room for the copy of the right state.
     state = moved_back(third[0], self._meshes[2], self._meshes[0], self._assignments[1])
     return state, *third[1:]
 
   def _report(self, verdict: Verdict, names: list[str]) -> None:
-    """Prints what was found. Raises UserError if the run cannot go on."""
+    """Prints the fault that was found. Raises UserError if the run must stop."""
     what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
     where = "which device made the error is unknown, because it had spread to several shards"
     if len(verdict.devices) == 1:
@@ -236,11 +238,11 @@ class Replay:
     )
     if len(self.faults) >= MOST:
       raise UserError(
-        f"{'; '.join(self.faults)}. Sound devices make no such errors: {REPLACE}. {CONTINUE}"
+        f"{'; '.join(self.faults)}. Healthy devices make no such errors: {REPLACE}. {CONTINUE}"
       )
     distributed.print_once(
-      f"train: warning: {self.faults[-1]}. The run continues with what the two others computed; "
-      "it stops at the next fault."
+      f"train: warning: {self.faults[-1]}. The run continues with the result of the two others; it "
+      "stops at the next fault."
     )
 
   def _raise_changed(self, found: Places, names: list[str]) -> None:
@@ -249,36 +251,36 @@ class Replay:
     if arrays:
       before = self._step - 1
       self.faults.append(
-        f"the state that step {before} left is not the one that step {self._step} reads: "
+        f"the state that step {before} left is not the state that step {self._step} reads: "
         f"{_listed([names[i] for i in arrays])} has changed on {_listed(self._at(places))}"
       )
       self._stop(before, f"If it happens again, {REPLACE}.")
 
   def _raise_apart(self, found: Places, names: list[str]) -> None:
-    """Raises an error if replicas of arrays differ, on devices that one or more of them name."""
+    """Raises an error if replicas of arrays differ; `found` comes from `different_replicas`."""
     arrays, places = found
     if arrays:
-      devices, which = _listed(self._at(places)), "holds what no other replica holds"
+      devices, which = _listed(self._at(places)), "holds a replica that differs from all others"
       if len(places) > 1:
-        which = "hold different replicas, and which is wrong is unknown"
+        which = "hold different replicas, and it is unknown which of them is wrong"
       self.faults.append(
-        f"step {self._step} reads replicas that are not equal, but were at step {self._sound}: "
-        f"{_listed([names[i] for i in arrays])}; {devices} {which}"
+        f"step {self._step} reads replicas that are not equal but were equal at step "
+        f"{self._sound}: {_listed([names[i] for i in arrays])}; {devices} {which}"
       )
       again = f"If it happens again, {REPLACE}."
       if not self._config.replay_tolerance:
-        again += " If sound devices round differently here, set train.replay_tolerance=1e-2."
+        again += " If healthy devices round differently here, set train.replay_tolerance=1e-2."
       self._stop(self._sound + 1, again)
 
   def _stop(self, since: int, again: str) -> NoReturn:
-    """Raises the error about a state that was damaged, at the earliest that of step `since`."""
+    """Raises an error about a damaged state. `since` is the first step that may be damaged."""
     newest = self._step - 1 - (self._step - 1) % self._config.checkpoint_every
     if newest < since:
       raise TryAgain(f"{self.faults[-1]}. {CONTINUE} {again}")
     raise UserError(
-      f"{self.faults[-1]}. Checkpoint {newest} may hold the error: go back to one before step "
-      f"{since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the same "
-      f"command. {again}"
+      f"{self.faults[-1]}. Checkpoint {newest} may hold the error: go back to a checkpoint before "
+      f"step {since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then run the "
+      f"same command again. {again}"
     )
 
   def _at(self, places: Sequence[int]) -> list[str]:
@@ -296,28 +298,29 @@ class Replay:
 
 
 def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
-  """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
+  """Returns `steps` with a training step that is checked every `config.replay_every` steps.
 
   Args:
-    steps: of the run.
-    config: of the run.
-    state: that it continues from.
+    steps: the compiled functions of the run on the current mesh.
+    config: the config of the run.
+    state: the state that the run continues from.
   """
   if not config.replay_every:
     return steps
-  # Compiled now: later the devices would work meanwhile, and their time would count as compiling.
+  # Compile now. Later the devices would compute in the meantime, and the time of their steps would
+  # count as compiling.
   jax.block_until_ready(fingerprint_of(state))
   mesh = jax.sharding.get_mesh()
   replay = Replay(steps, config, int(state.step), mesh)
   where = "other devices (train.replay_every)"
   if mesh.size == 1:
-    where = "the only device (train.replay_every): what it computes wrongly each time stays unseen"
+    where = "the only device (train.replay_every): errors that it repeats stay undetected"
   distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
   return dataclasses.replace(steps, train=replay)
 
 
 def _agreed(verdict: Verdict) -> Verdict:
-  """Returns the verdict of the first process that found a difference; all must call it.
+  """Returns the verdict of the first process that found a difference. All processes must call it.
 
   Each process reads its own replica of the fingerprints, and one replica may be damaged.
   """
@@ -328,7 +331,7 @@ def _agreed(verdict: Verdict) -> Verdict:
 
 
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
-  """Compares a stage of two computations, [D, N]; what they read is the same in all bits."""
+  """Compares a stage of two computations, [D, N]. The inputs must be equal in all bits."""
   return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
 
 
@@ -341,12 +344,12 @@ def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
 
 
 def _first(findings: Sequence[Places]) -> Places:
-  """Returns what the first process has found that found anything."""
+  """Returns the findings of the first process that has any."""
   return next((found for found in findings if found[0]), findings[0])
 
 
 def _listed(names: Sequence[str]) -> str:
-  """Formats names: "a, b, c and 4 others"; "none" of none."""
+  """Formats names, e.g. "a, b, c and 4 others", or "none" for an empty list."""
   more = len(names) - 3
   others = f" and {more} other{'s' if more > 1 else ''}" if more > 0 else ""
   return f"{', '.join(names[:3])}{others}" or "none"

@@ -1,7 +1,7 @@
-"""Replicas: devices that hold the same part of an array must hold the same numbers.
+"""Compares replicas: devices that hold the same shard of an array must hold the same numbers.
 
-Each device adds the same update to its replica, so an error in one of them stays there. A device
-that computes a step again reads the same error again; another replica shows it.
+Each device adds the same update to its replica, so an error in one replica persists. Computing a
+step again does not reveal it, because the error is read again. Comparing the replicas does.
 """
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
@@ -15,9 +15,9 @@ from cm3leon_jax.training.faults.fingerprint import Fingerprint, equal
 
 
 def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
-  """Returns the place of the first device that holds the same part of an array as each device.
+  """Returns, for each device and array, the place of the first device with the same shard.
 
-  One array, split over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
+  One array, sharded over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
   """
   devices, columns = mesh.devices.flatten().tolist(), []
   for x in jax.tree.leaves(tree):
@@ -33,19 +33,19 @@ def different_replicas(
 ) -> tuple[list[int], list[int]]:
   """Compares the replicas of each shard.
 
-    digests of an array on 5 devices, which hold it whole: [7 7 5 7 7]: device 2
-    on 4 devices, two shards of two replicas: [7 8 7 9]: devices 1 and 3
-    on 4 devices, which hold it whole: [7 7 5 5]: all four
+    digests of an array that is replicated on 5 devices: [7 7 5 7 7] -> device 2
+    of an array with two shards, each on 2 of 4 devices: [7 8 7 9] -> devices 1 and 3
+    of an array that is replicated on 4 devices: [7 7 5 5] -> all four devices
 
   Args:
-    found: as numpy arrays.
-    first: of `first_replicas`.
+    found: fingerprint of the arrays, as numpy arrays.
+    first: result of `first_replicas`.
     tolerance: see `fingerprint.equal`.
 
   Returns:
-    Numbers of the arrays of which replicas differ; places of the devices that hold what no other
-    replica is equal to, or, if there are none, of all replicas of these shards. Both are empty if
-    no replicas differ.
+    Numbers of the arrays whose replicas differ, and places of devices. A device is listed if its
+    replica is not equal to any other replica. If there is no such device, all devices with the
+    differing shards are listed. Both lists are empty if all replicas are equal.
   """
   of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
   differ = ~equal(found, of_first, tolerance)
@@ -56,5 +56,5 @@ def different_replicas(
       replicas = np.flatnonzero(first[:, i] == place)
       a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
       concerned[replicas] = True
-      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each is equal to itself.
+      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each replica is equal to itself.
   return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

@@ -1,4 +1,4 @@
-"""When a run of the decoder saves, and what it checks before."""
+"""Decides when a run of the decoder saves, and checks the state before saving."""
 
 from typing import Any
 
@@ -19,22 +19,18 @@ class Saves(Hook):
 
   Attributes:
     saved: step of the newest checkpoint, or 0.
-    next_row: of the data, after the newest step.
+    next_row: first row of the data that no step has read yet.
   """
 
   def __init__(
     self, checkpoints: Checkpoints, config: TrainConfig, monitor: Monitor, stop: StopSignal,
     heldout: HeldoutLosses, next_row: int,
   ):  # fmt: skip
-    """Prepares it.
+    """Creates the hook, which closes `checkpoints` at the end of training.
 
-    Args:
-      checkpoints: of the run; closed at the end.
-      config: of the run.
-      monitor: of the run.
-      stop: asked before; a hook that comes first.
-      heldout: losses that checkpoints are compared by; a hook that comes first.
-      next_row: of the data, before the first step.
+    `stop` and `heldout` must precede this hook in the list of hooks. `heldout` provides the losses
+    by which the best checkpoints are chosen. `next_row` is the position in the data before the
+    first step.
     """
     self._checkpoints, self._config, self._monitor = checkpoints, config, monitor
     self._stop, self._heldout = stop, heldout
@@ -51,7 +47,7 @@ class Saves(Hook):
     if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
       with self._monitor.phase("save", step):
         check_finite(state, f"checkpoint {step}", REMEDY)
-        losses = self._heldout.losses  # With `keep_best`, of this very step.
+        losses = self._heldout.losses  # With `keep_best`, these are the losses of this step.
         loss = losses["heldout_loss"] if losses else None
         self._checkpoints.save(state, step, self.next_row, loss)
       self.saved = step
@@ -62,11 +58,11 @@ class Saves(Hook):
       self._checkpoints.close()
 
   def _must_save(self, step: int) -> bool:
-    """Returns whether a step is saved that ends the run or an interval between checkpoints.
+    """Returns whether to save at a step where a checkpoint is due.
 
-    Skipped steps change nothing. While steps are skipped nothing is saved, so the checkpoints stay
-    those of before, except at the end of the run, and at a signal if it has taken a step since the
-    newest checkpoint.
+    Skipped steps do not change the parameters, so nothing is saved while steps are skipped. There
+    are two exceptions: the last step of the run, and a signal to stop after a step that was taken
+    since the newest checkpoint.
     """
     skipped, code = self._monitor.skipped_in_a_row(), self._stop.code
     taken = code is not None and skipped < step - self.saved

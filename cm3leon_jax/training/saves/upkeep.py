@@ -1,4 +1,4 @@
-"""A person looks after the checkpoints of a run: lists, verifies, prunes them, rolls them back."""
+"""Lists, verifies, prunes and rolls back the checkpoints of a run."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -25,11 +25,10 @@ class Entry:
   """A checkpoint in the list.
 
   Attributes:
-    step: of it.
-    time: when it was written, Unix seconds.
-    size: bytes of its files.
-    sealed: whether it has digests; one that has none does not count.
-    losses: held-out losses that were logged at its step, by modality; "" is all.
+    time: when the checkpoint was written, in Unix seconds.
+    size: size of its files in bytes.
+    sealed: whether it has digests. An unsealed checkpoint is never restored.
+    losses: held-out losses logged at its step, by modality: "" (all tokens), "image_" or "text_".
   """
 
   step: int
@@ -40,7 +39,7 @@ class Entry:
 
 
 def open_run(folder: epath.Path) -> Checkpoints:
-  """Opens the checkpoints of a run. Raises UserError if it has none."""
+  """Opens the checkpoints of a run. Raises UserError if the run has no checkpoints."""
   require(folder)
   return Checkpoints(folder, keep=1_000_000)
 
@@ -69,11 +68,11 @@ def entries(checkpoints: Checkpoints) -> list[Entry]:
 
 
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
-  """Formats a line for each checkpoint, after one with the names of the columns.
+  """Formats the checkpoints as lines of a table, the first line with the names of the columns.
 
   Args:
-    found: checkpoints.
-    states: what is known beside "sealed", by step: "whole", "damaged".
+    found: the checkpoints.
+    states: step -> "whole" or "damaged", shown instead of "sealed" if the checkpoint was verified.
   """
   lines = [f"{'step':>10}  {'written (UTC)':16}  {'size':>9}  {'state':10}  held-out loss, nats"]
   for entry in found:
@@ -91,11 +90,11 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
 
 
 def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
-  """Compares the files of sealed checkpoints with their digests; reads them whole.
+  """Reads all files of the sealed checkpoints and compares them with their digests.
 
   Returns:
-    What is damaged, a sentence by step; "" of those that are whole. One that a running job has
-    removed meanwhile is absent.
+    step -> message about the damage, or "" if all files match. A checkpoint that a running job has
+    removed in the meantime is left out.
   """
   damages = {}
   for entry in found:
@@ -106,12 +105,12 @@ def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
 
 
 def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[int, str]) -> None:
-  """Raises UserError, with what to do, if a checkpoint is damaged or none is sealed.
+  """Raises UserError, with a remedy, if a checkpoint is damaged or if none is sealed.
 
   Args:
-    folder: of the run.
-    found: of `entries`.
-    damages: of `verify`.
+    folder: the folder of the run.
+    found: result of `entries`.
+    damages: result of `verify`.
   """
   if not damages:
     raise UserError(_not_sealed(folder, [entry.step for entry in found]))
@@ -122,15 +121,15 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
   if not whole:
     remedy = _none_whole(folder)
   elif newest in whole:
-    remedy = f"The newest, {newest:,}, is whole, and it is the one that counts."
+    remedy = f"The newest, {newest:,}, is whole, and it is the one that is used."
   elif (folder / DONE).exists():
     remedy = (
-      "The run is finished, so cm3leon train does not go back by itself: run "
+      "The run is finished, so cm3leon train does not go back automatically: run "
       f"`cm3leon checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
       "`cm3leon train`."
     )
   else:
-    remedy = f"cm3leon train goes back to {max(whole):,} by itself."
+    remedy = f"cm3leon train automatically goes back to {max(whole):,}."
   be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
   raise UserError(
     f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
@@ -146,22 +145,22 @@ def _none_whole(folder: epath.Path) -> str:
 
 
 def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
-  """Says what to do with a run that has no sealed checkpoint, but perhaps others."""
+  """Returns a message that says what to do with a run without a sealed checkpoint."""
   if not steps:
     return f"{folder} has no checkpoint: run `cm3leon train` until it saves one."
   if len(steps) == 1:
     return (
-      f"{folder} has no sealed checkpoint: {steps[0]:,} is there but not sealed. "
+      f"{folder} has no sealed checkpoint: {steps[0]:,} exists but is not sealed. "
       "`cm3leon train` seals it."
     )
   return (
-    f"{folder} has no sealed checkpoint: {listed(steps)} are there but not sealed. Restore "
+    f"{folder} has no sealed checkpoint: {listed(steps)} exist but are not sealed. Restore "
     f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
   )
 
 
 def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManager:
-  """Takes the lease of a run; a dry run changes nothing, and needs none."""
+  """Takes the lease of a run. A dry run changes nothing, so it does not need the lease."""
   require(folder)
   return contextlib.nullcontext() if dry_run else Lease(folder)
 
@@ -170,17 +169,18 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
   """Removes the sealed checkpoints that `retention.policy` does not keep.
 
   Args:
-    folder: of the run.
+    folder: the folder of the run.
     last: see `retention.policy`.
     every: see `retention.policy`.
     best: see `retention.policy`.
-    dry_run: whether to remove nothing.
+    dry_run: only report what would be removed.
 
   Returns:
-    What was done, or would be, a sentence.
+    One sentence about what was removed, or would be removed.
 
   Raises:
-    UserError: another job holds the run's lease, no checkpoint is sealed, or the newest is damaged.
+    UserError: another job holds the run's lease, no checkpoint is sealed, or the newest checkpoint
+      to keep is damaged.
   """
   with _hold(folder, dry_run), open_run(folder) as checkpoints:
     found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
@@ -200,7 +200,7 @@ def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = 
 
 
 def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
-  """Raises UserError, with the step to roll back to, if the newest that is kept is damaged."""
+  """Raises UserError, with the step to roll back to, if checkpoint `newest` is damaged."""
   if not checkpoints.damage(newest):
     return
   older = (step for step in sorted(steps, reverse=True) if step < newest)
@@ -214,18 +214,19 @@ def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> 
 
 
 def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
-  """Removes all checkpoints after a step, what the log has after it, and that the run is finished.
+  """Removes all checkpoints after a step, the later lines of the log, and the run's done.json.
 
   Args:
-    folder: of the run.
-    step: to go back to.
-    dry_run: whether to remove nothing.
+    folder: the folder of the run.
+    step: the step to go back to.
+    dry_run: only report what would be removed.
 
   Returns:
-    What was done, or would be, sentences.
+    Sentences about what was removed, or would be removed.
 
   Raises:
-    UserError: there is no whole checkpoint of the step, or another job holds the run's lease.
+    UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job holds the
+      run's lease.
   """
   with _hold(folder, dry_run), open_run(folder) as checkpoints:
     if not checkpoints.sealed():
@@ -240,7 +241,8 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     sentences = []
     if (folder / DONE).exists():
       if not dry_run:
-        (folder / DONE).unlink()  # First: a rollback that is killed leaves an unfinished run.
+        # Delete it first, so that a rollback killed later leaves an unfinished run.
+        (folder / DONE).unlink()
       sentences.append(
         f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "
         "and export refuse it until cm3leon train has reached its last step."
@@ -268,12 +270,12 @@ def _size(folder: epath.Path) -> int:
 
 
 def _checkpoints(steps: Sequence[int]) -> str:
-  """Names checkpoints: checkpoint 1,600; checkpoints 1,596, 1,600."""
+  """Formats steps as "checkpoint 1,600" or "checkpoints 1,596, 1,600"."""
   return f"checkpoint{'' if len(steps) == 1 else 's'} {listed(steps)}"
 
 
 def _bytes(size: int) -> str:
-  """Formats a number of bytes: 81.2 MB."""
+  """Formats a number of bytes, e.g. "81.2 MB"."""
   if size < 1000:
     return f"{size} B"
   power = min((len(str(size)) - 1) // 3, 4)

@@ -1,4 +1,4 @@
-"""Contrastive training of the CLIP on captioned images, and its held-out recall."""
+"""Trains the CLIP on captioned images with a contrastive loss, and measures held-out recall."""
 
 # B batch, L length, E embedding, H height, W width, n pairs.
 
@@ -28,18 +28,21 @@ from cm3leon_jax.vocab import VocabLayout
 MAX_SCALE = 100.0
 READ_THREADS = 8
 MAX_HELDOUT = 4_096
-# Images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B]; of the host or of devices.
+# Images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B], on the host or on devices.
 ClipBatch: TypeAlias = tuple[Array | np.ndarray, Array | np.ndarray, Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipData:
-  """Pairs, with images on disk if they take more than 2 GiB; the rest is 4 L + 150 bytes a pair.
+  """Pairs of images and captions.
+
+  Images of more than 2 GiB stay on disk. All other data takes 4 L + 150 bytes of memory per pair.
 
   Attributes:
-    images: all images, or their files.
-    tokens: captions, with `<pad>` after each.
-    concepts: pairs of one concept are not negatives of each other.
+    images: all images, or the files that hold them.
+    tokens: captions, padded with `<pad>`.
+    concepts: number of each pair's concept. Pairs with the same concept are not negatives of each
+      other.
   """
 
   images: UInt8[np.ndarray, "n H W 3"] | reader.ImageFiles
@@ -56,7 +59,7 @@ class ClipData:
 def open_data(
   folder: epath.PathLike, split: str, encode: Callable[[str], np.ndarray], config: CLIPConfig
 ) -> ClipData:
-  """Opens the pairs of a split in order; `encode` converts a caption to int32 ids."""
+  """Opens the pairs of a split in their stored order; `encode` converts a caption to int32 ids."""
   paths, tokens, concepts = [], [], []
   for name in reader.shards(folder):
     pairs = reader.read_shard(folder, name, RawPair, split)
@@ -74,18 +77,16 @@ def contrastive_loss(
   scale: float | Float[Array, ""],
   concepts: Int[Array | np.ndarray, " B"],
 ) -> Float[Array, ""]:
-  """Computes the cross-entropy of classifying each caption's image in the batch, and vice versa.
+  """Computes the contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
-  Radford et al. 2021, figure 3.
+  It is the cross-entropy of choosing the image of each caption among all images of the batch, and
+  the caption of each image among all captions. The result is the mean of both.
 
   Args:
     image_embeddings: embeddings of norm 1.
     text_embeddings: embeddings of norm 1.
     scale: inverse temperature.
-    concepts: another pair of the same concept is left out.
-
-  Returns:
-    The mean over both directions.
+    concepts: concept of each pair. Other pairs with the same concept are not candidates.
   """
   logits = scale * image_embeddings @ text_embeddings.T
   same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
@@ -102,9 +103,10 @@ def augment(
   key: jax.Array,
   config: CLIPConfig,
 ) -> tuple[Float32[Array, "B H W 3"], Int32[Array, "B L"]]:
-  """Shifts images in [-1, 1] over white, scales their distance from white, drops tokens.
+  """Shifts images in [-1, 1] over white, scales their distance from white, and drops tokens.
 
-  At least one token of each caption stays. Images are not mirrored: captions say left and right.
+  If all tokens of a caption would be dropped, the caption is kept whole. Images are not mirrored,
+  because captions mention left and right.
   """
   shift_key, color_key, text_key = jax.random.split(key, 3)
   margin = round(config.shift * config.resolution)
@@ -124,7 +126,7 @@ def augment(
 
 
 def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
-  """Makes AdamW with a warm-up and one cosine to 0; weights decay in matrices only."""
+  """Creates AdamW with warm-up and a cosine decay to 0. Weight decay acts only on matrices."""
   warmup = round(config.warmup_fraction * config.steps)
   schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
   mask = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
@@ -135,10 +137,10 @@ def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
 def train_step(
   config: CLIPConfig, text_size: int, state: dict, batch: ClipBatch, key: Key[Array, ""]
 ) -> tuple[dict, dict]:
-  """Takes one AdamW step; all other pairs of the global batch are negatives, on any device.
+  """Takes one AdamW step. Negatives are the other pairs of the global batch, on all devices.
 
   Args:
-    config: of the CLIP.
+    config: config of the CLIP.
     text_size: size of the text vocabulary.
     state: params and opt_state; donated.
     batch: images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B].
@@ -170,7 +172,7 @@ def train(
   seed: int,
   inputs: Mapping[str, str],
 ) -> CLIP:
-  """Trains all steps, or the remaining ones of a killed run; see `trainer.train`."""
+  """Trains all steps, or the remaining steps of a killed run; see `trainer.train`."""
 
   def init() -> dict:
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
@@ -191,14 +193,13 @@ def text_to_image_recall(
   image_embeddings: Float[np.ndarray, "n E"],
   captions: list[str],
 ) -> dict[str, float | int]:
-  """Measures how often a caption's own image is among the k nearest images, for k = 1 and 5.
+  """Measures how often the image of a caption is among the k nearest images, for k = 1 and 5.
 
-  An image with an equal caption is right, too. A caption is a hit if fewer than k wrong images
-  score at least as high as a right one, so that a constant embedding has no hits, and neither has a
-  NaN.
+  Any image with the same caption is right. A caption is a hit if fewer than k wrong images score at
+  least as high as its best right image. So a constant embedding scores 0, and so does NaN.
 
   Returns:
-    recall@k and chance@k (the expectation for random scores), and `candidates` = n.
+    recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
   """
   n = len(captions)
   scores = np.asarray(text_embeddings, np.float64) @ np.asarray(image_embeddings, np.float64).T
@@ -209,7 +210,7 @@ def text_to_image_recall(
   result: dict[str, float | int] = {"candidates": n}
   for k in (1, 5):
     result[f"recall@{k}"] = float((rank < k).mean())
-    # The chance that k random images miss all right ones.
+    # The probability that k random images include none of the right images.
     wrong = n - right.sum(1)
     miss = np.prod([np.maximum(wrong - i, 0) / max(n - i, 1) for i in range(min(k, n))], axis=0)
     result[f"chance@{k}"] = float((1 - miss).mean())
@@ -217,9 +218,9 @@ def text_to_image_recall(
 
 
 def check_recall(found: dict[str, float | int]) -> None:
-  """Raises UserError if the result of `text_to_image_recall` is no better than chance.
+  """Raises UserError if the result of `text_to_image_recall` is not better than chance.
 
-  Of five candidates or fewer it says nothing.
+  With five candidates or fewer, recall@5 is always 1, so nothing is checked.
   """
   better = any(found[f"recall@{k}"] > found[f"chance@{k}"] for k in (1, 5))
   if found["chance@5"] < 1 and not better:
@@ -242,25 +243,25 @@ def train_clip(
   seed: int,
   inputs: Mapping[str, str],
 ) -> dict:
-  """Runs the stage on the current mesh: trains, writes the CLIP, measures its recall.
+  """Runs the stage on the current mesh: trains and writes the CLIP, and measures its recall.
 
-  The checkpoints stay, unless the CLIP is refused: the caller deletes them when the stage is
-  finished.
+  If the recall is too low, the checkpoints are deleted. Otherwise the caller deletes them after the
+  stage is finished.
 
   Args:
-    config: sizes and recipe.
+    config: sizes and recipe of the CLIP.
     encode: converts a caption to int32 ids below `text_size`.
     text_size: size of the text vocabulary.
-    raw_folder: see `ingest.prepare`.
-    folder: gets the CLIP and its metrics.
-    seed: of initialization, order and augmentation.
-    inputs: ids of the stages that it reads, see `stages.inputs`.
+    raw_folder: folder of the raw pairs, see `ingest.prepare`.
+    folder: receives the CLIP and its metrics.
+    seed: seed of initialization, order and augmentation.
+    inputs: ids of the stages that this stage reads, see `stages.inputs`.
 
   Returns:
     Steps, pairs, seconds, and recall among at most 4,096 evenly spaced held-out pairs.
 
   Raises:
-    UserError: the training diverged, or the recall is no better than chance.
+    UserError: the training diverged, or the recall is not better than chance.
   """
   start = time.monotonic()
   data = open_data(raw_folder, "train", encode, config)

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl of a small training, and what is shown of them."""
+"""Logs the metrics of a small training to metrics.jsonl, and shows them."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,15 +12,15 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 
 @dataclasses.dataclass
 class Lines(Hook):
-  """Checks and logs the metrics of some steps.
+  """Checks and logs the metrics of every `every`-th step and of the last step.
 
   Attributes:
-    log: of the training.
-    every: number of steps between two that are logged; the last one is, too.
+    log: metrics.jsonl of the training.
+    every: number of steps between two logged steps.
     steps: number of steps of the training.
     name: section of the config, for messages.
-    remedy: what the user can do if numbers are not finite.
-    values: of the newest step; None: it is not logged.
+    remedy: what the user can do if a metric is not finite.
+    values: metrics of the newest step; None: the step is not logged.
   """
 
   log: MetricsLog
@@ -31,7 +31,7 @@ class Lines(Hook):
   values: dict[str, float] | None = None
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. Raises UserError: a number is not finite."""
+    """See `Hook`. Raises UserError if a metric is not finite."""
     self.values = None
     if step % self.every and step != self.steps:
       return
@@ -48,7 +48,7 @@ class Lines(Hook):
 
 
 class ShownLines(Hook):
-  """Shows each line once it is logged: `show(step, values)`."""
+  """Calls `show(step, values)` after each line is logged."""
 
   def __init__(self, lines: Lines, show: Callable[[int, dict[str, float]], None]):
     self._lines, self._show = lines, show

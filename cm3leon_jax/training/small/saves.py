@@ -1,4 +1,4 @@
-"""When a small training saves, and what is shown of the states that it saves."""
+"""Decides when a small training saves, and shows the saved states."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,14 +15,14 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 class SmallSaves(Hook):
   """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
 
-  Also after the last step: until the stage is finished, it may be stopped, too.
+  The last step is saved, because the stage may still be stopped before it is finished.
 
   Attributes:
-    checkpoints: of the training; closed at the end.
-    log: of the training, whose digest is stored before.
-    stop: asked before; a hook that comes first.
+    checkpoints: receives the state; closed at the end.
+    log: metrics.jsonl of the training. Its digest is stored before each save.
+    stop: must precede this hook in the list of hooks.
     name: section of the config, for messages.
-    config: its dataclass.
+    config: dataclass of that section.
     remedy: what the user can do if the state is not finite.
     saved: step of the newest checkpoint, or 0.
   """
@@ -36,7 +36,7 @@ class SmallSaves(Hook):
   saved: int
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. Raises UserError: the state is not finite."""
+    """See `Hook`. Raises UserError if the state is not finite."""
     last = step == self.config.steps
     if step % self.config.checkpoint_every == 0 or last or self.stop.code is not None:
       what = "the model" if last else f"checkpoint {step}"
@@ -51,7 +51,7 @@ class SmallSaves(Hook):
 
 
 class ShownSaves(Hook):
-  """Shows each state once it is saved, unless the training stops: `show(step, state)`."""
+  """Calls `show(step, state)` after each save, except when a signal stops the training."""
 
   def __init__(self, saves: SmallSaves, show: Callable[[int, Any], None]):
     self._saves, self._show = saves, show

@@ -1,7 +1,7 @@
-"""The training of the small models, the image tokenizer (VQGAN) and CLIP, which can be resumed.
+"""Trains the small models, the image tokenizer (VQGAN) and CLIP, and resumes killed trainings.
 
-The batch is split over the batch axes of the mesh, and large arrays of the state over its fsdp
-axes, see `layout`. It imports neither of the models, nor data.
+The batch is sharded over the batch axes of the mesh. Large arrays of the state are sharded over the
+fsdp axes, see `layout`. This module imports neither the models nor the data.
 """
 
 # n examples, B batch.
@@ -41,28 +41,28 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
 LOG_EVERY = 10
-SPLIT_FROM = 2**16  # Elements of an array of the state; gathering smaller ones costs more time.
-OF_DATA = ("inputs", "examples:")  # Fields of the identity of a training.
+SPLIT_FROM = 2**16  # Arrays with fewer elements are replicated, which saves time for gathering.
+OF_DATA = ("inputs", "examples:")  # Fields of a training's identity that describe the data.
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallTraining:
-  """What a small model is trained with.
+  """Everything that defines the training of a small model.
 
   Attributes:
     name: section of the config, for messages.
-    config: its dataclass, with steps, batch_size and checkpoint_every.
-    about: what the result depends on beside config, seed and number of examples; under "inputs" the
-      ids of the stages that the examples come from, see `stages.inputs`.
-    seed: of the order of the examples.
-    examples: data in memory or on disk: len(examples) is n, and examples[rows], rows
-      int64 [B], a tree of host arrays [B, ...].
-    folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
+    config: dataclass of that section, with steps, batch_size and checkpoint_every.
+    about: further settings that the result depends on. "inputs" holds the ids of the stages that
+      the examples come from, see `stages.inputs`.
+    seed: seed of the order of the examples.
+    examples: data in memory or on disk. len(examples) is n; examples[rows], with rows int64 [B], is
+      a tree of host arrays [B, ...].
+    folder: receives metrics.jsonl and, until `delete_checkpoints`, the checkpoints.
     init: () -> state, a tree of arrays.
-    step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state,
-      if its jitted functions end with `keep_layout`.
-    watch: shows the training: log(steps, values) after a line of metrics.jsonl, save(steps, state)
-      after a checkpoint, and close(); see `vqgan_watch.Watch`.
+    step: (state, batch, i) -> state, metrics (scalars). Takes step i, counted from 0. It may donate
+      the state if its jitted functions return `keep_layout(state)`.
+    watch: shows the training, see `vqgan_watch.Watch`: log(step, values) after a line of
+      metrics.jsonl, save(step, state) after a checkpoint, and close().
   """
 
   name: str
@@ -77,14 +77,14 @@ class SmallTraining:
 
   @property
   def identity(self) -> dict:
-    """What the result depends on; of the config, by the name of the section."""
+    """All settings that the result depends on, with the config under the name of its section."""
     fields = dataclasses.asdict(self.config)
     section = {field: value for field, value in fields.items() if field != "checkpoint_every"}
     return {self.name: section, **self.about, "seed": self.seed, "examples": len(self.examples)}
 
   @property
   def remedy(self) -> str:
-    """What the user can do if numbers are not finite."""
+    """Part of a message: what the user can do if a number is not finite."""
     checkpoints = epath.Path(self.folder) / FOLDER
     return f"lower config.{self.name}.learning_rate and delete {checkpoints} to start again."
 
@@ -92,20 +92,18 @@ class SmallTraining:
 def train(training: SmallTraining) -> dict:
   """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
 
-  A step depends on its number, the seed and the state alone, so a continued training ends bit for
-  bit where it would have ended. With other steps or other data it starts again.
-
-  Args:
-    training: what to train.
+  A step depends only on its number, the seed and the state, so the result of a resumed training is
+  bitwise equal to the result of an uninterrupted one. If the number of steps or the data has
+  changed, the training starts again. At SIGTERM and Ctrl-C it saves and exits with the code of
+  `StopSignal`.
 
   Returns:
-    The last state, on the host. At SIGTERM and Ctrl-C it saves and exits with the code of
-    `StopSignal` instead.
+    The last state, on the host.
 
   Raises:
-    UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
-      training of another config, or a damaged checkpoint, or another job trains in it; a loss or
-      the state is not finite.
+    UserError: there are too few examples, the mesh cannot split the batch, the folder holds a
+      training with another config, all checkpoints are damaged, another job trains in the folder,
+      or a metric or the state is not finite.
   """
   name, config, watch = training.name, training.config, training.watch
   _check_batch(name, config.batch_size, len(training.examples))
@@ -141,32 +139,33 @@ def train(training: SmallTraining) -> dict:
 
 
 def _batches(training: SmallTraining, first: int, split: NamedSharding) -> Iterator[tuple]:
-  """Yields the batches of the steps from `first` on, which counts from 0, each with its number."""
+  """Yields (batch, i) for each step i, starting at `first`; the first step of a training is 0."""
   for i in itertools.count(first):
     rows = batch_rows(i, len(training.examples), training.config.batch_size, training.seed)
     yield jax.device_put(training.examples[rows], split), i
 
 
 def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
-  """Shows the metrics of a step beside the progress bar, from when it is next drawn."""
-  del step  # The bar has its own.
+  """Shows the metrics of a step next to the progress bar when the bar is next drawn."""
+  del step  # The bar counts steps itself.
   bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
 
 
 def _mesh() -> Mesh:
   """Returns the current mesh with automatic axes.
 
-  The compiler lays out the arrays between the batch and the summed gradient.
+  The compiler then chooses the shardings of activations and gradients.
   """
   current = jax.sharding.get_mesh()
   return Mesh(current.devices, current.axis_names)
 
 
 def layout(shape: tuple[int, ...]) -> P:
-  """Returns how an array of the state is split over the fsdp axes of the current mesh.
+  """Returns how an array of the state is sharded over the fsdp axes of the current mesh.
 
-  An array of `SPLIT_FROM` elements is split along the largest axis that the number of devices
-  divides, the first of equals; smaller ones are replicated. With 4 devices:
+  An array with at least `SPLIT_FROM` elements is sharded along its largest axis whose size is a
+  multiple of the number of devices (the first of several equal axes). Other arrays are replicated.
+  With 4 devices:
 
   (3, 3, 128, 64) -> P(None, None, ("fsdp", "fsdp_inner"), None)
   (3, 3, 8, 8) -> P()
@@ -181,9 +180,10 @@ def layout(shape: tuple[int, ...]) -> P:
 
 
 def keep_layout(state: PyTree) -> PyTree:
-  """Makes a jitted function return a state as `train` lays it out, so that it can be donated.
+  """Gives the state that a jitted function returns the shardings of `train`.
 
-  Outside of `train`, where the mesh has no automatic axes, it returns the state as it is.
+  The function can then donate the state that it takes. Outside of `train`, where the mesh does not
+  have automatic axes, the state is unchanged.
   """
   if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
     return state
@@ -191,13 +191,13 @@ def keep_layout(state: PyTree) -> PyTree:
 
 
 def _shardings(tree: PyTree) -> PyTree:
-  """Returns the NamedShardings of a state of these arrays or types on the current mesh."""
+  """Returns the NamedSharding of each array or type of a state on the current mesh."""
   mesh = jax.sharding.get_mesh()
   return jax.tree.map(lambda x: NamedSharding(mesh, layout(x.shape)), tree)
 
 
 def replicated(tree: PyTree) -> PyTree:
-  """Puts a tree of arrays that a step reads beside the state on all devices of the current mesh."""
+  """Replicates a tree of arrays, e.g. further inputs of a step, over the current mesh."""
   return jax.device_put(tree, NamedSharding(_mesh(), P()))
 
 
@@ -215,7 +215,7 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
 
 
 def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> tuple[dict, int]:
-  """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
+  """Returns the state of the newest checkpoint, or of `init`, and its number of steps."""
   newest = recovery.newest_whole(checkpoints)
   if newest is None:
     state = init()
@@ -228,7 +228,7 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> t
 
 
 def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
-  """Opens the checkpoints of the same training; those of other steps or data are deleted."""
+  """Opens the checkpoints of a training. Deletes them first if the steps or the data changed."""
   path = folder / "config.json"
   if exists(path):
     stored = read_json(path, {})
@@ -240,23 +240,23 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
       check_same_config(folder, stored, identity)
   elif any_in(folder):
     raise UserError(
-      f"{path} is missing, and {folder} holds checkpoints: it says with which seed, data and "
+      f"{path} is missing, but {folder} holds checkpoints: the file says with which seed, data and "
       f"settings they were trained. Restore it from a copy, or delete {folder} to start again."
     )
   write_json(path, identity)
-  # Until a save is complete, the previous one is needed.
+  # Keep two, because the previous checkpoint is needed until a save is complete.
   checkpoints = Checkpoints(folder, keep=2, check=lease.check)
   recovery.discard_unsealed(checkpoints)
   return checkpoints
 
 
 def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
-  """Prints what to do if a finished training has other steps than the config.
+  """Prints what to do if a finished training has another number of steps than the config.
 
   Args:
     name: section of the config.
-    folder: of the stage.
-    steps: of the config.
+    folder: the folder of the stage.
+    steps: number of steps in the config.
   """
   folder = epath.Path(folder)
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
@@ -270,7 +270,7 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
 
 
 def delete_checkpoints(folder: epath.PathLike) -> None:
-  """Deletes the checkpoints in `folder`, if there are any; called once the stage is finished."""
+  """Deletes the checkpoints in `folder`, if there are any. Called after the stage is finished."""
   training = epath.Path(folder) / FOLDER
   if training.exists():
     training.rmtree()
@@ -278,9 +278,10 @@ def delete_checkpoints(folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
-  """Deletes the checkpoints in `folder` if the body refuses the trained model: it raises UserError.
+  """Deletes the checkpoints in `folder` if the body refuses the trained model with a UserError.
 
-  The same command with another config would find the training of the first one.
+  Otherwise the user could not run the command again with another config, because the checkpoints
+  of the first config would be found.
   """
   try:
     yield
@@ -292,7 +293,8 @@ def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:
   """Returns the rows that step `step` trains on, int64 [B].
 
-  Every epoch is a new permutation of the examples; what does not fill a batch is left out.
+  Every epoch is a new permutation of the examples. The examples after the last full batch of an
+  epoch are left out.
   """
   epoch, i = divmod(step, num_examples // batch_size)
   return _permutation(epoch, num_examples, seed)[i * batch_size : (i + 1) * batch_size]

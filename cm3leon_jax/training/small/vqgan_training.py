@@ -1,4 +1,4 @@
-"""Training of the image tokenizer: the step, dead codes and held-out numbers."""
+"""Trains the image tokenizer, restarts dead codes, and measures held-out images."""
 
 # B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
@@ -33,22 +33,22 @@ MAX_HELDOUT = 4_096
 
 @runtime_checkable
 class ImageRows(Protocol):
-  """Images uint8 [n, H, W, 3] by their rows: an array, or on disk, see `reader.ImageFiles`."""
+  """Images uint8 [n, H, W, 3], as an array or on disk (`reader.ImageFiles`)."""
 
   def __len__(self) -> int:
     """Returns n."""
 
   def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
-    """Returns the images of some rows."""
+    """Returns the images of these rows."""
 
 
 def adversarial_from(config: VQGANConfig) -> int:
-  """Returns the first step in which the discriminator takes part."""
+  """Returns the first step, counted from 0, that uses the discriminator."""
   return math.ceil(config.adversarial_start * config.steps)
 
 
 def optimizer(config: VQGANConfig, num_steps: int) -> optax.GradientTransformation:
-  """Makes Adam with a warmup and one cosine to 0 over its `num_steps` steps."""
+  """Creates Adam with warm-up and a cosine decay to 0 over `num_steps` steps."""
   warmup = min(config.warmup_steps, num_steps // 10)
   return optax.adam(
     optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
@@ -56,7 +56,7 @@ def optimizer(config: VQGANConfig, num_steps: int) -> optax.GradientTransformati
 
 
 def discriminator_optimizer(config: VQGANConfig) -> optax.GradientTransformation:
-  """Makes the discriminator's Adam, whose steps count from `adversarial_from` on."""
+  """Creates the discriminator's Adam, whose schedule begins at step `adversarial_from`."""
   return optimizer(config, max(1, config.steps - adversarial_from(config)))
 
 
@@ -65,10 +65,11 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   """Initializes the state of training.
 
   Returns:
-    params and opt_state of the VQGAN; usage, int32 [K], the number of times that each code was used
-    since the last restart; with a positive adversarial weight, discriminator and
-    discriminator_opt_state; with a positive `ema_decay`, ema, the average of params, and ema_steps,
-    int32, the number of steps in it.
+    A dict with
+      params, opt_state: parameters and optimizer state of the VQGAN.
+      usage: int32 [K], how often each code was used since the last restart.
+      discriminator, discriminator_opt_state: if the adversarial weight is positive.
+      ema, ema_steps: average of params and its number of steps, if `ema_decay` is positive.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -96,15 +97,15 @@ def train_step(
   """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
 
   Args:
-    state: of `init_state`; donated.
+    state: state as in `init_state`; donated.
     images: uint8 [B, H, W, 3].
-    config: of the VQGAN.
-    adversarial: whether the discriminator takes part.
-    features: of `perceptual.make_params`, if the config has a weight for them.
+    config: config of the VQGAN.
+    adversarial: whether the step uses the discriminator.
+    features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
 
   Returns:
-    The new state; metrics: loss and mse (of pixels in [-1, 1]), perplexity and codes_used of the
-    batch, discriminator_loss if adversarial, adversarial_weight if that is adaptive, too.
+    The new state, and metrics: loss, mse (of pixels in [-1, 1]), perplexity and codes_used of the
+    batch. If `adversarial`, also discriminator_loss, and adversarial_weight if it is adaptive.
   """
   state, x, tx = dict(state), vqgan.to_float(images), optimizer(config, config.steps)
   num_codes = state["usage"].shape[0]
@@ -148,13 +149,13 @@ def _update(
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
 ) -> dict:
-  """Moves codes that were not used since the last restart to random encodings; resets `usage`.
+  """Replaces codes that were unused since the last restart by random encodings; resets `usage`.
 
   Args:
-    state: of `init_state`; donated.
-    images: uint8 [B, H, W, 3].
-    config: of the VQGAN.
-    key: of the choice.
+    state: state as in `init_state`; donated.
+    images: uint8 [B, H, W, 3]; the new codes are drawn from the encodings of these images.
+    config: config of the VQGAN.
+    key: random key of the draw.
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
@@ -163,7 +164,7 @@ def restart_dead_codes(
   dead = (usage == 0)[:, None]
   params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
   state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
-  if "ema" in state:  # Else the average would hold the dead code for many steps.
+  if "ema" in state:  # Otherwise the average would keep the dead code for many steps.
     table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
     state["ema"] = {**state["ema"], "codebook": {"table": table}}
   return trainer.keep_layout(state)
@@ -187,22 +188,22 @@ def train(
   shown: np.ndarray | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> ImageTokenizer:
-  """Trains all steps, or the remaining ones of a killed run; see `trainer.train`.
+  """Trains all steps, or the remaining steps of a killed run; see `trainer.train`.
 
   Args:
-    config: of the VQGAN.
+    config: config of the VQGAN.
     num_codes: K.
-    seed: of parameters, order of the images and restarts.
-    images: of the training.
-    folder: gets metrics and checkpoints.
+    seed: seed of parameters, order of the images and restarts.
+    images: training images.
+    folder: receives metrics and checkpoints.
     inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
       file of `features`.
-    features: of `perceptual.make_params`, if the config has a weight for them.
-    shown: held-out images that are shown with their reconstructions, uint8 [n, H, W, 3].
-    open_boards: first step -> boards, see `training.boards.Board`.
+    features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
+    shown: held-out images to show with their reconstructions, uint8 [n, H, W, 3].
+    open_boards: first step -> boards, see `watch.boards.Board`.
 
   Raises:
-    ValueError: `features` are given without a weight, or are absent with one.
+    ValueError: `features` are given although `perceptual_weight` is 0, or vice versa.
     UserError: see `trainer.train`.
   """
   if bool(config.perceptual_weight) != (features is not None):
@@ -232,21 +233,21 @@ def train(
 
 
 def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:
-  """Returns the tokenizer of a state: the average of the parameters, if it has one."""
-  params = jax.device_get(state.get("ema", state["params"]))  # In training they may be split.
+  """Returns the tokenizer of a state, with averaged parameters if the state has them."""
+  params = jax.device_get(state.get("ema", state["params"]))  # They may be sharded in training.
   return ImageTokenizer(config, num_codes, jax.device_put(params))
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """Computes the mean squared error of each image, pixels in [0, 1]: fp64 [n].
+  """Computes the mean squared error of each image, for pixels in [0, 1]: fp64 [n].
 
-  The PSNR is -10 log10 of it.
+  The PSNR in dB is -10 log10 of the error.
   """
   return np.mean((images.astype(np.float64) - reconstructions) ** 2, axis=(1, 2, 3)) / 255**2
 
 
 def perplexity(codes: np.ndarray, num_codes: int) -> float:
-  """Computes exp(entropy) of the codes: 1 if all are one code, K if all K are equally frequent."""
+  """Computes exp(entropy) of the codes: from 1 (only one code) to K (K equally frequent codes)."""
   p = np.bincount(codes.ravel(), minlength=num_codes) / codes.size
   return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
 
@@ -257,15 +258,19 @@ def evaluate(
   train_images: ImageRows,
   folder: epath.PathLike,
 ) -> dict:
-  """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images.
+  """Measures at most 4,096 held-out images and the codes of 1,024 training images.
 
-  Writes reconstructions.npz.
+  It also writes reconstructions.npz.
 
   Returns:
-    psnr_db: mean PSNR of the images; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
-    psnr_of_one_color_db: the latter, if every image were reconstructed as the mean color of all;
-    codebook_perplexity and codes_used (held-out), and the same with prefix train_; bits_per_image:
-    of training codes whose frequencies are known, the start of a decoder.
+    A dict with
+      psnr_db: mean PSNR of the held-out images.
+      psnr_of_mean_mse_db: PSNR of the mean squared error over all held-out images.
+      psnr_of_one_color_db: the same, if each image were reconstructed as the mean color of all.
+      codebook_perplexity, codes_used: for the codes of held-out images.
+      train_codebook_perplexity, train_codes_used: for the codes of training images.
+      bits_per_image: bits of an image's codes for a model that knows only their frequencies in
+        training images.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
   codes = tokenizer.encode(images)
@@ -293,7 +298,7 @@ def evaluate(
 
 
 def check_learned(measures: dict) -> None:
-  """Raises UserError if a VQGAN is of no use, by the measures of `evaluate`."""
+  """Raises UserError if the measures of `evaluate` show that a VQGAN is not usable."""
   found, color = measures["psnr_of_mean_mse_db"], measures["psnr_of_one_color_db"]
   if measures["codes_used"] == measures["train_codes_used"] == 1:
     what = "gives every image the same code"
@@ -322,13 +327,13 @@ def train_vqgan(
   features: dict | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> dict:
-  """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
+  """Runs the stage on the current mesh: trains and writes the tokenizer, returns its measures.
 
-  The checkpoints stay, unless the tokenizer is refused: the caller deletes them when the stage is
-  finished. `heldout_images` are like `images`; for the other arguments, see `train`.
+  If `check_learned` refuses the tokenizer, the checkpoints are deleted. Otherwise the caller
+  deletes them after the stage is finished. The arguments are described in `train`.
 
   Raises:
-    UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
+    UserError: the training diverged, or `check_learned` refuses the tokenizer.
   """
   start = time.monotonic()
   shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]

@@ -1,4 +1,4 @@
-"""Watches the training of the image tokenizer: an alarm at a collapse, curves and grids."""
+"""Watches the training of the image tokenizer: shows curves and grids, warns of a collapse."""
 
 # B batch, T codes of an image, K codes.
 
@@ -14,26 +14,27 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.config import VQGANConfig
 
 GRID = "reconstructions.png"
-SHOWN = 8  # Images of the grid.
-TITLE, GAP = 20, 4  # Pixels of a row's title, and between images.
-# A batch's codes have collapsed if no more than this share of what is possible occurs in it.
-# Perplexity is no sign: it is about 10 of 1,024 where most of an image is background.
+SHOWN = 8  # Number of images in the grid.
+TITLE, GAP = 20, 4  # Height of a row's title, and space between images, in pixels.
+# The codebook has collapsed if a batch uses at most this share of the codes that it could use.
+# Perplexity is not a reliable sign: it is about 10 for 1,024 codes if most of an image is
+# background.
 COLLAPSED = 0.05
-PATIENCE = 100  # Steps of it before the alarm.
+PATIENCE = 100  # Number of steps that a collapse must last before the warning.
 
 
 def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Image:
-  """Lays out a row of images above their reconstructions, each row below its title.
+  """Lays out a row of images above a row of their reconstructions, each with a title.
 
   Args:
-    images: uint8 [n, H, W, 3]; small ones are enlarged.
+    images: uint8 [n, H, W, 3]; small images are enlarged.
     reconstructions: uint8 [n, H, W, 3].
-    step: whose reconstructions they are.
+    step: step of the tokenizer, for the title.
   """
   scale = max(1, 128 // images.shape[1])
   count, height, width = len(images), scale * images.shape[1], scale * images.shape[2]
   size = GAP + count * (width + GAP), 2 * (TITLE + height + GAP)
-  sheet = Image.new("RGB", size, "lightgray")  # White images must have an edge.
+  sheet = Image.new("RGB", size, "lightgray")  # Makes the edges of white images visible.
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TITLE - 8)
   rows = {"held-out images": images, f"their reconstructions at step {step:,}": reconstructions}
   for number, (title, row) in enumerate(rows.items()):
@@ -46,15 +47,15 @@ def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Im
 
 
 class Alarm:
-  """Prints a line when the codebook has collapsed for `PATIENCE` steps, and again if it recurs."""
+  """Warns when the codebook has been collapsed for `PATIENCE` steps, and again if this recurs."""
 
   def __init__(self, config: VQGANConfig, num_codes: int, remedy: str):
-    """Watches a training.
+    """Creates the alarm.
 
     Args:
-      config: of the VQGAN.
+      config: config of the VQGAN.
       num_codes: K.
-      remedy: how to start again, the end of the line.
+      remedy: how to start again, the end of the warning.
     """
     self._config, self._num_codes, self._remedy = config, num_codes, remedy
     self._possible = min(num_codes, config.batch_size * config.image_tokens)
@@ -63,12 +64,12 @@ class Alarm:
     self._rung = False
 
   def check(self, step: int, perplexity: float, codes_used: float) -> str | None:
-    """Returns the alarm, if it is due.
+    """Returns the warning if it is due, else None.
 
     Args:
-      step: whose batch is described.
-      perplexity: of the codes of the batch.
-      codes_used: number of different codes of the batch.
+      step: step of the batch.
+      perplexity: perplexity of the codes of the batch.
+      codes_used: number of different codes in the batch.
     """
     if codes_used > self._bound or self._possible == 1:
       self._since, self._rung = None, False
@@ -101,15 +102,15 @@ class Alarm:
 
 @dataclasses.dataclass
 class Watch:
-  """Shows a training while it goes on.
+  """Shows a training while it runs.
 
   Attributes:
-    alarm: at a collapse.
-    folder: gets the grid.
-    open_boards: first step -> boards, see `training.boards.Board`; opened at the first values.
-    reconstruct: (state, images) -> their reconstructions.
-    images: held-out images of the grid, uint8 [n, H, W, 3], or None.
-    boards: that are open, or None.
+    alarm: warns of a collapsed codebook.
+    folder: receives the grid.
+    open_boards: first step -> boards, see `watch.boards.Board`. Called at the first values.
+    reconstruct: (state, images) -> reconstructions.
+    images: held-out images for the grid, uint8 [n, H, W, 3]; None: there is no grid.
+    boards: the open boards; None: not opened yet.
   """
 
   alarm: Alarm
@@ -120,14 +121,14 @@ class Watch:
   boards: Sequence | None = None
 
   def log(self, step: int, values: dict[str, float]) -> None:
-    """Shows the metrics of a step."""
+    """Shows the metrics of a step, and prints a warning if the codebook has collapsed."""
     for board in self._boards(step):
       board.scalars(step, values)
     if line := self.alarm.check(step, values["perplexity"], values["codes_used"]):
       print(line, flush=True)
 
   def save(self, step: int, state: dict) -> None:
-    """Writes the grid of a state that is saved, in place of the last one."""
+    """Replaces the grid by the reconstructions of a saved state."""
     if self.images is None:
       return
     sheet, buffer = grid(self.images, self.reconstruct(state, self.images), step), io.BytesIO()

@@ -1,4 +1,4 @@
-"""How a step's batch is split into passes on a mesh."""
+"""Sets the number of micro-batches per step from the size of the mesh."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from cm3leon_jax.training.config import TrainConfig
 
 
 def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
-  """Sets the accumulation of a run on a mesh, from `rows_per_device` if that is not 0.
+  """Replaces `rows_per_device`, if it is set, by the number of micro-batches on a mesh.
 
     on_mesh(TrainConfig(global_batch_size=8_192, rows_per_device=4), 256)
     TrainConfig(global_batch_size=8_192, gradient_accumulation_steps=8, rows_per_device=0)
 
   Args:
-    config: of the run.
-    shards: parts into which the mesh splits a batch, see `mesh.batch_shards`.
+    config: the config of the run.
+    shards: number of shards into which the mesh splits a batch, see `mesh.batch_shards`.
 
   Raises:
     UserError: the mesh cannot split the batch.

@@ -1,9 +1,9 @@
 """Group-relative policy optimization of image codes (GRPO, Shao et al. 2024, arXiv:2402.03300).
 
-Samples of one prompt are a group. A sample's advantage is its reward minus the mean of its group,
-in standard deviations of the group. The policy is the distribution that was sampled from: guidance
-streams combined, among image codes. Each batch of samples is used for one step, so the ratio to the
-policy that sampled them is 1 and nothing is clipped.
+The samples of one prompt form a group. A sample's advantage is its reward minus the group mean,
+divided by the group's standard deviation. The policy is the distribution that codes are sampled
+from: the combined guidance streams, restricted to image codes. Each batch of samples is used for
+one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
 """
 
 # B samples, S guidance streams, R = B x S rows, P prompt slots, I codes of an image,
@@ -28,20 +28,20 @@ from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
-BUCKET = 32  # Prompt slots are a multiple of it, so that few shapes are compiled.
-SMALL = 1e-6  # Standard deviation of rewards below which a group teaches nothing.
+BUCKET = 32  # Prompts are padded to multiples of this, so that few shapes are compiled.
+SMALL = 1e-6  # A group whose rewards have a smaller standard deviation gets advantages of 0.
 
 
 class Rollout(NamedTuple):
   """The samples of a step.
 
   Attributes:
-    inputs: prompts, padded on the left, and all codes but the last, as ids.
-    positions: of the tokens in their samples; 0 at padding.
-    segment_ids: 1, and 0 at padding.
-    codes: that were sampled, counted from 0.
-    guidance: weights of the streams at each code.
-    advantages: of the samples.
+    inputs: ids of the left-padded prompt and of all codes except the last.
+    positions: positions of the tokens in their samples; 0 at padding.
+    segment_ids: 1 at tokens, 0 at padding.
+    codes: the sampled codes, counted from 0.
+    guidance: weights of the guidance streams at each code.
+    advantages: see `advantages`.
   """
 
   inputs: Int32[Array, "R L"] | np.ndarray
@@ -53,9 +53,9 @@ class Rollout(NamedTuple):
 
 
 def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
-  """Computes the advantages of G samples of each of N prompts.
+  """Computes the advantages of G samples for each of N prompts.
 
-  rewards [[0 1] [1 1]]: [[-1 1] [0 0]]
+  rewards [[0 1] [1 1]] -> [[-1 1] [0 0]]
   """
   rewards = np.asarray(rewards, np.float64)
   centered, std = rewards - rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)
@@ -65,11 +65,11 @@ def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
 def pad_rows(
   rows: Sequence[tuple[np.ndarray, np.ndarray]], image_tokens: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pads prompts on the left, so that the codes of all rows begin at the same slot.
+  """Pads prompts on the left, so that the codes of all rows start at the same column.
 
   Args:
-    rows: ids and positions of each row: its prompt and all codes of its image.
-    image_tokens: I.
+    rows: ids and positions of each row, which consists of a prompt and all codes of its image.
+    image_tokens: I, the number of codes of an image.
     pad: id of padding.
 
   Returns:
@@ -87,7 +87,7 @@ def pad_rows(
 
 
 def place(rollout: Rollout) -> Rollout:
-  """Splits the arrays of a rollout, which every process holds whole, over the current mesh."""
+  """Shards the arrays of a rollout over the current mesh. Every process holds all rows."""
   mesh = jax.sharding.get_mesh()
 
   def put(x: np.ndarray) -> Array:
@@ -103,13 +103,14 @@ def guided_log_probs(
 ) -> Float32[Array, "B I C"]:
   """Computes the log-probabilities of all image codes at each code of the samples.
 
-  Logits are linear in hidden states, so the streams are combined before the output table.
+  Logits are linear in the hidden states. So the hidden states of the streams are combined first,
+  which is cheaper than combining logits.
 
   Args:
-    config: of the model; static, like the next two.
+    config: config of the model. `config`, `text_size` and `temperature` are static.
     text_size: first id of an image code.
     temperature: divides the guided logits.
-    params: of the model.
+    params: parameters of the model.
     rollout: the samples.
   """
   B, image_tokens, S = rollout.guidance.shape
@@ -138,25 +139,25 @@ def policy_step(
   rollout: Rollout,
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
-  """Updates the state on the samples of its own parameters.
+  """Updates the state on samples that were drawn with its parameters.
 
-  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy), both means
-  over codes. The KL is exact: it is summed over all codes of the vocabulary.
+  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy). Both terms
+  are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
 
   Args:
-    config: of the model; static, like the next four.
-    optimizer: of `create_optimizer`.
+    config: config of the model. All arguments before `state` are static.
+    optimizer: the optimizer from `create_optimizer`.
     text_size: first id of an image code.
     kl_weight: see `ReinforceConfig`.
-    temperature: that the samples were drawn at.
+    temperature: temperature at which the samples were drawn.
     state: donated by the caller's jit.
-    reference: parameters that the policy stays close to.
-    rollout: samples of `state.params`.
+    reference: parameters of the reference policy, which do not change.
+    rollout: samples drawn with `state.params`.
     ema_decay: static; see `optimizer.update_average`.
 
   Returns:
     New state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight (the
-    number of codes), and those of `state.apply_gradients`.
+    number of codes), and the metrics of `state.apply_gradients`.
   """
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
@@ -185,7 +186,7 @@ def compile_step(
   steps: int,
   text_size: int,
 ) -> Callable:
-  """Builds `policy_step` for the current mesh; it is compiled at its first call.
+  """Builds `policy_step` for the current mesh. JAX compiles it at its first call.
 
   Returns:
     (state, reference, rollout) -> (state, metrics); the state is donated.

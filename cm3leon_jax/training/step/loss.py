@@ -1,7 +1,7 @@
-"""Cross-entropy over a vocabulary that is split over the mesh, with its own backward pass."""
+"""Computes the cross-entropy over a sharded vocabulary, with a custom backward pass."""
 
-# B batch, L length, C tokens of a chunk, D width, V vocabulary, S sources of rows; lower case: a
-# device's share.
+# B batch, L length, C tokens of a chunk, D width, V vocabulary, S sources of rows. Lower-case
+# letters are the sizes of one device's shard.
 
 from collections.abc import Mapping, Sequence
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
-SCATTER_WIDTH = 256  # Columns of the table's gradient that are summed over devices at a time.
+SCATTER_WIDTH = 256  # Columns of the table's gradient in one reduce-scatter.
 Ids: TypeAlias = Int32[Array, "B L"]
 Values: TypeAlias = Float32[Array, "B L"]
 Scalar: TypeAlias = Float32[Array, ""]
@@ -24,7 +24,7 @@ SOURCE_SUMS = ("source_nll", "source_weight")
 
 
 class Gradients(NamedTuple):
-  """Gradients of the weighted sum by the final hidden states and the stored table."""
+  """Gradients of the weighted sum with respect to the final hidden states and the stored table."""
 
   hidden: Float[Array, "B L D"]
   table: Float[Array, "V D"]
@@ -41,22 +41,24 @@ def weighted_nll(
 ) -> tuple[Scalar, Values]:
   """Sums weight x (nll + z_loss x log(Z)^2) over tokens; nll is the cross-entropy of the targets.
 
-  The logits are `hidden @ table.T`. Their gradient, softmax minus target, is known once they are.
-  So the forward pass also computes both products of the backward pass, chunk by chunk, and no
-  logits are kept or computed twice. Sums over V are local to a shard of `tensor`; one number a
-  token is then reduced. The table's gradient is reduce-scattered to the layout of the stored table.
+  The logits are `hidden @ table.T`. Their gradient is the softmax minus the one-hot target, so it
+  can be computed together with the logits. The forward pass therefore also computes both matrix
+  products of the backward pass, chunk by chunk. Logits are neither stored nor computed twice.
+
+  Each shard of `tensor` sums over its part of V; then one number per token is all-reduced. The
+  table's gradient is reduce-scattered to the sharding of the stored table.
 
   Args:
     hidden: final hidden states.
-    table: output table, split by vocabulary as it is stored; in the dtype of `hidden`.
-    targets: ids.
-    weights: no gradient is taken by them.
-    chunk: largest C; C is the largest divisor of L up to it.
-    z_loss: weight of the squared log of the softmax's normalizer (PaLM, section 5); it keeps
+    table: output table, sharded by vocabulary as it is stored; in the dtype of `hidden`.
+    targets: target ids.
+    weights: loss weights; they have no gradient.
+    chunk: upper bound of C, which is the largest divisor of L up to this bound.
+    z_loss: weight of the squared log of the softmax normalizer (PaLM, section 5), which keeps
       logits from drifting.
 
   Returns:
-    The sum, and nll in nats; only the sum has a gradient.
+    The sum, and nll in nats. Only the sum has a gradient.
   """
   (nll, log_z), _ = _over_mesh(hidden, table, targets, weights, chunk, z_loss, False)
   return _value(nll, log_z, weights, z_loss)
@@ -93,10 +95,10 @@ def _over_mesh(
   hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids, weights: Values,
   chunk: int, z_loss: float, gradients: bool,
 ) -> tuple[tuple[Values, Values], Gradients | None]:  # fmt: skip
-  """Runs `_on_device` on every device's tokens and rows of the table.
+  """Runs `_on_device` on every device's shard of the tokens and of the table.
 
   Returns:
-    (nll and log Z, [B, L] fp32 each), and the `Gradients` or None.
+    (nll, log Z), each [B, L] fp32, and the `Gradients` or None.
   """
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
@@ -114,8 +116,8 @@ def _on_device(
   table: Float[Array, "rows D"], targets: Int32[Array, "b L"], weights: Float32[Array, "b L"],
 ) -> tuple[tuple[Float32[Array, "b L"], Float32[Array, "b L"]], Gradients | None]:  # fmt: skip
   tensor = RULES["vocab"]
-  # Without this XLA keeps the table that it gathered for the embedding, and a buffer for the
-  # table's gradient, through all layers.
+  # Without this barrier XLA keeps the table that was gathered for the embedding, and a buffer for
+  # the table's gradient, in memory through all layers.
   hidden, rows, zero = jax.lax.optimization_barrier((hidden, table, jnp.zeros((), jnp.float32)))
   for axis in reversed(FSDP):
     rows = jax.lax.all_gather(rows, axis, tiled=True)
@@ -137,8 +139,8 @@ def _on_device(
     share = weight * (1 + 2 * z_loss * log_z) / total
     by_logits = powers * share[..., None] - jnp.where(hit, weight[..., None], 0.0)
     by_logits = by_logits.astype(h.dtype)
-    # XLA:CPU computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the left
-    # matrix is an array of its own.
+    # On CPU, XLA computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the left
+    # matrix is materialized.
     transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
     table_gradient += jnp.matmul(
       transposed, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
@@ -162,15 +164,16 @@ def _on_device(
   if not gradients:
     return values, None
   by_rows = jax.lax.psum(_scattered(by_rows), "data").astype(table.dtype)
-  # Without this XLA carries the whole gradient, [v, D] fp32, through the layers' backward pass.
+  # Without this barrier XLA keeps the whole gradient, [v, D] fp32, in memory through the layers'
+  # backward pass.
   return values, jax.lax.optimization_barrier(Gradients(whole(by_hidden), by_rows))
 
 
 def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
-  """Sums the table's gradient [D, v] fp32 over fsdp; returns this device's rows [rows, D] fp32.
+  """Reduce-scatters the table's gradient over fsdp; returns this device's rows.
 
-  The transpose exists for at most SCATTER_WIDTH columns at a time: a second array of all rows,
-  1 GiB of the 7B, would add to the loss's peak of memory.
+  Only SCATTER_WIDTH columns are transposed at a time. Transposing all columns together would need a
+  second array (1 GiB for the 7B model) and raise the peak memory of the loss.
   """
   D, v = gradient.shape
   width = _divisor(D, SCATTER_WIDTH)
@@ -188,10 +191,15 @@ def _scattered(gradient: Float32[Array, "D v"]) -> Float32[Array, "rows D"]:
 def batch_nll(
   model: Transformer, batch: dict[str, Ids | Values], z_loss: float = 0.0
 ) -> tuple[Scalar, Values]:
-  """Computes `weighted_nll` of inputs, targets, loss_weights, segment_ids and positions.
+  """Runs the model on a batch and computes `weighted_nll`.
+
+  Args:
+    model: the decoder.
+    batch: inputs, targets, loss_weights, segment_ids and positions.
+    z_loss: see `weighted_nll`.
 
   Returns:
-    The weighted sum, and nll in nats; nll covers padding too, whose weight is 0.
+    The weighted sum, and nll in nats. nll also has values at padding, whose weight is 0.
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
   table, chunk = model.stored_table(), model.config.loss_chunk
@@ -199,7 +207,7 @@ def batch_nll(
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:
-  """Sums weight x nll, and the weights, over all targets, over image codes and over other ids."""
+  """Sums weight x nll and the weights: over all targets, over image codes and over other ids."""
   image = (targets >= text_size).astype(weights.dtype)
   parts = {"": weights, "image_": weights * image, "text_": weights * (1 - image)}
   return {
@@ -210,10 +218,10 @@ def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) ->
 
 
 def modality_losses(sums: dict) -> dict:
-  """Divides the sums of `modality_sums`, in nats per target; 0 where there is no such target.
+  """Computes mean losses in nats per target from the sums of `modality_sums`.
 
   Returns:
-    `loss`, `image_loss` and `text_loss`, scalars.
+    The scalars `loss`, `image_loss` and `text_loss`. The loss of a modality without targets is 0.
   """
   return {
     f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9)
@@ -224,15 +232,15 @@ def modality_losses(sums: dict) -> dict:
 def source_sums(
   nll: Values, weights: Values, sources: Ids, num_sources: int
 ) -> dict[str, BySource]:
-  """Sums weight x nll, and the weights, by source of rows.
+  """Sums weight x nll and the weights for each source of rows.
 
     nll [1 2 4 9], weights [1 1 .5 0], sources [1 1 3 0], num_sources 3
     source_nll = [3 0 2], source_weight = [2 0 .5]
 
   Args:
-    nll: in nats.
-    weights: of the targets.
-    sources: of the targets, counted from 1; 0: none.
+    nll: cross-entropy of the targets in nats.
+    weights: loss weights of the targets.
+    sources: number of the source of each target, from 1; 0: the target has no source.
     num_sources: S; static.
   """
   numbers = jnp.arange(1, num_sources + 1, dtype=sources.dtype)
@@ -245,7 +253,7 @@ def source_sums(
 def batch_sums(
   nll: Values, batch: dict[str, Ids | Values], text_size: int, num_sources: int
 ) -> dict[str, Scalar | BySource]:
-  """Computes the `modality_sums` of a batch and, of marked rows, its `source_sums`."""
+  """Computes the `modality_sums` of a batch and, if `num_sources` > 0, its `source_sums`."""
   weights = batch["loss_weights"]
   sums = modality_sums(nll, batch["targets"], weights, text_size)
   if num_sources:
@@ -254,10 +262,10 @@ def batch_sums(
 
 
 def source_losses(names: Sequence[str], sums: Mapping) -> dict[str, float]:
-  """Divides the sums of `source_sums` on the host, in nats per target.
+  """Computes the mean loss of each source in nats per target, on the host.
 
-  A source without targets has no value: names ("count", "draw"), source_nll [3 0] and
-  source_weight [2 0] make {"loss/count": 1.5}.
+  A source without targets is left out: names ("count", "draw"), source_nll [3 0] and
+  source_weight [2 0] give {"loss/count": 1.5}.
   """
   if not names:
     return {}

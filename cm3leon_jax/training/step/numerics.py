@@ -1,4 +1,4 @@
-"""Steps whose numbers are not sound: they change nothing, are counted, and end a run in the end."""
+"""Skips and counts steps with a spike or a non-finite number; stops the run after too many."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,17 @@ import optax
 
 from cm3leon_jax.config import UserError
 
-SETTLED = 20  # Steps without which an average of norms says nothing.
-SMALLEST_RATE = 0.01  # Of the moving average of norms: that of about the last 100 steps.
+SETTLED = 20  # The average of fewer norms is not reliable, so the first steps are never spikes.
+SMALLEST_RATE = 0.01  # The moving average then covers about the last 100 norms.
 
 
 class NormState(NamedTuple):
   """The state of `watch_norm`.
 
   Attributes:
-    mean: moving average of the norms of the gradients that were taken.
-    seen: number of them.
-    spike: whether the newest gradient is one.
+    mean: moving average of the gradient norms of all steps that were not skipped.
+    seen: number of steps that were not skipped.
+    spike: whether the norm of the newest gradient is a spike.
   """
 
   mean: Float32[Array, ""]
@@ -29,11 +29,11 @@ class NormState(NamedTuple):
 
 
 def watch_norm(ratio: float) -> optax.GradientTransformation:
-  """Notices gradients whose norm is above `ratio` x the mean of those before; changes none.
+  """Detects spikes: gradients whose norm is above `ratio` x the mean of earlier norms.
 
-  The mean is that of all norms for 100 steps, then a moving average. It is part of the optimizer's
-  state, so a resumed run decides as one that was never killed. There are no spikes among the first
-  SETTLED steps.
+  Gradients are not changed. The mean covers all norms of the first 100 steps; after that it is a
+  moving average. It is part of the optimizer's state, so a resumed run makes the same decisions as
+  an uninterrupted run. The first SETTLED steps never count as spikes.
   """
 
   def init(params: PyTree) -> NormState:
@@ -53,22 +53,23 @@ def watch_norm(ratio: float) -> optax.GradientTransformation:
 def is_sound(
   value: Float32[Array, ""], norm: Float32[Array, ""], opt_state: optax.OptState
 ) -> Bool[Array, ""]:
-  """Returns whether a step may be taken: loss and gradient are finite, and there is no spike.
+  """Returns whether loss and gradient are finite and the gradient's norm is not a spike.
 
   Args:
     value: the loss.
-    norm: of the gradient.
-    opt_state: after the step; that of `watch_norm` may be in it.
+    norm: the norm of the gradient.
+    opt_state: the optimizer's state after the step, with or without a `NormState`.
   """
   spike = optax.tree.get(opt_state, "spike", jnp.bool_(False))
   return jnp.isfinite(value) & jnp.isfinite(norm) & ~spike
 
 
 def select(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """Returns the tree `new` if `sound`, else `old`, which has the same types.
+  """Returns the tree `new` if `sound`, else the tree `old`, which has the same types.
 
-  Arrays are selected element by element, which the compiler fuses into what computes `new`: no
-  array is copied, and `old` may be donated. A conditional would hold both trees.
+  Arrays are selected element by element. The compiler fuses the selection into the computation of
+  `new`, so that arrays are not copied and `old` may be donated. A `jax.lax.cond` would need memory
+  for both trees.
   """
   return jax.tree.map(lambda x, y: jax.lax.select(sound, x, y), new, old)
 
@@ -79,7 +80,7 @@ def _finite(leaves: list) -> list:
 
 
 def not_finite(tree: PyTree) -> list[str]:
-  """Names the arrays of a tree that hold a NaN or an infinity, e.g. "params.embed"."""
+  """Returns the names of arrays that hold a NaN or an infinity, e.g. "params.embed"."""
   found = [
     (jax.tree_util.keystr(path, simple=True, separator="."), x)
     for path, x in jax.tree.leaves_with_path(tree)
@@ -93,9 +94,9 @@ def check_finite(tree: PyTree, what: str, remedy: str) -> None:
   """Checks a state before it is saved. All processes of a job must call it.
 
   Args:
-    tree: of arrays.
-    what: it is, for the message.
-    remedy: what the user can do.
+    tree: a tree of arrays.
+    what: name of the state in the message, e.g. "checkpoint 500".
+    remedy: what the user can do, the end of the message.
 
   Raises:
     UserError: an array holds a NaN or an infinity.
@@ -111,7 +112,7 @@ class TooManySkippedError(UserError):
   """More steps in a row were skipped than `train.max_skipped` allows.
 
   Attributes:
-    steps: these steps.
+    steps: the consecutive skipped steps.
   """
 
   def __init__(self, message: str, steps: range):
@@ -123,8 +124,10 @@ class SkipCounter:
   """Counts skipped steps.
 
   Attributes:
-    total: of the run.
-    in_a_row: up to the newest step. It starts at 0 with every start of the trainer.
+    most: number of consecutive skipped steps that is allowed.
+    total: number of skipped steps of the run.
+    in_a_row: number of consecutive skipped steps up to the newest step. It is 0 when the trainer
+      starts.
   """
 
   def __init__(self, most: int, total: int = 0):
@@ -134,11 +137,11 @@ class SkipCounter:
     """Counts a step.
 
     Args:
-      step: its number.
+      step: number of the step.
       values: loss, grad_norm and skipped (0 or 1).
 
     Raises:
-      TooManySkippedError: it is one too many in a row.
+      TooManySkippedError: more than `most` consecutive steps are skipped.
     """
     skipped = bool(values.get("skipped", 0))
     self.total += skipped
@@ -155,5 +158,5 @@ class SkipCounter:
 
 
 def finite_values(values: dict) -> dict:
-  """Returns the numbers that JSON has: no NaN and no infinity."""
+  """Removes NaNs and infinities, which JSON cannot represent."""
   return {name: x for name, x in values.items() if not isinstance(x, float) or np.isfinite(x)}

@@ -1,4 +1,4 @@
-"""AdamW or Muon with clipping, warm-up and decay, and the average of the parameters."""
+"""Creates AdamW or Muon with clipping, warm-up and decay; updates the average of parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from cm3leon_jax.training.config import OptimizerConfig
 from cm3leon_jax.training.step.numerics import watch_norm
 
-# The matrices that Muon updates: axes of what they map from and to; other axes stack matrices.
+# Parameters that Muon updates, with the input and output axes of their matrices. The other axes
+# stack matrices.
 MATRICES = {
   "qkv": MuonDimensionNumbers((-3,), (-2, -1)),
   "out": MuonDimensionNumbers((-3, -2), (-1,)),
@@ -17,11 +18,11 @@ MATRICES = {
   "gate": MuonDimensionNumbers((-2,), (-1,)),
   "down": MuonDimensionNumbers((-2,), (-1,)),
 }
-UPDATE_RMS = 0.2  # Of AdamW, about; Liu et al. 2025 give Muon the same.
+UPDATE_RMS = 0.2  # Typical RMS of AdamW's updates, to which Liu et al. 2025 scale Muon's.
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step; warm-up takes at most half of a run."""
+  """Returns the learning rate as a function of the step. Warm-up takes at most half of the run."""
   warmup = min(config.warmup_steps, steps // 2)
   if config.schedule == "cosine":
     decay = optax.cosine_decay_schedule(
@@ -36,7 +37,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Makes the optimizer of a run of `steps` steps; its state is laid out like the parameters."""
+  """Creates the optimizer of a run of `steps` steps. Its state is sharded like the parameters."""
   without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
 
   def decayed(params: dict) -> dict:
@@ -57,7 +58,7 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     ]
   else:
     directions = muon(
-      learning_rate=-1.0,  # The last step has sign and rate.
+      learning_rate=-1.0,  # `scale_by_learning_rate` below applies the sign and the rate.
       mu_dtype=moment,
       adam_b1=config.b1,
       adam_b2=config.b2,
@@ -70,20 +71,21 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
       optax.add_decayed_weights(config.weight_decay, decayed),
       optax.scale_by_learning_rate(schedule),
     ]
-  # Before the clipping. Without it the state has the layout of older checkpoints.
+  # The norm is watched before clipping. If `skip_above` is 0, the watch is left out, because the
+  # state then has the same structure as in older checkpoints.
   watch = [watch_norm(config.skip_above)] if config.skip_above else []
   return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *transforms)
 
 
 def _matrices(params: dict) -> dict:
-  """Returns the dimensions of each matrix of `MATRICES`, and None for other parameters."""
+  """Returns the entry of `MATRICES` for each parameter; None: AdamW updates the parameter."""
   return jax.tree.map_with_path(lambda path, _: MATRICES.get(path[-1].key), params)
 
 
 def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Lets the compiler lay out the products of matrices that are split over a mesh.
+  """Lets the compiler choose the shardings inside `inner.update`.
 
-  Updates and state keep the layout of the parameters.
+  The updates and the new state keep the shardings that they had before.
   """
 
   def update(updates: dict, state: optax.OptState, params: dict) -> tuple[dict, optax.OptState]:
@@ -96,16 +98,17 @@ def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def update_average(average: dict, params: dict, decay: float, step: Int32[Array, ""]) -> dict:
-  """Moves an exponential moving average towards the parameters.
+  """Updates the exponential moving average of the parameters.
 
   The decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
 
   Args:
-    average: in fp32 as the parameters: in bfloat16, a summand of 1 - decay = 0.001 would round
-      to nothing.
-    params: after the step.
+    average: the average in fp32. In bfloat16, updates of a relative size of 1 - decay = 0.001 would
+      be rounded to 0.
+    params: parameters after the step, in fp32.
     decay: largest decay.
     step: number of the step, from 0.
   """
-  rate = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - the decay, without its rounding.
+  # 1 - (1 + step) / (10 + step) = 9 / (10 + step), which has a smaller rounding error.
+  rate = jnp.maximum(1 - decay, 9 / (10 + step))
   return jax.tree.map(lambda x, new: x + rate * (new - x), average, params)

@@ -1,4 +1,4 @@
-"""The state of training and one step of it."""
+"""Defines the training state and the jittable functions of a training step."""
 
 # B rows of the global batch, A accumulation steps, L length, S sources of rows.
 
@@ -22,19 +22,23 @@ from cm3leon_jax.training.step.optimizer import update_average
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step changes: the int32 number of steps, and pure trees of arrays.
+  """Everything that a step changes.
 
-  `ema` is the exponential moving average of the parameters, laid out as they are, or None.
+  Attributes:
+    step: number of steps so far, an int32 scalar.
+    params: parameters of the decoder.
+    opt_state: state of the optimizer.
+    ema: exponential moving average of the parameters, sharded like `params`, or None.
   """
 
-  step: Any  # The types or shardings of a state's arrays are in a TrainState, too.
+  step: Any  # Not annotated as an array: a TrainState can also hold types or shardings.
   params: dict
   opt_state: optax.OptState
-  ema: Any = None  # A dict like `params`; in place of None Orbax puts a leaf of its own.
+  ema: Any = None  # Not annotated as a dict, because Orbax replaces None by a leaf.
 
   @property
   def eval_params(self) -> dict:
-    """Parameters that are evaluated, sampled from and exported: the average, if there is one."""
+    """Parameters to evaluate, sample from and export: the average if it exists, else `params`."""
     return self.params if self.ema is None else self.ema
 
 
@@ -44,7 +48,7 @@ def init_state(
   key: Key[Array, ""],
   averaged: bool = False,
 ) -> TrainState:
-  """Initializes a state on the current mesh; under `jax.eval_shape` its types carry shardings."""
+  """Initializes a state on the current mesh. Under `jax.eval_shape` it returns sharded types."""
   params = transformer.init_params(config, key)
   ema = jax.tree.map(jnp.copy, params) if averaged else None
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
@@ -63,27 +67,27 @@ def train_step(
 ) -> tuple[TrainState, dict[str, loss.Scalar | loss.BySource]]:
   """Updates the state on a global batch.
 
-  The loss is sum(weight x nll) / sum(weight) over the global batch, however it is accumulated.
+  The loss is sum(weight x nll) / sum(weight) over the global batch, for any `accumulation_steps`.
 
   Args:
-    config: of the model; static, like the next three.
-    optimizer: of `create_optimizer`.
+    config: config of the model. All arguments before `state` are static.
+    optimizer: the optimizer from `create_optimizer`.
     text_size: first id of an image code.
     accumulation_steps: A, the number of micro-batches that the batch is split into.
     state: donated by the caller's jit.
-    batch: rows of `data.rows.loader`.
+    batch: rows from `data.rows.loader`.
     z_loss: static; see `loss.weighted_nll`.
-    ema_decay: static; see `optimizer.update_average`. It counts if the state has an average.
-    num_sources: static; S, if the rows are marked with their sources.
+    ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
+    num_sources: static; S, or 0 if the rows are not marked with their sources.
 
   Returns:
-    New state, and metrics: loss, image_loss, text_loss (nats per target), weight, those of
-    `apply_gradients`; of marked rows also the `loss.source_sums`.
+    New state, and metrics: loss, image_loss, text_loss (nats per target), weight (sum of the loss
+    weights), and the metrics of `apply_gradients`; for marked rows also the `loss.source_sums`.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
-  # Layers are cast here and not where they are used: their gradients then stay in the compute
-  # dtype, in which they are summed. Tables are cast where their rows are looked up: their gradients
-  # are summed and kept in fp32.
+  # Layers are cast here, outside of the gradient, so that their gradients are summed and kept in
+  # the compute dtype. Tables are cast where their rows are looked up, so that their gradients are
+  # summed and kept in fp32.
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
@@ -111,22 +115,21 @@ def apply_gradients(
   value: loss.Scalar,
   ema_decay: float,
 ) -> tuple[TrainState, dict[str, loss.Scalar]]:
-  """Updates the state, unless the numbers of the step are not sound (`numerics.is_sound`).
+  """Updates the state, or skips the step if `numerics.is_sound` is False.
 
-  A step that is skipped leaves parameters, optimizer and average bit for bit as they were, as if
-  there had been no such batch: the optimizer's own count of steps, which its schedule and Adam's
-  correction of bias follow, does not move either. Only `state.step` does, which says how many
-  batches were read.
+  A skipped step leaves the parameters, the optimizer's state and the average bitwise unchanged, as
+  if the batch did not exist. The optimizer's step count, which sets the learning rate and Adam's
+  bias correction, does not advance. Only `state.step`, which counts batches, advances.
 
   Args:
-    optimizer: of `create_optimizer`.
-    state: before the step.
-    grads: fp32, laid out as the parameters.
+    optimizer: the optimizer from `create_optimizer`.
+    state: the state before the step.
+    grads: gradients in fp32, sharded like the parameters.
     value: the loss.
     ema_decay: see `update_average`.
 
   Returns:
-    New state, and metrics: grad_norm, and skipped, 0 or 1.
+    New state, and metrics: grad_norm, and skipped (0 or 1).
   """
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -144,13 +147,9 @@ def apply_gradients(
 def _accumulated(
   grad_fn: Callable[[dict], tuple[dict, dict]], params: dict, batch: dict, accumulation_steps: int
 ) -> tuple[dict, dict]:
-  """Sums the results of `grad_fn`, (gradients, sums), over the micro-batches of a batch.
+  """Sums the gradients and sums that `grad_fn` returns over A micro-batches.
 
-  Args:
-    grad_fn: batch -> gradients, sums.
-    params: fp32, laid out as the gradients.
-    batch: [B, L] arrays.
-    accumulation_steps: A.
+  The gradients have the shapes and shardings of `params`, in fp32.
   """
 
   def split(x: Num[Array, "B L"]) -> Num[Array, "A rows L"]:
@@ -158,7 +157,7 @@ def _accumulated(
     return x.reshape(shape, out_sharding=axes).swapaxes(0, 1)
 
   parts = jax.tree.map(split, batch)
-  # The sum starts at zeros, not at the first gradients, so that a micro-batch is traced once.
+  # Start from zeros, not from the first gradients, so that `grad_fn` is traced only once.
   zeros = jax.tree.map(jnp.zeros_like, params)
 
   def add(grads: dict, part: dict) -> tuple[dict, dict]:
@@ -180,6 +179,6 @@ def eval_step(
   batch: dict[str, loss.Ids | loss.Values],
   num_sources: int = 0,
 ) -> dict[str, loss.Scalar | loss.BySource]:
-  """Computes the `loss.batch_sums` of a batch; sums of batches may be added."""
+  """Computes the `loss.batch_sums` of a batch, which can be added over batches."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.batch_sums(nll, batch, text_size, num_sources)

@@ -1,4 +1,4 @@
-"""Boards that show a run while it trains: one that fails prints a warning, and the run goes on."""
+"""Opens boards that show a run while it trains. If a board fails, the run continues without it."""
 
 from collections.abc import Callable
 import importlib.util
@@ -17,20 +17,20 @@ from cm3leon_jax.training.watch.prometheus import Prometheus
 from cm3leon_jax.training.watch.tensorboard_board import TensorBoard
 from cm3leon_jax.training.watch.wandb_run import WandbRun
 
-CLOSE_SECONDS = 120.0  # A server may keep the last points waiting.
+CLOSE_SECONDS = 120.0  # A server may accept the last points with a delay.
 
 
 class Board:
-  """A board that prints a warning and is off from then on, when it fails."""
+  """Wraps a board. When the board fails, it prints a warning and is switched off."""
 
   def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
     """Opens a board.
 
     Args:
-      name: in the warning.
-      make: opens it.
-      instead: what to do if that fails.
-      command: that opens it, the begin of the warning.
+      name: name of the board in the warning.
+      make: opens the board.
+      instead: what the user can do if the board fails, the end of the warning.
+      command: command of the user, the start of the warning.
     """
     self._name, self._command = name, command
     self._instead: str | None = instead  # None: the board is off.
@@ -49,11 +49,11 @@ class Board:
     self._attempt(lambda: self._board.histograms(step, histograms))
 
   def flush(self) -> None:
-    """Writes what is still in memory."""
+    """Writes buffered values."""
     self._attempt(lambda: self._board.flush())
 
   def close(self) -> None:
-    """Ends the board; it waits at most CLOSE_SECONDS."""
+    """Closes the board. Waits at most CLOSE_SECONDS."""
     thread = threading.Thread(
       target=self._attempt, args=(lambda: self._board.close(),), daemon=True
     )
@@ -67,7 +67,7 @@ class Board:
       return None
     try:
       return function()
-    except Exception as error:  # Of a server, a network or a package: none of them may end a run.
+    except Exception as error:  # Errors of a server, a network or a package must not end a run.
       self._warn(f"{type(error).__name__}: {error}")
 
   def _warn(self, reason: str) -> None:
@@ -80,11 +80,12 @@ class Board:
 
 
 def check_installed(config: TrainConfig) -> None:
-  """Raises UserError if a TrainConfig asks for Weights & Biases and its package is missing."""
+  """Raises UserError if the config asks for Weights & Biases and the package is missing."""
   if not config.wandb:
     return
   spec = importlib.util.find_spec("wandb")
-  if spec is None or spec.origin is None:  # Without an origin it is the folder of wandb's logs.
+  # A local folder with wandb's logs is found, too, but as a namespace package without an origin.
+  if spec is None or spec.origin is None:
     raise UserError(
       f"config.train.wandb is '{config.wandb}', and the package wandb is missing: "
       f"{extras.install('monitoring')}, or leave out config.train.wandb."
@@ -94,15 +95,15 @@ def check_installed(config: TrainConfig) -> None:
 def open_boards(
   folder: epath.Path, config: TrainConfig, first_step: int, watch: Stopwatch
 ) -> list[Board]:
-  """Opens the boards of a TrainConfig; one that cannot be opened is a printed line.
+  """Opens the boards that the config asks for. A board that cannot be opened prints a warning.
 
-  That TensorBoard is not installed is printed when the run begins, and not again.
+  If TensorBoard is not installed, this is printed only at the first start of the run.
 
   Args:
-    folder: of the run; the settings in its config.json are shown, too.
-    config: the TrainConfig.
-    first_step: of this start.
-    watch: of the run.
+    folder: the folder of the run. The settings in its config.json are shown, too.
+    config: the config of the run.
+    first_step: first step of this start.
+    watch: the Stopwatch of the run.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
@@ -119,8 +120,8 @@ def open_boards(
   if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
     if first_step == 0:
       print(
-        f"train: no TensorBoard, metrics.jsonl has all curves: {install}, or set "
-        "--config.train.tensorboard=False.",
+        f"train: tensorboardX is not installed, but metrics.jsonl has all curves: {install}, or "
+        "set --config.train.tensorboard=False.",
         flush=True,
       )
   elif config.tensorboard:

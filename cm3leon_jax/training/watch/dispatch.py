@@ -1,4 +1,4 @@
-"""What the monitor counts of a step until it is dispatched."""
+"""Measures waits for batches and traces steps, each until the step is dispatched."""
 
 import contextlib
 from typing import Any
@@ -8,9 +8,9 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 class Dispatch(Hook):
-  """Counts the waits for batches and traces the chosen steps, each until it is dispatched.
+  """Measures the wait for each batch, and traces the chosen steps until they are dispatched.
 
-  As a context manager around the loop it ends the traced step at an error in it.
+  It is a context manager around the loop, so that an error in the loop also ends the traced step.
   """
 
   def __init__(self, monitor: Monitor):

@@ -1,4 +1,4 @@
-"""Model FLOPs of training, peaks of devices, and their ratio: model FLOP utilization (MFU)."""
+"""Computes model FLOPs of training and model FLOP utilization (MFU), from peaks of devices."""
 
 # K layers, D width, A width of all heads, F feed-forward, V vocabulary, L length of a row.
 
@@ -8,8 +8,9 @@ import jax
 
 from cm3leon_jax.models.config import ModelConfig
 
-# Device kind as JAX names it -> (peak of dense bfloat16 products of one device in FLOP/s, source).
-# A kind has the first entry that equals it or is its first words, so special kinds come first.
+# JAX's name of a device kind -> (peak of dense bfloat16 matmuls of one device in FLOP/s, source).
+# A kind matches the first entry that is equal to it or to its first words, so longer names precede
+# shorter ones.
 PEAKS = {
   "TPU v4 lite": (None, "for inference only; without this entry it would count as a v4"),
   "TPU v4": (275e12, "docs.cloud.google.com/tpu/docs/v4"),
@@ -44,9 +45,9 @@ PEAKS = {
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Counts the parameters that every token is multiplied by: layers and output table, tied or not.
+  """Counts the parameters in matrix products: layers and the output table, tied or not.
 
-  Look-ups of embeddings and positions and scales of norms do not count: they are no products.
+  Embedding look-ups, positions and scales of norms are not matrix products, so they do not count.
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
   A = config.num_heads * config.head_dim
@@ -55,21 +56,22 @@ def matmul_params(config: ModelConfig) -> int:
 
 
 def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:
-  """Computes the FLOPs that the forward and backward pass over `tokens` tokens need at least.
+  """Computes the model FLOPs of the forward and backward pass over `tokens` tokens.
 
-  As defined for PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted as causal:
+  The definition is PaLM's (Chowdhery et al. 2022, appendix B), except that attention is counted as
+  causal:
 
     tokens x (6 x matmul_params + 12 x K x A x L / 2)
 
-  A product takes 2 FLOPs a parameter and token in the forward pass and 4 in the backward pass, 6 in
-  sum. Attention multiplies queries by keys and weights by values: 2 x 2 x A FLOPs for every key
-  that a query sees, times 3 with the backward pass, in each of K layers. In a row of L a query sees
-  L / 2 keys on average (PaLM counts all L); borders of the samples in a packed row are ignored.
-  Values that the backward pass computes again (`remat_policy`) do not count.
+  A matrix product takes 2 FLOPs per parameter and token in the forward pass and 4 in the backward
+  pass. Attention multiplies queries by keys and weights by values. In each of K layers, this takes
+  2 x 2 x A FLOPs for every key that a query sees, and 3 times as many with the backward pass. A
+  query in a row of length L sees L / 2 keys on average (PaLM counts all L). Boundaries between
+  samples in a packed row are ignored, and recomputation (`remat_policy`) does not count.
 
   Args:
-    config: of the decoder.
-    tokens: slots of the batches, padding included: rows x L.
+    config: config of the decoder.
+    tokens: rows x L, including padding.
     sequence_length: L.
 
   Returns:
@@ -83,7 +85,7 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
 def device_peak(device_kind: str) -> float | None:
   """Returns the peak of dense bfloat16 matrix products of a device in FLOP/s, see `PEAKS`.
 
-  None for a CPU and for any other kind that is not in the table: a peak is never guessed.
+  Returns None for a CPU and for other kinds that are not in the table; a peak is never guessed.
 
   Args:
     device_kind: `jax.Device.device_kind`.
@@ -95,7 +97,7 @@ def device_peak(device_kind: str) -> float | None:
 
 
 def utilization(flops_per_second: float, devices: int, peak: float | None) -> float | None:
-  """Computes MFU: model FLOP/s as a share of `devices` x `peak` FLOP/s; None without a peak."""
+  """Computes MFU: model FLOP/s as a share of `devices` x `peak` FLOP/s. None without a peak."""
   return flops_per_second / (devices * peak) if peak else None
 
 
@@ -111,7 +113,7 @@ class Rates:
   Attributes:
     flops: model FLOPs of a step, see `model_flops`.
     devices: number of devices of the mesh.
-    peak: FLOP/s of one device, or None.
+    peak: peak FLOP/s of one device; None: unknown.
   """
 
   flops: float
@@ -119,11 +121,11 @@ class Rates:
   peak: float | None
 
   def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
-    """Returns tokens_per_second of `weight` targets on all devices, and mfu if a peak is known.
+    """Returns tokens_per_second over all devices, and mfu if the peak is known.
 
     Args:
-      weight: sum of the loss weights of the steps.
-      seconds: that the steps took together.
+      weight: sum of the loss weights of the steps, which counts the tokens.
+      seconds: total time of the steps.
       steps: number of steps.
     """
     mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)

@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's wall time that went into steps, measured on the host."""
+"""Measures goodput, the share of a run's wall time spent in steps, on the host."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -7,7 +7,7 @@ import time
 
 import jax
 
-# Phases of the trainer's wall time; each second belongs to one of them.
+# Phases of the trainer's wall time. Each second belongs to exactly one phase.
 PHASES = {
   "step": "steps",
   "compile": "compiling",
@@ -24,8 +24,8 @@ PHASES = {
 class Stopwatch:
   """Measures wall time by phase, beginning with `restore`. docs/monitoring.md defines the phases.
 
-  Steps run asynchronously, but the loop waits for the metrics of each step before it logs them, one
-  step late. So host and device advance at one pace, and the time between two dispatches is that of
+  Steps run asynchronously, but the loop waits for the metrics of each step, one step late, to log
+  them. So host and device run at the same pace, and the time between two dispatches is the time of
   a step.
   """
 
@@ -38,12 +38,12 @@ class Stopwatch:
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
   def close(self) -> None:
-    """Stops counting compilation as `compile`: it then counts as the current phase."""
+    """Stops counting compilation as `compile`. Later compilation counts as the current phase."""
     jax.monitoring.unregister_event_duration_listener(self._on_event)
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Counts the body as `name`, not as the phase around it."""
+    """Counts the body as phase `name` instead of the surrounding phase."""
     before = self._phase
     self._switch(name)
     try:
@@ -57,12 +57,12 @@ class Stopwatch:
     self._seconds[target] += seconds
 
   def seconds(self) -> dict[str, float]:
-    """Returns the seconds of every phase; their sum is the time since the start, plus `add`."""
+    """Returns the seconds of each phase, including the seconds of earlier starts from `add`."""
     self._switch(self._phase)
     return dict(self._seconds)
 
   def standing(self) -> tuple[str, float]:
-    """Returns the current phase, and the seconds since the loop last changed or read the phases."""
+    """Returns the current phase and the seconds since the phases were last changed or read."""
     return self._phase, self._clock() - self._mark
 
   def add(self, seconds: dict[str, float]) -> None:
@@ -76,7 +76,11 @@ class Stopwatch:
     self._phase, self._mark = name, now
 
   def _on_event(self, event: str, duration: float, **_: object) -> None:
-    """Counts tracing, lowering and compiling; a nested trace is reported before the outer one."""
+    """Counts tracing, lowering and compiling as `compile`.
+
+    JAX reports a nested trace before the outer trace, which includes its time. So the time of the
+    nested trace is subtracted first.
+    """
     if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
       return
     now = self._clock()
@@ -89,12 +93,12 @@ class Stopwatch:
 
 
 def goodput(seconds: dict[str, float]) -> float:
-  """Returns the share of `step` in the sum of all phases."""
+  """Returns the time in steps as a share of the time in all phases."""
   return seconds["step"] / max(sum(seconds.values()), 1e-9)
 
 
 def to_line(seconds: dict[str, float]) -> dict[str, float]:
-  """Returns the fields of metrics.jsonl: `goodput`, and `PHASE_seconds` of every phase."""
+  """Returns the fields for metrics.jsonl: `goodput`, and `PHASE_seconds` for each phase."""
   return {
     "goodput": round(goodput(seconds), 4),
     **{f"{name}_seconds": round(value, 3) for name, value in seconds.items()},
@@ -105,13 +109,13 @@ def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
   """Returns the seconds of earlier starts of a run by phase.
 
   Args:
-    lines: metrics.jsonl as the previous start left it.
+    lines: lines of metrics.jsonl that earlier starts have written.
     resumed_at: step of the checkpoint that this start continues from.
 
   Returns:
-    Seconds of the last goodput line up to that step. The time that the log covers after that line
-    counts as `lost`: its steps are computed again. The time between a kill and this start counts
-    nowhere.
+    Seconds of the last goodput line up to `resumed_at`. The logged time after that line counts as
+    `lost`, because its steps are computed again. The time between a kill and this start is not
+    counted.
   """
   goodputs = [line for line in lines if "goodput" in line and line["step"] <= resumed_at]
   if not goodputs:
@@ -123,9 +127,9 @@ def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
 
 
 def describe(seconds: dict[str, float]) -> str:
-  """Describes the seconds of the phases in a line.
+  """Formats the seconds of the phases as a line.
 
-  {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0}:
+  {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0} ->
   "goodput 90.0% of 100 s: steps 90.0%, compiling 7.5%, saving 2.5%"
   """
   total = sum(seconds.values())

@@ -1,4 +1,4 @@
-"""The held-out losses of a run."""
+"""Computes the held-out losses of a run."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -19,7 +19,7 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedSharding) -> list[dict]:
-  """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
+  """Reads the rows of `eval_batches` global batches, in batches of micro-batch size."""
   count = config.eval_batches * config.gradient_accumulation_steps
   return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
 
@@ -27,13 +27,13 @@ def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedShar
 def evaluate(
   steps: Steps, params: dict, eval_batches: list[dict], sources: Sequence[str] = ()
 ) -> dict[str, float]:
-  """Computes the held-out losses by modality, nats per target of the documents themselves.
+  """Computes held-out losses by modality and source, in nats per target.
 
   Args:
-    steps: of the run.
-    params: that are evaluated.
-    eval_batches: of `heldout_batches`.
-    sources: names of the sources that the rows are marked with, whose losses are added.
+    steps: the compiled functions of the run.
+    params: parameters to evaluate.
+    eval_batches: result of `heldout_batches`.
+    sources: names of the sources that rows are marked with.
   """
   measure = functools.partial(steps.evaluate, num_sources=len(sources))
   totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
@@ -45,7 +45,7 @@ def evaluate(
 def evaluator(
   steps: Steps, heldout: RowLoader, config: TrainConfig, sharding: NamedSharding
 ) -> Callable[[dict], dict[str, float]]:
-  """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
+  """Reads the held-out rows and returns a function params -> losses, see `evaluate`."""
   eval_batches = heldout_batches(heldout, config, sharding)
   return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
 
@@ -54,8 +54,8 @@ class HeldoutLosses(Hook):
   """Computes and logs held-out losses every `eval_every` steps, and after the last step.
 
   Attributes:
-    losses: newest ones; None: no step was evaluated yet.
-    at_start: those of step 0, if it is evaluated.
+    losses: the newest losses; None: no step was evaluated yet.
+    at_start: losses of step 0; {} if step 0 is not evaluated.
   """
 
   def __init__(
@@ -67,14 +67,14 @@ class HeldoutLosses(Hook):
     evaluate_start: bool = False,
     newest: int | None = None,
   ):
-    """Prepares it.
+    """Creates the hook.
 
     Args:
-      evaluate_params: of `evaluator`.
-      config: of the run.
-      monitor: of the run.
-      stop: asked before; a hook that comes first.
-      evaluate_start: whether there are also losses of step 0.
+      evaluate_params: result of `evaluator`.
+      config: the config of the run.
+      monitor: logs the losses.
+      stop: must precede this hook in the list of hooks.
+      evaluate_start: whether to also evaluate step 0.
       newest: step of the restored checkpoint; None: a new run.
     """
     self._evaluate, self._config, self._monitor, self._stop = evaluate_params, config, monitor, stop

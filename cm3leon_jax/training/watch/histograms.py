@@ -1,4 +1,4 @@
-"""Histograms of the parameters that a run shows while it trains."""
+"""Shows histograms of the parameters while a run trains."""
 
 from cm3leon_jax.training.hooks import Hook
 from cm3leon_jax.training.step.state import TrainState
@@ -6,7 +6,7 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 class Histograms(Hook):
-  """Shows a histogram of every parameter each `every` steps; 0: never."""
+  """Shows a histogram of each parameter every `every` steps; 0: never."""
 
   def __init__(self, every: int, monitor: Monitor):
     self._every, self._monitor = every, monitor

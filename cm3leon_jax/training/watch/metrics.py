@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line; a resumed run replaces and compares what it recomputes."""
+"""Writes metrics.jsonl, one JSON object per line, and verifies it when a run resumes."""
 
 import hashlib
 import json
@@ -14,25 +14,26 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 LOG = "metrics.jsonl"
 DIGEST = "metrics.digest.json"  # Size and SHA-256 of the log when it was last stored.
-FIELDS = {"step": int}  # Of every line.
-# In a bucket the file is written at most once in that time, and for at most 1% of the time.
+FIELDS = {"step": int}  # Every line must have these fields.
+# In a GCS bucket the whole file is rewritten: at most once in this time, and for at most 1% of the
+# run's time.
 BUCKET_SECONDS = 60.0
 
 
 def check_log(folder: epath.Path, checkpoint_every: int) -> None:
-  """Checks the log of a run without checkpoints; all processes call it.
+  """Checks the log of a run without checkpoints. All processes must call it.
 
   Args:
-    folder: of the run.
-    checkpoint_every: steps between two checkpoints.
+    folder: the folder of the run.
+    checkpoint_every: number of steps between two checkpoints.
 
   Raises:
-    UserError: it has steps that must have been saved.
+    UserError: the log has so many steps that a checkpoint must have been saved.
   """
   with distributed.together():
     lines = read_json_lines(folder / "metrics" / LOG, FIELDS) if distributed.is_first() else []
     last = max((line["step"] for line in lines if "loss" in line), default=0)
-    if last > 2 * checkpoint_every:  # Then the first save is complete.
+    if last > 2 * checkpoint_every:  # The first save completes before the second save starts.
       raise UserError(
         f"{folder} has logged {last} steps and has no checkpoint: restore its folder checkpoints, "
         f"or, if none was ever saved, delete {folder} to start from step 0."
@@ -40,15 +41,15 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
 
 
 def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
-  """Removes the lines after a step from the log of a run, and notes it in the log.
+  """Removes the lines after `step` from the log of a run, and records this as an event in the log.
 
   Args:
-    folder: of the log.
-    step: that the run goes back to.
-    dry_run: whether to leave the log as it is.
+    folder: the folder of the log.
+    step: step that the run goes back to.
+    dry_run: if True, the log is not changed.
 
   Returns:
-    The last step that was logged; `step` if none was after it.
+    The last step that was logged, or `step` if the log has no later step.
   """
   path = epath.Path(folder) / LOG
   lines = read_json_lines(path, FIELDS)
@@ -62,7 +63,7 @@ def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
     event["time"] = times[-1]
   text = "".join(json.dumps(line) + "\n" for line in [*kept, event])
   as_written = exists(path.parent / DIGEST) and not difference(path, path.parent / DIGEST)
-  if as_written:  # A kill between the two writes leaves a log without a digest, not a wrong one.
+  if as_written:  # Otherwise a kill between the two writes would leave a wrong digest.
     (path.parent / DIGEST).unlink()
   with replacing(path, "w") as file:
     file.write(text)
@@ -76,9 +77,10 @@ def _describe(text: str) -> dict:
 
 
 def difference(path: epath.Path, digest_path: epath.Path) -> str:
-  """Says how a log differs from what its digest says; "" if it begins as it was written.
+  """Describes how a log differs from its digest; "" if it does not differ.
 
-  Lines may follow that were written after the digest.
+  The digest covers the first lines of the log. Later lines were written after the digest, and are
+  not checked.
 
   Raises:
     UserError: the file of the digest is damaged.
@@ -90,20 +92,20 @@ def difference(path: epath.Path, digest_path: epath.Path) -> str:
   if len(content) < size:
     return f"has {len(content):,} bytes, {size:,} were written"
   changed = hashlib.sha256(content[:size]).hexdigest() != expected["sha256"]
-  return "has another content than was written" if changed else ""
+  return "differs from what was written" if changed else ""
 
 
 class MetricsLog:
   """Writes `folder/metrics.jsonl`.
 
-  A killed run has logged steps after its last checkpoint. The resumed run computes them again; the
-  log keeps the first losses in memory and compares them bit for bit.
+  A killed run has logged steps after its last checkpoint, which the resumed run computes again. The
+  log keeps the earlier losses in memory and checks that the new losses are bitwise equal.
 
-  On a disk every line is appended. Objects in a bucket cannot be appended to: there the whole file
-  is written from time to time and at `flush`.
+  On a disk every line is appended. Objects in a GCS bucket cannot be appended to, so there the
+  whole file is rewritten periodically and by `flush`.
 
-  Before a checkpoint is written, a digest of the log is. A resumed run whose log is missing, cut or
-  changed says so and goes on: its steps do not depend on the log.
+  A digest of the log is written before each checkpoint. If the log of a resumed run is missing, cut
+  or changed, the run prints a warning and continues, because its steps do not depend on the log.
   """
 
   def __init__(
@@ -114,18 +116,18 @@ class MetricsLog:
     digest_folder: epath.PathLike | None = None,
     every: int = 1,
   ):
-    """Opens the file, without the lines that a resumed run computes again.
+    """Opens the file and removes the lines of steps that a resumed run computes again.
 
     Args:
-      folder: gets the file.
-      resumed_at: step of the restored checkpoint; lines of later steps are removed. None: a new
+      folder: receives the file.
+      resumed_at: step of the restored checkpoint. Lines of later steps are removed. None: a new
         run.
-      enabled: whether this process reads and writes; one process of a run does.
-      digest_folder: gets the file of the digest; default: `folder`.
+      enabled: whether this process reads and writes the log; True in one process of a run.
+      digest_folder: receives the file of the digest; None: `folder`.
       every: largest number of steps between two lines.
 
     Raises:
-      UserError: a line before the last one is damaged.
+      UserError: a line other than the last line is damaged.
     """
     self.path, self.enabled = epath.Path(folder) / LOG, enabled
     self._digest_path = epath.Path(digest_folder or folder) / DIGEST
@@ -137,16 +139,16 @@ class MetricsLog:
     }
     self._text = "".join(json.dumps(line) + "\n" for line in old if line["step"] <= resumed_at)
     if resumed_at is not None and not self._expected:
-      self._text += self._resume_event(resumed_at)  # Nothing to compare is an outcome too.
+      self._text += self._resume_event(resumed_at)  # There are no losses to compare.
     self._appends = "://" not in os.fspath(self.path)
     if enabled and resumed_at is not None:
       self._warn_of_difference(resumed_at, every)
-    if enabled:  # The digest is that of the log before.
+    if enabled:  # The digest describes the log before this start.
       self._digest_path.unlink(missing_ok=True)
     self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
-    """Writes one line, `step` first; values are floats, ints or strings."""
+    """Writes one line with `step` and `values`, which are floats, ints or strings."""
     if not self.enabled:
       return
     expected = self._expected.pop(step, None) if "loss" in values else None
@@ -167,22 +169,22 @@ class MetricsLog:
       self.flush()
 
   def flush(self) -> None:
-    """Returns when every line is stored; called before a checkpoint counts."""
+    """Stores every line and the digest. Called before a checkpoint is sealed."""
     if self.enabled and not self._appends:
       self._rewrite()
     self.seal()
 
   def seal(self) -> None:
-    """Stores the digest of the lines on a disk; called before a checkpoint is written.
+    """Stores the digest of a log on a disk. Called before a checkpoint is written.
 
-    In a bucket `flush` does it.
+    In a GCS bucket, `flush` stores the digest.
     """
     if self.enabled and self._appends:
-      sync(self.path)  # After a power loss the digest must not be of lines that are lost.
+      sync(self.path)  # After a power loss the digest must not cover lines that are lost.
       write_json(self._digest_path, {"bytes": self._size, "sha256": self._sha256.hexdigest()})
 
   def _warn_of_difference(self, resumed_at: int, every: int) -> None:
-    """Prints how the log differs from what the run wrote, or that it has no digest."""
+    """Prints a warning if the log differs from what the run wrote, or if it has no digest."""
     last = max((line["step"] for line in self.before if "event" not in line), default=0)
     if exists(self._digest_path):
       wrong = difference(self.path, self._digest_path)
@@ -192,12 +194,12 @@ class MetricsLog:
       wrong = f"ends with step {last:,}"
     else:
       wrong = ""
-      print(f"{self.path} is of an earlier version, without a digest: it is read as it is.")
+      print(f"{self.path} is from an earlier version and has no digest, so it is not verified.")
     if wrong:
       print(
         f"warning: {self.path} {wrong}: curves and goodput of the steps up to {resumed_at:,} "
-        "are wrong or have gaps. The training does not depend on them and goes on; to mend them, "
-        "restore the file from a copy and start again.",
+        "are wrong or have gaps. The training does not depend on them and continues; to repair "
+        "them, restore the file from a copy and start again.",
         flush=True,
       )
 

@@ -1,4 +1,4 @@
-"""Output of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
+"""Prints and logs a run while it trains: metrics, rates, goodput, held-out losses and traces."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -24,22 +24,23 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.training.watch.tensorboard_board import named_histograms
 from cm3leon_jax.training.watch.traces import Profiler
 
-IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
+IDLE_SECONDS = 5e-3  # If the metrics arrive within this time, the device was already idle.
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
-  """Formats the printed line of a step; `-` is a value that is not known (yet).
+  """Formats the printed line of a step. `-` replaces a value that is unknown.
 
     step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
-  Where samples were scored, `reward 0.812 spread 0.241 kl 0.013` stands in place of the loss. The
-  line of a step that was skipped ends with `| skipped`.
+  In reinforcement learning, `reward 0.812 spread 0.241 kl 0.013` replaces the loss. The line of a
+  skipped step ends with `| skipped`.
 
   Args:
-    step: its number.
+    step: number of the step.
     steps: number of steps of the run.
-    values: of the step's line in metrics.jsonl; the rates are of all steps since the line before.
+    values: values of the step's line in metrics.jsonl, but with rates over all steps since the
+      previous printed line.
     devices: number of devices of the mesh.
     left: seconds to the end of the run.
   """
@@ -59,16 +60,16 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
 
 
 def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float) -> list[str]:
-  """Formats the printed lines of an evaluation; the second one has the losses of sources, if any.
+  """Formats the printed lines of an evaluation. If rows have sources, a second line is added.
 
     step 40/60 | held-out loss 1.946 image 0.955 text 6.756 | goodput 44.7%
     step 40/60 | held-out by source: count 0.031 draw 2.014 pairs 1.946
 
   Args:
-    step: its number.
+    step: number of the step.
     steps: number of steps of the run.
     losses: result of `heldout.evaluate`.
-    share: goodput.
+    share: goodput, in [0, 1].
   """
   modalities, sources = split_by_source(losses)
   shown = [
@@ -81,14 +82,14 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
 
 
 def change_line(before: dict[str, float], after: dict) -> str:
-  """Formats what a tuning changed: the losses of sources, or, of rows without marks, by modality.
+  """Formats how tuning changed the held-out losses by source, or by modality without sources.
 
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
   Args:
     before: result of `heldout.evaluate` at step 0.
-    after: at the last step, among other numbers of the run. A source that it lacks, because fewer
-      rows were evaluated, is left out.
+    after: summary of the run, with the losses at the last step. A source without a loss there is
+      left out; this happens if fewer rows were evaluated.
   """
   after = {name: after[name] for name in before if name in after}
   pairs = [split_by_source(losses) for losses in (before, after)]
@@ -99,7 +100,7 @@ def change_line(before: dict[str, float], after: dict) -> str:
 
 
 def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-  """Splits held-out losses into those by modality and those by source, with short names.
+  """Splits held-out losses into losses by modality and losses by source, with short names.
 
   {"heldout_loss": 1.0, "heldout_image_loss": 2.0, "heldout_loss/draw": 3.0} ->
   {"loss": 1.0, "image": 2.0}, {"draw": 3.0}
@@ -117,7 +118,7 @@ def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[st
 class Monitor(Hook):
   """Logs metrics one step late, so that the host does not wait for the step that it just started.
 
-  It is a context manager around the loop; other hooks give it what they show:
+  It is a context manager around the loop. Other hooks measure and log through it:
 
     with monitor.phase("save", step):
       save(state)
@@ -131,27 +132,27 @@ class Monitor(Hook):
     """Combines the outputs that `open_monitor` opens.
 
     Args:
-      log: metrics.jsonl; nothing is printed on processes where it is not enabled.
-      watch: started at the start of the trainer.
-      rates: of the run.
+      log: metrics.jsonl. Processes where it is not enabled print nothing.
+      watch: a Stopwatch that was started together with the trainer.
+      rates: converts seconds to tokens per second and MFU.
       schedule: learning rate as a function of the step.
-      config: the TrainConfig: steps, log_every, max_skipped.
-      profiler: of the steps to trace.
-      boards: get curves, samples and histograms.
-      sources: names of the sources that the rows are marked with, whose losses are logged.
-      skipped: number of steps that earlier starts skipped.
+      config: provides steps, log_every, max_skipped and replay_every.
+      profiler: traces the chosen steps.
+      boards: receive curves, samples and histograms.
+      sources: names of the sources that rows are marked with. Their losses are logged.
+      skipped: number of steps that earlier starts have skipped.
     """
     self._skips = SkipCounter(config.max_skipped, skipped)
     self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
     self._logged: dict[str, float] = {}  # Seconds of the last goodput line.
-    # Step, metrics, and the seconds in steps at its end if its call returned after that.
+    # Pending step: (number, metrics, stopwatch reading if the step has already finished).
     self._pending: tuple[int, dict, float | None] | None = None
-    # Seconds by phase in which the last step may have been running.
+    # Phase -> seconds during which the last step may still have been running.
     self._overlapped: dict[str, float] = {}
-    self._ended = 0.0  # Seconds in steps up to the end of the last logged one.
-    # Weight, seconds and number of the steps with a rate since the last printed line.
+    self._ended = 0.0  # Stopwatch reading at the end of the last logged step.
+    # Weight, seconds and number of the steps since the last printed line.
     self._unprinted = (0.0, 0.0, 0)
     # First step that this start logged, and seconds of the loop until then.
     self._begin: tuple[int, float] | None = None
@@ -175,7 +176,11 @@ class Monitor(Hook):
 
   @contextlib.contextmanager
   def overlapped(self, name: str) -> Iterator[None]:
-    """Counts a body during which the device may work as `name` only if the device becomes idle."""
+    """Measures a body that runs while the device may work on a step.
+
+    Its time counts as phase `name` only if the device was idle at its end. Otherwise it counts as
+    time of the step.
+    """
     start = time.perf_counter()
     yield
     self._overlapped[name] = self._overlapped.get(name, 0.0) + time.perf_counter() - start
@@ -185,15 +190,16 @@ class Monitor(Hook):
   def traced(self, step: int) -> contextlib.AbstractContextManager[None]:
     """Returns the context in which `step` is dispatched.
 
-    A checked step returns when it is done, and the one before may wait for its fingerprint. So both
-    start after the step before them is logged: measured afterwards, it would have their time, too.
+    The call of a checked step, or of the step before it, may return only after the step has
+    finished. So the previous step is logged first. Otherwise its measured time would include the
+    time of this call.
     """
     if is_checked(self._config, step) or is_checked(self._config, step + 1):
       self.flush()
     return self._profiler.step(step, self.flush)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """Keeps the metrics of `step` and logs those of the previous step, see `Hook`."""
+    """See `Hook`. Keeps the metrics of `step` and logs the metrics of the previous step."""
     ended = self._in_steps() if _is_done(metrics) else None
     self._flush(halved=ended is not None)
     self._pending = (step, metrics, ended)
@@ -205,7 +211,7 @@ class Monitor(Hook):
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int) -> Iterator[None]:
-    """Waits for `step` and logs it; then counts the body, which needs its state, as `name`."""
+    """Waits for `step` and logs it; then counts the body as phase `name`."""
     self.flush()
     with self._watch.phase(name):
       if name == "save":
@@ -222,21 +228,21 @@ class Monitor(Hook):
         board.flush()
 
   def heldout(self, step: int, losses: dict[str, float]) -> None:
-    """Logs the held-out losses of `step`, see `heldout.evaluate`."""
+    """Logs and prints the held-out losses of `step`, see `heldout.evaluate`."""
     self._write(step, losses)
     share = goodput(self._watch.seconds())
     for line in heldout_lines(step, self._config.steps, losses, share):
       self._print(line)
 
   def logged_heldout(self, step: int) -> dict[str, float]:
-    """Returns the held-out losses that an earlier start logged at `step`; {} if there are none."""
+    """Returns the held-out losses that an earlier start logged at `step`, or {}."""
     lines = [line for line in self._log.before if line["step"] == step]
     return {
       name: value for line in lines for name, value in line.items() if name.startswith("heldout_")
     }
 
   def samples(self, step: int, sheet: Image.Image | None) -> None:
-    """Writes a grid of samples, a PIL image or None."""
+    """Writes a grid of samples to the boards; None is ignored."""
     if sheet is not None:
       for board in self._boards:
         board.samples(step, sheet)
@@ -249,7 +255,10 @@ class Monitor(Hook):
         board.histograms(step, histograms)
 
   def skipped_in_a_row(self) -> int:
-    """Waits for the last dispatched step, logs it, and returns how many were skipped up to it."""
+    """Returns the number of consecutive skipped steps up to the last dispatched step.
+
+    It waits for this step and logs it.
+    """
     self.flush()
     return self._skips.in_a_row
 
@@ -262,7 +271,7 @@ class Monitor(Hook):
     self._flush()
 
   def _flush(self, halved: bool = False) -> None:
-    """Does what `flush` does; see `_add_rates`."""
+    """Implements `flush`. `halved` is described in `_add_rates`."""
     if self._pending is None:
       return
     (step, metrics, ended), self._pending = self._pending, None
@@ -274,7 +283,7 @@ class Monitor(Hook):
       self._count_overlapped()
     self._overlapped.clear()
     left = self._add_rates(step, values, ended, halved)
-    # The schedule counts the steps that were taken.
+    # The optimizer's schedule does not count skipped steps.
     values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
     self._write(step, {**values, "time": round(time.time(), 3)})
     shown = step % self._config.log_every == 0 or values.get("skipped")
@@ -289,13 +298,14 @@ class Monitor(Hook):
   def _add_rates(self, step: int, values: dict, ended: float | None, halved: bool) -> float | None:
     """Adds the rates of a step to `values` and returns the seconds to the end of the run.
 
-    The first step of a start has no rates, and returns None.
+    The first step of a start, which includes compilation, has no rates; the result is then None.
 
     Args:
-      step: its number.
-      values: of its line.
-      ended: seconds in steps at its end; None: it ended now.
-      halved: whether, if `ended` is None, the next step has ended too: each has half of the time.
+      step: number of the step.
+      values: values of the step's line in metrics.jsonl.
+      ended: reading of `_in_steps` at the end of the step; None: the step has ended just now.
+      halved: if True and `ended` is None, the next step has also ended. Each of the two steps then
+        gets half of the time.
     """
     if ended is None:
       ended = (self._ended + self._in_steps()) / 2 if halved else self._in_steps()
@@ -311,7 +321,7 @@ class Monitor(Hook):
     return (loop - self._begin[1]) / (step - self._begin[0]) * (self._config.steps - step)
 
   def _in_steps(self) -> float:
-    """Returns the seconds in steps, with the waits for data."""
+    """Returns the seconds spent in steps and in waits for data."""
     phases = self._watch.seconds()
     return phases["step"] + phases["data"]
 
@@ -332,7 +342,7 @@ class Monitor(Hook):
 
 
 def _is_done(metrics: dict) -> bool:
-  """Returns whether the step has ended that returned these metrics."""
+  """Returns whether the step that computes these metrics has finished."""
   return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
 
 
@@ -344,14 +354,14 @@ def open_monitor(
   """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
 
   Args:
-    folder: gets metrics/, tensorboard/ and profile/.
-    model: of the decoder.
-    config: the TrainConfig.
+    folder: receives metrics/, tensorboard/ and profile/.
+    model: config of the decoder.
+    config: the config of the run.
     schedule: learning rate as a function of the step.
-    sequence_length: tokens of a row.
+    sequence_length: number of tokens in a row.
     newest: step of the restored checkpoint; None: a new run.
-    watch: started at the start of the trainer.
-    profile_steps: see `traces.parse_steps`.
+    watch: a Stopwatch that was started together with the trainer.
+    profile_steps: steps to trace, see `traces.parse_steps`.
     sources: see `Monitor`.
   """
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
@@ -364,11 +374,11 @@ def open_monitor(
     devices.size,
     flops.mesh_peak(config.peak_flops),
   )
-  first = 0 if newest is None else newest + 1  # Step 0 is an evaluation before the first step.
+  first = 0 if newest is None else newest + 1  # Step 0 is the evaluation before the first step.
   boards = open_boards(folder, config, first, watch) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(
-      f"train: the run is at step {newest:,} already, beyond the steps to trace; "
+      f"train: the run is already at step {newest:,}, beyond the steps to trace; "
       "there will be no trace.",
       flush=True,
     )

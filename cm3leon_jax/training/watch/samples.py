@@ -1,4 +1,4 @@
-"""Grids of samples that a run makes while it trains."""
+"""Samples grids of images while a run trains."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 class SampleGrids(Hook):
-  """Makes a grid of samples every `sample_every` steps, and of the last step of the run."""
+  """Makes a grid of samples every `sample_every` steps and after the last step of the run."""
 
   def __init__(
     self,
@@ -19,12 +19,13 @@ class SampleGrids(Hook):
     monitor: Monitor,
     sample_grid: Callable[[dict, int], Image.Image | None] | None = None,
   ):
-    """Prepares it.
+    """Creates the hook.
 
     Args:
-      config: of the run.
-      monitor: of the run.
-      sample_grid: (params, step) -> grid, a PIL image or None; None: no grids are made.
+      config: the config of the run.
+      monitor: receives the grids.
+      sample_grid: (params, step) -> grid, a PIL image or None. If `sample_grid` is None, grids are
+        not made.
     """
     self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
 

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, grids of samples, histograms of parameters."""
+"""Writes scalars, grids of samples and histograms of parameters to TensorBoard."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
-BUCKETS = 30  # Of a histogram, between its smallest and largest value.
+BUCKETS = 30  # Number of equal intervals between the smallest and the largest value.
 SCALARS = (
   "loss",
   "image_loss",
@@ -32,11 +32,11 @@ SCALARS = (
 
 
 def curves(values: dict) -> dict[str, float]:
-  """Returns the curves of a metrics line by their tags.
+  """Selects the values of a metrics line that are shown as curves, and renames them.
 
   {"loss": 2.5, "weight": 8.0, "heldout_image_loss": 1.5} ->
   {"train/loss": 2.5, "heldout/image_loss": 1.5}
-  {"loss/draw": 2.1, "heldout_loss/draw": 2.0} stays as it is.
+  {"loss/draw": 2.1, "heldout_loss/draw": 2.0} is returned unchanged.
   """
   heldout = {
     f"heldout/{k.removeprefix('heldout_')}": x
@@ -48,24 +48,26 @@ def curves(values: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-  """Writes event files; a folder in a bucket needs google-cloud-storage, which comes with gcsfs."""
+  """Writes event files. A folder in a GCS bucket needs google-cloud-storage, a part of gcsfs."""
 
   def __init__(self, folder: epath.PathLike, first_step: int, settings: dict | None = None):
     """Opens an event file.
 
     Args:
-      folder: of the run's event files; every start adds one.
-      first_step: of this start; events of earlier starts from this step on are hidden.
-      settings: shown as the text `config`, a line a field.
+      folder: folder of the run's event files; every start adds one file.
+      first_step: first step of this start. TensorBoard hides events of earlier starts from this
+        step on.
+      settings: shown as the text `config`, one line per field.
 
     Raises:
-      ImportError: tensorboardX, or what it needs for this folder, is not installed.
+      ImportError: tensorboardX, or google-cloud-storage for a GCS bucket, is not installed.
     """
-    import tensorboardX  # An extra: the project works without it.
+    import tensorboardX  # An optional dependency.
 
     if os.fspath(folder).startswith("gs://"):
-      importlib.import_module("google.cloud.storage")  # tensorboardX would fail later, without it.
-    # File names have a resolution of a second; an existing file would be overwritten.
+      importlib.import_module("google.cloud.storage")  # Otherwise tensorboardX would fail later.
+    # The suffix makes file names unique. Their time stamp has a resolution of one second, and an
+    # existing file would be overwritten.
     suffix = f".{os.getpid()}.{first_step}"
     self._writer = tensorboardX.SummaryWriter(
       os.fspath(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS, filename_suffix=suffix
@@ -90,7 +92,7 @@ class TensorBoard:
       self._writer.add_histogram_raw(f"params/{name}", **fields, global_step=step)
 
   def flush(self) -> None:
-    """Writes what is still in memory."""
+    """Writes buffered events."""
     self._writer.flush()
 
   def close(self) -> None:
@@ -100,13 +102,15 @@ class TensorBoard:
 
 @jax.jit
 def tree_histograms(params: dict) -> dict:
-  """Computes a histogram of every parameter, over all its layers.
+  """Computes a histogram of each parameter, over all layers together.
 
-  Only comparisons and sums over whole arrays, which are local to the shards of any layout.
+  It uses only comparisons and sums over whole arrays, which work for any sharding without
+  gathering the arrays.
 
   Returns:
-    The same tree with, for each parameter, the fp32 scalars min, max, num, sum and sum_squares, and
-    [BUCKETS] fp32 bucket_limits (upper ends of equal buckets) and bucket_counts (exact up to 2^24).
+    A tree with a dict for each parameter: the fp32 scalars min, max, num, sum and sum_squares, and
+    [BUCKETS] fp32 bucket_limits (upper ends of intervals of equal width) and bucket_counts (exact
+    up to 2^24).
   """
 
   def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
@@ -124,7 +128,10 @@ def tree_histograms(params: dict) -> dict:
 
 
 def named_histograms(params: dict) -> dict[str, dict]:
-  """Returns `tree_histograms` on the host by names like `blocks/up`. All processes must call it."""
+  """Returns `tree_histograms` on the host, keyed by names such as `blocks/up`.
+
+  All processes must call it.
+  """
   histograms = jax.device_get(tree_histograms(params))
   leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

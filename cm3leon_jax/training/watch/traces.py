@@ -1,4 +1,4 @@
-"""Traces of chosen steps, for XProf and TensorBoard's profile plugin."""
+"""Traces chosen steps for XProf and TensorBoard's profile plugin."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -16,7 +16,7 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str, steps: int) -> range:
-  """Parses the steps to trace, both ends included; empty text means none.
+  """Parses the steps to trace, including both ends. Empty text means an empty range.
 
     parse_steps("10:13", 100) == range(10, 14)
 
@@ -25,7 +25,8 @@ def parse_steps(text: str, steps: int) -> range:
     steps: length of the run.
 
   Raises:
-    UserError: no such pair, steps outside of the run, or a profiler that would end the process.
+    UserError: `text` is not such a pair, the steps are outside of the run, or the profiler of
+      libtpu would crash the process.
   """
   if not text:
     return range(0)
@@ -35,7 +36,7 @@ def parse_steps(text: str, steps: int) -> range:
       f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, "
       f"with 1 <= FIRST <= LAST <= train.steps = {steps}."
     )
-  # The profiler of libtpu is loaded even then; one of another version than jax's crashes.
+  # libtpu's profiler is loaded even on other devices. If its version is not jax's, it crashes.
   platforms = (jax.config.jax_platforms or "tpu").split(",")
   if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
     backend = jax.default_backend()
@@ -47,9 +48,10 @@ def parse_steps(text: str, steps: int) -> range:
 
 
 class Profiler:
-  """Writes one trace (xplane) of a range of steps into `folder`; without steps it does nothing.
+  """Writes one trace (xplane) of a range of steps into `folder`. An empty range does nothing.
 
-  The profiler cannot write to a bucket: the trace is collected on the local disk and then copied.
+  The profiler cannot write to a GCS bucket, so the trace is collected on the local disk and then
+  copied.
   """
 
   def __init__(self, folder: epath.PathLike, steps: range):
@@ -72,7 +74,10 @@ class Profiler:
       yield
 
   def ends_with(self, step: int) -> bool:
-    """Returns whether a running trace ends with `step`: wait for the step, then call `stop`."""
+    """Returns whether a running trace ends with `step`.
+
+    If it does, wait for the step, then call `stop`.
+    """
     return self._collected is not None and step >= self._steps[-1]
 
   def stop(self) -> None:

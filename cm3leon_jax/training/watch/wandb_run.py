@@ -1,4 +1,4 @@
-"""Weights & Biases: the same curves and images as in TensorBoard."""
+"""Logs the same curves and images to Weights & Biases as to TensorBoard."""
 
 import os
 import uuid
@@ -14,28 +14,29 @@ from cm3leon_jax.training.watch.tensorboard_board import curves
 class WandbRun:
   """One run of Weights & Biases for all starts of a training; `folder/wandb.json` holds its id.
 
-  It ignores a step that it already has, so steps that a resumed training computes again occur once.
+  Weights & Biases ignores a step that it already has. So a step that a resumed training computes
+  again is logged only once.
   """
 
   def __init__(self, folder: epath.PathLike, project: str, settings: dict):
     """Starts or continues the run.
 
-    The environment variables of wandb count, such as WANDB_ENTITY, WANDB_TAGS and WANDB_NAME.
+    wandb's environment variables apply, such as WANDB_ENTITY, WANDB_TAGS and WANDB_NAME.
 
     Args:
-      folder: of the training; a local folder also gets wandb's own files, in wandb/. The name of
-        the folder above it is that of the run, unless WANDB_NAME has one.
-      project: on the server, PROJECT or ENTITY/PROJECT; an entity is a user or a team.
+      folder: the folder of the training. If it is local, wandb writes its files to `folder/wandb/`.
+        The run is named WANDB_NAME or, by default, after the parent of `folder`.
+      project: PROJECT or ENTITY/PROJECT; an entity is a user or a team.
       settings: shown as the config of the run.
 
     Raises:
       ImportError: wandb is not installed.
-      Exception: of wandb, if no login or no server is there.
+      Exception: wandb has no login or does not reach its server.
     """
-    import wandb  # An extra: only config.train.wandb needs it.
+    import wandb  # An optional dependency, needed only for config.train.wandb.
 
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
-    name = None  # A run that exists keeps the name that people gave it.
+    name = None  # An existing run keeps its name, which users may have changed.
     if new := not path.exists():
       name = os.environ.get("WANDB_NAME") or epath.Path(folder).parent.name
     found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path, {"id": str})
@@ -70,8 +71,8 @@ class WandbRun:
     self._run.log(logged, step=step)
 
   def flush(self) -> None:
-    """Does nothing: wandb sends what it gets."""
+    """Does nothing, because wandb sends values without a flush."""
 
   def close(self) -> None:
-    """Ends the run."""
+    """Finishes the run."""
     self._run.finish()

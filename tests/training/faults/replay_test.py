@@ -343,7 +343,7 @@ def assert_replicas_are_compared(trainer, unknown):
   for seed, kind in enumerate(faults_replay.REPLICAS):
     found = trainer.trial(kind, np.random.default_rng([7, seed]))
     assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
-    assert "step 5 reads replicas that are not equal, but were at step 0" in found["sentence"]
+    assert "step 5 reads replicas that are not equal but were equal at step 0" in found["sentence"]
     assert ("is unknown" in found["sentence"]) is unknown
   found = trainer.trial("none", np.random.default_rng(7))
   assert (found["found"], found["recovered"]) == (False, True)

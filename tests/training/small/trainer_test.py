@@ -193,7 +193,7 @@ def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, 
   [
     (lambda path: path.unlink(), "is missing"),
     (lambda path: path.write_text(""), "has 0 bytes"),
-    (lambda path: path.write_text(path.read_text().replace(".", ".1", 1)), "has another content"),
+    (lambda path: path.write_text(path.read_text().replace(".", ".1", 1)), "differs from what"),
   ],
 )
 def test_a_log_that_is_not_as_it_was_written_is_named(tmp_path, whole, capsys, damage, sentence):

@@ -91,7 +91,8 @@ def test_an_absent_tensorboard_is_a_line_of_a_new_run_only(tmp_path, watch, caps
   off = TrainConfig(tensorboard=False)
   assert open_boards(epath.Path(tmp_path), off, 0, watch) == []
   assert capsys.readouterr().out == (
-    f"train: no TensorBoard, metrics.jsonl has all curves: {install('monitoring')}, or set "
+    "train: tensorboardX is not installed, but metrics.jsonl has all curves: "
+    f"{install('monitoring')}, or set "
     "--config.train.tensorboard=False.\n"
   )
 

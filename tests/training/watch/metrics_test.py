@@ -124,8 +124,8 @@ CHANGES = {
   "missing": (lambda path: path.unlink(), "is missing"),
   "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
   "cut": (lambda path: path.write_bytes(path.read_bytes()[:50]), "has 50 bytes, 100 were written"),
-  "a line gone": (lambda path: change(path, lambda x: [x[0], *x[2:]]), "has another content"),
-  "a line twice": (lambda path: change(path, lambda x: [x[0], *x]), "has another content"),
+  "a line gone": (lambda path: change(path, lambda x: [x[0], *x[2:]]), "differs from what"),
+  "a line twice": (lambda path: change(path, lambda x: [x[0], *x]), "differs from what"),
   "lines swapped": (lambda path: change(path, lambda x: [x[1], x[0], *x[2:]]), "has another con"),
   "a digit": (lambda path: change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]]), "has an"),
 }
@@ -177,7 +177,7 @@ def test_a_rollback_does_not_make_a_changed_log_right(tmp_path, capsys):
   change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]])
   metrics.cut_log(tmp_path, 2)
   MetricsLog(tmp_path, resumed_at=2)
-  assert "has another content than was written" in capsys.readouterr().out
+  assert "differs from what was written" in capsys.readouterr().out
 
 
 def test_a_process_that_does_not_write_says_nothing(tmp_path, capsys):
