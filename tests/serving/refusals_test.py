@@ -211,7 +211,7 @@ CHAT_FIELDS = [
     "max_completion_tokens",
     "max_completion_tokens is 2000; after this message there is room for 106.",
   ),
-  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or of a size from"),
+  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or from 1e-20"),
 ]
 
 
