@@ -18,7 +18,7 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
 
 DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
-# Place of the next token in a DOCUMENT, outside of images.
+# Values of `place`: where the next token of a DOCUMENT is if it is not in an image.
 SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 
@@ -41,7 +41,7 @@ class Part(NamedTuple):
   """
 
   kind: int
-  count: int = 0  # type: ignore[assignment]  # It hides `tuple.count`, which is not used.
+  count: int = 0  # type: ignore[assignment]  # The field hides `tuple.count`.
   place: int = 0
 
   @property

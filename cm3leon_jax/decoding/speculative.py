@@ -111,7 +111,7 @@ def _read_drafts(
   tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
   after = loop.next_positions[:, None] + jnp.arange(window - 1)[None]
   positions = jnp.concatenate([loop.positions[:, None], after], axis=1)
-  # Drafts after the end of the image may exceed the largest position. They are never accepted.
+  # Clip the positions of drafts after the end of the image. Such drafts are never accepted.
   positions = jnp.minimum(positions, config.max_positions - 1)
   masks = []
   for s, seen in enumerate(loop.seen):
@@ -224,7 +224,7 @@ def _accept(
     return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
   now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
-  now = [shard(now[:, i], "batch") for i in range(3)]  # `Grammar.start` has the reason.
+  now = [shard(now[:, i], "batch") for i in range(3)]  # `Grammar.start` explains this `shard`.
   holds, tokens = verify(now[0], w.drafts, w.odds, p)
   taken = jnp.minimum(holds + 1, codes - w.done)
   again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[1], p)

@@ -104,8 +104,9 @@ def _candidates(asked: int, compiled: int) -> int:
 def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   """Returns a bucket that can hold any request with S streams.
 
-  `own` is the `bucket_of` one such request. The first stream may use all positions. The second stream holds an image, a sentinel for each row
-  of a box, and the text before an image to edit. The third stream is the unconditional prompt.
+  `own` is the `bucket_of` one such request. The first stream may use all positions. The second
+  stream holds an image, a sentinel for each row of a box, and a few words of an edit. The third
+  stream is the unconditional prompt.
   """
   image = config.image_tokens
   second = batch_lib.bucket_length(image + math.isqrt(image) + 2 * batch_lib.BUCKET)

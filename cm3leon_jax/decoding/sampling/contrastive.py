@@ -1,6 +1,6 @@
 """Implements contrastive decoding (CD-K; CM3Leon, section 3.1)."""
 
-# B rows, V vocabulary (or the part of it that is legal).
+# B rows, V vocabulary (all ids, or only image codes).
 
 from typing import Any, NamedTuple
 

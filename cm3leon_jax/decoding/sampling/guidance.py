@@ -1,6 +1,6 @@
 """Implements classifier-free guidance: weights of streams, schedules, and combined logits."""
 
-# B rows, S guidance streams, I tokens of an image, V vocabulary (or the part of it that is legal).
+# B rows, S guidance streams, I tokens of an image, V vocabulary (all ids, or only image codes).
 
 import jax
 import jax.numpy as jnp

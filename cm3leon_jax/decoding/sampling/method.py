@@ -1,6 +1,6 @@
 """Defines the interface of sampling methods. Each method is one object in a separate file."""
 
-# B rows, V vocabulary (or the part of it that is legal), P prompts, N samples of a prompt.
+# B rows, V vocabulary (all ids, or only image codes), P prompts, N samples of a prompt.
 
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple

@@ -1,6 +1,6 @@
 """Samples the next token of each row of a batch from logits, with settings per row."""
 
-# B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
+# B rows, V vocabulary (all ids, or only image codes), C candidates that top-k keeps.
 
 import collections
 from collections.abc import Hashable, Sequence

@@ -1,6 +1,6 @@
 """Implements top-k and top-p (nucleus) sampling. Texts are always sampled with this method."""
 
-# B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
+# B rows, V vocabulary (all ids, or only image codes), C candidates that top-k keeps.
 
 import functools
 from typing import Any, NamedTuple
