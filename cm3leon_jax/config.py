@@ -52,7 +52,7 @@ def printable(text: str) -> str:
 
 
 def short(value: Any, most: int = 80) -> str:
-  """Returns `repr(value)`, cut after `most` characters. It never raises for a value too long."""
+  """Returns `repr(value)`, cut after `most` characters, or a description if `repr` fails."""
   try:
     text = without_addresses(repr(value))
   except (ValueError, RecursionError):  # An int with too many digits, or deeply nested values.

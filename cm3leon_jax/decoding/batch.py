@@ -96,7 +96,7 @@ class Batch(NamedTuple):
   Attributes:
     prompts: prompts of all streams.
     control: arrays that control how the samples are generated.
-    widths: number of prompt entries that each stream needs, counted from the end.
+    widths: for each stream, the number of prompt entries that its cache keeps; see `stream_widths`.
     max_new_tokens: largest number of generated tokens of a sample.
   """
 
@@ -120,8 +120,8 @@ def make_batch(
   """Makes the arrays of requests that have the same number of streams.
 
   `requests`, `seeds` and `methods` have one element per sample. Requests are repeated to fill the
-  batch, whose size is `rounded`. `multiple` is the number of devices over which the batch is
-  sharded.
+  batch, whose size is a result of `rounded`. `multiple` is the number of devices over which the
+  batch is sharded.
   """
   rows = [i % len(requests) for i in range(rounded(len(requests), multiple))]
   repeated = [requests[i] for i in rows]
@@ -265,7 +265,7 @@ def _unique_of_shards(
 
 
 def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:
-  """Returns the index of each prompt in the unique prompts, and the unique prompts in order."""
+  """Returns (index of each prompt in the unique prompts, unique prompts in order of appearance)."""
   numbers: dict[bytes, int] = {}
   unique: list[Tokens] = []
   for prompt in prompts:
@@ -275,9 +275,10 @@ def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[To
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
-  """Returns the number of prompt entries that each stream needs, counted from the end.
+  """Returns, for each stream, the number of prompt entries that its cache must keep.
 
-  A stream with short prompts then gets a short cache.
+  These are the last entries, since prompts are padded on the left. A stream with short prompts gets
+  a short cache.
   """
   prefixed = np.zeros(len(prompts.prefix_of), bool)
   if prompts.prefixes is not None:

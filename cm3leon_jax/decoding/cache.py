@@ -146,7 +146,7 @@ def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute
 
 
 def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size) -> Layers:
-  """Gathers cache rows (see `local_rows`), keeps the last `kept` entries, pads to `capacity`."""
+  """Gathers cache rows (see `local_rows`), keeps their last `kept` entries, pads to `capacity`."""
 
   def take(x: Shaped[Array, "R N T H"]) -> Shaped[Array, "rows N kept H"]:
     return local_rows(x[:, :, x.shape[2] - kept :], index)

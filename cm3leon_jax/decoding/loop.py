@@ -1,4 +1,4 @@
-"""Implements the decoding loop: a prefill that reads shared prompts once, then cached steps."""
+"""Implements the decoding loop: prefill reads shared prompts once, then steps use the cache."""
 
 # B samples, S guidance streams, R = B x S rows, U unique prompts, U0 shared prefixes, G tokens to
 # generate, T cache entries, L new tokens of one pass, D width, N heads, H head size, V vocabulary,
@@ -270,9 +270,9 @@ def decode_step(
 ) -> LoopState:
   """Reads the last token of every row and samples the next token of every sample.
 
-  `control` is sharded over the batch, and the caches of `loop` have a free entry. `counts` is the
-  number of tokens that each sample has so far; None means `loop.count` for all samples. It selects
-  the random numbers of the step.
+  `control` is sharded over the batch, and the caches of `loop` must have a free entry. `counts` is
+  the number of tokens that each sample has so far; None means `loop.count` for all samples. The
+  random numbers of a sample depend only on its key and its count.
   """
   streams = control.guidance.shape[2]
 

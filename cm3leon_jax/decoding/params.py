@@ -68,9 +68,9 @@ def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
 
 
 def head_axis(rows: int) -> str | None:
-  """Returns the logical axis over which `rows` output-table rows are sharded.
+  """Returns the logical axis over which an output table with `rows` rows is sharded.
 
-  It is "vocab" if the mesh axis of "vocab" divides the number of rows, and None otherwise.
+  The axis is "vocab" if the devices of this axis divide the rows evenly, and None otherwise.
   """
   devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
   return None if rows % devices else "vocab"
@@ -81,7 +81,7 @@ def _at(tree: PyTree, i: int) -> PyTree:
 
 
 def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
-  """Prepares the parameters of one layer, which have the compute dtype; see `prepare`."""
+  """Prepares the parameters of one layer, already in the compute dtype; see `prepare`."""
   if dtype == "int8":
     layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
   return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}

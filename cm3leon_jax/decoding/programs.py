@@ -35,7 +35,7 @@ class Static(NamedTuple):
     grammar: grammar that restricts the next tokens.
     sampler: compiled sampling settings.
     cache_dtype: one of `cache.DTYPES`.
-    widths: number of prompt entries in the cache of each stream, counted from the prompt's end.
+    widths: for each stream, the number of last prompt entries that its cache keeps.
     max_new_tokens: largest number of generated tokens of a sample.
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.

@@ -68,7 +68,7 @@ class Bucket(NamedTuple):
     )
 
   def _compiled_as(self, other: "Bucket", sampler: Sampler) -> bool:
-    """Returns whether the buckets differ only in sizes, assuming that this one has `sampler`."""
+    """Returns whether both buckets would differ only in sizes if this bucket had `sampler`."""
     names = ("widths", "max_new_tokens", "capacities")
     sizes = {name: getattr(other.static, name) for name in names}
     streams = len(self.static.widths), len(other.static.widths)
@@ -136,9 +136,9 @@ def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:
 
 
 def new_tokens_bucket(length: int, image: int) -> int:
-  """Rounds a number of generated tokens up to the number of an image, halved or doubled repeatedly.
+  """Rounds a number of generated tokens up to `image` times a power of two, such as 1/2, 1 or 2.
 
-  `image` is the number of codes of an image + 1, for its end token.
+  `image` is the number of tokens of an image, including its end token.
 
   >>> [new_tokens_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)]
   [33, 33, 65, 65, 130, 260]

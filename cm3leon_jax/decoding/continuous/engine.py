@@ -15,7 +15,7 @@ from cm3leon_jax.mesh import batch_shards
 
 
 class NoFreeSlot(Exception):
-  """No free slot: batches for this request are full, and no new batch can be made yet."""
+  """No slot is free for a request, and no batch can be made for it yet; step and try again."""
 
 
 class StepFailed(Exception):
@@ -55,7 +55,7 @@ class ContinuousGenerator:
     """Creates an engine. Nothing is compiled or allocated before the first step.
 
     Args:
-      generator: a generator in a job of one process. Each call makes its mesh the current mesh.
+      generator: a generator in a job of one process. The methods make its mesh the current mesh.
       slots: number of slots of a running batch, a multiple of the number of devices over which a
         batch is sharded.
       chunk: usual number of steps per call of `step`.

@@ -18,7 +18,7 @@ OTHERS: tuple[TokenMethod, ...] = tuple(
 
 
 def settings_of_codes(*, unconditional: bool) -> tuple[str, ...]:
-  """Returns the fields of SamplingConfig that tasks with generated image codes read.
+  """Returns the fields of SamplingConfig that a task reads if it generates image codes.
 
   Guidance fields are not included, because they depend on the streams. `unconditional` is whether
   the task may have an unconditional stream.
