@@ -175,7 +175,7 @@ def _code(number: int) -> int:
 
 
 def _hear(reading: int, seconds: float) -> None:
-  """Starts a timer of `seconds` that ends the process for each signal; runs in a thread."""
+  """Waits for signals; each starts a timer that ends the process after `seconds`."""
   while True:
     number = os.read(reading, 1)[0]
     if signal.getsignal(number) is _note:

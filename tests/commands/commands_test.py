@@ -230,7 +230,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--workdir=w"],
       "",
-      "w/train/config.json does not exist: name the workdir of a run, in which ",
+      "w/train/config.json does not exist: name the workdir of a run in which ",
     ),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
