@@ -150,9 +150,9 @@ def stop_together() -> None:
 
   If one process exits, the other processes fail with an error. So all processes exit with the same
   code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after a second Ctrl-C,
-  this process exits without the others. A thread then ends it, because Python runs no signal
-  handler while the process waits for another process in native code. A caller of `asked_to_stop`
-  must handle the signal that it returns.
+  this process exits without the others. A thread ends the process, because Python runs no signal
+  handler while the process waits for another process in native code. If `asked_to_stop` returns an
+  exit code, its caller must end the process.
   """
   reading, writing = os.pipe()
   os.set_blocking(writing, False)

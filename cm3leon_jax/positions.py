@@ -32,8 +32,8 @@ def positions_of(
   image code. Position 0 of a unit is the token after the last `<break>` or `</s>` before its first
   image code. That token is the first code itself, or the sentinel that replaces the first codes.
   Without such a separator, position 0 is the unit's first token. A unit without image codes
-  continues the positions of the previous unit; the first unit then starts at 0. An aligned position
-  is never larger than the token's index.
+  continues the positions of the previous unit, or starts at 0 if it is the first unit. An aligned
+  position is never larger than the token's index.
   """
   tokens = np.asarray(tokens)
   positions = np.arange(len(tokens), dtype=np.int32)

@@ -179,7 +179,7 @@ def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list
 
 
 def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
-  """Pads prompts on the left to `length`; 0 means the longest prompt, rounded up to BUCKET."""
+  """Pads prompts on the left to `length`, or to the `bucket_length` of the longest prompt if 0."""
   length = length or bucket_length(max(len(p) for p in prompts))
   shape = (len(prompts), length)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
