@@ -11,7 +11,7 @@ __all__ = ["CM3Leon", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a public name when it is first used, so that `import cm3leon_jax` is light."""
+  """Imports a public name at its first use, so that `import cm3leon_jax` is fast."""
   if name == "CM3Leon":
     from cm3leon_jax.api import CM3Leon
 

@@ -1,4 +1,4 @@
-"""`cm3leon COMMAND FLAGS`, or `python -m cm3leon_jax COMMAND FLAGS`."""
+"""Runs `cm3leon COMMAND FLAGS`, or `python -m cm3leon_jax COMMAND FLAGS`."""
 
 import ast
 import difflib
@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parent / "commands"
 
 
 def overview() -> str:
-  """Returns the usage and the first docstring line of each command, without importing it."""
+  """Returns the usage and each command's summary line, without importing the commands."""
   width = max(map(len, COMMANDS))
   lines = ["usage: cm3leon COMMAND --config=NAME_OR_FILE --workdir=FOLDER [FLAGS]", ""]
   for name in COMMANDS:
@@ -23,13 +23,13 @@ def overview() -> str:
 
 
 def start(name: str) -> None:
-  """Runs a command with the flags of `sys.argv`, as `python -m cm3leon_jax.commands.NAME` would."""
+  """Runs a command with the flags in `sys.argv`, like `python -m cm3leon_jax.commands.NAME`."""
   sys.argv[0] = f"cm3leon {name}"
   runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
-  """Runs the command that `sys.argv` names."""
+  """Runs the command that `sys.argv[1]` names."""
   name, *flags = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "help"):
     print(overview())

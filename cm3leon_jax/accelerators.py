@@ -1,4 +1,4 @@
-"""Detection of accelerators without JAX."""
+"""Detects accelerators without importing JAX."""
 
 import glob
 import importlib.util
@@ -8,11 +8,11 @@ import sys
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 
-# TPU chips; GPUs of NVIDIA, of AMD, and under WSL.
+# Device files of TPUs (accel, vfio), NVIDIA GPUs, AMD GPUs (kfd) and GPUs under WSL (dxg).
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-# Modules of which JAX needs one, and extras that install them.
+# (JAX needs one of these modules, the extras that install them).
 GPU = (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13"))
-PLUGINS = {  # By the value in JAX_PLATFORMS.
+PLUGINS = {  # The keys are values of JAX_PLATFORMS.
   "gpu": GPU,
   "cuda": GPU,
   "tpu": (("libtpu",), ("tpu",)),
@@ -20,10 +20,10 @@ PLUGINS = {  # By the value in JAX_PLATFORMS.
 
 
 def use_cpu_if_alone() -> None:
-  """Sets JAX_PLATFORMS=cpu on a Linux machine without accelerators; call it before JAX is imported.
+  """Sets JAX_PLATFORMS=cpu on a Linux machine without accelerators.
 
-  Otherwise JAX loads every installed plugin, and libtpu and CUDA warn about missing devices. A
-  JAX_PLATFORMS that is set stays.
+  Call this function before JAX is imported. Otherwise JAX loads every installed plugin, and libtpu
+  and CUDA warn about missing devices. If JAX_PLATFORMS is already set, it is not changed.
   """
   if sys.platform == "linux" and not any(map(glob.glob, DEVICE_FILES)):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,11 +36,11 @@ def check_platforms() -> None:
     modules, names = PLUGINS.get(platform.strip(), ((), ()))
     if modules and not any(map(importlib.util.find_spec, modules)):
       raise UserError(
-        f"JAX_PLATFORMS is {value}, and JAX's plugin for {platform.strip()} is not installed: "
+        f"JAX_PLATFORMS is {value}, but JAX's plugin for {platform.strip()} is not installed: "
         f"{' or '.join(map(extras.install, names))}, or unset JAX_PLATFORMS."
       )
 
 
 def is_absent(error: Exception) -> bool:
-  """Returns whether JAX raised the error because it cannot use a platform of JAX_PLATFORMS."""
+  """Returns whether JAX raised the error because a platform in JAX_PLATFORMS is unusable."""
   return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)

@@ -1,11 +1,11 @@
-"""The Python API: one object that loads a run and generates, describes, edits, scores, retrieves.
+"""Python API: `CM3Leon` loads a run and generates, describes, edits, scores and retrieves.
 
   from cm3leon_jax import CM3Leon
   model = CM3Leon.load("workdir/scenes")
   model.generate("a green bell")[0].image.save("bell.png")
 
 In the examples below, `workdir` is the folder of a run, `model` is loaded from it, `image` is a PIL
-image, and `folder` is a path. JAX is imported when a run is loaded.
+image, and `folder` is a path. JAX is imported only when a run is loaded.
 """
 
 from __future__ import annotations
@@ -40,26 +40,27 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 class CM3Leon:
   """A trained run: decoder, tokenizers, CLIP, and the bank of documents that can be retrieved.
 
-  Every call takes one input or a list of inputs. A list is one batch, whose results come in a list;
-  they are those of single calls with the seeds `seed`, `seed + 1`, ... Two lists are paired; one
-  input serves all of a list.
+  Every method takes one input or a list of inputs. A list is processed in batches, and the results
+  are returned in a list. They equal the results of single calls with the seeds `seed`, `seed + 1`,
+  ... If a method takes two inputs, two lists are paired, and a single input is used for each
+  element of a list.
 
-  An image is a path, a PIL image or an array uint8[H, W, 3] of any size: the centered square is cut
-  out and scaled to the model's resolution. Images that are returned are PIL images.
+  An image is a path, a PIL image or an array uint8[H, W, 3] of any size. It is cropped to the
+  centered square and resized to the model's resolution. Returned images are PIL images.
 
-  Arguments that calls share: `seed`; `retrieve`, the largest number of documents that are retrieved
-  and put before the prompt; `length`, the largest number of tokens of a text; and settings of
-  sampling, each a field of `config.sampling` whose default is the run's (docs/config.md). A call
+  Methods share these arguments: `seed`; `retrieve`, the largest number of documents to retrieve and
+  put before the prompt; `length`, the largest number of text tokens; and sampling settings. Each
+  setting is a field of `config.sampling` and defaults to the run's value (docs/config.md). A method
   refuses settings that it does not read.
 
-  A call compiles once for each shape: batch size and lengths. Wrong arguments raise `UserError`.
+  Each new batch size or length is compiled once. Wrong arguments raise `UserError`.
 
   Attributes:
-    workdir: folder of the run.
-    pipeline: turns tasks into samples; needs `jax.set_mesh(model.mesh)`.
-    mesh: devices that hold the parameters and split each batch.
+    workdir: folder of the run, bundle or export.
+    pipeline: generates samples for tasks; needs `jax.set_mesh(model.mesh)`.
+    mesh: devices that hold the parameters and share each batch.
     step: training step of the parameters.
-    show_progress: whether a bar shows what is generated.
+    show_progress: whether a progress bar is shown.
   """
 
   workdir: str
@@ -80,26 +81,28 @@ class CM3Leon:
     show_progress: bool | None = None,
     **options: Unpack[kw.LoadOptions],
   ) -> CM3Leon:
-    """Loads the newest checkpoint of a run, a bundle or an export, onto this machine's devices.
+    """Loads the newest checkpoint of a run, a bundle or an export onto the devices of this machine.
 
     >>> model = CM3Leon.load(workdir)
     >>> model.step
     7
 
     Args:
-      workdir: folder of the run, local or in a bucket, whose training may still be going on; a
-        bundle of `cm3leon export --bundle` or `save`; the name of one that comes with the package,
-        "scenes" or "scenes-instruct"; or the folder of `cm3leon export` in the format hf or orbax,
-        which has no CLIP and no bank.
-      dtype: of the computation, `float32` or `bfloat16`; default: the run's.
-      devices: of `jax.devices()`; default: all. Parameters and batches are split over them.
-      mesh: of `mesh.create_mesh`, in place of `devices`, for another split.
-      clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
-      show_progress: shows a bar while samples are generated; default: in a terminal or notebook.
-      **options: `batch_size`, most samples at once (16); `weight_dtype` and `cache_dtype`,
-        `compute` or `int8`; `draft_window`, codes that are drafted at once. See `GeneratorConfig`.
+      workdir: one of: the folder of a run, local or in a GCS bucket, even while it trains; a bundle
+        that `cm3leon export --bundle` or `save` wrote; the name of a bundle in this package,
+        "scenes" or "scenes-instruct"; or an export of `cm3leon export` in the format hf or orbax,
+        which has neither CLIP nor bank.
+      dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
+      devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
+      mesh: a mesh of `mesh.create_mesh`, instead of `devices`, for another sharding.
+      clip: folder of the Hugging Face CLIP, if it differs from the path in the run's config.
+      show_progress: whether to show a progress bar; default: only in a terminal or notebook.
+      **options: `batch_size`, the largest number of samples in a batch (default 16); `weight_dtype`
+        and `cache_dtype`, `compute` or `int8`; `draft_window`, the number of image codes read per
+        step. See `GeneratorConfig`.
 
-    Raises `UserError` if nothing was trained there, a file is damaged, or an option is wrong.
+    Raises:
+      UserError: nothing was trained there, a file is damaged, or an option is wrong.
     """
     accelerators.use_cpu_if_alone()
     buckets.prepare_access()
@@ -114,13 +117,14 @@ class CM3Leon:
     return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle, which `load` and `cm3leon serve` take; one that is in `folder` is replaced.
+    """Writes a bundle for `load` and `cm3leon serve`. A bundle in `folder` is replaced.
 
     >>> model.save(folder)
     >>> CM3Leon.load(folder).step
     7
 
-    It has decoder, tokenizers and CLIP, in float16, and the settings. An export lacks a CLIP.
+    The bundle contains the decoder, tokenizers and CLIP in float16, and the settings. An export
+    cannot be saved, because it lacks a CLIP.
     """
     from cm3leon_jax import loading
 
@@ -129,7 +133,7 @@ class CM3Leon:
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
   ) -> list[list[Sample]]:
-    """Generates samples of tasks of any kinds: what the other calls do, with all fields.
+    """Generates samples for tasks of any kind. The other methods call this method.
 
     >>> from cm3leon_jax.generation.text_tasks import InfillText
     >>> [[sample]] = model.sample([InfillText("a <mask> apple", length=4)])
@@ -137,12 +141,12 @@ class CM3Leon:
     (True, True)
 
     Args:
-      tasks: of `generation.image_tasks` and `generation.text_tasks`.
-      num_samples: of each task.
-      rank: orders the samples of each task by CLIP score, best first.
+      tasks: objects of the classes in `generation.image_tasks` and `generation.text_tasks`.
+      num_samples: number of samples per task.
+      rank: whether to sort the samples of each task by CLIP score, best first.
 
     Returns:
-      `num_samples` samples of each task.
+      For each task, a list of `num_samples` samples.
     """
     from cm3leon_jax.generation import calls
 
@@ -154,12 +158,12 @@ class CM3Leon:
       return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
 
   def requests(self, tasks: Sequence[Task]) -> list[Request]:
-    """Makes the token prompts of tasks, retrieved documents included, for another engine.
+    """Returns the token prompts of tasks, including retrieved documents, for another engine.
 
     >>> from cm3leon_jax.generation.text_tasks import Caption
     >>> [request] = model.requests([Caption(image=image)])
-    >>> [prompt] = request.streams  # int32 ids; a guided task has a stream without its prompt, too.
-    >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Codes of the image.
+    >>> [prompt] = request.streams  # int32 ids; guided tasks also have an unconditional stream.
+    >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Number of image codes.
     16
     """
     from cm3leon_jax.generation import calls
@@ -179,7 +183,7 @@ class CM3Leon:
     self, prompt: Any, *, num_samples: int = 1, retrieve: int | None = None, seed: int = 0,
     rank: bool = False, **sampling: Any,
   ) -> Any:  # fmt: skip
-    """Generates images for a caption.
+    """Generates images from a caption.
 
     >>> samples = model.generate("a green bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
     >>> len(samples), samples[0].image.mode, len(samples[0].neighbors)
@@ -190,16 +194,16 @@ class CM3Leon:
 
     Args:
       prompt: the caption, or a list of captions.
-      num_samples: of each caption.
-      retrieve: number of documents that are retrieved by the caption; default: as many as training
-        samples had, 0 if the run has no documents.
-      seed: of the first caption.
-      rank: orders the samples of a caption by CLIP score, best first.
+      num_samples: number of samples per caption.
+      retrieve: number of documents to retrieve with the caption as query; default: as many as in
+        training, or 0 if the run has no documents.
+      seed: seed of the first caption; each next caption has the next seed.
+      rank: whether to sort the samples of a caption by CLIP score, best first.
       **sampling: `guidance`, `guidance_schedule`, `temperature`, `top_k`, `top_p`, `method`, ...
 
     Returns:
-      list of `Sample`, with `image` (PIL), `clip_score`, `neighbors`, `tokens`, `log_probs`, ...;
-      for a list of captions, a list of such lists.
+      A list of `Sample` with the fields `image` (PIL), `clip_score`, `neighbors`, `tokens`,
+      `log_probs`, ...; for a list of captions, a list of such lists.
     """
     retrieve = self.pipeline.usual_retrieve if retrieve is None else retrieve
     single, tasks = self._tasks(
@@ -223,8 +227,8 @@ class CM3Leon:
     Args:
       image: an image, or a list of images.
       length: largest number of tokens.
-      retrieve: number of documents that are retrieved by the image.
-      seed: of the first image.
+      retrieve: number of documents to retrieve with the image as query.
+      seed: seed of the first image; each next image has the next seed.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image}
@@ -249,8 +253,8 @@ class CM3Leon:
       image: an image, or a list of images.
       question: a question, or a list of questions.
       length: largest number of tokens.
-      retrieve: number of documents that are retrieved by the image.
-      seed: of the first question.
+      retrieve: number of documents to retrieve with the image as query.
+      seed: seed of the first question; each next question has the next seed.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image, "question": question}
@@ -260,19 +264,20 @@ class CM3Leon:
     self, image: Any, box: Any, prompt: str | list[str] = "", *, retrieve: int = 0, seed: int = 0,
     **sampling: Unpack[kw.ImageSampling],
   ) -> Any:  # fmt: skip
-    """Fills in a box of an image. Returns a PIL image, or a list of them.
+    """Fills a box of an image. Returns a PIL image, or a list of PIL images.
 
     >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
     True
 
     Args:
       image: an image, or a list of images.
-      box: (left, top, right, bottom) in pixels of the model's resolution, right and bottom outside,
-        or a list of boxes; rounded out to whole codes.
+      box: (left, top, right, bottom) in pixels at the model's resolution, or a list of boxes. Right
+        and bottom are exclusive. The box is enlarged to whole codes.
       prompt: a caption of the whole image, which guides the codes, or a list of captions.
-      retrieve: number of documents that are retrieved by the prompt, without one by the image.
-      seed: of the first image.
-      **sampling: as of `generate`; guidance needs a prompt.
+      retrieve: number of documents to retrieve. The query is the prompt, or the image if the prompt
+        is empty.
+      seed: seed of the first image; each next image has the next seed.
+      **sampling: see `generate`; guidance needs a prompt.
     """
     inputs = {"image": image, "box": box, "prompt": prompt}
     return self._first("image", "infill_image", seed, sampling, inputs, retrieve=retrieve)
@@ -280,7 +285,7 @@ class CM3Leon:
   def edit(
     self, image: Any, instruction: Any, *, seed: int = 0, **sampling: Unpack[kw.EditSampling]
   ) -> Any:
-    """Changes an image by an instruction. Returns a PIL image, or a list of them.
+    """Edits an image according to an instruction. Returns a PIL image, or a list of PIL images.
 
     >>> model.edit(image, "make it blue").size == image.size
     True
@@ -288,7 +293,7 @@ class CM3Leon:
     Args:
       image: an image, or a list of images.
       instruction: what to change, or a list of instructions.
-      seed: of the first image.
+      seed: seed of the first image; each next image has the next seed.
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
     inputs = {"image": image, "instruction": instruction}
@@ -298,17 +303,18 @@ class CM3Leon:
     self, prompt: Any = "", *, length: int | None = None, seed: int = 0,
     **sampling: Unpack[kw.DocumentSampling],
   ) -> Any:  # fmt: skip
-    """Continues a document. Returns its texts and PIL images in order, or a list of such lists.
+    """Continues a document. Returns a list of its texts and PIL images, or a list of such lists.
 
     >>> document = model.interleave("Step 1:", length=40)
     >>> document[0].startswith("Step 1:")
     True
 
     Args:
-      prompt: the beginning of its first text, or a list of beginnings; "": none.
-      length: largest number of tokens, images included; default: all positions that were trained.
-      seed: of the first document.
-      **sampling: `temperature`, `top_k`, `top_p`, and those of `caption`.
+      prompt: beginning of the first text, or a list of beginnings; "" starts an empty document.
+      length: largest number of tokens, image codes included; default: the remaining positions of
+        the longest training sample.
+      seed: seed of the first document; each next document has the next seed.
+      **sampling: `temperature`, `top_k`, `top_p`, and the settings of `caption`.
     """
     return self._first("parts", "interleaved", seed, sampling, {"prompt": prompt}, length=length)
 
@@ -317,20 +323,21 @@ class CM3Leon:
   @overload
   def score(self, text: Any, image: Any, *, retrieve: int = 0) -> PairScore | list[PairScore]: ...
   def score(self, text: Any, image: Any, *, retrieve: int = 0) -> Any:
-    """Measures how probable a text and an image are. Returns a `PairScore`, or a list of them.
+    """Computes log-probabilities of a text and an image. Returns one or several `PairScore`s.
 
     >>> score = model.score(text="a green bell", image=image)
     >>> score.text < 0, score.image_given_text < 0, score.text_given_image < 0
     (True, True, True)
 
-    Its fields are log p(text), log p(image | text) and log p(text | image) in nats: sums over the
-    tokens of the text or the codes of the image, without `<break>`, ends and retrieved documents.
+    The fields are log p(text), log p(image | text) and log p(text | image) in nats. Each is a sum
+    over the tokens of the text or the codes of the image. `<break>`, `</s>` and the tokens of
+    retrieved documents are not counted.
 
     Args:
       text: a text, or a list of texts.
       image: an image, or a list of images.
-      retrieve: number of documents that are retrieved by the text; those that do not fit are left
-        out.
+      retrieve: number of documents to retrieve with the text as query. Documents that do not fit
+        into the row are left out.
     """
     from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
@@ -350,21 +357,22 @@ class CM3Leon:
   @overload
   def retrieve(self, query: Any, k: int = 2) -> list[Retrieved] | list[list[Retrieved]]: ...
   def retrieve(self, query: Any, k: int = 2) -> Any:
-    """Finds the documents of the bank that fit a text or an image best, as `generate` does.
+    """Retrieves the documents of the bank that match a text or an image best, like `generate`.
 
     >>> [first, second] = model.retrieve("a green bell", k=2)
     >>> first.similarity >= second.similarity, first.image.size == image.size
     (True, True)
 
     Args:
-      query: a text (also a string that names a file), a PIL image or an array; or a list of them.
-      k: largest number of documents. Fewer are found where others are more similar to the query, or
-        to a better document, than `retrieval.max_similarity`, or less similar to the query than
+      query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
+        if a file has this name.
+      k: largest number of documents. Documents are left out if they are more similar to the query
+        or to a better document than `retrieval.max_similarity`, or less similar to the query than
         `retrieval.min_similarity`.
 
     Returns:
-      list of `Retrieved`, best first: `key`, `caption`, `image`, `similarity`, `source`, `license`,
-      `attribution`; for a list of queries, a list of such lists.
+      A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,
+      `source`, `license` and `attribution`; for a list of queries, a list of such lists.
     """
     from cm3leon_jax.generation import calls, retrieved
 
@@ -377,7 +385,7 @@ class CM3Leon:
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
-    """Parameters as they were trained, which only `score` reads; read at its first call."""
+    """Parameters as they were trained. Only `score` uses them; its first call loads them."""
     from cm3leon_jax import loading
 
     return loading.params_of(self.workdir, self.step)
@@ -388,13 +396,13 @@ class CM3Leon:
     return jax.set_mesh(self.mesh)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
-    """Tasks of a call, see `calls.tasks`."""
+    """Builds the tasks of a method call; see `calls.tasks`."""
     from cm3leon_jax.generation import calls
 
     return calls.tasks(name, self.pipeline.settings.sampling, *arguments, **fields)
 
   def _first(self, attribute: str, *task: Any, **fields: Any) -> Any:
-    """An attribute of the sample of each task, see `_tasks`."""
+    """Generates one sample for each task and returns an attribute of each sample."""
     single, tasks = self._tasks(*task, **fields)
     found = [getattr(sample, attribute) for [sample] in self.sample(tasks)]
     return found[0] if single else found

@@ -1,4 +1,4 @@
-"""Checks of a user's config: an `ml_collections.ConfigDict` becomes frozen dataclasses."""
+"""Converts a user's `ml_collections.ConfigDict` to frozen dataclasses and checks the values."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Exit codes of a run that was asked to stop, after it has saved or if there was nothing to save.
-INTERRUPTED = 75  # By SIGTERM; EX_TEMPFAIL: a scheduler starts the command again.
-CTRL_C = 130  # As of a shell.
+# Exit codes of a run that stopped after a signal: it has saved its state or had nothing to save.
+INTERRUPTED = 75  # SIGTERM. The code is EX_TEMPFAIL, so a scheduler starts the command again.
+CTRL_C = 130  # Ctrl-C. Shells use the same code.
 STOPPED_EARLY = (
-  "stopped outside of the training steps: nothing was to be saved; the same command continues."
+  "stopped outside of the training steps: there was nothing to save; the same command continues."
 )
-LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
-LONGEST = 4_000  # Characters of a sentence.
-SIZES = 1e-20, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
+LARGEST = 2**31 - 1  # Largest absolute value of an integer, since counters are int32.
+LONGEST = 4_000  # Largest number of characters of an error message.
+# Range of the absolute value of a nonzero float, so that the product or quotient of two such floats
+# is finite in float32.
+SIZES = 1e-20, 1e12
 
-# Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
-# under a field is its description.
+# Dataclasses with this config convert ints to floats and no other types. They refuse unknown
+# fields, NaN and infinity. The docstring under a field is the field's description.
 STRICT: "pydantic.ConfigDict" = {
   "strict": True,
   "extra": "forbid",
@@ -34,7 +36,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 
 
 def without_addresses(text: str) -> str:
-  """Removes the addresses of objects, which differ in each run, as in the errors of libraries.
+  """Removes memory addresses of objects from an error message, since they differ in each run.
 
   without_addresses("<_io.BytesIO object at 0x7f3a5c0b1d00>") = "<_io.BytesIO object>"
   """
@@ -42,7 +44,7 @@ def without_addresses(text: str) -> str:
 
 
 def printable(text: str) -> str:
-  """Replaces each character that a terminal would obey, and half a surrogate pair, by a space.
+  """Replaces control characters and lone surrogates with spaces.
 
   printable("a\\x1b[31mb") = "a [31mb"
   """
@@ -50,18 +52,18 @@ def printable(text: str) -> str:
 
 
 def short(value: Any, most: int = 80) -> str:
-  """Returns `repr(value)`, cut after `most` characters; of any value, also a number too long."""
+  """Returns `repr(value)`, cut after `most` characters, or a description if `repr` fails."""
   try:
     text = without_addresses(repr(value))
-  except (ValueError, RecursionError):  # More digits than Python writes; or nested too deeply.
+  except (ValueError, RecursionError):  # An int with too many digits, or deeply nested values.
     text = f"a {type(value).__name__} too long to show"
   return text if len(text) <= most else f"{text[:most]}..."
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-  """Yields an error and those that led to it, of a group its members, too.
+  """Yields an error, all errors that caused it, and the members of exception groups.
 
-  Each comes once: libraries have raised errors that led to one another in a circle.
+  Each error is yielded once, since libraries have raised errors that cause one another in a cycle.
   """
   waiting, seen = [error], set[int]()
   while waiting:
@@ -76,11 +78,14 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class UserError(ValueError):
-  """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code.
+  """A user's mistake. The message says in one sentence what is wrong, where, and what to do.
 
-  The sentence may quote a stranger's file: its control characters become spaces, and of more than
-  LONGEST characters the middle is left out. It may quote a library's error: it loses addresses of
-  objects.
+  The message may quote an untrusted file or a library's error. So control characters become spaces,
+  memory addresses are removed, and only the start and the end of a message longer than LONGEST
+  characters are kept.
+
+  Attributes:
+    exit_code: exit code of a command that fails with this error.
   """
 
   exit_code = 2
@@ -93,10 +98,11 @@ class UserError(ValueError):
 
 
 class FieldError(UserError):
-  """A wrong value of a section.
+  """A wrong value in a section of the config.
 
   Attributes:
-    path: names and places that lead to the value, ("shape", 1); () if no single value is wrong.
+    path: field names and indices that lead to the value, such as ("shape", 1); () if the error
+      concerns several values.
   """
 
   def __init__(self, message: str, path: tuple[str | int, ...] = ()):
@@ -105,33 +111,32 @@ class FieldError(UserError):
 
 
 class TryAgain(UserError):
-  """A resource that was not available in time: a scheduler may start the command again."""
+  """A resource was not available in time, so a scheduler may start the command again."""
 
   exit_code = 1
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
-  """Makes the dataclass `cls` from a mapping and names the wrong field when that fails.
+  """Builds the dataclass `cls` from a mapping; an error names the wrong field.
 
     build(TrainConfig, {"steps": 0}, "train")
     UserError: config.train.steps is 0; it must be greater than 0.
 
   Args:
     cls: a pydantic dataclass with the config `STRICT`.
-    values: ConfigDict or dict of its fields; lists become tuples.
-    where: name of the section in the config, for messages; empty for the config itself.
+    values: ConfigDict or dict from field names to values; lists become tuples.
+    where: name of the section, for messages; "" for the whole config.
 
   Raises:
-    FieldError: an unknown or absent field, a value of another type than the field's, or one out of
-      range.
+    FieldError: a field is unknown or missing, or a value has a wrong type or is out of range.
   """
-  import pydantic  # Not at the top: commands import this module for --help.
+  import pydantic  # Imported here because --help imports this module and must be fast.
 
   place = f"config.{where}" if where else "config"
   try:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
   except (TypeError, ValueError) as error:
-    raise FieldError(f"{place} is {short(values)}; it must have fields by their names.") from error
+    raise FieldError(f"{place} is {short(values)}; it must map field names to values.") from error
   if wrong := [name for name in values if not isinstance(name, str)]:
     raise FieldError(f"{place} has the field {short(wrong[0])}; a name must be a string.")
   for name, value in values.items():
@@ -139,19 +144,21 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
   try:
     return cls(**values)
   except pydantic.ValidationError as error:
-    # Unknown fields first: of a misspelled field it says more than that the right one is absent.
+    # Report unknown fields first: a misspelled name explains why the correct name is missing.
     first, *_ = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
     raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
 
 
 def _check_value(value: Any, path: tuple[str | int, ...], where: str) -> None:
-  """Raises FieldError at a number outside of LARGEST or SIZES, or half a surrogate pair."""
+  """Raises FieldError for a number outside LARGEST or SIZES, or for a lone surrogate."""
   field = ".".join([where, *map(str, path)])
   if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
     raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
   is_number = isinstance(value, float) and math.isfinite(value) and value != 0
   if is_number and not SIZES[0] <= abs(value) <= SIZES[1]:
-    raise FieldError(f"{field} is {value}; it must be 0, or of a size from 1e-20 to 1e12.", path)
+    raise FieldError(
+      f"{field} is {value}; it must be 0, or from 1e-20 to 1e12 in absolute value.", path
+    )
   if isinstance(value, int) and abs(value) > LARGEST:
     bound = "less than 2^31" if value > 0 else "greater than -2^31"
     raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)
@@ -160,7 +167,7 @@ def _check_value(value: Any, path: tuple[str | int, ...], where: str) -> None:
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:
-  """Turns an error of pydantic into a sentence."""
+  """Converts a pydantic error to a message."""
   field = ".".join([where, *map(str, error["loc"])])
   match error["type"]:
     case "unexpected_keyword_argument":
@@ -169,8 +176,8 @@ def _sentence(error: dict, cls: type, where: str) -> str:
       hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(fields)}."
       return f"{where} has no field '{name}': {hint}"
     case "missing":
-      return f"{where} has no field '{error['loc'][0]}', which it needs."
-    case "value_error":  # Of a `__post_init__`.
+      return f"{where} has no field '{error['loc'][0]}', which is required."
+    case "value_error":  # A `__post_init__` raised it.
       return f"{field}: {error['ctx']['error']}"
   _, should, rule = error["msg"].partition(" should ")
   if not should:

@@ -1,4 +1,4 @@
-"""Several processes of one job: how they connect, and how they come to the same decision."""
+"""Connects the processes of a job and lets them agree on decisions."""
 
 from collections.abc import Iterator
 import contextlib
@@ -20,37 +20,43 @@ from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, Use
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.runs import stages
 
-# A process that was killed, stopped or cut off ends the others after this time.
+# If a process is killed, suspended or disconnected, the other processes exit after this time.
 HEARTBEAT_SECONDS = 100
-# A process that ends waits as long for the others; if it failed alone, the job then ends.
+# A process that exits waits this long for the other processes. If only it failed, the job then
+# ends.
 SHUTDOWN_SECONDS = 60
-# A process that a signal asked to stop waits as long for an exchange with the others, to end with
-# them: less than the 30 s after which most schedulers kill it.
+# A process that received a signal waits this long for the next `gather`, so that all processes exit
+# together. Most schedulers kill a process 30 s after the signal.
 TOGETHER_SECONDS = 20
-# Process 0 waits so much longer: when it exits, JAX's service ends, and the others with code 134.
+# Process 0 waits this much longer. When it exits, JAX's coordination service ends, and then the
+# other processes abort with code 134.
 FIRST_WAITS_SECONDS = 5
 
-# Exit codes of the signals that this process got outside of the training steps, and what ends the
-# process some time after each. A handler notes the first; a thread starts the second, because no
-# handler runs while the process waits in native code.
+# Exit codes of the signals that this process received outside the training steps; a signal handler
+# appends them.
 _asked: list[int] = []
+# Timers that end the process some time after a signal. A thread starts them, because Python runs no
+# signal handler while the process waits in native code.
 _exits: list[threading.Timer] = []
 
 
 def initialize(
   coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
-  """Connects this process to the others of its job; call it before anything else of JAX.
+  """Connects this process to the other processes of its job. Call it before any other use of JAX.
+
+  If the first three arguments are None, JAX reads them from the cluster: a TPU pod (also GKE and
+  multislice), SLURM, Open MPI or Kubernetes.
 
   Args:
-    coordinator: host:port on which process 0 listens. If it and the next two are None, JAX asks the
-      cluster: a TPU pod (also GKE, multislice), SLURM, Open MPI or Kubernetes.
-    num_processes: of the job.
+    coordinator: host:port on which process 0 listens.
+    num_processes: number of processes in the job.
     process_id: number of this process, in [0, num_processes).
     timeout: seconds that processes wait for each other.
 
   Raises:
-    UserError: only some of the three are given, or a value is impossible; no cluster was found.
+    UserError: only some of the first three arguments are given, a value is out of range, or no
+      cluster was found.
     TryAgain: the other processes did not start in time.
   """
   given = {
@@ -66,7 +72,7 @@ def initialize(
     )
   if coordinator is not None and num_processes is not None and process_id is not None:
     _check(coordinator, num_processes, process_id)
-  # The service would catch SIGTERM, see training/faults/preemption.py.
+  # JAX's preemption service would catch SIGTERM; see training/faults/preemption.py.
   jax.config.update("jax_enable_preemption_service", False)
   if coordinator is not None and process_id:
     _wait_for(coordinator, timeout)
@@ -81,13 +87,12 @@ def initialize(
     )
   except ValueError as error:
     raise UserError(
-      f"--distributed found no cluster that it knows ({error}): leave it out on a single machine, "
+      f"--distributed found no known cluster ({error}): leave it out on a single machine, "
       "or give --coordinator_address, --num_processes and --process_id."
     ) from error
   except RuntimeError as error:
     raise TryAgain(
-      f"the processes of the job did not find each other in {timeout} s ({error}): "
-      "start all of them."
+      f"the processes of the job did not connect within {timeout} s ({error}): start all of them."
     ) from error
 
 
@@ -96,7 +101,7 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
   if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
     raise UserError(
       f"--coordinator_address is '{coordinator}'; "
-      "it must be host:port of process 0, like 10.0.0.1:8476."
+      "it must be host:port of process 0, such as 10.0.0.1:8476."
     )
   if num_processes < 1:
     raise UserError(f"--num_processes is {num_processes}; it must be positive.")
@@ -108,7 +113,7 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:
-  """Waits until the coordinator listens: otherwise JAX aborts the process without an exception."""
+  """Waits until the coordinator listens, since JAX aborts without an exception if it does not."""
   host, _, port = coordinator.rpartition(":")
   end = time.monotonic() + timeout
   while True:
@@ -118,41 +123,42 @@ def _wait_for(coordinator: str, timeout: int) -> None:
     except OSError as error:
       if time.monotonic() > end:
         raise TryAgain(
-          f"--coordinator_address {coordinator}: nobody has listened there for {timeout} s "
-          f"({error}); it must be an address of the machine of --process_id=0, which must run."
+          f"--coordinator_address {coordinator}: no process has listened there for {timeout} s "
+          f"({error}); it must be an address of the host of --process_id=0, which must be running."
         ) from error
     time.sleep(0.2)
 
 
 def is_first() -> bool:
-  """Returns whether this process is the only one, or the one that writes the job's files."""
+  """Returns whether this is process 0, which writes the files of the job."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def are_several() -> bool:
-  """Returns whether the job has several processes."""
+  """Returns whether the job has more than one process."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def print_once(sentence: str) -> None:
-  """Prints a line in the first process."""
+  """Prints a line in process 0 only."""
   if is_first():
     print(sentence, flush=True)
 
 
 def stop_together() -> None:
-  """Lets SIGTERM and Ctrl-C outside of the training steps end all processes of the job.
+  """Makes SIGTERM and Ctrl-C outside the training steps end all processes of the job together.
 
-  A process that exits alone ends the others with an error. So all exit at the next `gather`, with
-  the same code. If there is none in TOGETHER_SECONDS, or at a second Ctrl-C, this process exits
-  alone: one that waits for a late process, in native code, runs no handler, but its threads run.
-  A signal that `asked_to_stop` returned is the caller's.
+  If one process exits, the other processes fail with an error. So all processes exit with the same
+  code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after a second Ctrl-C,
+  this process exits without the others. A thread ends the process, because Python runs no signal
+  handler while the process waits for another process in native code. If `asked_to_stop` returns an
+  exit code, its caller must end the process.
   """
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   for number in (signal.SIGTERM, signal.SIGINT):
-    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+    if signal.getsignal(number) is not signal.SIG_IGN:  # Shells ignore SIGINT for background jobs.
       signal.signal(number, _note)
   seconds = TOGETHER_SECONDS + FIRST_WAITS_SECONDS * is_first()
   threading.Thread(target=_hear, args=(reading, seconds), name="signals", daemon=True).start()
@@ -169,7 +175,7 @@ def _code(number: int) -> int:
 
 
 def _hear(reading: int, seconds: float) -> None:
-  """Lets each signal outside of the steps end the process after `seconds`; runs in a thread."""
+  """Waits for signals; each starts a timer that ends the process after `seconds`."""
   while True:
     number = os.read(reading, 1)[0]
     if signal.getsignal(number) is _note:
@@ -191,8 +197,8 @@ def _tell() -> None:
 
 
 def asked_to_stop() -> int:
-  """Returns the exit code that a signal has asked for, or 0, and forgets it."""
-  code = min(_asked, default=0)  # Of SIGTERM, if it was among several.
+  """Returns the exit code of the signals received so far, or 0, and forgets the signals."""
+  code = min(_asked, default=0)  # SIGTERM has the smaller code, so it wins over Ctrl-C.
   _asked.clear()
   while _exits:
     _exits.pop().cancel()
@@ -200,9 +206,9 @@ def asked_to_stop() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-  """Gathers a JSON value of every process, in their order. All processes must call it.
+  """Gathers a JSON value from every process, in process order. All processes must call it.
 
-  If one of them was asked to stop (`stop_together`), all exit here.
+  If a process received a signal (see `stop_together`), all processes exit here.
   """
   if not are_several():
     return [value]
@@ -227,11 +233,12 @@ def _exchange(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Runs the body in all processes; none continues before all have finished or one has failed.
+  """Runs the body in all processes and waits until every process has finished or failed.
 
   Raises:
-    UserError: in all processes, if the body failed in one: its UserError or TryAgain. Another error
-      is raised by the process in which it failed; the others raise TryAgain with a description.
+    UserError: the body raised UserError or TryAgain in a process; all processes raise this error.
+      If the body raised another error, its process raises that error, and the other processes raise
+      TryAgain with a description of it.
   """
   failure: Exception | None = None
   message, crash = "", False
@@ -251,11 +258,11 @@ def together() -> Iterator[None]:
 
 
 def check_same_config(config: dict) -> None:
-  """Raises UserError in all processes, with the fields, if their configs differ."""
+  """Raises UserError in all processes if their configs differ; the message names the fields."""
   first, *others = gather(plain(config))
   for i, other in enumerate(others, 1):
     if changed := stages.differences(first, other):
       raise UserError(
-        f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): "
+        f"process {i} has a different config than process 0 ({'; '.join(changed[:4])}): "
         "give all processes the same flags."
       )

@@ -1,16 +1,16 @@
-"""What to install for a part of the package that needs further packages."""
+"""Finds the command that installs the packages of an optional extra."""
 
 from importlib import metadata
 import re
 
 
 def install(extra: str) -> str:
-  """Returns the command that installs the packages of an extra, for a shell.
+  """Returns the shell command that installs the packages of an extra.
 
   install("serve") = "pip install 'python-multipart>=0.0.20' 'starlette<2,>=1.0' 'uvicorn>=0.40'"
 
-  The package is on no index, so its own name installs nothing. A checkout that is not installed
-  has no metadata: there it is `pip install -e '.[serve]'`.
+  The command lists the packages, because cm3leon_jax itself is not on PyPI. A checkout that is not
+  installed has no metadata, so there the command is `pip install -e '.[serve]'`.
   """
   try:
     requirements = metadata.requires("cm3leon_jax") or []

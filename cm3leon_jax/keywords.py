@@ -1,4 +1,4 @@
-"""Types of the keywords of the calls of `CM3Leon`, by which a type checker finds a wrong one."""
+"""Keyword types of the methods of `CM3Leon`, so that a type checker finds wrong keywords."""
 
 from typing import Literal, TypedDict
 
@@ -6,7 +6,7 @@ from cm3leon_jax.decoding.config import Method, Schedule
 
 
 class TextSampling(TypedDict, total=False):
-  """Fields of `config.sampling` that calls read which write a text."""
+  """Fields of `config.sampling` for sampling text."""
 
   text_temperature: float
   text_top_k: int
@@ -14,7 +14,7 @@ class TextSampling(TypedDict, total=False):
 
 
 class TopP(TypedDict, total=False):
-  """Fields of top-p sampling of image codes."""
+  """Fields of `config.sampling` for top-p sampling of image codes."""
 
   temperature: float
   top_k: int
@@ -22,7 +22,7 @@ class TopP(TypedDict, total=False):
 
 
 class ImageCodes(TopP, total=False):
-  """Fields of all samplers of image codes."""
+  """Fields of `config.sampling` for all samplers of image codes."""
 
   method: Method
   contrastive_k: int
@@ -33,24 +33,24 @@ class ImageCodes(TopP, total=False):
 
 
 class ImageSampling(ImageCodes, total=False):
-  """Fields that `generate` and `infill` read."""
+  """Fields of `config.sampling` that `generate` and `infill` read."""
 
   guidance: float
 
 
 class EditSampling(ImageCodes, total=False):
-  """Fields that `edit` reads."""
+  """Fields of `config.sampling` that `edit` reads."""
 
   image_guidance: float
   edit_guidance: float
 
 
 class DocumentSampling(TopP, TextSampling, total=False):
-  """Fields that `interleave` reads."""
+  """Fields of `config.sampling` that `interleave` reads."""
 
 
 class GenerateOptions(ImageSampling, total=False):
-  """Keywords of `generate`."""
+  """Keyword arguments of `CM3Leon.generate`."""
 
   num_samples: int
   retrieve: int | None
@@ -59,7 +59,7 @@ class GenerateOptions(ImageSampling, total=False):
 
 
 class TextOptions(TextSampling, total=False):
-  """Keywords of `caption` and `answer`."""
+  """Keyword arguments of `CM3Leon.caption` and `CM3Leon.answer`."""
 
   length: int
   retrieve: int
@@ -67,7 +67,7 @@ class TextOptions(TextSampling, total=False):
 
 
 class LoadOptions(TypedDict, total=False):
-  """Fields of `GeneratorConfig` that `load` takes."""
+  """Fields of `GeneratorConfig` that `CM3Leon.load` accepts."""
 
   batch_size: int
   weight_dtype: Literal["compute", "int8"]

@@ -1,4 +1,4 @@
-"""Loads a run, a bundle or an export onto the devices of this machine, to generate with it."""
+"""Loads a run, a bundle or an export onto the devices of this machine, for `CM3Leon`."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -24,9 +24,9 @@ from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import bundles, exported, initial
 from cm3leon_jax.trained.run import Run, unseen_in
 
-DTYPES = ("float32", "bfloat16")  # Of the computation; float64 needs JAX's x64, for tests.
+DTYPES = ("float32", "bfloat16")  # float64, which only tests use, would need JAX_ENABLE_X64.
 _LACKS = "neither CLIP nor bank: samples have no CLIP score, and nothing can be ranked or retrieved"
-ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Of `CM3Leon.load`, by name.
+ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Keywords of `CM3Leon.load`.
 
 
 def load(
@@ -37,26 +37,28 @@ def load(
   mesh: jax.sharding.Mesh | None,
   options: Mapping[str, Any],
 ) -> tuple[str, Pipeline, jax.sharding.Mesh, int]:
-  """Loads parameters, tokenizers, CLIP and bank; see `CM3Leon.load`.
+  """Loads parameters, tokenizers, CLIP and bank.
 
   Args:
-    source: workdir of a run, folder of an export, or see `bundle.folder_of`.
-    clip: folder of the Hugging Face CLIP; None: that of the run's config.
-    dtype: of the computation; None: that of the run's config.
-    devices: that a mesh is made of; None: all.
-    mesh: of the parameters; None: split over `devices`.
-    options: of `GeneratorConfig`.
+    source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
+    clip: folder of the Hugging Face CLIP; None: the path in the run's config.
+    dtype: compute dtype; None: the dtype in the run's config.
+    devices: devices over which parameters are sharded; None: all.
+    mesh: mesh of the parameters, instead of `devices`.
+    options: fields of `GeneratorConfig`.
 
   Returns:
-    The folder, the pipeline, the mesh and the step of the parameters.
+    (folder, pipeline, mesh, training step of the parameters).
 
   Raises:
-    UserError: nothing was trained there, a file is absent or damaged, or an option is wrong.
+    UserError: nothing was trained there, a file is missing or damaged, or an option is wrong.
   """
   source = calls.folder("workdir", source)
   buckets.check_path(source, "workdir")
   if jax.process_count() > 1:
-    raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
+    raise UserError(
+      f"this job has {jax.process_count()} processes: load a run in a job with one process."
+    )
   mesh = _mesh(devices, mesh)
   run = Run.open(source, exports=True)
   run = dataclasses.replace(run, settings=_checked(run.settings, dtype, options))
@@ -64,7 +66,7 @@ def load(
     lacks = "no bank, so nothing can be retrieved" if clip else _LACKS
     warnings.warn(f"{run.folder} is an export, which has {lacks}.", stacklevel=3)
   elif clip is not None and not run.settings.retrieval.clip:
-    raise UserError(f"clip is given, and {run.folder} has a CLIP of its own: leave it out.")
+    raise UserError(f"clip is given, but {run.folder} contains a CLIP: leave it out.")
   with jax.set_mesh(mesh):
     params, step = run.params()
     own = None if run.kind == "export" else run.clip
@@ -75,20 +77,20 @@ def load(
 
 
 def shows_progress(given: bool | None) -> bool:
-  """Returns whether a model shows bars; None: in a terminal or notebook."""
+  """Returns whether to show progress bars; None: only in a terminal or notebook."""
   return progress.is_interactive() if given is None else calls.truth("show_progress", given)
 
 
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh to load onto. Raises UserError if `devices` are wrong, or both are given."""
+  """Returns the mesh to load onto. Raises UserError if an argument is wrong or both are given."""
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
   if devices is None:
     return create_mesh(MeshConfig()) if mesh is None else mesh
   if mesh is not None:
-    raise UserError("mesh and devices are given: leave one out.")
+    raise UserError("both mesh and devices are given: leave one out.")
   listed = isinstance(devices, Sequence | np.ndarray) and not isinstance(devices, str)
   if not listed or not all(isinstance(one, jax.Device) for one in devices):
     raise UserError(
@@ -100,7 +102,7 @@ def _mesh(
 
 
 def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Settings:
-  """Returns the settings with another dtype, and checks the options.
+  """Checks the dtype and the options, and returns the settings with this dtype.
 
   Raises:
     UserError: the dtype or an option is wrong.
@@ -128,7 +130,7 @@ def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Sett
 
 
 def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: int) -> str:
-  """Describes a model in one line, for `repr`."""
+  """Describes a loaded model in one line, for `repr`."""
   config, side = pipeline.settings.model, pipeline.layout.resolution
   with jax.set_mesh(mesh):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -141,23 +143,23 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
 
 
 def params_of(workdir: str, step: int) -> dict:
-  """Loads the parameters of a model again, as they were trained, onto the current mesh."""
+  """Loads the parameters again, in the dtype of training, onto the current mesh."""
   return Run.open(workdir, exports=True).params(step)[0]
 
 
 def write_bundle(
   trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
 ) -> tuple[int, dict]:
-  """Writes the bundle of a run, with what it cost. Needs a mesh.
+  """Writes the bundle of a run and records the training cost in it. Needs a mesh.
 
   Args:
     trained: the run.
-    folder: of the bundle.
-    base: see `bundle.write`.
-    step: of the run's checkpoint; default: the newest.
+    folder: folder to write the bundle to.
+    base: another bundle whose tokenizers and CLIP are shared; see `bundle.write`.
+    step: step of the checkpoint; default: the newest.
 
   Returns:
-    The step, and the result of `bundle.write`.
+    (step, result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
@@ -168,12 +170,12 @@ def write_bundle(
 
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:
-  """Writes the bundle of a run, or copies one; see `CM3Leon.save`."""
+  """Writes the bundle of a run, or copies a loaded bundle."""
   folder = calls.folder("folder", folder)
   if exported.is_export(workdir):
     raise UserError(
-      f"{workdir} is an export, which has no CLIP, and a bundle needs one: load the workdir of its "
-      "run to save it."
+      f"{workdir} is an export, which has no CLIP, but a bundle needs a CLIP: load the workdir of "
+      "the run to save it."
     )
   trained = Run.open(workdir)
   if trained.kind == "bundle":

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table of the mesh axes that a logical axis is split over."""
+"""Creates the device mesh and maps logical array axes to mesh axes in one table, `RULES`."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -19,9 +19,9 @@ from cm3leon_jax.config import STRICT
 
 AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
-BATCH = ("data", *FSDP)  # Axes that a batch is split over.
+BATCH = ("data", *FSDP)  # Mesh axes over which a batch is sharded.
 
-# Logical axis -> mesh axes; nothing else in the project decides what is split over what.
+# Logical axis -> mesh axes. Only this table decides how arrays are sharded.
 RULES = {
   "batch": BATCH,
   "length": None,
@@ -31,48 +31,48 @@ RULES = {
   "embed": FSDP,  # Width of parameters.
   "heads": "tensor",
   "mlp": "tensor",
-  "vocab": "tensor",  # Of logits, and of the output table while it is used.
-  # Of tables as they are stored, on every mesh; with tensor last a gather costs two permutes.
+  "vocab": "tensor",  # Logits, and the output table while it is used.
+  # Stored embedding tables. If `tensor` were last, a gather would need two more permutes.
   "vocab_stored": ("tensor", *FSDP),
-  "largest": FSDP,  # Largest axis of an array of a small model, see `trainer.layout`.
+  "largest": FSDP,  # Largest axis of an array of a small model; see `trainer.layout`.
 }
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-  """Shape of the device mesh. One axis may be -1: it takes the remaining devices."""
+  """Shape of the device mesh. One axis may be -1 and then takes the remaining devices."""
 
   data: Annotated[int, Field(ge=-1)] = 1
-  """Number of replicas of the parameters; gradients are summed over this axis (across slices, the
-  slow network)."""
+  """Number of replicas of the parameters. Gradients are summed over this axis, which is the only
+  axis across slices, where the network is slow."""
   fsdp: Annotated[int, Field(ge=-1)] = -1
-  """Number of devices that parameters, optimizer state and batch are split over."""
+  """Number of devices over which parameters, optimizer state and batch are sharded."""
   tensor: Annotated[int, Field(ge=-1)] = 1
-  """Number of devices that heads, feed-forward and vocabulary are split over."""
+  """Number of devices over which heads, feed-forward and vocabulary are sharded."""
   fsdp_inner: Annotated[int, Field(ge=-1)] = 1
-  """Size of a second fsdp axis. On a pod, each of the two takes a dimension of the torus (16 and
-  16 on v5e-256): XLA:TPU reduce-scatters gradients along one dimension, and all-reduces them, at
-  twice the traffic, over an axis that spans two."""
+  """Size of a second fsdp axis. On a pod, `fsdp` and `fsdp_inner` should each take one dimension of
+  the torus (16 and 16 on v5e-256). XLA:TPU then reduce-scatters the gradients. Over an axis that
+  spans two dimensions it all-reduces them instead, which doubles the traffic."""
 
   def __post_init__(self) -> None:
     if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
-        f"{_shown(self.shape)}; each must be positive, or one of them -1 (the remaining devices)."
+        f"{_shown(self.shape)}; each must be positive, but one may be -1 (the remaining devices)."
       )
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Sizes in the order of `AXES`."""
+    """Sizes of the axes in the order of `AXES`."""
     return tuple(getattr(self, axis) for axis in AXES)
 
   def over(self, devices: int) -> dict[str, int]:
-    """Returns the size of each axis on a number of devices.
+    """Returns the size of each axis for a given number of devices.
 
       MeshConfig(fsdp=-1, tensor=4).over(256)
       {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
 
     Raises:
-      ValueError: the shape does not use the devices exactly.
+      ValueError: the product of the sizes is not the number of devices.
     """
     shape = list(self.shape)
     known = math.prod(n for n in shape if n != -1)
@@ -80,12 +80,12 @@ class MeshConfig:
       shape[shape.index(-1)] = devices // known
     elif -1 in shape:
       raise ValueError(
-        f"{_shown(shape)}; -1 stands for the remaining devices, so the product of the others must "
+        f"{_shown(shape)}; -1 means the remaining devices, so the product of the other axes must "
         f"divide {devices}, the number of devices; it is {known}."
       )
     elif known != devices:
       raise ValueError(
-        f"{_shown(shape)}; their product must be {devices}, the number of devices, and is {known}; "
+        f"{_shown(shape)}; the product must be {devices}, the number of devices, but is {known}; "
         "an axis of -1 takes the remaining devices."
       )
     return dict(zip(AXES, shape, strict=True))
@@ -98,24 +98,25 @@ def _shown(shape: Sequence[int]) -> str:
 def create_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Makes a mesh of `devices` (default: all) with explicit axes.
+  """Creates a mesh of `devices` (default: all) with explicit axes.
 
-  The network between slices (TPU slices, GPU hosts) is slow; they lie along `data`.
+  Slices (TPU slices or GPU hosts) are placed along the axis `data`, because the network between
+  them is slow.
 
   Raises:
-    ValueError: the shape does not use the devices exactly, or the number of slices does not divide
-      `data`.
+    ValueError: the product of the sizes is not the number of devices, or `data` is not a multiple
+      of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = tuple(config.over(len(devices)).values())
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape[0] % slices:
     raise ValueError(
-      f"mesh.data is {shape[0]}; the devices are in {slices} slices, and it must be a multiple of "
+      f"mesh.data is {shape[0]}; the devices are in {slices} slices, so it must be a multiple of "
       f"{slices}."
     )
   types = (AxisType.Explicit,) * len(AXES)
-  # An axis may be a part of a dimension of the torus: tensor = 8 of 16 x 16 chips.
+  # An axis may cover a part of a torus dimension, such as tensor = 8 on 16 x 16 chips.
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
     split = mesh_utils.create_hybrid_device_mesh(
@@ -131,11 +132,11 @@ _unsplit = contextvars.ContextVar("unsplit", default=False)
 
 @contextlib.contextmanager
 def unsplit() -> Iterator[None]:
-  """Sets no mesh, and within it nothing is split: programs that are traced name no sharding.
+  """Traces programs without a mesh and without sharding constraints.
 
-  `spec` is then None, and `shard` and `gathered` return what they get. Even on a mesh of one device
-  a program has a constraint after almost every operation; an exported one must have none, so that
-  its symbolic shapes can be refined, and that it runs on any devices.
+  Within this context, `spec` returns None, and `shard` and `gathered` return their input. An
+  exported program must not contain sharding constraints, so that it runs on any devices and its
+  symbolic shapes can be refined. A mesh of one device would still add constraints.
   """
   token = _unsplit.set(True)
   try:
@@ -146,7 +147,7 @@ def unsplit() -> Iterator[None]:
 
 
 def spec(*axes: str | None) -> P | None:
-  """Returns the PartitionSpec of an array with the logical `axes`; None is not split.
+  """Returns the PartitionSpec of an array with the logical `axes`; an axis None is not sharded.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)
@@ -155,22 +156,17 @@ def spec(*axes: str | None) -> P | None:
 
 
 def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
-  """Splits `x` by its logical `axes`; moves data if necessary. Needs a mesh (`jax.set_mesh`)."""
+  """Reshards `x` by its logical `axes`. Needs a current mesh (`jax.set_mesh`)."""
   return x if _unsplit.get() else jax.sharding.reshard(x, spec(*axes))
 
 
 def gathered(w: Array) -> Array:
-  """Gathers a parameter over the fsdp axes for its use.
+  """Gathers a parameter over the fsdp axes; the result is sharded only over `tensor`.
 
-  It is gathered over one axis at a time, so that each is an all-gather along one dimension of the
-  torus, and of the gradient a reduce-scatter along it; the gradient is then summed over `data`.
-  `reduced` in its type makes JAX sum the gradients here, once, and not at each use.
-
-  Args:
-    w: laid out as it is stored; in the dtype that is sent.
-
-  Returns:
-    `w`, split over `tensor` alone.
+  `w` has its stored sharding and the dtype in which devices exchange it. Each fsdp axis is gathered
+  separately, so the forward pass does one all-gather per torus dimension, and the backward pass one
+  reduce-scatter per dimension. The gradient is then summed over `data`. The annotation `reduced`
+  makes JAX sum the gradients once, here, instead of at each use of `w`.
   """
   if _unsplit.get():
     return w
@@ -186,17 +182,20 @@ def gathered(w: Array) -> Array:
 
 
 def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the NamedShardings of a tree of arrays or of types (`jax.eval_shape`)."""
+  """Returns the NamedShardings of a tree of arrays or of `jax.eval_shape` results."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the types and shardings on `mesh` of a tree of arrays, types or host arrays (whole)."""
+  """Returns the shapes, dtypes and shardings on `mesh` of a tree of arrays or their types.
+
+  Host arrays are replicated.
+  """
 
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()
     if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
-      spec = sharding.spec  # Also over automatic axes, which the type does not name.
+      spec = sharding.spec  # It includes automatic axes, which `jax.typeof` omits.
     elif isinstance(x, jax.Array | jax.ShapeDtypeStruct):
       spec = jax.typeof(x).sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -205,6 +204,6 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def batch_shards() -> int:
-  """Returns the number of parts into which the current mesh splits a batch."""
+  """Returns the number of devices over which the current mesh shards a batch."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[axis] for axis in BATCH)

@@ -1,4 +1,4 @@
-"""Positions of the tokens of a sample, for training, evaluation and decoding."""
+"""Computes the positions of a sample's tokens for training, evaluation and decoding."""
 
 # T tokens of a sample.
 
@@ -14,7 +14,7 @@ from cm3leon_jax.vocab import VocabLayout
 def positions_of(
   tokens: npt.ArrayLike, vocab: VocabLayout, align_images: bool
 ) -> Int32[np.ndarray, " T"]:
-  """Numbers the tokens of a sample: 0, 1, 2, ..., or from its images (`model.align_images`).
+  """Numbers the tokens of a sample 0, 1, 2, ..., or relative to its images (`align_images`).
 
     tokens   </s>  7 <break> 91 92 <break>  8  9 <break> 93 94 </s>
     aligned    -3 -2      -1  0  1       2 -3 -2      -1  0  1    2
@@ -25,16 +25,15 @@ def positions_of(
     tokens   </s> 91 92 <break>  7 <break> 93 94 </s>
     aligned    -1  0  1       2 -2      -1  0  1    2
 
-  Aligned positions are counted in units. A unit ends with a `<break>` that directly follows an
-  image code, and position 0 of a unit is the token after the last `<break>` or `</s>` before its
-  first image code: this code itself, or the sentinel of the codes before it. Without such a
-  separator it is the unit's first token. A unit without image codes counts on from the unit before
-  it; the first one counts from 0. No aligned position is larger than the token's index.
+  `tokens` are ids in the order in which the decoder reads them, so CM3 has already moved the spans
+  to the end.
 
-  Args:
-    tokens: [T] ids, as the decoder reads them: spans already stand at the end.
-    vocab: kinds of the ids.
-    align_images: whether positions are aligned.
+  Aligned positions are counted in units. A unit ends with a `<break>` that directly follows an
+  image code. Position 0 of a unit is the token after the last `<break>` or `</s>` before its first
+  image code. That token is the first code itself, or the sentinel that replaces the first codes.
+  Without such a separator, position 0 is the unit's first token. A unit without image codes
+  continues the positions of the previous unit, or starts at 0 if it is the first unit. An aligned
+  position is never larger than the token's index.
   """
   tokens = np.asarray(tokens)
   positions = np.arange(len(tokens), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""All sections of a config, as the frozen dataclasses that the library takes."""
+"""Combines all sections of a config into one checked, frozen dataclass."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -28,10 +28,10 @@ from cm3leon_jax.vocab import VocabLayout
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Settings:
-  """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
+  """A checked config with one frozen dataclass per section; docs/config.md lists every field."""
 
   seed: NonNegativeInt
-  """Seed of all random numbers of the run."""
+  """Seed of all random numbers in the run."""
   vocab: VocabLayout
   raw: RawConfig
   scenes: ScenesConfig
@@ -62,8 +62,9 @@ class Settings:
       )
     if self.model.align_images and self.data.interleaved_share:
       raise ValueError(
-        f"model.align_images is set, and data.interleaved_share is {self.data.interleaved_share}; "
-        "one of them must be 0: positions cannot be counted from an image that comes later."
+        "model.align_images is True, but data.interleaved_share is "
+        f"{self.data.interleaved_share}; set one of them to 0: the position of text before an "
+        "image in an interleaved document is not known while it is generated."
       )
     if self.vqgan.quantizer == "fsq":
       check_levels(self.vocab.image_size, self.vqgan.code_dim)
@@ -75,7 +76,7 @@ class Settings:
         )
 
   def check_split(self, axes: Mapping[str, int]) -> None:
-    """Raises ValueError unless the parameters split evenly over the axes of a mesh."""
+    """Raises ValueError unless the parameters divide evenly over the mesh axes."""
     fsdp = axes["fsdp"] * axes["fsdp_inner"]
     for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
       if (size := getattr(self.model, field)) % parts:
@@ -83,7 +84,7 @@ class Settings:
         raise ValueError(
           f"model.{field} = {size:,} does not split into {parts} equal parts (fsdp = "
           f"{axes['fsdp']}, fsdp_inner = {axes['fsdp_inner']}, tensor = {axes['tensor']}): use "
-          "another number of devices, or copies of the model: --config.mesh.fsdp=1 "
+          "another number of devices, or replicas of the model: --config.mesh.fsdp=1 "
           f"--config.mesh.fsdp_inner=1 --config.mesh.data={copies}."
         )
 
@@ -94,9 +95,9 @@ SECTIONS: dict[str, Any] = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Returns all sections and fields with their defaults, so that flags can override only these.
+  """Returns a config with the defaults of all fields, so that a flag can override each of them.
 
-  `model.vocab_size` is None: it follows from `vocab`.
+  `model.vocab_size` is None, because `settings_from_config` computes it from `vocab`.
   """
   sections = {
     name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
@@ -107,19 +108,21 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Settings:
-  """Builds every section.
+  """Builds and checks the settings of a config.
 
   Raises:
-    UserError: naming the section and the field that is unknown or out of range.
+    UserError: a section or field is unknown or missing, or a value is wrong. The message names it.
   """
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
-    raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
+    raise UserError(
+      f"config has an unknown section '{unknown[0]}': the sections are seed, {', '.join(SECTIONS)}."
+    )
   missing = [name for name in ("seed", *SECTIONS) if name not in config]
   if missing:
     raise UserError(
       f"config has no section '{missing[0]}': "
-      "begin with cm3leon_jax.configs.base.get_config(), which has them all."
+      "start from cm3leon_jax.configs.base.get_config(), which has all sections."
     )
   vocab = build(VocabLayout, config["vocab"], "vocab")
   model = dict(config["model"])
@@ -131,16 +134,16 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
 
 
 def settings_of_run(workdir: epath.PathLike) -> Settings:
-  """Reads the settings that `cm3leon train` wrote into train/config.json.
+  """Reads the settings that `cm3leon train` stored in train/config.json.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or by a version that wrote no settings.
+    UserError: nothing was trained in `workdir`, or an old version without stored settings did it.
   """
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
     raise UserError(
-      f"{path} does not exist: name the workdir of a run, in which `cm3leon train` began, "
-      "or where a bundle is taken, its folder or name."
+      f"{path} does not exist: name the workdir of a run in which `cm3leon train` has started, "
+      "or, where a bundle is accepted, the folder or name of a bundle."
     )
   stored = read_json(path, {})
   if "settings" not in stored:
@@ -152,16 +155,16 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
 
 
 def settings_from_stored(values: dict) -> Settings:
-  """Builds the settings that a run or bundle stored; sections that are newer have their defaults.
+  """Builds the settings that a run or bundle stored. Sections added since then get their defaults.
 
   Raises:
-    UserError: as `settings_from_config`.
+    UserError: see `settings_from_config`.
   """
   return settings_from_config({**default_config().to_dict(), **values})
 
 
 def describe(settings: Settings) -> list[str]:
-  """Returns one line `section.field = value` per field, with the default if the value differs.
+  """Returns one line `section.field = value` per field, with the default if it differs.
 
   train.steps = 5  # default: 41723
   """

@@ -1,4 +1,4 @@
-"""The vocabulary of text and images: the meaning of every id."""
+"""Defines the joint vocabulary of text tokens and image codes."""
 
 from typing import Annotated, Any
 
@@ -12,27 +12,27 @@ from cm3leon_jax.config import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VocabLayout:
-  """Ids `[0, text_size)` are text, `[text_size, size)` image codes.
+  """Layout of the vocabulary: ids in `[0, text_size)` are text, the rest are image codes.
 
-  The first `num_special` ids are special tokens. The defaults are CM3Leon's 56,320 text tokens and
-  8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids, which divide evenly over any mesh axis of
-  up to 1,024 devices.
+  The first `num_special` text ids are special tokens. The defaults are CM3Leon's 56,320 text tokens
+  and 8,192 image codes (section 2.1). The total, 64,512 = 2^10 x 63, divides evenly over any mesh
+  axis whose size is a power of two up to 1,024.
   """
 
   num_special: Annotated[int, Field(ge=6)] = 256
-  """Number of special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, `<break>`,
-  `<eoss>`, and at least one sentinel `<mask:i>`."""
+  """Number of special tokens: `<pad>`, `</s>`, `<unk>`, `<break>`, `<eoss>`, and at least one
+  sentinel `<mask:i>`. They are part of the text range."""
   text_size: PositiveInt = 56_320
-  """Number of text tokens, special tokens included; at least `num_special` and the 256 bytes of
-  byte-level BPE."""
+  """Number of text tokens, special tokens included. It must be at least `num_special` + 256, since
+  byte-level BPE needs 256 byte tokens."""
   image_size: PositiveInt = 8_192
-  """Number of image codes; code `c` has the id `text_size + c`."""
+  """Number of image codes. Code `c` has the id `text_size + c`."""
 
   pad = 0
-  eos = 1  # </s>: document boundary, and the start of every sample.
+  eos = 1  # </s> separates documents and starts every sample.
   unk = 2
-  brk = 3  # <break>: change of modality.
-  eoss = 4  # <eoss>: end of an infilled span.
+  brk = 3  # <break> separates segments, such as a caption and its image.
+  eoss = 4  # <eoss> ends an infilled span.
 
   def __post_init__(self) -> None:
     if self.text_size < self.num_special + 256:
@@ -43,7 +43,7 @@ class VocabLayout:
 
   @property
   def size(self) -> int:
-    """Number of ids."""
+    """Number of ids in the vocabulary."""
     return self.text_size + self.image_size
 
   @property
@@ -52,41 +52,41 @@ class VocabLayout:
     return self.num_special - 5
 
   def mask(self, i: int) -> int:
-    """Returns the id of the sentinel `<mask:i>`. Raises ValueError if there is none."""
+    """Returns the id of the sentinel `<mask:i>`. Raises ValueError if `i` is out of range."""
     if not 0 <= i < self.num_masks:
       raise ValueError(f"<mask:{i}> does not exist: the vocabulary has {self.num_masks} sentinels.")
     return 5 + i
 
   def is_mask(self, ids: Any) -> Any:
-    """Returns which of `ids` (int or array) are sentinels `<mask:i>`, bool of the same shape."""
+    """Returns a bool mask of the sentinels `<mask:i>` among `ids` (an int or an array)."""
     return (ids >= 5) & (ids < self.num_special)
 
   def is_image(self, ids: Any) -> Any:
-    """Returns which of `ids` (int or array) are image codes, bool of the same shape."""
+    """Returns a bool mask of the image codes among `ids` (an int or an array)."""
     return (ids >= self.text_size) & (ids < self.size)
 
   def image_ids(self, codes: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Returns the ids of image codes, int32 of the same shape. Raises ValueError at a bad code."""
+    """Converts image codes to ids. Raises ValueError if a code is out of range."""
     codes = np.asarray(codes, np.int32)
     if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
       raise ValueError(
         f"image codes range over [{codes.min()}, {codes.max()}]; "
-        f"the vocabulary has [0, {self.image_size})."
+        f"they must be in [0, {self.image_size})."
       )
     return codes + self.text_size
 
   def image_codes(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Returns the image codes of ids, int32 of the same shape. Raises ValueError at another id."""
+    """Converts ids to image codes. Raises ValueError if an id is not an image code."""
     ids = np.asarray(ids, np.int32)
     if ids.size and not self.is_image(ids).all():
       raise ValueError(
-        f"id {int(ids[~self.is_image(ids)][0])} is no image code; "
-        f"image codes have the ids [{self.text_size}, {self.size})."
+        f"id {int(ids[~self.is_image(ids)][0])} is not an image code; "
+        f"image codes have ids in [{self.text_size}, {self.size})."
       )
     return ids - self.text_size
 
   def special_tokens(self) -> list[str]:
-    """Returns the names of the special tokens, in the order of their ids."""
+    """Returns the names of the special tokens in order of their ids."""
     return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [
       f"<mask:{i}>" for i in range(self.num_masks)
     ]

@@ -1,15 +1,15 @@
-"""Names of the worlds that come with the package; `evaluation.world` finds them by it.
+"""Lists the worlds of this package; `evaluation.world` imports a world by its name.
 
-A world draws its images itself and so knows exactly what they show. `raw.source` may name it, and
-the format of a task of instruction tuning.
+A world draws its images itself, so it knows exactly what they show. A config may name a world in
+`raw.source` or as the format of an instruction-tuning task.
 """
 
-# Name -> module that has it as WORLD. It is imported when it is asked for.
+# World name -> module whose constant WORLD is the world. The module is imported at first use.
 MODULES = {"scenes": "cm3leon_jax.scenes.interface"}
 
 
 def world_of_format(name: str) -> str:
-  """Returns the name of the world that draws the records of a format; "" if files hold them.
+  """Returns the world that draws the records of a format, or "" if the records are in files.
 
   world_of_format("scenes/count") = "scenes", world_of_format("jsonl") = ""
   """

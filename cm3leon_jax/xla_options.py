@@ -1,14 +1,14 @@
-"""Compiler options by kind of device: all XLA flags that this project sets."""
+"""Lists all XLA compiler options that this project sets, by kind of device."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-# Start of `jax.Device.device_kind` -> option -> (value, reason and source). Asynchronous
-# collectives, a flag in older recipes, are libtpu's default on v5e; on v5p libtpu refuses
-# asynchronous all-gathers as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is left
-# out: it changed no memory and made compilation five times as slow.
+# Prefix of `jax.Device.device_kind` -> option -> (value, reason and source). Older recipes also set
+# asynchronous collectives: they are the default on v5e, and on v5p libtpu refuses asynchronous
+# all-gathers as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is omitted: it did
+# not change memory use, and compilation took five times as long.
 OPTIONS = {
   "TPU": {
     "xla_tpu_enable_data_parallel_all_reduce_opt": (
@@ -27,13 +27,13 @@ OPTIONS = {
     ),
   },
 }
-# The same for the decoding loop.
+# The same table for the decoding loop.
 DECODE_OPTIONS = {
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": (
-      "",  # No YNNPACK.
-      "for few rows Eigen reads [in, out] weights at 25 to 28 GiB/s, YNNPACK at 17 to 21; "
-      "measured, jax 0.10.2",
+      "",  # The empty string disables YNNPACK.
+      "with few rows Eigen reads [in, out] weights at 25 to 28 GiB/s, YNNPACK at 17 to 21 GiB/s; "
+      "measured with jax 0.10.2",
     ),
   },
 }
@@ -42,7 +42,7 @@ DECODE_OPTIONS = {
 def compiler_options(
   mesh: jax.sharding.Mesh, options: Mapping[str, Mapping[str, tuple[Any, str]]] = OPTIONS
 ) -> dict[str, Any]:
-  """Returns `jax.jit`'s compiler_options for programs on `mesh`, from one of the tables above."""
+  """Returns `compiler_options` of `jax.jit` for programs on `mesh`, from a table like `OPTIONS`."""
   kind = mesh.devices.flat[0].device_kind
   return {
     name: value

@@ -81,7 +81,7 @@ def test_two_processes_come_to_the_same_decisions(cluster, tmp_path):
   assert [job.returncode for job in jobs] == [0, 0], found
   lines = [path.read_text("utf-8").splitlines() for path in printed]
   differ = (
-    "process 1 has another config than process 0 (train.steps: 5 -> 6): "
+    "process 1 has a different config than process 0 (train.steps: 5 -> 6): "
     "give all processes the same flags."
   )
   first = ["[{'me': ''}, {'me': 'é'}] True", "printed", "no " + "x" * 10]
@@ -131,7 +131,7 @@ def test_a_coordinator_that_does_not_listen_is_a_user_error():
   address = f"localhost:{free_port()}"
   with pytest.raises(
     TryAgain,
-    match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)",
+    match=rf"--coordinator_address {address}: no process has listened there for 1 s \(.*refused\)",
   ):
     distributed.initialize(address, 2, 1, 1)
 
@@ -141,7 +141,7 @@ def test_a_missing_cluster_is_a_user_error():
   result = subprocess.run(
     [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
   )
-  reason = "--distributed found no cluster that it knows (coordinator_address should be defined.)"
+  reason = "--distributed found no known cluster (coordinator_address should be defined.)"
   assert f"UserError: {reason}" in result.stderr
 
 

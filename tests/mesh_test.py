@@ -54,7 +54,7 @@ def test_rest_of_the_devices():
 def test_shapes_that_do_not_fit_are_refused():
   with refused(ValueError):
     create_mesh(MeshConfig(3, -1, 1))
-  with pytest.raises(ValueError, match="or one of them -1"):
+  with pytest.raises(ValueError, match="but one may be -1"):
     MeshConfig(-1, -1, 1)
 
 
@@ -110,6 +110,6 @@ def test_slices_lie_along_data():
   four = [[0] * 2] * 2 + [[1] * 2] * 2
   for line, expected in zip(found, ([[0] * 4, [1] * 4], four, four), strict=True):
     assert json.loads(line) == [expected, 8, ["AxisType.Explicit"]]
-  assert refused == "mesh.data is 1; the devices are in 2 slices, and it must be a multiple of 2."
+  assert refused == "mesh.data is 1; the devices are in 2 slices, so it must be a multiple of 2."
   assert one_slice == "4"
   assert (v6e, two_slices) == ("8", "16")

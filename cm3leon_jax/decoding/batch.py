@@ -1,8 +1,8 @@
-"""Batches: the arrays of a few requests, with prompts and shared prefixes that occur once."""
+"""Converts requests to the arrays of a batch, where equal prompts and prefixes occur once."""
 
-# B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, M parts of a plan,
-# I tokens of an image, P entries of padded prompts; U0 and P0 are those of shared prefixes;
-# T tokens of a prompt.
+# B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, U0 shared prefixes,
+# P entries of a padded prompt, P0 entries of a padded prefix, M parts of a plan, I tokens of an
+# image, T tokens of a prompt.
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -19,20 +19,20 @@ from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
-BUCKET = 32  # Prompts are padded to a multiple of it: prompts of similar length share one program.
-SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
+BUCKET = 32  # Prompts are padded to a multiple of this, so that similar lengths share a program.
+SHARED = 64  # Shorter shared prefixes are not worth a separate prefill pass.
 Array: TypeAlias = jax.Array | np.ndarray
-Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
+Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # (id, position) pairs: keys depend on both.
 
 
 class StreamPrompt(NamedTuple):
   """The prompt of one stream.
 
   Attributes:
-    tokens: those that prefill reads, all but the last.
-    last: the last id, which the first step reads.
-    last_position: position of that token.
-    next_position: position of the token after it.
+    tokens: all tokens except the last; prefill reads them.
+    last: id of the last token; the first decoding step reads it.
+    last_position: position of the last token.
+    next_position: position of the first generated token.
   """
 
   tokens: Tokens
@@ -42,7 +42,7 @@ class StreamPrompt(NamedTuple):
 
   @classmethod
   def of(cls, ids: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+1"]) -> "StreamPrompt":
-    """Splits a prompt of at least one token; `positions` are those of `prompt_positions`."""
+    """Splits a prompt of at least one token; `positions` are from `prompt_positions`."""
     tokens = np.stack([ids[:-1], positions[:-2]], axis=1).astype(np.int32)
     return cls(tokens, int(ids[-1]), int(positions[-2]), int(positions[-1]))
 
@@ -51,9 +51,9 @@ class Padded(NamedTuple):
   """Left-padded tokens.
 
   Attributes:
-    ids: of the tokens, or of padding.
-    valid: which of them are no padding.
-    positions: of the tokens in their samples; 0 at padding.
+    ids: token ids, with padding.
+    valid: False at padding.
+    positions: positions of the tokens in their samples; 0 at padding.
   """
 
   ids: Int32[Array, "U P"]
@@ -65,14 +65,14 @@ class Prompts(NamedTuple):
   """Left-padded prompts without their last tokens, split into shared prefixes and rests.
 
   Attributes:
-    prefixes: [U0, P0]; None if no prompts share a prefix.
-    rests: [U, P].
-    prefix_of: prefix before each rest, in the rest's own shard of the batch.
-    row: unique prompt of each row, in the row's own shard of the batch; the streams of a sample are
-      adjacent.
+    prefixes: shared prefixes [U0, P0]; None if no prompts share a prefix.
+    rests: the remaining tokens [U, P] of each unique prompt.
+    prefix_of: index of the prefix before each rest. Both are in the same shard of the batch.
+    row: index of the unique prompt of each row. Both are in the same shard of the batch. The
+      streams of a sample are adjacent rows.
     last: last token of each row's prompt.
-    last_positions: position of that token.
-    next_positions: position of the token after it.
+    last_positions: position of the last token.
+    next_positions: position of the first generated token.
   """
 
   prefixes: Padded | None
@@ -85,7 +85,7 @@ class Prompts(NamedTuple):
 
   @property
   def entries(self) -> int:
-    """Cache entries of prefixes and rests together."""
+    """Number of cache entries of a prefix and a rest together."""
     prefixes = 0 if self.prefixes is None else self.prefixes.ids.shape[1]
     return self.rests.ids.shape[1] + prefixes
 
@@ -94,10 +94,10 @@ class Batch(NamedTuple):
   """Arrays of one batch.
 
   Attributes:
-    prompts: of all streams.
-    control: how the samples are generated.
-    widths: of each stream, the number of last prompt entries that hold all of its prompts.
-    max_new_tokens: largest number of tokens that a sample may have.
+    prompts: prompts of all streams.
+    control: arrays that control how the samples are generated.
+    widths: for each stream, the number of prompt entries that its cache keeps; see `stream_widths`.
+    max_new_tokens: largest number of generated tokens of a sample.
   """
 
   prompts: Prompts
@@ -119,17 +119,9 @@ def make_batch(
 ) -> Batch:
   """Makes the arrays of requests that have the same number of streams.
 
-  Some requests are repeated to fill the batch.
-
-  Args:
-    requests: one for each sample.
-    seeds: of each sample.
-    methods: by which each sample is sampled.
-    sampling: how tokens are sampled.
-    image_tokens: I.
-    vocab: of the ids.
-    align_images: as in `positions_of`.
-    multiple: number of devices that a batch is split over.
+  `requests`, `seeds` and `methods` have one element per sample. Requests are repeated to fill the
+  batch, whose size is a result of `rounded`. `multiple` is the number of devices over which the
+  batch is sharded.
   """
   rows = [i % len(requests) for i in range(rounded(len(requests), multiple))]
   repeated = [requests[i] for i in rows]
@@ -147,9 +139,9 @@ def make_batch(
 
 
 def rounded(count: int, multiple: int) -> int:
-  """Returns the number of rows of the program for `count` rows, on `multiple` devices.
+  """Rounds a number of rows up to the batch size of a compiled program on `multiple` devices.
 
-  The rows of a device are a power of two up to 8, or a multiple of 8.
+  The number of rows per device is 1, 2, 4 or a multiple of 8.
   """
   rows = -(-count // multiple)
   return multiple * (1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
@@ -159,19 +151,13 @@ def prompt_positions(
   prompt: Int32[np.ndarray, " T"], plan: Sequence[grammar.Part], vocab: VocabLayout,
   align_images: bool,
 ) -> Int32[np.ndarray, " T+1"]:  # fmt: skip
-  """Returns the positions of a prompt's tokens and of the token after it, from which they count on.
+  """Returns the positions of a prompt's tokens and of the first generated token.
 
-  If the plan has image codes, the positions are those of a training sample: they depend on where
-  its image begins. The length of a document's texts is unknown, so there the images that are
-  generated are not aligned.
+  If the plan has CODES, the prompt gets the positions of a training sample in which an image code
+  follows, because aligned positions depend on where an image starts. In a DOCUMENT, the lengths of
+  the texts are unknown, so its generated images are not aligned.
 
     prompt </s> 7 <break>, CODES   aligned  -3 -2 -1 0
-
-  Args:
-    prompt: its ids.
-    plan: what may follow.
-    vocab: kinds of the ids.
-    align_images: as in `positions_of`.
   """
   if any(part.kind == grammar.CODES for part in plan):
     return positions_of(np.append(prompt, vocab.image_ids(0)), vocab, align_images)
@@ -180,12 +166,12 @@ def prompt_positions(
 
 
 def bucket_length(length: int) -> int:
-  """Returns the smallest positive multiple of BUCKET that is no less than `length`."""
+  """Rounds a length up to a positive multiple of BUCKET."""
   return max(1, -(-length // BUCKET)) * BUCKET
 
 
 def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list[StreamPrompt]:
-  """Returns the prompts of a request's streams; see `prompt_positions`."""
+  """Returns the prompts of a request's streams, with positions from `prompt_positions`."""
   return [
     StreamPrompt.of(prompt, prompt_positions(prompt, request.plan, vocab, align_images))
     for prompt in request.streams
@@ -193,10 +179,7 @@ def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list
 
 
 def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
-  """Pads prompts of unequal length on the left, to P = `length`.
-
-  Default: P is the multiple of BUCKET that the longest needs.
-  """
+  """Pads prompts on the left to `length`, or to the `bucket_length` of the longest prompt if 0."""
   length = length or bucket_length(max(len(p) for p in prompts))
   shape = (len(prompts), length)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
@@ -209,10 +192,11 @@ def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
 
 
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
-  """Returns the number of first tokens that each prompt shares with others: 0, or at least SHARED.
+  """Returns the length of the prefix that each prompt shares with other prompts: 0, or >= SHARED.
 
-  Shared tokens have equal ids and equal positions. In lexical order, prompts with a common prefix
-  are adjacent. A group grows as long as its members share SHARED tokens.
+  Shared tokens have equal ids and equal positions. Prompts are sorted, so that prompts with a
+  common prefix are adjacent. A prompt joins the current group if it shares at least SHARED tokens
+  with the group's first prompt.
   """
   order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
   lengths, start = [0] * len(prompts), 0
@@ -228,22 +212,18 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
 
 
 def _common(a: Tokens, b: Tokens) -> int:
-  """Returns the length of the common prefix."""
+  """Returns the length of the common prefix of two prompts."""
   n = min(len(a), len(b))
   differ = np.flatnonzero((a[:n] != b[:n]).any(axis=1))
   return int(differ[0]) if len(differ) else n
 
 
 def prompt_arrays(read: Sequence[StreamPrompt], pad: int, shards: int) -> Prompts:
-  """Makes the arrays of R prompts, in which the equal ones of a device occur once.
+  """Makes the arrays of R prompts; equal prompts on a device occur once.
 
-  Prompts and shared prefixes that several devices need occur on each of them: to read one again
-  takes less time than to send its keys and values.
-
-  Args:
-    read: R prompts.
-    pad: id of padding.
-    shards: number of devices that a batch is split over; R must divide by it.
+  A prompt or shared prefix that several devices need is read on each of them. This takes less time
+  than sending its keys and values. `shards` is the number of devices over which the batch is
+  sharded. It must divide R.
   """
   size = len(read) // shards
   row, prompts = _unique_of_shards(
@@ -270,10 +250,12 @@ def prompt_arrays(read: Sequence[StreamPrompt], pad: int, shards: int) -> Prompt
 def _unique_of_shards(
   shards: Sequence[Sequence[Tokens]],
 ) -> tuple[Int32[np.ndarray, " _"], list[list[Tokens]]]:
-  """Finds the unique prompts of each shard; empty ones make their number `rounded` and equal.
+  """Finds the unique prompts of each shard.
+
+  Empty prompts are appended, so that all shards have the same `rounded` number of prompts.
 
   Returns:
-    (number of each prompt among the unique ones of all shards, unique prompts of each shard).
+    (index of each prompt in the unique prompts of all shards, unique prompts of each shard).
   """
   found = [_unique(prompts) for prompts in shards]
   count = rounded(max(len(unique) for _, unique in found), 1)
@@ -283,7 +265,7 @@ def _unique_of_shards(
 
 
 def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:
-  """Returns the number of each prompt among the unique ones, and these in order of appearance."""
+  """Returns (index of each prompt in the unique prompts, unique prompts in order of appearance)."""
   numbers: dict[bytes, int] = {}
   unique: list[Tokens] = []
   for prompt in prompts:
@@ -293,9 +275,10 @@ def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[To
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
-  """Returns for each stream the number of last prompt entries that hold all of its prompts.
+  """Returns, for each stream, the number of prompt entries that its cache must keep.
 
-  A stream of short prompts needs no long cache.
+  These are the last entries, since prompts are padded on the left. A stream with short prompts gets
+  a short cache.
   """
   prefixed = np.zeros(len(prompts.prefix_of), bool)
   if prompts.prefixes is not None:

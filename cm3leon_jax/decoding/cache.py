@@ -1,6 +1,6 @@
-"""The static key-value cache of decoding, and attention of new tokens over it."""
+"""Implements the static key-value cache of decoding and attention over its entries."""
 
-# K layers, B samples, S guidance streams, R rows (streams x prompts), N heads, T entries, L new
+# K layers, B samples, S guidance streams, R rows (B x S, or prompts), N heads, T entries, L new
 # tokens, H head size.
 
 from collections.abc import Callable, Sequence
@@ -17,19 +17,20 @@ from cm3leon_jax.models.config import ModelConfig
 
 DTYPES = ("compute", "int8")
 AXES = ("batch", "heads", "length", "head_dim")
-Read: TypeAlias = Float[Array, "R L N H"]  # Queries, keys or values of tokens that are read.
-Size: TypeAlias = Any  # An int, or a symbolic size of `jax.export`.
+Read: TypeAlias = Float[Array, "R L N H"]  # Queries, keys or values of new tokens.
+Size: TypeAlias = Any  # An int or a symbolic dimension of `jax.export`.
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer, which the loop over steps carries and updates in place.
+  """Cached keys and values of one layer. The decoding loop updates them in place.
 
-  Each layer has its own arrays: of a stacked array XLA would copy a layer's part before a product.
+  Each layer has separate arrays, because XLA would copy a layer's slice of a stacked array before
+  each product.
 
   Attributes:
-    keys, values: split by rows and heads, in the compute dtype or int8.
-    key_scales, value_scales: of an int8 cache, else None: largest absolute entry of each key or
-      value / 127.
+    keys, values: sharded over rows and heads, in the compute dtype or int8.
+    key_scales, value_scales: scales of an int8 cache: the largest absolute number in each key or
+      value vector / 127. None for other dtypes.
   """
 
   keys: Shaped[Array, "R N T H"]
@@ -40,7 +41,7 @@ class LayerCache(NamedTuple):
   def write(
     self, entry: int | Int[Array, ""], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
   ) -> "LayerCache":
-    """Writes k and v into entries [entry, entry + L)."""
+    """Writes `k` and `v` to entries [entry, entry + L)."""
 
     def put(into: Array, x: Array) -> Array:
       return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=2)
@@ -50,7 +51,7 @@ class LayerCache(NamedTuple):
   def write_rows(
     self, entries: Int32[Array, " R"], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
   ) -> "LayerCache":
-    """Writes like `write`, at an entry of each row's own."""
+    """Writes `k` and `v` to entries [entries[r], entries[r] + L) of each row r."""
 
     def put_row(into: Array, x: Array, entry: Array) -> Array:
       return jax.lax.dynamic_update_slice_in_dim(into, x, entry, axis=1)
@@ -73,9 +74,10 @@ class LayerCache(NamedTuple):
   def attend(
     self, q: Float[Array, "R L N H"], mask: Bool[Array, "R 1 #L T"]
   ) -> Float[Array, "R L N H"]:
-    """Computes softmax attention of new queries over the entries, scores in fp32; laid out like q.
+    """Computes softmax attention of new queries over the entries, with scores in fp32.
 
-    `mask` is true where a query sees an entry; every query must see at least one entry.
+    `mask` is True where a query may attend to an entry. Every query must attend to at least one
+    entry. The result has the sharding of `q`.
     """
     keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
     scores = (
@@ -91,7 +93,7 @@ class LayerCache(NamedTuple):
     return jnp.einsum("RNLT,RNTH->RLNH", weights.astype(q.dtype), values, out_sharding=heads)
 
 
-Layers: TypeAlias = tuple[LayerCache, ...]  # Of one stream.
+Layers: TypeAlias = tuple[LayerCache, ...]  # Caches of all layers for one stream.
 
 
 def over_streams(
@@ -99,15 +101,16 @@ def over_streams(
   masks: Sequence[Bool[Array, "B 1 #L _"]],
   write: Callable[[LayerCache, int, Read, Read], LayerCache],
 ) -> Callable[[int, Read, Read, Read], Read]:
-  """Makes the `attend` of `loop.extend` for S streams that have caches of their own.
+  """Makes the `attend` function of `loop.extend` for S streams with separate caches.
 
   Args:
-    layers: caches of each layer and stream; written caches replace their entries.
-    masks: of each stream, as in `LayerCache.attend`.
-    write: (cache, stream, k, v) -> cache, with k and v [B, L, N, H].
+    layers: caches by layer and stream; the returned function replaces them after each write.
+    masks: one mask per stream; see `LayerCache.attend`.
+    write: a function (cache, stream, k, v) -> cache, with k and v of shape [B, L, N, H].
 
   Returns:
-    (layer, q, k, v), each [R, L, N, H], the streams of a sample side by side -> [R, L, N, H].
+    A function (layer, q, k, v) -> result, with arrays of shape [R, L, N, H]. The streams of a
+    sample are adjacent rows.
   """
   streams, heads = len(masks), ("length", "heads", "head_dim")
 
@@ -127,7 +130,7 @@ def over_streams(
 
 
 def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute") -> Layers:
-  """Makes caches of all K layers, with `capacity` empty entries, in `dtype`, one of `DTYPES`."""
+  """Makes caches with `capacity` empty entries for all layers; `dtype` is one of `DTYPES`."""
 
   def zeros(dtype: DTypeLike, size: int = config.head_dim) -> Shaped[Array, "R N T size"]:
     shape = (rows, config.num_heads, capacity, size)
@@ -143,7 +146,7 @@ def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute
 
 
 def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size) -> Layers:
-  """Gathers rows as `local_rows`, each with its last `kept` entries, and pads to `capacity`."""
+  """Gathers cache rows (see `local_rows`), keeps their last `kept` entries, pads to `capacity`."""
 
   def take(x: Shaped[Array, "R N T H"]) -> Shaped[Array, "rows N kept H"]:
     return local_rows(x[:, :, x.shape[2] - kept :], index)
@@ -154,11 +157,10 @@ def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size
 def local_rows(
   x: Shaped[Array, "rows_in ..."], index: Int32[Array, " rows"]
 ) -> Shaped[Array, "rows ..."]:
-  """Gathers rows that each device has itself, so that nothing is sent.
+  """Gathers rows of `x` (sharded over the batch) without communication between devices.
 
-  Args:
-    x: split over the batch.
-    index: of the rows of `x`, each in the shard of the row that is made of it.
+  `index` contains indices of rows of `x`. Each index must refer to a row in the same shard as the
+  result row.
   """
   sharding = jax.typeof(x).sharding
   split = sharding.spec
@@ -166,7 +168,7 @@ def local_rows(
   def take(x: Array, index: Array) -> Array:
     return x[index % x.shape[0]]
 
-  if sharding.mesh.empty:  # See `mesh.unsplit`.
+  if sharding.mesh.empty:  # `mesh.unsplit` traces programs without a mesh.
     return take(x, index)
   return jax.shard_map(take, in_specs=(split, spec("batch")), out_specs=split)(
     x, shard(index, "batch")
@@ -174,13 +176,13 @@ def local_rows(
 
 
 def grown(cache: Layers, by: Size) -> Layers:
-  """Adds `by` empty entries at the end."""
+  """Appends `by` empty entries to each row."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, by), (0, 0))), cache)
 
 
 def _quantized(
   x: Float[Array, "*batch H"],
 ) -> tuple[Int8[Array, "*batch H"], Float32[Array, "*batch 1"]]:
-  """Quantizes [..., H] to (int8 [..., H], fp32 scales [..., 1]): x is about int8 x scale."""
+  """Quantizes vectors to (int8 values, fp32 scales), so that `x` is about values x scale."""
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127, 1e-30)
   return jnp.round(x / scale).astype(jnp.int8), scale

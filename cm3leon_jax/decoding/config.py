@@ -1,4 +1,4 @@
-"""The config section `sampling`: how tokens are sampled."""
+"""Defines the config section `sampling`: how tokens are sampled."""
 
 from typing import Annotated, Literal, get_args
 
@@ -15,39 +15,46 @@ SCHEDULES = get_args(Schedule)
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class SamplingConfig:
-  """How tokens are sampled: the samplers of CM3Leon, section 3.1. Defaults are the tutorial's."""
+  """Sampling of tokens with the methods of CM3Leon, section 3.1.
+
+  The defaults are from the tutorial that this project started from.
+  """
 
   method: Method = "top_p"
-  """Sampler of image tokens. `top_p`: top-k, then nucleus, on guided logits. `contrastive`: CD-K,
-  without guidance. `mixture`: half of the samples with each."""
+  """Sampler of image codes. `top_p` applies top-k, then nucleus sampling, to guided logits.
+  `contrastive` applies CD-K without guidance. `mixture` uses each of the two for half of the
+  samples."""
   temperature: PositiveFloat = 1.0
-  """Divisor of the guided logits; for greedy sampling set `top_k` to 1."""
+  """Divisor of the guided logits. For greedy sampling, set `top_k` to 1."""
   top_k: NonNegativeInt = 256
-  """Number of candidates kept before the nucleus; 0 keeps all, 1 is greedy."""
+  """Number of most probable candidates to keep before the nucleus; 0 keeps all, 1 is greedy."""
   top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-  """Nucleus: a candidate is kept if the candidates above it hold less than this probability."""
+  """Nucleus: a candidate is kept if all more probable candidates together have less than this
+  probability."""
   guidance: NonNegativeFloat = 3.0
-  """Weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the conditional model
-  alone."""
+  """Weight alpha of classifier-free guidance: the logits are u + alpha (c - u) for unconditional
+  logits u and conditional logits c. 1 uses only c."""
   guidance_schedule: Schedule = "constant"
-  """Growth of guidance over the codes of an image, from 1 to its weight."""
+  """Schedule of guidance over the codes of an image. `linear` and `cosine` grow from 1 at the first
+  code to the full weight at the last."""
   image_guidance: NonNegativeFloat = 1.5
-  """Weight of the given image where an image is edited (section 4.1)."""
+  """Guidance weight of the given image in image editing (section 4.1)."""
   edit_guidance: NonNegativeFloat = 7.5
-  """Weight of the instruction where an image is edited."""
+  """Guidance weight of the instruction in image editing."""
   contrastive_k: PositiveInt = 16
-  """CD-K keeps tokens at least `contrastive_alpha` times as probable as the k-th; 1 is
-  contrastive decoding (Li et al. 2022), nearly greedy. The paper gives no values of k and alpha:
-  this k is ours."""
+  """CD-K keeps tokens that are at least `contrastive_alpha` times as probable as the k-th most
+  probable token. k = 1 is contrastive decoding (Li et al. 2022), which is nearly greedy. The paper
+  does not give k and alpha; this default of k is ours."""
   contrastive_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-  """Alpha of `contrastive_k`; this number and the two temperatures are the released script's."""
+  """Alpha of CD-K; see `contrastive_k`. The defaults of alpha and of the two temperatures are from
+  the released script."""
   contrastive_temperature: PositiveFloat = 0.8
-  """Divisor of CD-K's scores."""
+  """Divisor of the scores of CD-K."""
   amateur_temperature: PositiveFloat = 0.5
-  """Divisor of the logits of the amateur, the unconditional stream."""
+  """Divisor of the logits of CD-K's amateur, which is the unconditional stream."""
   text_temperature: PositiveFloat = 1.0
-  """`temperature` of text tokens, which are never sampled by CD-K."""
+  """Temperature for text tokens, which CD-K never samples."""
   text_top_k: NonNegativeInt = 256
-  """`top_k` of text tokens."""
+  """`top_k` for text tokens."""
   text_top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-  """`top_p` of text tokens."""
+  """`top_p` for text tokens."""

@@ -1,4 +1,4 @@
-"""How samples are generated: the arrays of plans, guidance, seeds and settings of their rows."""
+"""Collects the arrays that control sampling: plans, guidance weights, seeds and settings."""
 
 # B samples, S guidance streams, I tokens of an image, M parts of a plan.
 
@@ -20,14 +20,15 @@ Array: TypeAlias = jax.Array | np.ndarray
 
 
 class Control(NamedTuple):
-  """How B samples are generated.
+  """Arrays that control how B samples are generated.
 
   Attributes:
-    plan: of `grammar.plan_array`.
-    guidance: weights of the streams at each code of an image, then at text.
-    seeds: a sample depends on its own seed only.
-    uses: by the name of each sampling method but top-p: samples that use it.
-    values: settings of sampling that may change without compiling again, of all samples or of each.
+    plan: result of `grammar.plan_array`.
+    guidance: weights of the streams at each code of an image; the last entry is for text.
+    seeds: seed of each sample. A sample does not depend on the seeds of other samples.
+    uses: name of each sampling method except top-p -> which samples use it.
+    values: sampling settings that do not cause recompilation. Each is a scalar for all samples or
+      an array with one number per sample.
   """
 
   plan: Int32[Array, "B M 3"]
@@ -45,15 +46,10 @@ def control_of(
   image_tokens: int,
   parts: int = 0,
 ) -> Control:
-  """Makes the arrays of B requests with the same number of streams; `values` are of all samples.
+  """Makes the control of B requests with the same number of streams.
 
-  Args:
-    requests: one for each sample.
-    seeds: of each sample.
-    methods: by which each sample is sampled.
-    sampling: settings of all samples.
-    image_tokens: I.
-    parts: M; default: as many as the plans need.
+  `requests`, `seeds` and `methods` have one element per sample. `sampling` holds for all samples,
+  so `values` are scalars. `parts` is M; 0 means as many parts as the plans need.
   """
   return Control(
     grammar.plan_array([request.plan for request in requests], parts),
@@ -67,7 +63,10 @@ def control_of(
 def without_samples(
   rows: int, streams: int, sampling: SamplingConfig, image_tokens: int, parts: int
 ) -> Control:
-  """Makes the arrays of `rows` rows whose plans are DONE; each has `values` of its own."""
+  """Makes the control of `rows` rows without samples: the plans are DONE.
+
+  `values` have one number per row.
+  """
   return Control(
     np.zeros((rows, parts, 3), np.int32),
     np.zeros((rows, image_tokens + 1, streams), np.float32),
@@ -78,7 +77,7 @@ def without_samples(
 
 
 def put_sample(control: Control, row: int, sample: Control) -> None:
-  """Writes the control of one sample, of `control_of`, into a row of `without_samples`."""
+  """Writes the control of one sample (from `control_of`) to a row of `without_samples`."""
   of_all: list[np.ndarray] = jax.tree.leaves(control)
   of_sample: list[np.ndarray] = jax.tree.leaves(sample)
   for into, x in zip(of_all, of_sample, strict=True):

@@ -1,4 +1,4 @@
-"""The interface of decoding: requests in, token ids out, batch by batch."""
+"""Generates token ids for requests, batch by batch. This is the interface of decoding."""
 
 # I tokens of an image.
 
@@ -32,22 +32,23 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-  """Settings that a Generator is compiled for.
+  """Settings that are compiled into a `Generator`.
 
   Attributes:
-    model: the decoder.
-    vocab: meaning of its ids.
-    image_tokens: I.
-    positions: largest number of positions of a sample, at most model.max_positions; positions after
-      the longest sample of training are noise.
-    sampling: default settings of sampling.
+    model: config of the decoder.
+    vocab: vocabulary of the decoder.
+    image_tokens: number of codes of an image.
+    positions: largest number of positions of a sample, at most `model.max_positions`. Positions
+      after the longest training sample are untrained.
+    sampling: default sampling settings.
     batch_size: largest number of samples in a batch.
-    weight_dtype: `compute`, or `int8` for the products of the blocks.
+    weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
-    draft_window: codes of an image that a step reads as drafts and accepts while they hold
-      (`speculative`), at least 2, in batches of whole images by a method that takes drafts (top_p);
-      0: one code a step. Images have the same distribution, but a seed gives another image.
-    image_head: compute only the image rows of the output table while only image codes are legal.
+    draft_window: number of image codes that a step reads and verifies as drafts (see
+      `speculative`), at least 2; 0 generates one code per step. It applies to batches of whole
+      images with a method that takes drafts (top_p). The distribution of images does not change,
+      but a seed gives a different image.
+    image_head: whether to compute only the logits of image codes while only image codes are legal.
   """
 
   model: ModelConfig
@@ -79,13 +80,13 @@ class GeneratorConfig:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
     if not 1 <= self.positions <= self.model.max_positions:
       raise ValueError(
-        f"positions is {self.positions}; it must lie in [1, model.max_positions = "
+        f"positions is {self.positions}; it must be in [1, model.max_positions = "
         f"{self.model.max_positions}]."
       )
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "GeneratorConfig":
-    """Makes the config of a run's settings."""
+    """Makes the config for a run's settings; `fields` are further fields of this class."""
     image_tokens, positions = settings.vqgan.image_tokens, settings.data.sequence_length
     return cls(settings.model, settings.vocab, image_tokens, positions, settings.sampling, **fields)
 
@@ -98,11 +99,8 @@ class GeneratorConfig:
   ) -> tuple[Batch, Static]:
     """Makes the arrays of a batch on the current mesh, and the static arguments of its programs.
 
-    Args:
-      requests: one for each sample, all of one number of streams.
-      seeds: of each sample.
-      methods: by which each sample is sampled; default: top-p.
-      sampling: default: the config's.
+    `requests`, `seeds` and `methods` have one element per sample. All requests have the same number
+    of streams. The default method is top-p, and `sampling` defaults to the config's.
     """
     sampling = sampling or self.sampling
     arrays = make_batch(
@@ -132,7 +130,7 @@ class GeneratorConfig:
     capacities: tuple[int, ...],
     window: int = 0,
   ) -> Static:
-    """Returns the static arguments of programs for prompts and results of these sizes."""
+    """Returns the static arguments of the programs for these sizes."""
     return Static(
       self.model,
       Grammar(self.vocab, self.image_tokens),
@@ -146,18 +144,20 @@ class GeneratorConfig:
 
 
 def _codes_first(batch: Batch) -> int:
-  """Returns the number of image codes that all samples of a batch begin with, or 0."""
+  """Returns the number of codes of the image with which all samples of a batch start, or 0."""
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
 
 
 def _ignore(steps: int) -> None:
-  """Default of `progress`."""
+  """Does nothing; the default of `progress`."""
 
 
 class Generator:
-  """Generates for requests; compiles once per bucket of prompt length, batch size and length.
+  """Generates samples for requests.
+
+  It compiles once per bucket of prompt length, result length and batch size.
 
   with jax.set_mesh(create_mesh(MeshConfig())):
     generator = Generator(params, GeneratorConfig.of(settings))
@@ -166,7 +166,7 @@ class Generator:
   """
 
   def __init__(self, params: dict, config: GeneratorConfig):
-    """Prepares the parameters of a model. Needs a mesh."""
+    """Prepares the parameters of a model for decoding. Needs a mesh."""
     self.config = config
     self.params = params_lib.prepare(
       params,
@@ -180,7 +180,7 @@ class Generator:
   def generate(
     self, requests: Sequence[Request], seeds: Sequence[int], **options: Any
   ) -> list[Result]:
-    """Returns all results, ordered by request and sample; see `batches`."""
+    """Returns the results of all batches, ordered by request and sample; see `batches`."""
     return list(itertools.chain.from_iterable(self.batches(requests, seeds, **options)))
 
   def batches(
@@ -191,19 +191,20 @@ class Generator:
     sampling: SamplingConfig | None = None,
     progress: Callable[[int], None] = _ignore,
   ) -> Iterator[list[Result]]:
-    """Generates batch by batch, in the order of the requests.
+    """Yields the results of each batch, in the order of the requests.
 
     Args:
-      requests: of `request`.
-      seeds: an integer in [0, 2^32) for each request; with the same seed a request gives the same
+      requests: requests of the functions in `request`.
+      seeds: an integer in [0, 2^32) for each request. With the same seed, a request gives the same
         samples in any batch.
-      samples: of each request.
-      sampling: default: the config's. Only another top_k, method or contrastive_k compiles again.
-      progress: called with the number of steps since the last call.
+      samples: number of samples per request.
+      sampling: sampling settings; default: the config's. Only a new top_k, method or contrastive_k
+        causes recompilation.
+      progress: a function that is called with the number of steps since its last call.
 
     Raises:
-      UserError: no request, a request that takes more positions than were trained, or a seed that
-        is missing. Before anything is compiled.
+      UserError: there is no request, a seed is missing, or a request needs more positions than were
+        trained. It is raised before anything is compiled.
     """
     if not len(requests) or len(requests) != len(seeds):
       raise UserError(
@@ -239,7 +240,7 @@ class Generator:
         ]
 
   def check(self, request: Request) -> None:
-    """Raises UserError if a request takes more positions than were trained."""
+    """Raises UserError if a request needs more positions than were trained."""
     following, positions = grammar.max_new_tokens(request.plan), self.config.positions
     if request.positions > positions:
       raise UserError(
@@ -256,7 +257,10 @@ class Generator:
     sampling: SamplingConfig,
     progress: Callable[[int], None],
   ) -> list[np.ndarray]:
-    """Generates for requests of one number of streams; returns (ids, log_probs, divergence)."""
+    """Generates a batch of requests with the same number of streams.
+
+    Returns (ids, log_probs, divergence).
+    """
     batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)

@@ -1,6 +1,6 @@
-"""The tokens that may come next: each row follows a plan of parts.
+"""Restricts the next token of each row by a grammar: each row follows a plan of parts.
 
-The decoding loop carries the state of a small state machine, three integers a row.
+The grammar is a state machine with three integers of state per row.
 """
 
 # B rows, M parts of a plan, V ids.
@@ -18,57 +18,62 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
 
 DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
-# Place of a document's next token outside of images: segment start, in a text, after an image.
+# Values of `place`: where the next token of a DOCUMENT is if it is not in an image.
 SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 
 class Part(NamedTuple):
-  """One part of what is generated.
+  """One part of a plan.
+
+  A part of each kind allows these tokens:
+    CODES: exactly `count` image codes.
+    TEXT: 1 to `count` text tokens, then `<eoss>`.
+    EOSS: `<eoss>`.
+    MASK: the sentinel `<mask:count>`.
+    END: `</s>` or `<break>`.
+    DOCUMENT: texts and images with `<break>` between them, then `</s>`; at most `count` tokens.
+    DONE: none.
 
   Attributes:
-    kind: CODES exactly `count` image codes; TEXT 1 to `count` text tokens, then `<eoss>`; EOSS
-      `<eoss>`; MASK the sentinel `<mask:count>`; END `</s>` or `<break>`; DOCUMENT texts and images
-      with `<break>` between them, at most `count` tokens, the last of them `</s>`; DONE nothing.
-    count: see `kind`.
-    place: of a DOCUMENT: SEGMENT_START, IN_TEXT or AFTER_IMAGE, where the prompt ends.
+    kind: one of the kinds above.
+    count: a number that depends on `kind`.
+    place: in a DOCUMENT, where the prompt ends: SEGMENT_START, IN_TEXT or AFTER_IMAGE.
   """
 
   kind: int
-  count: int = 0  # type: ignore[assignment]  # The method of this name of tuples is not used.
+  count: int = 0  # type: ignore[assignment]  # The field hides `tuple.count`.
   place: int = 0
 
   @property
   def max_new_tokens(self) -> int:
-    """Largest number of tokens of the part."""
+    """Largest number of tokens in the part."""
     return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(
       self.kind, 1
     )
 
 
 def max_new_tokens(plan: Sequence[Part]) -> int:
-  """Returns the largest number of tokens of a plan."""
+  """Returns the largest number of tokens in a plan."""
   return sum(part.max_new_tokens for part in plan)
 
 
 def plan_array(plans: Sequence[Sequence[Part]], parts: int = 0) -> Int32[np.ndarray, "B M 3"]:
-  """Returns the plans of B rows, padded with DONE; every row ends in at least one.
+  """Converts the plans of B rows to an array. Each plan is padded with DONE, at least once.
 
-  Args:
-    plans: of each row.
-    parts: M; default: that of the longest plan and one DONE.
+  `parts` is M; 0 means the length of the longest plan + 1.
   """
   parts = parts or max(len(plan) for plan in plans) + 1
   return np.array([[*plan, *[Part(DONE)] * (parts - len(plan))] for plan in plans], np.int32)
 
 
 class State(NamedTuple):
-  """State of each row's plan.
+  """State of each row in its plan.
 
   Attributes:
-    part: index of the part in the row's plan.
-    left: tokens that the part may still take.
-    place: of a DOCUMENT: remaining codes of the current image, or SEGMENT_START, IN_TEXT,
-      AFTER_IMAGE.
+    part: index of the current part.
+    left: number of tokens that the current part may still take.
+    place: in a DOCUMENT, the number of remaining codes of the current image, or SEGMENT_START,
+      IN_TEXT or AFTER_IMAGE.
   """
 
   part: Int32[Array, " B"]
@@ -76,7 +81,7 @@ class State(NamedTuple):
   place: Int32[Array, " B"]
 
 
-Plan: TypeAlias = Int32[Array, "B M 3"]  # Of `plan_array`.
+Plan: TypeAlias = Int32[Array, "B M 3"]  # The result of `plan_array`.
 
 
 def _entry(plan: Plan, part: Int32[Array, " B"], column: int) -> Int32[Array, " B"]:
@@ -85,7 +90,7 @@ def _entry(plan: Plan, part: Int32[Array, " B"], column: int) -> Int32[Array, " 
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-  """The tokens that may follow; depends only on the vocabulary and the length of an image.
+  """Determines the legal next tokens from a plan, the vocabulary and the length of an image.
 
   plan CODES 2, END:            code code (</s> or <break>)
   plan TEXT 3, MASK 1, TEXT 9:  text <eoss> <mask:1> text <eoss>
@@ -100,35 +105,35 @@ class Grammar:
 
   def start(self, plan: Plan) -> State:
     """Returns the state before the first token."""
-    # From jax 0.11 on, a slice of one entry has no sharding: that of a batch of one sample.
+    # Since jax 0.11, a slice of length 1 loses its sharding, so a batch of one sample needs this.
     left, place = (shard(plan[:, 0, column], "batch") for column in (1, 2))
     return State(jnp.zeros_like(left), left, place)
 
   def in_image(self, plan: Plan, state: State) -> Bool[Array, " B"]:
-    """Returns in which rows only image codes may come next."""
+    """Returns a mask of the rows where only image codes are legal."""
     kind = _entry(plan, state.part, 0)
     return (kind == CODES) | ((kind == DOCUMENT) & (state.place > 0))
 
   def active(self, plan: Plan, state: State) -> Bool[Array, " B"]:
-    """Returns in which rows a token may come next."""
+    """Returns a mask of the rows that are not done."""
     return _entry(plan, state.part, 0) != DONE
 
   def codes_done(self, plan: Plan, state: State) -> Int32[Array, " B"]:
-    """Returns the number of codes so far of the current image, or of the current hole in one."""
+    """Returns the number of codes generated so far in the current image or hole."""
     kind = _entry(plan, state.part, 0)
     return jnp.where(
       kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place
     )
 
   def legal(self, plan: Plan, state: State, ids: Int32[Array, " V"]) -> Bool[Array, "B V"]:
-    """Returns which ids may come next; none in a row that is done."""
+    """Returns a mask of the legal next ids. In a row that is done, no id is legal."""
     vocab, left, place = self.vocab, state.left, state.place
     kind = _entry(plan, state.part, 0)
     document = kind == DOCUMENT
     begins, in_text, after_image = (
       document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE)
     )
-    # Tokens must remain: for `</s>` after a text token, for a text token and `</s>` after <break>.
+    # A text token must leave room for `</s>`; a `<break>` must leave room for a token and `</s>`.
     may = {
       "text": ((kind == TEXT) & (left > 0)) | ((begins | in_text) & (left >= 2)),
       "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
@@ -150,12 +155,12 @@ class Grammar:
     return legal
 
   def next_part(self, plan: Plan, state: State) -> State:
-    """Returns the state after the end of each row's current part."""
+    """Returns the state at the start of each row's next part."""
     part = state.part + 1
     return State(part, _entry(plan, part, 1), _entry(plan, part, 2))
 
   def advance(self, plan: Plan, state: State, tokens: Int32[Array, " B"]) -> State:
-    """Returns the state after one more legal token a row; a row that is done stays done."""
+    """Returns the state after one legal token per row. A row that is done does not change."""
     vocab = self.vocab
     kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
     document, image = kind == DOCUMENT, vocab.is_image(tokens)

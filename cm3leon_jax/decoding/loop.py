@@ -1,8 +1,8 @@
-"""The decoding loop: a prefill that reads shared prompts once, then steps over a static cache."""
+"""Implements the decoding loop: prefill reads shared prompts once, then steps use the cache."""
 
-# B samples, S guidance streams, R = B x S rows, U unique prompts, G tokens to generate, T cache
-# entries, L tokens that are read at once, D width, N heads, H head size, V vocabulary, I tokens of
-# an image.
+# B samples, S guidance streams, R = B x S rows, U unique prompts, U0 shared prefixes, G tokens to
+# generate, T cache entries, L new tokens of one pass, D width, N heads, H head size, V vocabulary,
+# I tokens of an image.
 
 from collections.abc import Callable
 import functools
@@ -27,29 +27,29 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
 
-# See `_sample_ids`.
+# (ids, log_probs, divergence), see `_sample_ids`.
 Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]
-NEVER = -1e9  # A logit without probability, but finite: differences of two are 0, not NaN.
+NEVER = -1e9  # Logit of probability 0. It is finite, since -inf - (-inf) is NaN.
 
 
 class LoopState(NamedTuple):
-  """The state of decoding, which is carried from step to step.
+  """The state of the decoding loop.
 
   Attributes:
-    tokens: last token of each row, not yet read.
-    positions: position of that token.
-    next_positions: position of the token after it.
-    cache: of each layer and stream, B rows and T entries; each stream has its own T, since
-      its prompts may be short.
-    seen: of each stream, entries that a row may attend to.
-    next_entries: entry of each stream's cache that the next token is written to.
-    count: number of tokens generated.
-    any_active: whether some sample is active, that is not finished.
-    state: of the grammar, B rows.
-    ids: generated ids, padding after the end of a sample.
-    log_probs: of each id under the guided distribution, before temperature and filters; 0 at
-      padding.
-    divergence: sum over the image codes of `guidance.divergence` of the first stream from the last.
+    tokens: last token of each row, which the next step reads.
+    positions: position of the last token.
+    next_positions: position of the token after the last one.
+    cache: caches by layer and stream, with B rows and T entries. T differs between streams, since
+      some streams have short prompts.
+    seen: for each stream, the entries that a row may attend to.
+    next_entries: for each stream, the cache entry to which the next token is written.
+    count: number of tokens generated so far.
+    any_active: whether any sample is unfinished.
+    state: grammar state of each sample.
+    ids: generated ids, with padding after the end of a sample.
+    log_probs: log-probability of each id under the guided distribution, before temperature and
+      filters; 0 at padding.
+    divergence: sum of `guidance.divergence` of the first and the last stream over the image codes.
   """
 
   tokens: Int32[Array, " R"]
@@ -73,17 +73,10 @@ def extend(
   positions: Int32[Array, "R L"],
   attend: Callable,
 ) -> Float[Array, "R L D"]:
-  """Reads L more tokens in each row.
+  """Reads L more tokens in each row and returns their hidden states after the final norm.
 
-  Args:
-    config: of the model.
-    model: `DecodeParams.model`.
-    tokens: ids.
-    positions: of each token in its sample.
-    attend: (layer, q, k, v), each [R, L, N, H] -> [R, L, N, H]; stores k and v.
-
-  Returns:
-    Hidden states after the final norm.
+  `model` is `DecodeParams.model`. `attend` is a function (layer, q, k, v) -> result, with arrays of
+  shape [R, L, N, H]. It also stores k and v.
   """
   bound = transformer.bind(config, {**model, "blocks": {}})
   x = bound.embed_tokens(tokens, positions)
@@ -97,11 +90,14 @@ def read_padded(
   config: ModelConfig, model: dict, tokens: Padded, cache: Layers, seen: Bool[Array, "U T"],
   entry: Size,
 ) -> tuple[Layers, Bool[Array, "U T"]]:  # fmt: skip
-  """Reads left-padded tokens [U, L] into entries [entry, entry + L); returns (cache, seen)."""
+  """Reads left-padded tokens [U, L] into cache entries [entry, entry + L).
+
+  Returns (cache, seen), where `seen` marks the entries that hold a token.
+  """
   length = tokens.ids.shape[1]
   seen = jnp.concatenate([seen[:, :entry], tokens.valid, seen[:, entry + length :]], axis=1)
   ends = entry + jnp.arange(length)
-  # A padding query sees only masked keys: it averages them uniformly and is never read.
+  # All keys of a padding query are masked, so it averages them uniformly; its result is not used.
   mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
   layers = list(cache)
 
@@ -118,14 +114,8 @@ def read_prompts(
 ) -> tuple[Layers, Bool[Array, "U T"]]:
   """Reads every prefix and every rest once.
 
-  Args:
-    config: of the model.
-    model: `DecodeParams.model`.
-    prompts: U and U0 must divide by the number of devices that the batch is split over.
-    cache_dtype: one of `cache.DTYPES`.
-
-  Returns:
-    (cache of each layer, U rows and T = `prompts.entries`; entries that hold a token).
+  U and U0 must be multiples of the number of devices over which the batch is sharded. Returns the
+  cache of each layer, with U rows and T = `prompts.entries`, and the entries that hold a token.
   """
   rests = Padded(*(shard(x, "batch", None) for x in prompts.rests))
   count, length = rests.ids.shape
@@ -154,18 +144,11 @@ def prefill(
   widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
-  """Reads the prompts and returns the state before the first step. Needs a mesh.
+  """Reads the prompts of R rows and returns the state before the first step. Needs a mesh.
 
-  Args:
-    model: `DecodeParams.model`.
-    prompts: of R rows.
-    plan: as in `Control`.
-    config: of the model.
-    grammar: of the plan.
-    max_new_tokens: G.
-    capacity: number of generated tokens that the cache can hold, until it grows.
-    widths: of each stream, the number of last prompt entries that its cache keeps.
-    cache_dtype: one of `cache.DTYPES`.
+  `model` is `DecodeParams.model`, and `plan` is as in `Control`. `capacity` is the initial number
+  of cache entries for generated tokens. The cache of a stream keeps only the last `widths` prompt
+  entries.
   """
   cache, seen = read_prompts(config, model, prompts, cache_dtype)
   unique = prompts.row.reshape(-1, len(widths))
@@ -196,7 +179,7 @@ def prefill(
 def _read_last(
   config: ModelConfig, model: dict, loop: LoopState
 ) -> tuple[Float[Array, "R 1 D"], tuple[Layers, ...], tuple[Bool[Array, "B _"], ...]]:
-  """Reads the last token of each row; returns (hidden [R, 1, D], cache, seen)."""
+  """Reads the last token of each row. Returns (hidden states, cache, seen)."""
 
   def mark(x: Bool[Array, "B T"], entry: Int32[Array, ""]) -> Bool[Array, "B T"]:
     one = jnp.ones((x.shape[0], 1), bool, out_sharding=spec("batch", None))
@@ -215,7 +198,7 @@ def _read_last(
 def _stream_logits(
   hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"], streams: int
 ) -> Float[Array, "S B V"]:
-  """Logits [S, B, V] of hidden [R, 1, D] by the columns of `head` [D, V]."""
+  """Computes the logits of each stream."""
   axis = head_axis(head.shape[1])
   split = spec("batch", "length", axis)
   kind = wide(hidden.dtype)
@@ -228,10 +211,10 @@ def _sample_ids(
   params: DecodeParams, control: Control, state: State, hidden: Float[Array, "R 1 D"],
   keys: Key[Array, " B"], grammar: Grammar, sampler: Sampler,
 ) -> Sampled:  # fmt: skip
-  """Samples a guided id for each sample from hidden [R, 1, D].
+  """Samples the next id of each sample.
 
   Returns:
-    (ids [B], log_probs [B], divergence of the streams where an image code is sampled [B]).
+    (ids, log_probs, divergence of the streams where an image code is sampled and 0 elsewhere).
   """
   streams = control.guidance.shape[2]
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
@@ -245,7 +228,8 @@ def _sample_ids(
   ) -> Sampled:  # fmt: skip
     out = _stream_logits(hidden, head, streams)
     logits = [combine_streams(out, weights), out[0], out[-1]]
-    # Of columns that stay split. Those of image codes are first; the others have no probability.
+    # Restrict the divergence to image codes, which are the first columns of the head. A mask is
+    # used instead of a slice, so that the columns remain sharded.
     is_code = shard(jnp.arange(head.shape[1]) < grammar.vocab.image_size, head_axis(head.shape[1]))
     of_codes = [jnp.where(is_code, x, NEVER) for x in logits[1:]]
     apart = divergence(*of_codes) if streams > 1 else jnp.zeros(keys.shape[0], jnp.float32)
@@ -262,7 +246,8 @@ def _sample_ids(
     return ids + grammar.vocab.text_size, log_probs, apart
 
   def among_all() -> Sampled:
-    # All ids are legal for a finished sample: its id is not kept, a softmax of nothing is NaN.
+    # All ids are legal for a finished sample: its id is discarded, but a softmax over no ids is
+    # NaN.
     legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
     columns, log_probs, apart = sample_columns(params.head, sampler.of_all, in_image, legal)
     return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs, apart
@@ -285,15 +270,9 @@ def decode_step(
 ) -> LoopState:
   """Reads the last token of every row and samples the next token of every sample.
 
-  Args:
-    params: of `params.prepare`.
-    control: split over the batch.
-    keys: of the samples.
-    loop: the state before the step; its cache has a free entry.
-    config: of the model.
-    grammar: of the plans.
-    sampler: compiled settings of sampling.
-    counts: number of tokens that each sample has so far; default: `loop.count` for all.
+  `control` is sharded over the batch, and the caches of `loop` must have a free entry. `counts` is
+  the number of tokens that each sample has so far; None means `loop.count` for all samples. The
+  random numbers of a sample depend only on its key and its count.
   """
   streams = control.guidance.shape[2]
 
@@ -317,7 +296,7 @@ def decode_step(
   moves = to_rows(active)
   return LoopState(
     tokens=to_rows(ids),
-    # The position of a finished sample stays, or it would exceed the learned positions.
+    # The position of a finished sample must not grow beyond the learned positions.
     positions=jnp.where(moves, loop.next_positions, loop.positions),
     next_positions=loop.next_positions + moves,
     cache=cache,
@@ -333,7 +312,7 @@ def decode_step(
 
 
 def split_control(control: Control) -> Control:
-  """Splits the arrays of `control` over the batch; settings of all samples stay whole."""
+  """Shards the arrays of `control` over the batch; scalars are not sharded."""
 
   def split(x: Array | np.ndarray) -> Array | np.ndarray:
     return shard(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
@@ -344,30 +323,23 @@ def split_control(control: Control) -> Control:
 def decode_steps(
   params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static: Any
 ) -> LoopState:
-  """Makes at most `steps` steps; stops early when all samples are finished or the cache is full.
+  """Runs at most `steps` steps; stops early when all samples are finished or the cache is full.
 
-  Needs a mesh. While only image codes are legal in all samples, only the image rows of the output
-  table are computed.
-
-  Args:
-    params: of `params.prepare`.
-    control: of B samples.
-    loop: the state before the steps; donated.
-    steps: largest number of steps.
-    **static: `config`, `grammar` and `sampler` of `decode_step`.
+  Needs a mesh. While only image codes are legal in all samples, only their logits are computed.
+  `loop` is donated. `static` has the arguments `config`, `grammar` and `sampler` of `decode_step`.
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  free = loop.seen[0].shape[1] - loop.next_entries[0]  # The same number in every stream.
+  free = loop.seen[0].shape[1] - loop.next_entries[0]  # The same number in all streams.
   stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
   step = functools.partial(decode_step, params, control, keys, **static)
   return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.any_active, step, loop)
 
 
 def grow(loop: LoopState, *, by: int) -> LoopState:
-  """Adds entries at the end of the caches.
+  """Appends `by` empty entries to the caches.
 
-  Attention reads all entries, so a cache should not have many more than are filled.
+  Attention reads all entries, so a cache should have few empty entries and grow when it is full.
   """
   cache = tuple(tuple(cache_lib.grown(layer, by)) for layer in loop.cache)
   return loop._replace(cache=cache, seen=tuple(jnp.pad(x, ((0, 0), (0, by))) for x in loop.seen))
@@ -376,7 +348,7 @@ def grow(loop: LoopState, *, by: int) -> LoopState:
 def results(
   loop: LoopState,
 ) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"], Float32[Array, " B"]]:
-  """Returns ids, log_probs and divergence, whole on every device: each process can read them."""
+  """Returns (ids, log_probs, divergence), replicated so that each process can read them."""
   return (
     shard(loop.ids, None, None),
     shard(loop.log_probs, None, None),

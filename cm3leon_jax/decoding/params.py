@@ -1,4 +1,4 @@
-"""Parameters for decoding: compute dtype or int8, one array per matrix, a head for image codes."""
+"""Prepares parameters for decoding: dtype, one array per matrix, output table of image codes."""
 
 # D width, V vocabulary, C image codes.
 
@@ -17,27 +17,27 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")
-# Products of a block -> the axes that they sum over.
+# Matrix of a block -> axes that its product sums over.
 SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
 
 
 class Int8(NamedTuple):
-  """A matrix as int8 times one scale per output: its largest absolute entry / 127."""
+  """A matrix in int8, with one scale per output: the largest absolute entry / 127."""
 
   values: Int8Array[Array, "..."]
   scale: Float32[Array, "..."]
 
 
 class DecodeParams(NamedTuple):
-  """See `prepare`.
+  """Parameters prepared for decoding; see `prepare`.
 
   Attributes:
-    model: of the Transformer, in the compute dtype; `blocks` is a tuple of the layers' parameters,
-      q, k and v apart, each matrix an array of its own (XLA would copy a part of a stacked array
-      before each product), or `Int8`.
-    image_head: columns of the output table for image codes; None: not kept separately.
-    head: the output table, image codes first, then text: a code has the same column, and so the
-      same noise when it is sampled, as in `image_head`.
+    model: parameters of the Transformer in the compute dtype. `blocks` is a tuple with the
+      parameters of each layer. Each matrix (also q, k and v) is a separate array or an `Int8`,
+      because XLA would copy a slice of a stacked array before each product.
+    image_head: columns of the output table for image codes; None: `head` is used for them, too.
+    head: the output table, with image codes before text. An image code has the same column in
+      `image_head`, and so gets the same noise when it is sampled.
   """
 
   model: dict
@@ -46,13 +46,13 @@ class DecodeParams(NamedTuple):
 
 
 def quantized(w: Float[Array, "..."], summed: tuple[int, ...]) -> Int8:
-  """Quantizes a matrix; `summed` are the axes that its product sums over."""
+  """Quantizes a matrix to int8; `summed` are the axes that its product sums over."""
   scale = jnp.maximum(jnp.max(jnp.abs(w), axis=summed, keepdims=True) / 127, 1e-30)
   return Int8(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
 
 def dequantized(tree: PyTree, dtype: DTypeLike) -> PyTree:
-  """Returns the tree with every `Int8` as a matrix of `dtype`."""
+  """Converts every `Int8` in a tree to a matrix of `dtype`."""
 
   def matrix(x: Array | Int8) -> Array:
     if not isinstance(x, Int8):
@@ -63,12 +63,15 @@ def dequantized(tree: PyTree, dtype: DTypeLike) -> PyTree:
 
 
 def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
-  """Returns the id of each column of `DecodeParams.head`."""
+  """Returns the token id of each column of `DecodeParams.head`."""
   return jnp.roll(jnp.arange(vocab.size, dtype=jnp.int32), vocab.image_size)
 
 
 def head_axis(rows: int) -> str | None:
-  """Returns the logical axis of an output table's rows: "vocab" if its devices divide them."""
+  """Returns the logical axis over which an output table with `rows` rows is sharded.
+
+  The axis is "vocab" if the devices of this axis divide the rows evenly, and None otherwise.
+  """
   devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
   return None if rows % devices else "vocab"
 
@@ -78,7 +81,7 @@ def _at(tree: PyTree, i: int) -> PyTree:
 
 
 def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
-  """Prepares one layer's parameters in the compute dtype, see `prepare`."""
+  """Prepares the parameters of one layer, already in the compute dtype; see `prepare`."""
   if dtype == "int8":
     layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
   return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}
@@ -93,14 +96,11 @@ def prepare(
   dtype: str = "compute",
   image_head: bool = True,
 ) -> DecodeParams:
-  """Prepares parameters once for many calls. Needs a mesh.
+  """Prepares a model's parameters once for all later calls. Needs a mesh.
 
-  Args:
-    params: of the model `config`.
-    config: static.
-    vocab: static.
-    dtype: one of `DTYPES`: the compute dtype for all, or int8 for the products of the blocks.
-    image_head: whether to keep a copy of the output table's image rows.
+  `dtype` is one of `DTYPES`. With "int8", the matrices of the blocks are int8, and all other
+  parameters have the compute dtype. `image_head` keeps a copy of the output table's rows of image
+  codes.
   """
 
   def columns(rows: Float[Array, "V D"]) -> Float[Array, "D V"]:

@@ -1,4 +1,4 @@
-"""Builds the compiled programs of decoding, for `Generator` and for ahead-of-time compilation."""
+"""Compiles the programs of decoding, for `Generator` and for ahead-of-time compilation."""
 
 from collections.abc import Callable, Hashable
 import functools
@@ -20,24 +20,26 @@ from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
-# Generated tokens that a cache can hold at first: attention also reads empty entries.
+# Initial capacity of a cache for generated tokens. It is small because attention also reads empty
+# entries.
 CAPACITY = 128
 T = TypeVar("T")
-CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are finished stops.
+CHUNK = 64  # Steps per call. After a call, the progress bar moves, and a finished batch stops.
 
 
 class Static(NamedTuple):
   """Static arguments of a batch's programs.
 
   Attributes:
-    model: the decoder.
-    grammar: of the plans.
-    sampler: compiled settings of sampling.
+    model: config of the decoder.
+    grammar: grammar that restricts the next tokens.
+    sampler: compiled sampling settings.
     cache_dtype: one of `cache.DTYPES`.
-    widths: of each stream, the number of last prompt entries that its cache keeps.
-    max_new_tokens: largest number of tokens that a sample may have.
-    capacities: numbers of generated tokens that the caches can hold: at first, then as they grow.
-    window: codes that are verified in a step of `speculative.generate_image`; 0: one code a step.
+    widths: for each stream, the number of last prompt entries that its cache keeps.
+    max_new_tokens: largest number of generated tokens of a sample.
+    capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
+      to which the caches grow.
+    window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.
   """
 
   model: ModelConfig
@@ -51,14 +53,15 @@ class Static(NamedTuple):
 
   @property
   def of_step(self) -> dict:
-    """Static arguments of `loop.decode_step`."""
+    """Static keyword arguments of `loop.decode_step`."""
     return {"config": self.model, "grammar": self.grammar, "sampler": self.sampler}
 
 
 def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
-  """Returns the numbers of generated tokens that a cache can hold, as it grows.
+  """Returns the successive capacities of a growing cache for generated tokens.
 
-  All entries are doubled, unless the full cache would have less than half as many more.
+  The total number of entries (prompt and generated tokens) doubles each time. If the full cache has
+  at most 1.5 times the current entries, it is used directly.
 
   >>> cache_capacities(32, 257), cache_capacities(32, 1_025), cache_capacities(896, 257)
   ((128, 257), (128, 288, 608, 1025), (257,))
@@ -71,7 +74,7 @@ def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
 
 
 def prefill_function(static: Static) -> Callable:
-  """Returns `loop.prefill` of (model, prompts, plan) with its static arguments."""
+  """Returns `loop.prefill` as a function of (model, prompts, plan)."""
   return functools.partial(
     loop_lib.prefill,
     config=static.model,
@@ -86,7 +89,7 @@ def prefill_function(static: Static) -> Callable:
 def lower_steps(
   mesh: jax.sharding.Mesh, params: DecodeParams, control: Control, loop: LoopState, static: Static
 ) -> jax.stages.Lowered:
-  """Lowers `loop.decode_steps` for arguments of these types, all `abstract`."""
+  """Lowers `loop.decode_steps` for abstract arguments (see `mesh.abstract`)."""
   steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
   return lower_loop(mesh, steps, params, control, loop)
 
@@ -102,8 +105,9 @@ def lower_loop(
 ) -> jax.stages.Lowered:
   """Lowers a function of (params, control, state, *others) that returns the state after steps.
 
-  Without `formats` of the state, the compiler chooses its memory layout: with the default layout
-  XLA:TPU copies the whole cache to the layout that its loop prefers, and back, in every call.
+  `formats` are the memory layouts of the state. If they are None, the compiler chooses them. With
+  the default layout, XLA:TPU would copy the whole cache to the loop's preferred layout and back in
+  every call.
   """
 
   def shardings(tree: PyTree) -> PyTree:
@@ -122,18 +126,19 @@ def lower_loop(
 
 
 def jit_before(function: Callable, program: jax.stages.Compiled) -> jax.stages.Wrapped:
-  """Jits a function that returns the state in the layout of `program`, which runs next."""
+  """Jits a function that returns a state in the memory layout of `program`, which runs next."""
   return jax.jit(function, out_shardings=program.input_formats[0][2])
 
 
 class Lowered(NamedTuple):
-  """The programs of a batch, as ahead-of-time compilation needs them.
+  """Lowered programs of a batch for ahead-of-time compilation.
 
   Attributes:
-    steps: the loop of steps over the first cache and over the last, lowered; one program if the
-      cache does not grow.
-    prefill: (compiled steps over the first cache) -> prefill, lowered.
-    state: types of the state with the last cache.
+    steps: lowered decoding loops with the initial and with the largest cache. Both are the same
+      program if the cache does not grow.
+    prefill: a function that returns the lowered prefill, given the compiled loop with the initial
+      cache.
+    state: abstract state with the largest cache.
   """
 
   steps: tuple[jax.stages.Lowered, jax.stages.Lowered]
@@ -144,13 +149,10 @@ class Lowered(NamedTuple):
 def lower_batch(
   mesh: jax.sharding.Mesh, params: DecodeParams, batch: Batch, static: Static
 ) -> Lowered:
-  """Lowers what `Programs` runs for a batch; `mesh` must be the current one.
+  """Lowers the programs that `Programs` runs for a batch.
 
-  Args:
-    mesh: of devices that need not be present.
-    params: `abstract`.
-    batch: arrays of `batch.make_batch`.
-    static: of the batch.
+  `mesh` must be the current mesh; its devices need not be present. `params` are abstract. `batch`
+  is from `batch.make_batch`.
   """
   prompts, control = (abstract(x, mesh) for x in (batch.prompts, batch.control))
   arguments, first = (params.model, prompts, control.plan), prefill_function(static)
@@ -169,9 +171,11 @@ def lower_batch(
 
 
 class Programs:
-  """Programs of a mesh, which must be the current one; compiles once for each kind of arguments.
+  """Compiled programs on a mesh, which must be the current mesh.
 
-  A batch runs `prefill`, then the steps that `prefill` or `grow` returned, then `results`.
+  Each program is compiled once per set of argument shapes, dtypes, shardings and static arguments.
+  To generate a batch, call `prefill`, then the program of steps that `prefill` or `grow` returned,
+  then `results`.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -182,7 +186,7 @@ class Programs:
   def prefill(
     self, params: DecodeParams, batch: Batch, static: Static
   ) -> tuple[LoopState, jax.stages.Compiled]:
-    """Reads the prompts of a batch. Returns (state, the program that makes its next steps)."""
+    """Reads the prompts of a batch. Returns (state, program of its next steps)."""
     arguments = (params.model, batch.prompts, batch.control.plan)
     return self._run_before(
       prefill_function(static), arguments, static, params, batch.control, static
@@ -191,7 +195,7 @@ class Programs:
   def grow(
     self, loop: LoopState, by: int, params: DecodeParams, control: Control, static: Static
   ) -> tuple[LoopState, jax.stages.Compiled]:
-    """Runs `loop.grow`. Returns (state, the program that makes its next steps)."""
+    """Runs `loop.grow`. Returns (state, program of its next steps)."""
     function = functools.partial(loop_lib.grow, by=by)
     return self._run_before(
       function, (loop,), (by, *static.of_step.values()), params, control, static
@@ -226,7 +230,10 @@ class Programs:
     control: Control,
     static: Static,
   ) -> tuple[LoopState, jax.stages.Compiled]:
-    """Runs a function that returns a state, in the layout that the next steps want."""
+    """Runs a function that returns a state, in the memory layout that the next steps need.
+
+    Returns (state, program of its next steps).
+    """
 
     def make() -> tuple[Callable, jax.stages.Compiled]:
       state = jax.eval_shape(function, *arguments)
@@ -243,7 +250,7 @@ class Programs:
     return jitted(*arguments), program
 
   def once(self, name: Hashable, arguments: PyTree, make: Callable[[], T]) -> T:
-    """Returns the result of `make`, called once for each name, types and shardings."""
+    """Returns `make()`, cached by the name and by the arguments' shapes, dtypes and shardings."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
     key = (name, structure, types)
@@ -254,5 +261,5 @@ class Programs:
 
 @functools.cache
 def programs_of(mesh: jax.sharding.Mesh) -> Programs:
-  """Returns the programs of a mesh, which all generators on it share."""
+  """Returns the programs of a mesh. All generators on the mesh share them."""
   return Programs(mesh)

@@ -1,4 +1,4 @@
-"""Requests: the token prompts of all guidance streams, and the plan of what may follow them."""
+"""Builds requests: the token prompts of all guidance streams and the plan of what may follow."""
 
 # I tokens of an image, S guidance streams; _ is a length that varies.
 
@@ -20,11 +20,12 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One thing to generate.
+  """Prompts of one sample, and a plan of the tokens that may follow.
 
   Attributes:
-    streams: S prompts: the complete prompt first; with guidance the unconditional prompt last.
-    plan: what may follow, the same in all streams.
+    streams: S prompts. The first is the complete prompt. With guidance, the last is the
+      unconditional prompt.
+    plan: parts that follow the prompts; the same for all streams.
   """
 
   streams: tuple[Int32[np.ndarray, " _"], ...]
@@ -32,15 +33,16 @@ class Request:
 
   @property
   def positions(self) -> int:
-    """Largest number of positions that the request takes, prompt included."""
+    """Largest number of positions of the request, prompt included."""
     return max(len(s) for s in self.streams) + grammar.max_new_tokens(self.plan)
 
   def guidance_weights(
     self, config: SamplingConfig, image_tokens: int
   ) -> Float32[np.ndarray, "{image_tokens}+1 S"]:
-    """Returns the weights of the streams at each code of an image, then at tokens without codes.
+    """Returns the weights of the streams at each code of an image.
 
-    The last row repeats the row of the last code.
+    The additional last row is for tokens that are not image codes. It repeats the weights of the
+    last code.
     """
     schedule = config.guidance_schedule
     match len(self.streams):
@@ -57,7 +59,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Hole:
-  """A gap in a segment: `codes` image codes, or a text of at most `most_text` tokens."""
+  """A hole in a segment: exactly `codes` image codes, or a text of at most `most_text` tokens."""
 
   codes: int = 0
   most_text: int = 0
@@ -68,7 +70,7 @@ Pieces: TypeAlias = Sequence[Ids | Hole]
 
 
 def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
-  """Returns `</s> <mask:0> <break>`, the prompt of training samples without conditioning."""
+  """Returns `</s> <mask:0> <break>`, which starts training samples without conditioning."""
   return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
 
 
@@ -83,14 +85,10 @@ def text_to_image(
 
     caption = [7 8], neighbors = [([5 6], [91 92])]:
     </s> 5 6 <break> 91 92 <break> 7 8 <break>, guided against </s> <mask:0> <break>
+    With `keep_neighbors`, the unconditional stream contains the neighbors, too:
+    </s> 5 6 <break> 91 92 <break> <mask:0> <break>
 
-  Args:
-    vocab: names the special tokens.
-    image_tokens: I.
-    caption: its ids.
-    neighbors: retrieved documents, each a sequence of segments' ids, best first.
-    keep_neighbors: the unconditional stream keeps the neighbors:
-      </s> 5 6 <break> 91 92 <break> <mask:0> <break>.
+  `neighbors` are retrieved documents, best first. Each is a sequence of segments of ids.
 
   Raises:
     UserError: the caption is empty.
@@ -105,7 +103,7 @@ def text_to_image(
 
 
 def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
-  """Requests an image without any condition."""
+  """Requests an image without a prompt."""
   return Request((unconditional_prompt(vocab),), _image_plan(image_tokens))
 
 
@@ -114,27 +112,29 @@ def edit(
 ) -> Request:
   """Requests an edit of an image (sections 4.1 and E, with InstructPix2Pix's template).
 
-    before = [5], image = [91 92], instruction = [7]:
+    before = [5], image = [91 92], instruction = [7]. The three streams are:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
 
   Raises:
-    UserError: no instruction, or an image of another length.
+    UserError: the instruction is empty, or the image does not have I codes.
   """
   if not len(instruction):
-    raise UserError("the instruction is empty: say what is to be changed.")
+    raise UserError("the instruction is empty: say what to change.")
   _check_image(len(image), image_tokens)
   full, without = _join(vocab, [before, image, instruction]), _join(vocab, [before, image])
   return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
 
 
 def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence[Ids]) -> Request:
-  """Requests an image after the segments of an instruction (CM3Leon, section 4.1: single guidance).
+  """Requests an image after the segments of an instruction, with one guidance weight.
+
+  See CM3Leon, section 4.1.
 
     segments = [[5], [91 92], [7]]:
     </s> 5 <break> 91 92 <break> 7 <break>, guided against </s> <mask:0> <break>
 
   Raises:
-    UserError: an image of another length.
+    UserError: an image does not have I codes.
   """
   for segment in segments:
     if _is_image(vocab, [segment]):
@@ -148,32 +148,28 @@ def infill(
   segments: Sequence[Pieces],
   neighbors: Sequence[Sequence] = (),
 ) -> Request:
-  """Requests what fills the holes of a document; it follows at the end, as CM3 trains it.
+  """Requests the contents of the holes in a document. They follow at the end, as in CM3 training.
 
     segments = [([7 8],), ([91], Hole(codes=2), [94])]:
     </s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> ..., then 2 codes and <eoss>
-    segments = [(Hole(most_text=9),), ([91 92 93 94],)]: a caption
+    segments = [(Hole(most_text=9),), ([91 92 93 94],)]: requests a caption
 
-  If all holes are in images, the texts guide them: the unconditional stream has only the images,
-  </s> 91 <mask:0> 94 </s> <mask:0>. So both streams continue with the same tokens, and both number
-  their sentinels in the order of the document, as in training.
+  Each segment is a sequence of ids and holes. `neighbors` are retrieved documents, best first.
 
-  Args:
-    vocab: names the special tokens.
-    image_tokens: I, of every segment that holds image codes.
-    segments: of the document; each is a sequence of ids and holes.
-    neighbors: retrieved documents, best first.
+  If all holes are in images, the texts guide their codes. The unconditional stream then contains
+  only the images: </s> 91 <mask:0> 94 </s> <mask:0>. Both streams continue with the same tokens and
+  number their sentinels in document order, as in training.
 
   Raises:
-    UserError: a document without a hole; a hole without room, of another kind than its segment, or
-      beside another hole; an image of another length; more holes than there are sentinels.
+    UserError: the document has no hole or too many holes, an image does not have I codes, or a hole
+      is empty, does not match the kind of its segment, or is next to another hole.
   """
   holes = [piece for segment in segments for piece in segment if isinstance(piece, Hole)]
   if not holes:
-    raise UserError("there is nothing to fill in: put a mask into the prompt.")
+    raise UserError("the prompt has no mask to fill in: put a mask into the prompt.")
   if len(holes) >= vocab.num_masks:
     raise UserError(
-      f"the prompt has {len(holes)} masks; the vocabulary has sentinels for {vocab.num_masks - 1}."
+      f"the prompt has {len(holes)} masks; the vocabulary allows at most {vocab.num_masks - 1}."
     )
   for segment in segments:
     _check_segment(vocab, image_tokens, segment)
@@ -195,7 +191,7 @@ def infill(
       plan += [Part(grammar.CODES, hole.codes), Part(grammar.EOSS)]
     else:
       plan.append(Part(grammar.TEXT, hole.most_text))
-  return Request(streams, tuple(plan[1:]))  # The first sentinel ends the prompt.
+  return Request(streams, tuple(plan[1:]))  # The first sentinel is part of the prompt.
 
 
 def document(
@@ -207,16 +203,12 @@ def document(
 ) -> Request:
   """Requests texts and images in any order, after the segments of a prompt.
 
-  Args:
-    vocab: names the special tokens.
-    image_tokens: I.
-    segments: ids of each segment of the prompt; may be empty.
-    length: largest number of tokens to generate, `</s>` included.
-    after_break: the last segment of the prompt is complete, and another begins; else a text is
-      continued.
+  `segments` may be empty. `length` is the largest number of tokens to generate, including `</s>`.
+  If `after_break`, the last segment of the prompt is complete and a new segment starts. Otherwise a
+  last segment of text is continued.
 
   Raises:
-    UserError: `length` leaves no room for a token and `</s>`, or an image has another length.
+    UserError: `length` is less than 2, or an image does not have I codes.
   """
   if length < 2:
     raise UserError(f"the length is {length}; it must be at least 2: one token and </s>.")
@@ -232,13 +224,13 @@ def document(
 
 
 def _join(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
-  """Returns `</s>`, then every segment followed by `<break>`."""
+  """Returns `</s>` and all segments, each followed by `<break>`."""
   parts = [part for segment in segments for part in (segment, [vocab.brk])]
   return np.concatenate([[vocab.eos], *parts]).astype(np.int32)
 
 
 def _infill_prompt(vocab: VocabLayout, segments: Sequence[Ids]) -> np.ndarray:
-  """Returns a complete document, then the sentinel of its first hole."""
+  """Returns a complete document followed by the sentinel of its first hole."""
   return np.append(_join(vocab, segments)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
 
 
@@ -256,7 +248,7 @@ def _is_image(vocab: VocabLayout, segment: Pieces) -> bool:
 def _check_image(length: int, image_tokens: int) -> None:
   if length != image_tokens:
     raise UserError(
-      f"an image of the prompt has {length} codes; images of this model have {image_tokens}."
+      f"an image in the prompt has {length} codes; images of this model have {image_tokens} codes."
     )
 
 
@@ -265,18 +257,16 @@ def _check_segment(vocab: VocabLayout, image_tokens: int, segment: Pieces) -> No
   for piece in segment:
     if isinstance(piece, Hole):
       if piece.codes < 1 if image else piece.most_text < 1:
-        kind, what = ("an image", "its codes") if image else ("a text", "at least one token")
+        kind, what = ("an image", "a code or more") if image else ("a text", "a token or more")
         raise UserError(
           f"a mask has room for {piece.codes} codes and {piece.most_text} tokens of text: "
-          f"{kind} is filled with {what}."
+          f"a mask in {kind} needs room for {what}."
         )
     elif image != bool(vocab.is_image(np.asarray(piece)).all()) and len(piece):
       raise UserError(
-        "a segment of the prompt mixes text and image codes: make each a segment of its own."
+        "a segment of the prompt mixes text and image codes: put them into separate segments."
       )
   if any(isinstance(a, Hole) and isinstance(b, Hole) for a, b in itertools.pairwise(segment)):
-    raise UserError(
-      "two masks stand side by side, so the end of the first is unknown: use one mask."
-    )
+    raise UserError("two masks are adjacent, so the end of the first is unknown: use one mask.")
   if image:
     _check_image(sum(p.codes if isinstance(p, Hole) else len(p) for p in segment), image_tokens)

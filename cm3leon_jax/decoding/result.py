@@ -1,4 +1,4 @@
-"""What is generated for a request: the ids of a sample, and what is known of them."""
+"""Defines the result of a request: token ids, log-probabilities and divergence of a sample."""
 
 # G tokens, C codes.
 
@@ -14,17 +14,18 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One generated sample, or its tokens so far.
+  """Generated tokens of one sample; the sample may be unfinished.
 
   Attributes:
-    request: index of its request.
-    sample: number of the sample among those of the request.
-    seed: its seed.
+    request: index of the request.
+    sample: index of the sample among all samples of the request.
+    seed: seed of the sample.
     tokens: ids generated after the prompt.
-    log_probs: of each id under the guided distribution, before temperature and filters.
+    log_probs: log-probability of each id under the guided distribution, before temperature and
+      filters.
     contrastive: whether contrastive decoding was used.
-    divergence: mean over the image codes of KL(conditional || unconditional) in nats; None without
-      image codes, or without an unconditional stream.
+    divergence: mean of KL(conditional || unconditional) over the image codes, in nats; None without
+      image codes or without an unconditional stream.
   """
 
   request: int
@@ -49,15 +50,9 @@ class Result:
   ) -> "Result":
     """Makes the result of a sample from the arrays of its row.
 
-    Args:
-      place: index of the request, and number of the sample.
-      seed: of the sample.
-      method: by which it was sampled.
-      tokens: without padding, see `cut`.
-      log_probs: of the tokens.
-      divergence: sum over the image codes, see `loop.LoopState`.
-      streams: number of guidance streams.
-      vocab: kinds of the ids.
+    `place` is (index of the request, index of the sample). `tokens` have no padding; see `cut`.
+    `divergence` is the sum over the image codes; see `loop.LoopState`. `streams` is the number of
+    guidance streams.
     """
     codes = int(vocab.is_image(tokens).sum()) if streams > 1 else 0
     mean = float(divergence) / codes if codes else None
@@ -71,7 +66,7 @@ class Result:
 def cut(
   ids: Int32[np.ndarray, " _"], log_probs: Float32[np.ndarray, " _"], pad: int
 ) -> tuple[Int32[np.ndarray, " G"], Float32[np.ndarray, " G"]]:
-  """Returns the tokens of a row and their log-probabilities without the padding after them.
+  """Removes the padding after a row's tokens and log-probabilities.
 
   ids = [7 8 0 0], pad = 0: [7 8] and the first two log-probabilities
   """
@@ -80,5 +75,5 @@ def cut(
 
 
 def sample_seed(seed: int, sample: int) -> int:
-  """Returns the seed of a request's n-th sample; the first sample has the request's own seed."""
+  """Returns the seed of a sample of a request. Sample 0 has the seed of the request."""
   return seed if sample == 0 else int(np.random.SeedSequence([seed, sample]).generate_state(1)[0])

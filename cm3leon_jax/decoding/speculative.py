@@ -1,11 +1,11 @@
-"""Speculative Jacobi decoding: several codes of an image per step, from the same distribution.
+"""Implements speculative Jacobi decoding: several image codes per step, same distribution.
 
-Teng et al. 2024, "Accelerating Auto-regressive Text-to-Image Generation with Training-free
+See Teng et al. 2024, "Accelerating Auto-regressive Text-to-Image Generation with Training-free
 Speculative Jacobi Decoding".
 """
 
-# B samples, S guidance streams, R = B x S rows, W codes of a window, D = W - 1 drafts, K image
-# codes, I codes of the image.
+# B samples, S guidance streams, R = B x S rows, W codes of a window, D = W - 1 drafts, K different
+# image codes, I codes of an image.
 
 from typing import Any, NamedTuple
 
@@ -28,17 +28,17 @@ from cm3leon_jax.models.config import ModelConfig
 
 
 class Window(NamedTuple):
-  """The state of the loop over an image, which is carried from step to step.
+  """The state of the loop over the codes of an image.
 
   Attributes:
-    loop: its cache is written here, and its tokens are the last accepted ones, with their
-      positions; the other fields are those before the image.
+    loop: its cache and its last tokens with their positions change in each step. Its other fields
+      keep their values from before the image.
     done: number of accepted codes.
-    drafts: codes in [0, K) that follow if they are accepted.
+    drafts: drafts of the next codes, in [0, K).
     odds: distribution from which each draft was sampled.
-    codes, log_probs: only the first `done` entries are valid.
-    divergence: sum over the accepted codes, see `LoopState`.
-    steps: number of steps.
+    codes, log_probs: codes of the image; only the first `done` entries are valid.
+    divergence: sum over the accepted codes; see `LoopState`.
+    steps: number of steps so far.
   """
 
   loop: LoopState
@@ -57,22 +57,22 @@ def verify(
   odds: Float[Array, "B D K"],
   probabilities: Float[Array, "B D+1 K"],
 ) -> tuple[Int32[Array, " B"], Int32[Array, "B D+1"]]:
-  """Accepts drafts from left to right until one fails, and samples the token after them.
+  """Accepts drafts from left to right until a draft is rejected, then samples one more token.
 
-  A draft x holds with probability min(1, p(x) / q(x)). The first that fails is replaced by a sample
-  from max(p - q, 0); if all hold, one more token is sampled from the last p. So each token has the
-  distribution p (Leviathan et al. 2023).
+  A draft x is accepted with probability min(1, p(x) / q(x)). The first rejected draft is replaced
+  by a sample from max(p - q, 0). If all drafts are accepted, one more token is sampled from the
+  last p. So each token has the distribution p (Leviathan et al. 2023).
 
-    p = q: all drafts hold. p(x) = 0: draft x never holds.
+    p = q: all drafts are accepted. p(x) = 0: draft x is never accepted.
 
   Args:
-    keys: of the samples.
+    keys: random keys of the samples.
     drafts: D = W - 1 codes.
     odds: q of each draft.
-    probabilities: p of each place, given that all drafts before it hold.
+    probabilities: p of each place, given all drafts before it.
 
   Returns:
-    (number of drafts that hold; tokens, of which one more than hold are valid).
+    (number n of accepted drafts; tokens, of which the first n + 1 are valid).
   """
 
   def one(
@@ -87,7 +87,7 @@ def verify(
     holds = uniform * pick(odds, drafts) < pick(p[:-1], drafts)
     count = jnp.cumprod(holds.astype(jnp.int32)).sum()
     left = jnp.maximum(p - jnp.concatenate([odds, jnp.zeros_like(p[-1:])]), 0)[count]
-    # Rounding may leave nothing of p - q where a draft failed by little.
+    # After a narrow rejection, rounding may make p - q zero everywhere.
     left = jnp.where(left.sum() > 0, left, p[count])
     token = jax.random.categorical(replace, jnp.log(left)).astype(drafts.dtype)
     places = jnp.arange(len(p))
@@ -103,11 +103,7 @@ def _read_drafts(
   done: Int32[Array, " B"],
   drafts: Int32[Array, "B D"],
 ) -> tuple[Float[Array, "R W width"], tuple[Layers, ...]]:
-  """Reads the last token of each row and the drafts after it.
-
-  Returns:
-    (hidden states [R, W, width], cache).
-  """
+  """Reads the last token of each row and its drafts. Returns (hidden states, cache)."""
   streams, batch, window = len(loop.seen), len(loop.ids), drafts.shape[1] + 1
   rows = jnp.repeat(
     drafts, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None)
@@ -115,7 +111,7 @@ def _read_drafts(
   tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
   after = loop.next_positions[:, None] + jnp.arange(window - 1)[None]
   positions = jnp.concatenate([loop.positions[:, None], after], axis=1)
-  # Drafts after the image's end are read, but never accepted; no other position is that large.
+  # Clip the positions of drafts after the end of the image. Such drafts are never accepted.
   positions = jnp.minimum(positions, config.max_positions - 1)
   masks = []
   for s, seen in enumerate(loop.seen):
@@ -140,11 +136,11 @@ def _distributions(
   codes: int,
   sampler: Sampler,
 ) -> tuple[Float[Array, "B W K"], Float[Array, "B W K"], Float32[Array, "B W"]]:
-  """Distributions of the window's codes.
+  """Computes the distributions of the window's codes.
 
   Returns:
-    (probabilities [B, W, K] after temperature and filters; log-probabilities [B, W, K] before;
-    divergence of the streams [B, W]).
+    (probabilities after temperature and filters, log-probabilities before temperature and filters,
+    divergence of the streams).
   """
   batch, _, streams = control.guidance.shape
   assert params.image_head is not None
@@ -214,9 +210,9 @@ def _accept(
   codes: int,
   text_size: int,
 ) -> Window:
-  """Moves the window past the drafts that hold; samples new drafts from this step's distributions.
+  """Moves the window past the accepted drafts and samples new drafts from `p`.
 
-  p, log_p and apart are of `_distributions`.
+  `p`, `log_p` and `apart` are the results of `_distributions`.
   """
   window, size = p.shape[1:]
   pick = jax.vmap(lambda table, token: table[token])
@@ -228,7 +224,7 @@ def _accept(
     return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
   now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
-  now = [shard(now[:, i], "batch") for i in range(3)]  # See `Grammar.start`.
+  now = [shard(now[:, i], "batch") for i in range(3)]  # `Grammar.start` explains this `shard`.
   holds, tokens = verify(now[0], w.drafts, w.odds, p)
   taken = jnp.minimum(holds + 1, codes - w.done)
   again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[1], p)
@@ -252,7 +248,7 @@ def _accept(
 
 
 def _after_image(w: Window, plan: Plan, grammar: Grammar, codes: int) -> LoopState:
-  """Returns the state after the image, where all samples have the same number of tokens again."""
+  """Returns the decoding state after the image, when all samples have the same number of tokens."""
   loop, vocab = w.loop, grammar.vocab
   in_image = jnp.arange(loop.ids.shape[1])[None] < codes
   seen_of = []
@@ -288,17 +284,11 @@ def generate_image(
   codes: int,
   window: int,
 ) -> tuple[LoopState, Int32[Array, ""]]:
-  """Generates all codes of an image, for samples whose plans begin with one. Needs a mesh.
+  """Generates all codes of an image for samples whose plans start with an image. Needs a mesh.
 
-  Args:
-    params: with an image head.
-    control: all samples use a method that takes drafts.
-    loop: of `loop.prefill`, with capacity for codes + window tokens; donated.
-    config: of the model.
-    grammar: of the plans.
-    sampler: compiled settings of sampling.
-    codes: I.
-    window: W, at least 2: codes that a step reads.
+  `params` must have an image head, and all samples must use a method that takes drafts. `loop` is
+  from `loop.prefill`, with capacity for codes + window tokens; it is donated. `codes` is I. Each
+  step reads `window` (at least 2) codes.
 
   Returns:
     (state after the image, number of steps).

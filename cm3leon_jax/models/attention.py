@@ -1,4 +1,4 @@
-"""Causal attention within segments: plain on any device, Pallas kernels on TPU and GPU."""
+"""Implements causal attention within segments: plain on any device, Pallas kernels on TPU, GPU."""
 
 # B batch, L length (queries), T length (keys), N heads, H head size.
 
@@ -15,22 +15,22 @@ import numpy as np
 
 from cm3leon_jax.mesh import spec
 
-BLOCK = 256  # Queries of one masked product.
+BLOCK = 256  # Number of queries in one block of `causal_attention`.
 Heads: TypeAlias = Float[Array, "B L N H"]
 Ids: TypeAlias = Int32[Array, "B L"]
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
-  """Returns the dtype of sums that need all digits: fp32, or fp64 for fp64."""
+  """Returns the dtype for sums that need full precision: fp32, or fp64 for fp64 inputs."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def masked_attention(
   q: Heads, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], mask: Bool[Array, "B 1 L T"]
 ) -> Heads:
-  """Computes softmax attention with scores in fp32; laid out like q.
+  """Computes softmax attention with scores in fp32. The result has the sharding of `q`.
 
-  `mask` is true where a query sees a key; every query must see at least one key.
+  `mask` is True where a query may attend to a key. Every query must attend to at least one key.
   """
   scores = (
     jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
@@ -40,12 +40,12 @@ def masked_attention(
 
 
 def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
-  """Computes attention of packed rows: query l sees key t if t <= l and both are in one segment.
+  """Computes attention in packed rows: a query attends to keys of its segment up to itself.
 
-  Blocks of queries look only at the keys up to their end. This takes half the work of a full
-  matrix under a mask, and the scores of one block at a time.
+  Each block of queries uses only the keys up to the end of the block. This halves the work compared
+  with a full masked matrix, and only the scores of one block are in memory.
 
-    segment_ids = [1 1 2]: who sees whom is [[1 0 0] [1 1 0] [0 0 1]]
+    segment_ids = [1 1 2]: the mask [query, key] is [[1 0 0] [1 1 0] [0 0 1]]
   """
   length, blocks = q.shape[1], []
   for start in range(0, length, BLOCK):
@@ -61,7 +61,7 @@ def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
 def _per_shard(
   kernel: Callable[..., Array], q: Heads, k: Heads, v: Heads, segment_ids: Ids
 ) -> Heads:
-  """Calls `kernel` for every device's part of batch and heads, with q, k and v as [B, N, L, H]."""
+  """Calls `kernel` on each device's shard of batch and heads, with q, k and v as [B, N, L, H]."""
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
   call = jax.shard_map(
     kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False
@@ -72,7 +72,7 @@ def _per_shard(
 def splash_attention(
   q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
-  """Computes `causal_attention` by the Pallas kernel of TPUs. L must be a multiple of 128."""
+  """Computes `causal_attention` with a Pallas kernel for TPUs. L must be a multiple of 128."""
   length, scale = q.shape[1], q.shape[-1] ** -0.5
   block = next(b for b in (512, 384, 256, 128) if length % b == 0)
   sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
@@ -110,11 +110,12 @@ def splash_attention(
 def triton_attention(
   q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
-  """Computes `causal_attention` by the Pallas kernel of GPUs.
+  """Computes `causal_attention` with a Pallas kernel for GPUs.
 
-  L must be a multiple of 128, H a power of two.
+  L must be a multiple of 128, and H a power of two.
   """
-  from jax.experimental.pallas.ops.gpu import attention as gpu  # Here: jax 0.12 warns of it.
+  # jax 0.12 warns about this import, so only users of the kernel import it.
+  from jax.experimental.pallas.ops.gpu import attention as gpu
 
   def local(
     q: Float[Array, "B N L H"],
@@ -132,12 +133,13 @@ def triton_attention(
 
 
 def row_attention(name: str, q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
-  """Computes `causal_attention` by the implementation `name`, one of `config.ATTENTIONS`.
+  """Computes `causal_attention` with the implementation `name`, one of `config.ATTENTIONS`.
 
-  `auto` is the kernel of the mesh's devices if it takes these shapes, else plain attention.
+  `auto` uses the Pallas kernel for the mesh's devices if it supports these shapes, and plain
+  attention otherwise.
 
   Raises:
-    ValueError: the kernel does not take these shapes.
+    ValueError: the kernel does not support these shapes.
   """
   length, head_dim = q.shape[1], q.shape[3]
   fits = {
@@ -152,8 +154,8 @@ def row_attention(name: str, q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> 
     name = kernel if fits[kernel] else "plain"
   if not fits[name]:
     raise ValueError(
-      f"attention '{name}' takes rows of a multiple of 128 tokens, and triton head sizes of 2^n; "
-      f"here a row has {length} tokens and the head size is {head_dim}."
+      f"attention '{name}' needs rows of a multiple of 128 tokens, and 'triton' also a head size "
+      f"that is a power of two; a row has {length} tokens, and the head size is {head_dim}."
     )
   return {"plain": causal_attention, "splash": splash_attention, "triton": triton_attention}[name](
     q, k, v, segment_ids

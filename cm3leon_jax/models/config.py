@@ -1,4 +1,4 @@
-"""Size and variant of the decoder."""
+"""Defines the config section `model`: size and architecture of the decoder."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, get_args
@@ -21,15 +21,15 @@ ROPE_BASE = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """What sets the decoders of a family apart.
+  """Architecture differences between the families.
 
   Attributes:
-    rotary: positions are angles (RoPE); else they have a learned table.
-    gated: the feed-forward layer has a gate (SwiGLU), so three products; else two.
-    scaled_norms: RMS norms with a scale; else layer norms without parameters.
-    head_norms: queries and keys always pass a norm, see `ModelConfig.query_key_norm`.
-    tied: one table of tokens serves inputs and outputs.
-    starts_as_identity: residual outputs start at 0 (section 2.3).
+    rotary: uses rotary positions (RoPE) instead of a learned table of positions.
+    gated: uses a gated feed-forward layer (SwiGLU) with three matrices instead of two.
+    scaled_norms: uses RMSNorm with a scale instead of LayerNorm without parameters.
+    head_norms: always normalizes queries and keys; see `ModelConfig.query_key_norm`.
+    tied: shares one table between input and output embeddings.
+    starts_as_identity: initializes the output projections of residual branches to 0 (section 2.3).
   """
 
   rotary: bool = False
@@ -48,74 +48,79 @@ FAMILIES: dict[str, Traits] = {
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-  """One decoder-only transformer.
+  """Config of a decoder-only transformer.
 
-  The defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
+  The defaults are CM3Leon-7B (Table 3). The number of heads and the feed-forward width are from
+  OPT's table.
   """
 
   family: Family = "opt"
-  """Architecture. `opt` (the paper): pre-LayerNorm without parameters, learned positions, ReLU,
+  """Architecture. `opt`, the paper's: pre-LayerNorm without parameters, learned positions, ReLU,
   no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied
   embeddings."""
   vocab_size: PositiveInt = 64_512
-  """Number of text and image ids together. It follows from `vocab`: a config leaves it out."""
+  """Number of text tokens and image codes. Leave it out of a config: it is computed from
+  `vocab`."""
   num_layers: PositiveInt = 32
   """Number of layers."""
   width: PositiveInt = 4_096
   """Width of the activations between layers."""
   num_heads: PositiveInt = 32
-  """Number of attention heads; without `head_size` a divisor of `width`."""
+  """Number of attention heads. It must divide `width` if `head_size` is 0."""
   head_size: NonNegativeInt = 0
-  """Size of a head; 0: `width` / `num_heads`. `modern` needs an even one. Published models may have
-  another: Qwen3-0.6B has a width of 1,024 and 16 heads of 128."""
+  """Size of an attention head; 0 means `width` / `num_heads`. `modern` needs an even size. Some
+  published models need this field: Qwen3-0.6B has a width of 1,024 and 16 heads of size 128."""
   mlp_width: PositiveInt = 16_384
   """Width of the feed-forward layer."""
   max_positions: PositiveInt = 4_096
-  """Longest sample that the learned positions cover; at least `data.sequence_length`."""
+  """Number of learned positions, and so the longest sample; at least `data.sequence_length`."""
   rope_base: NonNegativeFloat = 0.0
-  """Base of the wavelengths of `modern`'s rotary positions; 0: 10,000. Qwen3 has 1,000,000."""
+  """Base of the rotary wavelengths of `modern`; 0 means 10,000. Qwen3 uses 1,000,000."""
   align_images: bool = False
-  """Whether positions are counted from the images: the first code of every image stands at position
-  0, so the same place of a neighbor's image is at a constant distance. Only `modern`, whose
-  positions are relative; samples with one image have the same logits as without. Not for
-  interleaved documents: how long the text before the next image will be is not known while it is
+  """Whether to count positions from the images. The first code of every image then has position 0,
+  so corresponding codes of two images have the same position. It requires `modern`, whose positions
+  are relative. The logits of samples with one image do not change. It excludes interleaved
+  documents, because the length of the text before the next image is not known while the document is
   generated."""
   activation: Activation = ""
-  """Activation of the feed-forward layer of `opt` in place of the paper's ReLU: `gelu`, with the
-  error function, or `gelu_tanh`, its approximation by tanh. Empty: ReLU; `modern` always has
-  SwiGLU."""
+  """Activation of the feed-forward layer of `opt`; "" means the paper's ReLU. `gelu` uses the error
+  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU, so leave the field empty
+  there."""
   query_key_norm: bool = False
-  """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
-  always do."""
+  """Whether to apply RMSNorm to the queries and keys of every head, for stability. `modern` always
+  does so."""
   init_std: PositiveFloat = 0.006
-  """Standard deviation of the truncated normal that parameters start from (the paper's, at width
-  4,096; another width starts alike at init_std x sqrt(4,096 / width))."""
+  """Standard deviation of the truncated normal that initializes the parameters. The default is the
+  paper's, for width 4,096. For an equivalent start at another width, multiply it by
+  sqrt(4,096 / width)."""
   embed_std: PositiveFloat = 0.006
-  """Standard deviation of the truncated normal that token embeddings start from."""
+  """Standard deviation of the truncated normal that initializes the token embeddings."""
   tied_start: bool = False
-  """Whether the output table of `modern` starts as the input table, scaled to `init_std`; they
-  become two tables in training. Small decoders learn faster so: a token in the context makes itself
-  more likely from the first step on. In `opt` both are one table anyway."""
+  """Whether the output table of `modern` starts as a copy of the input table, scaled to `init_std`.
+  Training then changes them separately. Small decoders learn faster this way, because a token in
+  the context makes itself more likely from the first step. `opt` always shares one table."""
   codebook_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of the variance of the image codes' rows, in both tables, that comes from the codebook of
-  the image tokenizer when training starts: codes that look alike then start alike."""
+  """Share of the variance of the initial embeddings of image codes that comes from the codebook of
+  the image tokenizer, in the input and output table. Codes that look alike then start with similar
+  embeddings."""
   dtype: Dtype = "bfloat16"
-  """Dtype of activations, and of parameters while they are used; parameters are stored in
-  float32. `float64` (with JAX_ENABLE_X64) is for comparisons with other implementations."""
+  """Compute dtype of activations and parameters. Parameters are stored in float32. `float64` needs
+  JAX_ENABLE_X64 and serves comparisons with other implementations."""
   remat_policy: RematPolicy = "full"
-  """Values of a layer, beside its input, that are kept for the backward pass; the others are
-  computed again. From most memory to least: `none` keeps all; `minimal` queries, keys, values,
-  attention's result and the feed-forward's inner product (only attention's output projection is
-  computed again); `save_qkv` the first four of these; `save_attention` attention's result and the
-  residual stream after it; `offload` these two in the host's memory (TPU); `full` nothing."""
+  """Activations of a layer that are saved for the backward pass in addition to its input. The
+  remaining ones are recomputed. From most to least memory: `none` saves all. `minimal` saves
+  queries, keys, values, the attention output and the hidden activations of the feed-forward layer,
+  so only the attention output projection is recomputed. `save_qkv` saves queries, keys, values and
+  the attention output. `save_attention` saves the attention output and the residual stream after
+  attention. `offload` moves these two to host memory (TPU). `full` saves nothing."""
   attention: Attention = "auto"
-  """Implementation of attention: `plain` on any device; `splash`, the Pallas kernel of TPUs;
-  `triton`, the Pallas kernel of GPUs; `auto`, the one of the mesh's devices."""
+  """Implementation of attention: `plain` on any device, the Pallas kernel `splash` on TPUs, the
+  Pallas kernel `triton` on GPUs. `auto` chooses by the devices of the mesh."""
   unroll_layers: bool = False
-  """Whether the loop over layers is unrolled. It then takes longer to compile, and saves the copies
-  between iterations: 15 to 20% of a train step of small decoders on a CPU."""
+  """Whether to unroll the loop over layers. Compilation takes longer, but no arrays are copied
+  between iterations. This saves 15 to 20% of the step time of small decoders on a CPU."""
   loss_chunk: PositiveInt = 256
-  """Tokens of a row whose logits exist at the same time in the loss."""
+  """Number of tokens of a row whose logits the loss holds in memory at the same time."""
 
   def __post_init__(self) -> None:
     if not self.head_size and self.width % self.num_heads:
@@ -125,41 +130,41 @@ class ModelConfig:
       raise ValueError(f"{what} = {self.head_dim} is odd; rotary positions need an even head size.")
     if self.rope_base and not self.traits.rotary:
       raise ValueError(
-        f"rope_base is {self.rope_base}, and family is '{self.family}'; only {_with('rotary')} has "
+        f"rope_base is {self.rope_base}, but family is '{self.family}'; only {_with('rotary')} has "
         "rotary positions."
       )
     if self.activation and self.traits.gated:
       raise ValueError(
-        f"activation is '{self.activation}', and family is '{self.family}', whose feed-forward "
-        "layer is SwiGLU: leave it empty."
+        f"activation is '{self.activation}', but family is '{self.family}', whose feed-forward "
+        "layer is SwiGLU: leave activation empty."
       )
     if self.align_images and not self.traits.rotary:
       raise ValueError(
-        f"align_images is set, and family is '{self.family}'; it must be {_with('rotary')}, whose "
-        "positions are relative."
+        f"align_images is True, but family is '{self.family}'; family must be {_with('rotary')}, "
+        "whose positions are relative."
       )
 
   def computing_in(self, dtype: str) -> "ModelConfig":
-    """Returns the same decoder with another dtype of the computation; raises as other fields do."""
+    """Returns this config with another compute dtype. Raises if the dtype is not allowed."""
     changed: dict[str, Any] = {"dtype": dtype}
     return dataclasses.replace(self, **changed)
 
   @property
   def traits(self) -> Traits:
-    """What sets the family apart."""
+    """Architecture traits of the family."""
     return FAMILIES[self.family]
 
   @property
   def head_dim(self) -> int:
-    """Size of a head."""
+    """Size of an attention head."""
     return self.head_size or self.width // self.num_heads
 
   @property
   def rotary_base(self) -> float:
-    """Base of the wavelengths of rotary positions."""
+    """Base of the rotary wavelengths."""
     return self.rope_base or ROPE_BASE
 
 
 def _with(trait: str) -> str:
-  """Names the families that have a trait."""
+  """Names the families that have a trait, for messages."""
   return " or ".join(f"'{name}'" for name, traits in FAMILIES.items() if getattr(traits, trait))

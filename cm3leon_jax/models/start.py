@@ -1,4 +1,4 @@
-"""Parameters that training starts from, where the image tokenizer says which codes look alike."""
+"""Initializes embeddings of image codes from the codebook of the image tokenizer."""
 
 # C codes, d width of a code, V vocabulary, D width.
 
@@ -14,10 +14,10 @@ from cm3leon_jax.models.config import ModelConfig
 
 
 def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
-  """Centers a codebook and makes its columns uncorrelated, of variance 1."""
+  """Centers a codebook and makes its columns uncorrelated with variance 1."""
   centered = codebook - codebook.mean(0)
   left, values, _ = np.linalg.svd(centered, full_matrices=False)
-  # Directions in which all codes are equal stay 0 instead of noise.
+  # Zero the directions without variance, which would otherwise become amplified rounding errors.
   return left * math.sqrt(len(codebook)) * (values > 1e-6 * values[0])
 
 
@@ -27,17 +27,11 @@ def params_from_codebook(
   codebook: Float[np.ndarray, "C d"],
   key: Key[Array, ""],
 ) -> dict:
-  """Initializes parameters on the current mesh, those of image codes partly from a codebook.
+  """Initializes parameters on the current mesh, with embeddings of image codes from the codebook.
 
-  A code's row is sqrt(1 - s) x random + sqrt(s) x its code through a random projection, with
-  s = `config.codebook_start`, of the same variance as before. The projection is the same for the
-  input and the output table.
-
-  Args:
-    config: of the model.
-    text_size: first id of an image code; the last ids are the codes.
-    codebook: of the image tokenizer.
-    key: as for `transformer.init_params`.
+  With s = `config.codebook_start`, the embedding of a code is sqrt(1 - s) x random + sqrt(s) x a
+  random projection of its codebook vector. The variance does not depend on s. Input and output
+  table use the same projection. `text_size` is the id of the first image code.
   """
   share, codes = config.codebook_start, whitened(np.asarray(codebook, np.float32))
   projection = jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[1], config.width))

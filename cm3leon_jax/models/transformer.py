@@ -1,4 +1,4 @@
-"""The decoder. NNX modules only hold parameters; transforms are JAX's own, over a pure dict."""
+"""Implements the decoder. NNX modules only hold parameters; JAX transforms act on a pure dict."""
 
 # B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary.
 
@@ -17,9 +17,10 @@ from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
-POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
-LOOKED_UP = ("embed", "positions")  # Tables of `look_up`.
-# Of the feed-forward layer of `opt`.
+# Standard deviation of initial positions / init_std: 0.0002 / 0.006 (CM3Leon, section 2.3).
+POSITION_RATIO = 1 / 30
+LOOKED_UP = ("embed", "positions")  # Parameters that `look_up` reads.
+# Activations of the feed-forward layer of `opt`.
 ACTIVATIONS: dict[str, Callable] = {
   "": jax.nn.relu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -41,7 +42,7 @@ def _param(
 
 
 def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
-  """Applies layer norm (`center`) or RMS norm in fp32, without parameters."""
+  """Applies LayerNorm (if `center`) or RMSNorm in fp32, without parameters."""
   x32 = x.astype(attention.wide(x.dtype))
   if center:
     x32 = x32 - x32.mean(-1, keepdims=True)
@@ -49,7 +50,7 @@ def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
 
 
 class Norm(nnx.Module):
-  """A norm with a scale or without, see `apply_norm`."""
+  """Normalization with or without a scale; see `apply_norm`."""
 
   def __init__(self, scaled: bool, width: int):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if scaled else None
@@ -59,7 +60,7 @@ class Norm(nnx.Module):
 
 
 def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
-  """Applies RMS norm with a scale (eps 1e-6), or layer norm without parameters (eps 1e-5)."""
+  """Applies RMSNorm with a scale (eps 1e-6), or LayerNorm if `scale` is None (eps 1e-5)."""
   if scale is None:
     return normalize(x, 1e-5, center=True)
   return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape(
@@ -70,7 +71,7 @@ def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
 def rotate(
   x: Float[Array, "B L N H"], positions: Ids, base: float = ROPE_BASE
 ) -> Float[Array, "B L N H"]:
-  """Applies rotary positions (Su et al. 2021, RoFormer); pairs are x[i] and x[i + H / 2]."""
+  """Applies rotary positions (Su et al. 2021, RoFormer) to the pairs x[i] and x[i + H / 2]."""
   half, wide = x.shape[-1] // 2, attention.wide(x.dtype)
   frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
   angles = positions[..., None, None].astype(wide) * frequencies[None, None, None]
@@ -80,7 +81,7 @@ def rotate(
 
 
 class Block(nnx.Module):
-  """One layer. Where residual outputs start at 0, the network is the identity (section 2.3)."""
+  """One layer. If output projections start at 0, the layer starts as the identity (section 2.3)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -98,7 +99,7 @@ class Block(nnx.Module):
       self.q_norm, self.k_norm = Norm(True, H), Norm(True, H)
 
   def __call__(self, x: Stream, positions: Ids, attend: Callable) -> Stream:
-    """Runs `apply_block` with the parameters of this module."""
+    """Calls `apply_block` with the parameters of this module."""
     return apply_block(
       self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend
     )
@@ -107,15 +108,12 @@ class Block(nnx.Module):
 def apply_block(
   config: ModelConfig, params: dict, x: Stream, positions: Ids, attend: Callable
 ) -> Stream:
-  """Applies one layer to the residual stream.
+  """Applies one layer to the residual stream `x`.
 
-  Args:
-    config: of the model.
-    params: of a `Block`, a pure dict; qkv may be one array or three.
-    x: the residual stream.
-    positions: of each token in its sample.
-    attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]. In training it is attention over the row;
-      in decoding it also reads and writes a cache.
+  `params` are a `Block`'s parameters as a pure dict; "qkv" may be one array or three arrays.
+  `positions` are the positions of tokens in their samples. `attend` maps (q, k, v), each
+  [B, L, N, H], to [B, L, N, H]. In training it computes attention over the row. In decoding it also
+  reads and writes a cache.
   """
   rows = ("batch", "length")
   heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
@@ -132,7 +130,8 @@ def apply_block(
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
-  # An einsum sums over letters in their order: H before N would transpose the matrix first.
+  # Einsum contracts letters in alphabetical order: `h` sorts after N. `H` would sort before N, and
+  # XLA would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
@@ -149,20 +148,16 @@ def apply_block(
 def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
   """Looks up rows of a table in `dtype`; sums the table's gradient over tokens and devices in fp32.
 
-  The gradient of a token's row has a summand for each place where the token occurs. Summed in
-  bfloat16, the row of a token that occurs 770 times is off by 4 to 10%.
-
-  Args:
-    table: laid out as it is stored.
-    ids: rows of the table.
-    dtype: of the result; the table is gathered over fsdp in it.
+  The gradient of a token's row is a sum over all occurrences of the token. In bfloat16, this sum
+  has an error of 4 to 10% for a token that occurs 770 times. `table` has its stored sharding. It is
+  gathered over fsdp in `dtype`.
   """
   return _rows(table.astype(dtype), ids)
 
 
 def _rows(table: Float[Array, "V D"], ids: Ids) -> Stream:
-  # Gathering the fsdp shards first keeps XLA from rematerializing the whole table; rows stay split
-  # over tensor.
+  # Gathering the fsdp shards first prevents XLA from rematerializing the whole table. The table's
+  # rows remain sharded over tensor.
   return gathered(table).at[ids].get(out_sharding=spec("batch", "length", "act"))
 
 
@@ -185,7 +180,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Transformer(nnx.Module):
-  """Embeddings, blocks stacked on a leading layer axis, final norm, output table."""
+  """Decoder: embeddings, blocks stacked along a leading layer axis, final norm, output table."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -209,35 +204,30 @@ class Transformer(nnx.Module):
         self.head = nnx.Param(self.embed[...] * (config.init_std / config.embed_std))
 
   def embed_tokens(self, tokens: Ids, positions: Ids) -> Stream:
-    """Embeds tokens, and learned positions, in the compute dtype."""
+    """Returns token embeddings plus learned positions (if any), in the compute dtype."""
     x = look_up(self.embed[...], tokens, self.config.dtype)
     if not self.config.traits.rotary:
       x = x + look_up(self.positions[...], positions, self.config.dtype)
     return x
 
   def stored_table(self) -> Float[Array, "V D"]:
-    """Returns the output table in the compute dtype, split by vocabulary as it is stored.
+    """Returns the output table in the compute dtype, sharded over the vocabulary as it is stored.
 
-    If tables are tied, it is also the input table.
+    If embeddings are tied, this is also the input table.
     """
     return (self.embed if self.config.traits.tied else self.head)[...].astype(
       jnp.dtype(self.config.dtype)
     )
 
   def output_table(self) -> Float[Array, "V D"]:
-    """Returns the output table in the compute dtype, split over `tensor` alone."""
+    """Returns the output table in the compute dtype, sharded only over `tensor`."""
     return gathered(self.stored_table())
 
   def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids) -> Stream:
-    """Computes the hidden states of packed rows; logits are `hidden @ output_table().T`.
+    """Computes the hidden states of packed rows after the final norm.
 
-    Args:
-      tokens: ids.
-      positions: of each token in its sample.
-      segment_ids: attention stays within equal ids; 0 is padding.
-
-    Returns:
-      Hidden states after the final norm.
+    The logits are `hidden @ output_table().T`. `positions` are the positions of tokens in their
+    samples. Tokens attend only to tokens with the same segment id; segment id 0 is padding.
     """
     attend = functools.partial(
       attention.row_attention, self.config.attention, segment_ids=segment_ids
@@ -255,8 +245,8 @@ class Transformer(nnx.Module):
     return self.final_norm(x)
 
 
-# Values of a layer that a policy keeps beside "input". "middle" is the stream between attention and
-# feed-forward, "mlp" the feed-forward's inner product before its activation.
+# Activations that a remat policy saves in addition to "input". "middle" is the residual stream
+# between attention and feed-forward. "mlp" is the hidden feed-forward layer before its activation.
 KEPT = {
   "full": (),
   "save_attention": ("attention", "middle"),
@@ -281,7 +271,7 @@ def _checkpointed(layer: Layer, policy: str) -> Layer:
 
 
 def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
-  """Computes the logits for rows of the output table in fp32, split over `tensor`."""
+  """Computes fp32 logits for the rows of the output table, sharded over `tensor`."""
   out: dict[str, Any] = {
     "preferred_element_type": attention.wide(hidden.dtype),
     "out_sharding": spec("batch", "length", "vocab"),
@@ -295,15 +285,15 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
-  """Initializes a pure dict of fp32 parameters, laid out on the current mesh (`jax.set_mesh`)."""
+  """Initializes a pure dict of fp32 parameters, sharded over the current mesh (`jax.set_mesh`)."""
   return parameters.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-  """Returns the module with `params` in it; cheap, for use inside jitted functions."""
+  """Returns the module with these parameters. It is cheap enough for jitted functions."""
   return parameters.fill(*_structure(config), params)
 
 
 def count_params(params: dict) -> int:
-  """Returns the number of elements of all parameters."""
+  """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(params))

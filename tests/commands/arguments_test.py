@@ -103,11 +103,11 @@ MISTAKES = [
   ),
 ]
 PLATFORMS = {
-  "cuda": "JAX_PLATFORMS is cuda, and JAX's plugin for cuda is not installed: pip install "
+  "cuda": "JAX_PLATFORMS is cuda, but JAX's plugin for cuda is not installed: pip install "
   "'jax[cuda12]' or pip install 'jax[cuda13]', or unset JAX_PLATFORMS.",
-  "gpu": "JAX_PLATFORMS is gpu, and JAX's plugin for gpu is not installed: pip install "
+  "gpu": "JAX_PLATFORMS is gpu, but JAX's plugin for gpu is not installed: pip install "
   "'jax[cuda12]' or pip install 'jax[cuda13]', or unset JAX_PLATFORMS.",
-  "cpu,tpu": "JAX_PLATFORMS is cpu,tpu, and JAX's plugin for tpu is not installed: pip install "
+  "cpu,tpu": "JAX_PLATFORMS is cpu,tpu, but JAX's plugin for tpu is not installed: pip install "
   "'jax[tpu]', or unset JAX_PLATFORMS.",
 }
 # Forks a process for each mistake, which prints its exit code and the heavy modules it imported.

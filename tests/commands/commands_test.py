@@ -230,7 +230,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--workdir=w"],
       "",
-      "w/train/config.json does not exist: name the workdir of a run, in which ",
+      "w/train/config.json does not exist: name the workdir of a run in which ",
     ),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
@@ -275,7 +275,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=own.py", "--workdir=w"],
       f"{CONFIG}c = default_config()\n  del c['vqgan']\n  return c\n",
-      "config has no section 'vqgan': begin with cm3leon_jax.configs.base.get_config(), ",
+      "config has no section 'vqgan': start from cm3leon_jax.configs.base.get_config(), ",
     ),
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],

@@ -24,8 +24,8 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     (
       "train",
       ["--config=scenes", "--config.mesh.fsdp=3"],
-      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1); their product must be "
-      "8, the number of devices, and is 3; an axis of -1 takes the remaining devices.",
+      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1); the product must be 8, "
+      "the number of devices, but is 3; an axis of -1 takes the remaining devices.",
     ),
     (
       "train",

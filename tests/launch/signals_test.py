@@ -38,7 +38,7 @@ from cm3leon_jax.commands import run_start
 run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)
 """
 NOTHING = (
-  "stopped outside of the training steps: nothing was to be saved; the same command continues."
+  "stopped outside of the training steps: there was nothing to save; the same command continues."
 )
 
 

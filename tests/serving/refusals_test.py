@@ -34,7 +34,7 @@ GENERATIONS = [
   ({"prompt": "a", "output_format": "webp"}, "output_format is 'webp'; it must be 'png'."),
   ({"prompt": "a", "background": "transparent"}, "background is 'transparent'; it must be 'auto'"),
   ({"prompt": "a", "temperature": 0}, "temperature is 0.0; it must be greater than 0"),
-  ({"prompt": "a", "temperature": 1e-30}, "temperature is 1e-30; it must be 0, or of a size"),
+  ({"prompt": "a", "temperature": 1e-30}, "temperature is 1e-30; it must be 0, or from"),
   ({"prompt": "a", "top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
   ({"prompt": "a", "guidance_schedule": "x"}, "guidance_schedule is 'x'; it must be 'constant'"),
   ({"prompt": "a", "retrieve": 65}, "retrieve is 65; it must be at most 4."),
@@ -211,7 +211,7 @@ CHAT_FIELDS = [
     "max_completion_tokens",
     "max_completion_tokens is 2000; after this message there is room for 106.",
   ),
-  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or of a size from"),
+  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or from 1e-20"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Buckets: the shapes that requests share so that one program generates for them."""
+"""Rounds the lengths of requests up to buckets, so that requests share compiled programs."""
 
 # M parts of a plan, I tokens of an image, S guidance streams.
 
@@ -13,15 +13,15 @@ from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import Sampler
 
-SHORT = 8  # Cache entries for the unconditional prompt, of which prefill reads two tokens.
+SHORT = 8  # Cache entries for the unconditional prompt; prefill reads two of its three tokens.
 
 
 class Bucket(NamedTuple):
-  """What requests of one running batch have in common.
+  """Compiled shapes and settings that the requests of a running batch share.
 
   Attributes:
-    static: of the programs; `max_new_tokens` and `widths` are rounded up.
-    parts: M.
+    static: static arguments of the programs. `max_new_tokens` and `widths` are rounded up.
+    parts: number of parts of a plan, M.
   """
 
   static: Static
@@ -29,19 +29,19 @@ class Bucket(NamedTuple):
 
   @property
   def stream_capacities(self) -> tuple[int, ...]:
-    """Number of tokens that the cache of each stream holds for a slot."""
+    """Capacity of the cache of each stream, in tokens per slot."""
     return tuple(width + self.static.max_new_tokens for width in self.static.widths)
 
   @property
   def capacity(self) -> int:
-    """Number of tokens that the caches of all streams hold for a slot."""
+    """Capacity of the caches of all streams together, in tokens per slot."""
     return sum(self.stream_capacities)
 
   def fits(self, other: "Bucket") -> bool:
-    """Returns whether a request of this bucket may take a slot of another.
+    """Returns whether a request of this bucket may take a slot of a batch of another bucket.
 
-    The other has at most 3 times the capacity: attention reads all entries of a cache. But a step
-    of each running batch reads all weights.
+    The other bucket may have at most 3 times the capacity, since attention reads all cache entries.
+    Sharing a batch saves time, since each step of a running batch reads all parameters.
     """
     if not self._compiled_as(other, self.static.sampler) or self.parts > other.parts:
       return False
@@ -50,11 +50,10 @@ class Bucket(NamedTuple):
     return all(larger) and other.capacity <= 3 * self.capacity
 
   def holds(self, request: Request, own: "Bucket") -> bool:
-    """Returns whether a slot of this bucket can hold a request, however little of it is used.
+    """Returns whether a slot of this bucket can hold a request, however much capacity is unused.
 
-    Args:
-      request: of `request`.
-      own: its `bucket_of`. A bucket that sorts all logits takes any number of candidates.
+    `own` is the `bucket_of` the request. A bucket that sorts all logits accepts any number of
+    candidates.
     """
     sampler = self.static.sampler
     all_candidates = Sampler(0, 0, own.static.sampler.others)
@@ -69,7 +68,7 @@ class Bucket(NamedTuple):
     )
 
   def _compiled_as(self, other: "Bucket", sampler: Sampler) -> bool:
-    """Returns whether two buckets differ in sizes alone, if this one has another sampler."""
+    """Returns whether both buckets would differ only in sizes if this bucket had `sampler`."""
     names = ("widths", "max_new_tokens", "capacities")
     sizes = {name: getattr(other.static, name) for name in names}
     streams = len(self.static.widths), len(other.static.widths)
@@ -77,7 +76,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Bucket:
-  """Returns the smallest bucket of a request: its lengths, rounded up."""
+  """Returns the smallest bucket of a request, whose lengths are rounded up."""
   config, usual = generator.config, Sampler.of(generator.config.sampling)
   own = Sampler.of(sampling).for_streams(len(request.streams))
   sampler = Sampler(
@@ -86,7 +85,7 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
     own.others,
   )
   most = batch_lib.bucket_length(config.positions)
-  # The unconditional prompt is short always, the first of any length: few buckets of both.
+  # The first prompt has any length. The other prompts are usually short and get a small bucket.
   smallest = [batch_lib.BUCKET, *[SHORT] * (len(request.streams) - 1)]
   widths = tuple(
     min(width_bucket(len(prompt) - 1, n), most) for prompt, n in zip(request.streams, smallest)
@@ -98,25 +97,22 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
 
 
 def _candidates(asked: int, compiled: int) -> int:
-  """Returns the number of candidates that a program sorts; 0: all tokens."""
+  """Returns the number of candidates that a program sorts; 0 means all tokens."""
   return compiled if 0 < asked <= compiled else 0
 
 
 def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
-  """Returns a bucket that holds all prompts, boxes and candidates of the tasks with S streams.
+  """Returns a bucket that can hold any request with S streams.
 
-  The first stream may take all positions. The second one has an image, a sentinel for each row of a
-  box, and the words of an edit; the third is the short prompt without conditions.
-
-  Args:
-    own: `bucket_of` a request with S streams.
-    config: of the generator.
+  `own` is the `bucket_of` one such request. The first stream may use all positions. The second
+  stream holds an image, a sentinel for each row of a box, and a few words of an edit. The third
+  stream is the unconditional prompt.
   """
   image = config.image_tokens
   second = batch_lib.bucket_length(image + math.isqrt(image) + 2 * batch_lib.BUCKET)
   streams = len(own.static.widths)
   widths = (batch_lib.bucket_length(config.positions), second, SHORT)[:streams]
-  # With one stream, the entries of the prompt hold the positions after it, too.
+  # With one stream, the prompt entries cover all positions, so generated tokens fit there, too.
   new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
   sampler = Sampler(0, 0, own.static.sampler.others)
   parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()
@@ -127,7 +123,7 @@ def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
 
 
 def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:
-  """Returns the entries for a prompt: `smallest`, or BUCKET times 1, 2, 3, 4, 6, 8, 12, ...
+  """Rounds the length of a prompt up to `smallest` or to BUCKET times 1, 2, 3, 4, 6, 8, 12, ...
 
   >>> [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)]
   [32, 32, 64, 96, 192, 256, 384]
@@ -140,14 +136,12 @@ def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:
 
 
 def new_tokens_bucket(length: int, image: int) -> int:
-  """Returns the entries for the tokens of a sample: those of an image, halved or doubled.
+  """Rounds a number of generated tokens up to `image` times a power of two, such as 1/2, 1 or 2.
+
+  `image` is the number of tokens of an image, including its end token.
 
   >>> [new_tokens_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)]
   [33, 33, 65, 65, 130, 260]
-
-  Args:
-    length: largest number of tokens.
-    image: number of tokens of an image and its end.
   """
   entries = image
   while entries < length:

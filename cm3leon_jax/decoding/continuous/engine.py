@@ -1,4 +1,4 @@
-"""Continuous batching: requests are admitted to running batches while others are generated."""
+"""Implements continuous batching: requests enter and leave slots of running batches."""
 
 from collections.abc import Sequence
 import itertools
@@ -15,11 +15,15 @@ from cm3leon_jax.mesh import batch_shards
 
 
 class NoFreeSlot(Exception):
-  """No batch has a free slot for a request, or all are active: try again after a step."""
+  """No slot is free for a request, and no batch can be made for it yet; step and try again."""
 
 
 class StepFailed(Exception):
-  """A chunk failed, e.g. for want of memory; its batch and the samples `tickets` are lost."""
+  """A chunk failed, for example because memory ran out. Its batch and samples are lost.
+
+  Attributes:
+    tickets: tickets of the lost samples.
+  """
 
   def __init__(self, tickets: Sequence[int]):
     super().__init__(f"a chunk of {len(tickets)} samples failed; they must be admitted again.")
@@ -27,7 +31,7 @@ class StepFailed(Exception):
 
 
 class ContinuousGenerator:
-  """Generates for requests that come at any time; one thread drives it.
+  """Generates samples for requests that arrive at any time. Only one thread may use it.
 
   engine = ContinuousGenerator(generator)
   ticket = engine.admit(request.text_to_image(vocab, 256, caption), seed=0)
@@ -35,9 +39,9 @@ class ContinuousGenerator:
     for update in engine.step():
       ...  # engine.admit and engine.remove are allowed between steps.
 
-  A request is admitted to a slot of a running batch. The batch has the compiled shapes of a bucket,
-  and its slots are at different tokens. A sample is that of `Generator.generate` for its request
-  and seed, whatever is admitted or removed beside it.
+  A request is admitted to a slot of a running batch. The batch has the compiled shapes of a bucket.
+  Samples in different slots may have different numbers of tokens. A sample equals the result of
+  `Generator.generate` for the same request and seed, whatever the other slots contain.
   """
 
   def __init__(
@@ -48,19 +52,20 @@ class ContinuousGenerator:
     buckets: int = 4,
     usual: Sequence[Bucket] = (),
   ):
-    """Prepares the generator. Nothing is compiled or allocated before the first step.
+    """Creates an engine. Nothing is compiled or allocated before the first step.
 
     Args:
-      generator: of one process; its mesh becomes the current one in each call.
-      slots: requests of a batch at once, a multiple of the devices that a batch is split over.
-      chunk: steps of a call; then requests are admitted and results are read.
-      buckets: largest number of running batches, each of one bucket. A batch without requests gives
-        its memory to one that is needed; an active one admits no more if a request of another
-        bucket waits.
-      usual: buckets that `warm` has added, of another engine of this generator.
+      generator: a generator in a job of one process. The methods make its mesh the current mesh.
+      slots: number of slots of a running batch, a multiple of the number of devices over which a
+        batch is sharded.
+      chunk: usual number of steps per call of `step`.
+      buckets: largest number of running batches, each with a different bucket. A batch without
+        requests is replaced when another bucket needs a batch. If all batches are active and a
+        request of another bucket waits, one batch stops admitting requests.
+      usual: warm buckets (`self.usual`) of another engine with the same generator.
 
     Raises:
-      UserError: a wrong number, or a generator with drafts.
+      UserError: a number is out of range, or the generator uses drafts.
     """
     self.generator, self.mesh = generator, generator.programs.mesh
     with jax.set_mesh(self.mesh):
@@ -70,47 +75,48 @@ class ContinuousGenerator:
         raise UserError(f"{name} is {value}; it must be positive.")
     if slots % shards:
       raise UserError(
-        f"slots is {slots}; it must be a multiple of {shards}, the devices that share a batch."
+        f"slots is {slots}; it must be a multiple of {shards}, the number of devices that share a "
+        "batch."
       )
     if generator.config.draft_window:
       raise UserError(
-        f"draft_window is {generator.config.draft_window}; requests that join at any time are "
-        "generated one code a step: set it to 0."
+        f"draft_window is {generator.config.draft_window}; continuous batching generates one code "
+        "per step: set it to 0."
       )
     self.slots, self.chunk, self.limit = slots, chunk, buckets
     self.usual = list(usual)
     self._tickets = itertools.count()
-    self._batches: list[RunningBatch] = []  # The next to step first.
+    self._batches: list[RunningBatch] = []  # In the order in which they are stepped.
     self._places: dict[int, tuple[RunningBatch, int]] = {}
 
   @property
   def active(self) -> bool:
-    """Whether a request is active."""
+    """Whether any request is unfinished."""
     return any(batch.active for batch in self._batches)
 
   def can_admit(self, request: Request, sampling: SamplingConfig | None = None) -> bool:
-    """Returns whether `admit` would take a request.
+    """Returns whether `admit` would accept a request now.
 
-    If all batches are active with requests of other buckets, one of them admits no more from now
-    on, so that there will be memory for this one.
+    If all batches are active with other buckets, one of them stops admitting requests, so that this
+    request gets a batch later.
     """
     return self._admits(self._bucket(request, sampling or self.generator.config.sampling))
 
   def admit(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
-    """Admits a request; the next step of its batch reads its prompts.
+    """Admits a request to a free slot. The next step of its batch reads its prompts.
 
     Args:
-      request: of `request`.
+      request: a request of the functions in `decoding.request`.
       seed: an integer in [0, 2^32).
-      sampling: default: the config's. A top_k above the config's sorts all logits, in another
-        bucket; another method or contrastive_k compiles again.
+      sampling: sampling settings; default: the config's. A top_k above the config's needs another
+        bucket, which sorts all logits. A new method or contrastive_k causes recompilation.
 
     Returns:
-      Ticket of its updates.
+      A ticket, which the updates of the sample contain.
 
     Raises:
-      UserError: it takes more positions than were trained, or a wrong seed.
-      NoFreeSlot: see there.
+      UserError: the request needs more positions than were trained, or the seed is out of range.
+      NoFreeSlot: no slot is free and no batch can be made; try again after a step.
     """
     sampling = sampling or self.generator.config.sampling
     return self._admit(self._bucket(request, sampling), request, seed, sampling)
@@ -130,23 +136,23 @@ class ContinuousGenerator:
   def warm(
     self, request: Request, sampling: SamplingConfig | None = None, in_largest: bool = False
   ) -> None:
-    """Compiles all programs of a request's bucket, so that no sample waits for them later.
+    """Compiles all programs of a request's bucket, so that no sample waits for compilation later.
 
-    From then on a request takes the smallest bucket that is warm and can hold it, else the
-    `largest` one of its number of streams: requests of any lengths compile one more bucket for each
-    number.
+    From then on, a request uses the smallest warm bucket that can hold it, or else the `largest`
+    bucket of its number of streams. So at most one more bucket is compiled for each number of
+    streams.
 
     Args:
-      request: of `request`.
-      sampling: default: the config's.
-      in_largest: warms the `largest` bucket of its number of streams instead.
+      request: an example of the requests to expect.
+      sampling: sampling settings; default: the config's.
+      in_largest: whether to warm the `largest` bucket of the request's number of streams instead.
 
     Raises:
       ValueError: a request is active.
-      UserError, StepFailed: as `admit` and `step`.
+      UserError, StepFailed: see `admit` and `step`.
     """
     if self.active:
-      raise ValueError("warm is called while samples are under way; call it before them.")
+      raise ValueError("warm was called while requests are active; call it before admitting any.")
     sampling = sampling or self.generator.config.sampling
     bucket = bucket_of(request, sampling, self.generator)
     if in_largest:
@@ -160,16 +166,18 @@ class ContinuousGenerator:
       self.usual.append(bucket)
 
   def remove(self, ticket: int) -> None:
-    """Ends a sample; its slot is free at once. A ticket that is finished or unknown is ignored."""
+    """Ends a sample and immediately frees its slot. Finished or unknown tickets are ignored."""
     if ticket in self._places:
       batch, slot = self._places.pop(ticket)
       batch.remove(slot)
 
   def step(self) -> list[Update]:
-    """Generates a chunk of the next active batch; returns an update of each request, or [].
+    """Generates a chunk of the next active batch. Returns an update for each of its requests.
+
+    The result is [] if no batch is active.
 
     Raises:
-      StepFailed: from the error of JAX; other batches go on.
+      StepFailed: JAX failed; its error is the cause. Other batches are not affected.
     """
     batch = next((batch for batch in self._batches if batch.active), None)
     if batch is None:
@@ -190,7 +198,7 @@ class ContinuousGenerator:
     return updates
 
   def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the bucket of a request: its own if nothing is warm, else as `warm` says."""
+    """Returns the smallest warm bucket for a request (see `warm`), or its own if none is warm."""
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own
@@ -199,13 +207,13 @@ class ContinuousGenerator:
     return min(fits, key=lambda bucket: bucket.capacity, default=own)
 
   def _free_batch(self, bucket: Bucket) -> RunningBatch | None:
-    """Returns a batch with a free slot: of this bucket, or the smallest active one that fits."""
+    """Returns a batch with a free slot that fits the bucket; prefers a small capacity."""
     fits = [x for x in self._batches if x.can_admit and bucket.fits(x.bucket)]
     fits = [x for x in fits if x.active or x.bucket == bucket]
     return min(fits, key=lambda batch: batch.bucket.capacity, default=None)
 
   def _admits(self, bucket: Bucket) -> bool:
-    """Returns whether a batch has a free slot, or could be made."""
+    """Returns whether a batch has a free slot or a new batch can be made."""
     for batch in self._batches:
       batch.draining &= batch.active
     if self._free_batch(bucket):
@@ -214,13 +222,13 @@ class ContinuousGenerator:
       return False
     if len(self._batches) < self.limit or not all(batch.active for batch in self._batches):
       return True
-    # Else batches that are refilled without end would keep this bucket from ever having one.
+    # Drain one batch. Otherwise steady requests for the other buckets would block this one forever.
     if not any(batch.draining for batch in self._batches):
       max(self._batches, key=lambda batch: batch.slots.count(None)).draining = True
     return False
 
   def _new_batch(self, bucket: Bucket) -> RunningBatch:
-    """Makes a batch, in place of the one that was idle for longest if there are too many."""
+    """Makes a batch; if there are too many, it replaces the batch that was idle longest."""
     if len(self._batches) >= self.limit:
       self._batches.remove(next(batch for batch in self._batches if not batch.active))
     self._batches.append(RunningBatch(bucket, self.generator, self.slots, self.chunk, self.shards))

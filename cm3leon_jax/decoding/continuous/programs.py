@@ -1,4 +1,4 @@
-"""Builds the compiled programs of running batches; see `decoding.programs` for those of others."""
+"""Compiles the programs of running batches, like `decoding.programs` for other batches."""
 
 from collections.abc import Callable
 import functools
@@ -22,18 +22,13 @@ def empty_batch(
   chunk: int,
   least: int,
 ) -> tuple[BatchState, jax.stages.Compiled]:
-  """Runs `state.empty` for the slots of `control`.
+  """Makes an empty batch for the slots of `control`.
 
-  Args:
-    programs: of the current mesh.
-    params: of the model.
-    control: of all slots.
-    static: of the batch; its cache can hold `max_new_tokens` of them from the start.
-    chunk: largest number of steps of a call.
-    least: see `state.steps`.
+  `chunk` is the largest number of steps per call; for `least` see `state.steps`. The cache has
+  capacity for all `static.max_new_tokens` generated tokens from the start.
 
   Returns:
-    (state, the program that makes its next steps).
+    (state, program of its next steps).
   """
   function = functools.partial(
     state_lib.empty,
@@ -66,7 +61,10 @@ def steps_of_first_slots(
   static: Static,
   least: int,
 ) -> jax.stages.Compiled:
-  """Returns the steps of the first slots of a batch, whose state is that of `program`."""
+  """Compiles the steps of the first slots of a batch.
+
+  The state has the memory layout of `program`, which runs the steps of all slots.
+  """
 
   def make() -> jax.stages.Compiled:
     types = [abstract(x, programs.mesh) for x in (params, control, state, np.int32(0))]
@@ -85,7 +83,7 @@ def admit(
   program: jax.stages.Compiled,
   static: Static,
 ) -> BatchState:
-  """Runs `state.admit`, which donates the state. Returns the state for `program`."""
+  """Runs `state.admit`, which donates `state`. Returns the state in the layout of `program`."""
 
   def make() -> Callable:
     function = functools.partial(

@@ -1,4 +1,4 @@
-"""A running batch: which request each of its slots has, and the chunks that are generated."""
+"""Assigns requests to the slots of a running batch and generates their tokens in chunks."""
 
 import dataclasses
 
@@ -21,18 +21,18 @@ from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import choose_methods
 from cm3leon_jax.vocab import VocabLayout
 
-FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
+FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts of a fixed length.
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-  """What is known of a sample after a chunk.
+  """Tokens of a sample after a chunk.
 
   Attributes:
-    ticket: of `ContinuousGenerator.admit`.
-    result: its tokens so far; `request` and `sample` are 0.
-    finished: whether these are all; the slot is free.
-    steps: number of steps of the chunk.
+    ticket: the ticket from `ContinuousGenerator.admit`.
+    result: all tokens of the sample so far; `request` and `sample` are 0.
+    finished: whether the sample is complete and its slot is free again.
+    steps: number of steps in the chunk.
   """
 
   ticket: int
@@ -54,14 +54,14 @@ class ActiveRequest:
 
   @property
   def left(self) -> int | None:
-    """Number of tokens that remain; None if it depends on the tokens."""
+    """Number of remaining tokens; None if it is not known in advance."""
     plan = self.request.plan
     fixed = all(part.kind in FIXED for part in plan)
     return grammar.max_new_tokens(plan) - len(self.tokens) if fixed else None
 
   @property
   def method(self) -> TokenMethod:
-    """The method by which its sample is sampled."""
+    """Sampling method of the request."""
     streams = len(self.request.streams)
     [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
     return method
@@ -69,43 +69,46 @@ class ActiveRequest:
   def result(
     self, divergence: Float[np.ndarray, ""] | np.floating | float, vocab: VocabLayout
   ) -> Result:
-    """Returns its tokens so far; `divergence` as `Result.of` takes it."""
+    """Returns the tokens so far; for `divergence` see `Result.of`."""
     known = self.seed, self.method, self.tokens, self.log_probs
     return Result.of((0, 0), *known, divergence, len(self.request.streams), vocab)
 
 
 class RunningBatch:
-  """The slots of one bucket, with their arrays on the devices."""
+  """A running batch: the slots of one bucket, with their arrays on the devices."""
 
   def __init__(self, bucket: Bucket, generator: Generator, slots: int, chunk: int, shards: int):
     self.bucket, self.generator, self.shards = bucket, generator, shards
     self.chunk, self.least = chunk, max(1, chunk // 4)
     self.slots: list[ActiveRequest | None] = [None] * slots
-    self.admitted: list[int] = []  # Slots whose prompts are not yet read.
+    self.admitted: list[int] = []  # Slots whose prompts must still be read.
     self.draining = False
     config, streams = generator.config, len(bucket.static.widths)
     self.control = without_samples(
       slots, streams, config.sampling, config.image_tokens, bucket.parts
     )
-    self.placed: Control | None = None  # `control` on the devices, while it is the same.
+    self.placed: Control | None = None  # Copy of `control` on the devices; None: out of date.
     self.state: BatchState | None = None
     self.program: jax.stages.Compiled | None = None
-    # Steps of the first slots alone, for a batch with few samples.
+    # A smaller program serves batches in which only the first slots are occupied.
     self.few = slots // 4 if shards == 1 else 0
     self.program_of_few: jax.stages.Compiled | None = None
 
   @property
   def active(self) -> bool:
-    """Whether a slot has a request."""
+    """Whether any slot has a request."""
     return any(self.slots)
 
   @property
   def can_admit(self) -> bool:
-    """Whether a slot is free and may be taken."""
+    """Whether a request may be admitted to a free slot."""
     return not self.draining and not all(self.slots)
 
   def admit(self, request: ActiveRequest) -> int:
-    """Takes a free slot in the shard of the batch with the fewest prompts to read; returns it."""
+    """Puts a request into a free slot, in the shard with the fewest unread prompts.
+
+    Returns the slot.
+    """
     size = len(self.slots) // self.shards
     free = [slot for slot, taken in enumerate(self.slots) if taken is None]
     slot = min(free, key=lambda slot: sum(x // size == slot // size for x in self.admitted))
@@ -114,7 +117,7 @@ class RunningBatch:
     return slot
 
   def remove(self, slot: int) -> None:
-    """Frees a slot; its plan is DONE from the next chunk on."""
+    """Frees a slot and sets its plan to DONE for the next chunk."""
     self.slots[slot] = None
     self.admitted = [x for x in self.admitted if x != slot]
     self.control.plan[slot] = grammar.DONE
@@ -137,7 +140,7 @@ class RunningBatch:
     return self._updates()
 
   def _program(self) -> jax.stages.Compiled:
-    """Returns the steps of all slots, or of the first ones if the requests are in these."""
+    """Returns the program for all slots, or a smaller one if only the first slots are occupied."""
     if any(self.slots[self.few :]):
       return self.program
     if self.program_of_few is None:
@@ -155,7 +158,10 @@ class RunningBatch:
     return self.program_of_few
 
   def _limit(self) -> int:
-    """Returns the number of steps of the next chunk: it ends where a sample is known to end."""
+    """Returns the number of steps of the next chunk.
+
+    If a sample is known to end soon, the chunk ends with the sample.
+    """
     known = [x.left for x in self.slots if x is not None and x.left is not None]
     if known and min(known) <= self.chunk + self.least:
       return max(min(known), self.least)
@@ -168,9 +174,10 @@ class RunningBatch:
     return self.placed
 
   def _groups(self) -> list[list[int | None]]:
-    """Divides the admitted slots into groups that are read in one call, padded with None.
+    """Divides the admitted slots into groups. One call reads the prompts of a group.
 
-    A call reads one prompt for each shard of the batch, or prompts for all slots: two programs.
+    A group has one slot for each shard of the batch, or as many as the batch has slots, so that
+    only two programs are compiled. Groups are padded with None.
     """
     size = len(self.slots) // self.shards
     by_shard = [[x for x in self.admitted if x // size == i] for i in range(self.shards)]
@@ -182,7 +189,7 @@ class RunningBatch:
     ]
 
   def _admitted(self, slots: list[int | None]) -> Admitted:
-    """Writes the control of admitted requests; returns the arrays of their prompts."""
+    """Writes the control of admitted requests and returns the arrays of their prompts."""
     config, size = self.generator.config, len(self.slots) // self.shards
     for slot in slots:
       if slot is not None:
@@ -206,7 +213,7 @@ class RunningBatch:
     put_sample(self.control, slot, one)
 
   def _prompts(self, slot: int | None) -> list[StreamPrompt]:
-    """Returns the prompts of a slot's streams; None: without tokens."""
+    """Returns the prompts of a slot's streams; for None, prompts without tokens."""
     config = self.generator.config
     if slot is None:
       nothing = StreamPrompt(np.zeros((0, 2), np.int32), config.vocab.pad, 0, 0)
@@ -216,7 +223,7 @@ class RunningBatch:
     return batch_lib.prompts_of(active.request, config.vocab, config.model.align_images)
 
   def _updates(self) -> list[Update]:
-    """Reads what a chunk generated, and frees the slots of finished samples."""
+    """Reads the tokens of the last chunk and frees the slots of finished samples."""
     assert self.state is not None
     loop, vocab = self.state.loop, self.generator.config.vocab
     ids, log_probs, apart, parts, steps = jax.device_get(

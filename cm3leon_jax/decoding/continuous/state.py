@@ -1,18 +1,18 @@
-"""The state of a running batch: samples are admitted to its slots while the others go on.
+"""Implements the state of a running batch and the admission of samples to its slots.
 
-The caches of a batch are rings. All slots write their next token into the same entry of a stream,
-as in a batch that starts together; after the last entry of a full ring follows its first. The order
-of entries means nothing to attention, so a prompt that is admitted is put into the entries before
-the current one. A ring has as many entries as the longest prompt and what may follow it, so a
-sample is finished before its first entry is written again.
+The caches of a batch are ring buffers. In each step, all slots write their next token to the same
+entry of a stream's cache. After the last entry, the first entry is written again. Attention does
+not depend on the order of entries. So the prompt of an admitted sample is written to the entries
+before the next entry. A ring has enough entries for the longest prompt and the tokens after it, so
+a sample is finished before its entries are overwritten.
 
-  3 entries of prompt, 4 of tokens; b is admitted when the next entry is 5:
-  a: p p p t t . .     entries 3 and 4 hold a's first tokens
-  b: . . p p p . .     b's tokens go to entries 5, 6, 0 and 1
+  3 entries for prompts, 4 for generated tokens; b is admitted when the next entry is 5:
+  a: p p p t t . .     entries 3 and 4 hold the first tokens of a
+  b: . . p p p . .     the tokens of b will be written to entries 5, 6, 0 and 1
 """
 
-# B slots, S guidance streams, R = B x S rows, J samples that are admitted, W entries of a stream's
-# prompts, T entries of its ring, C tokens of a chunk, M parts of a plan.
+# B slots, S guidance streams, R = B x S rows, J admitted samples, W entries for a stream's prompts,
+# T entries of a stream's ring, C tokens of a chunk, M parts of a plan.
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,11 +35,11 @@ from cm3leon_jax.models.config import ModelConfig
 
 
 class BatchState(NamedTuple):
-  """State of a running batch between its chunks.
+  """State of a running batch between two chunks.
 
   Attributes:
-    loop: its `ids` and `log_probs` are those of the last chunk, and its `count` the steps of it.
-    counts: number of tokens that the sample of each slot has so far.
+    loop: the decoding state. Its `ids`, `log_probs` and `count` refer to the last chunk only.
+    counts: number of tokens that the sample in each slot has so far.
   """
 
   loop: LoopState
@@ -47,16 +47,16 @@ class BatchState(NamedTuple):
 
 
 class Admitted(NamedTuple):
-  """Samples that are admitted to slots.
+  """Samples to be admitted to slots.
 
   Attributes:
-    prompts: of each stream, without their last tokens.
+    prompts: the prompts of each stream, without their last tokens.
     last: last token of each stream's prompt.
-    last_positions: position of that token.
-    next_positions: position of the token after it.
-    plan: of `grammar.plan_array`.
-    slots: slot that each sample takes, counted in its own shard of the batch; a slot after the last
-      one stands for no sample.
+    last_positions: position of the last token.
+    next_positions: position of the first generated token.
+    plan: result of `grammar.plan_array`.
+    slots: slot of each sample, counted within its shard of the batch. A number after the last slot
+      means that the element is padding.
   """
 
   prompts: tuple[Padded, ...]
@@ -79,14 +79,8 @@ def empty(
 ) -> BatchState:
   """Makes a batch without samples. Needs a mesh.
 
-  Args:
-    config: of the model.
-    grammar: of the plans.
-    slots: B.
-    widths: W of each stream.
-    max_new_tokens: largest number of tokens of a sample.
-    steps: C, the largest number of steps of a chunk.
-    cache_dtype: one of `cache.DTYPES`.
+  `widths` is W of each stream, and `max_new_tokens` the largest number of generated tokens of a
+  sample. `steps` is C, the largest number of steps of a chunk.
   """
 
   def full(value: int | bool, dtype: DTypeLike, *shape: int) -> Array:
@@ -115,7 +109,7 @@ def empty(
 def _put(
   into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots: Int32[Array, " J"]
 ) -> Shaped[Array, "B ..."]:
-  """Replaces slots, each in its own shard of the batch; see `Admitted.slots`."""
+  """Replaces slots within each shard of the batch; `slots` are as in `Admitted.slots`."""
   split = jax.typeof(into).sharding.spec
 
   def put(into: Array, x: Array, slots: Array) -> Array:
@@ -132,10 +126,10 @@ def _read_stream(
   capacity: int,
   dtype: str,
 ) -> tuple[Layers, Bool[Array, "J T"]]:
-  """Reads prompts into rings of `capacity` entries, the last token before entry `end`.
+  """Reads prompts into rings of `capacity` entries, so that they end before entry `end`.
 
   Returns:
-    (cache of each layer, entries that hold a token).
+    (cache of each layer, mask of the entries that hold a token).
   """
   prompts = Padded(*(shard(x, "batch", None) for x in prompts))
   count, width = prompts.ids.shape
@@ -157,15 +151,10 @@ def admit(
   grammar: Grammar,
   cache_dtype: str = "compute",
 ) -> BatchState:
-  """Reads the prompts of samples and puts these into slots of a batch. Needs a mesh.
+  """Reads the prompts of samples and puts the samples into slots of a batch. Needs a mesh.
 
-  Args:
-    model: `DecodeParams.model`.
-    state: donated.
-    admitted: J must divide by the number of devices that the batch is split over.
-    config: of the model.
-    grammar: of the plans.
-    cache_dtype: one of `cache.DTYPES`.
+  `model` is `DecodeParams.model`. `state` is donated. J must be a multiple of the number of devices
+  over which the batch is sharded.
   """
   loop, slots = state.loop, shard(admitted.slots, "batch")
   layers, seen_of = [list(layer) for layer in loop.cache], list(loop.seen)
@@ -198,11 +187,11 @@ def admit(
   return BatchState(loop, put(state.counts, zeros))
 
 
-OF_ALL_SLOTS = ("next_entries", "count", "any_active")  # Fields of LoopState.
+OF_ALL_SLOTS = ("next_entries", "count", "any_active")  # LoopState fields without a slot axis.
 
 
 def _by_slots(function: Callable[..., Array], state: BatchState, *others: BatchState) -> BatchState:
-  """Applies a function to the arrays of states that have a part for each slot: not OF_ALL_SLOTS."""
+  """Applies a function to all arrays of the states except the fields OF_ALL_SLOTS."""
   states = (state, *others)
   loop = {
     name: jax.tree.map(function, *(getattr(x.loop, name) for x in states))
@@ -214,18 +203,18 @@ def _by_slots(function: Callable[..., Array], state: BatchState, *others: BatchS
 
 
 def _first(x: Shaped[Array, "_ ..."], count: int) -> Shaped[Array, "{count} ..."]:
-  """Returns the first entries of an array, split as it is; see `Grammar.start`."""
+  """Returns the first elements of an array, with its sharding (see `Grammar.start`)."""
   return jax.sharding.reshard(x[:count], jax.typeof(x).sharding.spec)
 
 
 def _first_slots(state: BatchState, slots: int) -> BatchState:
-  """Returns the state of the first slots; arrays [R] have S elements for each slot."""
+  """Returns the state of the first slots. Arrays [R] have S elements per slot."""
   count = len(state.counts)
   return _by_slots(lambda x: _first(x, slots * (len(x) // count)), state)
 
 
 def _with_first_slots(state: BatchState, first: BatchState) -> BatchState:
-  """Puts the state of first slots back into that of all."""
+  """Writes the state of the first slots back to the state of all slots."""
   return _by_slots(lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0), state, first)
 
 
@@ -247,20 +236,14 @@ def steps(
   sampler: Sampler,
   slots: int | None = None,
 ) -> BatchState:
-  """Makes the steps of one chunk. Needs a mesh.
+  """Runs the steps of one chunk. Needs a mesh.
 
-  Args:
-    params: of `params.prepare`.
-    control: of B slots; the plan of a slot without a sample is DONE.
-    state: donated.
-    limit: largest number of steps, at most C.
-    least: after so many steps the chunk ends as soon as a sample is finished, so that another may
-      be admitted.
-    config: of the model.
-    grammar: of the plans.
-    sampler: compiled settings of sampling.
-    slots: only so many first slots are computed; no other may have a sample. Not with a batch that
-      is split over devices. Default: all.
+  The chunk has at most `limit` <= C steps. After `least` steps, it ends as soon as a sample is
+  finished, so that another sample can be admitted. In `control`, the plan of a slot without a
+  sample is DONE. `state` is donated.
+
+  If `slots` is not None, only the first `slots` slots are computed. Then no other slot may have a
+  sample, and the batch must not be sharded over devices.
   """
   state = whole = _new_chunk(state, grammar.vocab.pad)
   control = split_control(control)

@@ -1,6 +1,6 @@
-"""Contrastive decoding, CD-K (CM3Leon, section 3.1): what the prompt makes more probable."""
+"""Implements contrastive decoding (CD-K; CM3Leon, section 3.1)."""
 
-# B rows, V vocabulary (or the part of it that is legal).
+# B rows, V vocabulary (all ids, or only image codes).
 
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from cm3leon_jax.decoding.sampling.top_p import largest
 
 
 class ContrastiveRows(NamedTuple):
-  """Settings of rows.
+  """Settings of CD-K for each row.
 
   Attributes:
-    alpha: of CD-K.
-    amateur_temperature: divides the logits of the amateur, the unconditional stream.
+    alpha: smallest probability of a token, relative to the k-th most probable token.
+    amateur_temperature: divisor of the logits of the amateur, which is the unconditional stream.
   """
 
   alpha: Float32[Array, " B"]
@@ -26,7 +26,7 @@ class ContrastiveRows(NamedTuple):
 
 
 class ContrastiveMethod(TokenMethod):
-  """CD-K: the conditional stream is the expert, the unconditional one the amateur."""
+  """CD-K with the conditional stream as expert and the unconditional stream as amateur."""
 
   name = "contrastive"
   settings = (
@@ -39,7 +39,7 @@ class ContrastiveMethod(TokenMethod):
   temperature = "contrastive_temperature"
 
   def compiled(self, config: SamplingConfig) -> int:
-    """Returns k."""
+    """Returns k, for which the program is compiled."""
     return config.contrastive_k
 
   def rows(self, is_image: Bool[Array, " B"], values: Any) -> ContrastiveRows:
@@ -79,13 +79,13 @@ def contrastive_scores(
     k = 1, p_EXP >= 0.2:  log [1 3 0 0], contrastive decoding (Li et al. 2022)
 
   Args:
-    expert: logits; illegal ids are -inf.
-    amateur: logits, temperature applied; illegal ids are -inf.
-    k: with fewer than k legal ids all of them stay.
-    alpha: in [0, 1].
+    expert: logits; -inf for illegal ids.
+    amateur: logits divided by the amateur temperature; -inf for illegal ids.
+    k: rank of the reference token. If fewer than k ids are legal, all legal ids are kept.
+    alpha: a number in [0, 1].
 
   Returns:
-    Scores, -inf for ids that are illegal or too improbable.
+    Scores; -inf for ids that are illegal or too improbable.
   """
   kth = largest(expert, min(k, expert.shape[-1]))[0][:, -1:]
   kept = (expert >= jnp.log(alpha) + kth) & jnp.isfinite(expert) & jnp.isfinite(amateur)

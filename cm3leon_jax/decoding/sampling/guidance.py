@@ -1,6 +1,6 @@
-"""Guidance: the weights of the streams, their schedules, and the sum of their logits."""
+"""Implements classifier-free guidance: weights of streams, schedules, and combined logits."""
 
-# B rows, S guidance streams, I tokens of an image, V vocabulary (or the part of it that is legal).
+# B rows, S guidance streams, I tokens of an image, V vocabulary (all ids, or only image codes).
 
 import jax
 import jax.numpy as jnp
@@ -13,52 +13,50 @@ from cm3leon_jax.decoding.config import SCHEDULES
 def combine_streams(
   logits: Float[Array, "S B V"], weights: Float[Array, "#B S"] | Float[Array, " S"]
 ) -> Float[Array, "B V"]:
-  """Combines logits of S streams by weights: classifier-free guidance (sections 3.1, 4.1).
+  """Returns the weighted sum of the logits of S streams (classifier-free guidance).
 
-  `training.step.grpo` combines hidden states in the same way, before the head.
+  See sections 3.1 and 4.1. `training.step.grpo` combines hidden states in the same way, before the
+  output table.
 
     logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
 
   Args:
-    logits: finite: illegal ids are masked in the result, since 0 times -inf is NaN.
-    weights: of all prompts, or of each; the weights of a prompt sum to 1.
+    logits: finite logits. Illegal ids must be masked in the result, since 0 times -inf is NaN.
+    weights: weights that sum to 1, for all samples or for each sample.
 
   Returns:
-    Logits. With weights (1, 0) they are those of the first stream, unchanged.
+    Combined logits. With weights (1, 0), they equal the logits of the first stream exactly.
   """
-  # Not an einsum: on some devices that rounds its inputs to fewer bits.
+  # On some devices, an einsum would round its inputs to a lower precision.
   return jnp.sum(logits * jnp.atleast_2d(weights).T[:, :, None], axis=0)
 
 
 def divergence(
   conditional: Float[Array, "*B V"], unconditional: Float[Array, "*B V"]
 ) -> Float32[Array, "*B"]:
-  """Computes KL(conditional || unconditional) in nats: what guidance has to work with.
+  """Computes KL(conditional || unconditional) in nats. Guidance has no effect where this is 0.
 
-  It is 0 where a prompt changes nothing, e.g. one that was dropped on its way.
-
-  Args:
-    conditional: finite logits of the stream with the prompt.
-    unconditional: finite logits of the stream without it.
+  A divergence of 0 can mean that the prompt was lost on its way to the model. Both arguments are
+  finite logits.
   """
   p, q = (jax.nn.log_softmax(x, axis=-1) for x in (conditional, unconditional))
   return jnp.sum(jnp.exp(p) * (p - q), axis=-1).astype(jnp.float32)
 
 
 def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.ndarray, " I"]:
-  """Computes the weight of guidance at each code: 1 + (guidance - 1) m; m is the schedule.
+  """Computes the guidance weight at each code: 1 + (guidance - 1) m, where m is the schedule.
 
     guidance = 3, "linear", 3 codes: [1 2 3]
 
   Args:
     guidance: the full weight; 1 is the model without guidance.
-    schedule: "constant": m is 1. "linear" and "cosine" rise from 0 at the first code to 1 at the
-      last, in a straight line or as (1 - cos(pi t)) / 2; the mean of m is 1/2 for both, so the mean
-      weight is (1 + guidance) / 2.
-    image_tokens: I; with a rising schedule an image of one code is not guided.
+    schedule: one of `SCHEDULES`. With "constant", m is 1. With "linear" and "cosine", m grows from
+      0 at the first code to 1 at the last code, as t or as (1 - cos(pi t)) / 2. The mean of m is
+      then 1/2, so the mean weight is (1 + guidance) / 2.
+    image_tokens: I. With a growing schedule, an image of one code is not guided.
 
   Raises:
-    ValueError: another schedule.
+    ValueError: the schedule is unknown.
   """
   t = np.linspace(0, 1, image_tokens)
   match schedule:
@@ -76,14 +74,12 @@ def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.nda
 def text_to_image_weights(
   guidance: float, schedule: str, image_tokens: int
 ) -> Float32[np.ndarray, "I 2"]:
-  """Returns the weights (alpha, 1 - alpha) of streams c (conditional) and u in u + alpha (c - u).
+  """Returns the weights (alpha, 1 - alpha) of the conditional and unconditional stream.
+
+  The combined logits are u + alpha (c - u) for conditional logits c and unconditional logits u.
+  `guidance` is alpha where the schedule is 1.
 
     guidance = 3, "linear", 3 codes: [[1 0] [2 -1] [3 -2]]
-
-  Args:
-    guidance: alpha where the schedule is 1.
-    schedule: as in `scheduled`.
-    image_tokens: I.
   """
   alpha = scheduled(guidance, schedule, image_tokens)
   return np.stack([alpha, 1 - alpha], axis=1).astype(np.float32)
@@ -94,16 +90,11 @@ def editing_weights(
 ) -> Float32[np.ndarray, "I 3"]:
   """Returns the weights of streams f (image and instruction), i (image only) and u (neither).
 
-  They sum to u + s_img (i - u) + s_txt (f - i).
+  The combined logits are u + s_img (i - u) + s_txt (f - i). `image_guidance` is s_img and
+  `text_guidance` is s_txt where the schedule is 1. Where the schedule is 0, only f has a weight.
 
     image_guidance = 1.5, text_guidance = 7.5, "linear", 3 codes:
     [[1 0 0] [4.25 -3 -0.25] [7.5 -6 -0.5]]
-
-  Args:
-    image_guidance: s_img where the schedule is 1.
-    text_guidance: s_txt where the schedule is 1.
-    schedule: as in `scheduled`, the same for both; where it is 0, only f counts.
-    image_tokens: I.
   """
   image, text = (
     scheduled(guidance, schedule, image_tokens) for guidance in (image_guidance, text_guidance)

@@ -1,6 +1,6 @@
-"""The interface of a sampling method: each value of `sampling.method` is one object in one file."""
+"""Defines the interface of sampling methods. Each method is one object in a separate file."""
 
-# B rows, V vocabulary (or the part of it that is legal), P prompts, N samples of a prompt.
+# B rows, V vocabulary (all ids, or only image codes), P prompts, N samples of a prompt.
 
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -12,12 +12,13 @@ from cm3leon_jax.decoding.config import SamplingConfig
 
 
 class StreamLogits(NamedTuple):
-  """What a method may sample from. None of it is split over V, and illegal ids are -inf.
+  """Logits for a sampling method. They are not sharded over V, and illegal ids are -inf.
 
   Attributes:
-    guided: of all streams, combined by the weights of guidance.
-    conditional: of the stream with the whole prompt alone.
-    unconditional: of the stream without the prompt; with one stream, that stream.
+    guided: logits of all streams, combined with the guidance weights.
+    conditional: logits of the stream with the complete prompt.
+    unconditional: logits of the stream without the prompt. With one stream, they equal
+      `conditional`.
   """
 
   guided: Float[Array, "B V"]
@@ -26,15 +27,15 @@ class StreamLogits(NamedTuple):
 
 
 class SamplingMethod:
-  """A way to sample image codes, as `sampling.method` names it; `methods.METHODS` lists all.
+  """A method to sample image codes. `methods.METHODS` lists all methods.
 
   Attributes:
-    name: its name in the config.
-    settings: fields of SamplingConfig that it reads, beside `method` and those of guidance.
-    is_guided: whether the weights of guidance have an effect.
-    needs_unconditional: whether it contrasts with a stream without the prompt.
-    takes_drafts: whether it samples from the distribution of `top_p.filter_candidates`, by which
-      `speculative` verifies drafts.
+    name: value of `sampling.method` in the config.
+    settings: fields of SamplingConfig that the method reads, except `method` and guidance fields.
+    is_guided: whether guidance weights have an effect.
+    needs_unconditional: whether the method needs an unconditional stream.
+    takes_drafts: whether the method samples from the distribution of `top_p.filter_candidates`,
+      with which `speculative` verifies drafts.
   """
 
   name: ClassVar[str]
@@ -45,15 +46,13 @@ class SamplingMethod:
 
   @property
   def members(self) -> tuple["TokenMethod", ...]:
-    """The methods that its samples use: itself, if it samples tokens."""
+    """Token methods that the samples use. A `TokenMethod` returns only itself."""
     raise NotImplementedError
 
   def choose(self, seeds: Sequence[int], samples: int) -> Shaped[np.ndarray, "P N"]:
-    """Chooses the method of each sample, by its index in `members`.
+    """Chooses the method of each sample and returns its index in `members`.
 
-    Args:
-      seeds: of P prompts.
-      samples: N.
+    `seeds` has one seed per prompt, and `samples` is N.
     """
     return np.zeros((len(seeds), samples), np.int32)
 
@@ -61,12 +60,13 @@ class SamplingMethod:
 class TokenMethod(SamplingMethod):
   """A method that samples tokens itself.
 
-  The rows of a batch may use different ones, so all of them are computed, and each row takes the
-  token of its own.
+  The rows of a batch may use different methods. So the program computes the tokens of all methods,
+  and each row takes the token of its method.
 
   Attributes:
-    numbers: those of `settings` that are arrays of the program: other values compile nothing.
-    temperature: the one of `numbers` that divides logits, or scores.
+    numbers: fields in `settings` that are inputs of the program, so that new values do not cause
+      recompilation.
+    temperature: field in `numbers` that divides the logits or scores.
   """
 
   numbers: ClassVar[tuple[str, ...]]
@@ -77,15 +77,13 @@ class TokenMethod(SamplingMethod):
     return (self,)
 
   def compiled(self, config: SamplingConfig) -> Hashable:
-    """Returns what the program is compiled for: the values of the other settings."""
+    """Returns the settings that are compiled into the program: the ones not in `numbers`."""
     raise NotImplementedError
 
   def rows(self, is_image: Bool[Array, " B"], values: Any) -> Any:
-    """Returns the arrays of the rows that `sample` reads.
+    """Returns the settings of each row as `sample` reads them.
 
-    Args:
-      is_image: whether a row samples an image token.
-      values: `rows.SamplingValues`.
+    `is_image` marks the rows that sample an image code. `values` is a `rows.SamplingValues`.
     """
     raise NotImplementedError
 
@@ -97,13 +95,9 @@ class TokenMethod(SamplingMethod):
     rows: Any,
     compiled: Any,
   ) -> Int[Array, " B"]:
-    """Samples one id for each row, also for rows of other methods, whose ids are not used.
+    """Samples one id for each row, even for rows of other methods, whose ids are discarded.
 
-    Args:
-      logits: of the streams.
-      keys: of the rows: the sample of a row does not depend on the other rows.
-      temperature: of the rows, each that of its method.
-      rows: of `self.rows`.
-      compiled: of `self.compiled`.
+    `keys` has one key per row, so the sample of a row does not depend on other rows. `rows` is the
+    result of `self.rows`, and `compiled` is the result of `self.compiled`.
     """
     raise NotImplementedError

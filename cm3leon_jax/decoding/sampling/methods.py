@@ -1,4 +1,4 @@
-"""All sampling methods by name, and what they have in common."""
+"""Lists all sampling methods by name and chooses the method of each sample."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,18 @@ from cm3leon_jax.decoding.sampling.top_p import TOP_P
 METHODS: dict[str, SamplingMethod] = {
   method.name: method for method in (TOP_P, CONTRASTIVE, MIXTURE)
 }
-# Every program has top-p, by which texts are sampled; the others only if a row may use them.
+# All programs contain top-p, which samples texts. They contain another method only if a row may use
+# it.
 OTHERS: tuple[TokenMethod, ...] = tuple(
   method for method in METHODS.values() if isinstance(method, TokenMethod) and method is not TOP_P
 )
 
 
 def settings_of_codes(*, unconditional: bool) -> tuple[str, ...]:
-  """Returns the fields of SamplingConfig that tasks read which generate image codes.
+  """Returns the fields of SamplingConfig that a task reads if it generates image codes.
 
-  Guidance is not among them: its fields depend on the streams.
-
-  Args:
-    unconditional: whether a task may have a stream without its prompt.
+  Guidance fields are not included, because they depend on the streams. `unconditional` is whether
+  the task may have an unconditional stream.
   """
   first, *others = (m for m in METHODS.values() if unconditional or not m.needs_unconditional)
   fields = [*first.settings]
@@ -34,28 +33,24 @@ def settings_of_codes(*, unconditional: bool) -> tuple[str, ...]:
 
 
 def unread_settings(name: str) -> tuple[str, ...]:
-  """Returns the fields of `settings_of_codes` that the method `name` does not read."""
+  """Returns the fields in `settings_of_codes` that the method `name` does not read."""
   read = {"method", *METHODS[name].settings}
   return tuple(x for x in settings_of_codes(unconditional=True) if x not in read)
 
 
 def without_unconditional() -> list[str]:
-  """Returns the names of the methods that need no unconditional stream."""
+  """Returns the names of the methods that do not need an unconditional stream."""
   return [name for name, method in METHODS.items() if not method.needs_unconditional]
 
 
 def choose_methods(
   name: str, seeds: Sequence[int], samples: int, streams: Sequence[int]
 ) -> list[list[TokenMethod]]:
-  """Chooses the method of every sample of each prompt.
+  """Chooses the token method of every sample of each prompt.
 
-  Without an unconditional stream, a sample uses top-p.
-
-  Args:
-    name: of the method.
-    seeds: of each prompt.
-    samples: of a prompt.
-    streams: of each prompt, the number of its streams.
+  A prompt with one stream uses top-p if the chosen method needs an unconditional stream. `seeds`
+  and `streams` have one element per prompt. `streams` are numbers of streams, and `samples` is the
+  number of samples per prompt.
   """
   members = METHODS[name].members
 

@@ -1,4 +1,4 @@
-"""A mixture: half of the samples by top-p, half by contrastive decoding (CM3Leon, section 3.1)."""
+"""Implements a mixture of top-p and contrastive decoding (CM3Leon, section 3.1)."""
 
 # P prompts, N samples of a prompt.
 
@@ -13,7 +13,7 @@ from cm3leon_jax.decoding.sampling.top_p import TOP_P
 
 
 class MixtureMethod(SamplingMethod):
-  """Samples take turns between two methods."""
+  """Samples alternate between top-p and contrastive decoding."""
 
   name = "mixture"
   settings = (*TOP_P.settings, *CONTRASTIVE.settings)
@@ -24,7 +24,7 @@ class MixtureMethod(SamplingMethod):
     return (TOP_P, CONTRASTIVE)
 
   def choose(self, seeds: Sequence[int], samples: int) -> Shaped[np.ndarray, "P N"]:
-    """Chooses by the number of the sample, or by the seed of an only one.
+    """Chooses by the index of the sample, or by the seed if a prompt has only one sample.
 
     seeds 4 and 7, 3 samples of each: [[0 1 0] [0 1 0]]
     seeds 4 and 7, 1 sample of each: [[0] [1]]

@@ -1,6 +1,6 @@
-"""From logits to tokens: the settings of each row of a batch, and how its next token is sampled."""
+"""Samples the next token of each row of a batch from logits, with settings per row."""
 
-# B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
+# B rows, V vocabulary (all ids, or only image codes), C candidates that top-k keeps.
 
 import collections
 from collections.abc import Hashable, Sequence
@@ -16,22 +16,22 @@ from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
 from cm3leon_jax.decoding.sampling.methods import METHODS, OTHERS
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P, TopPRows
 
-# By the name of each of OTHERS: the rows that use it.
+# Name of each method in OTHERS -> which rows use it.
 Uses: TypeAlias = dict[str, Bool[Array, " B"]]
 _BY_NAME = {method.name: method for method in OTHERS}
-# Each once: methods may share a field.
+# Field names without duplicates: methods may share a field.
 NUMBERS = dict.fromkeys((*TOP_P.numbers, *TEXT_SETTINGS, *(x for m in OTHERS for x in m.numbers)))
 
 
-_namedtuple: Any = collections.namedtuple  # To a type checker: it reads fields of literals alone.
+_namedtuple: Any = collections.namedtuple  # Typed as Any: type checkers accept only literal fields.
 _Numbers: Any = _namedtuple("SamplingValues", NUMBERS)
 
 
 class SamplingValues(_Numbers):
-  """Numbers of a SamplingConfig that are traced: other values do not compile again.
+  """Numbers of a SamplingConfig that are traced, so that new values do not cause recompilation.
 
-  They are those of all rows, or arrays with one number for each row: int32 or fp32, as in the
-  config. The fields are the `numbers` of all methods, and those of texts.
+  Each field is a scalar for all rows, or an array with one number per row (int32 or fp32). The
+  fields are the `numbers` of all methods and the settings of texts.
   """
 
   __slots__ = ()
@@ -44,12 +44,12 @@ class SamplingValues(_Numbers):
 
 
 class Sampler(NamedTuple):
-  """Fields of a `SamplingConfig` that are compiled into the program.
+  """Settings of a `SamplingConfig` that are compiled into the program.
 
   Attributes:
-    of_codes: candidates where only image codes are sampled, as in `filter_candidates`.
-    of_all: candidates where texts are sampled, too.
-    others: methods beside top-p that a row may use, each its name and its `compiled`.
+    of_codes: number of candidates (see `filter_candidates`) if only image codes are sampled.
+    of_all: number of candidates if texts may be sampled, too.
+    others: methods other than top-p that a row may use, as pairs (name, result of `compiled`).
   """
 
   of_codes: int
@@ -63,18 +63,18 @@ class Sampler(NamedTuple):
     return cls(*TOP_P.compiled(config), tuple((m.name, m.compiled(config)) for m in members))
 
   def for_streams(self, count: int) -> "Sampler":
-    """Returns it without methods that have no unconditional stream if there is one stream."""
+    """Removes the methods that need an unconditional stream if the number of streams is 1."""
     kept = [x for x in self.others if count > 1 or not METHODS[x[0]].needs_unconditional]
     return self._replace(others=tuple(kept))
 
 
 class RowSettings(NamedTuple):
-  """Settings by which each row samples its token.
+  """Settings with which each row samples its next token.
 
   Attributes:
-    temperature: divides the logits, or the scores of the row's method.
-    top_p: of rows that use top-p.
-    others: by the name of each of OTHERS: the rows that use it, and their settings.
+    temperature: divisor of the logits, or of the scores of the row's method.
+    top_p: settings of top-p.
+    others: name of each method in OTHERS -> (which rows use it, its settings).
   """
 
   temperature: Float32[Array, " B"]
@@ -83,17 +83,15 @@ class RowSettings(NamedTuple):
 
 
 def uses_of(methods: Sequence[TokenMethod]) -> dict[str, Bool[np.ndarray, " B"]]:
-  """Returns which rows use each of OTHERS, if row i uses the i-th of `methods`."""
+  """Returns which rows use each method in OTHERS, where row i uses `methods[i]`."""
   return {other.name: np.array([other is method for method in methods], bool) for other in OTHERS}
 
 
 def select(is_image: Bool[Array, " B"], uses: Uses, values: SamplingValues) -> RowSettings:
-  """Selects the settings of rows that sample an image token or a text token next.
+  """Selects the settings for the next token of each row.
 
-  Args:
-    is_image: whether a row samples an image token.
-    uses: rows whose image tokens are sampled by other methods than top-p.
-    values: numbers of the rows.
+  `is_image` marks the rows whose next token is an image code. `uses` marks the rows that sample
+  image codes with a method other than top-p.
   """
   used = {method.name: uses[method.name] & is_image for method in OTHERS}
   temperature = jnp.where(is_image, values.temperature, values.text_temperature)
@@ -112,18 +110,13 @@ def sample(
   candidates: int,
   others: Sequence[tuple[str, Hashable]] = (),
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-  """Samples one id for each row, which has a legal one.
+  """Samples one id for each row. Each row must have a legal id.
 
-  Args:
-    logits: of the streams.
-    keys: of the rows: the sample of a row does not depend on the other rows.
-    rows: settings of each row.
-    candidates: as in `filter_candidates`, static.
-    others: of `Sampler`, static.
+  `keys` has one key per row, so the sample of a row does not depend on other rows. `candidates` is
+  as in `filter_candidates`, and `others` as in `Sampler`; both are static.
 
   Returns:
-    (ids, log-probability of each id under softmax(guided), that is before temperature, filters and
-    other methods).
+    (ids, log-probability of each id under softmax(guided) before temperature and filters).
   """
   temperature = rows.temperature[:, None]
   token = TOP_P.sample(logits, keys, temperature, rows.top_p, candidates)

@@ -1,6 +1,6 @@
-"""Top-k, then top-p: the nucleus of the guided distribution. Texts are always sampled so."""
+"""Implements top-k and top-p (nucleus) sampling. Texts are always sampled with this method."""
 
-# B rows, V vocabulary (or the part of it that is legal), C candidates that top-k keeps.
+# B rows, V vocabulary (all ids, or only image codes), C candidates that top-k keeps.
 
 import functools
 from typing import Any, NamedTuple
@@ -16,15 +16,15 @@ TEXT_SETTINGS = (
   "text_temperature",
   "text_top_k",
   "text_top_p",
-)  # Of texts.
+)
 
 
 class TopPRows(NamedTuple):
-  """Settings of rows.
+  """Settings of top-k and top-p for each row.
 
   Attributes:
-    top_k: candidates that a row keeps; 0 keeps all.
-    top_p: nucleus.
+    top_k: number of candidates to keep; 0 keeps all.
+    top_p: probability of the nucleus.
   """
 
   top_k: Int32[Array, " B"]
@@ -32,7 +32,7 @@ class TopPRows(NamedTuple):
 
 
 class TopPMethod(TokenMethod):
-  """Nucleus sampling (Holtzman et al. 2020) of the top-k candidates."""
+  """Nucleus sampling (Holtzman et al. 2020) from the top-k candidates."""
 
   name = "top_p"
   settings = ("temperature", "top_k", "top_p")
@@ -41,7 +41,7 @@ class TopPMethod(TokenMethod):
   temperature = "temperature"
 
   def compiled(self, config: SamplingConfig) -> tuple[int, int]:
-    """Returns C where only image codes are sampled, and C where texts are, too."""
+    """Returns (C if only image codes are sampled, C if texts may be sampled, too)."""
     return candidates(config, image=True, text=False), candidates(config, image=True, text=True)
 
   def rows(self, is_image: Bool[Array, " B"], values: Any) -> TopPRows:
@@ -60,7 +60,7 @@ class TopPMethod(TokenMethod):
   ) -> Int[Array, " B"]:
     values, ids = filter_candidates(logits.guided / temperature, rows.top_k, rows.top_p, compiled)
     noisy = values + _noise(keys, ids)
-    # Of sums that rounding makes equal the first id.
+    # If rounding makes several sums equal, take the smallest id.
     best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
     return jnp.min(jnp.where(best, ids, logits.guided.shape[-1]), axis=-1)
 
@@ -69,7 +69,7 @@ TOP_P = TopPMethod()
 
 
 def candidates(config: SamplingConfig, *, image: bool, text: bool) -> int:
-  """Returns C of a batch that samples image or text tokens: the largest top_k; 0 keeps all."""
+  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 for all."""
   used = [config.top_k] * image + [config.text_top_k] * text
   return 0 if 0 in used else max(used)
 
@@ -80,18 +80,18 @@ def filter_candidates(
   """Filters by top-k, then by top-p among the remaining candidates.
 
     top_k = 3, top_p = 0.6, probabilities [.1 .4 .2 .3]: top-k keeps ids [1 3 2] with [.44 .33 .22];
-    id 2 has .44 + .33 >= 0.6 before it and is removed.
+    the sum before id 2 is .44 + .33 >= 0.6, so id 2 is removed.
 
   Args:
-    logits: temperature applied; -inf is never kept.
-    top_k: candidates that each row keeps; 0 keeps all C.
-    top_p: nucleus in (0, 1]: keeps a candidate if the probability *before* it is less, so the
-      first always stays.
-    candidates: C, no less than any top_k; 0 stands for V, and only then is the whole vocabulary
+    logits: logits after temperature; ids with -inf are never kept.
+    top_k: number of candidates that each row keeps; 0 keeps all C.
+    top_p: nucleus in (0, 1]. A candidate is kept if the sum of the probabilities before it is less
+      than this. So the first candidate is always kept.
+    candidates: C, which must be at least every top_k. 0 means V; only then is the whole vocabulary
       sorted.
 
   Returns:
-    (logits in falling order, -inf after the last candidate of a row; their ids).
+    (logits in descending order, with -inf after the last kept candidate of a row; their ids).
   """
   size = logits.shape[-1]
   values, ids = largest(logits, min(candidates, size) if candidates else size)
@@ -99,12 +99,15 @@ def filter_candidates(
   values = jnp.where((jnp.arange(values.shape[-1])[None] < top_k) | (top_k == 0), values, -jnp.inf)
   probabilities = jax.nn.softmax(values, axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  # Rounding can bring the sum to 1 before the last candidate.
+  # With top_p = 1, keep all candidates: rounding can make the sum 1 before the last candidate.
   return jnp.where((before < top_p) | (top_p >= 1), values, -jnp.inf), ids
 
 
 def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
-  """Finds the k largest of each row where the row is: XLA:TPU would gather all rows first."""
+  """Finds the k largest elements of each row on the row's device.
+
+  Without `shard_map`, XLA:TPU would gather all rows first.
+  """
   sharding, top_k = jax.typeof(x).sharding, functools.partial(jax.lax.top_k, k=k)
   if not sharding.mesh.empty:
     whole_rows = jax.P(sharding.spec[0], None)
@@ -114,10 +117,10 @@ def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[
 
 
 def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B C"]:
-  """Draws Gumbel noise for each id of each row: the same for an id at any place in `ids`.
+  """Draws Gumbel noise for each id of each row. The noise does not depend on the id's index.
 
-  Rounding may swap the places of candidates that are nearly equal; noise of places would then swap
-  the tokens, too.
+  Rounding may swap two nearly equal candidates. If the noise depended on the index, this would also
+  swap the sampled tokens.
   """
 
   def of_id(key: Key[Array, ""], i: Int[Array, ""]) -> Float32[Array, ""]:
