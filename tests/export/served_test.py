@@ -147,7 +147,7 @@ def test_a_missing_package_is_named(copied, monkeypatch, capsys, package):
 
 def test_a_setting_that_an_artifact_lacks_is_refused(folder):
   loader = runpy.run_path(str(folder / "artifacts.py"))
-  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; it "):
+  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; its "):
     loader["settings"]("generate_image", [0], text_top_k=1)
 
 
