@@ -172,7 +172,7 @@ def _write_tokenizer(
   source, folder = found.source, workdir / TEXT
   if source.is_own and not digests["tokenizer"]:
     return [
-      f"{source.folder} has no tokenizer: it must have been trained with the tokenizer of {workdir}."
+      f"{source.folder} has no tokenizer: it must have been trained with the one in {workdir}."
     ]
   done = folder / stages.DONE
   same = digest(folder / TOKENIZER) == digest(source.folder / TOKENIZER)

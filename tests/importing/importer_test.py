@@ -172,7 +172,7 @@ def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tm
   images.write_bytes(b"a")
   lines = imported(tmp_path / "export", tmp_path / "run", settings)
   assert any("do not change" in line for line in lines)
-  assert any(f"cm3leon import_vqgan --source={images.parent}` in place" in line for line in lines)
+  assert any(f"cm3leon import_vqgan --source={images.parent}` instead" in line for line in lines)
   init, ours = str(tmp_path / "run" / "init"), tmp_path / "run" / "vqgan" / "params.safetensors"
   ours.parent.mkdir()
   for written, others in ((b"a", []), (b"b", ["image tokenizer"])):
