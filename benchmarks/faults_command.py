@@ -29,7 +29,7 @@ REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults: each once, then again those with COUNTS of 2 or more, ..."""
+  """Returns the kinds of `count` faults: each once, then those with COUNTS above 1, ..."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )

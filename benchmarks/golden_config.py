@@ -1,8 +1,9 @@
-"""Tiny runs of `benchmarks.golden`: --config=golden_config.py:VARIANT, with 20 steps of training.
+"""Tiny runs for `benchmarks.golden`: --config=golden_config.py:VARIANT, with 20 training steps.
 
-`opt` is a run of the paper's family on scenes, each pair with a neighbor. `modern` trains on pairs,
-texts and interleaved documents of a folder, in bfloat16 on eight devices, with every mechanism of a
-step switched on. `tuned` learns instructions from it, and `rewards` from a judge.
+`opt` is a run of the paper's family on scenes, with a neighbor before each pair. `modern` trains on
+pairs, texts and interleaved documents from a folder, in bfloat16 on eight devices, with every
+mechanism of a training step. `tuned` learns instructions, starting from `modern`. `rewards` learns
+from a judge's rewards.
 """
 
 from cm3leon_jax.configs import base
@@ -17,7 +18,7 @@ def get_config(variant: str = "opt"):
   if variant == "opt":
     config.raw.update({"source": "scenes", "max_texts": 0})
     config.evaluation.update({"scenes": 7})
-    config.model.activation = "gelu_tanh"  # That of the format gpt2.
+    config.model.activation = "gelu_tanh"  # The format gpt2 needs this activation.
     config.data.update({"text_share": 0.0, "num_neighbors": 1, "neighbor_sampling": "best"})
   else:
     config.raw.update({"source": "data", "default_license": "CC0-1.0", "heldout_fraction": 0.3})
