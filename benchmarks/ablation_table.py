@@ -138,7 +138,7 @@ def summarize(
 
 
 def verdict(delta: dict) -> str:
-  """Interprets a difference: it counts only if both intervals are on the same side of 0."""
+  """Returns what a difference shows; both intervals must be on the same side of 0."""
   if delta["seeds"] is None:
     return "one seed shows nothing"
   if delta["concepts"] is None:

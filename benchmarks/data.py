@@ -91,7 +91,7 @@ def synthetic_sources(
 def written_sources(
   folder: pathlib.Path, documents: int, codes: int, seed: int = 0
 ) -> list[RowSource]:
-  """Writes documents of the same kind with random tokens to stores in `folder`."""
+  """Writes documents as in `synthetic_sources`, but with random tokens, to stores in `folder`."""
   rng = np.random.default_rng(seed)
   origin = {"source": "synthetic", "license": "CC0-1.0", "attribution": "nobody"}
 

@@ -134,7 +134,7 @@ def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
 
 @contextlib.contextmanager
 def full_disk(most_bytes: int):
-  """While the body runs, files cannot grow over `most_bytes`, also files of C++ libraries."""
+  """Makes files fail to grow over `most_bytes` while the body runs, also in C++ libraries."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
   try:

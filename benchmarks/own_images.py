@@ -32,7 +32,7 @@ from cm3leon_jax.reports import report
 
 SIDE = 256  # Pixels.
 PAIRS = 290  # Without the ten mistakes.
-NEAR = 75  # Largest RGB distance between a pixel and a color that it counts for.
+NEAR = 75  # A pixel counts for a color up to this RGB distance.
 CELLS = 24  # Side of a mask that is compared with a template.
 AIMS = {"color": 0.6, "shape": 0.4}
 COLORS = {
@@ -213,7 +213,7 @@ def shares(images: list[Image.Image], facts: list[Fact]) -> dict[str, float]:
 
 
 def nearest_caption(caption: str, others: list[str]) -> int:
-  """Returns the index of the caption with the most common words; the first if several tie."""
+  """Returns the index of the first caption that shares the largest part of its words."""
   words = set(caption.split())
   return int(np.argmax([len(words & set(o.split())) / len(words | set(o.split())) for o in others]))
 

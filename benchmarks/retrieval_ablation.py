@@ -54,7 +54,7 @@ OVERRIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """`num_neighbors` neighbors of a document or, if `shuffled`, of another document."""
+  """Neighbors before a document: its own or, if `shuffled`, those of another document."""
 
   label: str
   num_neighbors: int

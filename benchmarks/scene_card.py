@@ -111,9 +111,9 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields rare objects of one training scene, at a place that differs from it.
+  """Yields rare objects that one training scene shows, at another place.
 
-  The color differs from training and from the bank.
+  Training and bank show neither this place nor this color of the object.
   """
   bank = _bank_of(config)
   for name in world.rare_objects(config):

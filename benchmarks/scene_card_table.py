@@ -36,7 +36,7 @@ def row(results: list[dict], concepts: Sequence[str]) -> dict:
   """Computes the shares of a set of captions.
 
   Args:
-    results: for each of n captions, name -> whether it holds; the names are equal.
+    results: for each of n captions, measure -> whether it holds; all have the same measures.
     concepts: [n]; captions of the same concept are not independent.
   """
   shares = {name: _level([one[name] for one in results], concepts) for name in results[0]}

@@ -30,8 +30,8 @@ _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
-# Name -> changes of an image. Strengths are standard deviations, of blur in pixels, of others in
-# steps of 255. "color" is the largest error of each channel of an object's color.
+# Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in steps of
+# 255 for the others. "color" is the largest error of each channel of an object's color.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},

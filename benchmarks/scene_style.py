@@ -138,8 +138,8 @@ def draw(asked: list[Asked], style: str) -> np.ndarray:
 def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
   """Returns the style of each image: the nearer one of two drawings of the requested object.
 
-  The drawing with the smaller squared error of ink is nearer, at the place with the most ink, for
-  any color. An image with almost no ink has neither style.
+  Compares ink, regardless of color, at the place with the most ink. The nearer drawing has the
+  smaller squared error. An image with almost no ink has neither style.
 
   Args:
     images: [n, H, W, 3] uint8.

@@ -184,7 +184,7 @@ def decoder_steps(settings: Settings) -> Callable[[int], None]:
 
 
 def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: int) -> dict:
-  """Measures the CPU seconds per step of each runner: the median over rounds of turns.
+  """Measures the median CPU seconds per step of each runner; runners take turns in every round.
 
   CPU time is used, because other work on the machine increases the wall-clock time.
   """

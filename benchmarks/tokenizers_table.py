@@ -33,7 +33,8 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   Returns:
     `about`, `runs`, `perplexity_bound` (with a `commonest_square`), and by arm: `mean`, `lowest`
     and `highest` of each measure over the seeds, and `difference` to `BASE`: mean over the common
-    seeds and 95% interval with Student's t. `used` is the share of all codes in 1,024 training images.
+    seeds and 95% interval with Student's t. `used` is the share of all codes in 1,024 training
+    images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
   of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}

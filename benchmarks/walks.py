@@ -37,7 +37,7 @@ def rooms() -> list[str]:
 
 
 def base() -> set[str]:
-  """Returns the packages and modules of the base."""
+  """Returns the packages and modules of the base, the lowest room."""
   sentence = re.search(r"The base is (.*?)\.\n", _table(), re.DOTALL)
   assert sentence, "docs/design.md does not say what the base is"
   return set(re.findall(r"`(\w+)`", sentence[1]))
@@ -113,7 +113,7 @@ def load() -> None:
 
 
 def generate() -> None:
-  """Generates one image with the bundled model, including flags and files."""
+  """Runs the command `generate` with the bundled model, for one image."""
   with tempfile.TemporaryDirectory() as folder:
     _run("generate", [*PROMPT, f"--out={folder}/out"])
 

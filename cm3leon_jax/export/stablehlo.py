@@ -2,9 +2,10 @@
 
 A server needs only `jax` and the folder, not this package; see serve_example.py in the folder. The
 weights are not part of the artifacts. They are in safetensors files and are an argument of each
-artifact. Batch, prompt slots and number of text tokens are symbolic: each artifact is compiled for
-any such sizes. An artifact names no devices. It runs on one device, or on several that split the
-batch. manifest.json has the calling convention and the digests of all files; it is written last.
+artifact. Batch, prompt slots and number of text tokens are symbolic, so one artifact can be
+compiled for any of these sizes. An artifact names no devices. It runs on one device, or on several
+that split the batch. manifest.json has the calling convention and the digests of all files; it is
+written last.
 """
 
 # b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
@@ -201,7 +202,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`. Each is computed like in `prepare`, when it is written."""
+  """Lists the weights of `weight_types`. Each is computed as in `prepare`, when it is written."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"

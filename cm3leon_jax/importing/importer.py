@@ -201,7 +201,7 @@ def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> li
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
     save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
-  TextTokenizer(source, vocab)  # Checks its ids.
+  TextTokenizer(source, vocab)  # The constructor checks the ids.
   copy_files(source, folder)
   return ["copied without changes"]
 

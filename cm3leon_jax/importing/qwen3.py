@@ -171,7 +171,7 @@ def _repeated(read: Callable[[], np.ndarray], groups: int, times: int) -> np.nda
 
 
 def _check_tied(source: SourceCheckpoint) -> None:
-  """Raises UserError if the output table differs from the input table despite tying."""
+  """Raises UserError if output and input table differ although config.json ties them."""
   if not source.are_equal(HEAD, EMBED):
     raise UserError(
       f"{source.folder}: tensor '{HEAD}' differs from '{EMBED}', but {CONFIG} has "

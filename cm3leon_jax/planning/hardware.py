@@ -32,7 +32,7 @@ class Tpu:
     device_kind: name of the device in JAX.
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
-    units: number that each chip adds to the number in an accelerator type; v5p counts two cores.
+    units: units per chip in an accelerator type: 2 for v5p, which counts cores, else 1.
     runtime: software version of a TPU VM.
     machines: chips of a host -> (vCPUs, GB of memory) of its machine type in GKE.
   """

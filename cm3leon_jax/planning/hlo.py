@@ -146,7 +146,7 @@ class Program:
       elif i.op == "custom-call" and (
         products := next((n for k, n in KERNELS.items() if i.name.startswith(k)), 0)
       ):
-        # The longest shape is the result; scratch arrays and log-sums have fewer dimensions.
+        # The first longest shape is the result. Scratch and log-sums are shorter or come later.
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)
         total += products * math.prod(outer) * L * L * H
     return total
@@ -317,7 +317,7 @@ def _dot_flops(dot: HloInstruction, left: tuple[int, ...]) -> float:
 def _convolution_flops(
   convolution: HloInstruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
-  """Counts the FLOPs of a convolution without products with padding.
+  """Counts the FLOPs of a convolution, except products with padding.
 
   XLA:TPU writes matrix products as convolutions and may use batch dimensions as a window.
   """

@@ -2,7 +2,7 @@
 
 The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as the
 compiler plans them for TPUs. docs/scaling.md compares estimates with the compiler's numbers. For
-Muon, only the optimizer state is counted.
+Muon, the optimizer state is counted, but not the arrays of its update.
 """
 
 # K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows per device
@@ -218,7 +218,8 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
   products = 3 if model.traits.gated else 2
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
-    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)  # Without a kernel: all weights.
+    # No kernel takes such heads, so all attention weights are in memory.
+    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
   return 2 * params * b + R * L * widths * b + scores
 
@@ -285,7 +286,7 @@ def _fewer_rows(
 
 
 def excess(settings: Settings, memory: Memory, limit: float) -> str:
-  """Returns the first half of a message: a step needs more than the `limit` bytes of a device."""
+  """Returns the start of an error message: a step needs more than the `limit` bytes of a device."""
   return (
     f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens per pass takes "
     f"about {memory} of a device, which has {limit / GIB:.2f}"

@@ -42,7 +42,7 @@ class Plan:
     tokens_per_step: tokens over all devices.
     mfu: assumed share of the peak FLOP/s.
     step_seconds: seconds of an unchecked step at `mfu`.
-    replay_every: `train.replay_every`; every step with a multiple of it is computed twice. 0: none.
+    replay_every: `train.replay_every`; steps at multiples of it are computed twice. 0: no steps.
     checkpoint_bytes: bytes of parameters and optimizer state.
     saving_hosts: hosts that write a checkpoint, which are the hosts of one replica.
     save_bandwidth: bytes/s that each host writes.

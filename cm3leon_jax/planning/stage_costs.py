@@ -47,9 +47,9 @@ class Cost:
 
 
 def pairs_of_a_pass(settings: Settings) -> int:
-  """Returns the number of captioned images of a run that reads each image once as a document.
+  """Returns how many captioned images a run reads if it reads each image once as a document.
 
-  A document's row also holds `data.num_neighbors` other documents of the same length.
+  Each document has `data.num_neighbors` neighbors, which take as many tokens each.
   """
   tokens = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
   document = settings.vqgan.image_tokens + CAPTION_TOKENS + 2  # <break> after each part.
@@ -115,7 +115,7 @@ def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
 
 
 def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
-  """Returns the end of a basis: the days of a stage that trains on one host, and an alternative."""
+  """Returns the end of `Cost.basis` for a stage on one host: its days, and an alternative."""
   if hardware.hosts == 1:
     return ""
   days = hours / hardware.per_host / 24

@@ -173,7 +173,7 @@ def levels_of(num_codes: int) -> tuple[int, ...]:
 
 
 def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
-  """Yields factorizations of a number into factors in `LEVELS`, descending from `largest`."""
+  """Yields the descending factors in `LEVELS` of a number; no factor is above `largest`."""
   if number in LEVELS and number <= largest:
     yield (number,)
   for first in range(min(largest, number // LEVELS[0]), LEVELS[0] - 1, -1):

@@ -38,9 +38,9 @@ class PublishedConfig:
   widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
   """Number of channels of each level, from the highest resolution to the lowest."""
   latent_channels: PositiveInt
-  """Z."""
+  """Number of channels of the encoder's output, Z."""
   code_dim: PositiveInt
-  """E."""
+  """Width of a code's vector, E."""
   blocks: PositiveInt = 2
   """Number of residual blocks of each level of the encoder; the decoder has one more."""
   groups: PositiveInt = 32

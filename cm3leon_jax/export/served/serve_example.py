@@ -1,4 +1,4 @@
-"""Draws an image for a caption, then describes the image token by token. Needs only jax.
+"""Draws an image for a caption, then describes the image token by token, without cm3leon_jax.
 
 pip install jax flatbuffers tokenizers
 python serve_example.py "a green bell left of a blue key" --seed=5
