@@ -116,7 +116,7 @@ def test_another_calling_convention_is_refused(copied, monkeypatch, capsys, vers
     for end in ("minimum", "maximum")
   )
   assert refusal(copied, monkeypatch, capsys, "red") == (
-    f"error: generate_image has calling convention {version}, and jax {jax.__version__} runs "
+    f"error: generate_image has calling convention {version}, but jax {jax.__version__} runs "
     f"{oldest} to {newest}: install jax {jax.__version__}, or export again."
   )
 
