@@ -1,6 +1,6 @@
 """Summarizes the bits of all runs of the retrieval ablation: numbers, a table and a plot."""
 
-# n held-out documents. Seeds of a condition are in the order of their runs.
+# n held-out documents. The seeds of a condition have the order of its runs.
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from scipy import stats
 
 from cm3leon_jax.evaluation.intervals import mean_interval
 
-SUBSETS = {"drawn_by_others": "drawn by others", "new": "new"}  # Of the held-out documents.
+SUBSETS = {"drawn_by_others": "drawn by others", "new": "new"}  # Subset -> its title.
 MEANING = {
   "drawn_by_others": "the bank has the concept in another style",
   "new": "the bank has nothing of the concept",
@@ -25,10 +25,12 @@ class Run:
 
   Attributes:
     condition, seed: identify the run.
-    image_bits, image_codes: [n] bits of the image codes of each held-out document; their number.
-    text_bits, text_tokens: [n] bits of the tokens of its caption; their number.
-    query_documents: number of training samples; each ends with one document, after its neighbors.
-    train_seconds: time of the training.
+    image_bits, image_codes: [n] bits of the image codes of each held-out document, and the number
+      of these codes.
+    text_bits, text_tokens: [n] bits of the caption tokens of each held-out document, and the number
+      of these tokens.
+    query_documents: number of training samples; each ends with one document after its neighbors.
+    train_seconds: duration of the training.
   """
 
   condition: str
@@ -42,20 +44,20 @@ class Run:
 
 
 def spread(values) -> dict:
-  """Returns mean, sample standard deviation (None for one value) and the values, over seeds."""
+  """Returns mean, sample standard deviation (None for one value) and the values themselves."""
   values = [float(v) for v in values]
   deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
   return {"mean": float(np.mean(values)), "standard_deviation": deviation, "values": values}
 
 
 def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
-  """Computes bits per image code of `runs` minus those of `others`, averaged over common seeds.
+  """Computes the mean difference in bits per image code, `runs` - `others`, over common seeds.
 
   Returns:
-    {"bits", "concepts", "groups", "effective_groups", "by_seed", "seeds"}. Two are 95% intervals,
-    (low, high), or None for a single concept or seed: `concepts`, a bootstrap over `groups`
-    concepts, for other images; `seeds`, Student's t over seeds, for other trainings. `by_seed` has
-    the difference for each seed.
+    {"bits", "concepts", "groups", "effective_groups", "by_seed", "seeds"}. `concepts` and `seeds`
+    are 95% intervals (low, high), or None for a single concept or seed. `concepts` is a bootstrap
+    over the `groups` concepts and covers other images. `seeds` is Student's t over seeds and covers
+    other trainings. `by_seed` has the difference for each seed.
   """
   pairs = [(a, b) for a in runs for b in others if a.seed == b.seed]
   codes = pairs[0][0].image_codes[mask]
@@ -73,7 +75,7 @@ def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
 
 
 def student_interval(values) -> tuple[float, float] | None:
-  """Computes the 95% interval of a mean of few values by Student's t; None for one value.
+  """Computes the 95% interval of a mean of few values with Student's t; None for one value.
 
   student_interval([1, 2, 3]) = (-0.484, 4.484): 2 -+ 4.303 x 1 / sqrt(3)
   """
@@ -90,9 +92,9 @@ def summarize(
 
   Args:
     runs: runs of any conditions and seeds.
-    labels: condition -> its name in the table, in the order of the rows.
+    labels: condition -> label in the table, in the order of the rows.
     subsets: name of `SUBSETS` -> [n] bool.
-    concepts: [n], equal for documents that show the same concept.
+    concepts: [n], equal for documents with the same concept.
   """
   of = {condition: [r for r in runs if r.condition == condition] for condition in labels}
   of = {condition: members for condition, members in of.items() if members}
@@ -136,7 +138,7 @@ def summarize(
 
 
 def verdict(delta: dict) -> str:
-  """Says what a difference shows: nothing unless both intervals lie on the same side of 0."""
+  """Returns what a difference shows; both intervals must be on the same side of 0."""
   if delta["seeds"] is None:
     return "one seed shows nothing"
   if delta["concepts"] is None:
@@ -157,7 +159,7 @@ def _cell(value: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as text: the held-out subsets and two tables."""
+  """Returns the result of `summarize` as Markdown: the held-out subsets and two tables."""
   counts = result["heldout"]
   lines = [
     f"{SUBSETS[s]}: {MEANING[s]}; {n['documents']} drawings, {n['concepts']} concepts."
@@ -209,7 +211,7 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Plots bits per image code: a dot for every seed, a line at their mean, a panel per subset."""
+  """Plots bits per image code: a dot per seed, a line at their mean, a panel per subset."""
   subsets, conditions = list(result["heldout"]), result["conditions"]
   figure = Figure(figsize=(4.6 * len(subsets), 3.4), layout="constrained")
   for axis, subset in zip(figure.subplots(1, len(subsets), sharey=True, squeeze=False)[0], subsets):

@@ -1,18 +1,18 @@
-r"""Compiles the config cards: what each size takes of a device on each slice, docs/cards/.
+r"""Compiles the config cards in docs/cards/: the memory and FLOPs of each size on each slice.
 
-  python -m benchmarks.cards                          # every card that is missing, and the pages
+  python -m benchmarks.cards                          # every missing card, and the pages
   python -m benchmarks.cards --size=7b --again        # all cards of a size
   python -m benchmarks.cards --card=7b/v5e-256/train --again
   python -m benchmarks.cards --size=350m --slice=v5e-256 --check
 
-A card is a command of `cm3leon aot_compile` for a shipped config, its numbers, the compiler's
-version and the date. Each is written when it is done, so a run that was stopped continues. A card
-takes one to several minutes on two CPU cores; no TPU is needed.
+A card has a command of `cm3leon aot_compile` for a shipped config, its numbers, the compiler's
+version and the date. Each card is written when it is finished, so a stopped run continues. A card
+takes one to several minutes on two CPU cores, and needs no TPU.
 
---check compiles cards again and compares memory of arguments and temporaries, FLOPs and
-collectives; nothing is written to docs/. It ends with exit code 1 if a number differs, or if a card
-is of another compiler than the one that is installed. A check that was stopped continues: cards
-that this code and this compiler have passed are noted in workdir/cards_checked.json.
+--check compiles cards again, compares memory of arguments and temporaries, FLOPs and collectives,
+and writes nothing to docs/. The exit code is 1 if a number differs, or if a card is from another
+compiler than the installed one. A stopped check continues: workdir/cards_checked.json lists the
+cards that this code and this compiler have passed.
 """
 
 from collections.abc import Iterator
@@ -50,13 +50,13 @@ _CHECK = flags.DEFINE_bool(
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Where a card's programs run.
+  """Devices for the programs of a card.
 
   Attributes:
-    topology: of `cm3leon aot_compile`.
+    topology: value of --topology for `cm3leon aot_compile`.
     slices: number of slices.
-    fsdp: axes fsdp and fsdp_inner of a slice's mesh; they follow the torus.
-    tensor: axis of the decoder, whose other devices are replicas.
+    fsdp: sizes of fsdp and fsdp_inner on a slice; they follow the torus.
+    tensor: size of the tensor axis of the decoder; the remaining devices are replicas.
   """
 
   topology: str
@@ -71,12 +71,12 @@ SLICES = {
   "2 x v5e-256": Slice("v5e-256", 2, (16, 16), 8),
   "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
 }
-PROMPTS = 64  # Of a replica of the decoder, with two guidance streams each.
+PROMPTS = 64  # Prompts per decoder replica, each with two guidance streams.
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """A program of a size on a slice."""
+  """One program for a model size on a slice."""
 
   size: str
   where: str
@@ -84,7 +84,7 @@ class Card:
 
   @property
   def name(self) -> str:
-    """Name in the file of its size."""
+    """Name of the card in the file of its size."""
     return f"{self.where}/{self.program}"
 
   @property
@@ -109,12 +109,12 @@ CARDS = [Card(size, where, program) for where in SLICES for size in SIZES for pr
 
 
 def compiler() -> str:
-  """Returns the versions that the numbers depend on."""
+  """Returns the versions of packages that the numbers depend on."""
   return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
 def measure(card: Card) -> dict:
-  """Compiles a card's program; if the command fails, prints its error and exits."""
+  """Compiles a card's program; if the command fails, prints the error and exits."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "report.json"
     command = [sys.executable, "-m", "launch.aot_compile", *card.command, f"--json={path}"]
@@ -130,13 +130,13 @@ def measure(card: Card) -> dict:
 
 
 def stored(size: str) -> dict[str, dict]:
-  """Returns name -> numbers of the cards of a size that exist."""
+  """Returns name -> numbers of the existing cards of a size."""
   path = FOLDER / f"cm3leon_{size}.json"
   return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(size: str, cards: dict[str, dict]) -> None:
-  """Writes the cards of a size, and their page."""
+  """Writes the cards of a size and their page."""
   FOLDER.mkdir(parents=True, exist_ok=True)
   named = {
     card.name: cards[card.name] for card in CARDS if card.size == size and card.name in cards
@@ -210,7 +210,7 @@ def _cells(card: dict) -> Iterator[str]:
 
 
 def drift(old: dict, new: dict) -> dict[str, float]:
-  """Returns name -> relative change of the numbers of a card that changed."""
+  """Returns name -> relative change, for each number of a card that changed."""
   before, after = (
     {
       **{name: card[name] for name in ("arguments_gib", "temporaries_gib", "flops")},
@@ -227,7 +227,7 @@ def drift(old: dict, new: dict) -> dict[str, float]:
 
 
 def source_digest() -> str:
-  """Returns a digest of the package's source files, and of this one."""
+  """Returns a digest of the package's source files and this file."""
   digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
   for path in sorted(PACKAGE.rglob("*.py")):
     digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
@@ -235,11 +235,11 @@ def source_digest() -> str:
 
 
 def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
-  """Compiles cards; prints and returns a sentence for each that is not as stored.
+  """Compiles cards again. Prints and returns a sentence for each card that differs from the stored.
 
   Args:
-    cards: those that are stored are compared.
-    checked: file that notes the cards that this code and compiler have passed.
+    cards: cards to check; cards that are not stored are skipped.
+    checked: file with the cards that this code and compiler have passed.
   """
   key = f"{source_digest()}, {compiler()}"
   noted = json.loads(checked.read_text()) if checked.exists() else {}
@@ -264,7 +264,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
 
 
 def _wrong(card: Card, old: dict) -> str:
-  """Says how a card is not as stored; "": it is."""
+  """Describes how a card differs from the stored card; "" if it does not."""
   if old["command"] != " ".join(card.command):
     return f"was made by another command: {old['command']}."
   if old["compiler"] != compiler():
@@ -275,7 +275,7 @@ def _wrong(card: Card, old: dict) -> str:
 
 
 def chosen() -> list[Card]:
-  """Returns the cards that the flags name. Raises app.UsageError for an unknown name."""
+  """Returns the cards that the flags select. Raises app.UsageError for an unknown name."""
   names = [f"{card.size}/{card.name}" for card in CARDS]
   if _CARD.value not in (None, *names):
     raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")

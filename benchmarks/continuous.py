@@ -1,10 +1,10 @@
-"""Measures continuous batching against batches that start together, on a bundled model, in turns.
+"""Compares continuous batching with batches that start together, on a bundled model, in turns.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.continuous
 
-Images of `scenes`, without and with retrieved documents, 8 at once. In step: all slots of the
-running batch are refilled at once, as in a batch that starts together. Out of step: a sample ends
-and the next is admitted every few steps.
+Generates images of `scenes`, without and with retrieved documents, 8 at a time. "In step" refills
+all slots of the running batch together, as in a batch that starts together. "Out of step" ends one
+sample and admits the next every few steps.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved docu
 
 
 def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
-  """Returns requests of rare objects, which the bank has."""
+  """Returns requests for rare objects, which the bank contains."""
   names = sorted(RARE)
   tasks = [TextToImage(f"a green {names[i % len(names)]}", retrieve=retrieve) for i in range(count)]
   pipeline = model.pipeline
@@ -39,7 +39,7 @@ def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
 
 
 def clocks() -> np.ndarray:
-  """Returns seconds on the wall, and of the processors for this process."""
+  """Returns wall-clock seconds and the processor seconds of this process."""
   return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -52,13 +52,13 @@ def run_batch(
   """Generates as many images as there are requests, from a queue that never ends.
 
   Args:
-    engine: has no requests before and after.
-    requests: their seeds are their indices.
-    apart: slots are filled one by one, a chunk apart, before the clocks start.
+    engine: generator without requests; it has none after the call, either.
+    requests: requests whose seeds are their indices.
+    apart: whether to fill the slots one by one, a chunk apart, before the clocks start.
     finished: called with the index of a request and its tokens.
 
   Returns:
-    Seconds of both clocks.
+    Seconds of both clocks, see `clocks`.
   """
   numbers, places, count = itertools.count(), {}, 0
 
@@ -67,7 +67,7 @@ def run_batch(
     places[engine.admit(requests[i], i)] = i
 
   def can_admit() -> bool:
-    # In a queue, those after a request that has no free slot wait, too.
+    # As in a queue: if the next request has no free slot, all later requests wait, too.
     return engine.can_admit(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):
@@ -92,7 +92,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
   generator, count = model.pipeline.generator, len(requests)
   tokens = model.pipeline.settings.vqgan.image_tokens + 1
   in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
-  # A sample ends, and another is admitted, after each chunk.
+  # One sample ends and another is admitted after each chunk.
   out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
   seconds, others = [], []
   for _ in range(_RUNS.value + 1):

@@ -1,4 +1,4 @@
-"""Measures the data path; seconds are processor seconds of all threads, so rates are per core.
+"""Measures the data path in processor seconds of all threads, so rates are per core.
 
 python -m benchmarks.data --part=plan
 python -m benchmarks.data --part=pipeline
@@ -33,13 +33,16 @@ _REPETITIONS = flags.DEFINE_integer(
 
 VOCAB = VocabLayout(num_special=256, text_size=56_320, image_size=8_192)
 CODES = (256, 1_024)
-CAPTION = (8, 40)  # Tokens, half-open.
-TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal tokens: median 273, 0.7% longer than 4,095.
+CAPTION = (8, 40)  # Range of caption tokens, half-open.
+TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal tokens: median 273, 0.7% above 4,095.
 
 
 @dataclasses.dataclass
 class LengthStore:
-  """The lengths of a `DocumentStore`: offsets [n + 1] int64, lengths [S] int32, is_image [S]."""
+  """Only the lengths of a `DocumentStore`.
+
+  Attributes: offsets [n + 1] int64, lengths [S] int32, is_image [S].
+  """
 
   offsets: np.ndarray
   lengths: np.ndarray
@@ -55,13 +58,13 @@ class LengthStore:
 
 
 def text_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples log-normal lengths: [n] int32."""
+  """Samples [n] log-normal lengths."""
   mu = np.log(TEXT_MEAN) - TEXT_SIGMA**2 / 2
   return np.ceil(rng.lognormal(mu, TEXT_SIGMA, documents)).astype(np.int32)
 
 
 def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples candidates of n documents: [n, 4] int32; a twentieth of the rows has only one."""
+  """Samples candidates of n documents: [n, 4] int32; every twentieth document has only one."""
   neighbors = rng.integers(0, documents, (documents, 4), dtype=np.int32)
   neighbors[::20, 1:] = -1
   return neighbors
@@ -70,7 +73,7 @@ def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
 def synthetic_sources(
   documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
 ) -> list[RowSource]:
-  """Makes pairs (a caption and `codes` codes) and as many texts: realistic lengths, no tokens."""
+  """Creates pairs (a caption and `codes` codes) and texts with realistic lengths but no tokens."""
   rng = np.random.default_rng(seed)
   offsets, lengths = (
     np.arange(documents + 1, dtype=np.int64),
@@ -88,7 +91,7 @@ def synthetic_sources(
 def written_sources(
   folder: pathlib.Path, documents: int, codes: int, seed: int = 0
 ) -> list[RowSource]:
-  """Writes the same documents with random tokens to stores in `folder`."""
+  """Writes documents as in `synthetic_sources`, but with random tokens, to stores in `folder`."""
   rng = np.random.default_rng(seed)
   origin = {"source": "synthetic", "license": "CC0-1.0", "attribution": "nobody"}
 
@@ -130,7 +133,7 @@ def measure(name: str, unit: str, action, repetitions: int) -> float:
 
 
 def peak_mib(action) -> float:
-  """Returns the peak of the memory that `action()` allocates, MiB."""
+  """Returns the peak memory in MiB that `action()` allocates."""
   tracemalloc.start()
   action()
   peak = tracemalloc.get_traced_memory()[1]
@@ -139,7 +142,7 @@ def peak_mib(action) -> float:
 
 
 def measure_plan(documents: int, repetitions: int) -> None:
-  """Measures the planning of whole windows of the default config: rates, rows, memory."""
+  """Measures planning of whole windows with the default config: rates, rows, memory."""
   config = DataConfig()
   for codes in CODES:
     sources = synthetic_sources(documents, codes)

@@ -1,9 +1,9 @@
 """Guided decoding in torch and transformers, fp32 on a CPU: the peers of `benchmarks.decode`.
 
-All read the same weights in the layout of `cm3leon_jax.export.huggingface`. They score the whole
-vocabulary at each token; this project's decoder scores only image ids. Threads of torch spin while
-they wait, which costs milliseconds a product when another process has a core:
-`OMP_WAIT_POLICY=passive` prevents it, and must be set before torch is imported.
+All peers read the same weights in the layout of `cm3leon_jax.export.huggingface`. They compute
+logits of the whole vocabulary for each token; this project's decoder computes only logits of image
+ids. Waiting torch threads spin, which costs milliseconds per matrix product when another process
+uses a core. `OMP_WAIT_POLICY=passive` prevents this, and must be set before torch is imported.
 """
 
 # B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
@@ -39,17 +39,17 @@ MODEL = ModelConfig(
   remat_policy="none",
 )
 
-# How the torch loop multiplies by a weight: F.linear; the transposed product, for few rows up to
-# twice as fast; or on weights packed into the layout of oneDNN, as torch.compile does with frozen
-# weights (its operators have no public name).
+# Methods for products with weights in the torch loop. "linear": F.linear. "transposed": the
+# transposed product, up to twice as fast for few rows. "packed": weights in the layout of oneDNN,
+# as torch.compile does with frozen weights (its operators have no public name).
 PRODUCTS = ("linear", "transposed", "packed")
 
-# (B prompts of int32 ids, seed) -> [B, I] ids.
+# A function (B prompts of int32 ids, seed) -> [B, I] ids.
 Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
-  """Samples all parameters on the host, also residual outputs, so that logits are not tiny."""
+  """Samples all parameters on the host, including residual outputs, so that logits are not tiny."""
   rng = np.random.default_rng(seed)
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -65,7 +65,7 @@ def opt_arrays(params: dict) -> dict[str, np.ndarray]:
 
 
 class TorchDecoder:
-  """The `opt` decoder over a static cache; products with weights are one of `PRODUCTS`."""
+  """The `opt` decoder with a static cache; `product` is one of `PRODUCTS`."""
 
   def __init__(self, tensors: dict[str, np.ndarray], config: ModelConfig, product: str, rows: int):
     self.config = config
@@ -83,20 +83,20 @@ class TorchDecoder:
     self.head = _linear(self.embed, product, rows)
 
   def empty_cache(self, rows: int, slots: int):
-    """Returns keys and values, [2, K, R, N, T, H], not initialized."""
+    """Returns uninitialized keys and values, [2, K, R, N, T, H]."""
     return torch.empty(
       2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim
     )
 
   def __call__(self, tokens, positions, mask, cache, slot: int):
-    """Reads L tokens a row into slots [slot, slot + L); returns the logits after the last.
+    """Reads L tokens per row into slots [slot, slot + L), and returns logits after the last token.
 
     Args:
       tokens: [R, L] int64.
       positions: [R, L] int64, index within the sample.
       mask: [R, 1, L or 1, slot + L] fp32, added to the scores.
-      cache: of `empty_cache`, written in place.
-      slot: the first written slot.
+      cache: result of `empty_cache`, written in place.
+      slot: first slot to write.
 
     Returns:
       [R, V] fp32.
@@ -117,7 +117,7 @@ class TorchDecoder:
 
 
 def _linear(weight, product: str, rows: int):
-  """Returns the function [R, in] -> [R, out] of an [out, in] weight; product: of `PRODUCTS`."""
+  """Returns the function [R, in] -> [R, out] for an [out, in] weight, with one of `PRODUCTS`."""
   if product == "packed":
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -127,7 +127,7 @@ def _linear(weight, product: str, rows: int):
 
 
 def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads prompts at the left: ([R, slots] int32 ids, [R, slots] bool, False for padding)."""
+  """Pads prompts on the left: ([R, slots] int32 ids, [R, slots] bool, False for padding)."""
   tokens, valid = (
     np.full((len(prompts), slots), pad, np.int32),
     np.zeros((len(prompts), slots), bool),
@@ -145,7 +145,7 @@ def sample_ids(logits, sampling: SamplingConfig, generator):
   values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
   probabilities = F.softmax(values, dim=-1)
   before = probabilities.cumsum(-1) - probabilities
-  # multinomial divides by the sum.
+  # multinomial normalizes the probabilities.
   choice = torch.multinomial(
     probabilities.masked_fill(before >= sampling.top_p, 0), 1, generator=generator
   )
@@ -161,16 +161,16 @@ def torch_loop(
   product: str = "linear",
   batch: int = 4,
 ) -> Peer:
-  """Returns a plain loop in torch: static cache, both streams in one batch, prefill in one pass.
+  """Returns a plain torch loop: static cache, both streams in one batch, prefill in one pass.
 
   Args:
     tensors: result of `opt_arrays`.
     config: config of the model, family `opt`.
     vocab: layout of the ids.
-    new_tokens: I, sampled for every prompt; no token ends it.
+    new_tokens: I, sampled for every prompt; no token ends a sample earlier.
     sampling: settings of the sampler; top_k at least 1.
-    product: of `PRODUCTS`.
-    batch: number of prompts that the packed layout is made for; others work too.
+    product: one of `PRODUCTS`.
+    batch: number of prompts that the packed layout is optimized for; other numbers work, too.
   """
   model = TorchDecoder(tensors, config, product, 2 * batch)
 
@@ -180,7 +180,7 @@ def torch_loop(
     slots = max(map(len, rows))
     tokens, valid = map(torch.from_numpy, pad_left(rows, slots, vocab.pad))
     lengths = valid.sum(1)
-    # Finite, so that a padding query, which sees no key, is not NaN.
+    # A finite value, so that a padding query, which sees no key, does not become NaN.
     hidden = torch.finfo(torch.float32).min
     mask = torch.zeros(len(rows), 1, 1, slots + new_tokens)
     mask[..., :slots].masked_fill_(~valid[:, None, None], hidden)
@@ -214,13 +214,13 @@ def transformers_generate(
 ) -> Peer:
   """Returns `OPTForCausalLM.generate` with its own guidance, which runs the streams in turn.
 
-  `sdpa` with a static cache is the fastest of sdpa and eager, static and growing cache, by a few
-  percent. The cache of the unconditional stream always grows.
+  `sdpa` with a static cache is a few percent faster than eager attention or a growing cache. The
+  cache of the unconditional stream always grows.
 
   Args:
     folder: folder of `huggingface.export`.
     vocab: layout of the ids.
-    new_tokens: I; no sample ends before.
+    new_tokens: I; no sample ends earlier.
     sampling: settings of the sampler; top_k at least 1.
   """
   import transformers
@@ -257,7 +257,7 @@ def transformers_generate(
 def rates(
   peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
 ) -> dict[str, list[float]]:
-  """Measures tokens/s of `runs` runs after one that is not timed; the peers take turns."""
+  """Measures tokens/s of `runs` runs after an untimed run; the peers take turns."""
   measured = {name: [] for name in peers}
   for seed in range(runs + 1):
     for name, peer in peers.items():

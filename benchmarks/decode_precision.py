@@ -2,8 +2,8 @@
 
   python -m benchmarks.decode_precision --config=ml_configs/openmoji.py --workdir=workdir/openmoji
 
-The decoder reads held-out captions and their images through its own cache; then it generates images
-for the same captions. All numbers are those of image codes.
+The decoder reads held-out captions and their images through its own cache. Then it generates images
+for the same captions. All numbers are for image codes.
 """
 
 # R rows, L length, V vocabulary.
@@ -33,7 +33,7 @@ _IMAGES = flags.DEFINE_integer(
 )
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, after one that compiles.", lower_bound=1)
 
-# Compute dtype, weights, cache.
+# (compute dtype, weight dtype, cache dtype).
 VARIANTS = [
   ("float32", "compute", "compute"),
   ("float32", "int8", "compute"),
@@ -47,10 +47,10 @@ ROWS = 16
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_dtype):
-  """Scores [R, L] ids at [R, L] positions, padded at the right, through a cache.
+  """Scores [R, L] ids at [R, L] positions, padded on the right, through a cache.
 
   Returns:
-    [R, L, V] fp32 log-probabilities of what follows each; codes are the first of the V ids.
+    [R, L, V] fp32 log-probabilities of the next id at each position; the first ids are image codes.
   """
   rows, length = tokens.shape
   tokens = shard(tokens, "batch", None)
@@ -77,7 +77,7 @@ def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_d
 def code_log_probs(
   params, config, cache_dtype: str, samples, vocab
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Scores image codes: ([codes] log-probability of each, [codes, V] of every id in its place)."""
+  """Returns [codes] log-probabilities of the image codes, and [codes, V] of all ids there."""
   length, right, every = max(map(len, samples)), [], []
   for start in range(0, len(samples), ROWS):
     part = samples[start : start + ROWS]
@@ -115,7 +115,7 @@ def main(settings, workdir) -> None:
       prepared = params_lib.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
       right, every = code_log_probs(prepared, config, cache_dtype, samples, vocab)
       base = (right, every) if base is None else base
-      # Of ids that are not improbable in any case.
+      # Only ids with a probability above 0.1% in the first variant.
       change = np.abs(every - base[1])[base[1] > np.log(1e-3)]
       options = {
         "weight_dtype": weight_dtype,

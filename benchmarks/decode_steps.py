@@ -1,8 +1,8 @@
-"""Measures the steps of speculative Jacobi decoding per image, and their time, on a finished run.
+"""Measures steps per image and speed of speculative Jacobi decoding on a finished run.
 
   python -m benchmarks.decode_steps --config=ml_configs/openmoji.py --workdir=workdir/openmoji
 
-A batch generates images for held-out captions, and continues until its slowest image is complete.
+A batch generates images for held-out captions until its slowest image is complete.
 """
 
 import time

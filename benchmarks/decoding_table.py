@@ -1,10 +1,11 @@
-"""Measures samplers on a trained run: the decoding table of the tutorial, and guidance weights.
+"""Compares samplers on a trained run: the decoding table of the tutorial, and guidance weights.
 
   python -m benchmarks.decoding_table --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-Runs the columns of a protocol (--protocol, default scenes_decoding; tutorial_decoding has the
-tutorial's own, on MS-COCO), and "top-p, top-k and guidance" at each of --guidance_weights. Writes
-table.md and plot.png beside results.json and report.html. Finished parts are skipped.
+Runs the columns of a protocol, and the column "top-p, top-k and guidance" at each of
+--guidance_weights. The default of --protocol is scenes_decoding; tutorial_decoding has the
+tutorial's columns, on MS-COCO. Writes table.md and plot.png next to results.json and report.html.
+Skips finished parts.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ _GUIDANCE = flags.DEFINE_list(
   "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance that are plotted."
 )
 DEFAULT = "scenes_decoding"
-BASE = "top-p, top-k and guidance"  # Column whose guidance varies.
+BASE = "top-p, top-k and guidance"  # Column that is run at each guidance weight.
 
 
 def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
-  """Adds a column for each weight of guidance.
+  """Adds a column for each guidance weight.
 
   Raises:
     UserError: the protocol has no column `BASE`.
@@ -44,12 +45,12 @@ def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
 
 
 def title(weight: float) -> str:
-  """Names the column of a weight: "guidance 1.25"."""
+  """Returns the column name of a guidance weight, such as "guidance 1.25"."""
   return f"guidance {weight:g}"
 
 
 def markdown(result: dict) -> str:
-  """Returns the table of all columns: a row for each, published distances beside them."""
+  """Returns a Markdown table with a row per column of the protocol, and published distances."""
   names = result["metrics"]
   published = {row["column"]: row for row in result["protocol"]["published"]}
   sources = sorted({f"{row['model']}, {row['source']}" for row in published.values()})
@@ -82,7 +83,7 @@ def _cell(found: dict) -> str:
 
 
 def plot(result: dict, weights: list[float], path: str | os.PathLike) -> None:
-  """Plots every metric against the weight of guidance, with intervals."""
+  """Plots every metric against the guidance weight, with intervals."""
   names = result["metrics"]
   figure = Figure(figsize=(3.6 * len(names), 3.0), layout="constrained")
   for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):

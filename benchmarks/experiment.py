@@ -1,4 +1,4 @@
-"""What experiments of several trainings share: conditions, stages as commands, folders of runs."""
+"""Shared parts of experiments with several trainings: conditions, stage commands, run folders."""
 
 from collections.abc import Callable, Iterable, Sequence
 import os
@@ -17,16 +17,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def chosen_conditions(
   argv: Sequence[str], asked: Sequence[str], known: Iterable[str], flag: str = "conditions"
 ) -> list[str]:
-  """Returns the conditions that are asked for, in the order of the known ones.
+  """Returns the requested conditions, in the order of the known conditions.
 
   Args:
-    argv: the command and what is left of its line; only flags are taken.
-    asked: of the flag.
+    argv: arguments that are left after parsing flags; only the command itself is allowed.
+    asked: conditions that the flag lists.
     known: all conditions.
-    flag: its name, for messages.
+    flag: name of the flag, for messages.
 
   Raises:
-    UserError: an argument that is no flag, or a condition that is not known, or none.
+    UserError: an argument is not a flag, a condition is unknown, or none is requested.
   """
   if len(argv) > 1:
     raise UserError(
@@ -40,12 +40,12 @@ def chosen_conditions(
 
 
 def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) -> None:
-  """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops.
+  """Runs `python -m launch.NAME` and passes SIGTERM on; exits if the command fails or stops.
 
   Args:
-    name: of the command.
+    name: name of the command.
     config: file and variant, e.g. "ml_configs/scenes.py:15".
-    workdir: of the run.
+    workdir: folder of the run.
     overrides: fields of the config and their values, e.g. {"train.steps": 5}.
   """
   command = [sys.executable, "-m", f"launch.{name}", f"--config={config}", f"--workdir={workdir}"]
@@ -59,7 +59,7 @@ def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) ->
 
 
 def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -> None:
-  """Makes the folder of a run, in which finished stages are links to those of `shared`."""
+  """Creates the folder of a run, with links to the finished stages of `shared`."""
   run.mkdir(parents=True, exist_ok=True)
   for name in names:
     if not (run / name).is_symlink():
@@ -67,19 +67,19 @@ def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -
 
 
 def write_results(workdir: pathlib.Path, result: dict, markdown: str) -> None:
-  """Writes results.json and table.md, in place of those of fewer runs."""
+  """Writes results.json and table.md, and replaces earlier ones."""
   write_json(workdir / "results.json", result)
   (workdir / "table.md").write_text(markdown, encoding="utf-8")
 
 
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
-  """Returns what `measure` says of a trained run, which it is asked once.
+  """Returns the result of `measure` for a trained run, and calls `measure` only once.
 
   Args:
-    run: folder of the run, whose training is finished.
-    inputs: what the result depends on beside the training; if it changes, the run is measured
+    run: folder of a run whose training is finished.
+    inputs: inputs of the measurement other than the training; if they change, the run is measured
       again.
-    measure: makes the result, plain values. The seconds of the training are added.
+    measure: returns plain values. The seconds of the training are added.
   """
   trained = stages.require(run, "train")
   about = {"train": trained["id"], **inputs}

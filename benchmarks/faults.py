@@ -1,13 +1,19 @@
-"""Causes faults for real, and measures whether a run loses anything.
+"""Causes real faults, and measures whether a run loses anything.
 
   python -m benchmarks.faults --workdir=workdir/faults
   python -m benchmarks.faults --part=kill --count=25
 
-Parts: `kill` (SIGKILL at random moments), `damage` (checkpoints damaged, in process), `command`
-(the same before training, and full disks), `elastic` (a changing number of processes), `replay`
-(bits that flip on a device), `stages` (SIGKILL in each of the other stages). What is done is kept
-in the workdir, so that each part can be stopped and continued. Writes results.json and table.md
-there; exit code 1 if a run lost anything or a fault had no message. docs/reliability.md.
+Parts:
+  kill: SIGKILL at random moments of a training.
+  damage: damage to checkpoints, in process.
+  command: damage to checkpoints before `cm3leon train` starts, and full disks.
+  elastic: a changing number of processes.
+  replay: bit flips on a device.
+  stages: SIGKILL in each of the other stages.
+
+Finished results stay in the workdir, so each part can be stopped and continued. Writes results.json
+and table.md there. The exit code is 1 if a run lost anything or a fault had no message. Guide:
+docs/reliability.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,10 +41,10 @@ class Part:
   """A part of the benchmark.
 
   Attributes:
-    count: of its faults, by default.
-    measure: (folder, seed, count) -> results, one after the other; those that exist are read.
+    count: default number of faults.
+    measure: (folder, seed, count) -> results, one after the other; existing results are read.
     summarize: results -> numbers.
-    failures: numbers -> sentences, one for each thing that must not be.
+    failures: numbers -> a sentence for each failure.
   """
 
   count: int
@@ -60,14 +66,14 @@ PARTS = {
 
 
 def run(name: str, folder: pathlib.Path, seed: int, count: int, minutes: float) -> dict:
-  """Runs a part for some minutes; adds its numbers to results.json and returns them.
+  """Runs a part for a limited time; adds its numbers to results.json and returns them.
 
   Args:
-    name: of the part.
-    folder: of the benchmark.
-    seed: of all choices.
-    count: of the faults; 0: as many as the part has by default.
-    minutes: after which nothing new is begun.
+    name: name of the part.
+    folder: folder of the benchmark.
+    seed: seed of all random choices.
+    count: number of faults; 0: the default of the part.
+    minutes: minutes after which no new fault begins.
   """
   part, start, results = PARTS[name], time.monotonic(), []
   count = count or part.count
@@ -84,7 +90,7 @@ def run(name: str, folder: pathlib.Path, seed: int, count: int, minutes: float) 
 
 
 def main(argv) -> None:
-  """Runs the parts that are asked for."""
+  """Runs the requested parts."""
   args = flags.FLAGS
   if len(argv) > 1:
     print(
@@ -113,6 +119,6 @@ def define_flags() -> None:
   flags.DEFINE_float("minutes", 60.0, "Minutes after which a part begins nothing new.", 0.0)
 
 
-if __name__ == "__main__":  # Flags here: forked processes import this module, too.
+if __name__ == "__main__":  # Forked processes import this module without defining flags.
   define_flags()
   app.run(main)

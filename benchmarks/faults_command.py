@@ -1,7 +1,7 @@
 """Part `command` of `benchmarks.faults`: `cm3leon train` after damage to the workdir of its run.
 
-The training was killed after its third checkpoint. It must continue to the losses, held-out losses
-and sample grids of a run that was never killed, or refuse with exit code 2 and leave the workdir.
+The training was killed after its third checkpoint. It must reach the losses, held-out losses and
+sample grids of a run that was never killed, or refuse with exit code 2 and not change the workdir.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ COUNTS = {
 }  # fmt: skip
 KEPT = 3
 FLAGS = (f"--config.train.keep_checkpoints={KEPT}",)
-PARTS = ("losses", "heldout", "rows", "samples")  # Of a result, that a training alone has.
+PARTS = ("losses", "heldout", "rows", "samples")  # Parts of a result that come from training.
 DISK_ERRORS = ("File too large", "EFBIG", "No space left", "RESOURCE_EXHAUSTED")
 REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults: each once, then those that COUNTS has twice, ..."""
+  """Returns the kinds of `count` faults: each once, then those with COUNTS above 1, ..."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )
@@ -37,7 +37,7 @@ def order(count: int) -> list[str]:
 
 
 def prepare(root: pathlib.Path) -> pathlib.Path:
-  """Makes a training that was killed after its third checkpoint, once; returns its folder."""
+  """Trains once, kills the training after its third checkpoint, and returns the folder."""
   folder = root / "killed"
   if not (root / "killed.json").exists():
     faults_kill.new_run(root, "killed")
@@ -48,21 +48,21 @@ def prepare(root: pathlib.Path) -> pathlib.Path:
     process.kill()
     sealed = {f"{step}" for step in faults_run.sealed_steps(folder)}
     for path in (folder / "train" / "checkpoints").iterdir():
-      if path.name not in sealed:  # Of the save in which it was killed.
+      if path.name not in sealed:  # Left by the save that the kill interrupted.
         shutil.rmtree(path)
     write_json(root / "killed.json", {})
   return folder
 
 
 def _seen(folder: pathlib.Path) -> dict:
-  """Returns what a training that refuses to start must leave as it is."""
+  """Returns name -> size of the files that a refused start must not change."""
   train = folder / "train"
   files = [path for path in train.rglob("*") if path.is_file() and path.name != "lease.json"]
   return {str(path.relative_to(train)): path.stat().st_size for path in files}
 
 
 def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expected: dict) -> dict:
-  """Runs the command after a fault and judges it."""
+  """Runs the command after a fault, and judges it."""
   before = _seen(folder)
   process = faults_run.Process.command(folder, "train", *FLAGS, *flags)
   resumed = faults_kill.seconds_to_step(folder, process, fault.good or 0)
@@ -78,7 +78,7 @@ def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expecte
 
 
 def _full_disk(folder: pathlib.Path, rng: np.random.Generator, expected: dict) -> dict:
-  """Runs the command on a full disk, then on one with room, and judges both."""
+  """Runs the command on a full disk, then on a disk with room, and judges both."""
   largest = max(path.stat().st_size for path in faults_damage.files_of(folder / "train"))
   most = int(200 * (largest / 200) ** rng.random())
   process = faults_run.Process.command(folder, "train", *FLAGS, most_bytes=most)
@@ -125,7 +125,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts outcomes by kind."""
+  """Counts outcomes by kind of fault."""
   summary = faults_damage.summarize([{}, *results])
   seconds = [r["seconds_to_resume"] for r in results if r.get("seconds_to_resume")]
   unchanged = all(result.get("unchanged", True) for result in results)

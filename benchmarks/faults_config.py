@@ -1,4 +1,4 @@
-"""A run of seconds for `benchmarks.faults`: --config=benchmarks/faults_config.py[:elastic]."""
+"""Config of a run of a few seconds: --config=benchmarks/faults_config.py[:VARIANT]."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from tests.launch import tiny_config
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Returns the config: packed rows of pairs with neighbors and of texts; an average is kept.
+  """Returns the config, with packed rows of texts and of pairs with neighbors, and an average.
 
   Args:
-    variant: "" saves, evaluates and samples often, at steps of which some coincide; "elastic" has
-      batches that 1, 2, 3 and 4 processes can split; "stages" makes all stages from raw data, and
-      "tasks" instructions and rewards.
+    variant: "" saves, evaluates and samples often, sometimes at the same step. "elastic" has
+      batches that 1, 2, 3 and 4 processes can split. "stages" runs all stages from raw data.
+      "tasks" adds instructions and rewards to "stages".
 
   Raises:
-    UserError: another variant.
+    UserError: the variant is unknown.
   """
   if variant in ("stages", "tasks"):
     return _of_all_stages(variant == "tasks")

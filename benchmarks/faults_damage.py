@@ -1,8 +1,9 @@
-"""Part `damage` of `benchmarks.faults`: what is done to checkpoints, and what a run makes of it.
+"""Part `damage` of `benchmarks.faults`: damages checkpoints, and judges how a run continues.
 
-`damage(folder, kind, rng)` damages the three checkpoints of a copied run. `judge` compares what
-happened with what must: the run goes back to the newest checkpoint that is whole and says which is
-not, or refuses to start. It never starts from step 0, and never from other arrays than were saved.
+`damage(folder, kind, rng)` damages the three checkpoints of a copied run. `judge` compares the
+result with the requirement: the run goes back to the newest whole checkpoint and names the damaged
+one, or refuses to start. A run must never start from step 0, and never from arrays that differ from
+the saved arrays.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from benchmarks import faults_run
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
-STEPS = (10, 20, 30)  # Of the checkpoints in process.
+STEPS = (10, 20, 30)  # Steps of the checkpoints.
 MORE = 40  # Step that is saved on a full disk.
-AT_ONCE = 125  # Faults of a process.
+AT_ONCE = 125  # Faults per process.
 KINDS = (
   "bit flip", "truncation", "file missing", "half an upload", "surplus file", "digests missing",
   "digests damaged", "two newest damaged", "two newest gone", "all damaged", "all digests gone",
@@ -32,13 +33,13 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """What was damaged.
+  """A fault that was caused.
 
   Attributes:
-    kind: of `KINDS`.
-    steps: of the checkpoints before it, newest first.
-    hit: how many of them are not whole any more, from the newest on.
-    names: one of these texts stands in a message that names the fault.
+    kind: one of `KINDS`.
+    steps: steps of the checkpoints before the fault, newest first.
+    hit: number of damaged checkpoints, counted from the newest.
+    names: a message names the fault if it contains one of these texts.
   """
 
   kind: str
@@ -48,7 +49,7 @@ class Fault:
 
   @property
   def good(self) -> int | None:
-    """The newest step that is whole, or None."""
+    """The newest step whose checkpoint is whole, or None."""
     return next(iter(self.steps[self.hit :]), None)
 
 
@@ -70,7 +71,7 @@ def truncate(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def stop_upload(folder: pathlib.Path, rng: np.random.Generator) -> None:
-  """Leaves some of the files of a folder, the last of them cut."""
+  """Removes some files of a folder, and truncates the last remaining file."""
   files = files_of(folder)
   kept = int(rng.integers(1, len(files)))
   truncate(files[kept - 1], rng)
@@ -88,7 +89,7 @@ def _damage_file(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
-  """Damages the checkpoints in the folder of a training; "disk full" is not of these kinds."""
+  """Damages the checkpoints of a training; handles all kinds except "disk full while saving"."""
   steps = sorted((int(p.name) for p in (train / "checkpoints").iterdir()), reverse=True)
   folders = [train / "checkpoints" / f"{step}" for step in steps]
   newest, digests = folders[0], train / "checkpoints.digests"
@@ -133,7 +134,7 @@ def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
 
 @contextlib.contextmanager
 def full_disk(most_bytes: int):
-  """Files that grow over `most_bytes` fail while the body runs, of libraries in C++, too."""
+  """Makes files fail to grow over `most_bytes` while the body runs, also in C++ libraries."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
   try:
@@ -143,13 +144,13 @@ def full_disk(most_bytes: int):
 
 
 def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
-  """Compares what a run did after a fault with what it must do.
+  """Compares the behavior of a run after a fault with the required behavior.
 
   Args:
-    fault: what was damaged.
-    step: that the run continues from; None: it refused to start.
-    same: whether the arrays and the next row are those that were saved at that step.
-    message: what it printed.
+    fault: the fault that was caused.
+    step: step that the run continues from; None if it refused to start.
+    same: whether the arrays and the next row equal those saved at this step.
+    message: output of the run.
 
   Returns:
     "outcome": "went back", "refused", "harmless" (the newest checkpoint was restored as saved) or
@@ -170,10 +171,10 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
 
 
 class Trainer:
-  """A tiny training in this process: its states, and how it continues from checkpoints."""
+  """A tiny training in this process that continues from checkpoints."""
 
   def __init__(self, folder: pathlib.Path):
-    """Saves the checkpoints of `STEPS` in `folder`."""
+    """Saves the checkpoints of `STEPS` to `folder`."""
     import jax
 
     from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -196,7 +197,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues as `decoder.train` does; see the arguments of `judge` for what it returns."""
+    """Continues like `decoder.train`; returns the arguments step, same and message of `judge`."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
@@ -209,7 +210,7 @@ class Trainer:
         if checked:
           config = TrainConfig(checkpoint_every=10)
           step, state, row = restore_or_init(folder, checkpoints, self._steps, config)
-        else:  # The negative control.
+        else:  # Negative control.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)
           state, row = checkpoints.restore(types, step, checked=True)
@@ -217,27 +218,27 @@ class Trainer:
           return 0, False, printed.getvalue()
       except UserError as error:
         return None, False, printed.getvalue() + str(error)
-      except Exception as error:  # A traceback is no refusal: it is judged as a wrong end.
+      except Exception as error:  # A traceback is not a refusal, so it is judged as wrong.
         return 0, False, f"{printed.getvalue()}{error!r}"
     found, expected = jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(self._expected[step])
     same = all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
     return step, same and row == 8 * step, printed.getvalue()
 
   def fill_disk(self, folder: pathlib.Path, rng: np.random.Generator) -> bool:
-    """Saves checkpoint `MORE` while the disk is full; returns whether that raised an error."""
+    """Saves checkpoint `MORE` on a full disk; returns whether the save raised an error."""
     sizes = [path.stat().st_size for path in files_of(folder / "checkpoints")]
     checkpoints, state = self._open(folder), self._steps.init()
     with full_disk(int(rng.integers(max(sizes)))):
       try:
         checkpoints.save(state, MORE, next_row=8 * MORE)
         checkpoints.wait()
-      except Exception:  # Of Orbax, TensorStore or the disk.
+      except Exception:  # An error of Orbax, TensorStore or the disk.
         return True
     return False
 
 
 def trials(root: pathlib.Path, seed: int, count: int) -> None:
-  """Makes faults in process and appends what happened to trials.jsonl, from where it stopped."""
+  """Causes faults in process and appends the results to trials.jsonl; continues a stopped call."""
   import jax
 
   from tests.models.tiny import mesh_of
@@ -249,7 +250,7 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
     write_json(root / "control.json", _control(trainer, made, copy, np.random.default_rng(seed)))
     for i in range(len(read_json_lines(log)), count):
       rng, kind = np.random.default_rng([seed, i]), KINDS[i % len(KINDS)]
-      copy = root / f"copy_{i}"  # A new one: threads of a save that failed may make the old again.
+      copy = root / f"copy_{i}"  # New name: threads of a failed save may recreate the old folder.
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(made, copy)
       result = _one(trainer, copy, kind, rng)
@@ -261,13 +262,13 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
 def _one(trainer: Trainer, folder: pathlib.Path, kind: str, rng: np.random.Generator) -> dict:
   if kind != "disk full while saving":
     return judge(damage(folder, kind, rng), *trainer.resume(folder))
-  noticed = trainer.fill_disk(folder, rng)  # Else the disk had room for all files.
+  noticed = trainer.fill_disk(folder, rng)  # False: the disk had room for all files.
   fault = Fault(kind, (MORE, *STEPS[::-1]), int(noticed), ())
   return {**judge(fault, *trainer.resume(folder)), "named": noticed}
 
 
 def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> dict:
-  """Flips bits in arrays and restores without the digests: other arrays must be found out."""
+  """Flips bits in arrays and restores without digests; the wrong arrays must be noticed."""
   wrong = 0
   for _ in range(10):
     shutil.rmtree(copy, ignore_errors=True)
@@ -281,7 +282,7 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, and then the results of `count` faults in process."""
+  """Yields the control, then the results of `count` faults in process."""
   root, log = root / "damage", root / "damage" / "trials.jsonl"
   for first in range(0, count, AT_ONCE):
     end = min(first + AT_ONCE, count)
@@ -293,7 +294,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts outcomes by kind."""
+  """Counts outcomes by kind of fault."""
   control, *results = results
   kinds = {}
   for kind in dict.fromkeys(result["kind"] for result in results):

@@ -1,8 +1,9 @@
 """Part `elastic` of `benchmarks.faults`: a run whose number of processes changes.
 
-`loader`: over random schedules of 1 to 4 processes and of their meshes, real processes read the
-rows of a run as training does, and train nothing. Every row must be read, and be the row that
-one process reads. `train`: the losses of real trainings, stopped and continued by other processes.
+Loader schedules: 1 to 4 real processes with random meshes read the rows of a run as training does,
+but do not train. Every row must be read, and must equal the row that a single process reads.
+Training schedules: real trainings are stopped and continued by other processes, and their losses
+are compared.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 
 CONFIG = f"{faults_run.CONFIG}:elastic"
 BATCH = 12  # Rows; 1, 2, 3 and 4 processes can split them.
-# Processes -> devices of each, and meshes of data, fsdp and tensor over all of them.
+# Processes -> (devices per process, sizes of data, fsdp and tensor over all devices).
 MESHES = {
   1: ((1, (1, 1, 1)), (2, (2, 1, 1)), (2, (1, 1, 2)), (4, (1, 2, 2))),
   2: ((1, (2, 1, 1)), (1, (1, 2, 1)), (2, (1, 2, 2)), (2, (2, 1, 2)), (3, (6, 1, 1))),
@@ -38,13 +39,13 @@ TRAIN_SCHEDULES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a run by the same processes.
+  """A part of a run with the same processes.
 
   Attributes:
-    processes: their number.
-    devices: of each.
+    processes: number of processes.
+    devices: devices per process.
     mesh: sizes of data, fsdp and tensor.
-    batches: that they read.
+    batches: number of batches to read.
   """
 
   processes: int
@@ -54,13 +55,13 @@ class Segment:
 
   @property
   def flags(self) -> tuple[str, ...]:
-    """Flags of the mesh."""
+    """Flags that set the mesh."""
     sizes = zip(("data", "fsdp", "tensor"), self.mesh)
     return tuple(f"--config.mesh.{axis}={size}" for axis, size in sizes)
 
 
 def schedule(seed: int, number: int) -> list[Segment]:
-  """Draws 4 to 8 segments; those of number 0 have the processes of `DOWN_AND_UP`."""
+  """Draws 4 to 8 segments; number 0 has the process counts of `DOWN_AND_UP`."""
   rng = np.random.default_rng([seed, number])
   counts = DOWN_AND_UP if number == 0 else rng.integers(1, 5, rng.integers(4, 9)).tolist()
   segments = []
@@ -71,19 +72,19 @@ def schedule(seed: int, number: int) -> list[Segment]:
 
 
 def free_port() -> int:
-  """Returns a port on which nobody listens."""
+  """Returns a free port."""
   with contextlib.closing(socket.socket()) as s:
     s.bind(("localhost", 0))
     return s.getsockname()[1]
 
 
 def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
-  """Hashes the rows of a batch that this process holds, all fields of each together.
+  """Hashes all fields of the rows that this process holds of a batch.
 
   Returns:
-    Hash of each row; of a row that two of its devices have differently, both.
+    Row -> hash; several hashes if the devices of this process have different copies of the row.
   """
-  copies: dict[tuple[int, int], Any] = {}  # Of (row, device).
+  copies: dict[tuple[int, int], Any] = {}  # (row, device) -> hash.
   for name in sorted(batch):
     for shard in batch[name].addressable_shards:
       numbers = range(*shard.index[0].indices(batch[name].shape[0]))
@@ -97,7 +98,7 @@ def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
 
 
 def read_rows(workdir, out, segment: Segment, address: str, process: int, next_row: int) -> None:
-  """Reads the batches of a segment as one of its processes, and writes the hashes to `out`."""
+  """Reads the batches of a segment in one of its processes, and writes the hashes to `out`."""
   import jax
   from jax.sharding import NamedSharding
 
@@ -127,7 +128,7 @@ def read_segment(root: pathlib.Path, workdir, segment: Segment, next_row: int) -
   """Reads a segment in its processes.
 
   Returns:
-    Hash of each row; of a row that two processes read differently, both.
+    Row -> hash; several hashes if the processes read different rows.
   """
   address = f"localhost:{free_port()}"
   outs = [root / f"process_{i}" / "rows.json" for i in range(segment.processes)]
@@ -144,7 +145,7 @@ def read_segment(root: pathlib.Path, workdir, segment: Segment, next_row: int) -
 
 
 def new_workdir(root: pathlib.Path, name: str) -> pathlib.Path:
-  """Makes the folder of a run after the stages that all runs share."""
+  """Creates the folder of a run, with links to the stages that all runs share."""
   if not (root / "shared" / "made.json").exists():
     shutil.rmtree(root / "shared", ignore_errors=True)
     faults_run.make_workdir(root / "shared", CONFIG)
@@ -153,7 +154,7 @@ def new_workdir(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
-  """Counts rows: read, lost, not to be read, and unlike those that one process reads."""
+  """Counts rows: read, lost, surplus, and different from the rows that a single process reads."""
   shared = found.keys() & expected.keys()
   return {
     "rows": len(found),
@@ -164,7 +165,7 @@ def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
 
 
 def loader_schedule(root: pathlib.Path, seed: int, number: int, expected: dict) -> dict:
-  """Reads the rows of a schedule; and, as the control, its last segment from one row later."""
+  """Reads the rows of a schedule. As a control, reads the last segment of number 0 one row late."""
   workdir, next_row, found = new_workdir(root, f"loader_{number:02d}"), 0, {}
   segments = schedule(seed, number)
   for segment in segments:
@@ -195,7 +196,7 @@ def _expected_rows(root: pathlib.Path, rows: int) -> dict[int, str]:
 
 
 def losses_of(workdir: pathlib.Path) -> dict[int, float]:
-  """Returns the loss of every step. Raises ValueError if one is logged twice."""
+  """Returns the loss of every step. Raises ValueError if a step is logged twice."""
   lines = [line for line in faults_run.logged(workdir) if "loss" in line]
   losses = {line["step"]: line["loss"] for line in lines}
   if len(losses) != len(lines):
@@ -204,7 +205,7 @@ def losses_of(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def train_segment(root: pathlib.Path, segment: Segment, until: int | None) -> None:
-  """Trains in the processes of a segment; SIGTERM stops them once step `until` is logged."""
+  """Trains in the processes of a segment; stops them with SIGTERM once step `until` is logged."""
   address, processes = f"localhost:{free_port()}", []
   for i in range(segment.processes):
     join: tuple[str, ...] = ()
@@ -224,7 +225,7 @@ def train_segment(root: pathlib.Path, segment: Segment, until: int | None) -> No
 
 
 def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
-  """Trains one run by changing processes and one by a single one; compares their losses."""
+  """Trains one run in changing processes and one in a single process; compares their losses."""
   steps = faults_run.settings_of(CONFIG).train.steps
   whole = root / "train_whole"
   if not (whole / "train" / "done.json").exists():
@@ -249,12 +250,12 @@ def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
     "stops": stops,
     "same_steps": same_steps,
     "largest_difference": max(abs(found[step] - expected[step]) for step in shared),
-    "control": min(later),  # The losses of the next step: more than the tolerance.
+    "control": min(later),  # Difference to the next step's loss; must exceed the tolerance.
   }
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the results of `count` schedules of the loader, then of those of trainings."""
+  """Yields the results of `count` loader schedules, then of the training schedules."""
   root = root / "elastic"
   schedules = [schedule(seed, number) for number in range(count)]
   rows = max(sum(s.batches for s in segments) for segments in schedules) * BATCH
@@ -271,7 +272,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Sums the rows and takes the largest differences of losses."""
+  """Sums the rows, and takes the largest differences of losses."""
   loader = [result for result in results if "rows" in result]
   trained = [result for result in results if "largest_difference" in result]
   totals = {name: sum(r[name] for r in loader) for name in ("rows", "lost", "surplus", "different")}

@@ -1,8 +1,8 @@
-"""Part `kill` of `benchmarks.faults`: SIGKILL at random moments of a training and what follows it.
+"""Part `kill` of `benchmarks.faults`: SIGKILL at random moments of training and later commands.
 
-A run is `cm3leon train`, `evaluate` and `export`, with a compilation cache of its own.
-Its processes are killed a few times and started again until the run is done. Then its losses,
-held-out losses, sample grids, evaluation and export must be those of a run that was never killed.
+A run is `cm3leon train`, `evaluate` and `export` with its own compilation cache. Its processes are
+killed a few times and started again until the run is finished. Then its losses, held-out losses,
+sample grids, evaluation and export must equal those of a run that was never killed.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from benchmarks import experiment, faults_run
 from cm3leon_jax.files.json_files import read_json, write_json
 
 SHARED = ("documents", "neighbors", "text_tokenizer", "vqgan")
-# Command -> kills of a run, at most: a command that is done sooner is killed less often.
+# Command -> maximum number of kills per run; a command that ends early is killed less often.
 KILLS = {"train": 12, "evaluate": 1, "export": 1}
-STARTS = 60  # Of a command, more than which a run cannot need.
+STARTS = 60  # Maximum number of starts of a command.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reference:
 
   Attributes:
     result: see `faults_run.result_of`.
-    seconds: of each command.
+    seconds: command -> its seconds.
     before_steps: seconds of the training before its first step was logged.
   """
 
@@ -39,17 +39,17 @@ class Reference:
 
 
 def new_run(root: pathlib.Path, name: str) -> pathlib.Path:
-  """Makes the folder of a run after the stages that all runs share; deletes an earlier one."""
+  """Creates the folder of a run with links to the shared stages; deletes an earlier folder."""
   shutil.rmtree(root / name, ignore_errors=True)
   experiment.link_stages(root / "shared", root / name, SHARED)
   return root / name
 
 
 def reference(root: pathlib.Path) -> Reference:
-  """Runs all commands twice without a kill, once.
+  """Runs all commands in two runs without a kill, unless this is already done.
 
-  The second run finds its programs in the compilation cache, as runs do that start again: its times
-  count. Raises RuntimeError if it has another result.
+  The second run finds its programs in the compilation cache, like a restarted run, so its times
+  are used. Raises RuntimeError if the results of the two runs differ.
   """
   path = root / "reference.json"
   if not path.exists():
@@ -83,10 +83,10 @@ def seconds_to_step(
   """Waits until this start of a training has logged a step after `after`.
 
   Returns:
-    The seconds since the process started; None if it ended before, or lived for `limit` seconds.
+    Seconds since the process started; None if it ended before, or ran for `limit` seconds.
   """
   path = folder / "train" / "metrics" / "metrics.jsonl"
-  # An earlier start may have logged such steps, too; they go when this one opens the log.
+  # An earlier start may have logged such steps, too. This start removes them when it opens the log.
   stamp = path.stat().st_mtime_ns if path.exists() else 0
   while process.wait(faults_run.POLL_SECONDS) is None:
     seconds = time.monotonic() - process.started
@@ -99,10 +99,10 @@ def seconds_to_step(
 
 
 def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[bool, float]:
-  """Draws when to kill: seconds after the start of the process, or after its first step.
+  """Draws the moment of a kill: seconds after the start of the process, or after its first step.
 
-  A training is killed before its first step in half of the cases, and else within as long as half
-  of the steps take, so that it is killed several times before it ends.
+  Half of the kills of a training come before its first step. The other half come within half of
+  the duration of all steps, so that a training is killed several times before it ends.
   """
   after_step, share = bool(rng.random() < 0.5), float(rng.random())
   if command != "train":
@@ -115,7 +115,7 @@ def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[b
 def _kill_once(
   folder: pathlib.Path, command: str, rng: np.random.Generator, known: Reference
 ) -> dict | None:
-  """Starts a command and kills it; returns what was hit, or None if it was done before."""
+  """Starts a command and kills it; returns what was hit, or None if the command ended before."""
   after_step, delay = _moment(rng, command, known)
   start = max(faults_run.sealed_steps(folder), default=0)
   process = faults_run.Process.command(folder, command)
@@ -142,7 +142,7 @@ def _kill_once(
 
 
 def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Reference) -> dict:
-  """Makes a run with up to `most` kills; returns them and in what its result differs."""
+  """Runs all commands with up to `most` kills; returns the kills and the differing results."""
   rng, folder = np.random.default_rng([seed, run]), new_run(root, f"run_{run:03d}")
   kills: list[dict] = []
   for command, quota in KILLS.items():
@@ -174,7 +174,7 @@ def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Refere
 
 
 def control(root: pathlib.Path, known: Reference) -> dict:
-  """Continues a killed run one row too late: its result must differ."""
+  """Continues a killed run one row late; its result must differ."""
   folder = new_run(root, "control")
   process = faults_run.Process.command(folder, "train")
   while len(faults_run.sealed_steps(folder)) < 2 and process.wait(faults_run.POLL_SECONDS) is None:
@@ -188,7 +188,7 @@ def control(root: pathlib.Path, known: Reference) -> dict:
 
 
 def _shift_rows(folder: pathlib.Path) -> None:
-  """Replaces the checkpoints of a run by its newest one with the next row plus 1."""
+  """Replaces the checkpoints of a run with its newest checkpoint, with the next row plus 1."""
   import jax
 
   from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -212,7 +212,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, and then killed runs until they have `count` kills together."""
+  """Yields the control, then killed runs until there are `count` kills in total."""
   known = reference(root)
   path = root / "control.json"
   if not path.exists():
@@ -230,7 +230,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts the kills by phase, and what they cost."""
+  """Counts the kills by phase, and the steps and seconds that they cost."""
   first, *runs = runs
   kills = [kill for run in runs for kill in run["kills"]]
   phases: dict[str, int] = {}
@@ -256,7 +256,7 @@ def summarize(runs: list[dict]) -> dict:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-  """Returns median, least and most of some seconds; {} for none."""
+  """Returns median, least and most of the values; {} for no values."""
   if not values:
     return {}
   return {"median": statistics.median(values), "least": min(values), "most": max(values)}

@@ -1,11 +1,12 @@
-"""Part `replay` of `benchmarks.faults`: bits that flip in a training with `train.replay_every`.
+"""Part `replay` of `benchmarks.faults`: bit flips in a training with `train.replay_every`.
 
-One bit flips: in a parameter or a moment of the optimizer on one device, after a step has left the
-state and before a checked step reads it; in one replica of such an array, with unchecked steps
-before the checked one; or in a gradient or an update of one device while one of the computations of
-a checked step runs. Leaf, device, element, bit and computation are random. It must be found, and
-the sentence name this device and no other; of two replicas, both. Steps without a flip must find
-none.
+One bit flips at one of three places:
+- in a parameter or an optimizer moment on one device, after a step and before a checked step;
+- in one replica of such an array, with unchecked steps before the checked step;
+- in a gradient or an update on one device, during one of the computations of a checked step.
+
+Leaf, device, element, bit and computation are random. The flip must be found, and the message must
+name only this device, or both devices of two replicas. Steps without a flip must report nothing.
 """
 
 from collections.abc import Iterator
@@ -24,23 +25,23 @@ from cm3leon_jax.files.json_files import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")
-# Names of the arrays of which a bit flips between steps.
+# Kind -> pattern of the names of arrays in which a bit flips between steps.
 OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
-EVERY = 5  # Every fifth step is checked in trials of one replica, and in those without a flip.
-# Sizes of data, fsdp and tensor of 8 devices; passes of a step.
+EVERY = 5  # `replay_every` in trials with one replica or without a flip.
+# (Sizes of data, fsdp and tensor for 8 devices, passes of a step).
 MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
 DEVICES = 8
-CLEAN = 40  # Checked steps of a mesh in which no bit flips.
-NONE = (-1, 0, 0)  # Of no array a bit flips.
+CLEAN = 40  # Trials per mesh without a flip.
+NONE = (-1, 0, 0)  # Array -1: no bit flips.
 
 
 def flipped(tree, fault):
   """Flips a bit under jit.
 
   Args:
-    tree: of fp32 arrays.
-    fault: int32 [4], which device of the mesh, array, element of what the device holds of it (the
-      remainder by its size), bit. Array -1: nothing flips.
+    tree: tree of fp32 arrays.
+    fault: int32 [4]: index of the device in the mesh, index of the array, index of the element
+      (modulo the size of the device's part), and bit. Array -1: no bit flips.
   """
   import jax
   import jax.numpy as jnp
@@ -67,7 +68,7 @@ def flipped(tree, fault):
 
 
 def flip_on_device(x, device, element: int, bit: int):
-  """Returns an array of which one device holds a flipped bit, if need be in one replica of many."""
+  """Returns an array with a bit flipped on one device, possibly in one replica of several."""
   import jax
 
   held = []
@@ -82,15 +83,15 @@ def flip_on_device(x, device, element: int, bit: int):
 
 
 class Trainer:
-  """A tiny training on 8 devices of this process, in which bits flip."""
+  """A tiny training on 8 devices of this process, with bit flips."""
 
   def __init__(self, shape: tuple[int, int, int], passes: int, layers: int = 3):
-    """Prepares its steps.
+    """Compiles the steps of the training.
 
     Args:
       shape: sizes of data, fsdp and tensor.
-      passes: of a step.
-      layers: of the decoder.
+      passes: micro-batches of a step.
+      layers: number of layers of the decoder.
     """
     import jax
 
@@ -114,7 +115,7 @@ class Trainer:
     self._flips: list[tuple] = []
 
   def _checked(self, state, batch, num_sources=0):
-    """Takes the checked step of one computation, in which the next of the flips may happen."""
+    """Runs one computation of a checked step, with the next of the planned flips."""
     import jax
 
     del num_sources
@@ -138,12 +139,12 @@ class Trainer:
     }
 
   def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
-    """Takes steps, of which the last is checked, and flips a bit; "none": no bit.
+    """Runs steps, the last of which is checked, and flips a bit, or no bit for kind "none".
 
     Returns:
-      "kind", "where": what was flipped; "found"; "named": whether the sentence names the device and
-      no other; "recovered": whether the state after the last step is that of a run without a
-      flip, bit for bit, None if the run stopped; "sentence": what is printed.
+      "kind"; "where": place of the flip; "found"; "named": whether the sentence names only the
+      affected device; "recovered": whether the final state equals a run without a flip bit for bit,
+      None if the run stopped; "sentence": the printed sentence.
     """
     import jax
 
@@ -153,7 +154,7 @@ class Trainer:
     device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
     element, bit = int(rng.integers(2**31)), int(rng.integers(32))
     steps = 2 if kind in KINDS else EVERY
-    # The step before the checked one leaves a fingerprint: what flips then is found by that.
+    # A flip after the last unchecked step would be found by its fingerprint, so flip earlier.
     flips_after = 1 + int(rng.integers(EVERY - 2)) if kind in REPLICAS else 1
     config = dataclasses.replace(
       self._config, replay_every=steps, replay_tolerance=replay_tolerance
@@ -165,7 +166,7 @@ class Trainer:
       state, where = _copy(self._state), ""
       try:
         for step, batch in enumerate(batches, 1):
-          state = jax.block_until_ready(replay(state, batch)[0])  # See `_run`.
+          state = jax.block_until_ready(replay(state, batch)[0])  # For the reason, see `_run`.
           if step == flips_after:
             where, state = self._inject(kind, state, device, element, bit, rng)
         recovered = _same(state, expected)
@@ -188,13 +189,13 @@ class Trainer:
     }
 
   def _peers(self, device) -> set[tuple[str, str]]:
-    """Returns ids and processes of the devices along `data` that hold the same as one."""
+    """Returns (id, process) of the devices along `data` that hold the same data as `device`."""
     places = np.argwhere(self.mesh.devices == device)[0]
     line = self.mesh.devices[(slice(None), *places[1:])].tolist()
     return {(f"{d.id}", f"{d.process_index}") for d in line}
 
   def _inject(self, kind: str, state, device, element: int, bit: int, rng):
-    """Flips a bit of the state now, or arranges that one flips in the next step."""
+    """Flips a bit of the state now, or plans a flip in the next step."""
     import jax
 
     from cm3leon_jax.training.faults.fingerprint import names_of
@@ -215,19 +216,21 @@ class Trainer:
     return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
 
   def _run(self, state, batches: list):
-    """Returns the state after steps without flips, the last by the program of a check."""
+    """Returns the state after steps without flips; a checked step computes the last."""
     import jax
 
     state = _copy(state)
     for batch in batches[:-1]:
-      # Collectives of several steps in flight may wait for each other on few cores.
+      # With few cores, collectives of several steps in flight may wait for each other.
       state = jax.block_until_ready(self._steps.train(state, batch)[0])
     return self._checked(state, batches[-1])[0]
 
 
 def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients, updates):
-  """A checked step in which a bit of the gradients flips before anything reads them, or of the
-  updates after the optimizer has made them; see `flipped`."""
+  """Runs a checked step with bit flips in gradients and updates, see `flipped`.
+
+  A gradient flips before anything reads it, an update after the optimizer has computed it.
+  """
   import optax
 
   from cm3leon_jax.training.faults.checked_step import checked_step
@@ -261,7 +264,7 @@ def _copy(tree):
 
 
 def _same(a, b) -> bool:
-  """Compares what the devices of this process hold of two trees, bit for bit."""
+  """Returns whether this process's shards of two trees are equal bit for bit."""
   import jax
 
   def content(tree) -> list[bytes]:
@@ -272,7 +275,7 @@ def _same(a, b) -> bool:
 
 
 def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
-  """Appends the results of `count` trials on a mesh, in which no bit flips at first, to its log."""
+  """Runs `CLEAN` trials without a flip and `count` with one on a mesh; appends results to a log."""
   log = root / f"mesh_{number}.jsonl"
   trainer = Trainer(*MESHES[number])
   kinds = (*KINDS, *(REPLICAS if trainer.mesh.shape["data"] > 1 else ()))
@@ -285,7 +288,7 @@ def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the results of `count` flips, and of steps without one, mesh by mesh."""
+  """Yields the results of `count` flips and of steps without a flip, mesh by mesh."""
   root = root / "replay"
   for number, share in enumerate(np.array_split(np.arange(count), len(MESHES))):
     log, asked = root / f"mesh_{number}.jsonl", CLEAN + len(share)
@@ -296,12 +299,12 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts what was found, by kind."""
+  """Counts the results by kind of flip."""
   kinds = {}
   for kind in (*KINDS, *REPLICAS):
     of_kind = [result for result in results if result["kind"] == kind]
     ended = [result["recovered"] for result in of_kind]
-    # The unchecked steps may round a flip away: then nothing differs that could be found.
+    # Unchecked steps may round a flip away. Then no difference is left to find.
     vanished = sum(not r["found"] and r["recovered"] is True for r in of_kind)
     vanished = vanished if kind in REPLICAS else 0
     kinds[kind] = {

@@ -1,8 +1,8 @@
-"""Runs of `benchmarks.faults`: their commands as processes that can be killed, and their results.
+"""Runs commands for `benchmarks.faults` in processes that can be killed, and reads their results.
 
-A command runs in a process that is forked from one in which the libraries are imported already, so
-that a start takes a second. It is otherwise `python -m launch.NAME`. A process that is to be killed
-writes the stacks of its threads first, from which `phase_of` reads what was interrupted.
+A command runs in a process that is forked from a process with the imported libraries, so that a
+start takes a second. Otherwise it is like `python -m launch.NAME`. Before a kill, the process
+writes the stacks of its threads, and `phase_of` finds the interrupted phase in them.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ IMPORTED = (
   "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.decoder",
   "tests.launch.stages_before",
-  "torch",  # With which `launch.export` compares, if it is installed.
+  "torch",  # `launch.export` compares with it, if it is installed.
   "transformers",
 )
-# All processes of a part inherit it; programs of tiny models run for less time than they compile.
+# All processes of a part inherit it. Programs of tiny models compile for longer than they run.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-# Else XLA may start collectives in another order on each device, which then wait for each other.
+# Without it, XLA may start collectives in different orders on the devices, which then deadlock.
 XLA_FLAGS = (
   "--xla_force_host_platform_device_count={devices}"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Files of an export that say when it was made, how long it took, or the name of the run.
+# Files of an export with its time, its duration, or the name of the run.
 NAMED = (DONE, "README.md", "training_data.json")
 LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
 POLL_SECONDS = 0.01
-STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
-# Name of a file, name of a function: the phase in which the main thread is there; the first counts.
+STACK_SECONDS = 0.5  # Maximum time for a process to write its stacks.
+# (File, function, phase): phase of a main thread in this function. The first match counts.
 PHASES = (
   ("training/decoder.py", "restore_or_init", "restore"),
   ("training/watch/heldout.py", "evaluate", "evaluate"),
@@ -60,7 +60,7 @@ PHASES = (
 
 
 def forkserver():
-  """Returns the context of the processes, which all have the environment `ENVIRONMENT`."""
+  """Returns the context for processes, which all have the environment `ENVIRONMENT`."""
   os.environ.update(ENVIRONMENT)
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(IMPORTED))
@@ -68,7 +68,7 @@ def forkserver():
 
 
 def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None:
-  """Sets up a forked process, before JAX starts its devices."""
+  """Prepares a forked process before JAX initializes its devices."""
   import jax
 
   faulthandler.register(signal.SIGUSR1, (folder / STACKS).open("w"), all_threads=True)
@@ -77,7 +77,7 @@ def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None
   os.dup2(log.fileno(), 2)
   os.environ["XLA_FLAGS"] = XLA_FLAGS.format(devices=devices)
   jax.config.update("jax_compilation_cache_dir", str(folder / CACHE))
-  if most_bytes is not None:  # A file that grows over it fails as on a full disk, in C++, too.
+  if most_bytes is not None:  # Larger files fail as on a full disk, also in C++.
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
 
@@ -96,26 +96,26 @@ def _run_function(folder, function, arguments, devices) -> None:
 
 @contextlib.contextmanager
 def _leaving():
-  """Waits for the other processes of the job at the end, as JAX does at the end of a program."""
+  """Waits for the other processes of the job at the end, as JAX does when a program exits."""
   import jax
 
   try:
     yield
-  finally:  # A process of `multiprocessing` calls no functions of `atexit`.
+  finally:  # Processes of `multiprocessing` skip `atexit` functions.
     if jax.distributed.is_initialized():
       jax.distributed.shutdown()
 
 
 class Process:
-  """A process with a folder for its log and its stacks.
+  """A process with a folder for its log and stacks.
 
   Attributes:
-    folder: gets `LOG`, `STACKS` and `CACHE`.
-    started: of `time.monotonic`.
+    folder: folder of `LOG`, `STACKS` and `CACHE`.
+    started: start time from `time.monotonic`.
   """
 
   def __init__(self, folder: pathlib.Path, target, arguments: tuple):
-    """Starts it: `target(folder, *arguments)`."""
+    """Starts a process that runs `target(folder, *arguments)`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STACKS).unlink(missing_ok=True)
     self.folder, self.started = folder, time.monotonic()
@@ -126,27 +126,27 @@ class Process:
   def command(
     cls, folder, name: str, *flags: str, workdir=None, config=CONFIG, devices=1, most_bytes=None
   ) -> "Process":
-    """Starts `launch.NAME` on `workdir`, by default `folder`.
+    """Starts `launch.NAME` on `workdir`, which is `folder` by default.
 
     Args:
-      folder: of the process.
-      name: of the command.
+      folder: folder of the process.
+      name: name of the command.
       *flags: more flags of the command.
-      workdir: of the run.
-      config: of the run.
-      devices: fake devices of the process.
-      most_bytes: size at which every file that it writes fails to grow; None: no limit.
+      workdir: folder of the run.
+      config: config of the run.
+      devices: number of fake devices.
+      most_bytes: size above which every file fails to grow; None: no limit.
     """
     arguments = [f"--config={config}", f"--workdir={workdir or folder}", *flags]
     return cls(folder, _run_command, (name, arguments, devices, most_bytes))
 
   @classmethod
   def function(cls, folder, function, *arguments, devices: int = 1) -> "Process":
-    """Starts `function(*arguments)`, both of which can be pickled."""
+    """Starts `function(*arguments)`; function and arguments must be picklable."""
     return cls(folder, _run_function, (function, arguments, devices))
 
   def wait(self, seconds: float | None = None) -> int | None:
-    """Returns the exit code, or None if the process runs for longer than that."""
+    """Returns the exit code, or None if the process still runs after `seconds`."""
     self._process.join(None if seconds is None else max(0.0, seconds))
     return self._process.exitcode
 
@@ -155,10 +155,10 @@ class Process:
     self._process.terminate()
 
   def kill(self) -> str | None:
-    """Kills the process (SIGKILL); returns its stacks, or None if it had ended by itself."""
+    """Kills the process with SIGKILL; returns its stacks, or None if it had already ended."""
     stacks, killed = self.folder / STACKS, {-signal.SIGKILL, -signal.SIGUSR1}
     if stacks.exists() and self._process.is_alive():
-      # To write stacks while other threads run may itself end the process.
+      # Writing stacks while other threads run may itself end the process.
       killed.add(-signal.SIGSEGV)
       with contextlib.suppress(ProcessLookupError):
         os.kill(self._process.pid, signal.SIGUSR1)
@@ -174,7 +174,7 @@ class Process:
 
   @property
   def log(self) -> str:
-    """What it has printed, and what processes before it in the same folder have."""
+    """Output of this process, and of earlier processes in the same folder."""
     path = self.folder / LOG
     return path.read_text(errors="replace") if path.exists() else ""
 
@@ -188,10 +188,10 @@ def finish(process: Process, code: int = 0) -> float:
 
 
 def phase_of(stacks: str) -> str:
-  """Returns what the main thread did, from the stacks of all threads, of which it is the last.
+  """Returns the phase of the main thread, whose stack is the last of the stacks of all threads.
 
-  The phases are those of `PHASES`; in a step "compile", if JAX traces or compiles, else "step";
-  "start" before the first step.
+  Phases are those of `PHASES`; "compile" if JAX traces or compiles; "step" during a step; "start"
+  before the first step.
   """
   main = re.split(r"^(?:Current t|T)hread .*$", stacks, flags=re.MULTILINE)[-1]
   frames = re.findall(r'File "(.*)", line \d+ in (.*)', main)
@@ -204,7 +204,7 @@ def phase_of(stacks: str) -> str:
 
 
 def make_workdir(root: pathlib.Path, config: str) -> None:
-  """Makes the results of the stages before training, in a process of its own."""
+  """Writes the results of the stages before training, in a separate process."""
   finish(Process.function(root, _make_workdir, root, config))
 
 
@@ -218,7 +218,7 @@ def _make_workdir(root: pathlib.Path, config: str) -> None:
 
 
 def settings_of(config: str):
-  """Returns the settings of "FILE" or "FILE:VARIANT"."""
+  """Returns the settings of a config "FILE" or "FILE:VARIANT"."""
   from benchmarks import faults_config
   from cm3leon_jax.settings import settings_from_config
 
@@ -226,33 +226,33 @@ def settings_of(config: str):
 
 
 def logged(workdir: pathlib.Path) -> list[dict]:
-  """Returns the lines of a run's log."""
+  """Returns the lines of a run's log of metrics."""
   return read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
 
 
 def last_step(workdir: pathlib.Path) -> int:
-  """Returns the last step in a run's log; 0 if it has none."""
+  """Returns the last step in a run's log; 0 without steps."""
   return max((line["step"] for line in logged(workdir) if "loss" in line), default=0)
 
 
 def sealed_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of the checkpoints that have digests, in order."""
+  """Returns the steps of the checkpoints with digests, in ascending order."""
   train = workdir / "train"
   found = [path.stem for path in (train / "checkpoints.digests").glob("*.json")]
   return sorted(int(step) for step in found if (train / "checkpoints" / step).exists())
 
 
 def unfinished_save(workdir: pathlib.Path) -> bool:
-  """Returns whether a checkpoint was begun that is not complete, or has no digests."""
+  """Returns whether the run has a checkpoint that is incomplete or has no digests."""
   train = workdir / "train"
   steps = {path.name for path in (train / "checkpoints").glob("[0-9]*")}
   return bool(steps - {f"{step}" for step in sealed_steps(workdir)})
 
 
 def result_of(workdir: pathlib.Path) -> dict:
-  """Returns all that a run must reproduce bit for bit; times and rates are left out.
+  """Returns everything that a run must reproduce bit for bit, without times and rates.
 
-  Losses and held-out losses are lists, so that a step that was logged twice is a difference.
+  Losses and held-out losses are lists, so that a step that is logged twice is a difference.
   """
   losses, heldout = [], []
   for line in logged(workdir):

@@ -1,8 +1,8 @@
 """Part `stages` of `benchmarks.faults`: SIGKILL at random moments of all other stages of a run.
 
-Each stage runs in a new folder with links to the results that it reads. Its process is
-killed up to three times and started again by the same command. Then every file that it leaves, and
-every number that it logged, must be those of a run that was never killed.
+Each stage runs in a new folder with links to the results that it reads. Its process is killed up to
+three times and started again with the same command. Then every file and every logged number must
+equal those of a run that was never killed.
 """
 
 from collections.abc import Iterator
@@ -23,25 +23,25 @@ from cm3leon_jax.runs.stages import DONE
 CONFIG = f"{faults_run.CONFIG}:stages"
 TASKS = f"{faults_run.CONFIG}:tasks"
 PAIRS, LISTS, SIDE = 240, 4, 8
-KILLS = 3  # Of a run of a stage, at most.
-# In the folders that commands of the whole run and of the killed ones name.
+KILLS = 3  # Maximum number of kills per run of a stage.
+# Folders of the part: raw data, and a whole run that is never killed.
 SOURCE, WHOLE = "source", "whole"
-# Of a log or a summary: they are others in every run.
+# Fields of logs and summaries that differ in every run.
 TIMES = ("time", "seconds", "tokens_per_second", "mfu", "machine")
-# Folders and files that are others in every run. The metrics show the parameters of checkpoints.
+# Files and folders that differ in every run. The metrics cover the parameters of checkpoints.
 LEFT_OUT = ("checkpoints", "checkpoints.digests", "lease.json", "metrics.digest.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A command that is killed.
+  """A stage to kill.
 
   Attributes:
-    command: its name.
-    folder: of its result.
-    reads: folders of the workdir that are links to those of the whole run.
+    command: name of the command.
+    folder: folder of the result in the workdir.
+    reads: folders of the workdir that are links to folders of the whole run.
     config: file and variant.
-    flags: more of them; {root} is the folder of the part.
+    flags: more flags; {root} stands for the folder of the part.
   """
 
   command: str
@@ -54,7 +54,7 @@ class Stage:
 TOKENIZERS = ("text_tokenizer", "vqgan")
 RAY = ("--runner=ray", "--ray_workers=2", "--ray_worker_cpus=0.5")
 START = (f"--init_from={{root}}/{WHOLE}",)
-# Name -> stage, in the order in which a run that is never killed makes them.
+# Name -> stage, in the order of a run that is never killed.
 STAGES = {
   "prepare_data": Stage("prepare_data", "raw"),
   "train_text_tokenizer": Stage("train_text_tokenizer", "text_tokenizer", ("raw",)),
@@ -76,7 +76,7 @@ STAGES = {
 
 
 def write_source(folder: pathlib.Path) -> None:
-  """Writes striped images with captions, in folders of which each becomes a shard."""
+  """Writes striped images with captions, in folders that become one shard each."""
   rng = np.random.default_rng(0)
   for part in range(LISTS):
     (folder / f"{part}").mkdir(parents=True, exist_ok=True)
@@ -103,14 +103,14 @@ def start(
 
 
 def new_workdir(root: pathlib.Path, stage: Stage, name: str) -> pathlib.Path:
-  """Makes a workdir that lacks the result of one stage; deletes an earlier one."""
+  """Creates a workdir without the result of one stage; deletes an earlier workdir."""
   shutil.rmtree(root / name, ignore_errors=True)
   experiment.link_stages(root / WHOLE, root / name, stage.reads)
   return root / name
 
 
 def result_of(folder: pathlib.Path) -> dict:
-  """Returns the digests of the files of a stage, and what its logs say, without times."""
+  """Returns the digests of a stage's files, and the content of its logs, without times."""
   found = {}
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder)
@@ -122,21 +122,21 @@ def result_of(folder: pathlib.Path) -> dict:
     elif path.name == DONE:
       found[f"{name}"] = _without_times(read_json(path))
       if not found[f"{name}"]["files"]:
-        del found[f"{name}"]["id"]  # Of a stage without files it is a time.
+        del found[f"{name}"]["id"]  # Without files, the id depends on the time.
     else:
       found[f"{name}"] = digest(path)
   return found
 
 
 def _without_times(value):
-  """Returns a value of JSON without the fields of `TIMES`, at any depth."""
+  """Removes the fields of `TIMES` from a JSON value, at any depth."""
   if not isinstance(value, dict):
     return value
   return {k: _without_times(v) for k, v in value.items() if k not in TIMES}
 
 
 def reference(root: pathlib.Path) -> dict[str, dict]:
-  """Runs all stages twice without a kill, once; returns result and seconds of the second ones.
+  """Runs all stages twice without a kill, unless done; returns results and seconds of the second.
 
   Raises RuntimeError if the two runs of a stage differ.
   """
@@ -145,7 +145,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
     write_source(root / SOURCE)
     known = {}
     for name, stage in STAGES.items():
-      if stage.command == "import_weights":  # What it and `reinforce` start from.
+      if stage.command == "import_weights":  # It and `reinforce` start from these results.
         for command in ("train", "export"):
           process = faults_run.Process.command(
             root / "process", command, workdir=root / WHOLE, config=CONFIG
@@ -157,7 +157,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
 
 
 def _without_kill(root: pathlib.Path, name: str, stage: Stage) -> dict:
-  """Runs a stage in two workdirs; links the first result into the whole run."""
+  """Runs a stage in two workdirs, and links the first result into the whole run."""
   results, seconds = [], 0.0
   for number in range(2):
     workdir = new_workdir(root, stage, f"{stage.command}_{number}")
@@ -172,13 +172,13 @@ def _without_kill(root: pathlib.Path, name: str, stage: Stage) -> dict:
 
 
 def differing(found: dict, expected: dict) -> list[str]:
-  """Returns the names of files that differ, or that one of two results lacks."""
+  """Returns the names of files that differ, or that one of the two results lacks."""
   names = sorted({*found, *expected})
   return [name for name in names if found.get(name) != expected.get(name)]
 
 
 def control(root: pathlib.Path, known: dict) -> dict:
-  """Trains the image tokenizer from another seed: its result must differ."""
+  """Trains the image tokenizer with another seed; the result must differ."""
   stage = STAGES["train_vqgan"]
   workdir = new_workdir(root, stage, "control")
   faults_run.finish(start(root, stage, workdir, "--config.seed=1"))
@@ -187,7 +187,7 @@ def control(root: pathlib.Path, known: dict) -> dict:
 
 
 def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: dict) -> dict:
-  """Kills a stage up to `KILLS` times and lets it end; returns the moments and what differs."""
+  """Kills a stage up to `KILLS` times, then lets it finish; returns moments and differing files."""
   stage, moments = STAGES[name], []
   workdir = new_workdir(root, stage, "killed")
   for _ in range(KILLS):
@@ -205,7 +205,7 @@ def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: d
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, and runs of the stages in turn until each was killed `count` times."""
+  """Yields the control, then runs of the stages in turn, until each was killed `count` times."""
   root = root / "stages"
   root.mkdir(parents=True, exist_ok=True)
   known = reference(root)
@@ -227,7 +227,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts the kills of every stage, and the runs that ended as one that was never killed."""
+  """Counts for every stage the kills, and the runs that equal a run without a kill."""
   stages: dict[str, dict] = {}
   first, *runs = runs
   for run in runs:
@@ -240,7 +240,7 @@ def summarize(runs: list[dict]) -> dict:
 
 
 def failures(summary: dict) -> list[str]:
-  """Says what a summary has that must not be."""
+  """Returns a sentence for each failure in a summary."""
   found = [
     f"{name}: {of['runs'] - of['equal']} of {of['runs']} runs differ in "
     + ", ".join(of["differing"])

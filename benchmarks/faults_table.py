@@ -1,11 +1,11 @@
-"""The numbers of `benchmarks.faults` as a table, and what among them must not be."""
+"""Formats the numbers of `benchmarks.faults` as a table, and lists failures among them."""
 
 NONE = "-"
-TOLERANCE = 1e-5  # Between losses of the same step on other meshes.
+TOLERANCE = 1e-5  # Between the losses of a step on different meshes.
 
 
 def kill_failures(summary: dict) -> list[str]:
-  """Says what a summary of `faults_kill` has that must not be."""
+  """Returns a sentence for each failure in a summary of `faults_kill`."""
   failures = [f"{run} differs in {', '.join(parts)}" for run, parts in summary["differing"].items()]
   if not summary["control_differs"]:
     failures.append("the control, one row too late, equals the run that was never killed")
@@ -15,7 +15,7 @@ def kill_failures(summary: dict) -> list[str]:
 
 
 def failures(summary: dict) -> list[str]:
-  """Says what a summary of `faults_damage` or `faults_command` has that must not be."""
+  """Returns a sentence for each failure in a summary of `faults_damage` or `faults_command`."""
   found = []
   for kind, numbers in summary["kinds"].items():
     if numbers["wrong"]:
@@ -30,7 +30,7 @@ def failures(summary: dict) -> list[str]:
 
 
 def elastic_failures(summary: dict) -> list[str]:
-  """Says what a summary of `faults_elastic` has that must not be."""
+  """Returns a sentence for each failure in a summary of `faults_elastic`."""
   found = [f"{name} rows: {summary[name]}" for name in ("lost", "surplus", "different")]
   found = [sentence for sentence in found if not sentence.endswith(" 0")]
   if summary["control"] and not summary["control"]["different"]:
@@ -48,7 +48,7 @@ def elastic_failures(summary: dict) -> list[str]:
 
 
 def replay_failures(summary: dict) -> list[str]:
-  """Says what a summary of `faults_replay` has that must not be."""
+  """Returns a sentence for each failure in a summary of `faults_replay`."""
   found = []
   for kind, numbers in summary["kinds"].items():
     flips = numbers["flips"] - numbers["vanished"]
@@ -81,7 +81,7 @@ def _kill_rows(summary: dict) -> list[tuple]:
 
 
 def _joined(rows: list[tuple], where: str) -> list[tuple]:
-  """Joins rows that differ only in the name of the fault; says where they were caused."""
+  """Joins rows that differ only in the name of the fault; prefixes the names with `where`."""
   names: dict[tuple, list[str]] = {}
   for name, *numbers in rows:
     names.setdefault(tuple(numbers), []).append(name)
@@ -131,7 +131,7 @@ def _replay_rows(summary: dict) -> list[tuple]:
 
 
 def _stages_rows(summary: dict) -> list[tuple]:
-  """Rows of kills by stage; `asked` is of each of them."""
+  """Formats kills by stage; `asked` is the number of kills for each stage."""
   return [
     (f"`{name}`", _of(stage["kills"], summary["asked"]), NONE,
      f"{stage['equal']} of {stage['runs']} runs", NONE,
@@ -141,7 +141,7 @@ def _stages_rows(summary: dict) -> list[tuple]:
 
 
 def markdown(numbers: dict) -> str:
-  """Returns the table of results.json, and the moments of the kills."""
+  """Formats results.json as a table, with the phases in which runs were killed."""
   header = (
     "fault", "caused", "detected and named", "recovered", "steps lost, at most",
     "rows lost or repeated", "seconds to resume",

@@ -1,11 +1,11 @@
-"""Fuzzes the readers of strangers' files, guided by coverage, until a time is over.
+"""Fuzzes the readers of untrusted files, guided by coverage, until a time limit.
 
   pip install -e '.[fuzz]'
   python -m benchmarks.fuzz_records tar -max_total_time=600
 
-Readers: csv, json, tar, yaml; other arguments are those of libFuzzer, e.g. a folder of files to
-begin with. An error that is not the project's own ends it, and the input is kept in `crash-*`;
-it then belongs to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
+Readers: csv, json, tar, yaml. Other arguments go to libFuzzer, e.g. a folder of initial files. An
+error that the project does not handle ends the fuzzing and writes the input to `crash-*`. Add the
+input to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def read_yaml() -> None:
 
 
 def check(where: str, values: dict | records.Rejected) -> None:
-  """Makes records of each kind, and writes those that are right, as ingestion does."""
+  """Converts values to records of each kind, and serializes valid records, as ingestion does."""
   if isinstance(values, records.Rejected):
     return
   for kind in records.KINDS.values():

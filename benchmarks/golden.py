@@ -1,19 +1,19 @@
-r"""Compares what a commit and the working tree compute: nothing may change when code only moves.
+r"""Compares the results of a commit with the working tree: a mere move of code changes nothing.
 
   python -m benchmarks.golden --against=COMMIT          # about 10 minutes for each, on two cores
   python -m benchmarks.golden --against=COMMIT --parts=bundled,rows
 
 Needs the extras [demo,dev].
 
-Checks COMMIT out beside the working tree and runs both in turn on this machine: tiny runs of every
-stage, training of 20 steps and learning from rewards, training rows, samples of every task in
-batches and from a server, every export, the bundled models, and runs of COMMIT that are continued
-(`benchmarks/golden_run.py`). Compares losses and token ids exactly, and the files by digest. Texts
-for people (pages, cards, messages) are left out. Prints a row for each part, and the names of the
-first values that differ; the command then ends with exit code 1.
+Checks COMMIT out and runs both versions in turn on this machine: tiny runs of every stage, training
+of 20 steps and learning from rewards, training rows, samples of every task in batches and from a
+server, every export, the bundled models, and continued runs of COMMIT (`benchmarks/golden_run.py`).
+Compares losses and token ids exactly, and files by digest. Texts for people (pages, cards,
+messages) are not compared. Prints a row per part with the names of the first differing values. The
+exit code is 1 if a value differs.
 
-A part also runs the parts that it reads. What ran of COMMIT is kept in --folder, and not run again
-for another comparison by the same files `benchmarks/golden*.py`.
+A part also runs the parts that it reads. --folder keeps the results of COMMIT. Later comparisons
+reuse them while the files `benchmarks/golden*.py` are unchanged.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from absl import app, flags
 from benchmarks import golden_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHOWN = 8  # Names of values that differ, of each part.
+SHOWN = 8  # Maximum number of differing values that are named per part.
 
 
 def git(*arguments: str) -> str:
-  """Runs git in the working tree and returns what it prints."""
+  """Runs git in the working tree and returns its output."""
   result = subprocess.run(
     ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
   )
@@ -43,7 +43,7 @@ def git(*arguments: str) -> str:
 
 
 def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
-  """Writes the tree of a commit to a folder, once."""
+  """Writes the tree of a commit to a folder, unless it exists."""
   if not folder.exists():
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(f"{folder.name}.tar")
@@ -56,13 +56,13 @@ def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def own_digest() -> str:
-  """Returns a digest of the files that say what is run and compared."""
+  """Returns a digest of the files that define what is run and compared."""
   files = sorted(pathlib.Path(__file__).parent.glob("golden*.py"))
   return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> dict[str, dict]:
-  """Runs parts and returns their values; those that `kept` has are not run again."""
+  """Runs parts and returns their values; does not run parts again whose values are in `kept`."""
   found = json.loads(kept.read_text()) if kept.exists() else {}
   if not found:
     golden_run.prepare(place)
@@ -76,7 +76,7 @@ def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> di
 
 
 def changes(old: dict, new: dict) -> list[str]:
-  """Returns the names of values that differ, or that only one side has.
+  """Returns the names of values that differ or that only one side has.
 
   changes({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) = ["b", "c"]
   """
@@ -84,7 +84,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def table(old: dict[str, dict], new: dict[str, dict]) -> tuple[str, int]:
-  """Returns the table of the parts, and the number of values that differ."""
+  """Returns a Markdown table of the parts, and the number of differing values."""
   lines, total = ["| part | values | different |", "|---|---|---|"], 0
   for part in old:
     names = changes(old[part], new[part])

@@ -1,8 +1,9 @@
-"""Tiny runs of `benchmarks.golden`: --config=golden_config.py:VARIANT, with 20 steps of training.
+"""Tiny runs for `benchmarks.golden`: --config=golden_config.py:VARIANT, with 20 training steps.
 
-`opt` is a run of the paper's family on scenes, each pair with a neighbor. `modern` trains on pairs,
-texts and interleaved documents of a folder, in bfloat16 on eight devices, with every mechanism of a
-step switched on. `tuned` learns instructions from it, and `rewards` from a judge.
+`opt` is a run of the paper's family on scenes, with a neighbor before each pair. `modern` trains on
+pairs, texts and interleaved documents from a folder, in bfloat16 on eight devices, with every
+mechanism of a training step. `tuned` learns instructions, starting from `modern`. `rewards` learns
+from a judge's rewards.
 """
 
 from cm3leon_jax.configs import base

@@ -1,4 +1,4 @@
-"""Writes what `benchmarks.golden` gives to commands: pairs, texts, documents, prompts, requests."""
+"""Writes the inputs for `benchmarks.golden`: pairs, texts, documents, prompts, requests."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def write_lines(path: pathlib.Path, records: list[dict]) -> None:
 
 
 def http_requests(folder: pathlib.Path) -> list[tuple]:
-  """Returns path, JSON body or fields of a form, and image of requests to a server."""
+  """Returns (path, JSON body or form fields, optional image) of requests to a server."""
   image = (folder / "data" / "images" / "0.png").read_bytes()
   url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
   shown = {"type": "image_url", "image_url": {"url": url}}
@@ -75,7 +75,7 @@ def _twos() -> list[tuple[str, str]]:
 
 
 def _tasks() -> list[dict]:
-  """Every task of `cm3leon generate`, with usual and unusual settings."""
+  """Returns every task of `cm3leon generate`, with usual and unusual settings."""
   given = {"image": "images/0.png"}
   flat = {"text_top_k": 0, "text_temperature": 1.5, "top_k": 0, "temperature": 1.5}
   return [
@@ -96,7 +96,7 @@ def _tasks() -> list[dict]:
 
 
 def _scene_prompts() -> list[str]:
-  """Ten captions for the bundled model of scenes, of each category."""
+  """Returns ten captions for the bundled model `scenes`, of all categories."""
   return [
     *("a bell", "a red key", "three green fish", "a blue anchor and a black cat"),
     *("a yellow duck to the left of a purple crown", "a green bell below a red bone"),
@@ -106,7 +106,7 @@ def _scene_prompts() -> list[str]:
 
 
 def _scene_tasks() -> list[dict]:
-  """Ten tasks for the bundled model of instructions."""
+  """Returns ten tasks for the bundled model `scenes-instruct`."""
   given = [{"image": f"images/{i}.png"} for i in (0, 5, 40)]
   return [
     *({"task": "caption", **image} for image in given),

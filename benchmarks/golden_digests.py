@@ -1,4 +1,4 @@
-"""Digests of what a run has written, without what differs between two runs of the same code."""
+"""Digests of the results of a run, without values that differ between two runs of the same code."""
 
 from collections.abc import Iterator
 import hashlib
@@ -8,25 +8,25 @@ import pathlib
 import re
 from typing import Any
 
-# Files for people, and files with times and machines in them. Checkpoints are left out, too: their
-# parameters show in exports, later losses, and samples.
+# Not compared: files for people, and files with times and machines. Checkpoints are not compared,
+# either, because their parameters affect exports, later losses and samples.
 TEXTS = (".md", ".html", ".log", ".txt")
 SKIPPED_FILES = (
   *("contact_sheet.png", "digests.json", "export.json", "lease.json", "metrics.digest.json"),
   *("metrics.jsonl", "plan.jsonl", "summary.json", "train/config.json"),
 )
 SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "params", "state")
-# In the name of a folder of samples: a digest of what it was made of, ids of stages among it.
+# Suffix of a folder name of samples: a digest of their inputs, which include ids of stages.
 OF_ITS_RUN = re.compile(r"-[0-9a-f]{8}(?=/)")
-# Fields of JSON files that hold times, machines, names of fields of the config, or ids of stages,
-# which of some stages are their time.
+# Fields of JSON files with times, machines, names of config fields, or ids of stages. Some ids
+# depend on the time.
 VOLATILE = ("config", "id", "inputs", "seconds", "time")
-# Compared as they are: their ids are those of tokens.
+# Files that are compared as they are, because their ids are token ids.
 VERBATIM = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def of_file(path: pathlib.Path) -> str:
-  """Returns the digest of a file; of JSON and JSON lines without VOLATILE fields."""
+  """Returns the digest of a file; omits VOLATILE fields of JSON and JSON lines."""
   if path.suffix == ".json" and path.name not in VERBATIM:
     return of_value(json.loads(path.read_text()))
   if path.suffix == ".jsonl":
@@ -41,7 +41,7 @@ def of_value(value: Any) -> str:
 
 
 def of_folder(folder: pathlib.Path) -> dict[str, str]:
-  """Returns name in the folder -> digest of its files, in subfolders, too."""
+  """Returns relative name -> digest of all files in a folder, including subfolders."""
   names = {path: os.fspath(path.relative_to(folder)) for path in _files(folder)}
   return {OF_ITS_RUN.sub("", name): of_file(path) for path, name in names.items()}
 

@@ -1,6 +1,6 @@
 """Prints digests of training rows as JSON: python golden_rows.py WORKDIR COUNT.
 
-A script of `benchmarks.golden`, which runs it with the package of one commit or another.
+`benchmarks.golden` runs this script with the package of one of its two versions.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from etils import epath
 from cm3leon_jax.settings import settings_of_run
 
 try:
-  from cm3leon_jax.commands.training_rows import open_rows  # Of an earlier commit.
+  from cm3leon_jax.commands.training_rows import open_rows  # Module of earlier commits.
 except ModuleNotFoundError:
   from cm3leon_jax.trained.rows import open_rows
 

@@ -1,7 +1,7 @@
-"""What `benchmarks.golden` runs with the package of a commit: commands, a script, and a server.
+"""Runs commands, a script and a server for `benchmarks.golden`, with the package of a commit.
 
-The parts use what users use: commands, files, the HTTP server, the Python API. So they run with
-every layout of the package, but for `golden_rows.py`, which opens the rows of a run itself.
+The parts use only what users use: commands, files, the HTTP server, the Python API. So they run
+with every layout of the package. Only `golden_rows.py` uses internals, to open the rows of a run.
 """
 
 from collections.abc import Callable, Collection
@@ -24,7 +24,7 @@ EXPORTS = {
   "opt": (("hf",), ("hf", "--quantize=int8"), ("orbax",), ("stablehlo",)),
   "modern": (("hf",), ("hf", "--merge_ema=False", "--dtype=bfloat16"), ("stablehlo",)),
 }
-# Prints digests of two samples of a model.
+# Script that prints digests of two samples of a model.
 LOAD = """
 import hashlib, json, sys
 from cm3leon_jax import CM3Leon
@@ -36,13 +36,13 @@ EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_opt_3", "expo
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A folder in which the package of a checkout runs.
+  """A folder in which the package of one checkout runs.
 
   Attributes:
-    checkout: root of the source tree whose package runs.
-    folder: current folder of its commands; all their paths are relative to it, so that nothing that
-      they write depends on where it is.
-    before: folder of the commit before, whose runs `earlier` copies.
+    checkout: root of the source tree with the package.
+    folder: current folder of the commands. All paths are relative to it, so that no result depends
+      on its location.
+    before: folder of the commit, whose runs `earlier` copies.
     cache: folder of compiled programs.
   """
 
@@ -53,7 +53,7 @@ class Place:
 
   @property
   def environment(self) -> dict[str, str]:
-    """Variables of its processes."""
+    """Environment variables of the processes."""
     return {
       **os.environ,
       "PYTHONPATH": os.fspath(self.checkout),
@@ -62,7 +62,7 @@ class Place:
     }
 
   def python(self, *arguments: str, devices: int = 1) -> str:
-    """Runs Python in the folder and returns what it prints; exits if it fails."""
+    """Runs Python in the folder and returns its output; exits if Python fails."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**self.environment, "XLA_FLAGS": flags}
     command = [sys.executable, *arguments]
@@ -74,7 +74,7 @@ class Place:
     return result.stdout
 
   def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
-    """Runs a command with a variant of golden_config.py; "": with the settings of the run."""
+    """Runs a command with a variant of golden_config.py; "" takes the settings of the run."""
     config = [f"--config={CONFIG}:{variant}"] if variant else []
     self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
 
@@ -82,7 +82,7 @@ class Place:
     return golden_digests.of_folder(self.folder / folder)
 
   def losses(self, workdir: str) -> dict:
-    """Returns step -> what training logged of it, without times."""
+    """Returns step -> values that training logged for it, without times."""
     lines = (self.folder / workdir / "train" / "metrics" / "metrics.jsonl").read_text()
     return {
       f"{i}: step {line.get('step')}": {k: v for k, v in line.items() if not _is_time(k)}
@@ -95,26 +95,26 @@ def _is_time(name: str) -> bool:
 
 
 def opt(place: Place) -> dict:
-  """Every stage of a run of the paper's family."""
+  """Runs every stage of a run of the paper's family."""
   place.cm3leon("run", "opt", variant="opt")
   return place.digests("opt") | place.losses("opt")
 
 
 def modern(place: Place) -> dict:
-  """Every stage of a run with every mechanism, on eight devices."""
+  """Runs every stage of a run with every mechanism, on eight devices."""
   place.cm3leon("run", "modern", variant="modern", devices=8)
   return place.digests("modern") | place.losses("modern")
 
 
 def tuned(place: Place) -> dict:
-  """Instruction tuning of `modern`."""
+  """Tunes `modern` on instructions."""
   flags = ("--init_from=modern", "--records=3")
   place.cm3leon("run", "tuned", *flags, variant="tuned")
   return place.digests("tuned") | place.losses("tuned")
 
 
 def rewards(place: Place) -> dict:
-  """Learning from a judge's rewards, of `tuned`."""
+  """Learns from a judge's rewards, starting from `tuned`."""
   for command in ("copy_tokenizers", "encode_instructions", "reinforce"):
     flags = () if command == "encode_instructions" else ("--init_from=tuned",)
     place.cm3leon(command, "rewards", *flags, variant="rewards")
@@ -122,17 +122,17 @@ def rewards(place: Place) -> dict:
 
 
 def rows(place: Place) -> dict:
-  """The first rows of three mixtures: pairs; texts and documents, too; instructions, too."""
+  """Reads the first rows of three mixtures: pairs; also texts and documents; also instructions."""
   found = {}
   for run in ("opt", "modern", "tuned"):
-    # -P: modules beside the script, such as `tokenizers`, are not those of the packages.
+    # -P: otherwise modules next to the script, such as `tokenizers`, would hide packages.
     printed = place.python("-P", os.fspath(HERE / "golden_rows.py"), run, str(ROWS))
     found |= {f"{run}: row {row}": digest for row, digest in json.loads(printed).items()}
   return found
 
 
 def tasks(place: Place) -> dict:
-  """Samples of every task of `tuned`, in batches and each alone."""
+  """Generates samples of every task with `tuned`, in batches and one at a time."""
   found = {}
   for size in (16, 1):
     out = f"tasks_{size}"
@@ -143,7 +143,7 @@ def tasks(place: Place) -> dict:
 
 
 def served(place: Place) -> dict:
-  """Answers of a server of `tuned` to requests that all come at once."""
+  """Sends requests to a server of `tuned`, all in parallel, and returns digests of the answers."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--workdir=tuned", "--slots=3"]
   with golden_server.Server(command, place.folder, place.environment) as server:
     requests = golden_data.http_requests(place.folder)
@@ -153,7 +153,7 @@ def served(place: Place) -> dict:
 
 
 def exports(place: Place) -> dict:
-  """Files of every serving format, and of a bundle."""
+  """Writes exports in every serving format, and a bundle."""
   found = {}
   for run, choices in EXPORTS.items():
     for i, (name, *flags) in enumerate(choices):
@@ -166,7 +166,7 @@ def exports(place: Place) -> dict:
 
 
 def bundled(place: Place) -> dict:
-  """Answers of both bundled models to ten prompts each."""
+  """Generates samples of both bundled models for ten prompts each."""
   found = {}
   for name in ("scenes", "scenes-instruct"):
     out = f"bundled_{name}"
@@ -176,7 +176,7 @@ def bundled(place: Place) -> dict:
 
 
 def earlier(place: Place) -> dict:
-  """Runs, exports and bundles of the commit before: continued, graded, read."""
+  """Continues, grades and reads runs, exports and bundles of the commit."""
   place = dataclasses.replace(place, folder=place.folder / "earlier")
   prepare(place)
   for name in ("opt", "modern", "tuned", *EXPORTED):
@@ -197,7 +197,7 @@ def earlier(place: Place) -> dict:
   return found
 
 
-# Part -> parts whose folders it reads.
+# Part -> parts whose results it reads.
 NEEDS = {
   "tuned": ("modern",),
   "rewards": ("tuned",),
@@ -214,7 +214,7 @@ PARTS: dict[str, Callable[[Place], dict]] = {
 
 
 def with_needed(names: Collection[str]) -> list[str]:
-  """Returns parts and those that they read, in the order in which they run.
+  """Returns parts and the parts that they read, in the order in which they run.
 
   with_needed(["tasks"]) = ["modern", "tuned", "tasks"]
   """
@@ -227,7 +227,7 @@ def with_needed(names: Collection[str]) -> list[str]:
 
 
 def prepare(place: Place) -> None:
-  """Makes the folder anew, with the config and the files that its commands read."""
+  """Creates the folder again, with the config and files that the commands read."""
   shutil.rmtree(place.folder, ignore_errors=True)
   place.folder.mkdir(parents=True)
   shutil.copy(HERE / CONFIG, place.folder)

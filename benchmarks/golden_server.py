@@ -1,4 +1,4 @@
-"""A server of `benchmarks.golden`, and requests to it."""
+"""A server for `benchmarks.golden`, and requests to it."""
 
 import logging
 import pathlib
@@ -12,11 +12,11 @@ from benchmarks.golden_digests import of_value
 
 START_SECONDS = 900.0
 logging.getLogger("httpx").setLevel(logging.WARNING)  # It logs each request.
-CHANGING = ("created", "id")  # Fields of an answer that hold times and random names.
+CHANGING = ("created", "id")  # Fields of an answer with times and random names.
 
 
 class Server:
-  """A process of `cm3leon serve`, from when it is ready to the end of the context."""
+  """A process of `cm3leon serve` that is ready inside the context and ends with it."""
 
   def __init__(self, command: list[str], folder: pathlib.Path, environment: dict[str, str]):
     with socket.socket() as free:
@@ -50,7 +50,7 @@ class Server:
       return False
 
   def post(self, path: str, fields: dict, image: bytes | None = None) -> str:
-    """Posts JSON, or with an image a form, and returns a digest of the answer."""
+    """Posts JSON, or a form if there is an image, and returns a digest of the answer."""
     if image is None:
       answer = self._client.post(path, json=fields)
     else:

@@ -1,4 +1,4 @@
-"""Measures the offline stages on one machine: records ingested, encoded and embedded per second.
+"""Measures offline stages on one machine: records ingested, encoded and embedded per second.
 
   python -m benchmarks.offline
 
@@ -45,7 +45,7 @@ VIT_B32 = checkpoint.HFCLIPConfig(
 
 
 def report(what: str, count: int, run, unit: str) -> None:
-  """Prints median and range of the rate of `run()`, which processes `count`; the first compiles."""
+  """Prints median and range of the rate of `run()`, which processes `count` items."""
   run()
   rates = []
   for _ in range(_REPEATS.value):
@@ -58,7 +58,7 @@ def report(what: str, count: int, run, unit: str) -> None:
 
 
 def write_tar(path: epath.Path, count: int) -> None:
-  """Writes a shard as img2dataset does."""
+  """Writes a shard in the format of img2dataset."""
   with tarfile.open(str(path), "w") as tar:
     for i, drawing in enumerate(openmoji.drawings()[0][:count]):
       buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def write_tar(path: epath.Path, count: int) -> None:
 
 
 def ingestion(folder: epath.Path) -> list:
-  """Measures tar -> raw shard of 256 pixels; returns its pairs."""
+  """Measures ingestion from a tar to a raw shard of 256-pixel images; returns its pairs."""
   config = RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
   (folder / "in").mkdir()
   write_tar(folder / "in" / "00000.tar", _RECORDS.value)
@@ -116,7 +116,7 @@ def encoding(folder: epath.Path, pairs: list) -> None:
 
 
 def embedding() -> None:
-  """Measures ViT-B/32 in bfloat16."""
+  """Measures embedding with ViT-B/32 in bfloat16."""
   rng = np.random.default_rng(0)
 
   def normal(shape) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Measures whether continuous batching could take the place of the loop of `Generator`, in turns.
+"""Compares continuous batching with the loop of `Generator`, in turns. Could it replace the loop?
 
   OMP_WAIT_POLICY=passive python -m benchmarks.one_loop
 
-Admits all requests of a batch at once and steps until all are finished, beside `generate`, which
-reads equal prefixes of prompts once and lets its caches grow. Random parameters, whose candidates
-are nearly equally likely: rounding changes tokens of long samples.
+Continuous batching admits all requests of a batch and steps until all are finished. `generate`
+reads equal prefixes of prompts once and lets its caches grow. Parameters are random, so candidates
+are nearly equally likely, and rounding changes tokens of long samples.
 """
 
 import time
@@ -27,7 +27,7 @@ _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
 SAMPLES = 8
 VOCAB = VocabLayout(text_size=512, image_size=1_024)
-# Name -> tokens of a caption, whether all captions are equal, codes of an image, samples.
+# Name -> (tokens of a caption, whether all captions are equal, codes of an image, samples).
 CASES = {
   "8 short captions, 64 codes": (16, False, 64, SAMPLES),
   "8 samples of a short caption, 64 codes": (16, True, 64, SAMPLES),
@@ -39,14 +39,14 @@ CASES = {
 
 
 def requests_of(tokens: int, equal: bool, codes: int, samples: int):
-  """Returns requests for images of random captions."""
+  """Returns requests for images with random captions."""
   rng = np.random.default_rng(0)
   captions = [rng.integers(VOCAB.num_special, VOCAB.text_size, tokens) for _ in range(samples)]
   return [text_to_image(VOCAB, codes, captions[0 if equal else i]) for i in range(samples)]
 
 
 def clocks() -> np.ndarray:
-  """Returns seconds on the wall, and of the processors for this process."""
+  """Returns wall-clock seconds and the processor seconds of this process."""
   return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -62,7 +62,7 @@ def in_engine(engine: ContinuousGenerator, requests) -> list[np.ndarray]:
 
 
 def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
-  """Returns the cells of a row of the table."""
+  """Returns the cells of a table row."""
   width, positions = _WIDTH.value, tokens + codes + 8
   model = ModelConfig(
     family="modern", vocab_size=VOCAB.size, num_layers=4, width=width, num_heads=width // 64,

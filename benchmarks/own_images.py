@@ -1,13 +1,13 @@
-"""Images of one colored shape each, as a user's own folder: written, and judged by a short rule.
+"""Writes images of one colored shape each as a user's own folder, and judges generated images.
 
   python -m benchmarks.own_images make --folder=my_images
   cm3leon run --config=own --config.raw.source=my_images/sidecars --workdir=workdir/own
   python -m benchmarks.own_images judge --workdir=workdir/own
 
-`make` writes the same 290 pairs and ten mistakes three times: as sidecar files, tar and JSONL.
-`judge` generates images for 50 captions that no training image has, and measures in how many of
-them the color and the shape of the caption can be seen: judged.json and judged.png in the workdir,
-and the first lines of report.html. docs/own_images.md walks through it.
+`make` writes the same 290 pairs and ten mistakes three times: as sidecar files, as a tar and as
+JSONL. `judge` generates images for 50 captions without a training image, and measures how many show
+the color and the shape of their caption. It writes judged.json and judged.png to the workdir, and
+the first lines of report.html. docs/own_images.md is the tutorial.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from cm3leon_jax.reports import report
 
 # H height, W width.
 
-SIDE = 256  # Of an image in pixels.
-PAIRS = 290  # Beside them stand ten mistakes.
-NEAR = 75  # Largest distance of a pixel to a color, in RGB.
-CELLS = 24  # Side of a mask that is compared.
+SIDE = 256  # Pixels.
+PAIRS = 290  # Without the ten mistakes.
+NEAR = 75  # A pixel counts for a color up to this RGB distance.
+CELLS = 24  # Side of a mask that is compared with a template.
 AIMS = {"color": 0.6, "shape": 0.4}
 COLORS = {
   "red": (214, 38, 40),
@@ -54,7 +54,7 @@ WORDINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-  """What an image shows, and the wording of its caption."""
+  """The content of an image, and the wording of its caption."""
 
   color: str
   shape: str
@@ -67,7 +67,7 @@ class Fact:
 
 
 def all_facts() -> list[Fact]:
-  """Lists all facts: 6 colors, 4 shapes, 4 places and 3 wordings, 288 captions."""
+  """Returns all 288 facts: 6 colors, 4 shapes, 4 places and 3 wordings."""
   return [
     Fact(color, shape, place, wording)
     for color in COLORS
@@ -78,7 +78,7 @@ def all_facts() -> list[Fact]:
 
 
 def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-  """Returns the corners of a shape around (x, y); of a disc, many."""
+  """Returns the corners of a shape around (x, y); a disc becomes a polygon with 64 corners."""
   count, turn = {"disc": (64, 0), "square": (4, 45), "triangle": (3, -90), "star": (10, -90)}[shape]
   angles = np.radians(np.arange(count) * 360 / count + turn)
   radii = np.where((np.arange(count) % 2 == 1) & (shape == "star"), 0.42, 1.0) * radius
@@ -86,7 +86,7 @@ def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 
 def background(generator: np.random.Generator) -> Image.Image:
-  """Draws soft light, as a photo out of focus: gradients of two pale colors, blotches and grain."""
+  """Draws a background like an unfocused photo: a gradient of two pale colors, blotches, grain."""
   first, second = generator.uniform(120, 225, (2, 1)) + generator.uniform(-18, 18, (2, 3))
   angle = generator.uniform(0, 2 * np.pi)
   ys, xs = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
@@ -99,7 +99,7 @@ def background(generator: np.random.Generator) -> Image.Image:
 
 
 def draw(fact: Fact, seed: int) -> Image.Image:
-  """Draws an image of `fact`, others with each seed."""
+  """Draws an image of `fact` that depends on the seed."""
   generator = np.random.default_rng(seed)
   image = background(generator)
   x, y = (SIDE * (c + generator.uniform(-0.03, 0.03)) for c in PLACES[fact.place])
@@ -110,21 +110,21 @@ def draw(fact: Fact, seed: int) -> Image.Image:
 
 
 def pairs(seed: int = 0) -> list[tuple[str, Fact, Image.Image]]:
-  """Makes the correct pairs: name, fact and image."""
+  """Returns (name, fact, image) of each correct pair."""
   choice = random.Random(seed)
   facts = [choice.choice(all_facts()) for _ in range(PAIRS)]
   return [(f"{i:03d}", fact, draw(fact, 1_000 * seed + i)) for i, fact in enumerate(facts)]
 
 
 def encoded(image: Image.Image, kind: str = "jpeg") -> bytes:
-  """Returns the bytes of a file."""
+  """Encodes an image as the bytes of a file."""
   file = io.BytesIO()
   image.save(file, kind, quality=92)
   return file.getvalue()
 
 
 def mistakes() -> list[tuple[str, dict[str, bytes]]]:
-  """Makes ten samples of which none is a correct pair: name, and content by suffix."""
+  """Returns ten incorrect samples: (name, suffix -> content)."""
   image = draw(Fact("red", "disc", "left", 0), 9_999)
   jpeg, png, caption = encoded(image), encoded(image, "png"), b"a red disc at the left"
   return [
@@ -142,7 +142,7 @@ def mistakes() -> list[tuple[str, dict[str, bytes]]]:
 
 
 def make(folder: pathlib.Path) -> None:
-  """Writes pairs and mistakes as sidecar files, as a tar and as JSONL."""
+  """Writes pairs and mistakes as sidecar files, as a tar, and as JSONL."""
   samples = [(n, {"jpg": encoded(i), "txt": f.caption.encode()}) for n, f, i in pairs()]
   samples = sorted([*samples, *mistakes()], key=lambda sample: sample[0])
   for name in ("sidecars", "tar", "jsonl/images"):
@@ -166,7 +166,7 @@ def make(folder: pathlib.Path) -> None:
 
 
 def cells(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-  """Cuts out a box with a margin of a fifth of its sides: fp32 [CELLS, CELLS]."""
+  """Cuts out a box with a margin of a fifth of its sides; returns fp32 [CELLS, CELLS]."""
   left, top, right, bottom = box
   x, y = (right - left) / 5, (bottom - top) / 5
   part = image.crop((round(left - x), round(top - y), round(right + x), round(bottom + y)))
@@ -175,18 +175,18 @@ def cells(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 
 @functools.cache
 def template(shape: str) -> np.ndarray:
-  """Draws a shape as `cells` cuts it out."""
+  """Draws a shape in the format of `cells`."""
   image = Image.new("L", (SIDE, SIDE))
   ImageDraw.Draw(image).polygon(polygon(shape, SIDE / 2, SIDE / 2, SIDE / 3), fill=255)
   return cells(image, image.getbbox())
 
 
 def seen(image: Image.Image) -> tuple[str, str]:
-  """Returns the color and the shape that an image shows; empty if it shows none.
+  """Returns the color and the shape in an image; empty if there is none.
 
-  The color is that of most pixels that are near to one of COLORS. How much a pixel is nearer to it
-  than to the color of the border makes a mask; the shape is the template that correlates most with
-  the mask around the pixels that are.
+  Among pixels near a color of COLORS, the most frequent color counts. A mask has large values where
+  a pixel is nearer to this color than to the color of the border. The shape is the template with
+  the highest correlation to the mask, which is cut out around its values above 0.5.
   """
   pixels = np.asarray(image.convert("RGB"), np.float32)
   distance = np.linalg.norm(pixels[:, :, None] - np.array(list(COLORS.values())), axis=-1)
@@ -197,7 +197,7 @@ def seen(image: Image.Image) -> tuple[str, str]:
   border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
   other = np.linalg.norm(pixels - border, axis=-1)
   mask = other / (other + distance[..., color] + 1e-6)
-  if not (mask > 0.5).any():  # The border has the color, too.
+  if not (mask > 0.5).any():  # The border has the same color.
     return list(COLORS)[color], ""
   (top, bottom), (left, right) = (np.percentile(axis, (1, 99)) for axis in np.nonzero(mask > 0.5))
   found = cells(Image.fromarray(mask.astype(np.float32)), (left, top, right + 1, bottom + 1))
@@ -206,20 +206,20 @@ def seen(image: Image.Image) -> tuple[str, str]:
 
 
 def shares(images: list[Image.Image], facts: list[Fact]) -> dict[str, float]:
-  """Returns the shares of the images that show color, shape, and both, of their captions."""
+  """Returns the shares of images with the color, the shape, and both, of their captions."""
   right = np.array([[c == f.color, s == f.shape] for (c, s), f in zip(map(seen, images), facts)])
   color, shape = right.mean(0)
   return {"color": float(color), "shape": float(shape), "both": float(right.all(1).mean())}
 
 
 def nearest_caption(caption: str, others: list[str]) -> int:
-  """Returns the place of the caption that shares most words, the first one of several."""
+  """Returns the index of the first caption that shares the largest part of its words."""
   words = set(caption.split())
   return int(np.argmax([len(words & set(o.split())) / len(words | set(o.split())) for o in others]))
 
 
 def judge(workdir: pathlib.Path, count: int) -> dict:
-  """Generates and judges images of captions that no training image has; writes judged.json."""
+  """Generates and judges images for captions without a training image; writes judged.json."""
   training = reader.read_pairs(workdir / "raw", "train")
   captions = [pair.caption for pair in training]
   known = {(f.color, f.shape) for f in all_facts() if f.caption in captions}
@@ -249,7 +249,7 @@ def judge(workdir: pathlib.Path, count: int) -> dict:
 
 
 def sheet(images: list[Image.Image], captions: list[str], columns: int = 5) -> Image.Image:
-  """Draws images above their captions, as many as fill whole rows."""
+  """Lays out images with their captions below, in rows of `columns`."""
   cell = (230, 150)
   made = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(images) // columns)), "white")
   for i, (image, caption) in enumerate(zip(images, captions)):

@@ -1,10 +1,10 @@
-"""Compiles train steps for TPU slices and prints memory and least time: docs/scaling.md's tables.
+"""Compiles train steps for TPU slices; prints memory and least time for docs/scaling.md's tables.
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes
   python -m benchmarks.pod_memory --part=tuning
 
-A compilation takes half a minute; no TPU is needed.
+A compilation takes half a minute and needs no TPU.
 """
 
 import json
@@ -18,7 +18,7 @@ from absl import app, flags
 _PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes", "tuning"], "Table to print.")
 
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
-# Slice, rows of a device, remat policy.
+# (size, slice, rows per device, remat policy).
 GOALS = [
   ("7b", "v5p-256", 4, "full"),
   ("7b", "v5e-256", 2, "full"),
@@ -39,7 +39,7 @@ SIZES = [
   ("760m", "v5p-256", 16, "minimal"),
   ("760m", "v5p-8", 16, "minimal"),
 ]
-# Of instruction tuning, with the passes that its 512 rows take.
+# Instruction tuning: the same, and the passes that 512 rows take.
 TUNING = [
   ("7b", "v5p-256", 4, "full", 1),
   ("7b", "v5e-256", 2, "full", 1),
@@ -57,9 +57,9 @@ TUNING = [
 
 
 def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> dict:
-  """Returns the report of one step; if the command fails, prints its error and exits.
+  """Returns the report of a train step; if the command fails, prints its error and exits.
 
-  With `passes` it is the step of instruction tuning, with the batch of its config.
+  With `passes` it is a step of instruction tuning with the batch of its config.
   """
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -
 
 
 def row(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> str:
-  """Returns a row of the table."""
+  """Returns a table row."""
   r = measure(size, topology, rows, policy, passes)
   again = r["flops"] * r["devices"] / r["model_flops"]
   tokens = r["tokens"] / r["devices"]

@@ -1,9 +1,9 @@
-"""Measures the largest memory of an evaluation by a protocol at several numbers of images.
+"""Measures the peak memory of an evaluation with a protocol for several numbers of images.
 
   python -m benchmarks.protocol_memory --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-Writes random images with captions in the format of COCO to a temporary folder, and runs
-`launch.evaluate --protocol` on a copy of the run's folders, each number in a process of its own.
+Writes random images with captions in the format of COCO to a temporary folder. Runs
+`launch.evaluate --protocol` on a copy of the run's folders, in a separate process for each number.
 """
 
 import json
@@ -46,7 +46,7 @@ def write_images(folder: epath.Path, count: int, side: int) -> None:
 
 
 def peak_of(command: list[str]) -> float:
-  """Runs a command; returns the largest memory of its process in GiB."""
+  """Runs a command; returns the peak memory of its process in GiB."""
   child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
   _, status, usage = os.wait4(child.pid, 0)
   child.returncode = os.waitstatus_to_exitcode(status)
@@ -63,7 +63,7 @@ def main(settings, workdir: epath.Path) -> None:
     write_images(folder / "data", max(counts), settings.vqgan.resolution)
     (folder / "memory.yaml").write_text(PROTOCOL)
     (folder / "run").mkdir()
-    for path in workdir.iterdir():  # Results go to the copy.
+    for path in workdir.iterdir():  # Links, so that results are written to the copy.
       if path.name != "evaluations":
         os.symlink(os.path.realpath(path), folder / "run" / path.name)
     for count in counts:

@@ -1,11 +1,11 @@
-"""Measures whether retrieval helps a small decoder: 0, 1 and 2 neighbors, and 2 of others.
+"""Measures whether retrieval helps a small decoder: 0, 1, 2 and 2 shuffled neighbors.
 
   python -m benchmarks.retrieval_ablation --workdir=workdir/ablation
 
-Trains the tokenizers, a CLIP and then a decoder for every condition and seed, for equal steps, on
-drawings of one concept in several styles. Writes results.json, table.md and plot.png into the
-workdir. Finished parts are skipped, so it can be stopped at any time. Method:
-docs/retrieval_ablation.md.
+Trains the tokenizers, a CLIP and then a decoder for every condition and seed. All decoders train
+for equal steps on drawings of each concept in several styles. Writes results.json, table.md and
+plot.png to the workdir. Finished parts are skipped, so the command can be stopped at any time.
+Method: docs/retrieval_ablation.md.
 """
 
 import dataclasses
@@ -34,11 +34,12 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings, settings_from_config
 
-# n documents, C candidates of each, K of which stand before it.
+# n documents, C candidates per document, K of which stand before the document as neighbors.
 
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
-# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with
-# two: all rows are equally full. Neighbors may be very similar: groups exclude variants.
+# A pair takes about 266 slots. A row of 1,664 slots holds 6 pairs without neighbors, 3 with one
+# neighbor or 2 with two, so all rows are equally full. Very similar neighbors are allowed, because
+# groups exclude variants.
 SLOTS = 1_664
 OVERRIDES = {
   "data.sequence_length": SLOTS,
@@ -53,7 +54,7 @@ OVERRIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """`num_neighbors` neighbors stand before a document: its own or, if `shuffled`, another's."""
+  """Neighbors before a document: its own or, if `shuffled`, those of another document."""
 
   label: str
   num_neighbors: int
@@ -70,12 +71,12 @@ CONDITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-  """Place and size of the ablation.
+  """Location and size of the ablation.
 
   Attributes:
     workdir: folder of all runs.
     steps: training steps of every run.
-    minutes: variant of ml_configs/openmoji.py; it scales the steps of the tokenizers and of CLIP.
+    minutes: variant of ml_configs/openmoji.py; it scales the training steps of tokenizers and CLIP.
   """
 
   workdir: pathlib.Path
@@ -83,13 +84,13 @@ class Ablation:
   minutes: float
 
   def overrides(self, **fields) -> dict:
-    """Returns the fields of the config that differ from those of `openmoji`."""
+    """Returns the config fields that differ from `openmoji`."""
     steps = dict.fromkeys(("train.steps", "train.eval_every", "train.sample_every"), self.steps)
     steps["train.checkpoint_every"] = min(100, self.steps)
     return {**OVERRIDES, "raw.source": str(self.workdir / "drawings"), **steps, **fields}
 
   def settings(self, overrides: dict) -> Settings:
-    """Returns the checked config."""
+    """Returns the validated settings."""
     config = openmoji.get_config(f"{self.minutes:g}")
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
@@ -101,7 +102,7 @@ class Ablation:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The documents of both splits and the numbers of their concepts, [n] each."""
+  """The documents of both splits, and [n] concept numbers of each document."""
 
   train: DocumentStore
   heldout: DocumentStore
@@ -110,7 +111,7 @@ class Corpus:
 
   @property
   def subsets(self) -> dict[str, np.ndarray]:
-    """Masks of `ablation_table.SUBSETS`, [n] bool: whether train has the concept."""
+    """Masks [n] of `ablation_table.SUBSETS`: whether the training documents contain the concept."""
     in_train = np.isin(self.heldout_concepts, self.train_concepts)
     return {"drawn_by_others": in_train, "new": ~in_train}
 
@@ -125,19 +126,21 @@ def open_corpus(workdir: pathlib.Path, vocab) -> Corpus:
 
 
 def concepts_of(ids: np.ndarray, bank_concepts: np.ndarray) -> np.ndarray:
-  """Returns the concepts of candidates, -1 for none (id -1)."""
+  """Returns the concepts of candidates; -1 for the id -1, which means no candidate."""
   return np.append(bank_concepts, -1)[ids]
 
 
 def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Gives each document another one, each once, without a candidate of the document's concept.
+  """Assigns each document the candidates of another document, without its own concept.
 
     own = [7 8 9], candidates = [[7] [8] [9]]: result = [1 2 0] or [2 0 1]
 
+  Each document's candidates are used once.
+
   Args:
     own: [n] concepts of the documents.
-    candidates: [n, C] concepts of their candidates, -1 for none.
-    rng: chooses the order.
+    candidates: [n, C] concepts of their candidates, -1 for no candidate.
+    rng: random generator for the order.
 
   Raises:
     UserError: no such order was found.
@@ -159,7 +162,7 @@ def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Gener
 def shuffle_neighbors(
   folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int
 ) -> None:
-  """Writes the neighbors in `folder` to `target`, once, each for another document of its split."""
+  """Writes the neighbors in `folder` to `target`, reassigned within each split, unless done."""
   done = read_json(folder / stages.DONE)
   done["id"] += f"-shuffled-{seed}"
   if (target / stages.DONE).exists() and read_json(target / stages.DONE)["id"] == done["id"]:
@@ -183,11 +186,11 @@ def shuffle_neighbors(
 
 
 def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
-  """Counts how often a neighbor shows the document's own concept, in another style.
+  """Measures how often a neighbor shows the document's own concept, in another style.
 
   Returns:
     train_candidates: share of all candidates of training documents. heldout_first, heldout_second:
-    share of the best two by caption, of held-out documents whose concept is in the bank.
+    share of the best two by caption, for held-out documents whose concept is in the bank.
   """
   ids = neighbors.load_neighbors(folder, "train_pairs")
   train = (concepts_of(ids, corpus.train_concepts) == corpus.train_concepts[:, None])[ids >= 0]
@@ -203,10 +206,10 @@ def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
 
 
 def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, list[float]]:
-  """Scores every held-out document after the K best neighbors in `run`, by caption alone.
+  """Scores every held-out document after its K best neighbors by caption in `run`.
 
   Returns:
-    image_bits, image_codes, text_bits, text_tokens: [n] sums over the codes and over the caption.
+    image_bits, image_codes, text_bits, text_tokens: [n] sums over the image codes and the caption.
   """
   ids = neighbors.load_neighbors(run / "neighbors", "heldout_pairs", text_only=True)
   samples, masks = [], []
@@ -323,7 +326,7 @@ def main(argv) -> None:
     )
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_string(
     "workdir", "workdir/retrieval_ablation", "Folder of all runs; an existing one continues."
   )

@@ -1,12 +1,12 @@
-"""Counts how often a sample of one seed differs with what is decoded beside it.
+"""Counts how often a sample of one seed changes when other samples are decoded with it.
 
   python -m benchmarks.same_seed --tokens=20000
 
-Every task of a bundled model is sampled from flat distributions (nothing is cut off, temperature
-1.5): each sample alone, in a batch, in a running batch that admits samples at any time, and in
-both over 8 (fake) devices. The ids must be the same; matrix products over other shapes round
-differently, which moves logits by 1e-6 in float32, and by 1e-2 in bfloat16. Prints a row for each
-task and way. With --dtype=float32 the command ends with exit code 1 if a token differs.
+Samples every task of a bundled model from flat distributions (no top-k or top-p, temperature 1.5):
+each sample alone, in a batch, in a running batch that admits samples at any time, and in both over
+8 (fake) devices. The ids should be equal. Matrix products of other shapes round differently, which
+changes logits by 1e-6 in float32 and by 1e-2 in bfloat16. Prints a row per task and way. With
+--dtype=float32 the exit code is 1 if a token differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 
-# Before JAX is imported.
+# This must be set before JAX is imported.
 if "--xla" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -41,7 +41,7 @@ LENGTH = 24  # Tokens of a text.
 
 
 def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
-  """Returns for each kind of task what makes the i-th one."""
+  """Returns kind of task -> function that creates the i-th task."""
   settings = model.pipeline.settings
   sampling = dataclasses.replace(settings.sampling, **FLAT)
   config = dataclasses.replace(settings.scenes, heldout=700)
@@ -84,7 +84,7 @@ def requests_of(model: CM3Leon, tasks: Sequence[Task]) -> list[Request]:
 
 
 def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
-  """Generates in batches of `size`: the ids of each request."""
+  """Generates in batches of `size`; returns the ids of each request."""
   found = []
   with jax.set_mesh(model.mesh):
     for start in range(0, len(requests), size):
@@ -97,14 +97,14 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
 
 
 def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in running batches: all free slots are taken, at odd steps one of them."""
+  """Generates in a running batch; admits to all free slots in every second turn, else to one."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
     while following is not None or engine.active:
-      most = slots if next(turn) % 2 else 1  # Late ones meet samples of any age.
+      most = slots if next(turn) % 2 else 1  # Mixes samples of different age.
       while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
         places[engine.admit(request, i, sampling)] = i
@@ -117,9 +117,9 @@ def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.n
 
 
 def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, int]:
-  """Returns the number of samples that differ, and of tokens that are compared.
+  """Returns the number of differing samples, and the number of compared tokens.
 
-  Behind the first token that differs a sample is another one, so nothing there is compared.
+  Tokens after the first difference are not compared, because the samples have different prefixes.
   """
   differing = tokens = 0
   for a, b in zip(expected, found, strict=True):
@@ -134,13 +134,13 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, i
 def measure(
   one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int, size: int
 ) -> dict:
-  """Compares the ways for one kind of task: way -> (samples that differ, tokens, samples).
+  """Compares the ways for one kind of task: way -> (differing samples, tokens, samples).
 
   Args:
     one: the model on 1 device.
-    eight: the same on 8 devices.
-    make: makes the i-th task.
-    tokens: least number of tokens.
+    eight: the same model on 8 devices.
+    make: creates the i-th task.
+    tokens: minimum number of tokens.
     size: samples of a batch, and slots of a running batch.
   """
   alone: list[np.ndarray] = []

@@ -1,15 +1,15 @@
-r"""Measures what a save, or a checked step, costs the step loop, at the size of the demo.
+r"""Measures how much a save, or a checked step, slows the step loop down, at the size of the demo.
 
   python -m benchmarks.save_cost
   python -m benchmarks.save_cost --replay_every=200
 
-Blocks of `--block` steps on random tokens alternate: each second one begins with a save. The cost
-is the time that the save stops the loop, and what steps take longer than others until the
-checkpoint is sealed, as a share of the steps from one checkpoint of the config to the next.
+Runs blocks of `--block` steps on random tokens; every second block begins with a save. The cost is
+the time for which the save stops the loop, plus the time by which steps are slower until the
+checkpoint is sealed. It is printed as a share of the time between two checkpoints of the config.
 
-With `--replay_every` the last step of each block is checked (`train.replay_every`). The cost is
-what this step and the one before, which leaves its fingerprint, take longer than two others, as a
-share of so many steps.
+With `--replay_every` the last step of each block is checked (`train.replay_every`). The cost is the
+extra time of this step and of the step before, which leaves a fingerprint. It is printed as a share
+of the time of `--replay_every` steps.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _REPLAY = flags.DEFINE_integer("replay_every", 0, "Measure checked steps, at so 
 
 
 def make_batch(settings: Settings):
-  """Makes a batch of random tokens."""
+  """Returns a batch of random tokens."""
   rng = np.random.default_rng(0)
   length, vocab = settings.data.sequence_length, settings.vocab
   samples = [
@@ -52,15 +52,15 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
   """Runs `2 * blocks` blocks of steps.
 
   Returns:
-    Of every block `save`, seconds that the save took in the loop (0 without one), and the seconds
-    of its steps: `in_flight` until the checkpoint was sealed, and `alone`.
+    For every block: `save`, seconds that the save stopped the loop (0 without a save), and seconds
+    of its steps: `in_flight` before the checkpoint was sealed, and `alone` for the other steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   take_step = functools.partial(steps.train, num_sources=0)
   batch, state = make_batch(settings), steps.init()
   results = []
   with Checkpoints(folder, keep=2) as checkpoints:
-    for block in range(-1, 2 * blocks):  # The first one compiles.
+    for block in range(-1, 2 * blocks):  # The first block compiles.
       found: dict = {"save": 0.0, "in_flight": [], "alone": []}
       begin = time.perf_counter()
       saved = block % 2 == 1 and block > 0
@@ -80,10 +80,10 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
 
 
 def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, list, list]:
-  """Runs blocks of steps that end with a checked one.
+  """Runs blocks of steps; the last step of each block is checked.
 
   Returns:
-    Seconds of ordinary steps, of those before a checked one, and of checked ones.
+    Seconds of ordinary steps, of steps before a checked step, and of checked steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   config = dataclasses.replace(settings.train, replay_every=every)
@@ -102,7 +102,7 @@ def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, l
 
 
 def print_replay(found: tuple[list, list, list], every: int) -> None:
-  """Prints the cost of a checked step in `every` steps."""
+  """Prints the cost of one checked step per `every` steps."""
   alone, before, checked = found
   step = np.median(alone)
   print(f"ordinary steps: {spread(alone)}, {len(alone)} steps")

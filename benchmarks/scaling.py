@@ -2,10 +2,10 @@
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
-Trains decoders of four sizes with and without a neighbor, on as many tokens a parameter, fits power
-laws, writes what they predict for a fifth size into predictions.json, and only then trains it.
-Writes results.json, table.md and plot.png into the workdir after every run. Finished parts are
-skipped, so it can be stopped at any time. Method: docs/scaling_laws.md.
+Trains decoders of four sizes with and without a neighbor, with equal tokens per parameter. Fits
+power laws, writes their predictions for a fifth size to predictions.json, and only then trains this
+size. Writes results.json, table.md and plot.png to the workdir after every run. Finished parts are
+skipped, so the command can be stopped at any time. Method: docs/scaling_laws.md.
 """
 
 import ast
@@ -33,14 +33,14 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}
-# Reasons why scenes are held out. All of them make up the mean; the first two are also reported
-# alone, and judged.
+# Reasons why scenes are held out. The mean covers all of them. Only the first two are also judged,
+# and reported separately.
 SUBSETS = {**scene_retrieval.SUBSETS, "pair": ("pair",), "objects": ("objects",)}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Size:
-  """Size of a decoder. Its other fields follow from those of the config, see `Scaling.fields`."""
+  """Size of a decoder; `Scaling.fields` derives the other fields of the config from it."""
 
   width: int
   layers: int
@@ -52,19 +52,19 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-  """Place and extent of the experiment.
+  """Location and size of the experiment.
 
   Attributes:
     workdir: folder of all runs.
-    sizes: of the fits.
-    predicted: the size that is predicted before it is trained.
-    conditions: of `CONDITIONS`.
-    seeds: of every size and condition.
-    tokens_per_parameter: training tokens over parameters that multiply, of the predicted size.
-    tokens_power: the tokens of the other sizes are proportional to parameters to this power.
+    sizes: sizes for the fits.
+    predicted: size that is predicted before it is trained.
+    conditions: keys of `CONDITIONS`.
+    seeds: seeds of every size and condition.
+    tokens_per_parameter: training tokens per parameter in matrix products, for the predicted size.
+    tokens_power: training tokens are proportional to parameters to this power.
     learning_rate_power: the learning rate is proportional to width to this power.
-    judged: largest number of judged scenes per subset.
-    given: fields of the config that the user changes.
+    judged: maximum number of judged scenes per subset.
+    given: config fields that the user changes.
   """
 
   workdir: pathlib.Path
@@ -79,18 +79,19 @@ class Scaling:
   given: dict
 
   def shared_fields(self) -> dict:
-    """Returns the fields of the config that all runs have in common."""
+    """Returns the config fields that all runs share."""
     never = 1_000_000
     without_pauses = {"train.eval_every": never, "train.sample_every": never}
     return {**without_pauses, "train.checkpoint_every": 250, **self.given}
 
   def fields(self, size: Size, condition: str, seed: int) -> dict:
-    """Returns the fields of the config of a run.
+    """Returns the config fields of a run.
 
-    The feed-forward layer is as many times the width as in the config. With w = width / the
-    config's, layers start at its `init_std` / sqrt(w) and learn at its learning rate x w to
-    `learning_rate_power`. With N parameters of `flops.matmul_params`, and M of the predicted size,
-    a run has `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, padding included.
+    The feed-forward width scales with the width. Let w be the width divided by the config's width.
+    Layers start at the config's `init_std` / sqrt(w). The learning rate is the config's times
+    w^`learning_rate_power`. Let N be the parameters by `flops.matmul_params`, and M those of the
+    predicted size. A run has `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, including
+    padding.
     """
     base = self.settings(self.shared_fields())
     fields = {**self.size_fields(base, size), "seed": seed}
@@ -106,7 +107,7 @@ class Scaling:
     return fields
 
   def size_fields(self, base: Settings, size: Size) -> dict:
-    """Returns the shared fields and those that depend on the size, without its steps."""
+    """Returns the shared fields and the fields that depend on the size, without the steps."""
     wider = size.width / base.model.width
     return {
       **self.shared_fields(),
@@ -121,18 +122,18 @@ class Scaling:
     }
 
   def settings(self, fields: dict) -> Settings:
-    """Returns the checked config."""
+    """Returns the validated settings."""
     config = config_scenes.get_config()
     config.update_from_flattened_dict(fields)
     return settings_from_config(config)
 
   def folder(self, size: Size, condition: str, seed: int) -> pathlib.Path:
-    """Returns the folder of a run; runs of another length have another."""
+    """Returns the folder of a run; runs with other steps have other folders."""
     steps = self.fields(size, condition, seed)["train.steps"]
     return self.workdir / f"{size}_steps_{steps}" / f"{condition}_seed_{seed}"
 
   def planned(self, sizes: Iterable[Size]) -> list[tuple[int, Size, str]]:
-    """Returns seed, size and condition of the runs of `sizes`, in their order."""
+    """Returns (seed, size, condition) of the runs of `sizes`, in order."""
     return [(s, size, name) for s in self.seeds for size in sizes for name in self.conditions]
 
   def command(self, name: str, workdir: pathlib.Path, fields: dict) -> None:
@@ -141,12 +142,12 @@ class Scaling:
 
 
 def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
-  """Parses sizes, WIDTH or WIDTHxLAYERSxHEADS; what is absent is as in the config.
+  """Parses sizes WIDTH or WIDTHxLAYERSxHEADS; missing numbers come from the config.
 
   parse_sizes(["64", "96x6x3"]) = (Size(64, 4, 2), Size(96, 6, 3))
 
   Raises:
-    UserError: a text is no size.
+    UserError: a text is not a size.
   """
   model = config_scenes.get_config().model
   sizes = []
@@ -160,7 +161,7 @@ def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
 
 
 def parse_fields(texts: Sequence[str]) -> dict:
-  """Parses fields of the config: ["train.log_every=5"] is {"train.log_every": 5}."""
+  """Parses config fields: ["train.log_every=5"] becomes {"train.log_every": 5}."""
   fields = {}
   for text in texts:
     name, found, value = text.partition("=")
@@ -174,7 +175,7 @@ def parse_fields(texts: Sequence[str]) -> dict:
 
 
 def describe(scaling: Scaling, size: Size) -> dict:
-  """Returns what a size costs: parameters, steps, tokens and training FLOPs, the neighbors' too."""
+  """Returns parameters, steps, tokens and training FLOPs of a size, including neighbors."""
   settings = scaling.settings(scaling.fields(size, "neighbors", 0))
   length = settings.data.sequence_length
   tokens = settings.train.steps * settings.train.global_batch_size * length
@@ -189,10 +190,10 @@ def describe(scaling: Scaling, size: Size) -> dict:
 
 
 def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judged: int) -> dict:
-  """Scores and judges a trained decoder, with retrieval after the true neighbors.
+  """Scores and judges a trained decoder; with retrieval, after the true neighbors.
 
   Returns:
-    bits [n] of each image of `corpus`, right [m] of each scene of `scene_retrieval.chosen`.
+    bits [n] of each image of `corpus`; right [m] for each scene of `scene_retrieval.chosen`.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):
@@ -218,19 +219,19 @@ def run_one(scaling: Scaling, size: Size, condition: str, seed: int, corpus) -> 
 
 
 def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: bool) -> dict:
-  """Writes predictions before their size is trained, and never again.
+  """Writes predictions once, before their size is trained.
 
   Args:
-    path: of predictions.json.
-    made_of: what they rest on; equal for equal predictions.
+    path: path of predictions.json.
+    made_of: inputs of the predictions; equal inputs give equal predictions.
     predictions: plain values.
     started: whether a training of the predicted size has begun.
 
   Returns:
-    The predictions in the file: those that were written first.
+    The predictions in the file, which are the first that were written.
 
   Raises:
-    UserError: the file rests on something else, or the training began without it.
+    UserError: the file was made from other inputs, or the training began before it was written.
   """
   if path.exists():
     stages.check_same_config(path, read_json(path)["made_of"], made_of)
@@ -362,6 +363,6 @@ def define_flags() -> None:
   flags.DEFINE_bool("plan", False, "Print parameters, steps and FLOPs of the sizes, and end.")
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   define_flags()
   app.run(main)

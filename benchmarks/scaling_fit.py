@@ -9,9 +9,9 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1_000
-LEAST_SIZES = 3  # Of a law without a floor; one with a floor needs one more.
+LEAST_SIZES = 3  # For a law without a floor; a floor needs one size more.
 FLOOR_STEPS = 200
-FLOOR_GAIN = 0.005  # A floor must predict the largest size better by this share of its bits.
+FLOOR_GAIN = 0.005  # A floor must improve the prediction of the largest size by this share.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Law:
 
   Attributes:
     reference: FLOPs.
-    floor, scale, exponent: [...] arrays of one shape. Bits rise with FLOPs where the exponent is
+    floor, scale, exponent: [...] arrays of one shape. Bits rise with FLOPs if the exponent is
       negative.
   """
 
@@ -38,8 +38,8 @@ class Law:
   def flops(self, bits) -> np.ndarray:
     """Computes the FLOPs that reach `bits`.
 
-    inf where the law never gets so low. A law that does not fall stands for the bits at its
-    reference: 0 where they are low enough, else inf.
+    The result is inf if the law never reaches so few bits. A law that does not fall counts as its
+    bits at the reference: the result is 0 if these are few enough, else inf.
     """
     above = np.asarray(bits, np.float64) - self.floor
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -54,19 +54,19 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(flops, bits, with_floor: bool = False) -> Law:
-  """Fits laws by least squares of log bits.
+  """Fits laws with least squares of log bits.
 
-  Without a floor it is a line in log bits and log FLOPs. With one, a grid over the floor is refined
-  three times; each floor has its line in log(bits - floor), and that with the least squared error
-  of log bits is taken. A floor of 0 is among them.
+  Without a floor, the law is a line in log bits and log FLOPs. With a floor, a grid of floors is
+  refined three times. Each floor has a line in log(bits - floor), and the floor with the least
+  squared error of log bits is taken. The grid includes a floor of 0.
 
   Args:
-    flops: [P] of each size.
+    flops: [P], one per size.
     bits: [..., P].
-    with_floor: whether the floor is fitted, too.
+    with_floor: whether to fit a floor.
 
   Returns:
-    Law, arrays [...].
+    Law with arrays [...].
   """
   logs, y = np.log(np.asarray(flops, np.float64)), np.asarray(bits, np.float64)
   reference = float(np.exp(logs.mean()))
@@ -90,8 +90,8 @@ def fit(flops, bits, with_floor: bool = False) -> Law:
 def needs_floor(flops, bits) -> bool:
   """Returns whether a law with a floor predicts the largest size from the others clearly better.
 
-  Clearly is by `FLOOR_GAIN`: three sizes fit three parameters without a residual, so noise alone
-  makes floors. Three sizes have no size to spare and get none, and neither do bits that rise.
+  `FLOOR_GAIN` defines "clearly". Three sizes fit three parameters without a residual, so noise
+  could produce a floor. Therefore three sizes get no floor, and neither do bits that rise.
 
   Args:
     flops: [P], ascending.
@@ -108,12 +108,12 @@ def needs_floor(flops, bits) -> bool:
 
 
 def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, count: int):
-  """Resamples groups of documents, the same for all sizes, and the seeds of each size.
+  """Resamples groups of documents, equally for all sizes, and the seeds of each size.
 
   Args:
     values: P arrays [S, n]; sizes may have different numbers of seeds.
-    groups: [n] names; documents of one group are taken together.
-    rng: of the resamples.
+    groups: [n] names; documents of a group are taken together.
+    rng: random generator.
     count: R.
 
   Returns:
@@ -131,25 +131,25 @@ def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-  """Returns the ends of the middle 95% of resamples, which may be infinite."""
+  """Returns the ends of the middle 95% of resamples; an end may be infinite."""
   tail = (1 - LEVEL) / 2
   low, high = np.quantile(values, (tail, 1 - tail), method="inverted_cdf")
   return float(low), float(high)
 
 
 def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) -> dict:
-  """Compares the FLOPs that two conditions need for the best bits of one of them.
+  """Compares the FLOPs that both conditions need for the best bits of one condition.
 
-  The ratio is FLOPs without retrieval / FLOPs with it: above 1, retrieval saves compute. The best
-  bits are those of the law at an end of the measured range, the upper one if the law falls. If it
-  rises, the condition reaches its best with the fewest FLOPs and no better with the most; the ratio
-  then counts the most.
+  The ratio is FLOPs without retrieval / FLOPs with retrieval; above 1, retrieval saves compute. The
+  best bits come from the law at an end of the measured range, which is the upper end if the law
+  falls. If the law rises, the lower end has the best bits, but the ratio still counts the FLOPs of
+  the upper end.
 
   Args:
     without: law, or laws, without retrieval.
-    neighbors: as many with retrieval.
+    neighbors: the same number of laws with retrieval.
     measured: smallest and largest FLOPs of the runs.
-    of: "without" or "neighbors", whose best bits.
+    of: condition with the best bits, "without" or "neighbors".
 
   Returns:
     {"bits", "flops_without", "flops_neighbors", "ratio"}, arrays.
@@ -169,7 +169,7 @@ def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) 
 
 
 def bound(needed: float, measured: tuple[float, float]) -> str | None:
-  """Returns on which side of the measured range FLOPs lie: "below", "above" or None, within."""
+  """Returns "below" or "above" if FLOPs are outside the measured range, else None."""
   if measured[0] <= needed <= measured[1]:
     return None
   return "below" if needed < measured[0] else "above"

@@ -10,12 +10,12 @@ import numpy as np
 
 from benchmarks import scaling_fit as fit
 
-IMAGES = {"all": "all", "rare": "rare", "common": "common"}  # Subset -> its name in the tables.
+IMAGES = {"all": "all", "rare": "rare", "common": "common"}  # Subset -> name in the tables.
 COLORS = {"neighbors": "tab:blue", "without": "tab:gray"}
 
 
 def plan(sizes: list[dict]) -> str:
-  """Returns a table of `scaling.describe` of each size."""
+  """Returns a table of the results of `scaling.describe`."""
   lines = [
     _row(("size", "parameters", "learning rate", "steps", "tokens", "FLOPs")),
     _row(["---"] * 6),
@@ -52,7 +52,7 @@ def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> di
 
 
 def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
-  """Resamples documents, the same for all conditions, and seeds: condition -> means [R, P]."""
+  """Resamples documents, equally for all conditions, and seeds: condition -> means [R, P]."""
   keys = [(condition, size) for condition, of in points.items() for size in of]
   if not keys or not len(groups):
     return {}
@@ -65,7 +65,7 @@ def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
 
 
 def _levels(of: dict, means: np.ndarray) -> list[dict]:
-  """Returns for each size its mean, the interval over documents and seeds, and that of a seed."""
+  """Returns for each size the mean, the interval over documents and seeds, and the seeds' means."""
   ends = [fit.interval(column) for column in means.T]
   return [
     {
@@ -80,9 +80,9 @@ def _levels(of: dict, means: np.ndarray) -> list[dict]:
 
 
 def _law(flops: list[float], levels: list[dict], means: np.ndarray):
-  """Fits the law of a series; returns its plain values, the law, and those of the resamples.
+  """Fits the law of a series; returns plain values, the law, and the laws of the resamples.
 
-  All are None for too few sizes.
+  All three are None if there are too few sizes.
   """
   if len(levels) < fit.LEAST_SIZES:
     return None, None, None
@@ -102,7 +102,7 @@ def _law(flops: list[float], levels: list[dict], means: np.ndarray):
 
 
 def _flops(about: dict, of: dict) -> list[float]:
-  """Returns the FLOPs of a run of each size in `of`."""
+  """Returns the FLOPs of a run for each size in `of`."""
   by_size = {s["size"]: s["flops"] for s in about["sizes"]}
   return [by_size[size] for size in of]
 
@@ -116,15 +116,15 @@ def _masks(about: dict) -> dict[str, np.ndarray]:
 def predictions(about: dict, runs: list[dict]) -> dict:
   """Predicts the bits of the size that is not in `runs`, for all images and conditions.
 
-  The law of `fit.needs_floor` counts; the bits by both laws stand beside it.
+  `fit.needs_floor` selects the law. The bits of both laws are also returned.
 
   Args:
-    about: of `summarize`.
+    about: see `summarize`.
     runs: results of `scaling.run_one`, without the predicted size.
 
   Returns:
-    {"series": {"rare/neighbors": {"bits", "low", "high", "law", "without_floor",
-    "with_floor"}}}; the interval is over documents and seeds of the fitted runs.
+    {"series": {"rare/neighbors": {"bits", "low", "high", "law", "without_floor", "with_floor"}}}.
+    The interval is over documents and seeds of the fitted runs.
   """
   target = next(s for s in about["sizes"] if s["size"] == about["predicted"])["flops"]
   concepts, series = np.array(about["concepts"]), {}
@@ -150,11 +150,11 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
   """Computes all numbers of the tables.
 
   Args:
-    about: `subsets` and `concepts` [n], `judged` [m] indices of them, `labels` (condition -> its
-      name in the tables), `sizes` (`scaling.describe` of each, ascending), `predicted`, the size
-      among them that was predicted.
+    about: `subsets` and `concepts` [n]; `judged`, [m] indices into them; `labels`, condition ->
+      name in the tables; `sizes`, results of `scaling.describe`, ascending; `predicted`, the size
+      that was predicted.
     runs: results of `scaling.run_one`.
-    predicted: the content of predictions.json, or None before it is written.
+    predicted: content of predictions.json, or None before it is written.
   """
   concepts, judged = np.array(about["concepts"]), np.array(about["judged"])
   seconds = {
@@ -191,11 +191,11 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
 
 
 def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
-  """Computes `fit.ratio` at the best bits of either condition, with intervals; [] without laws."""
+  """Computes `fit.ratio` at the best bits of both conditions, with intervals; [] without laws."""
   if {*laws} != {"neighbors", "without"} or None in (laws["neighbors"][0], laws["without"][0]):
     return []
   flops = [_flops(about, of) for of in points.values()]
-  # Both conditions have runs at these ends.
+  # Both conditions have runs at both ends.
   measured = max(min(f) for f in flops), min(max(f) for f in flops)
   rows = []
   for of in ("without", "neighbors"):
@@ -208,7 +208,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
     low, high = fit.interval(many)
     beyond = fit.bound(point[f"flops_{other}"], measured)
     rows.append({"best_of": of, **point, "low": low, "high": high, "beyond": beyond})
-    if beyond:  # The other condition needs at least or at most as much as at this end.
+    if beyond:  # The end of the range bounds the ratio.
       end = measured[0] if beyond == "below" else measured[1]
       ends = (measured[1], end) if of == "without" else (end, measured[1])
       rows[-1]["bound"] = ends[0] / ends[1]
@@ -216,7 +216,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
 
 
 def _errors(name: str, series: dict, about: dict, predicted: dict | None) -> dict[str, dict]:
-  """Returns condition -> prediction and, once the size has run, its bits and the error."""
+  """Returns condition -> prediction and, after the run, the measured bits and the error."""
   result = {}
   for condition, of in series.items():
     row = (predicted or {"series": {}})["series"].get(f"{name}/{condition}")
@@ -235,7 +235,7 @@ def _row(cells) -> str:
 
 
 def _cell(levels: dict[str, dict], size: str, form: str) -> str:
-  """Formats mean and interval of a size; "-" if it has not run."""
+  """Formats mean and interval of a size; "-" before its run."""
   level = levels.get(size)
   if level is None:
     return "-"
@@ -243,7 +243,7 @@ def _cell(levels: dict[str, dict], size: str, form: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as text."""
+  """Returns the result of `summarize` as Markdown."""
   lines = [_row(("size", "parameters", "steps", "FLOPs", "runs", "training (s)"))]
   lines.append(_row(["---"] * 6))
   for s in result["sizes"]:
@@ -322,10 +322,10 @@ def _times(ratio: float) -> str:
 
 
 def describe_ratio(row: dict) -> str:
-  """Formats a ratio, and says what is measured of one beyond the runs.
+  """Formats a ratio, with a measured bound if the ratio is extrapolated.
 
-  "2.10x", "more than 4.00x (extrapolated: 9.30x)", "less than 1.00x (extrapolated: 0.31x)";
-  "never" is said of bits that the law without retrieval never reaches.
+  "2.10x", "more than 4.00x (extrapolated: 9.30x)", "less than 1.00x (extrapolated: 0.31x)". "never"
+  means that the law without retrieval never reaches the bits.
   """
   if not row["beyond"]:
     return _times(row["ratio"])
@@ -336,7 +336,7 @@ def describe_ratio(row: dict) -> str:
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Plots bits and shares of right images against FLOPs; predictions are rings, laws are lines."""
+  """Plots bits and shares of right images against FLOPs; rings are predictions, lines are laws."""
   flops = {s["size"]: s["flops"] for s in result["sizes"]}
   figure = Figure(figsize=(4.4 * len(result["images"]), 6.4), layout="constrained")
   axes = figure.subplots(2, len(result["images"]), squeeze=False)

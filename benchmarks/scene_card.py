@@ -1,12 +1,12 @@
-"""Measures what a model of `scenes` draws, beside what its training scenes already show.
+"""Measures what a model of `scenes` draws, and compares it with its training scenes.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
-table.md, which the card of the bundled model quotes; rare.png, images of rare objects that the
-judge called right, beside the true icons; and examples.png, the object in the middle of the
-ranking. Everything is drawn at the settings that the model stores. Nothing is trained, nothing is
-chosen by the results. About 10 minutes on two cores.
+table.md, which the card of the bundled model quotes. rare.png has images of rare objects that the
+judge called right, next to the true icons. examples.png has the object in the middle of the
+ranking. All samples use the settings that the model stores. Nothing is trained, and nothing is
+chosen by the results. Takes about 10 minutes on two cores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,31 +35,31 @@ from cm3leon_jax.scenes.judge.baselines import TrainingScenes
 from cm3leon_jax.scenes.judge.facts import check
 from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
-# Set of captions -> how many.
+# Set of captions -> number of captions.
 COUNTS = {
   "new claims": 300,
   "claims of training": 225,
   "objects never together": 150,
   "color named": 150,
   "no color named": 150,
-  "rare": 1_000_000,  # All of them.
+  "rare": 1_000_000,  # All rare objects.
   "rare elsewhere": 150,
 }
-STRICT = 0.90  # Score of a shape, beside the judge's own `MIN_SCORE`.
-SHOWN = 48  # Images on rare.png.
+STRICT = 0.90  # Score for a clear shape; the judge itself uses `MIN_SCORE`.
+SHOWN = 48  # Images in rare.png.
 BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A caption and what an image for it must show.
+  """A caption, and what an image for it must show.
 
   Attributes:
     group: set of captions, see `COUNTS`.
     caption: the prompt.
-    facts: as those of a document.
-    concept: captions of one concept are not independent.
-    placed: the object of a caption of one rare object, else None.
+    facts: facts in the format of a document.
+    concept: captions of the same concept are not independent.
+    placed: the object, if the caption is about one rare object, else None.
   """
 
   group: str
@@ -70,7 +70,7 @@ class Asked:
 
 
 def group_of(pair, known) -> str:
-  """Returns the set that a held-out document of common objects belongs to."""
+  """Returns the set of a held-out document with common objects."""
   kind = pair.facts["heldout"]
   if kind == "scene":
     return "claims of training" if known.claims else "new claims"
@@ -81,7 +81,7 @@ def group_of(pair, known) -> str:
 
 
 def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]) -> list[Asked]:
-  """Returns held-out captions of common objects, the first of each set in the world's order."""
+  """Returns the first held-out captions of common objects of each set, in the world's order."""
   config = dataclasses.replace(config, heldout=config.heldout * 4)
   asked: dict[str, list[Asked]] = {group: [] for group in counts if "rare" not in group}
   for i in range(config.heldout):
@@ -101,9 +101,9 @@ def _one(group: str, placed: Placed) -> Asked:
 
 
 def rare(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields the rare objects that training never shows, in a color that the bank does not have.
+  """Yields the rare objects that training never shows, in a color that is not in the bank.
 
-  The bank shows each of them at all four places, so at the one that is asked for.
+  The bank shows each of these objects at all four places, so also at the requested place.
   """
   for name in world.rare_objects(config):
     if world.is_heldout_rare(name):
@@ -111,9 +111,9 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields rare objects of one training scene, at another place than that and the bank's.
+  """Yields rare objects that one training scene shows, at another place.
 
-  Their color is neither that of training nor that of the bank.
+  Training and bank show neither this place nor this color of the object.
   """
   bank = _bank_of(config)
   for name in world.rare_objects(config):
@@ -130,7 +130,7 @@ def _order(name: str) -> Callable[[str], float]:
 
 
 def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
-  """Returns what the bank shows of each object."""
+  """Returns object -> placed objects that the bank shows of it."""
   found: dict[str, list[Placed]] = {}
   for scene in world.bank_scenes(config)[: config.bank]:
     found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
@@ -138,20 +138,20 @@ def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
 
 
 def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
-  """Returns up to `count` evenly spaced ones."""
+  """Returns up to `count` evenly spaced captions."""
   chosen = np.unique(np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int))
   return [asked[i] for i in chosen]
 
 
 def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Draws an image for each caption: [n, H, W, 3] uint8, and the concept of its first neighbor."""
+  """Draws an image for each caption: [n, H, W, 3] uint8, and the concepts of first neighbors."""
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors
 
 
 def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dict]:
-  """Judges images; for a rare object also where it stands, and whether its shape is a clear one."""
+  """Judges images; for a rare object, also its place, and whether its shape is clear."""
   everything = judging.find_objects(images)
   strict = judging.find_objects(images, min_score=STRICT)
   results = []
@@ -174,7 +174,7 @@ def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dic
 
 
 def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
-  """Draws each rare object `count` times, and orders the objects by the share that is right."""
+  """Draws each rare object `count` times, and orders the objects by the share of right images."""
   shares = np.zeros(len(asked))
   for i in range(count):
     images, _ = draw(model, asked, seed + 1_000 * (i + 1))
@@ -187,8 +187,8 @@ def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> li
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
   """Computes the bits of the image of each rare object after four neighbors, and after none: [n].
 
-  The neighbor shows the object or another one, in another color than the image, at the place of the
-  image or the next.
+  The neighbor shows this object or another, at the place of the image or at the next place. Its
+  color differs from the color of the image.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
   placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
@@ -243,7 +243,7 @@ def sheets(
   count: int,
   seed: int,
 ) -> dict:
-  """Writes rare.png and examples.png; returns the ranking by `count` images of each object."""
+  """Writes rare.png and examples.png; returns the ranking from `count` images of each object."""
   right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
   cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
   rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]

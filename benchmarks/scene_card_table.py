@@ -1,4 +1,4 @@
-"""Summarizes what `scene_card` measured: shares with intervals over scenes, and a table."""
+"""Summarizes the results of `scene_card`: shares with intervals over scenes, and a table."""
 
 # n captions.
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.evaluation.intervals import mean_interval
 
-# Document before the image of a rare object -> its name in the table.
+# Document before the image of a rare object -> name in the table.
 NEIGHBORS = {
   "own": "its own document, at the same place",
   "own elsewhere": "its own document, at another place",
@@ -36,15 +36,15 @@ def row(results: list[dict], concepts: Sequence[str]) -> dict:
   """Computes the shares of a set of captions.
 
   Args:
-    results: n times the same names and whether they hold.
-    concepts: [n] captions of one concept are not independent.
+    results: for each of n captions, measure -> whether it holds; all have the same measures.
+    concepts: [n]; captions of the same concept are not independent.
   """
   shares = {name: _level([one[name] for one in results], concepts) for name in results[0]}
   return {"captions": len(results), **shares}
 
 
 def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
-  """Computes the mean bits a code after each neighbor, and the difference from none."""
+  """Computes the mean bits per code after each neighbor, and the difference to no neighbor."""
   rows = {}
   for condition, values in scored.items():
     rows[condition] = _level(values, concepts)
@@ -53,7 +53,7 @@ def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
 
 
 def percent(level: dict) -> str:
-  """Formats a share and its interval: "65.7% [60.4, 70.9]"."""
+  """Formats a share with its interval: "65.7% [60.4, 70.9]"."""
   text = f"{level['mean']:.1%}"
   if level["low"] is None or level["low"] == level["high"]:
     return text
@@ -67,7 +67,7 @@ def _bits(level: dict, sign: str = "") -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the results as tables."""
+  """Returns the results as Markdown tables."""
   groups = result["groups"]
   lines = [
     "| captions | wholly right | a lookup | captions that stand in training |",

@@ -1,10 +1,10 @@
-"""Prints how often the judge of scenes errs: on real, degraded and wrong images.
+"""Prints how often the judge of scenes errs: on original, degraded and wrong images.
 
   python -m benchmarks.scene_judge --images=700
 
-The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. Columns: shares of
-images judged wholly right, under their own captions and with one fact of a kind changed; the score
-that 99% of the objects exceed.
+The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. The columns are the
+shares of images judged wholly right, under their own captions and with one changed fact of a kind;
+and the score that 99% of the objects exceed.
 """
 
 import io
@@ -30,8 +30,8 @@ _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
-# Name -> what is done to an image. Strengths are standard deviations, blur in pixels, others in
-# steps of 255, except "color": the largest error of each channel of an object's color.
+# Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in steps of
+# 255 for the others. "color" is the largest error of each channel of an object's color.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},
@@ -61,15 +61,15 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
 
 
 def degraded(images: np.ndarray, rng: np.random.Generator, **strength) -> np.ndarray:
-  """Returns images as a lossy image tokenizer may change them, see DEGRADED.
+  """Degrades images in the ways that a lossy image tokenizer may, see DEGRADED.
 
   Args:
     images: [n, H, W, 3] uint8.
-    rng: of noise and errors.
-    **strength: of each change.
+    rng: random generator for noise and errors.
+    **strength: strength of each change.
   """
   pixels = images.astype(np.float64)
-  if "color" in strength:  # Ink changes its color, white stays white.
+  if "color" in strength:  # Changes the color of ink, but not white.
     ink = (255 - pixels).max(-1, keepdims=True) / 255
     pixels += ink * rng.uniform(-1, 1, (len(images), 1, 1, 3)) * strength["color"]
   if "off" in strength:
@@ -98,11 +98,11 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """Returns images that do not show a scene of one object, for each kind of mistake.
+  """Returns images that do not show a scene of one object, one for each kind of mistake.
 
   Args:
-    scene: of one object.
-    rng: of the mistakes.
+    scene: a scene with one object.
+    rng: random generator for the mistakes.
 
   Returns:
     kind -> [H, W, 3] uint8.
@@ -136,7 +136,7 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
 
 
 def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
-  """Judges wrong images under the captions of their scenes, rare objects in half of them.
+  """Judges wrong images under the captions of their scenes; half of the scenes have rare objects.
 
   Returns:
     kind -> {"right": share judged right, "recognized": share in which an object is recognized}.
@@ -161,7 +161,7 @@ def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> float:
-  """Computes the PSNR of all pixels together in dB."""
+  """Computes the PSNR in dB over the pixels of all images."""
   return float(10 * np.log10(255**2 / np.mean((images.astype(np.float64) - others) ** 2)))
 
 

@@ -1,11 +1,11 @@
-"""Measures what a retrieved neighbor is worth to a small decoder on `scenes`, in bits and images.
+"""Measures how much a retrieved neighbor helps a small decoder on `scenes`, in bits and images.
 
   python -m benchmarks.scene_retrieval --workdir=workdir/scene_retrieval
 
 Trains the tokenizers and a CLIP once, then decoders with and without neighbors, with several seeds
-each. Every decoder is scored on held-out scenes after true, shuffled and no neighbors, and its
-samples are judged. Writes results.json and table.md into the workdir. Finished parts are skipped,
-so it can be stopped at any time. Method: docs/retrieval_ablation.md.
+each. Scores every decoder on held-out scenes after true, shuffled and no neighbors, and judges its
+samples. Writes results.json and table.md to the workdir. Finished parts are skipped, so the command
+can be stopped at any time. Method: docs/retrieval_ablation.md.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 
-# n held-out documents that are scored, I codes of an image.
+# n scored held-out documents, I codes of an image.
 
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 CONDITIONS = {
@@ -44,18 +44,18 @@ CONDITIONS = {
   "tokens": "trained without, on as many tokens",
   "documents": "trained without, on as many documents",
 }
-SUBSETS = {"rare": ("rare",), "common": ("scene",)}  # Reasons why their scenes are held out.
+SUBSETS = {"rare": ("rare",), "common": ("scene",)}  # Subset -> reasons why scenes are held out.
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Place and size of the experiment.
+  """Location and size of the experiment.
 
   Attributes:
     workdir: folder of all runs.
-    steps: training steps with neighbors, and without on as many tokens.
+    steps: training steps with neighbors, and without neighbors on equally many tokens.
     heldout: number of held-out scenes.
-    judged: most scenes of each subset that samples are judged of.
+    judged: maximum number of judged scenes per subset.
   """
 
   workdir: pathlib.Path
@@ -64,7 +64,7 @@ class Experiment:
   judged: int
 
   def overrides(self, **fields) -> dict:
-    """Returns the fields of the config that differ from those of `scenes`."""
+    """Returns the config fields that differ from `scenes`."""
     never = 1_000_000
     return {
       "scenes.heldout": self.heldout,
@@ -76,7 +76,7 @@ class Experiment:
     }
 
   def settings(self, overrides: dict) -> Settings:
-    """Returns the checked config."""
+    """Returns the validated settings."""
     config = config_scenes.get_config()
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
@@ -91,14 +91,14 @@ class Corpus:
   """Held-out documents of the subsets, and their neighbors by caption.
 
   Attributes:
-    bank: what neighbors come from.
+    bank: documents that neighbors come from.
     heldout: store of the held-out documents.
-    rows: [n] documents of `heldout`.
-    subsets: [n] name of the subset of each.
-    concepts: [n] the object of a rare scene, the facts of a common one.
-    neighbors: [n] row of the bank of the best neighbor, -1 if nothing there is like the caption.
-    shuffled: [n] row of the best neighbor of another scene of the subset, with other objects; -1
-      where `neighbors` is.
+    rows: [n] indices into `heldout`.
+    subsets: [n] name of each document's subset.
+    concepts: [n] the object of a rare scene, or the facts of a common scene.
+    neighbors: [n] index in the bank of the best neighbor, -1 if there is none for the caption.
+    shuffled: [n] index in the bank of the best neighbor of another scene in the subset with other
+      objects; -1 where `neighbors` is -1.
   """
 
   bank: Bank
@@ -111,7 +111,7 @@ class Corpus:
 
 
 def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -> Corpus:
-  """Opens the documents of a run and chooses those of the subsets, see `SUBSETS`."""
+  """Opens the documents of a run and selects the subsets, see `SUBSETS`."""
   bank = Bank(workdir / "documents", settings.vocab)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
   ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)[:, 0]
@@ -134,7 +134,7 @@ def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -
 
 
 def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> list[float]:
-  """Scores the image of every document after its `true`, a `shuffled` or no (`none`) neighbor."""
+  """Scores each image after its neighbor ("true"), another's ("shuffled") or none ("none")."""
   before = {"true": corpus.neighbors, "shuffled": corpus.shuffled}.get(condition)
   samples, masks = [], []
   for n, row in enumerate(corpus.rows):
@@ -148,24 +148,24 @@ def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> l
 
 
 def chosen(corpus: Corpus, most: int) -> np.ndarray:
-  """Returns up to `most` evenly spaced documents of each subset, places in `corpus.rows`."""
+  """Returns up to `most` evenly spaced documents per subset, as indices into `corpus.rows`."""
   of = [np.flatnonzero(corpus.subsets == name) for name in SUBSETS]
   return np.concatenate([m[np.unique(np.linspace(0, len(m) - 1, most).astype(int))] for m in of])
 
 
 def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, places, count: int):
-  """Generates an image for each chosen caption and judges it.
+  """Generates an image for each chosen caption, and judges it.
 
   Args:
-    settings: of the run.
-    params: of the decoder.
-    workdir: of the run.
-    corpus: Corpus.
-    places: of `chosen`.
+    settings: settings of the run.
+    params: parameters of the decoder.
+    workdir: folder of the run.
+    corpus: a Corpus.
+    places: result of `chosen`.
     count: number of neighbors before a caption, 0 or 1.
 
   Returns:
-    For each caption whether its image is wholly right, and the [I] codes of the image.
+    For each caption, whether its image is wholly right, and the [I] codes of the image.
   """
   made = Pipeline.load(Run(workdir, settings), params, batch_size=settings.evaluation.batch_size)
   columns = [(count, settings.sampling)]
@@ -177,10 +177,10 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
 
 
 def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | None]:
-  """Measures for each image the share of its neighbor's ink that it has at the same places.
+  """Measures the share of its neighbor's ink that each image repeats at the same positions.
 
-  Ink are codes other than the most frequent one of the neighbor's image, its background. None
-  stands for an image without a neighbor.
+  Ink means all codes except the most frequent code of the neighbor's image, the background. The
+  share is None for an image without a neighbor.
   """
   shares: list[float | None] = []
   for place, image in zip(places, codes):
@@ -195,9 +195,9 @@ def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | No
 
 
 def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) -> dict:
-  """Judges the neighbors themselves, as a copier's samples; and what originals share with them.
+  """Judges the neighbors as if they were samples, and measures how much originals share with them.
 
-  Only captions with a neighbor count.
+  Only captions with a neighbor are used.
   """
   places = places[corpus.neighbors[places] >= 0]
   found = [corpus.bank[int(corpus.neighbors[p])] for p in places]
@@ -218,9 +218,9 @@ def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) ->
 
 
 def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int = 0) -> int:
-  """Counts the documents that training puts into rows, or the rows that hold so many documents.
+  """Counts the documents in the rows of training, or the rows that hold `documents` documents.
 
-  Neighbors do not count.
+  Neighbors are not counted.
   """
   bank = Bank(workdir / "documents", settings.vocab)
   ids = load_neighbors(workdir / "neighbors", "train_pairs")
@@ -237,7 +237,7 @@ def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int 
 
 
 def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
-  """Returns the fields of the config of a run."""
+  """Returns the config fields of a run."""
   overrides = experiment.overrides(seed=seed)
   if condition == "neighbors":
     return overrides
@@ -252,7 +252,7 @@ def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
 
 
 def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: str, judged: int):
-  """Returns what is measured of a trained decoder: lists over the documents of `corpus`."""
+  """Measures a trained decoder; returns lists over the documents of `corpus`."""
   kinds = ("true", "shuffled", "none") if condition == "neighbors" else ("none",)
   counts = (1, 0) if condition == "neighbors" else (0,)
   places = chosen(corpus, judged)
@@ -330,7 +330,7 @@ def main(argv) -> None:
   )
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_string(
     "workdir", "workdir/scene_retrieval", "Folder of all runs; an existing one continues."
   )

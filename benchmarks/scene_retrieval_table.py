@@ -17,7 +17,7 @@ NAMES = {"true": "true neighbor", "shuffled": "another's neighbor", "none": "no 
 
 
 def _values(runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
-  """Returns "condition/kind" -> seed -> values of a measure of the documents in `mask`."""
+  """Returns "condition/kind" -> seed -> values of a measure for the documents in `mask`."""
   found: dict[str, dict[int, np.ndarray]] = {}
   for run in runs:
     for kind, values in run[measure].items():
@@ -39,10 +39,10 @@ def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
 
 
 def _difference(first: dict, second: dict, concepts) -> dict:
-  """Computes first minus second, averaged over common seeds, with intervals as `_level`.
+  """Computes first minus second, averaged over common seeds, with intervals like `_level`.
 
-  `relative` is the difference over the mean of `second`, None if that is 0. `seeds` is Student's t
-  over the seeds.
+  `relative` is the difference divided by the mean of `second`, or None if that mean is 0. `seeds`
+  is Student's t over the seeds.
   """
   common = sorted(first.keys() & second.keys())
   result = _level({seed: first[seed] - second[seed] for seed in common}, concepts)
@@ -55,10 +55,10 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `subsets`, `concepts` and `found` (whether it has a neighbor) [n], `judged` [m] indices
-      of them, `image_codes`, and `copier`, lists over the judged documents with a neighbor.
+    about: `subsets`, `concepts` and `found` (whether there is a neighbor), [n]; `judged`, [m]
+      indices into them; `image_codes`; `copier`, lists over the judged documents with a neighbor.
     runs: results of `scene_retrieval.run_one`.
-    labels: condition -> its name in the table.
+    labels: condition -> name in the table.
   """
   subsets, concepts = np.array(about["subsets"]), np.array(about["concepts"])
   judged, found = np.array(about["judged"]), np.array(about["found"])
@@ -109,7 +109,7 @@ def _row(cells) -> str:
 
 
 def _ends(ends, scale: float, form: str) -> str:
-  """Formats an interval; one of a single concept or seed has no ends."""
+  """Formats an interval; "-" without ends, for a single concept or seed."""
   if ends is None or None in ends:
     return "-"
   return f"[{format(ends[0] / scale, form)}, {format(ends[1] / scale, form)}]"
@@ -124,7 +124,7 @@ def _level_cell(level: dict | None, scale: float, form: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as text: two tables for each subset."""
+  """Returns the result of `summarize` as Markdown: two tables for each subset."""
   lines = []
   for name, subset in result["subsets"].items():
     copier = subset["copier"]

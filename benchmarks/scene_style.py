@@ -2,10 +2,11 @@
 
   python -m benchmarks.scene_style --run=workdir/scenes --workdir=workdir/scene_style
 
-Writes a second bank, all icons outlined, with the tokenizers and the CLIP of the run. The same
-decoder then draws the same captions after neighbors of its usual bank, and of the other. Nothing is
-trained, and no caption names a style. Writes results.json, table.md and samples.png into the
-workdir. Several runs with the same tokenizers: --run=A,B. Method: docs/retrieval_ablation.md.
+Writes a second bank with outlined icons, using the tokenizers and the CLIP of the run. Then the
+same decoder draws the same captions after neighbors from its usual bank and from the second bank.
+Nothing is trained, and no caption names a style. Writes results.json, table.md and samples.png to
+the workdir. --run=A,B measures several runs with the same tokenizers. Method:
+docs/retrieval_ablation.md.
 """
 
 import collections
@@ -48,22 +49,22 @@ from cm3leon_jax.trained.run import Run
 # n captions, H height, W width, I codes of an image.
 
 USUAL, OTHER = "filled", "outlined"
-STYLES = (USUAL, OTHER)  # Of the banks.
+STYLES = (USUAL, OTHER)  # Styles of the two banks.
 NEITHER = "neither"
 GROUPS = {
   "unseen": "rare, never trained",
   "once": "rare, in one training scene",
   "common": "common, in another combination",
 }
-# Thin icons look alike in both styles. At 0.7 the classifier is right on 99% of reconstructions.
-MOST_KEPT = 0.7  # Share of its ink that an outlined icon may keep.
-LEAST_INK = 0.25  # Share of the ink of the outlined drawing, below which an image is blank.
+# Thin icons look alike in both styles. With 0.7, the classifier is right on 99% of reconstructions.
+MOST_KEPT = 0.7  # Maximum share of its ink that an outlined icon may keep.
+LEAST_INK = 0.25  # With a smaller share of the outlined drawing's ink, an image counts as blank.
 SHOWN = 16  # Captions in samples.png.
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A caption and the one object that it asks for."""
+  """A caption, and the one object that it describes."""
 
   group: str
   placed: Placed
@@ -87,8 +88,8 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
   """Yields a scene of each rare object with one training scene, in a color shown nowhere else.
 
   Args:
-    config: of the world.
-    trained: number of training scenes of each object.
+    config: configuration of the world.
+    trained: object -> number of training scenes.
   """
   shown = collections.defaultdict(set)
   for scene in world.bank_scenes(config)[: config.bank]:
@@ -102,7 +103,7 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
 
 
 def common(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields all held-out scenes of one common object whose object and color are trained together."""
+  """Yields held-out scenes of one common object that training shows in the same color."""
   for name in config.objects:
     for color in config.colors:
       for place in PLACES:
@@ -112,10 +113,10 @@ def common(config: ScenesConfig) -> Iterator[Placed]:
 
 
 def ask(config: ScenesConfig, trained: collections.Counter, most: int) -> list[Asked]:
-  """Chooses up to `most` scenes of each group and describes them.
+  """Selects up to `most` scenes of each group, and describes them.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no scene.
   """
   rng, asked = random.Random(0), []
   found = {"unseen": unseen(config), "once": once(config, trained), "common": common(config)}
@@ -130,19 +131,19 @@ def ask(config: ScenesConfig, trained: collections.Counter, most: int) -> list[A
 
 
 def draw(asked: list[Asked], style: str) -> np.ndarray:
-  """Renders what is asked for: [n, H, W, 3] uint8."""
+  """Renders the requested objects: [n, H, W, 3] uint8."""
   return np.stack([render(Scene((one.placed,)), style) for one in asked])
 
 
 def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
-  """Names the style of images: the nearer one of the two drawings of the object asked for.
+  """Returns the style of each image: the nearer one of two drawings of the requested object.
 
-  Nearer to the place with the most ink is the drawing with the smaller squared error of the ink,
-  whatever its color. An image with nearly no ink is in neither style.
+  Compares ink, regardless of color, at the place with the most ink. The nearer drawing has the
+  smaller squared error. An image with almost no ink has neither style.
 
   Args:
     images: [n, H, W, 3] uint8.
-    asked: what they should show.
+    asked: captions with the requested objects.
   """
   names = []
   for opacity, one in zip(judge.opacities(images), asked):
@@ -154,7 +155,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
 
 
 def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]:
-  """Returns whether the drawing in `style` that fits best, of all objects, is that asked for."""
+  """Returns whether the best fitting drawing in `style` is the requested object."""
   found = judge.find_objects(images, style, min_score=0)
   return [
     any((x.name, x.place) == (one.placed.object, one.placed.place) for x in objects)
@@ -163,7 +164,7 @@ def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]
 
 
 def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
-  """Returns whether images show one object, at the place and in the color that are asked for."""
+  """Returns whether images show one object, at the requested place and in the requested color."""
   return [
     [(x.place, x.color) for x in objects] == [(one.placed.place, one.placed.color)]
     for objects, one in zip(judge.find_objects(images), asked)
@@ -171,7 +172,7 @@ def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
 
 
 def check_classifier(tokenizer: ImageTokenizer, asked: list[Asked]) -> dict:
-  """Classifies the drawings in both styles, as the image tokenizer reconstructs them."""
+  """Classifies drawings in both styles after reconstruction by the image tokenizer."""
   result: dict = {}
   for style in STYLES:
     images = tokenizer.decode(tokenizer.encode(draw(asked, style)))
@@ -184,20 +185,20 @@ def check_classifier(tokenizer: ImageTokenizer, asked: list[Asked]) -> dict:
 
 
 def cells_of(codes: np.ndarray) -> np.ndarray:
-  """Cuts codes [n, I] into those of the places: [n, 4, I / 4]."""
+  """Cuts codes [n, I] into the codes of the four places: [n, 4, I / 4]."""
   side = round(codes.shape[1] ** 0.5)
   cells = codes.reshape(len(codes), 2, side // 2, 2, side // 2).swapaxes(2, 3)
   return cells.reshape(len(codes), len(PLACES), -1)
 
 
 def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
-  """Measures what training has seen of images: shares of their codes, and of their drawings.
+  """Measures how much of images training has seen: shares of their codes and of their drawings.
 
-  A drawing is all codes of a place. The most frequent code is the background and does not count.
+  A drawing is all codes of a place. The most frequent code is the background and is not counted.
 
   Args:
-    codes: [n, I] of images.
-    trained: [N, I] of the training images.
+    codes: [n, I] codes of images.
+    trained: [N, I] codes of the training images.
   """
   background = np.bincount(codes.ravel()).argmax()
   seen = {cell.tobytes() for image in cells_of(trained) for cell in image}
@@ -210,7 +211,7 @@ def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def overrides_of(settings: Settings) -> dict:
-  """Returns the fields in which a config differs from `scenes`."""
+  """Returns the config fields that differ from `scenes`."""
   usual = settings_from_config(config_scenes.get_config())
   fields = {} if settings.seed == usual.seed else {"seed": settings.seed}
   for section in dataclasses.fields(Settings)[1:]:
@@ -222,10 +223,10 @@ def overrides_of(settings: Settings) -> dict:
 
 
 def prepare_bank(settings: Settings, run: pathlib.Path, bank: pathlib.Path) -> None:
-  """Writes the outlined bank with the tokenizers and the CLIP of a run, once.
+  """Writes the outlined bank with the tokenizers and the CLIP of a run, unless it is finished.
 
   Raises:
-    UserError: `bank` is that of another run.
+    UserError: `bank` belongs to another run.
   """
   bank.mkdir(parents=True, exist_ok=True)
   for name in (*stage_table.TOKENIZERS, *stage_table.own_clip(settings)):
@@ -243,13 +244,13 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
   """Generates an image for each caption after its best neighbor in each bank.
 
   Args:
-    settings: of the run.
-    run: its workdir.
-    banks: style -> workdir.
-    asked: the captions.
+    settings: settings of the run.
+    run: workdir of the run.
+    banks: style -> workdir of the bank.
+    asked: captions to draw.
 
   Returns:
-    style of the bank -> n samples.
+    Style of the bank -> n samples.
   """
   tasks = [
     TextToImage(one.caption, retrieve=1, seed=settings.seed + i, sampling=settings.sampling, row=i)
@@ -267,7 +268,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
 
 
 def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, list[bool]]:
-  """Returns what is measured of the samples after the bank in `style`, by caption."""
+  """Returns measure -> value for each caption, for samples after the bank in `style`."""
   images = np.stack([sample.segments[0] for sample in samples])
   named = classify(images, asked)
   return {
@@ -283,7 +284,7 @@ def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, 
 
 
 def sheet(samples: dict, asked: list[Asked], tokenizer: ImageTokenizer, settings: Settings):
-  """Lays out neighbors and samples of both banks, a row a caption that has neighbors."""
+  """Lays out neighbors and samples of both banks, with a row per caption that has neighbors."""
   with_neighbors = [
     i for i in range(len(asked)) if all(samples[style][i].neighbors for style in STYLES)
   ]
@@ -303,7 +304,7 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
   """Returns the settings of runs.
 
   Raises:
-    UserError: they have other tokenizers, another CLIP or another bank than the first.
+    UserError: a run has other tokenizers, another CLIP or another bank than the first run.
   """
   read = [settings_of_run(run) for run in runs]
   names = ("raw", *stage_table.TOKENIZERS, "documents", "neighbors", *stage_table.own_clip(read[0]))
@@ -365,7 +366,7 @@ def main(argv) -> None:
   print(f"\n{table.markdown(result)}\nscene_style: all in {workdir}, images in samples.png.")
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_list("run", None, "Workdirs of finished runs with the same tokenizers and bank.")
   flags.DEFINE_string("workdir", "workdir/scene_style", "Folder of the other bank and the results.")
   flags.DEFINE_integer("captions", 200, "Most captions of each group.", lower_bound=1)

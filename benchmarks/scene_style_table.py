@@ -29,7 +29,7 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   Args:
     about: `groups` and `objects` [n], `known`, and `classifier`: style -> measure -> [n].
     runs: `run`, `seed` and `banks`: style of the bank -> measure -> [n].
-    labels: group -> its name in the table.
+    labels: group -> name in the table.
   """
   groups, objects = np.array(about["groups"]), np.array(about["objects"])
   result: dict = {
@@ -67,7 +67,7 @@ def _row(cells) -> str:
 
 
 def _cell(level: dict) -> str:
-  """Formats a share: its mean, its interval unless it is that of one object, and that of runs."""
+  """Formats a share: mean, interval unless there is only one object, and the shares of runs."""
   text = f"{level['mean']:.1%}"
   if level["low"] is not None:
     text += f" [{level['low']:.1%}, {level['high']:.1%}]"
@@ -77,7 +77,7 @@ def _cell(level: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as text."""
+  """Returns the result of `summarize` as Markdown."""
   right = ", ".join(
     f"{measured['right']:.1%} of the {style} ones (best fit is the object "
     f"{measured['recognized']:.1%}, place and color right {measured['color']:.1%})"

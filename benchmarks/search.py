@@ -1,10 +1,10 @@
-"""Measures the neighbor search: ScaNN against exact search, the size of an index, selection rules.
+"""Measures neighbor search: ScaNN against exact search, the size of an index, selection rules.
 
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
-Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centers, with a cosine
-of about 0.7 to their own. ScaNN and exact search use all cores, and their rates are printed per
-second and per processor second; the selection rules use one thread.
+Vectors are random, 512 wide, and clustered like embeddings: there are n / 100 centers, and a vector
+has a cosine of about 0.7 to its center. ScaNN and exact search use all cores. Their rates are
+printed per second and per processor second. The selection rules use one thread.
 """
 
 import time
@@ -32,7 +32,7 @@ WIDTH = 512
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:
-  """Samples clustered vectors: [count, WIDTH] float32 of norm 1."""
+  """Samples clustered vectors [count, WIDTH] of norm 1."""
   rng = np.random.default_rng(seed)
   centers = rng.standard_normal((max(1, count // 100), WIDTH), np.float32)
   vectors = centers[rng.integers(0, len(centers), count)]
@@ -41,9 +41,9 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
 
 
 def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
-  """Returns queries per second and per processor second, after a repetition that compiles.
+  """Returns queries per second and per processor second, after a warm-up.
 
-  Both are `median (smallest to largest)`.
+  Both have the format `median (smallest to largest)`.
   """
   search.search(queries, 2)
   measured = []
@@ -59,7 +59,7 @@ def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
 
 
 def measure(count: int) -> None:
-  """Prints size, recall and rates of the indices of `count` vectors."""
+  """Prints size, recall and rates of indices of `count` vectors."""
   vectors = clustered(count)
   rng = np.random.default_rng(1)
   queries = vectors[rng.integers(0, count, _QUERIES.value)]
@@ -84,7 +84,7 @@ def measure(count: int) -> None:
 
 
 def measure_selection(count: int = 20_000) -> None:
-  """Prints how many documents per second the rules prune, with 2 x 64 candidates, on one thread."""
+  """Prints the number of documents with 2 x 64 candidates that one thread prunes per second."""
   texts, images = clustered(count), clustered(count, seed=1)
   folder = epath.Path(_FOLDER.value) / "selection"
   numbers = np.arange(count, dtype=np.uint64) + 1

@@ -1,14 +1,16 @@
-"""Measures launch.serve under load: images/s, latencies, memory, clients that leave.
+"""Measures launch.serve under load: images/s, latencies, memory, disconnecting clients.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
-Starts the server as a user does, and sends requests over HTTP. `full`: all clients ask for images
-without a pause, in turns with `CM3Leon.generate` of the same prompts, which retrieves and scores as
-the server does, in batches of --slots in this process. The ratio of a turn is on the wall, and in
-processor time of the two processes, which depends less on what else the machine does. `mixed`:
-images, streams, edits, infills, captions and answers, of Poisson arrivals, by the server and then
-by one that takes one sample at a time (--slots=1). `killed`: clients that leave in the middle of a
-stream. Both processes compute: a GPU needs XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Starts the server as a user does, and sends requests over HTTP.
+`full`: all clients request images without a pause, in turns with `CM3Leon.generate` on the same
+prompts in this process. `generate` retrieves and scores like the server, in batches of --slots. The
+ratio of a turn is given in wall-clock time and in processor time of the two processes; the latter
+depends less on other work of the machine.
+`mixed`: images, streams, edits, infills, captions and answers with Poisson arrivals, by the server
+and then by a server that decodes one sample at a time (--slots=1).
+`killed`: clients that disconnect in the middle of a stream.
+Both processes compute: a GPU needs XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import asyncio
@@ -43,15 +45,15 @@ def prompt(i: int) -> str:
 
 
 def seconds_of(pid: int) -> np.ndarray:
-  """Returns seconds on the wall, and of the processors for a process."""
+  """Returns wall-clock seconds and the processor seconds of a process."""
   with open(f"/proc/{pid}/stat") as file:
     fields = file.read().rpartition(")")[2].split()
-  ticks = int(fields[11]) + int(fields[12])  # utime, stime: proc(5).
+  ticks = int(fields[11]) + int(fields[12])  # utime and stime, see proc(5).
   return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK")])
 
 
 def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
-  """Generates an image for each number; returns seconds of both clocks."""
+  """Generates an image for each number; returns the seconds of both clocks."""
   start = seconds_of(os.getpid())
   model.generate([prompt(i) for i in numbers])
   return seconds_of(os.getpid()) - start
@@ -59,7 +61,7 @@ def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
 
 @contextlib.contextmanager
 def server(slots: int) -> Iterator[tuple[int, str]]:
-  """Starts a server; yields its process id and its address."""
+  """Starts a server; yields its process id and address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
   command += [f"--workdir={flags.FLAGS.workdir}", f"--chunk={flags.FLAGS.chunk}"]
   command += ["--most_waiting=256", "--request_seconds=600"]
@@ -81,7 +83,7 @@ def resident_mib(pid: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """The image that requests send: a PNG file of `side` x `side` pixels."""
+  """The image for requests: a PNG file of `side` x `side` pixels."""
 
   png: bytes
   side: int
@@ -94,7 +96,7 @@ def given_image(image: Image.Image) -> Given:
 
 
 async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> None:
-  """Sends a request of a kind and reads its answer. Raises an error if it is refused."""
+  """Sends a request of a kind and reads the answer; raises an error if the request is refused."""
   png, side = image.png, image.side
   url, files = "v1/images/generations", {"image": ("a.png", png, "image/png")}
   if kind in ("image", "stream"):
@@ -118,7 +120,7 @@ async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> Non
 
 
 async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients: int):
-  """All clients ask for images without a pause.
+  """Lets all clients request images without a pause.
 
   Returns:
     (seconds of both clocks, errors).
@@ -141,7 +143,7 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients
 def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
   """Compares the server with `generate`, in turns of `each` images."""
   image = given_image(model.generate(prompt(0))[0].image)
-  offline(model, range(each))  # It compiles.
+  offline(model, range(each))  # Compiles.
   seconds, errors, memory = [], [], [resident_mib(pid)]
   for turn in range(turns):
     numbers = range(turn * each, (turn + 1) * each)
@@ -167,7 +169,7 @@ def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients:
 
 
 async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
-  """Requests of all kinds, of Poisson arrivals."""
+  """Sends requests of all kinds with Poisson arrivals."""
   errors, seconds, chance = [], [], random.Random(0)
   limits = httpx.Limits(max_connections=None)
   async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -180,7 +182,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
       except Exception as error:
         errors.append(repr(error))
 
-    for i in range(len(KINDS)):  # Shapes that are not compiled yet.
+    for i in range(len(KINDS)):  # Compiles shapes that are not compiled yet.
       await one(i)
     seconds.clear()
     tasks = []
@@ -196,7 +198,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Clients leave after the first bytes of a stream; returns what the server still holds."""
+  """Disconnects clients after the first bytes of a stream; returns what the server still runs."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

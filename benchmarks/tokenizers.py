@@ -3,9 +3,9 @@
   python -m benchmarks.tokenizers --workdir=workdir/tokenizers
 
 Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
-small decoder on the codes of each. Prepares what all runs read once. Writes results.json
-and table.md after every run. Finished parts are skipped and a training continues from its last
-checkpoint, so it can be stopped or killed at any time. Method: docs/vqgan.md.
+small decoder on the codes of each tokenizer. Prepares shared data once. Writes results.json and
+table.md after every run. Finished parts are skipped and a training continues from its last
+checkpoint, so the command can be stopped or killed at any time. Method: docs/vqgan.md.
 """
 
 from collections.abc import Callable
@@ -43,25 +43,25 @@ ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# Fields of the demo's long variant: its short one takes a tenth of these steps.
+# Values from the variant `long`; the demo's values suit a tenth of these steps.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
-SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # What `vqgan` to `train` read.
-CORES = 2  # A minute is 60 seconds of CPU time of each.
-ROUNDS, STEPS = 7, 6  # Of the timing: the arms take turns.
-SCORED = 400  # Held-out images whose bits are measured, at most.
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Inputs of the stages `vqgan` to `train`.
+CORES = 2  # A minute is 60 seconds of CPU time of each core.
+ROUNDS, STEPS = 7, 6  # Rounds of timing in which the arms take turns, and steps per turn.
+SCORED = 400  # Maximum number of held-out images whose bits are measured.
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Place and extent of the comparison.
+  """Location and size of the comparison.
 
   Attributes:
     workdir: folder of all comparisons.
-    codes: size of the codebook; 0: that of the config.
-    minutes: of the training of a tokenizer.
-    decoder_minutes: of the training of a decoder; 0: none is trained.
-    given: fields of the config that the user changes.
+    codes: size of the codebook; 0: the config's.
+    minutes: training time of a tokenizer.
+    decoder_minutes: training time of a decoder; 0: no decoder is trained.
+    given: config fields that the user changes.
   """
 
   workdir: pathlib.Path
@@ -72,17 +72,17 @@ class Experiment:
 
   @property
   def shared(self) -> pathlib.Path:
-    """Folder of the stages that all runs have in common."""
+    """Folder of the stages that all runs share."""
     return self.workdir / f"scenes_{self._config().vocab.image_size}" / "shared"
 
   @property
   def shared_stages(self) -> tuple[str, ...]:
-    """Stages that are made once for all runs, in their order."""
+    """Stages that run once for all runs, in order."""
     return SHARED if self.decoder_minutes else stage_table.STAGES["vqgan"].reads
 
   @property
   def folder(self) -> pathlib.Path:
-    """Folder of the runs of these minutes."""
+    """Folder of the runs with these minutes."""
     return self.shared.parent / f"minutes_{self.minutes:g}_{self.decoder_minutes:g}"
 
   def _config(self):
@@ -93,12 +93,12 @@ class Experiment:
     return config
 
   def overrides(self, arm: str = "", seed: int = 0, steps: dict | None = None) -> dict:
-    """Returns the fields of the config that differ from those of the source.
+    """Returns the config fields that differ from the source's config.
 
     Args:
-      arm: of `ARMS`; empty: of the shared stages.
-      seed: of a run.
-      steps: of the trainings, by the name of their stage.
+      arm: key of `ARMS`; empty for the shared stages.
+      seed: seed of the run.
+      steps: stage -> training steps.
     """
     vocab, never = self._config().vocab, 1_000_000
     fields = {
@@ -119,7 +119,7 @@ class Experiment:
     return fields | {f"{stage}.steps": count for stage, count in (steps or {}).items()}
 
   def settings(self, overrides: dict) -> Settings:
-    """Returns the checked config."""
+    """Returns the validated settings."""
     config = scenes.get_config()
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
@@ -130,7 +130,7 @@ class Experiment:
 
 
 def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
-  """Returns a function that takes a number of training steps of the image tokenizer."""
+  """Returns a function that runs a number of training steps of the image tokenizer."""
   config = settings.vqgan
   shape = (config.batch_size, config.resolution, config.resolution, 3)
   images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -146,7 +146,7 @@ def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
 
 
 def decoder_steps(settings: Settings) -> Callable[[int], None]:
-  """Returns a function that takes a number of training steps of the decoder."""
+  """Returns a function that runs a number of training steps of the decoder."""
   model, vocab, length = settings.model, settings.vocab, settings.data.sequence_length
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)
   rng, rows = np.random.default_rng(0), settings.train.global_batch_size
@@ -174,9 +174,9 @@ def decoder_steps(settings: Settings) -> Callable[[int], None]:
 
 
 def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: int) -> dict:
-  """Measures the CPU seconds of a step of each runner; they take turns, the median round counts.
+  """Measures the median CPU seconds per step of each runner; runners take turns in every round.
 
-  CPU time counts and not the clock, since other work on the machine stretches the latter.
+  CPU time is used, because other work on the machine increases the wall-clock time.
   """
   for take in runners.values():
     take(2)  # Compiles.
@@ -190,10 +190,10 @@ def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: i
 
 
 def plan_steps(experiment: Experiment) -> dict:
-  """Returns the steps that take the minutes, measured once for all arms and kept in steps.json.
+  """Returns the numbers of steps that take the given minutes, measured once and kept in steps.json.
 
   Returns:
-    `cpu_seconds` of a step and `steps`, by arm; "decoder" stands for that of all.
+    `cpu_seconds` per step and `steps`, by arm; "decoder" is for the decoders of all arms.
   """
   path = experiment.folder / "steps.json"
   if path.exists():
@@ -214,7 +214,7 @@ def plan_steps(experiment: Experiment) -> dict:
 
 
 def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
-  """Computes the bits of the codes of held-out images after their captions, over their pixels."""
+  """Computes the bits of the codes of held-out images after their captions, per pixel."""
   store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
   rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
   documents = [store[int(i)] for i in rows]
@@ -236,11 +236,11 @@ def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
 
 
 def commonest_square(images: np.ndarray, side: int) -> float:
-  """Computes the share of the squares that a code stands for which equal the commonest of them.
+  """Computes the share of the most common square among all squares that a code represents.
 
   Args:
     images: uint8 [n, H, W, 3].
-    side: of a square, in pixels.
+    side: side of a square in pixels.
   """
   n, height, width, _ = images.shape
   squares = images.reshape(n, height // side, side, width // side, side, 3).swapaxes(2, 3)
@@ -249,7 +249,7 @@ def commonest_square(images: np.ndarray, side: int) -> float:
 
 
 def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> dict:
-  """Returns what is measured of a run whose trainings are finished."""
+  """Measures a run whose trainings are finished."""
   summary = stages.require(run, "vqgan", summary=dict)["summary"]
   names = ("psnr_db", "codebook_perplexity", "codes_used")
   names += tuple(f"train_{name}" for name in names[1:])
@@ -287,7 +287,7 @@ def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) 
 
 def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   """Prepares the data, runs all arms and seeds, and writes the results after each run."""
-  # Before hours of other arms: FSQ does not take every number of codes.
+  # FSQ does not support every number of codes; check all arms before hours of training.
   settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
   for name in experiment.shared_stages:
     command = stage_table.STAGES[name].command
@@ -303,7 +303,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     "decoder_minutes": experiment.decoder_minutes,
     **plan,
   }
-  if vqgan.local_codes:  # Else equal squares may have many codes.
+  if vqgan.local_codes:  # Otherwise equal squares may have several codes.
     heldout = heldout_images(experiment, settings["restarts"])
     about["commonest_square"] = commonest_square(heldout, vqgan.downsample)
   for number, (seed, arm) in enumerate(planned, 1):
@@ -339,7 +339,7 @@ def main(argv) -> None:
   )
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_string(
     "workdir", "workdir/tokenizers", "Folder of all runs; an existing one continues."
   )

@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 
 BASE = "restarts"
-# Measure -> title and format. More is better, but for bits.
+# Measure -> (title, format). More is better, except for bits.
 MEASURES = {
   "psnr_db": ("PSNR (dB)", "{:.2f}"),
   "reconstructed_scenes_right": ("reconstructions right", "{:.1%}"),
@@ -25,15 +25,16 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, and `steps` and
+    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`; `steps` and
       `cpu_seconds` by arm; `commonest_square` (its share) if equal squares have one code.
-    runs: what `tokenizers.run_one` returns.
-    labels: arm -> its name in the table.
+    runs: results of `tokenizers.run_one`.
+    labels: arm -> name in the table.
 
   Returns:
-    `about`, `runs`, `perplexity_bound` (with a `commonest_square`) and by arm: `mean`, `lowest` and
-    `highest` of each measure over the seeds, and `difference` to `BASE`: mean over the common seeds
-    and 95% interval by Student's t. `used` is the share of all codes in 1,024 training images.
+    `about`, `runs`, `perplexity_bound` (with a `commonest_square`), and by arm: `mean`, `lowest`
+    and `highest` of each measure over the seeds, and `difference` to `BASE`: mean over the common
+    seeds and 95% interval with Student's t. `used` is the share of all codes in 1,024 training
+    images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
   of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}
@@ -62,9 +63,9 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 
 
 def perplexity_bound(share: float, codes: int) -> float:
-  """Returns the largest perplexity of K codes if one of them has a share of all places.
+  """Returns the largest perplexity of K codes if one code has a given share of all positions.
 
-  Then all others are equally frequent: exp(H), H = -p log p - (1 - p) log((1 - p) / (K - 1)).
+  All other codes are then equally frequent: exp(H), H = -p log p - (1 - p) log((1 - p) / (K - 1)).
   """
   rest = 1 - share
   entropy = -share * np.log(share) - (rest * np.log(rest / (codes - 1)) if rest else 0.0)
@@ -77,13 +78,13 @@ def _difference(own: dict, base: dict, name: str) -> dict:
 
 
 def _level(level: dict, text: str) -> str:
-  """Formats a mean, and the lowest and highest of the seeds unless they are equal as shown."""
+  """Formats a mean; adds lowest and highest of the seeds unless they look equal."""
   mean, low, high = (text.format(level[key]) for key in ("mean", "lowest", "highest"))
   return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _gap(difference: dict | None, text: str) -> str:
-  """Formats a difference, and its interval if there are several seeds."""
+  """Formats a difference, with its interval if there are several seeds."""
   if difference is None:
     return "-"
   sign = text.replace(":", ":+")
@@ -94,7 +95,7 @@ def _gap(difference: dict | None, text: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as a table, a row an arm."""
+  """Returns the result of `summarize` as a Markdown table, a row per arm."""
   arms = result["arms"]
   names = [name for name in MEASURES if any(name in arm["measures"] for arm in arms.values())]
   gaps = [name for name in COMPARED if name in names]
@@ -132,7 +133,7 @@ def _row(cells) -> str:
 
 
 def write_page(path: pathlib.Path, result: dict) -> None:
-  """Replaces the table of the result's source and codes in a page, between its two markers.
+  """Replaces the table of the result's source and codes in a page, between two markers.
 
   Raises:
     UserError: the page lacks a marker.

@@ -1,14 +1,14 @@
-"""Counts the files that a call enters, and how often it climbs back into a room above.
+"""Counts the files that a call enters, and the calls from a lower room to a room above it.
 
   python -m benchmarks.walks --way=load
   python -m benchmarks.walks --way=generate --files
   python -m benchmarks.walks --way=rows --workdir=workdir/scenes
 
-A file is entered when one of its functions runs, in any thread; code that only runs while a module
-is imported does not count. A climb is a pair of files of two rooms, of which the lower one calls a
-function of the upper one. The order of the rooms is that of the table in docs/design.md, from the
-bottom to the top; its base, with the sections of the config, is one room, and `api.py` and
-`commands/` are above all rooms.
+A file is entered when one of its functions runs, in any thread. Code that runs only during the
+import of a module does not count. A climb is a pair of files from two rooms, in which the file of
+the lower room calls a function of the upper room. The table in docs/design.md orders the rooms from
+bottom to top. Its base and the sections of the config form one room. `api.py` and `commands/` are
+above all rooms.
 """
 
 import argparse
@@ -31,13 +31,13 @@ PROMPT = ["--workdir=scenes", "--prompt=a red square at the top left"]
 
 
 def rooms() -> list[str]:
-  """Returns the rooms from the bottom to the top."""
+  """Returns the rooms from bottom to top."""
   above = re.findall(r"^\| `(\w+)/`", _table(), re.MULTILINE)
   return [BASE, *(room for room in above if room not in base()), *TOP]
 
 
 def base() -> set[str]:
-  """Returns the packages and modules of the base."""
+  """Returns the packages and modules of the base, the lowest room."""
   sentence = re.search(r"The base is (.*?)\.\n", _table(), re.DOTALL)
   assert sentence, "docs/design.md does not say what the base is"
   return set(re.findall(r"`(\w+)`", sentence[1]))
@@ -82,7 +82,7 @@ class Walk:
       self.pairs[caller.f_code.co_filename.removeprefix(PACKAGE), file] = None
 
   def climbs(self) -> list[tuple[str, str]]:
-    """Returns the pairs (caller, callee) of files that climb."""
+    """Returns the pairs (caller, callee) of files that are climbs."""
     order = {room: place for place, room in enumerate(rooms())}
 
     def height(file: str) -> int:
@@ -97,7 +97,7 @@ def _is_function(frame) -> bool:
 
 
 def _imports(frame) -> bool:
-  """Returns whether a frame runs while a module is imported, such as a decorator."""
+  """Returns whether a frame runs during the import of a module, e.g. in a decorator."""
   while frame is not None:
     if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
       return frame.f_code.co_filename.startswith(PACKAGE)
@@ -113,13 +113,13 @@ def load() -> None:
 
 
 def generate() -> None:
-  """Generates one image with the bundled model, from flags to files."""
+  """Runs the command `generate` with the bundled model, for one image."""
   with tempfile.TemporaryDirectory() as folder:
     _run("generate", [*PROMPT, f"--out={folder}/out"])
 
 
 def rows(workdir: str) -> None:
-  """Opens the training rows of a run whose documents are encoded, and reads the first one."""
+  """Opens the training rows of a run with encoded documents, and reads the first row."""
   from cm3leon_jax.trained.run import Run
 
   Run.open(workdir).rows("train")[0]
@@ -133,14 +133,14 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 def measure(way: str, workdir: str) -> Walk:
-  """Walks a way, one of WAYS."""
+  """Runs one of WAYS and returns its walk."""
   with Walk() as walk:
     {"load": load, "generate": generate, "rows": lambda: rows(workdir)}[way]()
   return walk
 
 
 def main() -> None:
-  # The walked command defines flags of absl, so these are none.
+  # The walked command defines absl flags, so this script uses argparse.
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--way", choices=WAYS, default="load", help="what is called")
   parser.add_argument("--workdir", help="run whose rows are read")

@@ -1,4 +1,4 @@
-"""Writes and copies a bundle; `trained.bundles` says what it is."""
+"""Writes and copies bundles; `trained.bundles` describes the format."""
 
 import dataclasses
 
@@ -34,29 +34,29 @@ def write(
   cost: dict | None = None,
   base: str = "",
 ) -> dict:
-  """Writes a bundle of a run with a CLIP of its own; bundle.json comes last.
+  """Writes a bundle of a run that trained its own CLIP; writes bundle.json last.
 
   Args:
-    folder: of the bundle.
-    run: whose tokenizers and CLIP are read.
-    params: of the decoder.
-    step: of `params`.
-    cost: of the run, see `reports.summary.cost`; None: unknown.
-    base: another bundle, see `folder_of`, that has the tokenizers and CLIP of the run: they are not
-      written again, and the bank is that of `base`. "": the bundle has all.
+    folder: folder of the bundle.
+    run: run with the tokenizers and CLIP.
+    params: parameters of the decoder.
+    step: training step of `params`.
+    cost: cost of the run, see `reports.summary.cost`; None: unknown.
+    base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
+      bundle then refers to it for tokenizers, CLIP and bank. "": the new bundle contains all.
 
   Returns:
-    {"files", "bytes"} of all files but bundle.json.
+    {"files", "bytes"}: number and size of all files except bundle.json.
 
   Raises:
-    UserError: the run reads a Hugging Face CLIP, a stage has not run, `folder` is that of a run,
-      the Hugging Face model lacks a part of the decoder, or `base` is no bundle or has other
+    UserError: the run reads a Hugging Face CLIP, a stage has not run, `folder` belongs to a run,
+      the Hugging Face model lacks a part of the decoder, or `base` is not a bundle or has other
       tokenizers or another CLIP.
   """
   settings, workdir = run.settings, run.folder
   if settings.retrieval.clip:
     raise UserError(
-      f"config.retrieval.clip is {settings.retrieval.clip}, and a bundle holds the CLIP that "
+      f"config.retrieval.clip is {settings.retrieval.clip}, but a bundle contains the CLIP that "
       "`cm3leon train_clip` trained: this run has no bundle."
     )
   folder = epath.Path(folder)
@@ -87,7 +87,7 @@ def write(
 
 
 def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies a bundle to a folder; one that is there is replaced. bundle.json comes last.
+  """Copies a bundle to a folder and replaces a bundle there; writes bundle.json last.
 
   Raises:
     UserError: `to` is the folder of a run, or of this bundle.
@@ -105,7 +105,7 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
 
 
 def _check_target(folder: epath.Path) -> None:
-  """Raises UserError if a bundle in it would replace files of others."""
+  """Raises UserError if a bundle in this folder would replace files that are not from a bundle."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file: name a folder for the bundle.")
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
@@ -116,17 +116,20 @@ def _check_target(folder: epath.Path) -> None:
   written = bundles.is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
   if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
     raise UserError(
-      f"{folder} holds '{found[0]}' and is no bundle: name a new or empty folder for the bundle."
+      f"{folder} contains '{found[0]}' and is not a bundle: name a new or empty folder."
     )
 
 
 def _begin(folder: epath.Path) -> None:
-  """Makes the folder, and removes a bundle in it, bundle.json first: half a bundle is none."""
+  """Creates the folder and removes a bundle in it, bundle.json first.
+
+  Without bundle.json, a partly removed bundle cannot be taken for a whole one.
+  """
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(
-      f"{folder} cannot be made ({error.strerror}): name another folder for the bundle."
+      f"{folder} cannot be created ({error.strerror}): name another folder for the bundle."
     ) from error
   for name in (bundles.FILE, unseen_tokens.FILE):
     (folder / name).unlink(missing_ok=True)
@@ -136,11 +139,15 @@ def _begin(folder: epath.Path) -> None:
 
 
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
-  """Returns name, digest and settings of the bundle `base`, whose tokenizers and CLIP a run has."""
+  """Returns name and digest of the bundle `base`, and its settings.
+
+  Raises:
+    UserError: it is not a bundle with its own tokenizers and CLIP, or differs from the run's.
+  """
   folder = bundles.folder_of(base)
   if not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
     raise UserError(
-      f"--base is {base}; it must be a bundle with tokenizers and CLIP of its own: a folder that "
+      f"--base is {base}; it must be a bundle with its own tokenizers and CLIP: a folder that "
       f"`cm3leon export --bundle` wrote without --base, or {bundles.INSTALLED[0]}."
     )
   settings, _ = bundles.read(folder)
@@ -148,14 +155,14 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
     for file in files:
       if digest(workdir / stage / file) != digest(folder / stage / file):
         raise UserError(
-          f"--base is {base}, whose {stage}/{file} is not that of {workdir}: name the bundle that "
-          "`cm3leon copy_tokenizers` copied from, or leave --base out."
+          f"--base is {base}, whose {stage}/{file} differs from {workdir}: name the bundle "
+          "that `cm3leon copy_tokenizers` copied from, or omit --base."
         )
   return {"name": base, "digest": str(digest(folder / bundles.FILE))}, settings
 
 
 def _write_unseen(folder: epath.Path, run: Run) -> list[str]:
-  """Writes the tokens that training never showed, if they are known, and returns their file."""
+  """Writes the tokens that training never showed, if they are known; returns the file names."""
   unseen = unseen_in(run)
   if unseen is None:
     return []
@@ -164,7 +171,7 @@ def _write_unseen(folder: epath.Path, run: Run) -> list[str]:
 
 
 def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
-  """Writes tokenizers and CLIP of a run; returns the names of all files."""
+  """Writes tokenizers and CLIP of a run; returns the file names."""
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
   text.copy_files(workdir / "text_tokenizer", folder / "text_tokenizer")
   for stage, cls, params_file in (
@@ -180,10 +187,10 @@ def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
 
 
 def _write_bank(folder: epath.Path, run: Run) -> tuple[Settings, list[str]]:
-  """Copies the documents of the split `bank` and their embeddings, if nothing else is searched.
+  """Copies the documents of the split `bank` with their embeddings, if retrieval reads only them.
 
   Returns:
-    The settings with exact search, since no index is copied, and the names of all files.
+    The settings, with exact search because no index is copied, and the file names.
   """
   settings = run.settings
   if settings.retrieval.train_documents:

@@ -1,4 +1,4 @@
-"""What a user asks of an export, and the run that it is made of."""
+"""A user's choices for an export, and the run to export."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What a user asks for.
+  """A user's choices for an export.
 
   Attributes:
     format: a key of `FORMATS`.
-    dtype: of the weights, of `DTYPES`.
-    quantize: "int8" or "".
-    average: whether to write the moving average; None: if the run keeps one.
+    dtype: dtype of the weights, one of `DTYPES`.
+    quantize: "int8", or "" for no quantization.
+    average: whether to write the moving average; None: only if the run keeps one.
   """
 
   format: str = "hf"
@@ -34,12 +34,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-  """A trained run, as formats read it.
+  """A trained run and the user's choices, as the formats read them.
 
   Attributes:
-    trained: whose tokenizers are read.
-    params: of the decoder, read from disk when they are needed.
-    choice: what the user asks for.
+    trained: run with the tokenizers.
+    params: parameters of the decoder, read from disk when they are needed.
   """
 
   trained: Run

@@ -1,4 +1,4 @@
-"""Copies tokenizers and CLIP of a trained run or bundle into the workdir of a run tuned from it."""
+"""Copies tokenizers and CLIP of a trained run or bundle into the workdir of a tuning run."""
 
 from etils import epath
 
@@ -17,25 +17,25 @@ from cm3leon_jax.trained.run import Run
 def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   """Copies the stages of tokenizers and CLIP, and marks them as finished.
 
-  Folders that hold the same files already stay as they are.
+  Folders that already contain the same files are not changed.
 
   Args:
-    run: whose workdir gets the folders of the stages.
-    source: workdir of a run, or see `bundles.folder_of`.
+    run: run whose workdir gets the folders of the stages.
+    source: workdir of a run, or a bundle, see `bundles.folder_of`.
 
   Returns:
     "copied" or "there already" for each stage.
 
   Raises:
-    UserError: `source` lacks a file, or was made with another config; or a folder of `run`
-      holds something else. Nothing is copied then.
+    UserError: `source` lacks a file or was made with another config, or a folder of `run` contains
+      something else. Then nothing is copied.
   """
   settings, workdir = run.settings, run.folder
   folder = bundles.folder_of(source)
   is_bundle = bundles.is_bundle(folder)
   if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(
-      f"--init_from is {source}, an export, which has no CLIP, and does not say how its tokenizers "
+      f"--init_from is {source}, an export, which has no CLIP and no record of how its tokenizers "
       "were trained: name the workdir that it was exported from, or a folder that `cm3leon export "
       "--bundle` wrote."
     )
@@ -47,7 +47,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   configs = {name: _config(settings, folder, name) for name in names}
   for name in names:
     ours, theirs = plain(configs[name]), plain(_config(trained, folder, name))
-    # A run may start from one of another seed.
+    # A run may start from a run with another seed.
     if changed := stages.differences({**theirs, "seed": 0}, {**ours, "seed": 0}):
       raise UserError(
         f"--init_from is {source}, whose {name} was made with another config "
@@ -57,7 +57,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
       there = stages.require(workdir, name)["id"]
       if there != digests[name]:
         raise UserError(
-          f"{workdir / name} is of another run than --init_from={source}: use another --workdir."
+          f"{workdir / name} is not from --init_from={source}: use another --workdir."
         )
   result = {}
   for name in names:
@@ -76,7 +76,7 @@ def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
 
 
 def _config(settings: Settings, source: epath.Path, name: str) -> dict:
-  """Returns the parts of a config that a stage copied from `source` must share with it."""
+  """Returns the config fields that a stage copied from `source` must share with `source`."""
   config = table.identity(settings, name)
   if name == "vqgan" and vqgan.is_published(source / name):
     config["vqgan"] = {side: config["vqgan"][side] for side in ("resolution", "downsample")}

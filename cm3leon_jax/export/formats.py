@@ -1,9 +1,9 @@
-"""Formats of `cm3leon export`: a table, and how a folder of one is written.
+"""Lists the formats of `cm3leon export`, and writes an export.
 
-A format is a module of this package with two functions. `check(config)` refuses by name what the
-format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
-that half an export has none. Other files of every export are written before, in `write`.
-`trained.kinds.kind_of` must know a written export of a new format by its files.
+A format is a module of this package with two functions. `check(config)` raises UserError and names
+the part of a decoder that the format cannot represent. `write(folder, run) -> numbers` writes the
+weights last, so that an unfinished export has no weights. `write` below writes the other files
+first. `trained.kinds.kind_of` must recognize each format by its files.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the
 
 
 def check(choice: Choice, settings: Settings) -> None:
-  """Raises UserError, before anything is written, if a format cannot represent the choice."""
+  """Raises UserError if a format cannot represent the choice. Call it before writing anything."""
   if choice.quantize and choice.format not in QUANTIZED:
     raise UserError(
-      f"--quantize={choice.quantize} is given, and --format={choice.format} has no such weights: "
-      f"use --format={' or '.join(QUANTIZED)}, or leave --quantize out."
+      f"--quantize={choice.quantize} is given, but --format={choice.format} has no such weights: "
+      f"use --format={' or '.join(QUANTIZED)}, or omit --quantize."
     )
   if choice.format in COMPUTING and choice.dtype == "float16":
     raise UserError(
-      f"--dtype is float16, and with --format={choice.format} the decoder computes in it, too: "
-      "choose float32 or bfloat16."
+      f"--dtype is float16, but with --format={choice.format} the decoder also computes in this "
+      "dtype: choose float32 or bfloat16."
     )
   _module(choice).check(settings.model)
 
@@ -57,14 +57,14 @@ def _module(choice: Choice) -> ModuleType:
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes an export to an empty folder; its weights come last.
+  """Writes an export to an empty folder; writes its weights last.
 
   Args:
-    folder: made if absent.
-    run: of which the decoder is written.
+    folder: created if absent.
+    run: run to export.
 
   Returns:
-    Numbers for a summary, among them "parameters" and "bytes".
+    Numbers for a summary, such as "parameters" and "bytes".
 
   Raises:
     UserError: see `check`.
@@ -84,7 +84,7 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def clear(folder: epath.PathLike) -> None:
-  """Removes an earlier export from the folder of a stage, its weights first."""
+  """Empties the folder of a stage; removes the weights of an earlier export first."""
   from cm3leon_jax.weights import tensor_files
 
   folder = epath.Path(folder)
@@ -96,24 +96,25 @@ def clear(folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a folder beside `folder`, which takes its place at the end of the body.
+  """Yields a temporary folder that replaces `folder` when the body ends.
 
-  If the body fails, `folder` is as it was. A process that is killed may leave FOLDER.partial or
-  FOLDER.old; the next export removes the one and puts the other back in its place.
+  If the body fails, `folder` does not change. A killed process may leave FOLDER.partial or
+  FOLDER.old. The next export removes FOLDER.partial and renames FOLDER.old to FOLDER.
 
   Raises:
-    UserError: `folder` is in a bucket, where a folder cannot be renamed, or is there and no export.
+    UserError: `folder` is in a GCS bucket, where folders cannot be renamed, or exists and is not an
+      export.
   """
   if "://" in os.fspath(folder):
     raise UserError(
-      f"--output is {folder}, in a bucket: name a folder of this machine, and copy it then; or "
-      "leave --output out, and the export is in the workdir."
+      f"--output is {folder}, in a GCS bucket: name a folder of this machine and copy it, "
+      "or omit --output to export to the workdir."
     )
   folder = absolute(folder)
   if folder.exists() and not is_replaceable(folder):
     raise UserError(
-      f"--output is {folder}, which is there and not a folder that cm3leon export wrote: name "
-      "another one."
+      f"--output is {folder}, which exists and is not a folder that cm3leon export wrote: name "
+      "another folder."
     )
   partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))
   if old.exists() and not folder.exists():

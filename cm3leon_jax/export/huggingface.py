@@ -1,8 +1,8 @@
 """Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
 
-Both load without remote code. A decoder with `model.align_images` has the same logits there at the
-default positions if a sample has one image at most; after neighbors, or in a document of several
-images, the engine needs `position_ids` (`positions.positions_of`). config.json says so, too.
+Both load without remote code. With `model.align_images`, a decoder has the same logits there at the
+default positions only if a sample has at most one image. After neighbors, or in a document of
+several images, the engine needs `position_ids` (`positions.positions_of`). config.json says this.
 """
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
@@ -69,15 +69,16 @@ def export(
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
-  The weights are written last; those of an earlier export are deleted first: half of one has none.
+  Deletes the weights of an earlier export first and writes the new weights last, so that an
+  unfinished export has no weights.
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
     params: parameters of the decoder, on any mesh.
     config: configuration of the decoder.
     vocab: layout of the token ids.
-    tokenizer_folder: folder of the text tokenizer; None leaves it out.
-    dtype: of the weights in the file, a key of `tensor_files.DTYPES`.
+    tokenizer_folder: folder of the text tokenizer; None omits the tokenizer.
+    dtype: dtype of the weights in the file, a key of `tensor_files.DTYPES`.
 
   Returns:
     {"architecture", "parameters", "bytes"}.
@@ -98,23 +99,23 @@ def write_model(
   dtype: str,
   shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> dict:
-  """Writes the files of a model of `transformers`; the result is that of `export`.
+  """Writes the files of a model for `transformers`; returns the result of `export`.
 
   Args:
     folder: see `export`.
     described: content of config.json, without the dtype.
-    tensors: of the model.
+    tensors: tensors of the model.
     vocab: see `export`.
     tokenizer_folder: see `export`.
-    dtype: that config.json names.
+    dtype: dtype for config.json.
     shard_bytes: see `tensor_files.write`.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   tensor_files.remove(folder)
   write_json(folder / "config.json", {**described, "dtype": dtype})
-  # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
-  # only one of them, so this file must not be marked as derived from it ("_from_model_config").
+  # A document ends with </s>; an infill (a caption or an answer) ends with <eoss>. config.json can
+  # name only one id, so this file must not be marked as derived from it ("_from_model_config").
   ids: dict[str, int | list[int]] = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
@@ -129,7 +130,7 @@ def write_model(
 
 
 def can_compare(quantized: str = "") -> bool:
-  """Returns whether what loads an export, also a quantized one, is installed (extra `[dev]`)."""
+  """Returns whether the packages that load an export are installed (extra `[dev]`)."""
   more = ("compressed_tensors",) if quantized else ()
   return all(importlib.util.find_spec(name) for name in ("torch", "transformers", *more))
 
@@ -138,7 +139,7 @@ def can_compare(quantized: str = "") -> bool:
 def causal_logits(
   config: ModelConfig, params: dict, tokens: Int32[Array, " T"], positions: Int32[Array, " T"]
 ) -> Float32[Array, "T V"]:
-  """Computes logits [T, V] fp32 of the ids and positions [T] of a sample, on the current mesh."""
+  """Computes the logits of one sample on the current mesh."""
   model = transformer.bind(config, params)
   tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")
   positions = jnp.broadcast_to(positions[None], tokens.shape)
@@ -150,9 +151,9 @@ def causal_logits(
 def compare_logits(
   folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]
 ) -> dict:
-  """Compares the logits of the exported model and of this project's, both in fp32.
+  """Compares the logits of the exported model with the logits of this project's model, in fp32.
 
-  Both get the positions of `positions_of`. Requires `can_compare()`.
+  Both models get the positions of `positions_of`. Requires `can_compare()`.
 
   Args:
     folder: folder of `export`.
@@ -161,8 +162,8 @@ def compare_logits(
     samples: token ids, [T] int32 each, T <= max_positions.
 
   Returns:
-    {"max_difference", "max_logit", "samples", "tokens"}: the largest difference of two logits, and
-    the largest absolute logit for comparison.
+    {"max_difference", "max_logit", "samples", "tokens"}: the largest difference between two logits,
+    the largest absolute logit for comparison, and two counts.
   """
   import torch
   import transformers
@@ -178,7 +179,7 @@ def compare_logits(
     given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
     with torch.no_grad():
       theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
-    # Padded to one length for one program; a causal model ignores what follows.
+    # Pad to one length, so that one program is compiled; a causal model ignores later tokens.
     padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))
     ours = np.asarray(causal_logits(config, params, *padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))

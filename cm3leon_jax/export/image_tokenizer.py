@@ -1,10 +1,11 @@
 """Writes the image tokenizer of an export.
 
-Of one that `cm3leon train_vqgan` trained, DIR/image_tokenizer/ has params.safetensors of the run's
-vqgan/; config.json, which has more than the run's, so `ImageTokenizer.load` reads the folder; and
-decode_image.py, which needs numpy alone. Of config.json that script reads `vqgan`, `num_codes`,
-`levels` of FSQ, and `token_offset`: code c is the token token_offset + c of the language model.
-A published tokenizer is written under the names of its release, see `published_files.save`.
+For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: params.safetensors
+of the run's vqgan/, config.json, and decode_image.py, which needs only numpy. config.json extends
+the run's file, so `ImageTokenizer.load` can read the folder. decode_image.py reads `vqgan`,
+`num_codes`, the `levels` of FSQ, and `token_offset` from config.json. Code c is token
+`token_offset + c` of the language model. A published tokenizer keeps the file names of its
+release, see `published_files.save`.
 """
 
 # K codes, T codes of an image.
@@ -33,19 +34,19 @@ SCRIPT = "decode_image.py"
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:
-  """Writes `IMAGES` into the folder of an export; config.json comes last.
+  """Writes the folder `IMAGES` of an export; writes config.json last.
 
   Args:
-    folder: of the export.
-    run: whose vqgan/ is read.
+    folder: folder of the export.
+    run: run whose vqgan/ is read.
 
   Returns:
-    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family": of
-      a published tokenizer, else "", "code_dim"}}.
+    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family" of
+      a published tokenizer or "", "code_dim"}}.
 
   Raises:
-    UserError: the stage `train_vqgan` has not run or its files are damaged, or decode_image.py
-      does not compute its network.
+    UserError: the stage `train_vqgan` has not run, its files are damaged, or decode_image.py does
+      not compute the same network.
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
@@ -68,7 +69,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 def _write_trained(
   target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
 ) -> None:
-  """Writes a tokenizer that `cm3leon train_vqgan` trained, its weights byte for byte."""
+  """Writes a tokenizer of `cm3leon train_vqgan`; copies its weights byte for byte."""
   assert isinstance(tokenizer.config, VQGANConfig)
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
@@ -84,7 +85,7 @@ def _write_trained(
       f"({wrong})."
     )
   target.mkdir(parents=True, exist_ok=True)
-  (target / CONFIG).unlink(missing_ok=True)  # Half a tokenizer has none.
+  (target / CONFIG).unlink(missing_ok=True)  # An unfinished tokenizer has no config.
   with replacing(target / PARAMS) as file, (source / PARAMS).open("rb") as given:
     shutil.copyfileobj(given, file)
   with replacing(target / SCRIPT, "w") as file:
@@ -93,13 +94,13 @@ def _write_trained(
 
 
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:
-  """Says how the numpy decoder differs from a tokenizer; "" if it does not.
+  """Describes how the numpy decoder differs from a tokenizer; "" if both agree.
 
-  Both decode one image of random codes. Rounding may move a pixel by one level of 255.
+  Both decode one image of random codes. A pixel may differ by one level of 255 from rounding.
 
   Args:
-    tokenizer: of the run.
-    described: content of config.json, see the module.
+    tokenizer: image tokenizer of the run.
+    described: content of config.json, see the module docstring.
   """
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)

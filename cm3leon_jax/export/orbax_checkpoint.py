@@ -1,11 +1,12 @@
-"""The format `orbax`: the parameters alone, as a checkpoint that Orbax restores by itself.
+"""Writes the format `orbax`: only the parameters, as a checkpoint that Orbax can restore.
 
   orbax.checkpoint.StandardCheckpointer().restore("/absolute/path/export/params")
 
-returns a nested dict of numpy arrays; with a tree of `jax.ShapeDtypeStruct` as the second argument,
-JAX arrays on any mesh. `cm3leon train --init_from=FOLDER` starts a run from it. Orbax would need
-all parameters in memory to write them, so TensorStore writes the arrays, layer by layer, in Orbax's
-layout: an OCDBT database of Zarr arrays, and `_METADATA` with the tree.
+This call returns a nested dict of numpy arrays. With a tree of `jax.ShapeDtypeStruct` as the second
+argument it returns JAX arrays on any mesh. `cm3leon train --init_from=FOLDER` starts a run from the
+export. Orbax would need all parameters in memory to write them. Therefore TensorStore writes the
+arrays layer by layer in Orbax's layout: an OCDBT database of Zarr arrays, and `_METADATA` with the
+tree.
 """
 
 from etils import epath
@@ -43,10 +44,10 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dtype: str) -> None:
-  """Writes an array, stacked layers one by one, each in a chunk of its own.
+  """Writes an array; each layer of a stacked array becomes one chunk.
 
-  Nothing is compressed: weights hardly shrink, and memory would grow, since every thread that
-  compresses keeps the memory of its largest result.
+  Nothing is compressed. Weights hardly shrink, and compression needs more memory, because each
+  thread keeps a buffer of its largest result.
   """
   shape = params.shapes[name]
   stacked = name.startswith(f"{stored.STACKED}.")
@@ -67,7 +68,7 @@ def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dty
 
 
 def _metadata(params: stored.StoredParams) -> dict:
-  """Returns the content of `_METADATA`: the path of every array; 2 is a key of a dict."""
+  """Returns the content of `_METADATA`: the path of every array. Key type 2 is a dict key."""
   tree = {}
   for name in params.shapes:
     keys = name.split(".")

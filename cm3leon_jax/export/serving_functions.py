@@ -1,7 +1,7 @@
-"""The functions that a StableHLO export holds, of flat dicts of arrays, without a mesh.
+"""The functions in a StableHLO export. They take flat dicts of arrays and need no mesh.
 
-They wrap the decoding loop and the image tokenizer: a server needs no class of this package. Ids of
-image codes are token ids; prompts are padded with `<pad>` on the left.
+The functions wrap the decoding loop and the image tokenizer, so a server needs no class of this
+package. Image codes are given as token ids. Prompts are padded with `<pad>` on the left.
 """
 
 # b samples, p and u slots of prompts, g tokens to generate, m parts of a plan, I tokens of an
@@ -34,24 +34,24 @@ from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-Named: TypeAlias = dict[str, Any]  # Arrays or their types by dotted names.
+Named: TypeAlias = dict[str, Any]  # Dotted name -> array or type of an array.
 Tokens: TypeAlias = Int32[Array, "b _"]
 Seeds: TypeAlias = UInt32[Array, " b"]
-# Fields of `LoopState` whose arrays have other names in exports.
+# Field of `LoopState` -> its name in exports, where it differs.
 EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
 
 def named(tree: PyTree) -> Named:
-  """Returns the leaves of a tree by their dotted paths."""
+  """Returns the leaves of a tree by dotted path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
   return {EXPORTED_AS.get(name, name): x for name, (_, x) in zip(names, leaves)}
 
 
 def filled(types: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-  """Returns the tree of `types` with the arrays that `named` gave their places."""
+  """Returns a tree shaped like `types` whose leaves are `arrays`; reverses `named`."""
   return jax.tree.unflatten(jax.tree.structure(types), [arrays[name] for name in named(types)])
 
 
@@ -66,11 +66,11 @@ def aligned_positions(
   if not align_images:
     return jnp.where(valid, at - first, 0)
 
-  # Index of the last marked token up to each token; -1: none.
+  # Returns the index of the last marked token up to each token; -1: none.
   def latest(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummax(jnp.where(marked, at, -1), axis=1)
 
-  # Index of the first marked token from each token on; L: none.
+  # Returns the index of the first marked token from each token on; L: none.
   def following(marked: Bool[Array, "b L"]) -> Int32[Array, "b L"]:
     return jax.lax.cummin(jnp.where(marked, at, length), axis=1, reverse=True)
 
@@ -84,24 +84,25 @@ def aligned_positions(
   code = following(is_image)
   separator = take(latest(is_break | (tokens == vocab.eos)), code)
   anchors = jnp.where(code < next_begin, jnp.maximum(at, separator + 1), at)
-  # A unit without image codes counts on from the unit before it.
+  # A unit without image codes continues the positions of the unit before it.
   of_unit = latest(begins & ((code < next_begin) | (at == first)))
   return jnp.where(valid, at - take(anchors, of_unit), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-  """What a server calls, for one decoder and image tokenizer.
+  """The functions that a server calls, for one decoder and image tokenizer.
 
   Every method takes `weights`, the arrays of `named({"decoder": ..., "image_tokenizer": ...})`, and
-  keyword arguments; those that return a dict name its arrays.
+  keyword arguments. A method that returns several arrays returns them by name.
 
   Attributes:
-    model: the decoder.
-    vocab: meaning of its ids.
-    sampling: `guidance_schedule`, and the largest numbers of candidates, `top_k` and `text_top_k`.
-    image_tokenizer: config and number of codes; its parameters are not read.
-    weights: types of the weights, a tree.
+    model: configuration of the decoder.
+    vocab: layout of the token ids.
+    sampling: settings that are fixed in the export: `guidance_schedule`, and the largest allowed
+      `top_k` and `text_top_k`.
+    image_tokenizer: provides config and number of codes; its parameters are not read.
+    weights: tree of the types of the weights.
   """
 
   model: ModelConfig
@@ -112,7 +113,7 @@ class Functions:
 
   @property
   def image_tokens(self) -> int:
-    """I."""
+    """I, the number of tokens of an image."""
     return self.image_tokenizer.config.image_tokens
 
   @property
@@ -134,17 +135,18 @@ class Functions:
   def _prefill(
     self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
   ) -> LoopState:
-    """Reads the prompts of S streams, the longest first; see `loop.prefill`."""
+    """Reads the prompts of S streams, longest stream first; see `loop.prefill`."""
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
-    # What comes next has a position of its own: the first code of an image, if the plan has one.
+    # The token after a prompt is the first code of an image if the plan has an image. Its position
+    # differs from the position of a text token.
     codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
     after = jnp.where(codes, self.vocab.text_size, self.vocab.unk).astype(jnp.int32)
     positions = aligned_positions(
       jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
     )
-    # The last token of a prompt is read by the first step. A slot stays empty in its place.
+    # The first decoding step reads the last token of a prompt, so the slots shift by one here.
     before = ((0, 0), (1, 0))
     read = jnp.pad(rows[:, :-1], before)
     prompts = Prompts(
@@ -170,21 +172,21 @@ class Functions:
   def prefill(
     self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
   ) -> Named:
-    """Reads prompts of one stream. Returns the state for `decode_step`.
+    """Reads prompts of one stream and returns the state for `decode_step`.
 
     Args:
       weights: see the class.
       prompts: int32 [b, p], padded on the left.
-      plan: int32 [b, m, 3], what may follow, see `grammar.plan_array`.
+      plan: int32 [b, m, 3], the parts that may follow, see `grammar.plan_array`.
       seeds: uint32 [b].
-      ids: int32 [b, g], not read: g tokens at most are generated.
+      ids: int32 [b, g]. Only the shape is used: at most g tokens are generated.
     """
     most = ids.shape[1]
     state = self._prefill(weights, [prompts], plan, most, most)
     return {**named(state), "plan": plan, "seeds": seeds}
 
   def state_types(self, weights: Named, **arguments: Any) -> LoopState:
-    """Returns the types of the loop's state for the arguments of `prefill`."""
+    """Returns the types of the loop state for the arguments of `prefill`."""
     most = arguments["ids"].shape[1]
     return jax.eval_shape(
       lambda weights, prompts, plan: self._prefill(weights, [prompts], plan, most, most),
@@ -194,10 +196,10 @@ class Functions:
     )
 
   def decode_step(self, types: LoopState) -> Callable[..., Named]:
-    """Returns the function that samples one more token of each sample.
+    """Returns the function that samples one more token for each sample.
 
     Args:
-      types: of `state_types`.
+      types: result of `state_types`.
     """
 
     def decode_step(weights: Named, *, state: Named, **settings: Array) -> Named:
@@ -221,18 +223,18 @@ class Functions:
     guidance: Float32[Array, " b"],
     **settings: Array,
   ) -> Named:
-    """Generates a guided image after each prompt, and decodes it.
+    """Generates and decodes a guided image for each prompt.
 
     Args:
       weights: see the class.
       prompts: int32 [b, p], padded on the left.
-      unconditional: int32 [b, u], u <= p, padded on the left: what guidance leads away from.
+      unconditional: int32 [b, u], u <= p, padded on the left: prompts of the unconditional stream.
       seeds: uint32 [b].
       guidance: fp32 [b], alpha.
       **settings: `IMAGE_SETTINGS`, [b] each.
 
     Returns:
-      images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; log_probs, fp32 [b, I], under the guided
+      images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; log_probs, fp32 [b, I], of the guided
       distribution before temperature and filters.
     """
     codes, count = self.image_tokens, prompts.shape[0]

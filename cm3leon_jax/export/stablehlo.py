@@ -1,10 +1,11 @@
 """Exports StableHLO artifacts of `jax.export`: prefill, decode step, guided images, image codes.
 
-`jax` alone serves the folder, without this package: serve_example.py in it shows how. The weights
-are no part of the artifacts, but an argument of each; they are in safetensors files. Batch, prompt
-slots and number of text tokens are symbolic: one artifact is compiled for any of them. An artifact
-names no devices: it runs on one, or on several that split its batch. The calling convention and the
-digests of all files are in manifest.json, which comes last.
+A server needs only `jax` and the folder, not this package; see serve_example.py in the folder. The
+weights are not part of the artifacts. They are in safetensors files and are an argument of each
+artifact. Batch, prompt slots and number of text tokens are symbolic, so one artifact can be
+compiled for any of these sizes. An artifact names no devices. It runs on one device, or on several
+that split the batch. manifest.json has the calling convention and the digests of all files; it is
+written last.
 """
 
 # b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
@@ -55,23 +56,23 @@ if TYPE_CHECKING:
   from cm3leon_jax.weights.stored import StoredParams
 
 MANIFEST = "manifest.json"
-SERVED = ("artifacts.py", "serve_example.py")  # Copied from served/.
+SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that each export contains.
 PLATFORMS = ("cpu", "cuda", "tpu")
-KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Of parts of a plan.
+KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Kinds of parts of a plan.
 BLOCKS = "blocks."
 
 
 def check(config: ModelConfig) -> None:
-  """Raises UserError if `flatbuffers`, by which `jax.export` writes artifacts, is not installed."""
+  """Raises UserError if `flatbuffers`, which `jax.export` needs to write, is not installed."""
   if not importlib.util.find_spec("flatbuffers"):
     raise UserError(
-      "jax.export writes artifacts by the package flatbuffers, which is not installed: "
+      "jax.export needs the package flatbuffers to write artifacts, and it is not installed: "
       "pip install flatbuffers."
     )
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
+  """Writes a run for `jax.export`, see `export`. Artifacts compute in the dtype of the weights."""
   settings = dataclasses.replace(
     run.settings, model=run.settings.model.computing_in(run.choice.dtype)
   )
@@ -86,19 +87,20 @@ def write_model(
   dtype: str = "float32",
   weight_dtype: str = "compute",
 ) -> dict:
-  """Writes the newest checkpoint of a workdir, or a bundle, as `CM3Leon.load` reads it.
+  """Writes the newest checkpoint of a workdir, or a bundle, that `CM3Leon.load` can read.
 
   Args:
     folder: see `export`.
-    source: workdir of a run, or see `bundles.folder_of`, e.g. "scenes".
-    dtype: of the weights and what the artifacts compute in, `float32` or `bfloat16`.
+    source: workdir of a run, or a bundle such as "scenes", see `bundles.folder_of`.
+    dtype: dtype of the weights and of computation in artifacts, `float32` or `bfloat16`.
     weight_dtype: see `export`.
 
   Returns:
     See `export`.
 
   Raises:
-    UserError: nothing was trained there, a file is damaged, or see `formats.check`.
+    UserError: `source` was not trained, a file is damaged, or the format cannot represent the
+      model, see `formats.check`.
   """
   from cm3leon_jax.export import choices, formats
   from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -126,19 +128,20 @@ def export(
   """Writes the artifacts, their weights, the text tokenizer, a loader and an example.
 
   Args:
-    folder: an earlier export in it is replaced, its manifest first.
-    params: of the decoder; one layer at a time is read.
-    settings: of the run: `model` (its dtype is that of the weights), `vocab`, `sampling`.
-    image_tokenizer: of the run.
-    text_tokenizer_folder: of the run.
-    weight_dtype: `compute`, or `int8` for the products of the decoder's blocks.
+    folder: an earlier export in it is replaced; its manifest is deleted first.
+    params: parameters of the decoder; one layer at a time is read.
+    settings: settings of the run: `model` (its dtype is also the dtype of the weights), `vocab`,
+      `sampling`.
+    image_tokenizer: image tokenizer of the run.
+    text_tokenizer_folder: folder of the run's text tokenizer.
+    weight_dtype: `compute`, or `int8` for the matrix products of the decoder's blocks.
 
   Returns:
-    {"parameters", "bytes", "artifacts": bytes of each}.
+    {"parameters", "bytes", "artifacts": name -> bytes}.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / MANIFEST).unlink(missing_ok=True)  # Half an export has none.
+  (folder / MANIFEST).unlink(missing_ok=True)  # An unfinished export has no manifest.
   tensor_files.remove(folder)
   with unsplit():
     types = weight_types(params, settings, image_tokenizer, weight_dtype)
@@ -168,7 +171,7 @@ def export(
 
 
 def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict]:
-  """Writes what `calls` yields; returns the description of each."""
+  """Writes an artifact for each result of `calls`; returns name -> description."""
   artifacts = {}
   with _no_locations():
     for name, function, arguments in calls(functions):
@@ -184,13 +187,13 @@ def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict
 def weight_types(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> dict:
-  """Returns the types of the weights that artifacts take, a tree."""
+  """Returns a tree with the types of the weights that artifacts take."""
   shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in params.shapes.items()}
   decoder = jax.eval_shape(
     functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
     traverse_util.unflatten_dict(shapes, sep="."),
   )
-  # Of an untied output table, decoding reads only the columns in `DecodeParams.head`.
+  # Decoding does not read an untied output table, only its columns in `DecodeParams.head`.
   model = {name: x for name, x in decoder.model.items() if name != "head"}
   weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
@@ -199,7 +202,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`; each is computed when it is written, as by `prepare`."""
+  """Lists the weights of `weight_types`. Each is computed as in `prepare`, when it is written."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"
@@ -232,7 +235,7 @@ def weight_tensors(
 
 
 def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
-  """Yields name, function and types of the arguments after the weights of each artifact."""
+  """Yields for each artifact its name, function, and types of the arguments after the weights."""
   weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
   def ids(*shape: Size) -> jax.ShapeDtypeStruct:
@@ -273,13 +276,13 @@ def _no_locations() -> Iterator[None]:
 
 
 def _array(x: Any) -> dict:
-  """Describes an array or its type; a symbolic size is its text, as in ["b", "p + g"]."""
+  """Describes an array or its type. A symbolic size becomes text, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
 
 
 def _described(artifact: jax.export.Exported) -> dict:
-  """Describes calling convention, arguments after the weights, and results."""
+  """Describes the calling convention, the arguments after the weights, and the results."""
   _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
   results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
   return {
@@ -291,7 +294,7 @@ def _described(artifact: jax.export.Exported) -> dict:
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Describes versions, and what a server needs to make prompts: vocabulary, sizes, sampling."""
+  """Returns versions, and data that a server needs for prompts: vocabulary, sizes, sampling."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)

@@ -1,4 +1,4 @@
-"""Imports a checkpoint into a workdir: its tokenizer, and parameters that a run starts from."""
+"""Imports a checkpoint into a workdir: its tokenizer, and parameters to start a run from."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -34,13 +34,13 @@ TEXT = "text_tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """What is written for a checkpoint.
+  """Data that an import writes.
 
   Attributes:
-    source: the checkpoint.
-    fields: of the sections `model` and `vocab` that the config must have.
-    tables: how its tables of tokens grow.
-    tensors: of the imported model.
+    source: checkpoint to import.
+    fields: required values of the config sections `model` and `vocab`.
+    tables: description of how the token tables grow.
+    tensors: tensors of the imported model.
   """
 
   source: SourceCheckpoint
@@ -50,14 +50,15 @@ class Import:
 
 
 def plan(settings: Settings, source: str) -> Import:
-  """Finds what a checkpoint becomes, and compares it with the config. Writes nothing.
+  """Plans an import and compares it with the config. Writes nothing.
 
   Args:
-    settings: of the run.
+    settings: configuration of the run.
     source: folder of the checkpoint.
 
   Raises:
-    UserError: it cannot be imported exactly, or the config has another model or vocabulary.
+    UserError: the checkpoint cannot be imported exactly, or the config has another model or
+      vocabulary.
   """
   opened = open_source(source)
   rows, vocab = opened.size("vocab_size", 0), settings.vocab
@@ -69,7 +70,7 @@ def plan(settings: Settings, source: str) -> Import:
     needed = {"model": fields | {"vocab_size": text_size + vocab.image_size}}
     needed["vocab"] = {"text_size": text_size}
   if differing := flags(_differing(settings, needed)):
-    raise UserError(f"{source} has another model than the config, which needs {differing}")
+    raise UserError(f"{source} has another model than the config: add the flags {differing}")
   if opened.is_own:
     return Import(opened, needed, tables, _own_tensors(opened, settings.model))
   return Import(opened, needed, tables, qwen3.tensors(opened, fields, tables))
@@ -88,8 +89,11 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
 
 
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
-  """Returns what a model of this project needs; rotary positions have no longest sample."""
-  path, remedy = source.folder / CONFIG, "write it again by `cm3leon export`."
+  """Returns the config fields that a model of this project needs.
+
+  `max_positions` is not needed for rotary positions.
+  """
+  path, remedy = source.folder / CONFIG, "write it again with `cm3leon export`."
   try:
     needed = layouts.config_of(dict(source.described))
   except KeyError as error:
@@ -102,14 +106,14 @@ def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
 
 
 def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
-  """Returns the id of a published model's end of text; None: config.json names none."""
+  """Returns the end-of-text id of a published model; None if config.json has none."""
   found = source.described.get("eos_token_id")
   first = found[0] if isinstance(found, list) and found else found
   return first if type(first) is int and 0 <= first < rows else None
 
 
 def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
-  """Returns those of the needed fields that the config has not."""
+  """Returns the needed fields whose values differ from the config."""
   return {
     section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
     for section, fields in needed.items()
@@ -117,14 +121,14 @@ def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
 
 
 def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:
-  """Returns the flags that set fields of sections.
+  """Returns command-line flags that set fields of config sections.
 
     flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
     "--config.model.width=64"
 
   Args:
     fields: section -> field -> value.
-    chosen: `section.field` of those that count; None: all.
+    chosen: names `section.field` of the fields to include; None: all.
   """
   return " ".join(
     f"--config.{section}.{name}={value}"
@@ -135,18 +139,18 @@ def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | Non
 
 
 def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[str]:
-  """Writes the text tokenizer and the folder `init` of a workdir; finished ones stay.
+  """Writes the text tokenizer and the folder `init` of a workdir, unless they are finished.
 
   Args:
-    settings: of the run.
-    workdir: gets both.
-    found: what `plan` returned for `settings`.
+    settings: configuration of the run.
+    workdir: folder to write to.
+    found: result of `plan` for `settings`.
 
   Returns:
-    What was done, a sentence each.
+    Sentences that describe what was done.
 
   Raises:
-    UserError: the workdir holds another tokenizer or other imported parameters, or a tensor has
+    UserError: the workdir contains another tokenizer or other imported parameters, or a tensor has
       values that are not finite.
   """
   workdir, digests = epath.Path(workdir), found.source.digests()
@@ -175,18 +179,20 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
 def _write_tokenizer(
   settings: Settings, workdir: epath.Path, found: Import, digests: dict
 ) -> list[str]:
-  """Writes the text tokenizer of a workdir, or checks that it is that of the checkpoint."""
+  """Writes the text tokenizer of a workdir, or checks that it comes from the checkpoint."""
   source, folder = found.source, workdir / TEXT
   if source.is_own and not digests["tokenizer"]:
-    return [f"{source.folder} has no tokenizer: that of {workdir} must be the one of its training."]
+    return [
+      f"{source.folder} has no tokenizer: it must have been trained with the one in {workdir}."
+    ]
   done = folder / stages.DONE
   same = digest(folder / TOKENIZER) == digest(source.folder / TOKENIZER)
   if source.is_own and same and done.exists():
     return []
   if done.exists() and not was_imported(folder):
     raise UserError(
-      f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
-      "or delete that folder."
+      f"{folder} was trained, and its ids differ from {source.folder}: use another --workdir, or "
+      "delete that folder."
     )
   config = table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
   config["command"] = IMPORTED
@@ -199,20 +205,20 @@ def _write_tokenizer(
 
 
 def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> list[str]:
-  """Writes the files of the text tokenizer; returns what differs from the source's."""
+  """Writes the files of the text tokenizer; returns its differences from the source's tokenizer."""
   source, vocab = found.source.folder, settings.vocab
   if not found.source.is_own:
     described = tokenizer.read_tokenizer(source, found.tables.rows)
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
     save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
-  TextTokenizer(source, vocab)  # Checks its ids.
+  TextTokenizer(source, vocab)  # The constructor checks the ids.
   copy_files(source, folder)
-  return ["as it was exported"]
+  return ["copied without changes"]
 
 
 def describe(found: Import) -> list[str]:
-  """Says what a checkpoint is, and what its import changes."""
+  """Returns sentences that describe a checkpoint, and what its import changes."""
   source, tables, model = found.source, found.tables, found.fields["model"]
   names = source.tensors.names
   dtypes = sorted({source.tensors.dtype(name) for name in names})
@@ -224,11 +230,11 @@ def describe(found: Import) -> list[str]:
     f"{model['width']:,}, {heads}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
   ]
   if source.is_own:
-    lines.append("a model of this project: parameters and vocabulary stay as they are.")
+    lines.append("a model of this project: parameters and vocabulary do not change.")
     if (images := (source.folder / initial.IMAGE_TOKENIZER).parent).exists():
       lines.append(
-        f"it knows the image codes of {images}: `cm3leon import_vqgan --source={images}` "
-        "in place of cm3leon train_vqgan."
+        f"it was trained with the image codes of {images}: run "
+        f"`cm3leon import_vqgan --source={images}` instead of cm3leon train_vqgan."
       )
     return lines
   lines += qwen3.notes(source, model)
@@ -237,6 +243,6 @@ def describe(found: Import) -> list[str]:
   lines.append(
     f"tables: the source's ids 0 to {tables.rows - 1:,} become {vocab.num_special} to "
     f"{vocab.text_size - 1:,}; of {vocab.num_special} special tokens and {vocab.image_size:,} "
-    f"image codes, {start}the others as the mean of the source's {tables.rows:,} rows."
+    f"image codes, {start}the others start as the mean of the source's {tables.rows:,} rows."
   )
   return lines

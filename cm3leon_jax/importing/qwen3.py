@@ -1,6 +1,6 @@
-"""Qwen3ForCausalLM as the family `modern`."""
+"""Imports Qwen3ForCausalLM as the family `modern`."""
 
-# N heads, G heads of keys and values, H head size, D width, A width of all heads.
+# N query heads, G key and value heads, H head size, D width, A width of all query heads.
 
 from collections.abc import Callable, Iterator, Mapping
 import functools
@@ -24,28 +24,30 @@ EMBED = "model.embed_tokens.weight"
 
 
 def model_fields(source: SourceCheckpoint) -> dict:
-  """Returns the fields of `config.model` that a checkpoint needs.
+  """Returns the fields of `config.model` that match a checkpoint.
 
   Raises:
-    UserError: its decoder is not that of the family.
+    UserError: the family `modern` cannot represent its decoder.
   """
   source.require(ALLOWED)
   path = source.folder / CONFIG
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
-    raise UserError(f"{path}: layer_types names other attention than 'full_attention'.")
+    raise UserError(
+      f"{path}: layer_types has attention other than 'full_attention', which cannot be imported."
+    )
   rope = {**source.part("rope_scaling", dict), **source.part("rope_parameters", dict)}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(
-      f"{path}: its rotary positions are of the type '{kind}'; only plain ones, 'default', over "
-      "the whole head can be imported exactly."
+      f"{path}: its rotary positions have the type '{kind}'; only plain ones, 'default', over the "
+      "whole head can be imported exactly."
     )
   width, heads = source.size("hidden_size", 4_096), source.size("num_attention_heads", 32)
   size = source.size("head_dim", 128)
   groups = source.size("num_key_value_heads", 32)
   if heads % groups:
     raise UserError(
-      f"{path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}."
+      f"{path}: num_key_value_heads ({groups}) must divide num_attention_heads ({heads})."
     )
   given = (part.get("rope_theta") for part in (rope, source.described))
   base = next((value for value in given if value is not None), ROPE_BASE)
@@ -67,30 +69,30 @@ def model_fields(source: SourceCheckpoint) -> dict:
 def repeat_heads(
   matrix: Float[np.ndarray, "GH D"], groups: int, times: int
 ) -> Float[np.ndarray, "A D"]:
-  """Repeats every head of keys or values for the queries that share it: exact.
+  """Repeats every key or value head for the queries that share it. The result is exact.
 
-  groups = 2, times = 2: heads [k0 k1] become [k0 k0 k1 k1]
+  With groups = 2 and times = 2, heads [k0 k1] become [k0 k0 k1 k1].
   """
   by_head = matrix.reshape(groups, -1, matrix.shape[1])
   return np.repeat(by_head, times, axis=0).reshape(-1, matrix.shape[1])
 
 
 def is_tied(source: SourceCheckpoint) -> bool:
-  """Returns whether the output table of a checkpoint is its input table."""
+  """Returns whether input and output table of a checkpoint are the same array."""
   return bool(source.described.get("tie_word_embeddings", False))
 
 
 def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
-  """Says what the import of a checkpoint changes beside its vocabulary."""
+  """Lists differences between source and imported model, except the vocabulary."""
   groups, lines = source.size("num_key_value_heads", 32), []
   if (times := fields["num_heads"] // groups) > 1:
     lines.append(
-      f"attention: {groups} heads of keys and values become {fields['num_heads']}, each {times} "
-      f"times: exact; keys and values take {times} times the parameters and the cache."
+      f"attention: {groups} key and value heads become {fields['num_heads']}, each {times} times; "
+      f"this is exact, but parameters and cache of keys and values take {times} times the memory."
     )
   if is_tied(source):
     lines.append(
-      "tables: the source has one; the output table starts as a copy of the input table."
+      "tables: the source has one table; the output table starts as a copy of the input table."
     )
   return lines
 
@@ -99,7 +101,7 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
   Raises:
-    UserError: the checkpoint has other tensors, biases that are not 0, or two output tables.
+    UserError: the checkpoint has other tensors, nonzero biases, or two different output tables.
   """
   width, heads = fields["width"], fields["num_heads"]
   groups = source.size("num_key_value_heads", 32)
@@ -127,7 +129,7 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
 
 
 def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the source's tensors of a layer."""
+  """Returns name -> shape of the source's tensors of one layer."""
   D, F, N = fields["width"], fields["mlp_width"], fields["num_heads"]
   H = fields["head_size"] or D // N
   shapes: dict[str, tuple[int, ...]] = {
@@ -153,7 +155,7 @@ def _layer(
   times: int,
   groups: int,
 ) -> Iterator[Tensor]:
-  """Yields the tensors of a layer."""
+  """Yields the tensors of one layer."""
   for name, shape in shapes.items():
     source.check_shape(f"{layer}.{name}", shape)
     read = functools.partial(source.tensors.read, f"{layer}.{name}")
@@ -169,9 +171,9 @@ def _repeated(read: Callable[[], np.ndarray], groups: int, times: int) -> np.nda
 
 
 def _check_tied(source: SourceCheckpoint) -> None:
-  """Raises UserError if the weights have an output table that config.json does not know."""
+  """Raises UserError if output and input table differ although config.json ties them."""
   if not source.are_equal(HEAD, EMBED):
     raise UserError(
-      f"{source.folder}: tensor '{HEAD}' is not '{EMBED}', but {CONFIG} has tie_word_embeddings: "
-      "set that field to false if the model has two tables."
+      f"{source.folder}: tensor '{HEAD}' differs from '{EMBED}', but {CONFIG} has "
+      "tie_word_embeddings: set this field to false if the model has two tables."
     )

@@ -1,4 +1,4 @@
-"""A checkpoint in the Hugging Face layout, in a local folder: what it is, and its tensors."""
+"""Opens a checkpoint in the Hugging Face layout in a local folder, and checks its content."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -28,7 +28,7 @@ class SourceCheckpoint:
   """A checkpoint to import.
 
   Attributes:
-    folder: that holds it.
+    folder: folder of the checkpoint.
     described: content of its config.json.
     tensors: its weights.
   """
@@ -39,11 +39,11 @@ class SourceCheckpoint:
 
   @property
   def is_own(self) -> bool:
-    """Whether `cm3leon export` wrote it: its vocabulary is that of this project."""
+    """Whether `cm3leon export` wrote the checkpoint, so that it has this project's vocabulary."""
     return OWN in self.described
 
   def require(self, allowed: Mapping[str, Collection]) -> None:
-    """Raises UserError if a field of config.json has none of its allowed values; None: absent."""
+    """Raises UserError if a config.json field has no allowed value; None allows its absence."""
     for name, values in allowed.items():
       if (found := self.described.get(name)) not in values:
         shown = " or ".join(repr(value) for value in values if value is not None)
@@ -52,7 +52,7 @@ class SourceCheckpoint:
         )
 
   def size(self, name: str, default: int) -> int:
-    """Returns a positive whole number of config.json. Raises UserError if it is none."""
+    """Returns a positive whole number of config.json; raises UserError for other values."""
     found = self.described.get(name)
     value = default if found is None else found
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -62,7 +62,7 @@ class SourceCheckpoint:
     return value
 
   def part(self, name: str, kind: type) -> Any:
-    """Returns an object or a list of config.json, empty if it is absent. Raises UserError."""
+    """Returns an object or list of config.json, empty if absent; raises UserError for others."""
     found = self.described.get(name)
     if found is None:
       return kind()
@@ -73,35 +73,35 @@ class SourceCheckpoint:
     return found
 
   def check_zero(self, name: str, reason: str) -> None:
-    """Raises UserError, with its largest value, unless all numbers of a tensor are 0."""
+    """Raises UserError, with the largest value, unless all values of a tensor are 0."""
     if largest := float(np.abs(self.tensors.read(name)).max(initial=0.0)):
       raise UserError(
-        f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, and {reason}: this "
+        f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, but {reason}: this "
         "checkpoint cannot be imported exactly."
       )
 
   def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError if a tensor has another shape, or there is none."""
+    """Raises UserError if a tensor is missing or has another shape."""
     if (found := self.tensors.shape(name)) != shape:
       raise UserError(
-        f"{self.folder}: tensor '{name}' is {list(found)}; by {CONFIG} it must be {list(shape)}."
+        f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
       )
 
   def are_equal(self, first: str, second: str) -> bool:
-    """Returns whether two tensors are the same."""
+    """Returns whether two tensors have equal values."""
     return np.array_equal(self.tensors.read(first), self.tensors.read(second))
 
   def check_names(self, expected: Collection[str]) -> None:
-    """Raises UserError if there is a tensor beside the expected ones."""
+    """Raises UserError if there are other tensors than the expected ones."""
     surplus = [name for name in self.tensors.names if name not in expected]
     if surplus:
       raise UserError(
-        f"{self.folder} has the tensor '{surplus[0]}', which is no part of the model that "
-        f"{CONFIG} names, so it would be lost."
+        f"{self.folder} has the tensor '{surplus[0]}', which is not part of the model that "
+        f"{CONFIG} describes, so it would be lost."
       )
 
   def digests(self) -> dict[str, str]:
-    """Returns the first 16 digits of the SHA-256 of what is imported; "": it is absent."""
+    """Returns the first 16 hex digits of the SHA-256 of each imported file; "" if it is absent."""
     found = {
       "weights": stored_tensors.digest_of(self.folder),
       "config": digest(self.folder / CONFIG),
@@ -114,45 +114,46 @@ def open_source(source: str) -> SourceCheckpoint:
   """Opens the checkpoint in a folder.
 
   Raises:
-    UserError: the folder holds none, or none that is read safely or exactly.
+    UserError: the folder contains no checkpoint that can be read safely and imported exactly.
   """
   folder = epath.Path(source)
   if (kind := kinds.kind_of(folder)) in ("orbax", "stablehlo"):
     raise UserError(
-      f"--source is {source}, an export {kinds.KINDS[kind]}; only those in the format hf are "
-      "imported"
-      + (": `cm3leon train --init_from` starts from this one." if kind == "orbax" else ".")
+      f"--source is {source}, an export {kinds.KINDS[kind]}; only exports in the format hf can be "
+      "imported" + (": `cm3leon train --init_from` can start from it." if kind == "orbax" else ".")
     )
   if not (folder / CONFIG).exists():
     raise UserError(
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
-      "`cm3leon export` or transformers' save_pretrained writes it: nothing is downloaded."
+      "`cm3leon export` or transformers' save_pretrained writes them: nothing is downloaded."
     )
   described = read_foreign_json(folder / CONFIG, {})
   check_foreign(folder / TOKENIZER, FOREIGN_BYTES)
   if not isinstance(described.get("model_type"), str):
     raise UserError(
-      f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
+      f"{folder / CONFIG} has no model_type, so the folder contains no text model of transformers; "
       "`cm3leon import_vqgan` imports an image tokenizer."
     )
   own = [layout.model_type for layout in LAYOUTS.values()] if OWN in described else []
   if described["model_type"] not in (QWEN3, *own):
     raise UserError(
       f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be '{QWEN3}', "
-      "the decoder of config.model.family 'modern', or the folder an export of this project."
+      "the decoder of config.model.family 'modern', or the folder must be an export of this project."
     )
   if described.get("quantization_config"):
     raise UserError(
       f"{folder / CONFIG} has a quantization_config; the weights must be float32, float16 or "
-      "bfloat16: take the checkpoint that was quantized."
+      "bfloat16: import the checkpoint from before quantization."
     )
   if not stored_tensors.are_in(folder):
     pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
     if pickles:
       raise UserError(
-        f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "
-        "read: convert them on a machine that you can lose, by transformers: "
+        f"{folder} has its weights as pickles ({pickles[0]}), which can run any code when they are "
+        "read: convert them with transformers on a machine that you can lose: "
         "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
       )
-    raise UserError(f"{folder} has no weights; it must hold {WEIGHTS}, or {INDEX} and its files.")
+    raise UserError(
+      f"{folder} has no weights; it must contain {WEIGHTS}, or {INDEX} and its files."
+    )
   return SourceCheckpoint(folder, described, StoredTensors(folder))

@@ -1,4 +1,4 @@
-"""Tables of tokens for a larger vocabulary: special tokens before a source's ids, codes after."""
+"""Enlarges token tables: special tokens go before a source's ids, image codes after."""
 
 # S ids of the source, V ids of the vocabulary, D width.
 
@@ -14,12 +14,12 @@ from cm3leon_jax.weights.tensor_files import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-  """How tables of tokens become those of a vocabulary.
+  """Describes how token tables are changed to fit a vocabulary.
 
   Attributes:
-    vocab: the vocabulary.
-    rows: of the source's tables.
-    end: id of the source's end of text, whose row `</s>` starts from; None: it has none.
+    vocab: layout of the new ids.
+    rows: rows of the source's tables.
+    end: the source's end-of-text id, whose row `</s>` starts from; None if there is none.
   """
 
   vocab: VocabLayout
@@ -27,7 +27,7 @@ class Tables:
   end: int | None = None
 
   def tensor(self, name: str, width: int, read: Callable[[], np.ndarray]) -> Tensor:
-    """Returns the tensor of a table that `read` reads."""
+    """Returns the tensor of a table; `read` reads the source's table."""
     return Tensor(
       name,
       (self.vocab.size, width),
@@ -39,18 +39,18 @@ class Tables:
 def extend(
   table: Float[np.ndarray, "S D"], vocab: VocabLayout, end: int | None
 ) -> Float[np.ndarray, "V D"]:
-  """Puts the rows of a table at the text ids; other ids get their mean.
+  """Copies the rows of a table to the text ids; other ids get the mean of all rows.
 
     table = [a b c], num_special = 6, two image codes, end = 2, m = (a + b + c) / 3
     result = [m c m m m m a b c m m]
 
-  Equal rows do not stay equal in training: each token stands at other places of the data, so each
-  row has another gradient.
+  Equal rows become different in training, because each token has other contexts and so another
+  gradient.
 
   Args:
-    table: row i is of the source's id i, which becomes `vocab.num_special` + i.
-    vocab: with `text_size` = `num_special` + S.
-    end: id of the source's end of text, whose row `</s>` gets; None: the mean.
+    table: row i belongs to the source's id i, which becomes `vocab.num_special` + i.
+    vocab: layout with `text_size` = `num_special` + S.
+    end: the source's end-of-text id, whose row is copied to `</s>`; None: `</s>` gets the mean.
   """
   result = np.empty((vocab.size, table.shape[1]), table.dtype)
   result[:] = table.mean(0, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The text tokenizer of a published model, with its ids after the special tokens."""
+"""Converts the text tokenizer of a published model: its ids follow the special tokens."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -13,9 +13,10 @@ from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 
-LONGEST_PATTERN = 10_000  # Characters; that of Qwen3 has 103. Compiled, it takes 200 times as many.
-# Texts that must round trip: spaces, line ends, accents, other scripts, what special tokens look
-# like.
+# Characters. Qwen3's pattern has 103. A compiled pattern takes 200 times as many bytes.
+LONGEST_PATTERN = 10_000
+# Texts that must survive encoding and decoding: spaces, line ends, accents, other scripts, and
+# strings that look like special tokens.
 PROBES = (
   "a red bell, left of 3 blue keys.",
   "  two spaces\n\n\tlines \r\n end ",
@@ -28,16 +29,16 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
   """Reads tokenizer.json of a published model.
 
   Args:
-    folder: of the model.
-    rows: of its table of tokens.
+    folder: folder of the model.
+    rows: number of rows of its token table.
 
   Raises:
-    UserError: it is absent or damaged, no byte-level BPE, or has tokens without a row.
+    UserError: the file is absent or damaged, is not byte-level BPE, or has tokens without a row.
   """
   path = epath.Path(folder) / TOKENIZER
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; write it by transformers: "
+      f"{path} does not exist; write it with transformers: "
       "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
     )
   described = read_foreign_json(path, {"model": dict, "added_tokens": list})
@@ -48,37 +49,37 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}): copy it again.") from error
   if wrong:
-    raise UserError(f"{path}: {wrong}; only byte-level BPE, as of OPT and Qwen3, can be imported.")
+    raise UserError(f"{path}: {wrong}; only byte-level BPE, as in OPT and Qwen3, can be imported.")
   if largest >= rows:
     raise UserError(
-      f"{path} has the token id {largest}, and the model's table of tokens {rows} rows: they are "
-      "of two models."
+      f"{path} has the token id {largest}, but the model's token table has {rows} rows: they are "
+      "from two models."
     )
   return described
 
 
 def _damage(described: Mapping[str, Any]) -> str:
-  """Says which ids, names or patterns no published tokenizer has; "": none."""
+  """Describes ids, names or patterns that no published tokenizer has; "" if there are none."""
   vocab, added = described["model"]["vocab"], described["added_tokens"]
   names = {i: name for name, i in vocab.items()}
   for i in (*vocab.values(), *(token["id"] for token in added)):
     if type(i) is not int or i < 0:
-      return f"the token id {short(i)} is no whole number from 0 on"
+      return f"the token id {short(i)} is not a whole number from 0"
   if len(names) < len(vocab):
-    return "two tokens of its vocabulary have one id"
+    return "two tokens of its vocabulary have the same id"
   if (length := _longest_pattern(described.get("pre_tokenizer"))) > LONGEST_PATTERN:
-    return f"a pattern that splits texts has {length:,} characters"
+    return f"a pattern for splitting text has {length:,} characters"
   for token in added:
     name = token["content"]
     if not isinstance(name, str) or not name:
       return f"the added token {token['id']} is {short(name)}; it must be a text"
     if names.setdefault(token["id"], name) != name:
-      return f"the id {token['id']} is that of {short(names[token['id']])} and {short(name)}"
+      return f"the id {token['id']} has two names, {short(names[token['id']])} and {short(name)}"
   return ""
 
 
 def _unlike(described: Mapping[str, Any]) -> str:
-  """Says what keeps a tokenizer from being byte-level BPE that `rewrite` keeps; "": nothing."""
+  """Describes why `rewrite` cannot keep a tokenizer's encoding; "" if it can."""
   model = described["model"]
   if model.get("type", "BPE") != "BPE":
     return f"its model is {short(model.get('type'))}"
@@ -94,13 +95,13 @@ def _unlike(described: Mapping[str, Any]) -> str:
   if _types(described.get("decoder")) != ["ByteLevel"]:
     return f"its decoder is {_types(described.get('decoder')) or 'absent'}"
   if "ByteLevel" not in _types(described.get("pre_tokenizer")):
-    return "it does not split texts into bytes"
+    return "it does not split text into bytes"
   others = [kind for kind in _types(described.get("normalizer")) if kind not in ("NFC", "Prepend")]
-  return f"it changes texts by the normalizer {others[0]}" if others else ""
+  return f"it changes text with the normalizer {others[0]}" if others else ""
 
 
 def _longest_pattern(part: Mapping[str, Any] | None) -> int:
-  """Returns the characters of the longest pattern of a pre-tokenizer, or of the parts of one."""
+  """Returns the length of the longest pattern of a pre-tokenizer, including nested ones."""
   if part is None:
     return 0
   patterns = part.get("pattern") or {}
@@ -110,7 +111,7 @@ def _longest_pattern(part: Mapping[str, Any] | None) -> int:
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:
-  """Returns the types of a part of a tokenizer, or of the parts of a Sequence."""
+  """Returns the type of a part of a tokenizer, or the types of the parts of a Sequence."""
   if part is None:
     return []
   if part.get("type") != "Sequence":
@@ -121,7 +122,7 @@ def _types(part: Mapping[str, Any] | None) -> list[str]:
 
 
 def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
-  """Returns the tokens of tokenizer.json by their ids, added ones included."""
+  """Returns id -> token of tokenizer.json, including added tokens."""
   tokens = {int(i): name for name, i in described["model"]["vocab"].items()}
   return tokens | {int(token["id"]): token["content"] for token in described["added_tokens"]}
 
@@ -129,26 +130,26 @@ def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
 def rewrite(
   described: Mapping[str, Any], rows: int, vocab: VocabLayout
 ) -> tuple[tokenizers.Tokenizer, list[str]]:
-  """Makes the text tokenizer of a vocabulary out of a published one.
+  """Converts a published text tokenizer to a vocabulary of this project.
 
     source [0: "!", 1: "Ġa", 2: "<|end|>"], four rows
     result [0: "<pad>", ..., n: "!", n + 1: "Ġa", n + 2: "<|end|>", n + 3: "<unused:3>"], n special
 
-  Merges and the way of splitting texts stay. As in every tokenizer of this project, a space is put
-  before a text, so that its first word is the same token as elsewhere. Tokens that the source has
-  added to its BPE (`<|endoftext|>`, `<think>`) keep their ids, but no text is encoded to them.
-  Names that special tokens of `vocab` have, too, become `<source:NAME>`.
+  Merges and the splitting of text do not change. As in every tokenizer of this project, a space is
+  put before a text, so that its first word has the same token as elsewhere. Tokens that the source
+  added to its BPE (`<|endoftext|>`, `<think>`) keep their ids, but no text is encoded to them. A
+  name that is also a special token of `vocab` becomes `<source:NAME>`.
 
   Args:
-    described: of `read_tokenizer`.
-    rows: of the source's table of tokens; ids without a token are named `<unused:ID>`.
-    vocab: with `text_size` = `num_special` + rows.
+    described: result of `read_tokenizer`.
+    rows: rows of the source's token table; ids without a token are named `<unused:ID>`.
+    vocab: layout with `text_size` = `num_special` + rows.
 
   Returns:
-    The tokenizer, and what differs from the source.
+    The tokenizer, and its differences from the source.
 
   Raises:
-    UserError: the tokenizer does not decode what it encodes.
+    UserError: the tokenizer does not decode ids to the encoded text.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
   names = {i: _renamed(name, special) for i, name in tokens.items()}
@@ -170,16 +171,16 @@ def rewrite(
   }
   try:
     made = tokenizers.Tokenizer.from_str(json.dumps(content))
-  except Exception as error:  # `tokenizers` raises nothing more precise.
+  except Exception as error:  # `tokenizers` has no more precise error.
     raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
   made.normalizer = normalizers.Prepend(" ")
   made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
   _check(made, vocab)
   notes = ["a space is put before every text"]
   if "NFC" in _types(described.get("normalizer")):
-    notes.append("texts are not normalized to NFC, so that they decode to what they were")
+    notes.append("texts are not normalized to NFC, so decoding returns the original text")
   if plain := [token["content"] for token in described["added_tokens"] if not token.get("special")]:
-    notes.append(f"{len(plain)} added tokens, such as {plain[0][:40]}, are plain text in texts")
+    notes.append(f"{len(plain)} added tokens, such as {plain[0][:40]}, are encoded as plain text")
   if unused:
     notes.append(f"{len(unused)} rows have no token")
   return made, notes
@@ -198,17 +199,18 @@ def _add_no_space(part: dict) -> None:
 
 
 def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
-  """Raises UserError unless ids are those of the vocabulary, and probes decode to themselves."""
+  """Raises UserError unless all ids are in use and all probes decode to themselves."""
   made.encode_special_tokens = True
   found = made.get_vocab_size()
   if found != vocab.text_size:
     raise UserError(
-      f"the source's {TOKENIZER} has two tokens of one name or id: {found} of {vocab.text_size} "
-      "ids remain."
+      f"the source's {TOKENIZER} has two tokens with the same name or id: {found} of "
+      f"{vocab.text_size} ids remain."
     )
   for text in PROBES:
     ids = made.encode(text, add_special_tokens=False).ids
     if made.decode(ids, skip_special_tokens=True) != text or min(ids) < vocab.num_special:
       raise UserError(
-        f"the source's {TOKENIZER} does not decode {text!r} to what it was: it cannot be imported."
+        f"the source's {TOKENIZER} does not decode the ids of {text!r} to this text: it cannot be "
+        "imported."
       )

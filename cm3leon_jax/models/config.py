@@ -84,8 +84,8 @@ class ModelConfig:
   generated."""
   activation: Activation = ""
   """Activation of the feed-forward layer of `opt`; "" means the paper's ReLU. `gelu` uses the error
-  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU, so leave the field empty
-  there."""
+  function, `gelu_tanh` its tanh approximation. `modern` always uses SwiGLU: leave the field
+  empty there."""
   query_key_norm: bool = False
   """Whether to apply RMSNorm to the queries and keys of every head, for stability. `modern` always
   does so."""

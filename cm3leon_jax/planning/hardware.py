@@ -1,4 +1,4 @@
-"""Describes the devices of a job by a short name, and what the launchers call them."""
+"""Maps names of hardware, such as v5e-256, to devices and to the names that launchers use."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -10,14 +10,14 @@ from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
 from cm3leon_jax.training.watch.flops import device_peak
 
 GPUS_PER_HOST = 8
-# Of a GPU's memory: launchers of GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION to it, JAX's default is
-# 0.75. The rest is for NCCL and the CUDA context.
+# Share of a GPU's memory that XLA may use. The launchers for GPUs set
+# XLA_PYTHON_CLIENT_MEM_FRACTION to it (JAX's default: 0.75). The rest is for NCCL and CUDA.
 GPU_FRACTION = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A GPU: its name in JAX, its name in SkyPilot, and its memory in GiB as nvidia-smi shows it."""
+  """A GPU model: its name in JAX, its name in SkyPilot, and its memory (GiB, from nvidia-smi)."""
 
   device_kind: str
   skypilot: str
@@ -26,15 +26,15 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """A generation of TPUs.
+  """A TPU generation.
 
   Attributes:
-    device_kind: its name in JAX.
+    device_kind: name of the device in JAX.
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
-    accelerator: first part of an accelerator type of Cloud TPU; `units` per chip follow.
-    units: in which an accelerator type counts, per chip: v5p counts cores.
+    accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
+    units: units per chip in an accelerator type: 2 for v5p, which counts cores, else 1.
     runtime: software version of a TPU VM.
-    machines: chips of a host -> vCPUs and GB of its machine type in GKE.
+    machines: chips of a host -> (vCPUs, GB of memory) of its machine type in GKE.
   """
 
   device_kind: str
@@ -45,7 +45,7 @@ class Tpu:
   machines: Mapping[int, tuple[int, int]]
 
 
-# Of cloud.google.com/tpu/docs/runtimes and /kubernetes-engine/docs/concepts/plan-tpus.
+# Sources: cloud.google.com/tpu/docs/runtimes and /kubernetes-engine/docs/concepts/plan-tpus.
 TPUS = {
   "v5e": Tpu(
     "TPU v5 lite",
@@ -77,14 +77,14 @@ class Hardware:
   """Devices of a job.
 
   Attributes:
-    name: as it was given, v5e-256 or h100-64.
-    chip: v5e, h100.
+    name: name that the user gave, such as v5e-256 or h100-64.
+    chip: TPU generation or GPU model, such as v5e or h100.
     platform: "tpu" or "gpu".
-    device_kind: name of a device in JAX.
-    memory: GiB of a device that programs may use.
-    torus: chips along each dimension of a slice; of GPUs the number of a host.
-    slices: slices of TPUs, or hosts of GPUs, between which the network is slow.
-    per_host: chips of a host.
+    device_kind: name of the device in JAX.
+    memory: GiB of each device that programs may use.
+    torus: chips along each dimension of a TPU slice; for GPUs, the number per host.
+    slices: number of TPU slices or GPU hosts. The network between them is slow.
+    per_host: chips of each host.
   """
 
   name: str
@@ -98,7 +98,7 @@ class Hardware:
 
   @property
   def chips(self) -> int:
-    """Chips of all slices; each is a device of JAX."""
+    """Number of chips in all slices; JAX shows each chip as one device."""
     return math.prod(self.torus) * self.slices
 
   @property
@@ -111,34 +111,34 @@ class Hardware:
 
   @property
   def tpu(self) -> Tpu:
-    """Names of a TPU."""
+    """Names of the TPU generation."""
     return TPUS[self.chip]
 
   @property
   def gpu(self) -> Gpu:
-    """Names of a GPU."""
+    """Names of the GPU model."""
     return GPUS[self.chip]
 
   @property
   def accelerator(self) -> str:
-    """Accelerator type of a slice of TPUs in Cloud TPU and XPK: v5litepod-256."""
+    """Accelerator type of a TPU slice in Cloud TPU and XPK, such as v5litepod-256."""
     return f"{self.tpu.accelerator}-{math.prod(self.torus) * self.tpu.units}"
 
   @property
   def shape(self) -> str:
-    """Topology of a slice of TPUs in GKE: 16x16."""
+    """Topology of a TPU slice in GKE, such as 16x16."""
     return "x".join(map(str, self.torus))
 
   @property
   def machine(self) -> tuple[int, int]:
-    """CPUs and GiB of a host of TPUs."""
+    """vCPUs and GB of memory of a TPU host."""
     return self.tpu.machines.get(self.per_host, min(self.tpu.machines.values()))
 
   @property
   def requests(self) -> tuple[int, int]:
-    """CPUs and GiB that a pod on a host of TPUs asks for: half of the machine's.
+    """CPUs and GiB that a pod on a TPU host requests: half of the machine.
 
-    The rest is for the system and other pods; no other one gets the chips of the host.
+    The rest is for the system and for pods that use no chips.
     """
     cpus, memory = self.machine
     return cpus // 2, memory // 2
@@ -151,14 +151,14 @@ class Hardware:
 
 
 def load(name: str, slices: int = 1) -> Hardware:
-  """Returns the hardware of a name: of `topology.SLICES`, v5p:4x4x8, or GPUs and their number.
+  """Returns the hardware with a given name.
 
   Args:
-    name: v5e-256 or v5litepod-256, v5p:4x4x8, h100-64.
-    slices: of TPUs.
+    name: a slice (v5e-256 or v5litepod-256), a shape (v5p:4x4x8), or a number of GPUs (h100-64).
+    slices: number of TPU slices; 1 for GPUs.
 
   Raises:
-    UserError: there is no such hardware.
+    UserError: the name is unknown, or the number of chips or slices is impossible.
   """
   given, name = name, own_name(name)
   chip, _, size = name.replace("-", ":", 1).partition(":")
@@ -173,23 +173,27 @@ def load(name: str, slices: int = 1) -> Hardware:
     )
   torus = tuple(map(int, shape.split("x")))
   chips = math.prod(torus)
-  # Slices of up to 8 chips of v5e and v6e are one host; in all others a host has 4.
+  # A slice of up to 8 chips is one host for v5e and v6e. All other hosts have 4 chips.
   per_host = chips if chips < 4 or (chips == 8 and chip != "v5p") else 4
   if chips % per_host:
-    raise UserError(f"--topology is '{name}': {chips} chips are no multiple of a host's 4.")
+    raise UserError(
+      f"--topology is '{name}': {chips} chips do not fill hosts; give a multiple of 4 chips."
+    )
   tpu = TPUS[chip]
   return Hardware(name, chip, "tpu", tpu.device_kind, CHIPS[chip].hbm, torus, slices, per_host)
 
 
 def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
   if slices != 1:
-    raise UserError(f"--slices is {slices}; slices are of TPUs: give the number of all GPUs.")
+    raise UserError(
+      f"--slices is {slices}, but only TPUs have slices: give the number of all GPUs."
+    )
   count = int(number) if re.fullmatch(r"[1-9]\d{0,6}", number) else 0
   per_host = min(count, GPUS_PER_HOST)
   if not count or count % per_host:
     raise UserError(
-      f"--topology is '{name}': the number of GPUs must be at most {GPUS_PER_HOST}, those of a "
-      f"host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
+      f"--topology is '{name}': the number of GPUs must be at most {GPUS_PER_HOST}, the GPUs of "
+      f"one host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
     )
   gpu = GPUS[chip]
   memory = gpu.memory * GPU_FRACTION
@@ -199,7 +203,11 @@ def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
 
 
 def peak_of(device_kind: str) -> float:
-  """Returns `flops.device_peak` of a kind of device that it knows; raises ValueError at others."""
+  """Returns the peak FLOP/s of a kind of device.
+
+  Raises:
+    ValueError: `flops.device_peak` does not know this kind.
+  """
   if (peak := device_peak(device_kind)) is None:
-    raise ValueError(f"the peak of {device_kind} is not known.")
+    raise ValueError(f"the peak FLOP/s of {device_kind} is unknown.")
   return peak

@@ -1,7 +1,7 @@
 """Counts products, collectives and arrays of a compiled XLA program by reading its text.
 
-The text is all that is read, so no device and no private API is needed. A program is a set of
-computations; the body of a loop counts as often as the loop runs.
+Reading text needs neither a device nor a private API. A program is a set of computations. The body
+of a loop counts as often as the loop runs it.
 """
 
 from collections import Counter
@@ -16,7 +16,8 @@ import numpy as np
 _SIZES = {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "s64 f64"}
 BYTES = {dtype: n for n, dtypes in _SIZES.items() for dtype in dtypes.split()}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Pallas kernels of splash attention -> products of [L, L] x H in a call, which XLA does not count.
+# Pallas kernels of splash attention -> number of [L, L] x H products per call. XLA does not count
+# these products.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 # Instructions that create no array.
 _VIEWS = "parameter get-tuple-element tuple while bitcast constant call opt-barrier conditional"
@@ -36,17 +37,17 @@ class HloInstruction:
   rest: str
 
   def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns (dtype, dimensions) of the arrays that it results in."""
+    """Returns (dtype, dimensions) of each resulting array."""
     arrays = ((dtype, dims) for dtype, dims in _SHAPE.findall(self.type) if dtype in BYTES)
     return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in arrays]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the first group of a pattern in operands and attributes, None if nothing matches."""
+    """Returns the first group of `pattern` in operands and attributes; None without a match."""
     match = re.search(pattern, self.rest)
     return match.group(1) if match else None
 
   def required(self, pattern: str) -> str:
-    """Returns `attribute`; raises ValueError if nothing matches."""
+    """Returns `attribute`; raises ValueError without a match."""
     return _match(pattern, self.rest).group(1)
 
   @property
@@ -86,14 +87,14 @@ class Program:
       yield from ((name.strip(" %"), 1) for name in names.split(","))
 
   def _trips(self, caller: str, loop: HloInstruction) -> int:
-    """Returns the iterations of a `lax.scan` loop: from its first index to the one that ends it.
+    """Returns the number of iterations of a `lax.scan` loop.
 
-    XLA may take the first iteration out of a loop ("peel" it), which then starts at 1.
+    XLA may take the first iteration out of a loop ("peel" it). The loop index then starts at 1.
     """
     condition = self.computations[loop.required(r"condition=%?([\w.\-]+)")]
     ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
     if not ends:
-      return 1  # A loop whose end depends on data counts once.
+      return 1  # The end of this loop depends on data; count one iteration.
     places = [i for i in condition if _is_index(i) and i.op == "get-tuple-element"]
     start = 0
     if len(places) == 1:
@@ -101,7 +102,7 @@ class Program:
     return max(ends) - start
 
   def _carried(self, caller: str, loop: HloInstruction, place: int) -> int:
-    """Returns the constant that a loop starts with at a place of its tuple; 0 if it is none."""
+    """Returns the constant that a loop starts with at index `place` of its tuple, else 0."""
     made = {i.name: i for i in self.computations[caller]}
     values = made[loop.operands[0]]
     value = made[values.operands[place]] if values.op == "tuple" else values
@@ -125,12 +126,12 @@ class Program:
 
   @functools.cached_property
   def fused(self) -> set[str]:
-    """Names of fused computations, whose intermediate values are not arrays in memory."""
+    """Names of fused computations; their intermediate values are not arrays in memory."""
     calls = ((name, i) for name, made in self.computations.items() for i in made)
     return {callee for name, i in calls if i.op == "fusion" for callee, _ in self._callees(name, i)}
 
   def flops(self) -> float:
-    """Counts the FLOPs of matrix products and of splash attention (causal: half the square)."""
+    """Counts the FLOPs of matrix products and of causal splash attention (half the square)."""
     return float(sum(n * self._product_flops(name) for name, n in self.runs.items()))
 
   def _product_flops(self, computation: str) -> float:
@@ -145,13 +146,13 @@ class Program:
       elif i.op == "custom-call" and (
         products := next((n for k, n in KERNELS.items() if i.name.startswith(k)), 0)
       ):
-        # Scratch and log-sums have fewer dimensions, or come later.
+        # The first longest shape is the result. Scratch and log-sums are shorter or come later.
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)
         total += products * math.prod(outer) * L * L * H
     return total
 
   def traffic(self) -> float:
-    """Counts bytes read from and written to the chip's main memory, without padding of layouts.
+    """Counts bytes read from and written to the chip's main memory, without layout padding.
 
     If an instruction reads or replaces a part of an array, only the part counts.
     """
@@ -162,7 +163,7 @@ class Program:
     types = {i.name: i.type for i in self.computations[computation]}
     total = 0.0
     for i in self.computations[computation]:
-      if i.op in ("copy-start", "slice-start"):  # To or from the fast memory.
+      if i.op in ("copy-start", "slice-start"):  # Transfers to or from the fast memory.
         sides = _ARRAY.findall(i.type)[:2]
         total += _main_bytes(sides[1].replace("S(1)", "")) * sum("S(" not in side for side in sides)
       elif i.op not in VIEWS and not i.op.endswith(("-start", "-done")):
@@ -174,9 +175,9 @@ class Program:
     return total
 
   def _parts(self, i: HloInstruction) -> list[float | None]:
-    """Returns the bytes that are read of each operand, then those replaced of the result.
+    """Returns the bytes read from each operand, then the bytes replaced in the result.
 
-    None stands for the whole array.
+    None means the whole array.
     """
     inner = self.computations[i.required(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
     names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
@@ -204,7 +205,7 @@ class Program:
     return float(total)
 
   def collectives(self) -> dict[str, tuple[int, int]]:
-    """Returns kind -> (runs in one call, bytes of their whole arrays together on one device)."""
+    """Returns kind -> (runs in one call, total bytes of the whole arrays on one device)."""
     kinds: dict[str, list[int]] = {}
     for name, times in self.runs.items():
       for i in self.computations[name]:
@@ -220,9 +221,9 @@ class Program:
     return {kind: (kinds[kind][0], kinds[kind][1]) for kind in sorted(kinds)}
 
   def _continues_another(self, computation: str) -> bool:
-    """Returns whether a computation only continues an asynchronous collective.
+    """Returns whether a computation only continues an asynchronous collective of another one.
 
-    XLA prints such a collective again in the fusions that overlap with it.
+    XLA prints such a collective a second time in the fusions that overlap with it.
     """
     text = " ".join(i.rest for i in self.computations[computation])
     if "AsyncCollectiveStart" in text:
@@ -230,9 +231,9 @@ class Program:
     return "AsyncCollectiveDone" in text or computation.startswith("async_collective_fusion")
 
   def largest(self, count: int) -> list[dict]:
-    """Returns the largest arrays that the program makes in the chip's main memory.
+    """Returns the largest arrays that the program creates in the chip's main memory.
 
-    Each has its shape ("array"), its "bytes", and its "source" line in this project.
+    Each entry has "array" (dtype and shape), "bytes", and "source" (a line of this project).
     """
     sizes: dict[tuple[str, str], int] = {}
     for name in self.runs:
@@ -258,7 +259,7 @@ class Program:
 
   @functools.cached_property
   def _frames(self) -> dict[int, tuple[str, int]]:
-    """Maps a frame to (`path:line function`, the frame that called it)."""
+    """Maps a frame id to (`path:line function`, id of the calling frame)."""
     names = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
     files, functions, locations, calls = (_table(self._lines, name) for name in names)
     frames = {}
@@ -283,20 +284,20 @@ def _number(field: str, text: str) -> int:
 
 
 def _match(pattern: str, text: str) -> re.Match[str]:
-  """Searches for a pattern that must be there; raises ValueError if it is not."""
+  """Searches for a pattern; raises ValueError without a match."""
   if (found := re.search(pattern, text)) is None:
     raise ValueError(f"no {pattern} in {text}")
   return found
 
 
 def _main_bytes(text: str) -> float:
-  """Counts the bytes of the arrays of a type that lie in main memory."""
+  """Counts the bytes of those arrays of a type that lie in main memory."""
   arrays = " ".join(array for array in _ARRAY.findall(text) if "S(" not in array)
   return float(sum(map(size, HloInstruction("", arrays, "", "").shapes())))
 
 
 def _table(lines: list[str], name: str) -> dict[int, str]:
-  """Parses a table in the head of the text: `name`, `1 ...`, `2 ...`, until an empty line."""
+  """Parses a table at the start of the text: `name`, `1 ...`, `2 ...`, then an empty line."""
   rows: dict[int, str] = {}
   if name in lines:
     for line in lines[lines.index(name) + 1 :]:
@@ -316,9 +317,9 @@ def _dot_flops(dot: HloInstruction, left: tuple[int, ...]) -> float:
 def _convolution_flops(
   convolution: HloInstruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> float:
-  """Counts the FLOPs of a convolution; pairs with padding do not count.
+  """Counts the FLOPs of a convolution, except products with padding.
 
-  XLA:TPU writes products as convolutions, with dimensions of the batch as a window.
+  XLA:TPU writes matrix products as convolutions and may use batch dimensions as a window.
   """
   lhs, rhs, out = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
   result = convolution.shapes()[0][1]

@@ -1,12 +1,12 @@
 """Estimates the memory of a step on one device, before anything is read or compiled.
 
 The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as the
-compiler plans them for TPUs; docs/scaling.md says how far they are from its numbers. Optimizer: of
-Muon only the state.
+compiler plans them for TPUs. docs/scaling.md compares estimates with the compiler's numbers. For
+Muon, the optimizer state is counted, but not the arrays of its update.
 """
 
-# K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows that a
-# device takes at once, I codes of an image, C image codes.
+# K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows per device
+# in one pass, I codes of an image, C image codes.
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -26,9 +26,9 @@ from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.grpo import BUCKET
 
 GIB = 2**30
-LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.
+LANES = 128  # Lanes of a TPU register; the last dimension of an array is padded to a multiple.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Start of `jax.Device.device_kind` -> chip; special kinds first, as in training/watch/flops.py.
+# Prefix of `jax.Device.device_kind` -> chip. Longer prefixes first, as in training/watch/flops.py.
 KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -41,15 +41,15 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on a device at the peak of a step.
+  """Bytes on one device at the peak of a step.
 
   Attributes:
-    rows: R; no bytes.
-    state: parameters, the optimizer's moments and the average of the parameters; twice, if steps
-      are checked (`train.replay_every`); of `cm3leon reinforce` also the starting model, in the
+    rows: R, a number of rows, not of bytes.
+    state: parameters, optimizer moments and the average of the parameters. Counted twice if steps
+      are checked (`train.replay_every`). `cm3leon reinforce` adds the starting model in the
       compute dtype.
     batch: rows of a whole step.
-    accumulation: sum of the gradients of several passes.
+    accumulation: sum of gradients over passes; 0 with one pass.
     kept: values that the layers keep for the backward pass.
     working: everything else at the peak: parameters in the compute dtype, gradients, and the arrays
       of the loss, of one layer or of the update.
@@ -64,7 +64,7 @@ class Memory:
 
   @property
   def total(self) -> float:
-    """Bytes together."""
+    """Sum of all bytes."""
     return self.state + self.batch + self.accumulation + self.kept + self.working
 
   def __str__(self) -> str:
@@ -76,12 +76,12 @@ class Memory:
 
 
 def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
-  """Estimates the memory that a train step takes on one device.
+  """Estimates the memory of a train step on one device.
 
   Args:
-    settings: of the config.
-    shape: size of each mesh axis, `jax.sharding.Mesh.shape` or `MeshConfig.over(devices)`.
-    platform: of the devices, "tpu" or "gpu".
+    settings: configuration of the run.
+    shape: size of each mesh axis, from `jax.sharding.Mesh.shape` or `MeshConfig.over(devices)`.
+    platform: "tpu" or "gpu".
 
   Raises:
     UserError: the mesh cannot split the batch.
@@ -93,15 +93,15 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   params, matrices, tables = _shares(model, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
-  # The layers in the compute dtype, and their gradients, which stay in it.
+  # The layers in the compute dtype, and their gradients, which keep this dtype.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   phases = (
     kept + copy + _loss(model, R, L, tensor),
     kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform),
-    gradients + (4 + b) * model.vocab_size / tensor * D,  # The gradient of the input table.
+    gradients + (4 + b) * model.vocab_size / tensor * D,  # Gradient of the input table.
     8 * params,  # Gradients and updates in fp32.
   )
-  # The table's gradient is summed over replicas while the next pass computes.
+  # Replicas sum the table's gradient while the next pass computes.
   overlapped = (4 + b) * model.vocab_size / tensor * D if shape["data"] > 1 else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
@@ -117,14 +117,14 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
 
 
 def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
-  """Estimates the memory that an update of `cm3leon reinforce` takes on one device.
+  """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
-  Samples are drawn by other programs, at another time; what they take is not estimated.
+  Other programs draw the samples before the update; their memory is not estimated.
 
   Args:
-    settings: of the config; `train.global_batch_size` counts samples, of two streams each.
+    settings: `train.global_batch_size` counts samples, each with two streams.
     shape: size of each mesh axis.
-    prompt: slots of a prompt; the default is the least that there is.
+    prompt: slots of a prompt; the default is the minimum.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
   batch_shards = math.prod(shape[axis] for axis in BATCH)
@@ -132,8 +132,8 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   R, L = 2 * samples, prompt + codes - 1
   params, matrices, tables = _shares(model, shape)
   b, D = ITEMSIZE[model.dtype], model.width
-  # No kernel of attention takes an odd L. Without one heads are not padded, and the backward pass
-  # of a layer holds the weights of all its queries.
+  # No attention kernel takes an odd L. Without a kernel, heads are not padded, and the backward
+  # pass of a layer holds the attention weights of all queries.
   widths = kept_widths(model, tensor, "plain")
   kept = R * L * D * model.num_layers * b * widths
   weights = R * model.num_heads / tensor * L * L / 2 * (4 + b)
@@ -158,14 +158,14 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
 
 
 def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float, float]:
-  """Counts the parameters on a device: all, those of the layers, those of the tables of tokens."""
+  """Counts the parameters on a device: all, those in layers, those in token tables."""
   fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
   layers, tables, positions = (n / fsdp for n in _parameters(model))
   return (layers + tables) / tensor + positions, layers / tensor, tables / tensor
 
 
 def _parameters(model: ModelConfig) -> tuple[int, int, int]:
-  """Counts the parameters of layers, tables of tokens, and positions."""
+  """Counts the parameters of the layers, of the token tables, and of the position table."""
   K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
   traits = model.traits
   layer = 4 * D * model.num_heads * model.head_dim + (3 if traits.gated else 2) * D * F
@@ -178,19 +178,19 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
-  """Computes the bytes of the moments and of the average; Muon has one moment of matrices."""
+  """Computes the bytes of moments and average. Muon keeps one moment per matrix, Adam two."""
   first = ITEMSIZE[config.first_moment_dtype]
   second = params - matrices if config.name == "muon" else params
   return first * params + 4 * second + (4 * params if config.ema_decay else 0)
 
 
 def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
-  """Counts what a layer keeps for the backward pass of a token, in widths of the model.
+  """Counts what a layer keeps per token for the backward pass, in multiples of the model width.
 
   Args:
-    model: with its remat policy.
-    tensor: devices that heads and feed-forward are split over.
-    platform: of the devices; to a kernel on a TPU a head takes a multiple of `LANES`.
+    model: configuration with a remat policy.
+    tensor: number of devices that split the heads and the feed-forward dimension.
+    platform: "tpu" or "gpu"; TPU kernels pad each head to a multiple of `LANES`.
   """
   H = model.head_dim
   held = -(-H // LANES) * LANES if platform == "tpu" else H
@@ -198,38 +198,39 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
-  if policy == "none":  # Also inputs of products: norms in fp32, activations.
+  if policy == "none":  # Also keeps inputs of products: norms in fp32, activations.
     return 8 + sum(widths.values()) + mlp
-  # Of the values in the host's memory, XLA:TPU holds half on the device.
+  # XLA:TPU holds half of the values that are offloaded to host memory on the device.
   return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
 
 
 def _loss(model: ModelConfig, R: int, L: int, tensor: int) -> float:
-  """Bytes of the loss: table and its gradient in fp32, a chunk of logits, hidden states."""
+  """Returns the bytes of the loss: table, its fp32 gradient, one chunk of logits, hidden states."""
   b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
   chunk = R * min(L, model.loss_chunk) * V * (8 + b)
   return V * model.width * (b + 4) + chunk + 2 * R * L * model.width * b
 
 
 def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> float:
-  """Bytes of the backward pass of a layer: its parameters, gathered, twice, and activations."""
+  """Returns the bytes of a layer's backward pass: two copies of its parameters, and activations."""
   b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
   params = _parameters(model)[0] / model.num_layers / tensor
   products = 3 if model.traits.gated else 2
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
-    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)  # Without a kernel: all weights.
+    # No kernel takes such heads, so all attention weights are in memory.
+    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
   return 2 * params * b + R * L * widths * b + scores
 
 
 def device_memory(device: jax.Device) -> int | None:
-  """Returns the bytes that programs may use on a device; None if they are not known.
+  """Returns the bytes that programs may use on a device; None for CPUs and unknown devices.
 
-  The backend says it, else the table of chips. The memory of CPUs is not looked at.
+  Asks the backend first, then the table of chips.
 
   Args:
-    device: of this process, or of a topology.
+    device: device of this process or of a topology.
   """
   if device.platform == "cpu":
     return None
@@ -250,8 +251,8 @@ def smaller(
 ) -> Iterator[tuple[Settings, str]]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
-  First fewer rows at once, then the policy that keeps nothing, with the most rows first, and at
-  last the same without checked steps (`train.replay_every`), which the user has asked for.
+  Tries fewer rows per pass first, then the policy that keeps nothing. Tries both again without
+  checked steps (`train.replay_every`) at the end, because the user has asked for these checks.
   """
   yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:
@@ -267,7 +268,7 @@ def smaller(
 def _fewer_rows(
   settings: Settings, shape: Mapping[str, int], platform: str
 ) -> Iterator[tuple[Settings, str]]:
-  """Yields settings with fewer rows at once, and then with the policy that keeps nothing."""
+  """Yields settings with fewer rows per pass, then the same with the policy that keeps nothing."""
   shards = math.prod(shape[axis] for axis in BATCH)
   now = estimate(settings, shape, platform).rows
   rows = settings.train.global_batch_size // shards
@@ -285,9 +286,9 @@ def _fewer_rows(
 
 
 def excess(settings: Settings, memory: Memory, limit: float) -> str:
-  """Says what a step takes of a device that has only `limit` bytes, without a full stop."""
+  """Returns the start of an error message: a step needs more than the `limit` bytes of a device."""
   return (
-    f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens at once takes "
+    f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens per pass takes "
     f"about {memory} of a device, which has {limit / GIB:.2f}"
   )
 
@@ -295,16 +296,17 @@ def excess(settings: Settings, memory: Memory, limit: float) -> str:
 def check(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Returns the `estimate` of a train step that fits.
+  """Checks that a train step fits, and returns its `estimate`.
 
   Args:
-    settings: of the config.
+    settings: configuration of the run.
     shape: size of each mesh axis.
     limit: bytes of a device, see `device_memory`.
-    platform: of the devices.
+    platform: "tpu" or "gpu".
 
   Raises:
-    UserError: it does not fit, with the flags that would, or the mesh cannot split the batch.
+    UserError: the step does not fit (the message names flags that fit), or the mesh cannot split
+      the batch.
   """
   memory = estimate(settings, shape, platform)
   if memory.total <= limit:
@@ -321,18 +323,18 @@ def check(
     if shape["tensor"] < math.prod(shape.values()):
       advice += ", or a larger mesh.tensor"
   raise UserError(
-    f"{excess(settings, memory, limit)}; {advice}. --skip_memory_check starts it all the same."
+    f"{excess(settings, memory, limit)}; {advice}. --skip_memory_check starts it anyway."
   )
 
 
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Returns the `estimate_update` of an update that fits.
+  """Checks that an update fits, and returns its `estimate_update`.
 
-  Arguments and errors are those of `check`.
+  Takes the arguments of `check` and raises the same errors.
   """
-  del platform  # No kernel of attention takes part.
+  del platform  # Updates use no attention kernel.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:
     return memory
@@ -344,8 +346,8 @@ def check_update(
   remedy = next(fits, "")
   advice = f"this fits: {remedy}" if remedy else "no fewer images fit: take more devices"
   raise UserError(
-    f"an update on {memory.rows // 2} images of two streams at once takes at least {memory} of a "
-    f"device, which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it all the same."
+    f"an update on {memory.rows // 2} images of two streams takes at least {memory} of a device, "
+    f"which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it anyway."
   )
 
 
@@ -367,17 +369,17 @@ def _smaller_updates(
 def check_devices(
   settings: Settings, mesh: jax.sharding.Mesh, check_step: Callable[..., Memory] = check
 ) -> None:
-  """Prints what a step takes of its devices, if their memory is known.
+  """Prints the memory of a step on each device, if the device's memory is known.
 
-  All processes must call it.
+  All processes must call this function.
 
   Args:
-    settings: of the config.
-    mesh: of the run.
-    check_step: `check`, or `check_update`.
+    settings: configuration of the run.
+    mesh: mesh of the run.
+    check_step: `check` or `check_update`.
 
   Raises:
-    UserError: as `check_step`, in all processes.
+    UserError: `check_step` raised it in one process; then it is raised in all.
   """
   with distributed.together():
     device = mesh.local_devices[0]
@@ -386,6 +388,6 @@ def check_devices(
       return
     memory = check_step(settings, mesh.shape, limit, device.platform)
   distributed.print_once(
-    f"memory: a step with {memory.rows} rows a device at once takes about {memory} of "
+    f"memory: a step with {memory.rows} rows per device and pass takes about {memory} of "
     f"{limit / GIB:.2f}."
   )

@@ -1,4 +1,4 @@
-"""Plans a run: mesh, memory, time and checkpoints of a config on the hardware that it is given."""
+"""Plans a run: mesh, memory, time and checkpoints of a config on given hardware."""
 
 import dataclasses
 import math
@@ -17,37 +17,35 @@ from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 
 GIB = 2**30
-MFU = 0.4  # Default of `cm3leon plan`.
+MFU = 0.4  # Default of `cm3leon plan`: share of the peak FLOP/s.
 MFU_SOURCE = (
   "an assumption, between Gopher's 32.5% and PaLM's 46.2%: arXiv 2204.02311, table 3; "
   "docs/monitoring.md defines it"
 )
 GRACE_SECONDS = 900
-SPOT_SECONDS = 30  # That Google Cloud gives a machine that it preempts.
+SPOT_SECONDS = 30  # Google Cloud's notice before it preempts a machine.
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Numbers of a run.
+  """Numbers of a planned run.
 
   Attributes:
-    hardware: that it runs on.
     mesh: size of each axis.
-    flags: of `cm3leon train`, which select what the config does not say.
-    remat_policy: of the layers.
-    rows_per_device: rows that a device takes at once.
-    passes: micro-batches of a step.
-    rows: of a step.
-    memory: of a device, an estimate.
-    parameters: of the decoder.
-    tokens: that the config trains on.
-    tokens_per_step: of all devices.
-    mfu: the stated utilization.
-    step_seconds: at that utilization, without checks.
-    replay_every: one in so many steps is computed twice (`train.replay_every`); 0: none.
-    checkpoint_bytes: of parameters and optimizer.
-    saving_hosts: hosts that write it: those of one replica.
-    save_bandwidth: bytes/s of a host.
+    flags: flags of `cm3leon train` for choices that differ from the config.
+    rows_per_device: rows of each device in one pass.
+    passes: micro-batches per step.
+    rows: rows per step, over all devices.
+    memory: estimated memory of a device.
+    parameters: number of parameters of the decoder.
+    tokens: tokens of the whole run.
+    tokens_per_step: tokens over all devices.
+    mfu: assumed share of the peak FLOP/s.
+    step_seconds: seconds of an unchecked step at `mfu`.
+    replay_every: `train.replay_every`; steps at multiples of it are computed twice. 0: no steps.
+    checkpoint_bytes: bytes of parameters and optimizer state.
+    saving_hosts: hosts that write a checkpoint, which are the hosts of one replica.
+    save_bandwidth: bytes/s that each host writes.
     eval_batches: batches of a held-out loss.
   """
 
@@ -72,12 +70,12 @@ class Plan:
 
   @property
   def mean_step_seconds(self) -> float:
-    """Seconds of a step on average: a checked one is computed twice."""
+    """Seconds of an average step; a checked step is computed twice."""
     return self.step_seconds * (1 + (1 / self.replay_every if self.replay_every else 0))
 
   @property
   def tokens_per_second(self) -> float:
-    """Tokens of all devices."""
+    """Tokens per second of all devices."""
     return self.tokens_per_step / self.mean_step_seconds
 
   @property
@@ -91,39 +89,39 @@ class Plan:
 
   @property
   def save_seconds(self) -> float:
-    """Seconds to write a checkpoint; reading it again for its digests takes them once more."""
+    """Seconds to write a checkpoint; reading it again for its digests takes as long."""
     return self.checkpoint_bytes / self.saving_hosts / self.save_bandwidth
 
   @property
   def stop_seconds(self) -> float:
-    """Seconds from SIGTERM to the end: docs/pods.md has the parts.
+    """Seconds from SIGTERM to the end of the process. docs/pods.md lists the parts.
 
-    Two steps until the hosts agree, a held-out loss (its forward pass is a third of a step), and
-    two saves with their digests, if one is under way.
+    The hosts take two steps to agree. Then follow a held-out loss (a forward pass is a third of a
+    step) and, if one save is in progress, two saves with their digests.
     """
     return (2 + self.eval_batches / 3) * self.step_seconds + 4 * self.save_seconds
 
   @property
   def grace_seconds(self) -> int:
-    """Time to save that a launcher gives: at least 900, with a tenth more than is needed."""
+    """Seconds that a launcher grants for saving: at least 900, and 10% more than needed."""
     return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
 
 
 def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
   """Plans a run.
 
-  The mesh is the config's; if its fields have their defaults, the axes follow the torus. If the
-  config's rows do not fit into the memory of a device, fewer are taken, or a policy that keeps
-  less.
+  Takes the mesh of the config. If all mesh fields have their defaults, the axes follow the torus.
+  If the config's rows do not fit into the memory of a device, takes fewer rows per pass or a remat
+  policy that keeps less.
 
   Args:
-    settings: of the config.
-    hardware: that it runs on.
-    mfu: share of the peak that the model's FLOPs reach.
-    bandwidth: GB/s that a host writes to storage.
+    settings: configuration of the run.
+    hardware: devices of the run.
+    mfu: assumed share of the peak FLOP/s that the model's FLOPs reach.
+    bandwidth: GB/s that each host writes to storage.
 
   Raises:
-    UserError: the mesh does not fit the hardware or the batch, or nothing fits into the memory.
+    UserError: the mesh does not fit the hardware or the batch, or no setting fits into the memory.
   """
   settings, mesh, flags, estimated = _fitting(settings, hardware)
   shards = math.prod(n for axis, n in mesh.items() if axis != "tensor")
@@ -158,7 +156,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
 def _fitting(
   settings: Settings, hardware: Hardware
 ) -> tuple[Settings, dict[str, int], tuple[str, ...], memory.Memory]:
-  """Returns settings that fit, the size of each mesh axis, flags that select them, and memory."""
+  """Returns settings that fit, the size of each mesh axis, flags that select both, and memory."""
   chosen = settings.mesh == MeshConfig()
   candidates = _meshes(hardware) if chosen else [settings.mesh]
   limit, failure = hardware.memory * GIB, ""
@@ -179,19 +177,19 @@ def _fitting(
 
 
 def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> str:
-  """Says what to do if no rows and no remat policy fit on a mesh."""
+  """Returns advice for when no number of rows and no remat policy fits on a mesh."""
   devices = math.prod(shape.values())
   count = f"{devices:,} device{'s' * (devices > 1)}"
-  # No mesh holds less of the state than an equal share of each device.
+  # Every mesh needs at least an equal share of the state on each device.
   if devices == 1 or estimated.state / shape["data"] > limit:
-    return f"No setting fits {count}: take more."
+    return f"No setting fits {count}: take more devices."
   return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
 
 
 def _check_batch(
   settings: Settings, shape: dict[str, int], hardware: Hardware, chosen: bool
 ) -> None:
-  """Raises UserError if the mesh cannot split a step's rows, with numbers that could."""
+  """Raises UserError, with numbers that would work, if the mesh cannot split the rows of a step."""
   shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
   try:
     on_mesh(settings.train, shards)
@@ -201,7 +199,7 @@ def _check_batch(
 
 
 def _divisor(train: TrainConfig, shards: int) -> str:
-  """Names the most rows of a device, up to the config's, with which a mesh splits a step."""
+  """Returns a hint with the largest working rows_per_device, at most the config's; "" if none."""
   rows = train.global_batch_size // shards
   if train.global_batch_size % shards:
     return ""
@@ -210,11 +208,11 @@ def _divisor(train: TrainConfig, shards: int) -> str:
   flags = f"--config.train.rows_per_device={fitting}"
   if train.gradient_accumulation_steps > 1:
     flags += " --config.train.gradient_accumulation_steps=1"
-  return f" With {flags} it does."
+  return f" It works with {flags}."
 
 
 def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
-  """Names the next fewer and more slices, or GPUs, among which a step's rows can be split."""
+  """Returns a hint with the nearest working numbers of slices or GPUs, below and above."""
   rows = train.rows_per_device or train.gradient_accumulation_steps
   each, now = shards // hardware.slices * rows, hardware.slices
   fitting = [n for n in range(1, 2 * now + 1) if train.global_batch_size % (each * n) == 0]
@@ -222,11 +220,11 @@ def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
   if hardware.platform == "gpu":
     near = [n * hardware.per_host for n in near]
   what = "GPUs" if hardware.platform == "gpu" else f"slice{'s' * (near != [1])}"
-  return f" With {' or '.join(map(str, near))} {what} it does." if near else ""
+  return f" It works with {' or '.join(map(str, near))} {what}." if near else ""
 
 
 def _meshes(hardware: Hardware) -> list[MeshConfig]:
-  if hardware.platform == "gpu":  # Hosts lie along `data`, the GPUs of one along `fsdp`.
+  if hardware.platform == "gpu":  # `data` spans hosts, `fsdp` the GPUs of a host.
     return [MeshConfig(hardware.slices, hardware.per_host, 1, 1)]
   return list(meshes(hardware))
 
@@ -246,7 +244,7 @@ def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
 
 
 def _state(settings: Settings) -> tuple[int, int]:
-  """Counts the parameters, and the bytes of everything that a checkpoint holds."""
+  """Counts the parameters, and the bytes of a checkpoint."""
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):
     steps = compile_steps(
@@ -258,11 +256,11 @@ def _state(settings: Settings) -> tuple[int, int]:
 
 
 def table(plan: Plan, title: str, spot: bool = False) -> str:
-  """Formats a plan, one number a line, each with what it assumes.
+  """Formats a plan with one number and its assumptions per line.
 
   Args:
-    plan: to format.
-    title: of the first line.
+    plan: plan to format.
+    title: start of the first line.
     spot: whether the machines may be preempted at any time.
   """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
@@ -278,7 +276,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   rows = {
     "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()),
     "remat": plan.remat_policy,
-    "rows of a device": f"{plan.rows_per_device} at once; a step has {plan.rows:,} {passes}",
+    "rows of a device": f"{plan.rows_per_device} in a pass; a step has {plan.rows:,} {passes}",
     "memory of a device": f"about {plan.memory} of {hw.memory:.2f}",
     "model": f"{plan.parameters:,} parameters",
     "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "

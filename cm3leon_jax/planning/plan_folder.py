@@ -1,4 +1,4 @@
-"""Writes the files of a plan into a folder, in place of those of the plan before."""
+"""Writes the files of a plan into a folder and replaces the files of an earlier plan."""
 
 from collections.abc import Mapping
 import hashlib
@@ -16,10 +16,10 @@ def _digest(content: bytes) -> str:
 
 
 def _written(folder: epath.Path) -> dict[str, str]:
-  """Reads name -> digest of the files that the plan before wrote; {} without such a plan.
+  """Reads name -> digest of the files that the last plan wrote; {} without such a plan.
 
   Raises:
-    UserError: plan.json does not say so.
+    UserError: plan.json does not list these files.
   """
   path = folder / NUMBERS
   if not path.exists():
@@ -28,20 +28,20 @@ def _written(folder: epath.Path) -> dict[str, str]:
     files = read_json(path, {"files": dict})["files"]
   except UserError as error:
     raise UserError(
-      f"{path} does not say which files its plan wrote: delete it, or give another --out."
+      f"{path} does not list the files of its plan: delete it, or give another --out."
     ) from error
   return {name: digest for name, digest in files.items() if epath.Path(name).name == name}
 
 
 def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
-  """Returns the names of files that the plan before wrote and this one does not.
+  """Returns the names of files that the last plan wrote and this plan does not.
 
   Args:
-    folder: of --out; it may not exist yet.
-    texts: name of each file -> its text.
+    folder: value of --out; it may not exist yet.
+    texts: file name -> text.
 
   Raises:
-    UserError: a file that would be replaced or removed is not as the plan before left it.
+    UserError: a file that would be replaced or removed has changed since the last plan wrote it.
   """
   written = _written(folder)
   there = [name for name in sorted({*texts, *written}) if (folder / name).exists()]
@@ -50,25 +50,25 @@ def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
     same = name in texts and content == texts[name].encode()
     if not same and _digest(content) != written.get(name):
       raise UserError(
-        f"{folder / name} was changed after `cm3leon plan` wrote it, or is of something else, and "
+        f"{folder / name} was changed after `cm3leon plan` wrote it, or is not from a plan, and "
         "would be lost: move it away, or give another --out."
       )
   return [name for name in there if name not in texts]
 
 
 def write(folder: epath.Path, texts: Mapping[str, str], numbers: Mapping) -> list[str]:
-  """Writes files and plan.json; removes files of the plan before that this one does not have.
+  """Writes files and plan.json, and removes files of the last plan that this plan does not write.
 
   Args:
-    folder: of --out; made if it does not exist.
-    texts: name of each file -> its text.
-    numbers: content of plan.json, to which the digests of the files are added.
+    folder: value of --out; created if it does not exist.
+    texts: file name -> text.
+    numbers: content of plan.json; the digests of the files are added to it.
 
   Returns:
-    Names of the files that were removed.
+    Names of the removed files.
 
   Raises:
-    UserError: as `check`; nothing was written then.
+    UserError: see `check`; nothing was written then.
   """
   surplus = check(folder, texts)
   folder.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ from cm3leon_jax.training.steps import Steps, compile_steps
 
 
 def count_params(settings: Settings, mesh: jax.sharding.Mesh) -> int:
-  """Counts the parameters of the config's decoder."""
+  """Counts the parameters of the decoder."""
   with jax.set_mesh(mesh):
-    # The key is made inside: these devices cannot run anything.
+    # The key is created inside the function, because these devices cannot run anything.
     init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
     return transformer.count_params(init)
 
@@ -52,7 +52,7 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
   """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
 
   Args:
-    settings: settings of the config; `train.global_batch_size` counts samples.
+    settings: `train.global_batch_size` counts samples.
     mesh: mesh that the program runs on.
     prompt: tokens of a prompt.
 
@@ -92,12 +92,11 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
 
 
 class Evaluation(NamedTuple):
-  """The held-out loss of one micro-batch.
+  """The program for the held-out loss of one micro-batch.
 
   Attributes:
-    step: the program, lowered.
-    rest_bytes: bytes of the rest of the state on a device, which stay in memory meanwhile: the
-      optimizer's state, and the parameters if their average is evaluated.
+    rest_bytes: bytes per device of state that the program does not read but that stays in memory:
+      the optimizer state, and the parameters if their average is evaluated.
   """
 
   step: jax.stages.Lowered
@@ -105,7 +104,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
-  """Lowers the held-out loss that `cm3leon train` computes on `mesh`; raises as `train_step`."""
+  """Lowers the held-out loss that `cm3leon train` computes on `mesh`; raises like `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     rows = on_mesh(settings.train, batch_shards()).micro_batch_size
@@ -118,7 +117,7 @@ def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
 
 
 def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainState]:
-  """Returns the jitted functions of a run on the current mesh, and the types of its state."""
+  """Returns the jitted functions of a run on the current mesh, and the types of its train state."""
   train = on_mesh(settings.train, batch_shards())
   steps = compile_steps(settings.model, settings.optimizer, train, settings.vocab, settings.seed)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
@@ -138,10 +137,10 @@ def _batch(
 
 
 def num_sources(settings: Settings, split: str) -> int:
-  """Counts the sources that the rows of a run are marked with; 0 without instructions.
+  """Counts the sources that the rows of a run can have; 0 without instructions.
 
   Args:
-    settings: of the config.
+    settings: configuration of the run.
     split: "train" or "heldout".
   """
   if not settings.instructions.any:
@@ -157,10 +156,9 @@ class DecodePrograms(NamedTuple):
   """The programs that `Generator` runs for a batch.
 
   Attributes:
-    lowered: the programs, lowered.
-    weight_bytes: bytes of the parameters that a device reads in a step: the blocks, and the image
+    weight_bytes: bytes of the parameters that a device reads per step: the blocks and the image
       rows of the output table.
-    cache_bytes: bytes of the last cache on a device.
+    cache_bytes: bytes per device of the last and largest cache.
   """
 
   lowered: Lowered
@@ -171,16 +169,15 @@ class DecodePrograms(NamedTuple):
 def guided_decoder(
   settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
 ) -> DecodePrograms:
-  """Lowers what `Generator` runs for text-to-image prompts with two guidance streams.
+  """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
-  Parameters are in the compute dtype, as a server would hold them.
+  Parameters are in the compute dtype, as on a server.
 
   Args:
-    settings: settings of the config.
+    settings: configuration of the run.
     mesh: mesh that the programs run on.
-    prompts: B.
-    positions: positions of a sample, prompt and image together; the prompt fills what the image
-      leaves.
+    prompts: B, the number of prompts.
+    positions: positions of a sample. The prompt takes all positions that the image leaves.
 
   Raises:
     UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.
@@ -190,16 +187,16 @@ def guided_decoder(
   words = positions - make([vocab.num_special]).positions + 1
   if words < 1:
     raise UserError(
-      f"--decode_positions is {positions}; an image and its end take {image_tokens + 1} of them, "
-      "the prompt the rest."
+      f"--decode_positions is {positions}, but an image and its end take {image_tokens + 1} "
+      "positions: give more, for a prompt."
     )
   rng = np.random.default_rng(0)
   captions = rng.integers(vocab.num_special, vocab.text_size, (prompts, words), np.int32)
   with jax.set_mesh(mesh):
     if prompts % batch_shards():
       raise UserError(
-        f"--decode_batch is {prompts}; mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} "
-        "must divide it."
+        f"--decode_batch is {prompts}; it must be a multiple of mesh.data x mesh.fsdp x "
+        f"mesh.fsdp_inner = {batch_shards()}."
       )
     config = GeneratorConfig.of(settings, batch_size=prompts)
     batch, static = config.batch([make(c) for c in captions], range(prompts))

@@ -1,4 +1,4 @@
-"""Reports what a compiled program costs on one device, as numbers and as a table."""
+"""Reports the costs of a compiled program on one device, as numbers and as a table."""
 
 from collections.abc import Iterator
 import re
@@ -18,10 +18,10 @@ LARGEST = 8
 def compile_for(
   lowered: jax.stages.Lowered, topology: Topology
 ) -> tuple[jax.stages.Compiled, float]:
-  """Compiles a program for a topology; returns it with the seconds that compilation took.
+  """Compiles a program for a topology. Returns the program and the seconds of compilation.
 
   Raises:
-    UserError: the program needs more than the chip's memory.
+    UserError: the program needs more memory than the chip has.
   """
   start = time.perf_counter()
   try:
@@ -38,12 +38,12 @@ def compile_for(
 
 
 def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
-  """Compiles a program and returns its `report`; raises as `compile_for`."""
+  """Compiles a program and returns its `report`; raises like `compile_for`."""
   return report(*compile_for(lowered, topology), topology)
 
 
 def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) -> dict:
-  """Returns the numbers of the table. A loop whose end depends on data counts once."""
+  """Returns the numbers of the table. Counts one iteration of a loop whose end depends on data."""
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()
@@ -70,7 +70,7 @@ def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) ->
 
 
 def table(title: str, report: dict) -> str:
-  """Formats a report (`compile_report`), one number per line."""
+  """Formats the result of `report`, one number per line."""
   lines = [title, *(f"  {name:<20} {text}" for name, text in _rows(report))]
   return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Finds the mesh, batch and remat policy that fit a topology, and the fastest of them."""
+"""Finds combinations of mesh, batch and remat policy that fit a topology, and the fastest one."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -13,20 +13,18 @@ from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.topology import Topology
 from cm3leon_jax.settings import Settings
 
-# From the least recomputation to the most.
+# Ordered from least to most recomputation.
 POLICIES: tuple[RematPolicy, ...] = ("minimal", "save_qkv", "save_attention", "offload", "full")
-# Rows of a device, the largest first: more rows share one gather of the parameters.
+# Rows per device, largest first: with more rows, fewer gathers of the parameters are needed.
 BATCHES = (16, 8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A combination that the search tries.
+  """A combination of mesh, batch and remat policy.
 
   Attributes:
-    mesh: mesh of the devices.
-    batch: rows of a device in one pass; as many passes as needed make up the global batch.
-    policy: remat policy.
+    batch: rows of a device in one pass; a global batch takes as many passes as needed.
   """
 
   mesh: MeshConfig
@@ -44,8 +42,8 @@ class Candidate:
     rows = settings.train.global_batch_size
     if rows % one_pass:
       raise UserError(
-        f"config.train.global_batch_size is {rows}; {one_pass}, the rows of one pass of all "
-        "devices, must divide it."
+        f"config.train.global_batch_size is {rows}; it must be a multiple of {one_pass}, the rows "
+        "of one pass of all devices."
       )
     train = dataclasses.replace(
       settings.train, rows_per_device=self.batch, gradient_accumulation_steps=1
@@ -68,8 +66,8 @@ class Candidate:
 def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
   """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
-  Slices lie along `data`, the last dimension of the torus along `fsdp_inner` and `tensor`, and the
-  other dimensions along `fsdp`.
+  `data` spans the slices. `fsdp_inner` and `tensor` span the last dimension of the torus, `fsdp`
+  the other dimensions.
   """
   torus = [n for n in topology.torus if n > 1] or [1]
   outer, inner = math.prod(torus[:-1]), torus[-1]
@@ -80,7 +78,7 @@ def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
 
 
 def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
-  """Computes a lower bound of the bytes on a device that a policy keeps for the backward pass."""
+  """Computes a lower bound of the bytes that a device keeps for the backward pass with a policy."""
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
@@ -92,18 +90,18 @@ def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
 def search(
   settings: Settings, topology: Topology, compile_one: Callable, report_line: Callable[[str], None]
 ) -> list[dict]:
-  """Compiles candidates: for each mesh and batch, the policy that recomputes least and fits.
+  """Compiles the least recomputing policy that fits, for each mesh and batch.
 
   Args:
-    settings: settings of the config.
-    topology: topology to compile for.
+    settings: configuration of the run.
+    topology: devices to compile for.
     compile_one: (settings, mesh) -> result of `compile_report`; raises UserError if the program
       does not fit.
-    report_line: called with a line for each candidate.
+    report_line: function that takes a line of text for each candidate.
 
   Returns:
-    Reports of the candidates that fit, with `candidate` and `flags`, the fastest first: by `cost`,
-    then by the compiler's cycles.
+    Reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
+    first, by `cost` and then by the compiler's cycles.
   """
   reports = []
   for config in meshes(topology):
@@ -139,7 +137,7 @@ def search(
 
 
 def cost(report: dict) -> float:
-  """Computes the least seconds of a device per token: of products or collectives, the longer."""
+  """Computes a lower bound of a device's seconds per token: products or collectives."""
   tokens = report["tokens"] / report["devices"]
   return max(report["compute_seconds"], report["collective_seconds"]) / tokens
 

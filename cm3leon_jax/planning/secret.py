@@ -1,8 +1,8 @@
-"""Prints a secret of Google Cloud's Secret Manager, for launchers without secrets of their own.
+"""Prints a secret of Google Cloud's Secret Manager, for launchers that cannot store secrets.
 
   export WANDB_API_KEY="$(python -m cm3leon_jax.planning.secret projects/PROJECT/secrets/NAME)"
 
-It reads it as the service account of the machine, so it works on machines of Google Cloud only.
+It reads the secret as the machine's service account, so it works on Google Cloud machines only.
 """
 
 import base64
@@ -22,7 +22,7 @@ def _get(url: str, headers: dict[str, str]) -> dict:
 
 
 def read(name: str, metadata: str = METADATA, secret_manager: str = SECRET_MANAGER) -> str:
-  """Returns the newest version of a secret.
+  """Returns the newest value of a secret.
 
   Args:
     name: projects/PROJECT/secrets/NAME.

@@ -1,4 +1,4 @@
-"""Estimates what each stage of a run costs: chip-hours of models, core-hours of data."""
+"""Estimates the costs of each stage of a run: chip-hours for models, core-hours for data."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -15,16 +15,16 @@ from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 
-# Of one core and second, unless another unit is named; docs/benchmarks.md (two cores of an AMD EPYC
-# machine) and docs/scaling.md have the measurements.
+# Rates per core and second, unless another unit is named. docs/benchmarks.md (two cores of an AMD
+# EPYC machine) and docs/scaling.md have the measurements.
 INGESTED = 108  # Images.
 READ = 360  # Images.
 ENCODED = 2_600_000  # Tokens of text.
 INDEXED = 1_000_000 / 201  # Vectors.
-SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries of a block of so many vectors.
-SQRT_UNTIL = 144_000_000  # Vectors of a block; up to there a query takes sqrt(vectors) longer.
+SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries, in a block of SEARCHED_OF vectors.
+SQRT_UNTIL = 144_000_000  # Vectors of a block; up to here, query time grows with sqrt(vectors).
 PRUNED = 6_900  # Documents.
-MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE learns from, core-seconds.
+MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE reads, and core-seconds for them.
 CAPTION_TOKENS = 24
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
 
@@ -34,10 +34,10 @@ class Cost:
   """Costs of a stage.
 
   Attributes:
-    stage: name of its command.
-    core_hours: of CPUs.
-    chip_hours: of accelerators.
-    basis: what the numbers are computed from.
+    stage: name of the stage's command.
+    core_hours: hours of CPU cores.
+    chip_hours: hours of accelerator chips.
+    basis: explanation of how the numbers were computed.
   """
 
   stage: str
@@ -47,9 +47,9 @@ class Cost:
 
 
 def pairs_of_a_pass(settings: Settings) -> int:
-  """Returns how many captioned images the run trains on if it reads each once as a document.
+  """Returns how many captioned images a run reads if it reads each image once as a document.
 
-  Each document takes its own tokens and those of `data.num_neighbors` others.
+  Each document has `data.num_neighbors` neighbors, which take as many tokens each.
   """
   tokens = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
   document = settings.vqgan.image_tokens + CAPTION_TOKENS + 2  # <break> after each part.
@@ -58,12 +58,12 @@ def pairs_of_a_pass(settings: Settings) -> int:
 
 
 def estimate(settings: Settings, plan: Plan, pairs: int) -> list[Cost]:
-  """Estimates the stages up to the training, in the order in which they run.
+  """Estimates the costs of all stages up to training, in the order in which the stages run.
 
   Args:
-    settings: of the config.
-    plan: of the training, which names the hardware and its utilization.
-    pairs: captioned images of the run.
+    settings: configuration of the run.
+    plan: plan of the training, with its hardware and utilization.
+    pairs: number of captioned images of the run.
   """
   return list(_costs(settings, plan, pairs))
 
@@ -115,7 +115,7 @@ def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
 
 
 def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
-  """Says how long a stage takes that trains on one host, and what takes its place."""
+  """Returns the end of `Cost.basis` for a stage on one host: its days, and an alternative."""
   if hardware.hosts == 1:
     return ""
   days = hours / hardware.per_host / 24
@@ -123,7 +123,7 @@ def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
 
 
 def search_hours(pairs: int, block: int) -> float:
-  """Returns the core-hours of building, searching and pruning; docs/scaling.md has the parts."""
+  """Returns the core-hours to index, search and prune; docs/scaling.md lists the parts."""
   rows = min(block, pairs)
   slower = math.sqrt(min(rows, SQRT_UNTIL) / SEARCHED_OF) * max(1.0, rows / SQRT_UNTIL)
   queries = 2 * pairs * math.ceil(pairs / block)
@@ -132,7 +132,7 @@ def search_hours(pairs: int, block: int) -> float:
 
 
 def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> float:
-  """Returns the FLOPs of `vqgan.encode` or `vqgan.decode` for one image, as XLA counts them."""
+  """Returns XLA's count of the FLOPs of `vqgan.encode` or `vqgan.decode` for one image."""
   config, codes = settings.vqgan, settings.vocab.image_size
   params = jax.eval_shape(lambda key: vqgan.init_params(config, codes, key), jax.random.key(0))
   side = config.resolution
@@ -143,7 +143,7 @@ def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> f
 
 
 def clip_flops(settings: Settings) -> tuple[float, float]:
-  """Returns the FLOPs of embedding an image and a caption by the config's own CLIP."""
+  """Returns the FLOPs of embedding an image, and a caption, with the run's own CLIP."""
   config, size = settings.clip, settings.vocab.text_size
   params = jax.eval_shape(lambda key: clip_lib.init_params(config, size, key), jax.random.key(0))
   side = config.resolution
@@ -165,13 +165,13 @@ def _flops(lowered: jax.stages.Lowered) -> float:
 
 
 def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
-  """Formats the costs of all stages, one a line, with what they are computed from.
+  """Formats the costs of all stages and what they are computed from, one stage per line.
 
   Args:
-    costs: of `estimate`.
-    plan: of the training.
-    pairs: captioned images of the run.
-    given: whether the user gave this number.
+    costs: result of `estimate`.
+    plan: plan of the training.
+    pairs: number of captioned images of the run.
+    given: whether the user gave `pairs`.
   """
   unit = "GPU-hours" if plan.hardware.platform == "gpu" else "chip-hours"
   origin = "--pairs" if given else "one pass of the run's tokens; --pairs=N gives another number"

@@ -1,4 +1,4 @@
-"""Describes TPU topologies that XLA compiles for without a TPU, and their chips."""
+"""Describes TPU chips and topologies, which XLA compiles for on a machine without a TPU."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -18,11 +18,11 @@ class Chip:
   """A TPU chip.
 
   Attributes:
-    hbm: memory in GiB that the compiler reports as available when a program does not fit.
+    hbm: GiB of memory that the compiler reports as available when a program does not fit.
     hbm_bandwidth: bytes/s.
     ici_bandwidth: bytes/s between chips, over all links together.
-    source: source of the two bandwidths.
-    options: compiler options that the text of a compiled program needs.
+    source: web page with the two bandwidths.
+    options: compiler options that keep the text of a compiled program readable for `hlo`.
   """
 
   hbm: float
@@ -32,7 +32,7 @@ class Chip:
   options: tuple[tuple[str, bool], ...] = ()
 
 
-# XLA cannot parse its own text of programs on sparse cores.
+# XLA's text of a program that uses sparse cores cannot be parsed.
 NO_SPARSECORE = (
   ("xla_tpu_offload_gather_to_sparsecore", False),
   ("xla_tpu_enable_offloading_scatter_to_sparsecore", False),
@@ -42,19 +42,19 @@ CHIPS = {
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Names of slices -> shape of the torus; other shapes are given as v5p:4x4x8. Names of v5p count
-# cores, two per chip: v5p-8 has 4 chips.
+# Name of a slice -> shape of its torus; other shapes are given as v5p:4x4x8. The numbers in names
+# of v5p count cores, two per chip: v5p-8 has 4 chips.
 _TORUS_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 _TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
 _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
-# Other names of the chips: of accelerator types in Cloud TPU and of JAX's devices.
+# Names of the chips in Cloud TPU's accelerator types and in JAX -> names here.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 
 
 def own_name(name: str) -> str:
-  """Returns our name of a slice that has another one in Cloud TPU.
+  """Translates Cloud TPU's name of a slice to the name used here.
 
   >>> own_name("v5litepod-256"), own_name("v5litepod:4x4"), own_name("v5p-8")
   ('v5e-256', 'v5e:4x4', 'v5p-8')
@@ -64,11 +64,11 @@ def own_name(name: str) -> str:
 
 
 def suggestion(name: str, others: Iterable[str] = ()) -> str:
-  """Returns "did you mean v5e-256? " of the slice whose name or number is nearest, or "".
+  """Returns "did you mean v5e-256? " for the slice with the nearest name or size, or "".
 
   Args:
-    name: of no slice.
-    others: further names that could be meant.
+    name: name that is not a slice.
+    others: further names to suggest.
   """
   name = own_name(name.lower())
   if name in SLICES:
@@ -87,11 +87,10 @@ class Topology:
   """Devices to compile for.
 
   Attributes:
-    name: chip and shape, `v5p:4x4x8`.
-    chip: the chip.
+    name: chip and shape, such as v5p:4x4x8.
     torus: chips along each dimension of a slice.
     slices: number of slices.
-    devices: devices of JAX.
+    devices: JAX devices that programs can be compiled for.
   """
 
   name: str
@@ -102,12 +101,12 @@ class Topology:
 
 
 def prepare() -> None:
-  """Lets libtpu load on a machine without a TPU. Call it before the first use of JAX.
+  """Prepares libtpu for a machine without a TPU. Call it before the first use of JAX.
 
   libtpu may print that there is no TPU.
   """
   jax.config.update("jax_platforms", "cpu")
-  # Otherwise it queries the cloud's metadata server for minutes.
+  # Without this, libtpu queries the cloud's metadata server for minutes.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -115,12 +114,12 @@ def prepare() -> None:
 
 
 def load(name: str, slices: int = 1) -> Topology:
-  """Returns the topology of a name in `SLICES`, or of a chip and a shape, `v5p:4x4x8`.
+  """Returns the topology of a slice in `SLICES`, or of a chip and a shape such as v5p:4x4x8.
 
-  v5litepod-256 is v5e-256.
+  Cloud TPU's names such as v5litepod-256 work, too.
 
   Raises:
-    UserError: there is no such chip or shape, or libtpu is not installed.
+    UserError: the chip or shape does not exist, or libtpu is not installed.
   """
   given, name = name, own_name(name)
   generation, _, shape = name.replace("-", ":", 1).partition(":")
@@ -134,7 +133,7 @@ def load(name: str, slices: int = 1) -> Topology:
   more = {"num_slices": slices} if slices > 1 else {}
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=full, **more).devices
-  except Exception as error:  # libtpu raises various types.
+  except Exception as error:  # libtpu raises errors of various types.
     reason = str(error).splitlines()[0][:160]
     raise UserError(
       f"--topology {full} cannot be loaded: check the shape, and {extras.install('aot')}: {reason}"

@@ -1,4 +1,4 @@
-"""Config sections of the text tokenizer, and of the image tokenizer and its training."""
+"""Config sections of the text tokenizer and of the image tokenizer."""
 
 from collections.abc import Iterator
 import functools
@@ -10,110 +10,109 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-SMALLEST_PERCEPTUAL = 16  # Pixels, since the network of `perceptual` halves an image four times.
-LEVELS = range(3, 9)  # Numbers of levels that a channel of FSQ may have.
+SMALLEST_PERCEPTUAL = 16  # Pixels; the network of `perceptual` halves an image four times.
+LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 Quantizer = Literal["", "fsq"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TextTokenizerConfig:
-  """How the text tokenizer is trained, and how documents use it."""
+  """Training of the text tokenizer, and its use in documents."""
 
   min_frequency: PositiveInt = 2
-  """Number of times that a merge must occur in the training texts."""
+  """Minimum number of times that a merge must occur in the training texts."""
   model_max_length: PositiveInt = 4_096
-  """Length that is written for other software; texts are not cut to it."""
+  """Maximum length that other software reads; texts are not cut to it."""
   max_caption_tokens: PositiveInt = 512
-  """Longest caption in tokens: longer captions lose their end when documents are written. Texts
-  without an image are never cut there."""
+  """Maximum number of caption tokens. The end of a longer caption is cut off when documents are
+  written. Texts without an image are not cut."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VQGANConfig:
   """Sizes of the image tokenizer and its training.
 
-  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one
-  level for each; level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks
-  on the way down and `decoder_blocks[i]` on the way up. The defaults turn 256x256 pixels into 32x32
-  codes, as CM3Leon does (section 2.1). It trains on one host; a published tokenizer
+  The encoder halves the resolution from `resolution / stem` to `resolution / downsample`, with one
+  level per resolution. Level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual
+  blocks in the encoder and `decoder_blocks[i]` in the decoder. The defaults turn 256x256 pixels
+  into 32x32 codes, as in CM3Leon (section 2.1). Training runs on one host. A published tokenizer
   (`cm3leon import_vqgan`) needs no training.
   """
 
   resolution: PositiveInt = 256
   """Side of the images in pixels; a multiple of `downsample`."""
   downsample: PositiveInt = 8
-  """Side in pixels of the square that one code stands for; `stem` times a power of two."""
+  """Side in pixels of the square that one code represents; `stem` times a power of two."""
   stem: PositiveInt = 2
-  """Side of the squares of pixels that become channels before the first convolution, and pixels
+  """Side in pixels of the squares that become channels before the first convolution and pixels
   again after the last."""
   width: PositiveInt = 128
-  """Number of channels, before `multipliers`."""
+  """Number of channels before multiplication by `multipliers`."""
   multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
   """Factors of `width`, one per level."""
   encoder_blocks: tuple[NonNegativeInt, ...] = (2, 2, 2)
-  """Numbers of residual blocks of the encoder, one per level."""
+  """Number of residual blocks of each encoder level."""
   decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
-  """Numbers of residual blocks of the decoder, one per level."""
+  """Number of residual blocks of each decoder level."""
   local_codes: bool = False
-  """Whether a code depends on its own square of pixels alone: the encoder's convolutions are 1 x 1,
-  and values are normalized over the channels of a place instead of over the image. Needs `stem` =
-  `downsample`. A drawing then has the same codes wherever it stands, in any company."""
+  """Whether a code depends only on its own square of pixels. Convolutions of the encoder are then
+  1 x 1, and values are normalized over the channels of each position instead of over the image.
+  Needs `stem` = `downsample`. Equal squares then have equal codes in all images."""
   code_dim: PositiveInt = 32
-  """Width of a code; of `fsq` the number of channels, each with its levels."""
+  """Width of a code; for `fsq`, the number of channels."""
   quantizer: Quantizer = ""
-  """How encodings become codes. Empty: the nearest entry of a learned codebook. `fsq`: each of
-  `code_dim` channels is rounded to one of a few levels, without a codebook. Both have
+  """Method that turns encodings into codes. Empty: the nearest entry of a learned codebook. `fsq`:
+  rounds each of `code_dim` channels to one of a few levels, without a codebook. Both have
   straight-through gradients."""
   steps: PositiveInt = 500_000
-  """Number of training steps, over which the learning rate follows one cosine to 0."""
+  """Number of training steps; the learning rate follows one cosine to 0 over them."""
   batch_size: PositiveInt = 256
   """Images per step."""
   learning_rate: PositiveFloat = 2e-4
-  """Learning rate at the end of the warm-up."""
+  """Learning rate at the end of warm-up."""
   warmup_steps: NonNegativeInt = 1_000
-  """Number of steps of linear warm-up."""
+  """Number of linear warm-up steps."""
   l1_weight: NonNegativeFloat = 0.5
   """Weight of the absolute error of pixels in [-1, 1]."""
   l2_weight: NonNegativeFloat = 1.0
   """Weight of the squared error of pixels in [-1, 1]."""
   multiscale_weight: NonNegativeFloat = 0.0
-  """Weight of the absolute error of the means of squares of 2, 4 and 8 pixels; no measure of what
-  people perceive, but with `gradient_weight` the part of it that needs no trained network."""
+  """Weight of the absolute error of means over squares of 2, 4 and 8 pixels. Together with
+  `gradient_weight`, it replaces a perceptual loss without a trained network."""
   gradient_weight: NonNegativeFloat = 0.0
-  """Weight of the absolute error of differences between neighboring pixels, so that edges stay
-  sharp."""
+  """Weight of the absolute error of differences between neighboring pixels; keeps edges sharp."""
   perceptual: str = ""
-  """File of a VGG16, safetensors with torchvision's names (`features.0.weight`), also with the
-  layers of LPIPS (`lin0.model.1.weight`), which then measures the distance of images. None comes
-  with this project."""
+  """Safetensors file of a VGG16 with torchvision's names (`features.0.weight`). If the file has the
+  layers of LPIPS, too (`lin0.model.1.weight`), they weight the features. This project contains no
+  such file."""
   perceptual_weight: NonNegativeFloat = 0.0
-  """Weight of the distance of images by the network of `perceptual`."""
+  """Weight of the distance between images in features of the network `perceptual`."""
   codebook_weight: NonNegativeFloat = 1.0
-  """Weight of the loss that pulls codes to encodings (van den Oord et al. 2017)."""
+  """Weight of the loss that moves codes to encodings (van den Oord et al. 2017)."""
   commitment_weight: NonNegativeFloat = 0.25
-  """Weight of the loss that pulls encodings to codes (van den Oord et al. 2017)."""
+  """Weight of the loss that moves encodings to codes (van den Oord et al. 2017)."""
   adversarial_weight: NonNegativeFloat = 0.1
-  """Weight of the hinge loss against a patch discriminator; 0: no discriminator."""
+  """Weight of the hinge loss with a patch discriminator; 0: no discriminator."""
   adversarial_adaptive: bool = False
-  """Whether the weight is multiplied by how many times the reconstruction's gradient of the last
-  layer is larger than the discriminator's (Esser et al. 2021, equation 7); the weight there is
-  0.8 or 1."""
+  """Whether `adversarial_weight` is multiplied by a ratio of gradient norms at the last layer:
+  reconstruction loss over discriminator loss (Esser et al. 2021, equation 7). The
+  paper then uses a weight of 0.8 or 1."""
   adversarial_start: Annotated[float, Field(ge=0, le=1)] = 0.1
-  """Share of the steps after which the discriminator starts."""
+  """Fraction of the steps after which the discriminator starts."""
   discriminator_width: PositiveInt = 64
   """Number of channels of the discriminator's first layer."""
   discriminator_layers: Annotated[int, Field(gt=0, le=16)] = 3
-  """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
+  """Number of discriminator layers with stride 2; 2^layers is at most `resolution`."""
   restart_every: NonNegativeInt = 100
-  """Number of steps within which a code must be used, else it restarts at an encoding; 0: never.
-  Codes of `fsq` never restart."""
+  """Number of steps without use after which a code restarts at an encoding; 0: never. Codes of
+  `fsq` never restart."""
   restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
-  """Share of the steps after which no code restarts, so that the decoder settles."""
+  """Fraction of the steps after which no code restarts, so that the decoder settles."""
   ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Largest decay of the exponential moving average of the parameters, which is then the trained
-  tokenizer, e.g. 0.999; 0: none. As `optimizer.ema_decay`."""
+  """Largest decay of the exponential moving average of the parameters, e.g. 0.999, as in
+  `optimizer.ema_decay`. The average becomes the trained tokenizer. 0: no average."""
   checkpoint_every: PositiveInt = 2_000
-  """Number of steps between two states that a killed run continues from."""
+  """Number of steps between checkpoints, from which a killed run continues."""
 
   def __post_init__(self) -> None:
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
@@ -122,7 +121,7 @@ class VQGANConfig:
       )
     if self.local_codes and self.stem != self.downsample:
       raise ValueError(
-        f"local_codes is set, and stem is {self.stem}; it must be downsample = {self.downsample}."
+        f"local_codes is set, but stem is {self.stem}; it must be downsample = {self.downsample}."
       )
     if self.resolution % self.downsample:
       raise ValueError(
@@ -131,7 +130,7 @@ class VQGANConfig:
     for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
       if len(values := getattr(self, name)) != self.num_levels:
         raise ValueError(
-          f"{name} is {values}; it must hold {self.num_levels} integers, one per halving from "
+          f"{name} is {values}; it must have {self.num_levels} integers, one per resolution from "
           f"stem = {self.stem} to downsample = {self.downsample}."
         )
     if self.adversarial_weight and 2**self.discriminator_layers > self.resolution:
@@ -142,11 +141,11 @@ class VQGANConfig:
     if bool(self.perceptual) != bool(self.perceptual_weight):
       raise ValueError(
         f"perceptual is '{self.perceptual}' and perceptual_weight {self.perceptual_weight:g}; "
-        "both must be given, a file and a positive weight, or neither."
+        "give both, a file and a positive weight, or neither."
       )
     if self.perceptual and self.resolution < SMALLEST_PERCEPTUAL:
       raise ValueError(
-        f"perceptual is given, and resolution is {self.resolution}; "
+        f"perceptual is given, but resolution is {self.resolution}; "
         f"it must be at least {SMALLEST_PERCEPTUAL}."
       )
 
@@ -161,7 +160,7 @@ class VQGANConfig:
 
 @functools.cache
 def levels_of(num_codes: int) -> tuple[int, ...]:
-  """Returns numbers of levels whose product is K: as few as possible, then as equal as possible.
+  """Returns level counts whose product is K: as few as possible, then as equal as possible.
 
   levels_of(1_024) = (8, 8, 4, 4)
   levels_of(1_000) = (8, 5, 5, 5)
@@ -172,7 +171,7 @@ def levels_of(num_codes: int) -> tuple[int, ...]:
 
 
 def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
-  """Yields the descending factors in `LEVELS`, none above `largest`, of a number."""
+  """Yields the descending factors in `LEVELS` of a number; no factor is above `largest`."""
   if number in LEVELS and number <= largest:
     yield (number,)
   for first in range(min(largest, number // LEVELS[0]), LEVELS[0] - 1, -1):
@@ -181,7 +180,7 @@ def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
 
 
 def _products(largest: int) -> set[int]:
-  """Returns all products of `LEVELS` up to the largest."""
+  """Returns all products of `LEVELS` that are at most `largest`."""
   found, new = set[int](), {1}
   while new:
     new = {n * level for n in new for level in LEVELS if n * level <= largest} - found
@@ -190,12 +189,12 @@ def _products(largest: int) -> set[int]:
 
 
 def check_levels(num_codes: int, code_dim: int) -> None:
-  """Raises ValueError if FSQ has no levels for K codes, or another number of them than E."""
+  """Raises ValueError if FSQ has no levels for K codes, or their number is not E."""
   if not levels_of(num_codes):
     near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
     shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))
     raise ValueError(
-      f"vqgan.quantizer is fsq, and vocab.image_size is {num_codes}; it must be a product of "
+      f"vqgan.quantizer is fsq, but vocab.image_size is {num_codes}; it must be a product of "
       f"levels from {LEVELS[0]} to {LEVELS[-1]}, e.g. {shown}."
     )
   if code_dim != len(levels := levels_of(num_codes)):

@@ -1,6 +1,6 @@
-"""The patch discriminator of the image tokenizer, its loss and its weight."""
+"""The patch discriminator of the image tokenizer, its loss, and its adaptive weight."""
 
-# B batch, H height, W width, h and w of the judgments.
+# B batch, H height, W width, h and w of the grid of patch scores.
 
 from collections.abc import Callable
 import functools
@@ -19,7 +19,7 @@ MAX_ADAPTIVE = 1e4  # Largest ratio of the two norms (Esser et al. 2021, publish
 
 
 class Discriminator(nnx.Module):
-  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
+  """Scores patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
@@ -48,7 +48,7 @@ def init_params(config: VQGANConfig, key: Key[Array, ""]) -> dict:
 def judge(
   config: VQGANConfig, params: dict, x: Float[Array | np.ndarray, "B H W 3"]
 ) -> Float[Array, "B h w"]:
-  """Applies the discriminator to pixels: [B, H, W, 3] -> [B, h, w] of its last layer."""
+  """Applies the discriminator: pixels [B, H, W, 3] -> scores [B, h, w]."""
   return parameters.fill(*_structure(config), params)(x)
 
 
@@ -58,9 +58,9 @@ def hinge_loss(
   x: Float[Array | np.ndarray, "B H W 3"],
   y: Float[Array | np.ndarray, "B H W 3"],
 ) -> Float32[Array, ""]:
-  """Computes the hinge loss of judgments of images x and reconstructions y, [B, H, W, 3].
+  """Computes the hinge loss of scores for images x and reconstructions y, [B, H, W, 3].
 
-  Judgments of x above 1, and of y below -1, cost nothing.
+  Scores of x above 1, and scores of y below -1, add nothing.
   """
   return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
     nnx.relu(1 + judge(config, params, y))
@@ -74,19 +74,20 @@ def adaptive_weight(
   reconstruction_loss: Callable[[Array], Array],
   adversarial_loss: Callable[[Array], Array],
 ) -> Float32[Array, ""]:
-  """Computes how many times the reconstruction's gradient is larger than the adversarial one.
+  """Computes the ratio of the norms of the reconstruction and adversarial gradients.
 
-  Both are gradients of the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, equation 7).
+  Both gradients are taken at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841,
+  equation 7).
 
   Args:
     last_layer: params -> pixels [B, H, W, 3].
-    params: of the layer, a tree.
-    y: the pixels that it returns.
+    params: parameters of the layer, a tree.
+    y: pixels that the layer returned.
     reconstruction_loss: pixels -> scalar.
     adversarial_loss: pixels -> scalar.
 
   Returns:
-    fp32 scalar from 0 to `MAX_ADAPTIVE`, through which no gradient flows.
+    fp32 scalar from 0 to `MAX_ADAPTIVE`, without gradient.
   """
   params, y = jax.lax.stop_gradient((params, y))
   _, pull = jax.vjp(last_layer, params)

@@ -1,4 +1,4 @@
-"""Losses of the image tokenizer: pixels, several scales, edges, features, and a discriminator's."""
+"""Losses of the image tokenizer: pixels, several scales, edges, features, and discriminator."""
 
 # B batch, H height, W width, C channels, E code width, h and w of the code grid.
 
@@ -13,17 +13,17 @@ from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 
-SCALES = 3  # Of the loss at several scales: squares of 2, 4 and 8 pixels.
+SCALES = 3  # Number of scales of `multiscale_loss`: squares of 2, 4 and 8 pixels.
 
 
 class Outputs(NamedTuple):
-  """What a step needs beside the loss.
+  """Outputs of `generator_loss` other than the loss.
 
   Attributes:
     reconstruction: [B, H, W, 3].
     encodings: [B, h, w, E].
     indices: int32 [B, h, w].
-    adaptive: ratio that the adversarial weight was multiplied by; 1 if it is not adaptive.
+    adaptive: factor of the adversarial weight; 1 if the weight is not adaptive.
   """
 
   reconstruction: jax.Array
@@ -35,13 +35,9 @@ class Outputs(NamedTuple):
 def multiscale_loss(
   x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
 ) -> Float32[Array, ""] | float:
-  """Computes the mean absolute error of the means of squares of 2, 4 and 8 pixels.
+  """Computes the mean absolute error of means over squares of 2, 4 and 8 pixels.
 
-  Scales whose squares do not divide the image are left out.
-
-  Args:
-    x: [B, H, W, C].
-    y: [B, H, W, C].
+  Omits scales whose squares do not divide the image.
   """
   error, losses = y - x, []
   for _ in range(SCALES):
@@ -56,12 +52,7 @@ def multiscale_loss(
 def gradient_loss(
   x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
 ) -> Float32[Array, ""]:
-  """Computes the mean absolute error of differences of neighboring pixels, down and to the right.
-
-  Args:
-    x: [B, H, W, C].
-    y: [B, H, W, C].
-  """
+  """Computes the mean absolute error of differences between neighbors, vertical and horizontal."""
   error = y - x
   return (
     jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
@@ -77,10 +68,10 @@ def reconstruction_loss(
   """Computes the weighted sum of all losses of reconstructions y of x, pixels in [-1, 1].
 
   Args:
-    config: holds the weights.
-    x: [B, H, W, 3].
-    y: [B, H, W, 3].
-    features: of `perceptual.make_params`; needed if `perceptual_weight` is positive.
+    config: provides the weights.
+    x: original images.
+    y: reconstructions.
+    features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
   """
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
   if config.multiscale_weight:
@@ -103,14 +94,14 @@ def generator_loss(
 ) -> tuple[Float32[Array, ""], Outputs]:
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
-  A discriminator adds its mean judgment of the reconstructions, negated.
+  With a discriminator, adds the negative mean score of the reconstructions.
 
   Args:
     params: parameters of the VQGAN.
     discriminator: parameters of the discriminator, or None.
-    config: holds the weights.
+    config: provides the weights.
     num_codes: K.
-    x: pixels in [-1, 1], [B, H, W, 3].
+    x: pixels in [-1, 1].
     features: see `reconstruction_loss`.
 
   Returns:

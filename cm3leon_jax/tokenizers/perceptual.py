@@ -1,6 +1,6 @@
-"""Distance of images by the features of VGG16 (LPIPS, Zhang et al. 2018, arXiv 1801.03924).
+"""Distance of images in features of VGG16 (LPIPS, Zhang et al. 2018, arXiv 1801.03924).
 
-No package that this project uses ships the weights: a user names a file of them.
+No package that this project uses contains the weights, so a user names a file with them.
 """
 
 # B batch, H height, W width, C channels of a layer.
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Float32
 import numpy as np
 
 NETWORK = "VGG16 with the tensor names of torchvision"
-# Index in `features` -> channels in and out, by stage; a stage is followed by a pool, and the
-# distance compares what each of the five returns.
+# For each stage: index in `features` -> (input channels, output channels). A pool follows each
+# stage. The distance compares the outputs of the five stages before their pools.
 STAGES = (
   {0: (3, 64), 2: (64, 64)},
   {5: (64, 128), 7: (128, 128)},
@@ -23,12 +23,12 @@ STAGES = (
   {17: (256, 512), 19: (512, 512), 21: (512, 512)},
   {24: (512, 512), 26: (512, 512), 28: (512, 512)},
 )
-# Means and standard deviations of ImageNet's colors, for pixels in [-1, 1], as LPIPS rounds them.
+# Means and standard deviations of ImageNet's colors for pixels in [-1, 1], rounded as in LPIPS.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def tensor_shapes(calibrated: bool) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape of all tensors; `calibrated`: with the five learned layers of LPIPS."""
+  """Returns name -> shape of all tensors; `calibrated` adds the five learned layers of LPIPS."""
   shapes: dict[str, tuple[int, ...]] = {}
   for number, stage in enumerate(STAGES):
     for i, (inputs, outputs) in stage.items():
@@ -44,20 +44,20 @@ def _calibration(number: int) -> str:
 
 
 def without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Leaves out the tensors of the classifier, which a file of torchvision has, too."""
+  """Removes the tensors of the classifier, which torchvision's files also contain."""
   return {name: x for name, x in tensors.items() if not name.startswith("classifier.")}
 
 
 def is_calibrated(tensors: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether a file has any of the learned layers of LPIPS."""
+  """Returns whether the tensors include a learned layer of LPIPS."""
   return any(_calibration(number) in tensors for number in range(len(STAGES)))
 
 
 def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
-  """Lays out the tensors of `tensor_shapes` for `distance`.
+  """Converts the tensors of `tensor_shapes` to parameters of `distance`.
 
   Returns:
-    kernels HWIO and biases by layer; `calibration`, [C] by stage, if the file has it.
+    HWIO kernels and biases by layer, and [C] `calibration` by stage if the file has it.
   """
   params: dict = {}
   for stage in STAGES:
@@ -73,7 +73,7 @@ def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
 def activations(
   params: dict, x: Float[Array | np.ndarray, "B H W 3"]
 ) -> list[Float[Array, "B _ _ _"]]:
-  """Computes what the five stages return, before their pools: pixels [B, H, W, 3] in [-1, 1]."""
+  """Computes the outputs of the five stages, before their pools, for pixels in [-1, 1]."""
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
   x, found = (x - shift) / scale, []
   for number, stage in enumerate(STAGES):
@@ -92,17 +92,14 @@ def activations(
 def distance(
   params: dict, x: Float[Array | np.ndarray, "B H W 3"], y: Float[Array | np.ndarray, "B H W 3"]
 ) -> Float32[Array, " B"]:
-  """Computes the sum over stages of the mean squared distance of normalized features.
+  """Computes the sum over stages of the mean squared distance between normalized features.
 
-  With the learned layers of LPIPS it is LPIPS itself; without, all channels count equally.
+  With the learned layers of LPIPS, the result is LPIPS. Without them, all channels weigh the same.
 
   Args:
-    params: of `make_params`.
+    params: result of `make_params`.
     x: [B, H, W, 3] in [-1, 1].
     y: [B, H, W, 3] in [-1, 1].
-
-  Returns:
-    fp32 [B].
   """
   total = jnp.zeros(len(x), jnp.float32)
   for number, pair in enumerate(zip(activations(params, x), activations(params, y))):
@@ -115,7 +112,7 @@ def distance(
 
 
 def _unit(features: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H W C"]:
-  """Scales the channels of every place to norm 1; the gradient of no features is 0."""
+  """Scales the channels of every position to norm 1; where all are 0, the gradient is 0."""
   squares = jnp.sum(features * features, -1, keepdims=True)
   norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
   return features / (norms + 1e-10)

@@ -1,8 +1,8 @@
-"""Published image tokenizers with 8,192 codes: one convolutional VQGAN in three variants.
+"""Published image tokenizers with 8,192 codes: three variants of one convolutional VQGAN.
 
-aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), taming's Gumbel f8 (Esser et al. 2021,
-arXiv 2012.09841) and Chameleon's (Chameleon Team 2024, arXiv 2405.09818). Modules and parameters
-have the names of taming's state dict.
+The variants are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), taming's Gumbel f8
+(Esser et al. 2021, arXiv 2012.09841) and Chameleon's (Chameleon Team 2024, arXiv 2405.09818).
+Modules and parameters have the names of taming's state dict.
 """
 
 # B batch, H height, W width, C channels, Z latent channels, E code width, K codes,
@@ -23,42 +23,42 @@ import pydantic.dataclasses
 from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT
 
-SECTION = "published"  # Of the file config.json that holds a PublishedConfig.
+SECTION = "published"  # Section of config.json with a PublishedConfig.
 Family = Literal["amused", "taming_gumbel_f8", "chameleon"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class PublishedConfig:
-  """Sizes of a published tokenizer and what its variant of the network has."""
+  """Sizes and variant of a published tokenizer."""
 
   family: Family
   """Key of `FAMILIES`."""
   resolution: PositiveInt
   """Side of the images in pixels; a multiple of `downsample`."""
   widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
-  """Number of channels of each level, from the resolution of pixels down to that of codes."""
+  """Number of channels of each level, from the highest resolution to the lowest."""
   latent_channels: PositiveInt
-  """Z."""
+  """Number of channels of the encoder's output, Z."""
   code_dim: PositiveInt
-  """E."""
+  """Width of a code's vector, E."""
   blocks: PositiveInt = 2
   """Number of residual blocks of each level of the encoder; the decoder has one more."""
   groups: PositiveInt = 32
-  """Number of groups of channels that are normalized apart; it divides the widths."""
+  """Number of groups of channels that are normalized separately; it divides all widths."""
   level_attention: bool = False
   """Whether attention follows each residual block of the lowest level."""
   middle_attention: bool = False
-  """Whether attention stands between the two residual blocks of the lowest resolution."""
+  """Whether there is attention between the two residual blocks at the lowest resolution."""
   gumbel: bool = False
-  """Whether a code is the largest of K logits (Gumbel softmax without its noise) instead of the
-  nearest one."""
+  """Whether a code is the largest of K logits (Gumbel softmax without noise) instead of the
+  nearest."""
   lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
-  """Value of black: the network reads and writes pixels in [-1, 1] or [0, 1]."""
+  """Value of black: 0 for pixels in [0, 1], -1 for pixels in [-1, 1]."""
 
   def __post_init__(self) -> None:
     if wrong := [width for width in self.widths if width % self.groups]:
       raise ValueError(
-        f"groups is {self.groups}; it must divide all widths, and one of them is {wrong[0]}."
+        f"groups is {self.groups}; it must divide all widths, but one of them is {wrong[0]}."
       )
     if self.resolution % self.downsample:
       raise ValueError(
@@ -76,7 +76,7 @@ class PublishedConfig:
 
   @property
   def batch_size(self) -> int:
-    """Images that go through the network at a time: one layer of 256 pixels has 32 MiB and more."""
+    """Images that the network processes at a time; some layers take 32 MiB per 256x256 image."""
     return max(1, 2**20 // self.resolution**2)
 
 
@@ -111,18 +111,18 @@ FAMILIES: dict[Family, PublishedConfig] = {
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:
-  """Makes a square convolution that keeps the resolution."""
+  """Creates a square convolution that keeps the resolution."""
   return nnx.Conv(inputs, outputs, (size, size), rngs=rngs)
 
 
 def norm(width: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  """Makes a normalization of groups of channels, each over [H, W]."""
-  # The fast variance, a difference of squares, loses digits of channels with a large mean.
+  """Creates a normalization over [H, W] of groups of channels."""
+  # The fast variance, a difference of squares, is inaccurate for channels with a large mean.
   return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class PublishedResidualBlock(nnx.Module):
-  """Residual block of two convolutions; a third one carries x over if the width changes."""
+  """Residual block of two convolutions. A third convolution adapts x if the width changes."""
 
   def __init__(self, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs):
     self.norm1, self.conv1 = norm(inputs, groups, rngs), conv(inputs, outputs, 3, rngs)
@@ -136,7 +136,7 @@ class PublishedResidualBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Attention of one head over all places of an image, with a residual connection."""
+  """Attention with one head over all positions of an image, and a residual connection."""
 
   def __init__(self, width: int, groups: int, rngs: nnx.Rngs):
     self.norm = norm(width, groups, rngs)
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-  """Halves the resolution by a convolution that sees one more pixel to the right and below."""
+  """Halves the resolution with a convolution that pads one pixel on the right and at the bottom."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.conv = nnx.Conv(width, width, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)), rngs=rngs)
@@ -171,7 +171,7 @@ class Upsample(nnx.Module):
 
 
 class Level(nnx.Module):
-  """Residual blocks of one resolution, each followed by attention if there is any."""
+  """Residual blocks of one resolution, optionally each followed by attention."""
 
   def __init__(
     self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int, rngs: nnx.Rngs
@@ -190,7 +190,7 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-  """The layers at the lowest resolution, of the encoder's end and the decoder's beginning."""
+  """Layers at the lowest resolution, at the end of the encoder and the start of the decoder."""
 
   def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
     width, groups = config.widths[-1], config.groups
@@ -235,7 +235,7 @@ class PublishedDecoder(nnx.Module):
     widths, last = config.widths, len(config.widths) - 1
     self.conv_in = conv(config.latent_channels, widths[-1], 3, rngs)
     self.mid = Middle(config, rngs)
-    self.up = nnx.List(  # In the order of `widths`; the last one comes first.
+    self.up = nnx.List(  # In the order of `widths`; applied in reverse.
       Level(b, a, config.blocks + 1, config.level_attention and i == last, config.groups, rngs)
       for i, (a, b) in enumerate(itertools.pairwise((*widths, widths[-1])))
     )
@@ -254,7 +254,7 @@ class PublishedDecoder(nnx.Module):
 
 
 class PublishedCodebook(nnx.Module):
-  """K codes, chosen by distance or by logits."""
+  """K codes, selected by distance or by logits."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
     self.gumbel = config.gumbel
@@ -266,20 +266,20 @@ class PublishedCodebook(nnx.Module):
 
   @property
   def table(self) -> Float[Array, "K E"]:
-    """The codes, [K, E]."""
+    """The vectors of the codes."""
     return (self.embed if self.gumbel else self.embedding).embedding[...]
 
   def scores(self, z: Float[Array, "*B E"]) -> Float[Array, "*B K"]:
-    """Scores all codes: [..., E] -> [..., K]; the largest score is that of the code of z."""
+    """Scores all codes for z; the code of z has the largest score."""
     if self.gumbel:
       return self.proj(z)
-    # The distance, squared and negated, without the term that all codes share.
+    # The negative squared distance, without the term that is equal for all codes.
     squares = jnp.sum(self.table**2, -1).reshape((1,) * (z.ndim - 1) + (-1,))
     return 2 * jnp.matmul(z, self.table.T) - squares
 
 
 class PublishedVQGAN(nnx.Module):
-  """Encoder, codebook and decoder, with a convolution of size 1 on either side of the codes."""
+  """Encoder, codebook and decoder, with 1 x 1 convolutions before and after the codes."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
     self.encoder, self.decoder = PublishedEncoder(config, rngs), PublishedDecoder(config, rngs)
@@ -295,7 +295,7 @@ def structure(config: PublishedConfig, num_codes: int) -> tuple[nnx.GraphDef, nn
 
 
 def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
-  """Returns the codes, fp32 [K, E]."""
+  """Returns the vectors of the codes, fp32 [K, E]."""
   table = params["quantize"]["embed" if config.gumbel else "embedding"]["embedding"]
   return np.asarray(jax.device_get(table))
 
@@ -307,9 +307,9 @@ def encode(
   params: dict,
   images: UInt8[Array | np.ndarray, "B H W 3"],
 ) -> Int32[Array, "B h w"]:
-  """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, h, w].
+  """Encodes images to codes.
 
-  H and W are any multiples of `config.downsample`.
+  H and W can be any multiples of `config.downsample`.
   """
   with jax.default_matmul_precision("highest"):
     model, low = parameters.fill(*structure(config, num_codes), params), config.lowest_pixel
@@ -321,7 +321,7 @@ def encode(
 def decode_pixels(
   config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
 ) -> Float32[Array, "B H W 3"]:
-  """Decodes codes, int32 [B, h, w], to fp32 [B, H, W, 3], from `lowest_pixel` to 1 if clipped."""
+  """Decodes codes to pixels, whose range after clipping is from `lowest_pixel` to 1."""
   with jax.default_matmul_precision("highest"):
     model = parameters.fill(*structure(config, num_codes), params)
     return model.decoder(model.post_quant_conv(model.quantize.table[codes]))
@@ -330,6 +330,6 @@ def decode_pixels(
 def decode(
   config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
 ) -> UInt8[Array, "B H W 3"]:
-  """Decodes codes, int32 [B, h, w], to images, uint8 [B, H, W, 3]."""
+  """Decodes codes to images."""
   low, pixels = config.lowest_pixel, decode_pixels(config, num_codes, params, codes)
   return jnp.clip(jnp.round((pixels - low) * (255 / (1 - low))), 0, 255).astype(jnp.uint8)

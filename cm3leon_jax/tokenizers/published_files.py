@@ -1,4 +1,4 @@
-"""Reads published image tokenizers from safetensors, and writes them under published names."""
+"""Reads published image tokenizers from safetensors, and writes them with published names."""
 
 from collections.abc import Collection
 import dataclasses
@@ -23,13 +23,13 @@ from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
-PREFIXES = ("model.vqmodel.", "vqmodel.")  # Of the tokenizer in a whole Chameleon.
-LEFT = "loss."  # Networks that only training needs.
-NUM_CODES = 8_192  # Of the published weights of all families.
-# Sides of images in pixels that the weights of a family are published for.
+PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of the tokenizer in a whole Chameleon.
+LEFT = "loss."  # Prefix of networks that only training needs.
+NUM_CODES = 8_192  # Number of codes in the published weights of all families.
+# Sides in pixels of the images that a family's weights are published for.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# Our names -> those of `diffusers.VQModel`.
+# Names here -> names in `diffusers.VQModel`.
 RENAMES = (
   (r"encoder\.down\.", "encoder.down_blocks."),
   (r"\.block\.", ".resnets."),
@@ -39,7 +39,7 @@ RENAMES = (
   (r"\.norm_out\.", ".conv_norm_out."),
   (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
-# Fields of diffusers' config.json that must have one value, and their defaults there.
+# Fields of diffusers' config.json -> (required value, default in diffusers).
 FIXED = {
   "_class_name": ("VQModel", "VQModel"),
   "act_fn": ("silu", "silu"),
@@ -52,14 +52,14 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """What `read` found.
+  """Result of `read`.
 
   Attributes:
-    tokenizer: at the first of the resolutions of its family.
-    files: that hold its tensors.
-    num_parameters: numbers in them.
-    num_tensors: tensors of the tokenizer.
-    num_left: tensors in the files that are not the tokenizer's.
+    tokenizer: tokenizer at its family's first resolution.
+    files: files with its tensors.
+    num_parameters: number of parameters in these tensors.
+    num_tensors: number of tensors of the tokenizer.
+    num_left: number of other tensors in the files.
   """
 
   tokenizer: ImageTokenizer
@@ -73,13 +73,13 @@ def published_name(name: str, config: PublishedConfig) -> str:
   """Returns the name of a parameter in the files of its family.
 
   With five levels, decoder.up.0.block.1.conv1.kernel is decoder.up_blocks.4.resnets.1.conv1.weight
-  in files of `amused`, and decoder.up.0.block.1.conv1.weight in those of other families.
+  in files of `amused`, and decoder.up.0.block.1.conv1.weight in files of other families.
   """
   layer, _, leaf = name.rpartition(".")
   name = f"{layer}.{LEAVES.get(leaf, leaf)}"
   if config.family != "amused":
     return name
-  last = len(config.widths) - 1  # The decoder's levels are counted from the lowest one.
+  last = len(config.widths) - 1  # diffusers counts the decoder's levels from the lowest.
   name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
   for ours, theirs in RENAMES:
     name = re.sub(ours, theirs, name)
@@ -88,13 +88,13 @@ def published_name(name: str, config: PublishedConfig) -> str:
 
 @functools.cache
 def _shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all parameters by our names."""
+  """Returns the shapes of all parameters by the names used here."""
   state = parameters.to_dict(published.structure(config, num_codes)[1])
   return {k: x.shape for k, x in traverse_util.flatten_dict(state, sep=".").items()}
 
 
 def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all tensors by their published names; kernels are [out, in, h, w]."""
+  """Returns the shapes of all tensors by published name; kernels are [out, in, h, w]."""
   return {
     published_name(name, config): (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape
     for name, shape in _shapes(config, num_codes).items()
@@ -102,7 +102,7 @@ def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[in
 
 
 def _config_of(tokenizer: ImageTokenizer) -> PublishedConfig:
-  """Returns the config of a published tokenizer; raises TypeError at one of another kind."""
+  """Returns the config of a published tokenizer; raises TypeError for another tokenizer."""
   if not isinstance(tokenizer.config, PublishedConfig):
     raise TypeError("the image tokenizer is not a published one.")
   return tokenizer.config
@@ -130,10 +130,12 @@ def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_co
 
 
 def diffusers_config(path: epath.Path) -> PublishedConfig:
-  """Reads the sizes of an aMUSEd tokenizer from diffusers' config.json; absent: the published ones.
+  """Reads the sizes of an aMUSEd tokenizer from diffusers' config.json.
+
+  Without this file, the sizes are those of the published aMUSEd.
 
   Raises:
-    UserError: the file is damaged, or of another network.
+    UserError: the file is damaged, or describes another network.
   """
   if not path.exists():
     return FAMILIES["amused"]
@@ -146,8 +148,8 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
   needed = ("block_out_channels", "layers_per_block", "latent_channels")
   if absent := [name for name in needed if stored.get(name) is None]:
     raise UserError(
-      f"{path} has no field {absent[0]}, which that of a diffusers.VQModel has: take config.json "
-      "from the folder that the weights are published in."
+      f"{path} has no field {absent[0]}, which diffusers.VQModel needs: take config.json from the "
+      "folder in which the weights are published."
     )
   sizes = {
     "widths": stored.get("block_out_channels"),
@@ -159,44 +161,44 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
   try:
     return build(PublishedConfig, dataclasses.asdict(FAMILIES["amused"]) | sizes)
   except UserError as error:
-    raise UserError(f"{path} does not describe a VQModel that is read here ({error})") from error
+    raise UserError(f"{path} does not describe a supported VQModel ({error})") from error
 
 
 def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.PathLike) -> None:
   """Raises UserError, with the name, if a tensor is missing, surplus or of another shape.
 
   Args:
-    found: as `published_source.read_headers` returns it.
-    config: of the family.
+    found: result of `published_source.read_headers`.
+    config: configuration of the family.
     num_codes: K.
-    source: for messages.
+    source: name of the checkpoint for messages.
   """
   expected = tensor_shapes(config, num_codes)
   if missing := [name for name in expected if name not in found]:
     others = [f for f in FAMILIES if f != config.family and _has_names(found, f)]
     if others:
-      hint = f"its tensors are those of --family={others[0]}."
+      hint = f"its tensors have the names of --family={others[0]}."
     elif not any(name.startswith("decoder.") for name in found):
       hint = (
-        "it holds no decoder, as Chameleon in transformers: take the tokenizer's own file of the "
-        "release, vqgan.ckpt, as safetensors."
+        "it contains no decoder, as in Chameleon of transformers: take the release's own file of "
+        "the tokenizer, vqgan.ckpt, as safetensors."
       )
     else:
-      hint = "name the weights of that tokenizer, or another --family."
+      hint = "name the weights of this tokenizer, or another --family."
     raise UserError(
-      f"{source} has no tensor '{missing[0]}' ({len(missing)} of the {len(expected)} of "
+      f"{source} has no tensor '{missing[0]}' ({len(missing)} of {len(expected)} tensors of "
       f"--family={config.family} are missing): {hint}"
     )
   if surplus := sorted(set(found) - set(expected)):
     raise UserError(
-      f"{source} has {len(surplus)} tensors that --family={config.family} has not, "
-      f"'{surplus[0]}' among them: name the weights of that tokenizer alone, or another --family."
+      f"{source} has {len(surplus)} tensors, such as '{surplus[0]}', that --family={config.family} "
+      "does not have: name a file with only this tokenizer, or another --family."
     )
   for name, shape in expected.items():
     if found[name][1] != shape:
       raise UserError(
-        f"{source}: tensor '{name}' is {list(found[name][1])}; for --family={config.family} it "
-        f"must be {list(shape)}."
+        f"{source}: tensor '{name}' has shape {list(found[name][1])}; for --family={config.family} "
+        f"it must be {list(shape)}."
       )
 
 
@@ -205,15 +207,15 @@ def _has_names(found: Collection[str], family: Family) -> bool:
 
 
 def read(source: epath.PathLike, family: Family) -> Read:
-  """Reads a published tokenizer, of any floating type, as fp32.
+  """Reads a published tokenizer of any floating-point dtype as fp32.
 
   Args:
-    source: see `published_source.find_files`; config.json beside files of diffusers gives the
-      sizes.
+    source: see `published_source.find_files`. For files of diffusers, config.json in the same
+      folder gives the sizes.
     family: key of `FAMILIES`.
 
   Raises:
-    UserError: a file is absent, damaged or a pickle, or of another kind of model; or a tensor is
+    UserError: a file is absent, damaged, a pickle, or another kind of model; or a tensor is
       missing, surplus, of another shape, or not finite.
   """
   files = published_source.find_files(source)
@@ -250,14 +252,18 @@ def read(source: epath.PathLike, family: Family) -> Read:
 
 
 def is_own(source: epath.PathLike) -> bool:
-  """Returns whether a folder is image_tokenizer/ of an export, or vqgan/ of a run."""
+  """Returns whether a folder is image_tokenizer/ of an export or vqgan/ of a run."""
   path = epath.Path(source) / CONFIG
   stored = read_foreign_json(path, {}) if path.exists() else {}
   return "vqgan" in stored or published.SECTION in stored
 
 
 def read_own(source: epath.PathLike) -> Read:
-  """Reads a tokenizer that `is_own`; raises UserError if a file is absent or damaged."""
+  """Reads a tokenizer for which `is_own` is true.
+
+  Raises:
+    UserError: a file is absent or damaged.
+  """
   tokenizer = ImageTokenizer.load(source)
   arrays = jax.tree.leaves(tokenizer.params)
   sizes = sum(x.size for x in arrays), len(arrays), 0
@@ -268,12 +274,12 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   """Returns an imported tokenizer at the resolution of a config.
 
   Args:
-    tokenizer: of `read` or `read_own`.
-    num_codes: of the config, `vocab.image_size`.
-    vqgan: of the config; only resolution and downsample count.
+    tokenizer: result of `read` or `read_own`.
+    num_codes: `vocab.image_size` of the config.
+    vqgan: section of the config; only resolution and downsample are read.
 
   Raises:
-    UserError: the codebook or the grid of codes is not that of the config.
+    UserError: the codebook or the grid of codes differs from the config.
   """
   config = tokenizer.config
   sides: tuple[int, ...] = (config.resolution,)
@@ -299,9 +305,9 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
 
 
 def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
-  """Writes an aMUSEd tokenizer so that `diffusers.VQModel.from_pretrained` reads it.
+  """Writes an aMUSEd tokenizer for `diffusers.VQModel.from_pretrained`.
 
-  config.json comes last: without it, diffusers loads nothing. The network reads and writes pixels
+  Writes config.json last; without it, diffusers loads nothing. The network reads and writes pixels
   in [0, 1].
 
   Raises:
@@ -310,7 +316,7 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
   config = tokenizer.config
   if not isinstance(config, PublishedConfig) or config.family != "amused":
     name = getattr(config, "family", "trained by cm3leon train_vqgan")
-    raise UserError(f"the image tokenizer is {name}; diffusers.VQModel holds only --family=amused.")
+    raise UserError(f"the image tokenizer is {name}; diffusers.VQModel reads only --family=amused.")
   folder, levels = epath.Path(folder), len(config.widths)
   (folder / CONFIG).unlink(missing_ok=True)
   with replacing(folder / DIFFUSERS) as file:
@@ -332,9 +338,9 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
 
 
 def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
-  """Writes a published tokenizer under the names of its release, so that `read` reads it.
+  """Writes a published tokenizer with the names of its release, so that `read` can read it.
 
-  One of `amused` is written as `save_diffusers` does. config.json comes last.
+  Uses `save_diffusers` for `amused`. Writes config.json last.
 
   Returns:
     Name of the file with the tensors.

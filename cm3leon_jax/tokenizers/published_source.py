@@ -1,4 +1,4 @@
-"""Finds the weights of a published image tokenizer, as safetensors.
+"""Finds the safetensors files of a published image tokenizer.
 
 A pickle is never opened: it can run any code.
 """
@@ -21,7 +21,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _refuse_pickle(path: epath.Path) -> None:
-  """Raises UserError, with the way to convert it, if a file is a pickle by its name or content."""
+  """Raises UserError, with the way to convert it, if a file is a pickle by name or content."""
   check_foreign(path)
   with path.open("rb") as file:
     start = file.read(4)
@@ -29,25 +29,25 @@ def _refuse_pickle(path: epath.Path) -> None:
   if path.suffix not in PICKLES and (path.suffix == ".safetensors" or not is_pickle):
     return
   raise UserError(
-    f"{path} is a pickle, which may run any code when it is read, so it is not read here. Convert "
+    f"{path} is a pickle, which can run any code when it is read, so it is not read here. Convert "
     "it in another environment, one without secrets: "
     f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
     "t = t.get('state_dict', t); safetensors.torch.save_file({k: v.contiguous() for k, v in "
     f"t.items()}}, '{path.stem}.safetensors'). Then --source is {path.stem}.safetensors. If "
-    "weights_only=True refuses a class, docs/published_tokenizers.md says how to allow it by "
-    "torch.serialization.safe_globals; do not turn weights_only off."
+    "weights_only=True refuses a class, docs/published_tokenizers.md shows how to allow the class "
+    "with torch.serialization.safe_globals; do not turn weights_only off."
   )
 
 
 def find_files(source: epath.PathLike) -> list[epath.Path]:
-  """Finds the safetensors files that `source` names.
+  """Finds the safetensors files of `source`.
 
   Args:
-    source: such a file; or a folder that holds one, the files of an index, or, as aMUSEd does, a
-      folder vqvae/ with one.
+    source: a safetensors file, or a folder. The folder contains one such file, the files of an
+      index, or a folder vqvae/ with one file, as in aMUSEd.
 
   Raises:
-    UserError: there is no such file, or several, or only a pickle.
+    UserError: there is no such file, there are several, or there is only a pickle.
   """
   path = epath.Path(source)
   if "://" in os.fspath(source) or not path.exists():
@@ -67,20 +67,20 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
   found = sorted(folder.glob("*.safetensors"))
   if len(found) > 1:
     raise UserError(
-      f"{folder} holds {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
+      f"{folder} contains {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
     )
   for other in sorted(folder.iterdir()) if not found else ():
     if other.suffix in PICKLES:
       _refuse_pickle(other)
   if not found:
     raise UserError(
-      f"{folder} holds no .safetensors file: name the folder or file with the weights."
+      f"{folder} contains no .safetensors file: name the folder or file with the weights."
     )
   return found
 
 
 def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, tuple[int, ...]]]:
-  """Returns file and shape of every tensor by its name, from the headers of files."""
+  """Returns tensor name -> (file, shape), from the headers of the files."""
   found = {}
   for path in files:
     check_foreign(path)
@@ -94,18 +94,18 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
 
 
 def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
-  """Raises UserError, with what would be right, if a folder holds another kind of model.
+  """Raises UserError, with what would be right, if a folder contains another kind of model.
 
   Args:
-    folder: whose config.json says what it holds.
-    names: of all tensors that were found.
-    source: for messages.
+    folder: folder whose config.json names the kind.
+    names: names of all tensors that were found.
+    source: name of the checkpoint for messages.
   """
   path = folder / CONFIG
   stored = read_foreign_json(path, {}) if path.exists() else {}
   if "vqgan" in stored or published.SECTION in stored:
     raise UserError(
-      f"{source} is an image tokenizer of this project: leave --family out, and name its folder."
+      f"{source} is an image tokenizer of this project: omit --family, and name its folder."
     )
   kind = stored.get("model_type")
   if kind is None or any("quantize." in name for name in names):
@@ -114,5 +114,5 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
   if kind in ("opt", "qwen3"):
     right = f"`cm3leon import_weights` imports a decoder; here {right}"
   raise UserError(
-    f"{source} holds no image tokenizer: by {path} it is a model of the type {short(kind)}: {right}"
+    f"{source} contains no image tokenizer: by {path} it is a model of type {short(kind)}: {right}"
   )

@@ -1,4 +1,4 @@
-"""Byte-level BPE whose ids are the text range of the shared vocabulary."""
+"""Byte-level BPE tokenizer whose ids are the text range of the shared vocabulary."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
@@ -22,16 +22,16 @@ from cm3leon_jax.vocab import VocabLayout
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-IMPORTED = "import_weights"  # Input of a stage whose tokenizer `cm3leon import_weights` wrote.
+IMPORTED = "import_weights"  # Command that wrote an imported tokenizer; also name of its input.
 
 
 def train_text_tokenizer(
   texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.PathLike
 ) -> dict:
-  """Trains BPE of exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
+  """Trains BPE with exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
 
-  Encoding puts a space before a text, so that its first word is the same token as elsewhere, and
-  decoding removes that space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
+  Encoding puts a space before a text, so that its first word has the same token as elsewhere.
+  Decoding removes this space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
   `vocab.special_tokens()`.
 
   Returns:
@@ -45,7 +45,7 @@ def train_text_tokenizer(
   characters, size = sum(map(len, texts)), tokenizer.get_vocab_size()
   if size != vocab.text_size:
     raise UserError(
-      f"the {len(texts)} training texts ({characters} characters) give {size} tokens, "
+      f"the {len(texts)} training texts ({characters} characters) give {size} tokens, but "
       f"config.vocab.text_size is {vocab.text_size}: use more text, a smaller text_size or a lower "
       "text_tokenizer.min_frequency."
     )
@@ -59,14 +59,14 @@ def train_text_tokenizer(
 
 
 def supported_tokens(texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig) -> int:
-  """Returns the largest text_size, at most `vocab.text_size`, for which the texts are enough."""
+  """Returns the largest text_size, at most `vocab.text_size`, that the texts can fill."""
   return _trained(list(texts), vocab, config).get_vocab_size()
 
 
 def _trained(
   texts: list[str], vocab: VocabLayout, config: TextTokenizerConfig
 ) -> tokenizers.Tokenizer:
-  """Trains BPE of `vocab.text_size` ids, or of fewer if the texts have no more merges."""
+  """Trains BPE with `vocab.text_size` ids, or fewer if the texts have no more merges."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.Prepend(" ")
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,7 +90,7 @@ def save_tokenizer(
   config: TextTokenizerConfig,
   folder: epath.PathLike,
 ) -> None:
-  """Writes the files of `transformers.AutoTokenizer.from_pretrained`, tokenizer.json last."""
+  """Writes the files for `transformers.AutoTokenizer.from_pretrained`; tokenizer.json last."""
   folder, special = epath.Path(folder), vocab.special_tokens()
   roles = {
     "pad_token": special[vocab.pad],
@@ -111,7 +111,7 @@ def save_tokenizer(
 
 
 def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
-  """Copies the files of a tokenizer, tokenizer.json last.
+  """Copies the files of a tokenizer; tokenizer.json last.
 
   Raises:
     UserError: a file is absent.
@@ -124,21 +124,21 @@ def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
 
 
 def was_imported(folder: epath.PathLike) -> bool:
-  """Returns whether the finished stage in `folder` has the tokenizer of imported weights."""
+  """Returns whether the finished stage in `folder` has an imported tokenizer."""
   return stages.command_of(folder) == IMPORTED
 
 
 class TextTokenizer:
-  """Converts texts to ids in [`vocab.num_special`, `vocab.text_size`) and back.
+  """Converts texts to ids in [`vocab.num_special`, `vocab.text_size`), and ids to texts.
 
-  `decode(encode(text)) == text` for every text. A special token typed in a text stays plain text.
+  `decode(encode(text)) == text` for every text. A special token typed in a text is plain text.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
     """Reads the tokenizer in `folder`.
 
     Raises:
-      UserError: `folder` has no tokenizer, or a damaged one, or its ids are not those of `vocab`.
+      UserError: the tokenizer is absent or damaged, or its ids differ from `vocab`.
     """
     path = epath.Path(folder) / TOKENIZER
     if not path.exists():
@@ -148,7 +148,7 @@ class TextTokenizer:
     stages.check_files(path)
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # Of no narrower class.
+    except Exception as error:  # `tokenizers` has no more precise error.
       is_ours = exists(path.parent / stages.DONE)
       remedy = stages.again(path.parent, path) if is_ours else GET_AGAIN
       raise UserError(f"{path} is damaged ({short(str(error))}): {remedy}.") from error
@@ -158,55 +158,55 @@ class TextTokenizer:
       raise UserError(
         f"{path} has {self._tokenizer.get_vocab_size()} tokens and starts with {special[:6]}; "
         f"config.vocab needs {vocab.text_size} tokens that start with the {vocab.num_special} "
-        "special ones."
+        "special tokens."
       )
 
   @functools.cached_property
   def longest_token(self) -> int:
-    """Returns a bound of the characters of a token: the bytes of the longest token."""
+    """An upper bound for the characters of a token: the length in bytes of the longest token."""
     return max(map(len, self._tokenizer.get_vocab()))
 
   def encode(self, text: str) -> np.ndarray:
-    """Encodes a text: [T] int32, without `</s>` at either end; an empty text has no ids.
+    """Encodes a text without `</s>` at either end; an empty text has no ids.
 
     Raises:
-      UserError: the pattern of an imported tokenizer tries too many ways to split the text.
+      UserError: an imported tokenizer's pattern tries too many ways to split the text.
     """
     with _panics_named():
       return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-    """Encodes many texts, on all cores; see `encode`."""
+    """Encodes many texts on all cores; see `encode`."""
     with _panics_named():
       encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    """Decodes [T] integers to a text, without special tokens."""
+    """Decodes ids to a text without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 @contextlib.contextmanager
 def _panics_named() -> Iterator[None]:
-  """Raises UserError where `tokenizers` panics; that is no Exception, and its class has no name."""
+  """Raises UserError if `tokenizers` panics; its PanicException is not an Exception."""
   try:
     yield
   except BaseException as error:
     if type(error).__name__ != "PanicException":
       raise
     raise UserError(
-      f"the text tokenizer cannot split a text ({error}): take the tokenizer.json that its model "
-      "was published with."
+      f"the text tokenizer cannot split a text ({error}): use the tokenizer.json that was "
+      "published with its model."
     ) from error
 
 
 def encode_pieces(
   encode: Callable[[str], np.ndarray], pieces: Sequence[str]
 ) -> list[Int32[np.ndarray, " _"]]:
-  """Encodes the pieces of a text around its holes, as if the holes were filled in.
+  """Encodes the pieces of a text around its holes as if the holes were filled in.
 
-  A space belongs to the word after it, so spaces before a hole are part of the hole. A line break
-  before a hole stays: the answer on the next line has the tokens that it has after a space.
+  A space belongs to the next word, so spaces before a hole become part of the hole. A line break
+  before a hole is kept; the answer on the next line has the same tokens as after a space.
 
     ["Answer:", "."]: ids of " Answer:" and of "."
     ["Who?\n", ""]: ids of " Who?\n" and no ids
@@ -215,7 +215,8 @@ def encode_pieces(
   result = [encode(first.rstrip(" "))]
   for i, piece in enumerate(others):
     piece = piece if i == len(others) - 1 else piece.rstrip(" ")
-    # The tokenizer adds a space before a text; a character that never joins the next one takes it.
+    # The tokenizer adds a space before a text. A character that never merges with the piece takes
+    # this space.
     before = "." if piece[:1].isalpha() else "x"
     result.append(encode(before + piece)[len(encode(before)) :])
   return result

@@ -1,7 +1,7 @@
 """The image tokenizer: a convolutional VQGAN (Esser et al. 2021, arXiv 2012.09841).
 
-`quantizers` turns encodings into codes. NNX modules define the network; JAX transforms act on a
-pure dict of their parameters.
+`quantizers` turns encodings into codes. NNX modules define the network. JAX transforms act on a
+pure dict of the parameters.
 """
 
 # B batch, H height, W width, C channels, E code width, K codes, h = H / downsample,
@@ -33,7 +33,7 @@ CONFIG = "config.json"
 def space_to_depth(
   x: Float[Array | np.ndarray, "B H W C"], factor: int
 ) -> Float[Array | np.ndarray, "B H//{factor} W//{factor} C*{factor}**2"]:
-  """Folds squares into channels: [B, H, W, C] -> [B, H / factor, W / factor, factor^2 * C].
+  """Folds squares of pixels into channels.
 
   factor = 2: [[0 1 2 3] [4 5 6 7]] -> [[[0 1 4 5] [2 3 6 7]]]
   """
@@ -54,19 +54,19 @@ def depth_to_space(
 def normalize(
   x: Float[Array | np.ndarray, "B H W C"], local: bool = False
 ) -> Float[Array, "B H W C"]:
-  """Shifts and scales to mean 0 and variance 1: each image over [H, W, C], or each place over C."""
+  """Normalizes to mean 0 and variance 1: over each image, or over each position if `local`."""
   axes = 3 if local else (1, 2, 3)
   x = x - x.mean(axes, keepdims=True)
   return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + 1e-5)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
-  """Makes a square convolution that divides the resolution by `stride`."""
+  """Creates a square convolution that divides the resolution by `stride`."""
   return nnx.Conv(inputs, outputs, (size, size), strides=(stride, stride), rngs=rngs)
 
 
 class ConvBlock(nnx.Module):
-  """Residual block of two convolutions; `local`: how it normalizes, see `normalize`."""
+  """Residual block of two convolutions; `local` selects the normalization, see `normalize`."""
 
   def __init__(self, width: int, size: int, local: bool, rngs: nnx.Rngs):
     self.conv1, self.conv2 = conv(width, width, size, rngs), conv(width, width, size, rngs)
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
     return self.last(self.hidden(z))
 
   def hidden(self, z: Float[Array | np.ndarray, "B h w E"]) -> Float[Array, "B _ _ D"]:
-    """Computes what the last layer receives: [B, H / stem, W / stem, width]."""
+    """Computes the input of the last layer: [B, H / stem, W / stem, width]."""
     x = self.conv_in(z)
     for i, blocks in enumerate(self.levels):
       if i:
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
     return nnx.silu(normalize(x, self.local))
 
   def last(self, hidden: Float[Array | np.ndarray, "B _ _ D"]) -> Float[Array, "B H W 3"]:
-    """Applies the last layer to what `hidden` returns: pixels [B, H, W, 3]."""
+    """Applies the last layer to the result of `hidden`."""
     return depth_to_space(self.conv_out(hidden), self.stem)
 
 
@@ -147,13 +147,13 @@ class VQGAN(nnx.Module):
   ) -> tuple[
     Float[Array, "B H W 3"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
   ]:
-    """Reconstructs pixels. The gradient of the codes goes through to the encodings.
+    """Reconstructs pixels. The gradient passes from the codes to the encodings.
 
     Args:
       x: [B, H, W, 3] in [-1, 1].
 
     Returns:
-      Reconstruction [B, H, W, 3]; encodings z, prepared, and their codes q, both [B, h, w, E];
+      Reconstruction [B, H, W, 3]; prepared encodings z and their codes q, both [B, h, w, E];
       indices of the codes, int32 [B, h, w].
     """
     hidden, *codes = self.hidden(x)
@@ -164,7 +164,7 @@ class VQGAN(nnx.Module):
   ) -> tuple[
     Float[Array, "B _ _ D"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
   ]:
-    """Computes what `__call__` returns, with `Decoder.hidden` in place of the reconstruction."""
+    """Computes the results of `__call__`, with `Decoder.hidden` instead of the reconstruction."""
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
     q = self.codebook(indices)
@@ -182,7 +182,7 @@ def _structure(config: VQGANConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.S
 
 
 def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
-  """Returns the module with `params`; cheap, for use inside jitted functions."""
+  """Returns the module with `params`. The call is cheap and works inside jitted functions."""
   return parameters.fill(*_structure(config, num_codes), params)
 
 
@@ -203,7 +203,7 @@ def encode(
   params: dict,
   images: UInt8[Array | np.ndarray, "B H W 3"],
 ) -> Int32[Array, "B T"]:
-  """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], in raster order."""
+  """Encodes images to codes in raster order."""
   if isinstance(config, published.PublishedConfig):
     return published.encode(config, num_codes, params, images).reshape(images.shape[0], -1)
   model = bind(config, num_codes, params)
@@ -218,7 +218,7 @@ def decode(
   params: dict,
   codes: Int32[Array | np.ndarray, "B T"],
 ) -> UInt8[Array, "B H W 3"]:
-  """Decodes codes, int32 [B, T], in raster order, to images, uint8 [B, H, W, 3]."""
+  """Decodes codes in raster order to images."""
   side = config.resolution // config.downsample
   codes = codes.reshape(-1, side, side)
   if isinstance(config, published.PublishedConfig):
@@ -229,12 +229,12 @@ def decode(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def code_vectors(config: VQGANConfig, num_codes: int, params: dict) -> Float32[Array, "K E"]:
-  """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""
+  """Returns the vectors of all codes as the decoder receives them."""
   return bind(config, num_codes, params).codebook(jnp.arange(num_codes))
 
 
 def in_batches(function: Callable[[np.ndarray], Array], array: np.ndarray, size: int) -> np.ndarray:
-  """Applies a jitted function in batches of `size`, the last padded: it compiles once."""
+  """Applies a jitted function in batches of `size`; pads the last, so that it compiles once."""
   outputs = []
   for start in range(0, max(len(array), 1), size):
     batch = np.asarray(array[start : start + size])
@@ -244,20 +244,20 @@ def in_batches(function: Callable[[np.ndarray], Array], array: np.ndarray, size:
 
 
 def is_published(folder: epath.PathLike) -> bool:
-  """Returns whether a folder holds a published tokenizer, and none that was trained here."""
+  """Returns whether a folder contains a published tokenizer, not one that was trained here."""
   path = epath.Path(folder) / CONFIG
   return path.exists() and published.SECTION in read_json(path, {})
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizer:
-  """A trained VQGAN, or a published one, that converts images to codes and back.
+  """A trained or published VQGAN that converts images to codes and back.
 
   Attributes:
     config: sizes of the network.
     num_codes: K.
-    params: pure dict of its parameters.
-    batch_size: number of rows that go through the network at a time.
+    params: pure dict of the parameters.
+    batch_size: number of images that the network processes at a time.
   """
 
   config: VQGANConfig | published.PublishedConfig
@@ -267,7 +267,7 @@ class ImageTokenizer:
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
-    """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
+    """Reads the files of `save`; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"num_codes": int})
@@ -295,19 +295,19 @@ class ImageTokenizer:
     parameters.save(folder / PARAMS, self.params)
 
   def codebook(self) -> np.ndarray:
-    """Returns the codes as the decoder reads them, fp32 [K, E]."""
+    """Returns the vectors of the codes as the decoder reads them, fp32 [K, E]."""
     if isinstance(self.config, published.PublishedConfig):
       return published.codebook(self.config, self.params)
     return jax.device_get(code_vectors(self.config, self.num_codes, self.params))
 
   def in_batches(self, size: int) -> "ImageTokenizer":
-    """Returns this tokenizer with batches of at most `size` rows, for callers that have few."""
+    """Returns this tokenizer with batches of at most `size` images, for small inputs."""
     return dataclasses.replace(self, batch_size=min(size, self.batch_size))
 
   def encode(self, images: np.ndarray) -> np.ndarray:
-    """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.
+    """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], in raster order.
 
-    Raises ValueError if shape or dtype differ.
+    Raises ValueError for another shape or dtype.
     """
     side = self.config.resolution
     if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
@@ -321,7 +321,7 @@ class ImageTokenizer:
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """Decodes codes, int32 [B, T], to images, uint8 [B, H, W, 3].
 
-    Raises ValueError if the shape differs or a code lies outside [0, K).
+    Raises ValueError for another shape, or for a code outside [0, K).
     """
     codes = np.asarray(codes, np.int32)
     if codes.ndim != 2 or codes.shape[1] != self.config.image_tokens:

@@ -209,7 +209,7 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
     (["--family=amused"], "error: name the file or folder with the weights: --source=amused-256"),
     (["--source=a"], "error: name the network of the weights: --family=amused|taming_gumbel_f8|ch"),
     (["--source=a", "--family=amused"], "error: --source is a; it must be a file or folder on"),
-    (["--source=last.ckpt", "--family=chameleon"], "error: last.ckpt is a pickle, which may run"),
+    (["--source=last.ckpt", "--family=chameleon"], "error: last.ckpt is a pickle, which can run"),
     (["--source=FOLDER", "--family=amused"], "error: config.vocab.image_size is 8192; the codebo"),
   ],
 )

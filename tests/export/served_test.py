@@ -64,13 +64,15 @@ def refusal(folder, monkeypatch, capsys, *arguments):
     (["red", "--seed=-1"], "serve_example.py: error: --seed is -1; it must be 0 to 4294967295."),
     (
       ["--ids", "100 red"],
-      "serve_example.py: error: with --ids the caption is like '100 101', and it is '100 red'.",
+      "serve_example.py: error: with --ids the caption must be ids such as '100 101', not "
+      "'100 red'.",
     ),
-    (["--ids", f"100 {VOCAB.size}"], f"error: a prompt has the id {VOCAB.size}; ids of tokens are "
-     f"1 to {VOCAB.size - 1}."),
-    (["--ids", "100 0"], f"error: a prompt has the id 0; ids of tokens are 1 to {VOCAB.size - 1}."),
-    (["--ids", "100 " * 111], "error: a prompt has 113 tokens; with the 16 that follow it may have "
-     "at most 128, the longest sample of training."),
+    (["--ids", f"100 {VOCAB.size}"], f"error: a prompt has the id {VOCAB.size}; token ids must be "
+     f"from 1 to {VOCAB.size - 1}."),
+    (["--ids", "100 0"],
+     f"error: a prompt has the id 0; token ids must be from 1 to {VOCAB.size - 1}."),
+    (["--ids", "100 " * 111], "error: a prompt has 113 tokens, and 16 tokens follow; together they "
+     "must be at most 128, the longest sample in training."),
   ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_sentence(copied, monkeypatch, capsys, arguments, sentence):
@@ -114,7 +116,7 @@ def test_another_calling_convention_is_refused(copied, monkeypatch, capsys, vers
     for end in ("minimum", "maximum")
   )
   assert refusal(copied, monkeypatch, capsys, "red") == (
-    f"error: generate_image has calling convention {version}, and jax {jax.__version__} runs "
+    f"error: generate_image has calling convention {version}, but jax {jax.__version__} runs "
     f"{oldest} to {newest}: install jax {jax.__version__}, or export again."
   )
 
@@ -145,7 +147,7 @@ def test_a_missing_package_is_named(copied, monkeypatch, capsys, package):
 
 def test_a_setting_that_an_artifact_lacks_is_refused(folder):
   loader = runpy.run_path(str(folder / "artifacts.py"))
-  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; it "):
+  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; its "):
     loader["settings"]("generate_image", [0], text_top_k=1)
 
 

@@ -159,7 +159,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   with pytest.raises(UserError) as error:
     memory.check(settings, shape, limit)
   message = str(error.value)
-  assert message.startswith("a step with 32 rows of 4,096 tokens at once takes about 1")
+  assert message.startswith("a step with 32 rows of 4,096 tokens per pass takes about 1")
   assert "of a device, which has 15.75; this fits: --config.train.rows_per_device=4. " in message
   fitting = settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "save_attention")
   needed = int(memory.check(fitting, shape, limit).total)
@@ -217,7 +217,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
   with pytest.raises(UserError) as error:
     memory.check_update(settings, shape, limit)
   message = str(error.value)
-  assert message.startswith("an update on 512 images of two streams at once takes at least ")
+  assert message.startswith("an update on 512 images of two streams takes at least ")
   flags = re.search(r"which has 15\.75; this fits: (.*)\. --skip_memory_check", message)[1]
   size = int(
     flags.removeprefix("--config.model.remat_policy=full --config.train.global_batch_size=")

@@ -211,7 +211,7 @@ FURTHER = [
   ),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
-    "--secret is of gke_jobset.yaml, which is written only with --image: give --image, or ",
+    "--secret is for gke_jobset.yaml, which is written only with --image: give --image, or ",
   ),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],

@@ -176,7 +176,7 @@ def test_the_published_sizes_equal_torch(family, optimized):
 
 def test_impossible_sizes_are_refused():
   amused = dataclasses.asdict(FAMILIES["amused"])
-  with pytest.raises(ValueError, match="it must divide all widths, and one of them is 48"):
+  with pytest.raises(ValueError, match="it must divide all widths, but one of them is 48"):
     PublishedConfig(**amused | {"widths": (32, 48)})
   with pytest.raises(ValueError, match="resolution is 40; it must be a multiple of 16"):
     PublishedConfig(**amused | {"resolution": 40})

@@ -1,6 +1,6 @@
-"""Checks and loads artifacts, weights and text tokenizer of this folder, by jax and flatbuffers.
+"""Checks and loads artifacts, weights and text tokenizer of this folder, with jax and flatbuffers.
 
-Text needs the package tokenizers, too. Functions raise `Refused` for what does not fit.
+Text also needs the package tokenizers. Functions raise `Refused` for wrong files and arguments.
 """
 
 import argparse
@@ -24,12 +24,12 @@ SEEDS = 2**32
 
 
 class Refused(Exception):
-  """Says in one sentence what does not fit, and what would."""
+  """A wrong file or argument. The message is one sentence, with what would be right."""
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-  """Ends the process with one sentence and exit code 2 if the body is refused."""
+  """Prints one sentence and ends the process with exit code 2 if the body raises Refused."""
   try:
     yield
   except (Refused, OSError) as error:
@@ -57,14 +57,14 @@ with reporting():
     from jax import export
     import numpy as np
 
-    importlib.import_module("flatbuffers")  # By which jax.export reads artifacts.
+    importlib.import_module("flatbuffers")  # jax.export needs it to read artifacts.
   except ImportError as _error:
     raise Refused(f"{_error}: `pip install jax flatbuffers tokenizers`.") from _error
 VOCAB = ABOUT["vocab"]
 
 
 def read(name: str) -> bytes:
-  """Reads a file; raises Refused if it is not the one that was exported."""
+  """Reads a file; raises Refused if the file has changed since the export."""
   data = _bytes(name)
   if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:
     raise Refused(f"{HERE / name} is not the file that was exported: copy the folder again.")
@@ -75,7 +75,7 @@ def read(name: str) -> bytes:
 def load(name: str) -> Callable[..., Any]:
   """Returns an artifact as a compiled function of the weights and of the arrays in the manifest.
 
-  Raises Refused if its file is another one, or of a version that the installed jax does not run.
+  Raises Refused if the file has changed, or if the installed jax cannot run its version.
   """
   data = read(f"{name}.stablehlo")
   oldest = export.minimum_supported_calling_convention_version
@@ -84,13 +84,13 @@ def load(name: str) -> Callable[..., Any]:
   other = f"install jax {ABOUT['jax']}, or export again."
   if not oldest <= version <= newest:
     raise Refused(
-      f"{name} has calling convention {version}, and jax {jax.__version__} runs {oldest} to "
+      f"{name} has calling convention {version}, but jax {jax.__version__} runs {oldest} to "
       f"{newest}: {other}"
     )
   try:
     artifact = export.deserialize(bytearray(data))
-    artifact.mlir_module()  # Reads the program, whose format has versions of its own.
-  except Exception as error:  # Of any kind: the bytes are right, so the version is not.
+    artifact.mlir_module()  # Parses the program; its format has separate versions.
+  except Exception as error:  # The bytes are right, so the version must be wrong.
     reason = " ".join(str(error).split())
     raise Refused(f"jax {jax.__version__} cannot read {name} ({reason}): {other}") from error
   return jax.jit(artifact.call)
@@ -100,7 +100,7 @@ def load_weights() -> dict[str, jax.Array]:
   """Returns the weights by name, on the default device."""
   weights = {}
   for file in ABOUT["digests"]:
-    if file.endswith(".safetensors"):  # Size of the header, the header as JSON, the arrays.
+    if file.endswith(".safetensors"):  # Header size, header as JSON, arrays.
       data = read(file)
       start = 8 + int.from_bytes(data[:8], "little")
       for name, place in json.loads(data[8:start]).items():
@@ -113,14 +113,14 @@ def load_weights() -> dict[str, jax.Array]:
 
 
 def load_tokenizer() -> "Tokenizer":
-  """Returns the text tokenizer; `decode` leaves out special tokens, which end and pad a text.
+  """Returns the text tokenizer; its `decode` omits special tokens, which end and pad a text.
 
   Raises Refused if the package tokenizers is not installed.
   """
   try:
     from tokenizers import Tokenizer
   except ImportError as error:
-    raise Refused("text needs tokenizers: `pip install tokenizers`, or give --ids.") from error
+    raise Refused("text needs tokenizers: `pip install tokenizers`, or use --ids.") from error
   tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
   tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
   return tokenizer
@@ -129,17 +129,17 @@ def load_tokenizer() -> "Tokenizer":
 def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
   """Pads prompts on the left to a multiple of 32, so that few programs are compiled.
 
-  Raises Refused if an id is outside the vocabulary, or a prompt too long for the number of tokens
-  that will follow.
+  Raises Refused if an id is outside the vocabulary, or if prompt and following tokens together
+  exceed the longest sample.
   """
   ids = VOCAB["text_size"] + VOCAB["image_size"]
   for wrong in (i for prompt in prompts for i in prompt if not VOCAB["pad"] < i < ids):
-    raise Refused(f"a prompt has the id {wrong}; ids of tokens are 1 to {ids - 1}.")
+    raise Refused(f"a prompt has the id {wrong}; token ids must be from 1 to {ids - 1}.")
   longest = max(map(len, prompts))
   if longest + following > ABOUT["positions"]:
     raise Refused(
-      f"a prompt has {longest} tokens; with the {following} that follow it may have at most "
-      f"{ABOUT['positions']}, the longest sample of training."
+      f"a prompt has {longest} tokens, and {following} tokens follow; together they must be at "
+      f"most {ABOUT['positions']}, the longest sample in training."
     )
   slots = -(-longest // 32) * 32
   return np.array([[VOCAB["pad"]] * (slots - len(p)) + list(p) for p in prompts], np.int32)
@@ -148,26 +148,26 @@ def padded(prompts: Sequence[Sequence[int]], following: int) -> np.ndarray:
 def settings(
   artifact: str, seeds: Sequence[int], **given: float | np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns seeds and settings of sampling of an artifact, for each sample: given, or the model's.
+  """Returns seeds and sampling settings of an artifact, one value per sample.
 
-  Raises Refused if it has no setting of a given name.
+  Settings that are not given have the model's values. Raises Refused for an unknown name.
   """
   arrays = ABOUT["artifacts"][artifact]["arguments"]
   values = {name: x for name, x in ABOUT["sampling"].items() if name in arrays}
   for name in set(given) - set(values):
-    raise Refused(f"{artifact} has no setting {name!r}; it has {', '.join(values)}.")
+    raise Refused(f"{artifact} has no setting {name!r}; its settings are {', '.join(values)}.")
   values = {k: np.full(len(seeds), x, arrays[k]["dtype"]) for k, x in (values | given).items()}
   return values | ({"seeds": np.array(seeds, np.uint32)} if "seeds" in arrays else {})
 
 
 def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]], str]]:
-  """Reads the command line; with a wrong one, the process ends with a sentence and exit code 2.
+  """Parses the command line. A wrong one ends the process with one sentence and exit code 2.
 
   Returns:
-    Ids of the caption, the seed, and a function that makes a printable text of generated ids.
+    Ids of the caption, the seed, and a function that turns generated ids into text.
   """
   parser = argparse.ArgumentParser(description=description)
-  parser.add_argument("caption", help="text; with --ids, ids of tokens: '100 101'")
+  parser.add_argument("caption", help="text; with --ids, token ids such as '100 101'")
   parser.add_argument("--seed", type=int, default=0, help="0 to 2^32 - 1; default 0")
   parser.add_argument("--ids", action="store_true", help="read and print ids, without tokenizers")
   flags = parser.parse_args()
@@ -180,12 +180,12 @@ def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]],
   try:
     ids = [int(i) for i in flags.caption.split()]
   except ValueError:
-    parser.error(f"with --ids the caption is like '100 101', and it is {flags.caption!r}.")
+    parser.error(f"with --ids the caption must be ids such as '100 101', not {flags.caption!r}.")
   return ids, flags.seed, lambda ids: " ".join(map(str, ids))
 
 
 def png(file: str, image: np.ndarray) -> None:
-  """Writes an image, uint8 [H, W, 3]."""
+  """Writes an image, uint8 [H, W, 3], as PNG."""
 
   def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Draws an image for a caption, then describes the image, token by token: by jax alone.
+"""Draws an image for a caption, then describes the image token by token, without cm3leon_jax.
 
 pip install jax flatbuffers tokenizers
 python serve_example.py "a green bell left of a blue key" --seed=5
@@ -11,16 +11,16 @@ EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["im
 
 
 def draw(weights: dict, captions: list, seeds: list, **own: float) -> tuple:
-  """Returns images, uint8 [b, H, W, 3], and their tokens, [b, I], for the ids of captions."""
+  """Returns images, uint8 [b, H, W, 3], and their tokens, [b, I], for captions of token ids."""
   prompts = padded([[EOS, *caption, BREAK] for caption in captions], CODES)
-  others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Guidance leads away from these.
+  others = padded([[EOS, MASK, BREAK]] * len(captions), CODES)  # Unconditional prompts.
   arrays = settings("generate_image", seeds, **own)
   result = load("generate_image")(weights, prompts=prompts, unconditional=others, **arrays)
   return np.asarray(result["images"]), np.asarray(result["tokens"])
 
 
 def describe(weights: dict, images: list, seeds: list, most: int = 32, **own: float) -> np.ndarray:
-  """Returns the ids of texts of at most `most` tokens, [b, most + 1], for the tokens of images."""
+  """Returns token ids of texts with at most `most` tokens, [b, most + 1], for images of tokens."""
   prompts = padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images], most + 1)
   plan = np.array([[[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]] * len(images), np.int32)
   ids = np.zeros((len(images), most + 1), np.int32)
@@ -32,7 +32,7 @@ def describe(weights: dict, images: list, seeds: list, most: int = 32, **own: fl
 
 
 if __name__ == "__main__":
-  with reporting():  # What does not fit is one sentence, and the exit code 2.
+  with reporting():  # A refused request prints one sentence and exits with 2.
     caption, seed, text_of = request((__doc__ or "").partition("\n")[0])
     weights = load_weights()
     images, tokens = draw(weights, [caption], [seed])

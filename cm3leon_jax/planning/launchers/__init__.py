@@ -1,8 +1,9 @@
-"""Writes the files that start a job: one template for each launcher, filled with one plan.
+"""Writes the files that start a job: fills one template per launcher with one plan.
 
-A launcher restarts a job that was asked to stop and saved (exit code 75) or crashed, and none that
-ended with a user's mistake (2). Secrets come from the environment or the store of the launcher;
-none is read here, so none can stand in a file. docs/pods.md is the guide.
+A launcher restarts a job that crashed, or that was asked to stop and saved (exit code 75). It does
+not restart a job that ended with a user's mistake (2). Secrets come from the environment or from
+the launcher's store. This module reads no secrets, so no file contains one. docs/pods.md is the
+guide.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,9 @@ from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 
 MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
-TRIES = 5  # Of a request for TPU VMs that fails, one after the other.
+TRIES = 5  # Attempts to create TPU VMs.
 KUBERNETES_SECRET = "cm3leon"
-# How the key of Weights & Biases reaches the processes that a file starts.
+# How the Weights & Biases key reaches the processes that a file starts.
 KEYS = {
   "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
   '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
@@ -31,32 +32,31 @@ KEYS = {
   "slurm.sbatch": "from the environment of sbatch",
   "skypilot.yaml": "from the environment, by its name: sky jobs launch ... --secret WANDB_API_KEY",
 }
-# That XPK takes; they are PriorityClasses of its clusters.
+# Priorities that XPK accepts; they are PriorityClasses of its clusters.
 XPK_PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
-# The folders that the image and tpu_vm.sh take from the repository.
+# Folders of the repository that the container image and tpu_vm.sh copy.
 COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
 
 @dataclasses.dataclass(frozen=True)
 class PodJob:
-  """A run that is to be started.
+  """A run to start.
 
   Attributes:
-    name: of the run, where Kubernetes and others ask for one.
-    hardware: that it runs on.
-    flags: of `cm3leon train`, with --config and --workdir.
-    image: container image; empty: files of launchers that need one are not written.
+    name: name of the run in Kubernetes and other systems.
+    flags: flags of `cm3leon train`, with --config and --workdir.
+    image: container image. If empty, files of launchers that need an image are not written.
     queue: LocalQueue of Kueue; empty without Kueue.
-    secret: Secret of Kubernetes with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
-    spot: whether machines may be preempted at any time, for less money.
-    max_restarts: after a crash.
-    grace_seconds: time to save after SIGTERM.
-    service_account: of Kubernetes, by its name, or of Google Cloud, by its address; empty: default.
+    secret: Kubernetes Secret with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
+    spot: whether to use cheaper machines that may be preempted at any time.
+    max_restarts: number of restarts after crashes.
+    grace_seconds: seconds to save after SIGTERM.
+    service_account: a Kubernetes name or a Google Cloud address; empty: the default account.
     reservation: name of reserved machines; empty: none.
-    priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty: default.
-    cpus: that the job asks for on each host; 0: half of a TPU machine's, 8 for each GPU.
-    memory_gib: the same; 0: half of a TPU machine's, all of a host with GPUs.
-    metrics_port: at which process 0 serves metrics; 0: none.
+    priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty: the default.
+    cpus: CPUs to request on each host; 0: half of a TPU host, or 8 per GPU.
+    memory_gib: GiB to request on each host; 0: half of a TPU host, or all of a GPU host.
+    metrics_port: port on which process 0 serves metrics; 0: none.
   """
 
   name: str
@@ -77,17 +77,17 @@ class PodJob:
 
   @property
   def has_cloud_account(self) -> bool:
-    """Whether the service account is one of Google Cloud."""
+    """Whether the service account belongs to Google Cloud."""
     return "@" in self.service_account
 
   @property
   def requested_cpus(self) -> int:
-    """CPUs that a pod on a host of TPUs asks for."""
+    """CPUs that a pod on a TPU host requests."""
     return self.cpus or self.hardware.requests[0]
 
   @property
   def requested_memory(self) -> int:
-    """GiB that a pod on a host of TPUs asks for."""
+    """GiB that a pod on a TPU host requests."""
     return self.memory_gib or self.hardware.requests[1]
 
   @property
@@ -107,20 +107,20 @@ class PodJob:
 
 
 def check(job: PodJob) -> None:
-  """Raises UserError if no launcher could start the job, with the flag of `cm3leon plan`."""
+  """Raises UserError, with the flag of `cm3leon plan`, if no launcher could start the job."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
     raise UserError(
-      f"--name is '{job.name}'; Kubernetes and the cloud take at most 40 small letters, digits and "
-      "hyphens, a letter first and no hyphen last."
+      f"--name is '{job.name}'; it must have at most 40 lower-case letters, digits and hyphens, "
+      "start with a letter and not end with a hyphen."
     )
   gpu = job.hardware.platform == "gpu"
   _check_names(job, gpu)
   if job.queue and gpu:
-    raise UserError("--queue is of Kueue, which only the files for TPUs use: leave it out on GPUs.")
+    raise UserError("--queue is for Kueue, which only the files for TPUs use: omit it on GPUs.")
   if job.secret and gpu:
     raise UserError(
-      "--secret is of Kubernetes, which only the files for TPUs use: leave it out on GPUs; "
-      "WANDB_API_KEY comes from the environment of sbatch, or by sky jobs launch --secret."
+      "--secret is for Kubernetes, which only the files for TPUs use: omit it on GPUs; "
+      "WANDB_API_KEY comes from the environment of sbatch, or from sky jobs launch --secret."
     )
   _check_gke(job)
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
@@ -133,7 +133,7 @@ def check(job: PodJob) -> None:
 
 
 def _check_names(job: PodJob, gpu: bool) -> None:
-  """Raises UserError if a value is no name, or of machines that the job does not have."""
+  """Raises UserError if a name is invalid, or if a flag does not apply to the job's machines."""
   names = {"queue": job.queue, "secret": job.secret}
   if not gpu:
     names |= {"priority": job.priority}
@@ -142,8 +142,8 @@ def _check_names(job: PodJob, gpu: bool) -> None:
   for flag, value in names.items():
     if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
       raise UserError(
-        f"--{flag} is '{value}'; it must be a name of Kubernetes: lower-case letters, "
-        "digits and '-'."
+        f"--{flag} is '{value}'; it must be a Kubernetes name: lower-case letters, digits, '-' "
+        "and '.'."
       )
   for flag, value in (("reservation", job.reservation), ("priority", job.priority)):
     if value and not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value, re.ASCII):
@@ -151,30 +151,30 @@ def _check_names(job: PodJob, gpu: bool) -> None:
   account = job.service_account
   if job.has_cloud_account and not re.fullmatch(r"[\w.-]+@[\w.-]+", account, re.ASCII):
     raise UserError(
-      f"--service_account is '{account}'; it must be a name of Kubernetes, or an address as "
+      f"--service_account is '{account}'; it must be a Kubernetes name, or an address such as "
       "trainer@my-project.iam.gserviceaccount.com."
     )
   if account and gpu:
     raise UserError(
-      "--service_account is of GKE and of TPU VMs: leave it out on GPUs, whose launchers have the "
-      "account of their machines."
+      "--service_account is for GKE and TPU VMs: omit it on GPUs, whose launchers use the account "
+      "of their machines."
     )
   if job.reservation and job.spot:
-    raise UserError("--reservation and --spot are given: reserved machines are not spot machines.")
+    raise UserError("--reservation and --spot exclude each other: give only one.")
 
 
 def _check_gke(job: PodJob) -> None:
-  """Raises UserError if a flag that only the files for GKE follow is given, and none is written."""
+  """Raises UserError if a flag is given that only GKE files use, but no GKE file is written."""
   for flag, value in (("queue", job.queue), ("secret", job.secret)):
     if value and _of_one_host(job.hardware):
       raise UserError(
-        f"--{flag} is of gke_jobset.yaml, which is not written, because GKE connects only slices "
-        f"of several hosts: leave out --{flag}."
+        f"--{flag} is for gke_jobset.yaml, which is not written, because GKE connects only slices "
+        f"of several hosts: omit --{flag}."
       )
     if value and not job.image:
       raise UserError(
-        f"--{flag} is of gke_jobset.yaml, which is written only with --image: give --image, or "
-        f"leave out --{flag}."
+        f"--{flag} is for gke_jobset.yaml, which is written only with --image: give --image, or "
+        f"omit --{flag}."
       )
 
 
@@ -182,7 +182,7 @@ def files(job: PodJob) -> dict[str, str]:
   """Renders the files of all launchers that can run a job.
 
   Returns:
-    Name of each file -> its text.
+    File name -> text.
 
   Raises:
     UserError: see `check`.
@@ -199,7 +199,7 @@ def files(job: PodJob) -> dict[str, str]:
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   values |= {"XPK_PRIORITIES": XPK_PRIORITIES, "upload": job.config.endswith(".py")}
-  # The other flags are of the training alone.
+  # Offline stages take only these flags; the others are for training.
   values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
@@ -207,7 +207,7 @@ def files(job: PodJob) -> dict[str, str]:
 
 
 def _with_image(job: PodJob) -> list[str]:
-  """Names the files that start a container."""
+  """Returns the names of the files that start a container."""
   if job.hardware.platform == "gpu":
     return ["slurm.sbatch"]
   if _of_one_host(job.hardware):
@@ -218,12 +218,12 @@ def _with_image(job: PodJob) -> list[str]:
 
 
 def _of_one_host(hardware: Hardware) -> bool:
-  """Returns whether there are several slices of one host each, which GKE does not connect."""
+  """Returns whether the job has several slices of one host each, which GKE does not connect."""
   return hardware.platform == "tpu" and hardware.slices > 1 and hardware.hosts_per_slice == 1
 
 
 def keys(job: PodJob) -> list[str]:
-  """Returns a sentence for each of `files`: how the key of Weights & Biases reaches it."""
+  """Returns a sentence for each of `files`: how the Weights & Biases key reaches it."""
   secret = job.secret or KUBERNETES_SECRET
   return [
     f"{name}: WANDB_API_KEY comes {KEYS[name].format(secret=secret)}."
@@ -233,9 +233,9 @@ def keys(job: PodJob) -> list[str]:
 
 
 def remarks(job: PodJob) -> list[str]:
-  """Returns a sentence for every launcher of the hardware that `files` leaves out.
+  """Returns a sentence for each launcher that `files` leaves out, and for each unused flag.
 
-  And one for each flag that a written file does not follow.
+  An unused flag is a flag that a written file cannot pass on.
   """
   sentences, gpu = [], job.hardware.platform == "gpu"
   if _of_one_host(job.hardware):
@@ -259,7 +259,7 @@ def remarks(job: PodJob) -> list[str]:
 
 
 def _not_followed(job: PodJob) -> list[str]:
-  """Returns a sentence for each file and each flag that the file does not follow."""
+  """Returns a sentence for each file and each flag that this file ignores."""
   account = "--service_account" if job.service_account else ""
   reservation = "--reservation" if job.reservation else ""
   priority = "--priority" if job.priority else ""
@@ -304,14 +304,14 @@ def _environment() -> jinja2.Environment:
     keep_trailing_newline=True,
     autoescape=False,
   )
-  environment.filters["quoted"] = json.dumps  # A string of JSON is one of YAML.
+  environment.filters["quoted"] = json.dumps  # A JSON string is also a YAML string.
   environment.filters["words"] = words
   environment.filters["shell"] = shlex.quote
-  # Kubernetes replaces $(NAME) by a variable; $$( stands for a literal $(.
+  # Kubernetes replaces $(NAME) by a variable; $$( escapes a literal $(.
   environment.filters["literal"] = lambda text: text.replace("$(", "$$(")
   return environment
 
 
 def words(values: Sequence[str], indent: int = 2) -> str:
-  """Formats words for bash, one a line: they arrive whole, with blanks, quotes and `$`."""
+  """Formats words for bash, one per line, quoted so that blanks, quotes and `$` are kept."""
   return "".join(f"{' ' * indent}{shlex.quote(value)}\n" for value in values)

@@ -255,6 +255,6 @@ def test_a_saved_average_loads(images, tmp_path):
 def test_features_must_fit_the_config(images, tmp_path):
   with refused(ValueError):
     train(HEALTHY, images, tmp_path, features={"0": jnp.zeros(1)})
-  with pytest.raises(ValueError, match="both must be given, a file and a positive weight"):
+  with pytest.raises(ValueError, match="give both, a file and a positive weight"):
     dataclasses.replace(HEALTHY, perceptual_weight=1.0)
   assert issubclass(UserError, ValueError)
