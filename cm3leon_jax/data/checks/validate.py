@@ -143,7 +143,7 @@ def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
       earlier += 1
   state = f"{len(names):,} shards, {images:,} images; all as written"
   if earlier:
-    state += f", but {earlier:,} shards of an earlier version have no image digests"
+    state += f", but {earlier:,} of the shards, from an earlier version, have no image digests"
   print(f"{folder}: {state}.", flush=True)
 
 

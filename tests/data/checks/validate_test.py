@@ -204,7 +204,7 @@ def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path,
   pairs = reader.read_pairs(raw, "train")
   forget_digests(raw)
   validate_raw(raw, 2)
-  sentence = "but 1 shards of an earlier version have no image digests"
+  sentence = "but 1 of the shards, from an earlier version, have no image digests"
   assert capsys.readouterr().out.count(sentence) == 1
   record = (raw / "done" / "000000.json").read_bytes()
   prepare(tmp_path)  # The same command does not make it again.
