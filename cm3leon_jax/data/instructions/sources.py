@@ -27,7 +27,7 @@ from cm3leon_jax.vocab import VocabLayout
 SPLITS = ("train", "heldout")
 REMEDY = (
   "put it there, or name the folder of the images in the task's `images`; "
-  "config.instructions.allow_outside=True takes images from everywhere."
+  "config.instructions.allow_outside=True allows images from everywhere."
 )
 # Task fields that change only the mixture and the samples, not the stores.
 NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
