@@ -36,7 +36,7 @@ class Fingerprints:
 
   Attributes:
     thumbnails: [N, 768] uint8.
-    hashes: [N, 24] uint8, 8 bits in each.
+    hashes: [N, 24] uint8, 8 bits of the hash per byte.
   """
 
   thumbnails: np.ndarray

@@ -126,7 +126,7 @@ class NearDuplicates:
     if self.leaked:
       verb = "images have" if self.leaked > 1 else "image has"
       said += (
-        f"; {self.leaked} held-out {verb} a near duplicate in training: give both the same "
+        f"; {self.leaked} held-out {verb} a near duplicate in training: give both images the same "
         "`concept` in a list (pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks "
         "lists them)"
       )

@@ -141,7 +141,7 @@ def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
       images += _validate_images(folder / name, num_threads)
     else:
       earlier += 1
-  state = f"{len(names):,} shards, {images:,} images; all as written"
+  state = f"{len(names):,} shards, {images:,} images; all match their digests"
   if earlier:
     state += f", but {earlier:,} of the shards, from an earlier version, have no image digests"
   print(f"{folder}: {state}.", flush=True)

@@ -1,4 +1,4 @@
-"""Records the origins of a model's training data, including the runs that initialized the model."""
+"""Records the origins of a model's training data, including the data of earlier runs."""
 
 from collections.abc import Callable
 from typing import Any

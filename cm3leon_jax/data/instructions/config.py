@@ -165,7 +165,7 @@ class InstructionTask:
   @classmethod
   def _check_target(cls, target: str, info: ValidationInfo) -> str:
     for template in info.data.get("templates", ()):
-      given = f"{{{target}}}" in template  # Not as an optional field.
+      given = f"{{{target}}}" in template  # An optional field does not count.
       count = fields_of(template).count(target) if given else 0
       if count != 1:
         raise ValueError(

@@ -44,8 +44,8 @@ def instruction_sources(
   chosen = [task for task in tasks if split == "train" or task.heldout]
   if not chosen:
     raise UserError(
-      "no task of config.instructions has a held-out split: give one of them the field `heldout`, "
-      "for the held-out loss."
+      "no task of config.instructions has a held-out split, which the held-out loss needs: set the "
+      "field `heldout` in at least one task."
     )
   total = sum(shares[task.name] for task in chosen)
   sources = []

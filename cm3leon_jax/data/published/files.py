@@ -189,7 +189,7 @@ def read_vqa(
     where = f"{questions}, question {key}"
     if key not in answered:
       raise UserError(
-        f"{where} has no annotation in {annotations}; give the two files of one split."
+        f"{where} has no annotation in {annotations}; give two files of the same split."
       )
     image_id = field_of(entry, "image_id", int, where)
     image = images.find(posixpath.join(subset, f"COCO_{subset}_{image_id:012d}.jpg"), where)
@@ -305,7 +305,7 @@ def read_visdial(
       raise UserError(f"{where} occurs twice; each round must occur once.")
     keys.add(key)
     if image_id not in entries:
-      raise UserError(f"{where} has no dialog in {dialogs}; give the two files of one split.")
+      raise UserError(f"{where} has no dialog in {dialogs}; give two files of the same split.")
     example = _dialog_round(entries[image_id], round_id, questions, answers, dialogs)
     relevance = field_of(judged, "gt_relevance", list, where)
     if len(relevance) != len(example.candidates):

@@ -113,7 +113,7 @@ def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
 
 
 def check_file(shard: epath.Path, file: str, expected: dict) -> None:
-  """Raises UserError if a file in the folder `shard` differs from its description."""
+  """Raises UserError if a file of a shard is missing or differs from its description."""
   if wrong := damage(shard / file, expected):
     raise UserError(f"{shard / file} {wrong}: {again(shard)}.")
 

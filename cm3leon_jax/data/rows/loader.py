@@ -221,7 +221,7 @@ class RowLoader:
         f"{count} samples cannot be read, but config.data.max_skipped is {config.max_skipped}. The "
         f"last error: {error}"
       ) from error
-    print(f"warning: sample {count} of at most {config.max_skipped} skipped: {error}", flush=True)
+    print(f"warning: skipped sample {count} of at most {config.max_skipped}: {error}", flush=True)
 
   def _read_sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
     spec, units = self.plan.sources[source], self.plan.units[source]

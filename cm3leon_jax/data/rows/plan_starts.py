@@ -113,7 +113,7 @@ class WindowStarts:
 
   def _read(self, text: str) -> None:
     if not text.endswith("\n") and "\n" not in text:
-      return  # Not even the first line was written.
+      return  # The run was killed while it wrote the first line.
     if not text.startswith(self._header):
       raise UserError(
         f"{self._path} was written for other rows: documents, neighbors or the code that plans "

@@ -28,7 +28,7 @@ class ImageFolder:
   """
 
   path: str
-  remedy: str = "put it there, or name the folder that holds it as the folder of images."
+  remedy: str = "put it there, or give its folder as the image folder."
   allow_outside: bool = False
 
   def find(self, name: str, where: str, noun: str = "image") -> str:

@@ -156,7 +156,7 @@ def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_qualit
   validate_raw(raw, 2)
   images = sorted((raw / "000000" / "images").iterdir())
   assert len(images) > 6
-  assert f"raw: 1 shards, {len(images)} images; all as written." in capsys.readouterr().out
+  assert f"raw: 1 shards, {len(images)} images; all match their digests." in capsys.readouterr().out
   rng = np.random.default_rng(0)
   for path in images:
     content = path.read_bytes()
