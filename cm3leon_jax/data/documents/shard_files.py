@@ -93,7 +93,7 @@ def again(folder: epath.Path, damaged: epath.PathLike) -> str:
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists store folders. Returns a function: are both files of a shard in all folders?"""
+  """Lists `folders` once. Returns a predicate: does every folder have both files of a shard?"""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

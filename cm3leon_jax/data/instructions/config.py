@@ -136,8 +136,8 @@ class InstructionTask:
   loss_weight: Annotated[float, Field(gt=0)] = 1.0
   """Weight of each target token in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the instruction, the text segment before the target. It trains the
-  stream of guidance that has only the given image. Requires an image as the target."""
+  """Share of samples without the instruction, the text segment before the target. Such samples
+  train the guidance stream that has only the given image. Requires an image as the target."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` replaces everything before the target. Requires an image
   as the target."""

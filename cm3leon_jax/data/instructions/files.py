@@ -50,7 +50,7 @@ NARRATIVES = {
 }
 # Split of InstructPix2Pix -> range of seeds.json in twentieths, as in the released training code.
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
-UNANSWERABLE = "unanswerable"  # As in VizWiz.
+UNANSWERABLE = "unanswerable"  # The answer that VizWiz uses.
 
 
 CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")

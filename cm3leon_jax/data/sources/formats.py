@@ -47,7 +47,8 @@ INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
-NO_TEXTS = (*LISTS, "rejected.jsonl")  # JSONL files without texts. A raw shard can be a source.
+# JSONL files that have no texts. A raw shard, which can be a source, has rejected.jsonl.
+NO_TEXTS = (*LISTS, "rejected.jsonl")
 TEXT_FILES = 1_000  # Maximum number of .txt files per part.
 
 

@@ -7,7 +7,7 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS
 
-CHECK_FROM = 10_000  # Before this many records, a high share of rejections may be an accident.
+CHECK_FROM = 10_000  # The share of rejections is checked early only after this many records.
 
 
 class Rejections:
@@ -19,7 +19,7 @@ class Rejections:
     self._reasons: collections.Counter[str] = collections.Counter()
 
   def add(self, summary: dict) -> None:
-    """Adds the counts of a shard. Raises UserError like `check`, from CHECK_FROM records on."""
+    """Adds the counts of a shard. After CHECK_FROM records, also calls `check`."""
     wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
     self._reasons.update(wrong)
     counts = summary["counts"]

@@ -75,9 +75,10 @@ def has_caption(names: Iterable[str]) -> bool:
 
 
 def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
-  """Yields groups of 1,000 stems on average. A hash of a stem decides whether a group begins there.
+  """Yields groups of 1,000 stems on average.
 
-  Adding or removing a stem therefore changes only one group, or rarely two.
+  The hash of a stem decides whether a group begins at this stem. Adding or removing a stem
+  therefore changes only one group, or rarely two.
   """
   group: list[str] = []
   for stem in stems:
