@@ -161,7 +161,7 @@ REFUSED = [
   ("data", "read_threads", 0, POSITIVE),
   ("data", "on_bad_record", "ignore", "'raise' or 'skip'"),
   ("data", "max_skipped", -1, NOT_NEGATIVE),
-  ("instructions", "own_tasks", 3, "a tuple of tasks, each a dict of its fields."),
+  ("instructions", "own_tasks", 3, "a tuple of tasks, each a dict of fields."),
   ("instructions", "only", (3,), "a valid string"),
   ("instructions", "max_records", -1, NOT_NEGATIVE),
   ("instructions", "loss_on", "answer", "'all' or 'target'"),

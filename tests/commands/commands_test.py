@@ -315,8 +315,8 @@ def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
   result = launch("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: "
-    "add it.\n"
+    "error: config.raw.licenses is ('CC0-1.0',), but the license of OpenMoji's drawings is "
+    "CC-BY-SA-4.0: add it.\n"
   )
 
 

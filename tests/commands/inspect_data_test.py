@@ -136,7 +136,7 @@ def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
   ingest.prepare(config, ingest.parts_of(config), finished / "raw", Runner())
   write_json(finished / "raw" / stages.DONE, {"id": "r", "config": {}, "summary": {}})
   inspect_data.validate(rows_test.settings_with(), finished)
-  assert capsys.readouterr().out.endswith("raw: 1 shards, 4 images; all as written.\n")
+  assert capsys.readouterr().out.endswith("raw: 1 shards, 4 images; all match their digests.\n")
   image = pathlib.Path(finished) / "raw/000000/images/0000002.png"
   Image.new("RGB", (8, 8)).save(image)
   with refused(UserError):

@@ -54,8 +54,8 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       "prepare_data",
       ["--config=cm3leon_7b"],
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' "
-      "or 'scenes'.",
+      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' or "
+      "'scenes'.",
     ),
     (
       "prepare_data",

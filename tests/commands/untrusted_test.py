@@ -121,7 +121,7 @@ def test_a_command_prints_no_control_character_of_a_source(tmp_path):
     "prepare_data", "--config=scenes", f"--workdir={workdir}", f"--config.raw.source={source}"
   )
   assert run.returncode == 2, run.stderr
-  bars, _, message = run.stderr.partition("error: 3 of 3 records are wrong")
+  bars, _, message = run.stderr.partition("error: 3 of 3 records are invalid")
   assert bars  # They may move the cursor.
   assert "<script>alert(1)" in message
   controls = set(CONTROLS) - set("[2J]0;title31m")

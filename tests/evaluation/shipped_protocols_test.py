@@ -147,7 +147,7 @@ def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
   (linked / "val2014").symlink_to(tmp_path / "val2014")
   protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
   protocol = dataclasses.replace(protocol, metrics=("copy_rate",))
-  with pytest.raises(UserError, match=r"image 'val2014/.*' is not in .*; put it there; --allow"):
+  with pytest.raises(UserError, match=r"image 'val2014/.*' is not in .*; put it there, or"):
     measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=linked))
   options = evaluate_protocol.Options(data=linked, allow_outside=True)
   assert measure(settings, workdir, "x", protocol, options)[1]["columns"]

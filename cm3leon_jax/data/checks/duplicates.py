@@ -1,11 +1,12 @@
-"""Near duplicates: fingerprints of images, their distances, and concepts that unite near images.
+"""Finds near-duplicate images by fingerprints and merges the concepts of near images.
 
-Two images are near if either is true:
-- The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR: the mean squared error is at most
-  1.35 times that of `openmoji`'s tokenizer (22.7 to 23.3 dB). Averaging over blocks of pixels never
-  increases that error: images that are not near differ by more in full, too.
-- Their perceptual hashes, the signs of the lowest frequencies of each color channel, differ in at
-  most MAX_BITS of the bits set in either. Hashes also find brighter, paler and compressed copies.
+Two images are near if at least one condition holds:
+- The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR. This allows a mean squared error
+  of 1.35 times the error of `openmoji`'s tokenizer (22.7 to 23.3 dB). Averaging over blocks of
+  pixels never increases the error, so full images differ at least as much as their thumbnails.
+- Their perceptual hashes differ in at most a share MAX_BITS of the bits that are set in at least
+  one hash. A hash holds the signs of the lowest frequencies of each color channel. Hashes also find
+  brighter, paler and compressed copies.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,13 +21,13 @@ from scipy.sparse.csgraph import connected_components
 
 # N, M images, H height, W width.
 
-THUMBNAIL = 16  # Side, pixels.
-MIN_PSNR = 22.0  # dB, on thumbnails.
-MAX_BITS = 0.1  # Share of the bits that are set in one hash at least.
+THUMBNAIL = 16  # Side in pixels.
+MIN_PSNR = 22.0  # In dB, between thumbnails.
+MAX_BITS = 0.1  # Share of the bits that are set in at least one hash.
 
-_FREQUENCIES = 8  # Of each axis; the mean is left out.
-_NOISE = 1.0  # Coefficient of a wave of 1/16 gray level; smaller ones depend on rounding.
-_BLOCK = 1_024  # Images that are compared with as many others at a time.
+_FREQUENCIES = 8  # Frequencies per axis; the hash omits the mean.
+_NOISE = 1.0  # Coefficient of a 1/16 gray level wave; smaller coefficients depend on rounding.
+_BLOCK = 1_024  # Compares blocks of this many images with each other.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Fingerprints:
 
   Attributes:
     thumbnails: [N, 768] uint8.
-    hashes: [N, 24] uint8, 8 bits in each.
+    hashes: [N, 24] uint8, 8 bits of the hash per byte.
   """
 
   thumbnails: np.ndarray
@@ -49,7 +50,7 @@ class Fingerprints:
 
 
 def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Computes thumbnail and hash of an image, [H, W, 3] uint8: one row of `Fingerprints`."""
+  """Computes the thumbnail and the hash of an image [H, W, 3] uint8: one row of `Fingerprints`."""
   small = Image.fromarray(image).resize((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.BOX)
   waves = scipy.fft.dctn(np.asarray(small, np.float64), axes=(0, 1), norm="ortho")
   low = waves[:_FREQUENCIES, :_FREQUENCIES].reshape(-1, 3)[1:]
@@ -59,7 +60,7 @@ def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fingerprints(
   images: Iterable, load: Callable[..., np.ndarray], num_threads: int
 ) -> Fingerprints:
-  """Fingerprints `load(image)` of every image, several at a time; keeps no image."""
+  """Computes the fingerprint of `load(image)` for every image in threads. Keeps no image."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     rows = list(pool.map(lambda image: fingerprint(load(image)), images))
   if not rows:
@@ -68,9 +69,9 @@ def fingerprints(
 
 
 def psnr(a: Fingerprints, b: Fingerprints) -> np.ndarray:
-  """Computes the PSNR of the thumbnails of every pair: [N, M] dB, infinite where they are equal.
+  """Computes the PSNR between the thumbnails of every pair: [N, M] dB, infinite for equal ones.
 
-  All sums are integers that float64 represents exactly: every machine finds the same near pairs.
+  All sums are integers that float64 represents exactly, so every machine finds the same near pairs.
   """
   x, y = a.thumbnails.astype(np.float64), b.thumbnails.astype(np.float64)
   squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
@@ -79,9 +80,9 @@ def psnr(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
-  """Computes the share of the bits set in either of two hashes in which they differ: [N, M].
+  """Computes [N, M] hash distances: differing bits / bits set in at least one of the two hashes.
 
-  Images without texture have no bits set; the hash says nothing of them, and the distance is 1.
+  If no bit is set in either hash, as for images without texture, the distance is 1.
   """
   x, y = (np.unpackbits(f.hashes, axis=1).astype(np.float32) for f in (a, b))
   both = x @ y.T
@@ -90,12 +91,12 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def is_near(noise: np.ndarray, distance: np.ndarray, min_psnr: float = MIN_PSNR) -> np.ndarray:
-  """Finds near pairs by their `psnr` and their `hash_distance`: [N, M] bool."""
+  """Finds near pairs by their `psnr` and `hash_distance`: [N, M] bool."""
   return (noise >= min_psnr) | (distance <= MAX_BITS)
 
 
 def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
-  """Finds the near pairs within one set: arrays of first and second rows."""
+  """Finds the near pairs in one set: row indices (i, j), with i == j and both orders included."""
   rows, columns = [], []
   for i in range(0, len(prints), _BLOCK):
     for j in range(0, len(prints), _BLOCK):
@@ -107,17 +108,17 @@ def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unite(names: Sequence[str], prints: Fingerprints) -> list[str]:
-  """Unites concepts that hold images near each other, directly or through other images.
+  """Merges concepts that contain near images, directly or through a chain of near images.
 
     names  = ["apple", "pear", "cat", "pear"], the first two images near
     result = ["apple", "apple", "cat", "apple"]
 
   Args:
-    names: of the images' concepts.
-    prints: of the same images.
+    names: concept name of each image.
+    prints: fingerprints of the same images.
 
   Returns:
-    A name for each image, equal within a concept: the first of the united names in the alphabet.
+    The new concept name of each image: the alphabetically first of the merged names.
   """
   if not names:
     return []

@@ -1,4 +1,4 @@
-"""Finds near duplicates in a raw folder, and those that stand in both splits."""
+"""Finds near duplicates in a raw folder, within and across its splits."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -14,20 +14,21 @@ from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, images_of
 from cm3leon_jax.files.progress import progress_bar
 
-BATCH = 1_024  # Images that are read together.
-SHOWN = 20  # Pairs that are kept, the nearest.
-MOST = 4_096  # Images that `near_duplicates` compares with each other.
-NAMED = 3  # Pairs that it names.
+BATCH = 1_024  # Number of images that are read together.
+SHOWN = 20  # Number of nearest pairs that a report keeps.
+MOST = 4_096  # Number of images that `near_duplicates` compares with each other.
+NAMED = 3  # Number of pairs that `near_duplicates` names.
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Pair:
-  """A held-out and a training image by the keys of their records; the nearest pair is the smallest.
+  """A held-out and a training image. Pairs sort from the nearest to the farthest.
 
   Attributes:
-    is_far: whether they are not near duplicates (`duplicates.is_near`).
-    noise: minus the PSNR of their thumbnails, dB.
-    hash_distance: of their perceptual hashes, in [0, 1].
+    is_far: False for near duplicates (`duplicates.is_near`).
+    noise: negative PSNR between the thumbnails, in dB.
+    hash_distance: distance between the perceptual hashes, in [0, 1].
+    heldout, train: keys of the records.
   """
 
   is_far: bool
@@ -44,13 +45,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class LeakReport:
-  """Result of a check.
+  """Result of a leak check.
 
   Attributes:
     heldout, train: number of images.
     pairs: number of near pairs.
     leaked: number of held-out images with a near training image.
-    nearest: at most SHOWN pairs; near pairs first, then the nearest of the others.
+    nearest: at most SHOWN pairs; near pairs first, then the nearest remaining pairs.
   """
 
   heldout: int
@@ -65,13 +66,13 @@ def check(
 ) -> LeakReport:
   """Compares every held-out image of a raw folder with every training image.
 
-  Reads every image once. Holds the fingerprints of all held-out images, 0.8 kB each, and of 1,024
-  training images.
+  Reads every image once. Keeps the fingerprints of all held-out images (0.8 kB each) and of 1,024
+  training images in memory.
 
   Args:
     folder: raw folder, see `ingest.prepare`.
-    num_threads: number of images read at the same time.
-    min_psnr: PSNR in dB from which on thumbnails are near.
+    num_threads: number of images read in parallel.
+    min_psnr: lowest PSNR in dB at which two thumbnails are near.
   """
   keys, prints = [], []
   for names, batch in _read(folder, "heldout", num_threads):
@@ -106,10 +107,10 @@ class NearDuplicates:
   """Near duplicates among images of different concepts.
 
   Attributes:
-    compared: number of images.
-    near: number of those that are near another one.
-    leaked: number of held-out ones that are near one of training.
-    pairs: keys of at most NAMED near pairs, a held-out and a training image first.
+    compared: number of compared images.
+    near: number of images that are near another image.
+    leaked: number of held-out images that are near a training image.
+    pairs: keys of at most NAMED near pairs. Pairs of a held-out and a training image are first.
   """
 
   compared: int
@@ -125,16 +126,17 @@ class NearDuplicates:
     if self.leaked:
       verb = "images have" if self.leaked > 1 else "image has"
       said += (
-        f"; {self.leaked} held-out {verb} one in training: give both the same `concept` in a list "
-        "(pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks lists them)"
+        f"; {self.leaked} held-out {verb} a near duplicate in training: give both images the same "
+        "`concept` in a list (pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks "
+        "lists them)"
       )
     return said
 
 
 def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
-  """Compares images of a raw folder with each other: at most MOST, a quarter of them held out.
+  """Compares the first images of a raw folder with each other.
 
-  The cost is bounded: it reads MOST small images, whatever the size of the folder.
+  Compares at most MOST images, so that the cost is bounded; at most a quarter of MOST are held out.
   """
   images = _first_images(folder, "heldout", MOST // 4)
   heldout = len(images)
@@ -152,18 +154,18 @@ def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
 
 
 def _first_images(folder: epath.PathLike, split: str, count: int) -> list[tuple[str, str, str]]:
-  """Returns key, concept and path, see `_images`, of the first images of a split."""
+  """Returns (key, concept, path) of the first `count` images of a split."""
   names = reader.shards(folder)
   images = itertools.chain.from_iterable(_images(folder, name, split) for name in names)
   return list(itertools.islice(images, count))
 
 
 def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str, str, str]]:
-  """Yields key and concept of the record, and path, of the images of a split in a shard."""
+  """Yields (record key, concept, image path) for every image of a split in a shard."""
   kinds: tuple[type[RawPair | RawInterleaved], ...] = (RawPair, RawInterleaved)
   for cls in kinds:
     for record in reader.read_shard(folder, name, cls, split):
-      if getattr(record, "added_crop", ""):  # As near to others as the whole image is.
+      if getattr(record, "added_crop", ""):  # The whole image is compared instead.
         continue
       concept = getattr(record, "concept", "") or record.group or record.key
       for image in images_of(record):
@@ -173,7 +175,7 @@ def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str
 def _read(
   folder: epath.PathLike, split: str, num_threads: int
 ) -> Iterator[tuple[list[str], Fingerprints]]:
-  """Reads the images of a split, up to BATCH at a time: keys of their records, and fingerprints."""
+  """Yields (record keys, fingerprints) of batches of up to BATCH images of a split."""
   with progress_bar(desc=f"{split} images", unit="image") as bar:
     for name in reader.shards(folder):
       images = ((key, image) for key, _, image in _images(folder, name, split))

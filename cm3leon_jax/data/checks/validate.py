@@ -1,6 +1,7 @@
-"""Checks raw images against their digests, and document stores against their schema and each other.
+"""Validates raw folders and document stores by reading every file.
 
-It reads everything.
+Compares raw images with their digests. Compares documents with the schema and with the arrays of
+their shard and store.
 """
 
 from concurrent import futures
@@ -23,17 +24,18 @@ from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.vocab import VocabLayout
 
-SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")  # Arrays of each.
+# Arrays with one entry per segment, and with one entry per document.
+SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")
 
 
 def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
-  """Checks every document of a shard against the schema and the arrays beside the records.
+  """Checks every document of a shard against the schema and the arrays of the shard.
 
   Returns:
-    Number of documents, segments and tokens.
+    Numbers of documents, segments and tokens.
 
   Raises:
-    UserError: names the shard, the record and the error.
+    UserError: the shard is invalid. The message names the shard, the record and the error.
   """
   folder = epath.Path(folder)
   arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
@@ -46,7 +48,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
     raise UserError(f"{path} cannot be read ({error}): {encode_again(path)}.") from error
   if count != len(arrays["counts"]):
     raise UserError(
-      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(arrays['counts'])}: "
+      f"{path} holds {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
       f"{encode_again(path)}."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)
@@ -54,36 +56,39 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
     try:
       document = decode_document(reader.read([i])[0])
       check_document(document, vocab)
-    except Exception as error:  # A damaged record raises errors of many kinds.
-      message = f"{path}, record {i} is damaged or wrong ({error}): {encode_again(path)}."
+    except Exception as error:  # Damaged records raise many kinds of errors.
+      message = f"{path}, record {i} is damaged or invalid ({error}): {encode_again(path)}."
       raise UserError(message) from error
     where = f"{path}, record {i} ('{document.key}')"
     segments = slice(at, at + int(arrays["counts"][i]))
     expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
     if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
-      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: {encode_again(path)}.")
+      raise UserError(
+        f"{where} has segment lengths that differ from {name}{LENGTHS}: {encode_again(path)}."
+      )
     for field in ("group", "concept"):
       if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
         raise UserError(
-          f"{where} has another {field} than {name}{LENGTHS} says: {encode_again(path)}."
+          f"{where} has a {field} that differs from {name}{LENGTHS}: {encode_again(path)}."
         )
     add_tokens(token_counts, document)
     at = segments.stop
   if not np.array_equal(token_counts, arrays["token_counts"]):
     raise UserError(
-      f"{path} has other token counts than {name}{LENGTHS} says: {encode_again(path)}."
+      f"{path} has token counts that differ from {name}{LENGTHS}: {encode_again(path)}."
     )
   return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
 
 
 def validate_store(store: DocumentStore) -> dict[str, int]:
-  """Validates every shard of a store, and the joined arrays against those of the shards.
+  """Validates every shard of a store, and compares the joined arrays with the shards' arrays.
 
   Returns:
-    Number of shards, documents, segments and tokens.
+    Numbers of shards, documents, segments and tokens.
 
   Raises:
-    UserError: names the file, the record or document, and the error.
+    UserError: the store is invalid. The message names the file, the record or document, and the
+      error.
   """
   total = {"shards": len(store.shards), "documents": 0, "segments": 0, "tokens": 0}
   token_counts = np.zeros(store.vocab.size, np.int64)
@@ -102,7 +107,7 @@ def validate_store(store: DocumentStore) -> dict[str, int]:
 
 
 def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
-  """Validates all stores of the stage `documents` and prints their numbers.
+  """Validates all stores of the stage `documents` and prints their counts.
 
   Raises:
     UserError: see `validate_store`.
@@ -110,21 +115,21 @@ def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
   names = [f"{split}_{kind}" for split in SPLITS for kind in KINDS]
   for path in [epath.Path(folder) / name for name in names]:
     if not path.exists():
-      continue  # Some runs have no split `bank`, or no interleaved documents.
+      continue  # Some runs have no split `bank` or no interleaved documents.
     store = DocumentStore(path, vocab)
     counts = ", ".join(f"{count:,} {field}" for field, count in validate_store(store).items())
     print(f"{store.folder}: {counts}; all valid.", flush=True)
 
 
 def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
-  """Compares all files of a raw folder with their digests and prints how many images there are.
+  """Compares all files of a raw folder with their digests and prints the number of images.
 
   Args:
-    folder: of the stage `raw`.
-    num_threads: number of images that are read at a time.
+    folder: folder of the stage `raw`.
+    num_threads: number of images read in parallel.
 
   Raises:
-    UserError: names a file that is missing or has another content than when it was written.
+    UserError: a file is missing or changed after it was written. The message names the file.
   """
   folder = epath.Path(folder)
   names, images, earlier = list(raw_pairs.shards(folder)), 0, 0
@@ -136,34 +141,31 @@ def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
       images += _validate_images(folder / name, num_threads)
     else:
       earlier += 1
-  state = f"{len(names):,} shards, {images:,} images; all as written"
+  state = f"{len(names):,} shards, {images:,} images; all match their digests"
   if earlier:
-    state += f", but {earlier:,} of the shards, of an earlier version, have no digests of images"
+    state += f", but {earlier:,} of the shards, from an earlier version, have no image digests"
   print(f"{folder}: {state}.", flush=True)
 
 
 def _validate_images(shard: epath.Path, num_threads: int) -> int:
-  """Compares the images of a raw shard with their digests; returns their number."""
+  """Compares the images of a raw shard with their digests. Returns the number of images."""
   lines = (shard / raw_pairs.IMAGE_DIGESTS).read_text(encoding="utf-8").splitlines()
   expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
   with futures.ThreadPoolExecutor(num_threads) as pool:
     for name, found in zip(expected, pool.map(lambda name: digest(shard / name), expected)):
       if found != expected[name]:
-        wrong = "has another content than when it was written" if found else "is missing"
+        wrong = "changed after it was written" if found else "is missing"
         raise UserError(f"{shard / name} {wrong}: {raw_pairs.again(shard)}.")
   return len(expected)
 
 
 def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:
-  """Compares the joined arrays of a store with those of a shard.
+  """Compares the joined arrays of a store with the arrays of shard `name`.
 
-  Args:
-    store: the store.
-    name: of the shard.
-    before: numbers of documents and segments of the shards before it.
+  `before` holds the numbers of documents and segments in all earlier shards.
 
   Raises:
-    UserError: names the file and the first document that differs.
+    UserError: an array differs. The message names the file and the first document that differs.
   """
   arrays = read_lengths(store.folder, name, store.vocab)
   first, start = before["documents"], before["segments"]
@@ -180,6 +182,6 @@ def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> No
     if field in SEGMENTS:
       place = int(np.searchsorted(ends - start, place, side="right")) - 1
     raise UserError(
-      f"{store.folder / f'{field}.npy'} is wrong from document {first + place} on (record {place} "
-      f"of {name}): {name}{LENGTHS} says something else: {encode_again(store.folder / name)}."
+      f"{store.folder / f'{field}.npy'} differs from {name}{LENGTHS} from document {first + place} "
+      f"(record {place} of {name}): {encode_again(store.folder / name)}."
     )

@@ -1,4 +1,4 @@
-"""Encodes raw shards as shards of documents of token ids, and counts tokens and codes."""
+"""Encodes raw shards into document shards of token ids, and counts tokens and codes."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -24,18 +24,19 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class EncodeJob:
-  """Encodes raw shards; a job of `shards.run_shards`.
+  """Job for `shards.run_shards` that encodes raw shards.
 
   Attributes:
     raw: raw folder, see `ingest.prepare`.
     folder: folder of the stores.
-    load_tokenizers: returns a text and an image tokenizer, whose `encode` converts images,
-      uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
+    load_tokenizers: returns a text tokenizer and an image tokenizer. The image tokenizer's `encode`
+      converts images, uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
     vocab: ids of both tokenizers.
     resolution: H = W of the images for the image tokenizer.
-    max_caption_tokens: length to which captions are cut; the summary counts cut ones.
-    batch_size: number of images encoded at a time.
-    num_threads: number of image files read at a time.
+    max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary counts
+      them.
+    batch_size: number of images per call of the image tokenizer.
+    num_threads: number of image files read in parallel.
   """
 
   raw: str
@@ -61,7 +62,7 @@ class EncodeJob:
   def _encode_split(
     self, name: str, split: str, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
   ) -> dict[str, Any]:
-    """Encodes a split of a shard; returns counts by kind, and `code_counts` [C] of image codes."""
+    """Encodes a split of a shard. Returns counts by kind, and `code_counts` [C] of image codes."""
     code_counts = np.zeros(self.vocab.image_size, np.int64)
     summary = {}
     for kind, cls in KINDS.items():
@@ -85,7 +86,7 @@ class EncodeJob:
   def _codes(
     self, images: list[str | bytes], image_tokenizer: ImageTokenizer, bar: str
   ) -> Iterator[np.ndarray]:
-    """Yields [I] int32 codes for every image, with a progress bar."""
+    """Yields the [I] int32 codes of every image. `bar` labels the progress bar."""
     with progress_bar(
       total=len(images), desc=bar, unit="image", leave=False, disable=not images
     ) as progress:
@@ -95,7 +96,7 @@ class EncodeJob:
         codes = np.asarray(image_tokenizer.encode(batch), np.int32)
         if codes.min() < 0 or codes.max() >= self.vocab.image_size:
           raise UserError(
-            f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; "
+            f"the image tokenizer returns codes in [{codes.min()}, {codes.max()}], but "
             f"config.vocab.image_size is {self.vocab.image_size}: train it with the same config."
           )
         yield from codes
@@ -103,7 +104,7 @@ class EncodeJob:
 
 
 def texts_of(record: Record) -> list[str]:
-  """Returns the texts of a record in their order."""
+  """Returns the texts of a record in reading order."""
   if hasattr(record, "segments"):
     return [segment["text"] for segment in record.segments if "text" in segment]
   return [record.caption if isinstance(record, RawPair) else record.text]
@@ -116,7 +117,7 @@ def _documents(
   vocab: VocabLayout,
   counts: np.ndarray,
 ) -> Iterator[Document]:
-  """Yields a document for every record; adds its image codes to `counts`, [C] int64."""
+  """Yields one document per record. Adds its image codes to `counts`, [C] int64."""
   for record in records:
     kinds = [False] + [True] * isinstance(record, RawPair)
     if hasattr(record, "segments"):
@@ -144,27 +145,26 @@ def load_tokenizers(
 
 
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
-  """Writes a store `{split}_{kind}` for each split and kind; schema in docs/data_formats.md.
+  """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/data_formats.md.
 
-  Document i of a store is the i-th record of its split and kind in the raw folder.
+  Document i of a store is record i of the same split and kind in the raw folder.
 
   Args:
-    job: source, tokenizers and destination.
-    inputs: ids of the tokenizers; another id encodes a shard again.
-    runner: runs the shards.
+    job: defines raw folder, tokenizers and destination.
+    inputs: ids of the tokenizers. If an id changes, all shards are encoded again.
+    runner: executes the job on all shards.
 
   Returns:
-    For each split the number of documents by kind, tokens, cut captions, and `code_usage`.
+    For each split: number of documents by kind, token counts, number of cut captions, and the
+    result of `code_usage`.
 
   Raises:
-    UserError: a code outside the vocabulary, one code for all images, or a split `train` without
-      records.
+    UserError: a code is outside the vocabulary, all images have the same single code, or the split
+      `train` has no records.
   """
   raw = reader.shards(job.raw)
   if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
-    raise UserError(
-      f"{job.raw} has no record with split 'train'; a smaller raw.heldout_fraction leaves some."
-    )
+    raise UserError(f"{job.raw} has no record in the split 'train': lower raw.heldout_fraction.")
   config = {
     "inputs": inputs,
     "splits": SPLITS,
@@ -185,8 +185,8 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   used = totals["train"].summary()
   if used["image_tokens"] and used["codes_used"] == 1 < job.vocab.image_size:
     raise UserError(
-      f"the image tokenizer gives all {used['image_tokens']} places of the training images the "
-      "same code: train it again, longer (config.vqgan.steps) or with another "
+      f"the image tokenizer assigns the same code to all {used['image_tokens']} cells of the "
+      "training images: train it again, longer (config.vqgan.steps) or with another "
       "config.vqgan.learning_rate."
     )
   for split in SPLITS:
@@ -196,7 +196,7 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
 
 
 class _Totals:
-  """Adds up the numbers of one split over shards."""
+  """Sums the counts of one split over shards."""
 
   def __init__(self, num_codes: int):
     self._codes = np.zeros(num_codes, np.int64)
@@ -223,13 +223,13 @@ class _Totals:
 
 
 def code_usage(counts: np.ndarray) -> dict:
-  """Measures the use of image codes from the occurrences of each code, [C] integers.
+  """Computes codebook usage from `counts`, the number of occurrences of each code, [C] integers.
 
     counts = [2, 2, 0, 0]: codes_used 2, code_entropy_bits 1.0, code_perplexity 2.0
 
   Returns:
-    Number of codes that occur, their unigram entropy in bits, and its perplexity: C for equally
-    frequent codes, 1 for a single code.
+    Number of codes that occur, their unigram entropy in bits, and their perplexity, which is C if
+    all codes are equally frequent and 1 for a single code.
   """
   used = counts[counts > 0] / max(counts.sum(), 1)
   bits = float(-(used * np.log2(used)).sum()) + 0.0

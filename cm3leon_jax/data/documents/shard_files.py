@@ -1,4 +1,4 @@
-"""The files of the shards of a document store, their versions and digests."""
+"""Reads and checks the shard files of document stores: versions, vocabularies, digests."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -12,18 +12,18 @@ from cm3leon_jax.runs import stages, table
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4
-RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
+RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the two files of a shard.
 
 
 class BadRecord(UserError):
-  """A document that cannot be read; names shard and record. `data.on_bad_record` may skip it."""
+  """A document cannot be read. `data.on_bad_record` decides whether training skips the document."""
 
 
 def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
-  """Reads the arrays that `write_shard` writes beside the records.
+  """Reads the arrays that `write_shard` wrote for a shard.
 
   Raises:
-    UserError: they are absent, damaged, or have another schema version or vocabulary.
+    UserError: the file is missing, is damaged, or has another schema version or vocabulary.
   """
   path = folder / f"{name}{LENGTHS}"
   if not path.exists():
@@ -31,7 +31,7 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
   try:
     with path.open("rb") as f, np.load(f) as file:
       arrays = dict(file)
-  except Exception as error:  # A damaged archive raises errors of many kinds.
+  except Exception as error:  # Damaged archives raise many kinds of errors.
     raise UserError(f"{path} cannot be read ({error}): {again(folder, path)}.") from error
   check_version(path, int(arrays["schema_version"]))
   check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
@@ -39,7 +39,7 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
 
 
 def check_version(path: epath.Path, version: int | None) -> None:
-  """Raises UserError at another schema version than `SCHEMA_VERSION`."""
+  """Raises UserError if the schema version is not `SCHEMA_VERSION`."""
   if version != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
@@ -48,22 +48,24 @@ def check_version(path: epath.Path, version: int | None) -> None:
 
 
 def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
-  """Raises UserError if a file was written with another vocabulary than expected."""
+  """Raises UserError if a file was written with an unexpected vocabulary."""
   if stored != expected:
     raise UserError(
       f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
-      f"the config has {dataclasses.asdict(expected)}: {encode_again(path)}."
+      f"but the config has {dataclasses.asdict(expected)}: {encode_again(path)}."
     )
 
 
 def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> dict[str, dict]:
-  """Describes the files of a shard; those of the records were described when they were written.
+  """Returns size and SHA-256 of both files of a shard.
+
+  `stored` describes the record file as it was written. None means that an earlier version wrote it.
 
   Raises:
-    UserError: the records have another size.
+    UserError: the size of the record file changed.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
-  if stored is None:  # Of an earlier version.
+  if stored is None:
     found = describe(folder / records)
   else:
     found = {"bytes": int(stored[0]), "sha256": str(stored[1])}
@@ -72,13 +74,13 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
 
 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
-  """Raises BadRecord if a file of a shard is missing or damaged."""
+  """Raises BadRecord if a shard file is missing or damaged. Compares its digest if `content`."""
   if wrong := damage(folder / file, expected, content):
     raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
 
 
 def encode_again(path: epath.PathLike) -> str:
-  """Says how to write the store that holds `path` again: documents, or instructions."""
+  """Returns the end of an error message: how to write the store that contains `path` again."""
   folders = [folder for folder in epath.Path(path).parents if folder.name in table.STAGES]
   folder = folders[0] if folders else epath.Path("documents")
   command = table.STAGES[folder.name].command
@@ -86,12 +88,12 @@ def encode_again(path: epath.PathLike) -> str:
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Says how to replace a damaged file of the store in `folder`."""
+  """Returns the end of an error message: how to replace a damaged file of a store."""
   return stages.again(folder.parent, damaged)
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists stores; returns a function that says whether both files of a shard are in all of them."""
+  """Lists `folders` once. Returns a predicate: does every folder have both files of a shard?"""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

@@ -1,9 +1,9 @@
-"""Documents: ordered text and image segments as token ids, in ArrayRecord shards.
+"""Stores documents, which are ordered text and image segments of token ids, in ArrayRecord shards.
 
 The schema is in docs/data_formats.md.
 """
 
-# N documents of a store, S segments of all of them, T tokens of a segment.
+# N documents of a store, S segments of all documents, T tokens of a segment.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -36,8 +36,9 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"
-FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}  # Of the index.
-MAX_OPEN = 256  # Shards that a store keeps open.
+# Fields of the index.
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}
+MAX_OPEN = 256  # Number of shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
 
@@ -51,15 +52,17 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """Segments in reading order, in a pair the caption first, and their origin.
+  """Segments in reading order, and their origin. In a pair, the caption is first.
 
   Attributes:
     key: unique name within its source.
-    segments: at least one.
-    source, license, attribution: of the original work.
-    group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
-    concept: shared by documents that show the same, which are not independent. Empty: no concept.
-    facts: what image and caption show, a JSON object; empty for sources that do not know it.
+    segments: at least one segment.
+    source, license, attribution: origin of the original work.
+    group: name that near duplicates share. They are never neighbors of each other. "" means no
+      group.
+    concept: name that documents with the same content share. They are not independent samples. ""
+      means no concept.
+    facts: JSON object with facts about image and caption. Empty for sources without facts.
   """
 
   key: str
@@ -73,7 +76,7 @@ class Document:
 
 
 def encode_document(document: Document) -> bytes:
-  """Encodes a document as a record of a shard."""
+  """Serializes a document as a record of a shard."""
   segments = [
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
@@ -93,17 +96,17 @@ def decode_document(record: bytes) -> Document:
 
 
 def group_id(group: str) -> int:
-  """Hashes the name of a group or concept to 64 bits, an empty name to 0."""
+  """Hashes the name of a group or concept to 64 bits. An empty name becomes 0."""
   return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
 
 
 def write_shard(
   folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` as one shard of the store in `folder`, atomically; returns their number.
+  """Writes `documents` atomically as one shard of the store in `folder`. Returns their number.
 
   Raises:
-    UserError: a document does not pass `check_document`.
+    UserError: a document is invalid, see `check_document`.
   """
   folder = epath.Path(folder)
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
@@ -135,22 +138,22 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
+    np.savez_compressed(f, **arrays)  # Compressed, because most token counts of small shards are 0.
   return len(counts)
 
 
 def add_tokens(counts: np.ndarray, document: Document) -> None:
-  """Adds the occurrences of every id in `document` to `counts`, [vocab.size] int64."""
+  """Adds the number of occurrences of every id in `document` to `counts`, [vocab.size] int64."""
   np.add.at(counts, np.concatenate([segment.tokens for segment in document.segments]), 1)
 
 
 def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:
-  """Joins the shards `names`, in their order, into one store; returns its number of documents.
+  """Joins the shards `names`, in this order, into one store. Returns the number of documents.
 
-  index.json is written last: a folder without it is not a store.
+  Writes index.json last, so a folder without index.json is not a complete store.
 
   Raises:
-    UserError: a shard is absent or damaged, or has another schema version or vocabulary.
+    UserError: a shard is missing, is damaged, or has another schema version or vocabulary.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
@@ -160,7 +163,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
     files |= describe_shard(folder, name, shards[-1].pop("records", None))
-    token_counts += shards[-1].pop("token_counts")  # All shards would fill the memory.
+    token_counts += shards[-1].pop("token_counts")  # Keeping all of them would need much memory.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])
     for field in ("counts", "lengths", "is_image", "groups", "concepts")
@@ -180,14 +183,14 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
 def write_documents(
   folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` as a store of one shard; returns and raises as `write_shard`."""
+  """Writes `documents` as a store with one shard. Results and errors are as in `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
   return finish_store(folder, ["000000"], vocab)
 
 
 def check_document(document: Document, vocab: VocabLayout) -> None:
-  """Raises UserError if a document has no or empty segments, or ids of the other modality."""
+  """Raises UserError if a document has no segments, an empty segment, or ids of the wrong kind."""
   if not document.segments:
     raise UserError(
       f"document '{document.key}' has no segments; it needs at least one text or image."
@@ -198,7 +201,7 @@ def check_document(document: Document, vocab: VocabLayout) -> None:
       kind, low, high = "image", vocab.text_size, vocab.size
     if not len(segment.tokens):
       raise UserError(
-        f"document '{document.key}' has an empty {kind} segment; remove the segment or document."
+        f"document '{document.key}' has an empty {kind} segment; remove segment or document."
       )
     first, last = segment.tokens.min(), segment.tokens.max()
     if first < low or last >= high:
@@ -211,19 +214,24 @@ def check_document(document: Document, vocab: VocabLayout) -> None:
 class DocumentStore:
   """Random access to the documents of one folder: `store[i]` reads document i from disk.
 
-  Arrays are compared with their digests when they are opened. Of records, each has a checksum, and
-  its lengths are compared; of their files only the size, until `validate.validate_store`.
+  Opening an array compares it with its digest. Reading a record verifies its checksum and segment
+  lengths. Opening a record file compares only its size; `validate.validate_store` compares its
+  digest.
 
   Attributes, mapped into memory:
-    offsets: [N + 1] int64; the segments of document i are `offsets[i]` to `offsets[i + 1]`.
-    lengths: [S] int32, tokens of each segment.
+    offsets: [N + 1] int64. The segments of document i are `offsets[i]` to `offsets[i + 1]`.
+    lengths: [S] int32, number of tokens of each segment.
     is_image: [S] bool.
     groups, concepts: [N] uint64, see `group_id`.
-    token_counts: [vocab.size] int64, occurrences of each id.
+    token_counts: [vocab.size] int64, number of occurrences of each id.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
-    """Opens a store; raises UserError if it is absent, damaged or of another schema or vocab."""
+    """Opens a store.
+
+    Raises:
+      UserError: the store is missing, is damaged, or has another schema version or vocabulary.
+    """
     self.folder, self.vocab = epath.Path(folder), vocab
     stages.check_files(self.folder / INDEX)
     index = read_json(self.folder / INDEX, FIELDS)
@@ -235,8 +243,8 @@ class DocumentStore:
     self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
     if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == self._end:
       raise UserError(
-        f"{self.folder} has an {INDEX} of {index['documents']} documents, offsets of {len(self)} "
-        f"with {self._end} segments, and {len(self.lengths)} lengths: "
+        f"{self.folder} has {index['documents']} documents in {INDEX}, but offsets of {len(self)} "
+        f"documents with {self._end} segments, and {len(self.lengths)} lengths: "
         f"{again(self.folder, self.folder / INDEX)}."
       )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
@@ -267,7 +275,7 @@ class DocumentStore:
 
   @property
   def parts(self) -> tuple["DocumentStore", ...]:
-    """Returns the stores that hold the documents: this one; see `Bank`."""
+    """Returns (self,), so that a store and a `Bank` have the same interface."""
     return (self,)
 
   def __len__(self) -> int:
@@ -280,13 +288,13 @@ class DocumentStore:
     return array_record_module.ArrayRecordReader(str(self.folder / file))
 
   def check_shard(self, name: str) -> None:
-    """Compares both files of a shard with their digests. Raises UserError if one is damaged."""
+    """Compares both files of a shard with their digests. Raises UserError if a file is damaged."""
     for file in (f"{name}{RECORDS}", f"{name}{LENGTHS}"):
       if file in self.files:
         check_shard_file(self.folder, file, self.files[file])
 
   def __getitem__(self, i: int) -> Document:
-    """Reads document i. Raises BadRecord if its record cannot be read, or has other lengths."""
+    """Reads document i. Raises BadRecord if its record is unreadable or has wrong lengths."""
     if not 0 <= i < len(self):
       raise IndexError(f"document {i} of {len(self)} in {self.folder}")
     shard = int(np.searchsorted(self._ends, i, side="right"))
@@ -296,7 +304,7 @@ class DocumentStore:
       self._check_lengths(i, document)
     except BadRecord:
       raise
-    except Exception as error:  # A damaged record raises errors of many kinds.
+    except Exception as error:  # Damaged records raise many kinds of errors.
       path = self.folder / f"{name}{RECORDS}"
       raise BadRecord(
         f"{path}, record {record} (document {i} of the store) cannot be read ({error}): "
@@ -308,7 +316,7 @@ class DocumentStore:
     found = [len(segment.tokens) for segment in document.segments]
     expected = self.segment_lengths(i)[0].tolist()
     if found != expected:
-      raise ValueError(f"its segments have {found} tokens, lengths.npy says {expected}")
+      raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `lengths` and `is_image` of the segments of document i."""
@@ -317,15 +325,15 @@ class DocumentStore:
 
 
 class Bank:
-  """The documents that can be retrieved: training pairs, and after them those of the split `bank`.
+  """The documents that can be retrieved: training pairs, followed by pairs of the split `bank`.
 
   Attributes:
-    folder: of the training pairs.
-    parts: stores of the two splits; the second is absent or empty where no pair has split `bank`.
+    folder: folder of the store of training pairs.
+    parts: store of the training pairs, and, if it exists, store of the pairs of the split `bank`.
   """
 
   def __init__(self, documents: epath.PathLike, vocab: VocabLayout):
-    """Opens the pairs in the folder of all stores; raises as `DocumentStore`."""
+    """Opens the stores of pairs in the folder `documents`. Errors are as in `DocumentStore`."""
     documents = epath.Path(documents)
     self.folder = documents / "train_pairs"
     self.parts: tuple[DocumentStore, ...] = (DocumentStore(self.folder, vocab),)
@@ -334,7 +342,7 @@ class Bank:
 
   @property
   def token_counts(self) -> np.ndarray:
-    """Returns those of the training pairs."""
+    """Returns the token counts of the training pairs."""
     return self.parts[0].token_counts
 
   def __len__(self) -> int:
@@ -357,9 +365,9 @@ class Bank:
 
 
 def _map_array(path: epath.Path) -> np.ndarray:
-  """Maps a local NumPy file into memory, or reads one in a bucket."""
+  """Maps a local NumPy file into memory, or reads a file in a GCS bucket."""
   if "://" not in str(path):
-    return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
+    return np.asarray(np.load(path, mmap_mode="r"))  # Indexing a plain view is faster.
   with path.open("rb") as f:
     return np.load(f)
 
@@ -367,5 +375,5 @@ def _map_array(path: epath.Path) -> np.ndarray:
 def first_documents(
   store: Bank | DocumentStore, ids: np.ndarray, count: int
 ) -> tuple[Document, ...]:
-  """Returns the documents of the first `count` ids; -1 stands for no document."""
+  """Returns the documents of the first `count` ids, without counting -1, which is padding."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])

@@ -1,4 +1,4 @@
-"""Records what a model learned from: the data of its run, and of the runs that it began from."""
+"""Records the origins of a model's training data, including the data of earlier runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +11,23 @@ from cm3leon_jax.data.sources import origins as origins_lib
 from cm3leon_jax.files.json_files import lacks, read_json, write_json
 from cm3leon_jax.runs import stages
 
-FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
-IMPORTED = "imported_from"  # In the summary of what `cm3leon import_weights` wrote.
+FILE = "training_data.json"  # File in an export or a bundle, and in imports of them.
+IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.
 ORIGIN = (*origins_lib.FIELDS, "records")
 
 
 def collect(
   workdir: epath.PathLike, locate: Callable[[str], epath.PathLike] = epath.Path
 ) -> dict[str, list[dict]]:
-  """Collects the origins of all data that the parameters of a run learned from.
+  """Collects the origins of all data that trained the parameters of a run.
 
-  Args:
-    workdir: of the run.
-    locate: returns the folder of what `--init_from` named.
+  `locate` maps a value of `--init_from` to a folder.
 
   Returns:
-    "runs": {"name", "known": whether its origins are recorded} of the run, and of those that it
-    began from, the last first; "origins": {"run", "kind", "source", "license", "attribution",
-    "records"} each. Records are those of all splits.
+    runs: {"name", "known"} of the run, then of the run that initialized it, and so on. "known" says
+      whether the origins of the run are recorded.
+    origins: {"run", "kind", "source", "license", "attribution", "records"} of each origin.
+      "records" is the number of records in all splits.
 
   Raises:
     UserError: a file is damaged.
@@ -40,7 +39,7 @@ def collect(
   while str(folder) not in seen:
     seen.add(str(folder))
     path = folder / "train" / "config.json"
-    if (folder / FILE).exists() and not path.exists():  # It has those of its bases, too.
+    if (folder / FILE).exists() and not path.exists():  # FILE includes all earlier runs.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
     found = _raw_origins(folder) + _instruction_origins(folder)
@@ -61,7 +60,7 @@ def _raw_origins(folder: epath.Path) -> list[dict]:
 
 
 def _instruction_origins(folder: epath.Path) -> list[dict]:
-  """Names the folder of instruction files; no file there says their license."""
+  """Returns one origin for all instruction records, without a license, which is not recorded."""
   done = folder / "instructions" / stages.DONE
   stored = read_json(done, {"config": dict, "summary": dict}) if done.exists() else {}
   root = stored.get("config", {}).get("instructions", {}).get("root")
@@ -73,17 +72,17 @@ def _instruction_origins(folder: epath.Path) -> list[dict]:
 
 
 def _name(folder: epath.Path) -> str:
-  """Names a run by its folder, and imported weights by the folder that they came from."""
+  """Returns the name of a run's folder, or of the folder that its weights were imported from."""
   done = folder / stages.DONE
   imported = read_json(done, {"summary": dict})["summary"].get(IMPORTED) if done.exists() else None
   return epath.Path(imported or folder).name
 
 
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:
-  """Reads what `write` wrote; raises UserError if it is absent or damaged."""
+  """Reads the file that `write` wrote. Raises UserError if the file is missing or damaged."""
   path = epath.Path(folder) / FILE
   stored = read_json(path)
-  if isinstance(stored, list):  # Of an earlier version.
+  if isinstance(stored, list):  # An earlier version wrote the file.
     name = epath.Path(folder).name
     origins = [{"run": name, **origin} for origin in stored if isinstance(origin, dict)]
     stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
@@ -101,5 +100,5 @@ def write(
   workdir: epath.PathLike,
   locate: Callable[[str], epath.PathLike] = epath.Path,
 ) -> None:
-  """Writes what `collect` returns to the folder of an export or bundle."""
+  """Writes the result of `collect` to the folder of an export or bundle."""
   write_json(epath.Path(folder) / FILE, collect(workdir, locate))

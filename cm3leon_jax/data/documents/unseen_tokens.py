@@ -1,6 +1,6 @@
-"""Finds the text tokens that a model never met in training: what they ask for means nothing to it.
+"""Finds the text tokens that never occurred in training. They have no meaning for the model.
 
-A run knows them from its document stores; a bundle has them in a file.
+For a run, document stores give the token counts. A bundle has a file with the unseen tokens.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
-FILE = "unseen_tokens.json"  # In a bundle.
-READ = ("train_", "bank_")  # Begin the names of the stores that training reads.
+FILE = "unseen_tokens.json"  # File in a bundle.
+READ = ("train_", "bank_")  # Name prefixes of the stores that training reads.
 
 
 def find(
@@ -22,15 +22,12 @@ def find(
   vocab: VocabLayout,
   locate: Callable[[str], epath.PathLike] = epath.Path,
 ) -> frozenset[int] | None:
-  """Returns the ids of text that neither a run nor those that it began from met in training.
+  """Returns the text ids that occurred neither in a run nor in the runs that initialized it.
 
-  Args:
-    workdir: of a run, or the folder of a bundle.
-    vocab: of the run.
-    locate: returns the folder of what `--init_from` named.
+  `workdir` can also be a bundle. `locate` maps a value of `--init_from` to a folder.
 
   Returns:
-    Ids in [vocab.num_special, vocab.text_size); None if they are not known.
+    Ids in [vocab.num_special, vocab.text_size); None if they are unknown.
 
   Raises:
     UserError: a file is damaged.
@@ -54,7 +51,7 @@ def find(
 
 
 def _counts(path: epath.Path, size: int) -> np.ndarray:
-  """Returns how often a store has each id; the rest of the store stays closed."""
+  """Reads the number of occurrences of each id in a store, without opening the store."""
   stages.check_files(path)
   try:
     with path.open("rb") as file:
@@ -65,5 +62,5 @@ def _counts(path: epath.Path, size: int) -> np.ndarray:
 
 
 def write(folder: epath.PathLike, ids: frozenset[int]) -> None:
-  """Writes what `find` returned to the folder of a bundle."""
+  """Writes the result of `find` to the folder of a bundle."""
   write_json(epath.Path(folder) / FILE, {"ids": sorted(ids)})

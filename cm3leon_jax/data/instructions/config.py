@@ -1,4 +1,4 @@
-"""Config section of instruction tuning: its tasks, and what is known of their formats."""
+"""Defines the config section of instruction tuning: tasks, formats and checks of both."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -18,19 +18,19 @@ import pydantic.dataclasses
 from cm3leon_jax import worlds
 from cm3leon_jax.config import STRICT, FieldError, build
 
-BREAK = "<break>"  # Between the segments of a template.
-FIELD = re.compile(r"\{(\w+)(\??)\}")  # Of a template: its name, and a mark if it is optional.
+BREAK = "<break>"  # Separates the segments of a template.
+FIELD = re.compile(r"\{(\w+)(\??)\}")  # A template field: its name, and "?" if it is optional.
 LossOn = Literal["all", "target"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A format.
+  """A file format of instruction records.
 
   Attributes:
-    splits: that can be read; (): any, the name of a file.
-    texts: names of the texts of its records.
-    images: names of the images of its records; (): the file names texts and images.
+    splits: splits that can be read. () means that a split is the name of any file.
+    texts: names of the texts in a record.
+    images: names of the images in a record. () means that the file names texts and images.
   """
 
   splits: tuple[str, ...]
@@ -89,72 +89,75 @@ FORMATS = {
 
 
 def fields_of(template: str) -> list[str]:
-  """Returns the names of the fields of a template, or of a part of it."""
+  """Returns the field names in a template or a part of a template."""
   return [name for name, _ in FIELD.findall(template)]
 
 
 def split_template(template: str) -> list[str]:
-  """Returns the segments of a template, without the white space around them."""
+  """Splits a template into segments and strips white space around each segment."""
   return [segment.strip() for segment in template.split(BREAK)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionTask:
-  """One task; the templates of a record are chosen by its key, each as often."""
+  """A task of instruction tuning. A record's key decides its template, with equal probability."""
 
   name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
   """Unique name."""
   templates: Annotated[tuple[str, ...], Field(min_length=1)]
-  """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
-  segments, and an image is a segment of its own. A line with `{field?}` is left out if this text
-  is empty in a record."""
+  """Texts and images in their order. `{field}` inserts a field of the record, `<break>` separates
+  segments, and each image must be a separate segment. A line with `{field?}` is omitted if the
+  field is empty in a record."""
   target: Annotated[str, Field(min_length=1)]
-  """Field that is to be predicted."""
+  """Field that the model predicts."""
   format: Annotated[str, Field(min_length=1)]
-  """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
+  """Format of the records: `scenes/TASK`, or a format of docs/data_formats.md#instruction-files."""
   train: Annotated[str, Field(min_length=1)] = "train"
-  """Split that is trained on."""
+  """Split for training."""
   heldout: str = ""
-  """Split of the held-out loss; "": none."""
+  """Split for the held-out loss. An empty value means none."""
   root: str = ""
-  """Folder of the files, in `config.instructions.root`."""
+  """Folder of the files, relative to `config.instructions.root`."""
   images: str = ""
-  """Folder of the images, in `config.instructions.root`; "": `root`."""
+  """Folder of the images, relative to `config.instructions.root`. An empty value means the folder
+  of the files."""
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
-  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a
-  folder in `config.instructions.root` with a map under the file name of each image."""
+  """Additional images of a record: field name -> `canny` or `scribble` (computed from the target),
+  or a folder in `config.instructions.root` that holds a map with the file name of each image."""
   records: NonNegativeInt = 0
-  """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
+  """Trains on at most this many records, the first ones. 0 means all; `scenes` requires a
+  number."""
   heldout_records: NonNegativeInt = 500
-  """Most held-out records, the first ones; 0: all."""
+  """Maximum number of held-out records; the first ones are used. 0 means all."""
   weight: NonNegativeFloat = 1.0
-  """Factor of its share of the mixture."""
+  """Factor of the task's share in the mixture."""
   cap: NonNegativeInt = 0
-  """Largest number of records that counts for its share; 0: all."""
+  """Maximum number of records that counts toward the task's share. 0 means no maximum."""
   loss_weight: Annotated[float, Field(gt=0)] = 1.0
-  """Weight of each of its targets in the loss. An answer has few tokens, an image has many."""
+  """Weight of each target token in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the segment before the target, a text, for guidance by the given
-  image alone. Only samples that predict an image lack something."""
+  """Share of samples without the instruction, the text segment before the target. Such samples
+  train the guidance stream that has only the given image. Requires an image as the target."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples in which `<mask:0>` stands for all that is before the target."""
+  """Share of samples in which `<mask:0>` replaces everything before the target. Requires an image
+  as the target."""
 
-  # Validators of fields, not of the whole, so that an error has the field's place in a file.
+  # Field validators, unlike a model validator, report which field of the file is wrong.
   @field_validator("templates")
   @classmethod
   def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
     for template in templates:
       if set("{}") & set(FIELD.sub("", template)):
         raise ValueError(
-          f"the template '{template}' has a brace that belongs to no field: write {{name}}."
+          f"the template '{template}' has a brace outside of a field: write fields as {{name}}."
         )
       if not all(split_template(template)):
-        raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
+        raise ValueError(f"the template '{template}' has an empty segment next to a {BREAK}.")
       for line in template.replace(BREAK, "\n").split("\n"):
         if any(mark for _, mark in FIELD.findall(line)) and len(fields_of(line)) > 1:
           raise ValueError(
-            f"the template '{template}' has an optional field beside another one: give it a line "
-            "of its own."
+            f"the template '{template}' has an optional field on a line with other fields: put it "
+            "on a separate line."
           )
     return templates
 
@@ -162,11 +165,11 @@ class InstructionTask:
   @classmethod
   def _check_target(cls, target: str, info: ValidationInfo) -> str:
     for template in info.data.get("templates", ()):
-      given = f"{{{target}}}" in template  # Not as an optional field.
+      given = f"{{{target}}}" in template  # An optional field does not count.
       count = fields_of(template).count(target) if given else 0
       if count != 1:
         raise ValueError(
-          f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
+          f"the template '{template}' must have the target {{{target}}} once; it occurs {count} "
           "times."
         )
     return target
@@ -175,19 +178,19 @@ class InstructionTask:
   @classmethod
   def _check_drops(cls, drop_all: float, info: ValidationInfo) -> float:
     if drop_all + info.data.get("drop_instruction", 0) > 1:
-      raise ValueError("drop_instruction and drop_all together are more than 1.")
+      raise ValueError("the sum of drop_instruction and drop_all must be at most 1.")
     return drop_all
 
 
 def make_task(values: Any) -> InstructionTask:
-  """Makes a task of its fields, and checks it against what is known of its format.
+  """Builds a task from a mapping of its fields and checks it against its format.
 
   Raises:
-    FieldError: naming the field that is wrong.
+    FieldError: a field is invalid. The message names the field.
   """
   if not isinstance(values, InstructionTask):
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-      raise FieldError("a task must have fields by their names, the first of which is `name: ...`.")
+      raise FieldError("a task must be a mapping of fields, the first of which is `name: ...`.")
     try:
       values = build(InstructionTask, values)
     except FieldError as error:
@@ -199,11 +202,11 @@ def make_task(values: Any) -> InstructionTask:
 
 
 def check_format(task: InstructionTask) -> None:
-  """Checks the splits and fields of a task whose format is known to have certain ones.
+  """Checks the splits and template fields of a task against its format.
 
   Raises:
-    FieldError: an unknown format or split, a split for both purposes, or a template with a field
-      that the records do not have, or with an image in a text.
+    FieldError: the format or a split is unknown, training and held-out split are the same, a
+      template has a field that the records lack, or a template has an image inside a text.
   """
   world = worlds.world_of_format(task.format)
   if not world and task.format not in FORMATS:
@@ -219,20 +222,22 @@ def check_format(task: InstructionTask) -> None:
       )
   if task.heldout == task.train:
     raise FieldError(
-      f"heldout is '{task.heldout}', which is trained on: name another.", ("heldout",)
+      f"heldout is '{task.heldout}', which is the training split: name another.", ("heldout",)
     )
   if world:
     for field in ("records", "heldout_records"):
       if not getattr(task, field) and (task.heldout or field == "records"):
-        raise FieldError(f"{field} is 0; {world} are drawn without end: set a number.", (field,))
+        raise FieldError(f"{field} is 0, but {world} are unlimited: set a number.", (field,))
   elif FORMATS[task.format].images:
     _check_fields(task, FORMATS[task.format].texts, FORMATS[task.format].images)
 
 
 def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[str, ...]) -> None:
-  """Checks the fields of maps and templates against those of the records."""
+  """Checks the fields of maps and templates against the fields of the records."""
   if task.maps and task.target not in images:
-    raise FieldError(f"maps need an image as the target, and that is '{task.target}'.", ("maps",))
+    raise FieldError(
+      f"maps require an image as the target, but the target is '{task.target}'.", ("maps",)
+    )
   if taken := [field for field in task.maps if field in (*texts, *images)]:
     raise FieldError(f"maps has '{taken[0]}', a field of the records: rename it.", ("maps", *taken))
   images = (*images, *task.maps)
@@ -247,15 +252,15 @@ def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[s
           )
         if field in images and segment != f"{{{field}}}":
           raise FieldError(
-            f"the template '{template}' has the image {{{field}}} in a text: put {BREAK} between "
-            "them.",
+            f"the template '{template}' has the image {{{field}}} inside a text: put {BREAK} "
+            "between them.",
             ("templates", place),
           )
 
 
 def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
   if not isinstance(values, Sequence) or isinstance(values, str):
-    raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of its fields.")
+    raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of fields.")
   found = []
   for number, value in enumerate(values, 1):
     try:
@@ -267,37 +272,39 @@ def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionsConfig:
-  """Tasks of instruction tuning, and how they are mixed (CM3Leon, section 4); docs/instructions.md.
+  """Tasks of instruction tuning and their mixture (CM3Leon, section 4; docs/instructions.md).
 
-  Without tasks a run trains on its documents alone.
+  Without tasks, a run trains only on its documents.
   """
 
   tasks: str = ""
-  """YAML file of tasks, or one that comes with the package: `cm3leon`, `tutorial` or `scenes`."""
+  """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """More tasks, each a dict of the fields that it has in YAML (docs/instructions.md)."""
+  """Additional tasks, each a dict with the same fields as in YAML (docs/instructions.md)."""
   only: tuple[str, ...] = ()
-  """Names of the tasks that are trained; (): all."""
+  """Names of the tasks to train. () means all."""
   root: str = ""
   """Folder of the files of all tasks."""
   allow_outside: bool = False
-  """Whether records may name images outside of the folder of images of their task. Only for records
-  that you trust: they could name any file of the machine."""
+  """Whether records may name images outside the image folder of their task. Use it only for records
+  that you trust, because such records can name any file of the machine."""
   max_records: NonNegativeInt = 0
-  """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
+  """Maximum number of training records per task; the first ones are used. 0 means that only
+  `records` of the task limits them."""
   redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of training records whose given images are first encoded and decoded by the image
-  tokenizer, so that they look like images that a model drew."""
+  """Share of training records whose given images the image tokenizer first encodes and decodes, so
+  that they look like generated images."""
   loss_on: LossOn = "all"
-  """`all`: every token is a target, the instruction, too, as in the paper; `target`: the answer."""
+  """Tokens with a loss. `all`: every token, including the instruction, as in the paper. `target`:
+  only the answer."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of slots that the run's documents get, as in pretraining, so that less is forgotten."""
+  """Share of slots for the run's documents, as in pretraining. It reduces forgetting."""
   least_ratio: Annotated[float, Field(gt=0)] = 0.3
-  """Least size of a task in the mixture, relative to the mean size (paper: 0.3)."""
+  """Lower bound of a task's size in the mixture, relative to the mean size (paper: 0.3)."""
   most_ratio: Annotated[float, Field(gt=0)] = 3.0
-  """The largest relative size (paper: 3)."""
+  """Upper bound of a task's size in the mixture, relative to the mean size (paper: 3)."""
 
   @property
   def any(self) -> bool:
-    """Returns whether there are tasks."""
+    """Returns whether the config has tasks."""
     return bool(self.tasks or self.own_tasks)

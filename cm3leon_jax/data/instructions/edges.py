@@ -1,4 +1,4 @@
-"""Computes maps of an image, which a model is given to draw another image with these edges."""
+"""Computes edge maps of an image. A model draws images from such maps."""
 
 # H height, W width.
 
@@ -10,20 +10,20 @@ import numpy as np
 from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 
-LOW, HIGH = 100, 200  # Thresholds of hysteresis, as most examples of ControlNet have them.
+LOW, HIGH = 100, 200  # Hysteresis thresholds, as in most examples of ControlNet.
 
 
 def load_opencv() -> types.ModuleType:
-  """Imports OpenCV, which is an extra: a task without computed maps does not need it.
+  """Imports OpenCV, which is an extra, because only tasks with computed maps need it.
 
   Raises:
-    UserError: it is not installed.
+    UserError: OpenCV is not installed.
   """
   try:
     import cv2
   except ImportError as error:
     raise UserError(
-      f"edges of images need OpenCV, which is not installed ({error}): {extras.install('demo')}."
+      f"edge maps need OpenCV, which is not installed ({error}): {extras.install('demo')}."
     ) from error
   return cv2
 
@@ -31,24 +31,24 @@ def load_opencv() -> types.ModuleType:
 def canny_edges(image: np.ndarray) -> np.ndarray:
   """Finds edges by the method of Canny (1986).
 
-  In a pixel of several channels the one with the largest gradient counts, so that a yellow object
-  on white has edges, too.
+  Each pixel uses the channel with the largest gradient, so that a yellow object on white has edges,
+  too.
 
   Args:
     image: [H, W, 3] uint8.
 
   Returns:
-    [H, W, 3] uint8: white edges of one pixel on black.
+    [H, W, 3] uint8: white edges, one pixel wide, on black.
   """
   edges = load_opencv().Canny(np.ascontiguousarray(image), LOW, HIGH)
   return np.repeat(edges[..., None], 3, axis=2)
 
 
 def scribble(image: np.ndarray) -> np.ndarray:
-  """Draws an image as a person would scribble it: few, thick, smooth lines.
+  """Draws an image as a person would scribble it, with few thick smooth lines.
 
-  Edges of the blurred image, closed, thickened, and blurred again before they become black and
-  white, so that corners are round. Widths grow with the side of the image.
+  Blurs the image, finds edges and thickens them. Then blurs the lines and thresholds them, so that
+  corners are round. The line width grows with the height of the image.
 
   Args:
     image: [H, W, 3] uint8.
@@ -72,7 +72,7 @@ class ImageMap:
 
   Attributes:
     kind: a key of MAPS.
-    image: of which it is; a path, [H, W, 3] uint8, or another map.
+    image: image that the map is computed from: a path, [H, W, 3] uint8, or another map.
   """
 
   kind: str

@@ -1,11 +1,10 @@
-"""Reads files of public instruction data, in the formats of their releases, as records.
+"""Reads public instruction data in its release formats as records.
 
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
-(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and
-those of `grounding`, `lines` and `llava`. docs/data_formats.md has a table of the files. Texts
-are those of the files without white space at both ends; a record whose caption or answer is blank
-is left out.
+(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and the
+formats of `grounding`, `lines` and `llava`. docs/data_formats.md has a table of the files. The
+reader strips white space at both ends of texts and skips records with a blank caption or answer.
 """
 
 import collections
@@ -36,7 +35,7 @@ from cm3leon_jax.data.published.releases import (
 )
 from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
 
-# Split of Localized Narratives -> first part of its file names, number of its files, and an image.
+# Split of Localized Narratives -> prefix of the file names, number of files, image path of an id.
 NARRATIVES = {
   "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
   "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
@@ -49,9 +48,9 @@ NARRATIVES = {
   "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
   "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
 }
-# Split of InstructPix2Pix -> its part of seeds.json, in twentieths, as in the released training.
+# Split of InstructPix2Pix -> range of seeds.json in twentieths, as in the released training code.
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
-UNANSWERABLE = "unanswerable"  # In VizWiz.
+UNANSWERABLE = "unanswerable"  # The answer that VizWiz uses.
 
 
 CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")
@@ -71,15 +70,15 @@ def open_records(
       images={"image": "data/train_images/0054c91397f2fe05.jpg"}, facts={"answers": [...]})
 
   Args:
-    name: of the format, a key of `FORMATS`.
+    name: name of the format, a key of `FORMATS`.
     root: folder with the files of the release.
     split: one of `FORMATS[name].splits`.
-    images: folder with the release's folders of images, e.g. `train_images/`; None: `root`.
+    images: folder that holds the release's image folders, e.g. `train_images/`. None means `root`.
 
   Raises:
-    UserError: an unknown name or split, or a file that does not exist; and while records are read,
-      a file of another format, a wrong record, or an image that is not in the folder of images,
-      naming file and line or id.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
+      the wrong format, a record is invalid, or an image is outside the image folder. The message
+      names the file and the line or id.
   """
   check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
   images = image_folder(root if images is None else images)
@@ -98,7 +97,7 @@ def open_records(
       start, count, image = NARRATIVES[split]
       shards = [f"-{i:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
       shards = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]
-      # The captions alone are one file, which is then found once for each shard.
+      # If the folder has only the small file of captions, every shard resolves to that file.
       files = dict.fromkeys(file(f"{start}_captions.jsonl", shard) for shard in shards)
       return read_narratives(files, images, image)
     case "textvqa":
@@ -119,7 +118,7 @@ def open_records(
 
 
 def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields a record of each caption; its key is that of `caption_prompts`."""
+  """Yields one record per caption, with the key of `caption_prompts`."""
   for example in caption_prompts(examples):
     assert example.prompt is not None
     assert example.image is not None
@@ -128,12 +127,12 @@ def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
 
 
 def question_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields a record of each question, with the answer that most annotators gave.
+  """Yields one record per question, with the most frequent answer of the annotators.
 
     references ("a cat", "cat", "cat ", "", "", "") become the answer "cat"
 
-  Of equally frequent answers, the first in the file counts. Blank answers do not. A question that
-  cannot be answered has the answer "unanswerable". The fact `answers` has all answers unchanged.
+  Ties go to the first answer in the file. Blank answers do not count. An unanswerable question has
+  the answer "unanswerable". The fact `answers` keeps all answers unchanged.
   """
   for example in examples:
     given = [text.strip() for text in example.references if text.strip()]
@@ -154,16 +153,16 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
 
 
 def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split of dataset_flickr30k.json with all of its captions.
+  """Yields each image of a split of dataset_flickr30k.json with all its captions.
 
   Args:
     file: {"images": [{filename, split, sentences: [{raw}]}]}.
-    images: folder that holds flickr30k-images/.
+    images: parent folder of flickr30k-images/.
     split: "train", "val" or "test".
 
   Raises:
-    UserError: naming file and image: another format, an image that is there twice or has no
-      captions, no image in the split.
+    UserError: the format is wrong, an image occurs twice, an image has no captions, or the split
+      has no image. The message names the file and the image.
   """
   for name, entry in evaluation_files.karpathy_split(file, split, "filename", str).items():
     where = f"{file}, image {name}"
@@ -183,12 +182,12 @@ def read_narratives(
     the key 137576/1
 
   Args:
-    files: JSONL, {image_id, caption} a line; the traces of the large files are not read.
+    files: JSONL files with {image_id, caption} per line. The traces in the large files are ignored.
     images: folder that holds the images.
-    image: path of an image in it, with a field for the id, e.g. "val2017/{:0>12}.jpg".
+    image: format string of the path in `images` for an image id, e.g. "val2017/{:0>12}.jpg".
 
   Raises:
-    UserError: naming file and line: no JSON, another format.
+    UserError: a line is not JSON or has the wrong format. The message names the file and the line.
   """
   seen: collections.Counter[str] = collections.Counter()
   for file in files:
@@ -207,11 +206,11 @@ def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]
 
   Args:
     file: {"data": [{question_id, image_id, question, answers: [text]}]}.
-    images: folder that holds train_images/, which has the images of both splits.
+    images: parent folder of train_images/, which has the images of both splits.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, a question without
-      answers.
+    UserError: the format is wrong, an id occurs twice, or a question has no answers. The message
+      names the file and the id.
   """
   entries = field_of(load_json(file), "data", list, file)
   for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():
@@ -236,26 +235,26 @@ def read_scienceqa(
     "Iowa is ...", the reasoning "Iowa is ... So the answer is (B)", and the facts
     {"choices": ["Ohio", "Iowa"], "answer_index": 1}
 
-  A problem without an explanation has no reasoning either.
+  A problem without an explanation has an empty reasoning.
 
   Args:
-    problems: file, {id: {question, choices: [text], answer: place in choices, hint, solution,
-      image: name, or null}}.
-    splits: file, {split: [id]}.
+    problems: file with {id: {question, choices: [text], answer: index into choices, hint, solution,
+      image: name or null}}.
+    splits: file with {split: [id]}.
     images: folder that holds images/SPLIT/ID/.
     split: "train", "val" or "test".
 
   Raises:
-    UserError: naming file and id: another format, an id that is twice in the split or has no
-      problem, an answer that is no place in `choices`.
+    UserError: the format is wrong, an id occurs twice in the split, an id has no problem, or an
+      answer is not an index into `choices`. The message names the file and the id.
   """
   content = load_json(problems)
   seen = set()
   for key in field_of(load_json(splits), split, list, splits):
     if not isinstance(key, str) or key not in content:
-      raise UserError(f"{splits} has problem {key!r} in '{split}', which {problems} does not have.")
+      raise UserError(f"{splits} has problem {key!r} in '{split}', which is not in {problems}.")
     if key in seen:
-      raise UserError(f"{splits} has problem {key} twice in '{split}'; it must be there once.")
+      raise UserError(f"{splits} has problem {key} twice in '{split}'; list it once.")
     seen.add(key)
     entry, where = content[key], f"{problems}, problem {key}"
     if isinstance(entry, dict) and entry.get("image", "") is None:
@@ -289,13 +288,13 @@ def read_instruct_pix2pix(
     0000042/7_0.jpg and 0000042/7_1.jpg, and 0000042/9; both have the texts of 0000042/prompt.json
 
   Args:
-    seeds: file, [[folder, [seed]]]; beside it, FOLDER/prompt.json: {input, edit, output}.
+    seeds: file with [[folder, [seed]]]. FOLDER/prompt.json next to it has {input, edit, output}.
     images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train", "val" or "test": the first 90%, the next 5% and the last 5% of seeds.json.
 
   Raises:
-    UserError: naming file and place or folder: another format, a folder that is there twice, does
-      not exist or is not beside `seeds`, a seed that is there twice.
+    UserError: the format is wrong, a folder or seed occurs twice, or a folder does not exist next
+      to `seeds`. The message names the file and the entry or folder.
   """
   folders = _seeds_by_folder(seeds)
   start, stop = (len(folders) * twentieths // 20 for twentieths in PIX2PIX[split])
@@ -306,8 +305,8 @@ def read_instruct_pix2pix(
     file = epath.Path(beside.find(posixpath.join(folder, "prompt.json"), where, "file"))
     if not file.exists():
       raise UserError(
-        f"{seeds} names {file}, which does not exist; give all folders of the release, or a list "
-        "of those that are there."
+        f"{seeds} names {file}, which does not exist; give all folders of the release, or list "
+        "only the existing ones."
       )
     prompt = load_json(file)
     texts = {name: field_of(prompt, field, str, file).strip() for name, field in names.items()}
@@ -321,16 +320,16 @@ def read_instruct_pix2pix(
 
 
 def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
-  """Returns the folders of seeds.json with their seeds; raises UserError for a wrong entry."""
+  """Returns folder -> seeds of seeds.json. Raises UserError at an invalid entry."""
   folders = {}
   for number, entry in enumerate(load_json(file, list), 1):
     where = f"{file}, entry {number}"
     if not (isinstance(entry, list) and [type(value) for value in entry] == [str, list]):
-      raise UserError(f"{where} must be a list of the name of a folder and the list of its seeds.")
+      raise UserError(f"{where} must be a list of a folder name and the list of its seeds.")
     folder, seeds = entry[0], [str(seed) for seed in entry[1]]
     if folder in folders:
-      raise UserError(f"{where} has folder {folder} a second time; it must be there once.")
+      raise UserError(f"{where} has folder {folder} a second time; list it once.")
     if len(set(seeds)) < len(seeds):
-      raise UserError(f"{where}, folder {folder}, has a seed twice; each must be there once.")
+      raise UserError(f"{where}, folder {folder}, has a seed twice; list each seed once.")
     folders[folder] = seeds
   return folders

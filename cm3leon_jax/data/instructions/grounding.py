@@ -1,4 +1,4 @@
-"""Reads captions with the boxes of objects, as the text that CM3Leon draws from (figure 15)."""
+"""Reads captions with object boxes and describes the boxes as text, as in CM3Leon's figure 15."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +12,8 @@ from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_js
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
-SIDE = 256  # Locations are pixels of an image of this side, whatever the resolution of the run.
-MOST_OBJECTS = 8  # Of an image, the largest ones: a location takes about 20 tokens.
+SIDE = 256  # Locations are pixels of an image with this side, whatever the run's resolution is.
+MOST_OBJECTS = 8  # Maximum per image, because a location takes about 20 tokens.
 
 Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 
@@ -26,26 +26,27 @@ def read_coco_objects(
     a bottle in the box [199, 130, 5, 20] of an image of 256 x 256 pixels:
     objects "bottle at location (199, 130) -> (204, 150)"
 
-  Locations are those of the image as it is read: its centered square, scaled to SIDE x SIDE pixels.
-  Boxes are clipped to the square. Objects outside of it and crowds are left out, and of the
-  remaining ones the largest MOST_OBJECTS come first to last. An image without objects is left out.
+  Locations refer to the image after preprocessing: its centered square, scaled to SIDE x SIDE
+  pixels. Boxes are clipped to the square. Objects outside the square and crowds are skipped. The
+  largest MOST_OBJECTS remain, ordered from large to small. Images without objects are skipped.
 
   Args:
-    instances: file, {"images": [{id, width, height}], "categories": [{id, name}], "annotations":
-      [{image_id, category_id, bbox: [left, top, width, height], iscrowd: 0 or 1}]}.
-    captions: file of the same split, see `files.read_coco`.
-    images: folder that holds `folder`.
-    folder: of the images.
+    instances: file with {"images": [{id, width, height}], "categories": [{id, name}],
+      "annotations": [{image_id, category_id, bbox: [left, top, width, height], iscrowd: 0 or 1}]}.
+    captions: caption file of the same split, see `files.read_coco`.
+    images: parent folder of `folder`.
+    folder: name of the folder with the images of this split.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, an object of an
-      unknown image or category, an image without a size, a captioned image without instances.
+    UserError: the format is wrong, an id occurs twice, an object has an unknown image or category,
+      an image has no valid size, or a captioned image is not in `instances`. The message names the
+      file and the id.
   """
   objects = _objects_by_image(instances)
   for example in caption_prompts(files.read_coco(captions, images, folder)):
     if int(example.group) not in objects:
       raise UserError(
-        f"{captions}, image {example.group}, is not in {instances}; give the two files of one "
+        f"{captions}, image {example.group}, is not in {instances}; give two files of the same "
         "split."
       )
     if listed := objects[int(example.group)]:
@@ -56,7 +57,7 @@ def read_coco_objects(
 
 
 def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
-  """Returns the text of the objects of each image by its id."""
+  """Maps each image id to the text that describes its objects."""
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
   categories = field_of(content, "categories", list, file)
@@ -74,7 +75,7 @@ def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
     )
     for name, key, known in (("image_id", image_id, sizes), ("category_id", category_id, names)):
       if key not in known:
-        raise UserError(f"{where} has {name} {key}, which the file does not list.")
+        raise UserError(f"{where} has {name} {key}, which is not listed in the file.")
     box = square_box(_box_of(entry, where), *sizes[image_id])
     if box is not None and not crowd:
       found[image_id].append((names[category_id], box))
@@ -91,7 +92,7 @@ def _size_of(entry: dict, where: str) -> tuple[int, int]:
 def _box_of(entry: dict, where: str) -> Sequence[float]:
   box = field_of(entry, "bbox", list, where)
   numbers = [x for x in box if isinstance(x, int | float) and not isinstance(x, bool)]
-  # The comparison refuses NaN and infinity, which Python reads in JSON, too.
+  # The comparison also rejects NaN and infinity, which Python's JSON parser accepts.
   right = len(box) == len(numbers) == 4 and all(abs(x) < 2**31 for x in numbers)
   if not right or min(numbers[2:]) < 0:
     raise UserError(
@@ -101,18 +102,18 @@ def _box_of(entry: dict, where: str) -> Sequence[float]:
 
 
 def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
-  """Moves a box to the centered square of its image, scaled to SIDE x SIDE pixels.
+  """Converts a box to coordinates of the image's centered square, scaled to SIDE x SIDE pixels.
 
     square_box((100, 50, 100, 25), 400, 200) = (0, 64, 128, 96)
-    The square begins at the column 100, and a pixel becomes 1.28 x 1.28.
+    The square begins at column 100, and a pixel becomes 1.28 x 1.28.
 
   Args:
     bbox: left, top, width, height in pixels of the image.
-    width: of the image.
-    height: of the image.
+    width: width of the image in pixels.
+    height: height of the image in pixels.
 
   Returns:
-    Left, top, right, bottom, clipped and rounded; None if nothing of it is in the square.
+    Left, top, right, bottom, clipped and rounded; None if the box is outside the square.
   """
   side = min(width, height)
   scale = SIDE / side
@@ -125,7 +126,7 @@ def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
 
 
 def describe_objects(objects: Sequence[tuple[str, Box]]) -> str:
-  """Describes the largest objects, the largest first, in the form of CM3Leon's figure 15.
+  """Describes the largest objects, in descending order of area, as in CM3Leon's figure 15.
 
   [("cup", (0, 0, 9, 9)), ("bottle", (199, 130, 204, 150))] becomes
   "bottle at location (199, 130) -> (204, 150), cup at location (0, 0) -> (9, 9)"

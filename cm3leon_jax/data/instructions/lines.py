@@ -1,4 +1,4 @@
-"""Reads records of instruction data in a general format, a JSON object on each line of a file."""
+"""Reads instruction records in a general format: one JSON object per line."""
 
 from collections.abc import Iterator
 import difflib
@@ -15,21 +15,22 @@ FIELDS = ("key", "group", "texts", "images")
 
 
 def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
-  """Yields a record of each line that is not blank.
+  """Yields one record per nonblank line.
 
     {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}} in line 3
     becomes Record("3", "a/7.jpg", {"question": "how many?", "answer": "two"},
     {"image": "IMAGES/a/7.jpg"})
 
   Args:
-    file: JSONL with these fields: `texts`, {name: text}, and `images`, {name: path}, one of which
-      may be absent; `key`, unique in the file, or else the number of the line; `group`, or else the
-      path of the first image, or else the key.
-    images: folder that paths are relative to; an absolute path or a URL in it stays.
+    file: JSONL file with these fields: `texts`, {name: text}, and `images`, {name: path}, of which
+      at least one is required. `key`, unique in the file, defaults to the line number. `group`
+      defaults to the path of the first image, or to the key if there is no image.
+    images: folder that the paths are relative to. Absolute paths and URLs are kept.
 
   Raises:
-    UserError: naming file and line: no JSON, a field that is unknown or of another type, a name
-      that no template can have, a key that is there twice, or an image that is not in the folder.
+    UserError: a line is not JSON, a field is unknown or has the wrong type, a template cannot
+      contain a name, a key occurs twice, or an image is outside the folder. The message names the
+      file and the line.
   """
   seen: dict[str, str] = {}
   for where, entry in read_json_lines(file):
@@ -37,17 +38,17 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
       raise UserError(f"{where} must be an object with the fields 'texts' and 'images'.")
     if unknown := [name for name in entry if name not in FIELDS]:
       close = difflib.get_close_matches(unknown[0], FIELDS, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"a line has {', '.join(FIELDS)}."
+      hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(FIELDS)}."
       raise UserError(f"{where} has the field '{unknown[0]}': {hint}")
     texts, paths = (_named(entry, field, where) for field in ("texts", "images"))
     if not texts and not paths:
-      raise UserError(f"{where} has no texts and no images; it must have at least one.")
+      raise UserError(f"{where} has no texts and no images; it must have at least one of them.")
     if both := [name for name in texts if name in paths]:
-      raise UserError(f"{where} has '{both[0]}' in 'texts' and in 'images': rename one.")
+      raise UserError(f"{where} has '{both[0]}' both in 'texts' and in 'images': rename one.")
     number = where.rpartition(" ")[2]
     key = _name(entry, "key", where) or number
     if key in seen:
-      raise UserError(f"{where} has the key '{key}', which line {seen[key]} has, too: rename one.")
+      raise UserError(f"{where} has the same key '{key}' as line {seen[key]}: rename one.")
     seen[key] = number
     group = _name(entry, "group", where) or next(iter(paths.values()), key)
     joined = {name: images.find(path, where) for name, path in paths.items()}
@@ -55,24 +56,24 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
 
 
 def _named(entry: dict, field: str, where: str) -> dict[str, str]:
-  """Returns the texts or paths of a line without white space at both ends."""
+  """Returns the texts or paths of a line, stripped of white space at both ends."""
   values = entry.get(field, {})
   if not isinstance(values, dict):
     raise UserError(f"{where} must have an object in its field '{field}'.")
   for name, value in values.items():
     if not re.fullmatch(r"\w+", name):
       raise UserError(
-        f"{where} has the name '{name}' in '{field}'; it must be of letters, digits and '_', as "
-        "templates have it."
+        f"{where} has the name '{name}' in '{field}'; a name in a template consists of letters, "
+        "digits and '_'."
       )
     if not isinstance(value, str) or (field == "images" and not value.strip()):
       kind = "a text" if field == "texts" else "the path of a file"
-      raise UserError(f"{where} must have {kind} in '{name}' of its field '{field}'.")
+      raise UserError(f"{where} must have {kind} under '{name}' in its field '{field}'.")
   return {name: value.strip() for name, value in values.items()}
 
 
 def _name(entry: dict, field: str, where: str) -> str:
-  """Returns the key or group of a line, "" if it is absent."""
+  """Returns the key or group of a line, or "" if the field is absent."""
   value = entry.get(field, "")
   if not isinstance(value, str) or (field in entry and not value.strip()):
     raise UserError(f"{where} must have a text in its field '{field}', or no such field.")

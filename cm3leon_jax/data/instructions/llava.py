@@ -10,7 +10,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-# Split of LLaVA, the name of its file -> folder of the images that the file names.
+# Split, which is also the file name -> folder of the file's images.
 LLAVA = {
   "llava_instruct_150k": "train2017",
   "llava_instruct_80k": "train2017",
@@ -23,23 +23,23 @@ IMAGE_MARK = "<image>"
 
 
 def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Record]:
-  """Yields each answer of the conversations of LLaVA about an image.
+  """Yields one record per answer in LLaVA's conversations about images.
 
     human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
     become the record 3/0, with the instruction "What is it?" and the answer "A bus.", and 3/1, with
     the instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?" and "Red."
 
-  The field `id` is not read, as it may occur again. Conversations without an image, and
-  a question after the last answer, are left out.
+  Ignores the field `id`, which is not unique. Skips conversations without an image, and a question
+  without an answer at the end of a conversation.
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: folder that holds `folder`.
-    folder: that the file names images in; "": `images` itself.
+    images: parent folder of `folder`.
+    folder: folder that the image names in `file` are relative to. "" means `images` itself.
 
   Raises:
-    UserError: naming file and entry: another format, a conversation without an answer, or one in
-      which human and gpt do not take turns.
+    UserError: the format is wrong, a conversation has no answer, or human and gpt do not take
+      turns. The message names the file and the entry.
   """
   for number, entry in enumerate(load_json(file, list), 1):
     where = f"{file}, entry {number}"
@@ -57,7 +57,7 @@ def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterat
 
 
 def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
-  """Returns the questions of a conversation of LLaVA with their answers, without image marks."""
+  """Returns the (question, answer) pairs of a conversation, without image marks."""
   values = []
   for number, turn in enumerate(field_of(entry, "conversations", list, where)):
     place = f"{where}, turn {number + 1}"
@@ -66,5 +66,5 @@ def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
       raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
     values.append(field_of(turn, "value", str, place).replace(IMAGE_MARK, "").strip())
   if len(values) < 2:
-    raise UserError(f"{where} has no answer; it must have one turn from 'gpt' or more.")
+    raise UserError(f"{where} has no answer; it must have at least one turn from 'gpt'.")
   return list(zip(values[::2], values[1::2]))

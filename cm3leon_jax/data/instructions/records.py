@@ -1,4 +1,4 @@
-"""Defines a record of instruction data: named texts and images, which a task's template joins."""
+"""Defines records of instruction data: named texts and images, which a task's template joins."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -11,14 +11,14 @@ from cm3leon_jax.data.instructions.edges import ImageMap
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A record.
+  """Named texts and images of one training or held-out sample.
 
   Attributes:
     key: unique in its source.
-    group: what it belongs to, e.g. the id of an image; records of one group are not independent.
-    texts: name -> text, e.g. "question".
-    images: name -> path, or [H, W, 3] uint8 pixels, or a map that is computed from either.
-    facts: what a judge needs to know; {} if nothing.
+    group: e.g. the id of an image. Records of one group are not independent.
+    texts: name -> text; a name is e.g. "question".
+    images: name -> path, [H, W, 3] uint8 pixels, or a map to compute from an image.
+    facts: what a judge needs to know about the record. May be empty.
   """
 
   key: str
@@ -29,14 +29,14 @@ class Record:
 
 
 class DrawnTasks(Protocol):
-  """Tasks of a world: it draws their records, with the images. They are pickled to the workers."""
+  """Tasks of a world, which draws their records and images. Must be picklable for the workers."""
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
-    """Yields the first records of a task.
+    """Yields the first `number` records of a task.
 
     Raises:
-      UserError: there is no such task or split, or the packages of an extra are absent.
+      UserError: the task or split does not exist, or the packages of an extra are not installed.
     """
 
   def identity(self) -> dict[str, Any]:
-    """Returns what the records depend on, beside task and split."""
+    """Returns everything that the records depend on, except the task and the split."""

@@ -1,4 +1,4 @@
-"""Opens the stores of instructions as sources of rows."""
+"""Opens instruction stores as sources of training rows."""
 
 from etils import epath
 
@@ -16,20 +16,20 @@ from cm3leon_jax.vocab import VocabLayout
 def instruction_sources(
   config: InstructionsConfig, folder: epath.Path, vocab: VocabLayout, split: str, share: float
 ) -> list[RowSource]:
-  """Opens the instructions of a split; without tasks there are none.
+  """Opens the instructions of a split, one source per task. Returns [] if there are no tasks.
 
-  The shares of the tasks are those of training in both splits. Held-out samples lack nothing, and
-  only their answers have a weight.
+  The numbers of training records decide the shares of the tasks in both splits. Held-out samples
+  are complete, and only their answers have a loss weight.
 
   Args:
-    config: of the instructions.
-    folder: of their stores.
-    vocab: of the run.
+    config: selects the tasks and bounds their shares.
+    folder: folder that holds the stores.
+    vocab: vocabulary of the stores.
     split: "train" or "heldout".
-    share: of all tasks together.
+    share: sum of the shares of all tasks.
 
   Raises:
-    UserError: a task has no store, or no record, or no task has a held-out split.
+    UserError: a task has no store or no records, or no task has a held-out split.
   """
   if not config.any:
     return []
@@ -44,8 +44,8 @@ def instruction_sources(
   chosen = [task for task in tasks if split == "train" or task.heldout]
   if not chosen:
     raise UserError(
-      "no task of config.instructions has a held-out split: give one of them the field `heldout`, "
-      "for the held-out loss."
+      "no task of config.instructions has a held-out split, which the held-out loss needs: set the "
+      "field `heldout` in at least one task."
     )
   total = sum(shares[task.name] for task in chosen)
   sources = []

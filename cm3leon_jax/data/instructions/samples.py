@@ -1,4 +1,4 @@
-"""Plans and builds the samples of instruction documents, whose target is known.
+"""Plans and builds training samples from instruction documents with a known target.
 
 target inside: </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
 image last:    </s> a cat <break> image </s>
@@ -26,7 +26,7 @@ TARGETS = "targets.npy"
 
 
 class Drops(typing.NamedTuple):
-  """Shares of samples that lack the instruction, or all that is before the target."""
+  """Shares of samples without the instruction, and without everything before the target."""
 
   instruction: float = 0.0
   all: float = 0.0
@@ -34,13 +34,14 @@ class Drops(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-  """What makes the documents of a store instructions.
+  """Targets, drops and loss weights of the instruction documents of one store.
 
   Attributes:
-    targets: [n, 2] int32, half-open ranges in `</s> segment <break> ... segment </s>`.
-    drops: shares of samples that lack something.
-    loss_on: which tokens have a weight.
-    loss_weight: the weight.
+    targets: [n, 2] int32, the target range of each document, half-open, in
+      `</s> segment <break> ... segment </s>`.
+    drops: shares of samples that lack a part.
+    loss_on: "all" weights every token, "target" only the target.
+    loss_weight: weight of a token in the loss.
   """
 
   targets: np.ndarray
@@ -50,7 +51,7 @@ class Instructions:
 
 
 def write_targets(folder: epath.PathLike, targets: npt.ArrayLike) -> None:
-  """Writes the targets of a store beside its documents."""
+  """Writes the targets of a store into its folder."""
   with replacing(epath.Path(folder) / TARGETS) as file:
     np.save(file, np.asarray(targets, np.int32).reshape(-1, 2))
 
@@ -59,11 +60,11 @@ def read_targets(folder: epath.PathLike, count: int) -> np.ndarray:
   """Reads the targets of a store of `count` documents.
 
   Raises:
-    UserError: there are none, or of another number of documents.
+    UserError: the file is missing, or its number of targets is not `count`.
   """
   path = epath.Path(folder) / TARGETS
   if not path.exists():
-    raise UserError(f"{path} does not exist: the documents in {folder} are no instructions.")
+    raise UserError(f"{path} does not exist: the documents in {folder} are not instructions.")
   stages.check_files(path)
   with path.open("rb") as file:
     targets = np.load(file)
@@ -76,13 +77,13 @@ class InstructionPlan(typing.NamedTuple):
   """Plan of the sample of one instruction document.
 
   Attributes:
-    first: segments before this one are left out...
-    skipped: ...as well as this one, -1: none.
-    masked: whether `<mask:0>` stands for the segments that are left out.
-    spans: the target as a CM3 span, or () if it is the last image.
-    target: half-open range of the target in the joined sample without what is left out.
-    length: tokens of the sample.
-    neighbors, missing, crowded_out, dropped: as in `SamplePlan`; instructions have no neighbors.
+    first: index of the first segment that the sample keeps.
+    skipped: index of one more segment that the sample omits. -1 means none.
+    masked: whether `<mask:0>` replaces the omitted segments.
+    spans: the target as a CM3 span, or () if the target is the last image.
+    target: half-open range of the target in the joined sample, after segments were omitted.
+    length: number of tokens of the sample.
+    neighbors, missing, crowded_out, dropped: as in `SamplePlan`. Instructions have no neighbors.
   """
 
   first: int
@@ -104,23 +105,24 @@ def plan_instruction(
   rng: np.random.Generator,
   drops: Drops,
 ) -> InstructionPlan:
-  """Chooses what a sample lacks.
+  """Chooses at random which segments a sample omits.
 
     lengths = [2, 16, 3, 16], target = (25, 41), the last segment, an image
     complete:            all four segments
     without instruction: the first, the second and the fourth
     without all:         </s> <mask:0> <break> fourth </s>
 
-  An image that is the last segment is predicted in its place, as images of captions are; any other
-  target is a span that is infilled. Only samples of the former kind can lack something: a masked
-  answer would stand alone. The instruction is the segment before the target.
+  A target image that is the last segment is predicted in its place, like the image of a caption.
+  Any other target becomes a CM3 span that the model infills. Only samples with a target image omit
+  segments, because a masked answer would have no context left. The instruction is the segment
+  before the target.
 
   Args:
-    lengths: of the segments, without `<break>` and `</s>`.
-    is_image: of the segments.
+    lengths: segment lengths without `<break>` and `</s>`.
+    is_image: whether each segment is an image.
     target: half-open range in `</s> segment <break> ... segment </s>`.
-    rng: generator of the sample, at its start.
-    drops: shares.
+    rng: generator of the sample. No number has been drawn from it.
+    drops: shares of samples that omit segments.
   """
   starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
   last, total = len(lengths) - 1, int(starts[-1])
@@ -146,21 +148,16 @@ def build_instruction(
   loss_on: LossOn,
   loss_weight: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Builds the sample of a plan.
+  """Builds the sample that `plan` describes.
 
-  Args:
-    document: its segments.
-    plan: of `plan_instruction`.
-    vocab: names the special tokens.
-    loss_on: "all": every token but the first has the weight (the paper); "target": the target, and
-      the token that ends it.
-    loss_weight: the weight.
+  With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
+  paper. With "target", only the target and the token after it have that weight.
 
   Returns:
-    Tokens [T] int32, and their weights as targets [T] float32.
+    Tokens [T] int32, and their loss weights as targets [T] float32.
 
   Raises:
-    ValueError: the length is not the planned one, because the store changed after planning.
+    ValueError: the length differs from the plan, because the store changed after planning.
   """
   kept = [
     s.tokens for i, s in enumerate(document.segments) if i >= plan.first and i != plan.skipped
@@ -174,7 +171,7 @@ def build_instruction(
   tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)
   if len(tokens) != plan.length:
     raise ValueError(
-      f"document '{document.key}' gives a sample of {len(tokens)} tokens, planned were "
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
   weights = np.full(len(tokens), loss_weight, np.float32)
@@ -183,7 +180,7 @@ def build_instruction(
     weights[:3] = 0
   if loss_on == "target":
     start, stop = plan.target
-    if plan.spans:  # Moved to the end, with <eoss> after it.
+    if plan.spans:  # The target moved to the end and <eoss> follows it.
       start, stop = len(tokens) - 1 - (stop - start), len(tokens) - 1
     weights[:] = 0
     weights[start : stop + 1] = loss_weight

@@ -1,4 +1,4 @@
-"""Reads the records of tasks, and encodes them as stores: one of each task and split."""
+"""Reads the records of tasks and encodes them into one store per task and split."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -27,14 +27,14 @@ from cm3leon_jax.vocab import VocabLayout
 SPLITS = ("train", "heldout")
 REMEDY = (
   "put it there, or name the folder of the images in the task's `images`; "
-  "config.instructions.allow_outside=True takes images from everywhere."
+  "config.instructions.allow_outside=True allows images from everywhere."
 )
-# Fields of a task that are of the mixture and the samples.
+# Task fields that change only the mixture and the samples, not the stores.
 NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
 
 
 def store_name(split: str, task: InstructionTask) -> str:
-  """Returns the name of the store of a task's split: "train_vqa"."""
+  """Returns the name of a task's store, e.g. "train_vqa"."""
   return f"{split}_{task.name}"
 
 
@@ -47,14 +47,14 @@ def open_task(
   """Yields the records of a task.
 
   Args:
-    task: names its format, files and number of records.
+    task: defines format, files and number of records.
     split: "train" or "heldout".
-    config: names the folder of the files.
-    drawn: name of a world -> its tasks, which have the records of WORLD/TASK.
+    config: defines the folder of the files.
+    drawn: world name -> tasks of that world, which draw the records of the format WORLD/TASK.
 
   Raises:
-    UserError: naming the task: an unknown format or split, or a map that its records cannot have;
-      see also `open_records`.
+    UserError: the format or split is unknown, or the records cannot have a map; see also
+      `open_records`. The message names the task.
   """
   name, number = task.train, min(filter(None, (task.records, config.max_records)), default=0)
   if split == "heldout":
@@ -69,14 +69,14 @@ def open_task(
 
 
 def _check_maps(task: InstructionTask, root: str) -> None:
-  """Loads what computes maps, and looks for the folders of the others."""
+  """Raises UserError if a computed map lacks OpenCV, or the folder of another map is missing."""
   if set(task.maps.values()) & set(MAPS):
     load_opencv()
   for field, kind in task.maps.items():
     if kind not in MAPS and not epath.Path(root, kind).is_dir():
       raise UserError(
-        f"its map '{field}' is '{kind}', which is neither {' nor '.join(MAPS)}, and no folder "
-        f"{epath.Path(root, kind)} exists."
+        f"its map '{field}' is '{kind}'; it must be one of {', '.join(MAPS)}, or a folder, but "
+        f"{epath.Path(root, kind)} does not exist."
       )
 
 
@@ -99,17 +99,17 @@ def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
 
 
 def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig) -> Record:
-  """Adds the images that `maps` names: a map of the target, or the file of a folder."""
+  """Adds the maps of a task to a record: computed maps of the target, or files from a folder."""
   if not task.maps:
     return record
   if task.target not in record.images:
-    raise UserError(f"it has maps, which need an image as the target, and that is {task.target}.")
+    raise UserError(f"`maps` requires an image as the target, but the target is {task.target}.")
   image = record.images[task.target]
   images = dict(record.images)
   for field, kind in task.maps.items():
     if field in (*record.texts, *record.images):
       raise UserError(
-        f"its map '{field}' has the name of a field of record {record.key}: rename it."
+        f"its map '{field}' has the same name as a field of record {record.key}: rename it."
       )
     if kind in MAPS:
       images[field] = ImageMap(kind, image)
@@ -118,7 +118,7 @@ def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig
       images[field] = _image_folder(config, kind).find(name, f"record {record.key}")
     else:
       raise UserError(
-        f"its map '{field}' is the folder '{kind}', and its images are no files: use one of "
+        f"its map '{field}' is the folder '{kind}', but its images are not files: use one of "
         f"{', '.join(MAPS)}."
       )
   return dataclasses.replace(record, images=images)
@@ -126,16 +126,16 @@ def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig
 
 @dataclasses.dataclass(frozen=True)
 class InstructionJob:
-  """Encodes the records of one task and split; its shards have the names of `store_name`.
+  """Encodes the records of all tasks. Each shard of the job is one store, see `store_name`.
 
   Attributes:
-    workdir: holds the tokenizers; the stores go to its folder instructions/.
+    workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
     tasks: all tasks of the run.
-    config: names the folder of the files.
-    drawn: name of a world -> its tasks, which have the records of WORLD/TASK.
-    vocab: of the run.
-    positions: most tokens of a sample.
-    num_threads: number of images read at a time.
+    config: defines the folder of the files.
+    drawn: world name -> tasks of that world, which draw the records of the format WORLD/TASK.
+    vocab: ids of both tokenizers.
+    positions: maximum number of predicted tokens per sample: the slots of a row.
+    num_threads: number of images read in parallel.
   """
 
   workdir: str
@@ -147,7 +147,7 @@ class InstructionJob:
   num_threads: int
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the tokenizers; see `shards.ShardJob`."""
+    """Loads the tokenizers and returns the function that encodes a store, see `shards.ShardJob`."""
     text_tokenizer, image_tokenizer = load_tokenizers(self.workdir, self.vocab)
     encoder = RecordEncoder(
       text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
@@ -163,15 +163,15 @@ class InstructionJob:
 
 
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
-  """Writes a store for each task and split that is not yet written.
+  """Writes the missing stores, one per task and split.
 
   Args:
-    job: the work.
-    inputs: ids of the tokenizers; others encode all stores again.
-    runner: of the jobs.
+    job: describes tasks, files and tokenizers.
+    inputs: ids of the tokenizers. If an id changes, all stores are encoded again.
+    runner: executes the job on all stores.
 
   Returns:
-    Numbers of each store, see `write_store`, by its name.
+    Store name -> counts, see `write_store`.
   """
   configs = {
     store_name(split, task): {**identity(task, job), "inputs": inputs}
@@ -193,7 +193,7 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
 
 
 def identity(task: InstructionTask, job: InstructionJob) -> dict:
-  """Returns what a store of a task depends on, beside the tokenizers."""
+  """Returns everything that a task's store depends on, except the tokenizers."""
   fields = dataclasses.asdict(task)
   for name in NOT_OF_STORES:
     del fields[name]
@@ -204,6 +204,6 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
 
 
 def digest_of(tasks: tuple[InstructionTask, ...]) -> str:
-  """Returns the SHA-256 of tasks."""
+  """Returns the SHA-256 digest of the fields of all tasks."""
   values = [plain(dataclasses.asdict(task)) for task in tasks]
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

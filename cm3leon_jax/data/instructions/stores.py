@@ -1,4 +1,4 @@
-"""Encodes records of instruction data as document stores with their targets."""
+"""Encodes instruction records into document stores with targets."""
 
 # H height, W width, I codes of an image.
 
@@ -27,20 +27,20 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-SHARD = 1_024  # Records that are encoded at a time, and documents of a shard.
+SHARD = 1_024  # Number of records that are encoded together and form one shard.
 REJECTED = "rejected.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordEncoder:
-  """What encodes records.
+  """Tokenizers and limits that turn records into token ids.
 
   Attributes:
     encode: text -> [T] int32 ids.
-    image_tokenizer: of the run.
+    image_tokenizer: encodes the images of a record.
     vocab: ids of both tokenizers.
-    positions: most tokens of a sample.
-    num_threads: number of images read at a time.
+    positions: maximum number of predicted tokens per sample: the slots of a row.
+    num_threads: number of images read in parallel.
     redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
   """
 
@@ -55,22 +55,17 @@ class RecordEncoder:
 def write_store(
   folder: epath.PathLike, task: InstructionTask, records: Iterable[Record], encoder: RecordEncoder
 ) -> dict[str, int]:
-  """Writes the records of a task as a store with targets.npy, and those that are wrong apart.
+  """Writes the records of a task as a document store with targets.npy and rejected.jsonl.
 
-  Memory holds SHARD records and their images. A record that is wrong goes to rejected.jsonl with
-  the reason: an image that cannot be read, an empty text, or more tokens than a row has room for.
-
-  Args:
-    folder: of the store.
-    task: of the records.
-    records: in the order of the documents.
-    encoder: of the run.
+  Documents keep the order of the records. Only SHARD records and their images are in memory at a
+  time. An invalid record goes to rejected.jsonl with the reason: an image cannot be read, a text is
+  empty, or the sample does not fit into a row.
 
   Returns:
-    Number of documents, of rejected records, and of tokens of targets.
+    Numbers of documents, of rejected records, and of target tokens.
 
   Raises:
-    UserError: a template does not fit the records, or no record is right.
+    UserError: a template does not fit the records, or no record is valid.
   """
   folder, targets, names = epath.Path(folder), [], []
   folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +86,10 @@ def write_store(
         write_shard(folder, names[-1], documents, encoder.vocab)
         targets += [(one.start, one.stop) for _, one in found]
   if not targets and not rejected:
-    raise UserError(f"task {task.name} has no records: the files of its split have none.")
+    raise UserError(f"task {task.name} has no records: the files of its split are empty.")
   if not targets:
     raise UserError(
-      f"task {task.name} has no right record ({rejected} are wrong): see {folder / REJECTED}."
+      f"task {task.name} has no valid record ({rejected} are rejected): see {folder / REJECTED}."
     )
   finish_store(folder, names, encoder.vocab)
   write_targets(folder, targets)
@@ -105,7 +100,7 @@ def write_store(
 def _encode(
   task: InstructionTask, records: list[Record], encoder: RecordEncoder
 ) -> tuple[list[tuple[Record, Instruction]], list[tuple[Record, str]]]:
-  """Returns the records that are right, with their form, and those that are wrong, with why."""
+  """Returns valid records with their documents, and invalid records with the reason."""
   images, wrong = _read_images(task, records, encoder)
   of_record: dict[int, dict[str, np.ndarray]] = {}
   if images:
@@ -130,8 +125,8 @@ def _encode(
     if size > most:
       target = one.stop - one.start
       wrong[i] = (
-        f"its sample has {size} tokens, {target} of them of {task.target}; a row has room for "
-        f"{most}: shorten it, or raise config.data.sequence_length."
+        f"its sample has {size} tokens, of which {target} belong to {task.target}; a row has room "
+        f"for {most}: shorten it, or raise config.data.sequence_length."
       )
       continue
     found.append((record, one))
@@ -139,17 +134,17 @@ def _encode(
 
 
 def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
-  """Returns whether the given images of a record are redrawn; its key decides."""
+  """Decides from the key of a record whether its given images are redrawn."""
   return random.Random(f"{task.name} {key} redrawn").random() < share
 
 
 def _encode_images(
   tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
 ) -> np.ndarray:
-  """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32, and some as they are redrawn.
+  """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32; encodes `redrawn` images twice.
 
-  Encoding what the codes are decoded to gives other codes: a model that edits its own drawings
-  reads such codes, and no others.
+  Decoding codes and encoding the result changes the codes. A model that edits its own images sees
+  only codes that were encoded twice.
   """
   codes = np.array(tokenizer.encode(pixels))
   if redrawn.any():
@@ -158,7 +153,7 @@ def _encode_images(
 
 
 def _sample_length(one: Instruction) -> int:
-  """Returns the tokens of the sample that lacks nothing, the longest one."""
+  """Returns the number of tokens of the complete sample, which is the longest one."""
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
@@ -168,7 +163,11 @@ def _sample_length(one: Instruction) -> int:
 def _read_images(
   task: InstructionTask, records: list[Record], encoder: RecordEncoder
 ) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
-  """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
+  """Reads all images that the templates use.
+
+  Returns:
+    (record index, field, pixels) of each image, and record index -> error message.
+  """
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
   with futures.ThreadPoolExecutor(encoder.num_threads) as pool:
@@ -183,7 +182,7 @@ def _read_images(
 
 
 def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, np.ndarray]] | str:
-  """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
+  """Reads the named images of a record as (field, pixels), or returns an error message."""
   try:
     return [
       (field, square_pixels(image, side))
@@ -195,10 +194,10 @@ def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, 
 
 
 def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
-  """Reads an image of a record, [side, side, 3] uint8: a path, pixels, or a map to compute.
+  """Reads an image of a record (a path, pixels, or a map to compute) as [side, side, 3] uint8.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the image cannot be read, or its pixels are not a square RGB image.
   """
   if isinstance(image, ImageMap):
     return MAPS[image.kind](square_pixels(image.image, side))

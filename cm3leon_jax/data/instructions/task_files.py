@@ -1,4 +1,4 @@
-"""Reads the tasks that a config of instruction tuning names, from YAML files."""
+"""Reads the tasks of an instruction tuning config from YAML files."""
 
 from collections.abc import Sequence
 import importlib.resources
@@ -12,15 +12,16 @@ from cm3leon_jax.data.sources import yaml_documents
 
 
 def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
-  """Returns the tasks that a config names.
+  """Returns the tasks that a config selects.
 
   Raises:
-    UserError: no such file, a wrong field in it, two tasks of one name, or no task of a name.
+    UserError: the file does not exist or has an invalid field, two tasks have the same name, or
+      `config.only` names an unknown task.
   """
   found = (*(read_tasks(config.tasks) if config.tasks else ()), *config.own_tasks)
   names = [task.name for task in found]
   if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise UserError(f"config.instructions has two tasks of the name '{twice[0]}': rename one.")
+    raise UserError(f"config.instructions has two tasks with the name '{twice[0]}': rename one.")
   if unknown := sorted(set(config.only) - set(names)):
     raise UserError(
       f"config.instructions.only names '{unknown[0]}'; the tasks are {', '.join(names)}."
@@ -29,16 +30,17 @@ def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
 
 
 def shipped() -> list[str]:
-  """Returns the names of the tables of tasks that come with the package."""
+  """Returns the names of the task tables in the package."""
   folder = importlib.resources.files("cm3leon_jax") / "data" / "tasks"
   return sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name.endswith(".yaml"))
 
 
 def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
-  """Reads a YAML file, a list of tasks, by its path or by the name of one of the package.
+  """Reads a list of tasks from a YAML file, or from a task table of the package.
 
   Raises:
-    UserError: naming file and line: no YAML, or a wrong field.
+    UserError: the file does not exist, is not valid YAML or has an invalid field. The message names
+      the file and the line.
   """
   if name_or_path in shipped():
     path = importlib.resources.files("cm3leon_jax") / "data" / "tasks" / f"{name_or_path}.yaml"
@@ -46,24 +48,27 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
   path = epath.Path(name_or_path)
   if not path.exists() or path.is_dir():
     raise UserError(
-      f"config.instructions.tasks is '{name_or_path}'; it must be a YAML file that exists, or one "
-      f"of {', '.join(shipped())}."
+      f"config.instructions.tasks is '{name_or_path}'; it must be an existing YAML file or one of "
+      f"{', '.join(shipped())}."
     )
   return parse_tasks(yaml_documents.read(path), name_or_path)
 
 
 def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
-  """Makes the tasks of a YAML text; `where` names it in messages.
+  """Builds the tasks of a YAML text. Messages call the text `where`.
 
   Raises:
-    UserError: naming the line: no YAML, no list of tasks, a wrong field, or a name of two tasks.
+    UserError: the text is not a YAML list of tasks, a field is invalid, or two tasks have the same
+      name. The message names the line.
   """
   documents = yaml_documents.parse(text, where)
   if len(documents) > 1:
     line = documents[1][0].start_mark.line + 1
-    raise UserError(f"{where}, line {line}: another document begins; a file of tasks has one.")
+    raise UserError(
+      f"{where}, line {line}: a second YAML document begins; a file of tasks must have one."
+    )
   if not documents or not isinstance(documents[0][1], list) or not documents[0][1]:
-    raise UserError(f"{where} must be a list of tasks, each `- name: ...` and its other fields.")
+    raise UserError(f"{where} must be a list of tasks, each `- name: ...` and other fields.")
   [(node, values)] = documents
   found: list[InstructionTask] = []
   lines: dict[str, int] = {}
@@ -73,7 +78,7 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
       task = make_task(value)
       if task.name in lines:
         message = (
-          f"the task of line {lines[task.name]} has the name '{task.name}', too: rename one."
+          f"the task in line {lines[task.name]} has the same name '{task.name}': rename one."
         )
         raise FieldError(message, ("name",))
     except FieldError as error:
@@ -84,7 +89,7 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
 
 
 def _check_keys(node: yaml.Node) -> None:
-  """Raises FieldError if a field of a task is there twice: YAML would take the last one."""
+  """Raises FieldError if a task has a field twice. YAML would silently keep the last value."""
   keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
   if twice := [key for key in keys if keys.count(key) > 1]:
     raise FieldError(
@@ -94,11 +99,11 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def _line_of(node: yaml.Node, path: Sequence[str | int]) -> int:
-  """Returns the line of a field, or of what it is in, counted from 1."""
+  """Returns the line of a field, counted from 1, or of its nearest enclosing node."""
   line = node.start_mark.line
   for part in path:
     if isinstance(node, yaml.MappingNode):
-      # The last one: of two equal keys it is the mistake.
+      # If a key occurs twice, the last occurrence is the mistake.
       inner = [pair for pair in node.value if pair[0].value == part][-1:]
     else:
       items = node.value if isinstance(node, yaml.SequenceNode) else []

@@ -1,8 +1,8 @@
-"""Declares tasks of instruction tuning, and joins records by their templates into documents.
+"""Joins records into documents by the templates of a task, and mixes tasks.
 
-A task is data: templates with named fields, and the field that is to be predicted. An answer that
-stands before the image is the CM3 span of its document, as in the paper (CM3Leon, section 4 and
-table 5); an image that ends the document is predicted in its place.
+A task has templates with named fields, and a target field that the model predicts. A target image
+at the end of the document is predicted in its place. Any other target, such as an answer before the
+image, is the CM3 span of the document, as in the paper (CM3Leon, section 4 and table 5).
 """
 
 # I codes of an image, T tokens of a document.
@@ -28,13 +28,13 @@ from cm3leon_jax.tokenizers.text import encode_pieces
 
 
 def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
-  """Leaves out the lines of a text segment whose optional text is empty in a record.
+  """Drops the lines of a text segment whose optional field is empty in the record.
 
     "Question: {question}\nContext: {context?}\nAnswer: {answer}." with the context "":
     "Question: {question}\nAnswer: {answer}."
 
   Raises:
-    RecordError: another text of the segment is empty.
+    RecordError: a required field of the segment is empty.
   """
   kept = []
   for line in segment.split("\n"):
@@ -42,7 +42,7 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
     for name, mark in empty:
       if not mark:
         raise RecordError(
-          "empty", f"record {record.key} has an empty {name}: task {task.name} needs one."
+          "empty", f"record {record.key} has an empty {name}, which task {task.name} requires."
         )
     if not empty:
       kept.append(line)
@@ -50,17 +50,17 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
 
 
 def choose_template(task: InstructionTask, key: str) -> str:
-  """Chooses the template of a record by its key: the same in every run."""
+  """Chooses the template of a record by its key, so that every run makes the same choice."""
   digest = hashlib.sha256(f"{task.name} {key}".encode()).digest()
   return task.templates[int.from_bytes(digest[:8], "big") % len(task.templates)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A record in the form of its task.
+  """A record that a task's template joined into a document.
 
   Attributes:
-    segments: of the document.
+    segments: segments of the document.
     start, stop: half-open range of the target in `</s> segment <break> ... segment </s>`.
   """
 
@@ -75,25 +75,25 @@ def join_record(
   encode: Callable[[str], np.ndarray],
   codes: Mapping[str, np.ndarray],
 ) -> Instruction:
-  """Joins a record by its task's template.
+  """Joins the fields of a record into a document by its task's template.
 
     "Question: {question} Answer: {answer}. <break> {image}", target "answer":
     segments "Question: how many? Answer: two." and the image, range of the tokens of "two"
 
-  A target within a text is encoded apart from what is around it, as tasks that fill in a mask do
-  (`encode_pieces`), so its tokens are those that the mask will be asked for. White space in texts
-  of the record becomes single spaces; line breaks of the template stay.
+  A target inside a text is encoded separately from the text around it (`encode_pieces`). Decoding
+  tasks that infill a mask encode texts in the same way, so the target tokens match. White space in
+  the record's texts becomes single spaces, but line breaks of the template stay.
 
   Args:
-    task: with its templates.
-    record: of the task's source.
+    task: defines the templates and the target.
+    record: texts and images of one sample.
     encode: text -> [T] int32 ids.
-    codes: ids of the images by their fields, [I] int32 of the shared vocabulary.
+    codes: field name -> [I] int32 ids of the image in the shared vocabulary.
 
   Raises:
-    RecordError: an empty text, see `drop_empty_lines`: the record is set aside.
-    UserError: a field that the record does not have, an image inside a text or predicted before
-      the end, or drops without effect.
+    RecordError: a required text is empty, so the record is rejected.
+    UserError: the template does not fit: the record lacks a field, an image is inside a text, a
+      target image is not the last segment, or the task drops segments that cannot be dropped.
   """
   segments: list[Segment] = []
   at, found = 1, (0, 0)
@@ -112,16 +112,16 @@ def join_record(
 def _check_place(
   task: InstructionTask, segments: list[Segment], target: tuple[int, int], end: int
 ) -> None:
-  """Checks that an image that is predicted is last, and that what may be dropped can be.
+  """Checks that a target image is last and that the task's drops are possible.
 
   Args:
-    task: of the record.
-    segments: of the document.
+    task: defines the drops.
+    segments: segments of the document.
     target: half-open range of the target.
-    end: place after the last segment.
+    end: index after the last token of the last segment.
 
   Raises:
-    UserError: naming the task.
+    UserError: a check fails. The message names the task.
   """
   is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
   if not is_last:
@@ -134,12 +134,12 @@ def _check_place(
       )
   if (task.drop_instruction or task.drop_all) and not is_last:
     raise UserError(
-      f"task {task.name} predicts a text, and only images can lack what is before them: leave "
-      "drop_instruction and drop_all out."
+      f"task {task.name} predicts a text, but segments can be dropped only before an image: remove "
+      "drop_instruction and drop_all."
     )
   if task.drop_instruction and (len(segments) < 2 or segments[-2].is_image):
     raise UserError(
-      f"task {task.name} has drop_instruction, and no text stands before {{{task.target}}}."
+      f"task {task.name} has drop_instruction, but no text precedes {{{task.target}}}."
     )
 
 
@@ -150,14 +150,14 @@ def _segment(
   encode: Callable[[str], np.ndarray],
   codes: Mapping[str, np.ndarray],
 ) -> tuple[np.ndarray, bool, tuple[int, int] | None]:
-  """Returns the tokens of a segment, whether it is an image, and the target's range or None."""
+  """Returns a segment's tokens, whether it is an image, and the target's range in it or None."""
   fields = fields_of(text)
   images = [field for field in fields if field in record.images]
   if images:
     if text != f"{{{images[0]}}}":
       raise UserError(
-        f"the template of task {task.name} has the image {{{images[0]}}} in a text: put {BREAK} "
-        "between them."
+        f"the template of task {task.name} has the image {{{images[0]}}} inside a text: put "
+        f"{BREAK} between them."
       )
     tokens = np.asarray(codes[images[0]], np.int32)
     return tokens, True, (0, len(tokens)) if images[0] == task.target else None
@@ -185,28 +185,29 @@ def _segment(
 def mixture(
   tasks: Sequence[InstructionTask], sizes: Sequence[int], least: float = 0.3, most: float = 3.0
 ) -> list[float]:
-  """Computes the shares of tasks: proportional to their sizes, with clipped ratios.
+  """Computes the shares of tasks: proportional to their sizes, with clipped ratios to the mean.
 
     sizes = [100, 1000, 100000]: their mean is 33,700, the ratios 0.003, 0.03 and 2.97 become 0.3,
     0.3 and 2.97, the shares 0.084, 0.084 and 0.832
 
-  CM3Leon, section 4: "threshold 3/0.3", read as the range of a task's size over the mean size.
+  CM3Leon, section 4, says "threshold 3/0.3". Here this is the range of a task's size divided by the
+  mean size.
 
   Args:
-    tasks: with weights and caps.
-    sizes: numbers of their records.
+    tasks: define weights and caps.
+    sizes: number of records of each task.
     least: smallest ratio.
     most: largest ratio.
 
   Raises:
-    UserError: a task has no records, or no task has a weight.
+    UserError: a task has no records, or all weights are 0.
   """
   for task, size in zip(tasks, sizes, strict=True):
     if not size:
-      raise UserError(f"task {task.name} has no records: add some, or leave the task out.")
+      raise UserError(f"task {task.name} has no records: add some, or remove the task.")
   counted = [min(size, task.cap or size) for task, size in zip(tasks, sizes)]
   mean = sum(counted) / len(counted)
   ratios = [task.weight * min(max(size / mean, least), most) for task, size in zip(tasks, counted)]
   if not sum(ratios):
-    raise UserError("all tasks have the weight 0: give one of them a weight.")
+    raise UserError("all tasks have weight 0: give at least one task a positive weight.")
   return [ratio / sum(ratios) for ratio in ratios]

@@ -1,4 +1,4 @@
-"""Defines an example of a public evaluation: what is given, and what people wrote about it."""
+"""Defines an example of a public evaluation: its inputs and the texts that people wrote for it."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -15,20 +15,21 @@ class Example:
   """An image with a task and its references.
 
   Attributes:
-    key: unique in its format and split.
-    group: id of the image; examples of one image are not independent, so intervals resample groups.
-    image: path, local or in a bucket; None: no image.
-    prompt: question about the image, or caption to draw; None: the image alone is given.
-    references: texts that people wrote: captions, a paragraph, the answers of all annotators with
-      repetitions, or the answer in the dialog.
+    key: unique within its format and split.
+    group: id of the image. Examples of one image are not independent, so confidence intervals
+      resample groups.
+    image: local path or GCS URL. None if the example has no image.
+    prompt: question about the image, or caption to draw. None if the image is the only input.
+    references: texts that people wrote: captions, a paragraph, the answer in the dialog, or the
+      answers of all annotators with repetitions.
     question_type: class of the question, e.g. "what color is the" (VQA v2, OK-VQA).
     answer_type: class of the answer, e.g. "yes/no" (VQA v2, OK-VQA, VizWiz).
-    answerable: whether the question has an answer (VizWiz); None: not known.
-    caption: of the image, which begins the dialog (VisDial).
-    history: earlier questions of the dialog, each with its answer (VisDial).
+    answerable: whether the question has an answer (VizWiz). None if unknown.
+    caption: caption of the image, with which the dialog begins (VisDial).
+    history: (question, answer) of each earlier round of the dialog (VisDial).
     candidates: answers to rank (VisDial: 100).
-    relevance: of each candidate, in [0, 1].
-    answer_index: place of the reference among the candidates; None: no candidates.
+    relevance: relevance of each candidate, in [0, 1].
+    answer_index: index of the reference in `candidates`. None if there are no candidates.
   """
 
   key: str
@@ -47,7 +48,7 @@ class Example:
 
 
 def caption_prompts(examples: Iterable[Example]) -> Iterator[Example]:
-  """Yields each caption as the prompt of its image; blank ones are left out.
+  """Yields one example per caption, with the caption as the prompt. Skips blank captions.
 
   Example("42", "42", "42.jpg", references=("a cat ", "two cats")) becomes
   Example("42/0", "42", "42.jpg", prompt="a cat", references=("a cat ",)) and
@@ -62,22 +63,17 @@ def caption_prompts(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Example]:
-  """Chooses examples at random: one of each image before a second one of any.
+  """Chooses examples at random. Takes one example of every image before a second of any image.
 
     keys of the images a and b: a/0 a/1 a/2 b/0
     keys of choose(examples, 3): b/0 a/2 a/1
 
-  The choice depends on the seed, the keys and the groups, not on the order of the examples. A
-  smaller choice is the beginning of a larger one. Each image is equally likely, however many
-  examples it has.
-
-  Args:
-    examples: with different keys.
-    count: number to choose.
-    seed: of the choice.
+  The choice depends on the seed, the keys and the groups, but not on the order of the examples. A
+  smaller choice is a prefix of a larger one. Each image is equally likely, however many examples
+  it has. All keys must differ.
 
   Raises:
-    UserError: `count` is negative, or there are fewer examples.
+    UserError: `count` is negative or exceeds the number of examples.
   """
 
   def rank(name: str) -> bytes:
@@ -89,15 +85,13 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
     turns.append((seen[example.group], rank(example.group), example))
     seen[example.group] += 1
   if not 0 <= count <= len(turns):
-    raise UserError(
-      f"{count} of {len(turns)} examples are to be chosen; ask for 0 to {len(turns)}."
-    )
+    raise UserError(f"cannot choose {count} of {len(turns)} examples; choose 0 to {len(turns)}.")
   turns.sort(key=lambda turn: turn[:2])
   return [example for *_, example in turns[:count]]
 
 
 def check_images(examples: Iterable[Example]) -> None:
-  """Raises UserError if images of the examples do not exist; it names the first and its example."""
+  """Raises UserError if an image of the examples does not exist. Names the first such image."""
   first: dict[str, str] = {}
   for example in examples:
     if example.image is not None:
@@ -106,5 +100,5 @@ def check_images(examples: Iterable[Example]) -> None:
   if absent:
     raise UserError(
       f"{absent[0]}, the image of example {first[absent[0]]}, does not exist ({len(absent)} of "
-      f"{len(first)} images are absent); give the folder with the release's folders of images."
+      f"{len(first)} images are missing); give the folder that holds the release's image folders."
     )

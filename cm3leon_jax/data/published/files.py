@@ -1,9 +1,9 @@
-"""Reads the files of public evaluations, in the formats of their releases, as examples.
+"""Reads public evaluation files in their release formats as examples.
 
 COCO captions (Chen et al. 2015) and their split by Karpathy and Fei-Fei (2015); VQA v2 (Goyal et
 al. 2017); OK-VQA (Marino et al. 2019); VizWiz (Gurari et al. 2018); image paragraphs of Visual
 Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). docs/data_formats.md has a table of
-the files. Texts are those of the files, unchanged: metrics normalize them.
+the files. The reader does not change the texts; metrics normalize them.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from cm3leon_jax.data.published.releases import (
 )
 from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
 
-# Name of a format -> its splits with published references.
+# Format name -> splits with published references.
 SPLITS = {
   "coco_2014": ("train", "val"),
   "coco_2017": ("train", "val"),
@@ -36,7 +36,7 @@ SPLITS = {
   "vg_paragraphs": ("train", "val", "test"),
   "visdial": ("val",),
 }
-# Visual Genome has its images in two folders.
+# Visual Genome distributes its images in two folders.
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
 VISDIAL_FOLDER = "VisualDialog_val2018"
 
@@ -54,15 +54,15 @@ def open_examples(
       prompt="What is on the mat?", references=("cat", "cat", "a cat", ...), ...)
 
   Args:
-    name: of the format, a key of `SPLITS`.
+    name: name of the format, a key of `SPLITS`.
     root: folder with the files of the release.
     split: one of `SPLITS[name]`.
-    images: folder with the release's folders of images, e.g. `val2014/`; None: `root`.
+    images: folder that holds the release's image folders, e.g. `val2014/`. None means `root`.
 
   Raises:
-    UserError: an unknown name or split, or a file that does not exist; and while examples are
-      read, a file of another format, a wrong record, or an image that is not in the folder of
-      images, naming file and id.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
+      the wrong format, a record is invalid, or an image is outside the image folder. The message
+      names the file and the id.
   """
   check_split(name, split, SPLITS)
   images = image_folder(root if images is None else images)
@@ -92,16 +92,16 @@ def open_examples(
 
 
 def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
-  """Yields each image of captions_val2014.json, or of a file like it, with all of its captions.
+  """Yields each image of a COCO caption file, e.g. captions_val2014.json, with all its captions.
 
   Args:
     file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
-    images: folder that holds `folder`.
-    folder: of the images.
+    images: parent folder of `folder`.
+    folder: name of the folder with the images of this file.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, an image without
-      captions, a caption without an image.
+    UserError: the format is wrong, an id occurs twice, an image has no captions, or a caption has
+      no image. The message names the file and the id.
   """
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
@@ -110,7 +110,7 @@ def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterato
     where = f"{file}, annotation {number}"
     image_id = field_of(entry, "image_id", int, where)
     if image_id not in captions:
-      raise UserError(f"{where} has image_id {image_id}, which 'images' of the file does not have.")
+      raise UserError(f"{where} has image_id {image_id}, which is not in 'images' of the file.")
     captions[image_id].append(entry)
   for image_id, entry in listed.items():
     where = f"{file}, image {image_id}"
@@ -121,16 +121,16 @@ def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterato
 
 
 def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split of dataset_coco.json with all of its captions.
+  """Yields each image of a split of dataset_coco.json with all its captions.
 
   Args:
     file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}.
-    images: folder that holds the folders `filepath`.
-    split: "train", "restval", "val" or "test"; the usual training data are the first two.
+    images: parent folder of the folders that `filepath` names.
+    split: "train", "restval", "val" or "test". Usually, models train on the first two.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, an image without
-      captions, no image in the split.
+    UserError: the format is wrong, an id occurs twice, an image has no captions, or the split has
+      no image. The message names the file and the id.
   """
   chosen = karpathy_split(file, split, "cocoid", int)
   for image_id, entry in chosen.items():
@@ -142,10 +142,10 @@ def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iter
 
 
 def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) -> dict:
-  """Returns the images of a split of a file of Karpathy by id.
+  """Returns the image entries of one split of a Karpathy file, keyed by `id_field`.
 
   Raises:
-    UserError: another format, an id that is there twice, no image in the split.
+    UserError: the format is wrong, an id occurs twice, or the split has no image.
   """
   listed = field_of(load_json(file), "images", list, file)
   entries = entries_by_id(listed, id_field, kind, f"{file}, images")
@@ -156,7 +156,9 @@ def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) 
   }
   if not chosen:
     found = sorted({entry["split"] for entry in entries.values()})
-    raise UserError(f"{file} has no image of split '{split}'; it has {', '.join(found) or 'none'}.")
+    raise UserError(
+      f"{file} has no image in split '{split}'; its splits are {', '.join(found) or 'none'}."
+    )
   return chosen
 
 
@@ -166,14 +168,16 @@ def read_vqa(
   """Yields each question of VQA v2 or OK-VQA with the answers of its annotators.
 
   Args:
-    questions: file, {"data_subtype": "val2014", "questions": [{question_id, image_id, question}]}.
-    annotations: file, {"annotations": [{question_id, question_type, answer_type, answers:
-      [{answer}]}]}. The field `raw_answer` of OK-VQA is not read: its metric compares `answer`.
-    images: folder that holds the folder `data_subtype`.
+    questions: file with {"data_subtype": "val2014", "questions": [{question_id, image_id,
+      question}]}.
+    annotations: file with {"annotations": [{question_id, question_type, answer_type, answers:
+      [{answer}]}]}. The field `raw_answer` of OK-VQA is ignored, because its metric compares
+      `answer`.
+    images: parent folder of the folder that `data_subtype` names.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, a question without
-      annotation or answers.
+    UserError: the format is wrong, an id occurs twice, or a question has no annotation or no
+      answers. The message names the file and the id.
   """
   content = load_json(questions)
   subset = field_of(content, "data_subtype", str, questions)
@@ -185,7 +189,7 @@ def read_vqa(
     where = f"{questions}, question {key}"
     if key not in answered:
       raise UserError(
-        f"{where} has no annotation in {annotations}; give the two files of one split."
+        f"{where} has no annotation in {annotations}; give two files of the same split."
       )
     image_id = field_of(entry, "image_id", int, where)
     image = images.find(posixpath.join(subset, f"COCO_{subset}_{image_id:012d}.jpg"), where)
@@ -207,12 +211,12 @@ def read_vizwiz(file: epath.PathLike, images: ImageFolder, folder: str) -> Itera
 
   Args:
     file: [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
-    images: folder that holds `folder`.
-    folder: of the images.
+    images: parent folder of `folder`.
+    folder: name of the folder with the images of this file.
 
   Raises:
-    UserError: naming file and image: another format, an image that is there twice, a question
-      without answers.
+    UserError: the format is wrong, an image occurs twice, or a question has no answers. The
+      message names the file and the image.
   """
   for image, entry in entries_by_id(load_json(file, list), "image", str, str(file)).items():
     where = f"{file}, image {image}"
@@ -232,17 +236,17 @@ def read_paragraphs(
 ) -> Iterator[Example]:
   """Yields each image of a split with its paragraph.
 
-  Some images of the released file are there twice. As in the usual preprocessing for the metrics
-  of captions, the first paragraph counts.
+  Some images occur twice in the released file. The first paragraph counts, as in the usual
+  preprocessing for caption metrics.
 
   Args:
     file: [{image_id, paragraph, url}]; `url` ends in the folder and the name of the image.
     split: file with a list of image ids.
-    images: folder that holds VG_100K/ and VG_100K_2/.
+    images: parent folder of VG_100K/ and VG_100K_2/.
 
   Raises:
-    UserError: naming file and id: another format, an image that is twice in the split or has no
-      paragraph, a `url` of another folder.
+    UserError: the format is wrong, an image occurs twice in the split, an image has no paragraph,
+      or a `url` names another folder. The message names the file and the id.
   """
   entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
@@ -252,7 +256,7 @@ def read_paragraphs(
     if not isinstance(image_id, int) or image_id not in entries:
       raise UserError(f"{split} has image {image_id!r}, which has no paragraph in {file}.")
     if image_id in seen:
-      raise UserError(f"{split} has image {image_id} twice; it must be there once.")
+      raise UserError(f"{split} has image {image_id} twice; list it once.")
     seen.add(image_id)
     where = f"{file}, image {image_id}"
     url = field_of(entries[image_id], "url", str, where)
@@ -260,7 +264,7 @@ def read_paragraphs(
     folder = posixpath.basename(folder)
     if folder not in VG_FOLDERS:
       raise UserError(
-        f"{where} has the url '{url}'; it must end in a name in VG_100K or VG_100K_2."
+        f"{where} has the url '{url}'; it must end in VG_100K/NAME or VG_100K_2/NAME."
       )
     path = images.find(posixpath.join(folder, name), where)
     texts = (field_of(entries[image_id], "paragraph", str, where),)
@@ -270,18 +274,20 @@ def read_paragraphs(
 def read_visdial(
   dialogs: epath.PathLike, dense: epath.PathLike, images: ImageFolder
 ) -> Iterator[Example]:
-  """Yields each round of VisDial v1.0 whose candidates were judged, with the rounds before it.
+  """Yields each round of VisDial v1.0 with judged candidates, together with the earlier rounds.
 
   Args:
-    dialogs: file, {"data": {"questions": [text], "answers": [text], "dialogs": [{image_id,
+    dialogs: file with {"data": {"questions": [text], "answers": [text], "dialogs": [{image_id,
       caption, dialog: [{question, answer, answer_options, gt_index}]}]}}. `question`, `answer` and
-      `answer_options` are places in the lists of texts, `gt_index` is one in `answer_options`.
-    dense: file, [{image_id, round_id, gt_relevance}]; rounds count from 1.
-    images: folder that holds VisualDialog_val2018/.
+      `answer_options` are indices into the lists of texts. `gt_index` is an index into
+      `answer_options`.
+    dense: file with [{image_id, round_id, gt_relevance}]; rounds count from 1.
+    images: parent folder of VisualDialog_val2018/.
 
   Raises:
-    UserError: naming file and id: another format, an id that is there twice, a round without a
-      dialog, a place outside its list, another number of judgments than of candidates.
+    UserError: the format is wrong, an id occurs twice, a round has no dialog, an index is out of
+      range, or a round has more or fewer judgments than candidates. The message names the file and
+      the id.
   """
   data = field_of(load_json(dialogs), "data", dict, dialogs)
   where = f"{dialogs}, data"
@@ -296,10 +302,10 @@ def read_visdial(
     key = f"{image_id}/{round_id}"
     where = f"{dense}, image {image_id}, round {round_id}"
     if key in keys:
-      raise UserError(f"{where} is there twice; each round must be there once.")
+      raise UserError(f"{where} occurs twice; each round must occur once.")
     keys.add(key)
     if image_id not in entries:
-      raise UserError(f"{where} has no dialog in {dialogs}; give the two files of one split.")
+      raise UserError(f"{where} has no dialog in {dialogs}; give two files of the same split.")
     example = _dialog_round(entries[image_id], round_id, questions, answers, dialogs)
     relevance = field_of(judged, "gt_relevance", list, where)
     if len(relevance) != len(example.candidates):
@@ -308,7 +314,7 @@ def read_visdial(
         f"{len(example.candidates)} answers."
       )
     if not all(isinstance(value, int | float) for value in relevance):
-      raise UserError(f"{where} has a value in 'gt_relevance' that is no number.")
+      raise UserError(f"{where} has a value in 'gt_relevance' that is not a number.")
     path = images.find(f"{VISDIAL_FOLDER}/{VISDIAL_FOLDER}_{image_id:012d}.jpg", where)
     relevance = tuple(map(float, relevance))
     yield dataclasses.replace(example, key=key, image=path, relevance=relevance)
@@ -317,7 +323,7 @@ def read_visdial(
 def _dialog_round(
   entry: dict, round_id: int, questions: list, answers: list, file: epath.PathLike
 ) -> Example:
-  """Returns the example of one round of a dialog, without its image and its judgments."""
+  """Returns the example of one dialog round, without its key, image and relevance."""
   where = f"{file}, image {entry['image_id']}"
   rounds = field_of(entry, "dialog", list, where)
   if not 1 <= round_id <= len(rounds):
@@ -344,8 +350,8 @@ def _dialog_round(
 
 
 def _text_of(texts: list, entry: dict, name: str, where: str) -> str:
-  """Returns the text whose place in `texts` is the field `name` of an entry."""
+  """Returns the text at the index that the field `name` of an entry holds."""
   index = field_of(entry, name, int, where)
   if not 0 <= index < len(texts) or not isinstance(texts[index], str):
-    raise UserError(f"{where} has {index} in '{name}'; the list has no text at this place.")
+    raise UserError(f"{where} has {index} in '{name}'; the list has no text at this index.")
   return texts[index]

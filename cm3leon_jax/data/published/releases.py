@@ -1,4 +1,4 @@
-"""Reads files of public releases, and says what is wrong in them by file and id."""
+"""Reads files of public releases. Its errors name the file and the id."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -13,7 +13,7 @@ KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> None:
-  """Raises UserError unless `splits` has the format `name` with this split; (): any split."""
+  """Raises UserError unless `splits[name]` contains `split` or is (), which allows any split."""
   if name not in splits:
     raise UserError(f"The format is '{name}'; it must be one of {', '.join(splits)}.")
   if splits[name] and split not in splits[name]:
@@ -23,17 +23,17 @@ def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) ->
 
 
 def find_file(root: epath.PathLike, names: tuple[str, ...], name: str, split: str) -> epath.Path:
-  """Returns the first file of `names` that is in `root`; raises UserError if there is none."""
+  """Returns the first file of `names` that exists in `root`. Raises UserError if none exists."""
   found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
   if found is None:
     raise UserError(
-      f"{root} has no {' or '.join(names)}: format '{name}' reads it for split '{split}'."
+      f"{root} has no {' or '.join(names)}, which format '{name}' needs for split '{split}'."
     )
   return found
 
 
 def load_json(file: epath.PathLike, kind: type = dict) -> Any:
-  """Reads a JSON file; raises UserError unless it is JSON and of this kind."""
+  """Reads a JSON file. Raises UserError unless its top-level value has the type `kind`."""
   path = epath.Path(file)
   if not path.exists():
     raise UserError(f"{file} does not exist; give the file of the release.")
@@ -42,15 +42,16 @@ def load_json(file: epath.PathLike, kind: type = dict) -> Any:
   except (ValueError, RecursionError) as error:
     raise UserError(f"{file} is not valid JSON ({error}).") from error
   if not isinstance(content, kind):
-    raise UserError(f"{file} is of another format; it must be {KINDS[kind]} in JSON.")
+    raise UserError(f"{file} has the wrong format; it must be {KINDS[kind]} in JSON.")
   return content
 
 
 def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
-  """Yields (place, content) of each line that is not blank, e.g. ("a.jsonl, line 1", {...}).
+  """Yields (place, content) of each nonblank line, e.g. ("a.jsonl, line 1", {...}).
 
   Raises:
-    UserError: naming file and line, if it is not JSON, or longer than `lines.MAX_LINE`.
+    UserError: a line is not JSON or is longer than `lines.MAX_LINE`. The message names the file
+      and the line.
   """
   for where, line in strict_lines(file):
     try:
@@ -61,7 +62,7 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
 
 
 def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
-  """Returns a field; raises UserError unless the entry is an object that has it, of this kind."""
+  """Returns a field of an entry. Raises UserError unless the field exists and has type `kind`."""
   value = entry.get(name) if isinstance(entry, dict) else None
   if not isinstance(value, kind) or isinstance(value, bool):
     raise UserError(f"{where} must be an object with {KINDS[kind]} in its field '{name}'.")
@@ -69,26 +70,26 @@ def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
 
 
 def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
-  """Returns entries by the field `name`; raises UserError if two have the same."""
+  """Maps the field `name` of each entry to the entry. Raises UserError at a repeated value."""
   found = {}
   for number, entry in enumerate(entries, 1):
     key = field_of(entry, name, kind, f"{where}, entry {number}")
     if key in found:
-      raise UserError(f"{where}: {name} {key} is there twice; it must be there once.")
+      raise UserError(f"{where}: {name} {key} occurs twice; it must be unique.")
     found[key] = entry
   return found
 
 
 def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:
-  """Returns the field `name` of all entries; raises UserError if there is none."""
+  """Returns the field `name` of all entries. Raises UserError if the list is empty."""
   if not entries:
     raise UserError(f"{where} has no '{name}'; it must have at least one.")
   return tuple(field_of(e, name, str, f"{where}, entry {n}") for n, e in enumerate(entries, 1))
 
 
 def text_list(entry: Any, name: str, where: str) -> tuple[str, ...]:
-  """Returns the list of texts `name`; raises UserError if it is empty, or has something else."""
+  """Returns the list of texts `name`. Raises UserError if it is empty or has other values."""
   values = field_of(entry, name, list, where)
   if not values or not all(isinstance(value, str) for value in values):
-    raise UserError(f"{where} must have only texts in its list '{name}', and at least one.")
+    raise UserError(f"{where} must have at least one text, and only texts, in its list '{name}'.")
   return tuple(values)

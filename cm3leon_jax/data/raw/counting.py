@@ -1,4 +1,4 @@
-"""Measures a source and prepared data, for the fields of a config that follow from them."""
+"""Measures sources and raw folders, to compute config fields that follow from the data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import itertools
@@ -16,17 +16,18 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 
-SIDES = (24, 48)  # Of the images of a decoder of minutes.
-IMAGES = 200  # That are opened to choose one.
-PAIRS = 3_200  # With the crops that are added to few images.
-MOST_CROPS = 99  # Of an image.
-CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
+SIDES = (24, 48)  # Image sides in pixels with which a model trains in minutes.
+IMAGES = 200  # Number of images that are opened to choose a side.
+PAIRS = 3_200  # Desired number of pairs, crops included.
+MOST_CROPS = 99  # Maximum number of crops per image.
+CHARACTERS = 2**24  # Number of characters of captions and texts that are read to count tokens.
 
 
 def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
-  """Returns the largest of `SIDES` that most of the first images reach, else the smallest one.
+  """Returns the largest of `SIDES` up to the median shorter side of the first images.
 
-  Images that cannot be read are left out; their records are rejected later.
+  Returns the smallest of `SIDES` if the median is smaller, and the largest without readable images.
+  Ignores unreadable images, which are rejected later.
   """
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
@@ -36,9 +37,9 @@ def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) 
 
 
 def crops_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
-  """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0.
+  """Returns the number of crops per image that increases a small source to about `PAIRS` pairs.
 
-  At most `MOST_CROPS`; 0 of a source without pairs, which is refused later.
+  Returns at most `MOST_CROPS`, and 0 for a source without pairs, which is rejected later.
   """
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
@@ -47,7 +48,7 @@ def crops_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> in
 
 
 def _side(pair: RawPair) -> Iterator[int]:
-  """Yields the shorter side of an image, if it can be read."""
+  """Yields the shorter side of an image, or nothing if the image cannot be read."""
   try:
     with (
       reader.open_image(pair.image, pair.key) as file,
@@ -65,14 +66,14 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Counts the tokens that the texts of a raw folder support, and takes the other counts over.
+  """Counts the text tokens that a raw folder supports, and copies other counts from its summary.
 
   Args:
-    folder: that `ingest.prepare` wrote.
-    summary: that it returned.
-    resolution: side of its images.
+    folder: raw folder that `ingest.prepare` wrote.
+    summary: result of `ingest.prepare`.
+    resolution: side of the images in pixels.
     num_special: number of special tokens of the vocabulary.
-    config: of the text tokenizer.
+    config: config of the text tokenizer.
   """
   largest = VocabLayout(num_special=num_special, text_size=MOST_TEXT_TOKENS)
   captions = reader.read_captions(folder)
@@ -89,7 +90,7 @@ def counts_of(
 
 
 def _first(texts: Iterable[str]) -> Iterator[str]:
-  """Yields texts until they have `CHARACTERS` characters."""
+  """Yields texts until their sum reaches `CHARACTERS` characters."""
   left = CHARACTERS
   for text in texts:
     if left <= 0:

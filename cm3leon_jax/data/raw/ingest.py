@@ -1,4 +1,4 @@
-"""Ingests a source into a raw folder of checked records and square images."""
+"""Converts a source into a raw folder of checked records and square images."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -24,25 +24,21 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
 
-SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
+SUMMARY_VERSION = 3  # Version of a shard's summary. A shard of another version is written again.
 
 
 def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[formats.SourcePart]:
-  """Splits the source into parts, one per shard.
-
-  Args:
-    config: section `raw`.
-    drawn: the source, if it draws its images.
+  """Splits the source into parts, one per shard. `drawn` is the source if it draws its images.
 
   Raises:
-    UserError: there is no source, it has no readable files, or another license than the config
-      wants, or it cannot draw what the config asks for.
+    UserError: the config names no source, the source has no readable files, its license is not in
+      `config.licenses`, or it cannot draw at `config.resolution`.
   """
   if not config.source:
     raise UserError(
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' "
-      "or 'scenes'."
+      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' or "
+      "'scenes'."
     )
   if config.source == OPENMOJI:
     return builtin.openmoji_parts(config.licenses)
@@ -62,20 +58,14 @@ def prepare(
   """Writes a shard for each part of the source, then index.json and rejected.jsonl.
 
   A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
-
-  Args:
-    config: section `raw`.
-    parts: see `parts_of`.
-    folder: where the shards are written.
-    runner: runs the shards.
-    drawn: see `parts_of`.
+  `parts` and `drawn` are as in `parts_of`.
 
   Returns:
-    Numbers of shards, of records by split and kind, and of records left out by reason, the
+    Number of shards, number of records by split and kind, number of rejected records by reason, the
     statistics of `summary`, and the numbers of `drawn`.
 
   Raises:
-    UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
+    UserError: too many records are invalid (rejected.jsonl lists them), or no record can be used.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
@@ -102,17 +92,12 @@ def _write_shards(
   runner: Runner,
   drawn: DrawnSource | None,
 ) -> dict[str, dict]:
-  """Writes shards and rejected.jsonl, which lists what was rejected also if too much was.
+  """Writes shards and rejected.jsonl, even if too many records are rejected.
 
-  Args:
-    config: section `raw`.
-    parts: part of the source of each shard, by the shard's name.
-    folder: where the shards are written.
-    runner: runs the shards.
-    drawn: see `parts_of`.
+  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`.
 
   Returns:
-    Summary of each shard by name, in the order of `parts`.
+    Shard name -> summary, in the order of `parts`.
   """
   made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
   configs = {name: _identity(config, part, drawn) for name, part in parts.items()}
@@ -136,22 +121,20 @@ def _write_shards(
 
 
 def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) -> None:
-  """Refuses a source of which no record can be used."""
+  """Raises UserError if no record of the source can be used."""
   if any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
     return
   if more.get("other_licenses"):
     raise UserError(
-      f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
+      f"config.raw.licenses is {config.licenses}, but none of the {more['other_licenses']} "
       f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
-      "for records without one)."
+      "for records without a license)."
     )
-  raise UserError(
-    f"config.raw.source is '{config.source}', which holds no record that can be used."
-  )
+  raise UserError(f"config.raw.source is '{config.source}', which has no usable record.")
 
 
 def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | None) -> dict:
-  """Returns what a shard depends on: its part instead of source, format and number of records."""
+  """Returns everything that a shard depends on, e.g. its part, but not the whole source."""
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   sections = {
     "raw": dataclasses.asdict(config),
@@ -165,7 +148,7 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  """Sums counts by name."""
+  """Sums the counts of all shards by name."""
   total: dict[str, int] = {}
   for shard in counts:
     total |= {name: total.get(name, 0) + count for name, count in shard.items()}
@@ -174,7 +157,7 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ingest:
-  """Job of `prepare`; `parts`: name of the shard -> part of the source."""
+  """Shard job of `prepare`. `parts` maps shard names to parts of the source."""
 
   config: RawConfig
   folder: str
@@ -210,7 +193,7 @@ class _Ingest:
 
 
 def _with_own_size(draw: Callable[[Any, int], np.ndarray]) -> Load:
-  """Returns `draw` with the size of the image that it draws, as `load_with_size` returns it."""
+  """Adapts `draw` to `Load`: returns the drawn pixels together with their size."""
 
   def load(image: str | bytes, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
     pixels = draw(image, resolution)

@@ -1,4 +1,4 @@
-"""Reads raw folders, which `ingest.prepare` writes, and images. Schema: docs/data_formats.md."""
+"""Reads raw folders that `ingest.prepare` wrote, and images. Schema: docs/data_formats.md."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -36,26 +36,30 @@ from cm3leon_jax.runs import stages
 # B images, H height, W width.
 
 INDEX = "index.json"
-IMAGE_DIGESTS = "images.sha256"  # Of a shard, as `sha256sum` writes it; described like its records.
+IMAGE_DIGESTS = "images.sha256"  # Image digests of a shard, in the format of `sha256sum`.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # No others: some of them start programs.
-MAX_BYTES = 2**26  # Of an image file.
-MAX_PIXELS = 2**25  # Of an image, which then takes 0.7 GB while it is scaled.
-LARGE = 2**22  # Pixels from which on images are read one at a time.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # Decoders of other formats may start programs.
+MAX_BYTES = 2**26  # Maximum size of an image file.
+MAX_PIXELS = 2**25  # Maximum per image. Scaling such an image takes 0.7 GB of memory.
+LARGE = 2**22  # Images with more pixels are read one at a time.
 _ONE_LARGE_IMAGE = threading.Lock()
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
-  """Returns the shards of a raw folder, in order: name -> counts, and the digest of its records."""
+  """Returns the shards of a raw folder in order: name -> counts and digest of the records."""
   return read_index(folder)["shards"]
 
 
 def read_index(folder: epath.PathLike) -> dict:
-  """Reads the index: `shards`, and `origins`, the number of records by source and license.
+  """Reads the index of a raw folder.
+
+  Returns:
+    shards: see `shards`.
+    origins: number of records by kind, source, license and attribution.
 
   Raises:
-    UserError: the folder has no index, or one that is damaged or of another schema version.
+    UserError: the index is missing, is damaged, or has another schema version.
   """
   path = epath.Path(folder) / INDEX
   if not path.exists():
@@ -74,25 +78,25 @@ def read_index(folder: epath.PathLike) -> dict:
 
 
 def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
-  """Reads the pairs of a split, shard after shard, images as full paths."""
+  """Reads the pairs of a split in the order of the shards. Images are full paths."""
   return [pair for name in shards(folder) for pair in read_shard(folder, name, RawPair, split)]
 
 
 def read_captions(folder: epath.PathLike) -> list[str]:
-  """Reads the captions of all training pairs, without those of added crops, which repeat them."""
+  """Reads the captions of all training pairs. Skips added crops, whose captions are repetitions."""
   return [pair.caption for pair in read_pairs(folder, "train") if not pair.added_crop]
 
 
 def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
-  """Reads the texts of a split, shard after shard."""
+  """Reads the texts of a split in the order of the shards."""
   return [text for name in shards(folder) for text in read_shard(folder, name, RawText, split)]
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of one kind and split in shard `name`, in order, images as full paths.
+  """Reads the records of one kind and split in shard `name`, in order. Images are full paths.
 
   Raises:
-    UserError: the file of the records is missing or damaged.
+    UserError: the record file is missing or damaged.
   """
   described, file = described_files(folder, name), f"{kind_of(cls)}.jsonl"
   folder = epath.Path(folder) / name
@@ -103,19 +107,19 @@ def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> l
 
 
 def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
-  """Returns size and SHA-256 of the files of shard `name`; none of one of an earlier version."""
+  """Returns size and SHA-256 of the files of shard `name`; {} if an earlier version wrote it."""
   about = epath.Path(folder) / "done" / f"{name}.json"
   return read_json(about, {"summary": dict})["summary"].get("files", {}) if exists(about) else {}
 
 
 def check_file(shard: epath.Path, file: str, expected: dict) -> None:
-  """Raises UserError if a file in the folder `shard` differs from its description."""
+  """Raises UserError if a file of a shard is missing or differs from its description."""
   if wrong := damage(shard / file, expected):
     raise UserError(f"{shard / file} {wrong}: {again(shard)}.")
 
 
 def again(shard: epath.Path) -> str:
-  """Says how to replace a damaged file of a shard."""
+  """Returns the end of an error message: how to replace a damaged file of a shard."""
   return stages.again(shard.parent, f"the folder {shard}")
 
 
@@ -142,29 +146,29 @@ def _read(path: epath.Path, cls: type[T]) -> Iterator[T]:
 def load_image(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> np.ndarray:
-  """Reads an image: [H, W, 3] uint8; arguments and errors as of `load_with_size`."""
+  """Reads an image as [H, W, 3] uint8. Arguments and errors are as in `load_with_size`."""
   return load_with_size(image, resolution, crop)[0]
 
 
 def load_with_size(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Reads an image, upright, on white where transparent, scaled and made square by `crop`.
+  """Reads an image, turns it upright, puts it on white, and scales it to a square.
 
-  Of an animation it reads the first picture. Images may come from strangers, so their bytes and
-  pixels are limited, and large ones are read one at a time.
+  Reads the first frame of an animation. Images may come from strangers, so their bytes and pixels
+  are limited, and large images are read one at a time.
 
   Args:
     image: path, or the bytes of a file.
-    resolution: side of the result; None keeps the size of the image.
+    resolution: side of the result in pixels. None keeps the size of the image.
     crop: "center" or "pad", see `RawConfig.crop`.
 
   Returns:
-    [H, W, 3] uint8, and width and height of the file's image, upright.
+    [H, W, 3] uint8, and width and height of the upright image before scaling.
 
   Raises:
-    UserError: the file is absent, no regular file, larger than MAX_BYTES, has more than MAX_PIXELS,
-      is of another format than FORMATS, or is damaged.
+    UserError: the file is missing, is not a regular file, is damaged, has a format that is not in
+      FORMATS, or exceeds MAX_BYTES or MAX_PIXELS.
   """
   name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
   try:
@@ -173,10 +177,10 @@ def load_with_size(
   except UserError as error:
     _clear_frames(error)
     raise
-  except Exception as error:  # Decoders raise errors of any kind at damaged files.
+  except Exception as error:  # Decoders raise any kind of error at damaged files.
     _clear_frames(error)
-    unknown = isinstance(error, UnidentifiedImageError)  # Its text names no file.
-    why = "its content is of no such format" if unknown else error
+    unknown = isinstance(error, UnidentifiedImageError)  # Its text names an object, not a file.
+    why = "its content has another format" if unknown else error
     raise UserError(
       f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
     ) from error
@@ -185,14 +189,14 @@ def load_with_size(
 def _decode(
   file: IO[bytes], name: str, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Decodes the image in an open file; returns and raises what `load_with_size` does."""
+  """Decodes the image in an open file. Results and errors are as in `load_with_size`."""
   opened = Image.open(file, formats=FORMATS)
   pixels = opened.width * opened.height
   if pixels > MAX_PIXELS:
-    raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
+    raise UserError(f"image {name} has {pixels:,} pixels; the maximum is {MAX_PIXELS:,}.")
   if pixels <= LARGE:
     return _upright_square(opened, resolution, crop)
-  del opened  # It may hold the content of the file, which threads that wait need not.
+  del opened  # Frees the file content while this thread waits.
   with _one_at_a_time():
     file.seek(0)
     return _upright_square(Image.open(file, formats=FORMATS), resolution, crop)
@@ -202,16 +206,17 @@ def _upright_square(
   opened: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
   upright = ImageOps.exif_transpose(opened).convert("RGBA")
-  del opened  # With its pixels and its decoder, which may hold as many.
+  del opened  # Frees its pixels, and its decoder, which may hold the same amount.
   return _square(upright, resolution, crop), upright.size
 
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-  """Holds the lock of large images, and gives the memory of each one back to the system.
+  """Holds the lock of large images, and returns freed memory to the system before and after.
 
-  glibc keeps what a thread frees for this thread alone, 0.4 GB after a large image. What an image
-  took that cannot be decoded is free only when its error was handled, before the next one.
+  glibc reserves the memory that a thread frees for the same thread, 0.4 GB after a large image. If
+  decoding fails, memory becomes free only after the error was handled. The trim before the next
+  image returns it.
   """
   with _ONE_LARGE_IMAGE:
     _trim_memory()
@@ -220,36 +225,36 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-  """Clears the frames of an error, which hold the decoded image: a caller may keep the error."""
+  """Clears the frames of an error, so that an error that a caller keeps does not hold the image."""
   for found in causes(error):
     traceback.clear_frames(found.__traceback__)
 
 
 def _trim_memory() -> None:
-  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # Of glibc alone.
+  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # Only glibc has it.
     trim(0)
 
 
 def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
-  """Opens a file, or bytes; raises UserError at what is no file, or is too large, as `name`."""
+  """Opens a file or bytes. Raises UserError, with `name`, if it is no regular file or too large."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
   else:
     fs, path = open_filesystem(str(image))
     info = fs.info(path)
     if info["type"] == "directory":
-      raise UserError(f"image {name} is a folder; name the file of an image in it.")
+      raise UserError(f"image {name} is a folder; name an image file in it.")
     if info["type"] != "file":
-      raise UserError(f"image {name} cannot be read (it is no file).")
+      raise UserError(f"image {name} cannot be read (it is not a file).")
     size, file = info["size"], None
   if size > MAX_BYTES:
-    raise UserError(f"image {name} has {size:,} bytes; it may have {MAX_BYTES:,}.")
-  # The default cache of gcsfs reads a file in many small requests.
+    raise UserError(f"image {name} has {size:,} bytes; the maximum is {MAX_BYTES:,}.")
+  # The default cache of gcsfs would read the file in many small requests.
   return file or fs.open(path, "rb", cache_type="readahead")
 
 
 def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:
-  """Puts an RGBA image on white, and scales it to a square unless `resolution` is None."""
+  """Puts an RGBA image on white. Scales it to a square unless `resolution` is None."""
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
   if resolution and pixels.size != (resolution, resolution):
     squares: dict[str, Callable[..., Image.Image]] = {
@@ -263,7 +268,7 @@ def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarra
 def load_images(
   paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int, crop: str = "center"
 ) -> np.ndarray:
-  """Reads images of one size, several at a time: [B, H, W, 3] uint8; see `load_image`."""
+  """Reads images of equal size in threads: [B, H, W, 3] uint8; see `load_image`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution, crop), paths))
   side = resolution or 0
@@ -272,7 +277,7 @@ def load_images(
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-  """Images on disk with the indexing of an array: `files[rows]` reads [B, H, W, 3] uint8."""
+  """Images on disk that are indexed like an array: `files[rows]` reads [B, H, W, 3] uint8."""
 
   paths: list
   resolution: int
@@ -286,21 +291,21 @@ class ImageFiles:
 
 
 def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
-  """Reads all images into an array if they take at most 2 GiB; else they stay on disk."""
+  """Reads all images into an array if they fit into 2 GiB. Otherwise returns `files`."""
   small = len(files) * files.resolution**2 * 3 <= IN_MEMORY_BYTES
   return files[np.arange(len(files))] if small else files
 
 
 def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
-  """Opens the images of one split of a raw folder, in the order of its pairs, see `in_memory`.
+  """Opens the images of one split of a raw folder in the order of its pairs, see `in_memory`.
 
   Raises:
-    UserError: the split is empty, or an image cannot be read.
+    UserError: the split has no pairs, or an image cannot be read.
   """
   files = ImageFiles([pair.image for pair in read_pairs(folder, split)], resolution)
   if not len(files):
     raise UserError(
-      f"{folder} has no {split} pairs; the tokenizer needs pairs of both splits: "
+      f"{folder} has no {split} pairs, but the tokenizer needs pairs of both splits: "
       "change config.raw.heldout_fraction."
     )
   return in_memory(files)

@@ -1,24 +1,24 @@
-"""Statistics of raw records, and sentences that say what a raw folder holds."""
+"""Computes statistics of raw records and describes a raw folder in sentences."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cm3leon_jax.data.sources.records import NOTES, RawInterleaved, RawPair, RawText, Record
 
-# Kind of record -> its name for one and for several.
+# Kind of record -> its singular and plural name.
 NAMES = {
   "pairs": ("pair", "pairs"),
   "texts": ("text", "texts"),
   "interleaved": ("interleaved document", "interleaved documents"),
 }
-# Reason to leave something out -> what it is, for one and for several.
+# Reason of a rejection -> its singular and plural description.
 REASONS = {
-  "unknown_suffix": ("image of an unknown suffix", "images of unknown suffixes"),
+  "unknown_suffix": ("image with an unknown suffix", "images with unknown suffixes"),
   "missing_caption": ("image without a caption", "images without a caption"),
   "empty_caption": ("empty caption", "empty captions"),
   "long_caption": ("caption that is too long", "captions that are too long"),
   "missing_image": ("caption without an image", "captions without an image"),
   "unreadable_image": ("image that cannot be read", "images that cannot be read"),
-  "outside_image": ("image outside of the folder", "images outside of the folder"),
+  "outside_image": ("image outside the folder", "images outside the folder"),
   "linked_file": ("file that is a link", "files that are links"),
   "empty_text": ("empty text", "empty texts"),
   "malformed_record": ("malformed record", "malformed records"),
@@ -26,22 +26,22 @@ REASONS = {
   "unreadable_file": ("file that cannot be read", "files that cannot be read"),
   "large_file": ("file that is too large", "files that are too large"),
   "conflicting_captions": ("second caption that differs", "second captions that differ"),
-  "image_of_same_name": ("second image of one name", "second images of one name"),
+  "image_of_same_name": ("second image of the same name", "second images of the same name"),
 }
-REJECTED = "rejected_"  # Before a reason: the name of its number in a summary.
+REJECTED = "rejected_"  # Prefix of a reason in a summary.
 SUMS = ("train_caption_characters", "train_text_characters", "train_crops")
 
 
 def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
-  """Returns the statistics of a record whose images have these sizes.
+  """Computes the statistics of a record. `sizes` are the original sizes of its images.
 
   Returns:
-    train_caption_characters, train_text_characters: characters of the caption of a training pair,
-      and of the texts of other records of training.
-    train_crops: 1 of a crop that was added, else 0.
-    fewest_caption_words, most_caption_words: words between white space; 0: no caption.
-    smallest_image, largest_image: [width, height] with the fewest and the most pixels, of the
-      images of the source; [0, 0]: no image.
+    train_caption_characters: characters of the caption of a training pair.
+    train_text_characters: characters of the texts of other training records.
+    train_crops: 1 for an added crop, otherwise 0.
+    fewest_caption_words, most_caption_words: words between white space; 0 without a caption.
+    smallest_image, largest_image: [width, height] of the source images with the fewest and the most
+      pixels; [0, 0] without images.
   """
   caption = record.caption if isinstance(record, RawPair) else ""
   texts = [record.text] if isinstance(record, RawText) else []
@@ -61,7 +61,7 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
 
 
 def merged(statistics: Iterable[dict]) -> dict:
-  """Returns the statistics of all records together; see `of_record`."""
+  """Merges the statistics of several records, see `of_record`."""
   found = list(statistics)
   words = [f["fewest_caption_words"] for f in found if f["fewest_caption_words"]]
   smallest = [f["smallest_image"] for f in found if f["smallest_image"] != [0, 0]]
@@ -79,11 +79,11 @@ def _pixels(size: Sequence[int]) -> tuple[int, int]:
 
 
 def sentence(summary: Mapping, resolution: int) -> str:
-  """Says in words what the summary of the stage `raw` counts.
+  """Describes the summary of the stage `raw` in words.
 
   Args:
     summary: result of `ingest.prepare`.
-    resolution: side of the images in the raw folder.
+    resolution: side of the images in the raw folder, in pixels.
 
   Returns:
     "279 pairs for training, 21 held out; images of 256 x 256 become 64 x 64; captions of 4 to 31
@@ -100,7 +100,7 @@ def sentence(summary: Mapping, resolution: int) -> str:
     words = _range(f"{summary['fewest_caption_words']:,}", f"{most:,}")
     said.append(f"captions of {words} word{'' if most == 1 else 's'}")
   if licenses := summary.get("other_licenses"):
-    said.append(f"{licenses:,} left out for their licenses")
+    said.append(f"{licenses:,} left out because of their licenses")
   rejected = {
     name.removeprefix(REJECTED): n for name, n in summary.items() if name.startswith(REJECTED)
   }
@@ -118,7 +118,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 
 def _records(summary: Mapping, kind: str) -> str:
-  """Says how many records of a kind there are: "279 pairs for training, 21 held out"."""
+  """Describes the number of records of a kind: "279 pairs for training, 21 held out"."""
   train, heldout, bank = (summary.get(f"{s}_{kind}", 0) for s in ("train", "heldout", "bank"))
   if not train + heldout + bank and kind != "pairs":
     return ""
@@ -126,21 +126,21 @@ def _records(summary: Mapping, kind: str) -> str:
   said = f"{_number(train - crops, *NAMES[kind])} for training"
   said = f"{said} and {_number(crops, 'crop', 'crops')} of them" if crops else said
   said = f"{said}, {heldout:,} held out"
-  return f"{said}, {bank:,} for retrieval alone" if bank else said
+  return f"{said}, {bank:,} only for retrieval" if bank else said
 
 
 def warnings(summary: Mapping) -> Iterator[str]:
-  """Yields what a later stage needs and the raw folder lacks."""
+  """Yields a warning about data that a later stage needs but the raw folder lacks."""
   pairs = {split: summary.get(f"{split}_pairs", 0) for split in ("train", "heldout", "bank")}
   if not any(pairs.values()):
     yield (
       "0 pairs, so no image has a caption, and no image tokenizer can be trained: put the caption "
-      "of x.jpg into x.txt beside it, or name images and captions in pairs.jsonl."
+      "of x.jpg into x.txt in the same folder, or list images and captions in pairs.jsonl."
     )
   elif not pairs["train"] or not pairs["heldout"]:
     split = "train" if not pairs["train"] else "heldout"
     yield (
-      f"0 pairs of the split '{split}'; the image tokenizer needs both splits: change "
+      f"0 pairs in the split '{split}', but the image tokenizer needs both splits: change "
       "config.raw.heldout_fraction, or add pairs."
     )
 

@@ -1,4 +1,4 @@
-"""Writes raw shards: checked records and square images, and why other records were rejected."""
+"""Writes raw shards: checked records, square images, and rejected records with reasons."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -38,16 +38,16 @@ from cm3leon_jax.files.progress import progress_bar
 from cm3leon_jax.runs import stages
 
 REJECTED = "rejected.jsonl"
-FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
-BATCH = 256  # Records that are read or rendered together.
-BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
-LEAST_CROP = 0.88  # Side of a random crop, as a share of that of the image.
-# (image, resolution) -> pixels, and the size of the image.
+FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Record files of a shard.
+BATCH = 256  # Maximum number of records that are read or rendered together.
+BATCH_BYTES = 2**27  # A batch ends after this many bytes of images in memory.
+LEAST_CROP = 0.88  # Smallest side of a random crop, relative to the side of the image.
+# (image, resolution) -> pixels, and width and height of the original image.
 Load = Callable[[Any, int], tuple[np.ndarray, tuple[int, int]]]
 
 
 class _Writer:
-  """Writes correct records and their images; counts and lists the others."""
+  """Writes valid records and their images. Counts and lists rejected records."""
 
   def __init__(
     self, config: RawConfig, folder: epath.Path, load: Load, stack: contextlib.ExitStack
@@ -68,7 +68,7 @@ class _Writer:
     self._statistics = raw_statistics.merged([])
 
   def add(self, items: list) -> None:
-    """Writes a batch; all threads read and write its images."""
+    """Writes a batch of records. Threads read and write the images."""
     suffix, jobs = "jpg" if self.config.jpeg_quality else "png", []
     checked = [self._checked(item) for item in items]
     for item in itertools.chain.from_iterable((one, *self._crops(one)) for one in checked):
@@ -81,7 +81,7 @@ class _Writer:
       self._files[IMAGE_DIGESTS].writelines(files)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
-    """Fills in defaults; returns None at a license to leave out, Rejected at a wrong record."""
+    """Fills in defaults. Returns None for an unwanted license, Rejected for an invalid record."""
     if isinstance(item, Rejected):
       return item
     defaults: dict[str, Any] = {
@@ -94,7 +94,7 @@ class _Writer:
       return None
     if item.key in self._keys[type(item)]:
       source = item.source or self.config.source
-      message = f"key '{item.key}' of {source} occurs twice; every key must be unique."
+      message = f"key '{item.key}' of {source} occurs twice; keys must be unique."
       return Rejected(item.source, item.key, "duplicate_key", message)
     self._keys[type(item)].add(item.key)
     longest = self.config.max_caption_characters
@@ -107,7 +107,7 @@ class _Writer:
     return dataclasses.replace(item, split=split, **extra)
 
   def _crops(self, item: Record | Rejected | None) -> list[RawPair]:
-    """Returns the pairs of the crops that are added to a training pair."""
+    """Returns the additional pairs for random crops of a training pair."""
     if not isinstance(item, RawPair) or item.split != "train":
       return []
     numbers = range(1, self.config.crops + 1)
@@ -116,10 +116,10 @@ class _Writer:
     ]
 
   def _load_crop(self, image: str | bytes, key: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """Loads a random crop of an image, the same for equal keys."""
+    """Loads a random crop of an image. Equal keys give equal crops."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     generator, side = np.random.default_rng(seed), self.config.resolution
-    # The scaled image is cut, so that its pixels are scaled but once.
+    # Cropping the scaled image avoids scaling its pixels twice.
     scaled = round(side / generator.uniform(LEAST_CROP, 1))
     array, size = self._load(image, scaled)
     top, left = generator.integers(0, scaled - side + 1, 2)
@@ -131,8 +131,8 @@ class _Writer:
     """Saves the images of a record.
 
     Returns:
-      The record, Rejected at an error; the digest of the pixels; the sizes; and for each file that
-      the record names a line with its SHA-256.
+      The record with the new image names, or Rejected after an error; the digest of the pixels; the
+      original sizes; one line with the SHA-256 of each image file.
     """
     if not isinstance(item, Record) or not images:
       return item, b"", [], []
@@ -144,7 +144,7 @@ class _Writer:
         else:
           array, size = self._load(image, self.config.resolution)
       except UserError as error:
-        if getattr(item, "added_crop", ""):  # The image itself is already rejected.
+        if getattr(item, "added_crop", ""):  # The pair of the whole image is already rejected.
           return None, b"", [], []
         file = item.source if isinstance(image, bytes) else image
         rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
@@ -170,7 +170,7 @@ class _Writer:
   ) -> None:
     if item is None:
       return
-    if isinstance(item, Rejected):  # Names and messages may hold what is no Unicode.
+    if isinstance(item, Rejected):  # Written as ASCII: names may contain invalid Unicode.
       self._first = self._first or (item.message if item.reason not in NOTES else "")
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
@@ -190,7 +190,7 @@ class _Writer:
     self._digest.update(line.encode() + digest)
 
   def summary(self, more: dict[str, int]) -> dict:
-    """Returns counts by split and kind, reason and origin, `more`, and the records' digest."""
+    """Returns counts by split, kind, reason and origin, `more`, and the digest of the records."""
     counts = {
       f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
     }
@@ -216,18 +216,18 @@ def write_shard(
   more: dict | None = None,
   total: int | None = None,
 ) -> dict:
-  """Writes one shard: images and files of records.
+  """Writes one shard: record files and images.
 
   Args:
-    config: section `raw`.
-    folder: of the shard.
-    items: records, and rejected ones.
-    load: `load(image, resolution)` returns pixels and the size of the image, see `load_with_size`.
-    more: numbers of the source, which the result gets.
-    total: number of items, if it is known.
+    config: settings of checks and images.
+    folder: folder of the shard.
+    items: records and rejected records.
+    load: `load(image, resolution)` returns pixels and the original size, see `load_with_size`.
+    more: additional counts of the source, which are copied into the result.
+    total: number of items for the progress bar. None if unknown.
 
   Returns:
-    The shard's numbers, with `more`.
+    The summary of the shard: counts, digests and `more`.
   """
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)

@@ -1,4 +1,4 @@
-"""The CM3 objective: spans move to the end of the sample and are predicted from both sides."""
+"""Implements the CM3 objective: spans move to the end and are predicted from both sides."""
 
 # T tokens of a sample, n spans.
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon_jax.vocab import VocabLayout
 
-OVERHEAD = 3  # A span adds <mask:i> in its place, and <mask:i> ... <eoss> around it at the end.
+OVERHEAD = 3  # Tokens that a span adds: <mask:i> in its place, <mask:i> and <eoss> at the end.
 
 
 def segment_bounds(segment_lengths: Iterable[int]) -> list[tuple[int, int]]:
@@ -27,15 +27,15 @@ def sample_spans(
 ) -> tuple[tuple[int, int], ...]:
   """Samples disjoint spans that leave context and never cross `<break>` or `</s>`.
 
-  A free span lies between two uniform points of the sample, clipped to the segment that they cover
-  most (CM3Leon's released code). Spans that are empty, overlap an earlier span or would mask the
-  last remaining content token are rejected. Whole segments leave at least one segment as context; a
-  sample of one segment gets free spans.
+  A free span lies between two uniform points of the sample. It is clipped to the segment that it
+  covers most (CM3Leon's released code). A span is rejected if it is empty, overlaps an earlier span
+  or masks the last remaining content token. Whole-segment spans leave at least one segment as
+  context. A sample with one segment always gets free spans.
 
   Args:
     segment_lengths: lengths of all segments of the joined sample, neighbors included.
     num_spans: number of spans; at most num_spans ** 2 candidates are tried.
-    whole_segments: whether spans are whole segments: a whole caption, a whole image.
+    whole_segments: whether spans are whole segments, e.g. a caption or an image.
     rng: generator of the sample.
 
   Returns:
@@ -64,13 +64,13 @@ def sample_spans(
 
 
 def cm3_layout(length: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-  """Computes the source of each token of the transformed sample.
+  """Computes the source index of each token of the transformed sample.
 
     length = 6, spans = [(1, 4)]
     result = [0 6 4 5 6 1 2 3 7]: 6 is <mask:0>, 7 is <eoss>
 
   Args:
-    length: T, of the joined sample.
+    length: T, the number of tokens of the joined sample.
     spans: n ascending, disjoint half-open ranges.
 
   Returns:
@@ -96,7 +96,7 @@ def apply_cm3_mask(
   Args:
     tokens: [T] int32.
     spans: n ascending, disjoint half-open ranges.
-    vocab: ids of the sentinels.
+    vocab: defines the ids of the sentinels.
 
   Returns:
     [T + 3n] int32.
@@ -106,14 +106,14 @@ def apply_cm3_mask(
 
 
 def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
-  """Inverts `apply_cm3_mask`, for samples without `<mask:*>` and `<eoss>` of their own.
+  """Inverts `apply_cm3_mask`. The original sample must not contain `<mask:*>` or `<eoss>`.
 
     tokens = [</s> <mask:0> <break> 91 92 93 94 </s> <mask:0> 7 8 9 <eoss>]
     result = [</s> 7 8 9 <break> 91 92 93 94 </s>]
 
   Args:
     tokens: [T + 3n] int32.
-    vocab: ids of the sentinels.
+    vocab: defines the ids of the sentinels.
 
   Returns:
     [T] int32.
@@ -126,7 +126,7 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
   if not len(first):
     return tokens
   if len(first) < 2:
-    raise ValueError("<mask:0> stands once: its infill is missing.")
+    raise ValueError("<mask:0> occurs only once: its infill is missing.")
   body, tail = tokens[: first[1]], tokens[first[1] :]
   ends = np.flatnonzero(tail == vocab.eoss)
   tails = np.split(tail, ends[:-1] + 1) if len(ends) else []

@@ -1,4 +1,4 @@
-"""Rows of tokens: joins documents with their neighbors, transforms, packs and batches them."""
+"""Builds rows of tokens: joins documents with neighbors, masks spans, packs and batches rows."""
 
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
-  """Joins neighbors and, last, the document itself (CM3Leon, section 2.1) to [T] int32.
+  """Joins neighbors and, after them, the document (CM3Leon, section 2.1) to [T] int32.
 
   documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
   result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
@@ -46,10 +46,10 @@ class SampleTokens(NamedTuple):
 
   Attributes:
     tokens: [T] int32.
-    weights: [T] float32, of the tokens as targets.
-    own_codes: [T] bool, which of them are image codes of the document itself and no neighbor's, and
-      of instructions those that are to be predicted.
-    has_source: whether an image stands before these codes, a neighbor's or a given one.
+    weights: [T] float32 loss weights of the tokens as targets.
+    own_codes: [T] bool. True for image codes of the document, but not of its neighbors; in an
+      instruction, True for the codes of the target image.
+    has_source: whether another image precedes the own codes: a neighbor's or a given image.
   """
 
   tokens: np.ndarray
@@ -65,7 +65,9 @@ def build_sample(
   vocab: VocabLayout,
   neighbor_weight: float,
 ) -> SampleTokens:
-  """Builds the sample of a plan: neighbors, document, CM3 spans, or `<mask:0>` and the image.
+  """Builds the sample that `plan` describes: neighbors, document, and spans moved to the end.
+
+  If caption and neighbors are dropped, the sample is `<mask:0>` and the image.
 
     spans [(6, 8)], neighbor_weight 0.1
     tokens  = [</s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>]
@@ -74,7 +76,7 @@ def build_sample(
     tokens  = [</s> <mask:0> <break> 517 518 </s>], weights = [0 0 0 1 1 1]
 
   Raises:
-    ValueError: the length is not the planned one, because the store changed after planning.
+    ValueError: the length differs from the plan, because the store changed after planning.
   """
   if plan.dropped:
     image = document.segments[-1].tokens
@@ -97,8 +99,8 @@ def build_sample(
     own = (layout > before) & vocab.is_image(tokens)
   if len(tokens) != plan.length:
     raise ValueError(
-      f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
-      f"planned were {plan.length}: the store changed after planning; start the run again."
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
+      f"{plan.length}: the store changed after planning; start the run again."
     )
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))
 
@@ -109,7 +111,7 @@ def pack_row(
   vocab: VocabLayout,
   align_images: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Lays samples into one row, one after the other; each predicts only its own tokens.
+  """Packs samples into one row, one after another. Each sample predicts only its own tokens.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
     inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
@@ -119,9 +121,9 @@ def pack_row(
     positions    = [0 1 0 1 2 0 0]
 
   Args:
-    samples: pairs of tokens [T] and weights [T]; together at most `length` predictions.
-    length: L.
-    vocab: names the padding.
+    samples: pairs of tokens [T] and weights [T]. The sum of T - 1 is at most `length`.
+    length: number L of slots.
+    vocab: defines the padding id.
     align_images: as in `positions_of`.
 
   Returns:
@@ -143,7 +145,7 @@ def pack_row(
 def rows_of_samples(
   samples: list[np.ndarray], length: int, vocab: VocabLayout, align_images: bool = False
 ) -> dict[str, np.ndarray]:
-  """Makes a batch, [B, L], of one sample per row, [T] int32 with T <= L + 1, all weights 1."""
+  """Makes a [B, L] batch with one sample per row: [T] int32, T <= L + 1. All loss weights are 1."""
   rows = [
     pack_row([(s, np.ones(len(s), np.float32))], length, vocab, align_images) for s in samples
   ]
@@ -153,8 +155,8 @@ def rows_of_samples(
 class RowLoader:
   """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
 
-  With `mark_sources` rows also have the field `sources`, [L] int32: the source of each slot,
-  counted from 1; 0 for padding.
+  With `mark_sources`, rows have an additional field `sources`, [L] int32: the number of each slot's
+  source, counted from 1, and 0 for padding.
   """
 
   def __init__(
@@ -171,7 +173,7 @@ class RowLoader:
 
   @property
   def source_names(self) -> tuple[str, ...]:
-    """Names of the sources that rows are marked with; () without `mark_sources`."""
+    """Names of the sources in the field `sources`; () without `mark_sources`."""
     return tuple(source.name for source in self.plan.sources) if self.mark_sources else ()
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -193,7 +195,7 @@ class RowLoader:
     return row
 
   def _sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
-    """Builds a sample; an empty one if a document of it is bad and `data.on_bad_record` skips."""
+    """Builds a sample, or padding if a document is unreadable and may be skipped."""
     try:
       return self._read_sample(source, pass_, unit)
     except BadRecord as error:
@@ -205,7 +207,7 @@ class RowLoader:
       )
 
   def _skip(self, place: tuple[int, int, int], error: BadRecord) -> None:
-    """Counts and reports a sample that is skipped; raises the error if it must not be."""
+    """Counts and reports a skipped sample. Raises an error if skipping is not allowed."""
     config = self.plan.config
     if config.on_bad_record == "raise":
       raise error
@@ -216,10 +218,10 @@ class RowLoader:
       count = len(self._skipped)
     if count > config.max_skipped:
       raise UserError(
-        f"{count} samples cannot be read; config.data.max_skipped is {config.max_skipped}. The "
-        f"last: {error}"
+        f"{count} samples cannot be read, but config.data.max_skipped is {config.max_skipped}. The "
+        f"last error: {error}"
       ) from error
-    print(f"warning: sample {count} of at most {config.max_skipped} skipped: {error}", flush=True)
+    print(f"warning: skipped sample {count} of at most {config.max_skipped}: {error}", flush=True)
 
   def _read_sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
     spec, units = self.plan.sources[source], self.plan.units[source]
@@ -235,7 +237,7 @@ class RowLoader:
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
-      if not plan.spans:  # Else the target stands elsewhere, and is a text.
+      if not plan.spans:  # With spans, the target is a text that moved to the end.
         own[slice(*plan.target)] = True
       return SampleTokens(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
@@ -249,35 +251,35 @@ class RowLoader:
 
 
 def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-  """Chooses the codes of a sample that its decoder reads as `<unk>`, [T] bool.
+  """Chooses the codes of a sample that the decoder reads as `<unk>`, [T] bool.
 
-  Their share is uniform in [0, `most`], so that decoders see whole images, too.
+  The share of hidden codes is uniform in [0, `most`], so that some samples keep whole images.
   """
   share = most * rng.random()
   return own_codes & (rng.random(len(own_codes)) < share)
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Returns the rows of a [B, L] batch that the devices of this process hold, whole or in part."""
+  """Returns the rows of a [B, L] batch that this process's devices hold, completely or in part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 
 
 class Rows(Protocol):
-  """Rows by their number, and the plan that they follow."""
+  """Random access to rows, with the plan that defines them."""
 
   plan: RowPlan
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    """Returns a row, see `RowLoader`."""
+    """Returns row i, see `RowLoader`."""
 
 
 def batches(
   loader: Rows, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields global batches without end; batch j starts at row `first_row` + j * `batch_size`.
+  """Yields global batches forever. Batch j begins at row `first_row` + j * `batch_size`.
 
-  Threads prefetch the rows of this process. A batch depends on its row numbers, not on earlier
+  Threads prefetch the rows of this process. A batch depends only on its row numbers, not on earlier
   batches or the number of processes.
 
   Yields:

@@ -1,10 +1,10 @@
-"""Plans the samples of each training row, as a pure function of (seed, row).
+"""Plans the samples of each training row as a pure function of (seed, row).
 
-Planning reads lengths and candidates, no tokens.
+Planning reads lengths and candidates, but no tokens.
 """
 
-# n documents, C candidates of each, L slots of a row: a sample of T tokens takes T - 1 of them,
-# one for each predicted token.
+# n documents, C candidates of each, L slots of a row. A sample of T tokens takes T - 1 slots, one
+# for each predicted token.
 
 import bisect
 import collections
@@ -25,11 +25,11 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, plan_sample
 
-SCAN = 2**22  # Lengths that are read at a time.
+SCAN = 2**22  # Number of lengths that are read at a time.
 
 
 class Placement(typing.NamedTuple):
-  """One sample of a row: unit `unit` of pass `pass_` over source `source`, and its slots."""
+  """One sample of a row: a unit of a pass over a source, and the number of its slots."""
 
   source: int
   pass_: int
@@ -39,15 +39,16 @@ class Placement(typing.NamedTuple):
 
 @dataclasses.dataclass
 class RowSource:
-  """Documents that share a place in the mixture.
+  """A source of training rows: documents with one share of the mixture.
 
   Attributes:
     store: the documents.
-    share: share of all slots; shares of a mixture sum to 1.
+    share: share of all slots. The shares of a mixture sum to 1.
     neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
+      None if the source has no neighbors.
     bank: the documents that can be neighbors.
-    instructions: what makes the documents instructions, or None.
-    name: of the source in logs: "pairs", or that of the task.
+    instructions: targets and weights of instruction documents. None for other documents.
+    name: name of the source in logs: "pairs", or the name of a task.
   """
 
   store: DocumentStore
@@ -58,7 +59,7 @@ class RowSource:
   name: str = ""
 
   def candidates(self, document: int) -> np.ndarray:
-    """Returns the candidates of a document, indices into `bank`, without padding."""
+    """Returns a document's candidates, indices into `bank`, without padding."""
     if self.neighbors is None:
       return np.zeros(0, np.int32)
     ids = self.neighbors[document]
@@ -66,10 +67,10 @@ class RowSource:
 
 
 def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Finds documents of a single text that is longer than `most` tokens.
+  """Finds documents that consist of one text longer than `most` tokens.
 
   Returns:
-    Their indices, ascending, and their lengths, both int64.
+    Ascending indices and lengths of these documents, both int64.
   """
   offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
   long = [np.zeros(0, np.int64)]
@@ -83,28 +84,29 @@ def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class Units:
-  """Units of a pass over a source: documents, and the pieces of texts that are longer than a row.
+  """Units of a pass over a source: whole documents, and pieces of texts longer than a row.
 
     sequence_length = 5, documents: a text of 3 tokens, a text of 9 tokens
     (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
 
-  Whole documents take no memory.
+  Memory grows only with the number of documents that are cut into pieces.
   """
 
   def __init__(self, store: DocumentStore, sequence_length: int):
-    """Finds the texts of `store` to cut."""
-    self._piece = sequence_length - 1  # With </s> at both ends a piece fills the row.
+    """Finds the documents of `store` that must be cut."""
+    self._piece = sequence_length - 1  # A piece with </s> at both ends fills the row.
     self._cut, lengths = long_texts(store, self._piece)
     self._pieces = -(-lengths // self._piece)
     more = np.cumsum(self._pieces - 1)
-    self._first = self._cut + more - (self._pieces - 1)  # Unit of each cut document's first piece.
+    # Unit of the first piece of each cut document.
+    self._first = self._cut + more - (self._pieces - 1)
     self._count = len(store) + (int(more[-1]) if len(more) else 0)
 
   def __len__(self) -> int:
     return self._count
 
   def locate(self, unit: int) -> tuple[int, int]:
-    """Returns the document of a unit and the first token of the piece, 0 for a whole document."""
+    """Returns a unit's document and the first token of its piece, which is 0 for a document."""
     at = int(self._first.searchsorted(unit, side="right")) - 1 if len(self._first) else -1
     if at < 0:
       return unit, 0
@@ -123,18 +125,19 @@ class Units:
 
 
 class SampleGenerators(threading.local):
-  """One generator per thread, moved to each sample's stream: ten times faster than a new one."""
+  """Reuses one generator per thread, which is ten times faster than a new one per sample."""
 
   def __init__(self) -> None:
     self._philox = np.random.Philox(0)
     self._generator = np.random.Generator(self._philox)
-    self._state: Any = self._philox.state  # Its counter may be a tuple, though its type says no.
+    self._state: Any = self._philox.state  # Any, because the type stub rejects a tuple as counter.
 
   def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
-    """Returns a stream of `unit` at its start; valid until the next call in this thread.
+    """Returns a generator at the start of the random stream (key, unit, stream).
 
-    Philox is a function of key, [2] uint64, and counter (Salmon et al. 2011): streams whose
-    counters differ in a high word never overlap.
+    The generator is valid until the next call in this thread. Philox is a function of a key, [2]
+    uint64, and a counter (Salmon et al. 2011). Random streams never overlap if a high word of
+    their counters differs.
     """
     self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
     self._philox.state = self._state
@@ -142,13 +145,13 @@ class SampleGenerators(threading.local):
 
 
 def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
-  """Computes the key of the samples of a pass, [2] uint64, and the seed of their order."""
+  """Computes the random key of a pass, [2] uint64, and the seed of its order."""
   words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
   return words[:2], int(words[2]) % 2**32
 
 
 def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
-  """Packs samples into rows: the longest first, each into a fullest row with room (best fit).
+  """Packs samples into rows by best fit: longest first, each into the fullest row with room.
 
   >>> pack_best_fit([3, 6, 4, 2], 8)
   [[1, 3], [2, 0]]
@@ -156,7 +159,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
   rows: list[list[int]] = []
   # Number of free slots -> rows.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
-  sizes: list[int] = []  # Keys of `open_rows`, ascending.
+  sizes: list[int] = []  # The keys of `open_rows` in ascending order.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
     at = bisect.bisect_left(sizes, slots[i])
     row: list[int] = []
@@ -180,9 +183,10 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
 class RowPlan:
   """Computes the placements of any row. Thread-safe.
 
-  A window of samples is taken from the sources by their shares of slots, packed best fit, and its
-  rows are shuffled. A window starts where the one before it ends: the first access to a row plans
-  all windows before it, unless a file has their starts. The newest few windows stay in memory.
+  A plan proceeds in windows of samples. A window takes samples from the sources by their shares of
+  slots, packs them into rows by best fit, and shuffles the rows. Each window begins where the
+  previous window ends, so the first access to a row plans all earlier windows, unless a file has
+  their starts. The newest windows stay in memory.
   """
 
   def __init__(
@@ -194,15 +198,15 @@ class RowPlan:
     starts_path: epath.PathLike | None = None,
     write_starts: bool = False,
   ):
-    """Opens the plan; the first access to a row plans a window.
+    """Opens the plan. The first access to a row plans a window.
 
     Args:
       sources: the mixture.
-      config: rates, row length and window.
+      config: rates, row length and window size.
       max_spans: number of sentinels in the vocabulary.
-      seed: of all random choices.
+      seed: seed of all random choices.
       starts_path: file with the starts of earlier windows, see `WindowStarts`.
-      write_starts: whether new starts are appended to the file; true in one process of a run.
+      write_starts: whether to append new starts to the file. True in one process of a run.
 
     Raises:
       ValueError: a source with a share has no documents.
@@ -210,7 +214,7 @@ class RowPlan:
     for i, source in enumerate(sources):
       if source.share > 0 and not len(source.store):
         raise ValueError(
-          f"source {i} ({source.store.folder}) has a share of {source.share} and no documents."
+          f"source {i} ({source.store.folder}) has a share of {source.share}, but no documents."
         )
     self.sources, self.config, self.max_spans, self.seed = sources, config, max_spans, seed
     self.units = [Units(s.store, config.sequence_length) for s in sources]
@@ -237,7 +241,7 @@ class RowPlan:
       return self._rows_of(window)
 
   def plan(self, source: int, pass_: int, unit: int) -> SamplePlan | InstructionPlan:
-    """Plans the sample of one unit in one pass."""
+    """Plans the sample of one unit in one pass over its source."""
     spec, units = self.sources[source], self.units[source]
     lengths, is_image = units.lengths(spec.store, unit)
     if spec.instructions is not None:
@@ -254,7 +258,7 @@ class RowPlan:
     return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
 
   def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
-    """Returns the stream of the hidden codes of a unit, see `SampleGenerators.at`."""
+    """Returns the generator that chooses the hidden codes of a unit, see `SampleGenerators.at`."""
     return self._generators.at(self._pass_seeds(source, pass_)[0], unit, 1)
 
   def _rows_of(self, window: int) -> list[list[Placement]]:
@@ -263,7 +267,7 @@ class RowPlan:
     return self._windows[window]
 
   def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
-    """Takes the samples of a window; returns them and the units and slots taken at its end."""
+    """Returns the samples of a window, and the units and slots taken per source at its end."""
     taken, used, samples = list(start.taken), list(start.used), []
     sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
     progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}

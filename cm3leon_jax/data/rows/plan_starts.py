@@ -1,4 +1,4 @@
-"""Starts of the windows of a row plan, in a file: a resumed run plans only its current window."""
+"""Stores where the windows of a row plan start, so that a resumed run plans only one window."""
 
 import bisect
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.files.atomic import replacing
 
-BUCKET_BATCH = 16  # Windows per write to a bucket, where an append writes the whole file.
-SPOTS = 4_096  # Values of each array that go into the fingerprint, evenly spaced.
+BUCKET_BATCH = 16  # Windows per write to a GCS bucket, where an append rewrites the whole file.
+SPOTS = 4_096  # Number of evenly spaced values per array that the fingerprint covers.
 
 
 class Start(typing.NamedTuple):
-  """Start of a window: its first row, and units and slots by source of the windows before it."""
+  """Start of a window: its first row, and the units and slots taken per source before it."""
 
   first_row: int
   taken: tuple[int, ...]
@@ -28,7 +28,7 @@ class Start(typing.NamedTuple):
 
 
 def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int) -> str:
-  """Digests the inputs of a plan; of the stores, sizes and evenly spaced lengths and neighbors."""
+  """Digests the inputs of a plan. Covers only evenly spaced values of the stores' arrays."""
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()
@@ -52,11 +52,11 @@ def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed
 class WindowStarts:
   """List of `Start` from window 0 to the first window that is not planned yet.
 
-  The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
+  The file has a line `{"fingerprint": ...}` and one line for each window except window 0:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..], "digest": "9f86d081884c7d65"}`.
-  The digest is that of all lines up to this one, so a line that is changed, missing, swapped or
-  repeated is found. Only a last line that a kill left incomplete is ignored. A file of an earlier
-  version has no digests: it gets them, and a damaged line and the lines after it are ignored.
+  The digest covers all lines up to this line, so it detects changed, missing, swapped and repeated
+  lines. An incomplete last line, which a kill may leave, is ignored. A file of an earlier version
+  has no digests: its first damaged line and all later lines are ignored, then digests are added.
   """
 
   def __init__(
@@ -66,17 +66,17 @@ class WindowStarts:
     identity: str = "",
     writes: bool = False,
   ):
-    """Reads `path`, if it exists; with `writes`, `add` updates the file.
+    """Reads `path` if it exists. With `writes`, the method `add` updates the file.
 
     Raises:
-      UserError: the file has another fingerprint than `identity`, or a line is not as it was
+      UserError: the fingerprint of the file is not `identity`, or a line changed after it was
         written.
     """
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
-    self._digests = [_digest("", self._header)]  # Of the header, and of the line of each start.
-    self._whole = False  # Whether the file holds exactly these starts: lines can be appended.
+    self._digests = [_digest("", self._header)]  # Header digest, then the digest of each line.
+    self._whole = False  # Whether the file holds exactly these starts, so lines can be appended.
     if self._path and self._path.exists():
       self._read(self._path.read_bytes().decode(errors="replace"))
 
@@ -87,11 +87,11 @@ class WindowStarts:
     return self._starts[window]
 
   def window_of(self, row: int) -> int:
-    """Returns the window of `row`; rows after the last start belong to its window."""
+    """Returns the window of `row`. Rows after the last start belong to the last window."""
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Adds the start of `window`, a known one or the next.
+    """Adds the start of the next window, or compares the start of a known window.
 
     Raises:
       UserError: the known start differs.
@@ -99,8 +99,8 @@ class WindowStarts:
     if window < len(self._starts):
       if self._starts[window] != start:
         raise UserError(
-          f"{self._path} says that window {window} starts at {self._starts[window]}, the plan says "
-          f"{start}: the data or the code changed since it was written; delete it."
+          f"{self._path} says that window {window} starts at {self._starts[window]}, but the plan "
+          f"says {start}: the data or the code changed after the file was written; delete the file."
         )
       return
     self._append(start)
@@ -113,15 +113,15 @@ class WindowStarts:
 
   def _read(self, text: str) -> None:
     if not text.endswith("\n") and "\n" not in text:
-      return  # Not even the first line was written.
+      return  # The run was killed while it wrote the first line.
     if not text.startswith(self._header):
       raise UserError(
         f"{self._path} was written for other rows: documents, neighbors or the code that plans "
-        "rows changed since then. Restore them to go on with the same rows, or delete the file to "
-        "go on with new ones, in which documents of this pass may be missing or occur twice."
+        "rows changed after that. Restore them to continue with the same rows, or delete the file "
+        "to continue with new rows, in which documents of this pass may be missing or repeated."
       )
     lines = text[len(self._header) :].split("\n")
-    incomplete = lines.pop()  # "" of a file that was written to its end.
+    incomplete = lines.pop()  # Empty if the last line is complete.
     if any('"digest"' in line for line in lines):
       self._read_lines(lines)
       self._whole = not incomplete
@@ -135,12 +135,12 @@ class WindowStarts:
         self._append(found[0])
       if found is None or found[1] != self._digests[-1]:
         raise UserError(
-          f"{self._path}, line {number} is not what the run wrote there: restore the file from a "
-          "copy, or delete this line and all lines after it; the run plans their windows again."
+          f"{self._path}, line {number} changed after the run wrote it: restore the file from a "
+          "copy, or delete this line and all later lines; the run plans their windows again."
         )
 
   def _read_earlier(self, lines: list[str]) -> None:
-    """Reads lines without digests, up to the first that is damaged."""
+    """Reads lines without digests up to the first damaged line."""
     for line in lines:
       found = _start_of(line, len(self), len(self._starts[0].taken))
       if found is None:
@@ -148,8 +148,8 @@ class WindowStarts:
       self._append(found[0])
     if self._writes and len(self) > 1:
       print(
-        f"{self._path} is of an earlier version, without digests of its {len(self) - 1} lines: "
-        "they are read as they are, and get digests now.",
+        f"{self._path} is from an earlier version, without digests of its {len(self) - 1} lines: "
+        "they are read without a check, and get digests now.",
         flush=True,
       )
       self._rewrite()
@@ -181,12 +181,12 @@ def _fields(window: int, start: Start) -> dict:
 
 
 def _digest(before: str, line: str) -> str:
-  """Returns the digest of a line and, through that of the line before, of all lines up to it."""
+  """Returns a digest of a line and of `before`, the digest of all earlier lines."""
   return hashlib.sha256(f"{before}{line}".encode()).hexdigest()[:16]
 
 
 def _start_of(line: str, window: int, num_sources: int) -> tuple[Start, str | None] | None:
-  """Returns the start of `window` that a line holds, and its digest; None: something else."""
+  """Parses a line into the start of `window` and its digest. Returns None for any other line."""
   try:
     fields = json.loads(line)
     first, counts = fields["first_row"], [tuple(fields[name]) for name in ("taken", "used")]

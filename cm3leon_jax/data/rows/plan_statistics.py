@@ -1,4 +1,4 @@
-"""Statistics of a row plan: fill, shares, neighbors, drops, spans."""
+"""Computes statistics of a row plan: fill, shares, neighbors, drops, spans."""
 
 import collections
 from collections.abc import Sequence
@@ -10,18 +10,22 @@ from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 
-TYPICAL = 1_024  # Evenly spaced documents whose median length is the typical length of a store.
+TYPICAL = 1_024  # Number of documents whose median is the typical length of a store.
 
 
 def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
-  """Counts the samples of the first `windows` windows of a plan; reads lengths only.
+  """Summarizes the first `windows` windows of a plan. Reads lengths, but no tokens.
 
   Returns:
-    windows, rows, samples; fill, the share of slots with samples; source_shares, the share of each
-    source in the filled slots; samples_per_row; spans_per_sample. Of the samples of sources with
-    neighbors: neighbors_per_sample; too_few_candidates, the share with missing neighbors;
-    neighbors_crowded_out, the share of the picked neighbors that did not fit; condition_drops, the
-    share without caption and neighbors.
+    windows, rows, samples: counts.
+    fill: share of slots that hold samples.
+    source_shares: share of each source in the filled slots.
+    samples_per_row, spans_per_sample: means.
+    The remaining values cover only samples of sources with neighbors.
+    neighbors_per_sample: mean.
+    too_few_candidates: share of samples with missing neighbors.
+    neighbors_crowded_out: share of the picked neighbors that did not fit.
+    condition_drops: share of samples without caption and neighbors.
   """
   counts: collections.Counter[str] = collections.Counter()
   slots, rows = np.zeros(len(plan.sources), np.int64), 0
@@ -55,7 +59,7 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
 
 
 def describe(statistics: dict, names: Sequence[str] = ()) -> str:
-  """Formats the result of `plan_statistics` as one line; `names` are those of many sources."""
+  """Formats the result of `plan_statistics` as one line. `names` are optional source names."""
   shares = " / ".join(
     f"{share:.0%} {name}".rstrip()
     for share, name in itertools.zip_longest(statistics["source_shares"], names, fillvalue="")
@@ -70,14 +74,14 @@ def describe(statistics: dict, names: Sequence[str] = ()) -> str:
 
 
 def typical_length(store: Bank | DocumentStore) -> int:
-  """Computes the median number of slots of up to 1,024 evenly spaced documents."""
+  """Computes the median number of slots over up to 1,024 evenly spaced documents."""
   chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
   lengths = [store.segment_lengths(int(i))[0] for i in chosen]
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
 def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
-  """Returns a warning if K typical neighbors do not fit a row with a typical document, else ""."""
+  """Returns a warning if a row cannot hold a typical document and K typical neighbors, else ""."""
   assert source.bank is not None
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)
@@ -85,6 +89,6 @@ def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
     return ""
   return (
     f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of "
-    f"{document:,} do not fit {config.sequence_length:,} slots: whole neighbors are left out, "
-    f"{fitting} remain."
+    f"{document:,} do not fit into {config.sequence_length:,} slots: only {fitting} neighbors fit, "
+    "and rows omit the others."
   )

@@ -1,4 +1,4 @@
-"""Plans one sample: its neighbors, CM3 spans and length, from lengths and a random generator."""
+"""Plans one sample (neighbors, CM3 spans, length) from segment lengths and a random generator."""
 
 # K neighbors of a document.
 
@@ -18,9 +18,9 @@ class SamplePlan(typing.NamedTuple):
     neighbors: indices into the document's candidates, in the order of the row.
     dropped: whether `<mask:0>` replaces caption and neighbors.
     spans: CM3 spans, half-open ranges of the joined sample.
-    length: tokens of the transformed sample.
-    missing: number of neighbors that are missing because too few candidates were kept.
-    crowded_out: number of picked neighbors that were left out because they did not fit.
+    length: number of tokens after the CM3 transformation.
+    missing: number of wanted neighbors for which the document has no candidate.
+    crowded_out: number of picked neighbors that did not fit into the row.
   """
 
   neighbors: tuple[int, ...]
@@ -39,7 +39,7 @@ def joined_length(segment_lengths: Sequence[int]) -> int:
 def pick_neighbors(
   num_candidates: int, rng: np.random.Generator, config: DataConfig
 ) -> tuple[list[int], int]:
-  """Returns the indices of the picked candidates, in row order, and the number of missing ones."""
+  """Picks candidates. Returns their indices in row order, and the number of missing neighbors."""
   if config.neighbor_sampling == "paper":
     num_candidates = min(num_candidates, PAPER_CANDIDATES)
   wanted = config.num_neighbors
@@ -60,25 +60,25 @@ def plan_sample(
   config: DataConfig,
   max_spans: int,
 ) -> SamplePlan:
-  """Samples all choices that decide a sample's length; planner and loader get equal plans.
+  """Makes all random choices that decide a sample's length, equal in the planner and the loader.
 
     lengths = [4, 16], candidates = [[4, 16], [4, 16]], two neighbors picked, two spans wanted
     sequence_length 1,000: two neighbors and spans
     sequence_length 60: the first neighbor and spans
-    sequence_length 30: no neighbor, but spans
-    sequence_length 22: the document alone, 23 tokens; 10: its first 11 tokens
+    sequence_length 30: spans, but no neighbor
+    sequence_length 22: only the document, 23 tokens; 10: its first 11 tokens
 
   Args:
     lengths: segment lengths of the document.
     is_image: whether each segment is an image.
     candidates: segment lengths of each candidate neighbor.
-    rng: generator of the sample, at its start.
+    rng: generator of the sample. No number has been drawn from it.
     config: rates and the row length.
     max_spans: number of sentinels in the vocabulary.
 
   Returns:
-    A plan of at most `config.sequence_length` + 1 tokens. If a sample is too long, whole neighbors
-    are left out, the last first, then spans, then the end of the document.
+    A plan of at most `config.sequence_length` + 1 tokens. If a sample is too long, the plan first
+    omits whole neighbors, beginning with the last, then spans, then the end of the document.
   """
   limit = config.sequence_length + 1
   neighbors: list[int] = []

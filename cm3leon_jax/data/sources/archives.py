@@ -1,4 +1,4 @@
-"""Reads records from archives: tars of WebDataset, and Parquet files."""
+"""Reads records from archives: WebDataset tars and Parquet files."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -26,17 +26,17 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_records
 
-MAX_MEMBER = 2**26  # Bytes of a file in a tar.
-MAX_HEADER = 2**20  # Bytes of a header in a tar.
-MAX_GROUP = 2**30  # Bytes of a group of rows in Parquet, of the columns that are read.
+MAX_MEMBER = 2**26  # Maximum bytes of a file in a tar.
+MAX_HEADER = 2**20  # Maximum bytes of a header in a tar.
+MAX_GROUP = 2**30  # Maximum bytes of a Parquet row group, counting only the columns that are read.
 PARQUET_BUFFER = 2**20
-# Columns of Parquet that are read.
+# Parquet columns that are read.
 NAMES = {*ALIASES, *itertools.chain(*ALIASES.values())}
 NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fields(cls)}
 
 
 class _Bounded:
-  """A file for `tarfile`, which reads a header at once, whatever its size: that is refused."""
+  """File object for `tarfile` that refuses huge headers, which `tarfile` would read completely."""
 
   def __init__(self, stream: IO[bytes]) -> None:
     self._stream = stream
@@ -44,25 +44,25 @@ class _Bounded:
 
   def read(self, size: int) -> bytes:
     if size > MAX_HEADER + tarfile.BLOCKSIZE:
-      raise tarfile.HeaderError(f"a header of {size:,} bytes; it may have {MAX_HEADER:,}")
+      raise tarfile.HeaderError(f"a header has {size:,} bytes; the maximum is {MAX_HEADER:,}")
     return self._stream.read(size)
 
 
 def tar_samples(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields the samples of a tar by img2dataset: an image and its captions, of one stem."""
-  del images  # They are in the tar.
+  """Yields the samples of an img2dataset tar. A sample is an image and captions with one stem."""
+  del images  # The images are in the tar.
   try:
-    # "r:": a compressed tar could be a thousand times as large as its file.
+    # "r:" refuses compressed tars, whose content could be a thousand times as large as the file.
     with (
       fs.open(file, "rb") as stream,
-      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # It calls these three methods alone.
+      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # It calls only seek, tell, read.
     ):
       stem = ""
       sample: dict[str, bytes] = {}
       for member in tar:
-        member.pax_headers = {}  # The tar keeps all members.
+        member.pax_headers = {}  # Saves memory, because the tar object keeps all members.
         if not member.isfile():
           continue
         folder, name = posixpath.split(member.name)
@@ -72,16 +72,18 @@ def tar_samples(
           yield from _sample(file, stem, sample)
           stem, sample = posixpath.join(folder, base), {}
         if member.size > MAX_MEMBER:
-          message = f"{file}, {member.name} has {member.size:,} bytes; it may have {MAX_MEMBER:,}."
+          message = (
+            f"{file}, {member.name} has {member.size:,} bytes; the maximum is {MAX_MEMBER:,}."
+          )
           yield Rejected(file, stem, "large_file", message)
         elif suffix in SAMPLE_SUFFIXES:
           buffer = io.BytesIO()
           shutil.copyfileobj(tar.extractfile(member), buffer, MAX_HEADER)
           sample[suffix] = buffer.getvalue()
       yield from _sample(file, stem, sample)
-  except Exception as error:  # tarfile raises errors of any kind at wrong headers.
+  except Exception as error:  # tarfile raises any kind of error at invalid headers.
     message = (
-      f"{file} cannot be read to its end ({error}); it must be a whole tar file, not compressed."
+      f"{file} cannot be read to its end ({error}); it must be a complete, uncompressed tar file."
     )
     yield Rejected(file, "", "unreadable_file", message)
 
@@ -94,15 +96,17 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record |
 def parquet_rows(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
-  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face).
+  """Yields the records of a Parquet file: pairs, or texts for rows without an image.
 
-  A dictionary can repeat a value in all rows, so the values that are read are counted, too.
+  An image is bytes, a path, or a dict of both (Hugging Face). The values that are read count toward
+  MAX_GROUP, too, because a Parquet dictionary can repeat a large value in all rows.
 
   Args:
     fs: filesystem of the file.
-    file: its path.
-    images: checks paths of images and makes them full, see `sources.read`.
-    longest_caption: in characters; of a longer one no text is made. None: any length.
+    file: path of the file.
+    images: checks image paths and makes them absolute, see `formats._with_images`.
+    longest_caption: maximum length in characters. Longer captions are rejected without decoding
+      them. None means any length.
   """
   try:
     from pyarrow import parquet
@@ -110,46 +114,46 @@ def parquet_rows(
     raise UserError(f"{file} needs pyarrow ({error}): {extras.install('data')}.") from error
   try:
     with fs.open(file, "rb") as stream:
-      # Without these options pyarrow reads a whole group of rows at once.
+      # Without these options, pyarrow reads a whole row group into memory.
       table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=PARQUET_BUFFER)
       number = 0
       for group in range(table.num_row_groups):
         columns, size, rows = _columns(table.metadata.row_group(group))
         if size > MAX_GROUP:
           message = (
-            f"{file}, the {rows} rows from {number} on have {size:,} bytes; a group may have "
-            f"{MAX_GROUP:,}: write smaller groups of rows."
+            f"{file}, the {rows} rows from {number} on have {size:,} bytes; the maximum of a row "
+            f"group is {MAX_GROUP:,}: write smaller row groups."
           )
           yield Rejected(file, str(number), "large_file", message)
           number += rows
           continue
         end, total = number + rows, 0
-        # One row: a value that a dictionary repeats is as large in each.
+        # One row at a time, because a dictionary value takes its full size in every row.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
           row = _plain_columns(batch)
           total += sum(column.nbytes for column in row.values())
           if total > MAX_GROUP:
             message = (
               f"{file}, the {end - number} rows from {number} on are not read: the values of their "
-              f"group have more than {MAX_GROUP:,} bytes: write smaller groups of rows."
+              f"row group have more than {MAX_GROUP:,} bytes: write smaller row groups."
             )
             yield Rejected(file, str(number), "large_file", message)
             break
           yield _row(row, file, number, images, longest_caption)
           number += 1
         number = end
-  except Exception as error:  # pyarrow raises errors of any kind at damaged files.
+  except Exception as error:  # pyarrow raises any kind of error at damaged files.
     message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
     yield Rejected(file, "", "unreadable_file", message)
 
 
 def _columns(group: Any) -> tuple[list[str], int, int]:
-  """Returns the columns of a group of rows that records read, their bytes, and the rows."""
+  """Returns the columns of a row group that records need, their bytes, and the number of rows."""
   columns, size = [], 0
   for i in range(group.num_columns):
     column = group.column(i)
     name, _, inner = column.path_in_schema.partition(".")
-    # A list in a row could be of any length.
+    # Nested lists are not read, because a list in one row could have any length.
     if name == "facts" or (name in NAMES and inner in ("", "bytes", "path")):
       columns.append(column.path_in_schema)
       size += column.total_uncompressed_size
@@ -157,7 +161,7 @@ def _columns(group: Any) -> tuple[list[str], int, int]:
 
 
 def _plain_columns(batch: Any) -> dict[str, Any]:
-  """Returns the columns of a batch by their names, values in place of dictionaries."""
+  """Returns the columns of a batch by name, with dictionaries decoded to values."""
   return {
     name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
     for name, column in zip(batch.schema.names, batch.columns)
@@ -167,7 +171,7 @@ def _plain_columns(batch: Any) -> dict[str, Any]:
 def _row(
   columns: dict, file: str, number: int, images: Callable, longest_caption: int | None
 ) -> Record | Rejected:
-  """Makes the record of columns with one value each."""
+  """Builds the record of a row from columns with one value each."""
   where = f"{file}, row {number}"
   long = {} if longest_caption is None else _long_captions(columns, longest_caption)
   try:
@@ -181,7 +185,7 @@ def _row(
         return Rejected(file, key, "long_caption", message)
     elif "text" in long:
       row["text"] = columns["text"][0].as_py()
-  except Exception as error:  # Bytes that are no UTF-8, dates out of range, ...
+  except Exception as error:  # E.g. bytes that are not UTF-8, or dates out of range.
     return Rejected(file, str(number), "malformed_record", f"{where} cannot be read ({error}).")
   if "image" not in values and isinstance(row.get("text"), str):
     return checked_record(RawText, {**values, "text": row["text"]}, file, where)
@@ -189,7 +193,7 @@ def _row(
 
 
 def _long_captions(columns: dict, longest: int) -> dict[str, int]:
-  """Returns the columns whose text would be too long a caption, and its length in characters."""
+  """Returns caption column -> length in characters, for captions longer than `longest`."""
   import pyarrow as pa
   from pyarrow import compute
 

@@ -1,4 +1,4 @@
-"""What ingestion asks of a source that draws its images itself."""
+"""Defines the interface between `prepare_data` and a source that draws its images."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -14,12 +14,12 @@ from cm3leon_jax.data.sources.records import RawPair
 
 @dataclasses.dataclass(frozen=True)
 class FactLeakReport:
-  """What training shows of what is held out, by the facts of the images.
+  """Result of a comparison of the facts of training and held-out images.
 
   Attributes:
     heldout, train: number of images.
-    leaked: number of held-out images that leaked, by the reason why they are held out.
-    first: sentences on the first of them.
+    leaked: number of leaked held-out images, by the reason why they are held out.
+    first: sentences about the first leaked images.
   """
 
   heldout: int
@@ -29,44 +29,45 @@ class FactLeakReport:
 
 
 class DrawnSource(Protocol):
-  """A source whose records and images are computed. It is pickled to the workers that ingest it."""
+  """A source that computes its records and images. Must be picklable for the workers."""
 
   @property
   def name(self) -> str:
-    """Value of `raw.source`; also the kind of its parts."""
+    """Value of `raw.source`, which is also the kind of the source's parts."""
 
   def identity(self) -> dict[str, Any]:
-    """Returns what its records and images depend on, beside the part and section `raw`."""
+    """Returns everything that records and images depend on, except part and section `raw`."""
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
-    """Splits the source into parts, one for each raw shard.
+    """Splits the source into parts, one per raw shard.
 
     Raises:
-      UserError: `licenses` lack that of the drawings, or it cannot draw at this resolution.
+      UserError: `licenses` lacks the license of the drawings, or the source cannot draw at this
+        resolution.
     """
 
   def read(self, part: SourcePart) -> Iterable[RawPair]:
-    """Returns the records of a part, whose images `load` draws."""
+    """Returns the records of a part. Their images are inputs of `load`."""
 
   def load(self, image: str, resolution: int) -> np.ndarray:
     """Draws the image of a record: [H, W, 3] uint8."""
 
   def number_of(self, pair: RawPair) -> str:
-    """Returns the name of the number that counts a record."""
+    """Returns the name of the count in the summary that includes a record."""
 
   def numbers(self) -> dict[str, int]:
-    """Returns numbers of the whole source."""
+    """Returns numbers of the whole source for the summary."""
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
     """Compares the facts of the splits in a raw folder.
 
-    Drawn images of both splits are alike by design, so a comparison of pixels says nothing.
+    Comparing pixels would not help, because drawn images of both splits are similar by design.
     """
 
 
 def check_license(licenses: tuple[str, ...], given: str, name: str) -> None:
-  """Raises UserError if `licenses`, of the config, lack the one of drawings."""
+  """Raises UserError if the config's `licenses` lack the license of the drawings."""
   if licenses and given not in licenses:
     raise UserError(
-      f"config.raw.licenses is {licenses}; the drawings of {name} are under {given}: add it."
+      f"config.raw.licenses is {licenses}, but the license of {name}'s drawings is {given}: add it."
     )

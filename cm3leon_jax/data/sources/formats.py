@@ -1,7 +1,7 @@
-"""Reads folders of images, WebDataset tars, Parquet, JSONL and plain text as raw records.
+"""Reads image folders, WebDataset tars, Parquet, JSONL and plain text as raw records.
 
-A source is split into parts, each of which becomes a raw shard. Paths are local or in a bucket
-(`gs://`), through fsspec; a glob pattern names many files.
+A source is split into parts, and each part becomes a raw shard. Paths are local or in a GCS bucket
+(`gs://`). A glob pattern names several files.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -47,18 +47,19 @@ INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
-NO_TEXTS = (*LISTS, "rejected.jsonl")  # Of a shard, which is a source, too.
-TEXT_FILES = 1_000  # Number of .txt files of one part.
+# JSONL files that have no texts. A raw shard, which can be a source, has rejected.jsonl.
+NO_TEXTS = (*LISTS, "rejected.jsonl")
+TEXT_FILES = 1_000  # Maximum number of .txt files per part.
 
 
-# What file systems say of a file's content: checksums of buckets, the time of local files.
+# File attributes that change with the content: checksums in GCS buckets, the time of local files.
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")
 WILDCARDS = "*?["
-REMEDY = "config.raw.allow_outside=True takes images from everywhere."
+REMEDY = "config.raw.allow_outside=True allows images from everywhere."
 
 
 class _File(NamedTuple):
-  """What a file system says of a file; `stamp` is its checksum or time."""
+  """Attributes of a file. `stamp` is its checksum or modification time."""
 
   size: int
   stamp: str
@@ -70,13 +71,12 @@ class SourcePart:
   """A part of a source, which becomes a raw shard.
 
   Attributes:
-    kind: a `Format` other than `auto`.
-    files: one file; for `text` possibly many .txt files, for `folder` the folder; for `sidecars`
-      the folder of the source, and the images and captions of the part.
-    bytes: size of the files.
-    modified: digest of when the files were modified, or of the checksums that a bucket has; it
-      shows changes, too. A file of the same size and time counts as the same. Empty for built-in
-      sources.
+    kind: a `Format` other than `auto`, or the name of a built-in source.
+    files: one file, with these exceptions. `text`: possibly many .txt files. `folder`: the folder.
+      `sidecars`: the folder of the source, then the images and caption files of the part.
+    bytes: total size of the files.
+    modified: digest of the files' modification times, or of their checksums in a GCS bucket. Files
+      count as unchanged if size and digest are equal. Empty for built-in sources.
   """
 
   kind: str
@@ -85,33 +85,33 @@ class SourcePart:
   modified: str = dataclasses.field(default="", repr=False)
 
   def identity(self) -> dict:
-    """Returns the fields on which the shard depends."""
+    """Returns the fields that the shard depends on."""
     fields = dataclasses.asdict(self)
     return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
 
 
 def digest_of(parts: list[SourcePart]) -> str:
-  """Returns the SHA-256 of the parts of a source, which changes with their files."""
+  """Returns a SHA-256 of the parts of a source. It changes when their files change."""
   stamps = "".join(part.modified for part in parts)
   return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
 
 def parts(source: str, kind: str = "auto") -> list[SourcePart]:
-  """Splits `source` into parts, in a fixed order.
+  """Splits `source` into parts in a fixed order.
 
   A part is a tar, Parquet or JSONL file, a folder with a list of captions, up to 1,000 .txt files,
-  or about 1,000 images with their captions beside them.
+  or about 1,000 images with their caption files.
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
-    kind: a `Format`; `auto` reads it from the names of the files.
+    kind: a `Format`; `auto` detects it from the file names.
 
   Raises:
-    UserError: the source has no files, or none of a known format.
+    UserError: the source has no files, or no file of a known format.
   """
   fs, path = _filesystem(source)
   found = _files(fs, path, source)
-  # Links are files of `sidecars` alone, whose reader refuses those that lead out of the folder.
+  # Only `sidecars` accepts links, because its reader rejects links that lead out of the folder.
   files = [name for name, about in found.items() if not about.is_link]
   kinds = [kind] if kind != "auto" else _detect(found, files, source)
   result = []
@@ -132,21 +132,21 @@ def parts(source: str, kind: str = "auto") -> list[SourcePart]:
       result.append(SourcePart(each, urls, sum(found[name].size for name in names), modified))
   if not result:
     what = {
-      "auto": "whose files are links, which are not read: put the files themselves there",
+      "auto": "whose files are links, which are not read: replace them by the files themselves",
       "folder": f"a folder without {', '.join(LISTS)}",
-      "sidecars": "which holds no image; format is 'sidecars'",
+      "sidecars": "which has no image; format is 'sidecars'",
     }
     suffixes = " or ".join(SUFFIXES.get(kind, ()))
-    refusal = what.get(kind, f"which holds no {suffixes} file; format is '{kind}'")
+    refusal = what.get(kind, f"which has no {suffixes} file; format is '{kind}'")
     raise UserError(f"config.raw.source is '{source}', {refusal}.")
   return result
 
 
 def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Iterator[list[str]]:
-  """Groups the images that are not in the `folders` of lists, with the captions beside them.
+  """Groups images with their caption files. Skips `folders`, which have lists of captions.
 
-  Images without a caption are among them, to be rejected, unless a list may name them. Groups
-  depend on the paths in `root`, and not on its own.
+  Includes images without a caption, so that they are rejected later, unless `folders` shows that a
+  list may name them. Groups depend only on the paths relative to `root`.
   """
   stems = by_stem(f for f in files if not _is_in(f, folders))
   taken = {
@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files that stand alone; captions and lists among the files `beside` them do not."""
+  """Groups files of one format. Given `beside` (all files), skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -177,12 +177,12 @@ def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[li
 
 
 def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
-  """Returns the folders that hold one of the lists."""
+  """Returns the folders that contain at least one of the lists."""
   return {posixpath.dirname(name) for name in files if posixpath.basename(name) in lists}
 
 
 def _is_in(file: str, folders: Collection[str]) -> bool:
-  """Returns whether a file is in one of the folders, or below it."""
+  """Returns whether a file is in one of the folders or their subfolders."""
   while folders and (folder := posixpath.dirname(file)) not in ("", file):
     if folder in folders:
       return True
@@ -191,7 +191,7 @@ def _is_in(file: str, folders: Collection[str]) -> bool:
 
 
 def _root(path: str, files: Collection[str]) -> str:
-  """Returns the folder of a source: of a pattern, what stands before its first wildcard."""
+  """Returns the folder of a source. For a pattern, this is the folder before the first wildcard."""
   if any(c in path for c in WILDCARDS):
     return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
   return posixpath.dirname(path) if path in files else path
@@ -200,12 +200,13 @@ def _root(path: str, files: Collection[str]) -> str:
 def read(
   part: SourcePart, allow_outside: bool = False, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
-  """Yields the records of a part in a fixed order, wrong ones as Rejected.
+  """Yields the records of a part in a fixed order, and Rejected for invalid records.
 
   Args:
-    part: of a source.
-    allow_outside: whether records may name images that are not in the folder of their file.
-    longest_caption: in characters; Parquet rejects longer ones as it reads. None: any length.
+    part: a result of `parts`.
+    allow_outside: whether records may name images outside the folder of their file.
+    longest_caption: maximum caption length in characters. Only Parquet rejects longer captions
+      here. None means any length.
   """
   rows = functools.partial(parquet_rows, longest_caption=longest_caption)
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]
@@ -228,7 +229,7 @@ def _filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _File]:
-  """Lists the files at `path`, in the order of their names, but for hidden ones in a folder."""
+  """Lists the files at `path` in the order of their names. Skips hidden files of a folder."""
   entries: dict[str, dict[str, Any]] = {}
   hidden: int | None = len(path)
   if any(c in path for c in WILDCARDS):
@@ -247,15 +248,16 @@ def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _
   }
   if not files:
     raise UserError(
-      f"config.raw.source is '{source}', which is absent or has no files; it must be 'openmoji' or "
-      "'scenes', or a folder, a file or a glob pattern of images with captions beside them (x.jpg, "
-      f"x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with {PAIR_FILES[0]}."
+      f"config.raw.source is '{source}', which does not exist or has no files; it must be "
+      "'openmoji' or 'scenes', or a folder, a file or a glob pattern of images with caption files "
+      "(x.jpg, x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with "
+      f"{PAIR_FILES[0]}."
     )
   return files
 
 
 def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
-  """Returns the formats of a source in the order of their parts; `files`: without the links."""
+  """Detects the formats of a source, in the order of their parts. `files` excludes links."""
   lists = len(found) > 1 and any(posixpath.basename(file) in LISTS for file in files)
   images = [names for names in by_stem(found).values() if has_image(names)]
   if lists:
@@ -267,9 +269,9 @@ def _detect(found: Collection[str], files: Collection[str], source: str) -> list
       return ["sidecars", kind] if images and kind == "text" else [kind]
   first = posixpath.basename(next(iter(found)))
   raise UserError(
-    f"config.raw.source is '{source}', whose files hold no texts and no captions ({first}, ...); "
-    "a folder of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or "
-    f"all captions in {PAIR_FILES[0]}."
+    f"config.raw.source is '{source}', whose files have no texts and no captions ({first}, ...); "
+    "a folder of images must have the caption of x.jpg in x.txt, x.caption or x.json, or all "
+    f"captions in {PAIR_FILES[0]}."
   )
 
 
@@ -280,15 +282,16 @@ def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
 def _folder(
   fs: fsspec.AbstractFileSystem, path: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl.
+  """Yields the records of a folder with lists.
 
-  Then come the images that no list names and that have a caption beside them.
+  The order is: images of a JSONL or CSV list of captions, texts.jsonl, interleaved.jsonl, then
+  unlisted images with a caption file.
   """
   known, named = set(fs.find(path)), set()
   listed = [name for name in LISTS if posixpath.join(path, name) in known]
   for name in listed:
     if not _is_regular(fs, file := posixpath.join(path, name)):
-      message = f"{file} is a link, or no file, and is not read: put the file itself there."
+      message = f"{file} is a link or not a file, and is not read: replace it by the file itself."
       yield Rejected(file, "", "linked_file", message)
   listed = [name for name in listed if _is_regular(fs, posixpath.join(path, name))]
   captions = next((name for name in PAIR_FILES if name in listed), None)
@@ -318,12 +321,12 @@ def _folder(
 
 
 def _joined(folder: str, image: Any) -> str:
-  """Returns the full path of an image that a list in `folder` names; of no path ""."""
+  """Returns the full path of an image that a list in `folder` names, or "" if it is not a path."""
   return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
 
 
 def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
-  """Lists images that no list names, with captions; folders with lists of their own have theirs."""
+  """Returns unlisted images and their captions. Skips subfolders that have lists themselves."""
   inner = _folders(known, IMAGE_LISTS) - {path}
   stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
   samples = (names for names in stems.values() if has_image(names) and has_caption(names))
@@ -331,10 +334,10 @@ def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
 
 
 def _is_regular(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-  """Returns whether a path is a file: no link, which may lead out of a folder, and no pipe."""
+  """Returns whether a path is a regular file. Links, which may lead out, and pipes are not."""
   try:
     info = fs.info(path)
-  except OSError:  # A link that leads nowhere.
+  except OSError:  # A broken link.
     return False
   return info["type"] == "file" and not info.get("islink")
 
@@ -347,10 +350,10 @@ def _with_images(
   where: str,
   known: Collection[str] = (),
 ) -> Record | Rejected:
-  """Makes paths of images in `folder` full paths; `known` files need no look-up.
+  """Makes the image paths of a record absolute, or returns Rejected.
 
-  A path out of the folder is refused before it is looked up: no message may say whether another
-  file of the machine exists.
+  Paths are relative to `folder`. Files in `known` exist and need no look-up. A path out of the
+  folder is rejected without a look-up, so that no message reveals which files the machine has.
   """
   if isinstance(item, Rejected):
     return item
@@ -375,7 +378,7 @@ def _with_images(
 def _text(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
+  """Yields a .txt file as one text, or each line of a .jsonl file as a text or document."""
   name = posixpath.basename(file)
   if suffix_of(file) == "txt":
     try:

@@ -1,4 +1,4 @@
-"""Finds the images that records name, which must be in the folder of their file."""
+"""Resolves the image paths in records and refuses paths that lead out of a folder."""
 
 import dataclasses
 import functools
@@ -10,25 +10,25 @@ from etils import epath
 from cm3leon_jax.config import UserError
 
 URL = "://"
-BY_FLAG = "put it there; --allow_outside takes images from everywhere."
-LOCAL = ("", "file://", "local://")  # Beginnings of local paths, as fsspec has them.
+BY_FLAG = "put it there, or allow images from everywhere with --allow_outside."
+LOCAL = ("", "file://", "local://")  # Prefixes of local paths in fsspec.
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-  """A folder that the images of records must be in, links followed.
+  """The folder that must contain the images of records, after links are resolved.
 
-  Records may come from strangers: a path out of the folder could name any file of the machine, and
-  a URL could make it send requests.
+  Records may come from strangers. A path out of the folder could name any file of the machine, and
+  a URL could make the machine send requests.
 
   Attributes:
-    path: of the folder, local or in a bucket.
-    remedy: of the error, a sentence or the end of one: what to do with an image that is elsewhere.
-    allow_outside: whether images may be anywhere.
+    path: path of the folder, local or in a GCS bucket.
+    remedy: end of the error message: what to do with an image outside the folder.
+    allow_outside: whether images may be outside the folder.
   """
 
   path: str
-  remedy: str = "put it there, or name the folder that holds it as the folder of images."
+  remedy: str = "put it there, or give its folder as the image folder."
   allow_outside: bool = False
 
   def find(self, name: str, where: str, noun: str = "image") -> str:
@@ -36,15 +36,16 @@ class ImageFolder:
 
       ImageFolder("data").find("val/7.jpg", "a.jsonl, line 1") = "data/val/7.jpg"
 
-    The error is the same whether or not there is such a file: it must not say what the machine has.
+    The error is the same whether or not the file exists, so that it does not reveal which files the
+    machine has.
 
     Args:
       name: path relative to the folder, absolute path, or URL.
-      where: the record stands, for the error.
-      noun: what kind of file is named.
+      where: place of the record, for the error message.
+      noun: kind of the file, for the error message.
 
     Raises:
-      UserError: the file is not in the folder.
+      UserError: the path is outside the folder.
     """
     path = self._join(name)
     if not self.allow_outside and not self._holds(path):
@@ -61,30 +62,30 @@ class ImageFolder:
   def _holds(self, path: str) -> bool:
     try:
       return _resolve(path).startswith(self._inside)
-    except ValueError:  # A null, or half of a surrogate pair, which no path can have.
+    except ValueError:  # A path cannot contain a null or half of a surrogate pair.
       return False
 
   @functools.cached_property
   def _inside(self) -> str:
-    """Returns the beginning of all paths in the folder."""
+    """Returns the common prefix of all paths in the folder."""
     return _resolve(self.path).rstrip("/") + "/"
 
 
 def image_folder(path: epath.PathLike | ImageFolder) -> ImageFolder:
-  """Returns the folder of images at a path, or an `ImageFolder` as it is."""
+  """Converts a path to an `ImageFolder`. Returns an `ImageFolder` unchanged."""
   return path if isinstance(path, ImageFolder) else ImageFolder(os.fspath(path))
 
 
 def _resolve(path: str) -> str:
-  """Returns the one name of a path: absolute, without `..`; a local one also without links."""
+  """Returns the canonical form of a path: absolute, without `..`, and, if local, without links."""
   start, inner = _split(path)
   if start not in LOCAL:
     return start + posixpath.normpath(inner)
-  # The path that `open_filesystem` opens.
+  # Resolve the path in the same way as `open_filesystem`.
   return start + os.path.realpath(os.path.abspath(os.path.expanduser(inner)))
 
 
 def _split(path: str) -> tuple[str, str]:
-  """Splits off the protocol: _split("gs://a/b") = ("gs://", "a/b"); _split("a") = ("", "a")."""
+  """Splits off the protocol: _split("gs://a/b") = ("gs://", "a/b"), _split("a") = ("", "a")."""
   protocol, url, inner = path.partition(URL)
   return (protocol + url, inner) if url else ("", path)

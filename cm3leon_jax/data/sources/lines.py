@@ -1,4 +1,4 @@
-"""Reads lines of JSON, rows of CSV and texts of a source, of bounded length."""
+"""Reads JSON lines, CSV rows and texts of a source, with limits on their length."""
 
 from collections.abc import Iterator
 import csv
@@ -12,22 +12,22 @@ import fsspec
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import RecordError, Rejected, parse_json
 
-MAX_LINE = 2**24  # Bytes of a line of JSON, or of a text file.
-MAX_ROW = 2**20  # Characters of a row of CSV, which may have half as many fields.
+MAX_LINE = 2**24  # Maximum bytes of a JSON line or a text file.
+MAX_ROW = 2**20  # Maximum characters of a CSV row, which can have half as many fields.
 
 
 def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | RecordError]]:
-  """Yields (where, line) for every line of a binary file that is not blank.
+  """Yields (place, line) for every nonblank line of a binary file.
+
+  Yields a RecordError in place of a line with more than MAX_LINE bytes, and never reads the whole
+  line into memory.
 
   Args:
-    raw: the file; it is closed at its end.
-    file: its name, for `where` and messages.
-
-  Yields:
-    Of a line of more than MAX_LINE bytes, which is never in memory whole, the error that says so.
+    raw: the open file. It is closed at the end.
+    file: file name for messages.
   """
-  # Files of a bucket have a `readline` without a limit.
-  with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # Any binary file has what it calls.
+  # The `readline` of files in a GCS bucket ignores its limit.
+  with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # Binary files have the methods.
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)
       if not line:
@@ -43,7 +43,7 @@ def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | R
 
 
 def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
-  """Yields (where, line) as `bounded_lines`; raises UserError at a line that is too long."""
+  """Yields (place, line) like `bounded_lines`, but raises UserError at a line that is too long."""
   with epath.Path(file).open("rb") as raw:
     for where, line in bounded_lines(raw, file):
       if isinstance(line, RecordError):
@@ -54,12 +54,9 @@ def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
 def json_lines(
   fs: fsspec.AbstractFileSystem, file: str, fields: list[str]
 ) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (where, values) of every line of a JSONL file that is not blank.
+  """Yields (place, values) of every nonblank line of a JSONL file, or Rejected for invalid lines.
 
-  Args:
-    fs: filesystem of the file.
-    file: its path.
-    fields: names of fields that a line must have; for messages.
+  Messages name `fields`, which a line must have.
   """
   with fs.open(file, "rb") as raw:
     for where, line in bounded_lines(raw, file):
@@ -81,10 +78,10 @@ def _decode(data: bytes, where: str) -> str:
 
 
 class _RowLines:
-  """Lines of a CSV file; raises csv.Error where those of one row have more than MAX_ROW characters.
+  """Lines of a CSV file. Raises csv.Error if one row has more than MAX_ROW characters.
 
   Attributes:
-    used: characters of the lines since it was set to 0.
+    used: number of characters read since `used` was set to 0, at the start of a row.
   """
 
   def __init__(self, stream: TextIO) -> None:
@@ -104,31 +101,31 @@ class _RowLines:
 
 
 def csv_rows(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
+  """Yields (place, fields) of every row. At the first invalid row, yields Rejected and ends."""
   csv.field_size_limit(MAX_ROW)
   with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
     lines = _RowLines(stream)
-    rows = csv.DictReader(lines, strict=True)  # A quote without an end is an error.
+    rows = csv.DictReader(lines, strict=True)  # Strict: an unclosed quote is an error.
     try:
       for row in rows:
         lines.used = 0
         yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
     except (csv.Error, UnicodeDecodeError) as error:
       where = f"{file}, line {rows.line_num + 1}"
-      message = f"{where} and what follows is no CSV in UTF-8 ({error}): mend it, and run again."
+      message = f"{where} and later lines are not CSV in UTF-8 ({error}): fix them and run again."
       yield where, Rejected(file, "", "unreadable_file", message)
 
 
 def whole_file(fs: fsspec.AbstractFileSystem, file: str) -> bytes:
-  """Reads a file; raises RecordError if it has more than MAX_LINE bytes."""
+  """Reads a file. Raises RecordError if the file has more than MAX_LINE bytes."""
   with fs.open(file, "rb") as stream:
     data = stream.read(MAX_LINE + 1)
   if len(data) > MAX_LINE:
-    message = f"{file} has more than {MAX_LINE:,} bytes: split it, or give it as JSON lines."
+    message = f"{file} has more than {MAX_LINE:,} bytes: split it, or convert it to JSON lines."
     raise RecordError("malformed_record", message)
   return data
 
 
 def whole_text(fs: fsspec.AbstractFileSystem, file: str) -> str:
-  """Reads a text file; raises RecordError as `whole_file`, or if it is not UTF-8."""
+  """Reads a text file. Raises RecordError if the file is too long or is not UTF-8."""
   return _decode(whole_file(fs, file), file)

@@ -1,14 +1,14 @@
-"""Origins of records: how many of each kind a source, a license and an attribution has."""
+"""Counts records by origin: kind, source, license and attribution."""
 
 import collections
 from collections.abc import Iterable
 
 FIELDS = ("kind", "source", "license", "attribution")
-MOST = 100  # Origins that are listed.
+MOST = 100  # Number of origins that are listed separately.
 
 
 def most_common(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin; of too many, the rarest keep only kind and license."""
+  """Sums the records of each origin. Merges all but the MOST largest by kind and license."""
   counts: collections.Counter[tuple] = collections.Counter()
   for origin in origins:
     counts[tuple(origin[field] for field in FIELDS)] += origin["records"]

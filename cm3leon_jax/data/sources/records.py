@@ -1,4 +1,4 @@
-"""Raw records, before tokenization: captioned images, texts, documents of both, rejected ones."""
+"""Defines and checks raw records: captioned images, texts, interleaved documents, rejections."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from cm3leon_jax.config import without_addresses
 
-MAX_DEPTH = 50  # Levels of `facts`.
-# Names of our fields in other tools, in order of preference.
+MAX_DEPTH = 50  # Maximum nesting depth of `facts`.
+# Field -> names of this field in other tools, in order of preference.
 ALIASES = {
   "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
   "caption": ("caption", "text", "TEXT", "txt"),
@@ -17,7 +17,7 @@ ALIASES = {
   "attribution": ("attribution", "author", "credit"),
   "key": ("key", "id"),
 }
-SPLITS = ("train", "heldout", "bank")  # "bank": retrieved, and never trained on.
+SPLITS = ("train", "heldout", "bank")  # Records of "bank" are only retrieved, never trained on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,13 @@ class RawPair:
 
   Attributes:
     key: unique in its folder.
-    image: path (relative to the folder in pairs.jsonl, absolute once read), or bytes of the file.
-    group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
-    split: "train", "heldout" or "bank"; documents of "bank" are retrieved, but never trained on.
-    concept: shared by pairs that show the same, which are in one split.
-    facts: what image and caption show, for sources that know it; see docs/data_formats.md.
-    added_crop: number of the random crop that `cm3leon prepare_data` added; empty: the whole image.
+    image: path (relative to the folder in pairs.jsonl, absolute after reading), or file content.
+    group: name that near duplicates share. They are never neighbors of each other. "" means no
+      group.
+    split: one of SPLITS. "" lets `cm3leon prepare_data` choose between "train" and "heldout".
+    concept: name that pairs with the same content share. They are in the same split.
+    facts: facts about image and caption, for sources that know them; see docs/data_formats.md.
+    added_crop: number of the random crop that `cm3leon prepare_data` added. "" for a whole image.
   """
 
   key: str
@@ -49,7 +50,7 @@ class RawPair:
 
 @dataclasses.dataclass(frozen=True)
 class RawText:
-  """A text without images; fields as in RawPair."""
+  """A text without images. Fields are as in RawPair."""
 
   key: str
   text: str
@@ -61,10 +62,10 @@ class RawText:
 
 @dataclasses.dataclass(frozen=True)
 class RawInterleaved:
-  """Texts and images in reading order; other fields as in RawPair.
+  """Texts and images in reading order. Other fields are as in RawPair.
 
   Attributes:
-    segments: at least one; each is {"text": str} or {"image": path or bytes}.
+    segments: at least one segment; each is {"text": str} or {"image": path or bytes}.
   """
 
   key: str
@@ -78,19 +79,19 @@ class RawInterleaved:
 
 Record = RawPair | RawText | RawInterleaved
 T = TypeVar("T", bound=Record)
-# The names are also those of the files.
+# The names are also file names, without the suffix .jsonl.
 KINDS: dict[str, type[Record]] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
 def images_of(record: Record) -> list[str | bytes]:
-  """Returns the images of a record in their order."""
+  """Returns the images of a record in reading order."""
   if isinstance(record, RawInterleaved):
     return [segment["image"] for segment in record.segments if "image" in segment]
   return [record.image] if isinstance(record, RawPair) else []
 
 
 def with_images(record: T, images: Iterable[str | bytes]) -> T:
-  """Replaces the images of a record, in their order."""
+  """Replaces the images of a record in reading order."""
   images = iter(images)
   if isinstance(record, RawInterleaved):
     segments = tuple(
@@ -101,7 +102,7 @@ def with_images(record: T, images: Iterable[str | bytes]) -> T:
 
 
 def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
-  """Yields `count` items at a time, or fewer whose images in memory have `size` bytes together."""
+  """Yields batches that end at `count` items, or at `size` bytes of images in memory."""
   batch, total = [], 0
   for item in items:
     images = images_of(item) if isinstance(item, Record) else []
@@ -114,13 +115,13 @@ def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
     yield batch
 
 
-# Reasons to leave out a second caption or image of a record that is taken.
+# Reasons for omitting a second caption or image of a record. The record itself is accepted.
 NOTES = ("conflicting_captions", "image_of_same_name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-  """A rejected record: its file and key, a word for the reason, and a sentence for the user."""
+  """A rejected record: its file and key, a reason code, and a message for the user."""
 
   file: str
   key: str
@@ -132,7 +133,7 @@ class Rejected:
 
 
 class RecordError(ValueError):
-  """Error of one record: a word for the reason, and a sentence for the user."""
+  """Error in one record, with a reason code and a message for the user."""
 
   def __init__(self, reason: str, message: str):
     super().__init__(without_addresses(message))
@@ -140,7 +141,7 @@ class RecordError(ValueError):
 
 
 def required_fields(cls: type) -> list[str]:
-  """Returns the fields of a kind of record without a default."""
+  """Returns the required fields of a kind of record: those without a default."""
   return [
     f.name
     for f in dataclasses.fields(cls)
@@ -149,10 +150,11 @@ def required_fields(cls: type) -> list[str]:
 
 
 def make_record(cls: type[T], values: Mapping, where: str) -> T:
-  """Makes a record, one of `KINDS`, from a mapping; ignores other fields than those of `cls`.
+  """Builds a record of type `cls` from a mapping. Ignores unknown fields.
 
   Raises:
-    RecordError: a field is absent, empty, or of the wrong type. The sentence begins with `where`.
+    RecordError: a field is missing, is empty, or has the wrong type. The message begins with
+      `where`.
   """
   required = required_fields(cls)
   fields = [f.name for f in dataclasses.fields(cls)]
@@ -171,8 +173,7 @@ def make_record(cls: type[T], values: Mapping, where: str) -> T:
       _check_value(name, value, name in required, where)
   if values.get("split", "train") not in ("", *SPLITS):
     message = (
-      f"{where}: split is '{values['split']}'; it must be 'train', 'heldout' or 'bank', or be left "
-      "out."
+      f"{where}: split is '{values['split']}'; it must be 'train', 'heldout' or 'bank', or absent."
     )
     raise RecordError("malformed_record", message)
   return cls(**values)
@@ -192,7 +193,7 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
     try:
       text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-      message = f"{where}: field 'facts' is no JSON ({error})."
+      message = f"{where}: field 'facts' is not JSON ({error})."
       raise RecordError("malformed_record", message) from error
     _check_unicode(name, text, where)
     return
@@ -208,7 +209,7 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
 
 
 def _depth(value: Any) -> int:
-  """Counts the levels of lists and objects, up to MAX_DEPTH + 1."""
+  """Counts the nesting levels of lists and objects, up to MAX_DEPTH + 1."""
   level, depth = [value], 0
   while level and depth <= MAX_DEPTH:
     depth += 1
@@ -245,10 +246,10 @@ def _checked_segments(segments: Any, where: str) -> tuple[dict, ...]:
 
 
 def parse_json(line: str, where: str, required: list[str]) -> dict:
-  """Parses a line of a JSONL file; raises RecordError if it is not a JSON object."""
+  """Parses a line of a JSONL file. Raises RecordError if the line is not a JSON object."""
   try:
     record = json.loads(line)
-  except (ValueError, RecursionError) as error:  # ValueError: also of numbers with 5,000 digits.
+  except (ValueError, RecursionError) as error:  # Numbers of 5,000 digits also raise ValueError.
     message = f"{where} is not valid JSON ({error}); every line must be one JSON object."
     raise RecordError("malformed_record", message) from error
   if not isinstance(record, dict):
@@ -260,7 +261,7 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
 
 
 def renamed(values: dict) -> dict:
-  """Adds our fields under their names, each from its first alias that is not None."""
+  """Adds the fields of ALIASES, each with the value of the first alias that is not None."""
   result = dict(values)
   for name, aliases in ALIASES.items():
     value = next((values[a] for a in aliases if values.get(a) is not None), None)
@@ -270,7 +271,7 @@ def renamed(values: dict) -> dict:
 
 
 def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Record | Rejected:
-  """Makes a record of `cls`, or says what is wrong in `values`."""
+  """Builds a record of type `cls`, or returns Rejected if `values` are invalid."""
   try:
     return make_record(cls, values, where)
   except RecordError as error:
@@ -278,14 +279,15 @@ def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Re
 
 
 def long_caption(key: str, length: int, longest: int) -> str:
-  """Says that a caption has more characters than `RawConfig.max_caption_characters`."""
+  """Returns the message for a caption longer than `RawConfig.max_caption_characters`."""
   return (
-    f"key '{key}': the caption has {length} characters; raw.max_caption_characters is {longest}."
+    f"key '{key}': the caption has {length} characters, but raw.max_caption_characters is "
+    f"{longest}."
   )
 
 
 def key_of(values: Mapping, default: Any) -> Any:
-  """Returns the key of a record as a text, else `default`; 0 is a key, and "" is none."""
+  """Returns the key of a record as a text, or `default` if it is None or ""."""
   key = values.get("key")
   if key is None or key == "":
     return default

@@ -1,4 +1,4 @@
-"""Rejected records over the shards of a source, and when they are too many."""
+"""Counts the rejected records of a source and stops at too many."""
 
 import collections
 
@@ -7,11 +7,11 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS
 
-CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
+CHECK_FROM = 10_000  # The share of rejections is checked early only after this many records.
 
 
 class Rejections:
-  """Counts rejected records over shards; raises UserError at more than the share `most` of all."""
+  """Counts rejected records over shards. Raises UserError if their share exceeds `most`."""
 
   def __init__(self, most: float, path: epath.Path):
     self._most, self._path = most, path
@@ -19,7 +19,7 @@ class Rejections:
     self._reasons: collections.Counter[str] = collections.Counter()
 
   def add(self, summary: dict) -> None:
-    """Adds the counts of a shard."""
+    """Adds the counts of a shard. After CHECK_FROM records, also calls `check`."""
     wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
     self._reasons.update(wrong)
     counts = summary["counts"]
@@ -30,13 +30,13 @@ class Rejections:
       self.check()
 
   def check(self) -> None:
-    """Raises UserError if they are too many."""
+    """Raises UserError if too many records are rejected."""
     rejected = self._reasons.total()
     if rejected > self._most * self._seen:
       counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
       raise UserError(
-        f"{rejected} of {self._seen} records are wrong ({counts}), more than "
+        f"{rejected} of {self._seen} records are invalid ({counts}), more than "
         f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them: "
-        "mend them, or raise max_rejected. "
+        "fix them, or raise max_rejected. "
         f"The first: {self._first}"
       )

@@ -1,6 +1,6 @@
-"""Reads samples: an image and the files of its name that hold its caption.
+"""Reads samples: an image and the caption files with the same name.
 
-The members of a tar of WebDataset and the files of a folder make records by the same rules.
+The same rules hold for members of a WebDataset tar and for files in a folder.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,19 +26,19 @@ from cm3leon_jax.data.sources.records import (
 )
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif")
-# Images that are rejected when they are read; their captions must not count as texts.
+# Images of these formats are rejected later. Their caption files must not count as texts.
 OTHER_IMAGES = ("bmp", "tif", "tiff", "heic", "heif", "jxl", "svg")
-CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first one that is not blank is the caption.
+CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first nonblank file has the caption.
 SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)  # Other members of a tar are not read.
-GROUP = 1_000  # Mean number of samples of one part; the most are 4 times as many.
-THREADS = 8  # Samples of which files are read at the same time.
+GROUP = 1_000  # Mean number of samples per part. The maximum is 4 times as high.
+THREADS = 8  # Number of samples whose files are read in parallel.
 
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
 
 
 @functools.cache
 def _is_image(suffix: str) -> bool:
-  """Returns whether a lower-case suffix is that of an image, or one mistyped: "jpq"."""
+  """Returns whether a lower-case suffix belongs to an image, possibly mistyped, e.g. "jpq"."""
   return suffix in _IMAGES or (
     suffix not in CAPTION_SUFFIXES
     and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
@@ -46,7 +46,7 @@ def _is_image(suffix: str) -> bool:
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-  """Groups the names of images and captions by their paths without suffix.
+  """Groups the names of images and caption files by their path without suffix.
 
   names  = ["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md"]
   result = {"a/x": ["a/x.JPG", "a/x.txt"], "a/y": ["a/y.txt"]}
@@ -59,25 +59,26 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def suffix_of(name: str) -> str:
-  """Returns the suffix of a file in lower case: suffix_of("a/x.JPG") = "jpg"; else ""."""
+  """Returns the lower-case suffix of a file, or "": suffix_of("a/x.JPG") = "jpg"."""
   before, _, suffix = name.rpartition(".")
   return suffix.lower() if before and "/" not in suffix else ""
 
 
 def has_image(names: Iterable[str]) -> bool:
-  """Returns whether one of the files is an image."""
+  """Returns whether at least one file is an image."""
   return any(_is_image(suffix_of(name)) for name in names)
 
 
 def has_caption(names: Iterable[str]) -> bool:
-  """Returns whether one of the files may hold a caption."""
+  """Returns whether at least one file has the suffix of a caption file."""
   return any(suffix_of(name) in CAPTION_SUFFIXES for name in names)
 
 
 def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
-  """Groups stems, 1,000 on average; where a group begins depends on the name of its first stem.
+  """Yields groups of 1,000 stems on average.
 
-  A stem that is added or removed therefore changes its own group, and rarely the next one.
+  The hash of a stem decides whether a group begins at this stem. Adding or removing a stem
+  therefore changes only one group, or rarely two.
   """
   group: list[str] = []
   for stem in stems:
@@ -93,13 +94,13 @@ def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
 def folder_samples(
   fs: fsspec.AbstractFileSystem, root: str, files: Iterable[str], images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields the samples of a folder in the order of `files`; keys are stems relative to `root`.
+  """Yields the samples of a folder in the order of `files`. Keys are stems relative to `root`.
 
   Args:
     fs: filesystem of the folder.
-    root: the folder.
-    files: images and captions in it.
-    images: checks paths of images and makes them full, see `sources.read`.
+    root: path of the folder.
+    files: paths of the images and caption files.
+    images: checks image paths and makes them absolute, see `formats._with_images`.
   """
   files = list(files)
   stems, known = iter(by_stem(files).items()), set(files)
@@ -115,7 +116,7 @@ def folder_samples(
 def _folder_sample(
   fs: fsspec.AbstractFileSystem, root: str, stem: str, names: list[str]
 ) -> list[Record | Rejected]:
-  """Reads the captions of one sample; the image of a pair is a path relative to `root`."""
+  """Reads the caption files of one sample. Image paths in the result are relative to `root`."""
   where = next((name for name in names if _is_image(suffix_of(name))), names[0])
   key = posixpath.relpath(stem, root)
   sample: dict[str, bytes | str] = {}
@@ -124,7 +125,7 @@ def _folder_sample(
     if _is_image(suffix.lower()):
       sample[suffix] = posixpath.relpath(name, root)
     elif "file" in fs.protocol and os.path.islink(name):
-      message = f"{name} is a link, and is not read: put the file itself there."
+      message = f"{name} is a link, which is not read: replace it by the file itself."
       return [Rejected(where, key, "linked_file", message)]
     else:
       try:
@@ -137,14 +138,14 @@ def _folder_sample(
 def sample_records(
   file: str, where: str, key: str, sample: Mapping[str, bytes | str], source: str
 ) -> Iterator[Record | Rejected]:
-  """Yields the pair of a sample, or why it has none, and what else of it is left out.
+  """Yields the pair of a sample, or Rejected, and then a note for each omitted caption or image.
 
   Args:
-    file: that holds the sample, for rejected records.
-    where: the sample stands, for messages.
-    key: of the sample.
-    sample: suffix -> content of the file; of an image possibly its path.
-    source: where the pair comes from, if its .json does not say it.
+    file: file of the sample, for rejected records.
+    where: place of the sample, for messages.
+    key: key of the pair.
+    sample: suffix -> content of the file, or path of an image.
+    source: default of the field `source`, if the .json does not define it.
   """
   try:
     about, captions = _captions(where, sample)
@@ -167,7 +168,7 @@ def sample_records(
     message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
     yield Rejected(file, key, "missing_image", message)
   elif not images:
-    message = f"{where} has no image and no caption, but {', '.join(sample)}."
+    message = f"{where} has no image and no caption, only {', '.join(sample)}."
     yield Rejected(file, key, "malformed_record", message)
   elif images[0].lower() not in _IMAGES:
     message = f"{where} is not read: its suffix is not one of .{', .'.join(IMAGE_SUFFIXES)}."
@@ -181,10 +182,10 @@ def sample_records(
 
 
 def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json, and suffix -> caption in the order of preference.
+  """Returns the fields of the .json file, and suffix -> caption in the order of preference.
 
   Raises:
-    RecordError: a file is no UTF-8, or the .json no JSON.
+    RecordError: a file is not UTF-8, or the .json file is not JSON.
   """
   about, captions = {}, {}
   for preferred in CAPTION_SUFFIXES:
@@ -212,14 +213,11 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
 def _left_out(
   file: str, where: str, key: str, captions: dict, found: list[str], images: list[str]
 ) -> Iterator[Rejected]:
-  """Says which captions and images of a sample are not those of its pair."""
+  """Yields a note for each caption and image of a sample that its pair does not use."""
   for suffix in found[1:]:
     if str(captions[suffix]).split() != str(captions[found[0]]).split():
-      message = (
-        f"{where}: the captions in .{found[0]} and .{suffix} differ; the one in .{found[0]} is "
-        "taken."
-      )
+      message = f"{where}: the captions in .{found[0]} and .{suffix} differ; .{found[0]} is used."
       yield Rejected(file, key, "conflicting_captions", message)
   for suffix in images[1:]:
-    message = f"{where}: .{images[0]} and .{suffix} have one name; .{images[0]} is taken."
+    message = f"{where}: .{images[0]} and .{suffix} have the same name; .{images[0]} is used."
     yield Rejected(file, key, "image_of_same_name", message)

@@ -1,4 +1,4 @@
-"""Splits that follow from a name alone, so that no other record changes them."""
+"""Assigns splits by name only, so that other records do not change the split of a record."""
 
 import hashlib
 
@@ -9,5 +9,5 @@ def fraction(text: str) -> float:
 
 
 def split_of(name: str, heldout_fraction: float) -> str:
-  """Returns the split of a concept or module, a function of its name alone."""
+  """Returns the split of a concept or module, which depends only on its name."""
   return "heldout" if fraction("split:" + name) < heldout_fraction else "train"

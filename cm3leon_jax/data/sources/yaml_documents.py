@@ -1,4 +1,4 @@
-"""Reads YAML files of strangers, within bounds of memory and time."""
+"""Reads untrusted YAML files with limits on memory and time."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ import yaml
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.json_files import check_foreign
 
-MOST_BYTES = 2**20  # Of a file: PyYAML takes about 10 seconds to read 1 MiB.
-MOST_VALUES = 2**17  # Of a file, one for each time that an alias names it.
+MOST_BYTES = 2**20  # Maximum file size. PyYAML takes about 10 seconds for 1 MiB.
+MOST_VALUES = 2**17  # Maximum per file. A value counts again for each alias that names it.
 
 
 def read(path: epath.PathLike) -> str:
-  """Returns the text of a file.
+  """Reads the text of a YAML file.
 
   Raises:
-    UserError: it is no regular file, larger than MOST_BYTES, or no UTF-8.
+    UserError: the file is not a regular file, is larger than MOST_BYTES, or is not UTF-8.
   """
   check_foreign(path, MOST_BYTES)
   try:
@@ -26,11 +26,11 @@ def read(path: epath.PathLike) -> str:
 
 
 def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
-  """Returns node and value of each document of a text.
+  """Parses a text into the (node, value) of each YAML document.
 
   Raises:
-    UserError: naming the line: no YAML, or too many values. A few lines of aliases of aliases make
-      millions of them.
+    UserError: the text is not YAML, or has too many values. A few lines with aliases of aliases can
+      make millions of values. The message names the line if it is known.
   """
   try:
     nodes = list(yaml.compose_all(text, yaml.SafeLoader))
@@ -38,32 +38,30 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
     raise
-  except Exception as error:  # PyYAML raises errors of any kind at values that a tag cannot have.
+  except Exception as error:  # PyYAML raises any kind of error at a value with the wrong tag.
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{where}, line {mark.line + 1}," if mark else where
     raise UserError(f"{where} is not valid YAML ({problem or short(str(error))}).") from error
 
 
 def _check_size(nodes: list[yaml.Node], where: str) -> None:
-  """Raises UserError at documents of more than `MOST_VALUES`, or one that contains itself."""
+  """Raises UserError if the documents have too many values or one contains itself."""
   sizes: dict[int, int] = {}
   total = sum(_size(node, sizes) for node in nodes)
   if total > MOST_VALUES:
     raise UserError(
-      f"{where} has more than {MOST_VALUES:,} values, because aliases repeat what they name: write "
-      "fewer."
+      f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that they "
+      "name: write fewer."
     )
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-  """Returns the number of values of a node, itself included; aliases count as what they name.
+  """Returns the number of values in a node, including the node. An alias counts like its target.
 
-  Args:
-    node: may be shared.
-    sizes: of the nodes that were counted, by their ids; of one that contains itself too many.
+  `sizes` caches the result by the id of the node. A node that contains itself exceeds MOST_VALUES.
   """
   if id(node) not in sizes:
-    sizes[id(node)] = MOST_VALUES + 1  # Until it is known, only a node within itself meets it.
+    sizes[id(node)] = MOST_VALUES + 1  # Only a node inside itself reads this temporary value.
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     inner = [part for pair in pairs for part in pair]
     if isinstance(node, yaml.SequenceNode):

@@ -191,7 +191,7 @@ def test_near_duplicates_are_named_those_of_both_splits_first(tmp_path):
   assert str(found).startswith(
     "5 of 8 compared images are near duplicates of others: 'heldout3' and 'train3', "
   )
-  assert "; 1 held-out image has one in training: give both the same `concept`" in str(found)
+  assert "; 1 held-out image has a near duplicate in training: give both images" in str(found)
 
 
 def test_images_of_one_concept_are_no_near_duplicates(tmp_path):

@@ -156,7 +156,7 @@ def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_qualit
   validate_raw(raw, 2)
   images = sorted((raw / "000000" / "images").iterdir())
   assert len(images) > 6
-  assert f"raw: 1 shards, {len(images)} images; all as written." in capsys.readouterr().out
+  assert f"raw: 1 shards, {len(images)} images; all match their digests." in capsys.readouterr().out
   rng = np.random.default_rng(0)
   for path in images:
     content = path.read_bytes()
@@ -204,7 +204,7 @@ def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path,
   pairs = reader.read_pairs(raw, "train")
   forget_digests(raw)
   validate_raw(raw, 2)
-  sentence = "but 1 of the shards, of an earlier version, have no digests of images"
+  sentence = "but 1 of the shards, from an earlier version, have no image digests"
   assert capsys.readouterr().out.count(sentence) == 1
   record = (raw / "done" / "000000.json").read_bytes()
   prepare(tmp_path)  # The same command does not make it again.

@@ -241,11 +241,11 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   for number, name in enumerate(unreadable, 2):
     said = "is a folder" if name == "folder" else "cannot be read ("
     assert reasons[str(number)].startswith(f"image {folder}/{name}.png {said}")
-  assert reasons["7"] == "record 7 has an empty answer: task ask needs one."
-  assert reasons["8"] == "record 8 has an empty question: task ask needs one."
+  assert reasons["7"] == "record 7 has an empty answer, which task ask requires."
+  assert reasons["8"] == "record 8 has an empty question, which task ask requires."
   assert re.fullmatch(
-    r"its sample has \d+ tokens, \d+ of them of answer; a row has room for 97: shorten it, or "
-    r"raise config\.data\.sequence_length\.",
+    r"its sample has \d+ tokens, of which \d+ belong to answer; a row has room for 97: shorten it, "
+    r"or raise config\.data\.sequence_length\.",
     reasons["9"],
   )
   store = DocumentStore(tmp_path / "store", SETTINGS.vocab)

@@ -76,9 +76,9 @@ def test_sentence():
   }  # fmt: skip
   kept = {name: value for name, value in SUMMARY.items() if not name.startswith("rejected")}
   assert sentence({**kept, **more}, 64) == (
-    "279 pairs for training, 21 held out, 2,000 for retrieval alone; 1 text for training, 0 held "
-    "out; images of 64 x 64; captions of 4 words; 7 left out for their licenses; not used: 3 "
-    "second captions that differ"
+    "279 pairs for training, 21 held out, 2,000 only for retrieval; 1 text for training, 0 held "
+    "out; images of 64 x 64; captions of 4 words; 7 left out because of their licenses; not used: "
+    "3 second captions that differ"
   )
   crops = {**COUNTS, **merged([]), "train_pairs": 3_069, "train_crops": 2_790}
   assert sentence(crops, 64) == "279 pairs for training and 2,790 crops of them, 21 held out"
@@ -93,8 +93,8 @@ def test_sentence():
   [
     (COUNTS, []),
     ({"train_texts": 300}, ["0 pairs, so no image has a caption"]),
-    ({"train_pairs": 9}, ["0 pairs of the split 'heldout'"]),
-    ({"heldout_pairs": 9}, ["0 pairs of the split 'train'"]),
+    ({"train_pairs": 9}, ["0 pairs in the split 'heldout'"]),
+    ({"heldout_pairs": 9}, ["0 pairs in the split 'train'"]),
   ],
 )
 def test_warnings(counts, expected):

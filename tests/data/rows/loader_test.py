@@ -265,7 +265,7 @@ def test_a_skipped_record_leaves_all_other_samples_as_they_are(tmp_path, capsys)
       np.testing.assert_array_equal(row[name], expected[name])
   warned = capsys.readouterr().out.splitlines()
   assert len(warned) == sum(map(len, places.values()))
-  assert warned[0].startswith("warning: sample 1 of at most 100 skipped: ")
+  assert warned[0].startswith("warning: skipped sample 1 of at most 100: ")
   assert "record 7 (document 7 of the store)" in warned[0]
   loader[min(places)]
   assert capsys.readouterr().out == ""  # The same sample counts once.

@@ -75,8 +75,8 @@ def test_typical_neighbors_that_do_not_fit_are_reported():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
   pairs, _ = synthetic_sources(2_000, 1_024)
   assert room_for_neighbors(pairs, paper) == (
-    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit 4,096 slots: "
-    "whole neighbors are left out, 2 remain."
+    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit into 4,096 slots: "
+    "only 2 neighbors fit, and rows omit the others."
   )
   assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
   assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
@@ -390,7 +390,7 @@ def test_starts_of_an_earlier_version_are_read_and_get_digests(sources, tmp_path
   planned.clear()
   assert plan_with_starts(sources, path, writes=False).window(4) == rows
   assert capsys.readouterr().out == ""
-  for sentence in ("is of an earlier version, without digests of its 5 lines", ""):
+  for sentence in ("is from an earlier version, without digests of its 5 lines", ""):
     assert plan_with_starts(sources, path).window(4) == rows
     assert sentence in capsys.readouterr().out
     assert path.read_text() == whole

@@ -154,6 +154,6 @@ def test_a_conditioning_drop_leaves_nothing_but_an_image():
 
 def test_paper_sampling_needs_three_neighbors():
   with pytest.raises(
-    ValueError, match=r"picks 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"
+    ValueError, match=r"picks 3 of 4 candidates, but num_neighbors is 2; set num_neighbors=3"
   ):
     DataConfig(neighbor_sampling="paper")

@@ -165,7 +165,7 @@ def test_a_group_of_rows_that_is_too_large_is_passed_over(tmp_path, monkeypatch)
     "a.parquet/0", "a.parquet/1", "large_file", "a.parquet/4", "a.parquet/5",
   ]  # fmt: skip
   assert "the 2 rows from 2 on have 20,108 bytes" in found[2].message
-  assert "may have 10,000: write smaller groups of rows." in found[2].message
+  assert "row group is 10,000: write smaller row groups." in found[2].message
 
 
 REPEATED = 100_000  # Characters of a text that a dictionary repeats.
@@ -204,7 +204,7 @@ def test_of_a_long_caption_in_parquet_no_text_is_made(tmp_path, name, characters
   rejected = [json.loads(line) for line in lines]
   assert [x["reason"] for x in rejected] == ["long_caption"] * 300
   assert rejected[7]["message"] == (
-    "key 'a.parquet/7': the caption has 100000 characters; raw.max_caption_characters is 2000."
+    "key 'a.parquet/7': the caption has 100000 characters, but raw.max_caption_characters is 2000."
   )
   assert sum(characters) < REPEATED
   # Without a limit the same captions are read.

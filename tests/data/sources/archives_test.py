@@ -40,7 +40,7 @@ def test_a_large_member_is_passed_over(tmp_path, monkeypatch):
   write_tar(tmp_path / "a.tar", members)
   found = list(read(tmp_path / "a.tar"))
   assert reasons(found) == ["000000001", "large_file", "missing_image", "000000003"]
-  assert "2.jpg has 2,001 bytes; it may have 2,000." in found[1].message
+  assert "2.jpg has 2,001 bytes; the maximum is 2,000." in found[1].message
 
 
 def test_the_size_that_a_member_claims_is_not_reserved(tmp_path):
@@ -71,4 +71,4 @@ def test_a_compressed_tar_is_refused(tmp_path):
   (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "b").read_bytes()))
   [item] = read(tmp_path / "a.tar")
   assert item.reason == "unreadable_file"
-  assert "it must be a whole tar file, not compressed." in item.message
+  assert "it must be a complete, uncompressed tar file." in item.message

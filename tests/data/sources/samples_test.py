@@ -101,7 +101,7 @@ def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
   assert [(item.key, item.reason) for item in notes] == [
     (key, "conflicting_captions") for key in "aab"
   ]
-  expected = f"{folder}/a.jpg: the captions in .txt and .json differ; the one in .txt is taken."
+  expected = f"{folder}/a.jpg: the captions in .txt and .json differ; .txt is used."
   assert notes[1].message == expected
   # The pairs are taken, so these are no wrong records.
   counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.0)
@@ -115,7 +115,7 @@ def test_of_images_of_one_name_the_first_is_taken(folder):
   pair, *others = read(folder)
   assert pair.image == f"{folder}/a.png"
   assert [item.reason for item in others] == ["image_of_same_name"] * 2
-  assert others[0].message == f"{folder}/a.JPG: .png and .JPG have one name; .png is taken."
+  assert others[0].message == f"{folder}/a.JPG: .png and .JPG have the same name; .png is used."
 
 
 def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
