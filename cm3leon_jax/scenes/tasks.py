@@ -1,4 +1,4 @@
-"""The tasks `scenes/TASK` of instruction tuning, see `data.instructions.records.DrawnTasks`."""
+"""Implements `data.instructions.records.DrawnTasks` for the tasks `scenes/TASK`."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -9,7 +9,7 @@ from cm3leon_jax.scenes.config import ScenesConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScenesTasks:
-  """Tasks over the scenes of a config."""
+  """Instruction tasks over the scenes of a config."""
 
   config: ScenesConfig
 
@@ -20,6 +20,6 @@ class ScenesTasks:
     return instructions.records(self.config, task, split, number)
 
   def identity(self) -> dict:
-    """Returns the section `scenes` without the numbers of other scenes."""
+    """Returns the section `scenes` without `train` and `bank`, which do not affect the tasks."""
     fields = dataclasses.asdict(self.config)
     return {name: value for name, value in fields.items() if name not in ("train", "bank")}
