@@ -290,5 +290,5 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()
   assert events[0].error.message == (
-    "retrieve is 1, and the bank/documents/train_pairs holds no documents: set retrieve to 0."
+    "retrieve is 1, but the bank/documents/train_pairs has no documents: set retrieve to 0."
   )

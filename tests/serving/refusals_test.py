@@ -137,7 +137,7 @@ FORMS = [
   (
     (png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}),
     400,
-    "guidance is given, and no prompt to guide by: give one, or leave it out.",
+    "guidance is given without a prompt for guidance: give a prompt, or leave guidance out.",
   ),
   ((png(IMAGE), None, {"prompt": "a <mask>"}), 400, "prompt has a <mask>, which only a message of"),
   ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a whole number."),
