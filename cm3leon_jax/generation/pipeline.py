@@ -130,7 +130,7 @@ class Pipeline:
 
   @functools.cached_property
   def retriever(self) -> Retriever:
-    """Search over the bank."""
+    """Retriever over the bank."""
     folder, size = epath.Path(self.bank) / "neighbors", self.generator.config.batch_size
     return Retriever(folder, self.settings.retrieval, query_batch=size)
 
@@ -214,8 +214,8 @@ class Pipeline:
     """Retrieves the neighbors of each task by its `query`. Needs a CLIP.
 
     Raises:
-      UserError: `retrieval.max_similarity` excludes all documents for a task. It is not an error if
-        `retrieval.min_similarity` is set, which may also exclude all documents.
+      UserError: `retrieval.max_similarity` excludes all documents for a task, and
+        `retrieval.min_similarity` is not set. If it is set, a task may have no neighbors.
     """
     found = [task.neighbors or () for task in tasks]
     queries: dict[tuple, tuple[GivenImage, list[int]]] = {}
@@ -259,7 +259,7 @@ class Pipeline:
       raise UserError("this model has no bank, so no documents can be retrieved.")
     if count > (most := self.settings.retrieval.max_candidates):
       raise UserError(
-        f"{count} documents are requested; the most is config.retrieval.max_candidates = {most}."
+        f"{count} documents are requested; at most config.retrieval.max_candidates = {most} can be."
       )
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(

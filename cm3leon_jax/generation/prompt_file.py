@@ -59,7 +59,7 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
       article = "an" if field == "image" else "a" if field in ("prompt", "box") else ""
       value = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
       raise task.error(
-        f"task {name} takes no {field}: omit '{value}', or name a task that takes "
+        f"task {name} takes no {field}: leave '{value}' out, or name a task that takes "
         f"{article} {field}.".replace("  ", " ")
       )
   task.validate()

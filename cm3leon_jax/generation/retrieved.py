@@ -19,7 +19,7 @@ class Retrieved:
     key: name of the document.
     image: image decoded from its codes.
     similarity: cosine of the query and the document under the run's CLIP.
-    source: source of the original work, as are `license` and `attribution`.
+    source: source of the original work, which `license` and `attribution` describe, too.
   """
 
   key: str

@@ -35,8 +35,8 @@ TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or i
 Decoded: TypeAlias = tuple[tuple[TextOrImage, ...], tuple[str, ...]]  # See `Task.from_ids`.
 # Marks in a prompt: a hole in a text, the end of a segment, the place of the input image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
-# Fields of SamplingConfig that tasks read besides TEXT_SETTINGS: settings for image codes with and
-# without an unconditional stream, and settings for guidance of generation and of edits.
+# Fields of SamplingConfig that tasks read besides TEXT_SETTINGS. The first two are for image codes,
+# with and without an unconditional stream; the others are for guidance, in general and of edits.
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
@@ -94,7 +94,7 @@ class PromptLayout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """Base class of what a user can ask for.
+  """Base class of tasks that a user can request.
 
   A subclass declares the fields that it takes, makes its prompts and decodes its answer.
 
@@ -249,7 +249,7 @@ class Task:
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample, because it has a caption and an image."""
+    """Whether CLIP can score a sample, which needs a caption and an image."""
     return False
 
   def clip_pair(

@@ -31,7 +31,7 @@ QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(Task):
-  """Task that fills the holes of a document, which is a text, then the input image if given.
+  """Task that fills the holes of a document: a text, followed by the input image if there is one.
 
   Attributes:
     retrieve: number of retrieved documents.

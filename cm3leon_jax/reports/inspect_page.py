@@ -180,7 +180,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the item of a segment with its masked parts marked; for a dropped one, a sentinel."""
+  """Returns the item of a segment with marked masked parts, or a sentinel if it was dropped."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
@@ -196,7 +196,7 @@ def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder)
 
 
 def infill_item(view: SampleView, part: RowPart, decoder: PageDecoder) -> dict:
-  """Returns the item of a moved part at the end of the sample; an image shows only moved codes."""
+  """Returns the item of a moved part at the end of the sample. Images show only moved codes."""
   segment = view.segments[part.segment]
   if part.kind == "text":
     begins = part is segment[0] and not view.origin.piece_start

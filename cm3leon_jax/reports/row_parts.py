@@ -206,12 +206,12 @@ def check_sample(
   if len(wrong):
     at = int(wrong[0])
     raise ValueError(
-      f"the sample of document '{key}', spans restored, has token {found[at]} at {at}; "
+      f"the sample of document '{key}', with restored spans, has token {found[at]} at {at}; "
       f"its documents have {expected[at]}."
     )
   if len(found) > len(expected) or (len(found) < len(expected) and len(tokens) <= length):
     raise ValueError(
-      f"the sample of document '{key}', spans restored, has {len(found)} tokens; "
+      f"the sample of document '{key}', with restored spans, has {len(found)} tokens; "
       f"its documents have {len(expected)}."
     )
   return len(expected) - len(found)

@@ -154,7 +154,7 @@ def _step_lines(metrics: list[dict]) -> list[dict]:
 
 
 def restarts(metrics: list[dict]) -> list[dict]:
-  """Finds the restarts of a training: the first step after each restart has no tokens per second.
+  """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
 
   Args:
     metrics: lines of metrics.jsonl.

@@ -109,7 +109,7 @@ class ScenesConfig:
   shares: tuple[Annotated[float, Field(gt=0)], ...] = ()
   """Relative share of each category in the training scenes. Empty means equal shares."""
   rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
-  """Number of rare objects for the category `rare`. Training never shows a fifth of them."""
+  """Number of rare objects for the category `rare`. A fifth of them never occurs in training."""
   style: Style = "filled"
   """Style in which objects are drawn. `filled` draws the icons unchanged; `outlined` draws only
   the edges of their ink. Captions do not name the style."""

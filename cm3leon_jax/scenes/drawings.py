@@ -43,7 +43,7 @@ def alpha(icon: str, cell: int = CELL) -> np.ndarray:
   middle = (cell / 2, cell / 2)
   ImageDraw.Draw(image).text(middle, glyph, font=_font(cell), fill=255, anchor="mm")
   ink = np.array(image)
-  ink.flags.writeable = False  # It is cached.
+  ink.flags.writeable = False  # The array is cached, so callers must not change it.
   return ink
 
 
@@ -60,12 +60,12 @@ def ink(icon: str, style: Style = "filled") -> np.ndarray:
   if style == "filled":
     return filled
   edges = outline(filled)
-  edges.flags.writeable = False  # It is cached.
+  edges.flags.writeable = False  # The array is cached, so callers must not change it.
   return edges
 
 
 def outline(filled: np.ndarray) -> np.ndarray:
-  """Keeps only the edges of ink, [H, W] uint8, as `ink` does. Outside the image is no ink."""
+  """Keeps only the edges of ink, [H, W] uint8, as `ink` does. Pixels outside have no ink."""
   cross = ndimage.generate_binary_structure(2, 1)
   return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
 

@@ -27,7 +27,7 @@ from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene
 Split = str  # "train" or "heldout".
 T = TypeVar("T")
 
-# Tasks on records of the source `scenes`. They use the source record of the same split and index.
+# Tasks that use the record of the source `scenes` with the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
 QUESTIONS = ("count", "color", "exists", "relation")
 EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None]] = {
@@ -47,8 +47,8 @@ HALVES = {
   "bottom": (0, CELL, SIDE, SIDE),
 }  # Boxes as `infill_image` takes them: left, top, right, bottom in pixels.
 RARE_SHARE = 0.15  # Share of the questions about a rare object, which is alone in its scene.
-# Share of the training edits of scenes with rare objects. These are too many to memorize, so a
-# model must copy them from the given image to keep or move them.
+# Share of training edits whose scenes have rare objects. There are too many rare objects to
+# memorize, so a model must copy them from the input image to keep or move them.
 RARE_EDITS = 0.5
 TRIES = 10_000  # Number of scenes drawn for a record before an error.
 
@@ -112,7 +112,7 @@ def may_be_edited(scene: Scene) -> bool:
   if not rare or any(map(world.is_heldout_rare, rare)):
     return may_be_trained(scene)
   common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
-  # "bank" and "scene" concern complete scenes. With rare objects added, this is another scene.
+  # "bank" and "scene" depend on a complete scene, and `common` is only a part of one.
   return world.split_of_scene(common) in ("train", "bank", "scene")
 
 
@@ -223,7 +223,7 @@ def _ask(
 
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random) -> Record:
-  """Makes a record of an edit. In training, its result also is a scene that training may show."""
+  """Makes a record of an edit. In training, the scenes before and after it may be trained."""
   has_rare = split == "train" and "rare" in config.categories
   with_rare = has_rare and rng.random() < RARE_EDITS
   for _ in range(TRIES):
@@ -248,7 +248,7 @@ def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random
 
 
 def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
-  """Returns the facts of `shown` as in a document; `heldout` is the reason of `scene`."""
+  """Returns the facts of `shown`, as in a document, with the reason why `scene` is held out."""
   split = world.split_of_scene(scene)
   kind = split if split in KINDS else ""
   return source.facts_of(task, kind, shown, Description("", include, []))
@@ -262,7 +262,7 @@ def _record(
 
 
 def _in_turn(options: Sequence[T], config: ScenesConfig, task: str, split: Split, index: int) -> T:
-  """Chooses an option for `index`. Each block of n indices uses n options once, in random order."""
+  """Chooses one of n options. Each block of n indices has all options once, in random order."""
   block, i = divmod(index, len(options))
   rng = random.Random(f"{config.seed}/{task}/{split}/turns/{block}")
   return rng.sample(options, len(options))[i]

@@ -57,7 +57,7 @@ def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
 
 
 def _shown(facts: dict, kind: str) -> set:
-  """Returns the facts that decide about a kind: for "pair", the objects with their colors."""
+  """Returns the facts that are compared for a kind, e.g. for "pair" the objects with colors."""
   objects = facts["objects"]
   match kind:
     case "scene":

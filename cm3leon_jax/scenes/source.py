@@ -47,7 +47,7 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category = "colors" if scene.objects[0].object in COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
-  # The bank has one wording, so that only places distinguish the captions of an object in a color.
+  # The bank has only one wording, so that captions of an object differ only in color and place.
   description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
   key = scene.facts_key
   return RawPair(
@@ -166,7 +166,7 @@ class ScenesSource:
 
     Raises:
       UserError: `resolution` is not `SIDE`; a category has no scene to train on or no scene to hold
-        out; the bank is larger than the number of its scenes; the icons are not installed; or the
+        out; `bank` exceeds the number of possible scenes; the icons are not installed; or the
         license is not allowed.
     """
     check_installed()

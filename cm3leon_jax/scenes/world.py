@@ -207,7 +207,7 @@ def number_of_scenes_of(config: ScenesConfig, category: str) -> int:
 
 
 def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
-  """Returns scene `index` of a category; each index below `number_of_scenes_of` has another one."""
+  """Returns scene `index`, below `number_of_scenes_of`, of a category. All scenes are distinct."""
   chosen = []
   for choices in _parts(config, category):
     index, i = divmod(index, len(choices))

@@ -1,4 +1,4 @@
-"""Runs all computation in one thread, which takes jobs, decodes chunk by chunk, delivers events."""
+"""Runs all computation in one thread, which takes jobs, decodes chunks and delivers events."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -249,7 +249,7 @@ class Engine:
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
   def _refused(self, job: Job, error: UserError) -> ApiError:
-    """Returns the refusal of a job, without paths of the server."""
+    """Converts an error of a job to a refusal that does not show paths of the server."""
     message, bank = str(error), self.pipeline.bank
     message = message if bank is None else message.replace(str(bank), "the bank")
     return refused(UserError(message), job.words)
@@ -323,7 +323,7 @@ class Engine:
     self._generator = self._fresh(self._generator.usual)
 
   def _deliver(self, updates: Sequence[Update]) -> None:
-    """Delivers the results of a chunk. Images of several samples are decoded and scored at once."""
+    """Delivers the results of a chunk. Decodes and scores images of several samples together."""
     finished, shown = [], []
     for update in updates:
       opened, index = self._running[update.ticket]

@@ -36,7 +36,7 @@ def from_data_url(url: str, param: str) -> bytes:
 
 
 def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
-  """Reads the header of an image. Raises ApiError if it is no image or has too many pixels."""
+  """Reads the header of an image. Raises ApiError for other data or for too many pixels."""
   try:
     with Image.open(io.BytesIO(data), formats=reader.FORMATS) as opened:
       width, height = opened.size

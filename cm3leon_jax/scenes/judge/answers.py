@@ -32,7 +32,7 @@ def is_right(record: Record, answer: str) -> bool:
 
   `answers.normalize` normalizes answers before the comparison. A caption may differ from the
   caption of the record. It is right if the image shows every object, color, place and relation that
-  it names, and the same number of objects.
+  the caption names, and exactly as many objects as it names.
   """
   if record.facts["task"] == "describe":
     clauses = caption_clauses.parse(answer)
@@ -113,9 +113,9 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
 def any_object_answer(record: Record) -> str | None:
   """Answers a question from the objects of the image, ignoring which object it asks for.
 
-  The answer to `color` is the color of any object, to `relation` any object that the question does
-  not name, to `count` the number of all objects. The key of the record selects among several.
-  Returns None for other tasks.
+  For `color`, the answer is the color of some object. For `relation`, it is some object that the
+  question does not name. For `count`, it is the number of all objects. The key of the record
+  selects the object. Returns None for other tasks.
   """
   task, objects = record.facts["task"], record.facts["objects"]
   if task == "count":

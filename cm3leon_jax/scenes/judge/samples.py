@@ -135,7 +135,7 @@ def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
 def _judge(
   tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style, known: Sequence[Known | None]
 ) -> list[Judged]:
-  """Judges one image, [H, W, 3] uint8, per task; `known` says what training has of its caption."""
+  """Judges one image, [H, W, 3] uint8, per task. `known` becomes a field of the results."""
   facts = [task.document.facts for task in tasks]
   verdicts = scenes.judge_all(images, facts, style)
   return [

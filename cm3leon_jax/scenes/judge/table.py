@@ -33,7 +33,7 @@ class Judged:
     prompt: the caption.
     facts: field `facts` of the document.
     concept: images of one concept show the same scene; "" means that no other image shows it.
-    known: what training has of the caption; None if this was not determined.
+    known: whether training has the words, the claims and an image of the caption; None if unknown.
   """
 
   prompt: str

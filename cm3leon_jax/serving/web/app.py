@@ -186,7 +186,7 @@ class Server:
   async def _answer(
     self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
   ) -> Response:
-    """Submits the task to the engine. Answers at its end, or with a stream of events."""
+    """Submits the task to the engine, and answers when it is done or with a stream of events."""
     events = self._events(request, task, body)
     if not body.stream:
       async with contextlib.aclosing(events):

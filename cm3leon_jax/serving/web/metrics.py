@@ -37,18 +37,18 @@ class Metrics:
       ("requests_active", "gauge", engine.active, "Requests that are not answered yet."),
       ("requests_waiting", "gauge", engine.waiting, "Requests with a sample that has no slot yet."),
       ("samples_running", "gauge", engine.running, "Samples that have a slot."),
-      ("slots", "gauge", engine.slots, "Samples of one shape that can have a slot at once."),
+      ("slots", "gauge", engine.slots, "Number of slots of each bucket."),
       ("samples_total", "counter", engine.samples, "Samples that were completed."),
       ("tokens_total", "counter", engine.tokens, "Tokens of these samples."),
       ("peak_memory_bytes", "gauge", _peak_bytes(), "Largest resident memory of the process."),
     ):
       lines += [*_head(name, kind, meaning), f"cm3leon_serve_{name} {value}"]
     with self._lock:
-      lines += _head("requests_total", "counter", "Requests by endpoint and status of HTTP.")
+      lines += _head("requests_total", "counter", "Requests by endpoint and HTTP status.")
       for (endpoint, status), count in sorted(self._answers.items()):
         labels = f'{{endpoint="{endpoint}",status="{status}"}}'
         lines.append(f"cm3leon_serve_requests_total{labels} {count}")
-      lines += _head("request_seconds", "histogram", "Seconds from a request to its end.")
+      lines += _head("request_seconds", "histogram", "Seconds from start to end of a request.")
       for endpoint, buckets in sorted(self._buckets.items()):
         for bound, count in zip((*SECONDS, "+Inf"), buckets):
           labels = f'{{endpoint="{endpoint}",le="{bound}"}}'
