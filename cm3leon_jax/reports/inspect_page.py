@@ -137,7 +137,7 @@ def make_decoder(
   """Decodes all images of the rows. Codes that were cut off become 0.
 
   Raises:
-    UserError: an image has more codes than an image of the image tokenizer.
+    UserError: an image has more codes than the image tokenizer uses per image.
   """
   count = image_tokenizer.config.image_tokens
   codes: dict[bytes, np.ndarray] = {}

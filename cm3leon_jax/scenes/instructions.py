@@ -223,7 +223,7 @@ def _ask(
 
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random) -> Record:
-  """Makes a record of an edit. In training, the scenes before and after it may be trained."""
+  """Makes a record of an edit. In training, `may_be_edited` accepts both of its scenes."""
   has_rare = split == "train" and "rare" in config.categories
   with_rare = has_rare and rng.random() < RARE_EDITS
   for _ in range(TRIES):
@@ -269,7 +269,7 @@ def _in_turn(options: Sequence[T], config: ScenesConfig, task: str, split: Split
 
 
 def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equal: int) -> Scene:
-  """Draws a scene of a split, with `equal` equal objects and others, or with one rare object."""
+  """Draws a scene of a split: `equal` copies of one object and other objects, or a rare object."""
   rare = world.rare_objects(config) if "rare" in config.categories else ()
   for _ in range(TRIES):
     if rare and task in ("color", "exists") and rng.random() < RARE_SHARE:
@@ -285,7 +285,7 @@ def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equ
 
 
 def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
-  """Draws a scene of `equal` equal objects and other objects, which may also repeat."""
+  """Draws a scene with `equal` copies of one object and other objects, which may repeat, too."""
   others = rng.randint(0, len(PLACES) - equal)
   names = rng.sample(config.objects, min(1 + others, len(config.objects)))
   colors = dict(zip(names, rng.choices(config.colors, k=len(names))))

@@ -75,7 +75,7 @@ def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
 
 
 def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
-  """Cycles through the categories, through the kinds in each, and through the scenes in each."""
+  """Chooses a held-out scene: cycles through categories, then their kinds, then their scenes."""
   rounds, i = divmod(index, len(config.categories))
   category = config.categories[i]
   wanted = -(-config.heldout // len(config.categories))
@@ -151,7 +151,7 @@ def check_installed() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ScenesSource:
-  """The source `scenes`, see `data.sources.drawn.DrawnSource`."""
+  """Implements `data.sources.drawn.DrawnSource` for the source `scenes`."""
 
   config: ScenesConfig
 
@@ -209,6 +209,6 @@ class ScenesSource:
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
     """Finds leaked held-out scenes, see `leaks.check`."""
-    from cm3leon_jax.scenes import leaks  # Ingestion does not need its imports.
+    from cm3leon_jax.scenes import leaks  # Ingestion does not need the modules that it imports.
 
     return leaks.check(folder)

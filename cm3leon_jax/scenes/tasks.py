@@ -14,7 +14,7 @@ class ScenesTasks:
   config: ScenesConfig
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
-    """Yields the first records of a task, see `instructions.record`."""
+    """Yields the first `number` records of a task, see `instructions.record`."""
     from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
 
     return instructions.records(self.config, task, split, number)

@@ -214,7 +214,7 @@ def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
 
 
 def best_guidance(tables: dict[str, dict]) -> str:
-  """Returns the title of the guidance weight with the most correct images; the first of a tie.
+  """Returns the title of the guidance weight with the most correct images, the first in a tie.
 
   Args:
     tables: entry "tables" of the result of `evaluate`.
