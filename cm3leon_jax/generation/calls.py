@@ -1,4 +1,4 @@
-"""From the arguments of a Python call to tasks: one input or a list, checked, with its settings."""
+"""Checks the arguments of a Python call and makes tasks of them."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,15 +20,15 @@ from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
-PROMPTS = ("question", "instruction")  # Names of a prompt in some calls.
-MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG file can hold.
+PROMPTS = ("question", "instruction")  # Other names of the prompt in some calls.
+MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Modes of PIL images that PNG supports.
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
-  """The value as an int. Raises UserError if it is none, or less than `least`."""
+  """Returns the value as an int. Raises UserError if it is not an integer or below `least`."""
   try:
     if isinstance(value, bool | np.bool_):
-      raise TypeError("a truth value is no number")
+      raise TypeError("a truth value is not a number")
     number = operator.index(value)
   except TypeError as error:
     raise UserError(f"{name} is {short(value)}; it must be a whole number.") from error
@@ -38,14 +38,14 @@ def whole(name: str, value: Any, least: int = 0) -> int:
 
 
 def truth(name: str, value: Any) -> bool:
-  """The value. Raises UserError if it is not True or False: "no" would count as true."""
+  """Returns the value. Raises UserError if it is not a bool; the text "no" would count as true."""
   if not isinstance(value, bool | np.bool_):
     raise UserError(f"{name} is {short(value)}; it must be True or False.")
   return bool(value)
 
 
 def folder(name: str, value: Any) -> str:
-  """The path as a text. Raises UserError if it is none, or empty."""
+  """Returns the path as a text. Raises UserError if it is empty or not a path."""
   if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
     raise UserError(f"{name} is {short(value)}; it must be the path of a folder.")
   if not os.fspath(value).strip():
@@ -54,7 +54,7 @@ def folder(name: str, value: Any) -> str:
 
 
 def given_tasks(value: Any) -> list[Task]:
-  """The tasks. Raises UserError if they are no list of tasks."""
+  """Returns the tasks. Raises UserError if `value` is not a list of tasks."""
   if not isinstance(value, list | tuple) or not all(isinstance(task, Task) for task in value):
     raise UserError(
       f"tasks is {short(value)}; it must be a list of tasks of cm3leon_jax.generation.image_tasks "
@@ -64,7 +64,7 @@ def given_tasks(value: Any) -> list[Task]:
 
 
 def text(name: str, value: Any) -> str:
-  """The value. Raises UserError if it is no text."""
+  """Returns the value. Raises UserError if it is not a text."""
   if not isinstance(value, str):
     kind = type(value).__name__
     raise UserError(f"{name} has type {kind}; it must be a text, or a list of texts.")
@@ -72,12 +72,10 @@ def text(name: str, value: Any) -> str:
 
 
 def image(value: Any) -> str | Image.Image | np.ndarray:
-  """A path, a PIL image or an array, as tasks take it. Raises UserError at anything else."""
+  """Returns an image as tasks take it. Raises UserError if it is not a path, PIL image or array."""
   if isinstance(value, str | os.PathLike):
     if os.fspath(value).lower().startswith(("http://", "https://")):
-      raise UserError(
-        f"image {value} is an address; save the image, and give the path of its file."
-      )
+      raise UserError(f"image {value} is a URL; download the image, and give the path of its file.")
     return os.fspath(value)
   if isinstance(value, Image.Image) and all(value.size):
     return value if value.mode in MODES else value.convert("RGB")
@@ -95,7 +93,7 @@ def image(value: Any) -> str | Image.Image | np.ndarray:
 
 
 def boxes(value: Any) -> tuple | list[tuple]:
-  """One box as a tuple, or a list of boxes. Raises UserError if it is neither."""
+  """Returns one box as a tuple, or a list of boxes. Raises UserError if `value` is neither."""
   if not isinstance(value, list | tuple):
     raise UserError(
       f"box is {short(value)}; it must be (left, top, right, bottom), or a list of boxes."
@@ -106,7 +104,7 @@ def boxes(value: Any) -> tuple | list[tuple]:
 
 
 def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
-  """Returns whether a query is no list, and the kind, "text" or "image", and value of each query.
+  """Returns (whether `value` is a single query, queries as ("text", text) or ("image", image)).
 
   Raises:
     UserError: a query is neither a text nor an image.
@@ -124,39 +122,39 @@ def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
 
 
 def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: Any) -> int:
-  """Returns the number of samples of each task; warns of what the model never learned.
+  """Returns the number of samples per task, and warns of tasks that the model was not trained for.
 
   Raises:
-    UserError: it is no positive whole number; or `rank` is no truth value; or samples are to be
-      ranked, and there is one only, or no CLIP, or CLIP cannot score a task.
+    UserError: `num_samples` is not a positive integer; `rank` is not a bool; or ranking is
+      requested for one sample, without a CLIP, or for a task that CLIP cannot score.
   """
   count, rank = whole("num_samples", num_samples, 1), truth("rank", rank)
   if rank and count == 1:
-    raise UserError("rank orders the samples of a prompt, and num_samples is 1: set it to 8, say.")
+    raise UserError("rank orders the samples of a prompt, but num_samples is 1: set it to e.g. 8.")
   if rank and pipeline.clip is None:
-    raise UserError("rank orders samples by their CLIP scores, and this model has no CLIP.")
+    raise UserError("rank orders samples by their CLIP scores, but this model has no CLIP.")
   for task in tasks if rank else ():
     if not task.is_scored:
-      raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
+      raise UserError(f"rank is given, but CLIP cannot score task {task.name} without a caption.")
   for sentence in doubts(tasks, pipeline.layout, pipeline.settings, pipeline.unseen):
     warnings.warn(sentence, stacklevel=4)
   return count
 
 
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:
-  """Inputs of each task of a call, checked by their names: image, box, or else texts.
+  """Checks the inputs of a call and distributes them over its tasks.
 
     rows(image="a.png", prompt=["x", "y"])
     (False, [{"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"}])
 
   Args:
-    **inputs: each one input or a list of inputs.
+    **inputs: one input or a list of inputs per name. Names other than image and box are texts.
 
   Returns:
     (whether no input is a list, inputs of each task).
 
   Raises:
-    UserError: a wrong type, or lists of different lengths.
+    UserError: an input has a wrong type, or lists have different lengths.
   """
   inputs = {name: _checked(name, value) for name, value in inputs.items()}
   lengths = {name: len(value) for name, value in inputs.items() if isinstance(value, list)}
@@ -173,7 +171,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
 
 
 def _checked(name: str, value: Any) -> Any:
-  """The value of an input, or its list of values, as tasks take them."""
+  """Returns the value of an input, or its list of values, as tasks take them."""
   if name == "box":
     return boxes(value)
   check = image if name == "image" else functools.partial(text, name)
@@ -181,33 +179,33 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def foreign(field: str, taken: Sequence[str]) -> str | None:
-  """Says what this package has in place of a keyword of diffusers or transformers; None: another.
+  """Names the equivalent of a keyword of diffusers or transformers; None for other keywords.
 
   Args:
-    field: the keyword.
-    taken: settings that the task reads; none of them: a call that generates nothing.
+    field: keyword that the user gave.
+    taken: settings that the task reads; empty for a call that does not generate.
   """
   guidance = [name for name in ("guidance", "image_guidance", "edit_guidance") if name in taken]
   known = {
     "guidance_scale": f"it is {' and '.join(guidance)} here."
     if guidance
-    else "guidance is a keyword of generate, and texts have none: leave it out.",
+    else "guidance is a keyword of generate, and texts have no guidance: leave it out.",
     "generator": "it is seed here, a whole number: the same seed gives the same result.",
-    "num_images_per_prompt": "it is num_samples here, of generate.",
-    "max_new_tokens": "it is length here, of calls that write texts; an image has all its codes.",
-    "num_inference_steps": "an image takes a step for each of its codes: leave it out.",
+    "num_images_per_prompt": "it is num_samples here, a keyword of generate.",
+    "max_new_tokens": "it is length here, in calls that write texts; an image has a fixed length.",
+    "num_inference_steps": "an image takes one step for each of its codes: leave it out.",
     "dtype": "give it to load: CM3Leon.load(workdir, dtype='bfloat16').",
-    "torch_dtype": "it is dtype here, of load: CM3Leon.load(workdir, dtype='bfloat16').",
-    "device": "it is devices here, of load: CM3Leon.load(workdir, devices=jax.devices()[:1]).",
+    "torch_dtype": "it is dtype of load here: CM3Leon.load(workdir, dtype='bfloat16').",
+    "device": "it is devices of load here: CM3Leon.load(workdir, devices=jax.devices()[:1]).",
   }
   return known.get(field)
 
 
 def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
-  """The settings of the task `name`: `given`, else `defaults`.
+  """Returns the sampling settings of the task `name`: `given` over `defaults`.
 
   Raises:
-    UserError: a setting that the task does not read, or a wrong value.
+    UserError: the task does not read a setting, or a setting has a wrong value.
   """
   taken = prompt_file.task_class(name).settings
   for field in given:
@@ -231,21 +229,21 @@ def tasks(
   inputs: dict[str, Any],
   **fields: int | None,
 ) -> tuple[bool, list[Task]]:
-  """Tasks of one call.
+  """Makes the tasks of one call.
 
   Args:
-    name: of the tasks.
-    defaults: settings of sampling of the run.
-    seed: of the first task; each next task adds 1.
-    settings: settings of sampling of the user.
-    inputs: image, box, prompt (or another of `PROMPTS`): each one input or a list.
-    **fields: whole numbers that all tasks share; None: the task's default.
+    name: name of the tasks.
+    defaults: sampling settings of the run.
+    seed: seed of the first task; task i has seed + i.
+    settings: sampling settings from the user.
+    inputs: image, box, and prompt or one of `PROMPTS`; each is one input or a list.
+    **fields: integers that all tasks share; None means the default of the task.
 
   Returns:
     (whether no input is a list, tasks).
 
   Raises:
-    UserError: a wrong value.
+    UserError: an argument has a wrong value.
   """
   seed, config = whole("seed", seed), sampling(name, defaults, settings)
   shared: dict[str, Any] = {
@@ -269,10 +267,10 @@ def tasks(
 
 
 def _unread(task: Task, field: str) -> str:
-  """Says why a setting that was given has no effect."""
+  """Returns a message that says why a given setting has no effect."""
   if field in GUIDANCE and METHODS[task.sampling.method].is_guided:
-    return f"{field} is given, and no prompt to guide by: give one, or leave it out."
+    return f"{field} is given without a prompt for guidance: give a prompt, or leave {field} out."
   return (
     f"{field} is given, which sampling.method = '{task.sampling.method}' does not read: leave it "
-    "out, or give another method."
+    "out, or choose another method."
   )

@@ -1,4 +1,4 @@
-"""Reads the images that tasks give, and makes them square."""
+"""Reads the input images of tasks and makes them square."""
 
 # H height, W width.
 
@@ -13,7 +13,7 @@ from cm3leon_jax.generation.tasks import GivenImage, Task, image_name
 
 
 def load_image(image: GivenImage, resolution: int | None, crop: str = "center") -> np.ndarray:
-  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `reader.load_image` does."""
+  """Applies `reader.load_image` to a path, a PIL image or an [H, W, 3] uint8 array."""
   if isinstance(image, str):
     return reader.load_image(image, resolution, crop)
   buffer = io.BytesIO()
@@ -23,7 +23,7 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:
-  """Makes a task's image square and of the model's resolution, and prints that it did."""
+  """Makes the image of a task square at the model's resolution, and prints any change."""
   image = task.image
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]
@@ -40,10 +40,10 @@ def square_image(task: Task, resolution: int) -> np.ndarray:
 
 
 def image_key(image: GivenImage) -> str | int:
-  """Returns a key that is equal for the same image of several tasks."""
+  """Returns a key that is equal for tasks with the same image."""
   return image if isinstance(image, str) else id(image)
 
 
 def given_key(task: Task) -> tuple:
-  """Returns a key that is equal for tasks with the same image, made square in the same way."""
+  """Returns a key that is equal for tasks with the same image and the same `crop`."""
   return image_key(task.image), task.crop

@@ -1,4 +1,4 @@
-"""Held-out captions as tasks, and the grids of samples that training writes. Needs no raw data."""
+"""Makes tasks from held-out captions, and the sample grids of training. Needs no raw data."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -24,13 +24,13 @@ GRID_COLUMNS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutCaption(TextToImage):
-  """An image for the caption of a held-out document.
+  """Task that generates an image for the caption of a held-out document.
 
   Attributes:
-    document: caption, then image; the model sees the ids of the caption.
-    neighbors: documents found by the caption alone, when the run's neighbors were built; there may
-      be none.
-    original: [H, W, 3] uint8, the document's image decoded from its codes, or None.
+    document: document with a caption, then an image. The prompt has the ids of the caption.
+    neighbors: documents that were retrieved by the caption without its image when the neighbors of
+      the run were built. May be empty.
+    original: [H, W, 3] uint8, the document's image decoded from its codes; None if not decoded.
   """
 
   document: Document
@@ -58,22 +58,22 @@ def heldout_tasks(
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
 ) -> list[HeldoutCaption]:
-  """Returns tasks of `count` held-out captions, evenly spaced, each with every setting.
+  """Returns tasks for `count` evenly spaced held-out captions, one per caption and column.
 
   Args:
-    layout: of the run.
-    workdir: of the run; its document stores and neighbors are read.
+    layout: layout of the run.
+    workdir: workdir of the run. Its document stores and neighbors are read.
     count: number of captions.
-    seed: of the first caption; each next caption adds 1.
-    columns: numbers of retrieved documents and settings of sampling.
+    seed: seed of the first caption; caption i has seed + i.
+    columns: columns of the contact sheet: (number of retrieved documents, sampling settings).
     keep_neighbors: the unconditional stream keeps the retrieved documents.
-    image_tokenizer: decodes the originals; None: leaves them out.
+    image_tokenizer: decodes the original images; None omits them.
 
   Returns:
-    Tasks, column after column.
+    Tasks: all captions of the first column, then all captions of the next column, etc.
 
   Raises:
-    UserError: fewer captions are held out.
+    UserError: fewer than `count` captions are held out.
   """
   heldout = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", layout.vocab)
   if count > len(heldout):
@@ -91,7 +91,7 @@ def tasks_of_rows(
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
 ) -> list[HeldoutCaption]:
-  """Returns tasks of the captions of the held-out documents `rows`, see `heldout_tasks`."""
+  """Returns tasks for the captions of the held-out documents `rows`, see `heldout_tasks`."""
   workdir = epath.Path(workdir)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
   documents = [heldout[int(i)] for i in rows]
@@ -122,14 +122,14 @@ def tasks_of_rows(
 
 
 def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Image.Image]:
-  """Returns `generate_grid(params, step)`, which writes samples of held-out captions as a grid.
+  """Returns `generate_grid(params, step)`, which writes samples for held-out captions as a grid.
 
-  Captions have no neighbors. All processes of a run generate the same images, since each holds a
-  part of `params`; the first process writes them.
+  No neighbors are retrieved. All processes of a run generate the same images, because each process
+  holds a part of `params`. The first process writes the images.
 
   Args:
-    run: whose document stores and tokenizers are read.
-    folder: gets step_XXXXXX.png.
+    run: run whose document stores and tokenizers are read.
+    folder: folder for the files step_XXXXXX.png.
   """
   settings, layout = run.settings, PromptLayout.of(run)
   heldout = DocumentStore(run.folder / "documents" / "heldout_pairs", layout.vocab)

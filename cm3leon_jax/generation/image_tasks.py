@@ -33,7 +33,7 @@ EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
 
 @dataclasses.dataclass(frozen=True)
 class ImageTask(Task):
-  """A task whose answer is one image."""
+  """Task whose answer is one image."""
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
@@ -50,11 +50,11 @@ class ImageTask(Task):
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage(ImageTask):
-  """An image for a caption.
+  """Generates an image for a caption.
 
   Attributes:
-    prompt: the caption.
-    retrieve: number of retrieved documents; most training samples had two.
+    prompt: caption of the image.
+    retrieve: number of retrieved documents. Most training samples had two.
     keep_neighbors: the unconditional stream keeps the retrieved documents.
   """
 
@@ -88,12 +88,13 @@ class TextToImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillImage(ImageTask):
-  """An image with a box filled in.
+  """Fills in a box of an image.
 
   Attributes:
-    image: the given image.
-    box: left, top, right, bottom in pixels of the model's resolution; right and bottom are outside.
-    prompt: a caption of the whole image, which guides it; may be empty.
+    image: input image.
+    box: left, top, right, bottom in pixels at the model's resolution; right and bottom are
+      exclusive.
+    prompt: caption of the whole image, used for guidance; may be empty.
     retrieve: number of retrieved documents.
   """
 
@@ -109,7 +110,7 @@ class InfillImage(ImageTask):
     super().validate()
     if not self.box:
       raise self.error(
-        "task infill_image needs a box, left,top,right,bottom in pixels, and none is given."
+        "task infill_image needs a box, left,top,right,bottom in pixels, but none is given."
       )
 
   def unread_settings(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ class InfillImage(ImageTask):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _pieces(self, layout: PromptLayout, codes: np.ndarray) -> list[np.ndarray | Hole]:
-    """Splits the image: one hole for a box of full width, otherwise one for each row of the box."""
+    """Splits the image, with one hole for a box of full width, else one hole per row of the box."""
     side = layout.side
     left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
     if right - left == side:
@@ -133,8 +134,9 @@ class InfillImage(ImageTask):
       holes = [(row * side + left, row * side + right) for row in range(top, bottom)]
     if len(holes) >= layout.vocab.num_masks:
       raise UserError(
-        f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, and the vocabulary has "
-        f"sentinels for {layout.vocab.num_masks - 1}: make it lower, or as wide as the image."
+        f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, but the vocabulary has "
+        f"sentinels for {layout.vocab.num_masks - 1}: make the box less high, or as wide as the "
+        "image."
       )
     pieces: list[np.ndarray | Hole] = []
     position = 0
@@ -153,11 +155,11 @@ class InfillImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Edit(ImageTask):
-  """An image changed by an instruction.
+  """Changes an image by an instruction.
 
   Attributes:
-    image: the given image.
-    prompt: the instruction.
+    image: input image.
+    prompt: instruction.
   """
 
   name = "edit"
@@ -173,12 +175,13 @@ class Edit(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Instruct(ImageTask):
-  """An image by an instruction that the model was tuned on (docs/instructions.md).
+  """Generates an image by an instruction that the model was tuned on (docs/instructions.md).
 
   Attributes:
-    prompt: the segments before the image, with `<break>` between them and `<image>` for the given
-      image: "Make high quality image from canny edge features <break> <image> <break> a red star".
-    image: the given image; may be empty.
+    prompt: all segments before the generated image, separated by `<break>`; `<image>` is the place
+      of the input image:
+      "Make high quality image from canny edge features <break> <image> <break> a red star".
+    image: input image; may be empty.
   """
 
   name = "instruct"
@@ -191,7 +194,7 @@ class Instruct(ImageTask):
     super().validate()
     segments = split_prompt(self)
     if has_image(self) and IMAGE not in segments:
-      raise self.error(f"an image is given, and the prompt '{self.prompt}' has no {IMAGE} for it.")
+      raise self.error(f"an image is given, but the prompt '{self.prompt}' has no {IMAGE} for it.")
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
     segments = [
@@ -202,7 +205,7 @@ class Instruct(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Unconditional(ImageTask):
-  """An image without a prompt."""
+  """Generates an image without a prompt."""
 
   name = "unconditional"
   settings = ALONE_SETTINGS
@@ -217,7 +220,7 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
     box (3, 0, 9, 4), resolution 16, 8 codes in a row: (1, 0, 5, 2)
 
   Raises:
-    UserError: not four whole numbers, outside of the image, or empty.
+    UserError: the box does not have four whole numbers, is empty, or is not within the image.
   """
   if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
     raise UserError(
@@ -238,7 +241,7 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
 
 
 def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints a box of pixels that is not made of whole codes, and what it is rounded out to."""
+  """Prints the rounded box if a box of pixels does not consist of whole codes."""
   pixels = resolution // side
   whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
   if whole != tuple(box):

@@ -1,4 +1,4 @@
-"""From tasks to samples, in memory: given images, retrieval, generation, decoding, CLIP scores."""
+"""Turns tasks into samples: input images, retrieval, generation, decoding and CLIP scores."""
 
 # I tokens of an image, G generated tokens, H height, W width.
 
@@ -29,7 +29,7 @@ from cm3leon_jax.trained.run import Run
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
-  """Opens the documents of a workdir that can be retrieved."""
+  """Opens the retrievable documents of a workdir."""
   return Bank(epath.Path(bank) / "documents", layout.vocab)
 
 
@@ -39,15 +39,15 @@ def check_tasks(
   """Checks tasks before any compilation, and loads their images.
 
   Args:
-    layout: of the run.
-    tasks: of the user.
-    bank: documents that are retrieved, or their workdir, or None.
+    layout: layout of the run.
+    tasks: tasks from the user.
+    bank: bank to retrieve from, or its workdir; None: there is no bank.
 
   Returns:
-    `given_key` of each given image -> [H, W, 3] uint8.
+    `given_key` of each input image -> [H, W, 3] uint8.
 
   Raises:
-    UserError: a field is wrong, a prompt too long, an image unreadable, or the bank is empty.
+    UserError: a field is wrong, a prompt is too long, an image is unreadable, or the bank is empty.
   """
   given: dict[tuple, np.ndarray] = {}
   for task in tasks:
@@ -63,16 +63,16 @@ def check_tasks(
   first = next((task for task in tasks if task.retrieve), None)
   if first is not None:
     if bank is None:
-      raise first.error(f"retrieve is {first.retrieve}, and there is no bank: set it to 0.")
+      raise first.error(f"retrieve is {first.retrieve}, but there is no bank: set it to 0.")
     if not len(store := bank if isinstance(bank, Bank) else open_bank(layout, bank)):
       raise first.error(
-        f"retrieve is {first.retrieve}, and {store.folder} holds no documents: set retrieve to 0."
+        f"retrieve is {first.retrieve}, but {store.folder} has no documents: set retrieve to 0."
       )
   return given
 
 
 class Pipeline:
-  """Generates samples for tasks: loads each model once, and compiles once for each shape.
+  """Generates samples for tasks. Loads each model once and compiles once per shape.
 
   run = Run.open("workdir/scenes")
   with jax.set_mesh(create_mesh(run.settings.mesh)):
@@ -92,22 +92,24 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ):
-    """Prepares the decoder. Needs a mesh, as does every call.
+    """Prepares the decoder. A mesh must be set, here and in every later call.
 
     Args:
-      params: of the decoder.
-      settings: of the run.
-      layout: of the run.
-      image_tokenizer: of the run.
-      clip: scores samples and retrieves; None: samples have no scores.
-      bank: workdir that documents are retrieved from.
+      params: parameters of the decoder.
+      settings: settings of the run.
+      layout: layout of the run.
+      image_tokenizer: image tokenizer of the run.
+      clip: scores samples and embeds queries. None: samples have no scores, and documents cannot be
+        retrieved.
+      bank: workdir whose documents are retrieved. None: there is no bank.
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
-    self.unseen: frozenset[int] | None = None  # Ids of text that training never met, if known.
+    self.unseen: frozenset[int] | None = None  # Text ids that never occur in training, if known.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
-    # Batches of the decoder's size: padding costs as much as rows do, and each shape a compilation.
+    # Use the decoder's batch size everywhere: padding costs as much as rows, and each further shape
+    # costs a compilation.
     size = self.generator.config.batch_size
     self.clip = clip and clip.in_batches(size)
     self._tokenizer = image_tokenizer.in_batches(size)
@@ -121,29 +123,29 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ) -> "Pipeline":
-    """Loads the tokenizers of a run; its documents are the bank unless another is named."""
+    """Loads the tokenizers of a run. Its documents are the bank unless `bank` names another one."""
     if bank is None and (run.stages / "documents").exists():
       bank = run.stages
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
 
   @functools.cached_property
   def retriever(self) -> Retriever:
-    """Searches the bank."""
+    """Retriever over the bank."""
     folder, size = epath.Path(self.bank) / "neighbors", self.generator.config.batch_size
     return Retriever(folder, self.settings.retrieval, query_batch=size)
 
   @property
   def usual_retrieve(self) -> int:
-    """Number of documents before a caption: that of training samples, 0 without a bank."""
+    """Number of documents to retrieve, as in training; 0 without a bank."""
     return 0 if self.bank is None else self.settings.data.num_neighbors
 
   @functools.cached_property
   def documents(self) -> Bank:
-    """Returns the documents of the bank."""
+    """Documents of the bank."""
     return open_bank(self.layout, self.bank)
 
   def check(self, tasks: Sequence[Task]) -> dict:
-    """Runs `check_tasks`; the bank is opened once."""
+    """Runs `check_tasks`, opening the bank only once."""
     opened = self.bank is not None and any(task.retrieve for task in tasks)
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
@@ -156,26 +158,26 @@ class Pipeline:
     on_batch: Callable[[list[Sample]], None] | None = None,
     show_progress: bool = False,
   ) -> list[list[Sample]]:
-    """Generates samples of all tasks.
+    """Generates samples for all tasks.
 
     Args:
-      tasks: of any kinds; those of one kind and settings share batches.
-      num_samples: of each task; they share their prefill.
-      rank: orders the samples of a task by their CLIP scores, best first.
-      given: result of `check_tasks`, if it was called before.
-      on_batch: called with the samples of a batch before the next batch begins.
-      show_progress: shows a bar.
+      tasks: tasks of any kinds. Tasks of one kind with equal settings share batches.
+      num_samples: number of samples per task. The samples of a task share one prefill.
+      rank: order the samples of a task by CLIP score, best first.
+      given: result of `check_tasks`; None runs it.
+      on_batch: called with the samples of each batch before the next batch starts.
+      show_progress: show a progress bar.
 
     Returns:
       `num_samples` samples of each task.
 
     Raises:
-      UserError: see `check_tasks`; or no document was found.
+      UserError: `check_tasks` rejects a task, or no document is found for it.
     """
     given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
-    alike: dict[tuple, list[int]] = {}  # Tasks whose samples may share a batch.
+    alike: dict[tuple, list[int]] = {}  # Kind -> tasks whose samples may share a batch.
     for i, task in enumerate(tasks):
       kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
       alike.setdefault(kind, []).append(i)
@@ -185,7 +187,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Per sample of the current batch.
+      bar.set_postfix(tokens=sum(steps))  # Tokens per sample of the current batch.
 
     with progress_bar(
       total=total, desc="generate", unit="sample", disable=not show_progress
@@ -209,10 +211,11 @@ class Pipeline:
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
-    """Finds the neighbors of each task by its `query`; needs CLIP.
+    """Retrieves the neighbors of each task by its `query`. Needs a CLIP.
 
     Raises:
-      UserError: `retrieval.max_similarity` leaves none. `retrieval.min_similarity` may leave none.
+      UserError: `retrieval.max_similarity` excludes all documents for a task, and
+        `retrieval.min_similarity` is not set. If it is set, a task may have no neighbors.
     """
     found = [task.neighbors or () for task in tasks]
     queries: dict[tuple, tuple[GivenImage, list[int]]] = {}
@@ -230,33 +233,33 @@ class Pipeline:
         if not found[i] and self.settings.retrieval.min_similarity == -1:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
-            f"no document was found for '{tasks[i].label}': all are more similar to it than "
-            f"config.retrieval.max_similarity = {limit}: set retrieve to 0."
+            f"no document was found for '{tasks[i].label}': all documents are more similar to it "
+            f"than config.retrieval.max_similarity = {limit}: set retrieve to 0."
           )
     return found
 
   def search(
     self, queries: Sequence[tuple[str, object]], count: int
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
-    """Finds the documents of the bank that are most similar to each query; needs CLIP.
+    """Finds the documents of the bank that are most similar to each query. Needs a CLIP.
 
     Args:
       queries: ("text", text) or ("image", image) each.
-      count: largest number of documents for each query.
+      count: largest number of documents per query.
 
     Returns:
-      For each query its documents, best first, and their cosines, fp32. Documents above
-      `retrieval.max_similarity`, to the query or to a better document, and those below
-      `retrieval.min_similarity` to the query are skipped.
+      For each query its documents, best first, and their cosines, fp32. A document is skipped if
+      its similarity to the query is below `retrieval.min_similarity`, or if its similarity to the
+      query or to a better document is above `retrieval.max_similarity`.
 
     Raises:
-      UserError: there is no bank, or `count` is more than the search looks at.
+      UserError: there is no bank, or `count` is above `retrieval.max_candidates`.
     """
     if self.bank is None:
-      raise UserError("this model has no bank of documents: nothing can be retrieved.")
+      raise UserError("this model has no bank, so no documents can be retrieved.")
     if count > (most := self.settings.retrieval.max_candidates):
       raise UserError(
-        f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
+        f"{count} documents are requested; at most config.retrieval.max_candidates = {most} can be."
       )
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(
@@ -270,7 +273,7 @@ class Pipeline:
     ]
 
   def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
-    """[n, E] embeddings of queries, see `search`."""
+    """Returns the embeddings of n queries, [n, E], see `search`."""
     values: dict[str, list[Any]] = {"image": [], "text": []}
     for kind, value in queries:
       values[kind].append(value)
@@ -289,9 +292,9 @@ class Pipeline:
     """Returns the request of each task.
 
     Args:
-      tasks: of any kinds.
+      tasks: tasks of any kinds.
       given: result of `check_tasks`.
-      neighbors: of each task, best first.
+      neighbors: neighbors of each task, best first.
     """
     codes = self.codes(given)
     return [
@@ -300,7 +303,7 @@ class Pipeline:
     ]
 
   def codes(self, given: dict) -> dict:
-    """Encodes given images: `given_key` of each -> [I] int32."""
+    """Encodes the input images: `given_key` of each image -> [I] int32 codes."""
     return dict(zip(given, self._tokenizer.encode(np.stack(list(given.values()))))) if given else {}
 
   def samples(
@@ -312,15 +315,15 @@ class Pipeline:
     given: dict,
     neighbors: Sequence[tuple[Document, ...]],
   ) -> list[Sample]:
-    """Makes the samples of generated ids: decodes their images and texts, and scores them.
+    """Makes samples from generated ids: decodes their images and texts and scores them.
 
     Args:
-      places: index of the task of each result.
+      places: for each result, the index of its task.
       batch: results of the generator.
-      tasks: of any kinds.
-      requests: of each task.
+      tasks: tasks of any kinds.
+      requests: request of each task.
       given: result of `check_tasks`.
-      neighbors: of each task, best first.
+      neighbors: neighbors of each task, best first.
     """
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)

@@ -1,4 +1,4 @@
-"""Makes tasks from flags, or from a file with one task per line."""
+"""Makes tasks from flags or from a file with one task per line."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -17,21 +17,21 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
 
-# The classes with a name of their own.
+# Classes that define `name`, which base classes do not.
 TASKS = tuple(
   value
   for module in (image_tasks, text_tasks)
   for value in vars(module).values()
   if isinstance(value, type) and issubclass(value, Task) and "name" in vars(value)
 )
-# Fields of a line, beside the fields of SamplingConfig.
+# Fields of a line besides the fields of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
 FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
 TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
 
 
 def task_class(name: str, where: str = "") -> type[Task]:
-  """Returns the class of a task; raises UserError if there is no task of this name."""
+  """Returns the class of a task. Raises UserError if `name` is unknown."""
   found = next((cls for cls in TASKS if cls.name == name), None)
   if found is None:
     names = ", ".join(cls.name for cls in TASKS)
@@ -43,12 +43,12 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
   """Makes a task and validates it.
 
   Args:
-    name: of the task.
-    fields: of the user; empty values count as not given.
+    name: name of the task, e.g. "caption".
+    fields: fields from the user. Empty values count as not given.
     **common: fields that every task has.
 
   Raises:
-    UserError: an unknown task, a field that it does not take, or what `Task.validate` refuses.
+    UserError: the task is unknown, does not take a field, or is rejected by `Task.validate`.
   """
   where = common.get("where", "")
   cls = task_class(name, f"{where}: " if where else "")
@@ -67,16 +67,16 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
 
 
 def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
-  """Pairs prompts with images: equally many, or one for all.
+  """Pairs prompts with images. The numbers must be equal, or one of them must be 0 or 1.
 
   Raises:
-    UserError: other numbers, e.g. two prompts and three images.
+    UserError: the numbers do not match, e.g. two prompts and three images.
   """
   count = max(len(prompts), len(images), 1)
   if any(len(values) not in (0, 1, count) for values in (prompts, images)):
     raise UserError(
-      f"{len(prompts)} prompts and {len(images)} images are given: give one of each for the other, "
-      "or one for all."
+      f"{len(prompts)} prompts and {len(images)} images are given: give equal numbers of both, or "
+      "one of them for all of the other."
     )
   pairs: list[dict] = [{} for _ in range(count)]
   for name, values in (("prompt", prompts), ("image", images)):
@@ -98,19 +98,20 @@ def read(
     {"task": "text_to_image", "prompt": "a green bell", "guidance": 5, "top_k": 64}
     {"task": "caption", "image": "photos/cat.jpg"}
 
-  Images are paths relative to the folder of the file, and must be in it, links followed.
+  Images are paths relative to the folder of the file. They must be in this folder after links are
+  resolved.
 
   Args:
-    path: of the file.
-    task: name of the task where a line has none.
-    seed: of the first task; each next task adds 1, unless its line has a seed.
-    sampling: settings that a line may change.
-    allow_outside: whether images may be anywhere.
-    **defaults: fields that a line may change, where its task takes them.
+    path: path of the JSONL file.
+    task: name of the task for lines that do not name one.
+    seed: seed of the first task; task i has seed + i, unless its line has a seed.
+    sampling: default settings; a line may override them.
+    allow_outside: whether images may be outside the folder.
+    **defaults: default values of fields, for the tasks that take these fields.
 
   Raises:
-    UserError: naming file and line: not a JSON object, an unknown field, a wrong value, or an image
-      that is not in the folder.
+    UserError: a line is not a JSON object, has an unknown field or a wrong value, or names an image
+      outside the folder. The message names file and line.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -144,12 +145,12 @@ def read(
 
 
 def _checked(fields: dict, where: str) -> dict:
-  """Returns the fields of a line; raises UserError, with the place, for wrong names or types."""
+  """Returns the fields of a line. Raises UserError for wrong names or types."""
   known = [*FIELDS, *(f.name for f in dataclasses.fields(SamplingConfig))]
   for name, value in fields.items():
     if name not in known:
       close = difflib.get_close_matches(name, known, 1)
-      hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}."
+      hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(known)}."
       raise UserError(f"{where} has no field '{name}': {hint}")
     kind = FIELDS.get(name, object)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -158,7 +159,7 @@ def _checked(fields: dict, where: str) -> dict:
 
 
 def _sampling(fields: dict, defaults: SamplingConfig, where: str) -> SamplingConfig:
-  """Moves fields of SamplingConfig out of `fields`; raises UserError, with the place."""
+  """Moves the fields of SamplingConfig out of `fields`. Raises UserError for a wrong value."""
   names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in fields]
   own = {name: fields.pop(name) for name in names}
   try:

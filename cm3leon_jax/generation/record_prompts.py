@@ -1,4 +1,4 @@
-"""Asks a model for the target of a record of instruction data, in the words of its template."""
+"""Makes tasks from records of instruction data, worded as in the templates of training."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-LONGEST_TEXT = 40  # Tokens of an answer.
+LONGEST_TEXT = 40  # Largest number of tokens of an answer.
 
 
 def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
-  """Returns what a model is asked for a record.
+  """Returns the task whose answer is the target of a record.
 
     "Question: {question} Answer: {answer}. <break> {image}", target "answer":
     InfillText("Question: Is there a cat? Answer: <mask>. <break> <image>", image)
 
   Args:
-    task: of the record.
-    record: its texts and images.
-    **common: seed and sampling, and for captions `retrieve`.
+    task: instruction task of the record.
+    record: texts and images for the template.
+    **common: `seed` and `sampling`, and `retrieve`, which only `TextToImage` uses.
   """
   retrieve = common.pop("retrieve", 0)
   segments: list[str] = []

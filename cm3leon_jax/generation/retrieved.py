@@ -1,4 +1,4 @@
-"""Documents of the bank as a user sees them: caption, image, similarity, origin."""
+"""Retrieves documents of the bank with caption, image, similarity and origin for a user."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,14 +13,13 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-  """One document of the bank.
+  """Retrieved document of the bank.
 
   Attributes:
-    key: its name.
-    caption: its text.
-    image: decoded from its codes.
+    key: name of the document.
+    image: image decoded from its codes.
     similarity: cosine of the query and the document under the run's CLIP.
-    source, license, attribution: of the original work.
+    source: source of the original work, which `license` and `attribution` describe, too.
   """
 
   key: str
@@ -41,7 +40,7 @@ def search(
     UserError: the bank is empty, or `count` is too large.
   """
   if pipeline.bank is not None and not len(pipeline.documents):
-    raise UserError(f"{pipeline.documents.folder} holds no documents to retrieve.")
+    raise UserError(f"{pipeline.documents.folder} has no documents to retrieve.")
   nearest = pipeline.search(queries, count)
   images = iter(images_of(pipeline, [document for found, _ in nearest for document in found]))
   return [

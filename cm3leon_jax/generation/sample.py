@@ -1,4 +1,4 @@
-"""One generated result: texts, images, ids, scores."""
+"""Defines one generated result with its texts, images, ids and scores."""
 
 # I tokens of an image, G generated tokens, H height, W width.
 
@@ -15,23 +15,26 @@ from cm3leon_jax.generation.tasks import Task
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Sample:
-  """One generated result.
+  """Generated result of a task.
 
   Attributes:
-    task: the task.
-    index: number of the sample among those of the task, from 0 on.
-    seed: the seed that gives it alone.
-    segments: texts, and [H, W, 3] uint8 images, in their order.
+    task: task that the sample answers.
+    index: index of the sample among the samples of the task, from 0.
+    seed: seed that reproduces this sample, as the only sample of the task.
+    segments: texts and [H, W, 3] uint8 images, in order.
     codes: [I] int32 codes of each image.
-    filled: the text of each hole.
+    filled: text of each filled hole.
     tokens: [G] int32, all generated ids.
-    log_probs: [G] fp32, of each id under the guided distribution, before temperature and filters.
-    contrastive: whether its image codes were sampled by contrastive decoding.
+    log_probs: [G] fp32 log-probabilities of the ids under the guided distribution, before
+      temperature and filters.
+    contrastive: whether the image codes were sampled by contrastive decoding.
     neighbors: retrieved documents, best first.
-    given: [H, W, 3] uint8, the image of the task, or the original of a held-out caption, or None.
-    clip_score: cosine of image and caption, or None.
-    rank: its place among the samples of the task by clip_score, from 1 on; None: not ranked.
-    divergence: mean over its image codes of KL(with prompt || without) in nats, or None.
+    given: [H, W, 3] uint8, the input image of the task or the original of a held-out caption; None
+      if the task has neither.
+    clip_score: cosine of image and caption; None if CLIP did not score the sample.
+    rank: rank by clip_score among the samples of the task, from 1; None if they are not ranked.
+    divergence: mean over the image codes of KL(with prompt || without prompt) in nats; None if it
+      was not computed.
   """
 
   task: Task
@@ -61,22 +64,22 @@ class Sample:
 
   @property
   def parts(self) -> list[str | Image.Image]:
-    """All texts and images in their order."""
+    """All texts and images in order."""
     return [s if isinstance(s, str) else Image.fromarray(s) for s in self.segments]
 
   @property
   def images(self) -> list[Image.Image]:
-    """Returns all images."""
+    """All images."""
     return [part for part in self.parts if not isinstance(part, str)]
 
   @property
   def image(self) -> Image.Image | None:
-    """Returns the first image, None if there is none."""
+    """First image, or None if there is no image."""
     return next(iter(self.images), None)
 
   @property
   def text(self) -> str:
-    """Returns all texts, one per line."""
+    """All texts, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
@@ -85,7 +88,7 @@ def _size(image: np.ndarray) -> str:
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:
-  """Ranks the samples of a task by CLIP score, best first; samples without one come last."""
+  """Ranks the samples of a task by CLIP score, best first; samples without a score are last."""
 
   def score(sample: Sample) -> float:
     return -np.inf if sample.clip_score is None else sample.clip_score

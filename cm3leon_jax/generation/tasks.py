@@ -1,6 +1,6 @@
-"""The base of all tasks: what a user asks for, its request, and what the generated ids mean.
+"""Defines the base class of tasks, which makes a request and decodes the generated ids.
 
-A task is one frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` collects them.
+Each task is a frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` lists them.
 """
 
 # I tokens of an image, G generated tokens, H height, W width.
@@ -33,10 +33,10 @@ from cm3leon_jax.vocab import VocabLayout
 GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].
 TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or its pixels.
 Decoded: TypeAlias = tuple[tuple[TextOrImage, ...], tuple[str, ...]]  # See `Task.from_ids`.
-# What a user writes in a prompt: a hole in a text, the end of a segment, the given image.
+# Marks in a prompt: a hole in a text, the end of a segment, the place of the input image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
-# Fields of SamplingConfig that tasks read beside TEXT_SETTINGS: of image codes, without a stream to
-# contrast with, and of their guidance.
+# Fields of SamplingConfig that tasks read besides TEXT_SETTINGS. The first two are for image codes,
+# with and without an unconditional stream; the others are for guidance, in general and of edits.
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
@@ -45,16 +45,16 @@ EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
 
 @dataclasses.dataclass(frozen=True)
 class PromptLayout:
-  """The properties of a run that requests depend on.
+  """Properties of a run that requests depend on.
 
   Attributes:
-    vocab: names the special tokens.
-    image_tokens: I.
+    vocab: layout of the vocabulary, with the special tokens.
+    image_tokens: number of tokens of an image, I.
     resolution: side of images in pixels.
-    positions: longest sample of training.
+    positions: number of positions that the model was trained on.
     encode: text -> [T] int32 ids.
     decode: ids -> text.
-    longest_token: largest number of characters of a token of text; 0: not known.
+    longest_token: largest number of characters of a text token; 0 means unknown.
   """
 
   vocab: VocabLayout
@@ -67,7 +67,7 @@ class PromptLayout:
 
   @classmethod
   def of(cls, run: Run) -> "PromptLayout":
-    """Reads the text tokenizer of a run. Raises UserError if there is none."""
+    """Makes the layout of a run. Raises UserError if the run has no text tokenizer."""
     settings, tokenizer = run.settings, run.text
     vqgan = settings.vqgan
     return cls(
@@ -82,32 +82,32 @@ class PromptLayout:
 
   @property
   def most_characters(self) -> int | None:
-    """Returns how many characters a prompt has at most, tags included; None: not known."""
+    """Largest number of characters of a prompt, including its marks; None if unknown."""
     longest = max(self.longest_token, *map(len, (MASK, BREAK, IMAGE)))
     return self.positions * longest if self.longest_token else None
 
   @property
   def side(self) -> int:
-    """Returns the number of codes in a row of an image."""
+    """Number of codes in a row of an image."""
     return math.isqrt(self.image_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """What a user asks for.
+  """Base class of tasks that a user can request.
 
-  A subclass declares the fields that it takes, and what its prompts and its answer look like.
+  A subclass declares the fields that it takes, makes its prompts and decodes its answer.
 
   Attributes:
-    name: as `--task` has it.
+    name: value of the flag `--task`.
     required: fields that must not be empty.
-    settings: fields of SamplingConfig that it reads.
-    numbers_images: it may make any number of images, whose files are numbered.
-    crop: how its image becomes square, see `RawConfig.crop`.
-    seed: of its first sample.
-    sampling: how tokens are sampled.
-    row: its row on the contact sheet; tasks of one row differ only in their settings.
-    where: its place in a prompt file, for messages, e.g. "my.jsonl, line 3"; "" elsewhere.
+    settings: fields of SamplingConfig that the task reads.
+    numbers_images: the task may generate several images per sample, whose files are numbered.
+    crop: how the input image becomes square, see `RawConfig.crop`.
+    seed: seed of the first sample.
+    sampling: sampling settings.
+    row: row on the contact sheet. Tasks of one row differ only in their settings.
+    where: place in a prompt file for messages, e.g. "my.jsonl, line 3"; "" without a prompt file.
   """
 
   name: ClassVar[str]
@@ -115,14 +115,14 @@ class Task:
   settings: ClassVar[tuple[str, ...]] = ()
   numbers_images: ClassVar[bool] = False
   crop: ClassVar[str] = "center"
-  # Values of the fields that a subclass does not declare; annotations would make fields of them.
+  # Values of fields that a subclass does not declare. Annotations would make them dataclass fields.
   prompt = ""
   image = cast("GivenImage", "")
   box = cast("tuple[int, ...]", ())
   length = 0
   retrieve = 0
   keep_neighbors = False
-  neighbors = cast("tuple[Document, ...] | None", None)  # None: they are searched for.
+  neighbors = cast("tuple[Document, ...] | None", None)  # None: retrieve them from the bank.
   original = cast("np.ndarray | None", None)  # A held-out image, for the contact sheet.
 
   seed: int = 0
@@ -132,12 +132,12 @@ class Task:
 
   @property
   def key(self) -> str:
-    """Returns the name of a held-out document; "" of other tasks."""
+    """Name of the held-out document; "" for other tasks."""
     return ""
 
   @property
   def concept(self) -> str:
-    """Returns the concept of a held-out document; "" of other tasks."""
+    """Concept of the held-out document; "" for other tasks."""
     return ""
 
   def error(self, sentence: object) -> UserError:
@@ -150,13 +150,13 @@ class Task:
       raise self.error(f"the prompt is {short(self.prompt)}; it must be a text.")
     if any("\ud800" <= c <= "\udfff" for c in self.prompt):
       raise self.error(
-        f"the prompt {short(self.prompt)} holds half of a surrogate pair: write it as UTF-8."
+        f"the prompt {short(self.prompt)} has half of a surrogate pair: write it as UTF-8."
       )
     for field in self.required:
       value = getattr(self, field)
       if isinstance(value, str) and not value.strip():
         article = "an" if field == "image" else "a"
-        raise self.error(f"task {self.name} needs {article} {field}, and none is given.")
+        raise self.error(f"task {self.name} needs {article} {field}, but none is given.")
     self._check_masks()
     for field in ("length", "retrieve", "seed"):
       value = getattr(self, field)
@@ -166,14 +166,14 @@ class Task:
         raise self.error(f"{field} is {short(value)}; it must lie in [0, 2^32).")
 
   def unread_settings(self) -> tuple[str, ...]:
-    """Returns the fields of `settings` that have no effect with this task's other fields."""
+    """Returns the fields of `settings` that have no effect, given the other fields of the task."""
     name = self.sampling.method
     return (*unread_settings(name), *(() if METHODS[name].is_guided else (*GUIDANCE, *EDITING)))
 
   def _check_masks(self) -> None:
     if MASK in self.prompt:
       raise self.error(
-        f"the prompt '{self.prompt}' has a {MASK}, which only task infill_text takes; this one is "
+        f"the prompt '{self.prompt}' has a {MASK}, which only task infill_text takes; this task is "
         f"{self.name}."
       )
 
@@ -184,7 +184,7 @@ class Task:
     return {"task": self.name, **fields}
 
   def query(self) -> tuple[str, GivenImage]:
-    """Returns the query of retrieval: ("text", text) or ("image", image)."""
+    """Returns the query for retrieval: ("text", text) or ("image", image)."""
     return ("image", self.image) if has_image(self) else ("text", self.prompt)
 
   def to_request(
@@ -193,19 +193,19 @@ class Task:
     image: np.ndarray | None = None,
     neighbors: Sequence[Document] = (),
   ) -> Request:
-    """Returns the prompts of the guidance streams and the plan of what may follow.
+    """Returns the request: the prompts of all guidance streams, and what may follow them.
 
     Args:
-      layout: of the run.
-      image: [I] codes of the given image; None: no image, or zeros in its place.
+      layout: layout of the run.
+      image: [I] codes of the input image; None means no image, or zeros as its codes.
       neighbors: retrieved documents, best first.
 
     Raises:
-      UserError: naming the task's place: more positions than were trained, a box outside the image,
-        or a method that needs an unconditional stream, and there is none.
+      UserError: the request has more positions than the model was trained on, the box is outside
+        the image, or the sampling method needs an unconditional stream that the task does not have.
     """
     most = layout.most_characters
-    if most is not None and len(self.prompt) > most:  # Encoding it would take minutes.
+    if most is not None and len(self.prompt) > most:  # Encoding the prompt would take minutes.
       raise self.error(
         f"the prompt has {len(self.prompt):,} characters; the model was trained on "
         f"{layout.positions} positions, which {most:,} fill at most: shorten the prompt."
@@ -218,7 +218,7 @@ class Task:
       following = grammar.max_new_tokens(request.plan)
       if request.positions > layout.positions:
         hints = ["shorten the prompt"]
-        hints += ["ask for a smaller length"] * ("length" in fields and self.length != 1)
+        hints += ["set a smaller length"] * ("length" in fields and self.length != 1)
         hints += ["retrieve fewer documents"] * bool(neighbors)
         raise UserError(
           f"the prompt has {request.positions - following} tokens and up to {following} follow; "
@@ -228,38 +228,38 @@ class Task:
       name = self.sampling.method
       if makes_images and METHODS[name].needs_unconditional and len(request.streams) == 1:
         raise UserError(
-          f"sampling.method is '{name}', which contrasts with a stream without the prompt, and "
-          f"task {self.name} has one stream here: set it to {' or '.join(without_unconditional())}."
+          f"sampling.method is '{name}', which needs a second stream without the prompt, but task "
+          f"{self.name} has only one stream here: set it to {' or '.join(without_unconditional())}."
         )
       return request
     except UserError as error:
       raise self.error(error) from error
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
-    """Makes the request (`to_request`) for [I] ids of the image and the neighbors' segments."""
+    """Makes the request from the [I] ids of the image and the segments of the neighbors."""
     raise NotImplementedError
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     """Decodes [G] generated ids.
 
     Returns:
-      (segments: texts and [I] int32 image codes in their order; texts of all holes).
+      (segments: texts and [I] int32 image codes in order; texts of all holes).
     """
     raise NotImplementedError
 
   @property
   def is_scored(self) -> bool:
-    """Returns whether CLIP can score a sample: whether it has a caption and an image."""
+    """Whether CLIP can score a sample, which needs a caption and an image."""
     return False
 
   def clip_pair(
     self, given: np.ndarray | None, segments: Sequence[TextOrImage]
   ) -> tuple[np.ndarray, str]:
-    """Returns the image and the caption that CLIP compares, if `is_scored`.
+    """Returns the image and the caption that CLIP compares. Needs `is_scored`.
 
     Args:
-      given: [H, W, 3] uint8, the given image or None.
-      segments: of the sample, images as [H, W, 3] uint8.
+      given: [H, W, 3] uint8, the input image, or None.
+      segments: segments of the sample, with images as [H, W, 3] uint8.
     """
     image = segments[0]
     assert not isinstance(image, str)
@@ -267,17 +267,17 @@ class Task:
 
   @property
   def label(self) -> str:
-    """Returns the label of its row on the contact sheet."""
+    """Label of the row on the contact sheet."""
     return self.prompt or (has_image(self) and image_name(self.image)) or self.name
 
   @property
   def settings_label(self) -> str:
-    """Returns the settings that differ in a row of the contact sheet."""
+    """Settings that differ within a row of the contact sheet."""
     return ""
 
   @property
   def file_stem(self) -> str:
-    """Returns the start of the names of its image files."""
+    """Start of the names of the image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
 
   def record(
@@ -287,27 +287,27 @@ class Task:
     filled: Sequence[str],
     files: list[str],
   ) -> dict[str, Any]:
-    """Returns the answer of a sample for results.jsonl: texts, codes and files."""
+    """Returns the fields of a sample's answer in results.jsonl: texts, codes and files."""
     raise NotImplementedError
 
 
 def split_prompt(task: Task) -> list[str]:
-  """Splits a prompt into its segments, texts and IMAGE.
+  """Splits a prompt into its segments: texts and IMAGE.
 
     "Question: what is it? <break> <image>": ["Question: what is it?", "<image>"]
 
   Raises:
-    UserError: an empty segment, or IMAGE in a text, without an image, or twice.
+    UserError: a segment is empty, or IMAGE occurs within a text, twice, or without an input image.
   """
   segments = [segment.strip() for segment in task.prompt.split(BREAK)]
   if not all(segments):
-    raise task.error(f"the prompt '{task.prompt}' has an empty segment beside a {BREAK}.")
+    raise task.error(f"the prompt '{task.prompt}' has an empty segment next to a {BREAK}.")
   if any(IMAGE in segment and segment != IMAGE for segment in segments):
     raise task.error(f"the prompt '{task.prompt}' has {IMAGE} in a text: put {BREAK} between them.")
   count = segments.count(IMAGE)
   if count > 1 or (count and not has_image(task)):
     given = "one image" if has_image(task) else "no image"
-    raise task.error(f"the prompt '{task.prompt}' has {count} {IMAGE}, and {given} is given.")
+    raise task.error(f"the prompt '{task.prompt}' has {count} {IMAGE}, but {given} is given.")
   return segments
 
 
@@ -322,7 +322,7 @@ def image_name(image: GivenImage) -> str:
 
 
 def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> list[np.ndarray]:
-  """Splits the document of a request into segments, with [G] generated ids in their place."""
+  """Inserts [G] generated ids into the document of a request and splits it into segments."""
   whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
   whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
   parts = np.split(whole, np.flatnonzero((whole == vocab.brk) | (whole == vocab.eos)))
@@ -330,13 +330,13 @@ def document_segments(vocab: VocabLayout, request: Request, ids: np.ndarray) -> 
 
 
 def decode_segment(layout: PromptLayout, segment: np.ndarray) -> TextOrImage:
-  """Decodes the ids of a segment to its text or its [I] image codes."""
+  """Decodes the ids of a segment into a text or [I] image codes."""
   vocab = layout.vocab
   return vocab.image_codes(segment) if vocab.is_image(segment).all() else layout.decode(segment)
 
 
 def slug(text: str) -> str:
-  """Turns a text into a part of a file name.
+  """Converts a text into a part of a file name.
 
   >>> slug("Red  apple!")
   'red-apple'

@@ -1,4 +1,4 @@
-"""Defines tasks that write text: captions, answers, infilled texts, and interleaved documents."""
+"""Defines tasks that write text: captions, answers, infilled texts and interleaved documents."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -25,17 +25,17 @@ from cm3leon_jax.generation.tasks import (
 )
 from cm3leon_jax.tokenizers.text import encode_pieces
 
-TEXT_LENGTH = 64  # Default of the largest number of tokens in a hole.
+TEXT_LENGTH = 64  # Default for the largest number of tokens in a hole.
 QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(Task):
-  """A task that fills the holes of a document: a text, then an image if one is given.
+  """Task that fills the holes of a document: a text, followed by the input image if there is one.
 
   Attributes:
     retrieve: number of retrieved documents.
-    length: largest number of tokens in each hole; 0: TEXT_LENGTH.
+    length: largest number of tokens in each hole; 0 means TEXT_LENGTH.
   """
 
   settings = TEXT_SETTINGS
@@ -55,7 +55,7 @@ class TextTask(Task):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _texts(self) -> list[str]:
-    """Returns the texts of the document in their order, and IMAGE for the image: last."""
+    """Returns the texts of the document, then IMAGE if there is an image."""
     return [self._text(), IMAGE] if has_image(self) else [self._text()]
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
@@ -80,7 +80,7 @@ class TextTask(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Caption(TextTask):
-  """A caption of an image."""
+  """Writes a caption of an image."""
 
   name = "caption"
   required = ("image",)
@@ -104,11 +104,11 @@ class Caption(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Question(TextTask):
-  """An answer to a question about an image.
+  """Answers a question about an image.
 
   Attributes:
-    image: the given image.
-    prompt: the question.
+    image: input image.
+    prompt: question.
   """
 
   name = "question"
@@ -126,12 +126,12 @@ class Question(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillText(TextTask):
-  """A text with its masks filled in.
+  """Fills in the masks of a text.
 
   Attributes:
-    prompt: the text, with `<mask>` for each hole; `<break>` ends a segment, and `<image>` is the
-      place of the image.
-    image: may be empty; without `<image>` in the prompt it follows the text.
+    prompt: text with `<mask>` for each hole. `<break>` ends a segment, and `<image>` is the place
+      of the input image.
+    image: input image; may be empty. It follows the text if the prompt has no `<image>`.
   """
 
   name = "infill_text"
@@ -156,17 +156,17 @@ class InfillText(TextTask):
   def _check_masks(self) -> None:
     if MASK not in self.prompt:
       raise self.error(
-        f"task infill_text fills in each {MASK}: put one into the prompt '{self.prompt}'."
+        f"task infill_text fills in each {MASK}: add a {MASK} to the prompt '{self.prompt}'."
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved(Task):
-  """A document of texts and images.
+  """Generates a document of texts and images.
 
   Attributes:
-    prompt: its beginning; may be empty.
-    length: largest number of tokens; 0: all positions that were trained.
+    prompt: beginning of the document; may be empty.
+    length: largest number of tokens; 0 means all positions that the model was trained on.
   """
 
   name = "interleaved"
@@ -199,7 +199,7 @@ class Interleaved(Task):
 def _with_holes(
   encode: Callable[[str], np.ndarray], text: str, hole: Hole
 ) -> list[np.ndarray | Hole]:
-  """Encodes a text as the pieces of a segment, with a hole for each mask."""
+  """Encodes a text as pieces of a segment, with a hole for each mask."""
   first, *others = text_pieces(encode, text)
   segment: list[np.ndarray | Hole] = [first] if len(first) else []
   for piece in others:

@@ -1,4 +1,4 @@
-"""Writes samples to files: images, results.jsonl, and one contact sheet."""
+"""Writes samples to files: images, results.jsonl and one contact sheet."""
 
 # H height, W width of an image.
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.generation.sample import Sample
 
-SHEET_ROWS = 64  # Few programs open a larger image.
+SHEET_ROWS = 64  # Few programs can open a sheet with more rows.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.
 CELL = 128  # Smallest side of an image on a sheet, in pixels.
 GAP = 6
@@ -44,14 +44,14 @@ class Writer:
     return [f"{stem}_image{i}.png" for i in range(len(sample.codes))]
 
   def save_images(self, samples: Sequence[Sample]) -> None:
-    """Writes the images of some samples."""
+    """Writes the images of `samples`, e.g. of one batch."""
     for sample in samples:
       images = [s for s in sample.segments if not isinstance(s, str)]
       for name, image in zip(self.file_names(sample), images):
         save_png(self.folder / name, image)
 
   def finish(self, samples: Sequence[Sequence[Sample]]) -> list[dict]:
-    """Writes results.jsonl and contact_sheet.png; returns the records."""
+    """Writes results.jsonl and contact_sheet.png, and returns the lines of results.jsonl."""
     save_png(self.folder / "contact_sheet.png", sample_sheet(samples))
     records = [record(s, self.file_names(s)) for of_task in samples for s in of_task]
     with replacing(self.folder / "results.jsonl", "w") as file:
@@ -60,7 +60,7 @@ class Writer:
 
 
 def record(sample: Sample, files: list[str]) -> dict:
-  """Returns the line of results.jsonl (docs/data_formats.md)."""
+  """Returns the line of results.jsonl for a sample (docs/data_formats.md)."""
   task = sample.task
   return {
     "task": task.name,
@@ -87,7 +87,7 @@ def record(sample: Sample, files: list[str]) -> dict:
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
-  """Lays out a row for each prompt, up to SHEET_ROWS: its input or original image, then samples."""
+  """Lays out one row per prompt, at most SHEET_ROWS: input or original image, then samples."""
   rows, titles, labels = {}, {}, {}
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
@@ -109,7 +109,7 @@ def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
 
 
 def save_png(path: epath.PathLike, image: Image.Image | np.ndarray) -> None:
-  """Writes [H, W, 3] uint8, or a PIL image, atomically."""
+  """Writes an image, [H, W, 3] uint8 or a PIL image, atomically."""
   image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
   buffer = io.BytesIO()
   image.save(buffer, "PNG", optimize=True)
@@ -120,11 +120,11 @@ def save_png(path: epath.PathLike, image: Image.Image | np.ndarray) -> None:
 def contact_sheet(
   rows: Sequence[Sequence], labels: Sequence[str], columns: Sequence[str] = ()
 ) -> Image.Image:
-  """Draws rows of images and texts with labels; small images are enlarged without smoothing.
+  """Draws rows of images and texts with labels. Small images are enlarged without smoothing.
 
   Args:
-    rows: cells, each an image [H, W, 3] uint8, all of one size, or a text.
-    labels: text at the left of each row.
+    rows: rows of cells. A cell is a text or an image, [H, W, 3] uint8; all images have one size.
+    labels: text to the left of each row.
     columns: text above each column.
   """
   sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
@@ -151,7 +151,7 @@ def contact_sheet(
 
 
 def wrapped(text: str, width: int, height: int) -> str:
-  """Breaks a text into lines for a cell of `width` x `height` pixels; shortens it if needed."""
+  """Breaks a text into lines for a cell of `width` x `height` pixels; a long text is cut."""
   lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
   return "\n".join(
     lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]

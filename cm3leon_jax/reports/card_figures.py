@@ -1,4 +1,4 @@
-"""Collects what was measured of a trained model, each figure with the way it was measured."""
+"""Collects the measured figures of a trained model, with the way each figure was measured."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -26,13 +26,12 @@ TITLES = {"vqgan": "Image tokenizer", "train": "Held-out loss", "evaluation": "H
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Figures that were measured in one way.
+  """Table of figures that were measured in the same way.
 
   Attributes:
-    title: of the table.
-    how: the protocol: command, data, number of examples, settings.
-    columns: titles.
-    rows: texts, one for each column.
+    how: how the figures were measured: command, data, number of examples, settings.
+    columns: titles of the columns.
+    rows: rows of texts, one text per column.
   """
 
   title: str
@@ -46,8 +45,8 @@ class Figures:
   """All figures of a trained model.
 
   Attributes:
-    tables: with at least one row each.
-    missing: sentences about what was not measured, or of other parameters.
+    tables: tables with at least one row each.
+    missing: sentences about measurements that are missing or belong to other parameters.
   """
 
   tables: tuple[Table, ...]
@@ -55,11 +54,11 @@ class Figures:
 
 
 def collect(run: Run, step: int, summary: dict) -> Figures:
-  """Collects the figures that a workdir has of the parameters of a step.
+  """Collects the figures in a workdir that were measured with the parameters of a step.
 
   Args:
-    run: with the settings of its training.
-    step: of the parameters.
+    run: run with the settings of its training.
+    step: step of the parameters.
     summary: result of `summary.collect`.
 
   Raises:
@@ -70,7 +69,9 @@ def collect(run: Run, step: int, summary: dict) -> Figures:
   for name in TITLES:
     if table := _stage_table(run, name, summary):
       if name == "evaluation" and not _is_of(workdir, name, step):
-        missing.append("`cm3leon evaluate`: its figures are of another training, and left out.")
+        missing.append(
+          "`cm3leon evaluate`: its figures belong to another training and are omitted."
+        )
       else:
         tables.append(table)
     elif name == "evaluation":
@@ -81,23 +82,27 @@ def collect(run: Run, step: int, summary: dict) -> Figures:
     if _is_of(workdir, "grades", step):
       tables.append(_grades(workdir))
     else:
-      missing.append("`cm3leon grade_instructions`: of another training, and left out.")
+      missing.append(
+        "`cm3leon grade_instructions`: its figures belong to another training and are omitted."
+      )
   elif (workdir / "instructions").exists():
     missing.append("`cm3leon grade_instructions` (answers to instructions).")
   protocols, others = _protocols(workdir, step)
   tables += protocols
   if others:
-    missing.append(f"{others} results of `cm3leon evaluate --protocol` are of other parameters.")
+    missing.append(
+      f"`cm3leon evaluate --protocol`: {others} results belong to other parameters and are omitted."
+    )
   if not protocols:
     missing.append(
-      "The field's metrics (FID, CMMD, CLIP score, CIDEr, VQA accuracy; "
-      "`cm3leon evaluate --protocol`)."
+      "`cm3leon evaluate --protocol` (the field's metrics: FID, CMMD, CLIP score, CIDEr, VQA "
+      "accuracy)."
     )
   return Figures(tuple(tables), tuple(missing))
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
-  """Returns whether a stage measured the training that is in the workdir, at this step."""
+  """Returns whether a stage measured the current training of the workdir at this step."""
   done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
   read = done["config"].get("inputs", {}).get("train")
   return (
@@ -114,7 +119,7 @@ def interval(value: float, found: dict) -> str:
 
 
 def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
-  """Returns the figures of a stage, or None."""
+  """Returns the table of a stage, or None if it has no figures."""
   paths = {line.title: line.path for line in summary_lib.headlines(summary)}
   rows = []
   for line in summary["headlines"]:
@@ -133,30 +138,30 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
 
 
 def _how(run: Run, name: str, summary: dict) -> str:
-  """Says how a stage measured its figures."""
+  """Describes how a stage measured its figures."""
   if name == "vqgan":
     return (
-      "`cm3leon train_vqgan`: images of held-out pairs, encoded and decoded, less near duplicates "
-      "of training images."
+      "`cm3leon train_vqgan`: images of held-out pairs are encoded and decoded. Near duplicates of "
+      "training images are excluded."
     )
   if name == "train":
     return (
-      f"`cm3leon train`, at its end: {run.settings.train.eval_batches} batches of held-out "
-      "documents, each after the neighbors that its caption finds; the targets of the document "
-      "alone."
+      f"`cm3leon train`, at the last step: {run.settings.train.eval_batches} batches of held-out "
+      "documents. Each document follows the neighbors that its caption retrieves; only targets in "
+      "the document itself count."
     )
   config = read_json(run.folder / name / stages.DONE, {"config": dict})["config"]
   found, fields = summary[name], config.get("evaluation", {})
   texts = [
     f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
-    "pairs, whose captions retrieve the neighbors."
+    "pairs. Their captions retrieve the neighbors."
   ]
   for judged in (found[name] for name in worlds.MODULES if name in found):
     weights = ", ".join(f"{x:g}" for x in fields.get("scene_guidance", ()))
     texts.append(
-      f"Images for {fields.get('scenes')} held-out captions, drawn at guidance {weights}, judged "
-      f"exactly; neighbors before a caption: {fields.get('scene_neighbors')}; figures are of the "
-      f"best weight, {judged.get('best', {}).get('title', 'of those')}."
+      f"Images for {fields.get('scenes')} held-out captions are sampled at guidance {weights} and "
+      f"judged exactly. Neighbors before a caption: {fields.get('scene_neighbors')}. The figures "
+      f"are for the best weight, {judged.get('best', {}).get('title', 'of those')}."
     )
   return " ".join(texts)
 
@@ -174,17 +179,17 @@ def _grades(workdir: epath.Path) -> Table:
     cells = (f"{shares[title]:.1%}" if title in shares else "-" for title in found["titles"])
     rows.append((f"mean of {kind}", "", *cells))
   how = (
-    f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions, "
-    "judged exactly. Before: of the parameters that the tuning began from; majority: the most "
-    "frequent answer; any object: an answer by the objects that the image shows, whichever is "
-    "asked for; copy: the given image; tokenizer: the true image, encoded and decoded. "
-    "Kept: all that the instruction does not touch is as it was."
+    f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions "
+    "are judged exactly. Before: the parameters before tuning. Majority: always the most frequent "
+    "answer. Any object: an answer from the objects of the image that ignores which object the "
+    "question asks for. Copy: the input image. Tokenizer: the true image, encoded and decoded. "
+    "Kept: everything that the instruction does not touch is unchanged."
   )
   return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))
 
 
 def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
-  """Returns the tables of protocols, and the number of results of other parameters."""
+  """Returns one table per protocol, and the number of results that belong to other parameters."""
   tables, others = [], 0
   for result in _results(workdir):
     same = result["inputs"].get("train") == stages.require(workdir, "train")["id"]
@@ -205,7 +210,7 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
 
 
 def _how_by_protocol(result: dict) -> str:
-  """Says by which protocol, on how many examples and by which code results were measured."""
+  """Names the protocol, the number of examples, the models and the code of a result."""
   parts = [f"Protocol `{result['name']}`, {result['examples']:,} examples, seed {result['seed']}"]
   if result.get("extractor"):
     parts.append(f"features by {result['extractor']['name']}")
@@ -218,7 +223,7 @@ def _how_by_protocol(result: dict) -> str:
 
 
 def _results(workdir: epath.Path) -> Iterator[dict]:
-  """Reads the results of all protocols, by their names."""
+  """Yields the results of all protocols, sorted by name."""
   fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
   fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
   for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):

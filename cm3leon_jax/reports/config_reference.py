@@ -16,11 +16,12 @@ PATH = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 HEADER = """# Config
 
 A config is a Python file with a function `get_config`; `cm3leon_jax/configs/` has the shipped ones.
-Any field can be set on the command line: `--config.train.steps=100`. A command refuses unknown
-fields, other types and values out of range; `--print_config` prints what it would run with. Whole
-numbers are less than 2^31, other numbers 0 or of a size from 1e-20 to 1e12.
+Any field can be set on the command line: `--config.train.steps=100`. Commands reject unknown
+fields, wrong types and values out of range. `--print_config` prints the resulting config. Integers
+must be less than 2^31. Floats must be 0 or have an absolute value from 1e-20 to 1e12.
 
-`python -m cm3leon_jax.reports.config_reference` writes this page from the sections' dataclasses.
+`python -m cm3leon_jax.reports.config_reference` writes this page from the dataclasses of the
+sections.
 
 `seed` (int, >= 0, default `0`): {seed}
 """
@@ -55,7 +56,7 @@ def page() -> str:
 
 
 def table(cls: type) -> str:
-  """Returns the table of the fields of a dataclass as Markdown."""
+  """Returns a Markdown table of the fields of a dataclass."""
   rows = [TABLE]
   properties = pydantic.TypeAdapter(cls).json_schema()["properties"]
   for field in dataclasses.fields(cls):
@@ -66,7 +67,7 @@ def table(cls: type) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-  """Returns the default of a field; "" if it has none."""
+  """Returns the default of a field, or "" if it has no default."""
   value = field.default
   if field.default_factory is not dataclasses.MISSING:
     value = field.default_factory()
@@ -86,7 +87,7 @@ def _values(schema: dict) -> str:
 
   {"type": "number", "minimum": 0, "exclusiveMaximum": 1} -> "float, >= 0, < 1"
   """
-  if "$ref" in schema:  # A dataclass of its own.
+  if "$ref" in schema:  # A nested dataclass.
     return "dict"
   if "enum" in schema:
     return ", ".join(f"`{_show(value)}`" for value in schema["enum"])

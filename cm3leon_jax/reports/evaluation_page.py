@@ -1,4 +1,4 @@
-"""Writes the page of an evaluation: numbers, examples chosen by the seed, and the worst ones."""
+"""Writes the page of an evaluation: numbers, random examples and the worst examples."""
 
 # n examples, H height, W width of an image.
 
@@ -21,8 +21,8 @@ def write(job: ProtocolRun, result: dict) -> None:
   """Writes report.html.
 
   Args:
-    job: of the evaluation, whose samples are read.
-    result: of `results.write`.
+    job: evaluation whose samples are read.
+    result: result of `results.write`.
   """
   count = len(job.evaluated.examples)
   rng = np.random.default_rng(job.protocol.seed)
@@ -46,7 +46,7 @@ def write(job: ProtocolRun, result: dict) -> None:
 
 
 def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
-  """Returns the worst examples of the first column by each metric that has a value for each."""
+  """Returns the worst examples of the first column by each metric with values per example."""
   first = job.protocol.columns[0].name
   with (job.folder / VALUES).open("rb") as file, np.load(file) as stored:
     keys = {n: f"{first}/{n}/values" for n in job.metrics}
@@ -61,7 +61,7 @@ def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
 
 
 def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
-  """Returns what the page shows of examples: what was given, what was expected, and the samples."""
+  """Returns the rows of the page for examples: prompt, expected answer, and samples per column."""
   cells: dict[int, dict] = {i: {} for i in places}
   for column in job.protocol.columns:
     starts = sorted({i - i % samples.PART for i in cells})
@@ -80,7 +80,7 @@ def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
 
 
 def _cells(job: ProtocolRun, lines: list[dict]) -> list[dict]:
-  """Returns what the page shows of samples."""
+  """Returns the cells of the page for samples."""
   if job.protocol.task == "text":
     return [{"text": line["text"], "image": None, "score": None} for line in lines]
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in lines]))

@@ -1,4 +1,4 @@
-"""Renders training rows as one HTML page: a ribbon of each row and its samples in reading order."""
+"""Renders training rows as one HTML page: a ribbon per row, and its samples in reading order."""
 
 # L slots of a row, H height and W width of an image, C codes of an image.
 
@@ -21,13 +21,13 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-# Colors of <mask:0>, <mask:1>, ...; they repeat after the last.
+# Colors of <mask:0>, <mask:1>, ..., repeated after the last color.
 SPAN_COLORS = ("#c2407c", "#7a5bd0", "#3c8d4f", "#a5820f")
-TINT = 0.6  # Share of the span's color in a masked code.
+TINT = 0.6  # Share of the span's color in the pixels of a masked code.
 DECODE_BATCH = 8
-LONG_TEXT = 700  # A text with more characters scrolls in its box.
+LONG_TEXT = 700  # A text with more characters than this scrolls in its box.
 MARKS = {" ": "·", "\n": "↵\n", "\t": "⇥\t"}
-# White space at an end, repeated, or other than a plain space; and invisible characters.
+# White space that is at an end, repeated, or not a plain space; and invisible characters.
 ODD = re.compile(
   r"^ +| +(?=\n|$)| {2,}|[^\S ]"
   r"|[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]"
@@ -35,7 +35,7 @@ ODD = re.compile(
 
 
 def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[bool, str]]:
-  """Splits a text into (is it odd, text) and makes odd white space and characters visible.
+  """Splits a text into (is odd, text), and makes odd white space and characters visible.
 
   >>> mark_odd("a cat \\n")
   [(False, 'a cat'), (True, '·'), (True, '↵\\n')]
@@ -43,9 +43,9 @@ def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[b
   ([(True, '·'), (False, 'cat')], [(False, ' cat')])
 
   Args:
-    text: a piece of a text.
-    opens: whether the whole text starts with it; otherwise one leading space is not odd.
-    closes: whether the whole text ends with it; otherwise one trailing space is not odd.
+    text: piece of a whole text.
+    opens: whether the whole text starts with the piece. Otherwise one leading space is not odd.
+    closes: whether the whole text ends with the piece. Otherwise one trailing space is not odd.
   """
   result, position = [], 0
   for match in ODD.finditer(text):
@@ -58,12 +58,12 @@ def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[b
 
 
 def paint(pixels: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """Tints the masked codes of an image and hides the absent ones.
+  """Tints the masked codes of an image and hides its absent codes.
 
   Args:
     pixels: [H, W, 3] uint8, H = W.
-    spans: [C] int, the span of each masked code, whose color tints it; else NO_SPAN.
-    kept: [C] bool; other codes become transparent.
+    spans: [C] int, the span of each masked code, which determines its color; otherwise NO_SPAN.
+    kept: [C] bool. Codes that are not kept become transparent.
 
   Returns:
     [H, W, 4] uint8.
@@ -83,13 +83,13 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PageDecoder:
-  """Turns token ids into text and images.
+  """Decodes token ids into text and images.
 
   Attributes:
     vocab: layout of the token ids.
     text_tokenizer: decodes text.
-    image_tokens: C.
-    images: ids of an image, as bytes -> [H, W, 3] uint8.
+    image_tokens: number of codes of an image, C.
+    images: bytes of the ids of an image -> [H, W, 3] uint8.
   """
 
   vocab: VocabLayout
@@ -98,7 +98,7 @@ class PageDecoder:
   images: dict[bytes, np.ndarray]
 
   def text(self, ids: np.ndarray, begins: bool) -> str:
-    """Decodes text. The space that starts every encoded text is removed only if a text `begins`."""
+    """Decodes text. If a text `begins` here, the space that starts every encoding is removed."""
     if begins:
       return self.text_tokenizer.decode(ids)
     return self.text_tokenizer.decode([*self.text_tokenizer.encode("a"), *ids])[1:]
@@ -112,19 +112,19 @@ class PageDecoder:
     return self.name(self.vocab.mask(span))
 
   def codes(self, n: int) -> str:
-    """Returns `16 codes` for a whole image of 16 codes, `4 of 16 codes` for a part of one."""
+    """Returns `16 codes` for a whole image of 16 codes, and `4 of 16 codes` for a part of it."""
     whole = count_of(self.image_tokens, "code")
     return whole if n == self.image_tokens else f"{show(n)} of {whole}"
 
   def image_uri(self, ids: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> str:
-    """Returns the data URI of `paint`; an image that was cut off has fewer than C codes."""
+    """Returns the data URI of `paint`. An image that was cut off may have fewer than C codes."""
     rest = (0, self.image_tokens - len(ids))
     spans, kept = np.pad(spans, rest, constant_values=NO_SPAN), np.pad(kept, rest)
     return png_uri(paint(self.images[ids.tobytes()], spans, kept))
 
 
 def segment_ids(view: SampleView, segment: list[RowPart]) -> np.ndarray:
-  """Returns the token ids of a segment, with moved spans back in their place."""
+  """Returns the token ids of a segment, with moved spans in their original places."""
   return np.concatenate([view.sample.tokens[part.start : part.stop] for part in segment])
 
 
@@ -134,10 +134,10 @@ def make_decoder(
   text_tokenizer: TextTokenizer,
   image_tokenizer: ImageTokenizer,
 ) -> PageDecoder:
-  """Decodes every image of the rows; codes that were cut off become 0.
+  """Decodes all images of the rows. Codes that were cut off become 0.
 
   Raises:
-    UserError: an image has more codes than the image tokenizer makes.
+    UserError: an image has more codes than the image tokenizer uses per image.
   """
   count = image_tokenizer.config.image_tokens
   codes: dict[bytes, np.ndarray] = {}
@@ -147,8 +147,8 @@ def make_decoder(
       ids = segment_ids(view, segment)
       if len(ids) > count:
         raise UserError(
-          f"document '{view.origin.document.key}' is stored with an image of {len(ids)} codes; "
-          f"the image tokenizer makes {count}: encode the documents again."
+          f"document '{view.origin.document.key}' has an image of {len(ids)} codes, but images of "
+          f"the image tokenizer have {count}: encode the documents again."
         )
       codes[ids.tobytes()] = np.pad(vocab.image_codes(ids), (0, count - len(ids)))
   if codes:
@@ -158,7 +158,7 @@ def make_decoder(
 
 
 def text_item(view: SampleView, parts: list[RowPart], decoder: PageDecoder, begins: bool) -> dict:
-  """Returns consecutive runs of text; `begins` if they start a text (`PageDecoder.text`)."""
+  """Returns the item of consecutive text parts. `begins`: see `PageDecoder.text`."""
   pieces: list[dict[str, Any]] = []
   tokens = 0
   for part in parts:
@@ -175,12 +175,12 @@ def text_item(view: SampleView, parts: list[RowPart], decoder: PageDecoder, begi
 
 
 def is_target(view: SampleView, part: RowPart) -> bool:
-  """Returns whether a part of a sample is, or belongs to, the target of an instruction."""
+  """Returns whether a part of a sample belongs to the target of an instruction."""
   return view.target is not None and view.target[0] <= part.start < view.target[1]
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns a segment in its place, with masked parts marked; a dropped condition is a sentinel."""
+  """Returns the item of a segment with marked masked parts, or a sentinel if it was dropped."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
@@ -196,7 +196,7 @@ def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder)
 
 
 def infill_item(view: SampleView, part: RowPart, decoder: PageDecoder) -> dict:
-  """Returns a moved part at the end of the sample; an image shows only the moved codes."""
+  """Returns the item of a moved part at the end of the sample. Images show only moved codes."""
   segment = view.segments[part.segment]
   if part.kind == "text":
     begins = part is segment[0] and not view.origin.piece_start
@@ -208,14 +208,15 @@ def infill_item(view: SampleView, part: RowPart, decoder: PageDecoder) -> dict:
 
 
 def count_of(n: int, noun: str) -> str:
-  """Returns `1 code`, `2 codes`."""
+  """Formats a count: `1 code`, `2 codes`."""
   return f"{show(n)} {noun}{'' if n == 1 else 's'}"
 
 
 def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
-  """Returns a sample in reading order.
+  """Returns the blocks of a sample in reading order.
 
-  Special tokens stand between boxes of the neighbors, the document and the infills.
+  Blocks are the boxes of the neighbors, the document and the infills, and special tokens between
+  the boxes.
   """
   blocks: list[dict] = []
   seen: set[int] = set()
@@ -253,7 +254,7 @@ def _box(role: str, title: str, span: int = NO_SPAN, **fields: Any) -> dict[str,
 
 
 def document_box(view: SampleView, segment: int) -> dict:
-  """Returns the empty box of the neighbor or the document that a segment belongs to."""
+  """Returns an empty box for the neighbor or document that a segment belongs to."""
   owner = view.owners[segment]
   document, facts, role = view.origin.documents[owner], [], "document"
   if owner < len(view.origin.neighbors):
@@ -266,7 +267,7 @@ def document_box(view: SampleView, segment: int) -> dict:
 
 
 def remarks(view: SampleView) -> list[str]:
-  """Returns sentences on what the blocks of a sample of documents do not show."""
+  """Returns remarks about a sample of documents that its blocks do not show."""
   result, origin = [], view.origin
   if origin.task is not None:
     return []
@@ -280,28 +281,27 @@ def remarks(view: SampleView) -> list[str]:
   if origin.text_length > tokens:
     stop = show(origin.piece_start + tokens - 1)
     start, length = show(origin.piece_start), show(origin.text_length)
-    result.append(f"A piece of a longer text: tokens {start} to {stop} of {length}.")
+    result.append(f"Piece of a longer text: tokens {start} to {stop} of {length}.")
   if view.missing:
-    result.append(f"The row was full: the last {count_of(view.missing, 'token')} are left out.")
+    result.append(f"The row was full: the last {count_of(view.missing, 'token')} were cut off.")
   return result
 
 
 def task_remarks(view: SampleView, decoder: PageDecoder) -> list[str]:
-  """Returns sentences on what a sample of instructions lacks."""
+  """Returns remarks about what was dropped from an instruction sample."""
   task, document = view.origin.task, view.origin.document
   if task is None:
     return []
   if view.dropped:
-    return ["All before the target dropped: <mask:0> stands for it, and no infill follows."]
+    return ["Everything before the target dropped: <mask:0> replaces it, and no infill follows."]
   texts = [document.segments[i] for i in task.left_out(document)]
   return [
-    f"Instruction dropped: “{decoder.text(text.tokens, begins=True)}” is left out."
-    for text in texts
+    f"Instruction dropped: “{decoder.text(text.tokens, begins=True)}” is omitted." for text in texts
   ]
 
 
 def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
-  """Returns what the template shows of a sample."""
+  """Returns the template's context for a sample."""
   sample, document = view.sample, view.origin.document
   weights = [
     f"{show(int(n))} of weight {w:g}"
@@ -328,7 +328,7 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
 
 
 def fill(rows: list[RowView]) -> float:
-  """Returns the share of the rows' slots that are not padding."""
+  """Returns the share of slots in the rows that are not padding."""
   used = sum(view.sample.slots for row in rows for view in row.samples)
   return used / sum(len(row.loss_weights) for row in rows)
 
@@ -336,7 +336,7 @@ def fill(rows: list[RowView]) -> float:
 def render(
   rows: list[RowView], plan: RowPlan, decoder: PageDecoder, config_name: str, split: str
 ) -> str:
-  """Returns the page: HTML that refers to no other file."""
+  """Renders the page as self-contained HTML."""
   views = [view for row in rows for view in row.samples]
   shown = [
     {
@@ -361,10 +361,10 @@ def render(
 
 
 def check_writable(out: epath.PathLike) -> None:
-  """Creates the folder of `out`.
+  """Creates the folder of `out` and checks that a file can be written there.
 
   Raises:
-    UserError: no file can be written there.
+    UserError: `out` is a folder or cannot be written.
   """
   out = epath.Path(out)
   if out.is_dir():
@@ -377,11 +377,11 @@ def check_writable(out: epath.PathLike) -> None:
   except OSError as error:
     raise UserError(
       f"--out is {out}, which cannot be written ({error.strerror}: {error.filename}): "
-      "name a file in a folder of yours."
+      "name a file in a writable folder."
     ) from error
 
 
 def write(out: epath.PathLike, html: str) -> None:
-  """Writes the page (`replacing`)."""
+  """Writes the page atomically."""
   with replacing(out, "w") as file:
     file.write(html)

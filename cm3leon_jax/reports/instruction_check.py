@@ -1,4 +1,4 @@
-"""Checks samples of instructions against their records: tokens, target and loss weights."""
+"""Checks instruction samples against their records: tokens, target and loss weights."""
 
 # T tokens of a sample.
 
@@ -15,13 +15,13 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class CheckedTask:
-  """What makes the document of a sample an instruction.
+  """Instruction task of a sample, as planned.
 
   Attributes:
-    name: of the task.
+    name: name of the task.
     target: half-open range of the target in `</s> segment <break> ... segment </s>`.
-    plan: what the sample lacks.
-    instructions: of the task's source.
+    plan: plan of the sample, which says what is dropped from it.
+    instructions: instructions of the task's source.
   """
 
   name: str
@@ -30,7 +30,7 @@ class CheckedTask:
   instructions: Instructions
 
   def left_out(self, document: Document) -> list[int]:
-    """Returns the numbers of the segments that the sample lacks."""
+    """Returns the indices of the segments that were dropped from the sample."""
     first, skipped = self.plan.first, self.plan.skipped
     return [i for i in range(len(document.segments)) if i < first or i == skipped]
 
@@ -42,51 +42,53 @@ def check_instruction(
   vocab: VocabLayout,
   length: int,
 ) -> tuple[int, int]:
-  """Checks that a sample holds its record, less what was dropped, and weighs its targets.
+  """Checks that a sample has its record without the dropped segments, and the right loss weights.
 
-  The range of the target comes from the sample's tokens, and not from the plan.
+  The range of the target is found from the tokens of the sample, not from the plan.
 
   Args:
-    sample: of a row.
-    document: the whole record.
-    task: of the record.
+    sample: sample of a row.
+    document: document of the whole record.
+    task: task of the record.
     vocab: layout of the token ids.
-    length: slots of a row.
+    length: number of slots of a row.
 
   Returns:
     Half-open range of the target in the sample.
 
   Raises:
-    ValueError: says what is wrong.
+    ValueError: tokens, target or loss weights are wrong.
   """
   tokens, where = sample.tokens, f"the sample of task {task.name}, record '{document.key}',"
   left_out = task.left_out(document)
   if row_parts.is_dropped(tokens, vocab) != task.plan.masked:
-    raise ValueError(f"{where} must {'not ' * (not task.plan.masked)}lack all before its target.")
+    raise ValueError(
+      f"{where} must {'not ' * (not task.plan.masked)}drop everything before its target."
+    )
   kept = tuple(s for i, s in enumerate(document.segments) if i not in left_out)
   row_parts.check_sample(tokens, [dataclasses.replace(document, segments=kept)], vocab, length)
   start, stop = target_range(tokens, task, vocab)
   expected = join([document], vocab)[slice(*task.target)]
   if not np.array_equal(tokens[start:stop], expected):
-    raise ValueError(f"{where} has another target than its record at {start} to {stop - 1}.")
+    raise ValueError(f"{where} differs from the target of its record at {start} to {stop - 1}.")
   weights = np.zeros(len(tokens), np.float32)
-  weights[start : stop + 1] = 1  # With <eoss> or </s> after it.
+  weights[start : stop + 1] = 1  # Includes the <eoss> or </s> after the target.
   if task.instructions.loss_on == "all":
     weights[3 if task.plan.masked else 1 :] = 1
   if not np.array_equal(sample.weights, weights * np.float32(task.instructions.loss_weight)):
-    raise ValueError(f"{where} has other loss weights than those of its target and config.")
+    raise ValueError(f"{where} has loss weights that do not fit its target and the config.")
   return start, stop
 
 
 def target_range(tokens: np.ndarray, task: CheckedTask, vocab: VocabLayout) -> tuple[int, int]:
-  """Finds the target in a sample: after its second `<mask:0>`, or before its end.
+  """Finds the target in a sample, after its second `<mask:0>` or at its end.
 
     </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
     </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
 
   Args:
     tokens: [T] int32.
-    task: of the sample.
+    task: task of the sample.
     vocab: layout of the token ids.
   """
   stop = len(tokens) - 1

@@ -1,4 +1,4 @@
-"""Writes the fields of a task, and all shipped tasks with an example, into docs/instructions.md.
+"""Writes the fields of a task and all shipped tasks with examples into docs/instructions.md.
 
 python -m cm3leon_jax.reports.instruction_reference
 """
@@ -27,10 +27,10 @@ from cm3leon_jax.vocab import VocabLayout
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"
 START = "<!-- python -m cm3leon_jax.reports.instruction_reference writes what follows -->"
 END = "<!-- to here -->"
-# Of the examples: an id for each character, and one image code.
+# Vocabulary of the examples: one id per character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
-# Format, or name of a task whose format is general -> texts of an example.
+# Format (or, for the general format jsonl, name of the task) -> texts of an example.
 TEXTS = {
   "instruct_pix2pix": {"instruction": "make it snow"},
   "ocr": {"ocr_content": "OPEN ALL NIGHT"},
@@ -68,7 +68,7 @@ TEXTS = {
 
 
 def example(task: InstructionTask) -> Record:
-  """Returns a record of a shipped task, whose key chooses the first template."""
+  """Returns a record of a shipped task with a key that selects the first template."""
   numbers = map(str, itertools.count())
   key = next(x for x in numbers if choose_template(task, x) == task.templates[0])
   if world := worlds.world_of_format(task.format):
@@ -82,7 +82,7 @@ def example(task: InstructionTask) -> Record:
 
 
 def sample_of(task: InstructionTask, record: Record) -> str:
-  """Returns the training sample of a record as the model reads it, nothing left out.
+  """Returns the training sample of a record as the model reads it, with nothing dropped.
 
   "</s> Question: Who? Answer: <mask:0>. <break> [image] </s> <mask:0> a man <eoss>"
   """
@@ -98,12 +98,12 @@ def sample_of(task: InstructionTask, record: Record) -> str:
 
 
 def _encode(text: str) -> np.ndarray:
-  """Encodes a text as the text tokenizer does: with a space before it, an empty one to no ids."""
+  """Encodes a text like the text tokenizer: with a leading space, and an empty text as no ids."""
   return np.array([VOCAB.num_special + ord(c) for c in (f" {text}" if text else "")], np.int32)
 
 
 def show(tokens: np.ndarray) -> str:
-  """Returns [T] tokens as text with the names of special tokens, and IMAGE for an image code."""
+  """Formats [T] tokens as text, with names for special tokens and IMAGE for an image code."""
   names, shown = VOCAB.special_tokens(), ""
   for token in tokens.tolist():
     if VOCAB.num_special <= token < VOCAB.text_size:
@@ -127,7 +127,7 @@ def reference() -> str:
 
 
 def _describe(task: InstructionTask) -> str:
-  """Returns a line on a task, and its example."""
+  """Returns a line about a task, and its example."""
   line = f"**`{task.name}`** predicts `{task.target}`; `{task.format}`, `{task.train}`"
   if task.heldout:
     line += f", held out `{task.heldout}`"
@@ -138,7 +138,7 @@ def _describe(task: InstructionTask) -> str:
 
 
 def page(text: str) -> str:
-  """Returns the text of the page with the current reference in it."""
+  """Returns the text of the page with the reference updated."""
   before, _, rest = text.partition(START)
   _, _, after = rest.partition(END)
   return f"{before}{START}\n{reference()}{END}{after}"

@@ -1,4 +1,4 @@
-"""Reads the grades of instructions for the report: tables, and examples with their images."""
+"""Reads the grades of instructions for the report: tables and examples with images."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines
 
 
 def read(workdir: epath.Path, image_uri: Callable) -> dict | None:
-  """Returns what the report shows of graded instructions; None if there are none.
+  """Returns the section of the report on graded instructions, or None if none were graded.
 
   Args:
-    workdir: folder of the run.
-    image_uri: path of a PNG -> its data URI.
+    workdir: workdir of the run.
+    image_uri: maps the path of a PNG file to a data URI.
 
   Returns:
-    "titles" of the columns; "rows", {label, answers, cells, gain} each; "means"; and "examples":
-    task -> pairs of a title and lines of answers.jsonl, their images as URIs.
+    A dict: "titles" of the columns; "rows", {label, answers, cells, gain} each; "means"; and
+    "examples": task -> pairs (title, lines of answers.jsonl with their images as data URIs).
   """
   folder = epath.Path(workdir) / "grades"
   if not (folder / GRADES).exists():

@@ -1,7 +1,7 @@
-"""Writes the model card of an export: README.md, as the Hugging Face Hub reads it.
+"""Writes the model card of an export: README.md in the format of the Hugging Face Hub.
 
-Its figures are those that the workdir has, each with the way it was measured; what was not measured
-is named. The snippets run in the folder of the export.
+The card shows the figures that the workdir has, states how each was measured, and names missing
+measurements. Its code snippets run in the folder of the export.
 """
 
 import importlib.resources
@@ -28,11 +28,11 @@ from cm3leon_jax.reports.report import clock, inert
 from cm3leon_jax.trained.run import Run
 
 CARD = "README.md"
-EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
+EXPORTED = "export.json"  # Written by `export.formats`: format, dtype, quantization.
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
-COLUMNS = 100  # Of a line of prose.
-# Licenses of data that the hub knows, by their SPDX names in lower case; there they mean the same.
+COLUMNS = 100  # Width of a line of prose.
+# Licenses that the hub knows, by their lower-case SPDX names, which have the same meaning there.
 HUB_LICENSES = (
   *("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit", "gpl-3.0", "unlicense", "cc0-1.0"),
   *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
@@ -40,20 +40,20 @@ HUB_LICENSES = (
   *("odc-by", "odbl"),
 )
 _BLOCKS = re.MULTILINE | re.DOTALL
-CAPTIONS = {"openmoji": "red apple"}  # Of other sources than worlds.
+CAPTIONS = {"openmoji": "red apple"}  # Example captions of sources that are not worlds.
 
 
 def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
-  """Writes README.md into the folder of an export, after its other files, which it describes.
+  """Writes README.md into the folder of an export. All other files must already be written.
 
   Args:
-    folder: of the export.
-    run: that was exported, or a bundle.
-    step: of the exported parameters.
-    exported: numbers of the export: "parameters" of the decoder; and if known, "bytes" of its
-      files; "image_tokenizer", what `export.image_tokenizer.write` returned; "average": False if
-      the last parameters were exported and not their average; "heldout_bits", {"before", "after"}
-      rounding; "cost" of a bundle, see `export.bundle.about`.
+    folder: folder of the export.
+    run: exported run or bundle.
+    step: step of the exported parameters.
+    exported: numbers of the export. "parameters": number of parameters of the decoder. Optional:
+      "bytes": size of the files; "image_tokenizer": result of `export.image_tokenizer.write`;
+      "average": False if the last parameters were exported instead of their average;
+      "heldout_bits": {"before", "after"} rounding; "cost": for a bundle, see `export.bundle.about`.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -63,7 +63,7 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
 
 
 def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
-  """Returns the card, see `write`."""
+  """Returns the text of the card, see `write`."""
   summary, settings = summary_lib.collect(run.folder), run.settings
   described, about = (
     read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / EXPORTED)
@@ -115,13 +115,13 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
 
 
 def front_matter(licenses: list[str], architecture: str) -> str:
-  """Returns the metadata that the hub reads, as YAML.
+  """Returns the metadata for the hub as YAML.
 
-  The license is that of the data if all have the same one and the hub knows it, else "other".
+  The license is the license of the data if there is only one and the hub knows it, else "other".
 
   Args:
-    licenses: of all training data; "" for an unknown one.
-    architecture: class of `transformers` that loads the decoder; "" if none does.
+    licenses: licenses of all training data; "" for an unknown license.
+    architecture: class of `transformers` that can load the decoder; "" if no class can.
   """
   only = licenses[0].lower() if len(licenses) == 1 else ""
   fields: dict = {"license": only}
@@ -135,8 +135,9 @@ def front_matter(licenses: list[str], architecture: str) -> str:
 
 
 def records_of_splits(raw: dict) -> dict[str, int]:
-  """Returns the numbers of records of a stage `raw`: "images", those of train with a caption;
-  "texts", its others; "heldout"; "bank". {} if its summary has none.
+  """Returns the numbers of records of a stage `raw`, or {} if its summary has no numbers.
+
+  "images" counts the captioned images of train, and "texts" its other records.
 
   records_of_splits({"train_pairs": 8, "train_texts": 2, "heldout_pairs": 1, "bank_pairs": 3})
   {"images": 8, "texts": 2, "heldout": 1, "bank": 3}
@@ -154,13 +155,13 @@ def records_of_splits(raw: dict) -> dict[str, int]:
 
 
 def tuned_tasks(summary: dict) -> list[str]:
-  """Returns the names of the tasks of instruction tuning; [] if there was none."""
+  """Returns the names of the tasks of instruction tuning; [] without instruction tuning."""
   names = summary.get("instructions", {})
   return [name.removeprefix("train_") for name in names if name.startswith("train_")]
 
 
 def cell(text: str) -> str:
-  """Makes a stranger's text harmless in Markdown: as code if it holds more than plain characters.
+  """Makes an untrusted text safe in Markdown: formats it as code if it has special characters.
 
   cell("Jane, 2020") = "Jane, 2020", cell("1.5 [1, 2]") = "1.5 [1, 2]",
   cell("[a](b)|<c>") = "`[a](b)\\|<c>`"
@@ -172,16 +173,16 @@ def cell(text: str) -> str:
 
 
 def wrapped(page: str) -> str:
-  """Wraps the paragraphs and lists of a Markdown page; code, tables, titles and HTML stay.
+  """Wraps the paragraphs and lists of a Markdown page, but not code, tables, titles and HTML.
 
-  A paragraph stays one line where a wrapped line would begin as a list, a title or a quote does.
+  A paragraph is not wrapped if one of its new lines would start like a list, a title or a quote.
   """
   parts = re.split(r"(^---\n.*?^---$|^```.*?^```$|^[|#<].*?$|^$)", page, flags=_BLOCKS)
   return "".join(part if i % 2 else _wrapped(part) for i, part in enumerate(parts))
 
 
 def _wrapped(prose: str) -> str:
-  """Wraps lines of prose: a paragraph, or items of a list."""
+  """Wraps lines of prose, which are a paragraph or the items of a list."""
   if not prose.strip():
     return prose
   start = prose[: len(prose) - len(prose.lstrip("\n"))]
@@ -189,7 +190,7 @@ def _wrapped(prose: str) -> str:
   lines = []
   for item in re.split(r"\n(?=- )", prose.strip("\n")):
     text, indent = " ".join(item.split()), "  " if item.startswith("- ") else ""
-    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)  # Code stays whole.
+    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)  # Never split code.
     found = textwrap.wrap(
       whole, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )

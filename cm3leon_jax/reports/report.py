@@ -1,4 +1,4 @@
-"""Renders report.html: one page on a run, with its images inside."""
+"""Renders report.html: one page about a run, with its images embedded."""
 
 import base64
 import datetime
@@ -30,14 +30,14 @@ from cm3leon_jax.runs import table as stage_table
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
-# What a command needs beside --config and --workdir.
+# Flags that a command needs besides --config and --workdir.
 MORE_FLAGS = {
   "copy_tokenizers": " --init_from=RUN",
   "import_vqgan": " --source=WEIGHTS --family=FAMILY",
   "import_weights": " --source=WEIGHTS",
 }
 
-# Placeholders, which the page replaces with its own colors, light or dark.
+# Placeholder colors, which `to_svg` replaces by the light or dark colors of the page.
 INK, IMAGE, TEXT, FAINT = "#010203", "#040506", "#070809", "#0a0b0c"
 CSS_COLORS = {
   INK: "currentColor",
@@ -61,14 +61,14 @@ STYLE: dict[Any, Any] = {
 
 
 def png_uri(pixels: npt.ArrayLike) -> str:
-  """Returns the data URI of a PNG of [H, W, 3] or [H, W, 4] uint8."""
+  """Encodes [H, W, 3] or [H, W, 4] uint8 as the data URI of a PNG."""
   buffer = io.BytesIO()
   Image.fromarray(np.asarray(pixels)).save(buffer, "PNG", optimize=True)
   return _data_uri(buffer.getvalue())
 
 
 def file_uri(path: epath.PathLike) -> str | None:
-  """Returns the data URI of a PNG file; None if there is no such file."""
+  """Returns the data URI of a PNG file, or None if the file does not exist."""
   path = epath.Path(path)
   return _data_uri(path.read_bytes()) if path.is_file() else None
 
@@ -78,7 +78,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def to_svg(figure: Figure) -> str:
-  """Returns inline SVG in the page's font and colors."""
+  """Renders a figure as inline SVG in the font and colors of the page."""
   buffer = io.StringIO()
   figure.savefig(
     buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
@@ -98,14 +98,18 @@ def to_svg(figure: Figure) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Averages over a centered window, shorter at the ends: [n] -> [n]."""
+  """Averages [n] values over a centered window, which is shorter at both ends."""
   kernel = np.ones(min(window, len(values)))
   total, count = (np.convolve(x, kernel, "same") for x in (values, np.ones(len(values))))
   return total / count
 
 
 def loss_figure(metrics: list[dict]) -> str | None:
-  """Plots training and held-out loss in bits per target, by modality; None without a log."""
+  """Plots training and held-out loss by modality, in bits per target.
+
+  Returns:
+    Inline SVG, or None if fewer than two steps are logged.
+  """
   steps = [line for line in metrics if "image_loss" in line]
   if len(steps) < 2:
     return None
@@ -125,7 +129,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
       for i, restart in enumerate(summary_lib.restarts(metrics)):
         dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
         axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
-      first = held[:1] if at[:1] == [0] else []  # Before a tuning: higher than all that follows.
+      first = held[:1] if at[:1] == [0] else []  # Before tuning, the loss is highest.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
@@ -133,7 +137,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
 
 
 def bits_figure(evaluation: dict) -> str | None:
-  """Plots bits per token and their intervals with true, shuffled and no neighbors, by modality."""
+  """Plots bits per token by modality, with intervals, for true, shuffled and no neighbors."""
   rows = ("true", "shuffled", "none")
   if not all(name in evaluation for name in ("image", "text")):
     return None
@@ -154,7 +158,7 @@ def bits_figure(evaluation: dict) -> str | None:
 
 
 def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
-  """Returns the first images as (original, reconstruction) data URIs."""
+  """Returns the first MAX_RECONSTRUCTIONS images as (original, reconstruction) data URIs."""
   path = workdir / "vqgan" / "reconstructions.npz"
   if not path.exists():
     return []
@@ -164,7 +168,7 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
 
 
 def prompts(workdir: epath.Path) -> list[dict]:
-  """Returns the first prompts: caption, original, neighbors and samples of each."""
+  """Returns the first MAX_PROMPTS prompts, each with caption, original, neighbors and samples."""
   raw = workdir / "raw"
   pairs: dict[str, RawPair] = {}
   grouped: dict[tuple[str, str], list[dict]] = {}
@@ -196,7 +200,7 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
 
 
 def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
-  """Returns (name, data URI) of sample grids of the training, by step, evenly spaced."""
+  """Returns (name, data URI) of up to MAX_GRIDS evenly spaced sample grids of the training."""
   folder = workdir / "train" / "samples"
   files = folder.glob("*.png") if folder.exists() else []
   paths = sorted((int(re.sub(r"\D", "", path.stem) or 0), path) for path in files)
@@ -205,10 +209,10 @@ def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
 
 
 def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
-  """Returns what the page shows of judged samples; None if the evaluation judged none.
+  """Returns the section of the page on judged samples, or None if no samples were judged.
 
   Returns:
-    "world"; "overview", the numbers of the stage; "tables" by their titles; "sheet", a data URI.
+    A dict: "world"; "overview", the numbers of the stage; "tables", by title; "sheet", a data URI.
   """
   for name in worlds.MODULES:
     if name in (evaluation := summary.get("evaluation", {})):
@@ -223,7 +227,7 @@ def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
-  """Returns a dict for each source and license of images: number of pairs, and attributions."""
+  """Returns a dict for each source and license of images: number of pairs and attributions."""
   if not (workdir / "raw" / reader.INDEX).exists():
     return []
   entries: dict[tuple, dict[str, Any]] = {}
@@ -258,7 +262,7 @@ def clock(seconds: float) -> str:
   return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
-# Characters that a terminal obeys, that turn the direction of a text, or that UTF-8 cannot hold.
+# Characters that control a terminal or the direction of text, or that UTF-8 cannot encode.
 OBEYED = re.compile(
   r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -272,9 +276,9 @@ def inert(value: Any) -> Any:
 
 
 def page_environment() -> jinja2.Environment:
-  """Returns the environment of this package's templates, with the filter `show`.
+  """Returns the Jinja environment for the templates of this package, with the filter `show`.
 
-  Texts of strangers stand on the pages: HTML in them is escaped, and see `inert`.
+  Pages show untrusted texts, so HTML is escaped and control characters are made visible (`inert`).
   """
   folder = importlib.resources.files(__package__)
   environment = jinja2.Environment(
@@ -290,12 +294,12 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Returns the page: HTML that refers to no other file.
+  """Renders the page as self-contained HTML.
 
   Args:
     workdir: folder of the run.
     summary: result of `summary.collect`.
-    config_name: value of --config, for the commands on the page.
+    config_name: value of --config for the commands on the page.
   """
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
@@ -323,7 +327,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
 
 
 def write(workdir: epath.PathLike, config_name: str) -> dict:
-  """Writes summary.json and report.html to `workdir`; returns the summary."""
+  """Writes summary.json and report.html to `workdir`, and returns the summary."""
   workdir = epath.Path(workdir)
   summary = summary_lib.collect(workdir)
   write_json(workdir / "summary.json", summary)

@@ -26,17 +26,19 @@ def runs(values: Iterable[float]) -> list[tuple[int, int, float]]:
 def ribbon(row: RowView) -> dict:
   """Returns the tracks of a row.
 
-  A slot shows the token that it reads; the last token of a sample is only predicted, so it has no
+  A slot shows the token that it reads. The last token of a sample is only predicted, so it has no
   slot.
 
   Returns:
-    dict of
-      length, used: slots of the row, and slots before its padding.
-      samples: (first slot, slots, segment id, key).
-      weights: (first slot, slots, weight divided by the row's largest) where the weight is not 0.
-      parts: one dict for each part, with x, width, kind, span, title.
-      owners: one dict for each neighbor or document, with x, width, role.
-      moves: (slot of the sentinel that replaces a span, middle slot of the moved span, span).
+    A dict with these entries:
+
+    - length, used: number of slots of the row, and number of slots before the padding.
+    - samples: (first slot, number of slots, segment id, key) of each sample.
+    - weights: (first slot, number of slots, weight divided by the row's largest weight) of each run
+      of equal weights other than 0.
+    - parts: one dict per part, with x, width, kind, span, title.
+    - owners: one dict per neighbor or document, with x, width, role.
+    - moves: (slot of the sentinel that replaces a span, middle slot of the moved span, span).
   """
   largest = max(1.0, float(row.loss_weights.max()))
   samples = [
@@ -68,7 +70,7 @@ def _parts(view: SampleView) -> list[dict]:
 
 
 def _owners(view: SampleView) -> list[dict]:
-  """Returns the range of each document from its first part to its last, with `<break>` between."""
+  """Returns the range of each document from its first to its last part, including `<break>`."""
   bounds: dict[int, list[int]] = {}
   for part in view.parts:
     if not part.moved and (part.kind != "special" or part.span != NO_SPAN):

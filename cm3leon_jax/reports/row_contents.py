@@ -1,4 +1,4 @@
-"""Reads training rows for inspection: a row's content from its arrays, names from its plan."""
+"""Reads training rows for inspection: their contents from arrays, their origins from the plan."""
 
 # L slots of a row, n documents, C candidates of each.
 
@@ -19,13 +19,12 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class NeighborView:
-  """A retrieved document.
+  """Retrieved document.
 
   Attributes:
-    document: the document.
-    rank: its place among the candidates, from 1.
+    rank: rank among the candidates, from 1.
     candidates: number of candidates.
-    score: cosine similarity of its embedding and the query document's.
+    score: cosine similarity of the embeddings of this document and the query document.
   """
 
   document: Document
@@ -36,15 +35,15 @@ class NeighborView:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """Where a sample comes from, by the plan and the stores.
+  """Origin of a sample, according to the plan and the document stores.
 
   Attributes:
-    document: the document; of a long text only the piece that the sample holds.
-    neighbors: the neighbors, in the order in which they stand before the document.
-    pass_: number of earlier passes over its source.
-    piece_start: number of the piece's first token in the text.
-    text_length: tokens of the whole text; 0 for other documents.
-    task: what makes the document an instruction, or None.
+    document: document of the sample; for a long text, only the piece in the sample.
+    neighbors: neighbors in their order before the document.
+    pass_: number of earlier passes over the source.
+    piece_start: index of the piece's first token in the text.
+    text_length: number of tokens of the whole text; 0 for documents that are not texts.
+    task: instruction task of the document, or None if it is not an instruction.
   """
 
   document: Document
@@ -61,17 +60,16 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-  """A sample with its parts and its origin.
+  """Sample with its parts and its origin.
 
   Attributes:
-    sample: the sample.
-    origin: its documents.
     parts: result of `row_parts.split_parts`.
     segments: result of `row_parts.restore`.
     owners: for each segment, the index of its document in `origin.documents`.
-    dropped: whether `<mask:0>` replaces caption and neighbors, or all before the target.
+    dropped: whether `<mask:0>` replaces caption and neighbors, or everything before the target of
+      an instruction.
     missing: number of tokens that were cut off because the row was full.
-    target: half-open range of an instruction's target in the sample, or None.
+    target: half-open range of an instruction's target in the sample; None for other samples.
   """
 
   sample: RowSample
@@ -91,7 +89,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-  """A row: its number, its samples, and its `loss_weights` [L] float32."""
+  """Row with its number, its samples and its `loss_weights`, [L] float32."""
 
   number: int
   samples: list[SampleView]
@@ -103,8 +101,9 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
 
   Args:
     loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of the pairs; None: the run has none.
-    placement: the sample's place in the plan.
+    scores: [n, C] float32 similarities of the candidates of each pair; None if the run has no
+      neighbors.
+    placement: placement of the sample in the plan.
   """
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
@@ -140,25 +139,25 @@ def read_rows(
 
   Args:
     loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of the pairs (`load_neighbors`); None: the
-      run has none.
+    scores: [n, C] float32 similarities of the candidates of each pair (`load_neighbors`); None if
+      the run has no neighbors.
     numbers: numbers of the rows to read.
 
   Raises:
-    ValueError: a row does not hold its planned samples; names the row and the sample.
+    ValueError: a row does not have its planned samples. The message names the row and the sample.
   """
   return [read_row(loader, scores, number) for number in numbers]
 
 
 def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowView:
-  """Reads one row; see `read_rows`."""
+  """Reads and checks one row, see `read_rows`."""
   row, placements = loader[number], loader.plan.row(number)
   try:
     samples = row_parts.split_row(row, loader.vocab, loader.align_images)
   except ValueError as error:
     raise ValueError(f"row {number}: {error}") from error
   if len(samples) != len(placements):
-    raise ValueError(f"row {number} holds {len(samples)} samples; {len(placements)} were planned.")
+    raise ValueError(f"row {number} has {len(samples)} samples; {len(placements)} were planned.")
   views = []
   for sample, placement in zip(samples, placements):
     origin = find_origin(loader, scores, placement)
@@ -180,13 +179,13 @@ def view_sample(sample: RowSample, origin: Origin, vocab: VocabLayout, length: i
   """Checks a sample against its documents and splits it into parts.
 
   Args:
-    sample: a sample of a row.
-    origin: documents that the sample should hold.
+    sample: sample of a row.
+    origin: documents that the sample should have.
     vocab: layout of the token ids.
-    length: slots of the row.
+    length: number of slots of the row.
 
   Raises:
-    ValueError: the sample does not hold its documents (`row_parts.check_sample`,
+    ValueError: the sample does not have its documents (`row_parts.check_sample`,
       `instruction_check.check_instruction`).
   """
   documents, missing, target = origin.documents, 0, None

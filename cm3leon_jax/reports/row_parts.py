@@ -1,4 +1,4 @@
-"""Splits a training row into samples, and samples into parts, from the row's arrays alone."""
+"""Splits a training row into samples, and samples into parts, using only the arrays of the row."""
 
 # L slots of a row, T tokens of a sample.
 
@@ -17,15 +17,15 @@ NO_SPAN = -1
 
 @dataclasses.dataclass(frozen=True)
 class RowSample:
-  """One sample of a row.
+  """Sample of a row.
 
   Attributes:
     segment_id: number of the sample in the row, from 1.
-    start: first slot; slot `start + t` reads token t and predicts token t + 1.
-    tokens: [T] int32; they take T - 1 slots.
-    weights: [T] float32 loss weights of the tokens as targets; the first token is none, its weight
-      is 0.
-    positions: [T - 1] int32, of the slots.
+    start: first slot. Slot `start + t` reads token t and predicts token t + 1.
+    tokens: [T] int32. They take T - 1 slots.
+    weights: [T] float32 loss weights of the tokens as targets. The first token is never a target,
+      so its weight is 0.
+    positions: [T - 1] int32 positions of the slots.
   """
 
   segment_id: int
@@ -41,15 +41,16 @@ class RowSample:
 
 @dataclasses.dataclass(frozen=True)
 class RowPart:
-  """One special token of a sample, or a run of text tokens or image codes.
+  """Special token of a sample, or consecutive text tokens or image codes.
 
   Attributes:
     kind: "special", "text" or "image".
-    start, stop: half-open range of the sample's tokens.
-    segment: index of its segment among those of the neighbors and the document; a moved part has
-      the segment that it was taken from.
-    span: i for `<mask:i>` and for the tokens that it replaces; else NO_SPAN.
-    moved: whether it stands at the end of the sample, in `<mask:i> span <eoss>`.
+    start: first token of the half-open range in the sample.
+    stop: end of the half-open range in the sample.
+    segment: index of the segment among all segments of the neighbors and the document. A moved part
+      has the index of its original segment.
+    span: i for `<mask:i>` and for the tokens that it replaces; otherwise NO_SPAN.
+    moved: whether the part is at the end of the sample, in `<mask:i> span <eoss>`.
   """
 
   kind: str
@@ -69,7 +70,7 @@ def split_row(
     targets      7    8  </s> 9    </s> <pad>
     segment_ids  1    1  1    2    2    0
     positions    0    1  2    0    1    0
-    result = samples of the tokens [</s> 7 8 </s>] and [</s> 9 </s>]
+    result = samples with the tokens [</s> 7 8 </s>] and [</s> 9 </s>]
 
   Args:
     row: the arrays of `pipeline.FIELDS`, each [L].
@@ -77,9 +78,9 @@ def split_row(
     align_images: as in `positions_of`.
 
   Raises:
-    ValueError: segment ids do not count 1, 2, ..., then 0; positions of a sample do not count from
-      0, or from its images; a target is not the next input; a weight is negative or not finite; or
-      padding holds another token than `<pad>`, or has a loss weight.
+    ValueError: segment ids are not 1, 2, ..., then 0; positions of a sample differ from
+      `positions_of`; a target is not the next input; a weight is negative or not finite; or padding
+      has a token other than `<pad>` or a loss weight.
   """
   ids = row["segment_ids"]
   starts = np.flatnonzero(np.diff(ids, prepend=-1))
@@ -105,7 +106,7 @@ def split_row(
 
 def _sample_fault(cut: dict[str, np.ndarray], positions: np.ndarray, vocab: VocabLayout) -> str:
   inputs, before = cut["inputs"][1:], cut["targets"][:-1]
-  hidden = (inputs == vocab.unk) & vocab.is_image(before)  # By `data.code_dropout`.
+  hidden = (inputs == vocab.unk) & vocab.is_image(before)  # Inputs that `data.code_dropout` hides.
   if not ((inputs == before) | hidden).all():
     return "a target is not the next input."
   if not np.array_equal(cut["positions"], positions):
@@ -117,7 +118,7 @@ def _sample_fault(cut: dict[str, np.ndarray], positions: np.ndarray, vocab: Voca
 
 def _padding_fault(cut: dict[str, np.ndarray], pad: int) -> str:
   if (cut["inputs"] != pad).any() or (cut["targets"] != pad).any():
-    return "padding holds another token than <pad>."
+    return "padding has a token other than <pad>."
   return "padding has a loss weight." if cut["loss_weights"].any() else ""
 
 
@@ -155,9 +156,9 @@ def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
 
 
 def restore(parts: list[RowPart]) -> list[list[RowPart]]:
-  """Returns the text and image parts of each segment, with moved parts back in their place.
+  """Returns the text and image parts of each segment, with moved parts in their original places.
 
-  A dropped condition is a segment without parts.
+  A segment of a dropped condition has no parts.
   """
   segments: list[list[RowPart]] = [[] for _ in range(1 + max(part.segment for part in parts))]
   moved: dict[int, list[RowPart]] = {}
@@ -172,26 +173,28 @@ def restore(parts: list[RowPart]) -> list[list[RowPart]]:
 
 
 def is_dropped(tokens: np.ndarray, vocab: VocabLayout) -> bool:
-  """Returns whether `<mask:0>` replaces caption and neighbors: it has no infill at the end."""
+  """Returns whether `<mask:0>` replaces caption and neighbors, so that no infill follows."""
   return int(np.count_nonzero(tokens == vocab.mask(0))) == 1
 
 
 def check_sample(
   tokens: np.ndarray, documents: list[Document], vocab: VocabLayout, length: int
 ) -> int:
-  """Checks that a sample holds its documents, token for token.
+  """Checks that a sample has exactly the tokens of its documents.
 
   Args:
     tokens: [T] int32.
-    documents: the neighbors in their order, then the document itself.
+    documents: the neighbors in order, then the document itself.
     vocab: layout of the token ids.
-    length: L; a sample that fills the row, T = L + 1, may lack its last tokens.
+    length: number of slots of the row, L. A sample that fills the row, T = L + 1, may lack its last
+      tokens.
 
   Returns:
     Number of missing tokens.
 
   Raises:
-    ValueError: names the first wrong token, or the two lengths.
+    ValueError: a token or the length is wrong. The message names the first wrong token, or both
+      lengths.
   """
   if is_dropped(tokens, vocab):
     opening, image = [vocab.eos, vocab.mask(0), vocab.brk], documents[-1].segments[-1].tokens
@@ -203,12 +206,12 @@ def check_sample(
   if len(wrong):
     at = int(wrong[0])
     raise ValueError(
-      f"the sample of document '{key}', spans restored, has token {found[at]} at {at}; "
+      f"the sample of document '{key}', with restored spans, has token {found[at]} at {at}; "
       f"its documents have {expected[at]}."
     )
   if len(found) > len(expected) or (len(found) < len(expected) and len(tokens) <= length):
     raise ValueError(
-      f"the sample of document '{key}', spans restored, has {len(found)} tokens; "
+      f"the sample of document '{key}', with restored spans, has {len(found)} tokens; "
       f"its documents have {len(expected)}."
     )
   return len(expected) - len(found)

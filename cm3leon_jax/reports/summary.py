@@ -1,4 +1,4 @@
-"""Collects the numbers of a run, and compares the main ones with their targets."""
+"""Collects the numbers of a run, and compares its headline figures with their targets."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,7 @@ from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_lines
 from cm3leon_jax.runs import stages, table
 
-JUDGED = "judged"  # File of the workdir and section of the summary.
+JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
 
 
 # fmt: off
@@ -36,7 +36,7 @@ HEADLINES = (
     "evaluation.text.unigram", "unigram model"),
   *NEIGHBORS,
 )
-# Of runs whose config follows from their data, as `own`.
+# Headlines of runs whose config is derived from their data, such as `own`.
 OWN_HEADLINES = (
   Headline(
     "PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
@@ -59,12 +59,12 @@ def lookup(summary: Any, path: str) -> Any:
 def judge(summary: dict, headline: Headline) -> dict:
   """Compares a headline figure with its target.
 
-  A figure with an interval meets the target only if the whole interval does.
+  A figure with an interval meets the target only if its whole interval does.
 
   Returns:
     {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low, high
-    and groups (`intervals.mean_interval`), or is None. `value` is None if the
-    stage has not run; `met` is None if there is no value or no target.
+    and groups (`intervals.mean_interval`), or is None. `value` is None if the stage has not run.
+    `met` is None if there is no value or no target.
   """
   value = lookup(summary, headline.path)
   target = lookup(summary, headline.target) if isinstance(headline.target, str) else headline.target
@@ -90,14 +90,14 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 
 def headlines(summary: dict) -> list[Headline]:
-  """Returns the headlines of a run: by what was judged, samples or answers to instructions."""
+  """Returns the headlines of a run: figures of judged.json, then figures of its stages."""
   figures = summary.get(JUDGED, {}).items()
   own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f["target"]) for i, f in figures]
   return own + _of_stages(summary)
 
 
 def _of_stages(summary: dict) -> list[Headline]:
-  """Returns the headlines of what the stages measured."""
+  """Returns the headlines for the figures that the stages of a run measured."""
   for name in worlds.MODULES:
     if found := world_lib.find(name).headlines(summary):
       return list(found)
@@ -105,18 +105,19 @@ def _of_stages(summary: dict) -> list[Headline]:
 
 
 def clip_scores(results: list[dict]) -> list[dict]:
-  """Averages the CLIP scores of the samples by guidance and number of retrieved documents.
+  """Averages the CLIP scores of samples by guidance weight and number of retrieved documents.
 
-  Intervals resample concepts (or prompts without one), whose samples resemble each other.
+  Intervals resample concepts, because samples of one concept are similar. For samples without a
+  concept, they resample prompts.
 
   Args:
-    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt; concept and key
-      of a held-out pair are "" or absent for a prompt of the user.
+    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt. The concept and
+      key of a held-out pair are "" or absent for a prompt from the user.
 
   Returns:
-    A dict for each guidance and number of retrieved documents, in order: guidance, retrieve,
-    samples, standard_deviation (of the samples), and mean, low, high, groups, effective_groups
-    (`intervals.mean_interval`).
+    One dict per guidance weight and number of retrieved documents, sorted: guidance, retrieve,
+    samples (their number), standard_deviation (of the samples), and mean, low, high, groups,
+    effective_groups (`intervals.mean_interval`).
   """
   columns: dict[tuple[float, int], list[dict]] = {}
   for result in results:
@@ -138,7 +139,7 @@ def clip_scores(results: list[dict]) -> list[dict]:
 
 
 def describe_clip_score(row: dict, noun: str = "concept") -> str:
-  """Writes a row of `clip_scores` as a sentence; `noun` names what its interval resamples."""
+  """Formats a row of `clip_scores` as a sentence; `noun` names what its interval resamples."""
   samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
   interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
   return (
@@ -148,20 +149,20 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
 
 
 def _step_lines(metrics: list[dict]) -> list[dict]:
-  """Returns the lines of steps; one that was skipped may have no loss."""
+  """Returns the lines of steps. The line of a skipped step may have no loss."""
   return [line for line in metrics if "loss" in line or line.get("skipped")]
 
 
 def restarts(metrics: list[dict]) -> list[dict]:
-  """Finds the restarts of a trainer: the first step after a start has no rate.
+  """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
 
   Args:
     metrics: lines of metrics.jsonl.
 
   Returns:
-    One dict for each restart: after_step, the last step before it, and next_step, the first step
-    after it. If the earlier start had logged steps that were computed again: replayed, their
-    number, and identical, the number whose loss is the same bit for bit.
+    One dict per restart: after_step, the last step before it, and next_step, the first step after
+    it. If steps that were already logged had to be computed again: replayed, their number, and
+    identical, the number of these steps with bitwise the same loss.
   """
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
@@ -176,16 +177,21 @@ def restarts(metrics: list[dict]) -> list[dict]:
 
 
 def training(metrics: list[dict]) -> dict:
-  """Computes the numbers of a training log.
+  """Summarizes a training log.
 
   Args:
     metrics: lines of metrics.jsonl.
 
   Returns:
-    logged_steps; every_step_logged_once, whether no step is missing or repeated; restarts;
-    median_tokens_per_second; step_seconds, the time of all steps that have a rate; last_loss,
-    last_image_loss and last_text_loss, means over the last 5% of the steps; and, if they are
-    logged, goodput and wall_seconds over all starts. {} without steps.
+    {} without steps; otherwise a dict with these entries:
+
+    - logged_steps: number of steps.
+    - every_step_logged_once: whether no step is missing or repeated.
+    - restarts: result of `restarts`.
+    - median_tokens_per_second.
+    - step_seconds: total time of the steps with a logged tokens_per_second.
+    - last_loss, last_image_loss, last_text_loss: means over the last 5% of the steps.
+    - goodput, wall_seconds: if logged, over all starts.
   """
   steps = [line for line in metrics if "loss" in line]
   if not steps:
@@ -211,7 +217,7 @@ def training(metrics: list[dict]) -> dict:
 
 
 def read_results(workdir: epath.PathLike) -> list[dict]:
-  """Returns the lines of samples/results.jsonl; [] if there is no such file."""
+  """Returns the lines of samples/results.jsonl, or [] if the file does not exist."""
   return read_json_lines(epath.Path(workdir) / "samples" / "results.jsonl")
 
 
@@ -219,12 +225,12 @@ def collect(workdir: epath.PathLike) -> dict:
   """Collects the numbers of a run.
 
   Args:
-    workdir: folder of the run, finished or not.
+    workdir: workdir of the run, which may be unfinished.
 
   Returns:
-    Plain dict: a section for each finished stage, with its numbers and `seconds`; `train.log`;
-    `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not finished; and
-    `headlines` (`judge`).
+    A JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
+    `train.log`; `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not
+    finished; and `headlines` (`judge`).
 
   Raises:
     UserError: the workdir does not exist, or a file in it is damaged.
@@ -243,7 +249,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if log:
     train = summary.setdefault("train", {})
     train["log"] = log
-    if "train" in seconds:  # The stage records only its last start.
+    if "train" in seconds:  # The stage records only the time since its last start.
       train["seconds"] = seconds["train"] = max(
         seconds["train"], log.get("wall_seconds", log["step_seconds"])
       )
@@ -259,7 +265,7 @@ def collect(workdir: epath.PathLike) -> dict:
 
 
 def judged(workdir: epath.Path) -> dict[str, dict]:
-  """Reads judged.json, which a judge that is no stage wrote: figures by their number, "0", ...
+  """Reads judged.json, which a judge outside the pipeline wrote: figures keyed "0", "1", ...
 
   Raises:
     UserError: the file is damaged, or a figure lacks its title, value or target.
@@ -275,20 +281,20 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:
-  """Returns the stages of a run: without instructions it has fewer."""
+  """Returns the stages of a run. Without instructions, two stages do not apply."""
   tuned = (workdir / "instructions").exists()
   return [name for name in table.STAGES if tuned or name not in ("instructions", "grades")]
 
 
 def cost(summary: dict) -> dict | None:
-  """Returns what the decoder of a run cost; None if it is not trained.
+  """Returns the training cost of a run's decoder, or None if the decoder is not trained.
 
   Args:
     summary: result of `collect`.
 
   Returns:
-    {"train_seconds": of the decoder, "other_seconds": of all stages before it, "machine": what
-    trained it, or None if an earlier version did}.
+    {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,
+    "machine": machine that trained the decoder, or None if an older version did not record it}.
   """
   if "seconds" not in summary.get("train", {}):
     return None

@@ -1,7 +1,7 @@
-"""Captions of scenes in GenEval's categories (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
+"""Writes captions in GenEval's categories (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-A description is a caption, and its claims in the layout of GenEval's metadata: `include` and
-`exclude`, see docs/data_formats.md.
+A description is a caption with its claims in the layout of GenEval's metadata. docs/data_formats.md
+describes this layout, with its lists `include` and `exclude`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PLURALS = {
   "trophy": "trophies",
   "wrench": "wrenches",
 }
-PLURAL_WORDS = ("cherries", "glasses", "scissors")  # They name one object and take no article.
+PLURAL_WORDS = ("cherries", "glasses", "scissors")  # These name one object, without an article.
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
   "left of": ("left of", "to the left of"),
@@ -30,7 +30,7 @@ RELATIONS = {
 }
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# {x}: an object with its article, {is}: is or are, {stands}: stands or stand, {place}: "top left".
+# {x}: an object with its article. {is}: is or are. {stands}: stands or stand. {place}: "top left".
 _PLACED = (
   "{x} at the {place}",
   "{x} in the {place} corner",
@@ -64,7 +64,7 @@ _RELATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """A caption, and what it claims in GenEval's layout."""
+  """Caption with its claims in GenEval's layout."""
 
   caption: str
   include: list[dict]
@@ -85,13 +85,13 @@ def with_article(name: str, color: str = "") -> str:
 
 
 def describe_plainly(scene: Scene) -> Description:
-  """Describes a scene of one object always in the same wording, "a red bell at the top left"."""
+  """Describes a one-object scene, always in this wording: "a red bell at the top left"."""
   (placed,) = scene.objects
   return _one(placed, placed.color, _PLACED[0])
 
 
 def _fill(template: str, first: str, **words: str) -> str:
-  """Fills a template; the verb agrees with the object `first`."""
+  """Fills a template. Its verb agrees with the object `first`."""
   many = first in PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "stands": "stand" if many else "stands"}
   return template.format(**verbs, **words)
@@ -115,7 +115,7 @@ def describe(category: str, scene: Scene, rng: random.Random) -> Description:
 
 
 def _one(placed: Placed, color: str, template: str) -> Description:
-  """Describes one object at its place; the color is named unless it is empty."""
+  """Describes one object at its place. An empty `color` is not named."""
   thing = with_article(placed.object, color)
   caption = _fill(template, placed.object, x=thing, place=placed.place)
   claim = {"class": placed.object, "count": 1, **({"color": color} if color else {})}
@@ -123,7 +123,7 @@ def _one(placed: Placed, color: str, template: str) -> Description:
 
 
 def _count(scene: Scene, rng: random.Random) -> Description:
-  """Names the number of equal objects, and in half of the captions their color."""
+  """Describes the number of equal objects; half of the captions also name their color."""
   placed, number = scene.objects[0], len(scene.objects)
   color = placed.color if rng.random() < 0.5 else ""
   words = [NUMBERS[number], *([color] if color else []), plural(placed.object)]
@@ -133,7 +133,7 @@ def _count(scene: Scene, rng: random.Random) -> Description:
 
 
 def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> Description:
-  """Names two objects; the caption of `position` says where `first` stands seen from `second`."""
+  """Describes two objects. A caption of `position` states where `first` is relative to `second`."""
   colored = category == "color_attr" or (category == "position" and rng.random() < 0.5)
   words, claims = [], []
   for placed in (first, second):
@@ -152,7 +152,10 @@ def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> De
 
 
 def relations(place: str, other: str) -> list[str]:
-  """Lists where `place` is seen from `other`: relations("top left", "top right") = ["left of"]."""
+  """Lists the relations of `place` to `other`.
+
+  relations("top left", "top right") = ["left of"]
+  """
   (row, column), (other_row, other_column) = (divmod(PLACES.index(p), 2) for p in (place, other))
   found = []
   if column != other_column:

@@ -1,6 +1,6 @@
-"""Config section of the scenes, and the names of what they may show.
+"""Defines the config section `scenes` and the names of objects, colors and categories.
 
-Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plain color.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
 """
 
 import difflib
@@ -12,8 +12,8 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-# RGB. The least distance between two is 100, and 89 between one and a mixture of another with
-# white, as antialiased edges have.
+# RGB. Any two colors have a distance of at least 100. A color has a distance of at least 89 from
+# any mixture of another color with white, which occurs at antialiased edges.
 COLORS = {
   "red": (220, 0, 30),
   "orange": (255, 130, 0),
@@ -25,7 +25,7 @@ COLORS = {
   "black": (0, 0, 0),
 }
 
-# Spoken name -> icon. No two overlap (intersection over union of their ink) by more than 0.67.
+# Name in captions -> icon. The ink of any two icons has an intersection over union of at most 0.67.
 COMMON = {
   "airplane": "airplane",
   "anchor": "anchor",
@@ -69,9 +69,9 @@ COMMON = {
   "wrench": "wrench",
 }
 
-# The rare icons cover 15 to 70% of a cell, and overlap with no other and no common one by 0.79 or
-# more. They are no outlines, letters, arrows or brands. An icon that extends the name of another
-# (`bee_flower`) is among them only if no other icon is extended by the same words.
+# The rare icons cover 15 to 70% of a cell. Each has an intersection over union below 0.79 with
+# every other rare or common icon. Outlines, letters, arrows and brands are excluded. An icon whose
+# name extends another name (`bee_flower`) is included only if no other name has that extension.
 _RARE_FILE = resources.files("cm3leon_jax") / "assets" / "scenes" / "rare_icons.txt"
 RARE = {icon.replace("_", " "): icon for icon in _RARE_FILE.read_text("ascii").split()}
 
@@ -90,29 +90,29 @@ Style = Literal["filled", "outlined"]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ScenesConfig:
-  """The scenes that `cm3leon prepare_data` writes for `config.raw.source = "scenes"`."""
+  """Scenes that `cm3leon prepare_data` writes for `config.raw.source = "scenes"`."""
 
   train: PositiveInt = 20_000
   """Number of training scenes."""
   heldout: PositiveInt = 1_200
-  """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
-  which scenes are held out."""
+  """Number of held-out scenes. They are spread equally over the categories, and in each category
+  over the reasons why scenes are held out."""
   bank: NonNegativeInt = 0
-  """Number of scenes of one object that are in the bank alone: retrieved, and never trained on, in
-  colors in which neither training nor held-out scenes show the object alone."""
+  """Number of one-object scenes that are only in the bank: they can be retrieved, and are never
+  trained on. Training and held-out scenes never show these objects alone in these colors."""
   objects: tuple[str, ...] = tuple(COMMON)
-  """Common objects that are used, by name."""
+  """Names of the common objects that scenes show."""
   colors: tuple[str, ...] = tuple(COLORS)
-  """Colors that are used, by name."""
+  """Names of the colors that objects have."""
   categories: tuple[str, ...] = CATEGORIES
   """Categories of captions."""
   shares: tuple[Annotated[float, Field(gt=0)], ...] = ()
-  """Share of each category in the training scenes, relative to each other; none: equal shares."""
+  """Relative share of each category in the training scenes. Empty means equal shares."""
   rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
-  """Number of rare objects, for the category `rare`; a fifth of them is never in training."""
+  """Number of rare objects for the category `rare`. A fifth of them never occurs in training."""
   style: Style = "filled"
-  """How objects are drawn: `filled`, as the icons are; or `outlined`, the edges of their ink alone.
-  Captions do not name it."""
+  """Style in which objects are drawn. `filled` draws the icons unchanged; `outlined` draws only
+  the edges of their ink. Captions do not name the style."""
   seed: NonNegativeInt = 0
   """Seed of the scenes and captions."""
 
@@ -134,7 +134,7 @@ class ScenesConfig:
 
 
 def _lacking(config: ScenesConfig, category: str) -> str:
-  """Returns what a category needs, if a config does not have it; "": it has scenes."""
+  """Returns what a category needs and the config lacks, or "" if the category has scenes."""
   two_objects, two_colors = len(config.objects) > 1, len(config.colors) > 1
   match category:
     case "rare" if not config.rare_objects:
@@ -147,7 +147,7 @@ def _lacking(config: ScenesConfig, category: str) -> str:
 
 
 def _check_names(field: str, kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-  """Raises ValueError at no names, an unknown name, or one that occurs twice."""
+  """Raises ValueError if `names` is empty, or has an unknown or a repeated name."""
   if not names:
     raise ValueError(f"{field} is empty; it must name at least one {kind}.")
   for name in names:
@@ -156,4 +156,4 @@ def _check_names(field: str, kind: str, names: tuple[str, ...], known: tuple[str
       hint = f"did you mean '{close[0]}'?" if close else f"it must be one of {', '.join(known)}."
       raise ValueError(f"{field} has the unknown {kind} '{name}'; {hint}")
   if len(set(names)) < len(names):
-    raise ValueError(f"{field} names a {kind} twice; each must be there once.")
+    raise ValueError(f"{field} names a {kind} twice; each {kind} may occur only once.")

@@ -14,18 +14,18 @@ from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 
-CELL = 24  # Side of a place in pixels: the icons are designed for it.
+CELL = 24  # Side of a place in pixels. The icons are designed for this size.
 SIDE = 2 * CELL
 
 
 @functools.cache
 def _icons() -> Any:
-  """Imports the icon font: reports and exports of other data do without it."""
+  """Imports the icon font on first use; reports and exports of other data do not need it."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:
     raise UserError(
-      f"the icons of scenes are not installed ({error}): {extras.install('demo')}."
+      f"the icons of `scenes` are not installed ({error}): {extras.install('demo')}."
     ) from error
   return MDI7
 
@@ -37,21 +37,21 @@ def _font(cell: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def alpha(icon: str, cell: int = CELL) -> np.ndarray:
-  """Renders the ink of an icon, by its name in MDI7: [cell, cell] uint8, 255 where it is full."""
+  """Renders the ink of an icon: [cell, cell] uint8, 255 for full ink. `icon` is a name of MDI7."""
   glyph = getattr(_icons(), icon).rpartition(".")[2]
   image = Image.new("L", (cell, cell))
   middle = (cell / 2, cell / 2)
   ImageDraw.Draw(image).text(middle, glyph, font=_font(cell), fill=255, anchor="mm")
   ink = np.array(image)
-  ink.flags.writeable = False  # It is cached.
+  ink.flags.writeable = False  # The array is cached, so callers must not change it.
   return ink
 
 
 @functools.cache
 def ink(icon: str, style: Style = "filled") -> np.ndarray:
-  """Renders the ink of an icon in a style: [CELL, CELL] uint8, 255 where it is full.
+  """Renders the ink of an icon in a style: [CELL, CELL] uint8, 255 for full ink.
 
-  Outlined, a pixel loses the ink that its four neighbors all have, too:
+  The style "outlined" subtracts from each pixel the least ink among it and its four neighbors:
 
     filled = [[0 0 0 0 0], [0 255 255 255 0], [0 255 255 255 0], [0 255 255 255 0], [0 0 0 0 0]]
     outlined = [[0 0 0 0 0], [0 255 255 255 0], [0 255 0 255 0], [0 255 255 255 0], [0 0 0 0 0]]
@@ -60,18 +60,18 @@ def ink(icon: str, style: Style = "filled") -> np.ndarray:
   if style == "filled":
     return filled
   edges = outline(filled)
-  edges.flags.writeable = False  # It is cached.
+  edges.flags.writeable = False  # The array is cached, so callers must not change it.
   return edges
 
 
 def outline(filled: np.ndarray) -> np.ndarray:
-  """Keeps the edges of ink, [H, W] uint8, see `ink`; outside is no ink."""
+  """Keeps only the edges of ink, [H, W] uint8, as `ink` does. Pixels outside have no ink."""
   cross = ndimage.generate_binary_structure(2, 1)
   return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
 
 
 def corner(place: str, cell: int = CELL) -> tuple[int, int]:
-  """Returns the left and the top pixel of a place."""
+  """Returns the left and top pixel coordinates of a place."""
   row, column = divmod(PLACES.index(place), 2)
   return column * cell, row * cell
 
@@ -88,16 +88,16 @@ def render(scene: Scene, style: Style = "filled") -> np.ndarray:
 
 @functools.lru_cache(20_000)
 def _colored(icon: str, color: str, style: Style) -> np.ndarray:
-  """Renders an icon in a color on white: [CELL, CELL, 3] uint8."""
+  """Renders an icon in one color on white: [CELL, CELL, 3] uint8."""
   weight = ink(icon, style).astype(np.float32)[..., None] / 255
   pixels = 255 * (1 - weight) + np.array(COLORS[color], np.float32) * weight
   return np.rint(pixels).astype(np.uint8)
 
 
 def box(placed: Placed) -> list[int]:
-  """Returns the pixels of an object's ink: left, top, and right and bottom, which are outside.
+  """Returns the box of an object's ink, the same in all styles.
 
-  They are the same in all styles.
+  The box is [left, top, right, bottom] in pixels; right and bottom are exclusive.
   """
   left, top = corner(placed.place)
   bounds = Image.fromarray(alpha(ICONS[placed.object])).getbbox()

@@ -2,11 +2,11 @@
 
 The facts of an edit are clauses in the layout of `facts.check` (docs/data_formats.md):
 
-- `include`: all that the result shows.
-- `changed`: what the instruction asks of the objects that it names; their names are `touched`.
+- `include`: everything that the result shows.
+- `changed`: what the instruction asks of the objects that it names. Their names are in `touched`.
 - `kept`: facts that the instruction does not touch, each with some of `class`, `color`, `place`.
 
-An edit that a scene does not allow, or that would not change it, is None instead.
+An edit function returns None if the edit is impossible in the scene or would not change it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,8 @@ from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
 ALL_FIELDS = ("object", "color", "place")
 
-# {x}: objects without article, {an_x}: an object with article and color, {where}: a place or side.
+# {x}: objects without an article. {an_x}: an object with its article and color.
+# {where}: a place or a side.
 _RECOLOR = (
   "Make the {x} {color}",
   "Paint the {x} {color}",
@@ -49,7 +50,7 @@ _WHERE = ("at the {place}", "in the {place} corner")
 
 @dataclasses.dataclass(frozen=True)
 class SceneEdit:
-  """An instruction, the scene after it, and the facts that a judge checks."""
+  """Instruction, the scene that results from it, and the facts that a judge checks."""
 
   instruction: str
   target: Scene
@@ -60,7 +61,7 @@ class SceneEdit:
 
 
 def facts_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
-  """Lists some facts of objects.
+  """Lists the chosen fields of objects as facts.
 
   facts_of([Placed("bell", "red", "top left")], ("object", "color")) =
     [{"class": "bell", "color": "red"}]
@@ -70,12 +71,12 @@ def facts_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> l
 
 
 def clauses_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
-  """Lists a clause of the count 1 for each object."""
+  """Lists a clause with count 1 for each object."""
   return [{**fact, "count": 1} for fact in facts_of(objects, fields)]
 
 
 def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Gives all objects of a name another color: "Make the bell blue"."""
+  """Changes the color of all objects of one name: "Make the bell blue"."""
   name = rng.choice(sorted(counts_of(scene)))
   before = [placed for placed in scene.objects if placed.object == name]
   others = [placed for placed in scene.objects if placed.object != name]
@@ -96,7 +97,7 @@ def recolor(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit
 
 
 def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Removes all objects of a name, if others remain: "Remove the key"."""
+  """Removes all objects of one name, if other objects remain: "Remove the key"."""
   del config
   counts = counts_of(scene)
   if len(counts) == 1:
@@ -114,9 +115,9 @@ def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit 
 
 
 def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Exchanges the halves of an image.
+  """Swaps the halves of an image.
 
-  Places are mirrored, and drawings are not: a mirrored drawing is no object of the world.
+  Only places are mirrored. A mirrored drawing would not be an object of the world.
   """
   del config
   axis = rng.choice(sorted(_MIRROR))
@@ -139,7 +140,7 @@ def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit 
 
 
 def add(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Adds an object that is not there yet, at a free place or beside the only object of a name."""
+  """Adds an object with a new name, at a free place or next to an object whose name is unique."""
   names = [name for name in config.objects if name not in counts_of(scene)]
   free = [place for place in PLACES if all(place != placed.place for placed in scene.objects)]
   if not names or not free:
@@ -166,10 +167,10 @@ def _add_at(scene: Scene, added: Placed, rng: random.Random) -> SceneEdit:
 def _add_beside(
   scene: Scene, name: str, color: str, free: list[str], rng: random.Random
 ) -> SceneEdit | None:
-  """Adds an object at a side of another one: "Add a red star above the bell".
+  """Adds an object on one side of another object: "Add a red star above the bell".
 
-  The star stands in the column of the bell if that place is free. A judge accepts every place above
-  the bell.
+  The star is put into the column of the bell if its place there is free. A judge accepts every
+  place above the bell.
   """
   counts = counts_of(scene)
   sides = []

@@ -1,11 +1,11 @@
-"""Headlines of runs whose scenes, or answers to instructions over scenes, were judged."""
+"""Defines the headlines of runs with judged scenes or judged answers to instructions."""
 
 from typing import Any
 
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 
 # fmt: off
-# Of runs with judged scenes. Shares of samples are those at the best guidance weight.
+# Headlines of runs with judged scenes. Shares of samples are at the best guidance weight.
 SCENE_HEADLINES = (
   Headline(
     "Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
@@ -31,7 +31,7 @@ SCENE_HEADLINES = (
   *RETRIEVAL,
   *NEIGHBORS,
 )
-# Of runs whose answers to instructions over scenes were graded.
+# Headlines of runs with graded answers to instructions over scenes.
 TUNED_HEADLINES = (
   Headline(
     "Answers right, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8),
@@ -56,5 +56,5 @@ def headlines(summary: dict[str, Any]) -> tuple[Headline, ...]:
   scenes = summary.get("evaluation", {}).get("scenes")
   if scenes is None and "reconstructed_scenes_right" not in summary.get("vqgan", {}):
     return ()
-  compared = scenes is None or "gain" in scenes  # A run may sample one guidance weight only.
+  compared = scenes is None or "gain" in scenes  # A run may sample at only one guidance weight.
   return tuple(line for line in SCENE_HEADLINES if compared or ".gain." not in line.path)

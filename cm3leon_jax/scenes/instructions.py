@@ -1,8 +1,8 @@
-"""Instruction data over `scenes`, whose answers are known exactly.
+"""Makes instruction data over `scenes`, whose answers are known exactly.
 
-A record depends on the config, its task, its split and its index alone, so any number of them can
-be made in any order. Held-out records begin with held-out scenes. Training records begin with
-training scenes and end with them: an edit whose result is held out is dropped.
+A record depends only on the config, its task, its split and its index, so any number of records can
+be made in any order. Held-out records show held-out scenes before an edit. Training records show
+training scenes before and after it: an edit with a held-out result is dropped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene
 Split = str  # "train" or "heldout".
 T = TypeVar("T")
 
-# Tasks on the captioned scenes of the source `scenes`: the record of the same split and index.
+# Tasks that use the record of the source `scenes` with the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
 QUESTIONS = ("count", "color", "exists", "relation")
 EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None]] = {
@@ -37,31 +37,31 @@ EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None
   "add": edits.add,
 }
 TASKS = (*CAPTIONED, *QUESTIONS, *EDITS)
-TEXT_TASKS = ("describe", *QUESTIONS)  # The answer is a text; of other tasks it is an image.
+TEXT_TASKS = ("describe", *QUESTIONS)  # The answer is a text. Other tasks answer with an image.
 
-HIDDEN = 128  # Value of the pixels of a hidden half, which no object has.
+HIDDEN = 128  # Pixel value of a hidden half. No object has this color.
 HALVES = {
   "left": (0, 0, CELL, SIDE),
   "right": (CELL, 0, SIDE, SIDE),
   "top": (0, 0, SIDE, CELL),
   "bottom": (0, CELL, SIDE, SIDE),
-}  # As `infill_image` takes a box: left, top, right, bottom in pixels.
-RARE_SHARE = 0.15  # Share of the questions about a rare object, which stands alone.
-# Share of the edits in training of scenes with rare objects. There are so many that they cannot be
-# learned by heart: a model that is to keep or move them has to copy them from the given image.
+}  # Boxes as `infill_image` takes them: left, top, right, bottom in pixels.
+RARE_SHARE = 0.15  # Share of the questions about a rare object, which is alone in its scene.
+# Share of training edits whose scenes have rare objects. There are too many rare objects to
+# memorize, so a model must copy them from the input image to keep or move them.
 RARE_EDITS = 0.5
-TRIES = 10_000  # Scenes that are drawn for a record before an error.
+TRIES = 10_000  # Number of scenes drawn for a record before an error.
 
 
 def records(config: ScenesConfig, task: str, split: Split, number: int) -> Iterator[Record]:
-  """Yields the first records of a task, see `record`."""
+  """Yields the first `number` records of a task, see `record`."""
   return (record(config, task, split, index) for index in range(number))
 
 
 def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
   """Returns record `index` of a task.
 
-  Names of its texts and images:
+  A record has these texts and images:
 
     draw, describe                    caption            image
     complete                          caption            given: one half is HIDDEN; image
@@ -70,22 +70,22 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     count, color, exists, relation    question, answer   image
     recolor, remove, mirror, add      instruction        before, after
 
-  Its facts are those of documents of `scenes` (docs/data_formats.md), of the last image named, and
-  `task`; of edits also `changed`, `touched` and `kept` (`edits`), and of `complete` also
-  `kept` and `box`, the hidden half as `infill_image` takes it.
+  Its facts describe the last image of the line, as the facts of documents of `scenes` do
+  (docs/data_formats.md). `task` is added. Edits add `changed`, `touched` and `kept`, see `edits`.
+  `complete` adds `kept`, and `box`: the hidden half as `infill_image` takes it.
 
   Args:
-    config: of the scenes. Questions and edits draw scenes of their own: they read `objects`,
-      `colors`, `style`, `seed` and, if `rare` is among the categories, `rare_objects`.
+    config: Questions and edits draw other scenes than the source `scenes`. They read only
+      `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`, `rare_objects`.
     task: one of TASKS.
     split: "train" or "heldout".
     index: 0 or more.
 
   Returns:
-    A record; its group is the scene of the image that is given, or drawn.
+    A record. Its group is the scene of the input image, or of the output image if it has no input.
 
   Raises:
-    UserError: the task is unknown, or `config` has no scene for it in the split.
+    UserError: the task is unknown, or the split has no scene for it.
   """
   if task not in TASKS:
     raise UserError(f"the task '{task}' is unknown; it must be one of {', '.join(TASKS)}.")
@@ -98,21 +98,21 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
 
 
 def may_be_trained(scene: Scene) -> bool:
-  """Returns whether training may show a scene; a rare object must stand alone."""
+  """Returns whether training may show a scene. A rare object must be its only object."""
   return (len(scene.objects) == 1 or not _rare(scene)) and (world.split_of_scene(scene) == "train")
 
 
 def may_be_edited(scene: Scene) -> bool:
-  """Returns whether an edit in training may show a scene: `may_be_trained`, or it has rare objects.
+  """Returns whether a training edit may show a scene.
 
-  Those may have any color and place, and company. No rare object may be held out, and nothing of
-  the common objects beside them.
+  A scene without rare objects must satisfy `may_be_trained`. Rare objects may have any color and
+  place, and other objects next to them, but no held-out object, color or pair may be shown.
   """
   rare = _rare(scene)
   if not rare or any(map(world.is_heldout_rare, rare)):
     return may_be_trained(scene)
   common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
-  # Without a rare object, "bank" and "scene" are scenes of their own, and here they are not.
+  # "bank" and "scene" depend on a complete scene, and `common` is only a part of one.
   return world.split_of_scene(common) in ("train", "bank", "scene")
 
 
@@ -121,7 +121,7 @@ def _rare(scene: Scene) -> set[str]:
 
 
 def located(caption: str, objects: Sequence[Placed]) -> str:
-  """Adds the boxes of objects to a caption, in pixels, in the form of CM3Leon.
+  """Appends the boxes of objects in pixels to a caption, in CM3Leon's format.
 
   located("a bell", <bell at the top left>) = "a bell with bell at location (3, 2) -> (21, 23)"
   """
@@ -135,7 +135,7 @@ def located(caption: str, objects: Sequence[Placed]) -> str:
 def _captioned(
   config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
 ) -> Record:
-  """Makes a record of a captioned scene of the source `scenes`."""
+  """Makes a record from a captioned scene of the source `scenes`."""
   pair = source.pair(config, split, index)
   scene = Scene.parse(str(pair.image))
   image = render(scene, config.style)
@@ -155,7 +155,7 @@ def _captioned(
 
 
 def _with_places(scene: Scene, include: list[dict]) -> list[dict]:
-  """Lists clauses with the place of each object, and its color if the caption names it."""
+  """Lists clauses with the place of each object, and with its color if the caption names it."""
   named = {clause["class"] for clause in include if "color" in clause}
   colored = [placed for placed in scene.objects if placed.object in named]
   plain = [placed for placed in scene.objects if placed.object not in named]
@@ -171,10 +171,10 @@ def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
 
   Args:
     image: [H, W, 3] uint8.
-    hidden: left, top, right, bottom in pixels; right and bottom are outside.
+    hidden: left, top, right, bottom in pixels; right and bottom are exclusive.
 
   Returns:
-    [H, W, 3] uint8; the pixels of the box have the value HIDDEN.
+    [H, W, 3] uint8 copy; the pixels of the box have the value HIDDEN.
   """
   left, top, right, bottom = hidden
   given = image.copy()
@@ -185,7 +185,7 @@ def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
 def _question(
   config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
 ) -> Record:
-  """Makes a record of a question. Equally often: counts from 1 to 4, and yes and no."""
+  """Makes a record of a question. Counts from 1 to 4 are equally frequent; so are yes and no."""
   number = _in_turn((1, 2, 3, 4), config, task, split, index)
   shown = _in_turn((True, False), config, task, split, index)
   for _ in range(TRIES):
@@ -214,7 +214,7 @@ def _ask(
     return questions.ask_color(scene, rng)
   if task == "relation":
     return questions.ask_relation(scene, rng)
-  # Absent objects are those of another scene, so that the name alone does not say the answer.
+  # An absent object comes from another scene, so that its name does not reveal the answer.
   other = scene if shown else _draw(config, task, split, rng, 1)
   name = rng.choice(sorted(questions.counts_of(other)))
   if shown or questions.may_be_absent(scene, name):
@@ -223,7 +223,7 @@ def _ask(
 
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random) -> Record:
-  """Makes a record of an edit; in training also its result is a scene of training."""
+  """Makes a record of an edit. In training, `may_be_edited` accepts both of its scenes."""
   has_rare = split == "train" and "rare" in config.categories
   with_rare = has_rare and rng.random() < RARE_EDITS
   for _ in range(TRIES):
@@ -248,7 +248,7 @@ def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random
 
 
 def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
-  """Returns facts as documents of `scenes` have them; `heldout` is why `scene` is held out."""
+  """Returns the facts of `shown`, as in a document, with the reason why `scene` is held out."""
   split = world.split_of_scene(scene)
   kind = split if split in KINDS else ""
   return source.facts_of(task, kind, shown, Description("", include, []))
@@ -262,14 +262,14 @@ def _record(
 
 
 def _in_turn(options: Sequence[T], config: ScenesConfig, task: str, split: Split, index: int) -> T:
-  """Chooses each of n options once in every n indices, in a random order."""
+  """Chooses one of n options. Each block of n indices has all options once, in random order."""
   block, i = divmod(index, len(options))
   rng = random.Random(f"{config.seed}/{task}/{split}/turns/{block}")
   return rng.sample(options, len(options))[i]
 
 
 def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equal: int) -> Scene:
-  """Draws a scene of a split: `equal` equal objects and others, or a rare object."""
+  """Draws a scene of a split: `equal` copies of one object and other objects, or a rare object."""
   rare = world.rare_objects(config) if "rare" in config.categories else ()
   for _ in range(TRIES):
     if rare and task in ("color", "exists") and rng.random() < RARE_SHARE:
@@ -285,7 +285,7 @@ def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equ
 
 
 def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
-  """Draws `equal` equal objects, and others, of which some may be equal, too, at other places."""
+  """Draws a scene with `equal` copies of one object and other objects, which may repeat, too."""
   others = rng.randint(0, len(PLACES) - equal)
   names = rng.sample(config.objects, min(1 + others, len(config.objects)))
   colors = dict(zip(names, rng.choices(config.colors, k=len(names))))
@@ -296,9 +296,10 @@ def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
 
 
 def _with_rare(config: ScenesConfig, scene: Scene, rng: random.Random, all_of_them: bool) -> Scene:
-  """Puts rare objects in any color in the place of the objects of one name, or of all names.
+  """Replaces the objects of one name, or of all names, by rare objects in any color.
 
-  Of one, so that a model which does not know its name finds it by knowing the names of the others.
+  If only one name is replaced, a model that does not know the rare name can infer which object it
+  means, because it knows all other names.
   """
   names = sorted(questions.counts_of(scene))
   chosen = names if all_of_them else [rng.choice(names)]
@@ -315,6 +316,6 @@ def _with_rare(config: ScenesConfig, scene: Scene, rng: random.Random, all_of_th
 
 def _no_scene(task: str, split: str) -> UserError:
   return UserError(
-    f"config.scenes gives no scene of the split '{split}' for the task '{task}'; name more objects "
+    f"config.scenes has no scene of the split '{split}' for the task '{task}'; name more objects "
     "or colors."
   )

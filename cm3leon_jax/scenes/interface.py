@@ -1,6 +1,6 @@
-"""What the rest of the package asks of the scenes, see `evaluation.world.World`.
+"""Implements `evaluation.world.World` for the scenes.
 
-What reads images or models is imported when it is asked for: most commands need records alone.
+Methods import modules for images and models when they run, because most commands need only records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ScenesWorld:
-  """The demo's world: icons in plain colors at four places."""
+  """World of the demo: icons in plain colors at four places."""
 
   name = source.NAME
   caption = "a green bell to the left of a blue key"

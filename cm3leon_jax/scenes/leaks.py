@@ -1,7 +1,6 @@
-"""Checks a split by facts: whether training shows what a held-out scene was held out for.
+"""Checks by facts whether training shows what a scene was held out for.
 
-Composed images of both splits are alike by design, so `leaks`, which compares pixels, says nothing
-about them.
+Images of both splits are similar by design, so a comparison of their pixels cannot find leaks.
 """
 
 from collections.abc import Iterable
@@ -14,15 +13,19 @@ from cm3leon_jax.data.sources.drawn import FactLeakReport
 from cm3leon_jax.data.sources.records import RawPair
 from cm3leon_jax.scenes.world import KINDS
 
-SHOWN = 20  # Leaked scenes that are named.
+SHOWN = 20  # Number of leaked scenes that the report names.
 
 
 def check(folder: epath.PathLike) -> FactLeakReport:
-  """Compares the facts of the held-out pairs in a raw folder with those of its training pairs.
+  """Compares the facts of held-out pairs in a raw folder with the facts of its training pairs.
 
-  A scene has leaked if training or the bank shows one of the same facts; if it is held out for a
-  pair of object and color, two objects or a rare object, also if they show all that it has of
-  these. Only rare objects may be in the bank, but not in the color of the held-out scene.
+  A scene has leaked in each of these cases:
+
+  - Training or the bank shows a scene with equal facts.
+  - It is held out for its objects with their colors, or for its pairs of objects, and training and
+    the bank together show all of them.
+  - It is held out for a rare object, and training shows the object, or the bank shows the object in
+    the color of the scene. The bank may show the object in other colors.
   """
   heldout = list(_pairs(folder, "heldout"))
   seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -54,7 +57,7 @@ def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
 
 
 def _shown(facts: dict, kind: str) -> set:
-  """Returns what a scene shows: for "pair" objects with their colors, for "rare" objects, ..."""
+  """Returns the facts that are compared for a kind, e.g. for "pair" the objects with colors."""
   objects = facts["objects"]
   match kind:
     case "scene":

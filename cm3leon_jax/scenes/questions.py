@@ -1,6 +1,6 @@
 """Asks questions about scenes whose answers are known exactly.
 
-A question that has no answer, or more than one, is None instead.
+The functions return None instead of a question with no answer or with more than one answer.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from cm3leon_jax.scenes.world import Scene, is_heldout_objects
 
 NUMBER_WORDS = {1: "one", **NUMBERS}
 
-# {x}, {y}: objects without article, {xs}: in the plural, {an_x}: with the indefinite article;
-# {is}, {Is}: is or are, {does}: does or do, {relation}: "left of" or another phrase.
+# {x}, {y}: objects without an article. {xs}: plural. {an_x}: with the indefinite article.
+# {is}, {Is}: is or are. {does}: does or do. {relation}: "left of" or another phrase.
 _COUNT = (
   "How many {xs} are there?",
   "How many {xs} do you see?",
@@ -50,14 +50,14 @@ _RELATION = (
 
 @dataclasses.dataclass(frozen=True)
 class SceneQuestion:
-  """A question about an image, and its answer."""
+  """Question about an image, with its answer."""
 
   question: str
   answer: str
 
 
 def counts_of(scene: Scene) -> dict[str, int]:
-  """Counts the objects of each name, in the order of the places."""
+  """Counts the objects of each name; the names are in the order of the places."""
   counts: dict[str, int] = {}
   for placed in scene.objects:
     counts[placed.object] = counts.get(placed.object, 0) + 1
@@ -65,14 +65,14 @@ def counts_of(scene: Scene) -> dict[str, int]:
 
 
 def named(name: str, number: int) -> str:
-  """Names `number` objects without article: named("bell", 2) = "bells"."""
+  """Names `number` objects without an article: named("bell", 2) = "bells"."""
   return name if number == 1 else plural(name)
 
 
 def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | None:
-  """Asks how many objects of a name there are, where the answer is `number`.
+  """Asks for the count of a common object that the scene shows `number` times.
 
-  "How many stars are there?" -> "two". None if no common object is there so often.
+  "How many stars are there?" -> "two". Returns None if no common object has this count.
   """
   names = [x for x, count in counts_of(scene).items() if count == number and x in COMMON]
   if not names:
@@ -82,9 +82,9 @@ def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | 
 
 
 def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
-  """Asks for the color of an object, or of several that have the same name and color.
+  """Asks for the color of an object whose name occurs in only one color.
 
-  "What color is the bell?" -> "red". None if there are only objects of a name in several colors.
+  "What color is the bell?" -> "red". Returns None if every name occurs in several colors.
   """
   colors: dict[str, set[str]] = {}
   for placed in scene.objects:
@@ -101,7 +101,7 @@ def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
 
 
 def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
-  """Asks whether there is an object of a name: "Is there a cat?" -> "no"."""
+  """Asks whether the scene shows an object of a name: "Is there a cat?" -> "no"."""
   verb = "Are" if name in PLURAL_WORDS else "Is"
   question = rng.choice(_EXISTS).format(an_x=with_article(name), Is=verb)
   return SceneQuestion(question, "yes" if name in counts_of(scene) else "no")
@@ -110,8 +110,8 @@ def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
 def may_be_absent(scene: Scene, name: str) -> bool:
   """Returns whether training may ask for an object that a scene does not show.
 
-  It must not if the object never stands beside one that is shown: the answer would always be "no",
-  and held-out scenes would have to contradict what training taught.
+  Training must not ask if the object and a shown object are a held-out pair. The answer would
+  always be "no", and held-out scenes with both objects would contradict it.
   """
   shown = counts_of(scene)
   if name in shown:
@@ -120,10 +120,10 @@ def may_be_absent(scene: Scene, name: str) -> bool:
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
-  """Asks for the only object at a side of the only object of a name.
+  """Asks for the only object on one side of an object whose name is unique.
 
-  "What is left of the key?" -> "bell". An object at a diagonal place stands at two sides. None if
-  no side of any object has exactly one object.
+  "What is left of the key?" -> "bell". An object at a diagonal place is on two sides. Returns None
+  if no side of such an object has exactly one object.
   """
   counts = counts_of(scene)
   known = []

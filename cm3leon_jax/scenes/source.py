@@ -1,7 +1,7 @@
-"""The source `scenes`: captioned images of the world of `world.py`, by split and index.
+"""Makes the records of the source `scenes`: captioned images of the world of `world.py`.
 
-Any number of them can be written, in any order: a record depends on the config, its split and its
-index alone.
+A record depends only on the config, its split and its index, so any number of records can be made
+in any order.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesCon
 from cm3leon_jax.scenes.drawings import SIDE, box, render
 from cm3leon_jax.scenes.world import KINDS, Scene
 
-NAME = "scenes"  # Of `raw.source`, and of the keys.
+NAME = "scenes"  # Value of `raw.source` and prefix of the keys.
 SOURCE = "https://pictogrammers.com/library/mdi"
 LICENSE = "Apache-2.0"
 ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
-PART_RECORDS = 2_000  # Records of one part, which becomes a raw shard.
+PART_RECORDS = 2_000  # Records per part; a part becomes a raw shard.
 
 
 def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
-  """Renders the image of a record, whose `image` is the key of its facts: [H, W, 3] uint8."""
-  del resolution  # `ScenesSource.parts` has checked it.
+  """Renders the image of a record, given its field `image`: [H, W, 3] uint8."""
+  del resolution  # `ScenesSource.parts` checks it.
   return render(Scene.parse(facts_key), style)
 
 
 def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
-  """Returns record `index` of a split; its image is `load(pair.image)`."""
+  """Returns record `index` of a split; `load(pair.image)` renders its image."""
   rng = random.Random(f"{config.seed}/{split}/{index}")
   if split == "train":
     category, scene = _train_scene(config, rng)
@@ -47,7 +47,7 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category = "colors" if scene.objects[0].object in COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
-  # One wording in the bank, so that among scenes of an object the place decides, not the wording.
+  # The bank has only one wording, so that captions of an object differ only in color and place.
   description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
   key = scene.facts_key
   return RawPair(
@@ -65,17 +65,17 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
 
 
 def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
-  """Draws a category by its share, and one of its scenes that are not held out."""
+  """Draws a category by its share, and one of its training scenes."""
   category = rng.choices(config.categories, config.shares or None)[0]
   total = world.number_of_scenes_of(config, category)
-  while True:  # `ScenesSource.parts` has checked that there is one.
+  while True:  # `ScenesSource.parts` checks that each category has a training scene.
     scene = world.scene_at(config, category, rng.randrange(total))
     if world.split_of_scene(scene) == "train":
       return category, scene
 
 
 def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
-  """Takes the categories in turn, and in each the kinds; scenes repeat after all were taken."""
+  """Chooses a held-out scene: cycles through categories, then their kinds, then their scenes."""
   rounds, i = divmod(index, len(config.categories))
   category = config.categories[i]
   wanted = -(-config.heldout // len(config.categories))
@@ -86,7 +86,7 @@ def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
 
 
 def _kinds(category: str) -> tuple[str, ...]:
-  """Returns why scenes of a category are held out; those of `rare` show objects never trained."""
+  """Returns the reasons for which scenes of a category can be held out, as in `KINDS`."""
   if category == "rare":
     return ("rare",)
   return KINDS[:3] if category in TWO_OBJECTS else KINDS[:2]
@@ -94,10 +94,10 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` different held-out scenes of a category by kind, in an order by the seed.
+  """Lists up to `most` distinct held-out scenes of a category per kind; the seed gives their order.
 
   Raises:
-    UserError: the category has no scene to hold out, or none to train on.
+    UserError: the category has no scene to hold out or no scene to train on.
   """
   number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
@@ -145,13 +145,13 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
 
 
 def check_installed() -> None:
-  """Raises UserError if the icons, which `drawings` imports at the first one, are absent."""
+  """Raises UserError if the icon font is not installed; `drawings` imports it only on first use."""
   load_drawings(NAME, "fonticon_mdi7")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesSource:
-  """The source `scenes`, see `data.sources.drawn.DrawnSource`."""
+  """Implements `data.sources.drawn.DrawnSource` for the source `scenes`."""
 
   config: ScenesConfig
 
@@ -162,12 +162,12 @@ class ScenesSource:
     return dataclasses.asdict(self.config)
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
-    """Splits the source into parts: ranges of indices of a split.
+    """Splits the source into parts; each is a range of indices of one split.
 
     Raises:
-      UserError: `resolution` is not that of scenes, a category has no scene to train on, or none to
-        hold out, or the bank is to have more scenes than there are; see also `check_installed` and
-        `check_license`.
+      UserError: `resolution` is not `SIDE`; a category has no scene to train on or no scene to hold
+        out; `bank` exceeds the number of possible scenes; the icons are not installed; or the
+        license is not allowed.
     """
     check_installed()
     check_license(licenses, LICENSE, NAME)
@@ -200,15 +200,15 @@ class ScenesSource:
     return load(image, resolution, self.config.style)
 
   def number_of(self, pair: RawPair) -> str:
-    """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
+    """Names the counter of a record: "train_colors" or "heldout_colors_pair"."""
     return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
 
   def numbers(self) -> dict[str, int]:
-    """Returns the number of scenes that differ."""
+    """Returns the number of distinct scenes."""
     return {"distinct_scenes": world.number_of_scenes(self.config)}
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
-    """Returns which held-out scenes show only facts that training shows, see `leaks.check`."""
-    from cm3leon_jax.scenes import leaks  # Ingestion does not need what it reads.
+    """Finds leaked held-out scenes, see `leaks.check`."""
+    from cm3leon_jax.scenes import leaks  # Ingestion does not need the modules that it imports.
 
     return leaks.check(folder)

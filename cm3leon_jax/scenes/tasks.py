@@ -1,4 +1,4 @@
-"""The tasks `scenes/TASK` of instruction tuning, see `data.instructions.records.DrawnTasks`."""
+"""Implements `data.instructions.records.DrawnTasks` for the tasks `scenes/TASK`."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -9,17 +9,17 @@ from cm3leon_jax.scenes.config import ScenesConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScenesTasks:
-  """Tasks over the scenes of a config."""
+  """Instruction tasks over the scenes of a config."""
 
   config: ScenesConfig
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
-    """Yields the first records of a task, see `instructions.record`."""
+    """Yields the first `number` records of a task, see `instructions.record`."""
     from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
 
     return instructions.records(self.config, task, split, number)
 
   def identity(self) -> dict:
-    """Returns the section `scenes` without the numbers of other scenes."""
+    """Returns the section `scenes` without `train` and `bank`, which do not affect the tasks."""
     fields = dataclasses.asdict(self.config)
     return {name: value for name, value in fields.items() if name not in ("train", "bank")}

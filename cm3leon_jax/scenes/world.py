@@ -1,7 +1,7 @@
-"""The world of `scenes`: objects, colors and places, its scenes, and which of them are held out.
+"""Defines the world of `scenes`: its objects, colors and places, its scenes, and their splits.
 
-Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plain color.
-`drawings` renders scenes, `captions` describes them, `source` lists them.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
+`drawings` renders scenes, `captions` describes them, and `source` makes records of them.
 """
 
 from collections.abc import Iterable
@@ -19,13 +19,16 @@ ICONS = {**RARE, **COMMON}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("scene", "pair", "objects", "rare")  # Why a scene is held out.
 
-HELDOUT_SCENES = 0.1  # Share of the facts that are held out although all their parts are trained.
-HELDOUT_OBJECTS = 0.05  # Share of the unordered pairs of common objects.
-HELDOUT_RARE = 0.2  # Share of the rare objects.
+HELDOUT_SCENES = 0.1  # Held-out share of the scenes whose parts all occur in training.
+HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
+HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
 
 
 def _heldout_colors() -> dict[str, str]:
-  """Gives every common object a color that training never shows it in, each equally often."""
+  """Assigns each common object one color that training never shows it in.
+
+  All colors are assigned equally often.
+  """
   ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
   return dict(zip(ordered, itertools.cycle(COLORS)))
 
@@ -35,24 +38,24 @@ HELDOUT_COLOR = _heldout_colors()
 
 @functools.cache
 def rare_color(name: str) -> str:
-  """Returns the color of a rare object outside of the bank, which has it in the other colors.
+  """Returns the color of a rare object in training and evaluation; the bank uses the other colors.
 
-  Training shows the object in this color alone, at `rare_place`; or, if it is held out, evaluation
-  shows it so at all places.
+  Training shows the object only in this color, at `rare_place`. If the object is held out,
+  evaluation shows it in this color at all places.
   """
   return min(COLORS, key=lambda color: fraction(f"scenes/color/{name}/{color}"))
 
 
 @functools.cache
 def bank_color(name: str) -> str:
-  """Returns the color in which a common object stands alone only in the bank."""
+  """Returns the color in which only the bank shows a common object without other objects."""
   known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
   return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
 
 
 @functools.cache
 def rare_place(name: str) -> str:
-  """Returns the one place at which training shows a rare object, if it is not held out."""
+  """Returns the only place at which training shows a rare object that is not held out."""
   return min(PLACES, key=lambda place: fraction(f"scenes/place/{name}/{place}"))
 
 
@@ -70,7 +73,7 @@ def is_heldout_rare(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-  """An object in a color at a place, by their names."""
+  """Object with a color and a place, all given by name."""
 
   object: str
   color: str
@@ -92,17 +95,17 @@ class Scene:
 
   @property
   def facts_key(self) -> str:
-    """All facts in a canonical text: equal for equal images."""
+    """Canonical text of all facts; equal images have equal texts."""
     return ", ".join(sorted(map(str, self.objects)))
 
   @property
   def drawings_key(self) -> str:
-    """All objects with their colors, without places, numbers and order."""
+    """Canonical text of the distinct objects with their colors; it has no places and no counts."""
     return ", ".join(sorted({f"{placed.color} {placed.object}" for placed in self.objects}))
 
   @classmethod
   def parse(cls, facts_key: str) -> Self:
-    """Inverts `facts_key`."""
+    """Parses the text of `facts_key`."""
     objects = []
     for text in facts_key.split(", "):
       color, *name, vertical, horizontal = text.split(" ")
@@ -111,20 +114,20 @@ class Scene:
 
   @classmethod
   def of(cls, objects: Iterable[Placed]) -> Self:
-    """Makes a scene of objects in any order."""
+    """Makes a scene of objects, which may be in any order."""
     return cls(tuple(sorted(objects, key=lambda placed: PLACES.index(placed.place))))
 
 
 def split_of_scene(scene: Scene) -> str:
   """Returns "train", "bank", or the first of these reasons why a scene is held out.
 
-  Training shows a rare object in one scene, the others may be in the bank, which is not trained on.
-  So may scenes of a common object alone in its `bank_color`.
-
   - "rare": it shows a rare object that training never shows, in a color that the bank never shows.
   - "pair": it shows a common object in its held-out color.
   - "objects": it shows two common objects that training never shows together.
-  - "scene": training shows all of these, but not this combination.
+  - "scene": training shows its objects, colors and pairs, but not this combination.
+
+  Training shows each rare object in one scene. The other scenes with rare objects may be in the
+  bank, which is never trained on. The same is true for a single common object in its `bank_color`.
   """
   names = [placed.object for placed in scene.objects]
   rare = [placed for placed in scene.objects if placed.object not in COMMON]
@@ -146,19 +149,22 @@ def split_of_scene(scene: Scene) -> str:
 
 @functools.cache
 def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
-  """Returns the names of the rare objects that a config uses; more of them keep the first ones."""
+  """Returns the rare objects that a config uses; a larger number only appends objects."""
   ordered = sorted(RARE, key=lambda name: fraction("scenes/order/" + name))
   return tuple(ordered[: config.rare_objects])
 
 
 @functools.cache
 def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
-  """Returns the distinct scenes of one object that only the bank may show, the most useful first.
+  """Returns the distinct one-object scenes that only the bank may show, the most useful first.
 
-  Four for each common object show it at all places, in its `bank_color`. Then `rare_objects` + 3 x
-  the held-out ones show each rare object of training once, at `rare_place`, and each held-out one
-  at all places, in one color each. The others show rare objects at more places and in more colors.
-  So among the first scenes of an object only the place can decide which is nearest to a caption.
+  1. Each common object in its `bank_color`, at all four places.
+  2. Each trained rare object at `rare_place`, and each held-out rare object at all four places.
+     Each of these objects has one color.
+  3. Rare objects at more places and in more colors.
+
+  The first scenes of an object thus differ only in their place, so only the place decides which of
+  them is nearest to a caption.
   """
   order = [
     (-1, Scene((Placed(name, bank_color(name), place),)))
@@ -177,14 +183,14 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
   return tuple(scene for _, scene in sorted(order, key=lambda entry: entry[0]))
 
 
-# The places of 2 to 4 equal objects, and of two different ones.
+# Places of 2 to 4 equal objects, and of two different objects.
 _SETS = tuple(p for n in (2, 3, 4) for p in itertools.combinations(PLACES, n))
 _ORDERED = tuple(itertools.permutations(PLACES, 2))
 
 
 @functools.cache
 def _parts(config: ScenesConfig, category: str) -> tuple[tuple, ...]:
-  """Returns the choices that a scene of a category is made of; every combination is a scene."""
+  """Returns the names, colors and places of a category; each combination of them is a scene."""
   colors = tuple(config.colors)
   if category in TWO_OBJECTS:
     both = tuple(itertools.product(colors, repeat=2))
@@ -201,7 +207,7 @@ def number_of_scenes_of(config: ScenesConfig, category: str) -> int:
 
 
 def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
-  """Returns scene `index` of a category, below `number_of_scenes_of`; all are different."""
+  """Returns scene `index`, below `number_of_scenes_of`, of a category. All scenes are distinct."""
   chosen = []
   for choices in _parts(config, category):
     index, i = divmod(index, len(choices))
@@ -216,8 +222,8 @@ def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
 def number_of_scenes(config: ScenesConfig) -> int:
   """Counts the distinct scenes of the world, in all splits.
 
-  Captions of `single_object` and `colors` describe the same scenes, as do those of `two_object` and
-  `position`, which include the scenes of `color_attr`.
+  Captions of `single_object` and `colors` describe the same scenes. So do captions of `two_object`
+  and `position`, whose scenes include the scenes of `color_attr`.
   """
   of = {category: number_of_scenes_of(config, category) for category in config.categories}
   alike = (("single_object", "colors"), TWO_OBJECTS, ("counting",), ("rare",))

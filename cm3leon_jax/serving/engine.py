@@ -1,4 +1,4 @@
-"""The one thread that computes: jobs in, events out; a job is admitted at the next chunk."""
+"""Runs all computation in one thread, which takes jobs, decodes chunks and delivers events."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,11 +26,11 @@ from cm3leon_jax.serving.opening import open_jobs
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
-_Part = tuple[OpenJob, int, Update]  # A job, the number of a sample of it, and its tokens so far.
+_Part = tuple[OpenJob, int, Update]  # A job, the index of one of its samples, its tokens so far.
 
 
 class Engine:
-  """Owns JAX: one thread prepares jobs, decodes them chunk by chunk, and delivers their events."""
+  """Prepares jobs, decodes them chunk by chunk and delivers their events, all in one thread."""
 
   def __init__(
     self,
@@ -42,28 +42,28 @@ class Engine:
     buckets: int = 8,
     queue_limit: int = 64,
   ):
-    """Prepares an engine; `start` begins.
+    """Prepares an engine; `start` starts its thread.
 
     Args:
-      pipeline: of the run.
-      mesh: that it was loaded on.
-      slots: samples of one shape that are decoded at once.
-      chunk: tokens of each sample between two deliveries.
-      buckets: shapes that are decoded in turn, see `ContinuousGenerator`.
+      pipeline: pipeline of the run.
+      mesh: mesh on which the pipeline was loaded.
+      slots: number of slots of each bucket.
+      chunk: number of tokens of each sample between two deliveries.
+      buckets: number of buckets that are decoded in turn, see `ContinuousGenerator`.
       queue_limit: largest number of jobs with a sample that waits for a slot.
 
     Raises:
-      UserError: `slots` does not divide by the devices that share a batch.
+      UserError: `slots` is not divisible by the number of devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
     self._mesh, self._chunk, self._buckets = mesh, chunk, buckets
-    # A stream alone does not pay for padding; several images are decoded together.
+    # Decode a single image without padding, and several images in a batch of `slots`.
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
-    self._places: set[object] = set()  # Of requests that are read.
+    self._places: set[object] = set()  # Places of requests that are not submitted yet.
     self._open: deque[OpenJob] = deque()
-    # By ticket: a job and the number of a sample.
+    # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
     self._closing = False
@@ -74,11 +74,11 @@ class Engine:
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
-    """Starts the thread: it compiles the programs, then `is_ready`."""
+    """Starts the thread. It first compiles the programs; then `is_ready` is True."""
     self._thread.start()
 
   def close(self, seconds: float = 10) -> bool:
-    """Ends the thread after its chunk; returns whether it has ended within so many seconds."""
+    """Ends the thread after its current chunk. Returns whether it ended within `seconds`."""
     with self._changed:
       self._closing = True
       self._changed.notify()
@@ -87,17 +87,17 @@ class Engine:
 
   @property
   def is_ready(self) -> bool:
-    """Whether the programs are compiled, and the engine is not closing."""
+    """Whether the programs are compiled and the engine is not closing."""
     return self._ready.is_set() and not self._closing
 
   def wait_until_ready(self) -> bool:
-    """Waits for the programs; returns False if the engine has ended instead."""
+    """Waits until the programs are compiled. Returns False if the engine ended instead."""
     self._ready.wait()
     return self.is_ready
 
   @contextlib.contextmanager
   def place(self) -> Iterator[object]:
-    """Holds a place in the queue for a request whose image is decoded. Raises as `submit`."""
+    """Reserves a place in the queue while a request is read. Raises the errors of `submit`."""
     place = object()
     with self._changed:
       self._check_queue()
@@ -108,10 +108,10 @@ class Engine:
       self._places.discard(place)
 
   def submit(self, job: Job, place: object = None) -> None:
-    """Queues a job, in its place if it has one.
+    """Queues a job and frees the place that was reserved for it.
 
     Raises:
-      ApiError: 429 if too many wait, 503 if the engine has ended.
+      ApiError: 429 if too many jobs wait, 503 if the engine has ended.
     """
     with self._changed:
       self._places.discard(place)
@@ -126,7 +126,7 @@ class Engine:
       raise queue_full(self.queue_limit, self._seconds_to_wait())
 
   def cancel(self, job: Job) -> None:
-    """Drops a job: from the queue at once, from its slots at the next chunk."""
+    """Removes a job, from the queue immediately and from its slots at the next chunk."""
     with self._changed:
       job.cancelled = True
       with contextlib.suppress(ValueError):
@@ -135,12 +135,12 @@ class Engine:
 
   @property
   def waiting(self) -> int:
-    """Number of jobs with a sample that has no slot yet, and of places that are held."""
+    """Number of jobs with a sample that has no slot yet, plus reserved places."""
     return len(self._places) + len(self._incoming) + sum(o.waits for o in list(self._open))
 
   @property
   def active(self) -> int:
-    """Number of jobs that are not answered yet, and of places that are held."""
+    """Number of jobs that are not answered yet, plus reserved places."""
     begun = len({id(o) for o in list(self._open)} | self._running_jobs())
     return len(self._places) + len(self._incoming) + begun
 
@@ -153,7 +153,7 @@ class Engine:
     return {id(o) for o, _ in list(self._running.values())}
 
   def _seconds_to_wait(self) -> int:
-    """Estimates from the measured rate when a slot of the queue is free."""
+    """Estimates from the measured rate in how many seconds the queue has room again."""
     each = self._busy_seconds / self.samples if self.samples else 1.0
     samples = len(self._places) + sum(j.num_samples for j in self._incoming)
     samples += sum(o.job.num_samples - o.finished for o in list(self._open))
@@ -185,7 +185,7 @@ class Engine:
     )
 
   def _warm_up(self) -> None:
-    """Compiles the buckets of usual requests, then those that hold any other."""
+    """Compiles the buckets of usual requests, then the largest buckets, which fit any request."""
     by_streams = {}
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
@@ -197,19 +197,20 @@ class Engine:
       self._generator.warm(request, task.sampling)
       while self._open or self._running:
         self._compute()
-    for warm in by_streams.values():  # Beside the usual buckets, the arrays of one at a time.
+    # Use a new generator for each, so that only one large bucket has arrays at the same time.
+    for warm in by_streams.values():
       self._fresh().warm(*warm, in_largest=True)
     self.samples = self.tokens = 0
     self._busy_seconds = 0.0
 
   def _turn(self) -> bool:
-    """Waits for work and does one chunk of it; returns whether the engine goes on."""
+    """Waits for work and computes one chunk. Returns False when the engine is closing."""
     with self._changed:
       self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
       if self._closing:
         return False
-      # Jobs are prepared in batches of the slots, since one costs a retrieval as much as a batch.
-      # The next batch is due when fewer jobs than slots are prepared and have not begun.
+      # Prepare up to `slots` jobs together, because retrieval costs the same for one job and for a
+      # batch. The next batch is due when fewer than `slots` prepared jobs have not begun.
       most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     began = time.monotonic()
@@ -223,7 +224,7 @@ class Engine:
     return True
 
   def _prepare(self, jobs: Sequence[Job]) -> None:
-    """Opens jobs together and delivers `Started`; one that cannot be opened fails alone."""
+    """Opens jobs together and delivers `Started`. A job that cannot be opened fails separately."""
     if not jobs:
       return
     try:
@@ -243,18 +244,18 @@ class Engine:
       one.job.deliver(started)
 
   def _decoded(self, codes: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-    """Decodes the images of [I] codes."""
+    """Decodes the [I] codes of each image."""
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
   def _refused(self, job: Job, error: UserError) -> ApiError:
-    """Returns the refusal of a job, without the server's folders."""
+    """Converts an error of a job to a refusal that does not show paths of the server."""
     message, bank = str(error), self.pipeline.bank
     message = message if bank is None else message.replace(str(bank), "the bank")
     return refused(UserError(message), job.words)
 
   def _compute(self) -> None:
-    """Drops what is cancelled, gives free slots to samples, decodes a chunk and delivers it."""
+    """Removes cancelled jobs, admits samples to free slots, decodes a chunk and delivers it."""
     self._drop()
     self._fill()
     try:
@@ -278,9 +279,9 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Begins samples while slots are free: one of each job in turn, so that none waits for others.
+    """Begins samples while slots are free, one sample per job in turn, so that no job starves.
 
-    A job whose bucket has no free slot lets those after it pass.
+    If the bucket of a job has no free slot, later jobs may pass it.
     """
     progressed = True
     while progressed:
@@ -314,7 +315,7 @@ class Engine:
       opened.job.deliver(Failed(error))
 
   def _fail_running(self) -> None:
-    """Fails the jobs that were decoded when something went wrong; the others go on."""
+    """Fails all jobs that have a slot. Jobs without a slot are kept."""
     for opened, _ in self._running.values():
       self._fail(opened, internal())
     self._running.clear()
@@ -322,7 +323,7 @@ class Engine:
     self._generator = self._fresh(self._generator.usual)
 
   def _deliver(self, updates: Sequence[Update]) -> None:
-    """Delivers what a chunk made; images of several samples are decoded and scored together."""
+    """Delivers the results of a chunk. Decodes and scores images of several samples together."""
     finished, shown = [], []
     for update in updates:
       opened, index = self._running[update.ticket]
@@ -341,7 +342,7 @@ class Engine:
     self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
-    """Calls `deliver` with parts of samples; if that fails, with each alone, and fails its job."""
+    """Calls `deliver` with all parts. If that fails, retries each part and fails the bad jobs."""
     if not parts:
       return
     try:
@@ -374,7 +375,7 @@ class Engine:
     )
 
   def _show(self, parts: Sequence[_Part]) -> None:
-    """Delivers the rows or the texts that are new."""
+    """Delivers new rows of images and new texts."""
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
       if not partial.makes_image(opened.job.task):

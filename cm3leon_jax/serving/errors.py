@@ -1,4 +1,4 @@
-"""Errors of a request in the shape of the OpenAI API."""
+"""Defines the errors of requests in the format of the OpenAI API."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,14 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-  """A request that is not answered, in one sentence.
+  """Error that is returned to the client instead of an answer.
 
   Attributes:
-    status: of HTTP.
-    message: what is wrong, and what would be right.
-    param: the field that is wrong, or None.
-    code: a word for programs, or None.
-    headers: of the answer.
+    status: HTTP status.
+    message: one sentence: what is wrong, and what would be right.
+    param: wrong field of the request, or None.
+    code: machine-readable name of the error, or None.
+    headers: additional headers of the response.
   """
 
   def __init__(
@@ -42,27 +42,27 @@ class ApiError(Exception):
 
 
 def refusal(message: str, param: str | None = None) -> ApiError:
-  """Returns the error of a wrong value."""
+  """Returns the error for a wrong value."""
   return ApiError(400, message, param, "invalid_value")
 
 
 def internal() -> ApiError:
-  """Returns the error of a fault of the server."""
+  """Returns the error for a fault of the server."""
   return ApiError(
-    500, "the server has failed at this request; its log has the reason.", code="internal"
+    500, "the server failed to answer this request; its log has the reason.", code="internal"
   )
 
 
 def stopping() -> ApiError:
-  """Returns the error of a server that ends."""
+  """Returns the error of a server that is stopping."""
   return ApiError(503, "the server is stopping.", code="stopping")
 
 
 def queue_full(limit: int, seconds: int) -> ApiError:
-  """Returns the error of a queue in which `limit` requests wait, with a time to come again."""
+  """Returns the error for a full queue, which says after how many seconds to try again."""
   return ApiError(
     429,
-    f"{limit} requests wait already: try again in {seconds} s.",
+    f"{limit} requests are already waiting: try again in {seconds} s.",
     code="queue_full",
     headers={"Retry-After": str(seconds)},
   )

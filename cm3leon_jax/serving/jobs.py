@@ -1,4 +1,4 @@
-"""Jobs of the engine, and the events that it delivers for them."""
+"""Defines the jobs of the engine and the events that it delivers for them."""
 
 # H height, W width.
 
@@ -16,7 +16,7 @@ from cm3leon_jax.serving.errors import ApiError
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-  """A retrieved document: its caption, its image [H, W, 3] uint8, where it is from."""
+  """Retrieved document with its caption, its image, [H, W, 3] uint8, and its origin."""
 
   key: str
   caption: str
@@ -28,7 +28,7 @@ class Neighbor:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-  """The job is prepared: what was retrieved, and the number of tokens of its prompt."""
+  """Event: the job is prepared. Has the retrieved documents and the token counts of the prompt."""
 
   neighbors: tuple[Neighbor, ...]
   text_tokens: int
@@ -37,7 +37,7 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """A sample so far: the rows of its image that are complete, or its text."""
+  """Event: preview of a sample, either the complete rows of its image or its text so far."""
 
   index: int
   rows: int = 0
@@ -47,14 +47,14 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """A sample is complete. Events of its job end when all samples are."""
+  """Event: a sample is complete. No event follows after the last sample of a job."""
 
   sample: Sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """The job has failed; no event follows."""
+  """Event: the job has failed. No event follows."""
 
   error: ApiError
 
@@ -64,15 +64,15 @@ Event = Started | Progress | Finished | Failed
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """What a request asks for.
+  """Work for the engine, made from an HTTP request.
 
   Attributes:
-    task: validated.
-    num_samples: of the task.
-    deliver: is called with each event, in the thread of the engine.
-    shows_progress: wants `Progress`.
+    task: validated task.
+    num_samples: number of samples to generate.
+    deliver: called with each event, in the thread of the engine.
+    shows_progress: whether to deliver `Progress` events.
     words: see `tasks.refused`.
-    cancelled: nobody waits for it any more.
+    cancelled: whether the client no longer waits for the job.
   """
 
   task: Task
@@ -85,7 +85,7 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class OpenJob:
-  """A job that is prepared: what its samples are made of, and how many of them have begun."""
+  """Prepared job: the inputs of its samples, and how many samples have begun and finished."""
 
   job: Job
   request: Request

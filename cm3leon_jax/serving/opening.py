@@ -1,4 +1,4 @@
-"""Opens jobs together: one retrieval, one batch of given images, one of retrieved images."""
+"""Prepares several jobs in one batch: retrieval, and coding of input and retrieved images."""
 
 # I tokens of an image, H height, W width.
 
@@ -18,15 +18,15 @@ Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 def open_jobs(
   pipeline: Pipeline, jobs: Sequence[Job], decode: Decode
 ) -> list[tuple[OpenJob, Started]]:
-  """Retrieves for all jobs, encodes their images, and makes their requests.
+  """Retrieves documents for all jobs, encodes their input images, and makes their requests.
 
   Args:
-    pipeline: of the run.
-    jobs: of any kinds.
-    decode: converts [I] codes of images to [H, W, 3] uint8.
+    pipeline: pipeline of the run.
+    jobs: jobs of any kinds.
+    decode: converts [I] codes of each image to [H, W, 3] uint8.
 
   Raises:
-    UserError: one of the tasks is wrong, or no document was found for it.
+    UserError: a task is wrong, or no document is found for it.
   """
   layout, tasks = pipeline.layout, [job.task for job in jobs]
   given = pipeline.check(tasks)
@@ -47,7 +47,7 @@ def open_jobs(
 def described(
   layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode
 ) -> list[tuple[Neighbor, ...]]:
-  """Describes the documents of each job."""
+  """Describes the retrieved documents of each job for the client."""
   documents = [document for found in neighbors for document in found]
   images = iter(decode([layout.vocab.image_codes(d.segments[1].tokens) for d in documents]))
   return [

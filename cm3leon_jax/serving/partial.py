@@ -1,4 +1,4 @@
-"""What can be shown of a sample while it is generated: rows of its image, or the text so far."""
+"""Computes previews of a sample during generation: rows of its image, or its text so far."""
 
 # I tokens of an image, G tokens so far, H height, W width.
 
@@ -19,7 +19,7 @@ from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
 from cm3leon_jax.serving.errors import refusal
 
-TO_COME = 160  # Gray of the rows that are not generated yet.
+TO_COME = 160  # Gray value of rows that are not generated yet.
 
 
 def makes_image(task: Task) -> bool:
@@ -30,20 +30,21 @@ def makes_image(task: Task) -> bool:
 def image(
   task: Task, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
 ) -> tuple[int, np.ndarray]:
-  """Returns the codes of an image of which [G] tokens are generated.
+  """Returns codes that preview an image from the [G] tokens generated so far.
 
     side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8, then 5 6 7 8 in each other row
 
-  The decoder is not causal: a complete row still changes a little as the rows below it come.
+  The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
+  when the rows below it are generated.
 
   Args:
-    task: of an image.
-    layout: of the run.
-    tokens: so far.
-    given: [I] codes of the given image, around the box of an infill.
+    task: task that generates an image.
+    layout: layout of the run.
+    tokens: tokens generated so far.
+    given: [I] codes of the input image, which surrounds the box of an infill.
 
   Returns:
-    (number of complete rows, or of complete rows of the box; [I] codes, the rows to come filled).
+    (number of complete rows of the image or of the box; [I] codes, with missing rows filled in).
   """
   codes = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)])
   side = layout.side
@@ -65,7 +66,7 @@ def image(
 def without_rows_to_come(
   task: Task, layout: PromptLayout, pixels: np.ndarray, rows: int
 ) -> np.ndarray:
-  """Returns [H, W, 3] pixels with gray where no code is generated yet; an infill is whole."""
+  """Grays out rows of [H, W, 3] pixels that are not generated yet; an infill is unchanged."""
   if isinstance(task, InfillImage):
     return pixels
   shown = pixels.copy()
@@ -82,9 +83,9 @@ def total_rows(task: Task, layout: PromptLayout) -> int:
 
 
 def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
-  """Returns a text so far, of ids [G], without a character that is cut in two.
+  """Decodes the ids [G] of a text so far, without an incomplete last character.
 
-  For a text with holes this is "": it can be put together only when all holes are filled.
+  For a text with holes the result is "", because it is complete only when all holes are filled.
   """
   if isinstance(task, InfillText):
     return ""
@@ -95,9 +96,10 @@ def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
 
 
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
-  """Returns tasks of the usual kinds and lengths of prompts.
+  """Returns tasks with prompts of the usual kinds and lengths.
 
-  Their buckets are compiled before the first request; another length takes a larger bucket.
+  The buckets of these tasks are compiled before the first request. Other prompt lengths use a
+  larger bucket.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -111,19 +113,19 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     InfillImage(image=blank, box=box, prompt=caption),
   ]
   if retrieve and len(pipeline.documents):
-    # The caption of a document finds that document, whatever else has too little in common.
+    # The caption of a document retrieves at least that document, even if no other one is similar.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]
 
 
 def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
-  """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError as `whole_codes`."""
+  """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError if the box is wrong."""
   side = layout.resolution
   if min(box) < 0 or max(box) > side:
     raise refusal(
-      f"box is {','.join(map(str, box))}; it must lie within {side} x {side} pixels, to which the "
-      "centered square of the image is scaled.",
+      f"box is {','.join(map(str, box))}; it must lie within {side} x {side} pixels, the size to "
+      "which the centered square of the image is scaled.",
       "box",
     )
   try:

@@ -1,4 +1,4 @@
-"""Keeps compiled programs in a folder of the user, so that the next start need not compile them."""
+"""Keeps compiled programs in a folder of the user, so that the next start loads them from there."""
 
 import hashlib
 import os
@@ -14,18 +14,19 @@ CPU_FEATURES = pathlib.Path("/proc/cpuinfo")
 
 
 def default_folder() -> str:
-  """Returns cm3leon_jax/programs in the user's folder for caches ($XDG_CACHE_HOME, ~/.cache)."""
+  """Returns cm3leon_jax/programs in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
   caches = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(caches):  # So the specification: a relative path is ignored.
+  if not os.path.isabs(caches):  # The specification says to ignore a relative path.
     caches = os.path.join(os.path.expanduser("~"), ".cache")
   return os.path.join(caches, "cm3leon_jax", "programs")
 
 
 def machine() -> str:
-  """Names the machine's kind of CPU: a program for another one may have unknown instructions.
+  """Returns a name for the CPU type of this machine.
 
-  JAX's key of a program has versions, options and the kind of accelerator, and not the CPU's
-  instructions; a home folder may be shared by different machines.
+  A program for another CPU type may use instructions that this CPU lacks. JAX's cache key has
+  versions, options and the type of accelerator, but not the instructions of the CPU, and different
+  machines may share a home folder.
   """
   try:
     features = re.search(r"^(flags|Features)\s*:(.*)$", CPU_FEATURES.read_text(), re.MULTILINE)
@@ -37,13 +38,14 @@ def machine() -> str:
 
 
 def keep_programs(folder: str | None) -> str:
-  """Lets JAX keep all programs in a folder from now on; call it before anything is compiled.
+  """Configures JAX to keep all compiled programs in a folder. Call it before any compilation.
 
   Args:
-    folder: None: that of JAX_COMPILATION_CACHE_DIR, else `default_folder`; empty: none.
+    folder: folder of the cache. None means JAX_COMPILATION_CACHE_DIR or else `default_folder`; an
+      empty text disables the cache.
 
   Returns:
-    A sentence for the user if nothing is kept although no flag asks for that, or "".
+    A warning for the user if the default folder cannot be used, otherwise "".
 
   Raises:
     UserError: `folder` is given and cannot be written.
@@ -64,7 +66,8 @@ def keep_programs(folder: str | None) -> str:
       return f"compiled programs are not kept: {reason}; --cache_dir names another folder."
     raise UserError(f"--cache_dir={folder}: {reason}: name another folder.") from error
   jax.config.update("jax_compilation_cache_dir", kept)
-  # JAX keeps programs from one second of compilation on; a start has many smaller ones.
+  # By default, JAX keeps only programs that compile for at least one second. A start of the server
+  # has many smaller programs.
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   return ""

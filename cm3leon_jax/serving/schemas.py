@@ -1,4 +1,4 @@
-"""Bodies of requests: their fields, types and ranges; whatever else is refused in one sentence."""
+"""Defines the bodies of requests, and refuses unknown fields and wrong values with one sentence."""
 
 from collections.abc import Mapping
 import difflib
@@ -17,11 +17,11 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
-MOST_MARKS = 10_000  # Brackets, braces and commas of a body.
-MOST_WIDE = 2**22  # Bytes of a body with characters of four bytes.
+MOST_MARKS = 10_000  # Largest number of brackets, braces and commas of a body.
+MOST_WIDE = 2**22  # Largest number of bytes of a body that has characters of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
-MOST_PARTS = 64  # Messages, and parts of a message, of which more are not counted.
-RULES = {  # By the first word of pydantic's type of an error.
+MOST_PARTS = 64  # Largest number of messages, and of parts of a message.
+RULES = {  # First word of pydantic's error type -> what the value must do.
   "bool": "be true or false",
   "int": "be a whole number",
   "float": "be a number",
@@ -29,7 +29,7 @@ RULES = {  # By the first word of pydantic's type of an error.
   "list": "be a list",
   "model": "be an object",
 }
-# The fields of a form are texts; so are the values of these, of which none means a number.
+# OpenAI fields that no request uses. Values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
 
@@ -37,12 +37,12 @@ class Body(pydantic.BaseModel):
   """Fields that all requests have.
 
   Attributes:
-    ignored: fields of the OpenAI API that change nothing here.
-    words: of tasks, and what stands for them in this body; see `tasks.refused`.
-    model: name of the model that is served, or nothing.
+    ignored: fields of the OpenAI API that have no effect here.
+    words: words of task errors -> words for this body; see `tasks.refused`.
+    model: name of the served model; may be absent.
     n: number of samples.
-    seed: of the first sample; without it, the server takes any.
-    stream: answers by server-sent events.
+    seed: seed of the first sample. Without it, the server uses a random seed.
+    stream: whether to answer with server-sent events.
     retrieve: number of retrieved documents.
   """
 
@@ -60,7 +60,7 @@ class Body(pydantic.BaseModel):
   top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
   def sampling(self) -> dict[str, Any]:
-    """Returns the settings of sampling that are given."""
+    """Returns the sampling settings that the body has."""
     raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ class ImageBody(Body):
   guidance_schedule: Schedule | None = None
 
   def sampling(self) -> dict[str, Any]:
-    """Returns the settings of sampling that are given."""
+    """Returns the sampling settings that the body has."""
     names = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
     return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -94,7 +94,7 @@ class Generation(ImageBody):
 
 
 def _box(text: str) -> tuple[int, ...]:
-  """Reads the four numbers of a box."""
+  """Parses the four numbers of a box."""
   if not re.fullmatch(r"\s*-?\d{1,6}\s*(,\s*-?\d{1,6}\s*){3}", text):
     raise PydanticCustomError(
       "box", "Input should be four whole numbers of pixels, left,top,right,bottom: 0,0,24,24"
@@ -103,10 +103,10 @@ def _box(text: str) -> tuple[int, ...]:
 
 
 class EditBody(ImageBody):
-  """Fields of the form of POST /v1/images/edits, beside its files.
+  """Fields of the form of POST /v1/images/edits, except its files.
 
   Attributes:
-    box: left,top,right,bottom in pixels of the model's resolution: fills in this box.
+    box: box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
 
   box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None
@@ -120,7 +120,7 @@ class EditBody(ImageBody):
 
 
 class ImageUrl(pydantic.BaseModel):
-  """Value of a part of type image_url."""
+  """Value of a message part of type image_url."""
 
   model_config = pydantic.ConfigDict(extra="forbid")
   url: str
@@ -128,7 +128,7 @@ class ImageUrl(pydantic.BaseModel):
 
 
 class MessagePart(pydantic.BaseModel):
-  """A text or an image of a message."""
+  """Text or image in a message."""
 
   model_config = pydantic.ConfigDict(extra="forbid")
   type: Literal["text", "image_url"]
@@ -137,7 +137,7 @@ class MessagePart(pydantic.BaseModel):
 
 
 def _parts(value: Any) -> Any:
-  """A text is the only part of its message."""
+  """Converts a text to a list with one part."""
   if isinstance(value, str):
     return [MessagePart(type="text", text=value)]
   if not isinstance(value, list):
@@ -146,7 +146,7 @@ def _parts(value: Any) -> Any:
 
 
 class Message(pydantic.BaseModel):
-  """A message of a user."""
+  """Message of a chat."""
 
   model_config = pydantic.ConfigDict(extra="forbid")
   role: str
@@ -181,7 +181,7 @@ class Chat(Body):
   presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
 
   def sampling(self) -> dict[str, Any]:
-    """Returns the settings of sampling that are given; temperature 0 is greedy, as elsewhere."""
+    """Returns the sampling settings that the body has. Temperature 0 means greedy decoding."""
     given = {"text_temperature": self.temperature, "text_top_k": self.top_k}
     if self.temperature == 0:
       given = {"text_top_k": 1}
@@ -193,26 +193,28 @@ B = TypeVar("B", bound=Body)
 
 
 def read_json(text: bytes) -> dict:
-  """Reads a JSON object. Raises ApiError at anything else."""
+  """Parses a JSON object. Raises ApiError if the text is not a JSON object."""
 
-  # Each value is an object of Python, and possibly an error: many take gigabytes and seconds.
+  # Each value becomes a Python object and possibly a validation error. Many of them would take
+  # gigabytes and seconds.
   marks = sum(map(text.count, (b"[", b"{", b",")))
   if marks > MOST_MARKS:
     raise ApiError(
-      400, f"the body has {marks:,} brackets, braces and commas; it may have {MOST_MARKS:,}."
+      400,
+      f"the body has {marks:,} brackets, braces and commas; at most {MOST_MARKS:,} are allowed.",
     )
-  # One such character makes a string of Python take four bytes for each of its characters.
+  # One such character makes a Python string take four bytes for each of its characters.
   if len(text) > MOST_WIDE and FOUR_BYTES.search(text):
     raise ApiError(
       413,
-      f"the body has {len(text):,} bytes, with characters of four bytes, such as emoji; with them "
-      f"it may have {MOST_WIDE:,}.",
+      f"the body has {len(text):,} bytes, including characters of four bytes, such as emoji; a "
+      f"body with such characters may have at most {MOST_WIDE:,} bytes.",
     )
   try:
     found = pydantic_core.from_json(text, allow_inf_nan=False)
   except ValueError as error:
     raise ApiError(
-      400, f"the body is no JSON ({short(str(error))}): send a JSON object."
+      400, f"the body is not valid JSON ({short(str(error))}): send a JSON object."
     ) from error
   if not isinstance(found, dict):
     raise ApiError(400, f"the body is a JSON {type(found).__name__}; it must be an object.")
@@ -220,15 +222,15 @@ def read_json(text: bytes) -> dict:
 
 
 def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
-  """Makes the body of a request; null stands for a field that is not given.
+  """Makes the body of a request. A null value counts as an absent field.
 
   Args:
-    cls: of the body.
-    values: by the names of their fields.
-    strict: of JSON; False: of a form, whose values are texts.
+    cls: class of the body.
+    values: field name -> value.
+    strict: whether values must have the right types, as in JSON. In a form, all values are texts.
 
   Raises:
-    ApiError: an unknown field, an absent one, or a wrong value.
+    ApiError: a field is unknown or missing, or has a wrong value.
   """
   given = {k: v for k, v in values.items() if v is not None and k not in cls.ignored}
   try:
@@ -236,13 +238,13 @@ def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
   except (pydantic.ValidationError, RecursionError) as error:
     if isinstance(error, RecursionError):
       raise ApiError(400, "the body is nested too deeply.") from error
-    # Unknown fields first: a misspelled field says more than that the right one is absent.
+    # Report unknown fields first: a misspelled field is the reason why the right field is missing.
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     raise _refusal(dict(found), cls) from error
 
 
 def _refusal(error: dict, cls: type[Body]) -> ApiError:
-  """Turns an error of pydantic into one sentence."""
+  """Converts an error of pydantic into an error with one sentence."""
   field = ".".join(map(str, error["loc"]))
   short_field = short(field).strip("'\"")
   if error["type"] == "extra_forbidden":
@@ -255,19 +257,19 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
     hint = hint if names else "leave it out."
     return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")
   if error["type"] == "missing":
-    message = f"{short_field} is needed, and not given."
+    message = f"{short_field} is required, but not given."
     return ApiError(400, message, short_field, "missing_required_parameter")
   if error["loc"] == ("response_format",):
     return refusal(
-      f"response_format is {short(error['input'])}; images are returned as b64_json only: the "
-      "server keeps no files that a url could name.",
+      f"response_format is {short(error['input'])}; images are returned only as b64_json, because "
+      "the server keeps no files that a URL could name.",
       field,
     )
   return refusal(f"{short_field} is {short(error['input'])}; it must {_rule(error)}.", short_field)
 
 
 def _rule(error: dict) -> str:
-  """Returns what a value must do, of an error of pydantic: "be a whole number"."""
+  """Returns what a value must do, from an error of pydantic: "be a whole number"."""
   if rule := RULES.get(error["type"].partition("_")[0]):
     return rule
   _, should, rule = error["msg"].partition(" should ")

@@ -1,4 +1,4 @@
-"""From the checked body of a request to its task; what is wrong is said in the body's words."""
+"""Makes the task of a request from its checked body. Errors use the field names of the body."""
 
 # H height, W width.
 
@@ -19,14 +19,14 @@ from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
 from cm3leon_jax.serving import partial, schemas, uploads
 from cm3leon_jax.serving.errors import ApiError, refusal
 
-# By the word that a sentence begins with, the field of a body.
+# First word of an error sentence -> field of a body.
 FIELDS = {"message": "messages"} | {
   name: name for cls in (schemas.EditBody, schemas.Chat) for name in cls.model_fields
 }
 
 
 def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
-  """Makes the task of an image for a prompt. Raises ApiError."""
+  """Makes a task that generates an image for a prompt. Raises ApiError if a field is wrong."""
   if not body.prompt.strip():
     raise _absent("prompt", "write what the image shows.")
   _check_no_mask(body.prompt)
@@ -37,49 +37,50 @@ def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
 def edit(
   pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
 ) -> Task:
-  """Makes the task of an edit by an instruction, or, with a box, of an infill.
+  """Makes a task that edits an image by an instruction or, with a box, fills in the box.
 
   Args:
-    pipeline: of the run.
-    body: the fields of the form.
+    pipeline: pipeline of the run.
+    body: fields of the form.
     image: [H, W, 3] uint8, as `uploads.decode` returns it.
-    box: left, top, right, bottom in pixels of the model's resolution; None: an instruction.
+    box: left, top, right, bottom in pixels at the model's resolution; None means an edit by
+      instruction.
 
   Raises:
-    ApiError: a field is wrong, absent, or of the other kind of edit.
+    ApiError: a field is wrong or missing, or belongs to the other kind of edit.
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
   _check_no_mask(body.prompt)
   given = body.sampling()
   if box is None:
     if not body.prompt.strip():
-      raise _absent("prompt", "write how the image is to change, or send mask or box.")
+      raise _absent("prompt", "write how the image should change, or send mask or box.")
     if body.retrieve:
       raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
     if "guidance" in given:
       raise refusal(
-        "guidance is of infills; an edit by instruction has image_guidance and edit_guidance.",
+        "guidance is for infills; an edit by instruction has image_guidance and edit_guidance.",
         "guidance",
       )
     return _task(pipeline, "edit", body, inputs)
   for name in ("image_guidance", "edit_guidance"):
     if name in given:
-      raise refusal(f"{name} is of edits by instruction; with mask or box, give guidance.", name)
+      raise refusal(f"{name} is for edits by instruction; with mask or box, give guidance.", name)
   inputs["box"] = partial.whole_box(pipeline.layout, box)
   return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
 
 
 def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | None) -> Task:
-  """Makes the task of a message: a caption, an answer, or a text that is filled in.
+  """Makes the task of a message, which is a caption, an answer, or a text with holes to fill in.
 
   Args:
-    pipeline: of the run.
-    body: of the request.
-    text: of `content`.
+    pipeline: pipeline of the run.
+    body: body of the request.
+    text: text from `content`.
     image: [H, W, 3] uint8, as `uploads.decode` returns it, or None.
 
   Raises:
-    ApiError: a field is wrong, or more tokens are asked for than there is room for.
+    ApiError: a field is wrong, or the requested tokens do not fit after the message.
   """
   inputs: dict[str, Any] = {}
   if image is not None:
@@ -100,7 +101,7 @@ def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | 
 
 
 def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
-  """Returns text and image of the one message that the model answers. Raises ApiError."""
+  """Returns text and image of the only message. Raises ApiError if messages are wrong."""
   if len(messages) != 1 or messages[0].role != "user":
     raise refusal(
       f"messages has {len(messages)} messages; this model answers one message with the role user: "
@@ -111,11 +112,11 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
   text = " ".join(p.text.strip() for p in parts if p.type == "text" and p.text)
   images = [p.image_url for p in parts if p.type == "image_url"]
   if len(images) > 1 or None in images:
-    raise refusal("messages must hold at most one image, in image_url.url.", "messages")
+    raise refusal("messages must have at most one image, in image_url.url.", "messages")
   if not images and MASK not in text:
     raise refusal(
-      f"the message has no image: add one for a caption or an answer, or write {MASK} where a text "
-      "is to be filled in; this model does not chat.",
+      f"the message has no image: add an image for a caption or an answer, or write {MASK} where "
+      "text should be filled in; this model does not chat.",
       "messages",
     )
   if BREAK in text and MASK not in text:
@@ -125,13 +126,13 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
 
 
 def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
-  """Returns the refusal of a task's mistake, with the field of the body that is wrong.
+  """Converts the error of a task to an ApiError that names the wrong field of the body.
 
-    UserError("sampling.text_top_p is 0.0; ...") of a chat: "top_p is 0.0; ...", param "top_p"
+    UserError("sampling.text_top_p is 0.0; ...") in a chat: "top_p is 0.0; ...", param "top_p"
 
   Args:
-    error: of `Task`, or of the engine.
-    words: of the task, and what stands for them in the body.
+    error: error from `Task` or from the engine.
+    words: words in the error -> words for the body.
   """
   sentence = str(error).removeprefix("sampling.")
   for word, own in (words or {}).items():
@@ -141,7 +142,7 @@ def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
 
 
 def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
-  """Makes a task that fits the model. Raises ApiError where `CM3Leon` raises UserError."""
+  """Makes a task and checks that it fits the model. Raises ApiError instead of UserError."""
   seed = secrets.randbelow(2**31) if body.seed is None else body.seed
   defaults = pipeline.settings.sampling
   try:
@@ -154,7 +155,7 @@ def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fie
 
 def _absent(name: str, hint: str) -> ApiError:
   return ApiError(
-    400, f"{name} is needed, and not given: {hint}", name, "missing_required_parameter"
+    400, f"{name} is required, but not given: {hint}", name, "missing_required_parameter"
   )
 
 

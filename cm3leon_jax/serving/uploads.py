@@ -1,4 +1,4 @@
-"""Images that clients send: their size is limited before they are decoded; none is fetched."""
+"""Decodes images that clients send. Checks their sizes before decoding, and never fetches URLs."""
 
 # H height, W width.
 
@@ -18,11 +18,11 @@ _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 
 
 def from_data_url(url: str, param: str) -> bytes:
-  """Returns the bytes of an image in a data: URL. Raises ApiError at any other URL."""
+  """Returns the bytes of an image in a data: URL. Raises ApiError for any other URL."""
   scheme = url.partition(":")[0][:12].lower()
   if scheme in ("http", "https", "file", "ftp"):
     raise refusal(
-      f"{param} begins with {scheme}:, and the server fetches nothing: send the image itself as "
+      f"{param} begins with {scheme}:, but the server fetches nothing: send the image itself as "
       "data:image/png;base64,...",
       param,
     )
@@ -32,35 +32,36 @@ def from_data_url(url: str, param: str) -> bytes:
   try:
     return base64.b64decode(url[match.end() :], validate=True)
   except (binascii.Error, ValueError) as error:
-    raise refusal(f"{param} is no valid base64.", param) from error
+    raise refusal(f"{param} is not valid base64.", param) from error
 
 
 def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
-  """Reads the header of an image. Raises ApiError if it is none, or has too many pixels."""
+  """Reads the header of an image. Raises ApiError for other data or for too many pixels."""
   try:
     with Image.open(io.BytesIO(data), formats=reader.FORMATS) as opened:
       width, height = opened.size
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    message = f"{param} has far too many pixels; it may have {most_pixels:,}."
+    message = f"{param} has far too many pixels; at most {most_pixels:,} are allowed."
     raise ApiError(413, message, param, "image_too_large") from error
-  except Exception as error:  # Decoders raise errors of any kind at damaged files.
+  except Exception as error:  # Decoders raise any kind of error for damaged files.
     raise refusal(
       f"{param} cannot be read; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
     ) from error
   if width * height > most_pixels:
     raise ApiError(
       413,
-      f"{param} has {width * height:,} pixels ({width} x {height}); it may have {most_pixels:,}.",
+      f"{param} has {width * height:,} pixels ({width} x {height}); at most {most_pixels:,} are "
+      "allowed.",
       param,
       "image_too_large",
     )
 
 
 def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image") -> np.ndarray:
-  """Decodes an image: [resolution, resolution, 3] uint8, its centered square.
+  """Decodes the centered square of an image to [resolution, resolution, 3] uint8.
 
   Raises:
-    ApiError: no image, too many pixels, or a damaged file.
+    ApiError: the file is not an image, has too many pixels, or is damaged.
   """
   _check_pixels(data, most_pixels, param)
   try:
@@ -74,18 +75,19 @@ def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image")
 def box_of_mask(
   mask: bytes, image: bytes, resolution: int, most_pixels: int
 ) -> tuple[int, int, int, int]:
-  """Returns the box around the fully transparent pixels of a mask, after the image's cut.
+  """Returns the box around the fully transparent pixels of a mask, cropped and scaled as its image.
 
     a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
 
   Args:
-    mask: a PNG file with an alpha channel, as large as the image when both are upright.
-    image: the image that it belongs to, which `decode` has read.
-    resolution: side of the model's images.
-    most_pixels: of a file.
+    mask: PNG file with an alpha channel, of the same size as the image when both are upright.
+    image: file of the image, which `decode` has accepted.
+    resolution: side of the model's images in pixels.
+    most_pixels: largest number of pixels of a file.
 
   Raises:
-    ApiError: no PNG, another size, no alpha channel, or nothing transparent.
+    ApiError: the mask is not a PNG file, has another size or no alpha channel, or no fully
+      transparent pixel.
   """
   _check_pixels(mask, most_pixels, "mask")
   with Image.open(io.BytesIO(image), formats=reader.FORMATS) as opened:
@@ -100,25 +102,25 @@ def box_of_mask(
     ) from error
   if alpha.size != (width, height):
     raise refusal(
-      f"mask has {alpha.width} x {alpha.height} pixels; it must have {width} x {height}, as the "
-      "image has.",
+      f"mask has {alpha.width} x {alpha.height} pixels; it must have {width} x {height} like the "
+      "image.",
       "mask",
     )
   hole = alpha.point(lambda value: 255 if value == 0 else 0)
   if has_alpha and (found := _cut(hole, resolution).getbbox()) is not None:
     return found
   raise refusal(
-    "mask has no fully transparent pixel: make what is to be filled in transparent.", "mask"
+    "mask has no fully transparent pixel: make the area to fill in transparent.", "mask"
   )
 
 
 def _cut(mask: Image.Image, resolution: int) -> Image.Image:
-  """Cuts a mask as `reader.load_image` cuts its image; pixels stay black or white."""
+  """Crops a mask as `reader.load_image` crops its image. Pixels stay black or white."""
   return ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST)
 
 
 def png(image: np.ndarray) -> str:
-  """Returns [H, W, 3] uint8 as the base64 text of a PNG file."""
+  """Encodes [H, W, 3] uint8 as the base64 text of a PNG file."""
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, "PNG")
   return base64.b64encode(buffer.getvalue()).decode()

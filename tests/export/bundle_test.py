@@ -84,7 +84,7 @@ def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
   [sample] = model.generate("a red bell", seed=1)
   assert (sample.neighbors, sample.image.size) == ((), (8, 8))
   assert sample.clip_score is not None
-  with pytest.raises(config.UserError, match="retrieve is 1, and there is no bank"):
+  with pytest.raises(config.UserError, match="retrieve is 1, but there is no bank"):
     model.generate("a red bell", retrieve=1)
 
 

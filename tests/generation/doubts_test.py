@@ -11,7 +11,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
 from cm3leon_jax.trained.run import Run, unseen_in
 
-NEVER = "this model never learned to edit"
+NEVER = "this model was not trained to edit"
 SAID = "no token of the prompt"
 EDIT = Edit(image="a.png", prompt="make the bell blue")
 
@@ -35,12 +35,14 @@ def test_a_prompt_that_the_bundled_models_cannot_read(name):
   assert doubts_of(name, [TextToImage(prompt=prompt) for prompt in known]) == []
   unknown = ["красный колокол", "赤い鐘"]
   found = doubts_of(name, [TextToImage(prompt=prompt) for prompt in unknown])
-  assert [sentence.partition(" was")[0] for sentence in found] == [f"{SAID} {p!r}" for p in unknown]
+  assert [sentence.partition(" occurred")[0] for sentence in found] == [
+    f"{SAID} {p!r}" for p in unknown
+  ]
 
 
 def test_marks_that_a_task_does_not_read():
   [sentence] = doubts_of("scenes", [TextToImage(prompt="a red bell <break>")])
-  assert "has <break>, which task text_to_image reads as letters" in sentence
+  assert "has <break>, which task text_to_image reads as plain text" in sentence
   assert doubts_of("scenes", [InfillText(prompt="a <mask> bell <break> a dog")]) == []
 
 
@@ -69,4 +71,4 @@ def test_questions_and_documents_that_training_never_had():
   assert doubts_of("scenes-instruct", [Question(image="a.png", prompt="What color is it?")]) == []
   assert doubts_of("scenes", [TextToImage(prompt="a bell", retrieve=1)]) == []
   [sentence] = doubts_of("scenes", [TextToImage(prompt="a bell", retrieve=20)])
-  assert sentence.startswith("retrieve is 20, and samples of training had at most 1 retrieved")
+  assert sentence.startswith("retrieve is 20, but training samples had at most 1 retrieved")

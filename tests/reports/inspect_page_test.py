@@ -197,7 +197,7 @@ def test_remarks_name_dropped_conditioning_and_a_cut_end(blocks, text_tokenizer)
   found, view, _ = blocks(pair("d", ids), length=len(ids) + 2 + 9)
   assert inspect_page.remarks(view) == [
     "No neighbors.",
-    "The row was full: the last 7 tokens are left out.",
+    "The row was full: the last 7 tokens were cut off.",
   ]
   image = found[1]["items"][-1]
   assert image["note"] == "10 of 16 codes"

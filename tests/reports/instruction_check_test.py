@@ -208,9 +208,9 @@ def test_the_page_marks_the_target_and_names_the_task(shown):
 def test_the_page_says_what_a_sample_lacks(shown):
   assert shown["edits"][1]["remarks"] == shown["answers"][1]["remarks"] == []
   (remark,) = shown["nothing before"][1]["remarks"]
-  assert remark.startswith("All before the target dropped: <mask:0> stands for it")
+  assert remark.startswith("Everything before the target dropped: <mask:0> replaces it")
   view, context, _, decoder = shown["no instruction"]
   text = decoder.text(view.origin.document.segments[2].tokens, begins=True)
-  assert context["remarks"] == [f"Instruction dropped: “{text}” is left out."]
+  assert context["remarks"] == [f"Instruction dropped: “{text}” is omitted."]
   kinds = [item["kind"] for item in context["blocks"][1]["items"]]
   assert kinds == ["text", "tag", "image", "tag", "image"]

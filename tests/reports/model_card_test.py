@@ -116,7 +116,7 @@ def test_a_special_token_typed_in_a_caption_stays_text(folder):
 def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, folder):
   """Of the packages transformers and tokenizers; and not without them."""
   card, vocab = " ".join((folder / "README.md").read_text().split()), SETTINGS.vocab
-  assert "In a text, also in one that a user typed, a tokenizer takes `</s>`, `<break>` and" in card
+  assert "By default, a tokenizer encodes the names `</s>`, `<break>` etc. in any text" in card
   typed = f"a {' b '.join(vocab.special_tokens())}"
   expected = TextTokenizer(run / "text_tokenizer", vocab).encode(typed).tolist()
   load = re.search(r"`(AutoTokenizer.from_pretrained\(DIR, .*?)`", card)[1]
@@ -171,7 +171,7 @@ def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
   assert "FID, CMMD, CLIP score" in missing
   assert "### Held-out" not in card
   assert "grade_instructions" not in card
-  assert "its cost is not recorded" not in card
+  assert "cost of training is not recorded" not in card
   assert "No license of the model is named" in card
 
 
@@ -241,7 +241,7 @@ def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
   root, _ = measured
   numbers = {"parameters": 9, "image_tokenizer": {"resolution": 256, "image_tokens": 1024}}
   for more, expected in (
-    ({}, "All figures are of the parameters exported here."),
+    ({}, "All figures were measured with the parameters exported here."),
     ({"average": False}, "the last parameters, which are exported here, were not measured."),
     (
       {"heldout_bits": {"before": {"image": 1.5}, "after": {"image": 1.625}}},
@@ -263,14 +263,14 @@ def test_figures_of_other_parameters_are_left_out_and_named(measured):
     write_json(folder / "results.json", result | change)
     card = write_card(root)
     assert "### Images for my captions" not in card
-    assert "- 1 results of `cm3leon evaluate --protocol` are of other parameters." in card
+    assert "- `cm3leon evaluate --protocol`: 1 results belong to other parameters" in card
   for change in ({"inputs": {"train": "another"}}, {"summary": {"step": STEP - 1}}):
     evaluated = {"step": STEP, "documents": 3, "image": MODALITY, "text": MODALITY}
     evaluated |= change.get("summary", {})
     done(root, "evaluation", evaluated, inputs=change.get("inputs", {"train": "train"}))
     card = write_card(root)
     assert "Bits per image code" not in card
-    assert "- `cm3leon evaluate`: its figures are of another training, and left out." in card
+    assert "- `cm3leon evaluate`: its figures belong to another training and are omitted." in card
 
 
 def test_grades_of_instructions_are_a_table(measured):
@@ -292,7 +292,7 @@ def test_grades_of_instructions_are_a_table(measured):
   assert "| mean of questions |  | - | 75.0% |" in card
   assert "it was tuned on instructions (color)" in " ".join(card.split())
   done(root, "grades", grades, inputs={"train": "another"})
-  assert "- `cm3leon grade_instructions`: of another training, and left out." in write_card(root)
+  assert "- `cm3leon grade_instructions`: its figures belong to another" in write_card(root)
 
 
 def write_base(folder, *origins):
@@ -307,16 +307,16 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
-  assert "Records are those of all splits" not in card  # The stage left no numbers.
+  assert "The records include all splits" not in card  # The stage left no numbers.
   numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
   done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
   card = write_card(root)
   assert (
-    "Records are those of all splits of a run. Of this one, 2 captioned images and 5 other "
-    "documents were trained on, 3 records are held out for evaluation, and 8,000 are in the bank "
-    "of documents that can be retrieved."
+    "The records include all splits of a run. This run was trained on 2 captioned images and 5 "
+    "other documents; 3 records are held out for evaluation, and 8,000 are in the bank of "
+    "documents that can be retrieved."
   ) in " ".join(card.split())
-  assert "what its training data show (2 captioned images), in" in " ".join(card.split())
+  assert "content of its training data (2 captioned images) and" in " ".join(card.split())
   assert "\nlicense: cc-by-sa-4.0\n" in card
   assert "All recorded training data are under CC-BY-SA-4.0" in card
   base = root.parent / "base"
@@ -330,13 +330,13 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   card = write_card(root)
   assert row in card
   assert "| base | texts | s | MIT | a | 1,000 |" in card
-  assert "The parameters began from `base`.\n" in card
+  assert "Training started from `base`.\n" in card
   assert "\nlicense: other\n" in card
   assert str(root.parent) not in card.partition("## Training\n")[0]
   assert "Training data are under CC-BY-SA-4.0, MIT. No license of the model is named" in card
   (base / "training_data.json").unlink()
   card = write_card(root)
-  assert "began from `base`, whose training data are not recorded here: see its own card." in card
+  assert "started from `base`, whose training data are not recorded here: see its own card." in card
   assert "under CC-BY-SA-4.0, and others that are not recorded here." in card
 
 

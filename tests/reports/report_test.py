@@ -50,7 +50,7 @@ def test_headlines_show_which_targets_are_met(run):
 
 
 def test_the_first_line_names_the_targets_that_are_not_met(run):
-  first = run[2].partition("<h1>Run report</h1>")[2].partition("A run of")[0]
+  first = run[2].partition("<h1>Run report</h1>")[2].partition("Run of")[0]
   assert "Targets that are not met: Codebook perplexity, held-out concepts: " in first
   assert "PSNR" not in first
 

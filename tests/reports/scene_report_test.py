@@ -84,7 +84,7 @@ def test_the_bundled_model_stands_beside_the_run_with_its_cost(tmp_path, cost):
   report.write(tmp_path, "ml_configs/scenes.py")
   html = (tmp_path / "report.html").read_text()
   assert Page(html).open == []
-  table = html[html.index("<h3>Beside the bundled model</h3>") :]
+  table = html[html.index("<h3>Comparison with the bundled model</h3>") :]
   rows = [
     re.findall("<t[hd].*?>(.*?)</t[hd]>", row)
     for row in re.findall("<tr>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)

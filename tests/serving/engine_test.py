@@ -126,7 +126,7 @@ def test_too_many_waiting_requests_are_refused_with_a_time_to_come_again(idle, r
       live.wait_for("requests_waiting", 2)
       answer = live.generate(**BODY)
       status, sentence = error(answer)
-      assert (status, sentence[:24]) == (429, "2 requests wait already:")
+      assert (status, sentence[:24]) == (429, "2 requests are already w")
       assert 1 <= int(answer.headers["retry-after"]) <= 600
       assert answer.json()["error"]["type"] == "rate_limit_error"
     live.wait_for("requests_waiting", 0)
@@ -137,7 +137,7 @@ def test_a_request_that_takes_too_long_is_answered_and_dropped(live, slow, engin
     answer = hasty.generate(**BODY, n=8)
     assert error(answer) == (
       504,
-      "the answer took more than 0.4 s: ask for fewer samples, or try later.",
+      "the answer took more than 0.4 s: request fewer samples, or try later.",
     )
     hasty.wait_for("requests_active", 0, seconds=5)
     stream = hasty.generate(**BODY, n=8, stream=True)
@@ -162,7 +162,7 @@ def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypat
     status, sentence = error(live.generate(**BODY))
   assert (status, sentence) == (
     500,
-    "the server has failed at this request; its log has the reason.",
+    "the server failed to answer this request; its log has the reason.",
   )
   assert "out of memory" in caplog.text
   assert live.generate(**BODY).status_code == 200
@@ -290,5 +290,5 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()
   assert events[0].error.message == (
-    "retrieve is 1, and the bank/documents/train_pairs holds no documents: set retrieve to 0."
+    "retrieve is 1, but the bank/documents/train_pairs has no documents: set retrieve to 0."
   )

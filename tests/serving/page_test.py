@@ -153,7 +153,7 @@ def test_a_neighbor_is_shown_with_its_license(page):
 def test_a_box_is_dragged_on_an_image_of_the_user(page):
   page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png(image(0))})
   canvas = page.locator("#given")
-  expect(canvas).to_have_attribute("aria-label", "Given image: a.png")
+  expect(canvas).to_have_attribute("aria-label", "Your image: a.png")
   canvas.scroll_into_view_if_needed()
   bounds = canvas.bounding_box()
   x, y, side = bounds["x"], bounds["y"], bounds["width"]
@@ -249,7 +249,7 @@ def test_a_token_is_asked_for(browser, bundled):
     context = browser.new_context()
     page = context.new_page()
     page.goto(locked.url)
-    expect(page.locator("#alert")).to_contain_text("the token is absent or wrong")
+    expect(page.locator("#alert")).to_contain_text("the token is missing or wrong")
     page.fill("#token", "correct-horse")
     page.keyboard.press("Enter")
     expect(page.locator("#model")).to_contain_text("locked")

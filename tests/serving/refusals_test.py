@@ -15,9 +15,9 @@ from tests.serving.live import Live, about, error, image, png
 
 IMAGE = image(0)
 GENERATIONS = [
-  ({}, "prompt is needed, and not given."),
-  ({"prompt": None}, "prompt is needed, and not given."),
-  ({"prompt": " "}, "prompt is needed, and not given: write what the image shows."),
+  ({}, "prompt is required, but not given."),
+  ({"prompt": None}, "prompt is required, but not given."),
+  ({"prompt": " "}, "prompt is required, but not given: write what the image shows."),
   ({"prompt": 5}, "prompt is 5; it must be a text."),
   ({"prompt": "a", "guidence": 2}, "there is no field 'guidence' here: did you mean 'guidance'?"),
   ({"prompt": "a", "n": 0}, "n is 0; it must be at least 1."),
@@ -30,7 +30,7 @@ GENERATIONS = [
   ({"prompt": "a", "n": 10**60}, "n is 1000"),
   ({"prompt": "a", "seed": -1}, "seed is -1; it must be at least 0."),
   ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model generates."),
-  ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; images are returned as"),
+  ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; images are returned only"),
   ({"prompt": "a", "output_format": "webp"}, "output_format is 'webp'; it must be 'png'."),
   ({"prompt": "a", "background": "transparent"}, "background is 'transparent'; it must be 'auto'"),
   ({"prompt": "a", "temperature": 0}, "temperature is 0.0; it must be greater than 0"),
@@ -63,17 +63,17 @@ def test_fields_without_a_meaning_here_are_taken(live):
 
 
 BODIES = [
-  (b"", "the body is no JSON"),
-  (b"{", "the body is no JSON"),
+  (b"", "the body is not valid JSON"),
+  (b"{", "the body is not valid JSON"),
   (b"[]", "the body is a JSON list; it must be an object."),
-  (b'{"prompt": "a", "guidance": NaN}', "the body is no JSON ('expected value at line 1 c"),
-  (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "the body is no JSON"),
+  (b'{"prompt": "a", "guidance": NaN}', "the body is not valid JSON ('expected value at line 1 c"),
+  (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
   (b'{"prompt": "a", "guidance": 1e999}', "guidance is inf; it must"),
-  (b"[" * 9_000, "the body is no JSON ('recursion limit exceeded"),
-  (b'{"prompt": ' + b"[" * 4_000 + b"]" * 4_000 + b"}", "the body is no JSON"),
-  (b"[" * 100_000, "the body has 100,000 brackets, braces and commas; it may have 10,000."),
-  (b'{"prompt": "\\ud800"}', "the body is no JSON"),
-  ('{"prompt": "é"}'.encode("latin-1"), "the body is no JSON"),
+  (b"[" * 9_000, "the body is not valid JSON ('recursion limit exceeded"),
+  (b'{"prompt": ' + b"[" * 4_000 + b"]" * 4_000 + b"}", "the body is not valid JSON"),
+  (b"[" * 100_000, "the body has 100,000 brackets, braces and commas; at most 10,000 are allowed."),
+  (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
+  ('{"prompt": "é"}'.encode("latin-1"), "the body is not valid JSON"),
 ]
 
 
@@ -109,11 +109,11 @@ def bomb() -> bytes:
 
 TRUNCATED = png(IMAGE)[:-40]
 FORMS = [
-  ((bomb(), None, {"prompt": "a"}), 413, "image has far too many pixels; it may have 4,096."),
-  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413, "image has 4,160 pixels (65 x 64); it"),
+  ((bomb(), None, {"prompt": "a"}), 413, "image has far too many pixels; at most 4,096 are"),
+  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413, "image has 4,160 pixels (65 x 64); at"),
   ((TRUNCATED, None, {"prompt": "a"}), 400, "image is damaged; it must be a PNG, JPEG, WebP, GIF"),
   ((b"%!PS-Adobe", None, {"prompt": "a"}), 400, "image cannot be read; it must be a PNG, JPEG,"),
-  ((png(IMAGE), None, {}), 400, "prompt is needed, and not given: write how the image is to chan"),
+  ((png(IMAGE), None, {}), 400, "prompt is required, but not given: write how the image shou"),
   ((png(IMAGE), None, {"box": "0,0,9,2"}), 400, "box is 0,0,9,2; it must lie within 8 x 8 pixels"),
   ((png(IMAGE), None, {"box": "-1,0,2,2"}), 400, "box is -1,0,2,2; it must lie within 8 x 8 pixe"),
   ((png(IMAGE), None, {"box": "4,0,4,2"}), 400, "box is 4,0,4,2, which is empty: left must be le"),
@@ -123,21 +123,21 @@ FORMS = [
     "box is '1,2,3'; it must be four whole numbers of pi",
   ),
   ((png(IMAGE), None, {"box": "abc"}), 400, "box is 'abc'; it must be four whole numbers of pixel"),
-  ((png(IMAGE), png(IMAGE), {}), 400, "mask has no fully transparent pixel: make what is to be"),
+  ((png(IMAGE), png(IMAGE), {}), 400, "mask has no fully transparent pixel: make the area to"),
   ((png(IMAGE), bomb(), {}), 413, "mask has far too many pixels"),
-  ((png(IMAGE), png(image(1, (4, 4))), {}), 400, "mask has 4 x 4 pixels; it must have 8 x 8, as"),
+  ((png(IMAGE), png(image(1, (4, 4))), {}), 400, "mask has 4 x 4 pixels; it must have 8 x 8 l"),
   ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400, "mask and box are given: give one of them."),
   ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400, "an edit retrieves no documents: le"),
-  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "guidance is of infills; an edit by"),
+  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "guidance is for infills; an edit b"),
   (
     (png(IMAGE), None, {"box": "0,0,2,2", "edit_guidance": "2"}),
     400,
-    "edit_guidance is of edits by instruction; with mask or box, give guidance.",
+    "edit_guidance is for edits by instruction; with mask or box, give guidance.",
   ),
   (
     (png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}),
     400,
-    "guidance is given, and no prompt to guide by: give one, or leave it out.",
+    "guidance is given without a prompt for guidance: give a prompt, or leave guidance out.",
   ),
   ((png(IMAGE), None, {"prompt": "a <mask>"}), 400, "prompt has a <mask>, which only a message of"),
   ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a whole number."),
@@ -161,10 +161,10 @@ def test_wrong_forms_of_edits(live, form, status, sentence):
 
 def test_a_form_without_an_image_or_with_other_files(live):
   answer = live.http.post("/v1/images/edits", files={"prompt": (None, "a")})
-  assert error(answer) == (400, "image is needed: send a file.")
+  assert error(answer) == (400, "image is required: send a file.")
   files = [("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))]
   answer = live.http.post("/v1/images/edits", files=files)
-  assert error(answer) == (400, "image is given twice; this model takes one.")
+  assert error(answer) == (400, "image is given twice; this model takes only one.")
   answer = live.http.post("/v1/images/edits", files={"script": ("a.png", png(IMAGE))})
   assert error(answer)[1].startswith("there is no file 'script' here")
   assert answer.json()["error"]["param"] == "script"
@@ -175,13 +175,13 @@ def url(value: str) -> list[dict]:
 
 
 CHATS = [
-  (url("http://169.254.169.254/a.png"), "image_url.url begins with http:, and the server fetches"),
-  (url("file:///etc/passwd"), "image_url.url begins with file:, and the server fetches nothing"),
+  (url("http://169.254.169.254/a.png"), "image_url.url begins with http:, but the server fetches"),
+  (url("file:///etc/passwd"), "image_url.url begins with file:, but the server fetches nothing"),
   (url("data:text/html;base64,aaaa"), "image_url.url must be data:image/png;base64,... with the"),
-  (url("data:image/png;base64,!!!!"), "image_url.url is no valid base64."),
+  (url("data:image/png;base64,!!!!"), "image_url.url is not valid base64."),
   (url("data:image/png;base64,aaaa"), "image_url.url cannot be read; it must be a PNG, JPEG, We"),
-  (about(IMAGE) + about(IMAGE), "messages must hold at most one image"),
-  ("hello", "the message has no image: add one for a caption or an answer, or write <mask>"),
+  (about(IMAGE) + about(IMAGE), "messages must have at most one image"),
+  ("hello", "the message has no image: add an image for a caption or an answer, or write"),
   ([{"type": "audio"}], "messages.0.content.0.type is 'audio'; it must be 'text' or 'image_url'."),
   ([{"type": "text", "words": "a"}], "there is no field 'messages.0.content.0.words' here: leave"),
   ([5], "messages.0.content.0 is 5; it must be an object."),

@@ -1,4 +1,4 @@
-"""Judges answers to the instruction data over `scenes`: texts, and images by their facts."""
+"""Judges answers to instructions over `scenes`: texts by their content, images by their facts."""
 
 # B records, H height, W width.
 
@@ -30,9 +30,9 @@ def is_right(record: Record, answer: str) -> bool:
     "How many stars are there?": "two", "Two." and "2" are right
     "Is there a cat?": only the first word counts, "Yes, there is." is "yes"
 
-  Answers are compared as `answers.normalize` leaves them. A caption is right if the image
-  shows every object, color, place and relation that it names, and as many objects as it names. So
-  it need not be the caption of the record.
+  `answers.normalize` normalizes answers before the comparison. A caption may differ from the
+  caption of the record. It is right if the image shows every object, color, place and relation that
+  the caption names, and exactly as many objects as it names.
   """
   if record.facts["task"] == "describe":
     clauses = caption_clauses.parse(answer)
@@ -56,13 +56,13 @@ def judge_images(
 
   Args:
     records: B records.
-    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
-    style: in which objects are to be drawn.
+    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
+    style: style in which objects should be drawn.
 
   Returns:
-    B verdicts. `holds` has two more kinds of facts. `kept`, of edits and `complete`: every fact
-    that the instruction does not touch, or that the given half shows, still holds. `instruction`,
-    of edits: the objects that the instruction names are as it asks. `correct` implies both.
+    B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits and
+    `complete`): all facts still hold that the instruction does not touch or that the given half
+    shows. `instruction` (edits): the objects that the instruction names are as it asks.
   """
   found = judge.find_objects(images, style)
   return [judge_objects(record, objects) for record, objects in zip(records, found)]
@@ -99,9 +99,9 @@ def _values(fact: dict, fields: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def majority_answers(records: Sequence[Record]) -> dict[str, str]:
-  """Returns the most frequent true answer of each text task, the first by alphabet of several.
+  """Returns the most frequent true answer of each text task; ties are broken alphabetically.
 
-  Its share of right answers is what a model reaches that looks at no image and reads no question.
+  A model that ignores both image and question can reach its share of right answers.
   """
   counts: dict[str, Counter[str]] = {}
   for record in records:
@@ -111,10 +111,11 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
 
 
 def any_object_answer(record: Record) -> str | None:
-  """Answers a question by the objects of the image, without a look at which one it asks for.
+  """Answers a question from the objects of the image, ignoring which object it asks for.
 
-  `color`: the color of some object; `relation`: an object that the question does not name; `count`:
-  the number of all objects. Of several, the key of the record chooses. None for other tasks.
+  For `color`, the answer is the color of some object. For `relation`, it is some object that the
+  question does not name. For `count`, it is the number of all objects. The key of the record
+  selects the object. Returns None for other tasks.
   """
   task, objects = record.facts["task"], record.facts["objects"]
   if task == "count":

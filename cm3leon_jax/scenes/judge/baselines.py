@@ -1,8 +1,8 @@
-"""What the training scenes of a run already show and say: baselines of judged images.
+"""Computes baselines for judged images from the training scenes of a run.
 
-A caption that is held out may still stand in training, under another image: "two hearts" describes
-many scenes. So a table of judged images says for each caption whether training has its words, its
-claims, or an image that a judge would accept.
+The caption of a held-out scene may also occur in training, with another image: "two hearts"
+describes many scenes. Therefore tables of judged images state for each caption whether training has
+its words, its claims, or an image that the judge would accept.
 """
 
 from collections import Counter, defaultdict
@@ -20,13 +20,12 @@ from cm3leon_jax.scenes.world import Placed, Scene
 
 
 class Known(NamedTuple):
-  """What training has of a caption.
+  """States whether training has the words, the claims and an image of a caption.
 
   Attributes:
     caption: a training caption has the same words.
     claims: a training caption makes the same claims, in any words.
-    image: the image of some training scene is right for the caption. A lookup that always finds the
-      best training image would be right.
+    image: some training image is right for the caption, so an ideal lookup would succeed.
   """
 
   caption: bool
@@ -35,12 +34,12 @@ class Known(NamedTuple):
 
 
 class TrainingScenes:
-  """The captions, claims and images of the training scenes."""
+  """Captions, claims and scenes of the training records."""
 
   def __init__(self, records: Iterable[tuple[str, dict]]):
-    """Reads records: a caption, and the field `facts` of its document."""
+    """Reads records: pairs of a caption and the field `facts` of its document."""
     self._captions, self._claims = set(), set()
-    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # By objects and their numbers.
+    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # Keyed by objects and their counts.
     for caption, facts in records:
       self._captions.add(caption)
       self._claims.add(claims_of(facts["include"]))
@@ -53,20 +52,20 @@ class TrainingScenes:
     """Reads the training documents of a run.
 
     Args:
-      store: of the documents; those without facts are left out.
-      decode: the tokens of a caption.
+      store: documents. Documents without facts are skipped.
+      decode: decodes the tokens of a caption.
     """
     documents = (store[i] for i in range(len(store)))
     return cls((decode(d.segments[0].tokens), d.facts) for d in documents if d.facts)
 
   @classmethod
   def of_config(cls, config: ScenesConfig) -> Self:
-    """Makes the training scenes that a config describes, without their images."""
+    """Makes the training scenes of a config, without their images."""
     pairs = (source.pair(config, "train", i) for i in range(config.train))
     return cls((pair.caption, pair.facts) for pair in pairs)
 
   def known(self, caption: str, facts: dict) -> Known:
-    """Returns what training has of a caption and its facts."""
+    """Looks up a caption and its facts in the training scenes."""
     include = facts["include"]
     numbers: Counter[str] = Counter()
     for clause in include:
@@ -80,9 +79,9 @@ class TrainingScenes:
 
 
 def claims_of(include: list[dict]) -> tuple:
-  """Returns the claims of a caption, equal for equal claims in other words.
+  """Returns the claims of a caption in a canonical form that does not depend on the wording.
 
-  "a bell left of a key" claims what "a key right of a bell" does.
+  "a bell left of a key" and "a key right of a bell" have equal claims.
   """
   order = sorted(range(len(include)), key=lambda i: sorted(map(str, include[i].items())))
   order.sort(key=lambda i: include[i]["class"])
@@ -96,6 +95,6 @@ def claims_of(include: list[dict]) -> tuple:
 
 
 def _drawn(facts_key: str) -> list[Found]:
-  """Returns the objects of a scene as a judge without errors finds them."""
+  """Returns the objects of a scene as an error-free judge would find them."""
   placed = Scene.parse(facts_key).objects
   return [Found(p.object, p.color, p.place, 1.0, (0, 0, 1, 1)) for p in placed]

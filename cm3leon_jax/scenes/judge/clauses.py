@@ -1,8 +1,8 @@
-"""Parses captions of `scenes` into the clauses that they claim, to check a generated caption.
+"""Parses captions of `scenes` into clauses, in order to check generated captions.
 
-The grammar has the wordings of `captions` and free combinations of their parts: objects with
+The grammar accepts the wordings of `captions` and free combinations of their parts: objects with an
 article or number and a color, places, relations, and words that claim nothing. A caption with any
-other word is not understood, so an invented object never passes unseen.
+other word is rejected, so an invented object is never overlooked.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ _FILLERS = (
 
 
 class _Part(NamedTuple):
-  """A part of a caption: its kind, its meaning, and its number of words."""
+  """Part of a caption: its kind, its meaning and its number of words."""
 
   kind: str
   value: Any
@@ -56,8 +56,8 @@ def parse(caption: str) -> list[dict] | None:
        {"class": "key", "count": 2}]
 
   Returns:
-    The clauses; None if the caption is not understood: a word is unknown, no object is named, an
-    object has neither article nor number, or it is not clear what a place or relation belongs to.
+    The clauses, or None if the caption is rejected. The reason is an unknown word, no object, an
+    object with neither article nor number, or an ambiguous place or relation.
   """
   words = re.findall(r"[a-z0-9]+|,", caption.lower())
   groups: list[list[_Part]] = [[]]
@@ -80,7 +80,7 @@ def parse(caption: str) -> list[dict] | None:
 
 
 def _moved(clause: dict, places: int) -> dict:
-  """Moves the clause that `position` refers to."""
+  """Adds `places` to the index of the clause that `position` refers to."""
   if "position" not in clause:
     return clause
   relation, reference = clause["position"]
@@ -88,14 +88,14 @@ def _moved(clause: dict, places: int) -> dict:
 
 
 def _next_part(words: Sequence[str]) -> _Part | None:
-  """Reads the longest part at the start of some words."""
+  """Reads the longest part at the start of `words`."""
   found = [part for part in (_phrase(words), _object(words)) if part]
   return max(found, key=lambda part: part.words, default=None)
 
 
 @functools.cache
 def _phrases() -> dict[str, _Part]:
-  """Returns all phrases that name no object."""
+  """Maps all phrases that do not name an object to their parts."""
   phrases = [
     *((phrase, "place", place) for phrase, place in _PLACES.items()),
     *((phrase, "relation", relation) for phrase, relation in _RELATIONS.items()),
@@ -106,7 +106,7 @@ def _phrases() -> dict[str, _Part]:
 
 
 def _phrase(words: Sequence[str]) -> _Part | None:
-  """Reads the longest phrase that names no object: "at the top left", "to the left of", "and"."""
+  """Reads the longest phrase without an object: "at the top left", "to the left of", "and"."""
   most = max(part.words for part in _phrases().values())
   for length in range(min(most, len(words)), 0, -1):
     if part := _phrases().get(" ".join(words[:length])):
@@ -116,7 +116,7 @@ def _phrase(words: Sequence[str]) -> _Part | None:
 
 @functools.cache
 def _names() -> dict[str, tuple[str, bool, bool]]:
-  """Maps singulars and plurals to a name, and whether they may be one object, and several."""
+  """Maps each singular and plural to (name, may mean one object, may mean several objects)."""
   names = {name: (name, True, False) for name in ICONS}
   for name in COMMON:
     several = plural(name)
@@ -125,7 +125,7 @@ def _names() -> dict[str, tuple[str, bool, bool]]:
 
 
 def _object(words: Sequence[str]) -> _Part | None:
-  """Reads an object with article or number, and with the longest name: "two red bells"."""
+  """Reads the object with the longest name, with its article or number: "two red bells"."""
   article, number = words[0] in _ARTICLES, _NUMBERS.get(words[0])
   start = int(article or number is not None)
   readings = [("", start)]
@@ -145,7 +145,7 @@ def _object(words: Sequence[str]) -> _Part | None:
 
 
 def _claims(parts: Sequence[_Part]) -> list[dict] | None:
-  """Lists the clauses of the parts between two "and"; `position` counts within them."""
+  """Lists the clauses of the parts between two "and"; `position` is an index into this list."""
   match [part.kind for part in parts]:
     case ["object"]:
       return [parts[0].value]

@@ -1,4 +1,4 @@
-"""Measures the errors of the judge of scenes, on real images and captions with a wrong fact."""
+"""Measures the error rates of the judge on real images, with true and with wrong captions."""
 
 # B images, H height, W width.
 
@@ -17,18 +17,18 @@ from cm3leon_jax.scenes.judge.facts import check
 def measure(
   images: np.ndarray, facts: Sequence[dict], seed: int = 0, style: Style = "filled"
 ) -> dict:
-  """Judges images under their own captions, and under captions with one fact changed.
+  """Judges images with their own captions and with captions in which one fact is changed.
 
   Args:
     images: [B, H, W, 3] uint8, true images of `facts`.
-    facts: B times the field `facts` of a document.
-    seed: of the changes.
-    style: in which objects are drawn.
+    facts: the field `facts` of B documents.
+    seed: selects the changes.
+    style: style in which the objects are drawn.
 
   Returns:
-    {"images": B, "real": share judged wholly right, "changed": {kind of fact: {"captions", "right":
-    share judged wholly right}}, "changed_right": the share of all kinds together}. The first share
-    should be 1, the others 0.
+    {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions": number,
+    "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
+    should be 1, and the other shares 0.
   """
   rng = np.random.default_rng(seed)
   found = judge.find_objects(images, style)
@@ -49,7 +49,7 @@ def measure(
 
 
 def describe(errors: dict) -> str:
-  """Writes the result of `measure` as a sentence."""
+  """Formats the result of `measure` as a sentence."""
   kinds = ", ".join(
     f"{kind} {entry['right']:.1%} of {entry['captions']}"
     for kind, entry in errors["changed"].items()
@@ -61,14 +61,14 @@ def describe(errors: dict) -> str:
 
 
 def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
-  """Changes one fact that a caption names, for each kind of fact that it names.
+  """Changes one fact of a caption, separately for each kind of fact that the caption names.
 
   Args:
     facts: field `facts` of a document.
-    rng: chooses what changes, and to what.
+    rng: chooses the fact and its new value.
 
   Returns:
-    kind of fact -> facts with another `include`, of which the image shows all but one.
+    kind of fact -> facts in which one entry of `include` no longer fits the image.
   """
   names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]

@@ -1,4 +1,4 @@
-"""Checks the facts of a caption of `scenes` on the objects that an image shows."""
+"""Checks the facts of a caption of `scenes` against the objects that an image shows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ import itertools
 
 from cm3leon_jax.scenes.captions import relations
 
-UNKNOWN = "unknown"  # Object of no clear shape, or color that is no one of the palette.
+UNKNOWN = "unknown"  # An object without a clear shape, or a color outside the palette.
 FACTS = ("object", "color", "count", "place")
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """An object that an image shows.
+  """Object that an image shows.
 
   Attributes:
-    name: spoken name of the object, or `UNKNOWN`.
+    name: name of the object in captions, or `UNKNOWN`.
     color: name of the color, or `UNKNOWN`.
-    place: where it stands.
-    score: correlation with the silhouette that matches best, at most 1.
-    box: left, top, right, bottom of its ink in pixels; right and bottom are outside.
+    place: one of `world.PLACES`.
+    score: correlation with the best-matching silhouette, at most 1.
+    box: left, top, right, bottom of the ink in pixels; right and bottom are exclusive.
   """
 
   name: str
@@ -32,15 +32,15 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class SceneVerdict:
-  """What an image shows of the facts of its caption.
+  """Result of checking an image against the facts of its caption.
 
   Attributes:
-    correct: whether the image shows exactly what the caption says, and nothing more.
-    reason: what is wrong, a line each; "" if nothing is.
-    found: objects that the image shows, place by place.
-    holds: kind of fact -> whether all facts of the kind hold. `object`: the objects found are those
-      named. `count`: as many objects as named, whatever they are. `color`, and `place`, which also
-      counts relations: see `check`. A kind that the caption does not name is absent.
+    correct: whether the image shows exactly what the caption says and nothing else.
+    reason: one line per error; "" if there is no error.
+    found: objects that the image shows, in the order of the places.
+    holds: kind of fact -> whether all facts of this kind hold. A kind that the caption does not
+      name is absent. `object`: the names found equal the names in the caption. `count`: the total
+      number of objects is right. `color` and `place`: see `check`. `place` includes relations.
   """
 
   correct: bool
@@ -52,14 +52,15 @@ class SceneVerdict:
 def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
   """Compares found objects with the clauses of a caption, in GenEval's layout.
 
-  A named object is compared with the found one of its name; of several, with the one that fits
-  best by color, place and relations. If as many objects are found as named, one of another name or
-  shape takes the place of one that is missing: then its color and place are still judged.
+  Each object of the caption is compared with a found object of its name. Among several found
+  objects of this name, the best fit by color, place and relations is used. If the number of found
+  objects is right, a found object with another name stands in for a missing one, so that its color
+  and place are still judged.
 
   Args:
     found: objects of the image.
-    clauses: {"class", "count"} each, and "color", "place", "position" where the caption says them;
-      "position" is [relation, number of the other clause].
+    clauses: a dict each, with "class" and "count", and with "color", "place" and "position" where
+      the caption states them. "position" is [relation, index of the other clause].
   """
   slots = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
   filled = [*found, *[None] * (len(slots) - len(found))]
@@ -91,9 +92,9 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 def _wrong_facts(
   clauses: Sequence[dict], slots: list[int], chosen: Sequence[Found | None], any_name: bool
 ) -> dict[str, list]:
-  """Lists what is wrong if `chosen`, [slots], are the objects that the clauses name.
+  """Lists the errors if the objects `chosen` fill the slots of the clauses.
 
-  Without `any_name`, an object of another name than the clause counts as none.
+  Without `any_name`, an object whose name differs from its clause counts as missing.
   """
   wrong: dict[str, list] = {"name": [], "color": [], "place": []}
   groups: list[list[Found | None]] = [[] for _ in clauses]

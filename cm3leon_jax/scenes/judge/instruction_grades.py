@@ -1,4 +1,4 @@
-"""Judges answers to instructions over `scenes`, and answers questions without a model."""
+"""Judges answers to instructions over `scenes`, and computes baseline answers without a model."""
 
 # n records, H height, W width.
 
@@ -19,7 +19,7 @@ def true_image(record: Record) -> np.ndarray:
 
 
 def judge_texts(records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
-  """Judges texts as answers."""
+  """Judges texts as answers to records of text tasks."""
   found = []
   for record, text in zip(records, texts, strict=True):
     right = scene_answers.is_right(record, text)
@@ -31,7 +31,7 @@ def judge_texts(records: Sequence[Record], texts: Sequence[str]) -> list[Answer]
 def judge_images(
   records: Sequence[Record], images: Sequence[np.ndarray] | np.ndarray, style: Style = "filled"
 ) -> list[Answer]:
-  """Judges images as answers."""
+  """Judges images as answers to records of image tasks."""
   verdicts = scene_answers.judge_images(records, np.stack([*images]), style)
   return [
     Answer(record, "", None, image, v.correct, v.reason, v.holds.get("kept"), true_image(record))
@@ -40,12 +40,15 @@ def judge_images(
 
 
 def guesses(records: Sequence[Record]) -> dict[str, list[str]]:
-  """Answers questions without a look at the image, or at what is asked.
+  """Computes baseline answers to questions.
+
+  Args:
+    records: records of one task.
 
   Returns:
-    For questions, which are all of one task, "majority", the most frequent answer, and "any
-    object", an answer that knows what the image shows and does not look at what is asked
-    (`answers.any_object_answer`); where there is none, the most frequent answer. {} for others.
+    {"majority": the most frequent answer, for every record; "any object": an answer from the image
+    that ignores the question (`answers.any_object_answer`), or the most frequent answer if there is
+    none}. {} if the task is not a question.
   """
   name = records[0].facts["task"]
   if name not in QUESTIONS:

@@ -1,9 +1,9 @@
-"""Judges images of the source `scenes`: finds their objects, and checks the facts of a caption.
+"""Judges images of the source `scenes`: finds their objects and checks the facts of a caption.
 
-An image has four places, a cell each. In a cell with ink, the judge names the color of the palette
-that explains the ink best, and the silhouette that correlates best with it, of all objects of the
-world. Ink of no clear color or shape is an unknown object, which makes an image wrong.
-`benchmarks/scene_judge.py` prints the error rates that the thresholds below are chosen by.
+An image has four places; the pixels of a place are a cell. For a cell with ink, the judge finds the
+palette color that fits the ink best, and the object of the world whose silhouette correlates best
+with it. Ink without a clear color or shape is an unknown object, which makes an image wrong.
+`benchmarks/scene_judge.py` prints the error rates from which the thresholds below were chosen.
 """
 
 # B images, N cells, C colors, M silhouettes, S shifts, P pixels of a cell.
@@ -22,19 +22,21 @@ from cm3leon_jax.scenes.config import COLORS, Style
 from cm3leon_jax.scenes.drawings import CELL, SIDE
 from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
 
-# 99 of 100 objects score 0.90 or more after blur, blotches and color errors that leave 16 dB. Of
-# halves of icons and of blots, 8 of 100 score more than 0.85, at most 2 as the object asked for.
+# Least correlation of a known object. After blur, blotches and color errors (PSNR 16 dB), 99% of
+# objects score 0.90 or more. Of half icons and blots, 8% score more than 0.85, and at most 2% do so
+# as the object of the caption.
 MIN_SCORE = 0.85
-# Share of a cell's ink to which the color of the object is the nearest one. At 0.65, 4 of 100 icons
-# of two colors have one of them, at 0.75 5 of 100 true ones have none after such errors.
+# Least share of a cell's ink to which the color of the object is the nearest color. At 0.65, 4% of
+# two-colored icons are given one of their colors. At 0.75, 5% of true icons with the errors above
+# are given no color.
 MIN_COLOR_SHARE = 0.7
-# Least ink of an object, in pixels: 4% of a cell. Objects have at least 15%; less is a speck.
+# Least ink of an object, in pixels: 4% of a cell. Less is a speck; objects have at least 15%.
 MIN_INK = 23
 FAINT = 0.25  # Opacity below which a pixel counts as background.
 SOLID = 0.5  # Opacity above which the color of a pixel is compared.
-MAX_SHIFT = 2  # Pixels that an object may be off its place, in both directions.
+MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
 BLURS = (0.0, 0.7)  # Standard deviations of the blur of silhouettes, in pixels.
-CHUNK = 32  # Images judged at once.
+CHUNK = 32  # Number of images that are judged together.
 
 
 def find_objects(
@@ -43,19 +45,19 @@ def find_objects(
   """Finds the objects of images.
 
   Args:
-    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
-    style: of the silhouettes that they are compared with.
+    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
+    style: style of the silhouettes for the comparison.
     min_score: correlation below which an object is unknown.
 
   Returns:
-    For each image its objects, in the order of the places.
+    The objects of each image, in the order of the places.
   """
   chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
   return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
 
 
 def opacities(images: np.ndarray) -> np.ndarray:
-  """Returns how much ink the places have, [B, 4, CELL, CELL] fp32, each in its own best color."""
+  """Returns the opacity of the best color of each place, [B, 4, CELL, CELL] fp32."""
   return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
 
 
@@ -86,12 +88,9 @@ def judge_all(
   """Judges images by the facts of their captions.
 
   Args:
-    images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
-    facts: B times the field `facts` of a document (docs/data_formats.md); `include` is read.
-    style: in which objects are to be drawn.
-
-  Returns:
-    B verdicts.
+    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
+    facts: the field `facts` of B documents (docs/data_formats.md). Only `include` is read.
+    style: style in which objects should be drawn.
   """
   found = find_objects(images, style)
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
@@ -115,29 +114,29 @@ def _cells(images: npt.ArrayLike) -> np.ndarray:
 
 @functools.cache
 def _palette() -> tuple[tuple[str, ...], np.ndarray]:
-  """Returns the names of the colors, and [C, 3] fp32 what each takes away from white."""
+  """Returns the names of the colors, and their differences from white, [C, 3] fp32."""
   values = 1 - np.array(list(COLORS.values()), np.float32) / 255
   return tuple(COLORS), values
 
 
 def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
-  """Explains the ink of each cell by one color of the palette.
+  """Fits one color of the palette to the ink of each cell.
 
-  A pixel is white * (1 - opacity) + color * opacity. Each color has the opacity with the least
-  squared error for every pixel; the color of a cell has the least error over all pixels.
+  A pixel is modeled as white * (1 - opacity) + color * opacity. For each color and pixel, the
+  opacity minimizes the squared error. The color of a cell has the least total error.
 
   Args:
     cells: [N, 24, 24, 3] fp32.
 
   Returns:
-    [N, 24, 24] fp32 opacity of the cell's color, and N names: `UNKNOWN` where another color is
-    nearer to many solid pixels, or no pixel is solid.
+    [N, 24, 24] fp32 opacities of the chosen colors, and N color names. A name is `UNKNOWN` if other
+    colors are nearer to many solid pixels, or no pixel is solid.
   """
   names, palette = _palette()
   opacity, errors = _explain(cells, palette)
   best = errors.sum(1).argmin(1)
   own = np.take_along_axis(opacity, best[:, None, None], 2)[..., 0]
-  # Chroma is noisier than ink in a lossy image, so the color of a pixel is that of 3 x 3 pixels.
+  # Chroma is noisier than ink in a lossy image, so average 3 x 3 pixels for the color of a pixel.
   nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)), palette)[1].argmin(2)
   solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
   agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
@@ -162,7 +161,7 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
-  """Returns the names of all M objects, and for each blur their silhouettes, [M, P] fp32."""
+  """Returns the names of all M objects, and one array of silhouettes per blur, [M, P] fp32."""
   icons = world.ICONS
   drawn = np.stack([drawings.ink(icon, style) for icon in icons.values()]) / np.float32(255)
   return tuple(icons), [_unit(ndimage.gaussian_filter(drawn, (0, b, b))) for b in BLURS]
@@ -171,12 +170,8 @@ def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
 def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
   """Finds the silhouette that correlates best with each cell, over all shifts and blurs.
 
-  Args:
-    opacity: [N, 24, 24] fp32.
-    style: of the silhouettes.
-
   Returns:
-    N names of objects, and [N] fp32 correlations.
+    The names of the objects in N cells [N, 24, 24], and their [N] fp32 correlations.
   """
   names, banks = _silhouettes(style)
   if not len(opacity):
@@ -189,7 +184,7 @@ def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
 
 
 def _shifts(opacity: np.ndarray) -> np.ndarray:
-  """Moves [N, 24, 24] by up to MAX_SHIFT pixels: [N, S, 24, 24], white where nothing is known."""
+  """Shifts [N, 24, 24] by up to MAX_SHIFT pixels, padded with white: [N, S, 24, 24]."""
   most = MAX_SHIFT
   padded = np.pad(opacity, ((0, 0), (most, most), (most, most)))
   starts = itertools.product(range(2 * most + 1), repeat=2)
@@ -197,7 +192,7 @@ def _shifts(opacity: np.ndarray) -> np.ndarray:
 
 
 def _box(ink: np.ndarray, place: int) -> tuple[int, int, int, int]:
-  """Returns the box of the ink of a cell, [24, 24], in pixels of the image."""
+  """Returns the box of the ink of a cell, [24, 24], in image coordinates."""
   rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
   left, top = drawings.corner(world.PLACES[place])
   right, bottom = left + columns[-1] + 1, top + rows[-1] + 1

@@ -1,4 +1,4 @@
-"""Generates images for held-out captions of `scenes`, judges them, and writes the results."""
+"""Generates images for held-out captions of `scenes`, judges them and writes the results."""
 
 # n scenes, H height, W width.
 
@@ -29,7 +29,7 @@ from cm3leon_jax.scenes.judge.sheet import SheetScene
 from cm3leon_jax.scenes.judge.table import Judged
 from cm3leon_jax.scenes.world import Placed, Scene
 
-REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of what limits the samples.
+REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of upper bounds for samples.
 UNGUIDED = "guidance 1"
 BUNDLED = "bundled model"
 SHEET_SCENES = 12
@@ -50,23 +50,27 @@ def evaluate(
 ) -> dict[str, dict]:
   """Generates and judges images; writes them, scenes.json, scenes_results.jsonl and scenes.png.
 
-  The real images and their reconstructions by the image tokenizer are judged, too: no sample can
-  be expected to be judged better than those. A real image is drawn from its facts.
+  The real images, drawn from their facts, and their reconstructions by the image tokenizer are
+  judged as well. They are upper bounds for the samples.
 
   Args:
-    pipeline: of the run.
+    pipeline: pipeline of the run, with its mesh set.
     tasks: result of `strata.heldout_captions`.
-    workdir: of the run; its training documents are what a lookup finds.
-    folder: gets the files.
-    bundled: generates an image for each caption, with the bundled model; it gets the captions of
-      scenes.png, where its images stand beside the run's.
+    workdir: its training documents are searched for the baseline `lookup`.
+    folder: folder for the written files.
+    bundled: generates one image per caption with the bundled model. It is called with the captions
+      of scenes.png, where its images are shown next to the images of the run.
 
   Returns:
-    {"judge": result of `errors.measure`, "tables": {"real images", "reconstructions", and for
-    each weight e.g. "guidance 1.5": result of `table.table`}}. If one of several weights is
-    1, also "gain": {"title": the best other weight, and its `table.gain` over weight 1}. With
-    `bundled`, also "bundled": {"images": number of the captions on the sheet, "right": {title of a
-    weight, or "bundled model": how many of their images are correct}}.
+    A dict with these entries:
+
+    - "judge": result of `errors.measure`.
+    - "tables": {title: result of `table.table`}. Titles are "real images", "reconstructions", and
+      one per guidance weight, e.g. "guidance 1.5".
+    - "gain", if one of several weights is 1: the title of the best other weight as "title", with
+      its `table.gain` over weight 1.
+    - "bundled", with `bundled`: {"images": number of captions in scenes.png, "right": {title of a
+      weight or "bundled model": number of correct images}}.
   """
   folder, seed = epath.Path(folder), pipeline.settings.seed
   style = pipeline.settings.scenes.style
@@ -99,18 +103,18 @@ def evaluate(
 
 
 def _task_of(sample: Sample) -> HeldoutCaption:
-  """Returns the caption that a sample was generated for."""
+  """Returns the held-out caption that a sample was generated for."""
   assert isinstance(sample.task, HeldoutCaption)
   return sample.task
 
 
 def metadata(task: HeldoutCaption) -> dict:
-  """Returns what GenEval checks of an image for the task."""
+  """Returns the line of GenEval's metadata for a task."""
   return scene_table.geneval_metadata(task.prompt, task.document.facts)
 
 
 def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequence[Judged]) -> None:
-  """Writes the images of all samples, and a line of GenEval's results for each."""
+  """Writes the image of each sample and a line of GenEval's results for it."""
   lines = []
   for sample, one in zip(samples, judged):
     name = f"scenes/{sample.task.file_stem}.png"
@@ -122,7 +126,7 @@ def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequen
 
 
 def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
-  """Reads what the training documents of the run show."""
+  """Reads the scenes that the training documents of the run show."""
   folder = epath.Path(workdir) / "documents" / "train_pairs"
   layout = pipeline.layout
   return TrainingScenes.of_store(DocumentStore(folder, layout.vocab), layout.decode)
@@ -131,7 +135,7 @@ def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
 def _judge(
   tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style, known: Sequence[Known | None]
 ) -> list[Judged]:
-  """Judges an image [H, W, 3] uint8 for each task, of whose captions training has `known`."""
+  """Judges one image, [H, W, 3] uint8, per task. `known` becomes a field of the results."""
   facts = [task.document.facts for task in tasks]
   verdicts = scenes.judge_all(images, facts, style)
   return [
@@ -147,17 +151,17 @@ def _write_sheet(
   judged: dict[str, list[Judged]],
   bundled: Callable[[list[str]], list[np.ndarray]] | None,
 ) -> dict[str, dict]:
-  """Writes the sheet of scenes chosen by the seed, spread over the categories.
+  """Writes the sheet of scenes, which the seed chooses evenly from the categories.
 
   Args:
-    path: of the image.
-    pipeline: of the run; decodes the images of neighbors.
+    path: file of the sheet.
+    pipeline: decodes the images of neighbors.
     by_weight: title of a guidance weight -> samples of n scenes.
-    judged: the same titles -> n verdicts.
+    judged: title of a guidance weight -> n judged images.
     bundled: see `evaluate`.
 
   Returns:
-    Field "bundled" of the result of `evaluate`; {} without `bundled`.
+    The entry "bundled" of the result of `evaluate`, or {} without `bundled`.
   """
   every = next(iter(by_weight.values()))
   tags = [_task_of(sample).document.facts["tag"] for sample in every]
@@ -183,7 +187,7 @@ def _write_sheet(
 def _sheet_scenes(
   pipeline: Pipeline, samples: Sequence[Sample], columns: dict[str, list[tuple[np.ndarray, bool]]]
 ) -> list[SheetScene]:
-  """Returns the scenes of n samples, with an image and its verdict of each column."""
+  """Returns the scenes of n samples, each with one image and its verdict per column."""
   images = iter(images_of(pipeline, [d for sample in samples for d in sample.neighbors]))
   return [
     SheetScene(
@@ -197,9 +201,9 @@ def _sheet_scenes(
 
 
 def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
-  """Chooses up to `count` indices by the seed: one of each tag, then a second one, and so on.
+  """Chooses up to `count` random indices: one of each tag, then a second one of each tag, etc.
 
-  spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3
+  spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3.
   """
   seen: Counter[str] = Counter()
   turns: dict[int, int] = {}
@@ -210,17 +214,17 @@ def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
 
 
 def best_guidance(tables: dict[str, dict]) -> str:
-  """Returns the title of the guidance weight at which most images are correct.
+  """Returns the title of the guidance weight with the most correct images, the first in a tie.
 
   Args:
-    tables: of `evaluate`; of equal ones the first is the best.
+    tables: entry "tables" of the result of `evaluate`.
   """
   weights = [title for title in tables if title not in (REAL, RECONSTRUCTED)]
   return max(weights, key=lambda title: tables[title]["all"]["correct"]["share"])
 
 
 def describe(result: dict) -> str:
-  """Writes the result of `evaluate` as text."""
+  """Formats the result of `evaluate` as text."""
   lines = [scene_table.describe(result["tables"])]
   if gain := result.get("gain"):
     lines.append(f"{gain['title']} minus {UNGUIDED}: {intervals.describe_share(gain)} correct")
@@ -235,12 +239,16 @@ def overview(result: dict) -> dict:
   """Returns the main shares of a result of `evaluate`, for the summary of the stage.
 
   Returns:
-    {"judge": its main shares, and for each table its shares of all images. "best": {"title": the
-    best guidance weight, and with their intervals "correct", "color", "count" and "place" of all
-    images, and the correct ones of "scene" (kind of held-out), "new_claims" (those whose claims no
-    training caption makes) and "single_object" (category); "lookup": {"scene", "new_claims": share
-    of those captions for which some training image is right}},
-    "gain" and "bundled": as in `result`}. What the captions do not have is absent.
+    A dict with these entries. Entries that do not apply to the captions are absent.
+
+    - "judge": main shares of `errors.measure`.
+    - Each title of `result["tables"]`: the shares over all images of the table.
+    - "best": shares at the best guidance weight, with their intervals. "title": the weight.
+      "correct", "color", "count", "place": over all images. "scene" (a kind of held-out scenes),
+      "new_claims" (captions whose claims no training caption makes), "single_object" (a category):
+      correct share of these images. "lookup": {"scene", "new_claims": share of these captions for
+      which some training image is right}.
+    - "gain", "bundled": as in `result`.
   """
   tables = result["tables"]
   shares = {

@@ -1,4 +1,4 @@
-"""Renders judged scenes as one image: captions, originals, neighbors, and samples with a mark."""
+"""Renders judged scenes as one image with captions, originals, neighbors and marked samples."""
 
 # H height, W width.
 
@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 RIGHT, WRONG, FAINT, INK = (0, 135, 75), (213, 60, 40), (205, 205, 205), (30, 30, 30)
-ACROSS = 2  # Scenes side by side.
-SIDE = 144  # Pixels of an image on the sheet: three for each of an image of `scenes`.
+ACROSS = 2  # Number of scenes per row.
+SIDE = 144  # Side of an image on the sheet in pixels, three times the side of a `scenes` image.
 FRAME = 5
-BADGE = 34  # Diameter of a mark, which stands on the lower right corner of the frame.
-FONT, TITLE_FONT, LINE = 23, 19, 29  # Sizes of texts, and height of a line.
-MARGIN, GAP, BETWEEN, BELOW = 20, 18, 44, 28  # Around all, between cells, blocks and rows.
+BADGE = 34  # Diameter of a mark, which is drawn on the lower right corner of the frame.
+FONT, TITLE_FONT, LINE = 23, 19, 29  # Font sizes and line height.
+# Space around the sheet, between images, between scenes of a row, and between rows.
+MARGIN, GAP, BETWEEN, BELOW = 20, 18, 44, 28
 TITLE_GAP = 8
 CAPTION_LINES = 2
 LEGEND = ((True, "shows exactly what the caption says"), (False, "does not"))
@@ -23,14 +24,14 @@ LEGEND = ((True, "shows exactly what the caption says"), (False, "does not"))
 
 @dataclasses.dataclass(frozen=True)
 class SheetScene:
-  """A scene on the sheet.
+  """Scene on the sheet.
 
   Attributes:
-    caption: text above its images.
-    original: [H, W, 3] uint8, what the caption describes.
-    neighbors: [H, W, 3] uint8 each, images of the documents that stood before the caption.
-    samples: title -> image, [H, W, 3] uint8, and whether the judge says that it is right; all
-      scenes have the same titles.
+    caption: text above the images.
+    original: [H, W, 3] uint8, the image that the caption describes.
+    neighbors: [H, W, 3] uint8 each, images of the retrieved documents before the caption.
+    samples: title -> (image, [H, W, 3] uint8; whether the judge finds it correct). All scenes have
+      the same titles.
   """
 
   caption: str
@@ -40,10 +41,10 @@ class SheetScene:
 
 
 def render(scenes: Sequence[SheetScene]) -> Image.Image:
-  """Lays out scenes in rows: above each its caption, then original, neighbors and samples.
+  """Lays out scenes in rows. Each has a caption above its original, neighbors and samples.
 
-  Images are enlarged or reduced to `SIDE`. Samples that are right have a check and a green frame,
-  wrong ones a cross and a red frame.
+  Images are scaled to `SIDE`. Right samples get a check mark and a green frame; wrong samples get a
+  cross and a red frame.
 
   Args:
     scenes: at least one.
@@ -64,7 +65,7 @@ def render(scenes: Sequence[SheetScene]) -> Image.Image:
   for i, (scene, lines) in enumerate(zip(scenes, captions)):
     row, place = divmod(i, across)
     left, upper = MARGIN + place * (block + BETWEEN), tops[row] + texts[row]
-    for n, line in enumerate(reversed(lines)):  # The last line stands right above the images.
+    for n, line in enumerate(reversed(lines)):  # The last line is directly above the images.
       draw.text((left, upper - (n + 1) * LINE), line, INK, font)
     for n, (title, (image, right)) in enumerate(zip(titles, _cells(scene, neighbors))):
       x = left + n * (cell + GAP)
@@ -83,14 +84,14 @@ def render(scenes: Sequence[SheetScene]) -> Image.Image:
 def _cells(
   scene: SheetScene, neighbors: int
 ) -> list[tuple[np.ndarray, None] | tuple[None, None] | tuple[np.ndarray, bool]]:
-  """Returns the images of a scene, with empty cells for neighbors that it lacks."""
+  """Returns the images of a scene, with empty cells for missing neighbors."""
   missing = neighbors - len(scene.neighbors)
   given = [(image, None) for image in (scene.original, *scene.neighbors)]
   return [*given, *[(None, None)] * missing, *scene.samples.values()]
 
 
 def _place(sheet: Image.Image, image: np.ndarray, right: bool | None, at: tuple[int, int]) -> None:
-  """Draws an image in its frame at the upper left corner `at`; a mark too, unless right is None."""
+  """Draws an image and its frame with the upper left corner `at`, and a mark if `right` is set."""
   x, y, side = *at, SIDE + 2 * FRAME
   color, width = (FAINT, 1) if right is None else (RIGHT if right else WRONG, FRAME)
   scaled = Image.fromarray(np.asarray(image)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
@@ -122,7 +123,7 @@ def _badge(right: bool) -> Image.Image:
 
 
 def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-  """Breaks a text into lines of `width` pixels; ends the last of `CAPTION_LINES` with "..."."""
+  """Breaks a text into lines of `width` pixels; "..." marks a text cut after `CAPTION_LINES`."""
   lines = [""]
   for word in text.split():
     longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,7 @@
-"""Tables of judged scenes by category and kind of held-out, and GenEval's layout of results."""
+"""Tabulates judged scenes by category and by the reason why they are held out.
+
+Also writes results in GenEval's layout.
+"""
 
 # n images.
 
@@ -24,14 +27,13 @@ PARTS = (NEW_CLAIMS, "scene, claims of training", "pair, color named", "pair, no
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """An image and what the judge says of it.
+  """Image with the verdict of the judge.
 
   Attributes:
     prompt: the caption.
-    facts: field `facts` of its document.
-    concept: images of one concept show the same scene; "" for a concept of its own.
-    verdict: of the judge.
-    known: what training has of the caption; None if that was not asked.
+    facts: field `facts` of the document.
+    concept: images of one concept show the same scene; "" means that no other image shows it.
+    known: whether training has the words, the claims and an image of the caption; None if unknown.
   """
 
   prompt: str
@@ -42,7 +44,7 @@ class Judged:
 
   @property
   def parts(self) -> list[str]:
-    """Names the rows of a table that the image counts in, beside its kind of held-out."""
+    """Rows of the entry "parts" of a table in which the image counts."""
     kind, found = self.facts["heldout"], []
     if self.known is not None and kind == "scene":
       found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
@@ -57,16 +59,19 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
 
   Args:
     judged: n images.
-    num_resamples: bootstrap resamples of the concepts.
-    seed: of the bootstrap.
+    num_resamples: number of bootstrap resamples of the concepts.
+    seed: seed of the bootstrap.
 
   Returns:
-    {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "parts": {one of PARTS:
-    row}, "geneval": mean of the categories' shares of correct images}. A row has `images`; `more`
-    and `fewer`, the shares of images with more or fewer objects than their captions name; and for
-    `correct`, `object`, `color`, `count`, `place` {share, low, high, groups, effective_groups} over
-    the images whose captions name such a fact; without one, the measure is absent. `lookup` is the
-    share of captions for which some training image is right (`baselines.Known.image`).
+    {"all": row, "tag": {category: row}, "heldout": {reason: row}, "parts": {one of PARTS: row},
+    "geneval": mean over categories of the share of correct images}. A row has these entries:
+
+    - `images`: the number of images.
+    - `more`, `fewer`: shares of images with more or fewer objects than their captions name.
+    - `correct`, `object`, `color`, `count`, `place`: {share, low, high, groups, effective_groups}
+      over the images whose captions name such a fact. Absent if there are none.
+    - `lookup`: the same dict for captions for which some training image is right
+      (`baselines.Known.image`).
   """
 
   def row(some: Sequence[Judged]) -> dict:
@@ -92,7 +97,7 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
 
 
 def _extra_objects(one: Judged) -> int:
-  """Counts the objects of an image, less those that its caption names."""
+  """Returns the number of objects of an image minus the number that its caption names."""
   return len(one.verdict.found) - sum(clause["count"] for clause in one.facts["include"])
 
 
@@ -117,7 +122,7 @@ def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
 def _mean_share(
   judged: Sequence[Judged], values: npt.ArrayLike, num_resamples: int, seed: int
 ) -> dict:
-  """Computes the mean of a number for each image, with its interval: {share, low, high, ...}."""
+  """Computes the mean of `values`, one per image, with its interval: {share, low, high, ...}."""
   groups = [one.concept or f"image {i}" for i, one in enumerate(judged)]
   values = np.asarray(values, np.float64)
   interval = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
@@ -127,26 +132,26 @@ def _mean_share(
 def gain(
   judged: Sequence[Judged], base: Sequence[Judged], num_resamples: int, seed: int = 0
 ) -> dict:
-  """Computes how many more images are correct than of other samples for the same captions.
+  """Computes the gain in the share of correct images over other samples for the same captions.
 
   Args:
     judged: n images.
     base: n images for the same captions, in the same order.
-    num_resamples: bootstrap resamples of the concepts.
-    seed: of the bootstrap.
+    num_resamples: number of bootstrap resamples of the concepts.
+    seed: seed of the bootstrap.
 
   Returns:
-    {share, low, high, groups, effective_groups} of the paired difference of correct images.
+    {share, low, high, groups, effective_groups} of the paired difference.
   """
   values = [one.verdict.correct - other.verdict.correct for one, other in zip(judged, base)]
   return _mean_share(judged, values, num_resamples, seed)
 
 
 def describe(tables: dict[str, dict]) -> str:
-  """Writes tables as text, one after the other.
+  """Formats tables as text.
 
   Args:
-    tables: title, e.g. "guidance 1" -> result of `table`.
+    tables: title (e.g. "guidance 1") -> result of `table`.
   """
   width = max(len(label) for table in tables.values() for label, _ in rows(table)) + 2
   lines = []
@@ -154,7 +159,7 @@ def describe(tables: dict[str, dict]) -> str:
     of_all, mean = table["all"], table["geneval"]
     lines.append(
       f"{title}: {of_all['images']} images, mean of the categories {mean:.1%} correct; "
-      f"{of_all['more']:.1%} show more objects than asked for, {of_all['fewer']:.1%} fewer"
+      f"{of_all['more']:.1%} show more objects than requested, {of_all['fewer']:.1%} fewer"
     )
     lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in COLUMNS).rstrip())
     for label, row in rows(table):
@@ -164,22 +169,22 @@ def describe(tables: dict[str, dict]) -> str:
 
 
 def rows(table: dict) -> list[tuple[str, dict]]:
-  """Returns the rows of a table with their labels: all, categories, kinds of held-out and parts."""
+  """Returns the labeled rows of a table: all, categories, reasons for holding out, parts."""
   kinds = {**table["heldout"], **table.get("parts", {})}.items()
   labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
   return [("all", table["all"]), *table["tag"].items(), *labeled]
 
 
 def geneval_metadata(prompt: str, facts: dict) -> dict:
-  """Returns the facts of a caption as a line of GenEval's evaluation_metadata.jsonl."""
+  """Returns a line of GenEval's evaluation_metadata.jsonl for a caption and its facts."""
   fields = {name: facts[name] for name in ("tag", "include", "exclude") if name in facts}
   return {**fields, "prompt": prompt}
 
 
 def geneval_result(filename: str, one: Judged) -> dict:
-  """Returns the line of GenEval's results for an image (evaluate_images.py of djghosh13/geneval).
+  """Returns a line of GenEval's results for an image (evaluate_images.py of djghosh13/geneval).
 
-  `details` has the boxes of the objects found, by class, with their scores, as a JSON text.
+  `details` is a JSON text: class -> boxes of the found objects, each with its score.
   """
   boxes: dict = {}
   for thing in one.verdict.found:

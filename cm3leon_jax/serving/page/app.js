@@ -1,4 +1,4 @@
-// The page: forms become requests of the API, and their events fill the grid row by row.
+// Sends the forms of the page as API requests, and fills the grid row by row from their events.
 
 import { GivenImage } from "./canvas.js";
 
@@ -27,7 +27,7 @@ function complain(text) {
   $("alert").hidden = !text;
 }
 
-/** Sends a request; throws an Error with the server's sentence. */
+/** Sends a request. If it fails, throws an Error with the message from the server. */
 async function send(path, options = {}) {
   const headers = { ...options.headers };
   if (state.token) headers.Authorization = `Bearer ${state.token}`;
@@ -43,7 +43,7 @@ function json(body, signal) {
   return { method: "POST", headers, body: JSON.stringify(body), signal };
 }
 
-/** Yields the data of server-sent events. */
+/** Yields the data of each server-sent event. */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -63,7 +63,7 @@ async function* events(answer) {
   }
 }
 
-/** Runs one request at a time; Stop ends it, and the server notices. */
+/** Runs one request at a time. Stop aborts it, and the server then cancels its job. */
 async function run(work) {
   state.running?.abort();
   const control = new AbortController();
@@ -141,7 +141,7 @@ function showNeighbors(neighbors) {
   );
 }
 
-/** Fills the grid from a stream of images. */
+/** Fills the grid from a stream of partial and complete images. */
 async function images(answer, count, what) {
   const places = cells(count, what);
   const plural = count === 1 ? "image" : "images";
@@ -182,7 +182,7 @@ $("generate").addEventListener("submit", (event) => {
     seed: number("seed"),
   };
   run(async (signal) => {
-    say("Waiting for a free place…");
+    say("Waiting for a free slot…");
     await images(await send("/v1/images/generations", json(body, signal)), count, prompt);
   });
 });
@@ -192,7 +192,7 @@ async function take(blob, name) {
     await given.show(blob, name);
     $("with-image").hidden = false;
   } catch {
-    complain("This file is no image that the browser can show.");
+    complain("The browser cannot show this file as an image.");
   }
 }
 
@@ -210,7 +210,7 @@ function readAsDataUrl(blob) {
   });
 }
 
-/** Asks about the given image; the answer appears as it is written. */
+/** Requests a caption or an answer about the input image, and shows the text as it arrives. */
 function chat(label, text) {
   run(async (signal) => {
     say("Reading the image…");
@@ -238,7 +238,7 @@ $("ask").addEventListener("submit", (event) => {
   chat(question, question);
 });
 
-/** Changes the given image; `fields` go into the form. */
+/** Requests an edit of the input image. `fields` become fields of the form. */
 function change(fields, what) {
   run(async (signal) => {
     say("Sending the image…");

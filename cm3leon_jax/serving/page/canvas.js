@@ -1,12 +1,12 @@
-// The given image and the box that is drawn on it, in pixels of the model's resolution.
+// Shows the input image with a box on it, in pixels at the model's resolution.
 
 const SIDES = ["left", "top", "right", "bottom"];
 
-/** Shows an image, cut to its centered square, with a box that can be dragged or typed. */
+/** Shows the centered square of an image, with a box that can be dragged or typed. */
 export class GivenImage {
   constructor(canvas, inputs) {
     this.canvas = canvas;
-    this.inputs = inputs; // Four number inputs by the names of SIDES.
+    this.inputs = inputs; // Name in SIDES -> number input.
     this.bitmap = null;
     this.blob = null;
     this.resolution = 0;
@@ -25,7 +25,7 @@ export class GivenImage {
     }
   }
 
-  /** Sets the side of the model's images. */
+  /** Sets the side of the model's images in pixels, and resets the box. */
   resize(resolution) {
     this.resolution = resolution;
     const box = { left: 0, top: 0, right: resolution / 2, bottom: resolution / 2 };
@@ -35,11 +35,11 @@ export class GivenImage {
     }
   }
 
-  /** Shows an image; its file is sent as it is, and the server cuts it in the same way. */
+  /** Shows an image. Requests send the unchanged file, which the server crops in the same way. */
   async show(blob, name) {
     this.bitmap = await createImageBitmap(blob);
     this.blob = blob;
-    this.canvas.setAttribute("aria-label", `Given image: ${name}`);
+    this.canvas.setAttribute("aria-label", `Your image: ${name}`);
     this.draw();
   }
 

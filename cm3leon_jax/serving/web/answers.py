@@ -1,4 +1,4 @@
-"""Answers of the API: the events of a job as JSON, or as server-sent events."""
+"""Formats the events of a job as JSON or as server-sent events of the API."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -20,13 +20,13 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass
 class Seen:
-  """What the events of a job have said so far."""
+  """Summary of the events of a job so far."""
 
   started: Started = Started((), 0, 0)  # noqa: RUF009 (frozen)
   tokens: int = 0
 
   def take(self, event: Event) -> None:
-    """Notes an event."""
+    """Adds an event to the summary."""
     if isinstance(event, Started):
       self.started = event
     elif isinstance(event, Finished):
@@ -34,7 +34,7 @@ class Seen:
 
 
 def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
-  """Describes retrieved documents, with their images and their origins."""
+  """Describes retrieved documents with their images and origins."""
   names = ("key", "caption", "source", "license", "attribution")
   return [{**{n: getattr(d, n) for n in names}, "b64_json": png(d.image)} for d in found]
 
@@ -46,20 +46,20 @@ def server_event(data: dict | str, name: str = "") -> str:
 
 
 def error_event(error: ApiError) -> str:
-  """Formats the event that ends a stream in which something has failed."""
+  """Formats the event that ends a failed stream."""
   return server_event(error.body(), "error")
 
 
 @dataclasses.dataclass
 class ImageAnswer:
-  """Answers of a request for images.
+  """Formats the answer to a request for images.
 
   Attributes:
-    task: of the request.
+    task: task of the request.
     resolution: side of the images in pixels.
-    total_rows: rows of codes that are generated.
-    prefix: of the types of events, image_generation or image_edit.
-    partial_images: largest number of partial images of each sample; None: one for each row.
+    total_rows: number of rows of codes that are generated.
+    prefix: start of the event types, "image_generation" or "image_edit".
+    partial_images: largest number of partial images per sample; None means one per row.
   """
 
   task: Task
@@ -90,7 +90,7 @@ class ImageAnswer:
     }
 
   async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-    """Returns the answer when all samples are complete."""
+    """Waits until all samples are complete, and returns the answer."""
     samples = []
     async for event in events:
       self._seen.take(event)
@@ -100,7 +100,7 @@ class ImageAnswer:
     return await asyncio.to_thread(self._body, samples)
 
   def _body(self, samples: list[Sample]) -> dict[str, Any]:
-    """Encodes images, so it is called in a thread, as are `_partial` and `_completed`."""
+    """Makes the answer. Runs in a thread like `_partial` and `_completed`, as it encodes images."""
     return {
       "created": self._created,
       "data": [
@@ -113,7 +113,7 @@ class ImageAnswer:
     }
 
   async def stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
-    """Yields an event for each partial image, and one for each complete image."""
+    """Yields one event per partial image and one per complete image."""
     async for event in events:
       self._seen.take(event)
       if isinstance(event, Progress) and self._is_due(event):
@@ -144,7 +144,7 @@ class ImageAnswer:
     return self._event("completed", sample.segments[0], sample.index, data)
 
   def _is_due(self, event: Progress) -> bool:
-    """Returns whether rows are shown: evenly spread if fewer partial images are wanted."""
+    """Returns whether to send a partial image; `partial_images` images are evenly spread."""
     if event.rows >= self.total_rows:
       return False  # The complete image follows.
     if self.partial_images is None:
@@ -161,14 +161,14 @@ class ImageAnswer:
 
 @dataclasses.dataclass
 class ChatAnswer:
-  """Answers of a request for texts.
+  """Formats the answer to a request for texts.
 
   Attributes:
-    task: of the request.
-    vocab: of the run.
-    model: its name.
-    num_samples: of the request.
-    include_usage: a last chunk counts tokens.
+    task: task of the request.
+    vocab: vocabulary of the run.
+    model: name of the model.
+    num_samples: number of samples of the request.
+    include_usage: whether a last chunk of the stream has the token counts.
   """
 
   task: Task
@@ -190,13 +190,13 @@ class ChatAnswer:
     }  # fmt: skip
 
   def _reason(self, sample: Sample) -> str:
-    """Returns whether each text has ended by itself, or one at its largest length."""
+    """Returns "length" if a text has reached its largest length, otherwise "stop"."""
     ends = np.flatnonzero(sample.tokens == self.vocab.eoss)
     lengths = [(text >= self.vocab.num_special).sum() for text in np.split(sample.tokens, ends)]
     return "length" if max(lengths) >= self.task.length else "stop"
 
   async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-    """Returns the answer when all samples are complete."""
+    """Waits until all samples are complete, and returns the answer."""
     choices = []
     async for event in events:
       self._seen.take(event)
@@ -218,7 +218,7 @@ class ChatAnswer:
     }
 
   async def stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
-    """Yields a chunk for each new piece of a text; the texts joined are those of `whole`."""
+    """Yields a chunk for each new piece of a text. The joined pieces equal the texts of `whole`."""
     sent: dict[int, str] = {}
     async for event in events:
       self._seen.take(event)
@@ -252,5 +252,5 @@ class ChatAnswer:
 
 
 def failure(event: Event) -> ApiError | None:
-  """Returns the error of an event, if it is one."""
+  """Returns the error of a `Failed` event, or None for other events."""
   return event.error if isinstance(event, Failed) else None

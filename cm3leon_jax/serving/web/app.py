@@ -1,4 +1,4 @@
-"""The HTTP application: routes in the shape of the OpenAI API, health, metrics, and one page."""
+"""Defines the HTTP application: routes of the OpenAI API, health, metrics and one page."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -31,7 +31,7 @@ from cm3leon_jax.serving.web.streams import EventStream, unless_gone
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-DECODERS = 2  # Images that are decoded at once; a large one is alone, see `raw.reader`.
+DECODERS = 2  # Threads that decode images. `raw.reader` decodes only one large image at a time.
 PAGE = {
   "": ("index.html", "text/html"),
   "app.css": ("app.css", "text/css"),
@@ -44,12 +44,12 @@ class Server:
   """Answers the requests of one model."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
-    """Prepares the routes.
+    """Prepares a server.
 
     Args:
-      engine: of the model.
-      name: of the model, for clients.
-      limits: of requests.
+      engine: engine of the model.
+      name: name of the model for clients.
+      limits: limits of requests.
     """
     self.engine, self.name, self.limits = engine, name, limits
     self.metrics = Metrics(engine)
@@ -58,7 +58,7 @@ class Server:
     self._decoders = futures.ThreadPoolExecutor(DECODERS, "decoder")
 
   def app(self, local: bool) -> Guard:
-    """Returns the application; `local`: it is bound to a loopback address."""
+    """Returns the application. `local` means that it is bound to a loopback address."""
     routes = [
       Route(GENERATIONS, self._generations, methods=["POST"]),
       Route(EDITS, self._edits, methods=["POST"]),
@@ -89,7 +89,7 @@ class Server:
     body = schemas.read(schemas.EditBody, fields, strict=False)
     self._check(body)
     if "image" not in files:
-      raise ApiError(400, "image is needed: send a file.", "image", "missing_required_parameter")
+      raise ApiError(400, "image is required: send a file.", "image", "missing_required_parameter")
     limits, box = (self._layout.resolution, self.limits.most_pixels), body.box
     with self._place(request):
       image = await self._decoded(request, uploads.decode, files["image"], *limits)
@@ -110,7 +110,7 @@ class Server:
       if sent is not None:
         limits = self._layout.resolution, self.limits.most_pixels
         image = await self._decoded(request, uploads.decode, sent, *limits, "image_url.url")
-      del sent  # Its memory is free while the answer is made.
+      del sent  # Free its memory before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
       answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
@@ -118,18 +118,18 @@ class Server:
 
   @contextlib.contextmanager
   def _place(self, request: Request) -> Iterator[None]:
-    """Holds a place in the queue for a request; its time begins. Raises ApiError if it is full."""
+    """Reserves a place in the queue and starts the time limit. Raises ApiError if it is full."""
     request.state.ends = asyncio.get_running_loop().time() + self.limits.seconds
     with self.engine.place() as place:
       request.state.place = place
       yield
 
   async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decodes an image of a request in its turn.
+    """Decodes an image of a request in a thread.
 
     Raises:
-      ApiError: what is wrong with the image, or it took too long.
-      ClientDisconnect: the client has left.
+      ApiError: the image is wrong, or decoding took too long.
+      ClientDisconnect: the client has disconnected.
     """
     decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
     found = await self._in_time(request, unless_gone(request, decoding))
@@ -138,7 +138,7 @@ class Server:
     return found
 
   async def _in_time(self, request: Request, coroutine: Awaitable[T]) -> T:
-    """Awaits a part of an answer. Raises ApiError when the time of the request is over."""
+    """Awaits a part of an answer. Raises ApiError when the time limit of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
       async with asyncio.timeout(
@@ -147,15 +147,15 @@ class Server:
         return await coroutine
     except TimeoutError as error:
       seconds = f"{self.limits.seconds:g}"
-      message = f"the answer took more than {seconds} s: ask for fewer samples, or try later."
+      message = f"the answer took more than {seconds} s: request fewer samples, or try later."
       raise ApiError(504, message, code="timeout") from error
 
   def _check(self, body: schemas.Body) -> None:
-    """Raises ApiError at another model or size, or at too many samples or documents."""
+    """Raises ApiError for a wrong model or size, or for too many samples or documents."""
     if body.model not in (None, "", self.name):
       raise ApiError(
         404,
-        f"this server has the model '{self.name}' only: name it, or none.",
+        f"this server has only the model '{self.name}': name it, or leave model out.",
         "model",
         "model_not_found",
       )
@@ -172,7 +172,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Largest number of documents: twice that of training, after which a prompt seldom fits."""
+    """Largest number of documents: twice the number in training; more would seldom fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
@@ -186,13 +186,13 @@ class Server:
   async def _answer(
     self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
   ) -> Response:
-    """Gives the task to the engine; answers when it is done, or with a stream of events."""
+    """Submits the task to the engine, and answers when it is done or with a stream of events."""
     events = self._events(request, task, body)
     if not body.stream:
       async with contextlib.aclosing(events):
         found = await unless_gone(request, answer.whole(events))
       return Response(status_code=499) if found is None else JSONResponse(found)
-    # Errors before the first event have a status of their own.
+    # Await the first event, so that an earlier error is sent with its own status.
     first = await unless_gone(request, anext(events))
     if first is None:
       await events.aclose()
@@ -202,16 +202,16 @@ class Server:
   async def _events(
     self, request: Request, task: Task, body: schemas.Body
   ) -> AsyncGenerator[Event, None]:
-    """Yields the events of a job. Whoever closes it cancels the job.
+    """Yields the events of a job. Closing this generator cancels the job.
 
     Raises:
-      ApiError: the job failed, or took too long.
+      ApiError: the job failed or took too long.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def deliver(event: Event) -> None:
-      with contextlib.suppress(RuntimeError):  # The loop has ended: nobody waits.
+      with contextlib.suppress(RuntimeError):  # The loop has ended, so no client waits.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     job = Job(task, body.n, deliver, body.stream, body.words)
@@ -229,7 +229,7 @@ class Server:
       self.engine.cancel(job)
 
   async def _read(self, coroutine: Awaitable[T]) -> T:
-    """Awaits a body. Raises ApiError if the client sends it too slowly."""
+    """Awaits a body. Raises ApiError if the client sends the body too slowly."""
     try:
       return await asyncio.wait_for(coroutine, self.limits.body_seconds)
     except TimeoutError as error:
@@ -243,7 +243,7 @@ class Server:
     return schemas.read_json(await self._read(request.body()))
 
   async def _form(self, request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Reads the fields and the files of a form."""
+    """Reads the fields and files of a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
       raise ApiError(415, "the body must be a form: send Content-Type: multipart/form-data.")
@@ -255,7 +255,7 @@ class Server:
       for key, value in form.multi_items():
         name = key.removesuffix("[]")
         if name in (*fields, *files):
-          raise refusal(f"{name} is given twice; this model takes one.", name)
+          raise refusal(f"{name} is given twice; this model takes only one.", name)
         if not isinstance(value, UploadFile):
           fields[name] = value
         elif name in ("image", "mask"):
@@ -270,7 +270,7 @@ class Server:
 
   async def _model(self, request: Request) -> Response:
     if request.path_params["name"] != self.name:
-      message = f"this server has the model '{self.name}' only."
+      message = f"this server has only the model '{self.name}'."
       raise ApiError(404, message, "model", "model_not_found")
     return JSONResponse(self._described())
 
@@ -305,7 +305,7 @@ class Server:
 
 
 async def _page(request: Request) -> Response:
-  """Serves a file of the page: one of PAGE, never a path that a client names."""
+  """Serves a file of the page. Only files in PAGE are served, never a path from a client."""
   name, kind = PAGE[request.url.path.strip("/")]
   folder = importlib.resources.files("cm3leon_jax.serving") / "page"
   headers = {"Cache-Control": "no-cache"}
@@ -318,7 +318,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-  """Errors of Starlette: no such path, another method, a damaged form."""
+  """Answers errors of Starlette: an unknown path, a wrong method, a damaged form."""
   assert isinstance(error, HTTPException)
   sentences = {
     404: "there is nothing at this path: docs/serving.md lists the paths.",
@@ -330,10 +330,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unknown_error(_: Request, error: Exception) -> Response:
-  """Starlette raises the error again after this answer, so that uvicorn logs it."""
-  own = ApiError(500, "the server has failed at this request; its log has the reason.")
+  """Answers unknown errors. Starlette raises them again afterwards, so that uvicorn logs them."""
+  own = ApiError(500, "the server failed to answer this request; its log has the reason.")
   return JSONResponse(own.body(), 500)
 
 
 async def _nobody(_: Request, error: Exception) -> Response:
-  return Response(status_code=499)  # The client left while it sent its body.
+  return Response(status_code=499)  # The client disconnected while it sent its body.

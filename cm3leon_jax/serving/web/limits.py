@@ -1,4 +1,4 @@
-"""What a request must satisfy before it is read: host, origin, token, size."""
+"""Checks host, origin, token and size of a request before it is read."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -14,7 +14,7 @@ from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.web import request_log
 from cm3leon_jax.serving.web.metrics import Metrics
 
-# The page has no script, style or image of another place, and nobody may frame it.
+# The page may load scripts, styles and images only from this server, and must not be framed.
 HEADERS = {
   "Content-Security-Policy": (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -26,8 +26,8 @@ HEADERS = {
   "X-Content-Type-Options": "nosniff",
   "X-Frame-Options": "DENY",
 }
-CLIENT_LEFT = 499  # In the metrics; nobody gets it.
-SMALL = 2**16  # Bytes of each body that do not count among those of all bodies.
+CLIENT_LEFT = 499  # Status for logs and metrics; it is never sent.
+SMALL = 2**16  # Number of bytes of each body that do not count for `Limits.all_bytes`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Limits:
   """Limits of requests.
 
   Attributes:
-    most_samples: largest n.
-    most_bytes: of a body.
-    all_bytes: of the bodies of all requests that are not answered yet, after the first SMALL bytes
-      of each, so that a request without an image is never refused for those of others.
-    most_pixels: of an image.
-    seconds: from a request to its answer.
-    body_seconds: for the client to send its body.
-    token: that requests must bear, or empty.
+    most_samples: largest value of `n`.
+    most_bytes: largest size of a body.
+    all_bytes: largest total size of the bodies of all unanswered requests. The first SMALL bytes of
+      each body do not count, so that a request without an image is never refused because of others.
+    most_pixels: largest number of pixels of an image.
+    seconds: time limit from a request to its answer.
+    body_seconds: time limit for the client to send its body.
+    token: bearer token that requests must have; empty means that no token is needed.
   """
 
   most_samples: int = 8
@@ -55,7 +55,7 @@ class Limits:
 
 
 def is_loopback(host: str) -> bool:
-  """Returns whether only this machine reaches an address."""
+  """Returns whether an address can be reached only from this machine."""
   try:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-  """Returns the name in a Host header, a port left out; "" if it is no such header."""
+  """Returns the host name in a Host header, without the port; "" if the header is invalid."""
   found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", host, re.ASCII)
   if found is None or int(found[3] or 0) > 65_535:
     return ""
@@ -71,7 +71,7 @@ def _name_of(host: str) -> str:
 
 
 class Guard:
-  """Refuses requests by their headers, limits their bodies, counts and logs them."""
+  """Checks the headers of requests, limits their bodies, and counts and logs them."""
 
   def __init__(
     self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Iterable[str], local: bool
@@ -79,23 +79,23 @@ class Guard:
     """Wraps an application.
 
     Args:
-      app: the application.
-      limits: of requests.
-      metrics: counts them.
-      endpoints: paths that are counted under their own names.
-      local: the server is bound to a loopback address, so requests must name one, too: else a
-        stranger's page whose name is made to point here could read the answers.
+      app: application to protect.
+      limits: limits of requests.
+      metrics: counts the requests.
+      endpoints: paths that are counted by name; other paths are counted together.
+      local: whether the server is bound to a loopback address. Then the Host header must name a
+        loopback address, too. Otherwise a malicious page could read answers by DNS rebinding.
     """
     self._app, self._limits, self._metrics = app, limits, metrics
     self._endpoints, self._local = frozenset(endpoints), local
-    self._held = 0  # Bytes of `Limits.all_bytes`.
+    self._held = 0  # Number of bytes that count for `Limits.all_bytes`.
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":  # Nothing listens to WebSockets.
+    if scope["type"] != "http":  # There are no WebSocket endpoints.
       return await self._app(scope, receive, send)
     began, status, received, held = time.monotonic(), CLIENT_LEFT, 0, 0
     made = request_log.Made()
-    scope.setdefault("state", {})["made"] = made  # `Request.state.made`.
+    scope.setdefault("state", {})["made"] = made  # Becomes `Request.state.made`.
 
     async def limited() -> Message:
       nonlocal received, held
@@ -134,10 +134,10 @@ class Guard:
       request_log.log(scope["method"], path, status, seconds, made, request_id)
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
-    """Raises ApiError if the headers of a request are not as they must be."""
+    """Raises ApiError if a header of a request is wrong."""
     host = headers.get("host", "")
     if self._local and not is_loopback(_name_of(host)):
-      raise ApiError(403, "this server answers to localhost and 127.0.0.1 only.", code="wrong_host")
+      raise ApiError(403, "this server answers only to localhost and 127.0.0.1.", code="wrong_host")
     if (origin := headers.get("origin")) is not None and origin not in (
       f"http://{host}",
       f"https://{host}",
@@ -149,7 +149,7 @@ class Guard:
       if kind.lower() != "bearer" or not right:
         raise ApiError(
           401,
-          "the token is absent or wrong: send the header Authorization: Bearer TOKEN.",
+          "the token is missing or wrong: send the header Authorization: Bearer TOKEN.",
           code="invalid_api_key",
           headers={"WWW-Authenticate": "Bearer"},
         )
@@ -176,7 +176,7 @@ class Guard:
 
 
 async def refuse(error: ApiError, send: Send) -> None:
-  """Answers with an error."""
+  """Sends an error as the response."""
   body = json.dumps(error.body()).encode()
   headers = {"content-type": "application/json", "content-length": str(len(body))}
   headers |= {name.lower(): value for name, value in error.headers.items()}

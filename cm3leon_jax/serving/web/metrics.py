@@ -1,4 +1,4 @@
-"""Numbers of the server in the text format of Prometheus (version 0.0.4)."""
+"""Reports the numbers of the server in the text format of Prometheus (version 0.0.4)."""
 
 from collections import Counter, defaultdict
 import resource
@@ -12,7 +12,7 @@ SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # Upper bounds of t
 
 
 class Metrics:
-  """Counts the requests of the API, and reads the engine's numbers when it is asked."""
+  """Counts requests, and reads the numbers of the engine on demand."""
 
   def __init__(self, engine: Engine):
     self._engine, self._lock = engine, threading.Lock()
@@ -21,7 +21,7 @@ class Metrics:
     self._seconds: defaultdict[str, float] = defaultdict(float)
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
-    """Counts a request that has ended; 499: its client left before."""
+    """Counts a request that has ended. Status 499 means that the client disconnected before."""
     with self._lock:
       self._answers[endpoint, status] += 1
       self._seconds[endpoint] += seconds
@@ -30,25 +30,25 @@ class Metrics:
         buckets[i] += seconds <= bound
 
   def text(self) -> str:
-    """Returns all numbers."""
+    """Returns all numbers as text."""
     engine, lines = self._engine, []
     for name, kind, value, meaning in (
       ("ready", "gauge", int(engine.is_ready), "1 when the programs are compiled."),
       ("requests_active", "gauge", engine.active, "Requests that are not answered yet."),
       ("requests_waiting", "gauge", engine.waiting, "Requests with a sample that has no slot yet."),
       ("samples_running", "gauge", engine.running, "Samples that have a slot."),
-      ("slots", "gauge", engine.slots, "Samples of one shape that can have a slot at once."),
+      ("slots", "gauge", engine.slots, "Number of slots of each bucket."),
       ("samples_total", "counter", engine.samples, "Samples that were completed."),
       ("tokens_total", "counter", engine.tokens, "Tokens of these samples."),
       ("peak_memory_bytes", "gauge", _peak_bytes(), "Largest resident memory of the process."),
     ):
       lines += [*_head(name, kind, meaning), f"cm3leon_serve_{name} {value}"]
     with self._lock:
-      lines += _head("requests_total", "counter", "Requests by endpoint and status of HTTP.")
+      lines += _head("requests_total", "counter", "Requests by endpoint and HTTP status.")
       for (endpoint, status), count in sorted(self._answers.items()):
         labels = f'{{endpoint="{endpoint}",status="{status}"}}'
         lines.append(f"cm3leon_serve_requests_total{labels} {count}")
-      lines += _head("request_seconds", "histogram", "Seconds from a request to its end.")
+      lines += _head("request_seconds", "histogram", "Seconds from start to end of a request.")
       for endpoint, buckets in sorted(self._buckets.items()):
         for bound, count in zip((*SECONDS, "+Inf"), buckets):
           labels = f'{{endpoint="{endpoint}",le="{bound}"}}'

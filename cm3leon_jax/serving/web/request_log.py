@@ -1,4 +1,4 @@
-"""Logs one line a request: what was asked, how it ended and what it cost, never its contents."""
+"""Logs one line per request: its path, status and cost, but never its contents."""
 
 import dataclasses
 import logging
@@ -11,20 +11,20 @@ from cm3leon_jax.serving.jobs import Event, Finished
 
 NAME = "cm3leon_jax.serving.requests"
 _LOG = logging.getLogger(NAME)
-PROBES = frozenset({"/health", "/healthz", "/readyz", "/metrics"})  # Logged at the level DEBUG.
+PROBES = frozenset({"/health", "/healthz", "/readyz", "/metrics"})  # Logged at level DEBUG.
 LONGEST_PATH = 100
 ID_HEADER = "x-request-id"
 
 
 @dataclasses.dataclass
 class Made:
-  """Counts what the samples of a request have: images, and tokens of images and texts."""
+  """Counts the images and the tokens that were generated for a request."""
 
   images: int = 0
   tokens: int = 0
 
   def add(self, task: Task, event: Event) -> None:
-    """Counts a sample that is complete."""
+    """Counts the sample of a `Finished` event."""
     if isinstance(event, Finished):
       self.images += partial.makes_image(task)
       self.tokens += len(event.sample.tokens)
@@ -33,7 +33,7 @@ class Made:
 def line(
   method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
 ) -> str:
-  r"""Formats a request. What a client chose cannot begin a line of its own.
+  r"""Formats a request as one line. Text from a client cannot start a new line.
 
   >>> line("POST", "/v1/images/generations", 200, 1.5, Made(2, 512), "7f3a")
   'POST /v1/images/generations status=200 seconds=1.500 images=2 tokens=512 id=7f3a'
@@ -52,12 +52,12 @@ def line(
 def log(
   method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
 ) -> None:
-  """Logs a request that has ended; see `line`."""
+  """Logs a request that has ended, see `line`."""
   level = logging.DEBUG if path in PROBES else logging.INFO
   if _LOG.isEnabledFor(level):
     _LOG.log(level, "%s", line(method, path, status, seconds, made, request_id))
 
 
 def show() -> None:
-  """Lets the lines appear in the log, which else shows warnings only."""
+  """Shows the lines in the log, which otherwise has only warnings."""
   _LOG.setLevel(logging.INFO)

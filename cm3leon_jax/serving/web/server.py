@@ -1,4 +1,4 @@
-"""Runs the application with uvicorn: one process, until SIGTERM or Ctrl-C."""
+"""Runs the application with uvicorn in one process until SIGTERM or Ctrl-C."""
 
 import asyncio
 import os
@@ -21,26 +21,27 @@ from cm3leon_jax.serving.web.limits import Limits, is_loopback
 BACKLOG = 1024
 UNREAD_SECONDS = 30.0
 SMALL_PIECE, MOST_SMALL = 256, 1_000
-HEADER_BYTES = 2**16  # As uvicorn has it.
-HEADER_SECONDS = 30.0  # Of a request, from its first byte, or from the start of the connection.
+HEADER_BYTES = 2**16  # Default of uvicorn.
+# Time limit for headers, from the start of the connection or from the first byte of the request.
+HEADER_SECONDS = 30.0
 
 
 def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
   """Opens the port.
 
   Args:
-    host: address.
-    port: 0 takes a free one.
-    unread_seconds: a client that reads nothing of its answer for so long loses its connection, as
-      if it had left; only Linux does so.
+    host: address of this machine.
+    port: port; 0 selects a free port.
+    unread_seconds: on Linux, a connection is closed if the client does not read its answer for this
+      many seconds.
 
   Raises:
-    UserError: the port is taken, or the address is not of this machine.
+    UserError: the port is taken, or the address does not belong to this machine.
   """
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   opened = socket.socket(family)
   opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  if hasattr(socket, "TCP_USER_TIMEOUT"):  # Its connections inherit it: tcp(7).
+  if hasattr(socket, "TCP_USER_TIMEOUT"):  # Accepted connections inherit this option: tcp(7).
     milliseconds = int(1000 * unread_seconds)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
   try:
@@ -49,15 +50,16 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
     opened.close()
     raise UserError(
       f"--host={host} --port={port} cannot be opened ({error.strerror or error}): name another "
-      "--port, or end the program that has it."
+      "--port, or end the program that uses it."
     ) from error
   return opened
 
 
 class Connection(h11.Connection):
-  """Reads requests, and refuses a body in more than MOST_SMALL pieces of under SMALL_PIECE bytes.
+  """Reads requests. Refuses a body with more than MOST_SMALL pieces below SMALL_PIECE bytes.
 
-  A chunk of one byte takes as long as one of thousands, in which no other request is read.
+  A piece of one byte takes as long to read as a piece of thousands of bytes, and no other request
+  is read in this time.
   """
 
   small = 0
@@ -69,12 +71,15 @@ class Connection(h11.Connection):
     elif isinstance(event, h11.Data):
       self.small += len(event.data) < SMALL_PIECE
       if self.small > MOST_SMALL:
-        raise h11.RemoteProtocolError("the body comes in too many small pieces.")
+        raise h11.RemoteProtocolError("the body arrives in too many small pieces.")
     return event
 
 
 class HttpProtocol(H11Protocol):
-  """HTTP/1.1 with the limits of `Connection`, and a time for headers, for which uvicorn waits."""
+  """HTTP/1.1 protocol with the limits of `Connection` and a time limit for headers.
+
+  Without this limit, uvicorn would wait for headers forever.
+  """
 
   _headers_timer: asyncio.TimerHandle | None = None
 
@@ -88,7 +93,7 @@ class HttpProtocol(H11Protocol):
 
   def data_received(self, data: bytes) -> None:
     super().data_received(data)
-    if self.conn.their_state is not h11.IDLE:  # The headers are complete, or wrong.
+    if self.conn.their_state is not h11.IDLE:  # The headers are complete or wrong.
       self._forget_timer()
     elif self._headers_timer is None:
       self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
@@ -109,12 +114,13 @@ def url(host: str, port: int) -> str:
 
 
 def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Server:
-  """Returns the server of an application.
+  """Returns a uvicorn server for an application.
 
   Args:
-    app: the application.
-    connections: largest number of them, idle ones included; others are answered with 503.
-    stop_seconds: for requests under way to end.
+    app: application to serve.
+    connections: largest number of connections, including idle ones; further ones are answered with
+      status 503.
+    stop_seconds: at a stop, time limit for running requests.
   """
   config = uvicorn.Config(
     app,
@@ -125,7 +131,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
     lifespan="off",
     ws="none",
     backlog=BACKLOG,
-    limit_concurrency=connections + 1,  # uvicorn refuses the one that reaches its limit.
+    limit_concurrency=connections + 1,  # uvicorn refuses the connection that reaches its limit.
     timeout_keep_alive=30,
     timeout_graceful_shutdown=stop_seconds,
   )
@@ -135,20 +141,20 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
 def serve(
   engine: Engine, name: str, limits: Limits, host: str, opened: socket.socket, stop_seconds: int
 ) -> None:
-  """Serves until a signal; requests under way then have `stop_seconds` to end.
+  """Serves until a signal arrives. Running requests then have `stop_seconds` to finish.
 
   Prints one line with the address when the programs are compiled.
 
   Args:
-    engine: not started.
-    name: of the model.
-    limits: of requests.
+    engine: engine that is not started yet.
+    name: name of the model for clients.
+    limits: limits of requests.
     host: address of `opened`.
-    opened: of `listen`.
-    stop_seconds: see above.
+    opened: socket from `listen`.
+    stop_seconds: time limit in seconds, also for the engine to finish its chunk.
 
   Raises:
-    RuntimeError: the engine could not start.
+    RuntimeError: the engine failed.
   """
   app = Server(engine, name, limits).app(is_loopback(host))
   server = configured(app, 4 * engine.queue_limit + 64, stop_seconds)
@@ -164,13 +170,13 @@ def serve(
   if engine.failure is not None:
     raise RuntimeError("the engine has failed; its error is above.") from engine.failure
   print("stopped.", flush=True)
-  if not ended:  # It compiles; while Python ends, XLA's threads would crash.
+  if not ended:  # The engine still compiles, and XLA's threads would crash while Python exits.
     sys.stderr.flush()
     os._exit(0)
 
 
 def _announce(engine: Engine, server: uvicorn.Server, name: str, address: str) -> None:
-  """Prints the address when the engine is ready; ends the server if it cannot become so."""
+  """Prints the address when the engine is ready; stops the server if the engine fails before."""
   if engine.wait_until_ready():
     print(f"serving {name} at {address}", flush=True)
   else:

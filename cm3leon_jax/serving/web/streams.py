@@ -1,4 +1,4 @@
-"""Streams of server-sent events, and clients that leave before their answer."""
+"""Streams server-sent events, and detects clients that disconnect before their answer."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -14,11 +14,11 @@ from cm3leon_jax.serving.jobs import Event
 from cm3leon_jax.serving.web.answers import error_event
 
 T = TypeVar("T")
-QUIET_SECONDS = 10.0  # Then a stream says that it is alive, so that no proxy closes it.
+QUIET_SECONDS = 10.0  # After this silence, a comment is sent, so that no proxy closes the stream.
 
 
 class EventStream(StreamingResponse):
-  """Server-sent events of a job; it is cancelled when the client leaves."""
+  """Server-sent events of a job. The job is cancelled when the client disconnects."""
 
   def __init__(
     self,
@@ -68,7 +68,10 @@ class EventStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, coroutine: Awaitable[T]) -> T | None:
-  """Awaits a result; None if the client has left before. The body must have been read."""
+  """Awaits a result, or returns None if the client disconnects first.
+
+  The body of the request must have been read.
+  """
   task = asyncio.ensure_future(coroutine)
   gone = asyncio.ensure_future(_wait_until_gone(request))
   try:

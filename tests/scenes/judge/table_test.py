@@ -114,7 +114,7 @@ def test_the_text_has_a_line_for_each_category_and_kind_of_heldout():
   lines = text.split("\n")
   assert lines[0] == (
     "guidance 1: 6 images, mean of the categories 38.9% correct; "
-    "0.0% show more objects than asked for, 0.0% fewer"
+    "0.0% show more objects than requested, 0.0% fewer"
   )
   columns = ["images", "correct", "lookup", "object", "color", "count", "place"]
   assert lines[1].split() == columns
