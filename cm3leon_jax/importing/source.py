@@ -138,7 +138,7 @@ def open_source(source: str) -> SourceCheckpoint:
   if described["model_type"] not in (QWEN3, *own):
     raise UserError(
       f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be '{QWEN3}', "
-      "the decoder of config.model.family 'modern', or the folder must be an export of this project."
+      "the decoder of config.model.family 'modern', or the folder an export of this project."
     )
   if described.get("quantization_config"):
     raise UserError(
