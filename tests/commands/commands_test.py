@@ -306,7 +306,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    f"to access Google Storage (buckets need {install('data')}).\n"
+    f"to access Google Storage (GCS buckets need {install('data')}).\n"
   )
 
 
