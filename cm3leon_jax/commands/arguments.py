@@ -115,7 +115,7 @@ def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> Non
     )
   installed = sorted(path.name for path in MODELS.iterdir())
   if close := difflib.get_close_matches(workdir, installed, 1, cutoff=0.8):
-    raise UserError(f"{workdir} is no folder and no bundle: did you mean {close[0]}?")
+    raise UserError(f"{workdir} is neither a folder nor a bundle: did you mean {close[0]}?")
   raise UserError(
     f"there is no folder {workdir}: name the folder of a run with --workdir; "
     "`cm3leon prepare_data` begins one."

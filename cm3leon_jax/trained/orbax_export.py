@@ -1,4 +1,4 @@
-"""Reads an export in the format orbax, see `export.orbax_checkpoint`."""
+"""Reads an export in the format orbax, which `export.orbax_checkpoint` writes."""
 
 import os
 
@@ -15,7 +15,7 @@ FOLDER = "params"
 
 
 def exists(folder: epath.PathLike) -> bool:
-  """Returns whether a folder is an export of this format, written to its end."""
+  """Returns whether a folder is a complete export of this format."""
   return (epath.Path(folder) / DIGESTS).exists()
 
 
@@ -23,8 +23,8 @@ def load(folder: epath.PathLike, types: dict) -> dict:
   """Restores the parameters of an export.
 
   Args:
-    folder: of the export.
-    types: of the parameters, with shardings.
+    folder: folder of the export.
+    types: shapes, dtypes and shardings of the parameters.
 
   Raises:
     UserError: a file is damaged.

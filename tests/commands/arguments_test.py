@@ -52,7 +52,7 @@ MISTAKES = [
   ),
   (
     ["serve", "--workdir=scenes-instrct"],
-    "scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
+    "scenes-instrct is neither a folder nor a bundle: did you mean scenes-instruct?",
   ),
   (
     ["generate", *RUN, "--task=draw"],

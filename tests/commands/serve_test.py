@@ -72,7 +72,7 @@ except UserError as error:
     (
       ["--workdir=scenes-instrct"],
       {},
-      "error: scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
+      "error: scenes-instrct is neither a folder nor a bundle: did you mean scenes-instruct?",
     ),
     (["--workdir=scenes", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
     (
