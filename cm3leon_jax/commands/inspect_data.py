@@ -1,14 +1,14 @@
-"""Writes an HTML page of training rows, or checks all files that training reads.
+"""Writes an HTML page that shows training rows, or checks all files that training reads.
 
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
 
-The page shows the arrays that the trainer reads; every sample is checked against its documents.
---validate reads every record, every row and every image of raw/ instead, and names the first that
-is wrong.
-After a training that has stopped because of skipped steps, --skipped shows the worst of their rows.
+The page shows the arrays that the trainer reads. The command compares every shown sample with its
+documents. --validate writes no page, but reads every record, every row and every image of raw/, and
+names the first error. If a training stopped because of skipped steps, --skipped shows the rows of
+these steps that have the highest loss.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.training.faults.skipped_rows import SkippedRows
 
-# Without a default, as the flag of this name of other commands: in one process they are one flag.
+# No default, because other commands define --out without a default, too, and tests import all
+# commands in one process.
 _OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
 _SKIPPED = flags.DEFINE_bool(
-  "skipped", False, "Show the rows of the skipped steps that stopped a training, the worst first."
+  "skipped", False, "Show rows of the skipped steps that stopped a training, highest loss first."
 )
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 _VALIDATE = flags.DEFINE_bool(
   "validate",
   False,
-  "Only check all files that training reads; write no page.",
-  allow_override=True,  # In one process of tests cm3leon encode_documents has such a flag, too.
+  "Write no page; check all files that training reads.",
+  allow_override=True,  # encode_documents defines this flag, too, and tests import both modules.
 )
 
 DOCUMENTS = ("documents", "neighbors")
@@ -58,11 +59,11 @@ def write_page(
   config_name: str,
   skipped: SkippedRows | None = None,
 ) -> None:
-  """Writes the page of rows `numbers` of `split`.
+  """Writes the page for the rows `numbers` of `split`.
 
   Raises:
-    UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
-      row of `skipped` is not what the trainer read.
+    UserError: `out` cannot be written, a stage is missing, a row does not contain its documents, or
+      a row of `skipped` differs from what the trainer read.
   """
   from cm3leon_jax.reports import inspect_page, row_contents
   from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -77,26 +78,28 @@ def write_page(
   run = Run(workdir, settings)
   loader, scores = run.rows(split), None
   if documents:
-    folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
+    # As in `open_rows`, held-out rows use the neighbors that the caption retrieves.
+    folder, by_caption = workdir / "neighbors", split == "heldout"
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   if skipped is not None:
     _compare(skipped, loader, workdir)
   try:
     rows = row_contents.read_rows(loader, scores, numbers)
   except ValueError as error:
-    raise UserError(f"the rows are not as planned: {error}") from error
+    raise UserError(f"the rows differ from their plan: {error}") from error
   decoder = inspect_page.make_decoder(rows, settings.vocab, run.text, run.images)
   inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
-  used = f"{inspect_page.fill(rows):.1%} of their slots used"
+  used = f"{inspect_page.fill(rows):.1%} of their positions used"
   samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
 def validate(settings: Settings, workdir: epath.Path) -> None:
-  """Checks digests, documents, neighbors, instructions and raw images of a run; prints numbers.
+  """Checks digests, documents, neighbors, instructions and raw images of a run. Prints counts.
 
   Raises:
-    UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
+    UserError: a stage is not finished, or one of its files is wrong. The message names the file and
+      the record or row.
   """
   from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
   from cm3leon_jax.data.documents.store import DocumentStore
@@ -128,11 +131,11 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   if atomic.exists(workdir / "raw" / stages.DONE):
     validate_raw(workdir / "raw", settings.raw.num_threads)
   else:
-    print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")
+    print(f"{workdir / 'raw'}: is missing or not finished, so its images were not checked.")
 
 
 def _compare(skipped: SkippedRows, loader: RowLoader, workdir: epath.Path) -> None:
-  """Raises UserError unless the loader reads what the trainer saved."""
+  """Raises UserError unless the loader returns the rows that the trainer saved."""
   import numpy as np
 
   for i, number in enumerate(skipped.numbers[: len(skipped.rows["inputs"])].tolist()):
@@ -145,7 +148,7 @@ def _compare(skipped: SkippedRows, loader: RowLoader, workdir: epath.Path) -> No
     if changed:
       raise UserError(
         f"row {number} has other {', '.join(changed)} than the training read: the data in "
-        f"{workdir} have changed since then, or the machine that trained read them wrongly."
+        f"{workdir} has changed since then, or the training machine read it wrongly."
       )
 
 

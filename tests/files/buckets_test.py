@@ -288,7 +288,7 @@ common.run(main, config=False)
 GONE = "did not answer, or answered with errors, until the last try", "the same command continues."
 REFUSED = (
   "may not be read or written by this account",
-  "give it the right to, or use an account that has it.",
+  "grant it the permission, or use another account.",
 )
 
 
