@@ -140,7 +140,7 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
       f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
-      "--protocol and cm3leon score need --distributed, other commands a single "
+      "--protocol and cm3leon score need --distributed, and other commands need a single "
       f"host{_instead(stage)}."
     )
   try:

@@ -79,7 +79,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     ALLOW_OUTSIDE,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
-      raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
+      raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
   by_protocol = _is_given(protocol_flags.COMPARE) or protocol_flags.PROTOCOL.value is not None
   if by_protocol and (_EXPORT.value is not None or _LAST_PARAMS.value):
     raise UserError("--protocol and --compare take neither --export nor --last_params.")
@@ -95,7 +95,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
     if _LAST_PARAMS.value:
-      raise UserError("--export generates with the average: leave --last_params out.")
+      raise UserError("--export uses the average of the parameters: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs: dict[str, Any] = {}

@@ -301,7 +301,8 @@ def _extractor(
       "--extractor."
     )
   elif network == "inception":
-    found = extractors.load_inception(weights, resize)  # type: ignore[arg-type]  # From the field.
+    # The check of the protocol's field guarantees a valid `resize`.
+    found = extractors.load_inception(weights, resize)  # type: ignore[arg-type]
   else:
     found = extractors.load_dinov2(weights)
   tensors = found.identity["tensors"]

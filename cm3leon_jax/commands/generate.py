@@ -95,7 +95,7 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
 _DRAFT_WINDOW = flags.DEFINE_integer(
   "draft_window", 0, "Image codes that are drafted and verified together; 0: no drafts.", 0
 )
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of keys and values.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
 
 
 MOST_TEXTS = 16  # Number of texts that are printed; results.jsonl has all texts.
@@ -221,8 +221,8 @@ def _bank(trained: Run, heldout: bool) -> epath.Path | None:
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
-        f"--bank {bank} was made with another {name} than {trained.folder}: copy the folder {name} "
-        f"of {trained.folder} to {bank} and build the bank again."
+        f"--bank {bank} was made with another {name} than {trained.folder}: copy that folder from "
+        f"{trained.folder} to {bank} and build the bank again."
       )
   return bank
 

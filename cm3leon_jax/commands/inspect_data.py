@@ -114,7 +114,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   for name in (*table.TOKENIZERS, *instructions, *documents):
     described = len(stages.require(workdir, name).get("files", {}))
     stages.check_files(workdir / name)
-    state = f"{described} files as written" if described else "of an earlier version: no digests"
+    state = f"{described} files as written" if described else "no digests, from an older version"
     print(f"{workdir / name}: {state}.")
   if documents:
     validate_documents(workdir / "documents", settings.vocab)

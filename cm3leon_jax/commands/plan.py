@@ -167,7 +167,7 @@ def _check_flags(settings: Settings) -> None:
 
 
 def _check_train_flags(values: Iterable[str]) -> None:
-  """Raises UserError if `cm3leon train` lacks a flag. Without this check, the pod would fail."""
+  """Raises UserError if `cm3leon train` lacks a flag, before the job fails on the pod."""
   importlib.import_module("cm3leon_jax.commands.train")  # Defines the flags.
   modules = flags.FLAGS.flags_by_module_dict()
   known = {

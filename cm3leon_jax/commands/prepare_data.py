@@ -46,7 +46,7 @@ DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are
 
 
 def drawn_source(settings: Settings) -> DrawnSource | None:
-  """Returns the world that draws its images, or None for another source."""
+  """Returns the source of a world, which draws its images. None for any other source."""
   from cm3leon_jax.evaluation.world import of_source
 
   world = of_source(settings)
@@ -100,7 +100,7 @@ def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
 
 
 def check_enough(settings: Settings, summary: dict) -> None:
-  """Raises errors early that a later stage would raise for this data.
+  """Checks the data early for errors that a later stage would raise.
 
   Raises:
     UserError: no pair is held out, or `config.data` gives a share to a kind of document that the

@@ -131,7 +131,7 @@ def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False)
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
   Args:
-    folder: folder of the stage.
+    folder: train/ in the workdir.
     config: the dict that `begin` returned.
     steps: number of steps that the run must reach.
     changes: whether config fields of a finished run may differ; `begin` has checked them.

@@ -146,7 +146,7 @@ def _score(
 
 
 def _search(trained: Run, layout: PromptLayout, count: int) -> Search:
-  """Opens the bank of the run for the search of neighbors."""
+  """Opens the bank and CLIP of the run, which find the neighbors of a document."""
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
   from cm3leon_jax.generation.pipeline import open_bank
   from cm3leon_jax.retrieval.neighbors import Retriever

@@ -83,7 +83,7 @@ _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
 )
 _CACHE_DTYPE = flags.DEFINE_enum(
-  "cache_dtype", "compute", ("compute", "int8"), "Dtype of keys and values."
+  "cache_dtype", "compute", ("compute", "int8"), "Dtype of the cache entries."
 )
 
 

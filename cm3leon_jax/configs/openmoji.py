@@ -13,7 +13,7 @@ import ml_collections
 
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
+STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # Steps that fit in 15 minutes.
 LONG_STEPS = 2_000
 
 

@@ -21,7 +21,7 @@ STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
   config = scenes.get_config("long")  # The config of the bundled model.
-  config.scenes.update({"train": 8_000})  # Only for replay.
+  config.scenes.update({"train": 8_000})  # Only a few of these scenes are read, as replay.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})
   steps = {"long": LONG_STEPS, "redrawn": REDRAWN_STEPS}.get(variant, round(STEPS * scale))
   config.optimizer.update({"learning_rate": 2.5e-3, "warmup_steps": 50, "ema_decay": 0.99})

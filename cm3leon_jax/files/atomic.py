@@ -91,7 +91,7 @@ def exists(path: epath.PathLike) -> bool:
     return epath.Path(path).exists()
   try:
     os.stat(path)
-  except ValueError:  # A null byte in the name.
+  except ValueError:  # The name contains a null byte.
     return False
   except OSError as error:
     if error.errno in NOT_THERE:

@@ -53,7 +53,7 @@ def prepare_access() -> None:
     os.environ.setdefault(f"TENSORSTORE_CURL_{name}", str(value))
   if not importlib.util.find_spec("gcsfs"):
     return
-  import aiohttp  # gcsfs needs it.
+  import aiohttp  # A dependency of gcsfs.
   import fsspec.config
 
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=IDLE_SECONDS)
@@ -70,7 +70,7 @@ def failure(error: BaseException | None) -> str:
   """Returns why an access to a GCS bucket failed; "" if `error` has another cause.
 
   failure(HttpError("status 503"))
-  "a bucket did not answer, or answered with errors, until the last try (HttpError: status 503)"
+  "a GCS bucket did not answer, or answered with errors, until the last try (HttpError: ..."
   """
   if (found := _find(error)) is None:
     return ""
@@ -79,15 +79,16 @@ def failure(error: BaseException | None) -> str:
     what = "was not reached: there is no network, or the host has a wrong name"
   elif refuses(found):
     what = "may not be read or written by this account"
-  return f"a bucket {what} ({type(found).__name__}: {_text(found)[:200] or 'no text'})"
+  return f"a GCS bucket {what} ({type(found).__name__}: {_text(found)[:200] or 'no text'})"
 
 
 def refuses(error: BaseException | None) -> bool:
-  """Returns whether access to a GCS bucket failed for missing permissions. A retry cannot help."""
+  """Returns whether a GCS bucket refused access because of permissions. A retry cannot help."""
   if (found := _find(error)) is None:
     return False
-  code = getattr(found, "code", None) or getattr(found, "status", None)  # gcsfs, Google; aiohttp.
-  no_account = type(found).__name__ == "DefaultCredentialsError"  # Of google.auth.
+  # gcsfs and Google's clients set `code`, aiohttp sets `status`.
+  code = getattr(found, "code", None) or getattr(found, "status", None)
+  no_account = type(found).__name__ == "DefaultCredentialsError"  # From google.auth.
   return no_account or str(code) in ("401", "403") or bool(REFUSED.search(_text(found)))
 
 

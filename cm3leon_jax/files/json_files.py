@@ -22,7 +22,7 @@ NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float
 
 
 def plain(value: Any) -> Any:
-  """Converts a value as if it were written to JSON and read: tuples become lists, for example."""
+  """Converts a value as if it were written to JSON and read back: tuples become lists, e.g."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 
@@ -51,7 +51,7 @@ def read_json(
   """
   path = epath.Path(path)
   if not exists(path):
-    raise UserError(f"{path} does not exist: run the stage that writes it first.")
+    raise UserError(f"{path} does not exist: first run the stage that writes this file.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:  # ValueError: invalid JSON or invalid UTF-8.

@@ -48,7 +48,7 @@ class ShardJob(Protocol):
   """Work to do on every shard. It is pickled, so it contains configs and paths but not models."""
 
   def open(self) -> Callable[[str], dict]:
-    """Loads what all shards need; each worker calls it once.
+    """Loads what all shards need. Each worker calls this method once.
 
     Returns:
       Function that takes the name of a shard, processes the shard, and returns its summary. It

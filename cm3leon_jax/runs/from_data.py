@@ -12,7 +12,7 @@ import ml_collections
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 
-COUNTS = "counts"  # Key of the summary of raw/done.json.
+COUNTS = "counts"  # Key in the summary of raw/done.json.
 CHARACTERS = 4  # Characters per token, approximately.
 # Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
 MOST_TEXT_TOKENS = 2_048

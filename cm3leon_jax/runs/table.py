@@ -139,7 +139,7 @@ FREE = frozenset(
 
 
 def identity(settings: Settings, name: str) -> dict:
-  """Returns the parts of the config that make two runs of a stage the same run.
+  """Returns the parts of the config that two runs of a stage must share to count as the same run.
 
   identity(settings, "documents")
   {"vocab": {"num_special": 256, ...}, "text_tokenizer": {"max_caption_tokens": 512}}

@@ -42,7 +42,7 @@ def folder_of(source: str | os.PathLike[str]) -> epath.Path:
 
 
 def is_bundle(folder: epath.PathLike) -> bool:
-  """Returns whether `write` has finished in `folder`."""
+  """Returns whether a folder contains a complete bundle."""
   return (epath.Path(folder) / FILE).exists()
 
 

@@ -41,8 +41,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
     )
   if "vqgan" not in read_json(folder / IMAGES / "config.json"):
     raise UserError(
-      f"{folder} has a published image tokenizer under the names of its release: load the workdir "
-      "of its run."
+      f"{folder} has a published image tokenizer in the format of its release, which cannot be "
+      "loaded here: load the workdir of its run."
     )
   return settings_from_stored(stored["settings"]), stored["step"]
 

@@ -154,8 +154,8 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
     return layouts.config_of(read_json(folder / "config.json", {}))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f"{folder / 'config.json'} has no field {error}: it was not written by "
-      "`cm3leon export`, whose models --init_from reads."
+      f"{folder / 'config.json'} has no field {error}, so `cm3leon export` did not write it: "
+      "--init_from reads only models that `cm3leon export` wrote."
     ) from error
 
 

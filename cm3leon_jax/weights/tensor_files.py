@@ -123,7 +123,7 @@ def header(tensors: Iterable[Tensor]) -> bytes:
     described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": places}
     start += tensor.bytes
   text = json.dumps(described, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
+  text += b" " * (-len(text) % 8)  # Padding, since the tensors begin at a multiple of 8 bytes.
   return len(text).to_bytes(8, "little") + text
 
 
