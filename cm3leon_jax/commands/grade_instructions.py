@@ -1,4 +1,4 @@
-"""Grades answers to held-out instructions before and after tuning, exactly, by facts of scenes.
+"""Grades answers to held-out instructions exactly, by facts of scenes, before and after tuning.
 
   cm3leon grade_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct

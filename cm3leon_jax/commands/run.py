@@ -55,7 +55,7 @@ def commands(settings: Settings, given: bool) -> dict[str, str]:
 
 
 def _are_judged(settings: Settings) -> bool:
-  """Returns whether some instruction task has answers that can be judged exactly."""
+  """Returns whether at least one instruction task has answers that can be judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 

@@ -1,4 +1,4 @@
-"""Serves a trained model over HTTP with an OpenAI-compatible API and a web page to try it.
+"""Serves a trained model over HTTP with an OpenAI-style API and a web page to try it.
 
   cm3leon serve --workdir=scenes-instruct
   cm3leon serve --workdir=workdir/scenes --port=8080 --slots=16

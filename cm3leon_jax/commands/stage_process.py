@@ -27,7 +27,10 @@ class StageEnded(UserError):
 
 
 def program(command: str) -> list[str]:
-  """Returns the program for a command. It uses `launch` if the user started this process so."""
+  """Returns the program and arguments that run a command, through `launch` or `cm3leon_jax`.
+
+  It is the same entry point that the user chose for this process.
+  """
   module = [f"launch.{command}"] if "launch" in sys.modules else ["cm3leon_jax", command]
   return [sys.executable, "-m", *module]
 

@@ -107,7 +107,7 @@ def _training(
 
 
 def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
-  """Returns the rows that the run leaves out, and `back`; None if the run already went back.
+  """Returns the rows that the run leaves out, and `back` (None if the run already went back).
 
   Raises:
     UserError: the run cannot go back as `back` requests.

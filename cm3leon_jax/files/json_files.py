@@ -22,7 +22,7 @@ NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float
 
 
 def plain(value: Any) -> Any:
-  """Converts a value as if it were written to JSON and read back: tuples become lists, e.g."""
+  """Converts a value as if it were written to JSON and read back, e.g. tuples to lists."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 

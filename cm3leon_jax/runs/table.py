@@ -113,7 +113,7 @@ STAGES = {
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
-# Fields that two runs need not share where `same` names their whole section. They change how, how
+# Fields that may differ between two runs although `same` names their section. They affect how, how
 # fast or how long a stage computes, or only another stage reads them.
 FREE = frozenset(
   {
