@@ -136,9 +136,7 @@ def check_places() -> None:
 def parse(argv: list[str], config: bool) -> list[str]:
   """Parses all flags except the config's. Returns the program name and the non-flag arguments.
 
-  Args:
-    argv: the command line.
-    config: whether the command takes a config.
+  `config` says whether the command takes a config.
 
   Raises:
     UserError: a flag is unknown, or its value is wrong.

@@ -124,11 +124,7 @@ def _join_processes(several: bool, saves: bool, stage: str) -> None:
 
 
 def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
-  """Creates the mesh of the config.
-
-  Args:
-    settings: settings of the config.
-    stage: see `run`.
+  """Creates the mesh of the config. `stage` is for the error message, see `run`.
 
   Raises:
     UserError: the mesh does not fit the devices, or this host of a pod runs alone.

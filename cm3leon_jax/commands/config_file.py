@@ -125,9 +125,7 @@ def unknown_field(known: Sequence[str], arguments: list[str]) -> str:
 
   "--config.train.stepz: the config has no such field; did you mean --config.train.steps?"
 
-  Args:
-    known: names of all fields.
-    arguments: arguments of the command line.
+  `known` has the names of all fields, and `arguments` is the command line.
   """
   given = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
   wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")

@@ -43,9 +43,7 @@ LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run
 def commands(settings: Settings, given: bool) -> dict[str, str]:
   """Returns command -> folder that the command owns ("" if none), for a whole run, in order.
 
-  Args:
-    settings: the run's config.
-    given: whether the run starts from another run and copies its tokenizers and CLIP.
+  With `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
   names = table.order(settings, given)
   if "grades" in names and not _are_judged(settings):

@@ -55,12 +55,7 @@ class StageProcesses:
       self._process.send_signal(number)
 
   def run(self, command: str, flags: list[str], show: Callable[[str], None]) -> None:
-    """Runs a command and appends its output to its log.
-
-    Args:
-      command: name of the command.
-      flags: flags of the command.
-      show: called with each line that the command prints.
+    """Runs a command, appends its output to its log, and calls `show` with each line.
 
     Raises:
       StageEnded: the command failed, or a signal stopped it.

@@ -118,9 +118,7 @@ def _text(error: BaseException) -> str:
 def check_path(path: str, name: str = "") -> None:
   """Raises UserError if a path is on S3, from which ArrayRecord cannot read documents.
 
-  Args:
-    path: any text.
-    name: flag or field that contains the path, for the message.
+  `path` is any text, and `name` is the flag or field that contains it, for the message.
   """
   if S3.match(path):
     raise UserError(

@@ -40,7 +40,7 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
   """Returns how a file differs from its description, or None if it does not differ.
 
   Args:
-    path: the file.
+    path: local path or URL.
     expected: the result of `describe` when the file was written.
     content: whether to compare the SHA-256; False compares only the size.
 

@@ -40,7 +40,7 @@ def read_json(
   """Reads a JSON file.
 
   Args:
-    path: the file.
+    path: local path or URL.
     fields: the fields that the object must have; None allows any value.
     remedy: what the user should do if the file is damaged, for the message.
 

@@ -70,9 +70,7 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   values(Counts(48, 264, 0, 0, 7_360, 0, 358), 15.0)
   {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
 
-  Args:
-    counts: the counts of the prepared data.
-    minutes: `train.minutes`, the time that all stages of the run may take on two cores.
+  `minutes` is `train.minutes`, the time that all stages of the run may take on two cores.
   """
   size = min(counts.text_tokens, MOST_TEXT_TOKENS)
   result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}

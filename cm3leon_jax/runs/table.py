@@ -177,9 +177,7 @@ def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
 def order(settings: Settings, given: bool) -> list[str]:
   """Returns the stages of a whole run under this config, in the order in which they run.
 
-  Args:
-    settings: the run's config.
-    given: whether tokenizers and CLIP are copied from another run, so that no stage trains them.
+  With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them.
   """
   ends = ("grades",) if settings.instructions.any else ("samples", "evaluation", "export")
   copied = (*TOKENIZERS, "clip") if given else ()

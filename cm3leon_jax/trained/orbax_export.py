@@ -20,11 +20,7 @@ def exists(folder: epath.PathLike) -> bool:
 
 
 def load(folder: epath.PathLike, types: dict) -> dict:
-  """Restores the parameters of an export.
-
-  Args:
-    folder: folder of the export.
-    types: shapes, dtypes and shardings of the parameters.
+  """Restores the parameters of an export with the shapes, dtypes and shardings of `types`.
 
   Raises:
     UserError: a file is damaged.

@@ -106,10 +106,7 @@ def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
 def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
   """Rounds parameters as an export in `dtype` does, and returns them as fp32 in host memory.
 
-  Args:
-    params: a tree of arrays.
-    dtype: dtype of the export.
-    quantize_layers: whether the export stores the matrices of the layers as int8.
+  `quantize_layers` rounds the matrices of the layers to int8.
   """
   flat = traverse_util.flatten_dict(params)
   kind = DTYPES[dtype][1]
