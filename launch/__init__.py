@@ -1,1 +1,1 @@
-"""The commands in a checkout, one file each, and the scripts that start them."""
+"""Entry points of the commands in a checkout, one file per command, and scripts that run them."""

@@ -1,4 +1,4 @@
-"""`python -m launch.aot_compile`: `cm3leon aot_compile` in a checkout."""
+"""Runs `cm3leon aot_compile` in a checkout: `python -m launch.aot_compile`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.build_neighbors`: `cm3leon build_neighbors` in a checkout."""
+"""Runs `cm3leon build_neighbors` in a checkout: `python -m launch.build_neighbors`."""
 
 from cm3leon_jax.__main__ import start
 

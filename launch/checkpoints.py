@@ -1,4 +1,4 @@
-"""`python -m launch.checkpoints`: `cm3leon checkpoints` in a checkout."""
+"""Runs `cm3leon checkpoints` in a checkout: `python -m launch.checkpoints`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.copy_tokenizers`: `cm3leon copy_tokenizers` in a checkout."""
+"""Runs `cm3leon copy_tokenizers` in a checkout: `python -m launch.copy_tokenizers`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The demo: makes .venv, runs every stage on composed scenes or on OpenMoji, and writes report.html.
+# Runs the demo: creates .venv, runs every stage on composed scenes or on OpenMoji, and writes report.html.
 #   bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]
-# It can be run again at any time: finished stages are kept, and another --minutes continues the training.
+# The script can run again at any time: it keeps finished stages, and another --minutes continues the training.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -53,7 +53,7 @@ run() {
   "$python" "${command[@]}"
 }
 
-# Prints the last step that the trainer has logged; 0 before the first.
+# Prints the last step that the trainer has logged; 0 if there is none.
 logged_step() {
   local log="$workdir/train/metrics/metrics.jsonl" step=""
   if [ -f "$log" ]; then
@@ -62,7 +62,7 @@ logged_step() {
   echo "${step:-0}"
 }
 
-# Prints the step of the newest whole checkpoint; 0 before the first.
+# Prints the step of the newest complete checkpoint; 0 if there is none.
 saved_step() {
   local newest=0 file step
   for file in "$workdir"/train/checkpoints.digests/*.json; do
@@ -76,8 +76,8 @@ total_steps() {
   "$python" -c 'import sys; from cm3leon_jax.commands import config_file; print(config_file.load(sys.argv[1]).train.steps)' "$config_file"
 }
 
-# Runs all stages, and kills the trainer once without warning, some steps after a checkpoint in the middle of its remaining
-# steps. The second run continues from that checkpoint and repeats these steps, with the same losses bit for bit.
+# Runs all stages, and kills the trainer once. The kill happens a few steps after a checkpoint in the second half of the
+# remaining steps. The next run continues from that checkpoint and repeats these few steps with bit-identical losses.
 run_with_restart() {
   local total first half saved status=0
   total="$(total_steps)"
@@ -87,13 +87,13 @@ run_with_restart() {
     return
   fi
   half=$((first + (total - first) / 2))
-  (exec "$python" "${command[@]}") & # exec: signals reach the run itself.
+  (exec "$python" "${command[@]}") & # With exec, signals reach the run and not a subshell.
   runner=$!
   trap 'kill -TERM "$runner" 2>/dev/null || true; wait "$runner" || true; exit 130' INT TERM
   while kill -0 "$runner" 2>/dev/null; do
     saved="$(saved_step)"
     if [ "$saved" -ge "$half" ] && [ "$(logged_step)" -ge $((saved + 3)) ]; then
-      echo "demo: kills the trainer once, to show that it continues."
+      echo "demo: killing the trainer once, to show that the run continues."
       kill -KILL "$(trainer)" 2>/dev/null || true
       break
     fi
@@ -109,7 +109,7 @@ run_with_restart() {
   check_log || fail "$workdir/train/metrics/metrics.jsonl: the training did not continue exactly from its checkpoint."
 }
 
-# Prints the process that holds the lease of the training.
+# Prints the PID of the process that holds the lease of the training.
 trainer() {
   "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["pid"])' "$workdir/train/lease.json"
 }
@@ -121,7 +121,7 @@ from cm3leon_jax.reports import summary
 from cm3leon_jax.files.json_files import read_json_lines
 log = summary.training(read_json_lines(sys.argv[1]))
 last = log["restarts"][-1]
-print("demo: killed after checkpoint {after_step}; {identical} of {replayed} repeated steps have the same loss, bit for bit.".format(**last))
+print("demo: killed after checkpoint {after_step}; {identical} of {replayed} repeated steps have bit-identical losses.".format(**last))
 sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"]))
 ' "$workdir/train/metrics/metrics.jsonl"
 }

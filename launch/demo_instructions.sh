@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The demo of instruction tuning: tunes the bundled model on tasks over scenes, grades it before and after, and writes report.html.
+# Runs the instruction-tuning demo: tunes the bundled model on scene tasks, grades it before and after, writes report.html.
 #   bash launch/demo_instructions.sh [--workdir DIR] [--minutes N]
-# It can be run again at any time: finished stages are kept, and another --minutes continues the training.
+# The script can run again at any time: it keeps finished stages, and another --minutes continues the training.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -1,4 +1,4 @@
-"""`python -m launch.encode_documents`: `cm3leon encode_documents` in a checkout."""
+"""Runs `cm3leon encode_documents` in a checkout: `python -m launch.encode_documents`."""
 
 from cm3leon_jax.__main__ import start
 

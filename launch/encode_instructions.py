@@ -1,4 +1,4 @@
-"""`python -m launch.encode_instructions`: `cm3leon encode_instructions` in a checkout."""
+"""Runs `cm3leon encode_instructions` in a checkout: `python -m launch.encode_instructions`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.evaluate`: `cm3leon evaluate` in a checkout."""
+"""Runs `cm3leon evaluate` in a checkout: `python -m launch.evaluate`."""
 
 from cm3leon_jax.__main__ import start
 

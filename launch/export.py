@@ -1,4 +1,4 @@
-"""`python -m launch.export`: `cm3leon export` in a checkout."""
+"""Runs `cm3leon export` in a checkout: `python -m launch.export`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.generate`: `cm3leon generate` in a checkout."""
+"""Runs `cm3leon generate` in a checkout: `python -m launch.generate`."""
 
 from cm3leon_jax.__main__ import start
 

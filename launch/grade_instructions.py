@@ -1,4 +1,4 @@
-"""`python -m launch.grade_instructions`: `cm3leon grade_instructions` in a checkout."""
+"""Runs `cm3leon grade_instructions` in a checkout: `python -m launch.grade_instructions`."""
 
 from cm3leon_jax.__main__ import start
 

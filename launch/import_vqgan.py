@@ -1,4 +1,4 @@
-"""`python -m launch.import_vqgan`: `cm3leon import_vqgan` in a checkout."""
+"""Runs `cm3leon import_vqgan` in a checkout: `python -m launch.import_vqgan`."""
 
 from cm3leon_jax.__main__ import start
 

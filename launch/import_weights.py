@@ -1,4 +1,4 @@
-"""`python -m launch.import_weights`: `cm3leon import_weights` in a checkout."""
+"""Runs `cm3leon import_weights` in a checkout: `python -m launch.import_weights`."""
 
 from cm3leon_jax.__main__ import start
 

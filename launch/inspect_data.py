@@ -1,4 +1,4 @@
-"""`python -m launch.inspect_data`: `cm3leon inspect_data` in a checkout."""
+"""Runs `cm3leon inspect_data` in a checkout: `python -m launch.inspect_data`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.plan`: `cm3leon plan` in a checkout."""
+"""Runs `cm3leon plan` in a checkout: `python -m launch.plan`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.prepare_data`: `cm3leon prepare_data` in a checkout."""
+"""Runs `cm3leon prepare_data` in a checkout: `python -m launch.prepare_data`."""
 
 from cm3leon_jax.__main__ import start
 

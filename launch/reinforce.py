@@ -1,4 +1,4 @@
-"""`python -m launch.reinforce`: `cm3leon reinforce` in a checkout."""
+"""Runs `cm3leon reinforce` in a checkout: `python -m launch.reinforce`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.report`: `cm3leon report` in a checkout."""
+"""Runs `cm3leon report` in a checkout: `python -m launch.report`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.run`: `cm3leon run` in a checkout."""
+"""Runs `cm3leon run` in a checkout: `python -m launch.run`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.score`: `cm3leon score` in a checkout."""
+"""Runs `cm3leon score` in a checkout: `python -m launch.score`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.serve`: `cm3leon serve` in a checkout."""
+"""Runs `cm3leon serve` in a checkout: `python -m launch.serve`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs lint, types and the default tests: bash launch/test.sh [PYTEST ARGUMENTS]
-# Runs the slow tests, or one shard of them:  bash launch/test.sh --slow [SHARD]
+# Runs ruff, mypy and the default tests:  bash launch/test.sh [PYTEST ARGUMENTS]
+# Runs the slow tests, or some shards:    bash launch/test.sh --slow [SHARD ...]
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv demo,dev
-# Else each process of the tests compiles the package and the tests anew.
+# If this variable is set, each test process compiles the package and the tests again.
 unset PYTHONDONTWRITEBYTECODE
 cd "$root"
 
@@ -22,7 +22,7 @@ slow() {
       "${pytest[@]}" --ignore=tests/launch --ignore=tests/planning --ignore=tests/benchmarks --ignore=tests/mutants_test.py
       "$python" -m pytest -m slow tests/mutants_test.py -k "not is_noticed"
       ;;
-    *) fail "there is no shard '$1' of the slow tests: name one of ${shards[*]}." ;;
+    *) fail "the slow tests have no shard '$1': name one of ${shards[*]}." ;;
   esac
 }
 
@@ -36,7 +36,8 @@ fi
 "$python" -m ruff format --check .
 "$python" -m mypy >"$venv/mypy.log" &
 types=$!
-# A file of tests stays in one process, for its fixtures; files of a folder, which share programs, run near to each other.
+# loadgroup runs all tests of a file in one process, which shares the fixtures. Without reordering, files of the same
+# folder, which share compiled programs, run one after another.
 "$python" -m pytest -n logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder "$@" || failed=$?
 wait "$types" || failed=$?
 cat "$venv/mypy.log"

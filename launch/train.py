@@ -1,4 +1,4 @@
-"""`python -m launch.train`: `cm3leon train` in a checkout."""
+"""Runs `cm3leon train` in a checkout: `python -m launch.train`."""
 
 from cm3leon_jax.__main__ import start
 

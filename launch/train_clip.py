@@ -1,4 +1,4 @@
-"""`python -m launch.train_clip`: `cm3leon train_clip` in a checkout."""
+"""Runs `cm3leon train_clip` in a checkout: `python -m launch.train_clip`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-"""`python -m launch.train_text_tokenizer`: `cm3leon train_text_tokenizer` in a checkout."""
+"""Runs `cm3leon train_text_tokenizer` in a checkout: `python -m launch.train_text_tokenizer`."""
 
 from cm3leon_jax.__main__ import start
 

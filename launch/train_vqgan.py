@@ -1,4 +1,4 @@
-"""`python -m launch.train_vqgan`: `cm3leon train_vqgan` in a checkout."""
+"""Runs `cm3leon train_vqgan` in a checkout: `python -m launch.train_vqgan`."""
 
 from cm3leon_jax.__main__ import start
 

@@ -1,4 +1,4 @@
-# Sourced by demo.sh, test.sh and pod/: `make_venv EXTRA` makes .venv with the project in it; `$python` is its Python.
+# Sourced by demo.sh, test.sh and pod/. `make_venv EXTRA` creates .venv and installs the project; `$python` is its Python.
 # shellcheck shell=bash
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,7 +27,7 @@ find_python() {
       return
     fi
   done
-  fail "no Python 3.11 or newer was found: install it, or name it, as in PYTHON=/path/to/python3.11 bash $0."
+  fail "no Python 3.11 or newer was found: install it, or name its path, as in PYTHON=/path/to/python3.11 bash $0."
 }
 
 fingerprint() {
@@ -35,7 +35,8 @@ fingerprint() {
     pyproject.toml requirements.txt constraints.txt)
 }
 
-# make_venv EXTRA: installs the project, unless pyproject.toml and the tested versions are those of the last installation.
+# make_venv EXTRA: installs the project, unless pyproject.toml and the tested versions have not changed since the last
+# installation.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then
@@ -43,7 +44,7 @@ make_venv() {
     "$base" -m venv --clear "$venv" || fail "'$base -m venv' failed: install Python's venv and pip (on Debian: apt-get install python3-venv)."
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
-    echo "Installing cm3leon_jax[$extra] into $venv; this takes a minute or two, once."
+    echo "Installing cm3leon_jax[$extra] into $venv; this takes a minute or two, the first time only."
     (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" -c constraints.txt) \
       || fail "pip could not install cm3leon_jax[$extra] into $venv: see its message above."
     fingerprint >"$stamp"

@@ -122,8 +122,8 @@ LINES = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "loss": 1.0}', b'{"step": 3,
     (b"\x00\xff", "line 2 is not valid JSON"),
     (b"{", "line 2 is not valid JSON"),
     (b"[" * 100_000, "line 2 is not valid JSON"),
-    (b"{}", "line 2: its field 'step' must be of type whole number, and is None."),
-    (b"3", "line 2: it must be a JSON object, and is 3."),
+    (b"{}", "line 2: its field 'step' must be of type whole number, but is None."),
+    (b"3", "line 2: it must be a JSON object, but is 3."),
   ],
 )
 def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):

@@ -1,6 +1,6 @@
-"""One thin absl app per command: `cm3leon NAME`, or `python -m launch.NAME` in a checkout."""
+"""One small absl app per command: `cm3leon NAME`, or `python -m launch.NAME` in a checkout."""
 
-# In the order of a run.
+# The names are in the order of a run.
 COMMANDS = (
   "run",
   "prepare_data",

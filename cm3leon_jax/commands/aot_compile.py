@@ -1,4 +1,4 @@
-r"""Compiles train step, evaluation and decoder for a TPU slice, and prints their memory and FLOPs.
+r"""Compiles training, evaluation and decoding for a TPU slice; prints their memory and FLOPs.
 
   pip install 'libtpu>=0.0.52,<0.0.53'
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-256 \
@@ -8,8 +8,9 @@ r"""Compiles train step, evaluation and decoder for a TPU slice, and prints thei
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-8 \
     --config.mesh.tensor=8 --program=decode
 
-No TPU is needed: the real compiler, XLA:TPU, compiles the programs that a pod runs, on any machine
-with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `cm3leon train`.
+The command needs no TPU: on any x86-64 Linux machine, the real compiler, XLA:TPU, compiles the
+programs that a pod runs. The evaluation program computes the held-out loss of one micro-batch of
+`cm3leon train`.
 """
 
 from __future__ import annotations
@@ -33,35 +34,37 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "A slice, e.g. v5e-256, or a chip and the shape of its torus, e.g. v5p:4x4x8."
+  "topology", None, "TPU slice, e.g. v5e-256, or a chip and the shape of its torus: v5p:4x4x8."
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
 _PROGRAM = flags.DEFINE_enum(
   "program",
   "train",
   ["train", "evaluate", "decode", "all", "reinforce"],
-  "Which program to compile; `all` are the first three.",
+  "Program to compile; `all` compiles train, evaluate and decode.",
 )
 _BATCH = flags.DEFINE_integer(
   "batch_per_device",
   None,
-  "Rows of a device in a step without accumulation (default: the config's).",
+  "Rows per device in a step without gradient accumulation (default: the config's).",
   1,
 )
 _SEARCH = flags.DEFINE_bool(
-  "search", False, "Try meshes, batches and remat policies; list those that fit, fastest first."
+  "search",
+  False,
+  "Try combinations of mesh, batch and remat policy, and list the ones that fit, fastest first.",
 )
 _DECODE_BATCH = flags.DEFINE_integer(
   "decode_batch",
   None,
-  "Prompts of a decoder batch, with two guidance streams each (default: 64, or one for each device "
-  "that splits a batch, if these are more).",
+  "Prompts per decoder batch, with two guidance streams each (default: 64, or one per batch shard "
+  "if there are more than 64 shards).",
   lower_bound=1,
 )
 _DECODE_POSITIONS = flags.DEFINE_integer(
-  "decode_positions", 1_152, "Positions of a decoded sample: prompt and image.", 1
+  "decode_positions", 1_152, "Positions per decoded sample, for prompt and image.", 1
 )
-_JSON = flags.DEFINE_string("json", None, "File for the reports.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the reports to.")
 flags.mark_flag_as_required("topology")
 
 
@@ -75,7 +78,7 @@ def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
 
 
 def _on_mesh(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
-  """Returns the settings with the accumulation that they have on the mesh."""
+  """Returns the settings with the gradient accumulation that the mesh requires."""
   from cm3leon_jax.mesh import BATCH
   from cm3leon_jax.training.step.accumulation import on_mesh
 
@@ -96,12 +99,16 @@ def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mes
 
 
 def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
-  """Reports the held-out loss of a micro-batch; the rest of the state stays in memory."""
+  """Reports the held-out loss of a micro-batch.
+
+  The rest of the training state stays in memory meanwhile, and is added to the total.
+  """
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_report
 
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
-  numbers["model_flops"] /= 3  # The forward pass takes 2 of 6 FLOPs per parameter and token.
+  # The forward pass takes 2 of the 6 FLOPs per parameter and token.
+  numbers["model_flops"] /= 3
   evaluation = programs.evaluation(settings, mesh)
   report = {**numbers, **compile_report(evaluation.step, topology)}
   rest = evaluation.rest_bytes / GIB
@@ -114,19 +121,19 @@ def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.
 def _reinforce_report(
   topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompt: int
 ) -> dict:
-  """Reports the update of `cm3leon reinforce`; its samples are drawn by the decoder's programs."""
+  """Reports the update of `cm3leon reinforce`, without the sampling, which the decoder does."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
 
   length = prompt + settings.vqgan.image_tokens - 1
   rows = 2 * settings.train.global_batch_size
   numbers = _model_numbers(settings, mesh, rows, length)
-  numbers["model_flops"] *= 4 / 3  # And a forward pass of the first parameters.
+  numbers["model_flops"] *= 4 / 3  # Adds the forward pass of the reference parameters.
   return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
 
 
 def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, length: int = 0) -> dict:
-  """Counts parameters, and tokens and model FLOPs of a train step of `rows` rows."""
+  """Counts the parameters, and the tokens and model FLOPs of a train step with `rows` rows."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.training.watch.flops import model_flops
 
@@ -148,7 +155,7 @@ def _decode_batch(mesh: jax.sharding.Mesh) -> int:
 def _decode_reports(
   topology: Topology, settings: Settings, mesh: jax.sharding.Mesh
 ) -> dict[str, dict]:
-  """Reports prefill and one decode step over the full cache."""
+  """Reports the prefill, and one decode step with a full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
@@ -227,7 +234,7 @@ def main(settings: Settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":  # Its step is one pass.
+    if _PROGRAM.value == "reinforce":  # Its step does not accumulate gradients.
       settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
       prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"

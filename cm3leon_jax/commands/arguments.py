@@ -1,4 +1,4 @@
-"""Checks of the command line that need neither the config nor JAX, whose imports take seconds."""
+"""Checks the command line before the config and JAX are imported, which takes seconds."""
 
 from collections.abc import Iterable
 import difflib
@@ -11,7 +11,7 @@ import cm3leon_jax
 from cm3leon_jax.commands import config_file, flag_errors
 from cm3leon_jax.config import UserError
 
-MODELS = pathlib.Path(cm3leon_jax.__file__).parent / "assets" / "models"  # Installed bundles.
+MODELS = pathlib.Path(cm3leon_jax.__file__).parent / "assets" / "models"  # The installed bundles.
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -34,7 +34,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check_fields(config: Iterable[str]) -> None:
-  """Raises UserError at a flag --config.SECTION.FIELD of a field that no config has."""
+  """Raises UserError if a flag --config.SECTION.FIELD names an unknown field."""
   for argument in config:
     match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
     if match and match[1] not in config_file.field_names():
@@ -42,15 +42,15 @@ def check_fields(config: Iterable[str]) -> None:
 
 
 def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]) -> None:
-  """Checks the arguments that are no flags.
+  """Checks the arguments that are not flags.
 
   Args:
-    words: those arguments.
-    actions: of the command, of which the first one must be; () if it takes flags only.
-    arguments: of the command line, to quote the value that a word was meant to belong to.
+    words: the arguments that are not flags.
+    actions: actions of the command; the first word must be one of them. () allows only flags.
+    arguments: the whole command line, to suggest quotes around a value with spaces.
 
   Raises:
-    UserError: there is a word too many, or none that says what to do.
+    UserError: the action is missing or unknown, or there is another word.
   """
   if actions and (not words or words[0] not in actions):
     given = f", not '{words[0]}'" if words else ""
@@ -64,7 +64,7 @@ def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]
 
 
 def _quoted(word: str, arguments: list[str]) -> str:
-  """Returns a hint to quote a value with spaces, if a flag that takes text is before the word.
+  """Returns a hint to quote a value with spaces, if the word follows a flag that takes text.
 
   _quoted("red", ["--prompt=a", "red", "bell"]) = '; a value with spaces needs quotes: --prompt="a
   red bell"'
@@ -85,7 +85,7 @@ def _quoted(word: str, arguments: list[str]) -> str:
 
 
 def refuse_config(arguments: Iterable[str]) -> None:
-  """Raises UserError at a flag of the config."""
+  """Raises UserError if the arguments contain a flag of the config."""
   for argument in arguments:
     if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
       raise UserError(f"--{match[1]} is not a flag of this command: --help lists its flags.")
@@ -95,9 +95,9 @@ def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> Non
   """Raises UserError if --workdir names neither a folder nor an installed model.
 
   Args:
-    workdir: its value.
-    begins: whether the command makes the folder.
-    takes_bundles: whether the command reads a bundle as it reads a run.
+    workdir: value of --workdir.
+    begins: whether the command creates the folder.
+    takes_bundles: whether the command accepts a bundle in place of a run.
   """
   path = pathlib.Path(workdir)
   if "://" in workdir:
@@ -110,43 +110,41 @@ def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> Non
     if takes_bundles:
       return
     raise UserError(
-      f"{workdir} is the bundle of a model, and this command needs the folder of a run: "
-      "`cm3leon prepare_data` begins one."
+      f"{workdir} is a bundle, but this command needs the folder of a run: `cm3leon prepare_data` "
+      "begins a run."
     )
   installed = sorted(path.name for path in MODELS.iterdir())
   if close := difflib.get_close_matches(workdir, installed, 1, cutoff=0.8):
-    raise UserError(f"{workdir} is no folder and no bundle: did you mean {close[0]}?")
+    raise UserError(f"{workdir} is neither a folder nor a bundle: did you mean {close[0]}?")
   raise UserError(
     f"there is no folder {workdir}: name the folder of a run with --workdir; "
-    "`cm3leon prepare_data` begins one."
+    "`cm3leon prepare_data` begins a run."
   )
 
 
 def check_places() -> None:
-  """Raises UserError if a flag names a place to write to that is below a file."""
+  """Raises UserError if a flag names an output path whose parent is a file."""
   for name in ("workdir", "out", "output", "bundle"):
     value = flags.FLAGS[name].value if name in flags.FLAGS else None
     if not value or "://" in value:
       continue
     above = next((p for p in pathlib.Path(value).absolute().parents if p.exists()), None)
     if above is not None and not above.is_dir():
-      raise UserError(f"--{name} is {value}, and {above} is no folder: name another place.")
+      raise UserError(f"--{name} is {value}, but {above} is not a folder: name another path.")
 
 
 def parse(argv: list[str], config: bool) -> list[str]:
-  """Parses all flags but those of the config; returns the name of the program and the words.
+  """Parses all flags except the config's. Returns the program name and the non-flag arguments.
 
-  Args:
-    argv: of the command line.
-    config: whether the command takes a config.
+  `config` says whether the command takes a config.
 
   Raises:
-    UserError: there is no such flag, or its value is wrong.
+    UserError: a flag is unknown, or its value is wrong.
   """
   _, others = split(argv[1:])
   try:
     return flags.FLAGS([argv[0], *others])
   except flags.UnrecognizedFlagError as error:
     raise UserError(flag_errors.unknown(error.flagname, config)) from error
-  except (flags.Error, ValueError) as error:  # ValueError: --noNAME=VALUE.
+  except (flags.Error, ValueError) as error:  # absl raises ValueError for --noNAME=VALUE.
     raise UserError(flag_errors.wrong_value(error)) from error

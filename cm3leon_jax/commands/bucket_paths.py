@@ -1,4 +1,4 @@
-"""Checks the buckets that the flags and the config of a command name."""
+"""Checks the cloud paths in the flags and the config of a command."""
 
 from collections.abc import Iterator, Mapping
 import importlib.util
@@ -25,7 +25,7 @@ def _strings(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _texts() -> list[tuple[str, str]]:
-  """Returns the names and texts of all flags and fields of the config that are texts."""
+  """Returns the names and values of all flags and config fields that contain strings."""
   values = flags.FLAGS.flag_values_dict()
   given = {f"--{k}": v for k, v in values.items() if k.partition(".")[0] != "config"}
   fields = values["config"].to_dict() if values.get("config") else {}
@@ -33,13 +33,13 @@ def _texts() -> list[tuple[str, str]]:
 
 
 def check() -> None:
-  """Checks the buckets that the flags and the config name.
+  """Checks the cloud paths in the flags and the config.
 
-  That gcsfs is missing matters only to the stage that reads a field: training needs no
-  `raw.source`.
+  If gcsfs is missing, a GCS path in the config is still allowed, since only some stages read each
+  field. Training does not read `raw.source`, for example.
 
   Raises:
-    UserError: one is on S3; or a flag names one, and the package that reads buckets is missing.
+    UserError: a path is on S3, or a flag names a GCS path and gcsfs is missing.
   """
   for name, text in _texts():
     buckets.check_path(text, name)
@@ -47,10 +47,10 @@ def check() -> None:
     return
   for name, text in _texts():
     if name.startswith("-") and text.startswith("gs://"):
-      raise UserError(f"{name}={text} is in a bucket, which {NEEDS_GCSFS}")
+      raise UserError(f"{name}={text} is in a GCS bucket, which {NEEDS_GCSFS}")
 
 
 def where() -> str:
-  """Names the buckets of the flags and the config."""
+  """Returns the names of the GCS buckets in the flags and the config, for messages."""
   found = {"/".join(text.split("/")[:3]) for _, text in _texts() if text.startswith("gs://")}
   return ", ".join(sorted(found)) or "a path in the data"

@@ -1,4 +1,4 @@
-"""Embeds the pairs with CLIP and writes the neighbors of every pair.
+"""Embeds the pairs with CLIP, and finds and writes the neighbors of every pair.
 
   cm3leon build_neighbors --config=scenes --workdir=workdir/scenes
   cm3leon build_neighbors --config=scenes --workdir=workdir/scenes \\

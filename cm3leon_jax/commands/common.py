@@ -1,4 +1,4 @@
-"""Runs a command: parses its flags, checks its config, and reports a mistake in one sentence."""
+"""Runs a command: parses its flags, checks its config, and reports errors in one sentence."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  f"Config: a Python file, path/own.py, or a name: {', '.join(config_file.SHIPPED)}. "
+  f"Config: a Python file, e.g. path/own.py, or one of {', '.join(config_file.SHIPPED)}. "
   "A variant follows a colon: scenes:15.",
 )
 _PARSER = config_file.Parser()
 flags.FLAGS["config"].parser = _PARSER
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; each stage writes to a folder in it."
+  "workdir", None, "Folder of the run; each stage writes to a subfolder."
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   "print_config", False, "Print every field of the checked config, one per line, and exit."
@@ -65,7 +65,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started."
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0, without such a cluster."
+  "coordinator_address", None, "host:port of process 0; for jobs without --distributed."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
@@ -74,28 +74,29 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-# Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
+# errno values of a full or failing disk. Other OSErrors may come from transformers, which raises
+# OSError if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _instead(stage: str) -> str:
-  """Returns the end of a refusal: what takes the place of a stage that trains on one host."""
+  """Returns the end of an error message: what a pod uses in place of a single-host stage."""
   if not stage:
     return ""
-  return f"; {STAGES[stage].command} trains on one host: on a pod take {STAGES[stage].instead}"
+  return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
 
 
 def _join_processes(several: bool, saves: bool, stage: str) -> None:
-  """Joins the other processes of the job if flags ask for it.
+  """Joins the other processes of the job if flags request it.
 
   Args:
     several: whether the command may run in several processes.
-    saves: whether they are to end together at SIGTERM and Ctrl-C.
-    stage: that the command runs, see `run`.
+    saves: whether all processes must stop together at SIGTERM and Ctrl-C.
+    stage: see `run`.
 
   Raises:
-    UserError: the flags contradict each other, or the command runs in one process only.
+    UserError: the flags contradict each other, or the command runs only in one process.
   """
   explicit = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
   given = [flag.name for flag in explicit if flag.value is not None]
@@ -110,8 +111,8 @@ def _join_processes(several: bool, saves: bool, stage: str) -> None:
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
-      f"--distributed and --{given[0]} are given: leave one out; with --distributed, the cluster "
-      "names the processes."
+      f"--distributed and --{given[0]} are given: leave one of them out. With --distributed, the "
+      "cluster provides the addresses and numbers of the processes."
     )
   from cm3leon_jax import distributed
 
@@ -123,14 +124,10 @@ def _join_processes(several: bool, saves: bool, stage: str) -> None:
 
 
 def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
-  """Makes the mesh of the config.
-
-  Args:
-    settings: of the config.
-    stage: that the command runs, see `run`.
+  """Creates the mesh of the config. `stage` is for the error message, see `run`.
 
   Raises:
-    UserError: the mesh does not fit the devices.
+    UserError: the mesh does not fit the devices, or this host of a pod runs alone.
   """
   import jax
 
@@ -139,7 +136,7 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
       f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
-      "--protocol and cm3leon score need --distributed, other commands a single "
+      "--protocol and cm3leon score need --distributed, and other commands need a single "
       f"host{_instead(stage)}."
     )
   try:
@@ -151,17 +148,17 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
 
 
 def use_mesh(settings: Settings, stage: str = "") -> contextlib.AbstractContextManager:
-  """Sets the mesh of the config (`jax.set_mesh`); raises as `make_mesh`."""
+  """Sets the mesh of the config (`jax.set_mesh`). Raises as `make_mesh`."""
   import jax
 
   return jax.set_mesh(make_mesh(settings, stage))
 
 
 def keep_compiled(workdir: epath.Path) -> None:
-  """Caches programs for an accelerator in the workdir: a resumed run does not compile again.
+  """Caches compiled programs in the workdir, so that a resumed run does not compile again.
 
-  JAX_COMPILATION_CACHE_DIR names another folder. CPU programs are not cached: they depend on the
-  machine's instructions.
+  JAX_COMPILATION_CACHE_DIR selects another folder. CPU programs are not cached, because they depend
+  on the machine's instruction set.
   """
   import jax
 
@@ -171,10 +168,10 @@ def keep_compiled(workdir: epath.Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Raises `TryAgain` where the body raises OSError since the disk is full or fails.
+  """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
 
   Args:
-    what: that is written, and does not count until it is whole: "export".
+    what: name of the output for the message, such as "export". A partial output does not count.
   """
   try:
     yield
@@ -182,19 +179,19 @@ def writing(what: str) -> Iterator[None]:
     if error.errno not in NOT_WRITTEN:
       raise
     raise TryAgain(
-      f"the {what} could not be written ({error}): it does not count; make room, or mend the disk, "
-      "and run the same command again."
+      f"the {what} could not be written ({error}), and the partial {what} does not count: free "
+      "some disk space or fix the disk, and run the same command again."
     ) from error
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
-  """Prints one line on stderr and ends the process."""
+  """Prints one line on stderr and exits."""
   print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
   sys.exit(code)
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-  """Returns the UserError that absl caught and raised again as an error of its own."""
+  """Returns the UserError that absl wrapped in another exception, or None."""
   return next((found for found in causes(error) if isinstance(found, UserError)), None)
 
 
@@ -206,9 +203,9 @@ def _parse_flags(
   actions: tuple[str, ...],
   argv: list[str],
 ) -> list[str]:
-  """Parses the flags; prints --help; reports a mistake in one sentence.
+  """Parses the flags, prints --help, and reports errors in one sentence.
 
-  The config comes last: it imports JAX, which takes seconds.
+  The flags of the config are parsed last, because the config imports JAX, which takes seconds.
   """
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
@@ -224,7 +221,8 @@ def _parse_flags(
     if of_config and not re.match(r"--?config(=|$)", of_config[0]):
       name = of_config[0].partition("=")[0]
       raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
-    needs_config = config is True and not of_config  # Which is said first.
+    # A missing config is reported first, by `_settings`.
+    needs_config = config is True and not of_config
     if workdir and not needs_config and not _PRINT_CONFIG.value:
       arguments.check_workdir(os.fspath(_folder()), begins, config is not True)
     arguments.check_places()
@@ -238,10 +236,10 @@ def _parse_flags(
 
 
 def _settings(optional: bool, prepares: bool) -> Settings:
-  """Returns the settings of --config, or if that is optional those of the model in --workdir.
+  """Returns the settings of --config or, if --config is optional, of the model in --workdir.
 
   Raises:
-    UserError: there is no config, or nothing was trained in --workdir; see `completed`.
+    UserError: --config is missing, or --workdir has no trained model; see `completed`.
   """
   if _CONFIG.value is None:
     if not optional:
@@ -250,15 +248,16 @@ def _settings(optional: bool, prepares: bool) -> Settings:
     from cm3leon_jax.trained.run import Run
 
     stored = Run.open(_folder()).settings
-    return dataclasses.replace(stored, mesh=MeshConfig())  # Of this machine.
+    # The stored mesh may not fit this machine; the default mesh does.
+    return dataclasses.replace(stored, mesh=MeshConfig())
   return completed(_WORKDIR.value, prepares)
 
 
 def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Settings:
-  """Returns the settings of --config, and of the data in `workdir`, from which some may follow.
+  """Returns the settings of --config. Some fields may be computed from the data in `workdir`.
 
   Raises:
-    UserError: the config is wrong, or the data that it follows is not prepared.
+    UserError: the config is wrong, or fields follow from data that is not prepared.
   """
   from cm3leon_jax.settings import settings_from_config
 
@@ -266,7 +265,7 @@ def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Setti
 
 
 def follows_data() -> bool:
-  """Returns whether fields of --config follow from the data."""
+  """Returns whether some fields of --config are computed from the data."""
   return bool(from_data.missing(_CONFIG.value))
 
 
@@ -276,18 +275,14 @@ def given_fields() -> set[str]:
 
 
 def _folder() -> epath.Path:
-  """Returns the folder of --workdir.
-
-  Raises:
-    UserError: it is not given.
-  """
+  """Returns the folder of --workdir. Raises UserError if the flag is missing."""
   if not _WORKDIR.value:
     raise UserError("name the folder of the run: --workdir=workdir")
   return epath.Path(_WORKDIR.value)
 
 
 def _stop_early(number: int, _: object) -> None:
-  """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
+  """Ends a command that saves, if its loop has not begun. In the loop, `StopSignal` takes over."""
   # A handler must not print: it may have interrupted a print.
   os.write(1, f"{STOPPED_EARLY}\n".encode())
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
@@ -295,7 +290,7 @@ def _stop_early(number: int, _: object) -> None:
 
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
-  """Ends the process with a sentence and an exit code if the body fails as it may."""
+  """Turns expected errors of the body into one sentence and an exit code."""
   try:
     yield
   except TryAgain as error:
@@ -303,13 +298,12 @@ def _reporting() -> Iterator[None]:
   except ImportError as error:
     if "gcsfs" not in str(error):
       raise
-    _fail(f"a path of the config is in a bucket, which {bucket_paths.NEEDS_GCSFS}")
+    _fail(f"a path of the config is in a GCS bucket, which {bucket_paths.NEEDS_GCSFS}")
   except Exception as error:
-    if reason := buckets.failure(error):  # A UserError may have taken it for damage.
+    # This check is first, because a UserError may report a failed access as damage.
+    if reason := buckets.failure(error):
       if buckets.refuses(error):
-        _fail(
-          f"{bucket_paths.where()}: {reason}: give it the right to, or use an account that has it."
-        )
+        _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")
       _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
     if accelerators.is_absent(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
@@ -331,22 +325,25 @@ def run(
   stage: str = "",
   prepares: bool = False,
 ) -> None:
-  """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
+  """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
-  A bucket or disk that cannot be reached becomes one, too, and an exit code with which launchers
-  start the command again; they do not if the bucket refuses the account.
+  An unreachable GCS bucket or disk also becomes one sentence. Its exit code makes launchers start
+  the command again, unless the account has no permission for the GCS bucket.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
-    workdir: whether the command takes --workdir; None: it may be given, and is not opened.
+    workdir: whether the command takes --workdir. None: the flag is optional, and the command does
+      not open the folder.
     several_processes: whether the command may run in several processes.
-    saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
-    config: whether it takes a config; if not, `main` gets no settings. None: it may be given, and
-      without it the settings are those of the run or bundle in --workdir.
-    actions: words of which the first argument is one; `main` then gets it first.
+    saves: whether the command has a loop that saves at SIGTERM and Ctrl-C. Before the loop, these
+      signals end the command immediately.
+    config: whether the command takes a config. If not, `main` gets no settings. None: --config is
+      optional, and its default is the stored settings of the run or bundle in --workdir.
+    actions: allowed values of the first argument, which is then the first argument of `main`.
     begins: whether the folder of --workdir may be absent.
-    stage: that trains on one host: a refusal of more names what takes its place.
-    prepares: whether it runs before the data is prepared, from which fields may follow; it begins.
+    stage: stage that trains only on one host. The error for several hosts names the alternative.
+    prepares: whether the command runs before the data is prepared, when some config fields are
+      not known yet. Implies `begins`.
   """
 
   def checked(argv: list[str]) -> None:
@@ -371,7 +368,8 @@ def run(
       main(*given)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
-    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+    # Keep an ignored signal ignored: scripts ignore SIGINT in background jobs.
+    if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
   parse = functools.partial(

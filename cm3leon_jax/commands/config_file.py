@@ -1,4 +1,4 @@
-"""Loads the value of --config: a shipped config or a Python file, and a variant after a colon."""
+"""Loads the value of --config: a shipped config or Python file, with a variant after a colon."""
 
 import ast
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from cm3leon_jax import configs
 from cm3leon_jax.config import UserError
 
 FOLDER = pathlib.Path(configs.__file__).parent
-# By name; `base` is what they share.
+# Names of the shipped configs. `base` is not a config but the values that they share.
 SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
 
 
 def find(name: str) -> pathlib.Path:
   """Returns the file of a config, given by name or path: find("scenes"), find("path/own.py").
 
-  Outside of a checkout "ml_configs/scenes.py", the path in a checkout, is "scenes", too.
+  Outside a checkout, "ml_configs/scenes.py" (the path in a checkout) also finds "scenes".
 
   Raises:
-    UserError: there is no such file and no shipped config of this name.
+    UserError: no file and no shipped config has this name.
   """
   path = pathlib.Path(name)
   shipped = path.stem if name == f"ml_configs/{path.stem}.py" else name
@@ -44,8 +44,8 @@ def load(value: str) -> ml_collections.ConfigDict:
   """Runs get_config of a config file: load("scenes:15") calls get_config("15") of scenes.
 
   Raises:
-    UserError: there is no such file, it raises an error, it has no get_config, or get_config does
-      not return a ConfigDict.
+    UserError: the file does not exist, raises an error or has no get_config, or get_config does not
+      return a ConfigDict.
   """
   name, *variant = value.split(":", 1)
   path = find(name)
@@ -79,13 +79,13 @@ def load(value: str) -> ml_collections.ConfigDict:
 
 
 def _module(name: str) -> ast.Module:
-  """Parses the file of a module of the package, which is not imported."""
+  """Parses the source of a module of the package without importing the module."""
   path = FOLDER.parents[1] / f"{name.replace('.', '/')}.py"
   return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _annotated(module: ast.Module, name: str) -> dict[str, ast.expr]:
-  """Returns the annotations of a class in a module: field -> annotation."""
+  """Returns field -> annotation of a class in a parsed module."""
   (found,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
   fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
   return {f.target.id: f.annotation for f in fields if isinstance(f.target, ast.Name)}
@@ -93,9 +93,9 @@ def _annotated(module: ast.Module, name: str) -> dict[str, ast.expr]:
 
 @functools.cache
 def field_names() -> tuple[str, ...]:
-  """Returns the names of all fields, such as train.steps, from the sources of their classes.
+  """Returns the names of all config fields, such as train.steps, from the source of their classes.
 
-  The classes import JAX, which takes seconds: too long for a flag that is misspelled.
+  Importing the classes would import JAX. That takes seconds, too long to report a misspelled flag.
   """
   settings = _module("cm3leon_jax.settings")
   imports = [node for node in settings.body if isinstance(node, ast.ImportFrom)]
@@ -112,7 +112,7 @@ def field_names() -> tuple[str, ...]:
 
 
 def config_fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-  """Returns the names of all fields of a config, such as train.steps; sections have none."""
+  """Returns the names of all fields of a config, such as train.steps, without section names."""
   names = []
   for key, value in config.items():
     inner = isinstance(value, ml_collections.ConfigDict)
@@ -121,13 +121,11 @@ def config_fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[s
 
 
 def unknown_field(known: Sequence[str], arguments: list[str]) -> str:
-  """Returns the message for the first flag whose field is not among the known ones.
+  """Returns the message for the first flag whose field is unknown.
 
   "--config.train.stepz: the config has no such field; did you mean --config.train.steps?"
 
-  Args:
-    known: names of the fields that there are.
-    arguments: of the command line.
+  `known` has the names of all fields, and `arguments` is the command line.
   """
   given = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
   wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")
@@ -149,7 +147,7 @@ class Parser(flags.ArgumentParser):
   """Parses --config for `ml_collections.config_flags`, which adds --config.SECTION.FIELD flags."""
 
   def __init__(self) -> None:
-    self.config = ml_collections.ConfigDict()  # That was parsed last.
+    self.config = ml_collections.ConfigDict()  # The config that was parsed last.
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
     """Loads a config (`load`) and locks it, so that flags cannot add fields."""

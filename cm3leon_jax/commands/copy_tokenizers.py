@@ -1,10 +1,10 @@
-"""Copies tokenizers and CLIP of a trained run into the workdir of a run that tunes it.
+"""Copies the tokenizers and CLIP of a trained run into the workdir of a run that tunes it.
 
   cm3leon copy_tokenizers --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct --init_from=scenes
 
-It is the first command of instruction tuning: the trained decoder knows the ids of these
-tokenizers.
+This is the first command of instruction tuning, because the trained decoder depends on the ids of
+these tokenizers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
   if not INIT_FROM.value:
     raise UserError(
-      "name the run that is tuned, whose tokenizers are copied: --init_from=workdir/scenes, or "
-      "--init_from=scenes, the installed model."
+      "name the trained run whose tokenizers are copied: --init_from=workdir/scenes, or "
+      "--init_from=scenes for the installed model."
     )
   made = copies.copy_tokenizers(Run(workdir, settings), INIT_FROM.value)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())

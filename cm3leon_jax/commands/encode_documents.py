@@ -1,4 +1,4 @@
-"""Encodes raw pairs, texts and interleaved documents to token ids.
+"""Encodes raw pairs, texts and interleaved documents as token ids.
 
 cm3leon encode_documents --config=scenes --workdir=workdir/scenes
 cm3leon encode_documents --config=scenes --workdir=workdir/scenes --validate
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 _VALIDATE = flags.DEFINE_bool(
-  "validate", False, "Only check all written records, arrays and digests."
+  "validate", False, "Encode nothing; check all written records, arrays and digests."
 )
 
 
@@ -53,7 +53,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         settings.text_tokenizer.max_caption_tokens,
         num_threads=settings.raw.num_threads,
       )
-      # Without the id of raw: shards identify their records by digest.
+      # The id of `raw` is not passed, because shards identify their records by digest.
       tokenizers = stages.ids(settings, workdir, table.TOKENIZERS)
       summary.update(encode.encode_documents(job, tokenizers, runner))
       for split, numbers in summary.items():

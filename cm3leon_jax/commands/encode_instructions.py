@@ -1,10 +1,10 @@
-"""Encodes the records of all tasks of instruction tuning to token ids.
+"""Encodes the records of all instruction-tuning tasks as token ids.
 
   cm3leon encode_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct
 
-`config.instructions` names the tasks; docs/instructions.md describes them. A record that is wrong
-is set aside in instructions/NAME/rejected.jsonl with the reason.
+`config.instructions` names the tasks, and docs/instructions.md describes them. The command lists
+each invalid record with the reason in instructions/NAME/rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
   if not settings.instructions.any:
     raise UserError(
-      "config.instructions names no tasks: set config.instructions.tasks to a YAML file, or to one "
+      "config.instructions names no tasks: set config.instructions.tasks to a YAML file or to one "
       f"of {', '.join(shipped())}."
     )
   for name in table.TOKENIZERS:
     if not (workdir / name / stages.DONE).exists():
       raise UserError(
         f"{workdir / name} is not finished: run `cm3leon copy_tokenizers --init_from=RUN` "
-        "with the same --config and --workdir first; RUN is the run that is tuned."
+        "with the same --config and --workdir first; RUN is the trained run that you tune."
       )
   tasks = load_tasks(settings.instructions)
   more = {"tasks": sources.digest_of(tasks)}

@@ -1,4 +1,4 @@
-"""Ends of a command that do not wait for threads which would never end, or crash."""
+"""Ends a command without waiting for threads that would crash or never end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
-  """Runs an absl app; Ctrl-C is one sentence, and no thread of Orbax keeps a failed process."""
+  """Runs an absl app. Reports Ctrl-C in one sentence, and does not wait for Orbax's threads."""
   try:
     app.run(main, flags_parser=parse)
   except KeyboardInterrupt:
     print(
       "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
     )
-    _end_at_once(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
+    _end_at_once(CTRL_C)  # XLA may still run, and its threads would crash while Python exits.
   except SystemExit as end:
-    # After a save that failed at its start, they wait ten minutes for signals that nobody sends.
+    # If a save fails at its start, Orbax's threads wait ten minutes for signals that never arrive.
     if (
       isinstance(end.code, int)
       and end.code

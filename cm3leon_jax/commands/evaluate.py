@@ -1,23 +1,24 @@
-"""Measures bits of held-out pairs with and without neighbors; judges or exports generated images.
+"""Measures held-out pairs in bits per token, and judges or exports generated images.
 
   cm3leon evaluate --workdir=workdir/scenes
   cm3leon evaluate --workdir=workdir/scenes \\
     --export=geneval --prompts=evaluation_metadata.jsonl
 
-Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
-neighbors, as at inference. Images for held-out captions of `scenes` are judged: evaluation/scenes.*
-Beside those on the sheet stand images of the bundled model, which holds out the same scenes.
---last_params measures the last parameters instead of their average, and writes evaluation_last/.
-An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
+The command writes the bits per image code and per text token, with and without neighbors, to
+evaluation/metrics.json. Only the caption retrieves neighbors, as at inference. For `scenes` it also
+judges images for held-out captions and writes evaluation/scenes.*; the contact sheet compares them
+with images of the bundled model, which has the same held-out scenes. --last_params measures the
+last parameters instead of their average, and writes evaluation_last/. --export writes images to
+geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
 
   cm3leon evaluate --workdir=workdir/scenes --protocol=scenes
   cm3leon evaluate --workdir=scenes --protocol=own.yaml --data=FOLDER
 
-A protocol says what is measured and how; evaluations/NAME-HASH/ gets results.json and report.html.
-It also measures a bundle, a folder or an installed one, which has no held-out documents: the
-protocol reads files (--data), and the folder is made in the current one, or in --out. Without
---config, the settings are those that the run or bundle stored.
-docs/evaluation.md and docs/protocols.md explain all of it.
+A protocol defines what is measured and how. Its results go to results.json and report.html in
+evaluations/NAME-HASH/. A protocol can also measure a bundle, given as a folder or the name of an
+installed bundle. A bundle has no held-out documents, so the protocol must read files (--data). Its
+results go to the current folder, or to --out. Without --config, the settings of the run or bundle
+are used. docs/evaluation.md and docs/protocols.md explain the details.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ _EXPORT = flags.DEFINE_enum(
   "export",
   None,
   ["geneval"],
-  "Only generate images, for --prompts or else held-out scenes, in the folders that GenEval reads.",
+  "Measure nothing; generate images for --prompts (default: held-out scenes) in the folder layout "
+  "that GenEval reads.",
 )
 _LAST_PARAMS = flags.DEFINE_bool(
   "last_params",
   False,
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
-EXPORT_SAMPLES = 4  # GenEval's own number.
+EXPORT_SAMPLES = 4  # The number of samples per prompt that GenEval uses.
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -77,7 +79,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     ALLOW_OUTSIDE,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
-      raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
+      raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
   by_protocol = _is_given(protocol_flags.COMPARE) or protocol_flags.PROTOCOL.value is not None
   if by_protocol and (_EXPORT.value is not None or _LAST_PARAMS.value):
     raise UserError("--protocol and --compare take neither --export nor --last_params.")
@@ -90,10 +92,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
   _check_run(workdir)
   if jax.distributed.is_initialized():
-    raise UserError("of cm3leon evaluate only --protocol runs in several processes: add it.")
+    raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
     if _LAST_PARAMS.value:
-      raise UserError("--export generates with the average: leave --last_params out.")
+      raise UserError("--export uses the average of the parameters: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs: dict[str, Any] = {}
@@ -113,13 +115,13 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 def _check_run(workdir: epath.Path) -> None:
-  """Raises UserError if `workdir` is that of a bundle."""
+  """Raises UserError if `workdir` is a bundle."""
   from cm3leon_jax.trained import bundles
 
   if bundles.is_bundle(bundles.folder_of(workdir)):
     raise UserError(
       f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
-      "--protocol=FILE --data=FOLDER, or in --workdir the workdir of a run."
+      "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
     )
 
 
@@ -144,7 +146,7 @@ def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
 
 
 def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
-  """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
+  """Measures bits and, if the config requests it, judges samples. Adds the numbers to `summary`."""
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
   from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.likelihood import bits
@@ -155,7 +157,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
-  if config.scenes:  # Before anything is measured, so that a mistake ends the command.
+  if config.scenes:  # Prepare the samples first, so that a mistake ends the command early.
     world = of_facts(settings)
     world.check_installed()
     pipeline = _pipeline(run, params)
@@ -181,10 +183,10 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
 
 
 def _load_bundled(settings: Settings) -> CM3Leon | None:
-  """Loads the bundled model of the run's world; None if its records are of another source.
+  """Loads the bundled model of the run's world, or returns None if the data is not from a world.
 
-  What a world holds out depends on names alone, so the model never trained on what the run holds
-  out.
+  The held-out scenes of a world depend only on names. The bundled model therefore has the same
+  held-out scenes as the run, and never trained on them.
   """
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.evaluation.world import of_source
@@ -194,12 +196,12 @@ def _load_bundled(settings: Settings) -> CM3Leon | None:
 
 
 def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
-  """Generates an image for each caption, with the guidance and neighbors of the model's own run."""
+  """Generates an image for each caption, with the guidance and neighbors of the model's run."""
   return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
 
 
 def _about(model: CM3Leon, world: World) -> dict:
-  """Describes a bundled model: its settings of sampling, size and cost."""
+  """Returns the sampling settings, size and training cost of a bundled model."""
   import jax
 
   from cm3leon_jax.models import transformer
@@ -233,7 +235,7 @@ def _digest(value: object) -> str:
 
 
 def _export(settings: Settings, workdir: epath.Path) -> None:
-  """Generates images for prompts, or for held-out scenes, in the folders that GenEval reads."""
+  """Generates images for prompts or held-out scenes, in the folder layout that GenEval reads."""
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.trained.run import Run
@@ -262,7 +264,7 @@ def _export(settings: Settings, workdir: epath.Path) -> None:
 def _heldout_prompts(
   settings: Settings, workdir: epath.Path, pipeline: Pipeline
 ) -> tuple[list, list[dict]]:
-  """Returns tasks of held-out captions, and what GenEval would check of each."""
+  """Returns the tasks for held-out captions, and the GenEval metadata of each task."""
   from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.world import of_facts
 
@@ -275,7 +277,7 @@ def _heldout_prompts(
 def _export_identity(
   settings: Settings, workdir: epath.Path, prompts: list[dict], samples: int
 ) -> dict:
-  """Returns what the images of an export depend on."""
+  """Returns everything that the images of an export depend on."""
   config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:
     read += ["documents", "neighbors", *table.own_clip(settings)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 FOLDER = "evaluations"
-# Fields of a protocol that its samples do not depend on.
+# Fields of a protocol that do not affect its samples.
 NOT_OF_SAMPLES = (
   "title", "name", "metrics", "extractor", "extractor_tensors", "resolution", "published"
 )  # fmt: skip
@@ -32,17 +32,17 @@ NOT_OF_SAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the command line adds to a protocol.
+  """Command-line options that override or complete a protocol.
 
   Attributes:
-    metrics: names that replace those of the protocol; none: its own.
-    examples: number that replaces that of the protocol, or None.
-    data: folder of evaluation files, or None.
-    weights: file or folder of the extractor's weights, or None.
-    clip: folder of a Hugging Face CLIP for scores, or None for that of the run.
-    before: measure the parameters that the run began from.
-    out: folder of the results, or None for the default of `out_flag`.
-    allow_outside: whether evaluation files may name images that are not in `data`.
+    metrics: names of metrics that replace the protocol's metrics, unless empty.
+    examples: number of examples that replaces the protocol's number, unless None.
+    data: folder with the evaluation files.
+    weights: file or folder with the weights of the feature extractor.
+    clip: folder of a Hugging Face CLIP for scores; None: the CLIP of the run.
+    before: whether to measure the parameters that the run began from.
+    out: folder of the results; None: the default of `out_flag`.
+    allow_outside: whether evaluation files may name images outside `data`.
   """
 
   metrics: Sequence[str] = ()
@@ -56,7 +56,7 @@ class Options:
 
 
 def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options) -> None:
-  """Measures a run or bundle by all protocols of a file, after all of them were checked."""
+  """Checks all protocols of a file, and then measures a run or bundle with each of them."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.trained.run import Run
 
@@ -71,30 +71,30 @@ def run_all(settings: Settings, workdir: epath.Path, name: str, options: Options
 
 
 def _check_bundle(trained: Run, protocol: Protocol, options: Options) -> None:
-  """Raises UserError if a protocol asks for what a run alone has."""
+  """Raises UserError if a protocol or option needs something that a bundle lacks."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   name = trained.folder.name
   if protocol.data.format == protocol_lib.HELDOUT:
     raise UserError(
-      f"{name} is a bundle, which has no held-out documents, and the protocol reads them: name a "
-      "protocol that reads files, with --data=FOLDER, or in --workdir the workdir of a run."
+      f"{name} is a bundle, which has no held-out documents, but the protocol reads them: name a "
+      "protocol that reads files, with --data=FOLDER, or give the workdir of a run in --workdir."
     )
   if options.before:
-    raise UserError(f"--before is given, and {name} is a bundle: name the workdir of its run.")
+    raise UserError(f"--before is given, but {name} is a bundle: name the workdir of its run.")
   if trained.bank is None and any(column.retrieve for column in protocol.columns):
     raise UserError(
-      f"{name} is a bundle without a bank, and a column of the protocol retrieves documents: set "
+      f"{name} is a bundle without a bank, but a column of the protocol retrieves documents: set "
       "retrieve to 0 in a copy of the protocol."
     )
 
 
 def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
-  """Returns the protocol with the number of examples of the options.
+  """Checks a protocol, and returns it with the number of examples from the options.
 
   Raises:
-    UserError: a metric is unknown or does not fit, its examples are too few, a field of a sampler
-      or a published figure is wrong, a file is absent, or an option has no effect.
+    UserError: a metric is unknown, does not fit the task or needs more examples; a field of a
+      sampler or a published figure is wrong; a file is absent; or an option has no effect.
   """
   from cm3leon_jax.data.published.files import open_examples
   from cm3leon_jax.evaluation.protocols import metrics
@@ -114,29 +114,29 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
     ("clip", options.clip, "embeddings"),
   ):
     if value is not None and need not in needs:
-      raise UserError(f"--{flag} is given, and no metric of {', '.join(names)} reads it.")
+      raise UserError(f"--{flag} is given, but no metric of {', '.join(names)} reads it.")
   if protocol.data.format == protocol_lib.HELDOUT:
     if options.data is not None:
-      raise UserError("--data is given, and the protocol reads the held-out pairs of the run.")
-  elif options.data is not None:  # Absent files are found before anything is generated.
+      raise UserError("--data is given, but the protocol reads the held-out pairs of the run.")
+  elif options.data is not None:  # Detect absent files before anything is generated.
     open_examples(protocol.data.format, options.data, protocol.data.split)
   return protocol
 
 
 def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[epath.Path, dict]:
-  """Measures a run or bundle by a protocol; writes evaluations/NAME-HASH/.
+  """Measures a run or bundle with a protocol, and writes evaluations/NAME-HASH/.
 
   Args:
-    trained: what is measured.
-    name: of the file of the protocol, for the folder and the page.
-    protocol: what is measured of it.
-    options: of the command line.
+    trained: the run or bundle to measure.
+    name: name of the protocol's file, for the folder and the page.
+    protocol: the protocol to measure with.
+    options: command-line options.
 
   Returns:
     (folder of the evaluation, content of its results.json).
 
   Raises:
-    UserError: the protocol, a metric, the data, or weights are wrong or absent.
+    UserError: the protocol, a metric, the data or the weights are wrong or absent.
   """
   from cm3leon_jax.evaluation.protocols import metrics, results
   from cm3leon_jax.evaluation.protocols import run as run_lib
@@ -168,13 +168,13 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
 
 
 def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
-  """Returns the stages of the run that are read."""
+  """Returns the stages that the evaluation reads."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
   if retrieves:
     read += ["documents", "neighbors"]
-  # Neighbors of held-out pairs are known, others are searched for by CLIP.
+  # The neighbors of held-out pairs are stored. For other examples, CLIP must search.
   needs_clip = retrieves and protocol.data.format != protocol_lib.HELDOUT
   needs_clip |= any(column.samples > 1 for column in protocol.columns)
   needs_clip |= "embeddings" in needs and options.clip is None
@@ -183,10 +183,12 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 
 
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
-  """Loads the parameters of a run and their step, or those that it began from, step 0.
+  """Loads the parameters of a run and their step.
+
+  With `before`, loads the parameters that the run began from, with step 0.
 
   Raises:
-    UserError: it began from random ones.
+    UserError: with `before`, the run began from random parameters.
   """
   from cm3leon_jax.trained import initial
 
@@ -195,7 +197,7 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
   start = initial.start_of(trained.folder)
   if start is None:
     raise UserError(
-      f"--before is given, and the run in {trained.folder} began from random parameters."
+      f"--before is given, but the run in {trained.folder} began from random parameters."
     )
   return initial.load(start, trained.settings), 0
 
@@ -203,7 +205,7 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
 def _scorer(
   names: tuple[str, ...], options: Options, own: CLIP | HFCLIP | None
 ) -> CLIP | HFCLIP | None:
-  """Returns the CLIP that metrics read, that of --clip or the run's own; None: none reads it."""
+  """Returns the CLIP for the metrics, from --clip or the run. None if no metric uses CLIP."""
   from cm3leon_jax.clip.huggingface import HFCLIP
   from cm3leon_jax.evaluation.protocols.metrics import METRICS
 
@@ -220,7 +222,7 @@ def _make_run(
   options: Options,
   about: dict[str, Any],
 ) -> tuple[ProtocolRun, int]:
-  """Loads what a protocol runs on; returns a `ProtocolRun` and the step of its parameters."""
+  """Loads models and data for a protocol. Returns a `ProtocolRun` and the parameters' step."""
   from cm3leon_jax.evaluation import world
   from cm3leon_jax.evaluation.metrics import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
@@ -241,7 +243,7 @@ def _make_run(
   check(names, protocol.task, len(evaluated.examples))
   check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
-  # Samples do not depend on what is measured of them.
+  # Samples do not depend on the metrics, so evaluations with other metrics can reuse them.
   of_samples = {
     **about,
     **{n: v for n, v in dataclasses.asdict(protocol).items() if n not in NOT_OF_SAMPLES},
@@ -277,17 +279,17 @@ def _make_run(
 def _extractor(
   protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
 ) -> Extractor:
-  """Loads the extractor of a protocol.
+  """Loads the feature extractor of a protocol.
 
   Raises:
-    UserError: it names none, or the weights are absent, or those of another network.
+    UserError: the protocol names no extractor, or the weights are absent or of another network.
   """
   from cm3leon_jax.evaluation.metrics import extractors
 
   network, _, resize = protocol.extractor.partition("_")
   if not network:
     raise UserError(
-      "the protocol names no extractor, and distances need one: set its field extractor to clip, "
+      "the protocol names no extractor, but distances need one: set its field extractor to clip, "
       "inception_tf1, inception_torch or dinov2."
     )
   if network == "clip":
@@ -295,18 +297,19 @@ def _extractor(
   elif weights is None:
     what = "a safetensors file" if network == "inception" else "a Hugging Face folder"
     raise UserError(
-      f"distances of the protocol compare features of {network}: name {what} with its weights by "
+      f"the protocol's distances compare features of {network}: name {what} with its weights in "
       "--extractor."
     )
   elif network == "inception":
-    found = extractors.load_inception(weights, resize)  # type: ignore[arg-type]  # Of its field.
+    # The check of the protocol's field guarantees a valid `resize`.
+    found = extractors.load_inception(weights, resize)  # type: ignore[arg-type]
   else:
     found = extractors.load_dinov2(weights)
   tensors = found.identity["tensors"]
   if protocol.extractor_tensors not in ("", tensors):
     raise UserError(
-      f"the weights of {weights or found.name} have the SHA-256 {tensors[:12]}..., and the "
-      f"protocol asks for {protocol.extractor_tensors[:12]}...: give the weights that it names."
+      f"the weights of {weights or found.name} have the SHA-256 {tensors[:12]}..., but the "
+      f"protocol requires {protocol.extractor_tensors[:12]}...: give the required weights."
     )
   return found
 
@@ -315,7 +318,7 @@ def compare(folders: list[str]) -> None:
   """Prints the differences between two evaluations, with paired intervals.
 
   Raises:
-    UserError: there are not two, or they measured different things.
+    UserError: `folders` does not name two evaluations, or they are not comparable.
   """
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 

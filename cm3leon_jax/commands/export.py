@@ -1,17 +1,19 @@
-"""Writes the newest checkpoint for other programs, to export/ or to --output.
+"""Exports the newest checkpoint for other programs, to export/ or --output.
 
   cm3leon export --workdir=workdir/scenes
   cm3leon export --workdir=scenes --output=scenes_int8 --quantize=int8
 
---workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
-installed; without --config, the settings are those that are stored there. export/ is in the workdir
-of a run, and for a bundle in the current folder. Without --format,
-transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads it; docs/export.md
-has the formats. If torch is installed, the logits of the exported model on
-held-out documents are compared with those of this project.
---bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
-and for --init_from of cm3leon train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
-and bank are those of another bundle, which `cm3leon copy_tokenizers` copied from.
+--workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle.
+Without --config, the command uses the settings that are stored there. The default output folder is
+export/ in the workdir of a run, or export/ in the current folder for a bundle. The default format
+can be loaded with transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export");
+docs/export.md lists the other formats. If torch is installed, the command compares the logits of
+the exported model with the original logits on held-out documents.
+
+--bundle=DIR also writes the decoder, the tokenizers and CLIP in float16 to one folder, for
+CM3Leon.load and for --init_from of cm3leon train. With --base=OTHER, the bundle contains only the
+decoder. It then uses the tokenizers, CLIP and bank of the bundle OTHER, from which
+`cm3leon copy_tokenizers` copied them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 SAMPLES = 4
-COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
+# Number of parameters up to which logits are compared. The comparison loads the decoder twice.
+COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = choices.Choice()
 _FORMAT = flags.DEFINE_enum(
@@ -41,28 +44,28 @@ _FORMAT = flags.DEFINE_enum(
 _OUTPUT = flags.DEFINE_string(
   "output",
   "",
-  "Folder of the export; default: export/ in the workdir of a run, as a stage, and for a bundle "
-  "export/ in the current folder.",
+  "Folder of the export. Default: export/ in the workdir of a run, as a stage of the run, or "
+  "export/ in the current folder for a bundle.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(choices.DTYPES), "Dtype of the weights.")
 _QUANTIZE = flags.DEFINE_enum(
-  "quantize", None, ["int8"], "Matrices of the layers as int8, with a scale per output channel."
+  "quantize", None, ["int8"], "Store the matrices of the layers as int8, one scale per channel."
 )
 _MERGE_EMA = flags.DEFINE_bool(
   "merge_ema",
   None,
-  "Write the moving average of the parameters, or with --merge_ema=False the last ones; default: "
-  "the average, if the run keeps one (optimizer.ema_decay).",
+  "Write the moving average of the parameters, or with --merge_ema=False the last parameters. "
+  "Default: the average, if the run keeps one (optimizer.ema_decay).",
 )
 _BUNDLE = flags.DEFINE_string(
   "bundle",
   "",
-  "Folder of a bundle: all that generates images without the workdir.",
+  "Folder of a bundle to write, with everything that sampling needs.",
 )
 _BASE = flags.DEFINE_string(
   "base",
   "",
-  "Bundle with the tokenizers and CLIP of this run, which --bundle then leaves out.",
+  "Bundle that has the tokenizers and CLIP of this run, so that --bundle leaves them out.",
 )
 
 
@@ -83,12 +86,12 @@ def main(
   output: str = "",
 ) -> None:
   if base and not bundle_folder:
-    raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
+    raise UserError(f"--base is {base}, but --bundle is not given: --base applies only to bundles.")
   from cm3leon_jax.trained.run import Run
 
   trained = Run.open(workdir, settings)
   if trained.kind == "bundle" and bundle_folder:
-    raise UserError(f"--bundle is given, and {workdir} is a bundle already: copy {trained.folder}.")
+    raise UserError(f"--bundle is given, but {workdir} is already a bundle: copy {trained.folder}.")
   formats.check(choice, trained.settings)
   with common.writing("export"):
     _export(trained, choice, output or "export" * (trained.kind == "bundle"))
@@ -121,7 +124,11 @@ def _export(trained: Run, choice: choices.Choice, output: str) -> None:
 def _write(
   folder: epath.Path, place: epath.Path, trained: Run, choice: choices.Choice
 ) -> tuple[dict, str]:
-  """Writes an export, which will stand at `place`; returns its numbers and what a user reads."""
+  """Writes an export to `folder`, which is later moved to `place`.
+
+  Returns:
+    Numbers for the summary, and a message for the user.
+  """
   from cm3leon_jax.reports import model_card
   from cm3leon_jax.trained import bundles
   from cm3leon_jax.trained.run import open_params
@@ -152,10 +159,11 @@ def _check(
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
-  Logits are those of `transformers`, if it reads the export; a rounded decoder has other bits.
+  If `transformers` can load the export, compares its logits. If the export rounds the parameters,
+  measures the bits before and after rounding.
 
   Returns:
-    Numbers for the summary, and sentences that say them.
+    Numbers for the summary, and sentences for the user.
   """
   import jax
 
@@ -202,7 +210,7 @@ def _check(
 
 
 def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> dict[str, float]:
-  """Measures the mean bits of the image codes and text tokens of held-out documents, alone."""
+  """Measures mean bits per image code and text token of held-out documents, without neighbors."""
   import numpy as np
 
   from cm3leon_jax.data.rows.loader import join

@@ -1,4 +1,4 @@
-"""Says in one sentence what is wrong with a flag, and what would be right."""
+"""Explains in one sentence what is wrong with a flag, and what would be right."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from cm3leon_jax.commands import config_file
 
 
 def unknown(name: str, config: bool) -> str:
-  """Returns the message for an unknown flag; it suggests a flag, or fields of the config."""
+  """Returns the message for an unknown flag, which suggests a flag or config fields."""
   fields = config_file.field_names() if config else ()
   same_name = [field for field in fields if name in (field, field.partition(".")[2])]
   same_name.sort(key=lambda field: (not field.startswith("train."), field))
@@ -23,7 +23,7 @@ def unknown(name: str, config: bool) -> str:
 
 
 def wrong_value(error: flags.Error | ValueError) -> str:
-  """Returns the message for a value that absl does not take.
+  """Returns the message for a value that absl rejects.
 
   "flag --keep_last=1: 1 is not integer >= 2"
   "--keep_last is 1; it must be an integer >= 2."

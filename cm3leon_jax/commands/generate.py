@@ -1,4 +1,4 @@
-"""Generates images and texts: for prompts and images of yours, or for held-out captions of a run.
+"""Generates images and texts for your prompts and images, or for held-out captions of a run.
 
   cm3leon generate --workdir=scenes --prompt="a red bell"
   cm3leon generate --workdir=scenes-instruct --task=caption --image=bell.png
@@ -6,11 +6,11 @@
   cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --prompt="a green bell" --config.sampling.temperature=0.8
 
---workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
-installed; without --config, the settings are those that are stored there. Results go to
-prompts/NAME-HASH/, those of held-out captions to samples/: a PNG file for each image,
-contact_sheet.png, results.jsonl. These folders are made in the workdir of a run, for a bundle in
-the current folder, or in --out. docs/generating.md shows every task.
+--workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle.
+Without --config, the command uses the settings that are stored there. Results for prompts go to
+prompts/NAME-HASH/, and results for held-out captions to samples/. Each folder contains a PNG file
+for each image, contact_sheet.png and results.jsonl. The folders are in the workdir of a run, in the
+current folder for a bundle, or in --out. docs/generating.md shows every task.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 
-# Literals, for flags are checked before JAX is imported.
+# These are literals, because the flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
 TASKS = (
   *("text_to_image", "infill_image", "edit", "instruct", "unconditional"),
@@ -51,20 +51,20 @@ _TASK = flags.DEFINE_enum(
   "task",
   "text_to_image",
   TASKS,
-  "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md has all tasks.",
+  "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md lists all tasks.",
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt text; may be given several times.")
 _IMAGE = flags.DEFINE_multi_string(
-  "image", [], "File of an image: one for each --prompt, or one for all."
+  "image", [], "Image file: one for each --prompt, or one for all prompts."
 )
 _BOX = flags.DEFINE_list(
   "box", None, "Box of infill_image: left,top,right,bottom in pixels of the model's resolution."
 )
 _LENGTH = flags.DEFINE_integer(
-  "length", 0, "Largest number of tokens of a text (default: 64) or an interleaved document."
+  "length", 0, "Largest number of tokens in a text (default: 64) or an interleaved document."
 )
 _CAPTIONS = flags.DEFINE_integer(
-  "captions", 16, "Number of held-out captions, without a prompt or image of yours.", lower_bound=1
+  "captions", 16, "Number of held-out captions, if no prompt or image is given.", lower_bound=1
 )
 _RANK = flags.DEFINE_bool(
   "rank", False, "Order the samples of each prompt by CLIP score, best first."
@@ -72,39 +72,43 @@ _RANK = flags.DEFINE_bool(
 _GUIDANCE = flags.DEFINE_list(
   "guidance",
   None,
-  "Weights of guidance, e.g. 1,3,5 (default: 1 and the config's; with --prompt the config's).",
+  "Guidance weights, e.g. 1,3,5 (default: 1 and the config's weight; with --prompt only the "
+  "config's weight).",
 )
 _KEEP = flags.DEFINE_bool(
-  "keep_neighbors", False, "The unconditional stream of guidance keeps the retrieved documents."
+  "keep_neighbors", False, "Keep the retrieved documents in the unconditional stream of guidance."
 )
 _BANK = flags.DEFINE_string(
-  "bank", None, "Another workdir of the same tokenizers and CLIP, to retrieve from for a --prompt."
+  "bank",
+  None,
+  "Another workdir with the same tokenizers and CLIP, from which a --prompt retrieves documents.",
 )
 _SEED = flags.DEFINE_integer(
-  "seed", None, "Seed of the first prompt; each next prompt adds 1.", 0, 2**31
+  "seed", None, "Seed of the first prompt; each further prompt adds 1.", 0, 2**31
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 16, "Samples that are generated at once.", lower_bound=1
+  "batch_size", 16, "Number of samples that are generated together.", lower_bound=1
 )
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", DTYPES, "Dtype of the model's matrices."
 )
 _DRAFT_WINDOW = flags.DEFINE_integer(
-  "draft_window", 0, "Codes of an image that are drafted and verified at once; 0: none.", 0
+  "draft_window", 0, "Image codes that are drafted and verified together; 0: no drafts.", 0
 )
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of keys and values.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of the cache entries.")
 
 
-MOST_TEXTS = 16  # Texts that are printed; all are in results.jsonl.
-# Nats a code below which prompts change nothing. The demo's decoder has 0.107 for a caption of two
-# objects, with and without a neighbor, and 0.209 for a caption without sense.
+MOST_TEXTS = 16  # Number of texts that are printed; results.jsonl has all texts.
+# Mean KL divergence, in nats per code, below which prompts count as having no effect. The demo's
+# decoder reaches 0.107 for a caption of two objects, with and without a neighbor, and 0.209 for a
+# nonsense caption.
 LEAST_DIVERGENCE = 1e-3
 
 
 def _numbers(
   flag: flags.FlagHolder, default: list, kind: Callable[[str], float], least: float
 ) -> list:
-  """Returns the values of a list flag, each once; raises UserError for a wrong value."""
+  """Returns the distinct values of a list flag. Raises UserError for a wrong value."""
   try:
     values = default if flag.value is None else [kind(v) for v in flag.value]
   except ValueError as error:
@@ -119,7 +123,7 @@ def _numbers(
 
 
 def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
-  """Pairs each number of retrieved documents with the sampling settings of each guidance."""
+  """Returns all pairs of a number of retrieved documents and sampling settings with a guidance."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
   retrieves = _numbers(RETRIEVE, retrieve, int, 0)
   return [
@@ -129,7 +133,10 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(trained: Run, seed: int) -> list[Task]:
-  """Returns the tasks of the flags, [] for held-out captions; raises UserError for wrong flags."""
+  """Returns the tasks that the flags define; [] selects held-out captions.
+
+  Raises UserError for wrong flags.
+  """
   from cm3leon_jax.generation import prompt_file
 
   settings = trained.settings
@@ -144,7 +151,7 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
   if len(columns) > 1 and (path is not None or name != "text_to_image"):
     raise UserError(
       "--guidance or --retrieve has several values: only a --prompt of text_to_image, and held-out "
-      "captions, take them."
+      "captions, accept several values."
     )
   retrieve, sampling = columns[0]
   common_fields = {"length": _LENGTH.value, "keep_neighbors": _KEEP.value}
@@ -188,7 +195,10 @@ def _check_rank(tasks: Sequence[Task]) -> None:
 
 
 def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the workdir to retrieve from; raises UserError on other tokenizers or another CLIP."""
+  """Returns the workdir to retrieve from, or None.
+
+  Raises UserError if --bank has other tokenizers or another CLIP.
+  """
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -196,12 +206,12 @@ def _bank(trained: Run, heldout: bool) -> epath.Path | None:
     return trained.bank
   if heldout:
     raise UserError(
-      "--bank is given without --prompt; held-out captions use the neighbors of their own run: "
+      "--bank is given without --prompt, but held-out captions use the neighbors of their run: "
       "leave --bank out."
     )
   bank = epath.Path(_BANK.value)
   if not bank.exists():
-    raise UserError(f"--bank is {bank}, and there is no such folder: give the workdir of a run.")
+    raise UserError(f"--bank is {bank}, which does not exist: give the workdir of a run.")
   documents, neighbors = (
     stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
   )
@@ -211,8 +221,8 @@ def _bank(trained: Run, heldout: bool) -> epath.Path | None:
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
-        f"--bank {bank} was made with another {name} than {trained.folder}: copy its folder "
-        "there and build the bank again."
+        f"--bank {bank} was made with another {name} than {trained.folder}: copy that folder from "
+        f"{trained.folder} to {bank} and build the bank again."
       )
   return bank
 
@@ -228,7 +238,10 @@ def _identity(
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
 ) -> dict:
-  """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
+  """Returns everything that the samples depend on.
+
+  Raises UserError if a stage that they need is not finished.
+  """
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -255,14 +268,14 @@ def _identity(
 
 
 def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path:
-  """Returns the folder of the samples; each set of prompts and settings has its own."""
+  """Returns the folder of the samples. Each set of prompts and settings has a separate folder."""
   from cm3leon_jax.generation.tasks import slug
 
   if not tasks:
     return root / "samples"
   digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
   for folder in sorted((root / "prompts").glob(f"*-{digest}")):
-    return folder  # The prompt file may have been renamed.
+    return folder  # Its name may differ, if the prompt file was renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
   return root / "prompts" / f"{slug(name)}-{digest}"
 
@@ -271,24 +284,28 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
   from cm3leon_jax.reports.summary import describe_clip_score
 
   for record in [r for r in records if r.get("text")][:MOST_TEXTS]:
-    # A model may write control characters, and a prompt may hold them.
+    # Generated texts and prompts may contain control characters.
     texts = (record["prompt"] or record["image"] or record["task"], record["text"])
     print(": ".join(" ".join(printable(text).split()) for text in texts))
-  noun = "concept" if records[0]["key"] else "prompt"  # Of a held-out document, or of the user.
+  # Only held-out documents have keys. Their captions count as concepts, user prompts as prompts.
+  noun = "concept" if records[0]["key"] else "prompt"
   for row in scores:
     print(describe_clip_score(row, noun))
 
 
 def _describe_divergence(mean: float) -> str:
-  """Says how much prompts change the distributions of image codes: a canary for lost prompts."""
+  """Describes how much prompts change the distributions of image codes.
+
+  A value near 0 shows that prompts do not reach the model.
+  """
   if mean < LEAST_DIVERGENCE:
     return (
       "warning: the model draws almost the same with and without these prompts (mean KL divergence "
-      f"{mean:.2g} nats a code): was it trained, and on prompts like these?"
+      f"{mean:.2g} nats per code): was it trained, and on prompts like these?"
     )
   return (
-    f"the prompts change what the model draws by {mean:.3g} nats a code (mean KL divergence from "
-    "no prompt; near 0, they have no effect)."
+    f"the prompts change the distributions of image codes by {mean:.3g} nats per code (mean KL "
+    "divergence from no prompt; near 0, prompts have no effect)."
   )
 
 
@@ -296,12 +313,12 @@ def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
   if trained.kind == "bundle" and not tasks:
     raise UserError(
       f"{trained.folder.name} is a bundle, which has no held-out captions: give a prompt, "
-      '--prompt="a red bell", or in --workdir the workdir of a run.'
+      '--prompt="a red bell", or the workdir of a run in --workdir.'
     )
 
 
 def _digests(given: dict) -> dict[str, str]:
-  """Returns the SHA-256 of the pixels of given images, by path and crop."""
+  """Returns "path, crop" -> SHA-256 of the pixels of the given images."""
   return {
     f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
     for (image, crop), pixels in given.items()
@@ -365,7 +382,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
       if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
         summary["divergence"] = sum(apart) / len(apart)
         print(f"generate: {_describe_divergence(summary['divergence'])}")
-  print(f"generate: all in {folder}, side by side in {folder / 'contact_sheet.png'}.", flush=True)
+  print(f"generate: results in {folder}, overview in {folder / 'contact_sheet.png'}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Grades answers to held-out instructions before and after tuning, exactly, by the facts of scenes.
+"""Grades answers to held-out instructions exactly, by facts of scenes, before and after tuning.
 
   cm3leon grade_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct
 
-Before is the model that the training started from, asked the same. Beside both stand what needs no
-model: the most frequent answer, the given image unchanged, and the true image as the tokenizer
-reconstructs it. Tasks of other formats have protocols (cm3leon evaluate --protocol).
+"Before" is the model that the training started from; it answers the same instructions. Both are
+compared with baselines that need no model: the most frequent answer, the given image unchanged, and
+the tokenizer's reconstruction of the true image. For tasks in other formats, use protocols
+(cm3leon evaluate --protocol).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def _models(run: Run) -> dict[str, Callable[[], dict]]:
-  """Returns functions that load the parameters, by the titles of their columns."""
+  """Returns column title -> function that loads the parameters of the column."""
   from cm3leon_jax.trained import initial
 
   start = initial.start_of(run.folder)
@@ -39,10 +40,10 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
 
 
 def _judges(settings: Settings) -> dict[str, World]:
-  """Returns the worlds that judge answers exactly, by the names of the tasks.
+  """Returns task name -> world that judges the answers of the task exactly.
 
   Raises:
-    UserError: no task has such answers.
+    UserError: no task has answers that can be judged exactly.
   """
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
@@ -51,14 +52,15 @@ def _judges(settings: Settings) -> dict[str, World]:
   judges = {task.name: world for task in tasks if (world := of_answers(task))}
   if not judges:
     raise UserError(
-      "no task of config.instructions has answers that are judged exactly, of scenes/...: evaluate "
-      "the run by a protocol, `cm3leon evaluate --protocol=cm3leon_table2`."
+      "no task of config.instructions has answers that can be judged exactly, as tasks of "
+      "scenes/... have: evaluate the run with a protocol, "
+      "`cm3leon evaluate --protocol=cm3leon_table2`."
     )
   return judges
 
 
 def _grade(run: Run, judges: dict[str, World], count: int) -> dict[str, dict[str, list[Answer]]]:
-  """Returns the answers of each task of `judges` by the titles of the columns."""
+  """Returns task name -> column title -> graded answers, for the tasks of `judges`."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.grades import answers as grades
   from cm3leon_jax.generation.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""Writes the text of --help: the command's docstring with examples, and its flags in groups."""
+"""Formats the text of --help: the command's docstring with examples, and its flags by topic."""
 
 import sys
 import textwrap
@@ -16,7 +16,7 @@ PROCESSES = (
 )
 FIELDS = """\
   --config.SECTION.FIELD=VALUE
-      Sets a field of the config, e.g. --config.train.steps=100; it follows --config."""
+      Set a field of the config, e.g. --config.train.steps=100. Give it after --config."""
 
 
 def _flag(flag: flags.Flag) -> str:
@@ -37,7 +37,7 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
   Args:
     docstring: docstring of the command's module, with examples.
     workdir: whether the command takes --workdir.
-    several_processes: whether the command takes the flags of jobs of several processes.
+    several_processes: whether the command takes the flags for multi-process jobs.
     config: whether the command takes a config.
   """
   modules = flags.FLAGS.flags_by_module_dict()

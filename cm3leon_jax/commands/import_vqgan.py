@@ -1,13 +1,13 @@
-"""Imports a published or exported image tokenizer, in place of `cm3leon train_vqgan`.
+"""Imports a published or exported image tokenizer; replaces `cm3leon train_vqgan`.
 
   cm3leon import_vqgan --config=cm3leon_350m --workdir=workdir/run \\
     --source=amused-256 --family=amused
 
---source is a .safetensors file or a folder with one; a pickle is not read. Of an export of this
-project it is EXPORT/image_tokenizer, without --family if that tokenizer was trained here.
-docs/published_tokenizers.md says which weights fit, how to convert them, and which config each of
-them takes:
-amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon 1,024 of 512x512.
+--source is a .safetensors file or a folder that contains one. Pickle files are refused. For an
+export of this project, --source is EXPORT/image_tokenizer; leave out --family if that tokenizer was
+trained with this project. docs/published_tokenizers.md lists the supported weights, how to convert
+them, and their configs: amused has 256 codes for 256x256 pixels, taming_gumbel_f8 1,024 codes for
+256x256 pixels, chameleon 1,024 codes for 512x512 pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
-_FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights are of.")
+_FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights belong to.")
 
 
 def _check_flags(source: str, family: str | None, own: bool) -> None:
@@ -46,8 +46,7 @@ def _check_folder(folder: epath.Path) -> None:
   imported = vqgan.is_published(folder) or stages.command_of(folder) == "import_vqgan"
   if ((folder / vqgan.CONFIG).exists() and not imported) or (folder / trainer.FOLDER).exists():
     raise UserError(
-      f"{folder} holds a VQGAN of cm3leon train_vqgan: use another --workdir, or delete that "
-      "folder."
+      f"{folder} has a VQGAN of cm3leon train_vqgan: use another --workdir, or delete that folder."
     )
 
 
@@ -64,7 +63,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   else:
     found = published_files.read(source, family)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
-  of_file: str = getattr(tokenizer.config, "family", "")  # "": of one that was trained here.
+  of_file: str = getattr(tokenizer.config, "family", "")  # "": trained with this project.
   name = family or of_file
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""

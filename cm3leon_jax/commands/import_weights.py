@@ -3,11 +3,11 @@
   cm3leon import_weights --config=cm3leon_350m --workdir=runs/from_text \\
     --source=DIR
 
-DIR holds safetensors, config.json and tokenizer.json: what cm3leon export wrote, or a text model,
-Qwen3ForCausalLM or OPTForCausalLM without biases. What cannot be imported exactly is refused with
-its reason, and nothing is downloaded. The command writes text_tokenizer/ and init/ in the workdir;
-the stages after it and cm3leon train then begin with them, on any mesh. It names the flags that set
-fields of the config to what the model needs.
+DIR contains safetensors files, config.json and tokenizer.json. It is an export of this project or a
+text model of the class Qwen3ForCausalLM or OPTForCausalLM without biases. The command refuses a
+model that it cannot import exactly, and prints the reason. It downloads nothing. It writes
+text_tokenizer/ and init/ in the workdir, from which the later stages and cm3leon train start, on
+any mesh. It prints the flags that set config fields to the values that the model needs.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _SOURCE = flags.DEFINE_string(
   "source",
   "",
   "Folder of the checkpoint.",
-  allow_override=True,  # In one process of tests cm3leon import_vqgan has such a flag, too.
+  allow_override=True,  # import_vqgan defines this flag, too, and tests import both modules.
 )
 
 
 def main(settings: Settings, workdir: epath.Path, source: str, given: Collection[str] = ()) -> None:
-  """Imports the weights and prints what was done.
+  """Imports the weights and prints a summary.
 
   Args:
-    settings: of the run.
-    workdir: of the run.
+    settings: settings of the run.
+    workdir: folder of the run.
     source: folder of the checkpoint.
-    given: fields of the config that flags of this command set, e.g. "model.width": the flags that
-      the next commands need, too.
+    given: config fields that flags of this command set, e.g. "model.width". The next commands need
+      the same flags.
   """
   from cm3leon_jax.importing import importer
 
@@ -54,7 +54,7 @@ def main(settings: Settings, workdir: epath.Path, source: str, given: Collection
     print(f"import_weights: {line}", flush=True)
   needed = importer.flags(found.fields, given)
   print(
-    "import_weights: the next stages, and `cm3leon train` with this --workdir, begin with it"
+    "import_weights: the next stages, and `cm3leon train` with this --workdir, start from it"
     + (f" and need {needed}" if needed else "."),
     flush=True,
   )

@@ -1,13 +1,13 @@
-"""Writes an HTML page of training rows, or checks all files that training reads.
+"""Writes an HTML page that shows training rows, or checks all files that training reads.
 
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
 
-The page shows the arrays that the trainer reads; every sample is checked against its documents.
---validate reads every record, every row and every image of raw/ instead, and names the first that
-is wrong.
+The page shows the arrays that the trainer reads. The command compares every shown sample with its
+documents. --validate writes no page, but reads every record, every row and every image of raw/, and
+names the first error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from cm3leon_jax.runs import stages, table
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
-# Without a default, as the flag of this name of other commands: in one process they are one flag.
+# No default, because other commands define --out without a default, too, and tests import all
+# commands in one process.
 _OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
@@ -35,8 +36,8 @@ _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the
 _VALIDATE = flags.DEFINE_bool(
   "validate",
   False,
-  "Only check all files that training reads; write no page.",
-  allow_override=True,  # In one process of tests cm3leon encode_documents has such a flag, too.
+  "Write no page; check all files that training reads.",
+  allow_override=True,  # encode_documents defines this flag, too, and tests import both modules.
 )
 
 DOCUMENTS = ("documents", "neighbors")
@@ -51,10 +52,10 @@ def write_page(
   numbers: Sequence[int],
   config_name: str,
 ) -> None:
-  """Writes the page of rows `numbers` of `split`.
+  """Writes the page for the rows `numbers` of `split`.
 
   Raises:
-    UserError: `out` cannot be written, a stage is missing, or a row does not hold its documents.
+    UserError: `out` cannot be written, a stage is missing, or a row does not contain its documents.
   """
   from cm3leon_jax.reports import inspect_page, row_contents
   from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -69,24 +70,26 @@ def write_page(
   run = Run(workdir, settings)
   loader, scores = run.rows(split), None
   if documents:
-    folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
+    # As in `open_rows`, held-out rows use the neighbors that the caption retrieves.
+    folder, by_caption = workdir / "neighbors", split == "heldout"
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   try:
     rows = row_contents.read_rows(loader, scores, numbers)
   except ValueError as error:
-    raise UserError(f"the rows are not as planned: {error}") from error
+    raise UserError(f"the rows differ from their plan: {error}") from error
   decoder = inspect_page.make_decoder(rows, settings.vocab, run.text, run.images)
   inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
-  used = f"{inspect_page.fill(rows):.1%} of their slots used"
+  used = f"{inspect_page.fill(rows):.1%} of their positions used"
   samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
 def validate(settings: Settings, workdir: epath.Path) -> None:
-  """Checks digests, documents, neighbors, instructions and raw images of a run; prints numbers.
+  """Checks digests, documents, neighbors, instructions and raw images of a run. Prints counts.
 
   Raises:
-    UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
+    UserError: a stage is not finished, or one of its files is wrong. The message names the file and
+      the record or row.
   """
   from cm3leon_jax.data.checks.validate import validate_documents, validate_raw, validate_store
   from cm3leon_jax.data.documents.store import DocumentStore
@@ -101,7 +104,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   for name in (*table.TOKENIZERS, *instructions, *documents):
     described = len(stages.require(workdir, name).get("files", {}))
     stages.check_files(workdir / name)
-    state = f"{described} files as written" if described else "of an earlier version: no digests"
+    state = f"{described} files as written" if described else "no digests, from an older version"
     print(f"{workdir / name}: {state}.")
   if documents:
     validate_documents(workdir / "documents", settings.vocab)
@@ -118,7 +121,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   if atomic.exists(workdir / "raw" / stages.DONE):
     validate_raw(workdir / "raw", settings.raw.num_threads)
   else:
-    print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")
+    print(f"{workdir / 'raw'}: is missing or not finished, so its images were not checked.")
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:

@@ -1,4 +1,7 @@
-"""Flag of the commands that write results into the folder of a run, of which a bundle has none."""
+"""Defines --out for the commands that write results to the workdir of a run.
+
+A bundle has no workdir.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ if TYPE_CHECKING:
 OUT = flags.DEFINE_string(
   "out",
   None,
-  "Folder in which the folder of the results is made; default: the workdir of a run, and for a "
-  "bundle the current folder.",
-  allow_override=True,  # Of other commands, which tests import in one process.
+  "Folder in which the results folder is created. Default: the workdir of a run, or the current "
+  "folder for a bundle.",
+  allow_override=True,  # Other commands define this flag, and tests import them in one process.
 )
 
 
 def results_folder(trained: Run, out: str | None) -> epath.Path:
-  """Returns the folder of results: `out`, or a default, which is never the folder of a bundle.
+  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder.
 
   Raises:
     UserError: `out` is a file.

@@ -1,4 +1,4 @@
-r"""Plans a pod job before it is paid for: memory, days, costs; writes files that start it.
+r"""Plans a pod job: estimates memory, days and costs, and writes files that start the job.
 
   cm3leon plan --config=cm3leon_7b --topology=v5e-256
   cm3leon plan --config=cm3leon_7b --topology=v5e-256 --slices=2 \
@@ -8,11 +8,12 @@ r"""Plans a pod job before it is paid for: memory, days, costs; writes files tha
     --workdir=/scratch/7b --out=plan/h100 \
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
-With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
-slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; offline_ray.sh, for the stages
-before the training; and plan.json. Files of an earlier plan in that folder are replaced or removed,
-unless they were changed since. Nothing is compiled and nothing started: memory and costs are
-estimates; `cm3leon aot_compile` checks memory with the real compiler. docs/pods.md is the guide.
+With --out, the command writes these files. For TPUs: gke_jobset.yaml, xpk.sh, tpu_vm.sh and
+skypilot.yaml. For GPUs: slurm.sbatch and, if the workdir is in a GCS bucket, skypilot.yaml. Always:
+plan.json, and offline_ray.sh for the stages before the training. Files of an earlier plan in that
+folder are replaced or removed, unless a user has changed them. The command compiles and starts
+nothing, so memory and costs are estimates. `cm3leon aot_compile` checks memory with the real
+compiler. docs/pods.md is the guide.
 """
 
 from __future__ import annotations
@@ -36,74 +37,81 @@ if TYPE_CHECKING:
   from cm3leon_jax.planning.hardware import Hardware
   from cm3leon_jax.settings import Settings
 
-# Other commands have flags of these names; tests import all of them into one process.
+# Other commands define flags with the same names, and tests import all commands in one process.
 _SHARED = {"allow_override": True}
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
-  "A slice, e.g. v5e-256 (or v5litepod-256) or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
+  "TPU slice, e.g. v5e-256 (or v5litepod-256) or v5p:4x4x8, or type and number of GPUs, e.g. "
+  "h100-64.",
   **_SHARED,
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
-_MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization, of which the times follow.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices.", lower_bound=1, **_SHARED)
+_MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization that the estimated times assume.")
 _PAIRS = flags.DEFINE_integer(
   "pairs",
   0,
-  "Captioned images of the run, of which the costs of its stages follow (default: as many as a "
-  "single pass of its tokens has).",
+  "Number of captioned images that the estimated costs of the stages assume (default: as many as "
+  "the training reads in one epoch).",
   lower_bound=0,
 )
 _SAVE_BANDWIDTH = flags.DEFINE_float(
-  "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
+  "save_bandwidth", 0.25, "Write bandwidth of a host to storage, in GB/s.", lower_bound=1e-3
 )
 _OUT = flags.DEFINE_string(
   "out",
   None,
-  "Folder for the files of the launchers and plan.json; it needs --workdir.",
+  "Folder for plan.json and the launcher files; requires --workdir.",
   **_SHARED,
 )
-_NAME = flags.DEFINE_string("name", None, "Name of the run (default: of the config).")
+_NAME = flags.DEFINE_string("name", None, "Name of the run (default: name of the config).")
 _IMAGE = flags.DEFINE_string(
   "image",
   "",
-  "Container image; GKE, XPK and SLURM need one (launch/pod/Dockerfile).",
+  "Container image; required for GKE, XPK and SLURM (launch/pod/Dockerfile).",
   **_SHARED,
 )
-_QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue in GKE; also writes gke_kueue.yaml.")
+_QUEUE = flags.DEFINE_string(
+  "queue", "", "Name of a Kueue LocalQueue in GKE; also writes gke_kueue.yaml."
+)
 _SECRET = flags.DEFINE_string(
   "secret",
   "",
-  "Secret of Kubernetes with the key WANDB_API_KEY, which may be absent (default: cm3leon).",
+  "Kubernetes secret with the key WANDB_API_KEY; it may be absent (default: cm3leon).",
 )
 _ACCOUNT = flags.DEFINE_string(
   "service_account",
   "",
-  "Service account: of Kubernetes by its name (GKE), of Google Cloud by its address (TPU VM).",
+  "Service account: name of a Kubernetes account (GKE) or address of a Google Cloud account "
+  "(TPU VM).",
 )
-_RESERVATION = flags.DEFINE_string("reservation", "", "Name of reserved machines to use.")
+_RESERVATION = flags.DEFINE_string("reservation", "", "Name of the reservation to use.")
 _PRIORITY = flags.DEFINE_string(
   "priority", "", "PriorityClass (GKE), priority (XPK) or quality of service (SLURM)."
 )
 _CPUS = flags.DEFINE_integer(
   "cpus",
   0,
-  "CPUs to ask for on each host (default: half of a TPU machine's, 8 for each GPU).",
+  "CPUs to request on each host (default: half the CPUs of a TPU host, 8 per GPU on a GPU host).",
   lower_bound=0,
 )
 _MEMORY = flags.DEFINE_integer(
   "memory_gib",
   0,
-  "GiB to ask for on each host (default: half of a TPU machine's, all of a host with GPUs).",
+  "GiB of memory to request on each host (default: half the memory of a TPU host, all memory of a "
+  "GPU host).",
   lower_bound=0,
 )
-_SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
-_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
+_SPOT = flags.DEFINE_bool("spot", False, "Request hosts that may be preempted.")
+_MAX_RESTARTS = flags.DEFINE_integer(
+  "max_restarts", 20, "Largest number of restarts after crashes.", lower_bound=0
+)
 _TRAIN_FLAGS = flags.DEFINE_multi_string(
   "train_flag",
   None,
-  "A further flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
+  "Additional flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-COPYING = ("tpu_vm.sh", "skypilot.yaml")  # They copy a checkout to the hosts.
+COPYING = ("tpu_vm.sh", "skypilot.yaml")  # Launchers that copy a checkout to the hosts.
 _ONLY_FILES = (
   _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
   _MEMORY,
@@ -111,7 +119,7 @@ _ONLY_FILES = (
 
 
 def config_flags(arguments: list[str]) -> list[str]:
-  """Returns --config and --config.SECTION.FIELD of a command line, each as --NAME=VALUE."""
+  """Returns the flags --config and --config.SECTION.FIELD of a command line as --NAME=VALUE."""
   found, rest = [], iter(arguments)
   for argument in rest:
     if match := re.match(r"--?(config(?:\.[\w.]+)?)(=.*)?$", argument, re.DOTALL):
@@ -121,7 +129,7 @@ def config_flags(arguments: list[str]) -> list[str]:
 
 
 def _default_name(config: str) -> str:
-  """Returns the name of a config as Kubernetes takes it: cm3leon_7b:paper."""
+  """Returns a valid Kubernetes name for a config: "cm3leon-7b-paper" for cm3leon_7b:paper."""
   name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"^.*/|\.py\b", "", config).lower())
   return name[:40].strip("-")
 
@@ -137,10 +145,10 @@ def _check_flags(settings: Settings) -> None:
   if not _OUT.value:
     for flag in _ONLY_FILES:
       if flag.present:
-        raise UserError(f"--{flag.name} is of the files that --out writes: give --out=FOLDER.")
+        raise UserError(f"--{flag.name} applies only to the files of --out: give --out=FOLDER.")
   if _SECRET.value and not settings.train.wandb:
     raise UserError(
-      "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give "
+      "--secret names the secret with WANDB_API_KEY, but config.train.wandb is empty: give "
       "--config.train.wandb=PROJECT, or leave out --secret."
     )
   if _OUT.value and "://" not in _OUT.value and os.path.isfile(_OUT.value):
@@ -148,7 +156,7 @@ def _check_flags(settings: Settings) -> None:
   if re.search(r"\s", _IMAGE.value):
     raise UserError(f"--image is '{_IMAGE.value}'; the name of an image has no spaces.")
   if wrong := next((a for a in sys.argv[1:] if re.search(r"[\x00-\x1f\x7f]", a)), None):
-    raise UserError(f"{short(wrong)} holds a line break or another control character.")
+    raise UserError(f"{short(wrong)} contains a line break or another control character.")
   for value in _TRAIN_FLAGS.value or ():
     if not re.match(r"--\w", value):
       raise UserError(
@@ -159,8 +167,8 @@ def _check_flags(settings: Settings) -> None:
 
 
 def _check_train_flags(values: Iterable[str]) -> None:
-  """Raises UserError at a flag that `cm3leon train` does not have: it would say so on the pod."""
-  importlib.import_module("cm3leon_jax.commands.train")  # Defines them.
+  """Raises UserError if `cm3leon train` lacks a flag, before the job fails on the pod."""
+  importlib.import_module("cm3leon_jax.commands.train")  # Defines the flags.
   modules = flags.FLAGS.flags_by_module_dict()
   known = {
     flag.name
@@ -173,11 +181,11 @@ def _check_train_flags(values: Iterable[str]) -> None:
     if name not in known and name.removeprefix("no") not in known:
       close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
       hint = f"did you mean --{close[0]}?" if close else "`cm3leon train --help` lists its flags."
-      raise UserError(f"--train_flag is '{value}', and cm3leon train has no flag --{name}: {hint}")
+      raise UserError(f"--train_flag is '{value}', but cm3leon train has no flag --{name}: {hint}")
 
 
 def _check_requests(devices: Hardware) -> None:
-  """Raises UserError if the job asks for more than a host has: it would wait for ever."""
+  """Raises UserError if the job requests more than a host has. Such a job would never start."""
   for flag, has in zip((_CPUS, _MEMORY), devices.machine if devices.platform == "tpu" else ()):
     if flag.value > has:
       raise UserError(f"--{flag.name} is {flag.value:,}; a host of {_TOPOLOGY.value} has {has:,}.")
@@ -219,10 +227,10 @@ def main(settings: Settings) -> None:
   removed = plan_folder.write(folder, texts, numbers)
   print(f"written to {_OUT.value}: {', '.join([*texts, plan_folder.NUMBERS])}")
   if removed:
-    print(f"removed, of the plan before: {', '.join(removed)}")
+    print(f"removed, from the earlier plan: {', '.join(removed)}")
   keys = launchers.keys(job) if settings.train.wandb else []
   if copying := [] if os.path.isdir("launch/pod") else [name for name in COPYING if name in texts]:
-    print(f"{' and '.join(copying)}: start it in the root of a checkout of the repository.")
+    print(f"{' and '.join(copying)}: run this in the root of a checkout of the repository.")
   for sentence in [*launchers.remarks(job), *keys]:
     print(sentence)
 

@@ -1,10 +1,10 @@
-"""Reads raw pairs, texts and interleaved documents, checks them and writes them in one format.
+"""Checks raw pairs, texts and interleaved documents, and writes them in one format.
 
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes --check_leaks
 
-`--config.raw.source` is the folder of your images and texts, "openmoji" or "scenes";
-docs/data_formats.md has the formats. Only the configs `scenes` and `openmoji` name a source.
+`--config.raw.source` is the folder of your images and texts, "openmoji" or "scenes". Only the
+configs `scenes` and `openmoji` set it already. docs/data_formats.md describes the formats.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
   False,
-  "Only look for held-out images that are near duplicates of training images, or, for scenes, for "
-  "held-out facts that training shows.",
+  "Prepare nothing; look for held-out images that are near duplicates of training images or, for "
+  "scenes, for held-out facts that training images show.",
 )
 _LEAK_PSNR = flags.DEFINE_float(
   "leak_psnr",
   None,
-  "For --check_leaks: least PSNR in dB of the 16 x 16 thumbnails of near duplicates.",
+  "For --check_leaks: images are near duplicates if the PSNR of their 16 x 16 thumbnails is at "
+  "least this many dB.",
   lower_bound=0.0,
 )
 
 
-DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are drawn.
+DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are drawings.
 
 
 def drawn_source(settings: Settings) -> DrawnSource | None:
-  """Returns the source that draws its own images, or None."""
+  """Returns the source of a world, which draws its images. None for any other source."""
   from cm3leon_jax.evaluation.world import of_source
 
   world = of_source(settings)
@@ -72,15 +73,16 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
   if report.leaked:
     raise UserError(
       f"{report.leaked} of {report.heldout} held-out images in {workdir / 'raw'} are near "
-      "duplicates of training images: give both the same `concept` in the source, or remove one."
+      "duplicates of training images: give both images the same `concept` in the source, or remove "
+      "one of them."
     )
 
 
 def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
-  """Prints how many held-out scenes show only facts that training shows.
+  """Prints the number of held-out scenes that show only facts which training scenes show, too.
 
   Raises:
-    UserError: there is one.
+    UserError: there is such a held-out scene.
   """
   stages.require(workdir, "raw")
   report = drawn.leaks(workdir / "raw")
@@ -93,15 +95,16 @@ def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
   if report.first:
     raise UserError(
       f"{sum(report.leaked.values())} of {report.heldout} held-out scenes in {workdir / 'raw'} "
-      "show only facts that training shows: delete that folder and prepare it again."
+      "show only facts that training scenes show, too: delete that folder and prepare it again."
     )
 
 
 def check_enough(settings: Settings, summary: dict) -> None:
-  """Refuses data that a later stage of the config would refuse.
+  """Checks the data early for errors that a later stage would raise.
 
   Raises:
-    UserError: no pair is held out, or there is none of a kind that `config.data` gives a share.
+    UserError: no pair is held out, or `config.data` gives a share to a kind of document that the
+      source lacks.
   """
   data = settings.data
   if settings.instructions.any:
@@ -109,8 +112,8 @@ def check_enough(settings: Settings, summary: dict) -> None:
   pairs = summary.get("train_pairs", 0) - summary.get("train_crops", 0)
   if not summary.get("heldout_pairs") and data.text_share + data.interleaved_share < 1:
     raise UserError(
-      f"the source has {pairs} pairs, of which none is held out: image "
-      "tokenizer and evaluation need some: add pairs, or raise config.raw.heldout_fraction = "
+      f"the source has {pairs} pairs, of which none is held out, but the image "
+      "tokenizer and the evaluation need some: add pairs, or raise config.raw.heldout_fraction = "
       f"{settings.raw.heldout_fraction}."
     )
   for kind, share in (("text", data.text_share), ("interleaved", data.interleaved_share)):
@@ -118,34 +121,34 @@ def check_enough(settings: Settings, summary: dict) -> None:
     for split, name in (("train", "training"), ("heldout", "held-out")):
       if share and not summary.get(f"{split}_{counted}"):
         raise UserError(
-          f"config.data.{kind}_share is {share}, and the source has no {name} {records}: add some, "
-          f"or give --config.data.{kind}_share=0.0; the data is prepared."
+          f"config.data.{kind}_share is {share}, but the source has no {name} {records}: add some, "
+          f"or give --config.data.{kind}_share=0.0 to the next commands. The data is prepared."
         )
 
 
 def batch_warnings(settings: Settings, pairs: int) -> list[str]:
-  """Names batches that are larger than the data, which `train_vqgan` and `train_clip` refuse.
+  """Returns warnings for batches larger than the data, which the stages vqgan and clip refuse.
 
-  They only warn, as a published tokenizer or CLIP may take the place of these stages.
+  These are only warnings, since a published tokenizer or CLIP may replace these stages.
   """
   names = ["vqgan"] if settings.retrieval.clip else ["vqgan", "clip"]
   return [
-    f"config.{name}.batch_size is {size:,}, and there are only {pairs:,} training pairs: give "
-    f"--config.{name}.batch_size={pairs}, or fewer, to all commands of the run, unless a published "
-    "one takes the place of this stage."
+    f"config.{name}.batch_size is {size:,}, but there are only {pairs:,} training pairs: give "
+    f"--config.{name}.batch_size={pairs}, or less, to all commands of the run, unless a published "
+    "model replaces this stage."
     for name in names
     if (size := getattr(settings, name).batch_size) > pairs > 0
   ]
 
 
 def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
-  """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
+  """Looks for near duplicates, adds their counts to `summary`, and prints a summary of the data."""
   from cm3leon_jax.data.checks import leaks
   from cm3leon_jax.data.raw import summary as raw_statistics
   from cm3leon_jax.data.raw import writer
 
   near = None
-  # Drawings are near each other by design, and their concepts and splits take care of it.
+  # Drawings are similar by design. Their concepts already keep similar drawings in one split.
   if settings.raw.source not in DRAWN:
     near = leaks.near_duplicates(folder, settings.raw.num_threads)
     summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
@@ -163,7 +166,7 @@ def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
 def _prepare(
   settings: Settings, parts: list[SourcePart], folder: epath.Path, runner: Runner, counts: bool
 ) -> dict:
-  """Returns the summary of the stage; with `counts`, also what fields of a config follow from."""
+  """Returns the summary of the stage. With `counts`, it includes the counts for `from_data`."""
   from cm3leon_jax.data.raw import counting, ingest
 
   raw = settings.raw
@@ -179,7 +182,7 @@ def _prepare(
     )
     summary[from_data.COUNTS] = dataclasses.asdict(made)
     found = from_data.values(made, settings.train.minutes)
-    print("prepare_data: from the data follow", ", ".join(f"{k} {v}" for k, v in found.items()))
+    print("prepare_data: computed from the data:", ", ".join(f"{k} {v}" for k, v in found.items()))
   return summary
 
 
@@ -195,16 +198,16 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
     return
   if not settings.raw.resolution and settings.raw.source in DRAWN:
     raise UserError(
-      f"config.raw.resolution is 0; the source '{settings.raw.source}' needs one: give "
-      "--config.raw.resolution=48, or a folder of images as config.raw.source."
+      f"config.raw.resolution is 0, but the source '{settings.raw.source}' needs a resolution: "
+      "give --config.raw.resolution=48, or a folder of images as config.raw.source."
     )
   parts = ingest.parts_of(settings.raw, drawn_source(settings))
-  # New or changed files make the stage run again, only for their shards.
+  # New or changed files make the stage run again, but only for their shards.
   files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
     if summary is not None:
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
-  if counts:  # Now the config has all its values.
+  if counts:  # The fields that follow from the data are known now.
     settings = common.completed(workdir)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)

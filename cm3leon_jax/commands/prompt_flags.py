@@ -1,10 +1,10 @@
-"""Flags of the commands that generate for prompts of a file."""
+"""Defines the flags of commands that generate samples for the prompts in a file."""
 
 from absl import flags
 
 PROMPTS = flags.DEFINE_string(
-  "prompts", None, "A file with one JSON object per line: see docs/generating.md."
+  "prompts", None, "JSONL file with one prompt per line, see docs/generating.md."
 )
 SAMPLES = flags.DEFINE_integer(
-  "samples", 1, "Samples of each prompt; an export for GenEval has 4.", lower_bound=1
+  "samples", 1, "Samples per prompt; an export for GenEval has 4 by default.", lower_bound=1
 )

@@ -1,16 +1,16 @@
-"""Flags of the commands that measure by protocols."""
+"""Defines the flags of commands that measure with protocols."""
 
 from absl import flags
 
 PROTOCOL = flags.DEFINE_string(
-  "protocol", None, "Measure by a protocol: its name, or a YAML file (docs/protocols.md)."
+  "protocol", None, "Measure with a protocol: its name, or a YAML file (docs/protocols.md)."
 )
-METRICS = flags.DEFINE_list("metrics", [], "Metrics to measure instead of those of the protocol.")
+METRICS = flags.DEFINE_list("metrics", [], "Metrics that replace the protocol's metrics.")
 EXAMPLES = flags.DEFINE_integer(
   "examples",
   None,
-  "Number of examples instead of that of the protocol; 0: all. Only evaluations of the same number "
-  "can be compared.",
+  "Number of examples that replaces the protocol's number; 0: all. Only evaluations with the same "
+  "number of examples can be compared.",
   lower_bound=0,
 )
 DATA = flags.DEFINE_string(
@@ -19,17 +19,17 @@ DATA = flags.DEFINE_string(
 EXTRACTOR = flags.DEFINE_string(
   "extractor",
   None,
-  "Weights of the network whose features distances compare: a safetensors file of Inception-v3, or "
-  "a Hugging Face folder of DINOv2 or CLIP.",
+  "Weights of the network whose features the distances compare: a safetensors file of "
+  "Inception-v3, or a Hugging Face folder of DINOv2 or CLIP.",
 )
 CLIP = flags.DEFINE_string(
-  "clip", None, "Folder of the Hugging Face CLIP that scores images; default: the run's."
+  "clip", None, "Folder of a Hugging Face CLIP that scores images; default: the CLIP of the run."
 )
 BEFORE = flags.DEFINE_bool(
   "before",
   False,
-  "Measure the parameters that the run began from by --init_from, not its own: before tuning.",
+  "Measure the parameters before tuning, which the run started from with --init_from.",
 )
 COMPARE = flags.DEFINE_list(
-  "compare", [], "Print the differences between two folders of evaluations: A,B."
+  "compare", [], "Print the differences between two evaluations, given by their folders: A,B."
 )

@@ -1,14 +1,14 @@
-"""Learns from rewards: draws images for prompts, scores them, makes the better ones more likely.
+"""Trains with rewards: draws images for prompts, scores them, makes better images more likely.
 
   cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
-cm3leon copy_tokenizers and cm3leon encode_instructions come before, with the same flags.
-The prompts are training records of the tasks of config.reinforce; no image that is asked for is
-seen. A judge of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The
-result is a run like that of cm3leon train, and the same command continues it. At the end it prints,
-of the first parameters and of those that learned, the reward of held-out prompts, how much their
-samples differ, and the held-out loss.
+First run cm3leon copy_tokenizers and cm3leon encode_instructions with the same flags. The prompts
+are training records of the tasks of config.reinforce; the model never sees their target images. A
+judge of scenes or CLIP scores the images, and the method is GRPO
+(https://arxiv.org/abs/2402.03300). The result is a run like a run of cm3leon train, and the same
+command continues it. At the end the command prints the reward of held-out prompts, the diversity of
+their samples and the held-out loss, for the first and the final parameters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def _objective(run: Run, reference: dict) -> Rollouts:
-  """Makes the objective of the run."""
+  """Creates the reinforcement-learning objective of the run."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rewards, rollouts
@@ -65,10 +65,11 @@ def _heldout_prompts(run: Run) -> list:
 
 
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
-  """Scores held-out prompts by the first parameters and by those of the run.
+  """Scores held-out prompts with the first parameters and with the final parameters.
 
   Returns:
-    `scores_before`, `scores`, and `gains` of the reward with 95% intervals over prompts, by task.
+    `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the reward
+    with a 95% interval over prompts.
   """
   from cm3leon_jax import distributed
 
@@ -91,7 +92,7 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
 
 
 def _gain(before: list[float], after: list[float], settings: Settings) -> dict:
-  """Computes the mean change of the reward, and its interval over prompts."""
+  """Computes the mean change of the reward, with its interval over prompts."""
   import numpy as np
 
   from cm3leon_jax.evaluation.intervals import mean_interval
@@ -102,30 +103,34 @@ def _gain(before: list[float], after: list[float], settings: Settings) -> dict:
 
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
-  """Raises UserError if there is nothing to learn, no run that learns, or a step to check."""
+  """Raises UserError if tasks or --init_from are missing, or replayed steps are requested."""
   if not settings.instructions.any:
-    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+    raise UserError(
+      "config.instructions has no tasks, but the prompts are records of tasks: name a task."
+    )
   if settings.train.replay_every:
     raise UserError(
-      f"config.train.replay_every is {settings.train.replay_every}; cm3leon reinforce checks no "
-      "steps: it must be 0."
+      f"config.train.replay_every is {settings.train.replay_every}, but cm3leon reinforce cannot "
+      "replay steps: it must be 0."
     )
   if not init_from and not (workdir / "train" / "config.json").exists():
-    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+    raise UserError("name the run to start from: --init_from=workdir/scenes_instruct")
 
 
 def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
 ) -> tuple[dict, Weights]:
-  """Returns what the run depends on and the parameters that it starts from, see `run_start.begin`.
+  """Returns the run's config and the parameters that it starts from, see `run_start.begin`.
 
   Raises:
-    UserError: it is another run, or one that starts from random parameters.
+    UserError: the workdir has another run, or a run that started from random parameters.
   """
   more = {"reinforce": dataclasses.asdict(settings.reinforce)}
   config, start = run_start.begin(settings, workdir, init_from, more, allowed)
   if start is None:
-    raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
+    raise UserError(
+      f"{workdir / 'train'} has a run that started from random parameters: use another --workdir."
+    )
   return config, start
 
 
@@ -148,11 +153,11 @@ def main(
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  # A step is one pass, also with a config of a tuning that splits it.
+  # A step here is never split, even if the config of the tuning accumulates gradients.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0)
   settings = dataclasses.replace(settings, train=one_pass)
   _check(settings, workdir, init_from)
-  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
+  mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh, memory.check_update)
   config, start = _begin(settings, workdir, init_from, allow_changed)

@@ -1,4 +1,4 @@
-"""Writes summary.json and report.html: the numbers and figures of every finished stage.
+"""Writes summary.json and report.html with the numbers and figures of every finished stage.
 
 cm3leon report --config=scenes --workdir=workdir/scenes
 """
@@ -31,13 +31,13 @@ def _interval(interval: dict | None) -> str:
 def main(settings: Settings, workdir: epath.Path) -> None:
   if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
     raise UserError(
-      f"--workdir {workdir} holds no finished stage: run `cm3leon prepare_data` with the "
+      f"--workdir {workdir} has no finished stage: run `cm3leon prepare_data` with the "
       "same --config and --workdir first."
     )
   from cm3leon_jax.reports import report
   from cm3leon_jax.reports.summary import describe_clip_score
 
-  del settings  # The stages' folders record what ran.
+  del settings  # The report uses what the stages recorded in their folders.
   summary = report.write(workdir, config_flags.get_config_filename(flags.FLAGS["config"]))
   for line in summary["headlines"]:
     verdict = {

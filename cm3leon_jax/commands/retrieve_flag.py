@@ -1,11 +1,11 @@
-"""Flag of the commands that put retrieved documents before a prompt or a document."""
+"""Defines --retrieve for the commands that put retrieved documents before a prompt or document."""
 
 from absl import flags
 
 RETRIEVE = flags.DEFINE_list(
   "retrieve",
   None,
-  "Number of retrieved documents; generate takes several, e.g. 0,2 (default of generate: 0 and "
-  "config.data.num_neighbors; with --prompt only the latter for text_to_image, 0 for other tasks; "
-  "default of score: 0).",
+  "Number of retrieved documents. score takes one number (default: 0). generate takes several, "
+  "e.g. 0,2. Its default for held-out captions is 0 and config.data.num_neighbors; for a prompt it "
+  "is config.data.num_neighbors in text_to_image, and 0 in other tasks.",
 )

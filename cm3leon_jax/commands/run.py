@@ -1,12 +1,13 @@
-"""Runs all stages of a config in order and writes the report; the same command continues.
+"""Runs all stages of a config in order and writes the report; the same command continues a run.
 
   cm3leon run --config=scenes --workdir=workdir/scenes
   cm3leon run --config=scenes_instruct --workdir=workdir/tuned \\
     --init_from=scenes
 
-A finished stage is skipped, and one that was stopped or killed continues. Each stage is a process
-of its own and prints one line when it ends; logs/NAME.log in the workdir has all that it printed.
-With --init_from, tokenizers and CLIP are copied from that run, and the decoder starts from it.
+Finished stages are skipped, and a stage that was stopped or killed continues. Each stage runs in a
+separate process. When a stage ends, the command prints one line; logs/NAME.log in the workdir has
+the full output of the stage. With --init_from, tokenizers and CLIP are copied from that run, and
+the decoder starts from its parameters.
 """
 
 from __future__ import annotations
@@ -28,22 +29,21 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.settings import Settings
 
-OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Not every stage takes them.
+OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Flags that some stages do not accept.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
-# Share of the time of a run that a stage takes, in the configs of minutes; others take 1%.
+# Share of each stage in the time of a run, for the configs that train for minutes. Other stages
+# take 1% each.
 SHARES = {"train_vqgan": 0.12, "train_clip": 0.07, "build_neighbors": 0.02, "train": 0.6}
 SHARES |= {"generate": 0.03, "evaluate": 0.06, "grade_instructions": 0.2}
-# In a line of a bar; the counts of a stage, which `prepare_data` says in words, too.
+# Matches lines of a progress bar, and the counts that `prepare_data` also prints as a sentence.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
-LEAST_KNOWN = 0.1  # Share of the run from which on the time left is estimated.
+LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run.
 
 
 def commands(settings: Settings, given: bool) -> dict[str, str]:
-  """Returns the commands of a whole run, in order, and the folders that they own ("": none).
+  """Returns command -> folder that the command owns ("" if none), for a whole run, in order.
 
-  Args:
-    settings: the run's config.
-    given: whether the run starts from another, of which it has tokenizers and CLIP.
+  With `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
   names = table.order(settings, given)
   if "grades" in names and not _are_judged(settings):
@@ -53,7 +53,7 @@ def commands(settings: Settings, given: bool) -> dict[str, str]:
 
 
 def _are_judged(settings: Settings) -> bool:
-  """Returns whether a task of the instructions has answers that are judged exactly."""
+  """Returns whether at least one instruction task has answers that can be judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 
@@ -61,7 +61,7 @@ def _are_judged(settings: Settings) -> bool:
 
 
 def passed_on(argv: list[str]) -> list[str]:
-  """Leaves out the flags that not every stage takes.
+  """Returns the arguments without the flags that some stages do not accept.
 
   passed_on(["--config=c", "--init_from=scenes", "--records", "9", "--workdir=w"]) = ["--config=c",
   "--workdir=w"]
@@ -78,9 +78,9 @@ def passed_on(argv: list[str]) -> list[str]:
 
 
 def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
-  """Estimates the time of the remaining commands by that of the others; None: too early.
+  """Estimates the remaining seconds from the finished commands. None if it is too early.
 
-  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, as `SHARES` has 0.12 and 0.6
+  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, since `SHARES` has 0.12 and 0.6
   """
   known, ahead = (sum(SHARES.get(n, 0.01) for n in names) for names in (seconds, remaining))
   if known < LEAST_KNOWN * (known + ahead):
@@ -93,7 +93,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Lines:
-  """Prints what a user wants to read of the lines of a stage; redraws the others in a terminal."""
+  """Prints the important output lines of a stage, and shows the others briefly in a terminal."""
 
   def __init__(self, head: str, command: str):
     self._head = f"{head} {command}: "
@@ -101,9 +101,12 @@ class _Lines:
     self._draws = sys.stdout.isatty()
 
   def show(self, line: str) -> None:
-    """Prints a warning, and what data and report say; draws another line over the one before."""
+    """Prints warnings, and all lines of `prepare_data` and `report`.
+
+    In a terminal, each other line overwrites the previous line.
+    """
     said = self._whole and not HIDDEN.search(line)
-    said = said and not line.startswith("error: ")  # Which ends the run, and is said there.
+    said = said and not line.startswith("error: ")  # The error that ends the run is printed later.
     if said or line.lower().startswith("warning"):
       self.clear()
       print(f"  {line}", flush=True)
@@ -112,7 +115,7 @@ class _Lines:
       sys.stdout.flush()
 
   def clear(self) -> None:
-    """Removes the line that is drawn."""
+    """Erases the line that can be overwritten."""
     if self._draws:
       sys.stdout.write("\r\x1b[2K")
 
@@ -137,7 +140,7 @@ def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) 
 
 
 def _recorded(workdir: epath.Path, folder: str) -> float:
-  """Returns the seconds that a stage took when it was made; 0.0 if it has no folder."""
+  """Returns the recorded seconds of a finished stage; 0.0 if it has no folder."""
   done = workdir / folder / stages.DONE
   return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
 

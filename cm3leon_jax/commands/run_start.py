@@ -1,4 +1,4 @@
-"""Decides whether a run begins, continues or is finished, and records its config."""
+"""Decides whether a run begins, continues or is finished, and writes its config."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ def begin(
   more: dict | None = None,
   allowed: Sequence[str] = (),
 ) -> tuple[dict, Weights | None]:
-  """Checks that the run in `workdir` is this one, if there is one. All processes must call it.
+  """Checks that a run in `workdir`, if it exists, has this config.
+
+  All processes must call this function.
 
   Args:
     settings: settings of the config.
     workdir: folder of the run.
-    init_from: what it starts from; "": random parameters, or what it began from.
-    more: what the run depends on beside `stages.run_config`.
-    allowed: fields that may differ from those of the run, see `changes.check_changes`.
+    init_from: source of the first parameters, see `initial.start_of_run`.
+    more: everything that the run depends on besides `stages.run_config`.
+    allowed: fields that may differ from the config of the run, see `changes.check_changes`.
 
   Returns:
-    What the run depends on, and the parameters that it starts from; None: random ones.
+    Everything that the run depends on, and the parameters that it starts from, or None if they are
+    random.
 
   Raises:
-    UserError: the folder holds another run, or a new run asks for a board that is not installed.
+    UserError: the folder has another run, or a new run needs a logging board that is not installed.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.trained import initial
@@ -49,9 +52,9 @@ def begin(
   from cm3leon_jax.training.watch import boards
 
   path = workdir / "train" / "config.json"
-  with distributed.together():  # No process writes before all have read.
+  with distributed.together():  # All processes read before one process writes.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
-    if stored is None:  # A run that has begun goes on without a board.
+    if stored is None:  # A run that has begun continues without the board.
       check_no_checkpoints(path)
       boards.check_installed(settings.train)
     config = stages.run_config(settings, workdir, "train") | (more or {})
@@ -60,7 +63,7 @@ def begin(
     config["init_from"] = dataclasses.asdict(start)
   elif settings.instructions.any and stored is None:
     distributed.print_once(
-      "train: warning: config.instructions has tasks, and the run starts from random parameters: "
+      "train: warning: config.instructions has tasks, but the run starts from random parameters: "
       "--init_from=RUN tunes a trained model."
     )
   with distributed.together():
@@ -73,34 +76,36 @@ def begin(
 
 
 def check_no_checkpoints(path: epath.Path) -> None:
-  """Checks that a folder without its file `path`, the config, has no checkpoints.
+  """Checks that a folder whose config `path` is missing has no checkpoints.
 
   Raises:
-    UserError: it has, so nobody knows which run they are of.
+    UserError: there are checkpoints, and their run is unknown.
   """
   from cm3leon_jax.checkpoints import reading
 
   if reading.any_in(path.parent):
     raise UserError(
-      f"{path} is missing, and {path.parent} holds checkpoints: it says with which seed, data and "
-      f"optimizer they were trained. Restore it from a copy, or delete {path.parent} to start "
-      "again."
+      f"{path} is missing, but {path.parent} has checkpoints: the file records the seed, data and "
+      f"optimizer that they were trained with. Restore it from a copy, or delete {path.parent} to "
+      "start again."
     )
 
 
 def write_config(
   settings: Settings, workdir: epath.Path, config: dict, step: int | None = None
 ) -> None:
-  """Writes what a run depends on, once its rows are known to be sound. All processes must call it.
+  """Writes train/config.json. Call it after the rows have been opened and checked.
+
+  All processes must call this function.
 
   Args:
     settings: settings of the config.
     workdir: folder of the run.
-    config: of `begin`.
-    step: of the checkpoint from which it continues; default: the newest.
+    config: the dict that `begin` returned.
+    step: step of the checkpoint from which the run continues; None: the newest.
 
   Raises:
-    UserError: a process sees another folder.
+    UserError: the workdir is not the same folder for all processes.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.checkpoints.reading import newest_step
@@ -123,16 +128,16 @@ def write_config(
 
 
 def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False) -> bool:
-  """Returns whether a finished run is to go on, because it has fewer steps than it shall have.
+  """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
   Args:
-    folder: of the run.
-    config: what the run depends on now.
-    steps: that it shall have.
-    changes: whether fields of a finished run may differ, as `begin` has checked.
+    folder: train/ in the workdir.
+    config: the dict that `begin` returned.
+    steps: number of steps that the run must reach.
+    changes: whether config fields of a finished run may differ; `begin` has checked them.
 
   Raises:
-    UserError: fields differ, and no step is left.
+    UserError: config fields differ, but no step is left to train.
   """
   done = folder / stages.DONE
   if not exists(done):
@@ -152,7 +157,7 @@ def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False)
 def stage(
   folder: epath.Path, config: dict, redo: bool
 ) -> contextlib.AbstractContextManager[dict | None]:
-  """Runs the body once, together with the other processes of a job; see `stages.once`."""
+  """Calls `stages.once` for a job with several processes."""
   from cm3leon_jax import distributed
 
   return stages.once(
@@ -161,7 +166,7 @@ def stage(
 
 
 def print_more(folder: epath.Path, command: str = "train") -> None:
-  """Prints how a finished run of a command gets more steps."""
+  """Prints how to continue a finished run with more steps."""
   from cm3leon_jax import distributed
 
   steps = read_json(folder / stages.DONE, {"summary": dict})["summary"].get("steps", 0)
@@ -172,7 +177,7 @@ def print_more(folder: epath.Path, command: str = "train") -> None:
 
 
 def machine() -> str:
-  """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
+  """Describes the hardware: "8 x TPU v5", or "2 CPU cores" that this process may use."""
   import jax
 
   if jax.default_backend() != "cpu":

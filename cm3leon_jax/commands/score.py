@@ -1,15 +1,15 @@
-"""Measures the log-probability of each token of documents of yours, by a trained run.
+"""Measures the log-probability of each token of your documents under a trained model.
 
   cm3leon score --workdir=scenes --documents=my.jsonl
   cm3leon score --workdir=workdir/scenes --retrieve=1 \\
     --documents=workdir/scenes/documents/heldout_pairs
 
---workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
-installed; without --config, the settings are those that are stored there. A line of a JSONL file is
-{"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The folder scores/NAME-HASH/
-gets scores.jsonl, a line for each document, and summary.json: perplexity and bits a token of text
-and of image codes. It is made in the workdir of a run, for a bundle in the current folder, or in
---out. docs/evaluation.md explains both.
+--workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle.
+Without --config, the command uses the settings that are stored there. A line of a JSONL file is
+{"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The command writes
+scores.jsonl, with a line for each document, and summary.json, with perplexity and bits per token
+for text and for image codes. They go to scores/NAME-HASH/ in the workdir of a run, in the current
+folder for a bundle, or in --out. docs/evaluation.md explains both files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _DOCUMENTS = flags.DEFINE_string(
   "documents",
   None,
-  "A JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a "
+  "JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a "
   "document store, e.g. workdir/documents/heldout_pairs.",
 )
 
@@ -59,7 +59,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   settings = trained.settings
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
-    raise UserError(f"--retrieve is {retrieve}, and {trained.folder} has no bank: leave it out.")
+    raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
   inputs = ids(trained, _stages_read(settings, retrieve))
   layout, raw = PromptLayout.of(trained), settings.raw
   tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
@@ -75,8 +75,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     checked = documents.check()
   if retrieve and not checked.pairs:
     raise UserError(
-      f"--retrieve is {retrieve}, and no document of {_DOCUMENTS.value} is a text and then an "
-      "image: other documents have no neighbors, as in training; leave --retrieve out."
+      f"--retrieve is {retrieve}, but no document of {_DOCUMENTS.value} is a text followed by an "
+      "image, and other documents have no neighbors, as in training: leave --retrieve out."
     )
   path = epath.Path(_DOCUMENTS.value)
   identity = {
@@ -102,11 +102,11 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if first:
     scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
     print(f"score: {document_scores.describe(read_json(folder / name))}.")
-    print(f"score: each token is in {scores}, every number in {name} beside it.", flush=True)
+    print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)
 
 
 def _number_of_neighbors(settings: Settings) -> int:
-  """Returns the value of --retrieve."""
+  """Returns the value of --retrieve. Raises UserError if it is wrong."""
   given = RETRIEVE.value or ["0"]
   if len(given) > 1 or not given[0].isdecimal():
     raise UserError(f"--retrieve is '{','.join(given)}'; it must be one whole number, e.g. 1.")
@@ -129,7 +129,7 @@ def _score(
   folder: epath.Path,
   retrieve: int,
 ) -> dict:
-  """Scores the documents; returns the numbers of summary.json."""
+  """Scores the documents, and returns the content of summary.json."""
   from cm3leon_jax.evaluation.likelihood import bits, document_scores
 
   settings = trained.settings
@@ -146,7 +146,7 @@ def _score(
 
 
 def _search(trained: Run, layout: PromptLayout, count: int) -> Search:
-  """Opens the bank of the run."""
+  """Opens the bank and CLIP of the run, which find the neighbors of a document."""
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
   from cm3leon_jax.generation.pipeline import open_bank
   from cm3leon_jax.retrieval.neighbors import Retriever

@@ -1,12 +1,13 @@
-"""Serves a trained model over HTTP, in the shape of the OpenAI API, with a page to try it.
+"""Serves a trained model over HTTP with an OpenAI-style API and a web page to try it.
 
   cm3leon serve --workdir=scenes-instruct
   cm3leon serve --workdir=workdir/scenes --port=8080 --slots=16
   CM3LEON_TOKEN=a-long-secret cm3leon serve --workdir=scenes --host=0.0.0.0
 
-It needs no config: --workdir is the workdir of a run, the folder of a bundle, or the name of a
-bundle that is installed. It prints its address when it is ready. Compiled programs are kept for the
-next start (--cache_dir). Each request is a line on stderr. docs/serving.md has the requests.
+--workdir is the workdir of a run, the folder of a bundle, or the name of an installed bundle. The
+command needs no config. It prints its address when it is ready, and a line on stderr for each
+request. It keeps compiled programs for the next start (--cache_dir). docs/serving.md describes the
+requests.
 """
 
 from __future__ import annotations
@@ -29,57 +30,68 @@ if TYPE_CHECKING:
 
 TOKEN = "CM3LEON_TOKEN"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all of them.")
-_PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65_535)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all addresses.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 selects a free port.", 0, 65_535)
 _SLOTS = flags.DEFINE_integer(
-  "slots", 8, "Samples of one shape that are generated at once.", lower_bound=1
+  "slots", 8, "Number of samples per bucket that are generated together.", lower_bound=1
 )
 _CHUNK = flags.DEFINE_integer(
-  "chunk", 8, "Tokens of each sample between two answers; then requests begin.", lower_bound=1
+  "chunk",
+  8,
+  "Decoding steps per chunk. After each chunk, partial results are sent and requests are admitted.",
+  lower_bound=1,
 )
 _BUCKETS = flags.DEFINE_integer(
-  "buckets", 8, "Shapes that are decoded in turn, each with memory for --slots.", lower_bound=1
+  "buckets",
+  8,
+  "Largest number of decoding shapes that run in turn; each has memory for --slots samples.",
+  lower_bound=1,
 )
 _LANES = flags.DEFINE_integer("lanes", None, "Deprecated name of --buckets.", lower_bound=1)
 _MOST_WAITING = flags.DEFINE_integer(
-  "most_waiting", 64, "Requests that may wait; more are refused with 429.", lower_bound=1
+  "most_waiting", 64, "Requests that may wait; further requests get status 429.", lower_bound=1
 )
 _MOST_SAMPLES = flags.DEFINE_integer(
-  "most_samples", 8, "Largest number of samples of a request.", lower_bound=1
+  "most_samples", 8, "Largest number of samples per request.", lower_bound=1
 )
 _SECONDS = flags.DEFINE_float(
-  "request_seconds", 120.0, "Seconds after which a request is answered with 504.", lower_bound=1.0
+  "request_seconds", 120.0, "Seconds after which a request gets status 504.", lower_bound=1.0
 )
 _STOP_SECONDS = flags.DEFINE_integer(
-  "stop_seconds", 30, "Seconds that requests under way have to end after SIGTERM.", lower_bound=1
+  "stop_seconds", 30, "Seconds after SIGTERM until running requests are aborted.", lower_bound=1
 )
 _UPLOAD = flags.DEFINE_integer(
-  "upload_mib", 16, "Largest body of a request, MiB.", lower_bound=1, upper_bound=1024
+  "upload_mib", 16, "Largest body of a request, in MiB.", lower_bound=1, upper_bound=1024
 )
 _PIXELS = flags.DEFINE_float(
-  "upload_megapixels", 16.0, "Largest image, millions of pixels.", lower_bound=0.01, upper_bound=32
+  "upload_megapixels", 16.0, "Largest image, in megapixels.", lower_bound=0.01, upper_bound=32
 )
 _TOKEN_FILE = flags.DEFINE_string(
   "token_file",
   None,
-  f"File with a token that requests must bear; or set the variable {TOKEN}. Default: none.",
+  f"File with a token that every request must contain. The variable {TOKEN} can hold the token "
+  "instead. Default: no token is required.",
 )
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir",
   None,
-  "Folder that keeps compiled programs for the next start; empty: none. Default: that of "
-  "JAX_COMPILATION_CACHE_DIR, else cm3leon_jax/programs in the user's folder for caches.",
+  "Folder that keeps compiled programs for the next start; an empty value disables it. Default: "
+  "JAX_COMPILATION_CACHE_DIR or, if that is not set, cm3leon_jax/programs in the user's cache "
+  "folder.",
 )
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
 )
 _CACHE_DTYPE = flags.DEFINE_enum(
-  "cache_dtype", "compute", ("compute", "int8"), "Dtype of keys and values."
+  "cache_dtype", "compute", ("compute", "int8"), "Dtype of the cache entries."
 )
 
 
 def _token() -> str:
-  """Returns the token that requests must bear, or "". Raises UserError at an unreadable file."""
+  """Returns the token that requests must contain, or "".
+
+  Raises UserError if the token is invalid or its file cannot be read.
+  """
   if _TOKEN_FILE.value is None:
     token = os.environ.get(TOKEN, "")
     where = TOKEN
@@ -93,7 +105,9 @@ def _token() -> str:
   if (token or _TOKEN_FILE.value is not None) and not (
     token.isascii() and token.isprintable() and len(token) >= 8 and " " not in token
   ):
-    raise UserError(f"{where} must hold a token of at least 8 printable characters, no spaces.")
+    raise UserError(
+      f"{where} must contain a token of at least 8 printable characters without spaces."
+    )
   return token
 
 
@@ -106,12 +120,12 @@ def _check_host(host: str) -> None:
 
 
 def _buckets() -> int:
-  """Returns --buckets, also if it has its name of before. Raises UserError if it has both."""
+  """Returns the value of --buckets or --lanes, its deprecated name. Raises UserError for both."""
   if _LANES.value is None:
     return _BUCKETS.value
   if _BUCKETS.present:
-    raise UserError("--lanes is the name that --buckets had: give --buckets alone.")
-  print("warning: --lanes is deprecated: its name is --buckets now.", file=sys.stderr)
+    raise UserError("--lanes is the old name of --buckets: give only --buckets.")
+  print("warning: --lanes is deprecated: use --buckets.", file=sys.stderr)
   return _LANES.value
 
 
@@ -129,7 +143,7 @@ def main(workdir: epath.Path) -> None:
 
   if not token and not is_loopback(_HOST.value):
     print(
-      f"warning: whoever reaches --host={_HOST.value} may use this server: set {TOKEN} or "
+      f"warning: anyone who can reach --host={_HOST.value} may use this server: set {TOKEN} or "
       "--token_file.",
       file=sys.stderr,
     )
@@ -159,7 +173,7 @@ def main(workdir: epath.Path) -> None:
     queue_limit=_MOST_WAITING.value,
   )
   print(
-    "compiling the programs, or reading them: on a CPU the first start takes minutes.",
+    "compiling or loading the programs; on a CPU the first start takes minutes.",
     file=sys.stderr,
     flush=True,
   )

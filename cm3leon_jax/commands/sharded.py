@@ -1,4 +1,4 @@
-"""Defines the flags of commands that process shards in parallel."""
+"""Runs stages that process shards in parallel, and defines the flags of their commands."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 _RUNNER = flags.DEFINE_enum(
-  "runner", "local", shards.RUNNERS, "Runs shards in this process or on Ray workers."
+  "runner", "local", shards.RUNNERS, "Process shards in this process or on Ray workers."
 )
 _ADDRESS = flags.DEFINE_string(
-  "ray_address", "", "Ray cluster, e.g. auto or ray://host:10001; empty: one on this machine."
+  "ray_address", "", "Ray cluster, e.g. auto or ray://host:10001; empty: start one on this machine."
 )
 _WORKERS = flags.DEFINE_integer(
   "ray_workers", 1, "Number of Ray workers; each processes one shard at a time."
 )
-_CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for a worker.")
+_CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for each worker.")
 
 
 @contextlib.contextmanager
 def stage(
   workdir: epath.Path, name: str, settings: Settings, more_inputs: Mapping[str, str] | None = None
 ) -> Iterator[tuple[dict | None, shards.Runner]]:
-  """Runs the body as `stages.stage`, while this job holds the lease on the stage's folder.
+  """Runs the body as `stages.stage` does, while this job holds the lease on the stage's folder.
 
     with sharded.stage(workdir, "raw", settings) as (summary, runner):
       if summary is not None:
         summary.update(...)
 
   Yields:
-    The summary, None if the stage is finished, and the runner that the flags select.
+    The summary (None if the stage is finished), and the runner that the flags select.
 
   Raises:
-    UserError: as `stages.stage`; a flag is out of range; another job works in the folder, or has
-      taken the lease.
+    UserError: as `stages.stage`; or a flag is out of range; or another job holds the lease on the
+      folder, or took it meanwhile.
   """
-  from cm3leon_jax.training.faults.lease import Lease  # Here: it imports JAX.
+  from cm3leon_jax.training.faults.lease import Lease  # A late import, because it imports JAX.
 
   try:
     runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   except ValueError as error:
     raise UserError(str(error)) from error
   body = stages.stage(workdir, name, settings, more_inputs)
-  # The lease first: the stage deletes and writes files of the folder.
+  # Take the lease first, because the stage deletes and writes files in the folder.
   with Lease(workdir / name) as lease, body as summary:
     yield summary, runner
     lease.check()

@@ -3,13 +3,14 @@
   cm3leon train --config=scenes --workdir=workdir/scenes
   cm3leon train --config=scenes --workdir=new --init_from=workdir/scenes
 
---init_from starts a new run from trained parameters of the same model and vocab, at step 0. The run
-remembers where it started, and continues without the flag. A run is continued by the config that it
-began with; --allow_changed names fields of the optimizer, or train.global_batch_size, that may
-differ from now on. At SIGTERM and Ctrl-C the run saves and stops.
+--init_from starts a new run at step 0 from trained parameters of the same model and vocab. The run
+records its start, so that it continues without the flag. A run must continue with the config that
+it began with. --allow_changed names fields that may change: fields of the optimizer, or
+train.global_batch_size. At SIGTERM and Ctrl-C the run saves and stops.
 
---resume_from=500 --skip_rows=4000:4799 goes back to checkpoint 500 and on without these rows, e.g.
-those of skipped steps. The run remembers them, so both flags may be given again or left out.
+--resume_from=500 --skip_rows=4000:4799 returns to checkpoint 500 and continues without these rows,
+for example the rows of skipped steps. The run records the rows, so both flags may be given again or
+left out.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _RESUME_FROM = flags.DEFINE_integer(
   "resume_from",
   None,
-  "Checkpoint to go back to, with --skip_rows; later ones are deleted.",
+  "Step of the checkpoint to return to, with --skip_rows; later checkpoints are deleted.",
   lower_bound=1,
 )
 _SKIP_ROWS = flags.DEFINE_string(
-  "skip_rows", "", "First and last row to leave out from there on, e.g. 4000:4799."
+  "skip_rows", "", "First and last row to leave out after --resume_from, e.g. 4000:4799."
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
@@ -56,7 +57,7 @@ _DEBUG_NANS = flags.DEFINE_bool(
 
 
 def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | None:
-  """Returns a function that makes the parameters of a new run, or None for random ones."""
+  """Returns a function that creates the first parameters of a run; None if they are random."""
   import jax
 
   from cm3leon_jax.models.start import params_from_codebook
@@ -84,11 +85,11 @@ def _training(
   """Describes the training of a run.
 
   Args:
-    run: with its folder and settings.
-    start: weights that a new run starts from; None: random ones.
-    rows: to learn from.
+    run: the run to train.
+    start: parameters that a new run starts from; None: random parameters.
+    rows: the training objective.
     heldout: rows for the held-out loss.
-    grid: makes a grid of samples, see `DecoderTraining`.
+    grid: function that draws a grid of samples, see `DecoderTraining`.
     traced: steps to trace.
   """
   from cm3leon_jax.training.decoder import DecoderTraining
@@ -106,10 +107,10 @@ def _training(
 
 
 def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
-  """Returns the rows that the run leaves out, and `back`, or None if it was done already.
+  """Returns the rows that the run leaves out, and `back` (None if the run already went back).
 
   Raises:
-    UserError: `back` is impossible.
+    UserError: the run cannot go back as `back` requests.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.checkpoints import reading
@@ -118,7 +119,7 @@ def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...
   with distributed.together():
     done = skipped_rows.read(folder)
   if back in done:
-    back = None  # A job that was started again with the same flags.
+    back = None  # The job was restarted with the same flags.
   if back is not None:
     skipped_rows.check(back, done, reading.next_row(folder, back.step))
     done.append(back)
@@ -152,7 +153,7 @@ def main(
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
   distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
-  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
+  mesh = common.make_mesh(settings)  # Detects a wrong mesh before any stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh)
   config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
@@ -161,10 +162,11 @@ def main(
   redo = back is not None or run_start.goes_on(
     folder, config, settings.train.steps, bool(allow_changed)
   )
-  # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
+  # A context manager, because jax.config.update loses the setting after tracing logsumexp and some
+  # other functions (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = run_start.stage(folder, config, redo)
-  # The lease first: the stage deletes and writes files of the folder.
+  # Take the lease first, because the stage deletes and writes files in the folder.
   with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder)
@@ -176,7 +178,7 @@ def main(
     run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
-      generate_grid = None  # Its captions are those of held-out documents.
+      generate_grid = None  # A grid needs the captions of held-out documents.
       if rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(run, folder / "samples")
     objective = RowObjective(loader, left_out)
@@ -187,12 +189,12 @@ def main(
 
 
 def _print_losses(result: dict) -> None:
-  """Prints the held-out losses of the last step, and beside them those of step 0, if known."""
+  """Prints the held-out losses of the last step and, if they are known, of step 0."""
   from cm3leon_jax import distributed
   from cm3leon_jax.training.watch.monitor import change_line
 
   units = {"image": "code", "text": "token"}
-  losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
+  losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0 if there are no targets.
   shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):

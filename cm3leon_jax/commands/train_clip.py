@@ -1,8 +1,8 @@
-"""Trains the CLIP model that picks neighbors and scores samples, on the training pairs.
+"""Trains CLIP on the training pairs; CLIP finds neighbors and scores samples.
 
   cm3leon train_clip --config=scenes --workdir=workdir/scenes
 
-At SIGTERM and Ctrl-C it saves and stops; the same command continues.
+At SIGTERM and Ctrl-C the training saves and stops. The same command continues it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
   cm3leon train_vqgan --config=scenes --workdir=workdir/scenes
 
-At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every other saved state writes
-reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
-the codebook collapses, it prints a line with the remedy. For `scenes` it also prints the share of
-held-out images that are judged right, as rendered and reconstructed: no decoder can be expected to
-exceed the latter.
+At SIGTERM and Ctrl-C the training saves and stops. The same command continues it. Every second
+saved state also writes reconstructions.png, which shows held-out images above their
+reconstructions; TensorBoard shows this image, too. If the codebook collapses, the command prints
+what to change. For `scenes` it also prints the share of held-out images that the judge accepts,
+both as rendered and as reconstructed. The share for reconstructed images is an upper bound for what
+a decoder can be expected to reach.
 """
 
 from __future__ import annotations
@@ -49,21 +50,21 @@ def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -
 
 
 def _check_import(folder: epath.Path) -> None:
-  """Raises UserError if a published tokenizer is in the folder, and its import did not finish."""
+  """Raises UserError if the folder has a published tokenizer whose import did not finish."""
   from cm3leon_jax.tokenizers import vqgan
 
   if vqgan.is_published(folder) and not (folder / stages.DONE).exists():
     raise UserError(
-      f"{folder} holds an image tokenizer whose import did not finish: run "
-      "`cm3leon import_vqgan` again, or delete that folder to train one."
+      f"{folder} has an image tokenizer whose import did not finish: run "
+      "`cm3leon import_vqgan` again, or delete that folder to train a tokenizer."
     )
 
 
 def _features(path: str) -> tuple[dict | None, dict[str, str]]:
-  """Reads the network of `vqgan.perceptual`; also returns its digest, as an input of the stage.
+  """Reads the network of `vqgan.perceptual`, and returns it with its digest, an input of the stage.
 
   Raises:
-    UserError: the file is absent or damaged, or has other tensors; see `evaluation.weights`.
+    UserError: the file is absent or damaged, or has other tensors, see `published_weights`.
   """
   if not path:
     return None, {}
@@ -77,7 +78,7 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
 
 
 def _boards(folder: epath.Path, enabled: bool) -> Callable[[int], list]:
-  """Returns a function that opens TensorBoard for a training that starts at a step."""
+  """Returns a function that takes the first step of a training and opens its TensorBoard log."""
 
   def open_boards(first_step: int) -> list:
     from cm3leon_jax.training.watch.boards import Board
@@ -85,7 +86,7 @@ def _boards(folder: epath.Path, enabled: bool) -> Callable[[int], list]:
 
     instead = "set --config.train.tensorboard=False"
     make = functools.partial(TensorBoard, folder / FOLDER, first_step)
-    # Training the decoder says once that it is missing.
+    # If tensorboardX is missing, only the decoder's training prints a warning.
     shows = enabled and importlib.util.find_spec("tensorboardX")
     return [Board("TensorBoard", make, instead, "train_vqgan")] if shows else []
 

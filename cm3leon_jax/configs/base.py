@@ -1,10 +1,9 @@
-"""Shared values of the three CM3Leon sizes: the tutorial's; `:paper` takes the paper's.
+"""Values shared by the three CM3Leon sizes. The default variant is the tutorial's.
 
-The stages `vqgan` and `clip` of these sizes train on one host. `cm3leon plan` says for how long; a
-published image tokenizer (`cm3leon import_vqgan --source=FOLDER`) and a published CLIP
-(`--config.retrieval.clip=FOLDER`) need no training. docs/scaling.md has the steps.
-
-docs/config.md describes every field.
+The variant `:paper` uses the paper's values. The stages `vqgan` and `clip` of these sizes train on
+one host; `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon
+import_vqgan --source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no
+training. docs/scaling.md lists the steps, and docs/config.md describes every field.
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ def get_config(
 
   Args:
     variant: "" or "paper".
-    learning_rate: the paper's, for this size.
-    tokens: the paper's number of training tokens, for this size.
+    learning_rate: learning rate of the paper for this size; only "paper" uses it.
+    tokens: number of training tokens of the paper for this size; only "paper" uses it.
   """
   config = default_config()
   config.vocab.update({"num_special": 256, "text_size": 56_320, "image_size": 8_192})
@@ -35,15 +34,16 @@ def get_config(
   config.data.update(
     {"sequence_length": 4_096, "num_neighbors": 2, "condition_dropout": 0.1, "text_share": 0.7}
   )
-  # The paper always retrieves. Here every tenth sample has no neighbors, so the model also learns
-  # images right after `</s> caption <break>`, as in a prompt without retrieval.
+  # The paper always retrieves. Here every tenth sample has no neighbors, so that the model also
+  # learns to draw an image directly after `</s> caption <break>`, a prompt without retrieval.
   config.data.update({"neighbor_dropout": 0.1})
   config.train.update({"global_batch_size": 8_192, "steps": 41_723})  # 1.4T tokens, 33.6M per step.
   if variant == "paper":
     config.vqgan.update({"downsample": 8, "multipliers": (1, 2, 4)})  # 1,024 codes per image.
     config.vqgan.update({"encoder_blocks": (2, 2, 2), "decoder_blocks": (3, 3, 3)})
-    # Three neighbors of 1,024 codes never fit beside the query in 4,096 slots, so two remain. No
-    # sample is without neighbors: the loss of the first one already trains starts from `</s>`.
+    # Three neighbors of 1,024 codes and the query never fit in 4,096 positions, so two neighbors
+    # remain. Every sample has neighbors, because the loss on the first neighbor already trains
+    # images directly after `</s> caption <break>`.
     config.data.update({"neighbor_sampling": "paper", "num_neighbors": 3, "neighbor_dropout": 0.0})
     config.data.update({"condition_dropout": 0.0, "text_share": 0.0})
     config.optimizer.update({"learning_rate": learning_rate, "schedule": "linear"})
@@ -55,27 +55,31 @@ def get_config(
 
 
 def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Turns the config of a pretraining into that of its tuning (CM3Leon, section 4, appendix E).
+  """Turns a pretraining config into one for instruction tuning (CM3Leon, section 4, appendix E).
 
-  Model, vocab and tokenizers stay, so that `--init_from` takes the pretrained parameters.
+  The model, vocab and tokenizers do not change, so that `--init_from` accepts the pretrained
+  parameters.
   """
   config.instructions.update({"tasks": "cm3leon", "loss_on": "all"})
   config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 150})
-  config.train.update({"global_batch_size": 512, "steps": 14_305})  # 2M tokens a step, 30B in all.
-  config.train.update({"rows_per_device": 2})  # One pass on 256 devices.
+  # 2M tokens per step, 30B tokens in total.
+  config.train.update({"global_batch_size": 512, "steps": 14_305})
+  config.train.update({"rows_per_device": 2})  # No gradient accumulation on 256 devices.
   return config
 
 
 def scale_of(variant: str, name: str, named: Sequence[str] = ("long",)) -> float:
-  """Returns the steps of a demo's variant over those of 15 minutes; of a named variant 1.
+  """Returns the factor by which a variant scales the steps of a 15-minute demo.
+
+  The factor is minutes / 15, or 1 for a named variant.
 
   Args:
     variant: number of minutes, or a name.
-    name: of the config.
-    named: variants of the config that have names.
+    name: name of the config, for the message.
+    named: allowed names of variants.
 
   Raises:
-    UserError: neither of them.
+    UserError: `variant` is neither a positive number nor an allowed name.
   """
   try:
     scale = 1.0 if variant in named else float(variant) / 15

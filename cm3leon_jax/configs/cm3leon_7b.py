@@ -1,9 +1,9 @@
-"""CM3Leon-7B: Table 3 of the paper; heads and feed-forward from OPT's table.
+"""Config of CM3Leon-7B (Table 3 of the paper; numbers of heads and feed-forward widths from OPT).
 
 cm3leon train --config=cm3leon_7b --workdir=runs/cm3leon_7b
 cm3leon train --config=cm3leon_7b:paper --workdir=runs/cm3leon_7b_paper
 
-Its image tokenizer and its CLIP train on one host, unless both are published ones: see base.py.
+The image tokenizer and CLIP train on one host, unless the run uses published ones; see base.py.
 """
 
 import ml_collections

@@ -1,19 +1,19 @@
-"""Trains every stage on 4,000 captioned drawings of OpenMoji and some text, on two CPU cores.
+"""Trains every stage on 4,000 captioned OpenMoji drawings and some text, on two CPU cores.
 
   bash launch/demo.sh --config openmoji
   cm3leon train --config=openmoji:15 --workdir=workdir/openmoji
 
-The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training stages. `long` trains a larger decoder on the tokenizers, CLIP and
-neighbors of a finished run of minutes, for hours on two cores or minutes on a GPU. docs/design.md
-explains both choices.
+The variant is the time in minutes that all stages may take on two cores (default 15). It scales
+only the steps of the training stages. The variant `long` trains a larger decoder, for hours on two
+cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a finished short run.
+docs/design.md explains the choices.
 """
 
 import ml_collections
 
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
+STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # Steps that fit in 15 minutes.
 LONG_STEPS = 2_000
 
 
@@ -22,7 +22,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
-  # 100 held-out concepts.
+  # A share of 0.07 holds out 100 concepts.
   config.raw.update({"source": "openmoji", "resolution": 64, "heldout_fraction": 0.07})
   config.vqgan.update(
     {"resolution": 64, "downsample": 4, "stem": 2, "width": 64, "multipliers": (1, 1)}
@@ -46,7 +46,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.clip.update(
     {"shift": 0.1, "color_jitter": 0.0, "checkpoint_every": 100, "steps": steps["clip"]}
   )
-  # Similarities of a small CLIP are high: 0.9 rejects 9 of 10 neighbors.
+  # A small CLIP gives high similarities: the paper's 0.9 would reject 9 of 10 neighbors.
   config.retrieval.update({"max_similarity": 0.97})
   config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
   config.model.update({"family": "modern", "num_layers": 4, "width": 128, "num_heads": 2})

@@ -4,8 +4,8 @@
   cm3leon run --config=own:60 --config.raw.source=my_images --workdir=W
 
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
-are None here follow from what `cm3leon prepare_data` counts: resolution, size of the text
-vocabulary, share of texts, batches and steps. docs/own_images.md walks through a run.
+are None here are computed from the counts of `cm3leon prepare_data`: resolution, size of the text
+vocabulary, share of texts, batch sizes and steps. docs/own_images.md walks through a run.
 """
 
 import ml_collections
@@ -26,9 +26,9 @@ FOLLOW = {
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.get_config()
   config.train.minutes = 15 * base.scale_of(variant, "own", named=())
-  # Of 300 images, a few mistakes are many.
+  # Among 300 images, a few damaged files are already a large share.
   config.raw.update({"source": "", "resolution": 0, "heldout_fraction": 0.07, "max_rejected": 0.1})
-  config.raw.crops = -1  # Few images are soon known by heart.
+  config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.
   config.vocab.update({"num_special": 32, "image_size": 256})
   _set_encoders(config)
   _set_decoder(config)
@@ -41,7 +41,8 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
 
 
 def _set_encoders(config: ml_collections.ConfigDict) -> None:
-  # A code is a square of 6 x 6 pixels, and depends on them alone. Few codes are learned in minutes.
+  # A code stands for a square of 6 x 6 pixels, and depends only on these pixels. Training for
+  # minutes can learn only a small codebook.
   config.vqgan.update({"downsample": 6, "stem": 6, "local_codes": True, "width": 64})
   config.vqgan.update({"multipliers": (1,), "encoder_blocks": (1,), "decoder_blocks": (2,)})
   config.vqgan.update({"code_dim": 8, "learning_rate": 5e-3, "l1_weight": 0.1})
@@ -53,13 +54,13 @@ def _set_encoders(config: ml_collections.ConfigDict) -> None:
   config.clip.update({"weight_decay": 0.1, "text_dropout": 0.1, "shift": 0.1, "color_jitter": 0.0})
   config.clip.update({"checkpoint_every": 100})
   config.retrieval.update({"max_similarity": 1.0, "backend": "exact", "query_dropout": 0.0})
-  # A CLIP of minutes knows no names, so words are compared, too.
+  # A CLIP that trains for minutes does not learn names, so retrieval compares words, too.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512})
 
 
 def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.data.update({"sequence_length": 512, "pack_window": 1_024, "mean_spans": 0.3})
-  # A hidden code must be found in the neighbor.
+  # `code_dropout` hides codes, so that the decoder must find them in the neighbor.
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
   config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
   config.model.update({"family": "modern", "num_layers": 4, "width": 128, "num_heads": 2})
@@ -69,6 +70,6 @@ def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.model.update({"codebook_start": 0.5, "tied_start": True})
   config.optimizer.update({"name": "muon", "learning_rate": 2e-3, "warmup_steps": 50})
   config.optimizer.update({"weight_decay": 0.05, "ema_decay": 0.99})
-  # Of nine settings, the best on captions of the example that its figures leave out.
+  # The best of nine settings, chosen on example captions that the reported figures exclude.
   config.sampling.update({"temperature": 0.2, "guidance": 1.0})
   config.train.update({"global_batch_size": 2, "eval_batches": 8, "log_every": 50})

@@ -1,19 +1,19 @@
-"""The demo: a small world, learned on two CPU cores in minutes, whose images are graded exactly.
+"""Demo config: learns small scenes on two CPU cores in minutes. Its images are graded exactly.
 
   bash launch/demo.sh
   cm3leon train --config=scenes:15 --workdir=workdir/scenes
 
-The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training stages. `long` is the recipe of the bundled model: more scenes and a
-larger decoder. docs/design.md explains the choices, docs/retrieval_ablation.md those that make a
-small decoder copy from its neighbors.
+The variant is the time in minutes that all stages may take on two cores (default 15). It scales
+only the steps of the training stages. The variant `long` is the recipe of the bundled model, with
+more scenes and a larger decoder. docs/design.md explains the choices. docs/retrieval_ablation.md
+explains the choices that make a small decoder copy from its neighbors.
 """
 
 import ml_collections
 
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_200}  # In 15 minutes.
+STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_200}  # Steps that fit in 15 minutes.
 LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
 
 
@@ -41,18 +41,19 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
 
 def _set_world(config: ml_collections.ConfigDict) -> None:
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
-  # Colors are learned last, those of two objects later still: captions that name them are more
-  # frequent than the rest.
+  # Colors are learned last, and the colors of two objects even later. Captions that name colors are
+  # therefore more frequent than other captions.
   config.scenes.update({"train": 16_000, "shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0)})
-  # The bank has each rare object of training once, at the same place in another color, and common
-  # ones and those that are held out at all four places. Nothing else is searched: a training scene
-  # of the same object and color elsewhere would be nearer to a caption than the same place.
+  # The bank has each rare training object once, at the same place in another color. It has common
+  # objects and held-out objects at all four places. Training scenes are not searched: a training
+  # scene with the same object and color at another place would be nearer to a caption than a
+  # document of the bank with the object at the right place.
   config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
 
 
 def _set_encoders(config: ml_collections.ConfigDict) -> None:
-  # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
+  # A code stands for a square of 6 x 6 pixels. An icon has the same 4 x 4 codes at every place.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
   config.vqgan.update({"decoder_blocks": (2,), "code_dim": 8, "batch_size": 16})
@@ -64,10 +65,11 @@ def _set_encoders(config: ml_collections.ConfigDict) -> None:
   config.clip.update({"embed_dim": 128, "batch_size": 128, "learning_rate": 1e-3})
   config.clip.update({"warmup_fraction": 0.05, "weight_decay": 0.1, "text_dropout": 0.1})
   config.clip.update({"shift": 0.0, "color_jitter": 0.0, "checkpoint_every": 100})
-  # A CLIP of minutes knows no names, so words are compared, too.
+  # A CLIP that trains for minutes does not learn names, so retrieval compares words, too.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
-  # The bank has single objects at places. Captions of several objects, or of no place, find nothing
-  # of which anything can be learned, and stand alone. So do some common objects with a color.
+  # Each document of the bank shows a single object at a place. No document helps a caption with
+  # several objects or without a place. This threshold leaves such captions without neighbors, and
+  # also some captions of a common object with a color.
   config.retrieval.update({"min_similarity": 0.58})
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
 
@@ -76,28 +78,28 @@ def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
   config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
-  # In minutes, captions are learned before infilling.
+  # A short training should first learn captions, then infilling.
   config.data.update({"mean_spans": 0.3})
   config.model.update({"family": "modern", "num_layers": 4, "width": 128})
   config.model.update({"num_heads": 2, "mlp_width": 352, "max_positions": 512})
   config.model.update({"init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})
   config.model.update({"unroll_layers": True})
-  # A neighbor's image stands at the same positions, and codes of one shape in two colors start
-  # alike.
+  # `align_images` gives a neighbor's image the same positions. `codebook_start` gives codes of one
+  # shape in two colors similar embeddings from the start.
   config.model.update({"align_images": True, "codebook_start": 0.5, "tied_start": True})
   config.optimizer.update(
     {"name": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05}
   )
   config.optimizer.update({"ema_decay": 0.99})
-  # Of 1,024 codes few are likely: the 16th most likely would let all in.
+  # Few of the 1,024 codes are likely. With `contrastive_k` = 16, all codes would be allowed.
   config.sampling.update({"temperature": 0.5, "guidance": 1.25, "contrastive_k": 1})
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.25), "scene_neighbors": 1})
 
 
 def _lengthen(config: ml_collections.ConfigDict) -> None:
   config.scenes.update({"train": 80_000})
-  config.vqgan.update({"learning_rate": 5e-3, "l1_weight": 0.5})  # As the bundled model's.
+  config.vqgan.update({"learning_rate": 5e-3, "l1_weight": 0.5})  # As for the bundled model.
   config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
   config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
   config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.25, 1.5, 2.0)})

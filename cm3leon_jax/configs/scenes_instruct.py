@@ -1,13 +1,14 @@
-"""Instruction tuning of the demo's model: it draws, edits, describes and answers questions.
+"""Tunes the demo's model on instructions: it draws, edits, describes and answers questions.
 
   bash launch/demo_instructions.sh
   cm3leon train --config=scenes_instruct:15 \\
     --workdir=workdir/scenes_instruct --init_from=scenes
 
-The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training. The bundled model took two runs: `long`, 12,000 steps from `scenes`
-on more records, 80 minutes on two idle cores, and `redrawn`, 3,000 steps from `long` on other
-records, half of whose given images look as if the model had drawn them, 20 minutes.
+The variant is the time in minutes that all stages may take on two cores (default 15). It scales
+only the training steps. Two runs made the bundled model. The variant `long` trains 12,000 steps
+from `scenes` on more records, which takes 80 minutes on two idle cores. The variant `redrawn` then
+trains 3,000 steps from `long` on other records, which takes 20 minutes. Half of the images given
+in these records look as if the model had drawn them.
 """
 
 import ml_collections
@@ -19,12 +20,12 @@ STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
-  config = scenes.get_config("long")  # The model of the bundle.
-  config.scenes.update({"train": 8_000})  # Of them some are replayed.
+  config = scenes.get_config("long")  # The config of the bundled model.
+  config.scenes.update({"train": 8_000})  # Only a few of these scenes are read, as replay.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})
   steps = {"long": LONG_STEPS, "redrawn": REDRAWN_STEPS}.get(variant, round(STEPS * scale))
   config.optimizer.update({"learning_rate": 2.5e-3, "warmup_steps": 50, "ema_decay": 0.99})
-  # The most likely text; and edits that follow the image and the instruction as they are.
+  # Text is decoded greedily. Edits use almost no guidance.
   config.sampling.update({"text_top_k": 1, "image_guidance": 1.0, "edit_guidance": 1.25})
   config.train.update({"steps": max(10, steps), "global_batch_size": 4, "eval_batches": 16})
   config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
@@ -33,8 +34,8 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
     rate = 2e-3 if variant == "long" else 1e-3
     config.optimizer.update({"learning_rate": rate, "warmup_steps": 100, "ema_decay": 0.998})
   else:
-    config.instructions.update({"max_records": 3_000})  # More are not read in so few steps.
+    config.instructions.update({"max_records": 3_000})  # These few steps read no more records.
   if variant == "redrawn":
-    config.scenes.update({"seed": 1})  # Records that `long` has not seen.
+    config.scenes.update({"seed": 1})  # Draws records that `long` has not seen.
     config.instructions.update({"max_records": 8_000, "redrawn": 0.5})
   return config

@@ -1,9 +1,9 @@
-"""Learning from the judge: the tuned model of scenes draws, and what the judge finds right counts.
+"""Reinforcement learning: the tuned scenes model draws images, and the judge's grade is the reward.
 
   cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
-The variant is the time in minutes that `cm3leon reinforce` may take on two cores (default 30); it
+The variant is the time in minutes that `cm3leon reinforce` may take on two cores (default 30). It
 scales only the steps.
 """
 
@@ -11,20 +11,21 @@ import ml_collections
 
 from cm3leon_jax.configs import base, scenes_instruct
 
-STEPS = 125  # In 15 minutes.
+STEPS = 125  # Steps that fit in 15 minutes.
 
 
 def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
-  # Of the run's own tasks only held-out records are read as rows.
+  # Only the held-out records of the run's tasks are read as rows.
   config.instructions.update({"max_records": 50, "replay_share": 0.0})
   config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 10})
   config.optimizer.update({"weight_decay": 0.0, "ema_decay": 0.9})
   config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
   config.train.update({"eval_every": max(2, steps // 2), "eval_batches": 2})
   config.train.update({"checkpoint_every": max(2, steps // 10)})
-  # At the temperature of users: at a higher one samples fail in ways that theirs do not.
+  # The same temperature as in use: samples at a higher temperature fail in ways that users never
+  # see.
   temperature = config.sampling.temperature
   config.reinforce.update({"tasks": ("draw",), "samples": 8, "temperature": temperature})
   config.reinforce.update({"heldout_prompts": 100, "kl_weight": 0.1})

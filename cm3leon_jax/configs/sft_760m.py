@@ -1,12 +1,12 @@
-"""Instruction tuning of CM3Leon-760M by the paper (section 4, appendix E): 30B tokens, 2M a step.
+"""Tunes CM3Leon-760M on instructions (paper: section 4, appendix E): 30B tokens, 2M per step.
 
 cm3leon train --config=sft_760m --workdir=runs/sft_760m \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_760m
 cm3leon train --config=sft_760m:paper --workdir=runs/sft_760m_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_760m_paper
 
---init_from names a workdir or an exported model, of the same variant. docs/instructions.md has the
-stages before the training.
+--init_from takes a workdir or an exported model of the same variant. docs/instructions.md describes
+the stages before the training.
 """
 
 import ml_collections

@@ -1,12 +1,12 @@
-"""Instruction tuning of CM3Leon-7B by the paper (section 4, appendix E): 30B tokens, 2M a step.
+"""Tunes CM3Leon-7B on instructions (paper: section 4, appendix E): 30B tokens, 2M per step.
 
 cm3leon train --config=sft_7b --workdir=runs/sft_7b \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b
 cm3leon train --config=sft_7b:paper --workdir=runs/sft_7b_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b_paper
 
---init_from names a workdir or an exported model, of the same variant. docs/instructions.md has the
-stages before the training.
+--init_from takes a workdir or an exported model of the same variant. docs/instructions.md describes
+the stages before the training.
 """
 
 import ml_collections

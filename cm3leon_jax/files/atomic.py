@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths on disks and in buckets."""
+"""Writes files whole or not at all, and handles paths on local disks and in GCS buckets."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,39 +13,39 @@ from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files import buckets
 
-# Errors that say for certain that there is no such file.
+# errno values which prove that a file does not exist.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def open_filesystem(path: epath.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
-  """Returns the filesystem of a path or URL, and the path in it.
+  """Returns the filesystem of a path or URL, and the path inside this filesystem.
 
-  A name with `::` stays a name, while fsspec takes it for a chain of URLs: a stranger's name of an
-  image must not open anything else.
+  fsspec reads `::` in a URL as a chain of URLs. Such a URL is refused, because the name of an
+  image in untrusted data must not open any other file. A local path may contain `::`.
 
   Raises:
-    UserError: the URL holds `::`, is on S3, or its filesystem is not known or not installed.
+    UserError: the URL contains `::` or is on S3, or its filesystem is unknown or not installed.
   """
   path = os.fspath(path)
   if "://" not in path:
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
   if "::" in path:
-    raise UserError(f"{path} holds '::', a chain of URLs, which is not read: rename the file.")
+    raise UserError(f"{path} contains '::', which would chain several URLs: rename the file.")
   buckets.check_path(path)
   try:
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
     raise UserError(
-      f"{path} cannot be opened: {error} (buckets need {extras.install('data')})."
+      f"{path} cannot be opened: {error} (GCS buckets need {extras.install('data')})."
     ) from error
 
 
 @contextlib.contextmanager
 def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a path beside `path`; the file that the body writes there replaces `path` at its end.
+  """Yields a temporary path. The file that the body writes there replaces `path` afterwards.
 
-  Its content is on the disk before, so that a power loss leaves no empty file. If the body fails,
-  what it has written is deleted.
+  The content is flushed to the disk before it replaces `path`, so that a power loss leaves no
+  empty file. If the body fails, the temporary file is deleted.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +62,14 @@ def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
+  """Opens a file that replaces `path` when the body ends. Readers never see a partial file."""
   encoding = {} if "b" in mode else {"encoding": "utf-8"}
   with partial_path(path) as partial, partial.open(mode, **encoding) as file:
     yield file
 
 
 def sync(path: epath.PathLike) -> None:
-  """Returns when the content of a local file is on the disk; an object in a bucket is stored."""
+  """Flushes the content of a local file to the disk. Objects in a GCS bucket need no flush."""
   if "://" in os.fspath(path):
     return
   file = os.open(path, os.O_RDONLY)
@@ -80,18 +80,18 @@ def sync(path: epath.PathLike) -> None:
 
 
 def exists(path: epath.PathLike) -> bool:
-  """Returns whether there is a file or folder at a path, known for certain.
+  """Returns whether a file or folder certainly exists, or certainly does not.
 
-  `Path.exists` returns False at any error, as if the file were gone.
+  `Path.exists` returns False after any error, as if the file were deleted.
 
   Raises:
-    OSError: a disk did not say, such as one in the network that is away.
+    OSError: the answer is unknown, for example because a network disk is unreachable.
   """
   if "://" in os.fspath(path):
     return epath.Path(path).exists()
   try:
     os.stat(path)
-  except ValueError:  # A null byte in the name.
+  except ValueError:  # The name contains a null byte.
     return False
   except OSError as error:
     if error.errno in NOT_THERE:
@@ -101,6 +101,6 @@ def exists(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns the absolute path; epath takes gs://bucket for a folder "gs:" in the current one."""
+  """Returns the absolute path. A URL stays unchanged: `resolve` would make it a local path."""
   path = epath.Path(path)
   return path if "://" in os.fspath(path) else path.resolve()

@@ -1,4 +1,4 @@
-"""Descriptions of files, size and SHA-256, and how a file differs from its description."""
+"""Describes files by size and SHA-256, and detects files that differ from their description."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ def digest(path: epath.PathLike) -> str | None:
   """Returns the SHA-256 of a file, or None if it does not exist.
 
   Raises:
-    OSError: it could not be read.
+    OSError: the file could not be read.
   """
   path = epath.Path(path)
   if not exists(path):
@@ -26,7 +26,7 @@ def digest(path: epath.PathLike) -> str | None:
 
 
 def describe(path: epath.PathLike) -> dict:
-  """Returns size and SHA-256 of a file; an unchanged file is read once in a process.
+  """Returns size and SHA-256 of a file. Each process reads an unchanged file only once.
 
   describe("lengths.npy")
   {"bytes": 4128, "sha256": "9f86d081..."}
@@ -37,15 +37,15 @@ def describe(path: epath.PathLike) -> dict:
 
 
 def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | None:
-  """Says how a file differs from its description, or returns None.
+  """Returns how a file differs from its description, or None if it does not differ.
 
   Args:
-    path: of the file.
-    expected: result of `describe` when it was written.
-    content: whether to compare the content, too, and not only the size.
+    path: local path or URL.
+    expected: the result of `describe` when the file was written.
+    content: whether to compare the SHA-256; False compares only the size.
 
   Raises:
-    OSError: it could not be read.
+    OSError: the file could not be read.
   """
   path = epath.Path(path)
   if not exists(path):
@@ -54,12 +54,12 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
   if size != expected["bytes"]:
     return f"has {size:,} bytes instead of {expected['bytes']:,}"
   if content and describe(path) != expected:
-    return "has another content than when it was written"
+    return "has changed since it was written"
   return None
 
 
 def stamp(path: epath.Path) -> tuple[int, int]:
-  """Returns the size of a file, and when it was modified."""
+  """Returns the size and the modification time of a file."""
   if "://" in os.fspath(path):
     found = path.stat()
     return found.length, found.mtime or 0
@@ -69,5 +69,5 @@ def stamp(path: epath.Path) -> tuple[int, int]:
 
 @functools.lru_cache(4_096)
 def _digest_of(path: epath.Path, size: int, modified: int) -> str | None:
-  """Returns `digest` of the file that had this size when it was modified."""
+  """Caches `digest`; `size` and `modified` are part of the cache key."""
   return digest(path)

@@ -1,4 +1,4 @@
-"""Makes one sentence of an error of the disk: it is full, or a file cannot be read or written."""
+"""Explains disk errors in one sentence: the disk is full, or a file is not readable or writable."""
 
 import errno
 import logging
@@ -11,9 +11,9 @@ from absl import logging as absl_logging
 
 from cm3leon_jax.config import UserError, causes
 
-# No space, a quota, or a limit on the size of files.
+# No space left, quota exceeded, or file too large.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The file may be there, and undamaged, or the disk is read-only: it does not count as damaged.
+# After these errors a file does not count as damaged: it may exist and be intact.
 NOT_READ = (
   errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
   errno.EROFS,
@@ -25,7 +25,7 @@ def _texts(numbers: tuple[int, ...]) -> str:
 
 
 _TEXT_OF_FULL = re.compile(_texts(FULL))
-# Of TensorStore, and of ArrayRecord.
+# Message formats of TensorStore and ArrayRecord.
 _FORMATS = (
   re.compile(rf'local file "(?P<file>[^"]*)": .*?(?P<reason>{_texts(NOT_READ)})'),
   re.compile(rf"^\w+\(\) failed: (?P<reason>{_texts(NOT_READ)}); \w+ (?P<file>[^;]*)"),
@@ -34,17 +34,17 @@ _OF_LIBRARIES = (RuntimeError, ValueError, OSError)
 
 
 def failure(error: Exception) -> str:
-  """Says what a disk did not read or write, and what to do; "" if `error` is another one.
+  """Returns what could not be read or written, and what to do; "" if it is not a disk error.
 
   failure(PermissionError(errno.EACCES, "Permission denied", "run/x"))
-  "run/x could not be read or written (Permission denied): mend the disk or the rights, ..."
+  "run/x could not be read or written (Permission denied): fix the disk or the permissions, ..."
   """
   if isinstance(error, UserError):
     return ""
   if reason := _full(error):
-    return f"{reason}: free some space, and run the same command again."
+    return f"{reason}: free some disk space and run the same command again."
   if reason := _not_read(error):
-    return f"{reason}: mend the disk or the rights, and run the same command again."
+    return f"{reason}: fix the disk or the permissions, and run the same command again."
   return ""
 
 
@@ -68,28 +68,28 @@ def _full(error: BaseException | None) -> str:
 
 
 def is_full(error: BaseException | None) -> bool:
-  """Returns whether an error, or one that led to it, says that the disk is full."""
+  """Returns whether an error or one of its causes says that the disk is full."""
   return bool(_full(error))
 
 
 def prepare_logging() -> None:
-  """Leaves out tracebacks of Orbax about a full disk, and what its other writes then print."""
+  """Hides Orbax's tracebacks about a full disk, and the follow-up errors of its other writes."""
   for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
     logger.addFilter(is_logged)
   sys.unraisablehook = print_unraisable
 
 
 def is_logged(record: logging.LogRecord) -> bool:
-  """Filters a logger: leaves out what Orbax and its tasks log with the error of a full disk."""
+  """Returns False for records of Orbax and its asyncio tasks that carry a full-disk error."""
   of_orbax = not {"orbax", "asyncio"}.isdisjoint(pathlib.PurePath(record.pathname).parts)
   return not (of_orbax and record.exc_info and is_full(record.exc_info[1]))
 
 
 def print_unraisable(found: "sys.UnraisableHookArgs") -> None:
-  """Prints an error that nobody can catch, unless TensorStore reports to a closed event loop.
+  """Prints an error that cannot be caught, unless TensorStore reports to a closed event loop.
 
-  After the first array that cannot be written Orbax closes the loop, and the writes of the others
-  end later. They say nothing about the reason; the first error does.
+  Orbax closes the loop after the first array that cannot be written. The writes of the other
+  arrays fail later, with errors that do not contain the reason.
   """
   caller = found.exc_traceback and found.exc_traceback.tb_frame.f_code.co_name
   if caller != "call_soon_threadsafe" or str(found.exc_value) != "Event loop is closed":

@@ -1,4 +1,4 @@
-"""JSON files and files of JSON lines: those of a workdir, and those of other programs."""
+"""Reads and writes JSON and JSON-lines files, of a workdir or of other programs."""
 
 from collections.abc import Mapping
 import json
@@ -12,15 +12,17 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files import buckets, digests
 from cm3leon_jax.files.atomic import exists, replacing
 
-# Fields of a JSON object, and their types; float admits whole numbers.
+# Fields of a JSON object and their types. A field of type float may be a whole number.
 Fields = Mapping[str, type]
-GET_AGAIN = "get it again from where it was published"  # Of a file that no stage wrote.
-FOREIGN_BYTES = 2**26  # Read, JSON takes 50 times its bytes; large tokenizers have 2^25.
+# The remedy for a damaged file that no stage wrote.
+GET_AGAIN = "download it again from where it was published"
+# Parsed JSON takes up to 50 times the bytes of its file. Large tokenizers have 2^25 bytes.
+FOREIGN_BYTES = 2**26
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
 
 def plain(value: Any) -> Any:
-  """Returns a value as it is read from JSON: tuples as lists, numpy scalars as numbers."""
+  """Converts a value as if it were written to JSON and read back, e.g. tuples to lists."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 
@@ -38,22 +40,22 @@ def read_json(
   """Reads a JSON file.
 
   Args:
-    path: of the file.
-    fields: that it has, if it is an object; None: it is any value.
-    remedy: what helps if it is damaged.
+    path: local path or URL.
+    fields: the fields that the object must have; None allows any value.
+    remedy: what the user should do if the file is damaged, for the message.
 
   Raises:
-    UserError: it is absent or damaged, or lacks a field.
-    ValueError: a bucket did not answer as it should, see `buckets.failure`.
-    OSError: it could not be read, so that its content is not known.
+    UserError: the file is absent or damaged, or lacks a field.
+    ValueError: access to a GCS bucket failed, see `buckets.failure`.
+    OSError: the file could not be read, so that its content is unknown.
   """
   path = epath.Path(path)
   if not exists(path):
-    raise UserError(f"{path} does not exist: run the stage that writes it first.")
+    raise UserError(f"{path} does not exist: first run the stage that writes this file.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8.
-    if buckets.failure(error):  # The content is not known, so it does not count as damaged.
+  except (ValueError, RecursionError) as error:  # ValueError: invalid JSON or invalid UTF-8.
+    if buckets.failure(error):  # The content is unknown, so the file does not count as damaged.
       raise
     raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from error
   if lack := lacks(value, fields):
@@ -62,16 +64,16 @@ def read_json(
 
 
 def lacks(value: Any, fields: Fields | None) -> str:
-  """Says what keeps a value from being an object with these fields; "" if nothing does."""
+  """Returns why a value is not an object with these fields; "" if it is."""
   if fields is None:
     return ""
   if not isinstance(value, dict):
-    return f"it must be a JSON object, and is {short(value)}"
+    return f"it must be a JSON object, but is {short(value)}"
   for name, kind in fields.items():
     found = value.get(name)
     right = (int, float) if kind is float else kind
     if not isinstance(found, right) or isinstance(found, bool):
-      return f"its field '{name}' must be of type {NAMES[kind]}, and is {short(found)}"
+      return f"its field '{name}' must be of type {NAMES[kind]}, but is {short(found)}"
   return ""
 
 
@@ -79,14 +81,14 @@ def check_foreign(path: epath.PathLike, most_bytes: int | None = None) -> None:
   """Checks a file that another program wrote, before it is opened.
 
   Raises:
-    UserError: there is no regular file at a local path, but a folder, or a pipe or device that may
-      never end; or it has more than `most_bytes`.
+    UserError: a local path is a folder, pipe or device (which may never end) instead of a regular
+      file, or the file has more than `most_bytes`.
   """
   path = epath.Path(path)
   if "://" not in os.fspath(path) and exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-    raise UserError(f"{path} is no regular file: {GET_AGAIN}.")
+    raise UserError(f"{path} is not a regular file: {GET_AGAIN}.")
   if most_bytes is not None and exists(path) and (size := digests.stamp(path)[0]) > most_bytes:
-    raise UserError(f"{path} has {size:,} bytes; it may have {most_bytes:,}: {GET_AGAIN}.")
+    raise UserError(f"{path} has {size:,} bytes; it may have at most {most_bytes:,}: {GET_AGAIN}.")
 
 
 def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any:
@@ -100,7 +102,7 @@ def read_foreign_json(path: epath.PathLike, fields: Fields | None = None) -> Any
 
 
 def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[dict]:
-  """Reads the objects of a JSON-lines file, without a last line that a kill left incomplete.
+  """Reads the objects of a JSON-lines file. Skips a last line that a kill left incomplete.
 
   Raises:
     UserError: a line before the last one is damaged, or a line lacks one of `fields`.

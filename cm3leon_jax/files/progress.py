@@ -1,15 +1,15 @@
-"""Progress of long work: a bar in a terminal, a line now and then in a log."""
+"""Shows progress as a bar in a terminal, and as occasional lines in a log."""
 
 import sys
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-SECONDS = 30  # Between two lines of a log.
+SECONDS = 30  # Seconds between two lines of a log.
 
 
 class _Lines:
-  """Writes each state of a bar as a line of its own: a log has no carriage return."""
+  """Writes each state of a bar to a separate line, since logs ignore carriage returns."""
 
   encoding = "ascii"
 
@@ -25,20 +25,20 @@ class _Lines:
 
 
 def is_interactive() -> bool:
-  """Returns whether stderr is a terminal or a cell of a notebook."""
+  """Returns whether stderr is a terminal or a notebook cell."""
   return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-  """Returns a tqdm bar on stderr, with the arguments of tqdm.
+  """Returns a tqdm bar on stderr; takes the arguments of tqdm.
 
-  In a terminal or notebook it is redrawn every second. Elsewhere (a file, a pipe, the log of a pod)
-  it prints its state as a line at the start, every `SECONDS` and at the end; with leave=False, only
-  if the work takes longer than `SECONDS`.
+  In a terminal or notebook the bar is redrawn every second. Elsewhere (a file, a pipe, the log of
+  a pod) it prints a line at the start, every `SECONDS` and at the end. With leave=False it prints
+  only if the work takes longer than `SECONDS`.
   """
   if is_interactive():
     return tqdm(*args, mininterval=1, **options)
   if not options.get("leave", True):
-    options["delay"] = SECONDS  # A bar of a part, which is gone when the part is done.
+    options["delay"] = SECONDS  # leave=False marks a short-lived bar for a part of the work.
   lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS}
   return tqdm(*args, **lines, **options)

@@ -1,4 +1,4 @@
-"""Work in shards, in this process or in Ray workers; a killed job redoes only unfinished shards."""
+"""Processes shards in this process or in Ray workers. A restart repeats only unfinished shards."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -20,12 +20,12 @@ RUNNERS = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-  """Where shards are processed.
+  """Place where shards are processed.
 
   Attributes:
-    kind: `local`, in this process, or `ray`.
-    address: of a Ray cluster, "auto" for the one of this machine; "" starts one for the job.
-    workers: number of Ray workers, each of which processes one shard at a time.
+    kind: "local" (in this process) or "ray".
+    address: address of a Ray cluster; "auto" finds the cluster of this machine, "" starts one.
+    workers: number of Ray workers. Each worker processes one shard at a time.
     worker_cpus: CPUs that Ray reserves for each worker.
   """
 
@@ -45,15 +45,15 @@ class Runner:
 
 
 class ShardJob(Protocol):
-  """Work on every shard. It is pickled to the workers, so it holds configs and paths, no models."""
+  """Work to do on every shard. It is pickled, so it contains configs and paths but not models."""
 
   def open(self) -> Callable[[str], dict]:
-    """Loads in a worker what all shards need.
+    """Loads what all shards need. Each worker calls this method once.
 
     Returns:
-      Function that processes the shard of a name and returns its numbers. Its files appear whole
-      (`atomic.replacing`), and a shard that is processed twice on one kind of machine has the same
-      bytes; an index of ScaNN has not (docs/scaling.md).
+      Function that takes the name of a shard, processes the shard, and returns its summary. It
+      must write files atomically (`atomic.replacing`). The same kind of machine must produce the
+      same bytes, except for an index of ScaNN (docs/scaling.md).
     """
     ...
 
@@ -72,19 +72,22 @@ def run_shards(
   """Processes the shards that are not finished.
 
   Args:
-    job: the work on a shard.
-    shards: name -> what the result depends on; if that has changed, the shard is processed again.
-    folder: gets a record, NAME.json, of every finished shard.
+    job: the work to do on each shard.
+    shards: shard name -> config that its result depends on. A shard with a changed config is
+      processed again.
+    folder: receives a record, NAME.json, of every finished shard.
     runner: where shards are processed.
-    bar: name of the progress bar.
-    is_whole: returns whether all files of a finished shard are still there; if not, the shard is
+    bar: label of the progress bar.
+    is_whole: returns whether all files of a finished shard still exist. If not, the shard is
       processed again.
 
   Yields:
-    (name, numbers) of every shard: first the finished ones, then the others as they finish.
+    (name, summary) of every shard: first the shards that were finished before, then the others
+    as they finish.
 
   Raises:
-    UserError: the first of a shard; finished shards stay finished. TryAgain: a bucket failed.
+    UserError: a shard failed; finished shards stay finished.
+    TryAgain: a GCS bucket failed.
   """
   folder = epath.Path(folder)
   finished, pending = [], []
@@ -107,13 +110,13 @@ def run_shards(
 
 
 def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
-  """Deletes the records of shards whose results are gone: they are processed again."""
+  """Deletes the records of shards whose results were deleted, so that they are processed again."""
   for name in names:
     (epath.Path(folder) / f"{name}.json").unlink(missing_ok=True)
 
 
 class _Worker:
-  """Processes shards and records them; built once in each worker."""
+  """Processes shards and records their summaries; constructed once in each worker."""
 
   def __init__(self, job: ShardJob, folder: epath.Path) -> None:
     buckets.prepare_access()
@@ -124,8 +127,8 @@ class _Worker:
     """Processes {"shard": name, "config": JSON}.
 
     Returns:
-      {"shard": name, "summary": JSON, "error": "", "again": False}, or the message of a UserError
-      as "error"; "again" says whether the same command may succeed later.
+      {"shard": name, "summary": JSON, "error": "", "again": False}. After a UserError, "error" is
+      its message, and "again" is True if the same command may succeed later.
     """
     name = row["shard"]
     try:
@@ -134,7 +137,7 @@ class _Worker:
       summary = plain(self._process(name))
       config = json.loads(row["config"])
       write_json(self._folder / f"{name}.json", {"config": config, "summary": summary})
-    except Exception as error:  # Ray would wrap it.
+    except Exception as error:  # Ray would wrap the exception in its own type.
       reason = buckets.failure(error)
       if not reason and not isinstance(error, UserError):
         raise
@@ -168,7 +171,7 @@ def _ray(job: ShardJob, folder: epath.Path, rows: list[dict], runner: Runner) ->
     _connect(ray, runner)
   try:
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # `run_shards` has its own.
+    context.enable_progress_bars = False  # `run_shards` shows its own bar.
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(rows)))
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
     results = items.map(
@@ -190,5 +193,5 @@ def _connect(ray: types.ModuleType, runner: Runner) -> None:
       ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
   except (ConnectionError, ValueError) as error:
     raise UserError(
-      f"--ray_address is '{runner.address}', where no Ray cluster answers ({error})."
+      f"--ray_address is '{runner.address}', but no Ray cluster answers there ({error})."
     ) from error

@@ -1,7 +1,7 @@
-"""Fields of a config that are None until the data is prepared, and follow from what was counted.
+"""Computes the config fields that are None until the data is prepared.
 
-`cm3leon prepare_data` counts, and done.json of `raw/` keeps the counts. Every later stage computes
-the fields from them, so all stages of a run see the same values.
+`cm3leon prepare_data` counts the data and stores the counts in raw/done.json. Every later stage
+computes the fields from these counts, so all stages of a run see the same values.
 """
 
 import dataclasses
@@ -12,29 +12,30 @@ import ml_collections
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json
 
-COUNTS = "counts"  # Key of the summary of raw/done.json.
-CHARACTERS = 4  # Of a token, about.
-MOST_TEXT_TOKENS = 2_048  # Of a vocabulary; a decoder of minutes learns no more.
+COUNTS = "counts"  # Key in the summary of raw/done.json.
+CHARACTERS = 4  # Characters per token, approximately.
+# Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
+MOST_TEXT_TOKENS = 2_048
 MOST_TEXT_SHARE = 0.15
-FIXED_SECONDS = 200  # Of the stages of a run apart from steps, on two cores.
+FIXED_SECONDS = 200  # Time of all stages without their training steps, on two cores.
 SECONDS_PER_PAIR = 0.02
-# Share of the remaining time, and seconds of a step at `RESOLUTION`, on two cores.
+# Stage -> its share of the remaining time, and seconds per step at `RESOLUTION` on two cores.
 TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
 RESOLUTION = 48
-PATCH = 6  # Side of a code in pixels.
+PATCH = 6  # Side length, in pixels, of the square that a code stands for.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
-OTHERS = ("model.vocab_size",)  # Fields that follow from other fields.
+OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields instead.
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What `cm3leon prepare_data` counts in the training split, apart from `heldout_texts`.
+  """Counts of the prepared data. All but `heldout_texts` describe the training split.
 
   Attributes:
-    resolution: side of the prepared images.
+    resolution: side length of the prepared images, in pixels.
     pairs, texts, heldout_texts: numbers of records.
-    caption_characters, text_characters: their lengths together.
+    caption_characters, text_characters: total lengths of all captions and of all texts.
     text_tokens: largest `vocab.text_size` that the captions and texts support.
   """
 
@@ -47,13 +48,12 @@ class Counts:
   text_tokens: int
 
 
-UNKNOWN = Counts(
-  RESOLUTION, 1_000, 0, 0, 50_000, 0, MOST_TEXT_TOKENS
-)  # Where no stage reads the values.
+# Placeholder for commands that read none of the computed fields.
+UNKNOWN = Counts(RESOLUTION, 1_000, 0, 0, 50_000, 0, MOST_TEXT_TOKENS)
 
 
 def missing(config: ml_collections.ConfigDict) -> list[str]:
-  """Returns the fields that are None, and follow from the data: ["vocab.text_size", ...]."""
+  """Returns the fields that are None and follow from the data: ["vocab.text_size", ...]."""
   names = [
     f"{section}.{field}"
     for section, fields in config.items()
@@ -70,9 +70,7 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   values(Counts(48, 264, 0, 0, 7_360, 0, 358), 15.0)
   {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
 
-  Args:
-    counts: of the prepared data.
-    minutes: that all stages of the run may take on two cores, `train.minutes`.
+  `minutes` is `train.minutes`, the time that all stages of the run may take on two cores.
   """
   size = min(counts.text_tokens, MOST_TEXT_TOKENS)
   result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}
@@ -81,7 +79,8 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, max(2, pairs))}
   seconds = max(0.0, 60 * minutes - FIXED_SECONDS - SECONDS_PER_PAIR * counts.pairs)
   for section, (share, step) in TRAININGS.items():
-    pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2  # Rows are equal.
+    # The cost of a decoder step does not depend on the resolution: rows have a fixed length.
+    pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2
     steps = share * seconds / (step * pixels)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
   steps = int(result["train.steps"])
@@ -102,17 +101,17 @@ def _text_share(counts: Counts) -> float:
 def complete(
   config: ml_collections.ConfigDict, workdir: epath.PathLike | None, prepares: bool = False
 ) -> ml_collections.ConfigDict:
-  """Returns a config whose fields that are None have the values that follow from the data.
+  """Replaces the fields that are None by values that follow from the data.
 
   Args:
-    config: of a run; fields that are not None stay.
-    workdir: of the run.
-    prepares: whether the command prepares the data. It reads none of these fields, and gets values
-      of no meaning as long as the data is not prepared.
+    config: config of a run. Fields that are not None do not change.
+    workdir: folder of the run.
+    prepares: whether the command prepares the data. Such a command reads none of these fields, so
+      it gets placeholder values until the data is prepared.
 
   Raises:
-    UserError: the data is not prepared, or not for such a config, or a field of another name is
-      None.
+    UserError: the data is not prepared or was prepared with another config, or a field is None
+      that does not follow from the data.
   """
   if not (names := missing(config)):
     return config
@@ -125,15 +124,15 @@ def complete(
 
 
 def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) -> Counts:
-  """Reads the counts of the prepared data. Raises UserError, see `complete`."""
+  """Reads the counts of the prepared data. Raises UserError as `complete` does."""
   path = epath.Path(workdir or ".") / "raw" / "done.json"
   if workdir is not None and path.exists():
     summary = read_json(path, {"summary": dict})["summary"]
     if COUNTS in summary:
       return build(Counts, summary[COUNTS], COUNTS)
     raise UserError(
-      f"{path} has no counts, from which config.{names[0]} follows: it was prepared with another "
-      "--config: use another --workdir, or delete that folder and prepare it again."
+      f"{path} has no counts, which config.{names[0]} is computed from: the data was prepared with "
+      "another --config. Use another --workdir, or delete that folder and prepare the data again."
     )
   if prepares:
     return UNKNOWN

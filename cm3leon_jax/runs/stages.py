@@ -1,8 +1,8 @@
-"""Stages of a run: each owns a folder of the workdir and leaves `done.json` in it.
+"""Runs the stages of a run. Each stage owns a folder of the workdir and writes done.json there.
 
-done.json describes the files that other stages open, and the id of a stage is the digest of these
-files: a stage that is run again and writes the same files is the same stage. `table` says
-which stages there are, and what each depends on.
+done.json describes the files that other stages open. The id of a stage is the digest of these
+files, so a stage keeps its id if it runs again and writes the same files. `table` lists the stages
+and their dependencies.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ DONE = "done.json"
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
-  A field that is absent from `old` was added to the code since. It does not differ if it is off in
-  `new`: 0, False or empty.
+  A field is absent from `old` if the code gained the field later. Such a field does not differ if
+  it is off in `new`: 0, False or empty.
   """
   changed = []
   for key in sorted({*old, *new}):
@@ -51,17 +51,18 @@ def check_same_config(
   config: dict,
   remedy: str = "use another --workdir, or delete that folder to start again",
 ) -> None:
-  """Raises UserError, with the fields and a remedy, if the run in `path` has another config."""
+  """Raises UserError if the run in `path` has another config. The message lists the fields."""
   changed = differences(stored, plain(config))
   if changed:
     raise UserError(f"{path} holds the run of another config ({'; '.join(changed[:4])}): {remedy}.")
 
 
 def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
-  """Returns the content of a stage's done.json, with its id and `fields` of these types.
+  """Returns the content of a stage's done.json, after checking its id and the types of `fields`.
 
   Raises:
-    UserError: the stage is not finished, or the file is damaged, or has the id of other files.
+    UserError: the stage is not finished, or done.json is damaged or its id does not match its
+      files.
   """
   folder = epath.Path(workdir) / name
   if not exists(folder / DONE):
@@ -75,21 +76,22 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
-  """Describes the files in `folder` that glob patterns name: name -> `digests.describe`."""
+  """Describes the files in `folder` that match glob patterns: name -> `digests.describe`."""
   folder = epath.Path(folder)
   paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
   return {path.relative_to(folder).as_posix(): describe(path) for path in paths}
 
 
 def id_of(files: Mapping[str, dict]) -> str:
-  """Returns the id of a stage that leaves the described `files`."""
+  """Returns the id of a stage that wrote the described `files`."""
   return hashlib.sha256("".join(f["sha256"] for f in files.values()).encode()).hexdigest()[:16]
 
 
 def _check_id(folder: epath.Path, about: dict) -> None:
-  """Raises UserError if the id in a stage's done.json is not that of the files in it.
+  """Raises UserError if the id in a stage's done.json does not match the files it describes.
 
-  A stage without such files, or of an earlier version, has no such id.
+  The id is not checked if done.json describes no files, as for a stage without such files or one
+  written by an earlier version.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
   if files and not _are_descriptions(files):
@@ -99,9 +101,11 @@ def _check_id(folder: epath.Path, about: dict) -> None:
   digest, ids = hashlib.sha256(), []
   for described in files.values():
     digest.update(described["sha256"].encode())
-    ids.append(digest.hexdigest()[:16])  # As `id_of`; varying files come last.
+    # The same as `id_of` of the files so far. Varying files are last and do not count, but their
+    # number is unknown.
+    ids.append(digest.hexdigest()[:16])
   if about.get("id") not in (ids if stage.varying else ids[-1:]):
-    raise UserError(_damaged(folder, ": its id is not that of the files that it describes"))
+    raise UserError(_damaged(folder, ": its id does not match the files that it describes"))
 
 
 def _damaged(folder: epath.Path, why: str = "") -> str:
@@ -111,15 +115,15 @@ def _damaged(folder: epath.Path, why: str = "") -> str:
 def check_files(path: epath.PathLike) -> None:
   """Compares a file, or all files in a folder, with their digests in the stage's done.json.
 
-  What done.json does not describe passes: it is absent while the stage runs, and has no digests if
-  an earlier version wrote it.
+  Files that done.json does not describe pass. done.json is absent while the stage runs, and has no
+  digests if an earlier version wrote it.
 
   Raises:
     UserError: a file is missing or damaged.
   """
   path = epath.Path(path)
   for folder in (path, *list(path.parents)[:3]):
-    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` holds no files.
+    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` is not a folder.
       break
   else:
     return
@@ -141,15 +145,15 @@ def _are_descriptions(files: object) -> bool:
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Says how to replace a damaged file of the stage in `folder`."""
+  """Returns the instruction for the user to replace a damaged file of the stage in `folder`."""
   command = f"`cm3leon {command_of(folder)}`" if folder.name in STAGES else "its stage"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 
 
 def command_of(folder: epath.PathLike) -> str:
-  """Returns the command of the stage in `folder`, or the one that made it in place of that.
+  """Returns the command that made the stage in `folder`; the stage's command if that is unknown.
 
-  Tokenizers may be imported, and they and CLIP copied, instead of trained.
+  Tokenizers may be imported instead of trained. Tokenizers and CLIP may also be copied.
   """
   done, own = epath.Path(folder) / DONE, STAGES[epath.Path(folder).name].command
   config = read_json(done, {}).get("config") if exists(done) else None
@@ -157,9 +161,9 @@ def command_of(folder: epath.PathLike) -> str:
 
 
 def is_given(workdir: epath.PathLike, name: str) -> bool:
-  """Returns whether another command than that of the stage `name` made it, and prints it.
+  """Returns whether the stage `name` was imported or copied. If so, prints the command.
 
-  Training must not replace it: a decoder may know its ids.
+  Training must not replace an imported or copied tokenizer: a decoder may depend on its ids.
   """
   folder = epath.Path(workdir) / name
   if (command := command_of(folder)) == STAGES[name].command:
@@ -172,8 +176,8 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
   """Returns the ids of finished stages.
 
   Raises:
-    UserError: a stage is not finished, or of a training that is read, the workdir does not exist
-      or the config has another model.
+    UserError: a stage is not finished. If `names` contains "train", also if the workdir does not
+      exist or the config has another model or vocabulary.
   """
   if "train" in names and not epath.Path(workdir).exists():
     raise UserError(f"there is no folder {workdir}: name the folder of a run with --workdir.")
@@ -192,7 +196,7 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
 
 
 def inputs(settings: Settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
-  """Returns the ids of all stages that a stage reads. Raises UserError, see `ids`."""
+  """Returns the ids of all stages that a stage reads. Raises UserError as `ids` does."""
   return ids(settings, workdir, reads_of(settings, name))
 
 
@@ -202,9 +206,9 @@ def run_config(
   name: str,
   more_inputs: Mapping[str, str] | None = None,
 ) -> dict:
-  """Returns what the result of a stage depends on.
+  """Returns everything that the result of a stage depends on.
 
-  This is its part of the config, and under "inputs" the ids of what it reads.
+  The result has the stage's parts of the config and, under "inputs", the ids of what it reads.
   """
   read = {**inputs(settings, workdir, name), **(more_inputs or {})}
   return {**identity(settings, name), "inputs": read}
@@ -217,21 +221,21 @@ def stage(
   more_inputs: Mapping[str, str] | None = None,
   **options: Any,
 ) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
-  """Runs the body once for the stage `name` of `table.STAGES`, see `once`.
+  """Runs the body unless the stage `name` of `table.STAGES` is finished, see `once`.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
-        summary.update(psnr_db=23.3)  # The seconds are added.
+        summary.update(psnr_db=23.3)  # done.json also records the seconds.
 
   Args:
     workdir: the run's folder.
     name: the stage.
     settings: the run's config.
-    more_inputs: digests of what the stage reads beside other stages.
-    **options: of `once`.
+    more_inputs: digests of other data that the stage reads, besides other stages.
+    **options: options of `once`.
 
   Raises:
-    UserError: a stage that it reads is not finished, or its folder holds the result of another
+    UserError: a stage that it reads is not finished, or its folder has the result of another
       config.
   """
   config = run_config(settings, workdir, name, more_inputs)
@@ -249,23 +253,24 @@ def once(
   files: Collection[str] = (),
   varying: Collection[str] = (),
 ) -> Iterator[dict[str, Any] | None]:
-  """Runs the body once: yields None if the folder is finished, else a dict for its summary.
+  """Yields None if the stage in `folder` is finished, otherwise a dict for its summary.
 
   Args:
-    folder: the stage's folder; made if absent.
-    config: what the result depends on: config sections, and under "inputs" the ids of the stages
-      that it reads. If the inputs have changed, the body runs again; another config is refused.
-    redo: whether to run again if the stage is finished, with whatever config it was.
-    writes: whether this process deletes and writes done.json; one process of a job does. Either all
-      processes run the body, or none.
-    together: makes the context in which the processes of a job read done.json, so that all have
-      read it before one deletes it.
-    files: see `table.Stage`; without such files, every run of the stage has another id.
+    folder: the stage's folder, created if absent.
+    config: everything that the result depends on: config sections and, under "inputs", the ids of
+      the stages that it reads. If only the inputs have changed, the stage runs again. If another
+      part has changed, UserError is raised.
+    redo: whether to run a finished stage again, even if it had another config.
+    writes: whether this process deletes and writes done.json. Exactly one process of a job does.
+      Either all processes run the body, or none.
+    together: creates the context in which all processes of a job read done.json, so that all of
+      them have read the file before one process deletes it.
+    files: see `table.Stage`. Without such files, the stage gets a new id each time it runs.
     varying: see `table.Stage`.
 
   Raises:
-    UserError: the folder holds the result of another config, or a file of it is damaged, or the
-      summary has a number that is not finite.
+    UserError: the folder has the result of another config, or one of its files is damaged, or the
+      summary contains a number that is not finite.
   """
   folder = epath.Path(folder)
   done = folder / DONE
@@ -278,28 +283,29 @@ def once(
     yield None
     return
   if writes:
-    done.unlink(missing_ok=True)  # Until the end the folder holds no complete result.
+    done.unlink(missing_ok=True)  # The result is incomplete until the body ends.
     folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   summary: dict = {}
   yield summary
   if names := _not_finite(summary):
     raise UserError(
-      f"{folder} is not finished: {', '.join(names[:4])} are not finite: the stage diverged; "
-      "see what it printed."
+      f"{folder} is not finished: {', '.join(names[:4])} are not finite, so the stage diverged; "
+      "see its output."
     )
   if writes:
     seconds, described = round(time.monotonic() - start, 1), describe_files(folder, files)
     about = {"config": config, "summary": summary, "seconds": seconds}
     new_id = id_of(described) if described else f"{time.time_ns():x}"
     more = describe_files(folder, varying)
-    for name in [*described, *more]:  # A power loss must not leave done.json without them.
+    # Flush the files first, so that a power loss cannot leave done.json without its files.
+    for name in [*described, *more]:
       sync(folder / name)
     write_json(done, {**about, "id": new_id, "files": {**described, **more}})
 
 
 def _not_finite(summary: dict, where: str = "") -> list[str]:
-  """Names the numbers of a nested dict that are NaN or infinite."""
+  """Returns the names of the numbers in a nested dict that are NaN or infinite."""
   names = []
   for name, value in summary.items():
     if isinstance(value, dict):
@@ -310,10 +316,10 @@ def _not_finite(summary: dict, where: str = "") -> list[str]:
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
-  """Returns whether a finished stage read the inputs of `config`.
+  """Returns whether a finished stage had the same inputs as `config`.
 
   Raises:
-    UserError: another part of its config differs.
+    UserError: another part of the config differs.
   """
   stored = read_json(folder / DONE, {"config": dict})["config"]
   inputs = plain(config).get("inputs")

@@ -1,4 +1,4 @@
-"""The table of the stages of a run: their commands, and what each depends on. Reads no file."""
+"""Lists the stages of a run, with their commands and dependencies. Reads no files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage: a row of `STAGES`.
+  """One stage, a row of `STAGES`.
 
   Attributes:
     command: name of the command that runs the stage.
     title: name in the report.
-    reads: stages whose results it reads; when one of them ran again, so does this stage.
-    same: parts of the config that make two runs the same run: "seed", a section or
-      `section.field`.
-    embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
-    files: glob patterns of the files in its folder that other stages open, and that done.json
-      describes. Of the many files of shards and arrays, `index.json` files among them have digests.
-    varying: patterns of such files that are others whenever they are made; they do not change the
-      id.
-    instead: of a stage that trains on one host, what takes its place on a pod.
+    reads: stages whose results this stage reads. When one of them has run again, so must this
+      stage.
+    same: parts of the config that two runs must share to count as the same run: "seed", a section,
+      or `section.field`.
+    embeds: whether the stage embeds with CLIP. If so, it also reads the stages of `own_clip`.
+    files: glob patterns of the files in its folder that other stages open. done.json describes
+      these files. Shards and arrays are many files, so their index.json has the digests.
+    varying: glob patterns of files whose content differs each time they are made, even from the
+      same inputs. done.json describes them, too, but they do not change the id.
+    instead: for a stage that trains on one host, what a pod uses in its place.
   """
 
   command: str
@@ -112,13 +113,13 @@ STAGES = {
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
-# Fields that do not count where `same` names their whole section: how, how fast or how long a
-# stage computes, and what only another stage reads.
+# Fields that may differ between two runs although `same` names their section. They affect how, how
+# fast or how long a stage computes, or only another stage reads them.
 FREE = frozenset(
   {
     "raw.num_threads",
     "raw.max_rejected",
-    "scenes.train",  # Other numbers of scenes make more or fewer parts, which the stage reads.
+    "scenes.train",  # A changed number of scenes changes the source parts, an input of `raw`.
     "scenes.heldout",
     "text_tokenizer.max_caption_tokens",
     "vqgan.steps",
@@ -138,7 +139,7 @@ FREE = frozenset(
 
 
 def identity(settings: Settings, name: str) -> dict:
-  """Returns the parts of the config that make two runs of a stage the same run.
+  """Returns the parts of the config that two runs of a stage must share to count as the same run.
 
   identity(settings, "documents")
   {"vocab": {"num_special": 256, ...}, "text_tokenizer": {"max_caption_tokens": 512}}
@@ -161,7 +162,7 @@ def identity(settings: Settings, name: str) -> dict:
 
 
 def own_clip(settings: Settings) -> tuple[str, ...]:
-  """Returns the stages of the run's own CLIP; none if the config names a published CLIP."""
+  """Returns the stages that train the run's CLIP; none if the config names a published CLIP."""
   return () if settings.retrieval.clip else ("text_tokenizer", "clip")
 
 
@@ -176,9 +177,7 @@ def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
 def order(settings: Settings, given: bool) -> list[str]:
   """Returns the stages of a whole run under this config, in the order in which they run.
 
-  Args:
-    settings: the run's config.
-    given: whether tokenizers and CLIP are copies of another run's, which no stage makes.
+  With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them.
   """
   ends = ("grades",) if settings.instructions.any else ("samples", "evaluation", "export")
   copied = (*TOKENIZERS, "clip") if given else ()

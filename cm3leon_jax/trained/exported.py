@@ -1,4 +1,4 @@
-"""Reads an export in the format hf or orbax: it has neither CLIP nor bank."""
+"""Reads an export in the format hf or orbax. Such an export has neither CLIP nor a bank."""
 
 import os
 
@@ -16,7 +16,7 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
-  """Returns whether `cm3leon export` wrote the folder."""
+  """Returns whether `cm3leon export` wrote the folder, and it is not a bundle."""
   folder = bundles.folder_of(source)
   return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
 
@@ -25,12 +25,12 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
-    UserError: its numbers are not those that were trained, an earlier version wrote it, or its
-      image tokenizer is a published one.
+    UserError: the format is for other programs or changes the parameters, an earlier version wrote
+      the export, or its image tokenizer is a published one.
   """
   if (kind := kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"{folder} is an export {KINDS[kind]}, for other programs: load the workdir of its "
+      f"{folder} is an export {KINDS[kind]}, which is for other programs: load the workdir of its "
       "run, or an export in the format hf or orbax."
     )
   stored = read_json(folder / ABOUT, {"step": int})
@@ -41,14 +41,16 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
     )
   if "vqgan" not in read_json(folder / IMAGES / "config.json"):
     raise UserError(
-      f"{folder} has a published image tokenizer under the names of its release: load the workdir "
-      "of its run."
+      f"{folder} has a published image tokenizer in the format of its release, which cannot be "
+      "loaded here: load the workdir of its run."
     )
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
 def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
-  """Loads the parameters of an export or bundle onto the current mesh. All processes must call it.
+  """Loads the parameters of an export or bundle onto the current mesh.
+
+  All processes must call this function.
 
   Raises:
     UserError: a file is absent or damaged.

@@ -1,4 +1,7 @@
-"""Finds trained parameters that a run starts from: another run's, or an exported model's."""
+"""Finds and loads the trained parameters that a run starts from.
+
+They come from another run, a bundle or an exported model.
+"""
 
 import dataclasses
 import os
@@ -16,19 +19,21 @@ from cm3leon_jax.settings import Settings
 from cm3leon_jax.trained import bundles, exported, kinds, orbax_export
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
-IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # Of an exported model.
-IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
+IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # File in an exported model.
+# Key in the summary of INIT: the SHA-256 of the imported model's image tokenizer.
+IMAGES = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Trained parameters on disk, as the config of a run that starts from them records them.
+  """Reference to trained parameters on disk, as train/config.json records it under "init_from".
 
   Attributes:
-    source: what the user named, see `bundles.folder_of`.
-    step: of the checkpoint; None for an exported model.
-    digest: SHA-256 of the exported file, or of the digests of several ones or of the checkpoint's.
+    source: a path or name as the user gave it, see `bundles.folder_of`.
+    step: step of the checkpoint; None for an exported model.
+    digest: SHA-256 of the exported file. For several files or a checkpoint, the SHA-256 of the
+      digests of the files.
   """
 
   source: str
@@ -39,18 +44,19 @@ class Weights:
 def start_of_run(
   settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
 ) -> Weights | None:
-  """Returns the parameters that a run starts or has started from; None: random ones.
+  """Returns the parameters that a run starts or has started from; None if they are random.
 
-  All processes must call it.
+  All processes must call this function.
 
   Args:
-    settings: of the run.
-    workdir: of the run.
-    source: what --init_from names, or empty: what was imported into the workdir, if anything.
-    stored: what the run's config.json has under "run"; None if the run has not begun.
+    settings: settings of the run.
+    workdir: folder of the run.
+    source: value of --init_from. If it is empty, the run starts from the parameters that were
+      imported into the workdir, if any.
+    stored: the entry "run" of the run's config.json; None if the run has not begun.
 
   Raises:
-    UserError: the run began from something else, or see `find`.
+    UserError: the run has begun from another source than `source`, or as `find`.
   """
   if stored is None:
     source = source or _imported(epath.Path(workdir))
@@ -61,8 +67,8 @@ def start_of_run(
     print_once(f"train: the run starts from the parameters of {source}{at}.")
     for name in other_tokenizers(source, workdir):
       print_once(
-        f"train: warning: {source} was trained with another {name} than that of {workdir}; "
-        "its parameters know other tokens."
+        f"train: warning: {source} was trained with another {name} than the one in {workdir}; "
+        "its parameters expect other token ids."
       )
     return found
   recorded = stored.get("init_from")
@@ -76,10 +82,11 @@ def start_of_run(
 
 
 def _imported(workdir: epath.Path) -> str:
-  """Returns the folder of a workdir's imported parameters; "": it has none.
+  """Returns the folder with the imported parameters of a workdir, or "".
 
   Raises:
-    UserError: they are not finished, so that the run would begin from random ones.
+    UserError: the import is not finished. Without this error, the run would begin from random
+      parameters.
   """
   folder = workdir / INIT
   if not folder.exists():
@@ -96,20 +103,20 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
   Args:
-    settings: of the run that starts from them.
+    settings: settings of the run that starts from the parameters.
     source: see `bundles.folder_of`.
-    step: of the checkpoint of a run; default: the newest.
+    step: step of a run's checkpoint; None: the newest.
 
   Raises:
-    UserError: there are none, or their model or vocab is another one.
+    UserError: `source` has no parameters, or their config has another model or vocab.
   """
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
-    bundles.read(folder)  # Checks its files.
+    bundles.read(folder)  # Checks the bundle's files.
   if (kind := kinds.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {kinds.KINDS[kind]}, whose numbers are not those "
-      "that were trained: name the workdir that it was exported from, or an export in the format "
+      f"--init_from is {source}, an export {kinds.KINDS[kind]}, which differs from the trained "
+      "parameters: name the workdir that it was exported from, or an export in the format "
       "hf or orbax."
     )
   run = folder / "train" / "config.json"
@@ -127,7 +134,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
     raise UserError(
       f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
       f"folder of `cm3leon export`, with config.json and {tensor_files.WEIGHTS}, or the "
-      f"name of a model that is installed: {', '.join(bundles.INSTALLED)}."
+      f"name of an installed model: {', '.join(bundles.INSTALLED)}."
     )
   changed = stages.differences({part: described.get(part) for part in expected}, expected)
   if changed:
@@ -147,18 +154,18 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
     return layouts.config_of(read_json(folder / "config.json", {}))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f"{folder / 'config.json'} has no field {error}: it was not written by "
-      "`cm3leon export`, whose models --init_from reads."
+      f"{folder / 'config.json'} has no field {error}, so `cm3leon export` did not write it: "
+      "--init_from reads only models that `cm3leon export` wrote."
     ) from error
 
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
-  """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
+  """Returns the names of the tokenizers that differ between `source` and a workdir."""
   folder, workdir = bundles.stages_folder(bundles.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
-    ("text tokenizer", folder / "tokenizer.json", workdir / text),  # Of an exported model.
+    ("text tokenizer", folder / "tokenizer.json", workdir / text),  # For an exported model.
     ("image tokenizer", folder / image, workdir / image),
     ("image tokenizer", folder / IMAGE_TOKENIZER, workdir / image),
   ]
@@ -170,7 +177,10 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
 
 
 def seconds_before(workdir: epath.PathLike) -> float:
-  """Returns the seconds of the trainings that a run started from, as far as their folders exist."""
+  """Returns the total training time, in seconds, of the runs that a run started from.
+
+  Runs whose folders no longer exist count as 0.
+  """
   if (start := start_of(workdir)) is None:
     return 0.0
   folder = bundles.folder_of(start.source)
@@ -182,14 +192,14 @@ def seconds_before(workdir: epath.PathLike) -> float:
 
 
 def load(weights: Weights, settings: Settings) -> dict:
-  """Loads parameters onto the current mesh; of a run their average, if it has one.
+  """Loads parameters onto the current mesh. From a run it loads their average, if there is one.
 
   Raises:
-    UserError: they are gone or damaged, or have changed since the run began.
+    UserError: the parameters are absent or damaged, or have changed since the run began.
   """
   if find(settings, weights.source, weights.step) != weights:
     raise UserError(
-      f"{weights.source} has other parameters than when this run began, and the run has no "
+      f"the parameters in {weights.source} have changed since this run began, and the run has no "
       "checkpoint yet: delete train/ in the --workdir of this run to begin again."
     )
   folder = bundles.folder_of(weights.source)
@@ -199,6 +209,6 @@ def load(weights: Weights, settings: Settings) -> dict:
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
-  """Returns the parameters that the run in a workdir began from; None: random ones."""
+  """Returns the parameters that the run in a workdir began from; None if they were random."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return Weights(**run["init_from"]) if run.get("init_from") else None

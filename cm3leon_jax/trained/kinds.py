@@ -1,14 +1,15 @@
-"""What a written export is, by its files. Imports no JAX."""
+"""Detects the format of an export from its files. Does not import JAX."""
 
 from etils import epath
 
 from cm3leon_jax.files.json_files import read_foreign_json
 
-ABOUT = "export.json"  # Marks a folder as an export, and says of what.
+ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-DIGESTS = "digests.json"  # Of the format orbax; written last: without it there is no checkpoint.
+# File of the format orbax. It is written last; without it the export is incomplete.
+DIGESTS = "digests.json"
 
-# What `kind_of` returns -> what an export is.
+# Result of `kind_of` -> description for messages.
 KINDS = {
   "stablehlo": "in the format stablehlo",
   "orbax": "in the format orbax",
@@ -18,7 +19,7 @@ KINDS = {
 
 
 def kind_of(folder: epath.PathLike) -> str:
-  """Returns the key of `KINDS` of an export, by its files; "": one of `hf`, or another folder."""
+  """Returns the key of `KINDS` for an export. "" means the format hf, or not an export."""
   folder = epath.Path(folder)
   for kind, name in (("stablehlo", "manifest.json"), ("orbax", DIGESTS)):
     if (folder / name).exists():

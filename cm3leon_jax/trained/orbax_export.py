@@ -1,4 +1,4 @@
-"""Reads an export in the format orbax, see `export.orbax_checkpoint`."""
+"""Reads an export in the format orbax, which `export.orbax_checkpoint` writes."""
 
 import os
 
@@ -15,16 +15,12 @@ FOLDER = "params"
 
 
 def exists(folder: epath.PathLike) -> bool:
-  """Returns whether a folder is an export of this format, written to its end."""
+  """Returns whether a folder is a complete export of this format."""
   return (epath.Path(folder) / DIGESTS).exists()
 
 
 def load(folder: epath.PathLike, types: dict) -> dict:
-  """Restores the parameters of an export.
-
-  Args:
-    folder: of the export.
-    types: of the parameters, with shardings.
+  """Restores the parameters of an export with the shapes, dtypes and shardings of `types`.
 
   Raises:
     UserError: a file is damaged.

@@ -1,4 +1,4 @@
-"""The rows that a run trains on, opened from its stages."""
+"""Opens the training and held-out rows of a run from the folders of its stages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 def open_rows(
   settings: Settings, workdir: epath.Path, split: str, write_starts: bool = False
 ) -> RowLoader:
-  """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
-  documents.
+  """Opens the rows of a split.
 
-  Rows of "heldout" are those of the held-out loss: the caption alone retrieves neighbors, as at
-  inference, and only the document's own targets have a weight (`DataConfig.for_heldout`), of
-  instructions those of the answer.
+  The rows contain instructions, pairs with their neighbors, texts and interleaved documents. The
+  rows of "heldout" are for the held-out loss. There, only the caption retrieves neighbors, as at
+  inference, and the neighbors have no loss weight (`DataConfig.for_heldout`). Of instructions,
+  only the answers have a loss weight.
 
   Args:
     settings: settings of the config.
     workdir: folder of the run.
     split: "train" or "heldout".
-    write_starts: whether to record the starts of the plan's windows in train/plan.jsonl; one
-      process of a run does.
+    write_starts: whether to record the starts of the plan's windows in train/plan.jsonl. Exactly
+      one process of a run does.
 
   Raises:
-    UserError: a store is empty, neighbors are of other documents, a task is named like documents,
-      or all training documents together are shorter than a batch.
+    UserError: a document store is empty, the neighbors do not match the documents, a task has the
+      name of a document source, or the training documents together are shorter than a batch.
   """
   from cm3leon_jax.data.instructions.rows import instruction_sources
   from cm3leon_jax.data.rows.loader import RowLoader
@@ -46,28 +46,28 @@ def open_rows(
     documents = document_sources(settings, workdir, split, share)
     if taken := {source.name for source in sources} & {source.name for source in documents}:
       raise UserError(
-        f"config.instructions has a task of the name '{min(taken)}', the name of the run's "
-        "documents in the logs: rename it."
+        f"config.instructions has a task with the name '{min(taken)}', which the logs use for the "
+        "run's documents: rename the task."
       )
     sources += documents
   data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length
-  # No segment is empty, so `needed` documents are enough.
+  # Every document has at least one token, so the first `needed` documents are enough.
   total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
   if split == "train" and total < needed:
     raise UserError(
-      f"{workdir} holds {total} training tokens, one batch takes {needed} "
+      f"{workdir} has {total} training tokens, but one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
   return RowLoader(plan, settings.vocab, settings.model.align_images, settings.instructions.any)
 
 
 def replay_share(settings: Settings, split: str) -> float:
-  """Returns the share of the run's documents in its rows; the remaining share are instructions.
+  """Returns the share of the run's documents in its rows. Instructions have the remaining share.
 
-  Of held-out rows it is half, so that both losses are of equally many.
+  Held-out rows use half of each, so that both held-out losses have equally many rows.
   """
   if not settings.instructions.any:
     return 1.0
@@ -84,7 +84,7 @@ def document_sources(
     settings: settings of the config.
     workdir: folder of the run.
     split: "train" or "heldout".
-    share: of all of them together.
+    share: total share of these documents in the rows.
 
   Raises:
     UserError: see `open_rows`.
@@ -104,8 +104,8 @@ def document_sources(
   )
   if len(ids) != len(pairs):
     raise UserError(
-      f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
-      f"{len(pairs)}: run `cm3leon build_neighbors` again."
+      f"{workdir / 'neighbors'} has neighbors for {len(ids)} documents, but {pairs.folder} has "
+      f"{len(pairs)} documents: run `cm3leon build_neighbors` again."
     )
   of_pairs = share * (1 - data.text_share - data.interleaved_share)
   sources = [RowSource(pairs, of_pairs, ids, bank, name="pairs")]
@@ -115,7 +115,7 @@ def document_sources(
   for source in sources:
     if source.share > 0 and not len(source.store):
       raise UserError(
-        f"{source.store.folder} holds no documents: add some, or change config.data.text_share = "
+        f"{source.store.folder} has no documents: add some, or change config.data.text_share = "
         f"{data.text_share} and config.data.interleaved_share = {data.interleaved_share}; "
         "pairs have the remaining share."
       )
@@ -123,7 +123,7 @@ def document_sources(
 
 
 def look_at_rows(plan: RowPlan) -> dict[str, Any]:
-  """Prints and returns statistics of the plan's first window; warns of neighbors that never fit."""
+  """Prints and returns statistics of the plan's first window. Warns if neighbors never fit."""
   from cm3leon_jax import distributed
   from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
 

@@ -1,4 +1,4 @@
-"""Opens what training leaves, to read it: the workdir of a run, a bundle or an export."""
+"""Opens a trained model for reading: the workdir of a run, a bundle or an export."""
 
 from collections.abc import Collection
 import dataclasses
@@ -28,20 +28,21 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run and what its stages have made, each opened when it is first read.
+  """A run with its tokenizers, CLIP, bank and parameters, each opened at its first use.
 
     run = Run.open("workdir/scenes")
     with jax.set_mesh(create_mesh(run.settings.mesh)):
       params, step = run.params()
 
-  `Run(folder, settings)` is the run of a config, whose stages need not have ended.
+  `Run(folder, settings)` is the run of a config. Its stages need not be finished.
 
   Attributes:
     folder: workdir of the run, or folder of the bundle or export.
-    settings: that it stored, or of a config with the same model.
-    kind: what `folder` is. A bundle has no held-out documents and is never written to; an export
-      has neither CLIP nor bank.
-    step: of the parameters of a bundle or export; None: each checkpoint of a workdir has its own.
+    settings: the stored settings, or the settings of a config with the same model.
+    kind: type of `folder`. A bundle has no held-out documents and is never written to. An export
+      has neither CLIP nor a bank.
+    step: step of the parameters in a bundle or export. None for a workdir, which may have several
+      checkpoints.
   """
 
   folder: epath.Path
@@ -59,13 +60,13 @@ class Run:
     """Opens a run, a bundle or an export.
 
     Args:
-      source: workdir, folder of an export, or see `bundles.folder_of`.
-      settings: of a config with the same model; None: those that are stored.
-      exports: whether an export will do.
+      source: workdir, folder of a bundle or export, or name of an installed bundle.
+      settings: settings of a config with the same model; None: the stored settings.
+      exports: whether `source` may be an export.
 
     Raises:
-      UserError: nothing was trained there, a file of a bundle is another one, `settings` are those
-        of another model than the bundle's, or it is an export that will not do.
+      UserError: `source` has no trained model, a file of a bundle has changed, `settings` describe
+        another model than the bundle's, or `source` is an export that cannot be used here.
     """
     folder = bundles.folder_of(source)
     if exports and exported.is_export(source):
@@ -99,25 +100,25 @@ class Run:
 
   @functools.cached_property
   def clip(self) -> CLIP | HFCLIP:
-    """The CLIP that scores samples and retrieves: the config's, or the run's own."""
+    """CLIP that scores samples and retrieves: the config's published CLIP, or the run's."""
     return load_clip(self.settings.retrieval.clip, self.stages, self.settings.vocab)
 
   @property
   def bank(self) -> epath.Path | None:
-    """Workdir that documents are retrieved from; None: a bundle without a bank, or an export."""
+    """Folder with the bank. None for an export and for a bundle without a bank."""
     has_bank = self.kind == "workdir" or (self.stages / "documents").exists()
     return self.stages if has_bank else None
 
   def rows(self, split: str, write_starts: bool = False) -> RowLoader:
-    """Opens the rows of a split, "train" or "heldout"; see `rows.open_rows`."""
+    """Opens the rows of a split, "train" or "heldout", see `rows.open_rows`."""
     return open_rows(self.settings, self.folder, split, write_starts)
 
   def params(self, step: int | None = None, average: bool = True) -> tuple[dict, int]:
-    """Loads parameters onto the current mesh; returns them and their step.
+    """Loads parameters onto the current mesh, and returns them with their step.
 
     Args:
-      step: of a checkpoint of a workdir; default: the newest.
-      average: False loads the last parameters of a workdir that has an average.
+      step: step of a checkpoint in a workdir; None: the newest. Ignored for bundles and exports.
+      average: whether to load the moving average, if the workdir has one.
 
     Raises:
       UserError: see `reading.load_params` and `exported.load_params`.
@@ -128,7 +129,7 @@ class Run:
 
 
 def ids(run: Run, names: Collection[str]) -> dict[str, str]:
-  """Returns the ids of stages, see `stages.ids`; of a bundle those of the same files."""
+  """Returns the ids of stages, see `stages.ids`. For a bundle they are computed from its files."""
   if run.kind == "workdir":
     return stages.ids(run.settings, run.folder, names)
   return {name: _id(run, name) for name in names}
@@ -142,36 +143,38 @@ def _id(run: Run, name: str) -> str:
 
 
 def open_params(run: Run, average: bool | None) -> StoredParams:
-  """Opens parameters for an export; those of a bundle are in memory, and need a mesh.
+  """Opens the parameters that an export writes.
+
+  The parameters of a bundle are loaded into memory, which needs a current mesh.
 
   Args:
     run: a workdir or a bundle.
     average: see `stored.choose`.
 
   Raises:
-    UserError: `average` says which, and there is no choice.
+    UserError: `average` is given, but the run keeps no average or is a bundle.
   """
   if run.kind == "workdir":
     return reading.open_params(run.folder / "train", average=average)
   if average is not None:
     raise UserError(
-      f"--merge_ema is given, and {run.folder} is a bundle, which has its parameters once: leave "
-      "--merge_ema out."
+      f"--merge_ema is given, but {run.folder} is a bundle, which has only one set of parameters: "
+      "leave --merge_ema out."
     )
   params, step = run.params()
   return of_tree(params, step, bool(run.settings.optimizer.ema_decay))
 
 
 def unseen_in(run: Run) -> frozenset[int] | None:
-  """Returns the ids of text that training never met; None: it is not known."""
+  """Returns the text ids that never occurred in training; None if they are unknown."""
   return unseen_tokens.find(run.folder, run.settings.vocab, bundles.folder_of)
 
 
 def _check_workdir(name: str, folder: epath.Path) -> None:
-  """Raises UserError if no run can be in a folder, which `name` names."""
+  """Raises UserError if a folder cannot contain a run. The user gave it as `name`."""
   close = difflib.get_close_matches(name, bundles.INSTALLED, 1)
   if close and "/" not in name and not folder.exists():
-    raise UserError(f"{name} is no folder and no bundle: did you mean {close[0]}?")
+    raise UserError(f"{name} is neither a folder nor a bundle: did you mean {close[0]}?")
   if not folder.exists():
     raise UserError(
       f"there is no folder {name}: give the workdir of a run, the folder of a bundle, or the name "
@@ -181,20 +184,20 @@ def _check_workdir(name: str, folder: epath.Path) -> None:
     raise UserError(f"{name} is a file: give the folder of a run or of a bundle.")
   if (folder / kinds.ABOUT).exists():
     raise UserError(
-      f"{name} is an export, which `cm3leon serve` and CM3Leon.load take: give the workdir of its "
-      "run, or a bundle."
+      f"{name} is an export, which only `cm3leon serve` and CM3Leon.load accept: give the workdir "
+      "of its run, or a bundle."
     )
 
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:
-  """Returns the settings of a config, with what the files of a bundle decide as it is stored."""
+  """Returns the settings of a config, with the bundle's sections retrieval, vqgan and clip."""
   old, new = (table.identity(one, "train") for one in (stored, settings))
   parts = ("vocab", "model")
   stages.check_same_config(
     folder,
     {part: old[part] for part in parts},
     {part: new[part] for part in parts},
-    remedy="leave --config out, the bundle has its settings",
+    remedy="leave --config out, since the bundle contains its settings",
   )
   return dataclasses.replace(
     settings, retrieval=stored.retrieval, vqgan=stored.vqgan, clip=stored.clip

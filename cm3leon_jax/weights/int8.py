@@ -1,8 +1,9 @@
-"""Weights of layers as int8 with a scale per output channel, as `compressed-tensors` stores them.
+"""Quantizes layer weights to int8 with one scale per output channel, as `compressed-tensors` does.
 
-Weight-only quantization (W8A16): engines multiply by weight = int8 x scale. Four int8 numbers plus
-128 are packed into one int32, lowest byte first (format `pack-quantized`): vLLM and transformers
-read weights alone in that layout. Embeddings, head, norms and positions keep their dtype.
+This is weight-only quantization (W8A16): engines multiply by weight = int8 x scale. Each int32
+packs four int8 numbers, with 128 added to each, lowest byte first (format `pack-quantized`). vLLM
+and transformers read weight-only quantization only in this layout. Embeddings, head, norms and
+positions keep their dtype.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import numpy as np
 
 from cm3leon_jax.weights.tensor_files import DTYPES, Tensor
 
-PACKED = 4  # int8 numbers of an int32.
+PACKED = 4  # int8 numbers per int32.
 MAXIMUM = 127
-MATRICES = ("qkv", "out", "up", "down", "gate")  # Of `blocks`.
+MATRICES = ("qkv", "out", "up", "down", "gate")  # Parameters under `blocks`.
 CONFIG = {
   "quant_method": "compressed-tensors",
   "format": "pack-quantized",
@@ -38,10 +39,11 @@ CONFIG = {
 
 
 def quantize(weight: np.ndarray, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
-  """Rounds a matrix [out, in] to int8 x scale, the scale [out, 1] in `dtype`.
+  """Rounds a matrix [out, in] to int8 x scale. The scale is [out, 1] in `dtype`.
 
-  The largest number of a row becomes 127: an element is off by at most scale / 2, and where the
-  scale is rounded to 16 bits, by at most 127 x its rounding more.
+  The number with the largest magnitude in a row becomes 127 or -127. The error of an element is at
+  most scale / 2. If the scale is rounded to 16 bits, the error grows by at most 127 x the rounding
+  error of the scale.
 
     quantize([[1.0, -2.54], [0.0, 0.0]])
     int8 [[50, -127], [0, 0]], scale [[0.02], [1.0]]
@@ -67,7 +69,8 @@ def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
   """Replaces each matrix of a layer by its packed int8 numbers, its scales and its shape.
 
   Args:
-    tensors: of a model of transformers; matrices are [out, in] and end with `.weight`.
+    tensors: tensors in a layout of transformers. Matrices are [out, in], and their names end with
+      `.weight`.
   """
   result: list[Tensor] = []
   for tensor in tensors:
@@ -90,7 +93,10 @@ def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
-  """Quantizes a matrix when its first part is written, and forgets it after the second."""
+  """Returns one part of a quantized matrix, and removes that part from `kept`.
+
+  The first call quantizes the matrix and stores its parts in `kept`.
+  """
   if not kept:
     values, kept["scale"] = quantize(np.asarray(tensor.make(), np.float32), tensor.dtype)
     kept["packed"] = pack(values)
@@ -98,12 +104,9 @@ def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
 
 
 def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
-  """Returns parameters, fp32 in the host's memory, as an export in `dtype` has them.
+  """Rounds parameters as an export in `dtype` does, and returns them as fp32 in host memory.
 
-  Args:
-    params: a tree of arrays.
-    dtype: of the export.
-    quantize_layers: whether it has the matrices of the layers as int8.
+  `quantize_layers` rounds the matrices of the layers to int8.
   """
   flat = traverse_util.flatten_dict(params)
   kind = DTYPES[dtype][1]
@@ -118,7 +121,7 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-  """Rounds the matrices of all layers; their outputs are the last axes, see `Block`."""
+  """Rounds the matrices of all layers. Their last axes are the outputs, see `Block`."""
   sizes = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}
   inputs = sizes[name] if name in sizes else x.shape[1]
   matrices = x.reshape(-1, inputs, x.size // (x.shape[0] * inputs * (3 if name == "qkv" else 1)))

@@ -1,6 +1,6 @@
-"""Layouts of decoders in `transformers`: their tensors and config.json, both ways.
+"""Converts decoders between our parameters and layouts of `transformers` (tensors, config.json).
 
-`LAYOUTS` has one for each family of `config.model.family`.
+`LAYOUTS` has a layout for each family of `config.model.family`.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,21 +30,21 @@ POSITION_IDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A decoder of `transformers`.
+  """Layout of a decoder in `transformers`.
 
   Attributes:
-    architecture: name of its class.
-    model_type: its name in config.json.
-    prefix: of the names of its tables and layers.
-    tables: parameter -> tensor, of those outside of the layers, in the order of the files.
-    products: parameter of a layer -> tensor, of the feed-forward layer.
-    scales: parameter of a layer -> tensor, of the norms that have a scale.
-    out: tensor of a layer that attention's result is multiplied by.
-    first_position: row of the table of positions that position 0 is read from.
-    check: raises UserError if the layout lacks a part of a decoder.
-    describe: model -> fields of config.json, beside those of all layouts.
-    read_fields: content of config.json -> fields of the section `model`, beside those of all
-      layouts.
+    architecture: class name in transformers.
+    model_type: name in config.json.
+    prefix: prefix of the names of its tensors.
+    tables: our parameter -> tensor, for parameters outside the layers, in the order of the files.
+    products: our parameter of a layer -> tensor, for the matrices of the feed-forward layer.
+    scales: our parameter of a layer -> tensor, for the norms that have a scale.
+    out: name, inside a layer, of the output projection of attention.
+    first_position: row of the position table that position 0 reads.
+    check: raises UserError if the layout cannot represent a decoder.
+    describe: model config -> fields of config.json that only this layout has.
+    read_fields: content of config.json -> fields of the config section `model` that only this
+      layout has.
   """
 
   architecture: str
@@ -80,7 +80,7 @@ def _describe_opt(config: ModelConfig) -> dict:
 
 
 def _fields_of_opt(described: dict) -> dict:
-  """A decoder with query-key norms or another head size is not exported."""
+  """Reads fields of config.json. Exports never have query-key norms or another head size."""
   names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
   return {
     "mlp_width": described["ffn_dim"],
@@ -93,13 +93,14 @@ def _fields_of_opt(described: dict) -> dict:
 def _check_opt(config: ModelConfig) -> None:
   if config.query_key_norm:
     raise UserError(
-      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
-      "be exported in the format hf."
+      "config.model.query_key_norm is set, but OPTForCausalLM has no such norm: this decoder "
+      "cannot be exported in the format hf."
     )
   if config.head_dim * config.num_heads != config.width:
     raise UserError(
-      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
-      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
+      f"config.model.head_size is {config.head_size}, but the heads of OPTForCausalLM have the "
+      f"size width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be "
+      "exported."
     )
 
 
@@ -132,7 +133,7 @@ def _fields_of_qwen3(described: dict) -> dict:
   }
 
 
-# Family -> the layout that its decoders are exported in.
+# Family -> the layout in which its decoders are exported.
 LAYOUTS = {
   "opt": Layout(
     architecture="OPTForCausalLM",
@@ -142,7 +143,7 @@ LAYOUTS = {
     products={"up": "fc1", "down": "fc2"},
     scales={},
     out="self_attn.out_proj",
-    first_position=2,  # OPT never reads the rows before.
+    first_position=2,  # OPT never reads rows 0 and 1.
     check=_check_opt,
     describe=_describe_opt,
     read_fields=_fields_of_opt,
@@ -179,7 +180,7 @@ def layout_of(config: ModelConfig) -> Layout:
 
 
 def tensors_of(layout: Layout, params: StoredParams, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of a decoder, weights [out, in]."""
+  """Lists the tensors of a decoder in a layout. Matrices are [out, in]."""
   tensors = [_table(layout, params, name, dtype) for name in layout.tables]
   for i in range(params.shapes["blocks.up"][0]):
     layer = f"{layout.prefix}.layers.{i}"
@@ -213,7 +214,7 @@ def _table(layout: Layout, params: StoredParams, name: str, dtype: str) -> Tenso
 
 
 def shapes_of(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the names and shapes of the tensors of `tensors_of`."""
+  """Returns name -> shape for the tensors that `tensors_of` lists."""
   D, F, H = config.width, config.mlp_width, config.head_dim
   rows = {"positions": config.max_positions + layout.first_position}
   tables = {
@@ -234,7 +235,7 @@ def shapes_of(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]
 
 
 def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: str) -> Tensor:
-  """Returns a tensor that is a stored array, or its part at an index."""
+  """Returns a tensor that equals a stored array, or the part of the array at an index."""
   shape = params.shapes[source][len(index) :]
   return Tensor(name, shape, dtype, functools.partial(params.read, source, *index))
 
@@ -242,7 +243,7 @@ def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: 
 def transposed(
   name: str, params: StoredParams, source: str, *index: int, dtype: str, axes_in: int = 1
 ) -> Tensor:
-  """Returns a stored matrix as [out, in]; its first `axes_in` axes are the input."""
+  """Returns a stored matrix as [out, in]. The first `axes_in` stored axes are the input."""
   shape = params.shapes[source][len(index) :]
   rows, columns = math.prod(shape[:axes_in]), math.prod(shape[axes_in:])
 
@@ -253,10 +254,10 @@ def transposed(
 
 
 def config_of(described: dict) -> dict[str, dict]:
-  """Returns the fields of the sections `model` and `vocab` that `hf_config` described.
+  """Returns the fields of the config sections `model` and `vocab`: the inverse of `hf_config`.
 
   Raises:
-    KeyError: `hf_config` did not write it.
+    KeyError: a field is absent or unknown, so `hf_config` did not write `described`.
   """
   families = {layout.model_type: family for family, layout in LAYOUTS.items()}
   if (family := families.get(described["model_type"])) is None:
@@ -275,7 +276,7 @@ def config_of(described: dict) -> dict[str, dict]:
 
 
 def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the fields of config.json that say what the ids are; of every model of transformers."""
+  """Returns the fields of config.json that describe the ids, the same for every layout."""
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
   own["align_images"] = config.align_images
   if config.align_images:
@@ -293,7 +294,8 @@ def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
 
-  `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
+  `cm3leon.position_ids` explains which positions another engine must pass if the default positions
+  are not correct.
   """
   layout = layout_of(config)
   return {

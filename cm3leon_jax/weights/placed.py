@@ -1,4 +1,4 @@
-"""Places the weights of a Hugging Face folder on the mesh: each process reads its devices' part."""
+"""Loads a Hugging Face folder onto the mesh. Each process reads only what its devices need."""
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, P positions.
 
@@ -21,27 +21,26 @@ Index = tuple[slice, ...]
 
 
 def check_shapes(tensors: StoredTensors, config: ModelConfig) -> None:
-  """Raises UserError, with its name, if a tensor is absent or of another shape than `config`'s."""
+  """Raises UserError with the tensor's name if a tensor is absent or has a wrong shape."""
   for name, shape in layouts.shapes_of(layouts.layout_of(config), config).items():
     if (found := tensors.shape(name)) != shape:
       raise UserError(
-        f"{tensors.folder}: tensor '{name}' is {list(found)}; by the config beside it, it must be "
-        f"{list(shape)}."
+        f"{tensors.folder}: tensor '{name}' has the shape {list(found)}; by its config.json it "
+        f"must be {list(shape)}."
       )
 
 
 def types_of(config: ModelConfig) -> dict:
-  """Returns the types of parameters on the current mesh."""
+  """Returns shapes, dtypes and shardings of the parameters on the current mesh."""
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   return abstract(types, jax.sharding.get_mesh())
 
 
 def load(tensors: StoredTensors, config: ModelConfig) -> dict:
-  """Reads parameters onto the current mesh, fp32.
+  """Loads parameters onto the current mesh in fp32.
 
   Raises:
-    UserError: a tensor is absent, of another shape than `config`'s, or has values that are not
-      finite.
+    UserError: a tensor is absent, has a wrong shape, or has values that are not finite.
   """
   check_shapes(tensors, config)
   types = traverse_util.flatten_dict(types_of(config), sep=".")
@@ -57,13 +56,13 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
 def _in_fp32(
   read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
-  """Reads the part `index` of an array of this shape."""
+  """Reads the part `index` of an array. JAX's slices may lack bounds, so `shape` fills them in."""
   bounds = (part.indices(size) for part, size in zip(index, shape))
   return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(np.float32, copy=False)
 
 
 def _read(tensors: StoredTensors, config: ModelConfig, name: str, index: Index) -> np.ndarray:
-  """Reads a part of the parameter with a dotted name."""
+  """Reads the part `index` of the parameter with the dotted name `name`."""
   layout = layouts.layout_of(config)
   if name.startswith("blocks."):
     layers, *rest = index
@@ -80,7 +79,7 @@ def _read(tensors: StoredTensors, config: ModelConfig, name: str, index: Index) 
 def _read_layer(
   tensors: StoredTensors, layout: Layout, head_size: int, kind: str, index: Index, layer: str
 ) -> np.ndarray:
-  """Reads a part of a parameter of one layer."""
+  """Reads the part `index` of the parameter `kind` in one layer."""
 
   def heads(part: slice) -> slice:
     return slice(part.start * head_size, part.stop * head_size)

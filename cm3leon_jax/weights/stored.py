@@ -1,9 +1,9 @@
-"""Parameters of a checkpoint, read from disk in slices: a host need not hold them all.
+"""Reads the parameters of a checkpoint in slices, so that a host need not hold all of them.
 
-Orbax stores an array in chunks, which TensorStore reads and decodes whole. The layers of stacked
-parameters have chunks of their own (`save_args`), so a layer is read without the others. In a
-checkpoint of an earlier version a chunk spans all layers of a device's share: a layer is read from
-it all the same, but the chunk is decoded for every layer.
+Orbax stores an array in chunks, and TensorStore always reads and decodes whole chunks. Each layer
+of the stacked parameters has separate chunks (`save_args`), so one layer can be read without the
+others. In a checkpoint of an earlier version, a chunk spans all layers of a device's shard. There,
+reading each layer decodes the whole chunk again.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,20 +23,19 @@ import tensorstore
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import absolute
 
-STACKED = "blocks"  # Parameters of all layers, on a leading axis.
+STACKED = "blocks"  # Key of the parameters whose leading axis is the layer.
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-  """Parameters that are read when they are needed, fp32.
+  """Parameters that are read in fp32 when they are needed.
 
   Attributes:
-    step: of the checkpoint.
-    averaged: whether they are the moving average.
-    shapes: dotted name -> shape; arrays of `blocks` have the layers as their first axis.
-    read: (name, *index) -> array; an index is a whole number for each of the first axes.
+    averaged: whether the parameters are the moving average.
+    shapes: dotted name -> shape. The first axis of arrays under `blocks` is the layer.
+    read: (name, *index) -> array. The index has one whole number for each of the first axes.
 
-      read("blocks.up", 3)  # [D, F], of layer 3.
+      read("blocks.up", 3)  # [D, F], the parameter of layer 3.
   """
 
   step: int
@@ -46,12 +45,12 @@ class StoredParams:
 
   @property
   def count(self) -> int:
-    """Number of elements of all parameters."""
+    """Total number of elements."""
     return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def of_tree(params: dict, step: int = 0, averaged: bool = False) -> StoredParams:
-  """Returns parameters that are in memory already, on any mesh."""
+  """Wraps parameters that are already in memory, on any mesh."""
   flat = traverse_util.flatten_dict(params, sep=".")
 
   def read(name: str, *index: int) -> np.ndarray:
@@ -62,13 +61,13 @@ def of_tree(params: dict, step: int = 0, averaged: bool = False) -> StoredParams
 
 
 def tree_of(params: StoredParams) -> dict:
-  """Reads all parameters into the host's memory."""
+  """Reads all parameters into host memory."""
   flat = {name: params.read(name) for name in params.shapes}
   return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def save_args(state: PyTree) -> Any:
-  """Returns Orbax's arguments to save a state: each layer of stacked parameters is stored apart."""
+  """Returns Orbax's arguments for saving. Each layer of stacked parameters gets separate chunks."""
 
   def args(path: tuple, x: Array | np.ndarray | np.generic) -> ocp.SaveArgs:
     stacked = any(getattr(key, "key", None) == STACKED for key in path) and x.ndim > 1
@@ -78,11 +77,11 @@ def save_args(state: PyTree) -> Any:
 
 
 def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> tuple[str, Any]:
-  """Returns which tree of a state to restore, see `choose`, and Orbax's arguments for it alone.
+  """Returns the tree of a state to restore, and Orbax's arguments that restore only this tree.
 
   Args:
-    folder: of the state, STEP/state.
-    types: of the parameters, with shardings.
+    folder: folder of the state, STEP/state.
+    types: shapes, dtypes and shardings of the parameters.
     average: see `choose`.
   """
   name = choose(folder, average)[0]
@@ -95,21 +94,21 @@ def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> t
 
 
 def array_spec(folder: epath.Path, name: str) -> dict:
-  """Returns TensorStore's description of an array in a folder that is laid out as Orbax does it.
+  """Returns TensorStore's spec of an array that Orbax wrote.
 
   Args:
-    folder: with the arrays, an absolute path.
-    name: of the array, its keys joined by dots.
+    folder: absolute path of the folder with the arrays.
+    name: keys of the array in its tree, joined by dots.
   """
   url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
   return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
 
 
 def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
-  """Opens the parameters of a state that Orbax has written.
+  """Opens the parameters of a state that Orbax wrote.
 
   Args:
-    folder: of the state, STEP/state.
+    folder: folder of the state, STEP/state.
     average: see `choose`.
 
   Raises:
@@ -129,14 +128,14 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
 
 
 def choose(folder: epath.PathLike, average: bool | None) -> tuple[str, dict]:
-  """Returns the tree of a state to read, "ema" or "params", and Orbax's description of its arrays.
+  """Returns the tree of a state to read, "ema" or "params", and Orbax's metadata of its arrays.
 
   Args:
-    folder: of the state, STEP/state.
-    average: whether to read the moving average; None: if there is one.
+    folder: folder of the state, STEP/state.
+    average: whether to read the moving average. None reads the average if the state has one.
 
   Raises:
-    UserError: `average` says which, and the run keeps no average, so there is no choice.
+    UserError: `average` is not None, but the run keeps no average.
   """
   folder = epath.Path(folder)
   described = ocp.StandardCheckpointHandler().metadata(folder)

@@ -1,4 +1,4 @@
-"""Safetensors files of a model, read in slices: a process need not hold what its devices do not."""
+"""Reads safetensors files in slices, so that a process loads only what its devices need."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -21,16 +21,16 @@ FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith(
 
 
 def are_in(folder: epath.PathLike) -> bool:
-  """Returns whether a folder has the weights of a model, in one file or in several."""
+  """Returns whether a folder has the weights of a model, in one or several files."""
   folder = epath.Path(folder)
   return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
 
 def files_of(folder: epath.PathLike) -> dict[str, str] | None:
-  """Returns the file of each tensor by the index of a folder; None: one file has all.
+  """Returns tensor name -> file name from the index of a folder; None if there is only one file.
 
   Raises:
-    UserError: the index is damaged, or names what is no file in the folder.
+    UserError: the index is damaged, or names a path that is not a file in the folder.
   """
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
@@ -39,7 +39,7 @@ def files_of(folder: epath.PathLike) -> dict[str, str] | None:
 
 
 def digest_of(folder: epath.PathLike) -> str | None:
-  """Returns the SHA-256 of a folder's one file, or a digest of its several ones; None: none."""
+  """Returns the SHA-256 of a single weights file, or a digest of several; None without a file."""
   folder = epath.Path(folder)
   places = files_of(folder)
   if places is None:
@@ -49,7 +49,7 @@ def digest_of(folder: epath.PathLike) -> str | None:
 
 
 class StoredTensors:
-  """Floating-point tensors of a folder, by name."""
+  """Floating-point tensors in the safetensors files of a folder, read by name."""
 
   def __init__(self, folder: epath.PathLike):
     """Opens the files.
@@ -65,8 +65,8 @@ class StoredTensors:
       self._views |= _open(self.folder / name)
     if lost := sorted(set(places or ()) - set(self._views)):
       raise UserError(
-        f"{self.folder / INDEX} names the tensor '{lost[0]}', which {(places or {})[lost[0]]} does "
-        "not have: write the folder again."
+        f"{self.folder / INDEX} names the tensor '{lost[0]}', but {(places or {})[lost[0]]} does "
+        "not contain it: write the folder again."
       )
 
   @property
@@ -76,25 +76,28 @@ class StoredTensors:
 
   @property
   def count(self) -> int:
-    """Number of elements of all tensors."""
+    """Total number of elements."""
     return sum(math.prod(self.shape(name)) for name in self.names)
 
   def __contains__(self, name: str) -> bool:
     return name in self._views
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Returns the shape of a tensor. Raises UserError if there is none."""
+    """Returns the shape of a tensor. Raises UserError if the tensor does not exist."""
     return tuple(self._view(name).get_shape())
 
   def dtype(self, name: str) -> str:
-    """Returns the dtype of a tensor as the format names it, "F32". Raises as `shape`."""
+    """Returns the dtype of a tensor in safetensors notation, such as "F32". Raises as `shape`."""
     return self._view(name).get_dtype()
 
   def read(self, name: str, *index: slice) -> np.ndarray:
-    """Reads a tensor or, for slices of its first axes, a part of it, as fp32 (fp64 as it is).
+    """Reads a tensor, or a part of it given by slices of its first axes.
+
+    Returns:
+      fp32; fp64 for tensors that are stored in fp64.
 
     Raises:
-      UserError: there is no such tensor, it holds no floating-point numbers, or some that are not
+      UserError: the tensor does not exist, is not floating-point, or has values that are not
         finite.
     """
     view = self._view(name)
@@ -115,15 +118,15 @@ class StoredTensors:
 
   def _view(self, name: str) -> Any:
     if name not in self._views:
-      raise UserError(f"{self.folder} has no tensor '{name}', which its config.json asks for.")
+      raise UserError(f"{self.folder} has no tensor '{name}', which its config.json requires.")
     return self._views[name]()
 
 
 class _InMemory:
-  """A tensor of a file in a bucket, with the interface of a slice of `safe_open`."""
+  """In-memory tensor of a file in a GCS bucket, with the interface of `safe_open`'s slices."""
 
   def __init__(self, about: dict):
-    """Takes dtype, shape and bytes."""
+    """Takes a dict with dtype, shape and data (bytes)."""
     self._about = about
 
   def get_shape(self) -> list[int]:
@@ -138,12 +141,12 @@ class _InMemory:
 
 
 def _open(path: epath.Path) -> Mapping[str, Callable]:
-  """Opens a file: name of each tensor -> a function that returns a view of it."""
+  """Opens a file. Returns tensor name -> function that returns a view of the tensor."""
   if not path.exists():
-    raise UserError(f"{path} does not exist, but the index beside it names it.")
+    raise UserError(f"{path} does not exist, but the index in its folder names it.")
   check_foreign(path)
   try:
-    if "://" in os.fspath(path):  # A file in a bucket has no pages to map.
+    if "://" in os.fspath(path):  # A file in a GCS bucket cannot be memory-mapped.
       found = deserialize(path.read_bytes())
       return {name: functools.partial(_InMemory, about) for name, about in found}
     file = safe_open(os.fspath(path), framework="np")

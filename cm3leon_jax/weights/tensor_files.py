@@ -1,8 +1,9 @@
-"""Safetensors files of a model, written tensor by tensor: no file is ever whole in memory.
+"""Writes safetensors files tensor by tensor, so that a whole file is never in memory.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes with the size of the header, little
-endian; the header, JSON with dtype, shape and place of every tensor; their bytes in that order.
-Several files have an index, `model.safetensors.index.json`, as `transformers` writes it.
+The format (https://github.com/huggingface/safetensors) has three parts. The first 8 bytes are the
+size of the header, little endian. The header is JSON with the dtype, shape and offsets of every
+tensor. The bytes of the tensors follow in the same order. If there are several files, an index
+`model.safetensors.index.json` lists them, as `transformers` expects.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from cm3leon_jax.files.json_files import write_json
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 5_000_000_000
-# Name of a dtype -> its name in the format, its numpy dtype.
+# Name of a dtype -> (name in the format, numpy dtype).
 DTYPES: dict[str, tuple[str, np.dtype]] = {
   "float64": ("F64", np.dtype(np.float64)),
   "float32": ("F32", np.dtype(np.float32)),
@@ -38,10 +39,9 @@ class Tensor:
   """A tensor that is computed when it is written.
 
   Attributes:
-    name: in the file.
-    shape: of the result of `make`.
-    dtype: in the file, a key of `DTYPES`; `make` may return another one.
-    make: reads and converts it.
+    shape: shape of the result of `make`.
+    dtype: dtype in the file, a key of `DTYPES`. The result of `make` is converted to this dtype.
+    make: computes the tensor.
   """
 
   name: str
@@ -56,14 +56,14 @@ class Tensor:
 
   @property
   def bytes(self) -> int:
-    """Bytes in the file."""
+    """Number of bytes in the file."""
     return self.size * DTYPES[self.dtype][1].itemsize
 
 
 def remove(folder: epath.PathLike) -> None:
-  """Removes the weights of an earlier export: what names them first, so that half of them is none.
+  """Removes the weights of an earlier export, if there are any.
 
-  Raises nothing if there are none.
+  The index is removed first, so that an interrupted removal leaves no folder that looks complete.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
@@ -75,12 +75,12 @@ def remove(folder: epath.PathLike) -> None:
 def write(
   folder: epath.PathLike, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
-  """Writes tensors to one file, or to several with an index, which comes last.
+  """Writes tensors to one file, or to several files and then an index.
 
   Args:
-    folder: gets `WEIGHTS`, or `INDEX` and the files that it names.
-    tensors: in the order in which they are made and written.
-    shard_bytes: bytes of the tensors of a file; a larger tensor has a file of its own.
+    folder: receives `WEIGHTS`, or `INDEX` and the files that it names.
+    tensors: tensors in the order in which they are computed and written.
+    shard_bytes: largest total size of the tensors in a file. A larger tensor gets a separate file.
 
   Returns:
     Names of the files.
@@ -101,7 +101,7 @@ def write(
 
 
 def _split(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
-  """Splits tensors, in their order, into runs of at most `shard_bytes`."""
+  """Splits tensors, in their order, into lists of at most `shard_bytes`."""
   shards: list[list[Tensor]] = [[]]
   filled = 0
   for tensor in tensors:
@@ -114,7 +114,7 @@ def _split(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
 
 
 def header(tensors: Iterable[Tensor]) -> bytes:
-  """Returns the size of the header and the header of a file with these tensors."""
+  """Returns the bytes before the tensors of a file: the size of the header, and the header."""
   described: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
   start = 0
   for tensor in tensors:
@@ -123,7 +123,7 @@ def header(tensors: Iterable[Tensor]) -> bytes:
     described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": places}
     start += tensor.bytes
   text = json.dumps(described, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
+  text += b" " * (-len(text) % 8)  # Padding, since the tensors begin at a multiple of 8 bytes.
   return len(text).to_bytes(8, "little") + text
 
 
@@ -131,7 +131,7 @@ def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
   with replacing(path) as file:
     file.write(header(tensors))
     for tensor in tensors:
-      # One at a time: the one before is freed before the next one is made.
+      # One statement, so that each tensor is freed before the next tensor is computed.
       file.write(_bytes(tensor))
 
 
@@ -139,7 +139,7 @@ def convert(name: str, made: np.ndarray, dtype: str) -> np.ndarray:
   """Converts an array to a dtype of `DTYPES`.
 
   Raises:
-    UserError: it has NaN, or a number that is infinite in this dtype.
+    UserError: the array has NaN, or a number that is infinite in this dtype.
   """
   with np.errstate(over="ignore"):
     converted = np.ascontiguousarray(made, DTYPES[dtype][1])

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Rehearses a pod job: runs launch.train as several processes on this machine, each with its own fake CPU devices.
+# Simulates a pod job: runs launch.train as several processes on this machine, each with separate fake CPU devices.
 #
 #   bash launch/pod/local.sh 4 2 -- --config=CONFIG --workdir=workdir --config.mesh.fsdp=8
 #
-# runs 4 processes with 2 devices each (default: 1); the flags are those of launch.train, or of the command that
-# COMMAND=launch.evaluate names. Every line of output begins with the number of its process. SIGTERM and Ctrl-C go to all
-# processes, which save and stop. If one process fails, all end.
-# Exit code: that of the first process that failed; 75 if the run was asked to stop and saved; 0 if it is done.
+# runs 4 processes with 2 devices each (default: 1). The flags after -- are flags of launch.train. Another command runs if
+# the variable COMMAND names it, for example COMMAND=launch.evaluate. Every line of output begins with the number of its
+# process. SIGTERM and Ctrl-C go to all processes, which save and stop. If one process fails, all processes end.
+# Exit code: the code of the first process that failed; 75 if the run saved and stopped on request; 0 if it finished.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
 
 usage="usage: bash launch/pod/local.sh PROCESSES [DEVICES] -- FLAGS of launch.train"
-interrupted=75 # Exit code of launch.train after it was asked to stop and has saved.
-grace=10       # Seconds for the others to end by themselves after one has failed.
+interrupted=75 # Exit code of launch.train after it saved and stopped on request.
+grace=10       # Seconds after the first failure until the other processes are killed.
 
 positive() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; it must be a positive whole number; $usage"
@@ -42,8 +42,8 @@ port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# Prints each line after the number of its process, without the messages of JAX's CPU network about connections. Of a
-# progress bar it prints only the last state.
+# Prefixes each line with the number of its process. Removes Gloo's connection messages (the network of JAX on CPUs), and
+# all but the last state of a progress bar.
 prefix() {
   local line
   while IFS= read -r line || [ -n "$line" ]; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project on a machine of a cloud, whose Python may be too old (Ubuntu 22.04 has 3.10):
+# Installs the project on a cloud host, where Python may be too old (Ubuntu 22.04 has 3.10):
 #   bash launch/pod/setup.sh EXTRAS
 set -euo pipefail
 # shellcheck source=launch/venv.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on every host of a TPU VM slice, called by the tpu_vm.sh that launch.plan writes: installs the project and starts
-# launch.train as a service.
+# Installs the project on one host of a TPU VM slice, and starts launch.train as a service. The script tpu_vm.sh, which
+# launch.plan writes, calls it on every host.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
@@ -17,7 +17,7 @@ bash "$root/launch/pod/setup.sh" tpu,data,monitoring
   printf ' %q' "$@"
   echo
 } >"$root/train.sh"
-# Of root, mode 600; systemd gives it to the service.
+# Only root may read the secrets; systemd passes them to the service.
 if [ -s "$root/secrets.env" ]; then
   sudo install -D --mode=600 "$root/secrets.env" "/etc/cm3leon-train/$user.env"
 fi

@@ -43,16 +43,16 @@ MISTAKES = [
   (
     ["generate", "--config", "scenes", "--workdir=absent", "--prompt=bell"],
     "there is no folder absent: name the folder of a run with --workdir; `cm3leon prepare_data` "
-    "begins one.",
+    "begins a run.",
   ),
   (
     ["serve", "--workdir=absent"],
     "there is no folder absent: name the folder of a run with --workdir; `cm3leon prepare_data` "
-    "begins one.",
+    "begins a run.",
   ),
   (
     ["serve", "--workdir=scenes-instrct"],
-    "scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
+    "scenes-instrct is neither a folder nor a bundle: did you mean scenes-instruct?",
   ),
   (
     ["generate", *RUN, "--task=draw"],
@@ -78,11 +78,11 @@ MISTAKES = [
   ),
   (
     ["export", "--workdir=scenes", f"--output={__file__}/x"],
-    f"--output is {__file__}/x, and {__file__} is no folder: name another place.",
+    f"--output is {__file__}/x, but {__file__} is not a folder: name another path.",
   ),
   (
     ["prepare_data", "--config=own", f"--workdir={__file__}/x/y"],
-    f"--workdir is {__file__}/x/y, and {__file__} is no folder: name another place.",
+    f"--workdir is {__file__}/x/y, but {__file__} is not a folder: name another path.",
   ),
   (
     ["run", "--config=scenes", "--workdir=w", "--config.train"],
@@ -94,8 +94,8 @@ MISTAKES = [
   ),
   (
     ["train", "--config=scenes", "--workdir=scenes-instruct"],
-    "scenes-instruct is the bundle of a model, and this command needs the folder of a run: "
-    "`cm3leon prepare_data` begins one.",
+    "scenes-instruct is a bundle, but this command needs the folder of a run: "
+    "`cm3leon prepare_data` begins a run.",
   ),
   (
     ["checkpoints", "lisst", "--workdir=."],

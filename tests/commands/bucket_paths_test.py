@@ -51,7 +51,7 @@ def test_a_flag_in_a_bucket_needs_gcsfs_and_a_field_waits_for_its_stage(given):
   bucket_paths.check()
   given(False, workdir="gs://b/w")
   with pytest.raises(
-    UserError, match=r"^--workdir=gs://b/w is in a bucket, which needs gcsfs: pip"
+    UserError, match=r"^--workdir=gs://b/w is in a GCS bucket, which needs gcsfs: pip"
   ):
     bucket_paths.check()
   given(True, workdir="gs://b/w")

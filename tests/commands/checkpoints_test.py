@@ -154,7 +154,9 @@ def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
   assert steps(workdir) == [6, 8]
   assert upkeep.prune(train, 2, 3, 0) == ["removed nothing; kept 6, 8."]
   alone = command(workdir, "prune", "--keep_best=1")
-  assert alone.stderr == ("error: prune: say how many of the newest are kept, too: --keep_last=2\n")
+  assert alone.stderr == (
+    "error: prune: also give the number of newest checkpoints to keep: --keep_last=2\n"
+  )
 
 
 def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):

@@ -280,7 +280,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      f"--workdir=gs://bucket/run is in a bucket, which needs gcsfs: {install('data')}.\n",
+      f"--workdir=gs://bucket/run is in a GCS bucket, which needs gcsfs: {install('data')}.\n",
     ),
   ],
 )
@@ -306,7 +306,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    f"to access Google Storage (buckets need {install('data')}).\n"
+    f"to access Google Storage (GCS buckets need {install('data')}).\n"
   )
 
 
@@ -333,7 +333,7 @@ def test_report_of_an_empty_workdir_is_refused(tmp_path):
   result = launch("report", "--config=openmoji", f"--workdir={tmp_path}")
   assert result.returncode == 2
   assert result.stderr == (
-    f"error: --workdir {tmp_path} holds no finished stage: run `cm3leon prepare_data` "
+    f"error: --workdir {tmp_path} has no finished stage: run `cm3leon prepare_data` "
     "with the same --config and --workdir first.\n"
   )
 

@@ -74,7 +74,7 @@ def test_a_disk_that_libraries_cannot_write_is_one_sentence_and_no_bucket(error,
   with pytest.raises(SystemExit) as end, common._reporting():
     raise error
   assert end.value.code == TryAgain.exit_code
-  sentence = f"error: {file} could not be read or written ({READ_ONLY}): mend the disk"
+  sentence = f"error: {file} could not be read or written ({READ_ONLY}): fix the disk"
   assert capsys.readouterr().err.startswith(sentence)
   with pytest.raises(type(error)), common._reporting():
     raise type(error)(str(error).replace(READ_ONLY, "another reason"))

@@ -82,7 +82,7 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
   assert [record["concept"] for record in records] == ["apple", "house"] * 2
   score = r"CLIP score -?0\.\d{3} \[.*\], 2 samples of 2 con"
   assert re.search(f"guidance 3, 0 retrieved: {score}", out)
-  assert f"generate: all in {workdir / 'samples'}, side by side in " in out
+  assert f"generate: results in {workdir / 'samples'}, overview in " in out
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   assert "finished already, skipped" in capsys.readouterr().out
   with refused(UserError):

@@ -121,7 +121,7 @@ def test_a_whole_run_is_valid(finished, capsys):
   assert lines[0].endswith("text_tokenizer: 3 files as written.")
   assert sum(line.endswith("all valid.") for line in lines) == 5
   assert "neighbors: 50 documents, 16 arrays, " in lines[-2]
-  assert lines[-1].endswith("raw: is not there, or not finished; its images were not checked.")
+  assert lines[-1].endswith("raw: is missing or not finished, so its images were not checked.")
   (finished / "vqgan" / stages.DONE).unlink()
   with refused(UserError):
     inspect_data.validate(rows_test.settings_with(), finished)
@@ -193,5 +193,5 @@ def test_a_mistake_ends_in_one_sentence(tmp_path):
   result = launch("inspect_data", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: --out is /dev/null/rows.html, and /dev/null is no folder: name another place.\n"
+    "error: --out is /dev/null/rows.html, but /dev/null is not a folder: name another path.\n"
   )

@@ -103,7 +103,7 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   done = cm3leon("generate", "--workdir=scenes", "--prompt=a red bell", cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   (folder,) = (tmp_path / "prompts").glob("a-red-bell-*")
-  assert f"generate: all in {folder.relative_to(tmp_path)}, " in done.stdout
+  assert f"generate: results in {folder.relative_to(tmp_path)}, " in done.stdout
   (file,) = folder.glob("000_*.png")
   # A red bell is red: more so than green or blue, where it is not the white of the background.
   red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))

@@ -46,26 +46,27 @@ def test_data_that_the_config_needs_is_enough():
     (
       {"train_pairs": 20, "train_crops": 15, "heldout_pairs": 0},
       {"text_share": 0.0},
-      "the source has 5 pairs, of which none is held out: image tokenizer and evaluation need "
-      "some: add pairs, or raise config.raw.heldout_fraction = 0.05.",
+      "the source has 5 pairs, of which none is held out, but the image tokenizer and the "
+      "evaluation need some: add pairs, or raise config.raw.heldout_fraction = 0.05.",
     ),
     (
       PAIRS,
       {"text_share": 0.3},
-      "config.data.text_share is 0.3, and the source has no training texts: add some, or give "
-      "--config.data.text_share=0.0; the data is prepared.",
+      "config.data.text_share is 0.3, but the source has no training texts: add some, or give "
+      "--config.data.text_share=0.0 to the next commands. The data is prepared.",
     ),
     (
       PAIRS | {"train_texts": 5, "heldout_texts": 0},
       {"text_share": 0.3},
-      "config.data.text_share is 0.3, and the source has no held-out texts: add some, or give "
-      "--config.data.text_share=0.0; the data is prepared.",
+      "config.data.text_share is 0.3, but the source has no held-out texts: add some, or give "
+      "--config.data.text_share=0.0 to the next commands. The data is prepared.",
     ),
     (
       PAIRS,
       {"text_share": 0.0, "interleaved_share": 0.2},
-      "config.data.interleaved_share is 0.2, and the source has no training interleaved "
-      "documents: add some, or give --config.data.interleaved_share=0.0; the data is prepared.",
+      "config.data.interleaved_share is 0.2, but the source has no training interleaved "
+      "documents: add some, or give --config.data.interleaved_share=0.0 to the next commands. "
+      "The data is prepared.",
     ),
   ],
 )
@@ -77,11 +78,11 @@ def test_a_batch_larger_than_the_data_is_said_before_its_stage():
   settings = settings_from_config(default_config())
   vqgan, clip = prepare_data.batch_warnings(settings, 200)
   assert vqgan == (
-    "config.vqgan.batch_size is 256, and there are only 200 training pairs: give "
-    "--config.vqgan.batch_size=200, or fewer, to all commands of the run, unless a published one "
-    "takes the place of this stage."
+    "config.vqgan.batch_size is 256, but there are only 200 training pairs: give "
+    "--config.vqgan.batch_size=200, or less, to all commands of the run, unless a published model "
+    "replaces this stage."
   )
-  assert clip.startswith("config.clip.batch_size is 32,768, and there are only 200 ")
+  assert clip.startswith("config.clip.batch_size is 32,768, but there are only 200 ")
   assert prepare_data.batch_warnings(settings, 40_000) == []
   assert prepare_data.batch_warnings(settings, 0) == []  # Which is said in another sentence.
   published = dataclasses.replace(settings.retrieval, clip="clip")
@@ -118,7 +119,7 @@ def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(
 def test_a_source_without_files_needs_a_resolution():
   result = launch("prepare_data", "--config=own", "--config.raw.source=scenes", "--workdir=w")
   assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-  assert "config.raw.resolution is 0; the source 'scenes' needs one" in result.stderr
+  assert "config.raw.resolution is 0, but the source 'scenes' needs a resolution" in result.stderr
 
 
 def test_check_leaks_names_the_pairs_and_fails(tmp_path):

@@ -36,7 +36,7 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     (
       "train",
       ["--config=scenes", "--init_from=gs://bucket/run"],
-      f"--init_from=gs://bucket/run is in a bucket, which needs gcsfs: {install('data')}.",
+      f"--init_from=gs://bucket/run is in a GCS bucket, which needs gcsfs: {install('data')}.",
     ),
     (
       "evaluate",
@@ -67,7 +67,7 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       ["--config=cm3leon_7b", "--distributed"],
       "--distributed is given, but this command runs in one process; only cm3leon train, cm3leon "
       "evaluate --protocol and cm3leon score run in several; train_vqgan trains on one host: "
-      "on a pod take a published image tokenizer, by `cm3leon import_vqgan "
+      "on a pod use a published image tokenizer, by `cm3leon import_vqgan "
       "--source=FOLDER` (docs/published_tokenizers.md).",
     ),
     (
@@ -75,7 +75,7 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       ["--config=cm3leon_7b", "--num_processes=2"],
       "--num_processes is given, but this command runs in one process; only cm3leon train, cm3leon "
       "evaluate --protocol and cm3leon score run in several; train_clip trains on one host: "
-      "on a pod take a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md).",
+      "on a pod use a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md).",
     ),
     (
       "train_clip",
@@ -100,5 +100,5 @@ def test_a_bucket_of_the_config_needs_its_extra(tmp_path):
   write_json(tmp_path / "run" / "raw" / "done.json", {"id": "1", "summary": {}})
   flags = ["--config=scenes", "--workdir=run", "--config.retrieval.clip=gs://bucket/clip"]
   assert refusal(tmp_path, "build_neighbors", *flags) == (
-    f"a path of the config is in a bucket, which needs gcsfs: {install('data')}."
+    f"a path of the config is in a GCS bucket, which needs gcsfs: {install('data')}."
   )

@@ -24,8 +24,8 @@ from tests.launched import ROOT, launch
   ("given", "printed", "warnings"),
   [
     ("'--buckets=5'", "5\n", ""),
-    ("'--lanes=3'", "3\n", "warning: --lanes is deprecated: its name is --buckets now.\n"),
-    ("'--lanes=3', '--buckets=5'", "--lanes is the name that --buckets had", ""),
+    ("'--lanes=3'", "3\n", "warning: --lanes is deprecated: use --buckets.\n"),
+    ("'--lanes=3', '--buckets=5'", "--lanes is the old name of --buckets", ""),
   ],
 )
 def test_buckets_may_have_their_name_of_before(given, printed, warnings):
@@ -67,12 +67,12 @@ except UserError as error:
     (
       ["--workdir=scenes"],
       {"CM3LEON_TOKEN": "short"},
-      "error: CM3LEON_TOKEN must hold a token of at le",
+      "error: CM3LEON_TOKEN must contain a token of at",
     ),
     (
       ["--workdir=scenes-instrct"],
       {},
-      "error: scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
+      "error: scenes-instrct is neither a folder nor a bundle: did you mean scenes-instruct?",
     ),
     (["--workdir=scenes", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
     (
@@ -128,7 +128,7 @@ def test_a_port_that_is_taken_is_named(run):
   assert f"error: --host=0.0.0.0 --port={port} cannot be opened (Address already in use)" in (
     result.stderr
   )
-  warning = "warning: whoever reaches --host=0.0.0.0 may use this server: set CM3LEON_TOKEN or "
+  warning = "warning: anyone who can reach --host=0.0.0.0 may use this server: set CM3LEON_TOKEN"
   assert warning in result.stderr
 
 

@@ -141,12 +141,12 @@ except Exception as error:
   [
     (
       503,
-      "a bucket did not answer, or answered with errors, until the last try (ValueError: ABORTED: "
-      "All ",
+      "a GCS bucket did not answer, or answered with errors, until the last try (ValueError: "
+      "ABORTED: All ",
     ),
     pytest.param(
       403,
-      "a bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: ",
+      "a GCS bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: ",
       marks=pytest.mark.slow,
     ),
   ],
@@ -174,19 +174,19 @@ def test_a_host_that_cannot_be_resolved_is_said(server):
   pytest.importorskip("aiohttp")
   output, errors = run(server, UNKNOWN_HOST).communicate(timeout=300)
   assert output.startswith(
-    "a bucket was not reached: there is no network, or the host has a wrong name "
+    "a GCS bucket was not reached: there is no network, or the host has a wrong name "
     "(ClientConnectorDNSError: Cannot connect to host bucket.invalid:80 "
   ), errors
   curl = ValueError("UNAVAILABLE: CURL error: Could not resolve host: storage.googleapis.com")
-  assert buckets.failure(curl).startswith("a bucket was not reached: there is no network, or ")
+  assert buckets.failure(curl).startswith("a GCS bucket was not reached: there is no network, or ")
 
 
 def test_the_errors_of_the_clients_are_known():
   """As they were raised by a server that answered with 503, with 403, and not at all."""
   aiohttp, retry = pytest.importorskip("aiohttp"), pytest.importorskip("gcsfs.retry")
   exceptions = pytest.importorskip("google.api_core.exceptions")
-  gone = "a bucket did not answer, or answered with errors, until the last try"
-  forbidden = "a bucket may not be read or written by this account"
+  gone = "a GCS bucket did not answer, or answered with errors, until the last try"
+  forbidden = "a GCS bucket may not be read or written by this account"
   exhausted = RuntimeError("Retry policy exhausted, with a last message of 503")  # ArrayRecord.
   for error, reason in (
     (
@@ -249,7 +249,7 @@ def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it()
   assert buckets.failure(requests.ConnectionError(host.format("huggingface.co"))) == ""
   google = requests.ConnectionError(host.format("storage.googleapis.com"))
   for error in (google, raised(retry.validate_response, 502, b"", "b/bucket/o")):
-    assert buckets.failure(error).startswith("a bucket did not answer, or answered with errors, ")
+    assert buckets.failure(error).startswith("a GCS bucket did not answer, or answered with errors")
 
 
 FILES_BELOW = """
@@ -288,7 +288,7 @@ common.run(main, config=False)
 GONE = "did not answer, or answered with errors, until the last try", "the same command continues."
 REFUSED = (
   "may not be read or written by this account",
-  "give it the right to, or use an account that has it.",
+  "grant it the permission, or use another account.",
 )
 
 
@@ -309,7 +309,7 @@ def test_a_command_ends_with_one_sentence_and_is_started_again_if_that_may_help(
   _, errors = job.communicate(timeout=300)
   assert job.returncode == exit_code
   what, remedy = sentence
-  reason = f"a bucket {what} (HttpError: status {status}, {status})"
+  reason = f"a GCS bucket {what} (HttpError: status {status}, {status})"
   assert errors == f"error: gs://bucket: {reason}: {remedy}\n"
 
 
@@ -322,7 +322,7 @@ def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
   job = run(server, f"sys.argv += {flags}\n{code}")
   _, errors = job.communicate(timeout=300)
   assert job.returncode == TryAgain.exit_code
-  assert errors.startswith("error: gs://bucket: a bucket did not answer, or answered with errors, ")
+  assert errors.startswith("error: gs://bucket: a GCS bucket did not answer, or answered with ")
   assert errors.count("\n") == 1
 
 

@@ -83,7 +83,7 @@ def test_the_members_of_a_group_are_causes():
   ],
 )
 def test_a_full_disk_is_one_sentence(error, sentence):
-  assert failure(error) == f"{sentence}: free some space, and run the same command again."
+  assert failure(error) == f"{sentence}: free some disk space and run the same command again."
 
 
 def test_what_a_user_is_told_already_stays():

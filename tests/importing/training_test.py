@@ -124,7 +124,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
   assert lines[-1].startswith(
     "import_weights: the next stages, and `cm3leon train` with this --work"
   )
-  assert lines[-1].endswith(f" begin with it and need {' '.join(needed)}")
+  assert lines[-1].endswith(f" start from it and need {' '.join(needed)}")
   assert (tmp_path / "init" / "model.safetensors").exists()
   own = tmp_path / "own.py"
   own.write_text(
@@ -135,7 +135,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
     "  return config\n"
   )
   whole = launch("import_weights", flags[0], f"--config={own}", f"--workdir={tmp_path}")
-  assert whole.stdout.splitlines()[-1].endswith(" with this --workdir, begin with it.")
+  assert whole.stdout.splitlines()[-1].endswith(" with this --workdir, start from it.")
   nameless = launch("import_weights", *flags[1:], f"--workdir={tmp_path}")
   assert nameless.stderr == "error: name the folder of the checkpoint: --source=DIR.\n"
 

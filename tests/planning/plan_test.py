@@ -202,12 +202,12 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
 TOPOLOGY = "--topology=v5e-256"
 FURTHER = [
   ([TOPOLOGY, "--mfu=nan"], "--mfu is nan; it must be a share of the peak, from 0.001 to 1"),
-  ([TOPOLOGY, "--image=i"], "--image is of the files that --out writes: give --out=FOLDER."),
-  ([TOPOLOGY, "--queue=q"], "--queue is of the files that --out writes: give --out=FOLDER."),
-  ([TOPOLOGY, "--secret=s"], "--secret is of the files that --out writes: give --out=FOLDER."),
+  ([TOPOLOGY, "--image=i"], "--image applies only to the files of --out: give --out=FOLDER."),
+  ([TOPOLOGY, "--queue=q"], "--queue applies only to the files of --out: give --out=FOLDER."),
+  ([TOPOLOGY, "--secret=s"], "--secret applies only to the files of --out: give --out=FOLDER."),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=i", "--secret=s"],
-    "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give --config.tra",
+    "--secret names the secret with WANDB_API_KEY, but config.train.wandb is empty: give --conf",
   ),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
@@ -215,7 +215,7 @@ FURTHER = [
   ),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],
-    "--train_flag is '--init-from=gs://b/old', and cm3leon train has no flag --init-from: did ",
+    "--train_flag is '--init-from=gs://b/old', but cm3leon train has no flag --init-from: did ",
   ),
   (
     [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--memory_gib=100000"],
@@ -242,7 +242,7 @@ FURTHER = [
     ),
     (
       [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b\nrm -r x"],
-      "'--workdir=gs://b/7b\\nrm -r x' holds a line break",
+      "'--workdir=gs://b/7b\\nrm -r x' contains a line break",
     ),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER),
   ],
@@ -262,5 +262,5 @@ def test_files_that_copy_a_checkout_are_named_outside_of_one(tmp_path):
   flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
   result = launch("plan", *flags, cwd=tmp_path)
   assert result.returncode == 0, result.stderr
-  sentence = "tpu_vm.sh and skypilot.yaml: start it in the root of a checkout of the repository.\n"
+  sentence = "tpu_vm.sh and skypilot.yaml: run this in the root of a checkout of the repository.\n"
   assert sentence in result.stdout
