@@ -61,8 +61,8 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
 def prompt_tasks(prompts: Sequence[dict], settings: Settings, where: str) -> list[TextToImage]:
   """Makes a text-to-image task for each prompt of `read_prompts`.
 
-  Each task retrieves `evaluation.scene_neighbors` documents. Prompt i has the seed of the run + i.
-  Messages use `where` as the name of the prompt file.
+  Each task retrieves `evaluation.scene_neighbors` documents. Prompt i uses the seed
+  `settings.seed` + i. Messages use `where` as the name of the prompt file.
   """
   return [
     TextToImage(

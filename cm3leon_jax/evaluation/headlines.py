@@ -10,8 +10,7 @@ class Headline:
   Attributes:
     title: what is measured, with its unit.
     path: dotted path of the figure in the summary.
-    better: comparison of the figure with the target that a good figure satisfies: ">=", "<=", ">"
-      or "<". "" if there is no target.
+    better: a good figure is ">=", "<=", ">" or "<" the target. "" if there is no target.
     target: a number, or the dotted path of a number in the summary.
     note: what the target is, e.g. "chance". The report writes "whole interval" if the note is ""
       and the whole interval of the figure must meet the target.

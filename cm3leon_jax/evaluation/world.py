@@ -71,7 +71,7 @@ class JudgedSamples:
 
 
 class World(Protocol):
-  """World: a source of records that also judges generated samples and describes them in reports.
+  """Source of records that also judges generated samples and describes them in reports.
 
   Attributes:
     name: key in `worlds.MODULES`. Files and numbers of its evaluation have this name, too.
@@ -140,14 +140,9 @@ class World(Protocol):
     """Generates and judges an image for each task; writes NAME.json and the sample sheet NAME.png.
 
     The field "tables" of NAME.json maps titles to tables (see `rows`). There is one table for each
-    guidance weight, and the table "reconstructions".
-
-    Args:
-      pipeline: generates the images.
-      tasks: result of `strata.heldout_captions`.
-      workdir: workdir of the run, whose training documents are read.
-      folder: folder for the files.
-      bundled: generates an image for each caption of the sheet with the bundled model, or None.
+    guidance weight, and the table "reconstructions". `tasks` is the result of
+    `strata.heldout_captions`. The training documents in `workdir` are read, too. `bundled`
+    generates images for the captions of the sheet with the bundled model.
     """
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def answer_all(
   records: Sequence[Record],
   retrieve: int = 0,
 ) -> list[Answer]:
-  """Generates and judges one answer per record. Answer i has the seed of the settings + i."""
+  """Generates and judges one answer per record. Record i uses `pipeline.settings.seed` + i."""
   settings = pipeline.settings
   asked = [
     prompt_of(
@@ -110,7 +110,7 @@ def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes how much the share of right answers grew: {share, low, high, ...}.
+  """Computes how much larger the share of right answers is in `after`: {share, low, high, ...}.
 
   Both sequences must answer the same records.
   """

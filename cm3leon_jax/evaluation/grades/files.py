@@ -33,13 +33,10 @@ def write(
   settings: Settings,
   kinds: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-  """Writes grades.json, answers.jsonl, and the images of the examples.
+  """Writes grades.json, answers.jsonl, and the images of the examples to `folder`.
 
-  Args:
-    folder: folder for the files.
-    answers: name of a task -> title of a column -> answers to the same records.
-    settings: settings of the run, with the number of resamples and the seed.
-    kinds: kinds of tasks, see `answers.means`.
+  `answers` is name of a task -> title of a column -> answers to the same records. For `kinds`, see
+  `answers.means`.
 
   Returns:
     {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from "before"
@@ -69,7 +66,7 @@ def write(
 
 
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
-  """Chooses random examples, and the wrong answers with the highest scores.
+  """Chooses random examples, and the wrong answers with the highest `score`.
 
   Returns:
     Pairs of a title and indices. No index occurs twice.
@@ -82,7 +79,7 @@ def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
 
 
 def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
-  """Returns the line of an answer. If `shown`, also writes its images, because it is an example."""
+  """Returns the line of an answer, and writes its images if it is a `shown` example."""
   is_text = isinstance(answer.answer, str)
   line: dict[str, Any] = {
     "task": task,

@@ -307,7 +307,8 @@ def _score_conditions(
     def score(rows: list[np.ndarray]) -> list[np.ndarray]:
       return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
 
-    together = score(samples["true"] + samples["shuffled"])  # Together, to compile one program.
+    # One call, so that one program is compiled for both.
+    together = score(samples["true"] + samples["shuffled"])
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 

@@ -48,10 +48,7 @@ class Search:
 
   Attributes:
     count: largest number of neighbors.
-    retriever: searches the bank.
-    bank: documents of the bank.
-    clip: embeds texts.
-    layout: decodes texts.
+    bank: documents of the bank that `retriever` searches.
   """
 
   count: int
@@ -90,8 +87,6 @@ class Scorer:
 
   Attributes:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    model: config of the decoder.
-    vocab: layout of the ids.
     positions: slots of a row in training.
     batch_size: rows in a batch, see `bits.check_batch`.
     find: returns the neighbors of each document, best first.
@@ -157,12 +152,8 @@ def line_of(
     log_probs = [null a b c d e]
     segments  = [{"text", 1 to 3, a + b}, {"image", 4 to 5, d}], special = c + e
 
-  Args:
-    document: the document.
-    sample: [T] int32, the neighbors and the document (`loader.join`).
-    log_probs: [T - 1] log-probability of each target of the sample, in nats.
-    neighbors: keys of the neighbors.
-    vocab: layout of the ids.
+  `sample` ([T] int32, from `loader.join`) has the neighbors and the document. `log_probs` ([T - 1],
+  in nats) has one number for each target of the sample. `neighbors` are keys.
   """
   own = bits.own_targets(sample, document, vocab)
   tokens = loader.join([document], vocab)
@@ -213,17 +204,9 @@ def run(
 ) -> dict:
   """Scores all documents and writes scores.jsonl. Existing parts are kept.
 
-  All processes of a job must call this function. The first process writes.
-
-  Args:
-    scorer: scores the documents.
-    documents: the documents.
-    checked: result of `documents.check`.
-    image_tokenizer: encodes the images of a `DocumentFile`.
-    folder: folder for scores.jsonl. It holds parts/ until all parts are done.
-    part: number of documents in a part.
-    num_resamples: number of resamples for the intervals.
-    seed: seed of the intervals.
+  All processes of a job must call this function. The first process writes. `folder` also holds
+  parts/ until all parts are done. A part has `part` documents. `checked` is the result of
+  `documents.check`. `num_resamples` and `seed` are for the intervals.
 
   Returns:
     The summary, see `Totals.summary`.
@@ -304,7 +287,7 @@ class Totals:
       self.log_probs[name][row] += line[name]["log_prob"]
 
   def summary(self, num_resamples: int, seed: int) -> dict:
-    """Returns numbers of all documents and of each modality, or None for one without tokens.
+    """Returns numbers of all documents and of each modality; None for modalities without tokens.
 
       2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 

@@ -65,7 +65,6 @@ class DocumentFile:
 
   Attributes:
     path: path of the file. Paths of images are relative to its folder.
-    layout: encodes texts.
     crop: how images become square, see `RawConfig.crop`.
     num_threads: number of images that are read at a time.
     allow_outside: whether images may be outside of the folder of the file.
@@ -170,8 +169,6 @@ class StoredDocuments:
   """Documents of a store that `cm3leon encode_documents` wrote.
 
   Attributes:
-    store: the documents.
-    layout: has the largest length of a document, `positions`.
     made: id of the stage that wrote the store.
   """
 
@@ -270,10 +267,7 @@ def read_record(line: str, where: str, key: str) -> Record:
     {"image": "cat.jpg", "caption": "a cat"}            RawPair
     {"segments": [{"text": "a"}, {"image": "b.png"}]}   RawInterleaved
 
-  Args:
-    line: text of the line.
-    where: name of the file and number of the line, for messages.
-    key: key of the record if the line has none.
+  A line without a key gets the key `key`. Messages use `where` as the name of the line.
 
   Raises:
     UserError: the line is not a JSON object, or a field is unknown, absent, empty or of a wrong

@@ -99,7 +99,7 @@ def score_codes(
 
 
 def _masked(sample: np.ndarray, segments: Sequence[Segment], vocab: VocabLayout) -> np.ndarray:
-  """Makes the text of the last pair in a joined sample the masked span."""
+  """Masks the text of the last pair in a joined sample, as a CM3 span."""
   text, image = (len(segment.tokens) for segment in segments)
   stop = len(sample) - image - 2
   return apply_cm3_mask(sample, [(stop - text, stop)], vocab)

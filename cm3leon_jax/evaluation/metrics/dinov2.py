@@ -75,7 +75,7 @@ class DINOv2:
 
 
 def _read_model(folder: epath.Path, dtype: Any) -> Any:
-  import transformers  # Importing it takes seconds.
+  import transformers  # Imported here, because this takes seconds.
 
   model, info = transformers.Dinov2Model.from_pretrained(
     str(folder),

@@ -229,18 +229,16 @@ def _run(steps: list, params: dict, x: Array) -> Array:
 def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array, "B D"]:
   """Computes the features of the FID: the output of the last block, averaged over 8 x 8 positions.
 
-  Args:
-    params: see `make_params`.
-    pixels: see `resize_images`.
+  See `make_params` for `params`, and `resize_images` for `pixels`.
   """
   return _run(STEPS, params, pixels).mean((1, 2))
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the pixels before and after each of `SIDE` positions, and the weight of the latter.
+  """Returns the pixels before and after each of `SIDE` positions, and the weights of those after.
 
-  "tf1" aligns the corners of pixels, which shifts the image. "torch" aligns their centers. Both
-  compute in float32, and neither smooths an image that it shrinks.
+  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures them
+  from the centers of pixels. Both compute in float32, and neither smooths an image that it shrinks.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":

@@ -15,7 +15,7 @@ from scipy import linalg
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 
-MIN_ROWS = 2  # Fewest rows that have a covariance.
+MIN_ROWS = 2  # A covariance needs at least two rows.
 FIELDS = ("count", "mean", "scatter")
 
 

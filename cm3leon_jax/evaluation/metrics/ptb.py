@@ -57,7 +57,7 @@ ABBREVIATIONS = (
   "|sen|sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|sys|tel|tenn|thu|thurs|treas|tue|tues"
   "|univ|va|vs|vt|wed|wis|wisc|wm|wyo"
 )
-# These are abbreviations only if they are capitalized. Lower case: "the dog is ill."
+# These are abbreviations only if they are capitalized. In lower case they are words: "I am ill."
 CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 # An initial before one of these words ends a sentence: "She chose plan b. He chose A."
 STARTS = (

@@ -25,9 +25,7 @@ class ColumnSamples:
   """Samples of a column, and what they are compared with.
 
   Attributes:
-    name: name of the column.
     lines: JSON line of the best sample of each example, without codes.
-    examples: the n examples.
     groups: [n] the group of each example, for intervals.
     images: generated images; None for texts.
     reference: real images; None for texts.

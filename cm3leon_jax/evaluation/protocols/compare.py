@@ -12,7 +12,7 @@ from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 
-# Results must be equal in these fields. The effect of other differences is what is measured.
+# Both evaluations must be equal in these fields. They may differ in other fields.
 SAME = ("protocol", "data")
 NETWORKS = ("extractor", "scorer")  # None if no metric uses the network.
 

@@ -17,7 +17,7 @@ def frechet_distance(column: ColumnSamples) -> dict:
 
 
 def kernel(column: ColumnSamples) -> dict:
-  """Computes the kernel distance (KID). `std` is over its subsets, so it is not an error bar."""
+  """Computes the kernel distance (KID). `std` is the spread of its subsets, not an error bar."""
   made, real = present(column.images), present(column.reference)
   found = kernel_distance.kid(present(made.features), present(real.features), seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made.groups)}

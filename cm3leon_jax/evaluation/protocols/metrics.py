@@ -15,7 +15,6 @@ class Metric:
 
   Attributes:
     compute: computes the result from a column, see `protocols.column`.
-    title: title in tables.
     task: "image" or "text".
     needs: inputs to compute first: "features", "embeddings" or "codes" of `Images`, and
       "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.

@@ -109,7 +109,7 @@ class Protocol:
     if len(set(names)) < len(names):
       raise ValueError(f"two columns have the same name among {', '.join(names)}: rename one.")
     if self.task == "text" and any(column.samples > 1 for column in self.columns):
-      raise ValueError("samples is above 1, but CLIP ranks only images: set 1 for task text.")
+      raise ValueError("a column of task text has samples > 1, but CLIP ranks only images: set 1.")
     try:
       parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
     except ValueError as error:
@@ -150,7 +150,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     chosen = [protocol for protocol in found if one in ("", protocol.name)]
     if not chosen:
       known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, unnamed'}.")
+      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, with no name'}.")
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():

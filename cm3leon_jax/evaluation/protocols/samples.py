@@ -44,7 +44,6 @@ class Evaluated:
   """Examples of a protocol.
 
   Attributes:
-    examples: the examples.
     rows: index of the held-out document of each example; None if the examples are from files.
     facts: facts that the caption of each example states; {} if they are unknown.
   """
