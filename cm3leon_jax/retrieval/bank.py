@@ -114,13 +114,10 @@ class EmbedJob:
   """Job of `shards.run_shards` that embeds the pairs of raw shards.
 
   Attributes:
-    raw: raw folder.
     folder: folder for {split}/ with the arrays of `Embeddings`.
-    load_clip: returns the CLIP.
     dropout: share of caption tokens that are dropped from queries of the split `train`.
     seed: seed of the dropout.
     starts: split -> name of the shard -> row of its first pair.
-    load_lexical: returns the lexical part.
   """
 
   raw: str
@@ -213,8 +210,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """Embeds new raw shards of all splits, and extends the arrays.
 
   Args:
-    job: job that embeds shards. Its `starts` are replaced by rows that are counted in the raw
-      folder.
+    job: embeds a shard. Its `starts` are ignored and computed from the raw folder.
     width: E.
     inputs: identity of the CLIP and of the words. If it changes, all shards are embedded again.
     runner: runs the shards.

@@ -34,8 +34,8 @@ class RetrievalConfig:
   as in the paper."""
   index_rows: PositiveInt = 5_000_000
   """Number of documents in one ScaNN index. At an embedding width of 512, building took 8,250 bytes
-  of memory per document (measured with 300,000 documents), and searching took 1,260. Fewer indices
-  make the search cheaper."""
+  of memory per document (measured with 300,000 documents), and searching took 1,260 bytes. Fewer
+  indices make the search cheaper."""
   train_documents: bool = True
   """Whether training documents can be neighbors. If False, only the split `bank` is searched."""
   query_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2

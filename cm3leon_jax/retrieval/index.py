@@ -38,10 +38,10 @@ class Index(Protocol):
   backend: str
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k vectors with the largest inner products with each of the queries, [q, E].
+    """Finds the k vectors with the largest inner products for each of the queries, [q, E].
 
     Returns:
-      ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
+      Ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
     """
     ...
 
@@ -292,7 +292,7 @@ def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
   ids = [[2 1] [3 9]], exact_ids = [[1 2] [3 4]]: 0.75
   """
   if ids.shape != exact_ids.shape:
-    raise ValueError(f"ids are {ids.shape}, the exact ones {exact_ids.shape}; both must be [q, k].")
+    raise ValueError(f"ids are {ids.shape}, the exact ids {exact_ids.shape}; both must be [q, k].")
   return float((exact_ids[:, :, None] == ids[:, None, :]).any(-1).mean())
 
 

@@ -222,14 +222,8 @@ def build_neighbors(
   """Runs the stage: embeds pairs, indexes the bank (`train` and `bank`), and finds neighbors.
 
   Writes {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores
-  (`load_neighbors`) into `job.folder`. Finished work on the same pairs is kept.
-
-  Args:
-    config: settings of search and selection.
-    job: see `bank.embed`.
-    width: embedding width of the CLIP.
-    inputs: identity of the CLIP.
-    runner: runs embedding, indexing and searching.
+  (`load_neighbors`) into `job.folder`. Finished work on the same pairs is kept. `width` is the
+  embedding width of the CLIP. `inputs` is the identity of the CLIP.
 
   Returns:
     The numbers for the report.
@@ -350,7 +344,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError, with the row, if one of the ids [n, C] is not in the bank and not -1."""
+  """Raises UserError, with the row, if one of the ids [n, C] is neither in the bank nor -1."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])
