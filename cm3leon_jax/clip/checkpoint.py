@@ -83,7 +83,7 @@ class HFCLIPConfig:
 def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   """Reads config.json; raises UserError if it is absent, for another model or not supported."""
   from huggingface_hub.errors import StrictDataclassError
-  import transformers  # Importing it takes seconds.
+  import transformers  # Imported here, because this takes seconds.
 
   folder = epath.Path(folder)
   if not folder.is_dir():

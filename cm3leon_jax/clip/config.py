@@ -14,8 +14,8 @@ HEAD_DIM = 64  # Width of an attention head.
 class CLIPConfig:
   """Settings of both encoders of CLIP and of their training.
 
-  The defaults are ViT-B/32 and its recipe, with 256 pixels (as in this project) instead of 224.
-  CLIP trains on one host. A published CLIP (`retrieval.clip`) needs no training.
+  The defaults are ViT-B/32 and its recipe, but images have 256 pixels a side instead of 224. CLIP
+  trains on one host. A published CLIP (`retrieval.clip`) needs no training.
   """
 
   resolution: PositiveInt = 256
@@ -52,8 +52,8 @@ class CLIPConfig:
   shift: Annotated[float, Field(ge=0, lt=1)] = 0.1
   """Largest random shift of a training image, as a share of its side."""
   color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Largest random change of the distance of a training image from white, as a share of the
-  distance, per channel."""
+  """Training multiplies the distance of an image from white by a random factor per channel, from
+  1 - `color_jitter` to 1 + `color_jitter`."""
   checkpoint_every: PositiveInt = 1_000
   """Number of steps between two checkpoints, from which a killed run continues."""
 

@@ -74,7 +74,7 @@ def _project(x: Float[Array, "B D"], weight: Float[Array, "E D"]) -> Float32[Arr
 def embed_tokens(
   config: HFCLIPConfig, params: dict, tokens: Int32[Array, "B L"]
 ) -> Float32[Array, "B E"]:
-  """Embeds captions that include start and end, with norm 1. Tokens after the end are ignored."""
+  """Embeds captions with start and end tokens, with norm 1. Ignores tokens after the end."""
   with jax.default_matmul_precision("highest"):
     positions = params["text_model.embeddings.position_embedding.weight"][None, : tokens.shape[1]]
     x = params["text_model.embeddings.token_embedding.weight"][tokens] + positions
@@ -139,7 +139,11 @@ class HFCLIP:
     dtype: str = "bfloat16",
     devices: Sequence[jax.Device] | None = None,
   ) -> "HFCLIP":
-    """Reads a checkpoint, to compute in `dtype` (see `DTYPES`); raises UserError if it is wrong."""
+    """Reads a checkpoint, to compute in `dtype` (see `DTYPES`).
+
+    Raises:
+      UserError: a file of the checkpoint is absent or wrong.
+    """
     if dtype not in DTYPES:
       raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
     config = read_config(folder)
@@ -148,18 +152,21 @@ class HFCLIP:
     return cls(config, params, tokenizer, processor, devices)
 
   def in_batches(self, size: int) -> "HFCLIP":
-    """Returns this model with batches of at most `size` rows, rounded up to its devices."""
+    """Returns this model with batches of at most `size` rows.
+
+    The number of rows is rounded up to a multiple of the number of devices.
+    """
     found, devices = copy.copy(self), self.mesh.size
     found.batch_size = min(-(-size // devices) * devices, self.batch_size)
     return found
 
   def encode(self, caption: str) -> Int32[np.ndarray, " L"]:
-    """Encodes a caption to ids, without start and end."""
+    """Encodes a caption to ids, without start and end tokens."""
     encoding = self.tokenizer(caption, add_special_tokens=False, verbose=False)
     return np.array(encoding["input_ids"], np.int32)
 
   def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
-    """Makes rows of start, caption ids (truncated if they do not fit), end and padding."""
+    """Makes rows of a start token, caption ids (truncated to fit), an end token and padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)

@@ -71,7 +71,7 @@ def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w {
 
 
 class ConvEncoder(nnx.Module):
-  """Embeds patches, halves the grid twice (with residual blocks after each), and averages it."""
+  """Embeds patches, halves their grid twice, each time before residual blocks, and averages it."""
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     widths = (config.image_width // 4, config.image_width // 2, config.image_width)
@@ -219,7 +219,7 @@ def _embed_texts(
 
 
 class CLIP:
-  """Trained CLIP. All batches have one shape, so that results do not depend on the other rows.
+  """Trained CLIP. All batches have one shape, so that no embedding depends on the other rows.
 
   Attributes:
     batch_size: rows of a batch. The last batch is padded.
