@@ -31,7 +31,7 @@ from cm3leon_jax.training.step.state import TrainState
 
 
 class Prompt(NamedTuple):
-  """Record of a task, for which the policy draws images."""
+  """Task and record for which the policy draws images."""
 
   task: InstructionTask
   record: Record
@@ -49,7 +49,7 @@ def image_tasks(settings: Settings) -> list[InstructionTask]:
 
 
 def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
-  """Reads the first records of the tasks of `config.reinforce`, one task after the other in turn.
+  """Reads the first records of the tasks of `config.reinforce`, alternating between the tasks.
 
   Records that are too long for the model are left out. `split` is "train" or "heldout". `count` is
   the largest number of prompts.
