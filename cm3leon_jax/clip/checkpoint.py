@@ -1,4 +1,4 @@
-"""Files of a Hugging Face CLIP checkpoint: sizes, tensors, tokenizer and image processor."""
+"""Reads the files of a Hugging Face CLIP: config, tensors, tokenizer and image processor."""
 
 # B batch, D width, F feed-forward, N heads, E embedding, H height, W width, K layers,
 # S side of the images in pixels.
@@ -24,7 +24,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# `eos_token_id` in config.json before transformers 4.31; the end is the tokenizer's largest id.
+# `eos_token_id` in config.json files before transformers 4.31. The end token is then the largest id
+# of the tokenizer.
 OLD_EOS_ID = 2
 ACTIVATIONS: dict[str, Callable] = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSizes:
-  """Sizes of a transformer of pre-norm layers.
+  """Sizes of a transformer with pre-norm layers.
 
   Attributes:
     width: D.
@@ -58,12 +59,13 @@ class HFCLIPConfig:
   """Sizes of a CLIP, from config.json.
 
   Attributes:
-    text: causal transformer over the caption.
-    image: transformer over patches.
+    text: sizes of the causal transformer over the caption.
+    image: sizes of the transformer over patches.
     embed_dim: E.
     vocab_size: number of ids of the text tokenizer.
-    text_length: L, longest caption in tokens, start and end included.
-    eos_id: id at whose first position a caption is embedded; `OLD_EOS_ID`: at its largest id.
+    text_length: L, longest caption in tokens, including start and end.
+    eos_id: id of the end token. A caption is embedded at the first position of this id. If it is
+      `OLD_EOS_ID`, a caption is embedded at its largest id.
     resolution: S, after preprocessing.
     patch: side of a patch in pixels.
   """
@@ -79,9 +81,9 @@ class HFCLIPConfig:
 
 
 def read_config(folder: epath.PathLike) -> HFCLIPConfig:
-  """Reads config.json; raises UserError if it is absent, of another model or not supported."""
+  """Reads config.json; raises UserError if it is absent, for another model or not supported."""
   from huggingface_hub.errors import StrictDataclassError
-  import transformers  # Takes seconds.
+  import transformers  # Imported here, because this takes seconds.
 
   folder = epath.Path(folder)
   if not folder.is_dir():
@@ -92,7 +94,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   path = folder / CONFIG
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and "
+      f"{path} does not exist; the folder must hold a Hugging Face CLIP with {CONFIG} and "
       f"{WEIGHTS}."
     )
   stored = read_foreign_json(path, {})
@@ -131,7 +133,7 @@ def _encoder(config: Any, where: str) -> EncoderSizes:
 
 
 def layer_shapes(encoder: EncoderSizes) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a layer's tensors by their names in a checkpoint; matrices [out, in]."""
+  """Maps the name of each tensor of a layer to its shape. Matrices are [out, in]."""
   D, F = encoder.width, encoder.mlp_width
   matrices: dict[str, tuple[int, ...]]
   matrices = {f"self_attn.{name}_proj": (D, D) for name in ("q", "k", "v", "out")}
@@ -142,7 +144,7 @@ def layer_shapes(encoder: EncoderSizes) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shapes(config: HFCLIPConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all tensors of a checkpoint by their names."""
+  """Maps the name of each tensor of a checkpoint to its shape."""
   text, image, E = config.text.width, config.image.width, config.embed_dim
   positions = (config.resolution // config.patch) ** 2 + 1
   shapes = {
@@ -170,9 +172,10 @@ def tensor_shapes(config: HFCLIPConfig) -> dict[str, tuple[int, ...]]:
 def stack_layers(
   tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype: npt.DTypeLike
 ) -> dict:
-  """Makes parameters of the tensors of a checkpoint, with the layers of each side stacked.
+  """Converts the tensors of a checkpoint to parameters, with the layers of each side stacked.
 
-  Names stay; layers become `{side}.layers`. Norms are fp32, other tensors `dtype`.
+  Tensors keep their names, but layers become `{side}.layers`. Norms are fp32, and other tensors
+  have the dtype `dtype`.
   """
 
   def cast(name: str) -> np.ndarray:
@@ -190,10 +193,10 @@ def stack_layers(
 
 
 def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.ndarray]:
-  """Reads model.safetensors, or the files of its index.
+  """Reads model.safetensors, or the files that its index names.
 
   Raises:
-    UserError: a file is absent or damaged, or a tensor is absent, not finite, or of another shape.
+    UserError: a file is absent or damaged, or a tensor is absent, not finite or of another shape.
   """
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists():
@@ -216,12 +219,12 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   for name, shape in tensor_shapes(config).items():
     if name not in tensors:
       raise UserError(
-        f"{folder / WEIGHTS} has no tensor '{name}'; it must hold a CLIPModel, text and vision."
+        f"{folder / WEIGHTS} has no tensor '{name}'; it must hold a CLIPModel with text and vision."
       )
     if tensors[name].shape != shape:
       raise UserError(
         f"{folder / WEIGHTS}: tensor '{name}' is {list(tensors[name].shape)}; "
-        f"by {folder / CONFIG} it must be {list(shape)}."
+        f"{folder / CONFIG} requires {list(shape)}."
       )
   if bad := not_finite({name: tensors[name] for name in tensor_shapes(config)}):
     raise UserError(f"{folder / WEIGHTS}: tensor '{bad}' has values that are not finite.")
@@ -229,7 +232,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
 
 
 def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, Any]:
-  """Reads the tokenizer and the image processor of a checkpoint; needs no torch.
+  """Reads the tokenizer and the image processor of a checkpoint, without torch.
 
   Raises:
     UserError: their files are absent or damaged, or do not fit `config`.
@@ -248,7 +251,7 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     pil = transformers.CLIPImageProcessorPil
     processor = pil.from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # `tokenizers` raises nothing more precise.
+  except Exception as error:  # `tokenizers` raises no more specific error.
     raise UserError(
       f"{folder}: its tokenizer or image processor cannot be read ({error}); download them again."
     ) from error
@@ -260,14 +263,14 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
     )
   if config.eos_id not in (OLD_EOS_ID, tokenizer.eos_token_id):
     raise UserError(
-      f"{folder}: its tokenizer's end is {tokenizer.eos_token_id}; config.json's eos_token_id = "
-      f"{config.eos_id} must be equal."
+      f"{folder}: the end token of its tokenizer is {tokenizer.eos_token_id}; it must be "
+      f"config.json's eos_token_id = {config.eos_id}."
     )
   S, shape = config.resolution, preprocess(processor, np.zeros((1, 8, 8, 3), np.uint8)).shape
   if shape != (1, 3, S, S):
     raise UserError(
-      f"{folder}: its image processor makes images {list(shape[1:])}; by config.json's image_size "
-      f"they must be {[3, S, S]}."
+      f"{folder}: its image processor makes images {list(shape[1:])}; config.json's image_size "
+      f"requires {[3, S, S]}."
     )
   return tokenizer, processor
 
@@ -276,6 +279,6 @@ def preprocess(
   processor: Callable[..., Mapping[str, Any]], images: UInt8[np.ndarray, "B H W 3"]
 ) -> Float32[np.ndarray, "B 3 S S"]:
   """Scales, crops and normalizes images with the image processor of a checkpoint."""
-  # Without input_data_format, an image of height 3 counts as one with its channels first.
+  # Without input_data_format, an image of height 3 is read as an image with its channels first.
   batch = processor(list(images), return_tensors="np", input_data_format="channels_last")
   return np.asarray(batch["pixel_values"], np.float32)

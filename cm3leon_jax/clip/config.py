@@ -12,49 +12,50 @@ HEAD_DIM = 64  # Width of an attention head.
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class CLIPConfig:
-  """Both encoders of CLIP and their training.
+  """Settings of both encoders of CLIP and of their training.
 
-  The defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224. It trains
-  on one host; a published CLIP (`retrieval.clip`) needs no training.
+  The defaults are ViT-B/32 and its recipe, but images have 256 pixels a side instead of 224. CLIP
+  trains on one host. A published CLIP (`retrieval.clip`) needs no training.
   """
 
   resolution: PositiveInt = 256
   """Side of the images in pixels; a multiple of `patch`."""
   image_encoder: Literal["vit", "conv"] = "vit"
-  """Image encoder: a vision transformer, or a residual network of three widths (`image_width` /
-  4, / 2, / 1) that learns more from few images and little time."""
+  """Image encoder. `vit` is a vision transformer. `conv` is a residual network with three widths
+  (`image_width` / 4, / 2 and / 1), which learns more from few images in little time."""
   patch: PositiveInt = 32
-  """Side in pixels of the squares that the image encoder reads."""
+  """Side of a patch in pixels."""
   image_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 768
-  """Width of the image encoder (its last stage)."""
+  """Width of the image encoder. For `conv`, it is the width of the last stage."""
   image_layers: PositiveInt = 12
-  """Number of transformer layers, or of residual blocks per stage after the first."""
+  """Number of transformer layers. For `conv`, residual blocks in each stage after the first."""
   text_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 512
   """Width of the text transformer."""
   text_layers: PositiveInt = 12
   """Number of layers of the text transformer."""
   text_length: PositiveInt = 77
-  """Longest caption in tokens; longer captions are cut."""
+  """Longest caption in tokens. Longer captions are truncated."""
   embed_dim: PositiveInt = 512
   """Width E of the embeddings."""
   steps: PositiveInt = 400_000
   """Number of training steps."""
   batch_size: Annotated[int, Field(ge=2)] = 32_768
-  """Pairs per step; the other pairs of the batch are the negatives of a pair."""
+  """Pairs per step. The other pairs of the batch are the negatives of a pair."""
   learning_rate: PositiveFloat = 5e-4
-  """Learning rate at the end of the warm-up; from there a cosine to 0."""
+  """Learning rate at the end of the warm-up. Afterwards it decays to 0 along a cosine."""
   warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
   """Share of the steps with a linear warm-up."""
   weight_decay: NonNegativeFloat = 0.2
-  """AdamW's weight decay, on matrices only."""
+  """Weight decay of AdamW. It applies only to matrices."""
   text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of the caption's tokens that training leaves out."""
+  """Share of caption tokens that training drops."""
   shift: Annotated[float, Field(ge=0, lt=1)] = 0.1
   """Largest random shift of a training image, as a share of its side."""
   color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Largest random change of a training image's distance from white, per channel."""
+  """Training multiplies the distance of an image from white by a random factor per channel, from
+  1 - `color_jitter` to 1 + `color_jitter`."""
   checkpoint_every: PositiveInt = 1_000
-  """Number of steps between two states that a killed run continues from."""
+  """Number of steps between two checkpoints, from which a killed run continues."""
 
   def __post_init__(self) -> None:
     if self.resolution % self.patch:

@@ -1,4 +1,4 @@
-"""Hugging Face CLIP checkpoints, such as ViT-B/32 and ViT-L/14, with the results of CLIPModel."""
+"""Runs Hugging Face CLIPs such as ViT-B/32 and ViT-L/14 in JAX, with the results of CLIPModel."""
 
 # B batch, L length, D width, F feed-forward, N heads, E embedding, H height, W width, h and w of
 # the grid of patches, S side of the images in pixels, K layers.
@@ -43,7 +43,6 @@ def _norm(x: Float[Array, "*B D"], params: dict, name: str, epsilon: float) -> F
 
 
 def _linear(x: Float[Array, "B L I"], params: dict, name: str) -> Float[Array, "B L O"]:
-  """Applies a linear layer: [B, L, in] -> [B, L, out]."""
   return jnp.einsum("BLI,OI->BLO", x, params[f"{name}.weight"]) + params[f"{name}.bias"][None, None]
 
 
@@ -57,7 +56,7 @@ def run_layers(
   def layer(x: Float[Array, "B L D"], params: dict) -> tuple[Float[Array, "B L D"], None]:
     y = _norm(x, params, "layer_norm1", encoder.epsilon)
     qkv = (_linear(y, params, f"self_attn.{name}_proj").reshape(heads) for name in "qkv")
-    # The softmax is in fp32.
+    # This function computes the softmax in fp32.
     y = jax.nn.dot_product_attention(*qkv, is_causal=causal).reshape(B, L, D)
     x = x + _linear(y, params, "self_attn.out_proj")
     y = _linear(_norm(x, params, "layer_norm2", encoder.epsilon), params, "mlp.fc1")
@@ -67,7 +66,7 @@ def run_layers(
 
 
 def _project(x: Float[Array, "B D"], weight: Float[Array, "E D"]) -> Float32[Array, "B E"]:
-  """Projects [B, D] to [B, E] fp32 of norm 1."""
+  """Projects features to embeddings of norm 1."""
   return normalize(jnp.einsum("BD,ED->BE", x, weight, preferred_element_type=jnp.float32))
 
 
@@ -75,7 +74,7 @@ def _project(x: Float[Array, "B D"], weight: Float[Array, "E D"]) -> Float32[Arr
 def embed_tokens(
   config: HFCLIPConfig, params: dict, tokens: Int32[Array, "B L"]
 ) -> Float32[Array, "B E"]:
-  """Embeds captions with start and end, with norm 1; tokens after the end do not matter."""
+  """Embeds captions with start and end tokens, with norm 1. Ignores tokens after the end."""
   with jax.default_matmul_precision("highest"):
     positions = params["text_model.embeddings.position_embedding.weight"][None, : tokens.shape[1]]
     x = params["text_model.embeddings.token_embedding.weight"][tokens] + positions
@@ -109,7 +108,8 @@ def embed_pixels(
 class HFCLIP:
   """A Hugging Face CLIP with the methods of `model.CLIP`.
 
-  Every device has all parameters and embeds its rows of a batch. All batches have one shape.
+  The parameters are replicated on all devices, and each device embeds its share of a batch. All
+  batches have the same shape.
   """
 
   resolution = None  # Images may have any size: preprocessing scales and crops them.
@@ -122,9 +122,9 @@ class HFCLIP:
     processor: Callable[..., Mapping[str, Any]],
     devices: Sequence[jax.Device] | None = None,
   ):
-    """Puts `params`, see `stack_layers`, on `devices`, by default all of this host.
+    """Puts `params` (see `stack_layers`) on `devices`, by default on all devices of this host.
 
-    The tokenizer and the image processor are those of `read_processing`.
+    `read_processing` returns the tokenizer and the image processor.
     """
     devices = list(devices or jax.local_devices())
     self.mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
@@ -139,7 +139,11 @@ class HFCLIP:
     dtype: str = "bfloat16",
     devices: Sequence[jax.Device] | None = None,
   ) -> "HFCLIP":
-    """Reads a checkpoint that computes in `dtype`, of `DTYPES`; raises UserError if it is wrong."""
+    """Reads a checkpoint, to compute in `dtype` (see `DTYPES`).
+
+    Raises:
+      UserError: a file of the checkpoint is absent or wrong.
+    """
     if dtype not in DTYPES:
       raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
     config = read_config(folder)
@@ -148,18 +152,21 @@ class HFCLIP:
     return cls(config, params, tokenizer, processor, devices)
 
   def in_batches(self, size: int) -> "HFCLIP":
-    """Returns this model with batches of `size` rows, if fewer, rounded up for its devices."""
+    """Returns this model with batches of at most `size` rows.
+
+    The number of rows is rounded up to a multiple of the number of devices.
+    """
     found, devices = copy.copy(self), self.mesh.size
     found.batch_size = min(-(-size // devices) * devices, self.batch_size)
     return found
 
   def encode(self, caption: str) -> Int32[np.ndarray, " L"]:
-    """Encodes a caption, without start and end."""
+    """Encodes a caption to ids, without start and end tokens."""
     encoding = self.tokenizer(caption, add_special_tokens=False, verbose=False)
     return np.array(encoding["input_ids"], np.int32)
 
   def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
-    """Makes rows of start, as many ids of a caption as fit, end, padding."""
+    """Makes rows of a start token, caption ids (truncated to fit), an end token and padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)
@@ -173,7 +180,7 @@ class HFCLIP:
     return self._batched(embed_tokens, self.pad_texts(texts), lambda rows: rows)
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
-    """Embeds images, uint8 [B, H, W, 3] of any size, with norm 1; raises UserError at others."""
+    """Embeds images of any size, uint8 [B, H, W, 3], with norm 1; raises UserError for others."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
       raise UserError(
@@ -184,7 +191,7 @@ class HFCLIP:
   def _batched(
     self, embed: Callable[..., Array], rows: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray]
   ) -> np.ndarray:
-    """Embeds `prepare(rows)` in batches of one shape, the last padded with zeros."""
+    """Embeds `prepare(rows)` in batches of one shape, and pads the last batch with zeros."""
     size, sharding = self.batch_size, NamedSharding(self.mesh, P("data"))
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)
     for start in range(0, len(rows), size):

@@ -1,7 +1,7 @@
 """CLIP: embeds images and captions in one space (Radford et al. 2021, arXiv 2103.00020)."""
 
-# B batch, L length, D width, E embedding, H height, W width, C channels, h and w of the grid of
-# patches.
+# B batch, L length, D width, E width of embeddings, H height, W width, C channels, h and w height
+# and width of the grid of patches.
 
 from collections.abc import Callable, Sequence
 import copy
@@ -30,7 +30,7 @@ CONFIG = "config.json"
 
 
 class TransformerLayer(nnx.Module):
-  """Pre-norm transformer layer; every position attends to all positions of `mask`."""
+  """Pre-norm transformer layer. Every position attends to all positions where `mask` is True."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -71,7 +71,7 @@ def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w {
 
 
 class ConvEncoder(nnx.Module):
-  """Embeds patches, halves the grid twice, each time with residual blocks, and averages it."""
+  """Embeds patches, halves their grid twice, each time before residual blocks, and averages it."""
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     widths = (config.image_width // 4, config.image_width // 2, config.image_width)
@@ -133,7 +133,7 @@ class TextEncoder(nnx.Module):
     self.norm = nnx.LayerNorm(config.text_width, rngs=rngs)
 
   def __call__(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B D"]:
-    """Encodes captions with `<pad>` after their tokens."""
+    """Encodes captions that are padded with `<pad>` after their tokens."""
     mask = tokens != VocabLayout.pad
     x = self.embed[...][tokens] + self.positions[...][None, : tokens.shape[1]]
     for block in self.blocks:
@@ -195,7 +195,7 @@ def to_float(
 
 
 def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
-  """Cuts captions to `length` tokens or pads them; raises UserError at one without tokens."""
+  """Truncates or pads captions to `length` tokens; raises UserError if a caption is empty."""
   tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
   for row, ids in zip(tokens, texts):
     if not len(ids):
@@ -219,10 +219,10 @@ def _embed_texts(
 
 
 class CLIP:
-  """A trained CLIP. It embeds batches of one shape: a row does not depend on other rows.
+  """Trained CLIP. All batches have one shape, so that no embedding depends on the other rows.
 
   Attributes:
-    batch_size: rows of a batch; the last one is padded.
+    batch_size: rows of a batch. The last batch is padded.
   """
 
   batch_size = EMBED_BATCH
@@ -234,9 +234,9 @@ class CLIP:
     params: dict,
     encode: Callable[[str], np.ndarray] | None = None,
   ):
-    """Takes a model and `encode`, which converts a caption to the int32 ids of its tokenizer.
+    """Creates a CLIP from parameters; `encode` converts a caption to int32 ids of its tokenizer.
 
-    `encode` may be None if all callers have ids.
+    `encode` may be None if no caller encodes captions.
     """
     self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
 
@@ -246,7 +246,7 @@ class CLIP:
     return self.config.resolution
 
   def in_batches(self, size: int) -> "CLIP":
-    """Returns this model with batches of at most `size` rows, for callers that have few rows."""
+    """Returns this model with batches of at most `size` rows, for callers with few rows."""
     found = copy.copy(self)
     found.batch_size = min(size, self.batch_size)
     return found
@@ -263,7 +263,7 @@ class CLIP:
   def load(
     cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
   ) -> "CLIP":
-    """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
+    """Reads the files of `save`; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
@@ -273,7 +273,7 @@ class CLIP:
     return cls(config, text_size, params, encode)
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
-    """Embeds images, uint8 [B, H, W, 3], with norm 1; raises UserError at others."""
+    """Embeds images, uint8 [B, H, W, 3], with norm 1; raises UserError if the shape is wrong."""
     images, side = np.asarray(images), self.config.resolution
     if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
       raise UserError(
@@ -283,7 +283,7 @@ class CLIP:
     return self._batched(_embed_images, images)
 
   def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
-    """Embeds captions, given as ids, with norm 1; raises UserError at one without ids."""
+    """Embeds captions, given as ids, with norm 1; raises UserError if a caption has no ids."""
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
   def _batched(self, embed: Callable[..., Array], rows: np.ndarray) -> np.ndarray:
@@ -313,10 +313,8 @@ def clip_score(
 ) -> Float32[np.ndarray, " B"]:
   """Computes the cosine similarity of each image and its caption.
 
-  Args:
-    clip: the model.
-    images: images of the size that `clip` takes.
-    texts: ids of one caption per image, see `clip.encode`.
+  Images have the size that `clip` requires. `texts` are ids of one caption per image, see
+  `clip.encode`.
   """
   if len(images) != len(texts):
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Config section of the measures of held-out documents."""
+"""Config section for measurements on held-out documents."""
 
 from typing import Annotated
 
@@ -10,17 +10,18 @@ from cm3leon_jax.config import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-  """What `cm3leon evaluate` measures on held-out documents, after training."""
+  """Settings of `cm3leon evaluate`, which measures a trained model on held-out documents."""
 
   num_documents: Annotated[int, Field(ge=2)] = 200
-  """Number of held-out pairs to score, chosen by the seed; all pairs if there are fewer."""
+  """Number of held-out pairs to score, chosen by the seed. If there are fewer, all are scored."""
   batch_size: PositiveInt = 8
-  """Rows scored at once; a multiple of the parts into which the mesh splits a batch."""
+  """Rows in a batch for scoring; a multiple of mesh.data x mesh.fsdp x mesh.fsdp_inner."""
   num_resamples: Annotated[int, Field(ge=100)] = 10_000
-  """Number of bootstrap resamples of the concepts, for the intervals."""
+  """Number of bootstrap resamples for the intervals. Resamples draw whole concepts."""
   scenes: NonNegativeInt = 0
-  """Held-out captions of `raw.source` = "scenes" to generate images for and judge; 0: none."""
+  """Number of held-out captions for which images are generated and judged, if `raw.source` is
+  "scenes". 0 judges no images."""
   scene_guidance: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1.0,)
-  """Guidance weights at which each of these captions gets an image."""
+  """Guidance weights. For each of these captions, one image is generated per weight."""
   scene_neighbors: NonNegativeInt = 0
   """Number of retrieved documents before each of these captions."""

@@ -1,9 +1,9 @@
-"""Writes images in the folders that the scripts of GenEval and GenEval 2 read.
+"""Writes images in the folder layout that the scripts of GenEval and GenEval 2 read.
 
 GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): evaluate_images.py reads
 NNNNN/metadata.jsonl and NNNNN/samples/*.png of every prompt. GenEval 2 (Kamath et al. 2025,
-github.com/facebookresearch/GenEval2): evaluation.py reads a JSON object of one image for each
-prompt, `--image_filepath_data`.
+github.com/facebookresearch/GenEval2): evaluation.py reads a JSON object that maps each prompt to
+one image (flag `--image_filepath_data`).
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,20 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
   """Reads GenEval's evaluation_metadata.jsonl, or GenEval 2's geneval2_data.jsonl.
 
   Args:
-    path: of a file with a JSON object in each line, with a `prompt`; empty lines are ignored.
+    path: file with one JSON object per line. Each object has a field `prompt`. Empty lines are
+      skipped.
 
   Returns:
     The objects, with all their fields.
 
   Raises:
-    UserError: naming file and line.
+    UserError: the file is absent or empty, or a line is wrong. The message names the line.
   """
   path = epath.Path(path)
   if not path.exists():
     raise UserError(
       f"--prompts names {path}, which does not exist: give GenEval's evaluation_metadata.jsonl, or "
-      "a file like it."
+      "a file in the same format."
     )
   prompts = []
   for where, fields in json_lines(*open_filesystem(path), []):
@@ -53,17 +54,15 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
       raise UserError(f"{where} must be a JSON object with a text in its field 'prompt'.")
     prompts.append(fields)
   if not prompts:
-    raise UserError(f"--prompts names {path}, which has no line: give one JSON object per line.")
+    raise UserError(f"--prompts names {path}, which is empty: give one JSON object per line.")
   return prompts
 
 
 def prompt_tasks(prompts: Sequence[dict], settings: Settings, where: str) -> list[TextToImage]:
-  """Returns the task of each prompt: `sampling`, `evaluation.scene_neighbors` and seed of the run.
+  """Makes a text-to-image task for each prompt of `read_prompts`.
 
-  Args:
-    prompts: result of `read_prompts`.
-    settings: of the run; each next prompt adds 1 to its seed.
-    where: name of the file, for messages.
+  Each task retrieves `evaluation.scene_neighbors` documents. Prompt i uses the seed
+  `settings.seed` + i. Messages use `where` as the name of the prompt file.
   """
   return [
     TextToImage(
@@ -85,18 +84,14 @@ def export(
   metadata: Sequence[dict],
   num_samples: int,
 ) -> None:
-  """Generates samples, and writes the folder of an export.
+  """Generates samples and writes them in the folder layout of GenEval.
 
-    00000/metadata.jsonl        what GenEval checks of the first prompt
-    00000/samples/0000.png      its first sample
+    00000/metadata.jsonl        what GenEval checks in images of the first prompt
+    00000/samples/0000.png      first sample of the first prompt
     image_paths.json            {prompt: file of its first sample}, for GenEval 2
 
-  Args:
-    pipeline: of the run.
-    folder: gets the files; images are written batch by batch.
-    tasks: one for each prompt, numbered by `row`.
-    metadata: one object for each prompt.
-    num_samples: of each prompt.
+  The field `row` of a task is the number of its folder. `metadata` has one object per task. Each
+  task gets `num_samples` samples. Images are written batch by batch.
 
   Raises:
     UserError: a prompt is too long, or the bank is empty.

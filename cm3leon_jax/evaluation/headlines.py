@@ -1,4 +1,4 @@
-"""The main figures of a run, and those that every run with retrieval has."""
+"""Defines the main figures of a run, and lists the figures of every run with retrieval."""
 
 import dataclasses
 
@@ -10,9 +10,10 @@ class Headline:
   Attributes:
     title: what is measured, with its unit.
     path: dotted path of the figure in the summary.
-    better: relation of a good figure to the target, ">=", "<=", ">" or "<"; "" without a target.
+    better: a good figure is ">=", "<=", ">" or "<" the target. "" if there is no target.
     target: a number, or the dotted path of a number in the summary.
-    note: what the target is. A figure with an interval gets the note that all of it counts.
+    note: what the target is, e.g. "chance". The report writes "whole interval" if the note is ""
+      and the whole interval of the figure must meet the target.
   """
 
   title: str

@@ -1,4 +1,4 @@
-"""Computes means of dependent samples with 95% intervals that resample groups of samples."""
+"""Computes means of dependent samples, with 95% intervals that resample whole groups."""
 
 # n samples, G groups.
 
@@ -20,27 +20,30 @@ def mean_interval(
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Computes sum(sums) / sum(weights) and a bootstrap interval over whole groups.
+  """Computes sum(sums) / sum(weights), with a bootstrap interval that resamples whole groups.
 
     sums = [2, 4, 9], weights = [1, 1, 1], groups = ["fox", "fox", "cat"]
     result = {"mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": 1.8}
 
-  Samples of one group (a concept, or the samples of a prompt) resemble each other, so a resample
-  takes G groups with replacement, each with all of its samples. A percentile interval over few
-  groups is too narrow, so its level is raised: the expanded percentile interval of Hesterberg,
-  "What Teachers Should Know About the Bootstrap" (2015), at the effective number of groups (Kish),
-  sum(w)^2 / sum(w^2) for the weights w of the groups. It is G if all groups weigh the same.
+  Samples of one group (a concept, or the samples of a prompt) resemble each other. Therefore a
+  resample draws G groups with replacement and takes all samples of each drawn group.
+
+  A percentile interval over few groups is too narrow. Therefore its level is raised (expanded
+  percentile interval: Hesterberg, "What Teachers Should Know About the Bootstrap", 2015). The level
+  depends on Kish's effective number of groups, sum(w)^2 / sum(w^2), where w are the weights of the
+  groups. This number is G if all groups have the same weight.
 
   Args:
-    sums: [n] numbers, or paired differences of two such numbers.
-    weights: [n] positive; the number of tokens in a sum over tokens, ones for a plain mean.
-    groups: [n] names, or ids in an integer array; samples of equal ones belong together.
-    num_resamples: bootstrap resamples.
-    seed: of the bootstrap.
+    sums: [n] a number for each sample, or the paired difference of two numbers.
+    weights: [n] positive. Use token counts if `sums` are sums over tokens, and ones for a plain
+      mean.
+    groups: [n] the group of each sample, as a name or an integer id.
+    num_resamples: number of bootstrap resamples.
+    seed: seed of the bootstrap.
 
   Returns:
-    {"mean", "low", "high", "groups", "effective_groups"}; `low` and `high` are None for one group,
-    which says nothing about others.
+    {"mean", "low", "high", "groups", "effective_groups"}. `low` and `high` are None if there is one
+    group, because one group does not show how much groups vary.
   """
   _, places = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.bincount(places, np.asarray(sums, np.float64))
@@ -69,7 +72,7 @@ def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray 
 
 
 def percentile_level(n: float) -> float:
-  """Returns the level at which a percentile interval of `n` > 1 groups equals a t interval.
+  """Returns the level at which a percentile interval of `n` > 1 groups is as wide as a t interval.
 
   percentile_level(6) = 0.995, percentile_level(100) = 0.954, percentile_level(1e6) = 0.95
   """
@@ -78,7 +81,7 @@ def percentile_level(n: float) -> float:
 
 
 def describe_groups(interval: dict, noun: str = "concept") -> str:
-  """States how many groups a `mean_interval` rests on; `noun` names one.
+  """Formats the number of groups of a `mean_interval`; `noun` is the singular name of a group.
 
   describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
   """

@@ -1,4 +1,4 @@
-"""Chooses held-out documents whose facts are known, equally many of each kind."""
+"""Chooses held-out documents with known facts, in equal numbers from each kind."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,18 +13,18 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
-  """Chooses documents, equally many of each category and kind of held-out, if there are enough.
+  """Chooses documents in turn from all pairs of a category and a kind of held-out document.
 
   Args:
-    facts: field `facts` of every held-out document; {} without facts.
-    count: number of documents.
-    seed: of the choice.
+    facts: field `facts` of every held-out document; {} if the facts are unknown.
+    count: number of documents to choose.
+    seed: seed of the choice.
 
   Returns:
-    `count` indices into `facts`; any first ones are spread in the same way.
+    `count` indices into `facts`. Every prefix of them is spread over the pairs in the same way.
 
   Raises:
-    UserError: fewer documents have facts.
+    UserError: fewer than `count` documents have facts.
   """
   rng = np.random.default_rng([seed, len(facts)])
   groups: dict[tuple[str, str], list[int]] = {}
@@ -34,8 +34,8 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
   available = sum(map(len, groups.values()))
   if available < count:
     raise UserError(
-      f"{count} held-out scenes are to be chosen, and {available} held-out documents have facts: "
-      "lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
+      f"cannot choose {count} held-out scenes, because only {available} held-out documents have "
+      "facts: lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
     )
   ordered = [groups[key] for key in sorted(groups)]
   rounds = [[group[i] for group in ordered if i < len(group)] for i in range(count)]
@@ -45,14 +45,11 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
 def heldout_captions(
   pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
 ) -> list[HeldoutCaption]:
-  """Returns tasks of held-out captions that have facts, guidance weight after guidance weight.
+  """Makes tasks of held-out captions with facts: all captions at the first weight, then the next.
 
-  `evaluation.scenes` captions are chosen by the seed (`choose`), all if it is 0.
-
-  Args:
-    pipeline: of the run; the evaluation, sampling and seed of its settings are used.
-    workdir: of the run; its document stores and neighbors are read.
-    weights: of guidance; equal ones count once.
+  `evaluation.scenes` captions are chosen by the seed (see `choose`). 0 takes all captions. The
+  document stores and neighbors of `workdir` are read. `weights` are guidance weights; duplicates
+  are ignored.
 
   Raises:
     UserError: too few held-out documents have facts.

@@ -1,7 +1,7 @@
-"""What is asked of a world: what it draws, how it judges, and what reports say of it.
+"""Defines the interface of a world: its records, its judge, and its part of the reports.
 
-`worlds.MODULES` names the worlds. All else of the package asks them through `World`, so another
-world is a folder of its own and a row of that table.
+`worlds.MODULES` names the worlds. The rest of the package uses them only through `World`. To add a
+world, add a folder with its code and a row to that table.
 """
 
 # n images or records, H height, W width.
@@ -30,18 +30,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """An answer to a record.
+  """Judged answer of a model to an instruction record.
 
   Attributes:
-    record: what was asked.
-    prompt: as the model was asked.
-    given: the given image, [H, W, 3] uint8, or None.
+    record: the instruction record.
+    prompt: text that the model received.
+    given: image that the model received, [H, W, 3] uint8, or None.
     answer: text, or image [H, W, 3] uint8.
-    right: whether it is wholly right.
-    reason: what is wrong; "" if nothing is.
-    kept: of an edit or a completed image, whether all that had to stay did; None elsewhere.
-    true: of an image, the right one, [H, W, 3] uint8; None for a text.
-    score: mean log-probability of its tokens, in nats.
+    right: whether the whole answer is right.
+    reason: what is wrong; "" if the answer is right.
+    kept: whether everything that had to stay is unchanged, if the answer is an edited or completed
+      image; None for other answers.
+    true: right image, [H, W, 3] uint8, if the answer is an image; None if it is a text.
+    score: mean log-probability of the tokens of the answer, in nats.
   """
 
   record: Record
@@ -57,12 +58,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedSamples:
-  """Images for held-out captions, judged.
+  """Results of judging images for held-out captions.
 
   Attributes:
-    overview: their main shares, for the numbers of the stage and for `World.headlines`. "best" and
-      "bundled" are shown by the report.
-    text: all shares, to be printed.
+    overview: main shares of right images. The stage records them, and `World.headlines` reads them.
+      The report shows "best" and "bundled".
+    text: all shares, formatted for printing.
   """
 
   overview: dict[str, Any]
@@ -70,12 +71,12 @@ class JudgedSamples:
 
 
 class World(Protocol):
-  """A world: records to train on, a judge of what a model makes of them, and words for reports.
+  """Source of records that also judges generated samples and describes them in reports.
 
   Attributes:
-    name: in `worlds.MODULES`; also of the files and numbers of its evaluation.
-    caption: an example.
-    bundled: name of the installed model that knows the world.
+    name: key in `worlds.MODULES`. Files and numbers of its evaluation have this name, too.
+    caption: example of a caption.
+    bundled: name of the model in the package that was trained on this world.
   """
 
   name: str
@@ -84,38 +85,35 @@ class World(Protocol):
 
   @property
   def kinds(self) -> Mapping[str, Sequence[str]]:
-    """Kinds of tasks -> names of the tasks over whose grades a mean is taken."""
+    """Maps each kind of task to the names of the tasks whose grades are averaged."""
 
   @property
   def sheet_size(self) -> int:
-    """Largest number of captions on the sheet of an evaluation."""
+    """Largest number of captions on the sample sheet of an evaluation."""
 
   @property
   def measures(self) -> Sequence[str]:
     """Columns of the tables of an evaluation, see `rows`."""
 
   def check_installed(self) -> None:
-    """Raises UserError if the packages that draw the world are absent."""
+    """Raises UserError if the packages that draw the world are not installed."""
 
   def source(self, settings: Settings) -> DrawnSource:
     """Returns the source of records."""
 
   def tasks(self, settings: Settings) -> DrawnTasks:
-    """Returns the tasks of instruction tuning."""
+    """Returns the instruction tasks that the world draws."""
 
   def judge_images(
     self, images: np.ndarray, facts: Sequence[dict], settings: Settings
   ) -> list[bool]:
     """Returns whether each image shows exactly what its caption says.
 
-    Args:
-      images: [n, H, W, 3] uint8.
-      facts: field `facts` of n documents.
-      settings: of the run.
+    `images` are [n, H, W, 3] uint8. `facts` are the fields `facts` of n documents.
     """
 
   def judge_answer_texts(self, records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
-    """Judges a text as the answer to each record."""
+    """Judges one text per record as the answer to it."""
 
   def judge_answer_images(
     self,
@@ -123,12 +121,12 @@ class World(Protocol):
     images: Sequence[np.ndarray] | np.ndarray,
     settings: Settings,
   ) -> list[Answer]:
-    """Judges an image, [H, W, 3] uint8, as the answer to each record."""
+    """Judges one image per record, [H, W, 3] uint8, as the answer to it."""
 
   def guesses(self, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Answers questions without a look at image or question: title -> an answer to each record.
+    """Guesses answers without reading image or question: title -> one answer per record.
 
-    {} if the records, all of one task, are no questions.
+    All records belong to one task. Returns {} if they are not questions.
     """
 
   def evaluate(
@@ -139,60 +137,59 @@ class World(Protocol):
     folder: epath.PathLike,
     bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
   ) -> JudgedSamples:
-    """Generates an image for each task and judges it; writes NAME.json and NAME.png, a sheet.
+    """Generates and judges an image for each task; writes NAME.json and the sample sheet NAME.png.
 
-    Args:
-      pipeline: of the run.
-      tasks: result of `strata.heldout_captions`.
-      workdir: of the run, whose training documents are read.
-      folder: gets the files. NAME.json has "tables", see `rows`, by their titles: one for each
-        guidance weight, and "reconstructions".
-      bundled: generates an image for each caption of the sheet, with the bundled model.
+    The field "tables" of NAME.json maps titles to tables (see `rows`). There is one table for each
+    guidance weight, and the table "reconstructions". `tasks` is the result of
+    `strata.heldout_captions`. The training documents in `workdir` are read, too. `bundled`
+    generates images for the captions of the sheet with the bundled model.
     """
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:
-    """Returns what GenEval checks of an image for a held-out caption."""
+    """Returns GenEval's metadata for a held-out caption: what GenEval checks in its image."""
 
   def about(self, settings: Settings) -> dict[str, Any]:
-    """Returns numbers of the world that a model of these settings was trained on."""
+    """Returns numbers that describe the world under these settings, e.g. the number of scenes."""
 
   def headlines(self, summary: dict[str, Any]) -> tuple[Headline, ...]:
-    """Returns the headlines of a run whose samples or answers were judged; () if none were.
+    """Returns the headlines of a run, or () if none of its samples or answers were judged.
 
-    Args:
-      summary: result of `reports.summary.collect`.
+    `summary` is the result of `reports.summary.collect`.
     """
 
   def rows(self, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the rows of a table with their labels: "images", a number, and the `measures`."""
+    """Returns (label, row) for each row of a table; a row has a count "images" and `measures`."""
 
 
 def find(name: str) -> World:
-  """Returns the world of a name in `worlds.MODULES`."""
+  """Returns the world that has this name in `worlds.MODULES`."""
   world: World = importlib.import_module(worlds.MODULES[name]).WORLD
   return world
 
 
 def of_source(settings: Settings) -> World | None:
-  """Returns the world that a config takes its records from, or None."""
+  """Returns the world that `raw.source` names, or None if `raw.source` is another source."""
   return find(settings.raw.source) if settings.raw.source in worlds.MODULES else None
 
 
 def of_facts(settings: Settings) -> World:
-  """Returns the world that judges records with facts: that of the config's source, or the first.
+  """Returns the world that judges records with facts: the world of `raw.source`, or the first one.
 
-  Records of other sources may have facts, too, in the form of the first world
+  Records of other sources may also have facts. They use the format of the first world
   (docs/data_formats.md).
   """
   return of_source(settings) or find(next(iter(worlds.MODULES)))
 
 
 def of_answers(task: InstructionTask) -> World | None:
-  """Returns the world that judges answers to a task exactly: it draws them, and holds some out."""
+  """Returns the world that judges answers to a task, or None if there is none.
+
+  A world judges a task if it draws the records of the task and the task has held-out records.
+  """
   name = worlds.world_of_format(task.format)
   return find(name) if name and task.heldout else None
 
 
 def drawn_tasks(settings: Settings) -> dict[str, DrawnTasks]:
-  """Returns the tasks of all worlds by their names, as `data.instructions.sources` takes them."""
+  """Maps the name of each world to its tasks, for `data.instructions.sources`."""
   return {name: find(name).tasks(settings) for name in worlds.MODULES}

@@ -1,4 +1,4 @@
-"""Rewards: scores of generated images, which `cm3leon reinforce` raises."""
+"""Computes rewards: scores of generated images, which `cm3leon reinforce` increases."""
 
 # B samples.
 
@@ -15,7 +15,7 @@ from cm3leon_jax.evaluation.world import World, of_answers
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.settings import Settings
 
-# (what was asked, samples) -> scores; higher is better.
+# (records, samples) -> scores. Higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]
 
 
@@ -24,8 +24,8 @@ def judged(
 ) -> Float32[np.ndarray, " B"]:
   """Returns 1 for each image that is wholly right, and 0 for the others.
 
-  A share of facts can be raised by doing nothing: an image returned unchanged keeps all that an
-  edit must not touch.
+  The reward is not a share of facts, because a policy can raise such a share by doing nothing: an
+  unchanged image keeps everything that an edit must not change.
   """
   images = np.stack([sample.segments[0] for sample in samples])
   answers = world.judge_answer_images(records, images, settings)
@@ -33,16 +33,16 @@ def judged(
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
-  """Returns the cosines of images and captions.
+  """Returns the CLIP cosines of images and their captions.
 
   Raises:
-    UserError: a sample has none: its prompt is more than a caption.
+    UserError: a sample has no CLIP score, because its prompt is more than a caption.
   """
   for record, sample in zip(records, samples, strict=True):
     if sample.clip_score is None:
       raise UserError(
-        f"config.reinforce.reward is 'clip', and CLIP cannot score {record.key}: it scores tasks "
-        "whose prompt is a caption alone."
+        f"config.reinforce.reward is 'clip', but CLIP cannot score {record.key}: it scores only "
+        "tasks whose prompt is just a caption."
       )
   return np.array([sample.clip_score for sample in samples], np.float32)
 
@@ -51,7 +51,7 @@ def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
   """Returns the reward of a config, see `ReinforceConfig.reward`, for tasks of one world.
 
   Raises:
-    UserError: it cannot score a task.
+    UserError: the reward cannot score a task.
   """
   if settings.reinforce.reward == "clip":
     return clip_scores
@@ -59,8 +59,8 @@ def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
   for task in tasks:
     if (world := of_answers(task)) is None:
       raise UserError(
-        f"config.reinforce.reward is 'judge', and task {task.name} has the format {task.format}: "
-        "only tasks over scenes are judged; 'clip' scores images for captions."
+        f"config.reinforce.reward is 'judge', but task {task.name} has the format {task.format}: "
+        "only tasks over scenes can be judged; 'clip' scores images for captions."
       )
     judges.append(world)
   return functools.partial(judged, world=judges[0], settings=settings)

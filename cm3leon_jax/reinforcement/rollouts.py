@@ -1,4 +1,4 @@
-"""The objective of `cm3leon reinforce`: samples of the policy itself, and their rewards."""
+"""Defines the objective of `cm3leon reinforce`: rewards of samples that the policy draws."""
 
 # N prompts, G samples of each, B = N x G, I codes of an image.
 
@@ -31,7 +31,7 @@ from cm3leon_jax.training.step.state import TrainState
 
 
 class Prompt(NamedTuple):
-  """A record that the policy is asked for."""
+  """Task and record for which the policy draws images."""
 
   task: InstructionTask
   record: Record
@@ -49,22 +49,18 @@ def image_tasks(settings: Settings) -> list[InstructionTask]:
 
 
 def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
-  """Reads the first records of the tasks of `config.reinforce`, in turns.
+  """Reads the first records of the tasks of `config.reinforce`, alternating between the tasks.
 
-  Records that are too long for the model are left out.
-
-  Args:
-    settings: of the run.
-    layout: of the run.
-    split: "train" or "heldout".
-    count: largest number of prompts.
+  Records that are too long for the model are left out. `split` is "train" or "heldout". `count` is
+  the largest number of prompts.
 
   Raises:
-    UserError: a task has no records that fit, or its target is no image; see also `image_tasks`.
+    UserError: a task has no records that fit, or its target is not an image; see also
+      `image_tasks`.
   """
   tasks = image_tasks(settings)
   each = -(-count // len(tasks))
-  # What is encoded may be limited; these are only read.
+  # `max_records` limits the records that are encoded. These records are only read.
   config, columns = dataclasses.replace(settings.instructions, max_records=0), []
   for task in tasks:
     if split == "heldout":
@@ -72,8 +68,8 @@ def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: in
     opened = sources.open_task(task, split, config, drawn_tasks(settings))
     records = list(itertools.islice(opened, each))
     if not records or task.target not in records[0].images:
-      reason = "its target is no image" if records else f"it has no records of the split {split}"
-      raise UserError(f"config.reinforce.tasks names '{task.name}', and {reason}.")
+      reason = "its target is not an image" if records else f"it has no records of split {split}"
+      raise UserError(f"config.reinforce.tasks names '{task.name}', but {reason}.")
     prompts = [Prompt(task, record) for record in records]
     columns.append([prompt for prompt in prompts if _fits(prompt, layout)])
     if not columns[-1]:
@@ -93,18 +89,18 @@ def _fits(prompt: Prompt, layout: PromptLayout) -> bool:
 def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
   """Returns the mean share of differing codes between two samples of a prompt.
 
-  codes [[[1 2] [1 3] [1 2]]]: pairs differ in 1/2, 0 and 1/2 of the codes, 1/3 in the mean
+  codes [[[1 2] [1 3] [1 2]]]: pairs differ in 1/2, 0 and 1/2 of the codes, so the mean is 1/3
   """
   pairs = list(itertools.combinations(range(codes.shape[1]), 2))
   return float(np.mean([codes[:, a] != codes[:, b] for a, b in pairs]))
 
 
 class Rollouts:
-  """Samples of the policy as the objective of a run, see `training.objective.Objective`.
+  """Objective of a run that trains on samples of the policy, see `training.objective.Objective`.
 
-  A step draws samples of its prompts from the parameters of the state, scores them, and takes one
-  `grpo.policy_step`. Which prompts and seeds it draws depends on the number of the step alone, so
-  a continued run draws the same.
+  A step samples images for its prompts with the current parameters, scores the samples, and takes
+  one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a run that
+  continues uses the same ones.
   """
 
   names = ()
@@ -117,14 +113,14 @@ class Rollouts:
     reward: Reward,
     reference: dict,
   ):
-    """Makes the objective.
+    """Creates the objective.
 
     Args:
-      settings: of the run.
-      prompts: that the steps go through, again and again.
-      pipeline_of: parameters -> the pipeline that samples from them.
+      settings: settings of the run.
+      prompts: prompts of the steps, in this order. After the last prompt, the first one follows.
+      pipeline_of: parameters -> a pipeline that samples with them.
       reward: scores samples.
-      reference: parameters that the policy stays close to, on the current mesh.
+      reference: parameters that the policy must stay close to, on the current mesh.
 
     Raises:
       UserError: `train.global_batch_size` or its accumulation does not fit.
@@ -141,12 +137,12 @@ class Rollouts:
 
   @property
   def length(self) -> int:
-    """Tokens of an image, which is all that a sample learns from."""
+    """Number of tokens of an image. Only these tokens have a loss."""
     return self.settings.vqgan.image_tokens
 
   @property
   def sampling(self) -> SamplingConfig:
-    """How samples to learn from are drawn: from the whole distribution."""
+    """Sampling settings for training, which draw from the whole distribution."""
     return dataclasses.replace(
       self.settings.sampling,
       method="top_p",
@@ -157,7 +153,7 @@ class Rollouts:
 
   def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
     """Returns `take_step(state, numbers)`, and the numbers of the prompts of each step."""
-    del steps, sharding  # Those of cross-entropy.
+    del steps, sharding  # Only the cross-entropy objective uses them.
     settings = self.settings
     update = grpo.compile_step(
       settings.model,
@@ -177,19 +173,18 @@ class Rollouts:
     return take_step, (range(n, n + each) for n in itertools.count(first, each))
 
   def explain(self, rows: range) -> str:
-    """Names the prompts of steps that were skipped, see `training.objective.Objective`."""
+    """Names the prompts of the skipped steps; see `training.objective.Objective`."""
     group = self.settings.reinforce.samples
     return f"their samples are of the prompts {rows[0] // group} to {rows[-1] // group} of the run"
 
   def draw(self, params: dict, numbers: Sequence[int]) -> tuple[grpo.Rollout, dict[str, float]]:
-    """Draws and scores samples to learn from.
+    """Draws and scores samples for a training step.
 
-    Args:
-      params: of the policy.
-      numbers: of the prompts, from 0 on over the whole run.
+    `numbers` are the numbers of the prompts, counted from 0 over the whole run.
 
     Returns:
-      The rollout, and reward, reward_std (in a group, mean) and spread.
+      The rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the mean over prompts of
+      the standard deviation over the samples of a prompt.
     """
     prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
@@ -204,10 +199,11 @@ class Rollouts:
     }
 
   def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
-    """Scores samples of prompts as a user draws them, by `config.sampling`.
+    """Scores samples that are drawn with `config.sampling`, as a user draws them.
 
     Returns:
-      For each task, and for "all": reward, spread, and the mean reward of each prompt, `by_prompt`.
+      For "all" prompts and for each task: reward, spread, and `by_prompt`, the mean reward of each
+      prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)
@@ -226,7 +222,7 @@ class Rollouts:
   def _sample(
     self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: SamplingConfig
   ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
-    """Draws `reinforce.samples` samples of each prompt; the seed depends on the prompt's number."""
+    """Draws `reinforce.samples` samples per prompt, with a seed from the number of the prompt."""
     pipeline, base = self._pipeline_of(params), self.settings.seed * 1_000_003
     tasks = [
       prompt_of(prompt.task, prompt.record, seed=(base + number) % 2**32, sampling=sampling)
@@ -238,7 +234,7 @@ class Rollouts:
     return samples, requests, pipeline
 
   def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-    """Scores samples, [N, G] fp32."""
+    """Scores samples; returns [N, G] fp32."""
     records = [prompt.record for prompt, group in zip(prompts, samples) for _ in group]
     rewards = self.reward(records, list(itertools.chain(*samples)))
     return rewards.reshape(len(samples), -1)
@@ -253,21 +249,16 @@ def _rollout(
 ) -> grpo.Rollout:
   """Makes the arrays of a step.
 
-  Streams of weight 0 are left out; requests with fewer streams than others get some again.
-
-  Args:
-    pipeline: whose layout the requests have.
-    requests: N.
-    codes: that were sampled.
-    values: [N, G] advantages.
-    sampling: that the samples were drawn by.
+  Streams of weight 0 are left out. Requests with fewer streams than others repeat some streams,
+  with weight 0. `values` are the advantages, [N, G]. `sampling` has the settings that the samples
+  were drawn with.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
   image_tokens, rows, guidance = codes.shape[-1], [], []
   weights = [r.guidance_weights(sampling, image_tokens)[:-1] for r in requests]
   streams = max(int(w.any(0).sum()) for w in weights)
   for request, group, weight in zip(requests, codes, weights):
-    order = np.argsort(~weight.any(0), kind="stable")  # Those that count come first.
+    order = np.argsort(~weight.any(0), kind="stable")  # Puts streams with a nonzero weight first.
     order = np.resize(order, streams)
     repeated = np.arange(streams) >= weight.shape[1]
     for sampled in group:

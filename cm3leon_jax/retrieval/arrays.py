@@ -1,9 +1,10 @@
-"""Arrays on disk that grow by rows and that many processes write: zarr3, local or in a bucket.
+"""Stores arrays of rows as zarr3 files, local or in a GCS bucket, that many processes can write.
 
-Every chunk has a checksum, and a chunk that is missing is an error: TensorStore would read zeros.
+Every chunk has a checksum. A missing chunk is an error, although TensorStore by default reads it as
+zeros.
 """
 
-# n rows, m of them.
+# n rows of an array, m rows that are written.
 
 from collections.abc import Iterable
 import hashlib
@@ -20,21 +21,21 @@ from cm3leon_jax.runs import stages, table
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"
-FILE_BYTES = 16 * 2**20  # Size of a file, a zarr shard.
-READ_BYTES = 16 * 2**10  # Size of a chunk in a file; reading a row reads a chunk.
-DIGEST_BYTES = 2**28  # Of the rows that are digested at a time.
+FILE_BYTES = 16 * 2**20  # Size of a file, which is a zarr shard.
+READ_BYTES = 16 * 2**10  # Size of a chunk in a file. Reading a row reads a chunk.
+DIGEST_BYTES = 2**28  # Size of the rows that are digested at a time.
 
 
 class ArrayStore:
-  """Rows of one shape and dtype; `len`, slices and index arrays read committed rows.
+  """Array of rows on disk. `len`, slices and index arrays read only committed rows.
 
-  Processes on any machines may write disjoint rows. index.json has the number of committed rows:
-  rows of a killed writer are never read. It also has digests of the array's metadata and, where
-  `commit` was asked for it, of all rows.
+  Processes on any hosts may write disjoint rows. index.json has the number of committed rows, so
+  rows of a killed writer are never read. It also has a digest of the metadata of the array. If
+  `commit` was called with `digest`, it also has a digest of all rows.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens a store; raises UserError if it is absent, damaged or of another schema version."""
+    """Opens a store; raises UserError if it is absent, damaged or has another schema version."""
     self.path = epath.Path(path)
     stages.check_files(self.path / INDEX)
     index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
@@ -45,9 +46,7 @@ class ArrayStore:
       )
     self._rows, self._digest = index["rows"], index.get("digest")
     if "metadata" in index and index["metadata"] != _digest_of_metadata(self.path):
-      raise UserError(
-        f"{self.path / METADATA} has another content than when it was written: {self._again()}."
-      )
+      raise UserError(f"{self.path / METADATA} was changed after it was written: {self._again()}.")
     try:
       self._array = ts.open(_spec(self.path), open=True).result()
     except ValueError as error:
@@ -62,7 +61,7 @@ class ArrayStore:
   def create(
     cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike
   ) -> "ArrayStore":
-    """Creates an empty store; deletes an existing one."""
+    """Creates an empty store and deletes an existing one."""
     path, row_bytes = epath.Path(path), int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     path.mkdir(parents=True, exist_ok=True)
     (path / INDEX).unlink(missing_ok=True)
@@ -78,10 +77,10 @@ class ArrayStore:
   def prepare(
     cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int
   ) -> bool:
-    """Makes room for `rows` rows; keeps the rows of an existing store of this shape and dtype.
+    """Resizes a store to `rows` rows. Keeps existing rows if their shape and dtype are the same.
 
     Returns:
-      Whether there was such a store. If not, all rows must be written.
+      Whether existing rows were kept. If not, all rows must be written.
     """
     path = epath.Path(path)
     found = cls(path) if (path / INDEX).exists() else None
@@ -106,7 +105,7 @@ class ArrayStore:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
     Raises:
-      UserError: a row is lost or damaged; names the file.
+      UserError: a row is lost or damaged. The message names the store and the first such rows.
     """
     if isinstance(rows, slice):
       rows = slice(*rows.indices(self._rows))
@@ -116,7 +115,7 @@ class ArrayStore:
         raise IndexError(f"rows [{rows.min()}, {rows.max()}] of {self._rows} in {self.path}")
     try:
       return self._array[rows].read().result()
-    except ValueError as error:  # Of TensorStore, at a chunk that is missing or damaged.
+    except ValueError as error:  # TensorStore raises it if a chunk is missing or damaged.
       reason = str(error).splitlines()[0].partition(" [")[0]
       raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
 
@@ -124,11 +123,11 @@ class ArrayStore:
     """Reads all rows and compares them with their digest, if they have one.
 
     Raises:
-      UserError: a row is lost or damaged, or rows are those of another array.
+      UserError: a row is lost or damaged, or the rows belong to another array.
     """
     rows = self[:]
     if self._digest and _digest_of([rows]) != self._digest:
-      raise UserError(f"{self.path} has other rows than were written: {self._again()}.")
+      raise UserError(f"{self.path} was changed after its rows were written: {self._again()}.")
     return rows
 
   def _first_damaged(self) -> str:
@@ -148,7 +147,7 @@ class ArrayStore:
     return stages.again(stage, f"the folder {self.path}")
 
   def write(self, start: int, rows: np.ndarray) -> None:
-    """Writes rows [m, ...] at `start`, cast to the dtype of the store; `prepare` makes room."""
+    """Writes rows [m, ...] at `start`, cast to the dtype of the store. Call `prepare` first."""
     rows = np.asarray(rows)
     if rows.shape[1:] != self.shape[1:]:
       raise UserError(
@@ -158,13 +157,13 @@ class ArrayStore:
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
 
   def commit(self, digest: bool = False) -> None:
-    """Commits all rows of the store, which must be written.
+    """Commits all rows of the store. All rows must have been written.
 
     Args:
       digest: whether to read all rows and to record their digest.
 
     Raises:
-      UserError: a row to digest was not written, or is damaged.
+      UserError: a row to digest was not written or is damaged.
     """
     self._rows = self._array.shape[0]
     index = {"schema_version": SCHEMA_VERSION, "rows": self._rows}
@@ -177,7 +176,7 @@ class ArrayStore:
     write_json(self.path / INDEX, index)
 
   def append(self, rows: np.ndarray) -> None:
-    """Adds and commits rows [m, ...] after the last one; for a single writer."""
+    """Appends and commits rows [m, ...]. Only one process may append."""
     start = self._rows
     self._array = self._array.resize(exclusive_max=[start + len(rows), *self.shape[1:]]).result()
     self.write(start, rows)
@@ -186,13 +185,13 @@ class ArrayStore:
 
 def _spec(path: epath.Path) -> dict:
   place = str(path) if "://" in str(path) else f"file://{path.resolve()}"
-  # A chunk of zeros is written, so that one that is missing is lost.
+  # Chunks of zeros are written, too, so that every missing chunk is an error.
   zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
   return {"driver": "zarr3", "kvstore": f"{place}/", **zeros}
 
 
 def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
-  """Returns the zarr metadata of files of chunks, both with checksums; shapes in rows."""
+  """Returns zarr metadata for files and chunks of the given shapes, with checksums."""
   checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
   sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
   return {
@@ -202,7 +201,7 @@ def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
 
 
 def _digest_of_metadata(path: epath.Path) -> str:
-  """Returns the SHA-256 of the zarr metadata without the number of rows, which writers change."""
+  """Returns the SHA-256 of the zarr metadata, without the number of rows, which writers change."""
   fields = read_json(path / METADATA)
   fields["shape"] = fields.get("shape", [])[1:]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

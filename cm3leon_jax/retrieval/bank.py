@@ -1,6 +1,7 @@
-"""Embeddings of the documents of a split on disk, written shard by shard and read by rows."""
+"""Writes embeddings of documents to disk, shard by shard, and reads them by rows."""
 
-# n documents, m of a shard, T tokens of a caption, E embedding with its lexical part.
+# n documents, m documents of a shard, T tokens of a caption, E width of embeddings with their
+# lexical part.
 
 from collections.abc import Callable
 import dataclasses
@@ -29,12 +30,15 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 EMBED_CHUNK = 512
-FOLDERS = {"train": "train", "bank": "train", "heldout": "heldout"}  # Split -> its arrays.
+FOLDERS = {"train": "train", "bank": "train", "heldout": "heldout"}  # Split -> folder of arrays.
 READ_THREADS = 8
 
 
 def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP | HFCLIP:
-  """Loads the Hugging Face CLIP in `folder`, or for "" that of the run; raises as their `load`."""
+  """Loads the Hugging Face CLIP in `folder`, or the CLIP of the run if `folder` is "".
+
+  For errors, see `HFCLIP.load` and `CLIP.load`.
+  """
   if folder:
     return HFCLIP.load(folder)
   workdir = epath.Path(workdir)
@@ -42,7 +46,7 @@ def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP 
 
 
 def embedding_width(folder: str, workdir: epath.PathLike) -> int:
-  """Returns the width of the CLIP that `load_clip` loads, from its config."""
+  """Reads the embedding width of the CLIP that `load_clip` loads from its config."""
   if folder:
     return checkpoint.read_config(folder).embed_dim
   stored = read_json(epath.Path(workdir) / "clip" / CONFIG, {"clip": dict})
@@ -50,13 +54,14 @@ def embedding_width(folder: str, workdir: epath.PathLike) -> int:
 
 
 class Embeddings:
-  """The pairs of one split, in the order of their document store.
+  """Embeddings of the pairs of one split, in the order of their document store.
 
-  Those of the split `train`, whose rows are the bank, are followed by those of the split `bank`.
+  The folder of the split `train` holds the whole bank: first the pairs of the split `train`, then
+  the pairs of the split `bank`.
 
   Attributes:
-    documents: [n, E] float16 of norm 1, normalized means of caption and image (CM3Leon, section
-      2.1).
+    documents: [n, E] float16 of norm 1: normalized means of caption and image embeddings (CM3Leon,
+      section 2.1).
     groups: [n] uint64, see `store.group_id`; equal for near duplicates.
     keys: [n] uint64, equal for the same document.
   """
@@ -74,17 +79,17 @@ class Embeddings:
 
   @functools.cached_property
   def queries(self) -> ArrayStore:
-    """[n, E] float16 of norm 1, captions, with query dropout in the split `train`."""
+    """Caption embeddings, [n, E] float16 of norm 1, with query dropout in the split `train`."""
     return ArrayStore(self._folder / "queries")
 
   @functools.cached_property
   def images(self) -> ArrayStore:
-    """[n, E] float16 of norm 1."""
+    """Image embeddings, [n, E] float16 of norm 1."""
     return ArrayStore(self._folder / "images")
 
   @property
   def first_bank(self) -> int:
-    """Row of the first document of the split `bank`, n if there is none."""
+    """Row of the first document of the split `bank`; n if the split is empty."""
     return read_json(self._folder / ROWS, {"first_bank": int})["first_bank"]
 
 
@@ -93,7 +98,7 @@ ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
 def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies what `Retriever` reads of the split `bank`; there is no index among it."""
+  """Copies the files of the split `bank` that `Retriever` reads, except search indices."""
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
   for name in ("documents", "groups", "keys"):
@@ -106,16 +111,13 @@ def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedJob:
-  """Embeds the pairs of raw shards; a job of `shards.run_shards`.
+  """Job of `shards.run_shards` that embeds the pairs of raw shards.
 
   Attributes:
-    raw: raw folder.
-    folder: gets {split}/ with the arrays of `Embeddings`.
-    load_clip: returns the CLIP.
-    dropout: share of the tokens of captions that queries of the split `train` leave out.
-    seed: of the dropout.
-    starts: split -> name of the shard -> first row of its pairs.
-    load_lexical: returns the lexical part.
+    folder: folder for {split}/ with the arrays of `Embeddings`.
+    dropout: share of caption tokens that are dropped from queries of the split `train`.
+    seed: seed of the dropout.
+    starts: split -> name of the shard -> row of its first pair.
   """
 
   raw: str
@@ -127,7 +129,7 @@ class EmbedJob:
   load_lexical: Callable[[], Lexical] = Lexical
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the CLIP and returns the function that embeds a shard by its name."""
+    """Loads the CLIP and returns a function that embeds the shard with a given name."""
     clip, lexical = self.load_clip(), self.load_lexical()
 
     def embed_shard(name: str) -> dict:
@@ -149,7 +151,7 @@ class EmbedJob:
 def embed_pairs(
   clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int, lexical: Lexical
 ) -> dict[str, np.ndarray]:
-  """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
+  """Computes the rows of m pairs for `Embeddings`, with embeddings in float32."""
   encode = clip.encode
   assert encode is not None
   chunks: dict[str, list[np.ndarray]]
@@ -178,7 +180,7 @@ def embed_pairs(
 
 
 def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Computes the normalized mean of captions and images, [m, E] each.
+  """Computes the normalized mean of caption and image embeddings, [m, E] each.
 
   text [1 0], image [0 1]: document [.7071 .7071]
   """
@@ -186,7 +188,10 @@ def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Drops each id, [T], with probability `share`, a function of (key, seed); keeps at least one."""
+  """Drops each of T ids with probability `share`, and keeps at least one.
+
+  The choice depends only on (key, seed).
+  """
   digest = hashlib.sha256(key.encode()).digest()
   rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
   order = rng.random(len(ids))
@@ -196,22 +201,22 @@ def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarra
 
 
 def drop_words(text: str, share: float, key: str, seed: int) -> str:
-  """Drops words between spaces as `drop_tokens` drops ids; for CLIP and the lexical part alike."""
+  """Drops words as `drop_tokens` drops ids, so that CLIP and the lexical part see the same text."""
   words = np.array(text.split(), object)
   return " ".join(drop_tokens(words, share, key, seed)) if len(words) else text
 
 
 def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
-  """Embeds the new raw shards of both splits; the arrays grow.
+  """Embeds new raw shards of all splits, and extends the arrays.
 
   Args:
-    job: source, CLIP and destination; its `starts` are replaced by those of the raw folder.
+    job: embeds a shard. Its `starts` are ignored and computed from the raw folder.
     width: E.
-    inputs: identity of the CLIP and of the words; another one embeds all shards again.
+    inputs: identity of the CLIP and of the words. If it changes, all shards are embedded again.
     runner: runs the shards.
 
   Returns:
-    The config of each shard, which changes with its embeddings.
+    The config of each shard, which changes if its embeddings change.
   """
   raw, folder = reader.shards(job.raw), epath.Path(job.folder)
   starts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
@@ -227,7 +232,8 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
   configs = {}
   for name, shard in raw.items():
-    # The first row of the split `bank` moves when `train` grows; it matters to its shards alone.
+    # The first row of the split `bank` depends on the size of `train`. Only shards with pairs of
+    # this split record it.
     splits = [split for split in SPLITS if split != "bank" or shard.get("bank_pairs")]
     first_rows = {split: starts[split][name] for split in splits}
     configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}
@@ -236,7 +242,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   if not kept:
     forget(done, configs)
   made = dict(run_shards(job, configs, done, runner, "embedding shards"))
-  digests = {name: made[name].get("digest") for name in configs}  # Of the rows as written.
+  digests = {name: made[name].get("digest") for name in configs}  # Digests of the written rows.
   for split in set(FOLDERS.values()):
     own = sum(shard.get(f"{split}_pairs", 0) for shard in raw.values())
     write_json(folder / split / ROWS, {"first_bank": own, "digests": digests})

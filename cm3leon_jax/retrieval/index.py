@@ -1,4 +1,4 @@
-"""Maximum-inner-product search, exact or with ScaNN."""
+"""Searches for maximum inner products, exactly or with ScaNN."""
 
 # n vectors in the index, q queries, m results of a search, E width of a vector, k best results.
 
@@ -23,31 +23,31 @@ from cm3leon_jax.runs import stages
 
 EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
-LARGE = 100_000  # Vectors from which an index spills vectors to a second leaf and has 8 bits.
+LARGE = 100_000  # Vectors from which `ScannIndex` uses two leaves per vector, and 8 bits.
 EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
-BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
+BLOCK = 65_536  # Vectors that a device multiplies with a batch of queries at a time.
 
 
 Found: TypeAlias = tuple[Float[Array, "q _"], Int32[Array, "q _"]]  # Scores and ids.
-ASSETS = "scann_assets.pbtxt"  # Of a ScaNN index, the list of its files.
+ASSETS = "scann_assets.pbtxt"  # File of a ScaNN index that lists its other files.
 
 
 class Index(Protocol):
-  """Interface of all searches."""
+  """Interface of all search indices."""
 
   backend: str
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k vectors of the largest inner products with each query, [q, E].
+    """Finds the k vectors with the largest inner products for each of the queries, [q, E].
 
     Returns:
-      ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
+      Ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
     """
     ...
 
 
 class ExactIndex:
-  """Exact search in JAX, in batches of queries of one shape, the vectors sharded over devices."""
+  """Exact search in JAX. Vectors are sharded over devices, and query batches have one shape."""
 
   backend = "exact"
 
@@ -57,7 +57,7 @@ class ExactIndex:
     devices: Sequence[jax.Device] | None = None,
     query_batch: int = QUERY_BATCH,
   ):
-    """Puts vectors [n, E] on `devices`, by default all; pads queries to `query_batch`."""
+    """Puts vectors [n, E] on `devices`, by default on all; pads queries to `query_batch`."""
     self._query_batch = query_batch
     devices = jax.devices() if devices is None else devices
     vectors = _matrix(vectors, "vectors")
@@ -71,14 +71,14 @@ class ExactIndex:
     self._top_k = functools.partial(_exact_top_k, mesh, self._count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`; equal scores are in the order of their ids."""
+    """See `Index.search`. Equal scores are ordered by id."""
     queries = _matrix(queries, "queries")
     kept = min(k, self._count)
     ids, scores = [np.zeros((0, kept), np.int32)], [np.zeros((0, kept), np.float32)]
     for start in range(0, len(queries), self._query_batch):
       batch = queries[start : start + self._query_batch]
       padded = np.pad(batch, ((0, self._query_batch - len(batch)), (0, 0)))
-      with jax.set_mesh(self._mesh):  # The caller may be on the decoder's mesh.
+      with jax.set_mesh(self._mesh):  # The caller may have set the mesh of the decoder.
         top_scores, top_ids = self._top_k(kept, self._vectors, padded)
       ids.append(np.asarray(top_ids)[: len(batch)])
       scores.append(np.asarray(top_scores)[: len(batch)])
@@ -93,7 +93,7 @@ def _exact_top_k(
   vectors: Float[Array, "blocks block E"],
   queries: Float[Array, "q E"],
 ) -> Found:
-  """Searches vectors [blocks, block, E], sharded by blocks, `count` of them without padding."""
+  """Searches vectors [blocks, block, E], sharded by blocks. Vectors after `count` are padding."""
   block = vectors.shape[1]
 
   def local(blocks: Float[Array, "b block E"], queries: Float[Array, "q E"]) -> Found:
@@ -116,19 +116,19 @@ def _exact_top_k(
 
 
 def top_k(first: Found, second: Found, k: int) -> Found:
-  """Returns the k best of two pairs of scores and ids, [q, m] each; ties keep their order."""
+  """Returns the k best of two results, each with scores and ids [q, m]; ties keep their order."""
   scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(first, second))
   best, places = jax.lax.top_k(scores, k)
   return best, jnp.take_along_axis(ids, places, 1)
 
 
 class ScannIndex:
-  """ScaNN (Guo et al. 2020): a tree of partitions, hashes in its leaves, and rescoring.
+  """Search with ScaNN (Guo et al. 2020): a tree of partitions, hashes in its leaves, and rescoring.
 
-  Of about sqrt(n) leaves a third is searched, but at most 64. The best max(256, 4k) candidates are
-  scored again with their vectors. From `LARGE` vectors on, every vector is in two leaves (SOAR, Sun
-  et al. 2023), the larger of 60 and a two-hundredth of the leaves are searched, and the best
-  max(128, 2k) candidates are scored again, in 8 bits.
+  The tree has about sqrt(n) leaves. A search visits a third of the leaves, at most 64, and rescores
+  the best max(256, 4k) candidates with their exact vectors. From `LARGE` vectors on, every vector
+  is in two leaves (SOAR, Sun et al. 2023). A search then visits max(60, leaves / 200) leaves, and
+  rescores the best max(128, 2k) candidates with vectors in 8 bits.
   """
 
   backend = "scann"
@@ -154,10 +154,10 @@ class ScannIndex:
     return cls(builder.reorder(min(256, n), quantize=n >= LARGE).build(), n)
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the index to `folder`, which may be in a bucket and may be moved."""
+    """Writes the index to `folder`, which may be in a GCS bucket and may be moved later."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as local:  # ScaNN writes to local disks only.
+    with tempfile.TemporaryDirectory() as local:  # ScaNN writes only to local disks.
       self._searcher.serialize(local, relative_path=True)
       for path in epath.Path(local).iterdir():
         path.copy(folder / path.name, overwrite=True)
@@ -179,7 +179,7 @@ class ScannIndex:
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
     n = self._count
-    # The call for a single query quantizes differently; this one also uses all cores.
+    # ScaNN's call for a single query quantizes differently. This call also uses all cores.
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
@@ -192,14 +192,14 @@ class ScannIndex:
 
 
 def _leaves(n: int) -> tuple[int, int]:
-  """Returns the number of leaves of a tree over n vectors, and of those to search."""
+  """Returns the number of leaves of a tree over n vectors, and the number of leaves to search."""
   leaves = max(1, round(n**0.5))
   most = max(60, leaves // 200) if n >= LARGE else 64
   return leaves, min(most, -(-leaves // 3))
 
 
 class BlockIndex:
-  """Searches a bank of any size block by block, with one index in memory, and merges by score."""
+  """Searches a bank of any size block by block. Only the index of one block is in memory."""
 
   def __init__(
     self,
@@ -210,15 +210,15 @@ class BlockIndex:
     first: int = 0,
     query_batch: int = QUERY_BATCH,
   ):
-    """Opens the search.
+    """Splits the bank into blocks.
 
     Args:
       documents: [n, E] of norm 1, an array or an `ArrayStore`.
       backend: "scann" or "exact", see `choose_backend`.
-      folder: folder of the ScaNN indices, unused by exact search.
-      rows: documents per ScaNN index; exact search takes at most `EXACT_ROWS`.
-      first: row of `documents` from which on they are searched; ids stay rows of `documents`.
-      query_batch: queries of a batch of exact search; the last one is padded.
+      folder: folder of the ScaNN indices. Exact search does not use it.
+      rows: number of documents in a block. Exact search uses at most `EXACT_ROWS`.
+      first: first row of `documents` to search. Ids are still rows of `documents`.
+      query_batch: number of queries in a batch of exact search. The last batch is padded.
     """
     self._query_batch = query_batch
     self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
@@ -232,7 +232,7 @@ class BlockIndex:
     ScannIndex.build(self._documents[start:stop]).save(self._block_folder(block))
 
   def has_block(self, name: str) -> bool:
-    """Returns whether the index of a block is there, by the block's number as text."""
+    """Returns whether the index of a block exists; `name` is the number of the block as text."""
     return (self._block_folder(int(name)) / ASSETS).exists()
 
   def _block_folder(self, block: int) -> epath.Path:
@@ -260,7 +260,7 @@ def merge(results: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
     merged  = [[4 8 7]], [[.9 .5 .2]]
 
   Args:
-    results: ids and scores [q, m] of each search; ids are rows of the bank, -1 for none.
+    results: ids and scores [q, m] of each search. Ids are rows of the bank; -1 means no result.
     k: number of results, at most the sum of all m.
   """
   ids, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*results))
@@ -269,7 +269,7 @@ def merge(results: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
 
 
 def choose_backend(count: int, backend: str = "auto") -> str:
-  """Chooses the search for `count` vectors; "auto" is ScaNN from 1,000 on, exact search below.
+  """Chooses the search backend for `count` vectors; "auto" is ScaNN from 1,000 vectors on.
 
   Raises:
     UserError: there are no vectors, or ScaNN is not installed.
@@ -292,7 +292,7 @@ def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
   ids = [[2 1] [3 9]], exact_ids = [[1 2] [3 4]]: 0.75
   """
   if ids.shape != exact_ids.shape:
-    raise ValueError(f"ids are {ids.shape}, the exact ones {exact_ids.shape}; both must be [q, k].")
+    raise ValueError(f"ids are {ids.shape}, the exact ids {exact_ids.shape}; both must be [q, k].")
   return float((exact_ids[:, :, None] == ids[:, None, :]).any(-1).mean())
 
 

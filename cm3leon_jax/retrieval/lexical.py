@@ -1,6 +1,6 @@
-"""Words of captions as vectors beside the embeddings of CLIP: hybrid search, dense and sparse."""
+"""Adds vectors of words to CLIP embeddings of captions, for hybrid search (dense and lexical)."""
 
-# m texts, E embedding of CLIP, X lexical part.
+# m texts, E width of CLIP embeddings, X width of the lexical part.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -24,12 +24,12 @@ from cm3leon_jax.runs import stages
 SCHEMA_VERSION = 1
 FILE = "words.json"
 WORD = re.compile(r"[^\W_]+")  # Letters and digits of any script.
-BUCKETS = 2**18  # Counts of words; words that share one also share their frequency.
+BUCKETS = 2**18  # Hash buckets for counts. Words in the same hash bucket share a frequency.
 CACHED_WORDS = 2**16
 
 
 def words(text: str) -> list[str]:
-  """Returns the distinct words of a text in lower case, sorted; one empty word if it has none.
+  """Returns the sorted distinct words of a text in lower case, or one empty word if it has none.
 
   words("A red bell, a RED key") = ["a", "bell", "key", "red"], words("?") = [""]
   """
@@ -38,16 +38,16 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(CACHED_WORDS)
 def bucket(word: str) -> int:
-  """Returns the bucket of a word, a hash in [0, `BUCKETS`)."""
+  """Returns the hash bucket of a word, in [0, `BUCKETS`)."""
   return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % BUCKETS
 
 
 @functools.lru_cache(CACHED_WORDS)
 def signs(word: str, width: int) -> np.ndarray:
-  """Returns the vector of a word, [X] int8 of -1 and 1, from a hash.
+  """Hashes a word to its vector, [X] int8 of -1 and 1.
 
-  Random signs keep inner products (Achlioptas 2003): the cosine of two words has mean 0 and
-  standard deviation 1 / sqrt(X).
+  Random signs preserve inner products (Achlioptas 2003): the cosine of two different words has mean
+  0 and standard deviation 1 / sqrt(X).
   """
   bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(-(-width // 8)), np.uint8)
   vector = np.unpackbits(bits)[:width].astype(np.int8) * 2 - 1
@@ -56,10 +56,10 @@ def signs(word: str, width: int) -> np.ndarray:
 
 
 def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
-  """Computes the weight of words that occur in `counts` of N documents, float64, all positive.
+  """Computes the weights of words that occur in `counts` of N documents, float64, all positive.
 
-  It is the inverse document frequency of BM25 (Robertson and Zaragoza 2009), with the 1 of
-  Lucene's form: ln(1 + (N - count + .5) / (count + .5)).
+  The weight is the inverse document frequency of BM25 (Robertson and Zaragoza 2009) in the form of
+  Lucene, which adds 1: ln(1 + (N - count + .5) / (count + .5)).
 
     N = 10, counts [0 1 10]: [3.0910 1.9924 .0465]
   """
@@ -68,10 +68,10 @@ def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lexical:
-  """Joins embeddings of words to those of CLIP; the default joins nothing.
+  """Appends word vectors (the lexical part) to CLIP embeddings. By default, appends nothing.
 
   Attributes:
-    weight: w in [0, 1), share of the lexical part in the cosine of a caption and a document.
+    weight: w in [0, 1), weight of the lexical part in the cosine of a caption and a document.
     width: X.
     idf: [BUCKETS] float64, see `inverse_frequencies`.
   """
@@ -81,9 +81,9 @@ class Lexical:
   idf: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
   def embed(self, texts: Sequence[str]) -> np.ndarray:
-    """Embeds the words of texts: [m, X] float32, the weighted sums of their `signs`, of norm 1.
+    """Embeds texts as normalized weighted sums of the `signs` of their words: [m, X] float32.
 
-    A word counts once however often the text has it. If the sum is 0, it is that of the empty word.
+    A word counts only once per text. If the sum is 0, the vector of the empty word replaces it.
     """
     rows = np.zeros((len(texts), self.width), np.float32)
     for row, text in zip(rows, texts):
@@ -95,19 +95,19 @@ class Lexical:
     return rows
 
   def join(self, embeddings: np.ndarray, texts: Sequence[str] | None = None) -> np.ndarray:
-    """Joins lexical parts to embeddings of norm 1, which keep norm 1; of weight 0 to none.
+    """Appends lexical parts to CLIP embeddings. The results have norm 1.
 
       captions and documents: [sqrt(1 - w) CLIP, sqrt(w) words]; images: [CLIP, 0]
 
-    The cosine of a caption and a document is then (1 - w) x CLIP's + w x that of their words; of an
-    image and any document, sqrt(1 - w) x CLIP's.
+    The cosine of a caption and a document is then (1 - w) x CLIP's cosine + w x the cosine of their
+    words. The cosine of an image and a document is sqrt(1 - w) x CLIP's cosine.
 
     Args:
-      embeddings: [m, E] of CLIP.
+      embeddings: [m, E] CLIP embeddings of norm 1.
       texts: m captions; None for images.
 
     Returns:
-      [m, E + X] float32, or `embeddings`.
+      [m, E + X] float32, or `embeddings` if the weight is 0.
     """
     if not self.weight:
       return embeddings
@@ -118,7 +118,7 @@ class Lexical:
 
 
 def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
-  """Opens the lexical part of the bank in `folder`.
+  """Loads the lexical part of the bank in `folder`.
 
   Raises:
     UserError: the bank was embedded with another weight or width.
@@ -133,7 +133,7 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
   if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
     raise UserError(
       f"{path} has {'; '.join(changed)}: set config.retrieval.lexical_weight and lexical_width to "
-      f"those of the bank, or delete {folder} and run `cm3leon build_neighbors`."
+      f"the values of the bank, or delete {folder} and run `cm3leon build_neighbors`."
     )
   counts = np.zeros(BUCKETS, np.int64)
   counts[[int(b) for b in stored["counts"]]] = list(stored["counts"].values())
@@ -142,7 +142,7 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
 
 @dataclasses.dataclass(frozen=True)
 class _CountJob:
-  """Counts the words of raw shards; a job of `shards.run_shards`."""
+  """Job of `shards.run_shards` that counts the words of raw shards."""
 
   raw: str
   folder: str
@@ -170,19 +170,19 @@ def _shard_path(folder: epath.PathLike, name: str) -> epath.Path:
 def count_words(
   raw: str, folder: epath.PathLike, weight: float, width: int, runner: Runner
 ) -> dict[str, str]:
-  """Counts, for `load`, the captions of the bank that have each word.
+  """Counts how many captions of the bank have each word, and writes the counts for `load`.
 
-  Counts of finished shards are kept. Those of added shards change the weights of all words.
+  Counts of finished shards are kept. Counts of added shards change the weights of all words.
 
   Args:
     raw: raw folder.
-    folder: of the bank; gets `FILE`, words/ with the counts of each shard, and done/words/.
-    weight: see `Lexical`; at 0 nothing is counted, and `FILE` is deleted.
+    folder: folder of the bank, for `FILE`, words/ (the counts of each shard) and done/words/.
+    weight: see `Lexical`. At 0, nothing is counted and `FILE` is deleted.
     width: X.
     runner: runs the shards.
 
   Returns:
-    The digest of `FILE` under "words", on which all embeddings depend; nothing at weight 0.
+    {"words": digest of `FILE`}, on which all embeddings depend; {} if the weight is 0.
   """
   folder = epath.Path(folder)
   if not weight:

@@ -1,6 +1,6 @@
-"""Neighbors of documents: selects them from the candidates of a search (CM3Leon, section 2.1)."""
+"""Selects neighbors of documents from the candidates of a search (CM3Leon, section 2.1)."""
 
-# q queries, n documents, E embedding, M candidates per side, C neighbors kept.
+# q queries, n documents, E width of embeddings, M candidates per side, C kept neighbors.
 
 import collections
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.retrieval.config import RetrievalConfig
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
-QUERY_SHARE = 20  # One pass over all indices searches for index_rows / QUERY_SHARE documents.
+QUERY_SHARE = 20  # A pass over all indices has index_rows / QUERY_SHARE documents as queries.
 SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at a time.
 
 
@@ -38,14 +38,15 @@ def select_neighbors(
   max_similarity: float,
   min_similarity: float = -1.0,
 ) -> tuple[list[int], collections.Counter[str]]:
-  """Keeps candidates of the sides in turn, best first, that no rule rejects.
+  """Takes candidates from the sides in turn, best first, and keeps those that no rule rejects.
 
     text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
-    result = [3 8]: 3 from the text side, then 8 from the image side, for 3 is kept and 9 is similar
+    result = [3 8]: 3 from the text side, then 8 from the image side, because 3 is already kept and
+    9 is too similar to 3
 
   Args:
-    sides: arrays of candidates, best first, one per side; negative ones are skipped.
-    vectors: [n, E] document embeddings of norm 1; candidates are rows of it.
+    sides: an array of candidates per side, best first. Negative candidates are skipped.
+    vectors: [n, E] document embeddings of norm 1. Candidates are rows of `vectors`.
     query: [E] embedding of norm 1.
     forbidden: returns whether a candidate is the query itself or in its group.
     kept_per_side: number of candidates to keep from each side.
@@ -53,7 +54,8 @@ def select_neighbors(
     min_similarity: smallest cosine to the query.
 
   Returns:
-    The kept candidates in the order of the turns, and a Counter of rejections by `REASONS`.
+    The kept candidates in the order in which they were kept, and a Counter of rejections by
+    `REASONS`.
   """
   kept: list[int] = []
   rejected: collections.Counter[str] = collections.Counter()
@@ -75,10 +77,10 @@ def select_neighbors(
 
 
 class Retriever:
-  """Searches the bank of a finished stage, for documents or for captions alone."""
+  """Searches the bank of a finished stage for neighbors of documents or of captions."""
 
   def __init__(self, folder: epath.PathLike, config: RetrievalConfig, **options: int):
-    """Opens the bank, with options of `BlockIndex`; raises UserError if there is none."""
+    """Opens the bank. `options` are for `BlockIndex`. Raises UserError if the bank is absent."""
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
     self.first = 0 if config.train_documents else self.bank.first_bank
@@ -107,15 +109,15 @@ class Retriever:
     """Selects the neighbors of q documents, see `select_neighbors`.
 
     Args:
-      sides: one [q, M] array of candidates per side, best first, padded with -1.
+      sides: an array of candidates [q, M] per side, best first, padded with -1.
       documents: [q, E] embeddings of norm 1.
-      keys: [q] uint64; a bank document with the same key is the query itself.
-      groups: [q] uint64; 0 is no group.
+      keys: [q] uint64. A bank document with the same key is the query itself.
+      groups: [q] uint64. 0 means that the document has no group.
       kept_per_side: number of candidates to keep from each side.
 
     Returns:
-      ids [q, C] int32 into the bank, padded with -1; their cosines to `documents`, [q, C] float32,
-      padded with 0; a Counter of rejections by `REASONS`.
+      Ids [q, C] int32 in the bank, padded with -1; their cosines to `documents`, [q, C] float32,
+      padded with 0; and a Counter of rejections by `REASONS`.
     """
     counts: collections.Counter[str] = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
@@ -145,14 +147,14 @@ class Retriever:
   def retrieve(
     self, queries: np.ndarray, count: int | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Selects neighbors for captions alone, as at inference, without images and groups.
+    """Selects neighbors for captions, as at inference, without images and groups.
 
     Args:
-      queries: [q, E] text embeddings of norm 1, joined by `lexical`.
-      count: C, at most `max_candidates`; default: as many as a training document has.
+      queries: [q, E] text embeddings of norm 1, with the lexical part.
+      count: C, at most `max_candidates`. Default: the number of neighbors of training documents.
 
     Returns:
-      ids [q, C] int32 into the bank, best first, padded with -1, and their cosines to the queries,
+      Ids [q, C] int32 in the bank, best first, padded with -1, and their cosines to the queries,
       [q, C] float32.
     """
     none, count = np.zeros(len(queries), np.uint64), count or 2 * self.config.kept_per_side
@@ -161,7 +163,7 @@ class Retriever:
 
 @dataclasses.dataclass(frozen=True)
 class _IndexJob:
-  """Builds the ScaNN index of a block of the bank; a job of `shards.run_shards`."""
+  """Job of `shards.run_shards` that builds the ScaNN indices of blocks of the bank."""
 
   folder: str
   config: RetrievalConfig
@@ -178,12 +180,9 @@ class _IndexJob:
 
 @dataclasses.dataclass(frozen=True)
 class _SearchJob:
-  """Finds the neighbors of blocks of documents; a job of `shards.run_shards`.
+  """Job of `shards.run_shards` that finds the neighbors of blocks of documents.
 
-  Attributes:
-    folder: of the stage.
-    config: rules.
-    blocks: name -> split, first row, end.
+  `blocks` maps the name of a block to its split, its first row and the row after its last.
   """
 
   folder: str
@@ -220,17 +219,11 @@ class _SearchJob:
 def build_neighbors(
   config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner
 ) -> dict:
-  """Runs the stage: embeds pairs, indexes the bank (`train` and `bank`), finds neighbors.
+  """Runs the stage: embeds pairs, indexes the bank (`train` and `bank`), and finds neighbors.
 
-  Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and
-  scores (`load_neighbors`). Finished work on the same pairs is kept.
-
-  Args:
-    config: rules.
-    job: see `bank.embed`.
-    width: of the CLIP.
-    inputs: identity of the CLIP.
-    runner: runs embedding, indexing and searching.
+  Writes {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores
+  (`load_neighbors`) into `job.folder`. Finished work on the same pairs is kept. `width` is the
+  embedding width of the CLIP. `inputs` is the identity of the CLIP.
 
   Returns:
     The numbers for the report.
@@ -275,7 +268,7 @@ def build_neighbors(
 def _search(
   config: RetrievalConfig, folder: str, split: str, count: int, depends: dict, runner: Runner
 ) -> dict:
-  """Finds and writes the neighbors of the `count` pairs of one split; returns its numbers."""
+  """Finds and writes the neighbors of the `count` pairs of a split; returns numbers for reports."""
   path = epath.Path(folder)
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
   kept, row = True, (2 * config.kept_per_side,)
@@ -306,7 +299,7 @@ def _search(
 
 
 def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
-  """Measures recall@k against exact search, on up to `most` queries of each side, and the mean."""
+  """Measures recall@k against exact search, with up to `most` queries per side, and the mean."""
   documents, first = retriever.bank.documents, retriever.first
   exact = index_lib.BlockIndex(documents, "exact", "", index_lib.EXACT_ROWS, first)
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
@@ -325,23 +318,24 @@ def load_neighbors(
   array: str = "ids",
   bank: int | None = None,
 ) -> np.ndarray:
-  """Reads the neighbors of a store: [n, C] int32 ids, or their similarities, float32.
+  """Reads the neighbors of all documents in a store: [n, C] int32 ids, or float32 similarities.
 
   Args:
     folder: folder of the stage.
     name: "train_pairs" or "heldout_pairs".
-    text_only: whether to read the neighbors by caption alone, which only held-out pairs have.
+    text_only: whether to read the neighbors that were found by caption only. Only held-out pairs
+      have them.
     array: "ids" or "scores".
-    bank: number of documents in the bank, for `check_ids`.
+    bank: number of documents in the bank, to check ids. None: ids are not checked.
 
   Raises:
-    UserError: the neighbors are absent or damaged, or an id is not of the bank.
+    UserError: the neighbors are absent or damaged, or an id is not in the bank.
   """
   path = epath.Path(folder) / name
   if not path.exists():
     raise UserError(f"{path} does not exist: run `cm3leon build_neighbors` first.")
   if text_only and not (path / "text_ids").exists():
-    raise UserError(f"{path} has no neighbors by caption alone; only held-out pairs have them.")
+    raise UserError(f"{path} has no neighbors by caption only; only held-out pairs have them.")
   store = ArrayStore(path / (f"text_{array}" if text_only else array))
   values = store.read_all()
   if bank is not None:
@@ -350,7 +344,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError, with the row, if an id of [n, C] is neither a row of the bank nor -1."""
+  """Raises UserError, with the row, if one of the ids [n, C] is neither in the bank nor -1."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])

@@ -1,4 +1,4 @@
-"""Checks the files of `cm3leon build_neighbors` against each other and the documents."""
+"""Checks that the files of `cm3leon build_neighbors` match each other and the documents."""
 
 from etils import epath
 import numpy as np
@@ -15,17 +15,14 @@ BLOCK = 2**16  # Rows that are read at a time.
 
 
 def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str, int]:
-  """Reads all arrays of a finished stage, and looks for ids that are not of the bank.
-
-  Args:
-    workdir: of the run, with its documents.
-    vocab: of the documents.
+  """Reads all arrays of a finished stage, and checks that all ids are in the bank.
 
   Returns:
-    Number of documents in the bank, of arrays, and of neighbors.
+    The numbers of documents in the bank, of arrays and of neighbors.
 
   Raises:
-    UserError: names the file, and the row where it is one.
+    UserError: a file is absent, damaged or wrong. The message names the file and, if possible, the
+      row.
   """
   folder, documents = epath.Path(workdir) / "neighbors", epath.Path(workdir) / "documents"
   stages.check_files(folder)
@@ -49,7 +46,7 @@ def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str,
 
 
 def _read(path: epath.Path, rows: int) -> ArrayStore:
-  """Reads every row of an array; raises UserError if one is damaged, or if there are not `rows`."""
+  """Reads every row of an array; raises UserError if a row is damaged or their number is wrong."""
   store = ArrayStore(path)
   if len(store) != rows:
     raise UserError(

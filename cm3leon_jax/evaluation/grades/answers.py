@@ -1,4 +1,4 @@
-"""Grades answers to held-out instructions, and baselines without a model, by a world's judge."""
+"""Grades a model's answers to held-out instructions, and baselines, with the judge of a world."""
 
 # n records, H height, W width.
 
@@ -21,7 +21,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 
 def heldout_records(task: InstructionTask, settings: Settings, count: int) -> list[Record]:
-  """Returns the first held-out records of a task."""
+  """Returns the first `count` held-out records of a task."""
   task = dataclasses.replace(task, heldout_records=count)
   drawn = drawn_tasks(settings)
   return list(sources.open_task(task, "heldout", settings.instructions, drawn))
@@ -34,7 +34,7 @@ def answer_all(
   records: Sequence[Record],
   retrieve: int = 0,
 ) -> list[Answer]:
-  """Generates and judges an answer to each record; the first has the seed of the settings."""
+  """Generates and judges one answer per record. Record i uses `pipeline.settings.seed` + i."""
   settings = pipeline.settings
   asked = [
     prompt_of(
@@ -67,11 +67,12 @@ def without_model(
   image_tokenizer: ImageTokenizer,
   settings: Settings,
 ) -> dict[str, list[Answer]]:
-  """Answers without a model: what any model has to beat, and what none can.
+  """Judges answers without a model: baselines that a model should beat, and an upper bound.
 
   Returns:
-    For questions the `guesses` of the world. For images "copy", the given image unchanged, if there
-    is one, and "tokenizer", the true image as the image tokenizer reconstructs it.
+    For questions: the `guesses` of the world. For images: "copy", the given image unchanged (if
+    there is one), and "tokenizer", the true image as the image tokenizer reconstructs it. No model
+    can beat "tokenizer".
   """
   if task.target in records[0].texts:
     guesses = world.guesses(records).items()
@@ -88,11 +89,11 @@ def without_model(
 
 
 def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes shares with 95% intervals over scenes.
+  """Computes the share of right answers, with a 95% interval over groups of records.
 
   Returns:
-    {"right": {share, low, high, groups, effective_groups}}, and of images with parts that had to
-    stay "kept".
+    {"answers": count, "right": {share, low, high, groups, effective_groups}}. "kept", in the form
+    of "right", is added for images in which parts had to stay unchanged.
   """
   options = (answers, num_resamples, seed)
   result = {"answers": len(answers), "right": _share([a.right for a in answers], *options)}
@@ -102,14 +103,17 @@ def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
 
 
 def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Averages a value of each answer: {share, low, high, groups, effective_groups}."""
+  """Averages one value per answer: {share, low, high, groups, effective_groups}."""
   groups = [answer.record.group for answer in answers]
   found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
   return {"share": found.pop("mean"), **found}
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes how many more answers to the same records are right: {share, low, high, ...}."""
+  """Computes how much larger the share of right answers is in `after`: {share, low, high, ...}.
+
+  Both sequences must answer the same records.
+  """
   values = [a.right - b.right for a, b in zip(after, before, strict=True)]
   return _share(values, after, num_resamples, seed)
 
@@ -117,15 +121,16 @@ def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, 
 def means(
   tables: dict[str, dict[str, dict]], kinds: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-  """Computes the means over kinds of tasks of which all were asked.
+  """Averages shares over the tasks of each kind. Kinds with a missing task are left out.
 
   Args:
     tables: name of a task -> title ("before", "after", "majority", ...) -> result of `summarize`.
     kinds: name of a kind, e.g. "edits" -> names of its tasks.
 
   Returns:
-    {"edits": {title: mean of the shares that are right}, "edits, kept": ...}, of the titles that
-    all tasks of the kind have; the second one of a kind whose answers have parts to keep.
+    {"edits": {title: mean share of right answers}, "edits, kept": {title: mean share of kept}}, for
+    the titles that all tasks of the kind have. "edits, kept" is present only if all tables have
+    "kept".
   """
   result = {}
   for kind, members in kinds.items():

@@ -1,4 +1,4 @@
-"""Writes graded answers: tables, a line for each answer, and examples with their images."""
+"""Writes graded answers: tables, one line per answer, and examples with their images."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -23,8 +23,8 @@ TITLES = (
   "any object",
   "copy",
   "tokenizer",
-)  # Of columns, in their order.
-EXAMPLES = 4  # Of each kind and task.
+)  # Titles of the columns, in the order of the tables.
+EXAMPLES = 4  # Number of examples per kind and task.
 
 
 def write(
@@ -33,17 +33,14 @@ def write(
   settings: Settings,
   kinds: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-  """Writes grades.json, answers.jsonl, and the images of the examples.
+  """Writes grades.json, answers.jsonl, and the images of the examples to `folder`.
 
-  Args:
-    folder: gets the files.
-    answers: name of a task -> title of a column -> answers to the same records.
-    settings: number of resamples, and seed.
-    kinds: kinds of tasks, see `answers.means`.
+  `answers` is name of a task -> title of a column -> answers to the same records. For `kinds`, see
+  `answers.means`.
 
   Returns:
-    {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain`, after over
-    before}, "means": result of `answers.means`}.
+    {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from "before"
+    to "after"}, "means": result of `answers.means`}.
   """
   folder, seed = epath.Path(folder), settings.seed
   resamples = settings.evaluation.num_resamples
@@ -69,10 +66,10 @@ def write(
 
 
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
-  """Chooses examples: by the seed, and the wrong ones that the model was surest of.
+  """Chooses random examples, and the wrong answers with the highest `score`.
 
   Returns:
-    (title, indices), of which no two are equal.
+    Pairs of a title and indices. No index occurs twice.
   """
   order = np.random.default_rng(seed).permutation(len(answers)).tolist()
   chosen = order[:EXAMPLES]
@@ -82,7 +79,7 @@ def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
 
 
 def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
-  """Returns the line of an answer; writes its images if it is an example."""
+  """Returns the line of an answer, and writes its images if it is a `shown` example."""
   is_text = isinstance(answer.answer, str)
   line: dict[str, Any] = {
     "task": task,
@@ -108,7 +105,7 @@ def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, sho
 
 
 def describe(result: dict) -> str:
-  """Writes the shares of all tasks as text."""
+  """Formats the shares of all tasks as text."""
   titles = [t for t in TITLES if any(t in table for table in result["tasks"].values())]
   lines = [f"{'':<16}" + "".join(f"{title:<24}" for title in titles).rstrip()]
   for task, table in result["tasks"].items():

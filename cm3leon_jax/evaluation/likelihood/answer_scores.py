@@ -1,4 +1,4 @@
-"""Scores given answers by the model: how likely each is in the place of a mask."""
+"""Scores given answers: computes how likely the model finds each answer in the place of a mask."""
 
 # Q questions, C answers to each, I codes of an image.
 
@@ -29,19 +29,20 @@ def score_answers(
   """Computes log p(answer, <eoss>) for each answer to each question.
 
     text = "Question: how many? Answer: <mask>.", answers = ["two", "two of them"]:
-    </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>, and the other
+    </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
+    and the same sample with the second answer
 
-  The end of an answer counts, so that one that begins like another is not favored.
+  <eoss> counts, so that an answer that is the beginning of another answer is not favored.
 
   Args:
-    pipeline: of the run.
-    params: of the decoder as it was trained, on the current mesh.
+    pipeline: pipeline of the run.
+    params: parameters of the decoder as it was trained, on the current mesh.
     texts: Q texts with one MASK each.
-    answers: of each question, C answers.
-    codes: [Q, I] of the image that follows each text.
+    answers: C answers to each question.
+    codes: [Q, I] codes of the image that follows each text.
 
   Returns:
-    Of each question [C] log-probabilities in nats.
+    For each question, [C] log-probabilities in nats.
 
   Raises:
     UserError: an answer is empty, or text and image do not fit the positions of the model.
@@ -68,7 +69,7 @@ def _sample(
   image: np.ndarray,
   text: str,
 ) -> np.ndarray:
-  """The document of a question with an answer, which is its masked span."""
+  """Makes the sample of a question in which the answer is the masked span."""
   if not len(hole):
     raise UserError(f"an answer to '{text.replace(MASK, '?')}' is empty: give at least one word.")
   words = np.concatenate([before, hole, after]).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Measures bits per image code and text token of held-out documents, by kind of neighbors."""
+"""Measures bits per image code and text token of held-out documents, with and without neighbors."""
 
 # T tokens, C stored candidates of a document, n documents.
 
@@ -26,11 +26,11 @@ from cm3leon_jax.vocab import VocabLayout
 
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")
-ROW_MULTIPLE = 64  # Rows are padded to a multiple of it, so that few shapes compile.
+ROW_MULTIPLE = 64  # Rows are padded to a multiple of this, so that few shapes are compiled.
 
 
 def check_batch(config: EvaluationConfig) -> None:
-  """Raises UserError if the current mesh cannot split the rows that are scored at once."""
+  """Raises UserError if the current mesh cannot split `config.batch_size` rows."""
   parts = batch_shards()
   if config.batch_size % parts:
     raise UserError(
@@ -57,12 +57,10 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
   """Computes the bits of every id under two unigram models, one of image codes and one of text.
 
-  Args:
-    store: of the training documents, whose token counts are read, not its documents.
-    vocab: VocabLayout.
+  `store` has the training documents. Only its token counts are read.
 
   Returns:
-    [vocab.size] float64; NaN at the special tokens, which neither model has.
+    [vocab.size] float64. NaN at the special tokens, which neither model has.
   """
   counts = store.token_counts
   text, image = slice(vocab.num_special, vocab.text_size), slice(vocab.text_size, vocab.size)
@@ -72,22 +70,23 @@ def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray
 
 
 def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-  """Gives each document another document, each once, of another concept.
+  """Assigns each document a partner of another concept; each document is a partner once.
 
     concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
 
-  Where one concept has more than half of the documents, some of its documents get one of the same
-  concept, but never themselves.
+  If one concept has more than half of the documents, some of its documents get a partner of the
+  same concept, but never themselves.
 
   Args:
-    concepts: [n] names, at least two different ones.
-    rng: chooses the order.
+    concepts: [n] name of the concept of each document, with at least two different names.
+    rng: random generator for the order of documents.
 
   Returns:
     [n] int64, a permutation.
   """
   _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
-  # Concepts in random order, each in one piece: as many places further there is another one.
+  # Documents in random order, grouped by concept. A shift by the size of the largest concept leads
+  # to another concept.
   order = np.lexsort((rng.permutation(len(places)), rng.permutation(len(sizes))[places]))
   result = np.empty(len(places), np.int64)
   result[order] = np.roll(order, sizes.max())
@@ -97,13 +96,10 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
 def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int) -> list[Document]:
   """Returns the first of `neighbors` that fit before `document` in a row of `length` slots.
 
-  Args:
-    document: Document.
-    neighbors: list of Document, the best first.
-    length: slots of a row; a sample of T tokens takes T - 1.
+  `neighbors` are sorted, best first. A sample of T tokens takes T - 1 slots.
 
   Raises:
-    UserError: the document does not fit alone.
+    UserError: the document does not fit even without neighbors.
   """
   left = length - _slots(document)
   if left < 0:
@@ -121,26 +117,22 @@ def fit_neighbors(document: Document, neighbors: Iterable[Document], length: int
 
 
 def _slots(document: Document) -> int:
-  """Counts the tokens of a document with the <break> or </s> after each segment."""
+  """Counts the tokens of a document, including the <break> or </s> after each segment."""
   return sum(len(s.tokens) + 1 for s in document.segments)
 
 
 def own_targets(
   sample: np.ndarray, document: Document, vocab: VocabLayout
 ) -> dict[str, np.ndarray]:
-  """Marks the targets of a joined sample that are the document's own image codes and text tokens.
+  """Marks the targets of a joined sample that are image codes or text tokens of the document.
 
-    sample    </s> 7 <break> 91 <break> 8 9 <break> 92 </s>, the document: 8 9 <break> 92
+    sample    </s> 7 <break> 91 <break> 8 9 <break> 92 </s>, the document is 8 9 <break> 92
     targets        7 <break> 91 <break> 8 9 <break> 92 </s>
     text           0    0     0    0    1 1    0     0   0
     image          0    0     0    0    0 0    0     1   0
 
-  Neither `<break>` nor `</s>` is counted.
-
-  Args:
-    sample: [T] int32, the document last (`loader.join`).
-    document: Document.
-    vocab: VocabLayout.
+  `<break>` and `</s>` are not marked. In `sample` ([T] int32, from `loader.join`), the document is
+  last, after its neighbors.
 
   Returns:
     {"image", "text"}: [T - 1] bool.
@@ -154,7 +146,7 @@ def own_targets(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(model_config: ModelConfig, params: dict, batch: dict[str, Array]) -> Float[Array, "B L"]:
-  """[B, L] nats of each target of a batch, whole on every device; compiled once per shape."""
+  """Computes the nats of each target, replicated on every device; compiled once per shape."""
   return shard(loss.batch_nll(transformer.bind(model_config, params), batch)[1], None, None)
 
 
@@ -167,19 +159,19 @@ def score_samples(
   progress: Callable[[int], object] = lambda rows: None,
   length: int | None = None,
 ) -> list[np.ndarray]:
-  """Computes the negative log-likelihood of every target of `samples`, causal, one sample a row.
+  """Computes the causal negative log-likelihood of every target, with one sample per row.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    model_config: ModelConfig of the decoder.
-    samples: list of [T] int32, T <= model_config.max_positions + 1.
-    vocab: VocabLayout.
-    batch_size: rows at once; see `check_batch`.
-    progress: called with the number of samples scored since its last call.
-    length: slots of a row; default: those of the longest sample, rounded up.
+    model_config: config of the decoder.
+    samples: samples of [T] int32, T <= model_config.max_positions + 1.
+    vocab: layout of the ids.
+    batch_size: rows in a batch, see `check_batch`.
+    progress: called with the number of samples that were scored since its last call.
+    length: slots of a row. Default: the slots of the longest sample, rounded up.
 
   Returns:
-    list of [T - 1] float64, in bits.
+    For each sample, [T - 1] float64, in bits.
   """
   if length is None:
     longest = max(len(s) for s in samples) - 1
@@ -205,13 +197,13 @@ def _samples(
   vocab: VocabLayout,
   seed: int,
 ) -> tuple[list[Document], list[str], dict[str, list[np.ndarray]], dict[str, list[int]]]:
-  """Chooses documents; returns them, their concepts, and for each condition samples and counts.
+  """Chooses documents; returns them, their concepts, and the samples and counts per condition.
 
-  The samples are the documents after their neighbors, the counts the numbers of neighbors.
+  A sample is a document after its neighbors. A count is the number of these neighbors.
   """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
-  # A document without a concept counts as a concept.
+  # Each document without a concept is its own concept.
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
@@ -249,33 +241,36 @@ def evaluate(
   config: EvaluationConfig,
   seed: int,
 ) -> dict[str, Any]:
-  """Measures the bits of held-out pairs, causal, without spans or conditioning drop.
+  """Measures the bits of held-out pairs by causal prediction, without spans and dropout.
 
-  Only the targets of the document itself count (`own_targets`). Conditions: `true`, the document's
-  own neighbors; `shuffled`, those of a document of another concept, so that form and number are
-  alike and the content differs; `none`. For comparison: a unigram model of the training pairs'
-  codes and caption tokens. The decoder spreads its probability over the whole vocabulary, the
-  unigram model only over one modality.
+  Only targets of the document itself count (`own_targets`). There are three conditions:
+  - `true`: the document follows its own neighbors.
+  - `shuffled`: the document follows the neighbors of a document of another concept. Form and number
+    of the neighbors are similar, but their content differs.
+  - `none`: the document has no neighbors.
+
+  For comparison, the bits of a unigram model of the training pairs are computed. The decoder
+  spreads its probability over the whole vocabulary, but the unigram model only over one modality.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    model_config: ModelConfig of the decoder.
-    bank: documents.Bank, or DocumentStore of the training pairs if they are all of it.
-    heldout_store: DocumentStore of the held-out pairs.
-    neighbor_ids: [len(heldout_store), C] int32 indices into `bank`, best first, -1 = none.
-    vocab: VocabLayout.
-    data: DataConfig; the first `num_neighbors` neighbors that fit stand before a document.
-    config: EvaluationConfig.
-    seed: of the choice of documents, the shuffling and the bootstrap.
+    model_config: config of the decoder.
+    bank: the bank, or the store of the training pairs if the bank has only training pairs.
+    heldout_store: store of the held-out pairs.
+    neighbor_ids: [len(heldout_store), C] int32 indices into `bank`, best first. -1 means none.
+    vocab: layout of the ids.
+    data: config of rows. The first `num_neighbors` neighbors that fit are put before a document.
+    config: config of the evaluation.
+    seed: seed of the choice of documents, the shuffling and the bootstrap.
 
   Returns:
-    Plain dict: documents, mean_neighbors (per condition), and per modality: tokens, unigram (bits),
-    true, shuffled, none, true_over_unigram, and the paired differences true_minus_shuffled and
-    true_minus_none. Each condition and difference is {bits, low, high, groups, effective_groups},
-    an interval over concepts (`intervals.mean_interval`).
+    A plain dict with documents, mean_neighbors (per condition), and per modality: tokens, unigram
+    (bits), true, shuffled, none, true_over_unigram, and the paired differences true_minus_shuffled
+    and true_minus_none. Each condition and difference is {bits, low, high, groups,
+    effective_groups}, with an interval over concepts (`intervals.mean_interval`).
 
   Raises:
-    UserError: fewer than two concepts, or a document that is longer than a row.
+    UserError: there are fewer than two concepts, or a document is longer than a row.
   """
   documents, concepts, samples, counts = _samples(
     heldout_store, bank, neighbor_ids, config.num_documents, data, vocab, seed
@@ -312,7 +307,8 @@ def _score_conditions(
     def score(rows: list[np.ndarray]) -> list[np.ndarray]:
       return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
 
-    together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.
+    # One call, so that one program is compiled for both.
+    together = score(samples["true"] + samples["shuffled"])
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 

@@ -1,7 +1,7 @@
 """Scores documents token by token: log-probabilities, sums by modality, perplexity with intervals.
 
 Documents are scored in parts. Each part is a file, so a killed command continues after the last
-one, and memory does not grow with the number of documents.
+finished part, and memory does not grow with the number of documents.
 """
 
 # T tokens of a sample: neighbors and document, </s> at both ends.
@@ -31,27 +31,24 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
-PART = 256  # Documents of a part.
-MODALITIES = ("text", "image", "special")  # The last: <break> and the </s> at the end.
-MAX_GROUPS = 10_000  # Groups that an interval resamples; more of them are united.
+PART = 256  # Documents per part.
+MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
+MAX_GROUPS = 10_000  # Largest number of groups that an interval resamples. More are merged.
 DIGITS = 6  # Decimals of log-probabilities.
 
 
 def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
-  """Returns no neighbors for each document."""
+  """Returns an empty tuple of neighbors for each document."""
   return [() for _ in documents]
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Finds the neighbors of pairs by their texts, as at inference, but never a pair itself.
+  """Finds the neighbors of pairs by their texts, as at inference, but never the pair itself.
 
   Attributes:
     count: largest number of neighbors.
-    retriever: searches the bank.
-    bank: its documents.
-    clip: embeds texts.
-    layout: of the run.
+    bank: documents of the bank that `retriever` searches.
   """
 
   count: int
@@ -61,7 +58,7 @@ class Search:
   layout: PromptLayout
 
   def __call__(self, documents: Sequence[Document]) -> list[tuple[Document, ...]]:
-    """Returns the neighbors of each document, best first; none where it is no pair."""
+    """Returns the neighbors of each document, best first. Only pairs have neighbors."""
     found = no_neighbors(documents)
     pairs = [i for i, document in enumerate(documents) if is_pair(document)]
     if not pairs:
@@ -86,14 +83,12 @@ def is_pair(document: Document) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A decoder as it was trained, and the search for what stands before a document.
+  """Scores documents with a decoder as it was trained, after their neighbors.
 
   Attributes:
-    params: of the decoder, on the current mesh (`jax.set_mesh`).
-    model: sizes of the decoder.
-    vocab: meaning of its ids.
+    params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     positions: slots of a row in training.
-    batch_size: rows at once, see `bits.check_batch`.
+    batch_size: rows in a batch, see `bits.check_batch`.
     find: returns the neighbors of each document, best first.
   """
 
@@ -105,7 +100,7 @@ class Scorer:
   find: Callable[[Sequence[Document]], list[tuple[Document, ...]]] = no_neighbors
 
   def score(self, documents: Sequence[Document]) -> list[dict]:
-    """Returns the line of scores.jsonl of each document, see `line_of`."""
+    """Returns the line of each document in scores.jsonl, see `line_of`."""
     found = self.find(documents)
     kept = [
       bits.fit_neighbors(document, neighbors, self.positions)
@@ -132,7 +127,7 @@ class Scorer:
 
 
 def row_length(slots: int, most: int) -> int:
-  """Returns the slots of the row of a sample: 64, 128, 256, ..., so that few shapes compile.
+  """Rounds slots up to 64, 128, 256, ..., at most to `most`, so that few shapes are compiled.
 
   >>> [row_length(slots, 400) for slots in (3, 64, 65, 300)]
   [64, 64, 128, 400]
@@ -150,19 +145,15 @@ def line_of(
   neighbors: list[str],
   vocab: VocabLayout,
 ) -> dict:
-  """Makes the line of scores.jsonl of a document; only its own tokens are in it.
+  """Makes the line of a document in scores.jsonl, without the tokens of its neighbors.
 
     document: 8 9 <break> 92, after a neighbor
     tokens    = [</s> 8 9 <break> 92 </s>]
     log_probs = [null a b c d e]
     segments  = [{"text", 1 to 3, a + b}, {"image", 4 to 5, d}], special = c + e
 
-  Args:
-    document: the document.
-    sample: [T] int32, neighbors and document (`loader.join`).
-    log_probs: [T - 1], of each target of the sample, in nats.
-    neighbors: keys of the neighbors.
-    vocab: VocabLayout.
+  `sample` ([T] int32, from `loader.join`) has the neighbors and the document. `log_probs` ([T - 1],
+  in nats) has one number for each target of the sample. `neighbors` are keys.
   """
   own = bits.own_targets(sample, document, vocab)
   tokens = loader.join([document], vocab)
@@ -211,19 +202,11 @@ def run(
   num_resamples: int = intervals.NUM_RESAMPLES,
   seed: int = 0,
 ) -> dict:
-  """Scores all documents and writes scores.jsonl; parts that are there already are kept.
+  """Scores all documents and writes scores.jsonl. Existing parts are kept.
 
-  All processes of a job call it; the first one writes.
-
-  Args:
-    scorer: of the run.
-    documents: what is scored.
-    checked: result of their `check`.
-    image_tokenizer: of the run; encodes the images of a file.
-    folder: gets scores.jsonl, and until then parts/.
-    part: documents of a part.
-    num_resamples: of the intervals.
-    seed: of the intervals.
+  All processes of a job must call this function. The first process writes. `folder` also holds
+  parts/ until all parts are done. A part has `part` documents. `checked` is the result of
+  `documents.check`. `num_resamples` and `seed` are for the intervals.
 
   Returns:
     The summary, see `Totals.summary`.
@@ -231,7 +214,7 @@ def run(
   folder = epath.Path(folder)
   count = -(-checked.documents // part)
   files = [folder / PARTS / f"{i:06d}.jsonl" for i in range(count)]
-  # The first process decides which parts are scored, by all.
+  # The first process decides which parts all processes score.
   absent = set(distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0])
   bar = progress_bar(
     total=checked.documents,
@@ -255,7 +238,7 @@ def run(
 
 
 def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
-  """Joins the parts to scores.jsonl, and removes them."""
+  """Concatenates the parts into scores.jsonl, and removes them."""
   totals = Totals()
   with replacing(folder / SCORES, "w") as file:
     for line in _lines(files):
@@ -274,14 +257,15 @@ def _lines(files: Sequence[epath.Path]) -> Iterator[str]:
 class Totals:
   """Sums of log-probabilities by modality and group, for any number of documents.
 
-  A group is a concept, or a document without one. Above `most` groups, several share a row.
+  A group is a concept, or a single document without a concept. If there are more than `most`
+  groups, several groups share a row.
   """
 
   def __init__(self, most: int = MAX_GROUPS):
     self.most = most
     self.rows: dict[int, int] = {}
     self.documents = self.neighbors = 0
-    self.of_modality = dict.fromkeys(MODALITIES, 0)  # Documents that have tokens of it.
+    self.of_modality = dict.fromkeys(MODALITIES, 0)  # Number of documents with each modality.
     self.tokens = {name: np.zeros(most, np.int64) for name in MODALITIES}
     self.log_probs = {name: np.zeros(most) for name in MODALITIES}
 
@@ -293,7 +277,7 @@ class Totals:
     return self.rows.setdefault(group, len(self.rows))
 
   def add(self, line: dict) -> None:
-    """Adds a document, see `line_of`."""
+    """Adds the line of a document, see `line_of`."""
     row = self.row(line["concept"] or f"document {self.documents}")
     self.documents += 1
     self.neighbors += len(line["neighbors"])
@@ -303,14 +287,15 @@ class Totals:
       self.log_probs[name][row] += line[name]["log_prob"]
 
   def summary(self, num_resamples: int, seed: int) -> dict:
-    """Returns numbers of all documents, and of each modality, None where there is no token.
+    """Returns numbers of all documents and of each modality; None for modalities without tokens.
 
       2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 
     Returns:
-      {"documents", "mean_neighbors", "text", "image", "special"}; each modality has documents,
-      tokens, log_prob (nats), bits and perplexity of a token with 95% intervals (`low`, `high`,
-      `perplexity_low`, `perplexity_high`; None for one group), groups and effective_groups.
+      {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has documents,
+      tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`, `high`,
+      `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
+      effective_groups.
     """
     result: dict[str, Any] = {
       "documents": self.documents,
@@ -344,7 +329,7 @@ def _numbers_of_groups(
 
 
 def describe(summary: dict) -> str:
-  """Describes text and image of a `Totals.summary` in one line."""
+  """Formats the numbers of text and image in a `Totals.summary` as one line."""
   parts = []
   for name in ("text", "image"):
     if (found := summary[name]) is not None:

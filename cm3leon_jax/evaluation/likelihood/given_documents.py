@@ -1,6 +1,6 @@
-"""Reads the documents that a user gives to score: a JSONL file, or the folder of a document store.
+"""Reads the documents to score, from a JSONL file or from the folder of a document store.
 
-Both are checked whole before anything is scored, and then read in parts.
+All documents are checked before the first one is scored. Then they are read in parts.
 """
 
 # N documents, S segments of a block of documents.
@@ -46,12 +46,12 @@ BLOCK = 1_000_000  # Documents of a store whose lengths are checked at a time.
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """What a check of documents finds.
+  """Result of a check of documents.
 
   Attributes:
     documents: N.
-    pairs: number of them that are a text and then an image.
-    digest: SHA-256, in hex, of all that their scores depend on.
+    pairs: number of documents that are a text and then an image.
+    digest: SHA-256, in hex, of everything in the documents that their scores depend on.
   """
 
   documents: int
@@ -64,11 +64,10 @@ class DocumentFile:
   """Documents of a JSONL file; each line is a raw text, pair or interleaved document.
 
   Attributes:
-    path: of the file; paths of images are relative to its folder.
-    layout: of the run.
+    path: path of the file. Paths of images are relative to its folder.
     crop: how images become square, see `RawConfig.crop`.
-    num_threads: number of images read at a time.
-    allow_outside: whether images may be anywhere, and not in the folder of the file alone.
+    num_threads: number of images that are read at a time.
+    allow_outside: whether images may be outside of the folder of the file.
   """
 
   path: epath.Path
@@ -81,9 +80,10 @@ class DocumentFile:
     """Checks every line, and reads every image.
 
     Raises:
-      UserError: naming file and line: no JSON object, or one too long; an unknown, absent or empty
-        field; an image that is absent, unreadable, or not in the folder of the file; more positions
-        than were trained. Or the file has no line.
+      UserError: a line is not a JSON object or is too long; a field is unknown, absent or empty; an
+        image is absent, unreadable or not in the folder of the file; or a document takes more
+        positions than the model was trained on. The message names the file and the line. The error
+        is also raised if the file is empty.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
     for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
@@ -97,14 +97,14 @@ class DocumentFile:
       pairs += [kind for kind, _ in segments_of(record)] == ["text", "image"]
     if not documents:
       raise UserError(
-        f"--documents names {self.path}, which has no line: give one JSON object per line."
+        f"--documents names {self.path}, which is empty: give one JSON object per line."
       )
     return Checked(documents, pairs, digest.hexdigest())
 
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the documents of each wanted part, with its number; part i begins at i * `size`."""
+    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
     records = (record for _, record in self._records())
     for number in itertools.count():
       part = list(itertools.islice(records, size))
@@ -142,7 +142,7 @@ class DocumentFile:
     return hashlib.sha256(content).digest()
 
   def _encode(self, records: list[Record], image_tokenizer: ImageTokenizer) -> list[Document]:
-    """Makes documents of records, as `cm3leon encode_documents` does."""
+    """Converts records to documents, as `cm3leon encode_documents` does."""
     where = str(self.path)
     paths = [
       self._images.find(str(image), where) for record in records for image in images_of(record)
@@ -169,8 +169,6 @@ class StoredDocuments:
   """Documents of a store that `cm3leon encode_documents` wrote.
 
   Attributes:
-    store: the documents.
-    layout: of the run.
     made: id of the stage that wrote the store.
   """
 
@@ -182,7 +180,8 @@ class StoredDocuments:
     """Checks the length of every document, without reading tokens.
 
     Raises:
-      UserError: a document takes more positions than were trained, or there is none.
+      UserError: a document takes more positions than the model was trained on, or the store is
+        empty.
     """
     store, pairs = self.store, 0
     if not len(store):
@@ -203,7 +202,7 @@ class StoredDocuments:
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer | None = None
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the documents of each wanted part, with its number; part i begins at i * `size`."""
+    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
     for number in sorted(wanted):
       rows = range(number * size, min((number + 1) * size, len(self.store)))
       yield number, [self.store[i] for i in rows]
@@ -212,16 +211,16 @@ class StoredDocuments:
 def open_documents(
   path: epath.PathLike, layout: PromptLayout, tokenizers: dict[str, str], **options: Any
 ) -> DocumentFile | StoredDocuments:
-  """Opens what `--documents` names.
+  """Opens the documents that `--documents` names.
 
   Args:
     path: a JSONL file, or the folder of a store in the folder `documents/` of a workdir.
-    layout: of the run.
-    tokenizers: ids of the stages of the run's tokenizers.
-    **options: `crop`, `num_threads` and `allow_outside` of a file.
+    layout: layout of prompts of the run.
+    tokenizers: name -> id of the stage that trained the tokenizer of the run.
+    **options: `crop`, `num_threads` and `allow_outside` of `DocumentFile`.
 
   Raises:
-    UserError: there is no such file or store, or other tokenizers made the store.
+    UserError: the file or store does not exist, or the store was encoded with other tokenizers.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -234,16 +233,16 @@ def open_documents(
   done = path.parent / stages.DONE
   if not (path / INDEX).exists() or not done.exists():
     raise UserError(
-      f"--documents names the folder {path}, which is no store of a finished "
-      "`cm3leon encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
-      "say."
+      f"--documents names the folder {path}, which is not a store of a finished "
+      "`cm3leon encode_documents`: give a JSONL file, or a folder such as "
+      "workdir/documents/heldout_pairs."
     )
   made = read_json(done, {"config": dict, "id": str})
   for name, made_by in made["config"].get("inputs", {}).items():
     if tokenizers.get(name, made_by) != made_by:
       raise UserError(
-        f"--documents names {path}, which another {name} made than that of --workdir: encode its "
-        "raw data in this workdir, or name the workdir that it belongs to."
+        f"--documents names {path}, which was encoded with another {name} than --workdir has: "
+        "encode its raw data in this workdir, or name the workdir that it belongs to."
       )
   return StoredDocuments(DocumentStore(path, layout.vocab), layout, made["id"])
 
@@ -262,19 +261,17 @@ def segments_of(record: Record) -> list[tuple[str, Any]]:
 
 
 def read_record(line: str, where: str, key: str) -> Record:
-  """Parses a line of a JSONL file, whose fields decide what it is.
+  """Parses a line of a JSONL file. The fields of the line decide the type of the record.
 
     {"text": "Cats sleep."}                             RawText
     {"image": "cat.jpg", "caption": "a cat"}            RawPair
     {"segments": [{"text": "a"}, {"image": "b.png"}]}   RawInterleaved
 
-  Args:
-    line: of the file.
-    where: file and line, for messages.
-    key: of a record that names none.
+  A line without a key gets the key `key`. Messages use `where` as the name of the line.
 
   Raises:
-    UserError: the line is no JSON object, or a field is unknown, absent, empty or of a wrong type.
+    UserError: the line is not a JSON object, or a field is unknown, absent, empty or of a wrong
+      type.
   """
   try:
     values = parse_json(line, where, [f"{', '.join(FORMS[:-1])}, or {FORMS[-1]}"])
@@ -287,7 +284,7 @@ def read_record(line: str, where: str, key: str) -> Record:
       if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"it may have {', '.join(known)}."
-        raise UserError(f"{where}: field '{name}' is unknown beside '{_form(cls)}': {hint}")
+        raise UserError(f"{where}: field '{name}' is unknown next to '{_form(cls)}': {hint}")
     return make_record(cls, {**values, "key": values.get("key") or key}, where)
   except RecordError as error:
     raise UserError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Log-probabilities of a text and an image, in either order."""
+"""Computes log-probabilities of a text and an image, in either order."""
 
 # T tokens of a text, I tokens of an image.
 
@@ -25,14 +25,14 @@ from cm3leon_jax.vocab import VocabLayout
 class PairScore:
   """Log-probabilities of a text and an image, in nats.
 
-  Each is a sum over the tokens of the text alone, or over the codes of the image alone: `<break>`,
-  `</s>`, `<eoss>` and neighbors are not counted. The model spreads its probability over the whole
+  Each is a sum over only the tokens of the text, or only the codes of the image: `<break>`, `</s>`,
+  `<eoss>` and neighbors are not counted. The model spreads its probability over the whole
   vocabulary.
 
   Attributes:
-    text: log p(text), the text first, as `cm3leon evaluate` measures it (there in bits).
-    image_given_text: log p(image | text), the text first, as `cm3leon evaluate` measures it.
-    text_given_image: log p(text | image), the text as the masked span of the document.
+    text: log p(text) with the text first, as `cm3leon evaluate` measures it (there in bits).
+    image_given_text: log p(image | text) with the text first, as `cm3leon evaluate` measures it.
+    text_given_image: log p(text | image) with the text as the masked span of the document.
     text_tokens: T.
     image_tokens: I.
   """
@@ -47,19 +47,19 @@ class PairScore:
 def score(
   pipeline: Pipeline, params: dict, pairs: Sequence[tuple[str, GivenImage]], retrieve: int = 0
 ) -> list[PairScore]:
-  """Scores texts with images, each pair after the documents that are retrieved by its text.
+  """Scores pairs of a text and an image, after documents that are retrieved by the text.
 
     </s> documents text <break> image </s>
     </s> documents <mask:0> <break> image </s> <mask:0> text <eoss>
 
   Args:
-    pipeline: of the run; retrieves and encodes.
-    params: of the decoder as it was trained, on the current mesh.
-    pairs: (text, image), an image as tasks take it.
-    retrieve: largest number of documents; those that do not fit are left out.
+    pipeline: retrieves documents and encodes images.
+    params: parameters of the decoder as it was trained, on the current mesh.
+    pairs: texts and images. An image has any type that tasks accept.
+    retrieve: largest number of documents. Documents that do not fit are left out.
 
   Raises:
-    UserError: an empty text, one that does not fit, or an image that cannot be read.
+    UserError: a text is empty or does not fit, or an image cannot be read.
   """
   resolution = pipeline.layout.resolution
   images = np.stack([load_image(image, resolution) for _, image in pairs])
@@ -70,7 +70,7 @@ def score(
 def score_codes(
   pipeline: Pipeline, params: dict, texts: Sequence[str], codes: npt.ArrayLike, retrieve: int = 0
 ) -> list[PairScore]:
-  """Scores texts with images that are given as their codes [n, I], see `score`."""
+  """Scores pairs whose images are given as codes [n, I], see `score`."""
   layout, vocab = pipeline.layout, pipeline.layout.vocab
   neighbors: list = [()] * len(texts)
   if retrieve:
@@ -91,7 +91,7 @@ def score_codes(
   for sample, document, first, last in zip(plain, documents, nats, nats[len(texts) :]):
     own = bits.own_targets(sample, document, vocab)
     text = first[own["text"]]
-    span = last[-len(text) - 1 : -1]  # <eoss> stands after it.
+    span = last[-len(text) - 1 : -1]  # <eoss> follows the span.
     image_sum, span_sum = float(first[own["image"]].sum()), float(span.sum())
     sums = (float(text.sum()), image_sum, span_sum)
     scores.append(PairScore(*sums, len(text), layout.image_tokens))
@@ -99,7 +99,7 @@ def score_codes(
 
 
 def _masked(sample: np.ndarray, segments: Sequence[Segment], vocab: VocabLayout) -> np.ndarray:
-  """The joined sample with the text of its last pair as the masked span."""
+  """Masks the text of the last pair in a joined sample, as a CM3 span."""
   text, image = (len(segment.tokens) for segment in segments)
   stop = len(sample) - image - 2
   return apply_cm3_mask(sample, [(stop - text, stop)], vocab)

@@ -1,6 +1,6 @@
-"""Scores of answers to questions about images: VQA accuracy, exact match, NDCG.
+"""Scores answers to questions about images: VQA accuracy, exact match, NDCG.
 
-All are numbers of each question, so that `intervals.mean_interval` can resample them.
+Each metric is one number per question, so that `intervals.mean_interval` can resample it.
 """
 
 # n questions, C candidates.
@@ -22,7 +22,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
 MAX_PERIODS = 32
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The table of the official code, except for keys in upper case, which it never finds.
+# Table of the official code, without its upper-case keys, which the official code never finds.
 CONTRACTIONS = (
   "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't"
   " haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't"
@@ -47,7 +47,7 @@ def _without_one_apostrophe(word: str) -> list[str]:
 
 SPELLINGS = {
   wrong: word for word in CONTRACTIONS.split() for wrong in _without_one_apostrophe(word)
-} | {"somebody'd": "somebodyd"}  # As in the official table.
+} | {"somebody'd": "somebodyd"}  # The official table has this spelling.
 
 
 def normalize(answer: str) -> str:
@@ -56,13 +56,14 @@ def normalize(answer: str) -> str:
     normalize("The two dogs, arent they?") = "2 dogs aren't they"
 
   In this order:
-  1. Line breaks and tabs become spaces; spaces at both ends are removed.
-  2. A sign of `PUNCTUATION` is removed if it stands beside a space somewhere in the answer, or if
-     the answer has a comma between digits; else it becomes a space: "1,000-2,000" is "10002000",
-     "black/white" is "black white", "yes / no-one" is "yes no one".
-  3. Periods before digits stay, the others are removed: ".5" stays, "5." is "5". The official
-     pattern was meant to spare periods after digits, too, but has a typo. At most 32 periods are
-     removed, because the official code passes a flag in the place of a count.
+  1. Line breaks and tabs become spaces. Spaces at both ends are removed.
+  2. A sign of `PUNCTUATION` is removed everywhere if it is next to a space anywhere in the answer,
+     or if the answer has a comma between digits. Otherwise the sign becomes a space. Examples:
+     "1,000-2,000" becomes "10002000", "black/white" becomes "black white", and "yes / no-one"
+     becomes "yes no one".
+  3. Periods before digits stay, and other periods are removed: ".5" stays, "5." becomes "5". The
+     official pattern was meant to keep periods after digits, too, but it has a typo. At most 32
+     periods are removed, because the official code passes a flag as the count.
   4. Letters become lower case, "none" to "ten" become digits, articles are removed, and spellings
      in `SPELLINGS` are corrected. Apostrophes and colons stay.
   """
@@ -88,22 +89,22 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
     candidates = ["two"], answers = [["2", "2", "two", *7 * ["3"]]]
     result = [0.9]
 
-  An answer is right if three people gave it. With ten people, each is left out once, and
-  min(1, matches / 3) among the other nine is averaged.
+  An answer is right if at least three people gave it. The metric leaves out each person once,
+  computes min(1, matches / 3) over the other people, and averages the results.
 
-  As in the official code, answers are normalized only if the people disagree. Where all gave the
-  same answer, the candidate must equal it as it is: "Yes" is wrong if all wrote "yes".
+  As in the official code, answers are normalized only if the people disagree. If all people gave
+  the same answer, the candidate must equal it exactly: "Yes" is wrong if all people wrote "yes".
 
   Args:
     candidates: n answers of a model.
-    answers: for each question, the answers of people, 10 in VQA.
+    answers: answers of people to each question, 10 per question in VQA.
 
   Returns:
-    [n] fp64 from 0 to 1; the accuracy is the mean.
+    [n] fp64 from 0 to 1. Their mean is the accuracy.
 
   Raises:
-    UserError: another number of candidates than of questions, or fewer than 4 answers to a
-      question, with which no answer could reach 1.
+    UserError: the numbers of candidates and questions differ, or a question has fewer than 4
+      answers, so that no candidate could reach 1.
   """
   _check(candidates, answers)
   values = []
@@ -124,21 +125,22 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
 def exact_matches(
   candidates: Sequence[str], answers: Sequence[Sequence[str]], strict: bool = False
 ) -> np.ndarray:
-  """Returns which answers equal one that people gave.
+  """Returns 1 for each candidate that equals an answer of a person, and 0 for the others.
 
     exact_matches(["Two."], [["2", "three"]]) = [1.0]
     exact_matches(["Two."], [["2", "three"]], strict=True) = [0.0]
 
   Args:
     candidates: n answers of a model.
-    answers: for each question, one or more answers of people.
-    strict: compares answers as they are; else all are normalized, also where people agree.
+    answers: one or more answers of people to each question.
+    strict: whether to compare answers as they are. If False, all answers are normalized, even if
+      the people agree.
 
   Returns:
-    [n] fp64, 1 or 0; the share of exact matches is the mean.
+    [n] fp64. Their mean is the share of exact matches.
 
   Raises:
-    UserError: another number of candidates than of questions, or a question without answers.
+    UserError: the numbers of candidates and questions differ, or a question has no answers.
   """
   _check(candidates, answers)
   change = str if strict else normalize
@@ -152,20 +154,20 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
     scores = [[3, 2, 1, 0]], relevance = [[0.0, 1.0, 0.0, 0.5]]
     result = [0.480]: 1 / log2(3), divided by 1 / log2(2) + 0.5 / log2(3)
 
-  The sum runs over the k candidates of highest scores, where k candidates have a relevance above 0.
-  Candidates of equal scores share the mean of the discounts of their places, so that their order
-  does not matter; the official code takes them in an arbitrary order.
+  The gain is summed over the k candidates with the highest scores, where k is the number of
+  candidates with a relevance above 0. Candidates with equal scores share the mean of their
+  discounts, so that their order does not matter. The official code orders them arbitrarily.
 
   Args:
-    scores: [n, C], higher is better; of ranks, which begin with the best, the negative.
+    scores: [n, C], higher is better. If you have ranks (1 is best), pass their negatives.
     relevance: [n, C] from 0 to 1.
 
   Returns:
-    [n] fp64 from 0 to 1; the NDCG is the mean.
+    [n] fp64 from 0 to 1. Their mean is the NDCG of the model.
 
   Raises:
-    UserError: shapes that differ, a score that is not a number, a negative relevance, or a question
-      without a relevant candidate.
+    UserError: the shapes differ, a score is NaN, a relevance is negative or NaN, or a question has
+      no relevant candidate.
   """
   scores, relevance = np.asarray(scores, np.float64), np.asarray(relevance, np.float64)
   if scores.ndim != 2 or scores.shape != relevance.shape:

@@ -1,7 +1,7 @@
-"""BLEU and CIDEr of captions, with the numbers of each image that a bootstrap needs.
+"""Computes BLEU and CIDEr of captions, and the numbers per image that a bootstrap needs.
 
-Both equal pycocoevalcap's, which published numbers are computed with. A caption is a list of
-tokens, from `ptb.tokenize`.
+Both metrics equal those of pycocoevalcap, which publications use. A caption is a list of tokens
+from `ptb.tokenize`.
 """
 
 # n images, N = 4 orders of n-grams.
@@ -20,8 +20,8 @@ Caption = Sequence[str]
 Grams = list[Counter]
 
 N = 4
-# pycocoevalcap adds them to matches and n-grams: a set without any match of N words has a BLEU-N
-# of about 1e-4, not 0.
+# pycocoevalcap adds these numbers to the counts of matches and n-grams. Without any match of N
+# words, BLEU-N of a set is therefore about 1e-4, not 0.
 TINY, SMALL = 1e-15, 1e-9
 SIGMA = 6.0
 
@@ -32,9 +32,9 @@ class CaptionScores:
 
   Attributes:
     bleu: [N] fp64, BLEU-1 to BLEU-4 of the set, each from 0 to 1.
-    cider: CIDEr-D of the set, from 0 to 10; papers print it times 100.
-    bleu_counts: [n, 2N + 1] int64, as `bleu_counts` returns them.
-    ciders: [n] fp64, as `cider` returns them.
+    cider: CIDEr-D of the set, from 0 to 10. Papers report it times 100.
+    bleu_counts: [n, 2N + 1] int64, result of `bleu_counts`.
+    ciders: [n] fp64, result of `cider`.
   """
 
   bleu: np.ndarray
@@ -48,10 +48,11 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Capti
 
   Args:
     captions: n texts.
-    references: for each image, texts of people.
+    references: texts of people for each image.
 
   Raises:
-    UserError: no images, another number of captions than of images, or an image without references.
+    UserError: there are no images, captions and images differ in number, or an image has no
+      references.
   """
   candidates = [ptb.tokenize(caption) for caption in captions]
   tokens = [[ptb.tokenize(text) for text in texts] for texts in references]
@@ -62,22 +63,24 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Capti
 def bleu_counts(
   candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
 ) -> np.ndarray:
-  """Counts what BLEU is computed from (Papineni et al. 2002, section 2).
+  """Counts n-grams and lengths, from which BLEU is computed (Papineni et al. 2002, section 2).
 
     candidates = [["the", "cat", "the"]], references = [[["the", "cat", "sat"], ["a", "cat"]]]
     result = [[2, 1, 0, 0, 3, 2, 1, 0, 3]]
 
   Args:
     candidates: n captions.
-    references: for each image, captions of people.
+    references: captions of people for each image.
 
   Returns:
-    [n, 2N + 1] int64: N-grams of 1 to N words that a reference has as well, at most as often as the
-    reference that has them most often; N-grams of 1 to N words of the caption; tokens of the
-    reference that is closest in length, the shorter one of two equally close.
+    [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches at
+    most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
+    caption. Last column: length of the reference that is closest in length. If two references are
+    equally close, it is the shorter length.
 
   Raises:
-    UserError: no images, another number of captions than of images, or an image without references.
+    UserError: there are no images, captions and images differ in number, or an image has no
+      references.
   """
   _check(candidates, references)
   rows = []
@@ -100,14 +103,15 @@ def bleu(sums: npt.ArrayLike) -> np.ndarray:
 
     bleu([2, 1, 0, 0, 3, 2, 1, 0, 3]) = [0.667, 0.577, 0.000, 0.000]
 
-  The BLEU of a set is `bleu(counts.sum(0))`, that of R resamples of it is
-  `bleu(counts[indices].sum(1))` with indices [R, n], and that of each image is `bleu(counts)`.
+  With `counts` of `bleu_counts`, `bleu(counts.sum(0))` is the BLEU of the set and `bleu(counts)` is
+  the BLEU of each image. With indices [R, n], `bleu(counts[indices].sum(1))` is the BLEU of R
+  resamples.
 
   Args:
-    sums: [..., 2N + 1], sums over images of rows of `bleu_counts`.
+    sums: [..., 2N + 1], sums of rows of `bleu_counts` over images.
 
   Returns:
-    [..., N] fp64: the geometric mean of the precisions of 1-grams to N-grams, times a penalty of
+    [..., N] fp64: the geometric mean of the precisions of 1-grams to N-grams, times a penalty for
     candidates that are shorter than their references.
   """
   sums = np.asarray(sums, np.float64)
@@ -125,19 +129,21 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
     candidates = [["a", "cat"], ["a", "dog"]], references = [[["a", "cat"]], [["the", "bird"]]]
     result = [5.0, 0.0]
 
-  The first caption is perfect, but has no 3-grams and 4-grams, which count as 0. An n-gram weighs
-  log(n / m), where m of the n images have it in a reference, so with one image all is 0. A resample
-  of images keeps the weights of the whole set.
+  The first caption is perfect. Its score is 5 because it has no 3-grams and 4-grams, which count as
+  0. The weight of an n-gram is log(n / m), where m of the n images have it in a reference.
+  Therefore all scores are 0 if there is only one image. A resample of images keeps the weights of
+  the whole set.
 
   Args:
     candidates: n captions.
-    references: for each image, captions of people. The frequencies of n-grams are theirs.
+    references: captions of people for each image. N-gram frequencies are counted in them.
 
   Returns:
-    [n] fp64, from 0 to 10; the CIDEr-D of the set is the mean.
+    [n] fp64, from 0 to 10. Their mean is the CIDEr-D of the set.
 
   Raises:
-    UserError: no images, another number of captions than of images, or an image without references.
+    UserError: there are no images, captions and images differ in number, or an image has no
+      references.
   """
   _check(candidates, references)
   grams = [[_grams(other) for other in others] for others in references]
@@ -163,7 +169,7 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
 
 
 def _similarity(candidate: list[dict], reference: list[dict]) -> float:
-  """Computes the mean over the orders of cosines in which a candidate's weights are clipped."""
+  """Computes the cosine with clipped weights of the candidate, averaged over n-gram orders."""
   cosines = []
   for own, other in zip(candidate, reference):
     product = sum(
@@ -175,7 +181,7 @@ def _similarity(candidate: list[dict], reference: list[dict]) -> float:
 
 
 def _length_penalty(candidate: Grams, reference: Grams) -> float:
-  """Computes the Gaussian penalty of another length than that of the reference."""
+  """Computes the Gaussian penalty for a length that differs from the length of the reference."""
   difference = candidate[0].total() - reference[0].total()
   return float(np.exp(-(difference**2) / (2 * SIGMA**2)))
 

@@ -1,11 +1,11 @@
 """Compares how often two sets of images use each image code.
 
-The frequencies say nothing about arrangement: an image whose codes are shuffled has the distance 0
-to itself. So these distances find a model that overuses or forgets codes (colors, textures, flat
-areas), and no wrong shape. They need no extractor, and depend on the tokenizer.
+The frequencies ignore arrangement: the distance between an image and its shuffled codes is 0. These
+distances detect a model that overuses or forgets codes (colors, textures, flat areas), but they do
+not detect wrong shapes. They need no extractor. Their values depend on the image tokenizer.
 """
 
-# C codes of the tokenizer.
+# C number of codes of the tokenizer.
 
 from collections.abc import Iterable
 
@@ -17,32 +17,34 @@ from cm3leon_jax.config import UserError
 
 
 def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
-  """Counts the codes of images that come in batches.
+  """Counts how often each code occurs in batches of images.
 
     batches = [[[0, 2], [2, 2]], [[3, 0]]], num_codes = 4
     result = [2, 0, 3, 1]
 
-  Counts of several hosts, or of several parts, are added.
+  Counts of several hosts or parts can be added.
 
   Args:
-    batches: integer arrays of any shape. Codes of the tokenizer count from 0; ids of the vocabulary
-      do not.
+    batches: integer arrays of any shape, with codes of the tokenizer (0 to C - 1), not with ids of
+      the vocabulary.
     num_codes: C.
 
   Returns:
     [C] int64.
 
   Raises:
-    UserError: codes that are no integers, or out of range.
+    UserError: a code is not an integer or is out of range.
   """
   counts = np.zeros(num_codes, np.int64)
   for batch in batches:
     codes = np.asarray(batch).ravel()
     if not np.issubdtype(codes.dtype, np.integer):
-      raise UserError(f"image codes must be integers, and are {codes.dtype}.")
+      raise UserError(f"image codes are {codes.dtype}; they must be integers.")
     wrong = codes[(codes < 0) | (codes >= num_codes)]
     if len(wrong):
-      raise UserError(f"the image code {wrong[0]} is not one of the {num_codes} of the tokenizer.")
+      raise UserError(
+        f"image code {wrong[0]} is out of range: the image tokenizer has {num_codes} codes."
+      )
     counts += np.bincount(codes.astype(np.int64), minlength=num_codes)
   return counts
 
@@ -53,17 +55,18 @@ def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     first = [3, 1], second = [1, 3]
     result = H(1/2, 1/2) - (H(3/4, 1/4) + H(1/4, 3/4)) / 2 = 1 - 0.811 = 0.189 bits
 
-  It is the information that one code gives about the set it is from (Lin, "Divergence Measures
-  Based on the Shannon Entropy", 1991). Samples of one distribution differ by chance, by about
-  (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image depend
-  on each other, so the real number is larger: compare with the value of two real sets.
+  It is the information that one code gives about the set that contains it (Lin, "Divergence
+  Measures Based on the Shannon Entropy", 1991). Two samples of one distribution differ by chance:
+  by about (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image
+  depend on each other, so the actual difference is larger. Compare it with the divergence of two
+  sets of real images.
 
   Args:
     first: [C] counts.
-    second: [C].
+    second: [C] counts.
 
   Raises:
-    UserError: no codes in a set, a negative count, or histograms of two lengths.
+    UserError: a set has no codes, a count is negative, or the histograms differ in length.
   """
   first, second = _shares(first, second)
   middle = (first + second) / 2
@@ -79,10 +82,10 @@ def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
   Args:
     first: [C] counts.
-    second: [C].
+    second: [C] counts.
 
   Raises:
-    UserError: no codes in a set, a negative count, or histograms of two lengths.
+    UserError: a set has no codes, a count is negative, or the histograms differ in length.
   """
   first, second = _shares(first, second)
   return float(np.abs(first - second).sum() / 2)
@@ -92,10 +95,10 @@ def _shares(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np
   first, second = (np.asarray(counts, np.float64) for counts in (first, second))
   if first.shape != second.shape or first.ndim != 1:
     raise UserError(
-      f"two histograms must have one count for each code, and have the shapes {first.shape} and "
-      f"{second.shape}: use one tokenizer."
+      f"the histograms have the shapes {first.shape} and {second.shape}; both must have one count "
+      "for each code: use one tokenizer."
     )
   for counts in (first, second):
     if (counts < 0).any() or not counts.sum() > 0:
-      raise UserError("a histogram must count at least one code, and none less than 0 times.")
+      raise UserError("a histogram must have at least one code and no negative counts.")
   return first / first.sum(), second / second.sum()

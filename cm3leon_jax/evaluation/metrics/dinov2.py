@@ -1,6 +1,6 @@
-"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193) from a Hugging Face folder, computed by torch."""
+"""Computes features of a Hugging Face DINOv2 (Oquab et al. 2023, arXiv 2304.07193) with torch."""
 
-# B batch, H height, W width, D width of the features, S side of the preprocessed images.
+# B batch, H height, W width, D width of the features.
 
 from typing import Any
 
@@ -19,15 +19,15 @@ BATCH = 32
 
 
 class DINOv2:
-  """A DINOv2 of transformers, in float32.
+  """DINOv2 model of transformers, in float32.
 
   Attributes:
-    digest: see `published_weights.digest`; of the tensors in the folder.
-    processor: image processor, as the folder's preprocessor_config.json says.
+    digest: digest of the tensors in the folder, see `published_weights.digest`.
+    processor: image processor that preprocessor_config.json in the folder defines.
   """
 
   def __init__(self, model: Any, processor: Any, digest: str, device: str = "cpu"):
-    """Puts a `transformers.Dinov2Model` on a device of torch."""
+    """Puts a `transformers.Dinov2Model` on a torch device."""
     self._model = model.eval().to(device)
     self.processor, self.digest, self._device = processor, digest, device
 
@@ -41,7 +41,7 @@ class DINOv2:
     """Reads config.json, model.safetensors and preprocessor_config.json.
 
     Raises:
-      UserError: torch is not installed; or a file is absent, damaged or of another network.
+      UserError: torch is not installed, or a file is absent, damaged or for another network.
     """
     try:
       import torch
@@ -53,7 +53,7 @@ class DINOv2:
     for name in (CONFIG, WEIGHTS, PROCESSOR):
       if not (folder / name).exists():
         raise UserError(
-          f"{folder / name} does not exist; the folder must be that of a Hugging Face DINOv2, with "
+          f"{folder / name} does not exist; the folder must hold a Hugging Face DINOv2 with "
           f"{CONFIG}, {WEIGHTS} and {PROCESSOR}."
         )
     if (kind := read_foreign_json(folder / CONFIG, {}).get("model_type")) != "dinov2":
@@ -75,39 +75,39 @@ class DINOv2:
 
 
 def _read_model(folder: epath.Path, dtype: Any) -> Any:
-  import transformers  # Takes seconds.
+  import transformers  # Imported here, because this takes seconds.
 
   model, info = transformers.Dinov2Model.from_pretrained(
     str(folder),
     local_files_only=True,
     use_safetensors=True,
     dtype=dtype,
-    ignore_mismatched_sizes=True,  # They are refused below, by name.
+    ignore_mismatched_sizes=True,  # The checks below name the tensor.
     output_loading_info=True,
   )
   path = folder / WEIGHTS
-  # Names are those of transformers' model, which differ from those in the file.
+  # These are tensor names of transformers' model. The file has other names.
   if wrong := sorted(info["mismatched_keys"]):
     name, found, expected = wrong[0]
     raise UserError(
-      f"{path}: tensor '{name}' is {list(found)}; by {CONFIG} it must be {list(expected)}."
+      f"{path}: tensor '{name}' is {list(found)}; {CONFIG} requires {list(expected)}."
     )
   if missing := sorted(info["missing_keys"]):
     shape = list(model.state_dict()[missing[0]].shape)
-    raise UserError(f"{path} has no tensor '{missing[0]}'; by {CONFIG} it must be {shape}.")
+    raise UserError(f"{path} has no tensor '{missing[0]}'; {CONFIG} requires it, as {shape}.")
   if surplus := sorted(info["unexpected_keys"]):
-    raise UserError(f"{path} has a tensor '{surplus[0]}'; by {CONFIG} there is none of this name.")
+    raise UserError(f"{path} has a tensor '{surplus[0]}', which a model of {CONFIG} does not have.")
   return model
 
 
 def _read_processor(folder: epath.Path) -> Any:
-  """Reads the image processor, whose version for PIL needs no torchvision."""
+  """Reads the image processor in its PIL version, which needs no torchvision."""
   import transformers
 
   path = folder / PROCESSOR
   kind = str(read_foreign_json(path, {}).get("image_processor_type"))
   if not kind.startswith("BitImageProcessor"):
     raise UserError(
-      f"{path}: image_processor_type is '{kind}'; it must be 'BitImageProcessor', as DINOv2 has it."
+      f"{path}: image_processor_type is '{kind}'; it must be 'BitImageProcessor' for DINOv2."
     )
   return transformers.BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)

@@ -1,18 +1,18 @@
-"""Computes a 95% interval of the Frechet distance that resamples groups of images.
+"""Computes a 95% interval of the Frechet distance by resampling groups of images.
 
 The distance of n rows is biased upward, because means and covariances are estimates. A resample
-estimates them a second time, so its distance is biased twice, and the percentiles of resamples can
-lie wholly above the distance. Therefore they are moved down by `bias`, the mean distance of the
-resamples less the distance. The interval is then one of the distance as it is reported: that of
-other groups of the same number, bias included.
+estimates them a second time, so its distance is biased twice. The percentiles of the resamples can
+even be larger than the distance itself. Therefore they are moved down by `bias`, which is the mean
+distance of the resamples minus the distance. The resulting interval is for the distance as it is
+reported, with its bias: it shows how the distance varies with the choice of equally many groups.
 
-The interval is too wide where the bias dominates: equal distributions, or few groups for the width
-d of the features. With 20 d groups or more, distance, low and high less `bias` estimate the
-distance of infinitely many rows. With fewer groups `bias` is too small, with less than d groups
-far too small.
+The interval is too wide where the bias dominates. This happens if the distributions are equal, or
+if there are few groups compared with the width d of the features. With at least 20 d groups,
+subtract `bias` from distance, low and high to estimate the distance of infinitely many rows. With
+fewer groups, `bias` is too small. With fewer than d groups, it is far too small.
 """
 
-# n rows of the images in question, m rows of the reference, d numbers in a row, G groups.
+# n rows of the measured images, m rows of the reference, d numbers in a row.
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance, two_sets
 
 NUM_RESAMPLES = 100
-BLOCK = 4096  # Rows that become float64 at once.
+BLOCK = 4096  # Rows that are converted to float64 at a time.
 
 
 def frechet_interval(
@@ -37,36 +37,38 @@ def frechet_interval(
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Computes the Frechet distance of two sets of features, and a bootstrap interval over groups.
+  """Computes the Frechet distance of two sets of features, and its bootstrap interval over groups.
 
     rows = [[0], [2], [5], [7]], groups = ["fox", "fox", "cat", "cat"]
     reference = [[1], [3], [5], [7]], reference_groups = groups
     result = {"distance": 0.53, "low": 0.0, "high": 0.96, "bias": 0.04,
               "groups": 2, "effective_groups": 2.0, "resamples": [0.0, 1.0, ...]}
 
-  A resample takes as many groups as there are, with replacement, each with all of its rows. A group
-  with rows in both sets, such as the caption of a generated and of a real image, is drawn once for
-  both. The percentiles are expanded as those of `intervals.mean_interval`. A resample costs as much
-  as the moments of both sets and a `frechet_distance`; with fewer rows than d far less.
+  A resample draws as many groups as there are, with replacement, and takes all rows of each drawn
+  group. If a group has rows in both sets, such as a caption with a generated and a real image, it
+  is drawn for both sets together. The percentiles are expanded as in `intervals.mean_interval`.
+  Each resample computes the moments of both sets and a `frechet_distance`. It is much cheaper if
+  both sets have fewer than d rows.
 
   Args:
     rows: [n, d] features, in memory.
-    groups: [n] names, or ids in an integer array; rows of equal ones belong together.
-    reference: [m, d] features; or `Moments`, which stay the same in all resamples: the interval
-      then leaves out that the reference is a sample, too.
-    reference_groups: [m] as `groups`; None for `Moments`.
-    num_resamples: bootstrap resamples.
-    seed: of the bootstrap.
+    groups: [n] the group of each row, as a name or an integer id.
+    reference: [m, d] features, or `Moments`. `Moments` are the same in all resamples, so the
+      interval then ignores that the reference is a sample, too.
+    reference_groups: [m] the group of each row of the reference; None for `Moments`.
+    num_resamples: number of bootstrap resamples.
+    seed: seed of the bootstrap.
 
   Returns:
-    `groups` is the number of groups of `rows`, `effective_groups` that of Kish, in the set that
-    has fewer. `low` is at least 0. `resamples` are the distances of the resamples, before they are
-    moved; with equal groups and seed they are of equal draws, so they can be compared in pairs.
-    `low`, `high`, `bias` and `resamples` are None if a set has one group.
+    `groups` is the number of groups of `rows`. `effective_groups` is Kish's effective number of
+    groups, in the set where it is smaller. `low` is at least 0. `resamples` are the distances of
+    the resamples before they are moved. Calls with equal groups and equal seeds draw the same
+    groups, so their resamples can be compared in pairs. `low`, `high`, `bias` and `resamples` are
+    None if a set has only one group.
 
   Raises:
-    UserError: fewer than 2 rows in a set, rows without a group, names in one set and ids in the
-      other, or rows of two widths.
+    UserError: a set has fewer than 2 rows, a row has no group, one set has names and the other one
+      ids, or the sets differ in width.
   """
   sets, places, fixed = _placed_sets(rows, groups, reference, reference_groups)
   is_few = not fixed and _are_few(*sets)
@@ -97,7 +99,7 @@ def _are_few(first: npt.ArrayLike, second: npt.ArrayLike) -> bool:
 
 
 def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
-  """Returns the interval of a distance from those of its resamples, for `effective` groups."""
+  """Returns the interval of the distance `found` from the distances of its resamples."""
   bias = float(np.mean(distances)) - found
   tail = (1 - intervals.percentile_level(effective)) / 2
   low, high = np.quantile(distances, [tail, 1 - tail]) - bias
@@ -107,13 +109,13 @@ def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
 def _placed_sets(
   rows: Any, groups: Any, reference: Any, reference_groups: Any
 ) -> tuple[list[Any], list[np.ndarray], list[Moments]]:
-  """Returns the sets that are resampled, the number of each row's group, and what stays as it is.
+  """Returns the sets to resample, the group number of each of their rows, and the fixed moments.
 
-  Equal names have equal numbers: ["fox", "cat"] and ["fox", "dog"] are [2, 0] and [2, 1].
+  Equal names have equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and [2, 1].
   """
   is_fixed = isinstance(reference, Moments)
   if is_fixed != (reference_groups is None):
-    raise UserError("the reference must be rows with reference_groups, or moments without.")
+    raise UserError("the reference must be rows with reference_groups, or moments without them.")
   sets = [rows] if is_fixed else [rows, reference]
   names = [groups] if is_fixed else [groups, reference_groups]
   for one, own in zip(sets, names):
@@ -127,7 +129,7 @@ def _placed_sets(
 
 
 def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """Sorts groups by the sets that they are in.
+  """Splits groups by the sets that contain them.
 
   _strata([[2, 0], [2, 1]]) = [[2], [0], [1]]: in both sets, in the first, in the second
   """
@@ -140,16 +142,16 @@ def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _draw(
   strata: Sequence[np.ndarray], places: Sequence[np.ndarray], rng: np.random.Generator
 ) -> list[np.ndarray]:
-  """Draws groups, as many of each stratum as it has; returns how often each row of a set counts."""
+  """Draws as many groups from each stratum as it has; returns how often each row was drawn."""
   drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
   counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
   return [counts[where] for where in places]
 
 
 def _distance_of_few(sets: Sequence[npt.ArrayLike], counts: Sequence[np.ndarray]) -> float:
-  """`frechet_distance` of fewer rows than their width, by matrices of that many rows.
+  """Computes `frechet_distance` of sets with fewer rows than their width, with small matrices.
 
-  Centered rows over sqrt(n - 1) are factors of the covariance, as those of `moments._factor` are.
+  Centered rows, divided by sqrt(n - 1), are factors of the covariance, as in `moments._factor`.
   """
   means, factors = [], []
   for rows, weights in zip(sets, counts):

@@ -1,9 +1,9 @@
-"""Inception-v3 of the Frechet Inception Distance (Heusel et al. 2017, arXiv 1706.08500).
+"""Computes features for the Frechet Inception Distance (Heusel et al. 2017, arXiv 1706.08500).
 
-The network is the TensorFlow graph of 2015-12-05, as pytorch-fid and torch-fidelity rebuild it. It
-differs from the network of Szegedy et al. (2015, arXiv 1512.00567) and from torchvision's: its
-average pools do not count padding, its last block pools by the maximum, it has 1,008 classes and
-other weights.
+The network is the Inception-v3 of the TensorFlow graph of 2015-12-05, as pytorch-fid and
+torch-fidelity rebuild it. It differs from the network of Szegedy et al. (2015, arXiv 1512.00567)
+and of torchvision: its average pools do not count padding, its last block uses a max pool, it has
+1,008 classes, and its weights are different.
 """
 
 # B batch, H height, W width, C channels, D width of the features.
@@ -43,15 +43,15 @@ class Conv(NamedTuple):
   padding: str = "SAME"
 
 
-# Pools of 3 x 3 pixels: the mean and the maximum around a pixel, and the maximum with stride 2.
+# 3 x 3 pools: mean with stride 1, maximum with stride 1, maximum with stride 2.
 MEAN, MAX, HALVE = "mean", "max", "halve"
 
 
 def _mixed(name: str, *branches: list) -> tuple:
-  """Builds a block: parallel branches, each a list of steps, whose channels are concatenated.
+  """Builds a block of parallel branches. The output concatenates the channels of the branches.
 
-  A step is a convolution (its name after "branch", and the other fields of `Conv`), a pool or a
-  tuple of parallel branches.
+  A branch is a list of steps. A step is a convolution (its name after "branch", then the other
+  fields of `Conv`), a pool, or a tuple of parallel branches.
   """
 
   def build(step: Any) -> Any:
@@ -65,7 +65,7 @@ def _mixed(name: str, *branches: list) -> tuple:
 
 
 def _mixed_35(name: str, pooled: int) -> tuple:
-  """Builds a block at 35 x 35 places, `InceptionA` of torchvision."""
+  """Builds a block for a grid of 35 x 35 positions, `InceptionA` in torchvision."""
   return _mixed(
     name,
     [("1x1", 64)],
@@ -76,7 +76,7 @@ def _mixed_35(name: str, pooled: int) -> tuple:
 
 
 def _mixed_17(name: str, width: int) -> tuple:
-  """Builds a block at 17 x 17 places, `InceptionC` of torchvision."""
+  """Builds a block for a grid of 17 x 17 positions, `InceptionC` in torchvision."""
   row, column = (1, 7), (7, 1)
   return _mixed(
     name,
@@ -91,7 +91,7 @@ def _mixed_17(name: str, width: int) -> tuple:
 
 
 def _mixed_8(name: str, pool: str) -> tuple:
-  """Builds a block at 8 x 8 places, `InceptionE` of torchvision."""
+  """Builds a block for a grid of 8 x 8 positions, `InceptionE` in torchvision."""
 
   def cross(part: str) -> tuple:
     return [(f"{part}a", 384, (1, 3))], [(f"{part}b", 384, (3, 1))]
@@ -142,7 +142,7 @@ STEPS = [
 
 
 def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
-  """Returns the shapes of kernels, [out, in, height, width], and the channels after the steps."""
+  """Returns the kernel shapes, [out, in, height, width], and the channels after the last step."""
   shapes: dict[str, tuple[int, ...]] = {}
   for step in steps:
     if isinstance(step, Conv):
@@ -157,7 +157,7 @@ def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all tensors by their names in the state dict of torch, counters aside."""
+  """Maps the name of each tensor in torch's state dict, except counters, to its shape."""
   shapes = {}
   for name, kernel in _kernel_shapes(STEPS, 3)[0].items():
     shapes[f"{name}.conv.weight"] = kernel
@@ -167,11 +167,11 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-  """Makes parameters of the tensors of a state dict.
+  """Converts the tensors of a state dict to parameters.
 
   Returns:
-    For each convolution a `kernel`, [height, width, in, out], and the batch norm as `scale` and
-    `shift`, [out]; all float32.
+    For each convolution, its `kernel`, [height, width, in, out], and its batch norm as `scale` and
+    `shift`, [out]. All are float32.
   """
   params = {}
   for name in _kernel_shapes(STEPS, 3)[0]:
@@ -191,7 +191,7 @@ def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
 
 
 def _pool(x: Array, kind: str) -> Array:
-  """Pools squares of 3 x 3; a mean counts only the pixels within the image."""
+  """Applies a 3 x 3 pool. A mean counts only positions inside the image."""
   window = (1, 3, 3, 1)
   if kind == HALVE:
     return lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 2, 2, 1), "VALID")
@@ -203,7 +203,7 @@ def _pool(x: Array, kind: str) -> Array:
 
 
 def _window_counts(size: int) -> np.ndarray:
-  """Counts the places within 1 of each of `size` places: size = 4: [2 3 3 2]."""
+  """Counts how many of `size` positions are in the window of each position: [2 3 3 2] for 4."""
   places = np.arange(size, dtype=np.float32)
   return np.minimum(places + 1, size - 1) - np.maximum(places - 1, 0) + 1
 
@@ -217,7 +217,7 @@ def _run(steps: list, params: dict, x: Array) -> Array:
       x = lax.conv_general_dilated(
         x, layer["kernel"], (step.stride, step.stride), step.padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=lax.Precision.HIGHEST,  # Else TPUs and GPUs round the factors.
+        precision=lax.Precision.HIGHEST,  # Otherwise TPUs and GPUs round the factors.
       )  # fmt: skip
       scale, shift = (layer[name][None, None, None] for name in ("scale", "shift"))
       x = jax.nn.relu(x * scale + shift)
@@ -227,20 +227,18 @@ def _run(steps: list, params: dict, x: Array) -> Array:
 
 
 def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array, "B D"]:
-  """Computes the features of the FID, the mean of the last block over its 8 x 8 places.
+  """Computes the features of the FID: the output of the last block, averaged over 8 x 8 positions.
 
-  Args:
-    params: see `make_params`.
-    pixels: see `resize_images`.
+  See `make_params` for `params`, and `resize_images` for `pixels`.
   """
   return _run(STEPS, params, pixels).mean((1, 2))
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns, for each of `SIDE` places, the pixels before and after, and the weight of the latter.
+  """Returns the pixels before and after each of `SIDE` positions, and the weights of those after.
 
-  "tf1" takes the corners of pixels for their places, which shifts the image; "torch" takes their
-  centers. Both compute in float32, and neither averages when an image shrinks.
+  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures them
+  from the centers of pixels. Both compute in float32, and neither smooths an image that it shrinks.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":
@@ -255,9 +253,9 @@ def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Ar
   """Resizes images bilinearly and scales their pixels to about [-1, 1].
 
   Args:
-    images: of any size.
-    resize: "tf1", as torch-fidelity and TensorFlow 1: black is -1, white 127 / 128. "torch", as
-      pytorch-fid: white is 1. Values of the FID differ between the two.
+    images: images of any size.
+    resize: "tf1" resizes as torch-fidelity and TensorFlow 1; black becomes -1 and white 127 / 128.
+      "torch" resizes as pytorch-fid; white becomes 1. The two give different values of the FID.
   """
   x = images.astype(jnp.float32)
   for axis in (2, 1):
@@ -273,13 +271,13 @@ _pool3 = jax.jit(pool3)
 
 
 class Inception:
-  """The network with its weights.
+  """Inception-v3 with its weights.
 
-  Every device has all parameters and embeds its rows of a batch. All batches have one shape, so the
-  network is compiled once, whatever the size of the images.
+  The parameters are replicated on all devices, and each device embeds its share of a batch. All
+  batches have the same shape, so the network is compiled once for all image sizes.
 
   Attributes:
-    digest: see `published_weights.digest`; of the tensors that the network has, without `COUNTER`.
+    digest: digest of the tensors without batch counters, see `published_weights.digest`.
     resize: see `resize_images`.
   """
 
@@ -290,7 +288,10 @@ class Inception:
     devices: Sequence[jax.Device] | None = None,
     rows_per_device: int = ROWS_PER_DEVICE,
   ):
-    """Puts the tensors of `tensor_shapes` on `devices`, by default all of this host."""
+    """Puts the parameters on `devices`, by default on all devices of this host.
+
+    `tensors` have the names and shapes of `tensor_shapes`.
+    """
     if resize not in get_args(Resize):
       raise ValueError(f"resize is '{resize}'; it must be one of {', '.join(get_args(Resize))}.")
     devices = list(devices or jax.local_devices())
@@ -301,10 +302,11 @@ class Inception:
 
   @classmethod
   def load(cls, path: epath.PathLike, resize: Resize = "tf1", **options: Any) -> "Inception":
-    """Reads a safetensors file with the names of the state dict of pytorch-fid or torch-fidelity.
+    """Reads a safetensors file with the tensor names of pytorch-fid or torch-fidelity.
 
     Raises:
-      UserError: it is absent, damaged, a pickle, or holds other tensors; see `published_weights`.
+      UserError: the file is absent, damaged or a pickle, or has other tensors; see
+        `published_weights`.
     """
     tensors = published_weights.read_tensors(path)
     tensors = {name: x for name, x in tensors.items() if not name.endswith("." + COUNTER)}

@@ -1,8 +1,8 @@
 """Computes kernel distances between two sets of features: KID and CMMD.
 
-Both are a maximum mean discrepancy (MMD, Gretton et al., "A Kernel Two-Sample Test", 2012): the
-mean kernels within the two sets less twice that between them. Kernels are computed in blocks, so
-memory does not depend on the number of rows.
+Both are a maximum mean discrepancy (MMD, Gretton et al., "A Kernel Two-Sample Test", 2012): the sum
+of the mean kernels within each set, minus twice the mean kernel between the sets. Kernels are
+computed in blocks, so memory does not depend on the number of rows.
 """
 
 # n rows of the first set, m rows of the second, d numbers in a row.
@@ -15,11 +15,11 @@ import numpy.typing as npt
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
 
-SIGMA = 10.0  # Of the Gaussian kernel of CMMD.
-SCALE = 1000.0  # Of CMMD.
-BLOCK = 1024  # Rows.
+SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.
+SCALE = 1000.0  # CMMD is the MMD^2 times this.
+BLOCK = 1024  # Rows per block.
 
-# Of all pairs of a row of one block and one of another: [n, d], [m, d] -> [n, m].
+# Computes the kernel of all pairs of rows of two blocks: [n, d], [m, d] -> [n, m].
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -32,29 +32,31 @@ def kid(
 ) -> dict[str, float | int]:
   """Computes the kernel distance KID: the mean of `polynomial_mmd` over random subsets.
 
-  Binkowski et al., "Demystifying MMD GANs" (2018). It is unbiased: sets of different sizes can be
-  compared, and values slightly below 0 are right. With `seed` 2020 the subsets are those of
-  torch-fidelity 0.4.
+  Source: Binkowski et al., "Demystifying MMD GANs" (2018). KID is unbiased: sets of different sizes
+  can be compared, and values slightly below 0 are correct. With `seed` 2020, torch-fidelity 0.4
+  draws the same subsets.
 
   Args:
-    first: [n, d] features; KID is of those of Inception.
-    second: [m, d].
-    num_subsets: random subsets of each set, drawn without replacement.
-    subset_size: rows of a subset; all rows of the smaller set if that has fewer.
-    seed: of the subsets.
+    first: [n, d] features. The name KID implies features of Inception.
+    second: [m, d] features.
+    num_subsets: number of random subsets of each set. A subset is drawn without replacement.
+    subset_size: rows of a subset. If a set has fewer rows, subsets have the size of the smaller
+      set.
+    seed: seed of the subsets.
 
   Returns:
-    {"mean", "std", "subset_size"}: `subset_size` as it was used. `std` is that of the subsets,
-    which share rows. It is no error of the mean, and about 0 where a subset is the whole set.
+    {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard
+    deviation over the subsets. It is not the error of the mean, because subsets share rows. It is
+    about 0 if a subset is the whole set.
 
   Raises:
-    UserError: fewer than 2 rows in a set, or rows of two widths.
+    UserError: a set has fewer than 2 rows, or the sets differ in width.
   """
   sets = two_sets(first, second, at_least=2)
   size = min(subset_size, *map(len, sets))
   if size < 2 or num_subsets < 1:
     raise UserError("KID needs at least 1 subset of at least 2 images: raise the numbers.")
-  rng = np.random.RandomState(seed)  # Legacy, but what torch-fidelity draws from.
+  rng = np.random.RandomState(seed)  # A legacy generator, because torch-fidelity uses it.
   distances = []
   for _ in range(num_subsets):
     subsets = [rows[rng.choice(len(rows), size, replace=False)] for rows in sets]
@@ -68,11 +70,11 @@ def polynomial_mmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     first = [[0], [1]]: kernel 1, second = [[0], [2]]: kernel 1; between them 1, 1, 1 and 27
     result = 1 + 1 - 2 * 30 / 4 = -13.0
 
-  The kernel of a row with itself is left out: the means are over n (n - 1) and m (m - 1) pairs
-  within the sets and over n m pairs between them.
+  Pairs of a row with itself are excluded. The means are over n (n - 1) and m (m - 1) pairs within
+  the sets and over n m pairs between them.
 
   Raises:
-    UserError: fewer than 2 rows in a set, or rows of two widths.
+    UserError: a set has fewer than 2 rows, or the sets differ in width.
   """
   first, second = two_sets(first, second, at_least=2)
   result = -2 * _sum_between(_cubic, first, second) / (len(first) * len(second))
@@ -82,28 +84,30 @@ def polynomial_mmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 
 def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-  """Returns CMMD: 1,000 times the MMD^2 of a Gaussian kernel (sigma 10) on rows of length 1.
+  """Returns CMMD: 1,000 times the MMD^2 of a Gaussian kernel (sigma 10) on normalized rows.
 
     first = [[2, 0]], second = [[0, 5]]: kernel 1 within each, exp(-2 / 200) between them
     result = 1000 * (2 - 2 * exp(-0.01)) = 19.90
 
   Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation"
-  (2024). As in their code the estimate is the biased one, in which the kernel of a row with itself
-  counts. Its bias falls as 1 / n: compare distances of equally many images. It is never negative;
-  rounding below 0 becomes 0. Their code computes in float32, which rounds the result by about 1e-4.
+  (2024). As in the code of the authors, the estimate is biased, because it includes pairs of a row
+  with itself. The bias falls as 1 / n, so compare only distances of equally many images. The result
+  is never negative; rounding errors below 0 become 0. The code of the authors computes in float32,
+  which rounds the result by about 1e-4.
 
   Args:
-    first: [n, d] features of any length; CMMD is of those of CLIP ViT-L/14 at 336 pixels.
-    second: [m, d].
+    first: [n, d] features of any norm. The name CMMD implies features of CLIP ViT-L/14 at 336
+      pixels.
+    second: [m, d] features.
 
   Raises:
-    UserError: no rows in a set, a row of zeros, or rows of two widths.
+    UserError: a set has no rows, a row is all zeros, or the sets differ in width.
   """
   sets = two_sets(first, second, at_least=1)
   for rows in sets:
     zero = ~rows.any(axis=1)
     if zero.any():
-      raise UserError(f"row {zero.argmax()} of the features is 0 and has no direction.")
+      raise UserError(f"row {zero.argmax()} of the features is all zeros, so it has no direction.")
   result = -2 * _sum_between(_gaussian, *sets) / (len(sets[0]) * len(sets[1]))
   for rows in sets:
     result += (_sum_within(_gaussian, rows) + len(rows)) / len(rows) ** 2
@@ -112,7 +116,7 @@ def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   base = x @ y.T / x.shape[1] + 1
-  return base * base * base  # Several times as fast as a power.
+  return base * base * base  # Several times faster than a power.
 
 
 def _gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -121,12 +125,12 @@ def _gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _sum_between(kernel: Kernel, first: np.ndarray, second: np.ndarray) -> float:
-  """Sums the kernel over all pairs of a row of the first set and one of the second."""
+  """Sums the kernel over all pairs of a row of `first` and a row of `second`."""
   return sum(float(kernel(x, y).sum()) for x in _blocks(first) for y in _blocks(second))
 
 
 def _sum_within(kernel: Kernel, rows: np.ndarray) -> float:
-  """Sums the kernel over all ordered pairs of different rows; each is computed once."""
+  """Sums the kernel over all ordered pairs of different rows."""
   total = 0.0
   for i, x in enumerate(_blocks(rows)):
     own = kernel(x, x)

@@ -1,6 +1,6 @@
 """Computes mean and covariance of features in one pass, and the Frechet distance between two sets.
 
-Features are rows of numbers, one for each image, from any model that embeds images.
+Features are rows of numbers, one row per image, from any model that embeds images.
 """
 
 # n rows, d numbers in a row, r rank of a covariance.
@@ -15,22 +15,22 @@ from scipy import linalg
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 
-MIN_ROWS = 2  # Of a covariance.
+MIN_ROWS = 2  # A covariance needs at least two rows.
 FIELDS = ("count", "mean", "scatter")
 
 
 class Moments:
-  """Count, mean and covariance of rows that come in batches.
+  """Count, mean and covariance of rows that are added in batches.
 
     moments = Moments(2)
     moments.add([[0, 0], [2, 0]])
     moments.add([[1, 3]])
     count = 3, mean = [1, 1], covariance() = [[1, 0], [0, 3]]
 
-  The sum of squares is kept about the mean and corrected when the mean moves (Chan, Golub, LeVeque,
-  "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979). So features
-  far from 0 lose no digits, and the sizes of the batches do not matter. Memory is d x d numbers,
-  whatever the number of rows.
+  The sum of squares is taken about the current mean and corrected when the mean changes (Chan,
+  Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+  1979). So features far from 0 do not lose digits, and batch sizes do not matter. Memory is d x d
+  numbers for any number of rows.
 
   Attributes:
     count: n.
@@ -39,7 +39,7 @@ class Moments:
   """
 
   def __init__(self, width: int):
-    """Starts with no rows of `width` numbers."""
+    """Creates moments of zero rows. All rows must have `width` numbers."""
     self.count = 0
     self.mean = np.zeros(width)
     self.scatter = np.zeros((width, width))
@@ -49,10 +49,10 @@ class Moments:
 
     Args:
       rows: [n, d] numbers; n may be 0.
-      counts: [n] whole numbers, how often each row counts; once if absent.
+      counts: [n] whole numbers: how often each row counts. None: each row counts once.
 
     Raises:
-      UserError: rows of another width, or a number that is not finite.
+      UserError: the rows have another width, or a number is not finite.
     """
     rows = np.asarray(feature_rows(rows), np.float64)
     _check_widths(len(self.mean), rows.shape[1])
@@ -68,10 +68,10 @@ class Moments:
     self._join(int(counts.sum()), mean, deviations.T @ deviations)
 
   def merge(self, other: "Moments") -> None:
-    """Adds the rows that `other` has seen, as those of another host.
+    """Adds the rows of `other`, for example the rows of another host.
 
     Raises:
-      UserError: rows of another width.
+      UserError: the rows of `other` have another width.
     """
     _check_widths(len(self.mean), len(other.mean))
     if other.count:
@@ -85,29 +85,31 @@ class Moments:
     self.count = total
 
   def covariance(self) -> np.ndarray:
-    """Returns the unbiased covariance [d, d], that of `numpy.cov`: scatter / (n - 1).
+    """Returns the unbiased covariance, [d, d], as `numpy.cov`: scatter / (n - 1).
 
     Raises:
-      UserError: fewer than 2 rows.
+      UserError: there are fewer than 2 rows.
     """
     if self.count < MIN_ROWS:
       raise UserError(
-        f"a covariance needs the features of at least {MIN_ROWS} images, and there are "
+        f"a covariance needs the features of at least {MIN_ROWS} images, but there are "
         f"{self.count}: give more images."
       )
     return self.scatter / (self.count - 1)
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes an .npz file that `load` reads, whole or not at all."""
+    """Writes an .npz file for `load`, atomically."""
     with replacing(path) as file:
       np.savez(file, **{name: getattr(self, name) for name in FIELDS})
 
   @classmethod
   def load(cls, path: epath.PathLike) -> "Moments":
-    """Reads what `save` wrote; adding the remaining rows then equals no interruption, bit by bit.
+    """Reads a file of `save`.
+
+    If the remaining rows are then added, the result is bitwise equal to a run without interruption.
 
     Raises:
-      UserError: the file is absent, or has no moments.
+      UserError: the file is absent, or does not contain moments.
     """
     try:
       with epath.Path(path).open("rb") as file, np.load(file) as arrays:
@@ -124,14 +126,14 @@ class Moments:
 
 
 def feature_rows(rows: npt.ArrayLike) -> np.ndarray:
-  """Returns features as an array [n, d] of their own dtype.
+  """Converts features to an array [n, d] without changing their dtype.
 
   Raises:
-    UserError: not rows of numbers, or a number that is not finite.
+    UserError: the features are not rows of numbers, or a number is not finite.
   """
   rows = np.asarray(rows)
   if rows.ndim != 2:
-    raise UserError(f"features must be rows of numbers [n, d], and have the shape {rows.shape}.")
+    raise UserError(f"features have the shape {rows.shape}; they must be rows of numbers [n, d].")
   wrong = ~np.isfinite(rows).all(axis=1)
   if wrong.any():
     raise UserError(
@@ -144,17 +146,17 @@ def feature_rows(rows: npt.ArrayLike) -> np.ndarray:
 def two_sets(
   first: npt.ArrayLike, second: npt.ArrayLike, at_least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns two sets of `feature_rows` that can be compared.
+  """Converts two sets of features by `feature_rows`, and checks that they can be compared.
 
   Raises:
-    UserError: rows of two widths, or fewer than `at_least` rows in a set.
+    UserError: the sets differ in width, or a set has fewer than `at_least` rows.
   """
   first, second = feature_rows(first), feature_rows(second)
   _check_widths(first.shape[1], second.shape[1])
   fewest = min(len(first), len(second))
   if fewest < at_least:
     raise UserError(
-      f"this distance needs at least {at_least} images in each set, and one has {fewest}: give "
+      f"this distance needs at least {at_least} images in each set, but one set has {fewest}: give "
       "more images."
     )
   return first, second
@@ -167,17 +169,17 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     d = 1, means 0 and 1, variances 1 and 4: 1 + 1 + 4 - 2 * 2 = 2.0
 
   This is the squared distance of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule
-  Converge to a Local Nash Equilibrium" (2017), FID if the features are those of Inception. The
-  trace of the square root of C1 C2 is the sum of the singular values of F1^T F2, where F F^T = C.
-  Those are real and nonnegative for covariances of any rank, where a square root of the product
-  C1 C2, which is not symmetric, becomes complex or fails.
+  Converge to a Local Nash Equilibrium" (2017). With features of Inception, it is the FID. The trace
+  of (C1 C2)^(1/2) is computed as the sum of the singular values of F1^T F2, where F F^T = C.
+  Singular values are real and nonnegative for covariances of any rank. A matrix square root of
+  C1 C2, which is not symmetric, can become complex or fail.
 
-  Rounding can make the distance of nearly equal sets negative, by about 1e-15 of the traces: then
-  it is 0. The distance of few images is biased upward, the more the fewer they are: compare only
-  distances of equally many images.
+  Rounding can make the distance of nearly equal sets negative, by about 1e-15 of the traces. The
+  result is then 0. The distance is biased upward, and the bias grows as the number of images falls.
+  Compare only distances of equally many images.
 
   Raises:
-    UserError: fewer than 2 rows in a set, or rows of two widths.
+    UserError: a set has fewer than 2 rows, or the sets differ in width.
   """
   _check_widths(len(first.mean), len(second.mean))
   shift = first.mean - second.mean
@@ -191,10 +193,10 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """Returns F [d, r] with F F^T = covariance.
 
-  Fewer than d + 1 rows, or dependent numbers, have eigenvalues that are rounding errors. Those are
-  0: their square roots, about 1e-8, would add up.
+  With fewer than d + 1 rows, or with linearly dependent columns, some eigenvalues are only rounding
+  errors. They are dropped, because their square roots (about 1e-8) would add up.
   """
-  values, vectors = np.linalg.eigh(covariance)  # In rising order.
+  values, vectors = np.linalg.eigh(covariance)  # Eigenvalues are in ascending order.
   kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
   return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -202,6 +204,6 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 def _check_widths(first: int, second: int) -> None:
   if first != second:
     raise UserError(
-      f"some features have {first} numbers in a row, others {second}: compare features of one "
+      f"some features have {first} numbers per row, others {second}: compare features of one "
       "extractor."
     )

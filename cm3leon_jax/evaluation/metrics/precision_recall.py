@@ -1,4 +1,4 @@
-"""Computes improved precision and recall of generated images by their features.
+"""Computes improved precision and recall of generated images from features.
 
 Distances are computed in blocks, so memory does not depend on the number of rows.
 """
@@ -13,37 +13,37 @@ import numpy.typing as npt
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
 
-BLOCK = 1024  # Rows.
+BLOCK = 1024  # Rows per block.
 
 
 def precision_recall(
   generated: npt.ArrayLike, real: npt.ArrayLike, neighbors: int = 3
 ) -> dict[str, float]:
-  """Computes the shares of generated rows among real ones and of real rows among generated ones.
+  """Computes the share of generated rows near real rows, and of real rows near generated rows.
 
     generated = [[0], [1], [9]], with the balls -1 to 1, 0 to 2 and 1 to 17, neighbors = 1
     real = [[2], [4.5], [5]], with the balls -0.5 to 4.5, 4 to 5 and 4.5 to 5.5
     result = {"precision": 0.67, "recall": 1.0}: 9 is in no ball of real rows
 
-  A ball is around a row of a set and reaches to its k-th nearest neighbor of the same set, itself
-  not counted; its border is part of it. Precision is the share of generated rows in the ball of any
-  real row, and measures quality; recall the share of real rows in the ball of any generated row,
-  and measures variety. Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing
-  Generative Models" (2019), where k is 3. Both depend on the numbers of rows: compare values of
-  equally many.
+  The ball around a row reaches to its k-th nearest neighbor in the same set, not counting the row
+  itself. The border is part of the ball. Precision is the share of generated rows that are in the
+  ball of any real row. It measures quality. Recall is the share of real rows that are in the ball
+  of any generated row. It measures variety. Source: Kynkaanniemi et al., "Improved Precision and
+  Recall Metric for Assessing Generative Models" (2019), with k = 3. Both values depend on the
+  numbers of rows, so compare only values of equally many rows.
 
   Args:
     generated: [n, d] features.
-    real: [m, d].
+    real: [m, d] features.
     neighbors: k.
 
   Raises:
-    UserError: k or fewer rows in a set, or rows of two widths.
+    UserError: a set has k or fewer rows, or the sets differ in width.
   """
   if neighbors < 1:
     raise UserError(f"neighbors is {neighbors}; it must be at least 1.")
   generated, real = two_sets(generated, real, at_least=neighbors + 1)
-  center = real.mean(axis=0, dtype=np.float64)  # Distances far from 0 would lose digits.
+  center = real.mean(axis=0, dtype=np.float64)  # Distances of rows far from 0 would lose digits.
   return {
     "precision": _share_inside(generated, real, _radii(real, neighbors, center), center),
     "recall": _share_inside(real, generated, _radii(generated, neighbors, center), center),
@@ -68,7 +68,7 @@ def _radii(rows: np.ndarray, neighbors: int, center: np.ndarray) -> np.ndarray:
 def _share_inside(
   rows: np.ndarray, others: np.ndarray, radii: np.ndarray, center: np.ndarray
 ) -> float:
-  """Returns the share of rows that are in the ball of any of the others."""
+  """Returns the share of `rows` that are in the ball of any row of `others`."""
   count = 0
   for x in _blocks(rows, center):
     inside = np.zeros(len(x), bool)
@@ -80,7 +80,7 @@ def _share_inside(
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Returns |x - y|^2 [n, m]; exactly 0 for copies, which must be in their ball of radius 0."""
+  """Returns |x - y|^2, [n, m]; exactly 0 for copies, so that balls of radius 0 contain them."""
   lengths = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("md,md->m", y, y)
   distances = lengths - 2 * (x @ y.T)
   distances[distances <= x.shape[1] * np.finfo(np.float64).eps * lengths] = 0.0

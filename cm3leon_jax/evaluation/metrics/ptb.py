@@ -2,29 +2,30 @@ r"""Tokenizes captions as the caption metrics do: Penn Treebank tokens, lower ca
 
 Published BLEU and CIDEr of captions are computed on the tokens of pycocoevalcap's PTBTokenizer. It
 runs the PTBTokenizer of Stanford CoreNLP 3.4.1 in Java and removes a list of punctuation. This
-module returns the same tokens without Java. Its rules were inferred from what that program prints.
+module returns the same tokens without Java. Its rules were inferred from the program's output.
 
-The rules see the shape of a caption, a text of the same length:
+The rules are matched against the shape of a caption, which has one sign for each character:
 
   caption = "Zoë’s ½ © 😀"
   shape   = "Zoé’s ½ § \0"
 
-Known differences, none of which a usual caption has: accents as entities (`&eacute;`), addresses of
-the web that touch other words, several numbers in a row that look like one of a telephone, and
-scripts whose vowel signs CoreNLP drops. CoreNLP also reads all captions as one text: a last word
-"No." keeps its period if the next caption begins with a number, and a last word "b." loses it if
-the next one begins with "A". Here each caption stands alone.
+There are known differences, which usual captions do not show: accents as entities (`&eacute;`), web
+addresses that are not separated from other words, several numbers that look like a telephone
+number, and scripts whose vowel signs CoreNLP drops. CoreNLP also reads all captions as one text.
+There, a last word "No." keeps its period if the next caption begins with a number, and a last word
+"b." loses its period if the next caption begins with "A". This module reads each caption
+separately.
 """
 
 from collections.abc import Iterator
 import re
 import unicodedata
 
-# pycocoevalcap also lists brackets, as -LRB-, but the tokens are in lower case by then: they stay.
+# pycocoevalcap also lists brackets as -LRB-. They stay, because its tokens are in lower case.
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 
-# The signs of a shape: a letter or mark beyond ASCII, a digit beyond ASCII, a sign that is a token,
-# and a sign that vanishes, such as an emoji. Spaces are " "; other characters stand for themselves.
+# Signs in a shape: a non-ASCII letter or mark, a non-ASCII digit, a symbol that is a token, and a
+# symbol that is dropped, such as an emoji. A space is " ". Other characters are their own signs.
 LETTER, DIGIT, SIGN, UNKNOWN = "é5§\0"
 
 QUOTES = "\"'`’‘‛‹›“”«»\u0091\u0092\u0093\u0094"
@@ -38,7 +39,7 @@ NORMALIZED = {
 }  # fmt: skip
 ENTITIES = {"nbsp": " ", "apos": "'", "quot": '"', "amp": "&", "mdash": "—", "ndash": "–"}
 ENTITY = re.compile(rf"&({'|'.join(ENTITIES)});", re.IGNORECASE)
-# First and last of each range of signs that are tokens.
+# First and last character of each range of symbols that are tokens.
 SIGNS = (
   "¡¡¥©¬¬®´¶¹¿¿××÷÷··\u2016\u2017\u201a\u201a\u201e\u201e\u2020\u2023\u2030\u2038\u203b\u203b"
   "\u203e\u2042\u2044\u2044\u2070\u2070\u2074\u207e\u2080\u208e\u20a4\u20a4\u2100\u2101\u2103\u2106"
@@ -56,7 +57,7 @@ ABBREVIATIONS = (
   "|sen|sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|sys|tel|tenn|thu|thurs|treas|tue|tues"
   "|univ|va|vs|vt|wed|wis|wisc|wm|wyo"
 )
-# In lower case these are words: "the dog is ill."
+# These are abbreviations only if they are capitalized. In lower case they are words: "I am ill."
 CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 # An initial before one of these words ends a sentence: "She chose plan b. He chose A."
 STARTS = (
@@ -84,8 +85,8 @@ MAIL = rf"{PLAIN}[^\s\"<>|(){{}}\0@]*@[^\s\"<>|(){{}}\0.]+(?:\.[^\s\"<>|(){{}}\0
 EYES = r"[<>]?[:;=][-o']?"
 FACE = r"[-^x=~<>']"
 
-# Group 1 is the token. What follows it in a rule must follow it in the text, and counts towards the
-# length: the longest match wins, the first of equally long ones.
+# Group 1 of a rule is the token. The rest of the rule must follow the token in the text. The rule
+# with the longest whole match wins. If matches are equally long, the first rule wins.
 RULES = (
   # Markup and addresses.
   rf"(<[/!?]?{NAME}(?: +{NAME}(?:={VALUE})?)* *[/?]?>|<!--[^<>]*-->)",
@@ -153,17 +154,17 @@ def tokenize(caption: str) -> list[str]:
     tokenize("A dog's bowl isn't empty (yet)...") =
       ["a", "dog", "'s", "bowl", "is", "n't", "empty", "-lrb-", "yet", "-rrb-"]
 
-  A fraction such as "5 1/2" is one token of CoreNLP with a space that does not break. The metrics
-  split there, so it is two tokens here.
+  CoreNLP makes one token with a non-breaking space from a fraction such as "5 1/2". The metrics
+  split tokens at spaces, so this function returns two tokens.
   """
   tokens = [token for token in _lex(caption) if token not in REMOVED]
   return " ".join(tokens).split()
 
 
 def _lex(caption: str) -> Iterator[str]:
-  """Yields the tokens of a caption and its punctuation: quotes as "'", dashes as "-"."""
+  """Yields the tokens of a caption, including punctuation. Quotes become "'", dashes "-"."""
   text = ENTITY.sub(lambda match: ENTITIES[match[1].lower()], caption)
-  text = text.replace("\u00ad", "")  # The soft hyphen.
+  text = text.replace("\u00ad", "")  # This is the soft hyphen.
   shape = text.translate(SHAPES)
   start = 0
   while start < len(shape):
@@ -177,7 +178,7 @@ def _lex(caption: str) -> Iterator[str]:
 
 
 def _normalize(token: str) -> str:
-  """Returns a token in lower case and in the spelling of the Penn Treebank: "’S" is "'s"."""
+  """Returns a token in lower case and in the spelling of the Penn Treebank: "’S" becomes "'s"."""
   token = token.lower()
   if token in NORMALIZED:
     return NORMALIZED[token]
@@ -187,12 +188,12 @@ def _normalize(token: str) -> str:
     return "--" if token[0] == "-" else "..."
   if re.fullmatch(r"’(?:s|d|m|ll|re|ve)|n[’‘]t", token):
     token = token.replace("’", "'").replace("‘", "`")
-  # Brackets of emoticons: only the round ones have names.
+  # In emoticons, only round brackets are spelled as names.
   return token.replace("(", "-lrb-").replace(")", "-rrb-")
 
 
 class _Shapes(dict):
-  """The sign of each character in a shape, found when it is first needed."""
+  """Maps each character to its sign in a shape. A sign is computed when it is first needed."""
 
   def __missing__(self, code: int) -> str:
     self[code] = _sign(chr(code))
@@ -215,7 +216,7 @@ def _sign(char: str) -> str:
     return UNKNOWN
   if category[0] == "L" or "\u02c2" <= char <= "\u02ff":
     return LETTER
-  if category[0] == "M" and char < "\u0e50":  # Later ones only in part.
+  if category[0] == "M" and char < "\u0e50":  # CoreNLP keeps only a part of the later marks.
     return LETTER
   if category == "Nd":
     return DIGIT

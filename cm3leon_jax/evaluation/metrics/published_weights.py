@@ -1,4 +1,4 @@
-"""Published weights of feature extractors: read from safetensors, checked and digested."""
+"""Reads, checks and digests published weights of feature extractors (safetensors files)."""
 
 from collections.abc import Mapping
 import hashlib
@@ -19,13 +19,13 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 def is_pickle(path: epath.PathLike) -> bool:
   """Returns whether a file is a pickle, by its suffix or its first bytes.
 
-  A zip archive counts as one, because torch.save writes pickles into zip archives.
+  A zip archive counts as a pickle, because torch.save writes pickles into zip archives.
   """
   path = epath.Path(path)
   with path.open("rb") as file:
     start = file.read(9)
-  # A safetensors file begins with the length of its header in eight bytes. At a length of 640
-  # these are also the first bytes of a pickle of protocol 2.
+  # A safetensors file begins with the length of its header, in eight bytes. If the length is 640,
+  # they are also the first bytes of a pickle of protocol 2.
   if start[8:9] == b"{":
     pickled = False
   else:
@@ -37,8 +37,8 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads all tensors of a safetensors file.
 
   Raises:
-    UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle, which
-      is not read.
+    UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle.
+      Pickles are refused because they can run code.
   """
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
@@ -69,27 +69,23 @@ def check_shapes(
 ) -> None:
   """Raises UserError unless the tensors are float32 and have the names and shapes of a network.
 
-  Args:
-    path: of their file; for messages, which name the first wrong tensor in the order of `shapes`.
-    tensors: of the file.
-    shapes: of all tensors of the network.
-    network: its name.
+  The message names the first wrong tensor, in the order of `shapes`.
   """
   for name, shape in shapes.items():
     expected = f"float32{list(shape)}"
     if name not in tensors:
-      raise UserError(f"{path} has no tensor '{name}'; {network} has it as {expected}.")
+      raise UserError(f"{path} has no tensor '{name}'; {network} has it, as {expected}.")
     found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
     if found != expected:
       raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")
   if surplus := sorted(set(tensors) - set(shapes)):
-    raise UserError(f"{path} has a tensor '{surplus[0]}'; {network} has none of this name.")
+    raise UserError(f"{path} has a tensor '{surplus[0]}', which {network} does not have.")
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
   """Computes the SHA-256 of the names, dtypes, shapes and bytes of tensors.
 
-  It does not depend on the order of the tensors, nor on the metadata of their file.
+  The digest does not depend on the order of the tensors or on the metadata of their file.
   """
   total = hashlib.sha256()
   for name, tensor in sorted(tensors.items()):

@@ -1,1 +1,1 @@
-"""Protocols: files that say what is measured and how, so that a number can be repeated."""
+"""Runs protocols: files that define an evaluation, so that others can reproduce its numbers."""

@@ -1,10 +1,11 @@
-"""Defines what a metric reads: the samples of a column, and what they are compared with.
+"""Defines the input of a metric: the samples of a column, and what they are compared with.
 
-The result of a metric has `value`, and where it can be computed a 95% interval, `low` and `high`.
-By `values`, one for each example, or `resamples`, two evaluations are compared pair by pair.
+The result of a metric has `value` and, if it can be computed, a 95% interval `low` and `high`. It
+may also have `values` (one per example) or `resamples`, which allow a paired comparison of two
+evaluations.
 """
 
-# n examples, E width of embeddings, C candidates, R resamples.
+# n examples, E width of embeddings, C candidates.
 
 from collections.abc import Sequence
 import dataclasses
@@ -24,19 +25,18 @@ class ColumnSamples:
   """Samples of a column, and what they are compared with.
 
   Attributes:
-    name: of the column.
-    lines: of the n best samples, without codes.
-    examples: n of them.
-    groups: [n] of the examples.
-    images: of the samples; None for texts.
-    reference: the real images; None for texts.
-    captions: [n, E] embeddings of the prompts by the CLIP of scores, or None.
-    likelihoods: [n] log p(caption | image) - log p(caption) in nats by the model, or None.
-    agreements: [n] probability of "yes" to whether the image shows its caption, or None.
-    candidates: of each example [C] log-probabilities of its candidates in nats, or None.
-    verdicts: whether each image is judged wholly right, or None.
-    seed: of resamples.
-    num_resamples: of intervals of means.
+    lines: JSON line of the best sample of each example, without codes.
+    groups: [n] the group of each example, for intervals.
+    images: generated images; None for texts.
+    reference: real images; None for texts.
+    captions: [n, E] embeddings of the prompts by the CLIP for scores, or None.
+    likelihoods: [n] log p(caption | image) - log p(caption) by the model, in nats, or None.
+    agreements: [n] probability that the model answers "yes" if it is asked whether the image shows
+      its caption, or None.
+    candidates: [C] log-probabilities of the candidates of each example, in nats, or None.
+    verdicts: [n] whether each image is judged wholly right, or None.
+    seed: seed of the resamples.
+    num_resamples: number of resamples for intervals of means.
   """
 
   name: str
@@ -55,14 +55,14 @@ class ColumnSamples:
 
 
 def present(value: T | None) -> T:
-  """Returns what a metric reads; raises ValueError if it is absent: `Metric.needs` lacks it."""
+  """Returns an input of a metric; raises ValueError if it is None, because `needs` lacks it."""
   if value is None:
-    raise ValueError("a metric reads what it does not say that it needs.")
+    raise ValueError("a metric reads an input that its `Metric.needs` does not name.")
   return value
 
 
 def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:
-  """Averages a number of each example; examples with None do not count. None if all have None."""
+  """Averages one number per example. Ignores None; the `value` is None if all numbers are None."""
   places = [i for i, value in enumerate(values) if value is not None]
   if not places:
     return {"value": None, "samples": 0}

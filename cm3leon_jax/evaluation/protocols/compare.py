@@ -1,4 +1,4 @@
-"""Compares two evaluations by one protocol: paired differences of means over examples."""
+"""Compares two evaluations of the same protocol by paired differences."""
 
 from typing import Any
 
@@ -12,34 +12,34 @@ from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 
-# What must be equal: other differences are what is compared.
+# Both evaluations must be equal in these fields. They may differ in other fields.
 SAME = ("protocol", "data")
-NETWORKS = ("extractor", "scorer")  # None where no metric reads them.
+NETWORKS = ("extractor", "scorer")  # None if no metric uses the network.
 
 
 def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:
-  """Computes the differences second - first of all metrics that both have.
+  """Computes the differences second - first of all metrics that both evaluations have.
 
-  A mean over examples is compared example by example, so what both find hard cancels; groups of
-  examples are resampled. A Frechet distance and BLEU are compared resample by resample, each of
-  the same groups. Other distances have no interval.
+  Means over examples are compared example by example, so that the difficulty of an example cancels.
+  Their intervals resample groups of examples. Frechet distances and BLEU are compared resample by
+  resample, because both evaluations draw the same groups. Other distances have no interval.
 
   Args:
     first: folder of an evaluation.
-    second: another, of the same protocol on the same data.
-    num_resamples: of the bootstrap.
+    second: folder of another evaluation, with the same protocol and the same data.
+    num_resamples: number of bootstrap resamples.
 
   Returns:
-    {"column", "metric", "first", "second", "difference", "low", "high"} each; the last two are None
-    where there is no interval.
+    {"column", "metric", "first", "second", "difference", "low", "high"} per column and metric. The
+    last two are None if there is no interval.
 
   Raises:
-    UserError: a folder has no results, or protocol, data or networks differ.
+    UserError: a folder has no results, or the protocol, data or networks differ.
   """
   for folder in (first, second):
     if not (epath.Path(folder) / RESULTS).exists():
       raise UserError(
-        f"{folder} is no folder of an evaluation: it has no {RESULTS}. Name folders of "
+        f"{folder} is not the folder of an evaluation: it has no {RESULTS}. Name folders of "
         "W/evaluations."
       )
   fields = {"columns": dict, "protocol": dict}
@@ -51,8 +51,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
       if isinstance(values[0], dict) and isinstance(values[1], dict):
         where = f" ({'; '.join(stages.differences(*values)[:3])})"
       raise UserError(
-        f"{first} and {second} differ in {field}{where}: evaluations are compared only if "
-        "protocol, data, extractor and CLIP are the same."
+        f"{first} and {second} differ in {field}{where}: evaluations can be compared only if "
+        "their protocol, data, extractor and CLIP are the same."
       )
   values = [_values(folder) for folder in (first, second)]
   rows: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
 def paired(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Returns the mean difference of the examples that have both values, and its interval."""
+  """Returns the mean difference over the examples that have both values, and its interval."""
   both = ~np.isnan(first) & ~np.isnan(second)
   if not both.any():
     return {}
@@ -92,10 +92,10 @@ def paired(
 def resampled(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Returns the interval of a difference from values of the same resamples.
+  """Returns the interval of a difference from two values of each resample.
 
-  As in `frechet_interval` the percentiles are moved by the mean difference of the resamples less
-  `difference`, because resamples are biased more.
+  The percentiles are moved by `difference` minus the mean difference of the resamples, because
+  resamples have a larger bias (see `frechet_interval`).
   """
   if len(first) != len(second):
     return {}
@@ -107,7 +107,7 @@ def resampled(
 
 
 def describe(rows: list[dict]) -> str:
-  """Writes the result of `compare` as text."""
+  """Formats the result of `compare` as text."""
   lines = []
   for row in rows:
     interval = "" if row["low"] is None else f" [{row['low']:+.4g}, {row['high']:+.4g}]"

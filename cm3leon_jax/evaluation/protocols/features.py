@@ -1,7 +1,7 @@
-"""Computes what metrics read of images: features, embeddings, codes.
+"""Computes the inputs of image metrics: features, embeddings and codes.
 
-They are computed in parts of PART images, each a file. Memory holds the pixels of one part; the
-processes of a job share the parts; a part that exists is not computed again.
+They are computed in parts of PART images, and each part is a file. Memory holds the pixels of one
+part. The processes of a job share the parts. Parts that exist are not computed again.
 """
 
 # n images, H height, W width, D width of features, E of embeddings, I codes of an image.
@@ -28,13 +28,13 @@ KINDS = ("features", "embeddings", "codes")
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-  """A set of images, of which only what metrics read is kept.
+  """Inputs of metrics for a set of images, without pixels.
 
   Attributes:
-    features: [n, D] float32 of the extractor of distances, or None.
-    embeddings: [n, E] float32 of the CLIP of scores, of norm 1, or None.
+    features: [n, D] float32 from the extractor for distances, or None.
+    embeddings: [n, E] float32 of norm 1 from the CLIP for scores, or None.
     codes: [n, I] image codes, or None.
-    groups: [n] what each belongs to.
+    groups: [n] the group of each image.
   """
 
   features: np.ndarray | None
@@ -52,15 +52,15 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-  """What computes features.
+  """Networks that compute the inputs of image metrics.
 
   Attributes:
-    folder: gets the files.
-    needs: of `KINDS`.
-    extractor: of features, or None.
-    scorer: CLIP of scores, or None.
-    image_tokenizer: of codes.
-    identity: changes if features do.
+    folder: folder for the files of the parts.
+    needs: members of `KINDS` to compute.
+    extractor: computes features, or None.
+    scorer: CLIP that computes embeddings, or None.
+    image_tokenizer: computes codes.
+    identity: JSON values that change if the results of the networks change.
   """
 
   folder: epath.Path
@@ -71,18 +71,18 @@ class Networks:
   identity: dict
 
   def images(self, name: str, groups: Sequence[str], load: Callable) -> Images:
-    """Computes what is needed of images, or reads it if it was computed before.
+    """Computes `needs` for a set of images, or loads parts that were computed before.
 
     Args:
-      name: of the set.
-      groups: [n] of the images.
-      load: (start, stop) -> (pixels [stop - start, H, W, 3] uint8, their codes, or None).
+      name: name of the set.
+      groups: [n] the group of each image.
+      load: (start, stop) -> (pixels [stop - start, H, W, 3] uint8, their codes or None).
     """
     stem = protocol_lib.stem(name)
     stem += f"-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
     starts = range(0, len(groups), PART)
     paths = [self.folder / stem / f"part_{start // PART:05d}.npz" for start in starts]
-    # The caller's mesh has the devices of all processes, and a part is computed by one of them.
+    # The caller's mesh has the devices of all processes, but one process computes a part.
     devices = jax.local_devices()[:1]
     local = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=devices)
     with distributed.together(), jax.set_mesh(local):
@@ -101,7 +101,7 @@ class Networks:
     return Images(whole["features"], whole["embeddings"], whole["codes"], list(groups))
 
   def _compute(self, pixels: np.ndarray, codes: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Computes what is needed of a part."""
+    """Computes `needs` for one part."""
     found = {}
     if "features" in self.needs:
       assert self.extractor is not None
@@ -116,7 +116,7 @@ class Networks:
 
 
 def real_images(networks: Networks, paths: dict[str, str]) -> Images:
-  """Computes what is needed of image files: path -> group."""
+  """Computes the inputs of metrics for image files. `paths` maps each path to its group."""
   files, size = list(paths), networks.image_tokenizer.config.resolution
 
   def load(start: int, stop: int) -> tuple[np.ndarray, None]:
@@ -126,7 +126,7 @@ def real_images(networks: Networks, paths: dict[str, str]) -> Images:
 
 
 def noise(networks: Networks, count: int, seed: int) -> Images:
-  """Computes what is needed of images of independent random pixels."""
+  """Computes the inputs of metrics for images of independent random pixels."""
   size = networks.image_tokenizer.config.resolution
 
   def load(start: int, stop: int) -> tuple[np.ndarray, None]:

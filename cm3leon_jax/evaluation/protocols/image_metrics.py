@@ -1,4 +1,4 @@
-"""Metrics of images: distances of sets, and means over examples."""
+"""Computes metrics of images: distances between sets, and means over examples."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
 
 def frechet_distance(column: ColumnSamples) -> dict:
-  """Computes the Frechet distance of the samples' features from those of the real images."""
+  """Computes the Frechet distance between features of the samples and of the real images."""
   made, real = present(column.images), present(column.reference)
   features = present(made.features), present(real.features)
   found = frechet_interval(features[0], made.groups, features[1], real.groups, seed=column.seed)
@@ -17,21 +17,21 @@ def frechet_distance(column: ColumnSamples) -> dict:
 
 
 def kernel(column: ColumnSamples) -> dict:
-  """Computes the kernel distance (KID); `std` is that of its subsets, no error of the mean."""
+  """Computes the kernel distance (KID). `std` is the spread of its subsets, not an error bar."""
   made, real = present(column.images), present(column.reference)
   found = kernel_distance.kid(present(made.features), present(real.features), seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made.groups)}
 
 
 def precision(column: ColumnSamples) -> dict:
-  """Computes improved precision, and `recall` beside it."""
+  """Computes improved precision. The result also has `recall`."""
   made, real = present(column.images), present(column.reference)
   found = shares_inside(present(made.features), present(real.features))
   return {"value": found["precision"], "recall": found["recall"], "samples": len(made.groups)}
 
 
 def cmmd(column: ColumnSamples) -> dict:
-  """Computes CMMD; the paper's numbers are those of CLIP ViT-L/14 at 336 pixels."""
+  """Computes CMMD. The numbers of the paper use features of CLIP ViT-L/14 at 336 pixels."""
   made, real = present(column.images), present(column.reference)
   return {
     "value": kernel_distance.cmmd(present(made.features), present(real.features)),
@@ -40,7 +40,7 @@ def cmmd(column: ColumnSamples) -> dict:
 
 
 def code_distance(column: ColumnSamples) -> dict:
-  """Computes the Jensen-Shannon divergence in bits of the image codes' frequencies."""
+  """Computes the Jensen-Shannon divergence of image code frequencies, in bits."""
   sets = [present(present(images).codes) for images in (column.images, column.reference)]
   size = 1 + max(int(codes.max()) for codes in sets)
   made, real = (code_histograms.count_codes([codes], size) for codes in sets)
@@ -52,7 +52,7 @@ def code_distance(column: ColumnSamples) -> dict:
 
 
 def clip_score(column: ColumnSamples) -> dict:
-  """Averages the cosines of images and captions."""
+  """Averages the cosine similarities of images and their captions."""
   return mean(
     np.sum(present(present(column.images).embeddings) * present(column.captions), axis=1).tolist(),
     column,
@@ -60,20 +60,21 @@ def clip_score(column: ColumnSamples) -> dict:
 
 
 def likelihood(column: ColumnSamples) -> dict:
-  """Averages how much likelier an image makes its caption, by the model itself, in nats."""
+  """Averages log p(caption | image) - log p(caption) by the model itself, in nats."""
   return mean(present(column.likelihoods).tolist(), column)
 
 
 def vqa_score(column: ColumnSamples) -> dict:
-  """Averages how probable "yes" is if the model is asked whether an image shows its caption.
+  """Averages the probability of "yes" if the model is asked whether an image shows its caption.
 
-  VQAScore (Lin et al. 2024) with the run's own decoder, which must have been tuned on yes and no.
+  This is VQAScore (Lin et al. 2024) with the decoder of the run. The decoder must have been tuned
+  on questions with the answers yes and no.
   """
   return mean(present(column.agreements).tolist(), column)
 
 
 def copy_rate(column: ColumnSamples) -> dict:
-  """Averages the percentage of codes that the best neighbor has at the same places."""
+  """Averages the percentage of codes that the best neighbor has at the same positions."""
   copied = [line["copied"] for line in column.lines]
   return mean([None if share is None else 100 * share for share in copied], column)
 

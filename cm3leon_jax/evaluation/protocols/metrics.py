@@ -1,4 +1,4 @@
-"""The metrics of protocols: a table of what each computes and needs."""
+"""Lists the metrics of protocols, and checks that they can be computed."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -11,16 +11,15 @@ from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A metric.
+  """Metric of a protocol.
 
   Attributes:
-    compute: of a column.
-    title: in tables.
-    task: of protocols that it measures.
-    needs: what it reads: of `Images` "features", "embeddings", "codes"; of `ColumnSamples`
-      "likelihoods", "agreements", "candidates", "verdicts".
+    compute: computes the result from a column, see `protocols.column`.
+    task: "image" or "text".
+    needs: inputs to compute first: "features", "embeddings" or "codes" of `Images`, and
+      "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
     least: smallest number of samples.
-    higher_is_better: in what direction it improves; None: it has none.
+    higher_is_better: whether larger values are better; None if no direction is better.
   """
 
   compute: Callable[[ColumnSamples], dict]
@@ -65,22 +64,23 @@ def check(names: Sequence[str], task: str, count: int) -> None:
   """Checks metrics before anything is generated.
 
   Raises:
-    UserError: an unknown name, a metric of another task, or too few samples.
+    UserError: a name is unknown or occurs twice, a metric is for another task, or there are too few
+      samples.
   """
   if len(set(names)) < len(names):
     raise UserError(f"a metric is named twice among {', '.join(names)}: name it once.")
   for name in names:
     if name not in METRICS:
-      raise UserError(f"'{name}' is no metric; they are {', '.join(METRICS)}.")
+      raise UserError(f"'{name}' is not a metric; the metrics are {', '.join(METRICS)}.")
     metric = METRICS[name]
     if task != metric.task:
       fitting = [n for n, m in METRICS.items() if task == m.task]
       raise UserError(
         f"metric '{name}' does not measure task '{task}'; these do: {', '.join(fitting)}."
       )
-    if 0 < count < metric.least:  # 0: all.
+    if 0 < count < metric.least:  # A count of 0 means all examples.
       raise UserError(
-        f"metric '{name}' needs at least {metric.least} samples, and the protocol has {count}: "
+        f"metric '{name}' needs at least {metric.least} samples, but the protocol has {count}: "
         "raise data.count, or --examples."
       )
 
@@ -88,10 +88,10 @@ def check(names: Sequence[str], task: str, count: int) -> None:
 def check_examples(
   names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict]
 ) -> None:
-  """Checks that examples have what metrics compare with, before anything is generated.
+  """Checks that examples have the references that metrics need, before anything is generated.
 
   Raises:
-    UserError: naming the metric and what it lacks.
+    UserError: a reference is missing. The message names the metric and the reference.
   """
   if "judged" in names and not all(facts):
     raise UserError("metric 'judged' needs held-out scenes: config.raw.source = 'scenes'.")
@@ -113,10 +113,10 @@ def check_examples(
 
 
 def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
-  """Checks the figures of others.
+  """Checks the published figures of a protocol.
 
   Raises:
-    UserError: a field is absent, unknown or no number, or no column has the name.
+    UserError: a field is absent, unknown or not a number, or the protocol lacks the column.
   """
   for row in rows:
     for field in ("model", "source"):
@@ -124,7 +124,7 @@ def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
         raise UserError(f"published: {short(row)} needs a text in its field '{field}'.")
     if row.get("column", columns[0]) not in columns:
       raise UserError(
-        f"published: {row['model']} is of the column '{row['column']}'; the protocol has "
+        f"published: {row['model']} names the column '{row['column']}'; the columns are "
         f"{', '.join(columns)}."
       )
     for name in set(row) - {"model", "source", "column"}:

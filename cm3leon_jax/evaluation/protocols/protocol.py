@@ -1,7 +1,7 @@
-"""Defines a protocol: the data, the columns, the metrics, and the figures that others published.
+"""Defines a protocol: the data, the columns, the metrics, and published figures of other models.
 
-A protocol is a document of a YAML file; a file may have several, one for each set of data
-(docs/evaluation.md). A column is one way to generate: retrieval, sampler, number of samples.
+A protocol is one document of a YAML file (docs/protocols.md). A file may have several documents,
+one for each data set. A column is one way to generate: retrieval, sampler and number of samples.
 """
 
 from collections.abc import Mapping
@@ -24,23 +24,23 @@ from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.generation.tasks import MASK, slug
 
-HELDOUT = "heldout"  # Format of the data: the held-out pairs of the run.
-FIELDS = ("prompt", "caption", "history")  # Of templates.
-TASKS = {"image": "{prompt}", "text": MASK}  # Name -> default of the template.
-# Rounds of a dialog, in the form that the paper gives questions (CM3Leon, table 5).
+HELDOUT = "heldout"  # Data format of the held-out pairs of the run.
+FIELDS = ("prompt", "caption", "history")  # Fields of templates.
+TASKS = {"image": "{prompt}", "text": MASK}  # Name -> default template.
+# Round of a dialog, in the paper's format for questions (CM3Leon, table 5).
 ROUND = "Question: {} Answer: {}."
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluatedData:
-  """What is evaluated."""
+  """Data that a protocol evaluates on."""
 
   format: str
-  """`heldout`, the held-out pairs of the run, or a format of `data/published/files.py`."""
+  """`heldout` (the held-out pairs of the run), or a format of `data/published/files.py`."""
   split: str = ""
-  """Split of the files, e.g. `val`; held-out pairs have none."""
+  """Split of the files, e.g. `val`. Must be "" for held-out pairs."""
   count: NonNegativeInt = 200
-  """Number of examples, chosen by the seed; 0: all."""
+  """Number of examples, chosen by the seed. 0 means all."""
 
   def __post_init__(self) -> None:
     formats = (HELDOUT, *SPLITS)
@@ -54,60 +54,62 @@ class EvaluatedData:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Column:
-  """One way to generate; a column of the tables of results."""
+  """One way to generate, which is one column of the result tables."""
 
   name: Annotated[str, Field(min_length=1)]
-  """Title."""
+  """Title of the column."""
   retrieve: NonNegativeInt = 0
   """Number of retrieved documents before a prompt."""
   samples: PositiveInt = 1
-  """Samples of each prompt; of several, the one with the best CLIP score counts."""
+  """Number of samples per prompt. Only the sample with the best CLIP score counts."""
   length: NonNegativeInt = 0
-  """Largest number of tokens of a text; 0: 64."""
+  """Largest number of tokens of a generated text. 0 means 64."""
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
-  """Fields of `config.sampling` that differ from those of the run."""
+  """Fields of `config.sampling` that differ from the settings of the run."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Protocol:
-  """What is measured, and how."""
+  """Definition of an evaluation."""
 
   title: str
   """One line for tables and pages."""
   task: Literal["image", "text"]
-  """`image`: an image for each prompt; `text`: what the mask in the template stands for."""
+  """`image` generates an image for each prompt. `text` generates the text in the place of the mask
+  in the template."""
   data: EvaluatedData
-  """What is evaluated."""
+  """Data to evaluate on."""
   columns: Annotated[tuple[Column, ...], Field(min_length=1)]
-  """Ways to generate, each of which is measured."""
+  """Ways to generate. All of them are measured."""
   metrics: Annotated[tuple[str, ...], Field(min_length=1)]
-  """Names of `metrics.METRICS`."""
+  """Names of metrics in `metrics.METRICS`."""
   name: str = ""
-  """Short name, for files with several protocols."""
+  """Short name. It is required if the file has several protocols."""
   template: str = ""
-  """Text of the prompt, with `{prompt}` (the question, or the caption to draw), `{caption}` and
-  `{history}` (of a dialog). One for task `text` has one `<mask>`, the text to write, and the image
-  follows. "" is `{prompt}` for images and `<mask>`, a caption, for texts."""
+  """Text of the prompt. Its fields are `{prompt}` (the question, or the caption to draw),
+  `{caption}` and `{history}` (the rounds of a dialog). A template for task `text` has one `<mask>`,
+  the text to generate, and the image is placed after the template. "" means `{prompt}` for images
+  and `<mask>` (a caption) for texts."""
   seed: NonNegativeInt = 0
-  """Of the choice of examples, of the first prompt (each next one adds 1), and of intervals."""
+  """Seed of the choice of examples and of intervals. Example i is sampled with this seed + i."""
   extractor: Literal["", "clip", "inception_tf1", "inception_torch", "dinov2"] = ""
-  """Network whose features the distances compare; "": none is needed. Inception resizes images as
-  torch-fidelity (`tf1`) or as pytorch-fid (`torch`), which give different distances."""
+  """Network whose features the distances compare; "" if no metric needs it. Inception resizes
+  images as torch-fidelity (`tf1`) or as pytorch-fid (`torch`). The two give different distances."""
   extractor_tensors: str = ""
-  """SHA-256 of the extractor's weights, `extractor.tensors` in a results.json: others are refused.
-  "": any."""
+  """Required SHA-256 of the extractor's weights (`extractor.tensors` in a results.json). Other
+  weights are refused. "" accepts any weights."""
   resolution: NonNegativeInt = 0
-  """Side in pixels that images must have to compare with published figures; 0: any."""
+  """Side of images in pixels that published figures require. 0 accepts any size."""
   published: tuple[dict[str, Any], ...] = ()
-  """Figures of others: `model`, `source`, `column` if it belongs to one, and values by the names of
-  metrics."""
+  """Published figures of other models. Each has `model`, `source`, optionally `column`, and values
+  under the names of metrics."""
 
   def __post_init__(self) -> None:
     names = [column.name for column in self.columns]
     if len(set(names)) < len(names):
-      raise ValueError(f"two columns have one name among {', '.join(names)}: rename one.")
+      raise ValueError(f"two columns have the same name among {', '.join(names)}: rename one.")
     if self.task == "text" and any(column.samples > 1 for column in self.columns):
-      raise ValueError("a column of task text has several samples, but CLIP ranks images: set 1.")
+      raise ValueError("a column of task text has samples > 1, but CLIP ranks only images: set 1.")
     try:
       parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
     except ValueError as error:
@@ -121,7 +123,7 @@ class Protocol:
       raise ValueError(f"the template '{self.template}' has {masks} {MASK}; it must have {should}.")
 
   def text_of(self, example: Example) -> str:
-    """Returns the text of an example's prompt."""
+    """Returns the prompt text of an example."""
     history = " ".join(ROUND.format(*spoken) for spoken in example.history)
     fields = {"prompt": example.prompt or "", "caption": example.caption, "history": history}
     fields = {name: " ".join(text.replace(MASK, " ").split()) for name, text in fields.items()}
@@ -129,7 +131,7 @@ class Protocol:
 
 
 def names() -> list[str]:
-  """Returns the names of the files of protocols that come with the package."""
+  """Returns the names of the protocol files in the package."""
   folder = importlib.resources.files(__package__)
   return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if _is_yaml(path.name))
 
@@ -137,10 +139,10 @@ def names() -> list[str]:
 def load(name_or_path: str) -> tuple[Protocol, ...]:
   """Reads the protocols of a file, by its name or its path.
 
-  Of a file that comes with the package, NAME/PROTOCOL is one protocol: `cm3leon_table2/vizwiz`.
+  If the file is in the package, NAME/PROTOCOL selects one protocol, e.g. `cm3leon_table2/vizwiz`.
 
   Raises:
-    UserError: there is none, or a field is wrong.
+    UserError: the protocol does not exist, or a field is wrong.
   """
   file, _, one = name_or_path.partition("/")
   if file in names():
@@ -148,7 +150,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     chosen = [protocol for protocol in found if one in ("", protocol.name)]
     if not chosen:
       known = ", ".join(protocol.name for protocol in found if protocol.name)
-      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, without name'}.")
+      raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, with no name'}.")
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
@@ -160,14 +162,14 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
 
 
 def parse(text: str, where: str) -> tuple[Protocol, ...]:
-  """Makes the protocols of a file from its YAML; `where` names it in messages."""
+  """Parses the protocols in the YAML of a file. Messages use `where` as the name of the file."""
   documents = [values for _, values in yaml_documents.parse(text, where)]
   if not documents:
     raise UserError(f"{where} is empty; it must have the fields of a protocol, one per line.")
   found = tuple(_parse_one(values, where) for values in documents)
   titles = [protocol.name for protocol in found]
   if len(found) > 1 and (len(set(titles)) < len(titles) or "" in titles):
-    raise UserError(f"{where} has several protocols: give each a name of its own.")
+    raise UserError(f"{where} has several protocols: give each a different name.")
   return found
 
 
@@ -183,17 +185,17 @@ def _parse_one(values: Any, where: str) -> Protocol:
         build(Column, column, f"columns[{i}]") for i, column in enumerate(values["columns"])
       )
     return build(Protocol, values)
-  except UserError as error:  # It begins with `config.FIELD`, or with `config` for the whole.
+  except UserError as error:  # The message begins with `config.FIELD` or with `config`.
     sentence = str(error).removeprefix("config").removeprefix(".")
     joint = "" if sentence[0] in " :" else ": "
     raise UserError(f"{where}{joint}{sentence}") from error
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
-  """Returns the sampler of a column: that of the run with the fields of the column.
+  """Returns the sampling settings of a column: the settings of the run with its changes.
 
   Raises:
-    UserError: a field of the column is none of `config.sampling`, or is out of range.
+    UserError: a field of the column is not in `config.sampling` or is out of range.
   """
   try:
     return build(SamplingConfig, {**dataclasses.asdict(base), **column.sampling}, "sampling")
@@ -203,12 +205,12 @@ def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
 
 
 def stem(column: str) -> str:
-  """Returns the name of the files of a column: of different columns they differ."""
+  """Returns a file name for a column; different columns have different file names."""
   return f"{slug(column)}-{digest(column)[:6]}"
 
 
 def digest(value: Any) -> str:
-  """Returns the SHA-256 of plain values, whatever the order of their fields."""
+  """Returns the SHA-256 of plain values. The order of fields does not matter."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     value = dataclasses.asdict(value)
   return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()

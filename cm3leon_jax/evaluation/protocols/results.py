@@ -1,4 +1,4 @@
-"""Writes the results of a protocol, and describes them."""
+"""Writes the results of a protocol as JSON, and formats them as text."""
 
 import dataclasses
 import subprocess
@@ -18,7 +18,7 @@ RESULTS = "results.json"
 
 
 def git_revision() -> str | None:
-  """Returns the commit of the checkout that runs, with "+" if files differ; None without one."""
+  """Returns the git commit of this code, with "+" if files were changed; None outside of git."""
   folder = cm3leon_jax.__path__[0]
 
   def git(*arguments: str) -> str:
@@ -33,7 +33,7 @@ def git_revision() -> str | None:
 
 
 def fingerprint(evaluated: Evaluated) -> str:
-  """Returns the SHA-256 of all that is given and expected: examples, and the bytes of images."""
+  """Returns the SHA-256 of the evaluated data: the examples, and the bytes of their images."""
   images = {path: digest(path) for path in sorted(evaluated.images)}
   return protocol_lib.digest(
     [
@@ -44,7 +44,7 @@ def fingerprint(evaluated: Evaluated) -> str:
 
 
 def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
-  """Writes results.json: what was measured, on what, and by which code; returns its content."""
+  """Writes results.json with the numbers, data and code version; returns its content."""
   result = {
     **about,
     "title": job.protocol.title,
@@ -67,7 +67,7 @@ def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
 
 
 def describe(result: dict) -> str:
-  """Writes results as text: a line for each column and control, and for each published figure."""
+  """Formats results as text, with one line for each column, control and published model."""
   lines = [f"{result['title']}: {result['examples']} examples"]
   for name, column in result["columns"].items():
     apart = column["divergence"]
@@ -84,7 +84,7 @@ def describe(result: dict) -> str:
 
 
 def number(value: float) -> str:
-  """Writes a number with four digits; what is 0 but for rounding is 0."""
+  """Formats a number with four digits. Rounding errors of 0 become 0."""
   return "0" if abs(value) < 1e-9 else f"{value:.4g}"
 
 

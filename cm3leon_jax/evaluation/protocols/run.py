@@ -1,4 +1,4 @@
-"""Runs a protocol: samples, what metrics read of them, metrics, and controls."""
+"""Runs a protocol: generates samples, and computes metrics and controls."""
 
 # n examples.
 
@@ -29,30 +29,27 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK
 
 VALUES = "values.npz"
-# VQAScore's question (Lin et al. 2024) in the form that CM3Leon gives questions (table 5).
+# VQAScore's question (Lin et al. 2024), in CM3Leon's format for questions (table 5).
 AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
-REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Controls.
+REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
 
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolRun:
-  """A protocol and what it runs on.
+  """Protocol, with the model, data and networks that it runs on.
 
   Attributes:
-    protocol: what is measured.
-    metrics: names of `METRICS`, checked.
-    pipeline: of the run.
-    workdir: of the run.
-    folder: of the results.
-    samples: folder of the samples, and of what was computed of them.
-    evaluated: the examples.
-    extractor: of distances, or None.
-    scorer: CLIP of scores, or None.
-    scorer_identity: changes if its scores do.
-    params: of the decoder as it was trained, which scores of texts read.
-    num_resamples: of intervals of means.
-    judge: (images [n, H, W, 3] uint8, their facts) -> whether each shows exactly what its caption
-      says; None: no metric needs it.
+    metrics: names in `METRICS`, already checked.
+    folder: folder of the results.
+    samples: folder of the samples and of values that are computed from samples.
+    evaluated: examples of the protocol.
+    extractor: network for distances, or None.
+    scorer: CLIP for scores, or None.
+    scorer_identity: JSON values that change if the scores change.
+    params: parameters of the decoder as it was trained, for scores of texts.
+    num_resamples: number of resamples for intervals of means.
+    judge: (images [n, H, W, 3] uint8, their facts) -> whether each image shows exactly what its
+      caption says. None if no metric needs it.
   """
 
   protocol: Protocol
@@ -71,17 +68,17 @@ class ProtocolRun:
 
   @functools.cached_property
   def needs(self) -> frozenset[str]:
-    """What the metrics read."""
+    """Inputs that the metrics need."""
     return frozenset(need for name in self.metrics for need in METRICS[name].needs)
 
   @functools.cached_property
   def groups(self) -> list[str]:
-    """What each example belongs to."""
+    """Group of each example."""
     return [example.group for example in self.evaluated.examples]
 
   @functools.cached_property
   def networks(self) -> Networks:
-    """What computes features of images."""
+    """Networks that compute the inputs of image metrics."""
     extractor = self.extractor and self.extractor.identity
     return Networks(
       folder=self.samples / "features",
@@ -93,13 +90,13 @@ class ProtocolRun:
     )
 
   def column(self, name: str, **fields: Any) -> ColumnSamples:
-    """Makes what metrics read; fields that are not given are absent."""
+    """Makes the input of metrics. `lines` and `examples` are empty by default."""
     fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
     return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
 
 
 def run(job: ProtocolRun) -> dict:
-  """Generates and measures what is absent; the first process writes values.npz.
+  """Generates missing samples and computes all metrics. The first process writes values.npz.
 
   Returns:
     {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value", ...}}}},
@@ -142,8 +139,8 @@ def run(job: ProtocolRun) -> dict:
 def _column(
   job: ProtocolRun, name: str, reference: Images | None, captions: np.ndarray | None
 ) -> ColumnSamples:
-  """Reads the samples of a column and computes what metrics need of them."""
-  with distributed.together():  # The first process writes samples; now all read them.
+  """Reads the samples of a column and computes the inputs of metrics."""
+  with distributed.together():  # All processes wait until the first one has written the samples.
     pass
   lines = list(samples_lib.read_lines(job.samples, name, len(job.groups)))
   images = None
@@ -180,7 +177,7 @@ def _column(
 
 
 def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes a JSON value of each line, by all processes together; parts that exist are read."""
+  """Computes a JSON value per line, with all processes together, or reads parts that exist."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
@@ -203,7 +200,7 @@ def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
 
 
 def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
-  """Computes how much likelier each image makes its caption, in nats."""
+  """Computes log p(caption | image) - log p(caption) of each line, in nats."""
   texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
   scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
   return [score.text_given_image - score.text for score in scores]
@@ -212,12 +209,9 @@ def _likelihoods(job: ProtocolRun, part: list[dict]) -> list[float]:
 def _agreements(
   job: ProtocolRun, part: list[dict], prompts: Sequence[str] | None = None
 ) -> list[float]:
-  """Computes the probability of "yes", of yes and no, to whether each image shows its caption.
+  """Computes p(yes) / (p(yes) + p(no)) for the question whether each image shows its caption.
 
-  Args:
-    job: of the evaluation.
-    part: lines of samples.
-    prompts: by row; None: those of the samples.
+  `prompts`, indexed by row, replace the captions if they are given.
   """
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
@@ -227,7 +221,7 @@ def _agreements(
 
 
 def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
-  """Scores the candidates of each example, in nats."""
+  """Computes the log-probabilities of the candidates of each example, in nats."""
   size = job.pipeline.layout.resolution
   examples = [job.evaluated.examples[line["row"]] for line in part]
   images = np.stack([load_image(example.image, size) for example in examples])
@@ -239,7 +233,7 @@ def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
 
 
 def embed_captions(job: ProtocolRun) -> np.ndarray:
-  """Embeds the captions that images are drawn for by the CLIP of scores: [n, E] of norm 1."""
+  """Embeds the captions of all examples with the CLIP for scores: [n, E] of norm 1."""
   prompts = [example.prompt or "" for example in job.evaluated.examples]
   tokens = [job.scorer.encode(text) for text in prompts]
   rows = [job.scorer.embed_texts(tokens[i : i + PART]) for i in range(0, len(tokens), PART)]
@@ -247,11 +241,12 @@ def embed_captions(job: ProtocolRun) -> np.ndarray:
 
 
 def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
-  """Measures what is known to be near, and far.
+  """Measures controls, for which good or bad values are expected.
 
-  Distances: the two halves of the real images, split by groups, differ by chance alone; noise is
-  far from images. CLIP scores: of real images, and of samples with captions of others. Texts:
-  those that were written for other examples, and candidates in a random order.
+  Distances: between two halves of the real images, split by groups, which differ only by chance;
+  and between noise and real images. CLIP scores: of real images, and of samples with the captions
+  of other examples. VQAScore: of samples with the captions of other examples. Texts: with the texts
+  of other examples, and with candidates in random order.
   """
   rng = np.random.default_rng(job.protocol.seed)
   shuffled = others(len(job.groups), rng)
@@ -295,7 +290,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
 
 
 def others(count: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns another place for each of `count` > 1 places, at random."""
+  """Returns a random permutation of `count` > 1 indices that moves every index."""
   order, result = rng.permutation(count), np.empty(count, int)
   result[order] = np.roll(order, 1)
   return result

@@ -1,11 +1,9 @@
-"""Generates the samples of a protocol part by part, and reads them again.
+"""Generates the samples of a protocol part by part, and reads them.
 
-A part is a file of PART examples. A part that exists is not generated again, and memory holds one
-part, so a protocol may have any number of examples and may be killed at any time. Images are kept
-as their codes.
+A part is a file with the samples of PART examples. Parts that exist are not generated again, so a
+command may be killed at any time. Memory holds one part, so a protocol may have any number of
+examples. Images are stored as their codes.
 """
-
-# I tokens of an image.
 
 from collections.abc import Iterator
 import dataclasses
@@ -38,7 +36,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-PART = 64  # Examples of a part.
+PART = 64  # Examples per part.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +44,8 @@ class Evaluated:
   """Examples of a protocol.
 
   Attributes:
-    examples: n of them.
-    rows: the held-out document of each; None: the examples come from files.
-    facts: of each, what its caption says; {} where it is not known.
+    rows: index of the held-out document of each example; None if the examples are from files.
+    facts: facts that the caption of each example states; {} if they are unknown.
   """
 
   examples: list[Example]
@@ -57,7 +54,7 @@ class Evaluated:
 
   @functools.cached_property
   def images(self) -> dict[str, str]:
-    """The real images, each once: path -> group."""
+    """Maps the path of each real image to its group."""
     return {e.image: e.group for e in self.examples if e.image is not None}
 
 
@@ -70,29 +67,26 @@ def open_evaluated(
 ) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
-  Args:
-    protocol: what to choose.
-    pipeline: of the run.
-    workdir: of the run; its held-out pairs are read.
-    data: folder of the evaluation files and their images, or None.
-    allow_outside: whether the files may name images that are not in `data`.
+  `data` is the folder of the evaluation files and their images. It is None if the protocol uses
+  held-out pairs, which are read from `workdir`. If `allow_outside`, the files may name images
+  outside of `data`.
 
   Raises:
-    UserError: a file is absent or wrong, an image does not exist or is not in `data`, there
-      are too few examples, or images of the run have another size.
+    UserError: a file is absent or wrong, an image does not exist or is not in `data`, there are too
+      few examples, or the images of the run have another size than the protocol requires.
   """
   side = pipeline.layout.resolution
   if protocol.resolution not in (0, side):
     raise UserError(
-      f"the protocol compares images of {protocol.resolution} x {protocol.resolution} pixels, and "
-      f"those of the run have {side} x {side}: measure another run, or set resolution to 0 in a "
-      "copy of the protocol, whose distances do not compare with published ones."
+      f"the protocol compares images of {protocol.resolution} x {protocol.resolution} pixels, but "
+      f"images of the run have {side} x {side}: measure another run, or set resolution to 0 in a "
+      "copy of the protocol, whose distances cannot be compared with published distances."
     )
   if protocol.data.format == protocol_lib.HELDOUT:
     return _heldout(protocol, pipeline, epath.Path(workdir))
   if data is None:
     raise UserError(
-      f"the protocol reads files of the format '{protocol.data.format}': name their folder by "
+      f"the protocol reads files of the format '{protocol.data.format}': name their folder with "
       "--data."
     )
   images = ImageFolder(os.fspath(data), BY_FLAG, allow_outside)
@@ -101,7 +95,7 @@ def open_evaluated(
   count = protocol.data.count or len(examples)
   if count > len(examples):
     raise UserError(
-      f"the protocol asks for {count} examples, and {data} has {len(examples)} of the format "
+      f"the protocol needs {count} examples, but {data} has {len(examples)} of the format "
       f"'{protocol.data.format}': set --examples={len(examples)}."
     )
   chosen = choose(examples, count, protocol.seed)
@@ -110,14 +104,14 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs: those with facts as `strata.choose`, others evenly spaced."""
+  """Chooses held-out pairs with `strata.choose` if all have facts, otherwise evenly spaced."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
   count = protocol.data.count or len(store)
   if count > len(store):
     raise UserError(
-      f"the protocol asks for {count} examples, and the run holds out {len(store)} pairs: set "
+      f"the protocol needs {count} examples, but the run holds out {len(store)} pairs: set "
       f"--examples={len(store)}."
     )
   if all(facts) and facts:
@@ -136,12 +130,12 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
 def tasks_of(
   protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir: epath.PathLike
 ) -> dict[str, list[Task]]:
-  """Returns a task for each column and example: column -> n tasks."""
+  """Makes a task for each column and example; maps the name of a column to its tasks."""
   result: dict[str, list[Task]] = {}
   for column in protocol.columns:
     sampling = protocol_lib.sampling_of(column, pipeline.settings.sampling)
     if protocol.task == "image" and evaluated.rows is not None and not protocol.template:
-      columns = [(column.retrieve, sampling)]  # Neighbors of the run, without a search.
+      columns = [(column.retrieve, sampling)]  # Uses stored neighbors, so needs no search.
       rows = tasks_of_rows(pipeline.layout, workdir, evaluated.rows, protocol.seed, columns)
       result[column.name] = list(rows)
       continue
@@ -173,14 +167,14 @@ def generate(
   pipeline: Pipeline,
   folder: epath.PathLike,
 ) -> None:
-  """Generates what is absent of all parts of all columns. The first process writes the files.
+  """Generates the missing parts of all columns. The first process writes the files.
 
   Raises:
     UserError: see `Pipeline.generate`.
   """
   folder = epath.Path(folder)
   for of_column in tasks.values():
-    for task in of_column:  # A prompt that does not fit is found before anything is generated.
+    for task in of_column:  # Find prompts that do not fit before anything is generated.
       task.validate()
       task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}
@@ -206,7 +200,7 @@ def generate(
 
 
 def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
-  """Reads the given image of a task: its centered square, of the size of the model's images."""
+  """Loads the given image of a task: its center square, resized to the images of the model."""
   if not task.image:
     return task
   pixels: dict[str, Any] = {"image": reader.load_image(task.image, pipeline.layout.resolution)}
@@ -221,7 +215,7 @@ def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
 
 
 def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dict:
-  """Returns the line of a sample."""
+  """Returns the JSON line of a sample."""
   line = {
     "row": row,
     "key": example.key,
@@ -240,7 +234,7 @@ def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dic
 
 
 def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | None:
-  """Returns the share of codes that the best neighbor has at the same places; None without one."""
+  """Returns the share of codes that the best neighbor has at the same positions, or None."""
   images = [s for d in sample.neighbors[:1] for s in d.segments if s.is_image]
   if not images:
     return None
@@ -248,19 +242,13 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
-  """Returns the lines of the best sample of each example of the part that begins with `start`."""
+  """Returns the line of the best sample of each example in the part that begins with `start`."""
   lines = read_json_lines(part_path(folder, column, start), {"row": int})
   return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
-  """Yields the line of the best sample of each example, without its codes.
-
-  Args:
-    folder: of the evaluation.
-    column: its name.
-    count: number of examples.
-  """
+  """Yields the line of the best sample of each of `count` examples, without its codes."""
   for start in range(0, count, PART):
     for line in read_part(folder, column, start):
       line.pop("codes", None)

@@ -1,6 +1,4 @@
-"""Metrics of texts: captions and answers, in the units of papers, from 0 to 100 or more."""
-
-# n examples, G groups, R resamples.
+"""Computes metrics of captions and answers, scaled by 100 as in papers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +14,13 @@ BLEU_RESAMPLES = 1000
 
 
 def cider(column: ColumnSamples) -> dict:
-  """Computes CIDEr-D, times 100; weights of words are those of the examples' references."""
+  """Computes CIDEr-D, times 100, with n-gram weights from the references of the examples."""
   captions, references = _tokens(column)
   return mean((100 * caption_metrics.cider(captions, references)).tolist(), column)
 
 
 def bleu4(column: ColumnSamples) -> dict:
-  """Computes BLEU-4 of all captions as one corpus, times 100; the interval resamples groups."""
+  """Computes BLEU-4 of all captions as one corpus, times 100. The interval resamples groups."""
   counts = caption_metrics.bleu_counts(*_tokens(column))
   _, places = np.unique(np.asarray(column.groups), return_inverse=True)
   of_groups = np.zeros((places.max() + 1, counts.shape[1]))
@@ -50,12 +48,12 @@ def vqa_accuracy(column: ColumnSamples) -> dict:
 
 
 def exact_match(column: ColumnSamples) -> dict:
-  """Computes the percentage of texts that equal one that people wrote, both normalized."""
+  """Computes the percentage of texts that equal a reference, after both are normalized."""
   return mean((100 * answers.exact_matches(*_texts(column))).tolist(), column)
 
 
 def ndcg(column: ColumnSamples) -> dict:
-  """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
+  """Computes the NDCG of candidates, ordered by their log-probabilities, times 100."""
   pairs = zip(present(column.candidates), column.examples)
   values = [answers.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
   return mean([100 * float(value) for value in values], column)
