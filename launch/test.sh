@@ -34,6 +34,7 @@ if [ "${1:-}" = --slow ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$venv/bin/lint-imports" --no-cache --no-logo
 "$python" -m mypy >"$venv/mypy.log" &
 types=$!
 # loadgroup runs all tests of a file in one process, which shares the fixtures. Without reordering, files of the same
