@@ -6,7 +6,7 @@
 The variant is the time in minutes that all stages may take on two cores (default 15). It scales
 only the steps of the training stages. The variant `long` trains a larger decoder, for hours on two
 cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a finished short run.
-docs/design.md explains the choices.
+docs/notes.md explains the choices.
 """
 
 import ml_collections

@@ -176,7 +176,7 @@ def of_facts(settings: Settings) -> World:
   """Returns the world that judges records with facts: the world of `raw.source`, or the first one.
 
   Records of other sources may also have facts. They use the format of the first world
-  (docs/data_formats.md).
+  (docs/scenes.md).
   """
   return of_source(settings) or find(next(iter(worlds.MODULES)))
 

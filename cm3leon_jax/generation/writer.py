@@ -60,7 +60,7 @@ class Writer:
 
 
 def record(sample: Sample, files: list[str]) -> dict:
-  """Returns the line of results.jsonl for a sample (docs/data_formats.md)."""
+  """Returns the line of results.jsonl for a sample (docs/workdir.md)."""
   task = sample.task
   return {
     "task": task.name,

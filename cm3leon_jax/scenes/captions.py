@@ -1,6 +1,6 @@
 """Writes captions in GenEval's categories (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-A description is a caption with its claims in the layout of GenEval's metadata. docs/data_formats.md
+A description is a caption with its claims in the layout of GenEval's metadata. docs/scenes.md
 describes this layout, with its lists `include` and `exclude`.
 """
 

@@ -1,6 +1,6 @@
 """Edits scenes by instructions: recolor, remove, mirror and add objects.
 
-The facts of an edit are clauses in the layout of `facts.check` (docs/data_formats.md):
+The facts of an edit are clauses in the layout of `facts.check` (docs/scenes.md):
 
 - `include`: everything that the result shows.
 - `changed`: what the instruction asks of the objects that it names. Their names are in `touched`.

@@ -71,7 +71,7 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     recolor, remove, mirror, add      instruction        before, after
 
   Its facts describe the last image of the line, as the facts of documents of `scenes` do
-  (docs/data_formats.md). `task` is added. Edits add `changed`, `touched` and `kept`, see `edits`.
+  (docs/scenes.md). `task` is added. Edits add `changed`, `touched` and `kept`, see `edits`.
   `complete` adds `kept`, and `box`: the hidden half as `infill_image` takes it.
 
   Args:

@@ -121,7 +121,7 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
 
 
 def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
-  """Returns the field `facts` of a record, see docs/data_formats.md."""
+  """Returns the field `facts` of a record, see docs/scenes.md."""
   counts: dict[str, int] = {}
   for placed in scene.objects:
     counts[placed.object] = counts.get(placed.object, 0) + 1

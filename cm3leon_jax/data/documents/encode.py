@@ -145,7 +145,7 @@ def load_tokenizers(
 
 
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
-  """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/data_formats.md.
+  """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/workdir.md.
 
   Document i of a store is record i of the same split and kind in the raw folder.
 

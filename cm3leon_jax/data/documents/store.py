@@ -1,6 +1,6 @@
 """Stores documents, which are ordered text and image segments of token ids, in ArrayRecord shards.
 
-The schema is in docs/data_formats.md.
+The schema is in docs/workdir.md.
 """
 
 # N documents of a store, S segments of all documents, T tokens of a segment.

@@ -1,4 +1,4 @@
-"""Reads raw folders that `ingest.prepare` wrote, and images. Schema: docs/data_formats.md."""
+"""Reads raw folders that `ingest.prepare` wrote, and images. Schema: docs/workdir.md."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures

@@ -31,7 +31,7 @@ class RawPair:
       group.
     split: one of SPLITS. "" lets `cm3leon prepare_data` choose between "train" and "heldout".
     concept: name that pairs with the same content share. They are in the same split.
-    facts: facts about image and caption, for sources that know them; see docs/data_formats.md.
+    facts: facts about image and caption, for sources that know them; see docs/scenes.md.
     added_crop: number of the random crop that `cm3leon prepare_data` added. "" for a whole image.
   """
 

@@ -89,7 +89,7 @@ def judge_all(
 
   Args:
     images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
-    facts: the field `facts` of B documents (docs/data_formats.md). Only `include` is read.
+    facts: the field `facts` of B documents (docs/scenes.md). Only `include` is read.
     style: style in which objects should be drawn.
   """
   found = find_objects(images, style)
