@@ -124,10 +124,6 @@ def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
 def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
   """Compares all files of a raw folder with their digests and prints the number of images.
 
-  Args:
-    folder: folder of the stage `raw`.
-    num_threads: number of images read in parallel.
-
   Raises:
     UserError: a file is missing or changed after it was written. The message names the file.
   """

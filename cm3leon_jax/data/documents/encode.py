@@ -27,16 +27,13 @@ class EncodeJob:
   """Job for `shards.run_shards` that encodes raw shards.
 
   Attributes:
-    raw: raw folder, see `ingest.prepare`.
     folder: folder of the stores.
     load_tokenizers: returns a text tokenizer and an image tokenizer. The image tokenizer's `encode`
       converts images, uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
-    vocab: ids of both tokenizers.
     resolution: H = W of the images for the image tokenizer.
     max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary counts
       them.
     batch_size: number of images per call of the image tokenizer.
-    num_threads: number of image files read in parallel.
   """
 
   raw: str
@@ -147,12 +144,8 @@ def load_tokenizers(
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/data_formats.md.
 
-  Document i of a store is record i of the same split and kind in the raw folder.
-
-  Args:
-    job: defines raw folder, tokenizers and destination.
-    inputs: ids of the tokenizers. If an id changes, all shards are encoded again.
-    runner: executes the job on all shards.
+  Document i of a store is record i of the same split and kind in the raw folder. `inputs` holds the
+  ids of the tokenizers. If an id changes, all shards are encoded again.
 
   Returns:
     For each split: number of documents by kind, token counts, number of cut captions, and the

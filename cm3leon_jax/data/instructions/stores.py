@@ -37,10 +37,7 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    image_tokenizer: encodes the images of a record.
-    vocab: ids of both tokenizers.
     positions: maximum number of predicted tokens per sample: the slots of a row.
-    num_threads: number of images read in parallel.
     redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
   """
 

@@ -219,9 +219,6 @@ def write_shard(
   """Writes one shard: record files and images.
 
   Args:
-    config: settings of checks and images.
-    folder: folder of the shard.
-    items: records and rejected records.
     load: `load(image, resolution)` returns pixels and the original size, see `load_with_size`.
     more: additional counts of the source, which are copied into the result.
     total: number of items for the progress bar. None if unknown.

@@ -123,7 +123,6 @@ def pack_row(
   Args:
     samples: pairs of tokens [T] and weights [T]. The sum of T - 1 is at most `length`.
     length: number L of slots.
-    vocab: defines the padding id.
     align_images: as in `positions_of`.
 
   Returns:
