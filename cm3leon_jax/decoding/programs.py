@@ -31,9 +31,6 @@ class Static(NamedTuple):
   """Static arguments of a batch's programs.
 
   Attributes:
-    model: config of the decoder.
-    grammar: grammar that restricts the next tokens.
-    sampler: compiled sampling settings.
     cache_dtype: one of `cache.DTYPES`.
     widths: for each stream, the number of last prompt entries that its cache keeps.
     max_new_tokens: largest number of generated tokens of a sample.

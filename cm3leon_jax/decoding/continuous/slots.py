@@ -105,10 +105,7 @@ class RunningBatch:
     return not self.draining and not all(self.slots)
 
   def admit(self, request: ActiveRequest) -> int:
-    """Puts a request into a free slot, in the shard with the fewest unread prompts.
-
-    Returns the slot.
-    """
+    """Puts a request into the shard with the fewest unread prompts. Returns its slot."""
     size = len(self.slots) // self.shards
     free = [slot for slot, taken in enumerate(self.slots) if taken is None]
     slot = min(free, key=lambda slot: sum(x // size == slot // size for x in self.admitted))
