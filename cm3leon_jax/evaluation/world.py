@@ -33,7 +33,6 @@ class Answer:
   """Judged answer of a model to an instruction record.
 
   Attributes:
-    record: the instruction record.
     prompt: text that the model received.
     given: image that the model received, [H, W, 3] uint8, or None.
     answer: text, or image [H, W, 3] uint8.

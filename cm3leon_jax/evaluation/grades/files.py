@@ -68,8 +68,7 @@ def write(
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
   """Chooses random examples, and the wrong answers with the highest `score`.
 
-  Returns:
-    Pairs of a title and indices. No index occurs twice.
+  Returns pairs of a title and indices. No index occurs twice.
   """
   order = np.random.default_rng(seed).permutation(len(answers)).tolist()
   chosen = order[:EXAMPLES]

@@ -40,14 +40,9 @@ class ProtocolRun:
 
   Attributes:
     metrics: names in `METRICS`, already checked.
-    folder: folder of the results.
     samples: folder of the samples and of values that are computed from samples.
-    evaluated: examples of the protocol.
-    extractor: network for distances, or None.
-    scorer: CLIP for scores, or None.
     scorer_identity: JSON values that change if the scores change.
     params: parameters of the decoder as it was trained, for scores of texts.
-    num_resamples: number of resamples for intervals of means.
     judge: (images [n, H, W, 3] uint8, their facts) -> whether each image shows exactly what its
       caption says. None if no metric needs it.
   """
