@@ -116,10 +116,8 @@ class Rollouts:
     """Creates the objective.
 
     Args:
-      settings: settings of the run.
       prompts: prompts of the steps, in this order. After the last prompt, the first one follows.
       pipeline_of: parameters -> a pipeline that samples with them.
-      reward: scores samples.
       reference: parameters that the policy must stay close to, on the current mesh.
 
     Raises:

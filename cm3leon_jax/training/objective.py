@@ -29,13 +29,7 @@ class Objective(Protocol):
   def begin(
     self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
-    """Begins to read rows.
-
-    Args:
-      steps: the compiled functions of the run.
-      next_row: first row to read.
-      rows: number of rows per step.
-      sharding: sharding of the batches.
+    """Begins to read rows at `next_row`, with `rows` rows per step.
 
     Returns:
       `take_step(state, batch)`, which returns the new state and metrics, and an iterator over the
@@ -45,8 +39,7 @@ class Objective(Protocol):
   def explain(self, rows: range) -> str:
     """Says what skipped steps had read, and what the user can do, in one clause.
 
-    Args:
-      rows: of these steps, as `begin` counts rows.
+    `rows` are the rows of these steps, as `begin` counts them.
     """
 
 

@@ -82,9 +82,7 @@ class Lease(Hook):
   def check(self, now: bool = True) -> None:
     """Checks that this job still holds the lease.
 
-    Args:
-      now: whether to read lease.json in any case. False reads it only if the last heartbeat is
-        older than EXPIRE_SECONDS.
+    With `now` = False, it reads lease.json only if the last heartbeat is older than EXPIRE_SECONDS.
 
     Raises:
       UserError: another job has taken the lease.

@@ -93,12 +93,7 @@ class StopSignal(Hook):
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:
   """Exits with `code` if a signal stopped the run before its last step.
 
-  Args:
-    step: step that the run has reached.
-    steps: number of steps of the whole run.
-    folder: the folder of the run.
-    code: exit code; None: there was no signal.
-    saved: step of the newest checkpoint.
+  `saved` is the step of the newest checkpoint.
   """
   if code is not None and step < steps:
     where = f"saved in {folder}"

@@ -17,9 +17,8 @@ REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints 
 class Saves(Hook):
   """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
 
-  Attributes:
-    saved: step of the newest checkpoint, or 0.
-    next_row: first row of the data that no step has read yet.
+  `saved` is the step of the newest checkpoint, or 0. `next_row` is the first row that no step has
+  read yet.
   """
 
   def __init__(

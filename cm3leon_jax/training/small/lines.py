@@ -15,9 +15,6 @@ class Lines(Hook):
   """Checks and logs the metrics of every `every`-th step and of the last step.
 
   Attributes:
-    log: metrics.jsonl of the training.
-    every: number of steps between two logged steps.
-    steps: number of steps of the training.
     name: section of the config, for messages.
     remedy: what the user can do if a metric is not finite.
     values: metrics of the newest step; None: the step is not logged.

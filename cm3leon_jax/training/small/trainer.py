@@ -95,10 +95,7 @@ def train(training: SmallTraining) -> dict:
   A step depends only on its number, the seed and the state, so the result of a resumed training is
   bitwise equal to the result of an uninterrupted one. If the number of steps or the data has
   changed, the training starts again. At SIGTERM and Ctrl-C it saves and exits with the code of
-  `StopSignal`.
-
-  Returns:
-    The last state, on the host.
+  `StopSignal`. Returns the last state, on the host.
 
   Raises:
     UserError: there are too few examples, the mesh cannot split the batch, the folder holds a
@@ -251,13 +248,7 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
 
 
 def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
-  """Prints what to do if a finished training has another number of steps than the config.
-
-  Args:
-    name: section of the config.
-    folder: the folder of the stage.
-    steps: number of steps in the config.
-  """
+  """Prints what to do if a finished training has another number of steps than the config."""
   folder = epath.Path(folder)
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
   if trained != steps:

@@ -108,9 +108,7 @@ def to_line(seconds: dict[str, float]) -> dict[str, float]:
 def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
   """Returns the seconds of earlier starts of a run by phase.
 
-  Args:
-    lines: lines of metrics.jsonl that earlier starts have written.
-    resumed_at: step of the checkpoint that this start continues from.
+  `lines` are from metrics.jsonl, and this start continues from the checkpoint of step `resumed_at`.
 
   Returns:
     Seconds of the last goodput line up to `resumed_at`. The logged time after that line counts as

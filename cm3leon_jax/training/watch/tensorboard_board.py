@@ -54,7 +54,6 @@ class TensorBoard:
     """Opens an event file.
 
     Args:
-      folder: folder of the run's event files; every start adds one file.
       first_step: first step of this start. TensorBoard hides events of earlier starts from this
         step on.
       settings: shown as the text `config`, one line per field.
