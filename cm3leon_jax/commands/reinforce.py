@@ -67,9 +67,8 @@ def _heldout_prompts(run: Run) -> list:
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
   """Scores held-out prompts with the first parameters and with the final parameters.
 
-  Returns:
-    `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the reward
-    with a 95% interval over prompts.
+  Returns `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the
+  reward with a 95% interval over prompts.
   """
   from cm3leon_jax import distributed
 
