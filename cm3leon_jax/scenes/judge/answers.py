@@ -54,10 +54,7 @@ def judge_images(
 ) -> list[SceneVerdict]:
   """Judges images as answers to records of image tasks.
 
-  Args:
-    records: B records.
-    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
-    style: style in which objects should be drawn.
+  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
 
   Returns:
     B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits and

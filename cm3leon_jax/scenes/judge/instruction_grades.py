@@ -40,10 +40,7 @@ def judge_images(
 
 
 def guesses(records: Sequence[Record]) -> dict[str, list[str]]:
-  """Computes baseline answers to questions.
-
-  Args:
-    records: records of one task.
+  """Computes baseline answers to questions of one task.
 
   Returns:
     {"majority": the most frequent answer, for every record; "any object": an answer from the image

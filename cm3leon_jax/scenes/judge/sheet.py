@@ -44,10 +44,7 @@ def render(scenes: Sequence[SheetScene]) -> Image.Image:
   """Lays out scenes in rows. Each has a caption above its original, neighbors and samples.
 
   Images are scaled to `SIDE`. Right samples get a check mark and a green frame; wrong samples get a
-  cross and a red frame.
-
-  Args:
-    scenes: at least one.
+  cross and a red frame. There must be at least one scene.
   """
   neighbors = max(len(scene.neighbors) for scene in scenes)
   titles = ["original", *["neighbor"] * neighbors, *scenes[0].samples]
