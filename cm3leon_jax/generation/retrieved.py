@@ -16,8 +16,6 @@ class Retrieved:
   """Retrieved document of the bank.
 
   Attributes:
-    key: name of the document.
-    image: image decoded from its codes.
     similarity: cosine of the query and the document under the run's CLIP.
     source: source of the original work, which `license` and `attribution` describe, too.
   """
