@@ -18,12 +18,7 @@ NUM_EXAMPLES = 12
 
 
 def write(job: ProtocolRun, result: dict) -> None:
-  """Writes report.html.
-
-  Args:
-    job: evaluation whose samples are read.
-    result: result of `results.write`.
-  """
+  """Writes report.html."""
   count = len(job.evaluated.examples)
   rng = np.random.default_rng(job.protocol.seed)
   chosen = rng.permutation(count)[:NUM_EXAMPLES].tolist()

@@ -156,9 +156,6 @@ def _step_lines(metrics: list[dict]) -> list[dict]:
 def restarts(metrics: list[dict]) -> list[dict]:
   """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
 
-  Args:
-    metrics: lines of metrics.jsonl.
-
   Returns:
     One dict per restart: after_step, the last step before it, and next_step, the first step after
     it. If steps that were already logged had to be computed again: replayed, their number, and
@@ -179,12 +176,8 @@ def restarts(metrics: list[dict]) -> list[dict]:
 def training(metrics: list[dict]) -> dict:
   """Summarizes a training log.
 
-  Args:
-    metrics: lines of metrics.jsonl.
-
   Returns:
     {} without steps; otherwise a dict with these entries:
-
     - logged_steps: number of steps.
     - every_step_logged_once: whether no step is missing or repeated.
     - restarts: result of `restarts`.
@@ -222,10 +215,7 @@ def read_results(workdir: epath.PathLike) -> list[dict]:
 
 
 def collect(workdir: epath.PathLike) -> dict:
-  """Collects the numbers of a run.
-
-  Args:
-    workdir: workdir of the run, which may be unfinished.
+  """Collects the numbers of a run, which may be unfinished.
 
   Returns:
     A JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
@@ -288,9 +278,6 @@ def expected_stages(workdir: epath.Path) -> list[str]:
 
 def cost(summary: dict) -> dict | None:
   """Returns the training cost of a run's decoder, or None if the decoder is not trained.
-
-  Args:
-    summary: result of `collect`.
 
   Returns:
     {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,
