@@ -116,7 +116,6 @@ class EmbedJob:
   Attributes:
     folder: folder for {split}/ with the arrays of `Embeddings`.
     dropout: share of caption tokens that are dropped from queries of the split `train`.
-    seed: seed of the dropout.
     starts: split -> name of the shard -> row of its first pair.
   """
 
@@ -213,7 +212,6 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     job: embeds a shard. Its `starts` are ignored and computed from the raw folder.
     width: E.
     inputs: identity of the CLIP and of the words. If it changes, all shards are embedded again.
-    runner: runs the shards.
 
   Returns:
     The config of each shard, which changes if its embeddings change.
