@@ -72,12 +72,9 @@ def run_shards(
   """Processes the shards that are not finished.
 
   Args:
-    job: the work to do on each shard.
     shards: shard name -> config that its result depends on. A shard with a changed config is
       processed again.
     folder: receives a record, NAME.json, of every finished shard.
-    runner: where shards are processed.
-    bar: label of the progress bar.
     is_whole: returns whether all files of a finished shard still exist. If not, the shard is
       processed again.
 
