@@ -253,11 +253,7 @@ def is_published(folder: epath.PathLike) -> bool:
 class ImageTokenizer:
   """A trained or published VQGAN that converts images to codes and back.
 
-  Attributes:
-    config: sizes of the network.
-    num_codes: K.
-    params: pure dict of the parameters.
-    batch_size: number of images that the network processes at a time.
+  It has `num_codes` (K) codes and processes `batch_size` images at a time.
   """
 
   config: VQGANConfig | published.PublishedConfig
