@@ -145,11 +145,8 @@ def _id(run: Run, name: str) -> str:
 def open_params(run: Run, average: bool | None) -> StoredParams:
   """Opens the parameters that an export writes.
 
-  The parameters of a bundle are loaded into memory, which needs a current mesh.
-
-  Args:
-    run: a workdir or a bundle.
-    average: see `stored.choose`.
+  The parameters of a bundle are loaded into memory, which needs a current mesh. For `average`, see
+  `stored.choose`.
 
   Raises:
     UserError: `average` is given, but the run keeps no average or is a bundle.
