@@ -83,9 +83,6 @@ class UserError(ValueError):
   The message may quote an untrusted file or a library's error. So control characters become spaces,
   memory addresses are removed, and only the start and the end of a message longer than LONGEST
   characters are kept.
-
-  Attributes:
-    exit_code: exit code of a command that fails with this error.
   """
 
   exit_code = 2

@@ -152,14 +152,8 @@ def write_bundle(
 ) -> tuple[int, dict]:
   """Writes the bundle of a run and records the training cost in it. Needs a mesh.
 
-  Args:
-    trained: the run.
-    folder: folder to write the bundle to.
-    base: another bundle whose tokenizers and CLIP are shared; see `bundle.write`.
-    step: step of the checkpoint; default: the newest.
-
-  Returns:
-    (step, result of `bundle.write`).
+  `base` is another bundle whose tokenizers and CLIP are shared, see `bundle.write`. `step` is the
+  step of the checkpoint; None: the newest. Returns (step, result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))
