@@ -72,8 +72,8 @@ def check_instruction(
 def target_range(tokens: np.ndarray, task: CheckedTask, vocab: VocabLayout) -> tuple[int, int]:
   """Finds the target in a sample, after its second `<mask:0>` or at its end.
 
-    </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
-    </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
+  </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
+  </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
   """
   stop = len(tokens) - 1
   sentinels = np.flatnonzero(tokens == vocab.mask(0))

@@ -121,10 +121,10 @@ def _padding_fault(cut: dict[str, np.ndarray], pad: int) -> str:
 def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
   """Splits a sample into parts, in the order of its tokens.
 
-    tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
-    segment 0: </s>, text 1 to 3, <break>
-    segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>
-    segment 1, span 0, moved: <mask:0>, image 9 to 11, <eoss>
+  tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
+  segment 0: </s>, text 1 to 3, <break>
+  segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>
+  segment 1, span 0, moved: <mask:0>, image 9 to 11, <eoss>
   """
   kinds = np.select(
     [tokens < vocab.num_special, vocab.is_image(tokens)], ["special", "image"], "text"
