@@ -51,10 +51,7 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
 def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
   """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
 
-  Args:
-    settings: `train.global_batch_size` counts samples.
-    mesh: mesh that the program runs on.
-    prompt: tokens of a prompt.
+  `train.global_batch_size` counts samples. `prompt` is the number of tokens of a prompt.
 
   Raises:
     UserError: the mesh cannot split the batch.
@@ -139,9 +136,7 @@ def _batch(
 def num_sources(settings: Settings, split: str) -> int:
   """Counts the sources that the rows of a run can have; 0 without instructions.
 
-  Args:
-    settings: configuration of the run.
-    split: "train" or "heldout".
+  `split` is "train" or "heldout".
   """
   if not settings.instructions.any:
     return 0
@@ -171,13 +166,9 @@ def guided_decoder(
 ) -> DecodePrograms:
   """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
-  Parameters are in the compute dtype, as on a server.
-
-  Args:
-    settings: configuration of the run.
-    mesh: mesh that the programs run on.
-    prompts: B, the number of prompts.
-    positions: positions of a sample. The prompt takes all positions that the image leaves.
+  Parameters are in the compute dtype, as on a server. `prompts` is B, the number of prompts.
+  `positions` is the number of positions of a sample. The prompt takes all positions that the image
+  leaves.
 
   Raises:
     UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.
