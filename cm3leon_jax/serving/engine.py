@@ -45,7 +45,6 @@ class Engine:
     """Prepares an engine; `start` starts its thread.
 
     Args:
-      pipeline: pipeline of the run.
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
       chunk: number of tokens of each sample between two deliveries.

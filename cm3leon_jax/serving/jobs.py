@@ -68,7 +68,6 @@ class Job:
 
   Attributes:
     task: validated task.
-    num_samples: number of samples to generate.
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether to deliver `Progress` events.
     words: see `tasks.refused`.

@@ -40,10 +40,8 @@ class Body(pydantic.BaseModel):
     ignored: fields of the OpenAI API that have no effect here.
     words: words of task errors -> words for this body; see `tasks.refused`.
     model: name of the served model; may be absent.
-    n: number of samples.
     seed: seed of the first sample. Without it, the server uses a random seed.
     stream: whether to answer with server-sent events.
-    retrieve: number of retrieved documents.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -224,10 +222,7 @@ def read_json(text: bytes) -> dict:
 def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
   """Makes the body of a request. A null value counts as an absent field.
 
-  Args:
-    cls: class of the body.
-    values: field name -> value.
-    strict: whether values must have the right types, as in JSON. In a form, all values are texts.
+  With `strict`, values must have the right types, as in JSON. In a form, all values are texts.
 
   Raises:
     ApiError: a field is unknown or missing, or has a wrong value.

@@ -44,13 +44,7 @@ class Server:
   """Answers the requests of one model."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
-    """Prepares a server.
-
-    Args:
-      engine: engine of the model.
-      name: name of the model for clients.
-      limits: limits of requests.
-    """
+    """Prepares a server."""
     self.engine, self.name, self.limits = engine, name, limits
     self.metrics = Metrics(engine)
     self._layout = engine.pipeline.layout

@@ -79,9 +79,6 @@ class Guard:
     """Wraps an application.
 
     Args:
-      app: application to protect.
-      limits: limits of requests.
-      metrics: counts the requests.
       endpoints: paths that are counted by name; other paths are counted together.
       local: whether the server is bound to a loopback address. Then the Host header must name a
         loopback address, too. Otherwise a malicious page could read answers by DNS rebinding.
