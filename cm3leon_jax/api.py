@@ -53,13 +53,8 @@ class CM3Leon:
   setting is a field of `config.sampling` and defaults to the run's value (docs/config.md). A method
   refuses settings that it does not read.
 
-  Each new batch size or length is compiled once. Wrong arguments raise `UserError`.
-
-  Attributes:
-    workdir: folder of the run, bundle or export.
-    pipeline: generates samples for tasks; needs `jax.set_mesh(model.mesh)`.
-    mesh: devices that hold the parameters and share each batch.
-    step: training step of the parameters.
+  Each new batch size or length is compiled once. Wrong arguments raise `UserError`. `pipeline`
+  generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
   """
 
   workdir: str
@@ -139,13 +134,9 @@ class CM3Leon:
     >>> sample.text.startswith("a"), len(sample.tokens) == len(sample.log_probs)
     (True, True)
 
-    Args:
-      tasks: objects of the classes in `generation.image_tasks` and `generation.text_tasks`.
-      num_samples: number of samples per task.
-      rank: whether to sort the samples of each task by CLIP score, best first.
-
-    Returns:
-      For each task, a list of `num_samples` samples.
+    Tasks are objects of the classes in `generation.image_tasks` and `generation.text_tasks`. With
+    `rank`, the samples of each task are sorted by CLIP score, best first. Returns a list of
+    `num_samples` samples for each task.
     """
     from cm3leon_jax.generation import calls
 
