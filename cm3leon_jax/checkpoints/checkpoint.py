@@ -147,7 +147,6 @@ class Checkpoints:
     Args:
       state: a tree of arrays; it may be donated when `save` returns.
       step: number of steps taken, which names the checkpoint.
-      next_row: position in the data.
       heldout_loss: decides which checkpoints are the best, see `keep_best`.
 
     Raises:
