@@ -97,9 +97,8 @@ class UserError(ValueError):
 class FieldError(UserError):
   """A wrong value in a section of the config.
 
-  Attributes:
-    path: field names and indices that lead to the value, such as ("shape", 1); () if the error
-      concerns several values.
+  `path` has the field names and indices that lead to the value, such as ("shape", 1); () if the
+  error concerns several values.
   """
 
   def __init__(self, message: str, path: tuple[str | int, ...] = ()):
