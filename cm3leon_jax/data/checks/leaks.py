@@ -48,7 +48,6 @@ class LeakReport:
   """Result of a leak check.
 
   Attributes:
-    pairs: number of near pairs.
     leaked: number of held-out images with a near training image.
     nearest: at most SHOWN pairs; near pairs first, then the nearest remaining pairs.
   """

@@ -27,13 +27,11 @@ class EncodeJob:
   """Job for `shards.run_shards` that encodes raw shards.
 
   Attributes:
-    folder: folder of the stores.
     load_tokenizers: returns a text tokenizer and an image tokenizer. The image tokenizer's `encode`
       converts images, uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
     resolution: H = W of the images for the image tokenizer.
     max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary counts
       them.
-    batch_size: number of images per call of the image tokenizer.
   """
 
   raw: str
@@ -147,9 +145,8 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   Document i of a store is record i of the same split and kind in the raw folder. `inputs` holds the
   ids of the tokenizers. If an id changes, all shards are encoded again.
 
-  Returns:
-    For each split: number of documents by kind, token counts, number of cut captions, and the
-    result of `code_usage`.
+  Returns for each split: number of documents by kind, token counts, number of cut captions, and the
+  result of `code_usage`.
 
   Raises:
     UserError: a code is outside the vocabulary, all images have the same single code, or the split

@@ -39,7 +39,6 @@ class Instructions:
   Attributes:
     targets: [n, 2] int32, the target range of each document, half-open, in
       `</s> segment <break> ... segment </s>`.
-    drops: shares of samples that lack a part.
     loss_on: "all" weights every token, "target" only the target.
   """
 
@@ -147,10 +146,8 @@ def build_instruction(
   """Builds the sample that `plan` describes.
 
   With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
-  paper. With "target", only the target and the token after it have that weight.
-
-  Returns:
-    Tokens [T] int32, and their loss weights as targets [T] float32.
+  paper. With "target", only the target and the token after it have that weight. Returns tokens [T]
+  int32, and their loss weights as targets [T] float32.
 
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.

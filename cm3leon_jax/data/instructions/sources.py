@@ -158,10 +158,8 @@ class InstructionJob:
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
   """Writes the missing stores, one per task and split.
 
-  `inputs` holds the ids of the tokenizers. If an id changes, all stores are encoded again.
-
-  Returns:
-    Store name -> counts, see `write_store`.
+  `inputs` holds the ids of the tokenizers. If an id changes, all stores are encoded again. Returns
+  store name -> counts, see `write_store`.
   """
   configs = {
     store_name(split, task): {**identity(task, job), "inputs": inputs}

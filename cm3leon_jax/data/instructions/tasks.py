@@ -110,9 +110,7 @@ def _check_place(
 ) -> None:
   """Checks that a target image is last and that the task's drops are possible.
 
-  Args:
-    target: half-open range.
-    end: index after the last token of the last segment.
+  `target` is a half-open range, and `end` is the index after the last token of the last segment.
 
   Raises:
     UserError: a check fails. The message names the task.

@@ -130,9 +130,8 @@ class _Writer:
   ) -> tuple[Record | Rejected | None, bytes, list[tuple[int, int]], list[str]]:
     """Saves the images of a record.
 
-    Returns:
-      The record with the new image names, or Rejected after an error; the digest of the pixels; the
-      original sizes; one line with the SHA-256 of each image file.
+    Returns the record with the new image names, or Rejected after an error; the digest of the
+    pixels; the original sizes; one line with the SHA-256 of each image file.
     """
     if not isinstance(item, Record) or not images:
       return item, b"", [], []

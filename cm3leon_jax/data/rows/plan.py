@@ -67,8 +67,7 @@ class RowSource:
 def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Finds documents that consist of one text longer than `most` tokens.
 
-  Returns:
-    Ascending indices and lengths of these documents, both int64.
+  Returns ascending indices and lengths of these documents, both int64.
   """
   offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
   long = [np.zeros(0, np.int64)]
