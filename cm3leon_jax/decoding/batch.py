@@ -89,9 +89,8 @@ class Prompts(NamedTuple):
 class Batch(NamedTuple):
   """Arrays of one batch.
 
-  Attributes:
-    widths: for each stream, the number of prompt entries that its cache keeps; see `stream_widths`.
-    max_new_tokens: largest number of generated tokens of a sample.
+  `widths` has, for each stream, the number of prompt entries that its cache keeps
+  (`stream_widths`).
   """
 
   prompts: Prompts

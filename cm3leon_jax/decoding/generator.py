@@ -37,7 +37,6 @@ class GeneratorConfig:
   Attributes:
     positions: largest number of positions of a sample, at most `model.max_positions`. Positions
       after the longest training sample are untrained.
-    batch_size: largest number of samples in a batch.
     weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
     draft_window: number of image codes that a step reads and verifies as drafts (see

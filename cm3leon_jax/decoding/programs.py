@@ -33,7 +33,6 @@ class Static(NamedTuple):
   Attributes:
     cache_dtype: one of `cache.DTYPES`.
     widths: for each stream, the number of last prompt entries that its cache keeps.
-    max_new_tokens: largest number of generated tokens of a sample.
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.
     window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.

@@ -21,7 +21,6 @@ class Result:
     tokens: ids generated after the prompt.
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters.
-    contrastive: whether contrastive decoding was used.
     divergence: mean of KL(conditional || unconditional) over the image codes, in nats; None without
       image codes or without an unconditional stream.
   """

@@ -32,7 +32,6 @@ class Update:
     ticket: the ticket from `ContinuousGenerator.admit`.
     result: all tokens of the sample so far; `request` and `sample` are 0.
     finished: whether the sample is complete and its slot is free again.
-    steps: number of steps in the chunk.
   """
 
   ticket: int
