@@ -74,7 +74,6 @@ class World(Protocol):
 
   Attributes:
     name: key in `worlds.MODULES`. Files and numbers of its evaluation have this name, too.
-    caption: example of a caption.
     bundled: name of the model in the package that was trained on this world.
   """
 

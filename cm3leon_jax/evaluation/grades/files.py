@@ -38,9 +38,8 @@ def write(
   `answers` is name of a task -> title of a column -> answers to the same records. For `kinds`, see
   `answers.means`.
 
-  Returns:
-    {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from "before"
-    to "after"}, "means": result of `answers.means`}.
+  Returns {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from
+  "before" to "after"}, "means": result of `answers.means`}.
   """
   folder, seed = epath.Path(folder), settings.seed
   resamples = settings.evaluation.num_resamples

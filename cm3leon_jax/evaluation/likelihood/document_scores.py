@@ -284,11 +284,10 @@ class Totals:
 
       2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 
-    Returns:
-      {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has documents,
-      tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`, `high`,
-      `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
-      effective_groups.
+    Returns {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has
+    documents, tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`,
+    `high`, `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
+    effective_groups.
     """
     result: dict[str, Any] = {
       "documents": self.documents,

@@ -64,11 +64,10 @@ def bleu_counts(
     candidates = [["the", "cat", "the"]], references = [[["the", "cat", "sat"], ["a", "cat"]]]
     result = [[2, 1, 0, 0, 3, 2, 1, 0, 3]]
 
-  Returns:
-    [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches at
-    most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
-    caption. Last column: length of the reference that is closest in length. If two references are
-    equally close, it is the shorter length.
+  Returns [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches
+  at most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
+  caption. Last column: length of the reference that is closest in length. If two references are
+  equally close, it is the shorter length.
 
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no
@@ -97,11 +96,8 @@ def bleu(sums: npt.ArrayLike) -> np.ndarray:
 
   With `counts` of `bleu_counts`, `bleu(counts.sum(0))` is the BLEU of the set and `bleu(counts)` is
   the BLEU of each image. With indices [R, n], `bleu(counts[indices].sum(1))` is the BLEU of R
-  resamples. `sums` is [..., 2N + 1].
-
-  Returns:
-    [..., N] fp64: the geometric mean of the precisions of 1-grams to N-grams, times a penalty for
-    candidates that are shorter than their references.
+  resamples. `sums` is [..., 2N + 1]. Returns [..., N] fp64: the geometric mean of the precisions of
+  1-grams to N-grams, times a penalty for candidates that are shorter than their references.
   """
   sums = np.asarray(sums, np.float64)
   matches, totals, reference_length = sums[..., :N], sums[..., N : 2 * N], sums[..., 2 * N]

@@ -272,11 +272,9 @@ class Inception:
   """Inception-v3 with its weights.
 
   The parameters are replicated on all devices, and each device embeds its share of a batch. All
-  batches have the same shape, so the network is compiled once for all image sizes.
-
-  Attributes:
-    digest: digest of the tensors without batch counters, see `published_weights.digest`.
-    resize: see `resize_images`.
+  batches have the same shape, so the network is compiled once for all image sizes. `digest` is the
+  digest of the tensors without batch counters, see `published_weights.digest`. For `resize`, see
+  `resize_images`.
   """
 
   def __init__(

@@ -93,9 +93,8 @@ class ProtocolRun:
 def run(job: ProtocolRun) -> dict:
   """Generates missing samples and computes all metrics. The first process writes values.npz.
 
-  Returns:
-    {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value", ...}}}},
-    "controls": {control: {metric: {"value", ...}}}}.
+  Returns {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value",
+  ...}}}}, "controls": {control: {metric: {"value", ...}}}}.
   """
   tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, job.workdir)
   samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
