@@ -230,12 +230,10 @@ class Pipeline:
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
     """Finds the documents of the bank that are most similar to each query. Needs a CLIP.
 
-    A query is ("text", text) or ("image", image).
-
-    Returns:
-      For each query its documents, best first, and their cosines, fp32. A document is skipped if
-      its similarity to the query is below `retrieval.min_similarity`, or if its similarity to the
-      query or to a better document is above `retrieval.max_similarity`.
+    A query is ("text", text) or ("image", image). Returns for each query its documents, best first,
+    and their cosines, fp32. A document is skipped if its similarity to the query is below
+    `retrieval.min_similarity`, or if its similarity to the query or to a better document is above
+    `retrieval.max_similarity`.
 
     Raises:
       UserError: there is no bank, or `count` is above `retrieval.max_candidates`.

@@ -15,9 +15,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 class Retrieved:
   """Retrieved document of the bank.
 
-  Attributes:
-    similarity: cosine of the query and the document under the run's CLIP.
-    source: source of the original work, which `license` and `attribution` describe, too.
+  `similarity` is the cosine of the query and the document under the run's CLIP.
   """
 
   key: str
