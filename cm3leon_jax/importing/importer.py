@@ -36,9 +36,7 @@ TEXT = "text_tokenizer"
 class Import:
   """Data that an import writes.
 
-  Attributes:
-    fields: required values of the config sections `model` and `vocab`.
-    tables: description of how the token tables grow.
+  `fields` has the required values of the config sections `model` and `vocab`.
   """
 
   source: SourceCheckpoint
