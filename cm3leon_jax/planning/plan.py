@@ -31,7 +31,6 @@ class Plan:
   """Numbers of a planned run.
 
   Attributes:
-    mesh: size of each axis.
     flags: flags of `cm3leon train` for choices that differ from the config.
     rows_per_device: rows of each device in one pass.
     passes: micro-batches per step.
@@ -43,7 +42,6 @@ class Plan:
     checkpoint_bytes: bytes of parameters and optimizer state.
     saving_hosts: hosts that write a checkpoint, which are the hosts of one replica.
     save_bandwidth: bytes/s that each host writes.
-    eval_batches: batches of a held-out loss.
   """
 
   hardware: Hardware

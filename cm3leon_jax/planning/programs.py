@@ -91,9 +91,8 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
 class Evaluation(NamedTuple):
   """The program for the held-out loss of one micro-batch.
 
-  Attributes:
-    rest_bytes: bytes per device of state that the program does not read but that stays in memory:
-      the optimizer state, and the parameters if their average is evaluated.
+  `rest_bytes` is the state, in bytes per device, that the program does not read but that stays in
+  memory: the optimizer state, and the parameters if their average is evaluated.
   """
 
   step: jax.stages.Lowered

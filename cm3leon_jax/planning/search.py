@@ -92,11 +92,9 @@ def search(
   """Compiles the least recomputing policy that fits, for each mesh and batch.
 
   `compile_one` maps (settings, mesh) to a result of `compile_report`, and raises UserError if the
-  program does not fit. `report_line` is called with a line of text for each candidate.
-
-  Returns:
-    Reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
-    first, by `cost` and then by the compiler's cycles.
+  program does not fit. `report_line` is called with a line of text for each candidate. Returns
+  reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
+  first, by `cost` and then by the compiler's cycles.
   """
   reports = []
   for config in meshes(topology):
