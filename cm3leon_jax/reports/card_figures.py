@@ -41,9 +41,7 @@ class Table:
 class Figures:
   """All figures of a trained model.
 
-  Attributes:
-    tables: tables with at least one row each.
-    missing: sentences about measurements that are missing or belong to other parameters.
+  `missing` has sentences about measurements that are missing or belong to other parameters.
   """
 
   tables: tuple[Table, ...]

@@ -84,9 +84,7 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 class PageDecoder:
   """Decodes token ids into text and images.
 
-  Attributes:
-    image_tokens: number of codes of an image, C.
-    images: bytes of the ids of an image -> [H, W, 3] uint8.
+  `images` maps the bytes of the ids of an image to [H, W, 3] uint8.
   """
 
   vocab: VocabLayout

@@ -17,9 +17,7 @@ from cm3leon_jax.vocab import VocabLayout
 class CheckedTask:
   """Instruction task of a sample, as planned.
 
-  Attributes:
-    target: half-open range of the target in `</s> segment <break> ... segment </s>`.
-    plan: plan of the sample, which says what is dropped from it.
+  `target` is the half-open range of the target in `</s> segment <break> ... segment </s>`.
   """
 
   name: str
