@@ -56,10 +56,9 @@ def judge_images(
 
   `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
 
-  Returns:
-    B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits and
-    `complete`): all facts still hold that the instruction does not touch or that the given half
-    shows. `instruction` (edits): the objects that the instruction names are as it asks.
+  Returns B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits
+  and `complete`): all facts still hold that the instruction does not touch or that the given half
+  shows. `instruction` (edits): the objects that the instruction names are as it asks.
   """
   found = judge.find_objects(images, style)
   return [judge_objects(record, objects) for record, objects in zip(records, found)]

@@ -22,10 +22,9 @@ def measure(
   `images` are [B, H, W, 3] uint8, true images of `facts`, which are from B documents. `seed`
   selects the changes.
 
-  Returns:
-    {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions": number,
-    "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
-    should be 1, and the other shares 0.
+  Returns {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions":
+  number, "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
+  should be 1, and the other shares 0.
   """
   rng = np.random.default_rng(seed)
   found = judge.find_objects(images, style)

@@ -27,7 +27,6 @@ class SheetScene:
   """Scene on the sheet.
 
   Attributes:
-    caption: text above the images.
     original: [H, W, 3] uint8, the image that the caption describes.
     neighbors: [H, W, 3] uint8 each, images of the retrieved documents before the caption.
     samples: title -> (image, [H, W, 3] uint8; whether the judge finds it correct). All scenes have

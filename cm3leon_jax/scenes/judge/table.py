@@ -30,8 +30,6 @@ class Judged:
   """Image with the verdict of the judge.
 
   Attributes:
-    prompt: the caption.
-    facts: field `facts` of the document.
     concept: images of one concept show the same scene; "" means that no other image shows it.
     known: whether training has the words, the claims and an image of the caption; None if unknown.
   """
