@@ -67,7 +67,6 @@ class Job:
   """Work for the engine, made from an HTTP request.
 
   Attributes:
-    task: validated task.
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether to deliver `Progress` events.
     words: see `tasks.refused`.

@@ -36,10 +36,8 @@ def image(
 
   The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
   when the rows below it are generated. `given` are the [I] codes of the input image, which
-  surrounds the box of an infill.
-
-  Returns:
-    (number of complete rows of the image or of the box; [I] codes, with missing rows filled in).
+  surrounds the box of an infill. Returns (number of complete rows of the image or of the box; [I]
+  codes, with missing rows filled in).
   """
   codes = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)])
   side = layout.side

@@ -103,8 +103,7 @@ def _box(text: str) -> tuple[int, ...]:
 class EditBody(ImageBody):
   """Fields of the form of POST /v1/images/edits, except its files.
 
-  Attributes:
-    box: box to fill in: left,top,right,bottom in pixels at the model's resolution.
+  `box` is the box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
 
   box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None

@@ -55,7 +55,6 @@ class ImageAnswer:
   """Formats the answer to a request for images.
 
   Attributes:
-    total_rows: number of rows of codes that are generated.
     prefix: start of the event types, "image_generation" or "image_edit".
     partial_images: largest number of partial images per sample; None means one per row.
   """

@@ -36,10 +36,8 @@ class Limits:
 
   Attributes:
     most_samples: largest value of `n`.
-    most_bytes: largest size of a body.
     all_bytes: largest total size of the bodies of all unanswered requests. The first SMALL bytes of
       each body do not count, so that a request without an image is never refused because of others.
-    most_pixels: largest number of pixels of an image.
     seconds: time limit from a request to its answer.
     body_seconds: time limit for the client to send its body.
     token: bearer token that requests must have; empty means that no token is needed.
