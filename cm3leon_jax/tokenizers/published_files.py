@@ -57,7 +57,6 @@ class Read:
   Attributes:
     tokenizer: tokenizer at its family's first resolution.
     files: files with its tensors.
-    num_parameters: number of parameters in these tensors.
     num_left: number of other tensors in the files.
   """
 

@@ -149,12 +149,8 @@ class VQGAN(nnx.Module):
   ]:
     """Reconstructs pixels. The gradient passes from the codes to the encodings.
 
-    Args:
-      x: [B, H, W, 3] in [-1, 1].
-
-    Returns:
-      Reconstruction [B, H, W, 3]; prepared encodings z and their codes q, both [B, h, w, E];
-      indices of the codes, int32 [B, h, w].
+    `x` is [B, H, W, 3] in [-1, 1]. Returns the reconstruction [B, H, W, 3]; the prepared encodings
+    z and their codes q, both [B, h, w, E]; and the indices of the codes, int32 [B, h, w].
     """
     hidden, *codes = self.hidden(x)
     return self.decoder.last(hidden), *codes
