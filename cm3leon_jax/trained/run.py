@@ -37,7 +37,6 @@ class Run:
   `Run(folder, settings)` is the run of a config. Its stages need not be finished.
 
   Attributes:
-    folder: workdir of the run, or folder of the bundle or export.
     settings: the stored settings, or the settings of a config with the same model.
     kind: type of `folder`. A bundle has no held-out documents and is never written to. An export
       has neither CLIP nor a bank.
