@@ -36,8 +36,7 @@ class StopSignal(Hook):
   step for which a process has called it. But Orbax also calls it for old steps, from the thread
   that finishes a save, so the agreed step may already have passed.
 
-  Attributes:
-    code: exit code with which to stop after the newest step; None: continue.
+  `code` is the exit code with which to stop after the newest step; None: continue.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):

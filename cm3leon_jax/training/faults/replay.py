@@ -84,9 +84,8 @@ def judge(
     on 2 devices, which are rolled by 0, 1 and 0 places:
       [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
 
-  Args:
-    computations: fingerprints by stage, as numpy arrays.
-    tolerance: see `fingerprint.equal`.
+  `computations` are fingerprints by stage, as numpy arrays. For `tolerance`, see
+  `fingerprint.equal`.
   """
   wrong: set[int] = set()
   undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1

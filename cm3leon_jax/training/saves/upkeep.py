@@ -90,9 +90,8 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
 def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
   """Reads all files of the sealed checkpoints and compares them with their digests.
 
-  Returns:
-    step -> message about the damage, or "" if all files match. A checkpoint that a running job has
-    removed in the meantime is left out.
+  Returns step -> message about the damage, or "" if all files match. A checkpoint that a running
+  job has removed in the meantime is left out.
   """
   damages = {}
   for entry in found:

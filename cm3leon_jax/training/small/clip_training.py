@@ -191,10 +191,8 @@ def text_to_image_recall(
   """Measures how often the image of a caption is among the k nearest images, for k = 1 and 5.
 
   Any image with the same caption is right. A caption is a hit if fewer than k wrong images score at
-  least as high as its best right image. So a constant embedding scores 0, and so does NaN.
-
-  Returns:
-    recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
+  least as high as its best right image. So a constant embedding scores 0, and so does NaN. Returns
+  recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
   """
   n = len(captions)
   scores = np.asarray(text_embeddings, np.float64) @ np.asarray(image_embeddings, np.float64).T

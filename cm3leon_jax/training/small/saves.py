@@ -22,7 +22,6 @@ class SmallSaves(Hook):
     log: metrics.jsonl of the training. Its digest is stored before each save.
     stop: must precede this hook in the list of hooks.
     name: section of the config, for messages.
-    config: dataclass of that section.
     remedy: what the user can do if the state is not finite.
     saved: step of the newest checkpoint, or 0.
   """

@@ -54,7 +54,6 @@ class SmallTraining:
     config: dataclass of that section, with steps, batch_size and checkpoint_every.
     about: further settings that the result depends on. "inputs" holds the ids of the stages that
       the examples come from, see `stages.inputs`.
-    seed: seed of the order of the examples.
     examples: data in memory or on disk. len(examples) is n; examples[rows], with rows int64 [B], is
       a tree of host arrays [B, ...].
     folder: receives metrics.jsonl and, until `delete_checkpoints`, the checkpoints.

@@ -139,7 +139,6 @@ def policy_step(
     kl_weight: see `ReinforceConfig`.
     temperature: temperature at which the samples were drawn.
     state: donated by the caller's jit.
-    reference: parameters of the reference policy, which do not change.
     ema_decay: static; see `optimizer.update_average`.
 
   Returns:

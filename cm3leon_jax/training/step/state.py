@@ -72,7 +72,6 @@ def train_step(
     text_size: first id of an image code.
     accumulation_steps: A, the number of micro-batches that the batch is split into.
     state: donated by the caller's jit.
-    batch: rows from `data.rows.loader`.
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
     num_sources: static; S, or 0 if the rows are not marked with their sources.

@@ -114,7 +114,6 @@ class MetricsLog:
         run.
       enabled: whether this process reads and writes the log; True in one process of a run.
       digest_folder: receives the file of the digest; None: `folder`.
-      every: largest number of steps between two lines.
 
     Raises:
       UserError: a line other than the last line is damaged.
