@@ -31,7 +31,6 @@ class StoredParams:
   """Parameters that are read in fp32 when they are needed.
 
   Attributes:
-    averaged: whether the parameters are the moving average.
     shapes: dotted name -> shape. The first axis of arrays under `blocks` is the layer.
     read: (name, *index) -> array. The index has one whole number for each of the first axes.
 
