@@ -162,7 +162,6 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
 
 
 def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
-  """Returns the stages that the evaluation reads."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)

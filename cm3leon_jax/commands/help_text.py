@@ -20,7 +20,6 @@ FIELDS = """\
 
 
 def _flag(flag: flags.Flag) -> str:
-  """Formats the name, meaning and default of a flag."""
   name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
   default = (flag.default_as_str or "").strip("'")
   shown = default not in ("", "None", "false")

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 def _objective(run: Run, reference: dict) -> Rollouts:
-  """Creates the reinforcement-learning objective of the run."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rewards, rollouts
