@@ -145,7 +145,6 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  """Sums the counts of all shards by name."""
   total: dict[str, int] = {}
   for shard in counts:
     total |= {name: total.get(name, 0) + count for name, count in shard.items()}
