@@ -60,7 +60,6 @@ class ActiveRequest:
 
   @property
   def method(self) -> TokenMethod:
-    """Sampling method of the request."""
     streams = len(self.request.streams)
     [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
     return method
