@@ -95,7 +95,6 @@ class Networks:
     return Images(whole["features"], whole["embeddings"], whole["codes"], list(groups))
 
   def _compute(self, pixels: np.ndarray, codes: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Computes `needs` for one part."""
     found = {}
     if "features" in self.needs:
       assert self.extractor is not None

@@ -186,7 +186,6 @@ def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list
 
 
 def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
-  """Judges whether each image shows exactly what its caption says."""
   assert job.judge is not None
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
   facts = [job.evaluated.facts[line["row"]] for line in part]
