@@ -68,7 +68,6 @@ class Sample:
 
   @property
   def images(self) -> list[Image.Image]:
-    """All images."""
     return [part for part in self.parts if not isinstance(part, str)]
 
   @property
