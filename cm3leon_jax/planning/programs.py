@@ -28,7 +28,6 @@ from cm3leon_jax.training.steps import Steps, compile_steps
 
 
 def count_params(settings: Settings, mesh: jax.sharding.Mesh) -> int:
-  """Counts the parameters of the decoder."""
   with jax.set_mesh(mesh):
     # The key is created inside the function, because these devices cannot run anything.
     init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
