@@ -75,7 +75,6 @@ def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
 
 
 def _cells(job: ProtocolRun, lines: list[dict]) -> list[dict]:
-  """Returns the cells of the page for samples."""
   if job.protocol.task == "text":
     return [{"text": line["text"], "image": None, "score": None} for line in lines]
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in lines]))
