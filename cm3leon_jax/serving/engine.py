@@ -243,7 +243,6 @@ class Engine:
       one.job.deliver(started)
 
   def _decoded(self, codes: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-    """Decodes the [I] codes of each image."""
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 

@@ -92,7 +92,6 @@ class Generation(ImageBody):
 
 
 def _box(text: str) -> tuple[int, ...]:
-  """Parses the four numbers of a box."""
   if not re.fullmatch(r"\s*-?\d{1,6}\s*(,\s*-?\d{1,6}\s*){3}", text):
     raise PydanticCustomError(
       "box", "Input should be four whole numbers of pixels, left,top,right,bottom: 0,0,24,24"
