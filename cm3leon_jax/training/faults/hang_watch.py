@@ -125,17 +125,14 @@ class HangWatch(Hook):
     self._steps = step
 
   def before(self, step: int) -> None:
-    """See `Hook`."""
     self._reading = True
 
   def ready(self, step: int) -> None:
-    """See `Hook`."""
     self._reading = False
     self._sign = self._clock()
     self._begin_step(step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     self._sign = self._clock()
 
   def _begin_step(self, step: int) -> None:

@@ -68,7 +68,6 @@ class Lease(Hook):
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
-    """Releases the lease."""
     if not self._beats:  # This process has not written lease.json.
       return
     self._stop.set()

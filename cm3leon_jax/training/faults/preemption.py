@@ -71,7 +71,6 @@ class StopSignal(Hook):
     self.code = self.stopping()
 
   def stops(self) -> bool:
-    """See `Hook`."""
     return self.code is not None
 
   def stopping(self) -> int | None:

@@ -36,11 +36,9 @@ class Saves(Hook):
     self.saved, self.next_row = 0, next_row
 
   def begin(self, state: TrainState) -> None:
-    """See `Hook`."""
     self.saved = int(state.step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     self.next_row += self._config.global_batch_size
     last = step == self._config.steps or self._stop.code is not None
     if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
@@ -52,7 +50,6 @@ class Saves(Hook):
       self.saved = step
 
   def end(self, state: TrainState) -> None:
-    """See `Hook`."""
     with self._monitor.phase("save", int(state.step)):
       self._checkpoints.close()
 

@@ -40,7 +40,6 @@ class Lines(Hook):
     self.values = values
 
   def end(self, state: Any) -> None:
-    """See `Hook`."""
     self.log.flush()
 
 
@@ -51,6 +50,5 @@ class ShownLines(Hook):
     self._lines, self._show = lines, show
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     if self._lines.values is not None:
       self._show(step, self._lines.values)

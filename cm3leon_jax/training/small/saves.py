@@ -45,7 +45,6 @@ class SmallSaves(Hook):
       self.saved = step
 
   def end(self, state: Any) -> None:
-    """See `Hook`."""
     self.checkpoints.close()
 
 
@@ -56,6 +55,5 @@ class ShownSaves(Hook):
     self._saves, self._show = saves, show
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     if self._saves.saved == step and self._saves.stop.code is None:
       self._show(step, state)

@@ -124,7 +124,6 @@ class Watch:
       board.flush()
 
   def close(self) -> None:
-    """Closes the boards."""
     for board in self.boards or ():
       board.close()
 

@@ -85,7 +85,6 @@ class HeldoutLosses(Hook):
       self.at_start = self._log(0, state)
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    """See `Hook`."""
     last = step == self._config.steps or self._stop.code is not None
     if step % self._config.eval_every == 0 or last:
       self.losses = self._log(step, state)

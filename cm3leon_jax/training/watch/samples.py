@@ -27,7 +27,6 @@ class SampleGrids(Hook):
     self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    """See `Hook`."""
     if self._sample_grid is None:
       return
     if step % self._config.sample_every == 0 or step == self._config.steps:

@@ -91,11 +91,9 @@ class TensorBoard:
       self._writer.add_histogram_raw(f"params/{name}", **fields, global_step=step)
 
   def flush(self) -> None:
-    """Writes buffered events."""
     self._writer.flush()
 
   def close(self) -> None:
-    """Closes the event file."""
     self._writer.close()
 
 

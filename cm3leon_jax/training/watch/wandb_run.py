@@ -73,5 +73,4 @@ class WandbRun:
     """Does nothing, because wandb sends values without a flush."""
 
   def close(self) -> None:
-    """Finishes the run."""
     self._run.finish()
