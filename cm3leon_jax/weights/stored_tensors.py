@@ -71,7 +71,6 @@ class StoredTensors:
 
   @property
   def names(self) -> list[str]:
-    """Names of all tensors."""
     return list(self._views)
 
   @property
