@@ -153,10 +153,7 @@ class RunningBatch:
     return self.program_of_few
 
   def _limit(self) -> int:
-    """Returns the number of steps of the next chunk.
-
-    If a sample is known to end soon, the chunk ends with the sample.
-    """
+    """Returns the number of steps of the next chunk, which ends with a sample that ends soon."""
     known = [x.left for x in self.slots if x is not None and x.left is not None]
     if known and min(known) <= self.chunk + self.least:
       return max(min(known), self.least)
