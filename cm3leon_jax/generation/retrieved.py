@@ -13,10 +13,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-  """Retrieved document of the bank.
-
-  `similarity` is the cosine of the query and the document under the run's CLIP.
-  """
+  """Retrieved document. `similarity` is its cosine with the query under the run's CLIP."""
 
   key: str
   caption: str

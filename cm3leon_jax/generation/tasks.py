@@ -235,10 +235,7 @@ class Task:
     raise NotImplementedError
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
-    """Decodes [G] generated ids.
-
-    Returns (segments: texts and [I] int32 image codes in order; texts of all holes).
-    """
+    """Decodes [G] ids. Returns (texts and [I] int32 image codes in order, texts of all holes)."""
     raise NotImplementedError
 
   @property
