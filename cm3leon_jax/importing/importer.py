@@ -34,10 +34,7 @@ TEXT = "text_tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """Data that an import writes.
-
-  `fields` has the required values of the config sections `model` and `vocab`.
-  """
+  """Data that an import writes. `fields` has required values of config.model and config.vocab."""
 
   source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
