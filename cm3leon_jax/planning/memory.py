@@ -316,10 +316,7 @@ def check(
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Checks that an update fits, and returns its `estimate_update`.
-
-  Takes the arguments of `check` and raises the same errors.
-  """
+  """Checks that an update fits, and returns its `estimate_update`; otherwise like `check`."""
   del platform  # Updates use no attention kernel.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:

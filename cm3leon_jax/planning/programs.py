@@ -132,10 +132,7 @@ def _batch(
 
 
 def num_sources(settings: Settings, split: str) -> int:
-  """Counts the sources that the rows of a run can have; 0 without instructions.
-
-  `split` is "train" or "heldout".
-  """
+  """Counts the sources that rows of "train" or "heldout" can have; 0 without instructions."""
   if not settings.instructions.any:
     return 0
   tasks = load_tasks(settings.instructions)
