@@ -82,10 +82,7 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PageDecoder:
-  """Decodes token ids into text and images.
-
-  `images` maps the bytes of the ids of an image to [H, W, 3] uint8.
-  """
+  """Decodes token ids. `images` maps the bytes of the ids of an image to [H, W, 3] uint8."""
 
   vocab: VocabLayout
   text_tokenizer: TextTokenizer

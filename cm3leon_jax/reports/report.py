@@ -293,10 +293,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Renders the page as self-contained HTML.
-
-  `config_name` is the value of --config for the commands on the page.
-  """
+  """Renders the page as self-contained HTML. `config_name` is the --config in its commands."""
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
