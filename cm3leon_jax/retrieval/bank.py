@@ -187,10 +187,7 @@ def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Drops each of T ids with probability `share`, and keeps at least one.
-
-  The choice depends only on (key, seed).
-  """
+  """Drops each id with probability `share`, but not all. The choice depends only on (key, seed)."""
   digest = hashlib.sha256(key.encode()).digest()
   rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
   order = rng.random(len(ids))
