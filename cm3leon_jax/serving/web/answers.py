@@ -158,10 +158,7 @@ class ImageAnswer:
 
 @dataclasses.dataclass
 class ChatAnswer:
-  """Formats the answer to a request for texts.
-
-  `include_usage` says whether a last chunk of the stream has the token counts.
-  """
+  """Formats the answer for texts. With `include_usage`, a last chunk has the token counts."""
 
   task: Task
   vocab: VocabLayout
