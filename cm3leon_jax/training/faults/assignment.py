@@ -18,10 +18,7 @@ ROLLED = (*FSDP, "tensor", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """Rolls the devices along an axis of a mesh by `shift` places.
-
-  This keeps rings of devices and slices intact.
-  """
+  """Rolls devices by `shift` places along a mesh axis, which keeps rings and slices intact."""
 
   axis: str = AXES[0]
   shift: int = 0

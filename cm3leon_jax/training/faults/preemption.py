@@ -89,10 +89,7 @@ class StopSignal(Hook):
 
 
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:
-  """Exits with `code` if a signal stopped the run before its last step.
-
-  `saved` is the step of the newest checkpoint.
-  """
+  """Exits with `code` if a signal stopped the run. `saved` is the newest checkpoint's step."""
   if code is not None and step < steps:
     where = f"saved in {folder}"
     if saved < step:

@@ -148,10 +148,7 @@ def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
 
 
 def _mesh() -> Mesh:
-  """Returns the current mesh with automatic axes.
-
-  The compiler then chooses the shardings of activations and gradients.
-  """
+  """Returns the current mesh with automatic axes, so that the compiler chooses shardings."""
   current = jax.sharding.get_mesh()
   return Mesh(current.devices, current.axis_names)
 

@@ -238,10 +238,7 @@ class Monitor(Hook):
         board.histograms(step, histograms)
 
   def skipped_in_a_row(self) -> int:
-    """Returns the number of consecutive skipped steps up to the last dispatched step.
-
-    It waits for this step and logs it.
-    """
+    """Logs the last dispatched step, and returns the number of consecutive skipped steps."""
     self.flush()
     return self._skips.in_a_row
 

@@ -122,10 +122,7 @@ def tree_histograms(params: dict) -> dict:
 
 
 def named_histograms(params: dict) -> dict[str, dict]:
-  """Returns `tree_histograms` on the host, keyed by names such as `blocks/up`.
-
-  All processes must call it.
-  """
+  """Returns `tree_histograms` on the host by name (`blocks/up`). All processes must call it."""
   histograms = jax.device_get(tree_histograms(params))
   leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

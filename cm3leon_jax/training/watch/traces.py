@@ -68,10 +68,7 @@ class Profiler:
       yield
 
   def ends_with(self, step: int) -> bool:
-    """Returns whether a running trace ends with `step`.
-
-    If it does, wait for the step, then call `stop`.
-    """
+    """Returns whether a trace ends with `step`. If so, wait for the step, then call `stop`."""
     return self._collected is not None and step >= self._steps[-1]
 
   def stop(self) -> None:
