@@ -102,11 +102,7 @@ def _mesh(
 
 
 def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Settings:
-  """Checks the dtype and the options, and returns the settings with this dtype.
-
-  Raises:
-    UserError: the dtype or an option is wrong.
-  """
+  """Returns the settings with this dtype. Raises UserError for a wrong dtype or option."""
   known = LoadOptions.__annotations__
   for name, value in options.items():
     if name not in known:
