@@ -272,7 +272,11 @@ def _make_run(
 def _extractor(
   protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
 ) -> Extractor:
-  """Loads a protocol's feature extractor. Raises UserError without it or for wrong weights."""
+  """Loads the feature extractor of a protocol.
+
+  Raises:
+    UserError: the protocol names no extractor, or the weights are absent or of another network.
+  """
   from cm3leon_jax.evaluation.metrics import extractors
 
   network, _, resize = protocol.extractor.partition("_")

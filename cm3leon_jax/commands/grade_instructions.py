@@ -40,7 +40,11 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
 
 
 def _judges(settings: Settings) -> dict[str, World]:
-  """Returns task name -> world that judges its answers exactly. Raises UserError without any."""
+  """Returns task name -> world that judges the answers of the task exactly.
+
+  Raises:
+    UserError: no task has answers that can be judged exactly.
+  """
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 

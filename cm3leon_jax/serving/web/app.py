@@ -195,7 +195,11 @@ class Server:
   async def _events(
     self, request: Request, task: Task, body: schemas.Body
   ) -> AsyncGenerator[Event, None]:
-    """Yields the events of a job. Closing this cancels the job. Raises ApiError if it fails."""
+    """Yields the events of a job. Closing this generator cancels the job.
+
+    Raises:
+      ApiError: the job failed or took too long.
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
