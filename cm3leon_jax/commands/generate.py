@@ -192,7 +192,10 @@ def _check_rank(tasks: Sequence[Task]) -> None:
 
 
 def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the workdir to retrieve from, or None. Raises UserError if --bank does not fit it."""
+  """Returns the workdir to retrieve from, or None.
+
+  Raises UserError if --bank has other tokenizers or another CLIP.
+  """
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings

@@ -88,7 +88,10 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 
 
 def _token() -> str:
-  """Returns the token for requests, or "". Raises UserError if it is invalid or unreadable."""
+  """Returns the token that requests must contain, or "".
+
+  Raises UserError if the token is invalid or its file cannot be read.
+  """
   if _TOKEN_FILE.value is None:
     token = os.environ.get(TOKEN, "")
     where = TOKEN
