@@ -279,7 +279,7 @@ def batches(
   """Yields global batches forever. Batch j begins at row `first_row` + j * `batch_size`.
 
   Threads prefetch the rows of this process. A batch depends only on its row numbers, not on earlier
-  batches or the number of processes. Yields dict of [B, L] arrays, see `RowLoader`, laid out by
+  batches or the number of processes. Yields dicts of [B, L] arrays, see `RowLoader`, laid out by
   `sharding`.
   """
   config = loader.plan.config
