@@ -175,7 +175,10 @@ class Program:
     return total
 
   def _parts(self, i: HloInstruction) -> list[float | None]:
-    """Returns the bytes read from each operand and replaced in the result; None: all bytes."""
+    """Returns the bytes read from each operand, then the bytes replaced in the result.
+
+    None means the whole array.
+    """
     inner = self.computations[i.required(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
     names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
     if i.op == "fusion":
