@@ -114,9 +114,9 @@ def loss(
 ) -> Float32[Array, ""] | float:
   """Computes the codebook and the commitment loss (van den Oord et al. 2017, section 3.2).
 
-  Both are 0 for `fsq`, whose codes are fixed. `codebook_weight` is the weight of the squared
-  distance whose gradient moves codes, and `commitment_weight` of the squared distance whose
-  gradient moves encodings. `z` are encodings, and `q` are their codes.
+  Both are 0 for `fsq`, whose codes are fixed. The squared distance whose gradient moves codes has
+  the weight `codebook_weight`. The squared distance whose gradient moves encodings has the weight
+  `commitment_weight`. `z` are encodings, and `q` are their codes.
   """
   stop = jax.lax.stop_gradient
   if kind == "fsq":
