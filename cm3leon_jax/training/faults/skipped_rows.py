@@ -107,8 +107,7 @@ def read(folder: epath.Path) -> list[GoBack]:
 def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
   """Checks that a checkpoint has read none of the rows to leave out.
 
-  `done` is the result of `read`. `next_row` is the checkpoint's and counts rows as `Remaining`
-  does.
+  `done` is the result of `read`. `next_row` of the checkpoint counts rows as `Remaining` does.
 
   Raises:
     UserError: it has read some.

@@ -27,7 +27,10 @@ def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedShar
 def evaluate(
   steps: Steps, params: dict, eval_batches: list[dict], sources: Sequence[str] = ()
 ) -> dict[str, float]:
-  """Computes held-out losses by modality and source (nats per target) of `heldout_batches`."""
+  """Computes held-out losses by modality and source, in nats per target.
+
+  `eval_batches` is the result of `heldout_batches`.
+  """
   measure = functools.partial(steps.evaluate, num_sources=len(sources))
   totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
   sums = {name: np.sum([t[name] for t in totals], 0, np.float64) for name in totals[0]}

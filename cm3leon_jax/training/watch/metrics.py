@@ -164,7 +164,10 @@ class MetricsLog:
     self.seal()
 
   def seal(self) -> None:
-    """Stores the digest of a log on a disk before a checkpoint. In a GCS bucket, `flush` does."""
+    """Stores the digest of a log on a disk. Called before a checkpoint is written.
+
+    In a GCS bucket, `flush` stores the digest.
+    """
     if self.enabled and self._appends:
       sync(self.path)  # After a power loss the digest must not cover lines that are lost.
       write_json(self._digest_path, {"bytes": self._size, "sha256": self._sha256.hexdigest()})

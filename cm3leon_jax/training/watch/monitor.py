@@ -238,7 +238,10 @@ class Monitor(Hook):
         board.histograms(step, histograms)
 
   def skipped_in_a_row(self) -> int:
-    """Logs the last dispatched step, and returns the number of consecutive skipped steps."""
+    """Returns the number of consecutive skipped steps up to the last dispatched step.
+
+    It waits for this step and logs it.
+    """
     self.flush()
     return self._skips.in_a_row
 
