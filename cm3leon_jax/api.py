@@ -53,14 +53,8 @@ class CM3Leon:
   setting is a field of `config.sampling` and defaults to the run's value (docs/config.md). A method
   refuses settings that it does not read.
 
-  Each new batch size or length is compiled once. Wrong arguments raise `UserError`.
-
-  Attributes:
-    workdir: folder of the run, bundle or export.
-    pipeline: generates samples for tasks; needs `jax.set_mesh(model.mesh)`.
-    mesh: devices that hold the parameters and share each batch.
-    step: training step of the parameters.
-    show_progress: whether a progress bar is shown.
+  Each new batch size or length is compiled once. Wrong arguments raise `UserError`. `pipeline`
+  generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
   """
 
   workdir: str
@@ -140,13 +134,9 @@ class CM3Leon:
     >>> sample.text.startswith("a"), len(sample.tokens) == len(sample.log_probs)
     (True, True)
 
-    Args:
-      tasks: objects of the classes in `generation.image_tasks` and `generation.text_tasks`.
-      num_samples: number of samples per task.
-      rank: whether to sort the samples of each task by CLIP score, best first.
-
-    Returns:
-      For each task, a list of `num_samples` samples.
+    Tasks are objects of the classes in `generation.image_tasks` and `generation.text_tasks`. With
+    `rank`, the samples of each task are sorted by CLIP score, best first. Returns a list of
+    `num_samples` samples for each task.
     """
     from cm3leon_jax.generation import calls
 
@@ -193,11 +183,9 @@ class CM3Leon:
     True
 
     Args:
-      prompt: the caption, or a list of captions.
       num_samples: number of samples per caption.
       retrieve: number of documents to retrieve with the caption as query; default: as many as in
         training, or 0 if the run has no documents.
-      seed: seed of the first caption; each next caption has the next seed.
       rank: whether to sort the samples of a caption by CLIP score, best first.
       **sampling: `guidance`, `guidance_schedule`, `temperature`, `top_k`, `top_p`, `method`, ...
 
@@ -225,10 +213,7 @@ class CM3Leon:
     True
 
     Args:
-      image: an image, or a list of images.
-      length: largest number of tokens.
       retrieve: number of documents to retrieve with the image as query.
-      seed: seed of the first image; each next image has the next seed.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image}
@@ -250,11 +235,7 @@ class CM3Leon:
     2
 
     Args:
-      image: an image, or a list of images.
-      question: a question, or a list of questions.
-      length: largest number of tokens.
       retrieve: number of documents to retrieve with the image as query.
-      seed: seed of the first question; each next question has the next seed.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
     inputs = {"image": image, "question": question}
@@ -270,13 +251,11 @@ class CM3Leon:
     True
 
     Args:
-      image: an image, or a list of images.
       box: (left, top, right, bottom) in pixels at the model's resolution, or a list of boxes. Right
         and bottom are exclusive. The box is enlarged to whole codes.
       prompt: a caption of the whole image, which guides the codes, or a list of captions.
       retrieve: number of documents to retrieve. The query is the prompt, or the image if the prompt
         is empty.
-      seed: seed of the first image; each next image has the next seed.
       **sampling: see `generate`; guidance needs a prompt.
     """
     inputs = {"image": image, "box": box, "prompt": prompt}
@@ -291,9 +270,6 @@ class CM3Leon:
     True
 
     Args:
-      image: an image, or a list of images.
-      instruction: what to change, or a list of instructions.
-      seed: seed of the first image; each next image has the next seed.
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
     inputs = {"image": image, "instruction": instruction}
@@ -313,7 +289,6 @@ class CM3Leon:
       prompt: beginning of the first text, or a list of beginnings; "" starts an empty document.
       length: largest number of tokens, image codes included; default: the remaining positions of
         the longest training sample.
-      seed: seed of the first document; each next document has the next seed.
       **sampling: `temperature`, `top_k`, `top_p`, and the settings of `caption`.
     """
     return self._first("parts", "interleaved", seed, sampling, {"prompt": prompt}, length=length)
@@ -334,8 +309,6 @@ class CM3Leon:
     retrieved documents are not counted.
 
     Args:
-      text: a text, or a list of texts.
-      image: an image, or a list of images.
       retrieve: number of documents to retrieve with the text as query. Documents that do not fit
         into the row are left out.
     """

@@ -83,9 +83,6 @@ class UserError(ValueError):
   The message may quote an untrusted file or a library's error. So control characters become spaces,
   memory addresses are removed, and only the start and the end of a message longer than LONGEST
   characters are kept.
-
-  Attributes:
-    exit_code: exit code of a command that fails with this error.
   """
 
   exit_code = 2
@@ -100,9 +97,8 @@ class UserError(ValueError):
 class FieldError(UserError):
   """A wrong value in a section of the config.
 
-  Attributes:
-    path: field names and indices that lead to the value, such as ("shape", 1); () if the error
-      concerns several values.
+  `path` has the field names and indices that lead to the value, such as ("shape", 1); () if the
+  error concerns several values.
   """
 
   def __init__(self, message: str, path: tuple[str | int, ...] = ()):

@@ -50,7 +50,6 @@ def initialize(
 
   Args:
     coordinator: host:port on which process 0 listens.
-    num_processes: number of processes in the job.
     process_id: number of this process, in [0, num_processes).
     timeout: seconds that processes wait for each other.
 

@@ -102,11 +102,7 @@ def _mesh(
 
 
 def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Settings:
-  """Checks the dtype and the options, and returns the settings with this dtype.
-
-  Raises:
-    UserError: the dtype or an option is wrong.
-  """
+  """Returns the settings with this dtype. Raises UserError for a wrong dtype or option."""
   known = LoadOptions.__annotations__
   for name, value in options.items():
     if name not in known:
@@ -152,14 +148,8 @@ def write_bundle(
 ) -> tuple[int, dict]:
   """Writes the bundle of a run and records the training cost in it. Needs a mesh.
 
-  Args:
-    trained: the run.
-    folder: folder to write the bundle to.
-    base: another bundle whose tokenizers and CLIP are shared; see `bundle.write`.
-    step: step of the checkpoint; default: the newest.
-
-  Returns:
-    (step, result of `bundle.write`).
+  `base` is another bundle whose tokenizers and CLIP are shared, see `bundle.write`. `step` is the
+  step of the checkpoint; None: the newest. Returns (step, result of `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))

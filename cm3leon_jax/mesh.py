@@ -187,10 +187,7 @@ def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the shapes, dtypes and shardings on `mesh` of a tree of arrays or their types.
-
-  Host arrays are replicated.
-  """
+  """Returns shapes, dtypes and shardings of a tree on `mesh`. Host arrays are replicated."""
 
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()

@@ -77,7 +77,6 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   """Loads parameters that `save` wrote onto the default device.
 
   Args:
-    path: the safetensors file.
     expected: parameters, or their types, with the expected names, shapes and dtypes. Loaded arrays
       are converted to these dtypes.
     command: command that writes the file, for messages.

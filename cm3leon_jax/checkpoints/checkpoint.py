@@ -56,7 +56,6 @@ class Checkpoints:
     """Opens the checkpoints in `folder`.
 
     Args:
-      folder: the folder of the run.
       keep: number of newest checkpoints to keep.
       keep_every: also keeps every checkpoint whose step is a multiple of this; 0 disables it.
       keep_best: also keeps this number of checkpoints, those with the lowest held-out loss.
@@ -148,7 +147,6 @@ class Checkpoints:
     Args:
       state: a tree of arrays; it may be donated when `save` returns.
       step: number of steps taken, which names the checkpoint.
-      next_row: position in the data.
       heldout_loss: decides which checkpoints are the best, see `keep_best`.
 
     Raises:
@@ -260,7 +258,6 @@ class Checkpoints:
 
     Args:
       state: a state, or its shapes and dtypes, on the current mesh.
-      step: step of the checkpoint.
       checked: whether the files were already compared with their digests.
 
     Raises:

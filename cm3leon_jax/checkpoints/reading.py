@@ -27,18 +27,13 @@ def any_in(folder: epath.PathLike) -> bool:
 def load_params(
   folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
 ) -> tuple[dict, int]:
-  """Loads the parameters of a run's checkpoint onto the current mesh.
+  """Loads the parameters of a run's checkpoint onto the current mesh. Returns them and their step.
 
   If the run has a moving average of the parameters, the average is loaded.
 
   Args:
-    folder: the folder of the run.
-    config: size of the decoder.
     step: step of the checkpoint; None: the newest sealed checkpoint.
     average: False loads the parameters themselves instead of their average.
-
-  Returns:
-    The parameters and their step.
 
   Raises:
     UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is

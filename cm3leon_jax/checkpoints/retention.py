@@ -50,12 +50,7 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
 
   kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
 
-  Args:
-    steps: steps of all checkpoints.
-    losses: step -> held-out loss, for checkpoints that have it.
-    last: see `policy`.
-    every: see `policy`.
-    best: see `policy`.
+  `losses` has the checkpoints with a held-out loss. For the other arguments, see `policy`.
   """
   found = [
     _Checkpoint(step, {METRIC: losses[step]} if step in losses else None) for step in sorted(steps)

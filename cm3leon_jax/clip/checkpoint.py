@@ -38,10 +38,7 @@ class EncoderSizes:
   """Sizes of a transformer with pre-norm layers.
 
   Attributes:
-    width: D.
-    layers: K.
-    heads: N.
-    mlp_width: F.
+    width, layers, heads, mlp_width: D, K, N, F.
     activation: key of `ACTIVATIONS`.
     epsilon: added to the variance in layer norms.
   """
@@ -62,7 +59,6 @@ class HFCLIPConfig:
     text: sizes of the causal transformer over the caption.
     image: sizes of the transformer over patches.
     embed_dim: E.
-    vocab_size: number of ids of the text tokenizer.
     text_length: L, longest caption in tokens, including start and end.
     eos_id: id of the end token. A caption is embedded at the first position of this id. If it is
       `OLD_EOS_ID`, a caption is embedded at its largest id.

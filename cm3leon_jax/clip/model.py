@@ -221,8 +221,7 @@ def _embed_texts(
 class CLIP:
   """Trained CLIP. All batches have one shape, so that no embedding depends on the other rows.
 
-  Attributes:
-    batch_size: rows of a batch. The last batch is padded.
+  `batch_size` is the number of rows of a batch. The last batch is padded.
   """
 
   batch_size = EMBED_BATCH

@@ -44,10 +44,8 @@ def check_fields(config: Iterable[str]) -> None:
 def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]) -> None:
   """Checks the arguments that are not flags.
 
-  Args:
-    words: the arguments that are not flags.
-    actions: actions of the command; the first word must be one of them. () allows only flags.
-    arguments: the whole command line, to suggest quotes around a value with spaces.
+  The first word must be one of `actions`; () allows only flags. `arguments` is the whole command
+  line, to suggest quotes around a value with spaces.
 
   Raises:
     UserError: the action is missing or unknown, or there is another word.
@@ -94,10 +92,8 @@ def refuse_config(arguments: Iterable[str]) -> None:
 def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> None:
   """Raises UserError if --workdir names neither a folder nor an installed model.
 
-  Args:
-    workdir: value of --workdir.
-    begins: whether the command creates the folder.
-    takes_bundles: whether the command accepts a bundle in place of a run.
+  `begins` says whether the command creates the folder, and `takes_bundles` whether it accepts a
+  bundle in place of a run.
   """
   path = pathlib.Path(workdir)
   if "://" in workdir:

@@ -93,10 +93,7 @@ def _limits(folder: epath.Path) -> tuple[int, int, int]:
 
 
 def _show(folder: epath.Path, check: bool) -> None:
-  """Prints the list of checkpoints.
-
-  With `check`, raises UserError if a checkpoint is damaged or none is sealed.
-  """
+  """Prints the checkpoints. With `check`, raises UserError if one is damaged or none is sealed."""
   from cm3leon_jax.training.saves import upkeep
 
   with upkeep.open_run(folder) as checkpoints:

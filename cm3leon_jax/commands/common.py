@@ -90,10 +90,7 @@ def _instead(stage: str) -> str:
 def _join_processes(several: bool, saves: bool, stage: str) -> None:
   """Joins the other processes of the job if flags request it.
 
-  Args:
-    several: whether the command may run in several processes.
-    saves: whether all processes must stop together at SIGTERM and Ctrl-C.
-    stage: see `run`.
+  With `saves`, all processes must stop together at SIGTERM and Ctrl-C. For `stage`, see `run`.
 
   Raises:
     UserError: the flags contradict each other, or the command runs only in one process.
@@ -170,8 +167,7 @@ def keep_compiled(workdir: epath.Path) -> None:
 def writing(what: str) -> Iterator[None]:
   """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
 
-  Args:
-    what: name of the output for the message, such as "export". A partial output does not count.
+  `what` names the output in the message, such as "export". A partial output does not count.
   """
   try:
     yield
@@ -334,7 +330,6 @@ def run(
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
     workdir: whether the command takes --workdir. None: the flag is optional, and the command does
       not open the folder.
-    several_processes: whether the command may run in several processes.
     saves: whether the command has a loop that saves at SIGTERM and Ctrl-C. Before the loop, these
       signals end the command immediately.
     config: whether the command takes a config. If not, `main` gets no settings. None: --config is

@@ -126,14 +126,8 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
 def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[epath.Path, dict]:
   """Measures a run or bundle with a protocol, and writes evaluations/NAME-HASH/.
 
-  Args:
-    trained: the run or bundle to measure.
-    name: name of the protocol's file, for the folder and the page.
-    protocol: the protocol to measure with.
-    options: command-line options.
-
-  Returns:
-    (folder of the evaluation, content of its results.json).
+  `name` is the name of the protocol's file. Returns (folder of the evaluation, content of its
+  results.json).
 
   Raises:
     UserError: the protocol, a metric, the data or the weights are wrong or absent.
@@ -168,7 +162,6 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
 
 
 def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
-  """Returns the stages that the evaluation reads."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   read, retrieves = [*table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)

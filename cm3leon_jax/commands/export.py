@@ -126,8 +126,7 @@ def _write(
 ) -> tuple[dict, str]:
   """Writes an export to `folder`, which is later moved to `place`.
 
-  Returns:
-    Numbers for the summary, and a message for the user.
+  Returns numbers for the summary, and a message for the user.
   """
   from cm3leon_jax.reports import model_card
   from cm3leon_jax.trained import bundles
@@ -160,10 +159,8 @@ def _check(
   """Compares the export with this project's decoder on held-out documents.
 
   If `transformers` can load the export, compares its logits. If the export rounds the parameters,
-  measures the bits before and after rounding.
-
-  Returns:
-    Numbers for the summary, and sentences for the user.
+  measures the bits before and after rounding. Returns numbers for the summary, and sentences for
+  the user.
   """
   import jax
 

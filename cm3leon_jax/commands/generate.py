@@ -133,10 +133,7 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(trained: Run, seed: int) -> list[Task]:
-  """Returns the tasks that the flags define; [] selects held-out captions.
-
-  Raises UserError for wrong flags.
-  """
+  """Returns the tasks of the flags ([]: held-out captions). Raises UserError for wrong flags."""
   from cm3leon_jax.generation import prompt_file
 
   settings = trained.settings
@@ -238,10 +235,7 @@ def _identity(
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
 ) -> dict:
-  """Returns everything that the samples depend on.
-
-  Raises UserError if a stage that they need is not finished.
-  """
+  """Returns what the samples depend on. Raises UserError if a needed stage is not finished."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings

@@ -20,7 +20,6 @@ FIELDS = """\
 
 
 def _flag(flag: flags.Flag) -> str:
-  """Formats the name, meaning and default of a flag."""
   name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
   default = (flag.default_as_str or "").strip("'")
   shown = default not in ("", "None", "false")
@@ -32,14 +31,7 @@ def _flag(flag: flags.Flag) -> str:
 
 
 def page(docstring: str, workdir: bool, several_processes: bool, config: bool = True) -> str:
-  """Returns the text of --help.
-
-  Args:
-    docstring: docstring of the command's module, with examples.
-    workdir: whether the command takes --workdir.
-    several_processes: whether the command takes the flags for multi-process jobs.
-    config: whether the command takes a config.
-  """
+  """Returns the text of --help."""
   modules = flags.FLAGS.flags_by_module_dict()
   common = modules["cm3leon_jax.commands.common"]
   processes = [flag for flag in common if flag.name in PROCESSES]

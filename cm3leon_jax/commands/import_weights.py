@@ -36,12 +36,8 @@ _SOURCE = flags.DEFINE_string(
 def main(settings: Settings, workdir: epath.Path, source: str, given: Collection[str] = ()) -> None:
   """Imports the weights and prints a summary.
 
-  Args:
-    settings: settings of the run.
-    workdir: folder of the run.
-    source: folder of the checkpoint.
-    given: config fields that flags of this command set, e.g. "model.width". The next commands need
-      the same flags.
+  `given` has the config fields that flags of this command set, e.g. "model.width". The next
+  commands need the same flags.
   """
   from cm3leon_jax.importing import importer
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 def _objective(run: Run, reference: dict) -> Rollouts:
-  """Creates the reinforcement-learning objective of the run."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rewards, rollouts
@@ -67,9 +66,8 @@ def _heldout_prompts(run: Run) -> list:
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
   """Scores held-out prompts with the first parameters and with the final parameters.
 
-  Returns:
-    `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the reward
-    with a 95% interval over prompts.
+  Returns `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the
+  reward with a 95% interval over prompts.
   """
   from cm3leon_jax import distributed
 

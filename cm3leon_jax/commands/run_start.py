@@ -33,8 +33,6 @@ def begin(
   All processes must call this function.
 
   Args:
-    settings: settings of the config.
-    workdir: folder of the run.
     init_from: source of the first parameters, see `initial.start_of_run`.
     more: everything that the run depends on besides `stages.run_config`.
     allowed: fields that may differ from the config of the run, see `changes.check_changes`.
@@ -96,13 +94,8 @@ def write_config(
 ) -> None:
   """Writes train/config.json. Call it after the rows have been opened and checked.
 
-  All processes must call this function.
-
-  Args:
-    settings: settings of the config.
-    workdir: folder of the run.
-    config: the dict that `begin` returned.
-    step: step of the checkpoint from which the run continues; None: the newest.
+  All processes must call this function. `config` is the dict that `begin` returned. `step` is the
+  step of the checkpoint from which the run continues; None: the newest.
 
   Raises:
     UserError: the workdir is not the same folder for all processes.
@@ -130,11 +123,8 @@ def write_config(
 def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False) -> bool:
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
-  Args:
-    folder: train/ in the workdir.
-    config: the dict that `begin` returned.
-    steps: number of steps that the run must reach.
-    changes: whether config fields of a finished run may differ; `begin` has checked them.
+  `folder` is train/ in the workdir, and `config` is the dict that `begin` returned. With `changes`,
+  config fields of a finished run may differ; `begin` has checked them.
 
   Raises:
     UserError: config fields differ, but no step is left to train.

@@ -38,8 +38,7 @@ def stage(
       if summary is not None:
         summary.update(...)
 
-  Yields:
-    The summary (None if the stage is finished), and the runner that the flags select.
+  Yields the summary (None if the stage is finished), and the runner that the flags select.
 
   Raises:
     UserError: as `stages.stage`; or a flag is out of range; or another job holds the lease on the

@@ -82,16 +82,7 @@ def _training(
   grid: Callable | None,
   traced: range,
 ) -> DecoderTraining:
-  """Describes the training of a run.
-
-  Args:
-    run: the run to train.
-    start: parameters that a new run starts from; None: random parameters.
-    rows: the training objective.
-    heldout: rows for the held-out loss.
-    grid: function that draws a grid of samples, see `DecoderTraining`.
-    traced: steps to trace.
-  """
+  """Describes the training of a run. `start` is None for random parameters."""
   from cm3leon_jax.training.decoder import DecoderTraining
 
   return DecoderTraining.of(

@@ -71,12 +71,8 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
 def scale_of(variant: str, name: str, named: Sequence[str] = ("long",)) -> float:
   """Returns the factor by which a variant scales the steps of a 15-minute demo.
 
-  The factor is minutes / 15, or 1 for a named variant.
-
-  Args:
-    variant: number of minutes, or a name.
-    name: name of the config, for the message.
-    named: allowed names of variants.
+  The factor is minutes / 15, or 1 for a named variant. `variant` is a number of minutes or a name.
+  `named` has the allowed names of variants.
 
   Raises:
     UserError: `variant` is neither a positive number nor an allowed name.

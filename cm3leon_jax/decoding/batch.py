@@ -31,7 +31,6 @@ class StreamPrompt(NamedTuple):
   Attributes:
     tokens: all tokens except the last; prefill reads them.
     last: id of the last token; the first decoding step reads it.
-    last_position: position of the last token.
     next_position: position of the first generated token.
   """
 
@@ -51,7 +50,6 @@ class Padded(NamedTuple):
   """Left-padded tokens.
 
   Attributes:
-    ids: token ids, with padding.
     valid: False at padding.
     positions: positions of the tokens in their samples; 0 at padding.
   """
@@ -70,9 +68,7 @@ class Prompts(NamedTuple):
     prefix_of: index of the prefix before each rest. Both are in the same shard of the batch.
     row: index of the unique prompt of each row. Both are in the same shard of the batch. The
       streams of a sample are adjacent rows.
-    last: last token of each row's prompt.
-    last_positions: position of the last token.
-    next_positions: position of the first generated token.
+    last, last_positions, next_positions: as in `StreamPrompt`.
   """
 
   prefixes: Padded | None
@@ -93,11 +89,8 @@ class Prompts(NamedTuple):
 class Batch(NamedTuple):
   """Arrays of one batch.
 
-  Attributes:
-    prompts: prompts of all streams.
-    control: arrays that control how the samples are generated.
-    widths: for each stream, the number of prompt entries that its cache keeps; see `stream_widths`.
-    max_new_tokens: largest number of generated tokens of a sample.
+  `widths` has, for each stream, the number of prompt entries that its cache keeps
+  (`stream_widths`).
   """
 
   prompts: Prompts
@@ -252,10 +245,8 @@ def _unique_of_shards(
 ) -> tuple[Int32[np.ndarray, " _"], list[list[Tokens]]]:
   """Finds the unique prompts of each shard.
 
-  Empty prompts are appended, so that all shards have the same `rounded` number of prompts.
-
-  Returns:
-    (index of each prompt in the unique prompts of all shards, unique prompts of each shard).
+  Empty prompts are appended, so that all shards have the same `rounded` number of prompts. Returns
+  (index of each prompt in the unique prompts of all shards, unique prompts of each shard).
   """
   found = [_unique(prompts) for prompts in shards]
   count = rounded(max(len(unique) for _, unique in found), 1)

@@ -35,13 +35,8 @@ class GeneratorConfig:
   """Settings that are compiled into a `Generator`.
 
   Attributes:
-    model: config of the decoder.
-    vocab: vocabulary of the decoder.
-    image_tokens: number of codes of an image.
     positions: largest number of positions of a sample, at most `model.max_positions`. Positions
       after the longest training sample are untrained.
-    sampling: default sampling settings.
-    batch_size: largest number of samples in a batch.
     weight_dtype: `compute`, or `int8` for the matrices of the blocks.
     cache_dtype: `compute` or `int8`.
     draft_window: number of image codes that a step reads and verifies as drafts (see
@@ -194,7 +189,6 @@ class Generator:
     """Yields the results of each batch, in the order of the requests.
 
     Args:
-      requests: requests of the functions in `request`.
       seeds: an integer in [0, 2^32) for each request. With the same seed, a request gives the same
         samples in any batch.
       samples: number of samples per request.
@@ -257,10 +251,7 @@ class Generator:
     sampling: SamplingConfig,
     progress: Callable[[int], None],
   ) -> list[np.ndarray]:
-    """Generates a batch of requests with the same number of streams.
-
-    Returns (ids, log_probs, divergence).
-    """
+    """Generates a batch with equal numbers of streams. Returns (ids, log_probs, divergence)."""
     batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)

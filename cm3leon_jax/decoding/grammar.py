@@ -34,10 +34,7 @@ class Part(NamedTuple):
     DOCUMENT: texts and images with `<break>` between them, then `</s>`; at most `count` tokens.
     DONE: none.
 
-  Attributes:
-    kind: one of the kinds above.
-    count: a number that depends on `kind`.
-    place: in a DOCUMENT, where the prompt ends: SEGMENT_START, IN_TEXT or AFTER_IMAGE.
+  In a DOCUMENT, `place` says where the prompt ends: SEGMENT_START, IN_TEXT or AFTER_IMAGE.
   """
 
   kind: int

@@ -37,15 +37,11 @@ class LoopState(NamedTuple):
 
   Attributes:
     tokens: last token of each row, which the next step reads.
-    positions: position of the last token.
     next_positions: position of the token after the last one.
     cache: caches by layer and stream, with B rows and T entries. T differs between streams, since
       some streams have short prompts.
     seen: for each stream, the entries that a row may attend to.
     next_entries: for each stream, the cache entry to which the next token is written.
-    count: number of tokens generated so far.
-    any_active: whether any sample is unfinished.
-    state: grammar state of each sample.
     ids: generated ids, with padding after the end of a sample.
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters; 0 at padding.
@@ -198,7 +194,6 @@ def _read_last(
 def _stream_logits(
   hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"], streams: int
 ) -> Float[Array, "S B V"]:
-  """Computes the logits of each stream."""
   axis = head_axis(head.shape[1])
   split = spec("batch", "length", axis)
   kind = wide(hidden.dtype)
@@ -213,8 +208,8 @@ def _sample_ids(
 ) -> Sampled:  # fmt: skip
   """Samples the next id of each sample.
 
-  Returns:
-    (ids, log_probs, divergence of the streams where an image code is sampled and 0 elsewhere).
+  Returns (ids, log_probs, divergence of the streams where an image code is sampled and 0
+  elsewhere).
   """
   streams = control.guidance.shape[2]
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)

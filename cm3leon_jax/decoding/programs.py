@@ -31,12 +31,8 @@ class Static(NamedTuple):
   """Static arguments of a batch's programs.
 
   Attributes:
-    model: config of the decoder.
-    grammar: grammar that restricts the next tokens.
-    sampler: compiled sampling settings.
     cache_dtype: one of `cache.DTYPES`.
     widths: for each stream, the number of last prompt entries that its cache keeps.
-    max_new_tokens: largest number of generated tokens of a sample.
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.
     window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.

@@ -17,13 +17,10 @@ class Result:
   """Generated tokens of one sample; the sample may be unfinished.
 
   Attributes:
-    request: index of the request.
     sample: index of the sample among all samples of the request.
-    seed: seed of the sample.
     tokens: ids generated after the prompt.
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters.
-    contrastive: whether contrastive decoding was used.
     divergence: mean of KL(conditional || unconditional) over the image codes, in nats; None without
       image codes or without an unconditional stream.
   """

@@ -38,7 +38,6 @@ class Window(NamedTuple):
     odds: distribution from which each draft was sampled.
     codes, log_probs: codes of the image; only the first `done` entries are valid.
     divergence: sum over the accepted codes; see `LoopState`.
-    steps: number of steps so far.
   """
 
   loop: LoopState
@@ -66,7 +65,6 @@ def verify(
     p = q: all drafts are accepted. p(x) = 0: draft x is never accepted.
 
   Args:
-    keys: random keys of the samples.
     drafts: D = W - 1 codes.
     odds: q of each draft.
     probabilities: p of each place, given all drafts before it.
@@ -138,9 +136,8 @@ def _distributions(
 ) -> tuple[Float[Array, "B W K"], Float[Array, "B W K"], Float32[Array, "B W"]]:
   """Computes the distributions of the window's codes.
 
-  Returns:
-    (probabilities after temperature and filters, log-probabilities before temperature and filters,
-    divergence of the streams).
+  Returns (probabilities after temperature and filters, log-probabilities before temperature and
+  filters, divergence of the streams).
   """
   batch, _, streams = control.guidance.shape
   assert params.image_head is not None
@@ -288,10 +285,7 @@ def generate_image(
 
   `params` must have an image head, and all samples must use a method that takes drafts. `loop` is
   from `loop.prefill`, with capacity for codes + window tokens; it is donated. `codes` is I. Each
-  step reads `window` (at least 2) codes.
-
-  Returns:
-    (state after the image, number of steps).
+  step reads `window` (at least 2) codes. Returns (state after the image, number of steps).
   """
   assert params.image_head is not None
   text_size = grammar.vocab.text_size

@@ -29,12 +29,8 @@ IMAGE_PATHS = "image_paths.json"
 def read_prompts(path: epath.PathLike) -> list[dict]:
   """Reads GenEval's evaluation_metadata.jsonl, or GenEval 2's geneval2_data.jsonl.
 
-  Args:
-    path: file with one JSON object per line. Each object has a field `prompt`. Empty lines are
-      skipped.
-
-  Returns:
-    The objects, with all their fields.
+  Each line is a JSON object with a field `prompt`. Empty lines are skipped. Returns the objects
+  with all their fields.
 
   Raises:
     UserError: the file is absent or empty, or a line is wrong. The message names the line.

@@ -38,8 +38,6 @@ def mean_interval(
     weights: [n] positive. Use token counts if `sums` are sums over tokens, and ones for a plain
       mean.
     groups: [n] the group of each sample, as a name or an integer id.
-    num_resamples: number of bootstrap resamples.
-    seed: seed of the bootstrap.
 
   Returns:
     {"mean", "low", "high", "groups", "effective_groups"}. `low` and `high` are None if there is one

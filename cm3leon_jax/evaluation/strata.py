@@ -15,13 +15,8 @@ from cm3leon_jax.generation.pipeline import Pipeline
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
   """Chooses documents in turn from all pairs of a category and a kind of held-out document.
 
-  Args:
-    facts: field `facts` of every held-out document; {} if the facts are unknown.
-    count: number of documents to choose.
-    seed: seed of the choice.
-
-  Returns:
-    `count` indices into `facts`. Every prefix of them is spread over the pairs in the same way.
+  `facts` has the field `facts` of every held-out document, {} if they are unknown. Returns `count`
+  indices into `facts`. Every prefix of them is spread over the pairs in the same way.
 
   Raises:
     UserError: fewer than `count` documents have facts.

@@ -33,7 +33,6 @@ class Answer:
   """Judged answer of a model to an instruction record.
 
   Attributes:
-    record: the instruction record.
     prompt: text that the model received.
     given: image that the model received, [H, W, 3] uint8, or None.
     answer: text, or image [H, W, 3] uint8.
@@ -75,7 +74,6 @@ class World(Protocol):
 
   Attributes:
     name: key in `worlds.MODULES`. Files and numbers of its evaluation have this name, too.
-    caption: example of a caption.
     bundled: name of the model in the package that was trained on this world.
   """
 

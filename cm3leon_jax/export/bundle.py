@@ -37,10 +37,6 @@ def write(
   """Writes a bundle of a run that trained its own CLIP; writes bundle.json last.
 
   Args:
-    folder: folder of the bundle.
-    run: run with the tokenizers and CLIP.
-    params: parameters of the decoder.
-    step: training step of `params`.
     cost: cost of the run, see `reports.summary.cost`; None: unknown.
     base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
       bundle then refers to it for tokenizers, CLIP and bank. "": the new bundle contains all.

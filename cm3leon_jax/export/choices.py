@@ -36,9 +36,7 @@ class Choice:
 class TrainedRun:
   """A trained run and the user's choices, as the formats read them.
 
-  Attributes:
-    trained: run with the tokenizers.
-    params: parameters of the decoder, read from disk when they are needed.
+  `params` are read from disk when they are needed.
   """
 
   trained: Run

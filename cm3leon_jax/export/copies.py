@@ -17,11 +17,8 @@ from cm3leon_jax.trained.run import Run
 def copy_tokenizers(run: Run, source: str) -> dict[str, str]:
   """Copies the stages of tokenizers and CLIP, and marks them as finished.
 
-  Folders that already contain the same files are not changed.
-
-  Args:
-    run: run whose workdir gets the folders of the stages.
-    source: workdir of a run, or a bundle, see `bundles.folder_of`.
+  Folders that already contain the same files are not changed. The workdir of `run` gets the folders
+  of the stages. `source` is a workdir of a run or a bundle, see `bundles.folder_of`.
 
   Returns:
     "copied" or "there already" for each stage.

@@ -59,12 +59,7 @@ def _module(choice: Choice) -> ModuleType:
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   """Writes an export to an empty folder; writes its weights last.
 
-  Args:
-    folder: created if absent.
-    run: run to export.
-
-  Returns:
-    Numbers for a summary, such as "parameters" and "bytes".
+  Creates `folder` if it is absent. Returns numbers for a summary, such as "parameters" and "bytes".
 
   Raises:
     UserError: see `check`.

@@ -74,9 +74,6 @@ def export(
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
-    params: parameters of the decoder, on any mesh.
-    config: configuration of the decoder.
-    vocab: layout of the token ids.
     tokenizer_folder: folder of the text tokenizer; None omits the tokenizer.
     dtype: dtype of the weights in the file, a key of `tensor_files.DTYPES`.
 
@@ -101,14 +98,8 @@ def write_model(
 ) -> dict:
   """Writes the files of a model for `transformers`; returns the result of `export`.
 
-  Args:
-    folder: see `export`.
-    described: content of config.json, without the dtype.
-    tensors: tensors of the model.
-    vocab: see `export`.
-    tokenizer_folder: see `export`.
-    dtype: dtype for config.json.
-    shard_bytes: see `tensor_files.write`.
+  `described` is the content of config.json, without the dtype. For the other arguments, see
+  `export` and `tensor_files.write`.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -153,13 +144,8 @@ def compare_logits(
 ) -> dict:
   """Compares the logits of the exported model with the logits of this project's model, in fp32.
 
-  Both models get the positions of `positions_of`. Requires `can_compare()`.
-
-  Args:
-    folder: folder of `export`.
-    params: parameters of the decoder, on the current mesh.
-    config: configuration of the decoder.
-    samples: token ids, [T] int32 each, T <= max_positions.
+  Both models get the positions of `positions_of`. Requires `can_compare()`. `params` are on the
+  current mesh. `samples` are token ids, [T] int32 each, T <= max_positions.
 
   Returns:
     {"max_difference", "max_logit", "samples", "tokens"}: the largest difference between two logits,

@@ -36,10 +36,6 @@ SCRIPT = "decode_image.py"
 def write(folder: epath.PathLike, run: Run) -> dict:
   """Writes the folder `IMAGES` of an export; writes config.json last.
 
-  Args:
-    folder: folder of the export.
-    run: run whose vqgan/ is read.
-
   Returns:
     {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family" of
       a published tokenizer or "", "code_dim"}}.
@@ -97,10 +93,7 @@ def difference(tokenizer: ImageTokenizer, described: dict) -> str:
   """Describes how the numpy decoder differs from a tokenizer; "" if both agree.
 
   Both decode one image of random codes. A pixel may differ by one level of 255 from rounding.
-
-  Args:
-    tokenizer: image tokenizer of the run.
-    described: content of config.json, see the module docstring.
+  `described` is the content of config.json, see the module docstring.
   """
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)

@@ -97,8 +97,6 @@ class Functions:
   keyword arguments. A method that returns several arrays returns them by name.
 
   Attributes:
-    model: configuration of the decoder.
-    vocab: layout of the token ids.
     sampling: settings that are fixed in the export: `guidance_schedule`, and the largest allowed
       `top_k` and `text_top_k`.
     image_tokenizer: provides config and number of codes; its parameters are not read.
@@ -175,7 +173,6 @@ class Functions:
     """Reads prompts of one stream and returns the state for `decode_step`.
 
     Args:
-      weights: see the class.
       prompts: int32 [b, p], padded on the left.
       plan: int32 [b, m, 3], the parts that may follow, see `grammar.plan_array`.
       seeds: uint32 [b].
@@ -198,8 +195,7 @@ class Functions:
   def decode_step(self, types: LoopState) -> Callable[..., Named]:
     """Returns the function that samples one more token for each sample.
 
-    Args:
-      types: result of `state_types`.
+    `types` is the result of `state_types`.
     """
 
     def decode_step(weights: Named, *, state: Named, **settings: Array) -> Named:
@@ -226,7 +222,6 @@ class Functions:
     """Generates and decodes a guided image for each prompt.
 
     Args:
-      weights: see the class.
       prompts: int32 [b, p], padded on the left.
       unconditional: int32 [b, u], u <= p, padded on the left: prompts of the unconditional stream.
       seeds: uint32 [b].

@@ -89,14 +89,9 @@ def write_model(
 ) -> dict:
   """Writes the newest checkpoint of a workdir, or a bundle, that `CM3Leon.load` can read.
 
-  Args:
-    folder: see `export`.
-    source: workdir of a run, or a bundle such as "scenes", see `bundles.folder_of`.
-    dtype: dtype of the weights and of computation in artifacts, `float32` or `bfloat16`.
-    weight_dtype: see `export`.
-
-  Returns:
-    See `export`.
+  `source` may be a bundle such as "scenes", see `bundles.folder_of`. `dtype` is the dtype of the
+  weights and of computation in artifacts, `float32` or `bfloat16`. For the other arguments and the
+  result, see `export`.
 
   Raises:
     UserError: `source` was not trained, a file is damaged, or the format cannot represent the
@@ -132,8 +127,6 @@ def export(
     params: parameters of the decoder; one layer at a time is read.
     settings: settings of the run: `model` (its dtype is also the dtype of the weights), `vocab`,
       `sampling`.
-    image_tokenizer: image tokenizer of the run.
-    text_tokenizer_folder: folder of the run's text tokenizer.
     weight_dtype: `compute`, or `int8` for the matrix products of the decoder's blocks.
 
   Returns:

@@ -39,10 +39,8 @@ def describe(path: epath.PathLike) -> dict:
 def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | None:
   """Returns how a file differs from its description, or None if it does not differ.
 
-  Args:
-    path: local path or URL.
-    expected: the result of `describe` when the file was written.
-    content: whether to compare the SHA-256; False compares only the size.
+  `expected` is the result of `describe` when the file was written. Without `content`, only the
+  sizes are compared.
 
   Raises:
     OSError: the file could not be read.

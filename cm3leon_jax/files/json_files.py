@@ -39,10 +39,8 @@ def read_json(
 ) -> Any:
   """Reads a JSON file.
 
-  Args:
-    path: local path or URL.
-    fields: the fields that the object must have; None allows any value.
-    remedy: what the user should do if the file is damaged, for the message.
+  `fields` are the fields that the object must have; None allows any value. `remedy` says in the
+  error message what the user should do if the file is damaged.
 
   Raises:
     UserError: the file is absent or damaged, or lacks a field.

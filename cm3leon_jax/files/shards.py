@@ -50,10 +50,9 @@ class ShardJob(Protocol):
   def open(self) -> Callable[[str], dict]:
     """Loads what all shards need. Each worker calls this method once.
 
-    Returns:
-      Function that takes the name of a shard, processes the shard, and returns its summary. It
-      must write files atomically (`atomic.replacing`). The same kind of machine must produce the
-      same bytes, except for an index of ScaNN (docs/scaling.md).
+    Returns a function that takes the name of a shard, processes the shard, and returns its summary.
+    It must write files atomically (`atomic.replacing`). The same kind of machine must produce the
+    same bytes, except for an index of ScaNN (docs/scaling.md).
     """
     ...
 
@@ -72,12 +71,9 @@ def run_shards(
   """Processes the shards that are not finished.
 
   Args:
-    job: the work to do on each shard.
     shards: shard name -> config that its result depends on. A shard with a changed config is
       processed again.
     folder: receives a record, NAME.json, of every finished shard.
-    runner: where shards are processed.
-    bar: label of the progress bar.
     is_whole: returns whether all files of a finished shard still exist. If not, the shard is
       processed again.
 
@@ -126,9 +122,8 @@ class _Worker:
   def __call__(self, row: dict) -> dict:
     """Processes {"shard": name, "config": JSON}.
 
-    Returns:
-      {"shard": name, "summary": JSON, "error": "", "again": False}. After a UserError, "error" is
-      its message, and "again" is True if the same command may succeed later.
+    Returns {"shard": name, "summary": JSON, "error": "", "again": False}. After a UserError,
+    "error" is its message, and "again" is True if the same command may succeed later.
     """
     name = row["shard"]
     try:

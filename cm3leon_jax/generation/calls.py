@@ -144,14 +144,11 @@ def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, r
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   """Checks the inputs of a call and distributes them over its tasks.
 
+  Each of `inputs` is one input or a list. Inputs other than image and box are texts. Returns
+  (whether no input is a list, inputs of each task).
+
     rows(image="a.png", prompt=["x", "y"])
     (False, [{"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"}])
-
-  Args:
-    **inputs: one input or a list of inputs per name. Names other than image and box are texts.
-
-  Returns:
-    (whether no input is a list, inputs of each task).
 
   Raises:
     UserError: an input has a wrong type, or lists have different lengths.
@@ -181,9 +178,7 @@ def _checked(name: str, value: Any) -> Any:
 def foreign(field: str, taken: Sequence[str]) -> str | None:
   """Names the equivalent of a keyword of diffusers or transformers; None for other keywords.
 
-  Args:
-    field: keyword that the user gave.
-    taken: settings that the task reads; empty for a call that does not generate.
+  `taken` has the settings that the task reads; it is empty for a call that does not generate.
   """
   guidance = [name for name in ("guidance", "image_guidance", "edit_guidance") if name in taken]
   known = {
@@ -231,16 +226,9 @@ def tasks(
 ) -> tuple[bool, list[Task]]:
   """Makes the tasks of one call.
 
-  Args:
-    name: name of the tasks.
-    defaults: sampling settings of the run.
-    seed: seed of the first task; task i has seed + i.
-    settings: sampling settings from the user.
-    inputs: image, box, and prompt or one of `PROMPTS`; each is one input or a list.
-    **fields: integers that all tasks share; None means the default of the task.
-
-  Returns:
-    (whether no input is a list, tasks).
+  Task i has the seed `seed` + i. `inputs` has image, box, and prompt or one of `PROMPTS`; each is
+  one input or a list. `fields` are integers that all tasks share; None means the default of the
+  task. Returns (whether no input is a list, tasks).
 
   Raises:
     UserError: an argument has a wrong value.

@@ -25,8 +25,6 @@ def doubts(
   """Returns a warning for each property of the tasks that training did not cover.
 
   Args:
-    tasks: tasks from the user.
-    layout: layout of the run.
     settings: settings of the run that trained the model. Its instruction tasks and its number of
       neighbors are read.
     unseen: ids that did not occur in training, see `unseen_tokens.find`; None if unknown.

@@ -61,9 +61,7 @@ def heldout_tasks(
   """Returns tasks for `count` evenly spaced held-out captions, one per caption and column.
 
   Args:
-    layout: layout of the run.
     workdir: workdir of the run. Its document stores and neighbors are read.
-    count: number of captions.
     seed: seed of the first caption; caption i has seed + i.
     columns: columns of the contact sheet: (number of retrieved documents, sampling settings).
     keep_neighbors: the unconditional stream keeps the retrieved documents.
@@ -125,11 +123,8 @@ def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Imag
   """Returns `generate_grid(params, step)`, which writes samples for held-out captions as a grid.
 
   No neighbors are retrieved. All processes of a run generate the same images, because each process
-  holds a part of `params`. The first process writes the images.
-
-  Args:
-    run: run whose document stores and tokenizers are read.
-    folder: folder for the files step_XXXXXX.png.
+  holds a part of `params`. The first process writes the images. The files are
+  `folder`/step_XXXXXX.png.
   """
   settings, layout = run.settings, PromptLayout.of(run)
   heldout = DocumentStore(run.folder / "documents" / "heldout_pairs", layout.vocab)

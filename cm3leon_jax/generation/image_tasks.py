@@ -53,7 +53,6 @@ class TextToImage(ImageTask):
   """Generates an image for a caption.
 
   Attributes:
-    prompt: caption of the image.
     retrieve: number of retrieved documents. Most training samples had two.
     keep_neighbors: the unconditional stream keeps the retrieved documents.
   """
@@ -91,11 +90,9 @@ class InfillImage(ImageTask):
   """Fills in a box of an image.
 
   Attributes:
-    image: input image.
     box: left, top, right, bottom in pixels at the model's resolution; right and bottom are
       exclusive.
     prompt: caption of the whole image, used for guidance; may be empty.
-    retrieve: number of retrieved documents.
   """
 
   name = "infill_image"
@@ -155,12 +152,7 @@ class InfillImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Edit(ImageTask):
-  """Changes an image by an instruction.
-
-  Attributes:
-    image: input image.
-    prompt: instruction.
-  """
+  """Changes an image by an instruction, the prompt."""
 
   name = "edit"
   required = ("image", "prompt")

@@ -38,13 +38,8 @@ def check_tasks(
 ) -> dict:
   """Checks tasks before any compilation, and loads their images.
 
-  Args:
-    layout: layout of the run.
-    tasks: tasks from the user.
-    bank: bank to retrieve from, or its workdir; None: there is no bank.
-
-  Returns:
-    `given_key` of each input image -> [H, W, 3] uint8.
+  `bank` is the bank to retrieve from, its workdir, or None. Returns `given_key` of each input image
+  -> [H, W, 3] uint8.
 
   Raises:
     UserError: a field is wrong, a prompt is too long, an image is unreadable, or the bank is empty.
@@ -95,10 +90,6 @@ class Pipeline:
     """Prepares the decoder. A mesh must be set, here and in every later call.
 
     Args:
-      params: parameters of the decoder.
-      settings: settings of the run.
-      layout: layout of the run.
-      image_tokenizer: image tokenizer of the run.
       clip: scores samples and embeds queries. None: samples have no scores, and documents cannot be
         retrieved.
       bank: workdir whose documents are retrieved. None: there is no bank.
@@ -158,18 +149,14 @@ class Pipeline:
     on_batch: Callable[[list[Sample]], None] | None = None,
     show_progress: bool = False,
   ) -> list[list[Sample]]:
-    """Generates samples for all tasks.
+    """Generates `num_samples` samples for each task.
 
     Args:
       tasks: tasks of any kinds. Tasks of one kind with equal settings share batches.
-      num_samples: number of samples per task. The samples of a task share one prefill.
+      num_samples: the samples of a task share one prefill.
       rank: order the samples of a task by CLIP score, best first.
       given: result of `check_tasks`; None runs it.
       on_batch: called with the samples of each batch before the next batch starts.
-      show_progress: show a progress bar.
-
-    Returns:
-      `num_samples` samples of each task.
 
     Raises:
       UserError: `check_tasks` rejects a task, or no document is found for it.
@@ -243,14 +230,10 @@ class Pipeline:
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
     """Finds the documents of the bank that are most similar to each query. Needs a CLIP.
 
-    Args:
-      queries: ("text", text) or ("image", image) each.
-      count: largest number of documents per query.
-
-    Returns:
-      For each query its documents, best first, and their cosines, fp32. A document is skipped if
-      its similarity to the query is below `retrieval.min_similarity`, or if its similarity to the
-      query or to a better document is above `retrieval.max_similarity`.
+    A query is ("text", text) or ("image", image). Returns for each query its documents, best first,
+    and their cosines, fp32. A document is skipped if its similarity to the query is below
+    `retrieval.min_similarity`, or if its similarity to the query or to a better document is above
+    `retrieval.max_similarity`.
 
     Raises:
       UserError: there is no bank, or `count` is above `retrieval.max_candidates`.
@@ -291,10 +274,7 @@ class Pipeline:
   ) -> list[Request]:
     """Returns the request of each task.
 
-    Args:
-      tasks: tasks of any kinds.
-      given: result of `check_tasks`.
-      neighbors: neighbors of each task, best first.
+    `given` is the result of `check_tasks`. The neighbors of a task are sorted, best first.
     """
     codes = self.codes(given)
     return [
@@ -317,13 +297,7 @@ class Pipeline:
   ) -> list[Sample]:
     """Makes samples from generated ids: decodes their images and texts and scores them.
 
-    Args:
-      places: for each result, the index of its task.
-      batch: results of the generator.
-      tasks: tasks of any kinds.
-      requests: request of each task.
-      given: result of `check_tasks`.
-      neighbors: neighbors of each task, best first.
+    `places` has the index of the task of each result, and `given` is the result of `check_tasks`.
     """
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)

@@ -42,10 +42,7 @@ def task_class(name: str, where: str = "") -> type[Task]:
 def make_task(name: str, fields: dict, **common: Any) -> Task:
   """Makes a task and validates it.
 
-  Args:
-    name: name of the task, e.g. "caption".
-    fields: fields from the user. Empty values count as not given.
-    **common: fields that every task has.
+  Empty values in `fields` count as not given.
 
   Raises:
     UserError: the task is unknown, does not take a field, or is rejected by `Task.validate`.
@@ -102,7 +99,6 @@ def read(
   resolved.
 
   Args:
-    path: path of the JSONL file.
     task: name of the task for lines that do not name one.
     seed: seed of the first task; task i has seed + i, unless its line has a seed.
     sampling: default settings; a line may override them.

@@ -18,10 +18,7 @@ def prompt_of(task: InstructionTask, record: Record, **common: Any) -> Task:
     "Question: {question} Answer: {answer}. <break> {image}", target "answer":
     InfillText("Question: Is there a cat? Answer: <mask>. <break> <image>", image)
 
-  Args:
-    task: instruction task of the record.
-    record: texts and images for the template.
-    **common: `seed` and `sampling`, and `retrieve`, which only `TextToImage` uses.
+  `common` may have `seed` and `sampling`, and `retrieve`, which only `TextToImage` uses.
   """
   retrieve = common.pop("retrieve", 0)
   segments: list[str] = []

@@ -13,14 +13,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-  """Retrieved document of the bank.
-
-  Attributes:
-    key: name of the document.
-    image: image decoded from its codes.
-    similarity: cosine of the query and the document under the run's CLIP.
-    source: source of the original work, which `license` and `attribution` describe, too.
-  """
+  """Retrieved document. `similarity` is its cosine with the query under the run's CLIP."""
 
   key: str
   caption: str

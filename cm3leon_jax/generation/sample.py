@@ -18,7 +18,6 @@ class Sample:
   """Generated result of a task.
 
   Attributes:
-    task: task that the sample answers.
     index: index of the sample among the samples of the task, from 0.
     seed: seed that reproduces this sample, as the only sample of the task.
     segments: texts and [H, W, 3] uint8 images, in order.
@@ -69,7 +68,6 @@ class Sample:
 
   @property
   def images(self) -> list[Image.Image]:
-    """All images."""
     return [part for part in self.parts if not isinstance(part, str)]
 
   @property

@@ -48,7 +48,6 @@ class PromptLayout:
   """Properties of a run that requests depend on.
 
   Attributes:
-    vocab: layout of the vocabulary, with the special tokens.
     image_tokens: number of tokens of an image, I.
     resolution: side of images in pixels.
     positions: number of positions that the model was trained on.
@@ -105,7 +104,6 @@ class Task:
     numbers_images: the task may generate several images per sample, whose files are numbered.
     crop: how the input image becomes square, see `RawConfig.crop`.
     seed: seed of the first sample.
-    sampling: sampling settings.
     row: row on the contact sheet. Tasks of one row differ only in their settings.
     where: place in a prompt file for messages, e.g. "my.jsonl, line 3"; "" without a prompt file.
   """
@@ -195,10 +193,7 @@ class Task:
   ) -> Request:
     """Returns the request: the prompts of all guidance streams, and what may follow them.
 
-    Args:
-      layout: layout of the run.
-      image: [I] codes of the input image; None means no image, or zeros as its codes.
-      neighbors: retrieved documents, best first.
+    `image` has the [I] codes of the input image. None means no image, or zeros as its codes.
 
     Raises:
       UserError: the request has more positions than the model was trained on, the box is outside
@@ -240,11 +235,7 @@ class Task:
     raise NotImplementedError
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
-    """Decodes [G] generated ids.
-
-    Returns:
-      (segments: texts and [I] int32 image codes in order; texts of all holes).
-    """
+    """Decodes [G] ids. Returns (texts and [I] int32 image codes in order, texts of all holes)."""
     raise NotImplementedError
 
   @property
@@ -257,9 +248,7 @@ class Task:
   ) -> tuple[np.ndarray, str]:
     """Returns the image and the caption that CLIP compares. Needs `is_scored`.
 
-    Args:
-      given: [H, W, 3] uint8, the input image, or None.
-      segments: segments of the sample, with images as [H, W, 3] uint8.
+    Images are [H, W, 3] uint8. `given` is the input image, or None.
     """
     image = segments[0]
     assert not isinstance(image, str)

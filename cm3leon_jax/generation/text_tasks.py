@@ -33,9 +33,7 @@ QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
 class TextTask(Task):
   """Task that fills the holes of a document: a text, followed by the input image if there is one.
 
-  Attributes:
-    retrieve: number of retrieved documents.
-    length: largest number of tokens in each hole; 0 means TEXT_LENGTH.
+  `length` is the largest number of tokens in each hole; 0 means TEXT_LENGTH.
   """
 
   settings = TEXT_SETTINGS
@@ -104,12 +102,7 @@ class Caption(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Question(TextTask):
-  """Answers a question about an image.
-
-  Attributes:
-    image: input image.
-    prompt: question.
-  """
+  """Answers a question about an image."""
 
   name = "question"
   required = ("prompt", "image")

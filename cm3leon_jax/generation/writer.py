@@ -122,10 +122,8 @@ def contact_sheet(
 ) -> Image.Image:
   """Draws rows of images and texts with labels. Small images are enlarged without smoothing.
 
-  Args:
-    rows: rows of cells. A cell is a text or an image, [H, W, 3] uint8; all images have one size.
-    labels: text to the left of each row.
-    columns: text above each column.
+  A cell is a text or an image, [H, W, 3] uint8. All images have one size. Labels are to the left of
+  the rows, and column titles are above them.
   """
   sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
   height, width = sizes[0] if sizes else (CELL, CELL)

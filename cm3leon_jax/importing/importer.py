@@ -34,14 +34,7 @@ TEXT = "text_tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """Data that an import writes.
-
-  Attributes:
-    source: checkpoint to import.
-    fields: required values of the config sections `model` and `vocab`.
-    tables: description of how the token tables grow.
-    tensors: tensors of the imported model.
-  """
+  """Data that an import writes. `fields` has required values of config.model and config.vocab."""
 
   source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
@@ -52,9 +45,7 @@ class Import:
 def plan(settings: Settings, source: str) -> Import:
   """Plans an import and compares it with the config. Writes nothing.
 
-  Args:
-    settings: configuration of the run.
-    source: folder of the checkpoint.
+  `source` is the folder of the checkpoint.
 
   Raises:
     UserError: the checkpoint cannot be imported exactly, or the config has another model or
@@ -123,12 +114,11 @@ def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
 def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:
   """Returns command-line flags that set fields of config sections.
 
+  `fields` is section -> field -> value. `chosen` has the names `section.field` to include; None:
+  all.
+
     flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
     "--config.model.width=64"
-
-  Args:
-    fields: section -> field -> value.
-    chosen: names `section.field` of the fields to include; None: all.
   """
   return " ".join(
     f"--config.{section}.{name}={value}"
@@ -141,13 +131,7 @@ def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | Non
 def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[str]:
   """Writes the text tokenizer and the folder `init` of a workdir, unless they are finished.
 
-  Args:
-    settings: configuration of the run.
-    workdir: folder to write to.
-    found: result of `plan` for `settings`.
-
-  Returns:
-    Sentences that describe what was done.
+  `found` is the result of `plan` for `settings`. Returns sentences that describe what was done.
 
   Raises:
     UserError: the workdir contains another tokenizer or other imported parameters, or a tensor has

@@ -155,7 +155,6 @@ def _layer(
   times: int,
   groups: int,
 ) -> Iterator[Tensor]:
-  """Yields the tensors of one layer."""
   for name, shape in shapes.items():
     source.check_shape(f"{layer}.{name}", shape)
     read = functools.partial(source.tensors.read, f"{layer}.{name}")

@@ -25,13 +25,7 @@ OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
 
 @dataclasses.dataclass(frozen=True)
 class SourceCheckpoint:
-  """A checkpoint to import.
-
-  Attributes:
-    folder: folder of the checkpoint.
-    described: content of its config.json.
-    tensors: its weights.
-  """
+  """A checkpoint to import. `described` is the content of its config.json."""
 
   folder: epath.Path
   described: Mapping[str, Any]

@@ -17,7 +17,6 @@ class Tables:
   """Describes how token tables are changed to fit a vocabulary.
 
   Attributes:
-    vocab: layout of the new ids.
     rows: rows of the source's tables.
     end: the source's end-of-text id, whose row `</s>` starts from; None if there is none.
   """

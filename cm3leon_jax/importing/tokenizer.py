@@ -28,9 +28,7 @@ PROBES = (
 def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
   """Reads tokenizer.json of a published model.
 
-  Args:
-    folder: folder of the model.
-    rows: number of rows of its token table.
+  `rows` is the number of rows of the model's token table.
 
   Raises:
     UserError: the file is absent or damaged, is not byte-level BPE, or has tokens without a row.
@@ -141,7 +139,6 @@ def rewrite(
   name that is also a special token of `vocab` becomes `<source:NAME>`.
 
   Args:
-    described: result of `read_tokenizer`.
     rows: rows of the source's token table; ids without a token are named `<unused:ID>`.
     vocab: layout with `text_size` = `num_special` + rows.
 

@@ -110,10 +110,7 @@ def splash_attention(
 def triton_attention(
   q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
-  """Computes `causal_attention` with a Pallas kernel for GPUs.
-
-  L must be a multiple of 128, and H a power of two.
-  """
+  """Computes `causal_attention` with Pallas. L must be a multiple of 128, and H a power of two."""
   # jax 0.12 warns about this import, so only users of the kernel import it.
   from jax.experimental.pallas.ops.gpu import attention as gpu
 

@@ -99,7 +99,6 @@ class Block(nnx.Module):
       self.q_norm, self.k_norm = Norm(True, H), Norm(True, H)
 
   def __call__(self, x: Stream, positions: Ids, attend: Callable) -> Stream:
-    """Calls `apply_block` with the parameters of this module."""
     return apply_block(
       self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend
     )

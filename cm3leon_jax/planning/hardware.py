@@ -29,7 +29,6 @@ class Tpu:
   """A TPU generation.
 
   Attributes:
-    device_kind: name of the device in JAX.
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
     units: units per chip in an accelerator type: 2 for v5p, which counts cores, else 1.
@@ -80,11 +79,9 @@ class Hardware:
     name: name that the user gave, such as v5e-256 or h100-64.
     chip: TPU generation or GPU model, such as v5e or h100.
     platform: "tpu" or "gpu".
-    device_kind: name of the device in JAX.
     memory: GiB of each device that programs may use.
     torus: chips along each dimension of a TPU slice; for GPUs, the number per host.
     slices: number of TPU slices or GPU hosts. The network between them is slow.
-    per_host: chips of each host.
   """
 
   name: str

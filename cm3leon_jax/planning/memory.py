@@ -78,10 +78,8 @@ class Memory:
 def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
   """Estimates the memory of a train step on one device.
 
-  Args:
-    settings: configuration of the run.
-    shape: size of each mesh axis, from `jax.sharding.Mesh.shape` or `MeshConfig.over(devices)`.
-    platform: "tpu" or "gpu".
+  `shape` is the size of each mesh axis, from `jax.sharding.Mesh.shape` or
+  `MeshConfig.over(devices)`. `platform` is "tpu" or "gpu".
 
   Raises:
     UserError: the mesh cannot split the batch.
@@ -120,11 +118,8 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
   Other programs draw the samples before the update; their memory is not estimated.
-
-  Args:
-    settings: `train.global_batch_size` counts samples, each with two streams.
-    shape: size of each mesh axis.
-    prompt: slots of a prompt; the default is the minimum.
+  `train.global_batch_size` counts samples, each with two streams. `prompt` is the number of slots
+  of a prompt; the default is the minimum.
   """
   model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
   batch_shards = math.prod(shape[axis] for axis in BATCH)
@@ -187,10 +182,8 @@ def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) ->
 def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
   """Counts what a layer keeps per token for the backward pass, in multiples of the model width.
 
-  Args:
-    model: configuration with a remat policy.
-    tensor: number of devices that split the heads and the feed-forward dimension.
-    platform: "tpu" or "gpu"; TPU kernels pad each head to a multiple of `LANES`.
+  `tensor` devices split the heads and the feed-forward dimension. `platform` is "tpu" or "gpu"; TPU
+  kernels pad each head to a multiple of `LANES`.
   """
   H = model.head_dim
   held = -(-H // LANES) * LANES if platform == "tpu" else H
@@ -228,9 +221,6 @@ def device_memory(device: jax.Device) -> int | None:
   """Returns the bytes that programs may use on a device; None for CPUs and unknown devices.
 
   Asks the backend first, then the table of chips.
-
-  Args:
-    device: device of this process or of a topology.
   """
   if device.platform == "cpu":
     return None
@@ -298,11 +288,7 @@ def check(
 ) -> Memory:
   """Checks that a train step fits, and returns its `estimate`.
 
-  Args:
-    settings: configuration of the run.
-    shape: size of each mesh axis.
-    limit: bytes of a device, see `device_memory`.
-    platform: "tpu" or "gpu".
+  `limit` is the bytes of a device, see `device_memory`. For the other arguments, see `estimate`.
 
   Raises:
     UserError: the step does not fit (the message names flags that fit), or the mesh cannot split
@@ -330,10 +316,7 @@ def check(
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Checks that an update fits, and returns its `estimate_update`.
-
-  Takes the arguments of `check` and raises the same errors.
-  """
+  """Checks that an update fits, and returns its `estimate_update`; otherwise like `check`."""
   del platform  # Updates use no attention kernel.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:
@@ -371,12 +354,7 @@ def check_devices(
 ) -> None:
   """Prints the memory of a step on each device, if the device's memory is known.
 
-  All processes must call this function.
-
-  Args:
-    settings: configuration of the run.
-    mesh: mesh of the run.
-    check_step: `check` or `check_update`.
+  All processes must call this function. `check_step` is `check` or `check_update`.
 
   Raises:
     UserError: `check_step` raised it in one process; then it is raised in all.

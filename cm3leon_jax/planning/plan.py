@@ -31,14 +31,10 @@ class Plan:
   """Numbers of a planned run.
 
   Attributes:
-    mesh: size of each axis.
     flags: flags of `cm3leon train` for choices that differ from the config.
     rows_per_device: rows of each device in one pass.
     passes: micro-batches per step.
     rows: rows per step, over all devices.
-    memory: estimated memory of a device.
-    parameters: number of parameters of the decoder.
-    tokens: tokens of the whole run.
     tokens_per_step: tokens over all devices.
     mfu: assumed share of the peak FLOP/s.
     step_seconds: seconds of an unchecked step at `mfu`.
@@ -46,7 +42,6 @@ class Plan:
     checkpoint_bytes: bytes of parameters and optimizer state.
     saving_hosts: hosts that write a checkpoint, which are the hosts of one replica.
     save_bandwidth: bytes/s that each host writes.
-    eval_batches: batches of a held-out loss.
   """
 
   hardware: Hardware
@@ -112,13 +107,8 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
 
   Takes the mesh of the config. If all mesh fields have their defaults, the axes follow the torus.
   If the config's rows do not fit into the memory of a device, takes fewer rows per pass or a remat
-  policy that keeps less.
-
-  Args:
-    settings: configuration of the run.
-    hardware: devices of the run.
-    mfu: assumed share of the peak FLOP/s that the model's FLOPs reach.
-    bandwidth: GB/s that each host writes to storage.
+  policy that keeps less. `mfu` is the assumed share of the peak FLOP/s that the model's FLOPs
+  reach. `bandwidth` is the GB/s that each host writes to storage.
 
   Raises:
     UserError: the mesh does not fit the hardware or the batch, or no setting fits into the memory.
@@ -258,10 +248,7 @@ def _state(settings: Settings) -> tuple[int, int]:
 def table(plan: Plan, title: str, spot: bool = False) -> str:
   """Formats a plan with one number and its assumptions per line.
 
-  Args:
-    plan: plan to format.
-    title: start of the first line.
-    spot: whether the machines may be preempted at any time.
+  `title` starts the first line. `spot` says whether the machines may be preempted at any time.
   """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
   passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"

@@ -36,9 +36,7 @@ def _written(folder: epath.Path) -> dict[str, str]:
 def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
   """Returns the names of files that the last plan wrote and this plan does not.
 
-  Args:
-    folder: value of --out; it may not exist yet.
-    texts: file name -> text.
+  `folder` is the value of --out and may not exist yet. `texts` is file name -> text.
 
   Raises:
     UserError: a file that would be replaced or removed has changed since the last plan wrote it.
@@ -59,13 +57,8 @@ def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
 def write(folder: epath.Path, texts: Mapping[str, str], numbers: Mapping) -> list[str]:
   """Writes files and plan.json, and removes files of the last plan that this plan does not write.
 
-  Args:
-    folder: value of --out; created if it does not exist.
-    texts: file name -> text.
-    numbers: content of plan.json; the digests of the files are added to it.
-
-  Returns:
-    Names of the removed files.
+  `folder` is created if it does not exist. `texts` is file name -> text. The digests of the files
+  are added to `numbers`, the content of plan.json. Returns the names of the removed files.
 
   Raises:
     UserError: see `check`; nothing was written then.

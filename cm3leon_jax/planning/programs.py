@@ -28,7 +28,6 @@ from cm3leon_jax.training.steps import Steps, compile_steps
 
 
 def count_params(settings: Settings, mesh: jax.sharding.Mesh) -> int:
-  """Counts the parameters of the decoder."""
   with jax.set_mesh(mesh):
     # The key is created inside the function, because these devices cannot run anything.
     init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
@@ -51,10 +50,7 @@ def train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
 def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
   """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
 
-  Args:
-    settings: `train.global_batch_size` counts samples.
-    mesh: mesh that the program runs on.
-    prompt: tokens of a prompt.
+  `train.global_batch_size` counts samples. `prompt` is the number of tokens of a prompt.
 
   Raises:
     UserError: the mesh cannot split the batch.
@@ -94,9 +90,8 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
 class Evaluation(NamedTuple):
   """The program for the held-out loss of one micro-batch.
 
-  Attributes:
-    rest_bytes: bytes per device of state that the program does not read but that stays in memory:
-      the optimizer state, and the parameters if their average is evaluated.
+  `rest_bytes` is the state, in bytes per device, that the program does not read but that stays in
+  memory: the optimizer state, and the parameters if their average is evaluated.
   """
 
   step: jax.stages.Lowered
@@ -137,12 +132,7 @@ def _batch(
 
 
 def num_sources(settings: Settings, split: str) -> int:
-  """Counts the sources that the rows of a run can have; 0 without instructions.
-
-  Args:
-    settings: configuration of the run.
-    split: "train" or "heldout".
-  """
+  """Counts the sources that rows of "train" or "heldout" can have; 0 without instructions."""
   if not settings.instructions.any:
     return 0
   tasks = load_tasks(settings.instructions)
@@ -171,13 +161,9 @@ def guided_decoder(
 ) -> DecodePrograms:
   """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
-  Parameters are in the compute dtype, as on a server.
-
-  Args:
-    settings: configuration of the run.
-    mesh: mesh that the programs run on.
-    prompts: B, the number of prompts.
-    positions: positions of a sample. The prompt takes all positions that the image leaves.
+  Parameters are in the compute dtype, as on a server. `prompts` is B, the number of prompts.
+  `positions` is the number of positions of a sample. The prompt takes all positions that the image
+  leaves.
 
   Raises:
     UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.

@@ -23,8 +23,7 @@ BATCHES = (16, 8, 4, 2, 1)
 class Candidate:
   """A combination of mesh, batch and remat policy.
 
-  Attributes:
-    batch: rows of a device in one pass; a global batch takes as many passes as needed.
+  `batch` is the rows of a device in one pass. A global batch takes as many passes as needed.
   """
 
   mesh: MeshConfig
@@ -92,16 +91,10 @@ def search(
 ) -> list[dict]:
   """Compiles the least recomputing policy that fits, for each mesh and batch.
 
-  Args:
-    settings: configuration of the run.
-    topology: devices to compile for.
-    compile_one: (settings, mesh) -> result of `compile_report`; raises UserError if the program
-      does not fit.
-    report_line: function that takes a line of text for each candidate.
-
-  Returns:
-    Reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
-    first, by `cost` and then by the compiler's cycles.
+  `compile_one` maps (settings, mesh) to a result of `compile_report`, and raises UserError if the
+  program does not fit. `report_line` is called with a line of text for each candidate. Returns
+  reports of the candidates that fit, with the keys "candidate" and "flags" added. The fastest is
+  first, by `cost` and then by the compiler's cycles.
   """
   reports = []
   for config in meshes(topology):

@@ -24,10 +24,7 @@ def _get(url: str, headers: dict[str, str]) -> dict:
 def read(name: str, metadata: str = METADATA, secret_manager: str = SECRET_MANAGER) -> str:
   """Returns the newest value of a secret.
 
-  Args:
-    name: projects/PROJECT/secrets/NAME.
-    metadata: address of the server that knows the machine's service account.
-    secret_manager: address of Secret Manager.
+  `name` is projects/PROJECT/secrets/NAME.
 
   Raises:
     OSError: a server does not answer or refuses.

@@ -31,14 +31,7 @@ SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Costs of a stage.
-
-  Attributes:
-    stage: name of the stage's command.
-    core_hours: hours of CPU cores.
-    chip_hours: hours of accelerator chips.
-    basis: explanation of how the numbers were computed.
-  """
+  """Costs of a stage. `basis` explains how the numbers were computed."""
 
   stage: str
   core_hours: float
@@ -58,13 +51,7 @@ def pairs_of_a_pass(settings: Settings) -> int:
 
 
 def estimate(settings: Settings, plan: Plan, pairs: int) -> list[Cost]:
-  """Estimates the costs of all stages up to training, in the order in which the stages run.
-
-  Args:
-    settings: configuration of the run.
-    plan: plan of the training, with its hardware and utilization.
-    pairs: number of captioned images of the run.
-  """
+  """Estimates the costs of all stages up to training, in the order in which the stages run."""
   return list(_costs(settings, plan, pairs))
 
 
@@ -167,11 +154,7 @@ def _flops(lowered: jax.stages.Lowered) -> float:
 def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
   """Formats the costs of all stages and what they are computed from, one stage per line.
 
-  Args:
-    costs: result of `estimate`.
-    plan: plan of the training.
-    pairs: number of captioned images of the run.
-    given: whether the user gave `pairs`.
+  `given` says whether the user gave `pairs`.
   """
   unit = "GPU-hours" if plan.hardware.platform == "gpu" else "chip-hours"
   origin = "--pairs" if given else "one pass of the run's tokens; --pairs=N gives another number"

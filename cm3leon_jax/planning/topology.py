@@ -66,9 +66,7 @@ def own_name(name: str) -> str:
 def suggestion(name: str, others: Iterable[str] = ()) -> str:
   """Returns "did you mean v5e-256? " for the slice with the nearest name or size, or "".
 
-  Args:
-    name: name that is not a slice.
-    others: further names to suggest.
+  `others` are further names to suggest.
   """
   name = own_name(name.lower())
   if name in SLICES:
@@ -89,7 +87,6 @@ class Topology:
   Attributes:
     name: chip and shape, such as v5p:4x4x8.
     torus: chips along each dimension of a slice.
-    slices: number of slices.
     devices: JAX devices that programs can be compiled for.
   """
 

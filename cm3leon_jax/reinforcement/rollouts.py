@@ -116,10 +116,8 @@ class Rollouts:
     """Creates the objective.
 
     Args:
-      settings: settings of the run.
       prompts: prompts of the steps, in this order. After the last prompt, the first one follows.
       pipeline_of: parameters -> a pipeline that samples with them.
-      reward: scores samples.
       reference: parameters that the policy must stay close to, on the current mesh.
 
     Raises:
@@ -180,11 +178,9 @@ class Rollouts:
   def draw(self, params: dict, numbers: Sequence[int]) -> tuple[grpo.Rollout, dict[str, float]]:
     """Draws and scores samples for a training step.
 
-    `numbers` are the numbers of the prompts, counted from 0 over the whole run.
-
-    Returns:
-      The rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the mean over prompts of
-      the standard deviation over the samples of a prompt.
+    `numbers` are the numbers of the prompts, counted from 0 over the whole run. Returns the
+    rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the mean over prompts of the
+    standard deviation over the samples of a prompt.
     """
     prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
@@ -201,9 +197,8 @@ class Rollouts:
   def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
     """Scores samples that are drawn with `config.sampling`, as a user draws them.
 
-    Returns:
-      For "all" prompts and for each task: reward, spread, and `by_prompt`, the mean reward of each
-      prompt.
+    Returns for "all" prompts and for each task: reward, spread, and `by_prompt`, the mean reward of
+    each prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)

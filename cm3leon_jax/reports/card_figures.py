@@ -28,10 +28,7 @@ TITLES = {"vqgan": "Image tokenizer", "train": "Held-out loss", "evaluation": "H
 class Table:
   """Table of figures that were measured in the same way.
 
-  Attributes:
-    how: how the figures were measured: command, data, number of examples, settings.
-    columns: titles of the columns.
-    rows: rows of texts, one text per column.
+  `how` says how the figures were measured: command, data, number of examples, settings.
   """
 
   title: str
@@ -44,9 +41,7 @@ class Table:
 class Figures:
   """All figures of a trained model.
 
-  Attributes:
-    tables: tables with at least one row each.
-    missing: sentences about measurements that are missing or belong to other parameters.
+  `missing` has sentences about measurements that are missing or belong to other parameters.
   """
 
   tables: tuple[Table, ...]
@@ -55,11 +50,6 @@ class Figures:
 
 def collect(run: Run, step: int, summary: dict) -> Figures:
   """Collects the figures in a workdir that were measured with the parameters of a step.
-
-  Args:
-    run: run with the settings of its training.
-    step: step of the parameters.
-    summary: result of `summary.collect`.
 
   Raises:
     UserError: a file is damaged.

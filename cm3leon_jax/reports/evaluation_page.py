@@ -18,12 +18,7 @@ NUM_EXAMPLES = 12
 
 
 def write(job: ProtocolRun, result: dict) -> None:
-  """Writes report.html.
-
-  Args:
-    job: evaluation whose samples are read.
-    result: result of `results.write`.
-  """
+  """Writes report.html."""
   count = len(job.evaluated.examples)
   rng = np.random.default_rng(job.protocol.seed)
   chosen = rng.permutation(count)[:NUM_EXAMPLES].tolist()
@@ -80,7 +75,6 @@ def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
 
 
 def _cells(job: ProtocolRun, lines: list[dict]) -> list[dict]:
-  """Returns the cells of the page for samples."""
   if job.protocol.task == "text":
     return [{"text": line["text"], "image": None, "score": None} for line in lines]
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in lines]))

@@ -43,7 +43,6 @@ def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[b
   ([(True, '·'), (False, 'cat')], [(False, ' cat')])
 
   Args:
-    text: piece of a whole text.
     opens: whether the whole text starts with the piece. Otherwise one leading space is not odd.
     closes: whether the whole text ends with the piece. Otherwise one trailing space is not odd.
   """
@@ -83,14 +82,7 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PageDecoder:
-  """Decodes token ids into text and images.
-
-  Attributes:
-    vocab: layout of the token ids.
-    text_tokenizer: decodes text.
-    image_tokens: number of codes of an image, C.
-    images: bytes of the ids of an image -> [H, W, 3] uint8.
-  """
+  """Decodes token ids. `images` maps the bytes of the ids of an image to [H, W, 3] uint8."""
 
   vocab: VocabLayout
   text_tokenizer: TextTokenizer

@@ -17,11 +17,7 @@ from cm3leon_jax.vocab import VocabLayout
 class CheckedTask:
   """Instruction task of a sample, as planned.
 
-  Attributes:
-    name: name of the task.
-    target: half-open range of the target in `</s> segment <break> ... segment </s>`.
-    plan: plan of the sample, which says what is dropped from it.
-    instructions: instructions of the task's source.
+  `target` is the half-open range of the target in `</s> segment <break> ... segment </s>`.
   """
 
   name: str
@@ -44,17 +40,8 @@ def check_instruction(
 ) -> tuple[int, int]:
   """Checks that a sample has its record without the dropped segments, and the right loss weights.
 
-  The range of the target is found from the tokens of the sample, not from the plan.
-
-  Args:
-    sample: sample of a row.
-    document: document of the whole record.
-    task: task of the record.
-    vocab: layout of the token ids.
-    length: number of slots of a row.
-
-  Returns:
-    Half-open range of the target in the sample.
+  The range of the target is found from the tokens of the sample, not from the plan. Returns the
+  half-open range of the target in the sample.
 
   Raises:
     ValueError: tokens, target or loss weights are wrong.
@@ -83,13 +70,8 @@ def check_instruction(
 def target_range(tokens: np.ndarray, task: CheckedTask, vocab: VocabLayout) -> tuple[int, int]:
   """Finds the target in a sample, after its second `<mask:0>` or at its end.
 
-    </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
-    </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
-
-  Args:
-    tokens: [T] int32.
-    task: task of the sample.
-    vocab: layout of the token ids.
+  </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
+  </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
   """
   stop = len(tokens) - 1
   sentinels = np.flatnonzero(tokens == vocab.mask(0))

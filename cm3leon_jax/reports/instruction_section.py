@@ -11,9 +11,7 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines
 def read(workdir: epath.Path, image_uri: Callable) -> dict | None:
   """Returns the section of the report on graded instructions, or None if none were graded.
 
-  Args:
-    workdir: workdir of the run.
-    image_uri: maps the path of a PNG file to a data URI.
+  `image_uri` maps the path of a PNG file to a data URI.
 
   Returns:
     A dict: "titles" of the columns; "rows", {label, answers, cells, gain} each; "means"; and

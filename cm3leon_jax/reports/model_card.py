@@ -47,9 +47,6 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
   """Writes README.md into the folder of an export. All other files must already be written.
 
   Args:
-    folder: folder of the export.
-    run: exported run or bundle.
-    step: step of the exported parameters.
     exported: numbers of the export. "parameters": number of parameters of the decoder. Optional:
       "bytes": size of the files; "image_tokenizer": result of `export.image_tokenizer.write`;
       "average": False if the last parameters were exported instead of their average;
@@ -118,10 +115,8 @@ def front_matter(licenses: list[str], architecture: str) -> str:
   """Returns the metadata for the hub as YAML.
 
   The license is the license of the data if there is only one and the hub knows it, else "other".
-
-  Args:
-    licenses: licenses of all training data; "" for an unknown license.
-    architecture: class of `transformers` that can load the decoder; "" if no class can.
+  `licenses` has the licenses of all training data, with "" for an unknown license. `architecture`
+  is the class of `transformers` that can load the decoder; "" if no class can.
   """
   only = licenses[0].lower() if len(licenses) == 1 else ""
   fields: dict = {"license": only}

@@ -107,8 +107,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def loss_figure(metrics: list[dict]) -> str | None:
   """Plots training and held-out loss by modality, in bits per target.
 
-  Returns:
-    Inline SVG, or None if fewer than two steps are logged.
+  Returns inline SVG, or None if fewer than two steps are logged.
   """
   steps = [line for line in metrics if "image_loss" in line]
   if len(steps) < 2:
@@ -294,13 +293,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Renders the page as self-contained HTML.
-
-  Args:
-    workdir: folder of the run.
-    summary: result of `summary.collect`.
-    config_name: value of --config for the commands on the page.
-  """
+  """Renders the page as self-contained HTML. `config_name` is the --config in its commands."""
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()

@@ -23,7 +23,6 @@ class NeighborView:
 
   Attributes:
     rank: rank among the candidates, from 1.
-    candidates: number of candidates.
     score: cosine similarity of the embeddings of this document and the query document.
   """
 
@@ -99,11 +98,8 @@ class RowView:
 def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placement) -> Origin:
   """Looks up the documents of a sample in the plan and the stores.
 
-  Args:
-    loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of each pair; None if the run has no
-      neighbors.
-    placement: placement of the sample in the plan.
+  `scores` are [n, C] float32 similarities of the candidates of each pair; None if the run has no
+  neighbors.
   """
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
@@ -137,11 +133,8 @@ def read_rows(
 ) -> list[RowView]:
   """Reads rows and checks every sample against its documents.
 
-  Args:
-    loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of each pair (`load_neighbors`); None if
-      the run has no neighbors.
-    numbers: numbers of the rows to read.
+  `scores` are [n, C] float32 similarities of the candidates of each pair (`load_neighbors`); None
+  if the run has no neighbors.
 
   Raises:
     ValueError: a row does not have its planned samples. The message names the row and the sample.
@@ -177,12 +170,6 @@ def _check_source(marks: np.ndarray, placement: Placement) -> None:
 
 def view_sample(sample: RowSample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:
   """Checks a sample against its documents and splits it into parts.
-
-  Args:
-    sample: sample of a row.
-    origin: documents that the sample should have.
-    vocab: layout of the token ids.
-    length: number of slots of the row.
 
   Raises:
     ValueError: the sample does not have its documents (`row_parts.check_sample`,

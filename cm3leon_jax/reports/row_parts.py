@@ -45,8 +45,7 @@ class RowPart:
 
   Attributes:
     kind: "special", "text" or "image".
-    start: first token of the half-open range in the sample.
-    stop: end of the half-open range in the sample.
+    start, stop: half-open range of tokens in the sample.
     segment: index of the segment among all segments of the neighbors and the document. A moved part
       has the index of its original segment.
     span: i for `<mask:i>` and for the tokens that it replaces; otherwise NO_SPAN.
@@ -66,16 +65,13 @@ def split_row(
 ) -> list[RowSample]:
   """Cuts a row into its samples by its segment ids.
 
+  `row` has the arrays of `pipeline.FIELDS`, each [L]. `align_images` is as in `positions_of`.
+
     inputs       </s> 7  8    </s> 9    <pad>
     targets      7    8  </s> 9    </s> <pad>
     segment_ids  1    1  1    2    2    0
     positions    0    1  2    0    1    0
     result = samples with the tokens [</s> 7 8 </s>] and [</s> 9 </s>]
-
-  Args:
-    row: the arrays of `pipeline.FIELDS`, each [L].
-    vocab: layout of the token ids.
-    align_images: as in `positions_of`.
 
   Raises:
     ValueError: segment ids are not 1, 2, ..., then 0; positions of a sample differ from
@@ -125,14 +121,10 @@ def _padding_fault(cut: dict[str, np.ndarray], pad: int) -> str:
 def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
   """Splits a sample into parts, in the order of its tokens.
 
-    tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
-    segment 0: </s>, text 1 to 3, <break>
-    segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>
-    segment 1, span 0, moved: <mask:0>, image 9 to 11, <eoss>
-
-  Args:
-    tokens: [T] int32.
-    vocab: layout of the token ids.
+  tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
+  segment 0: </s>, text 1 to 3, <break>
+  segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>
+  segment 1, span 0, moved: <mask:0>, image 9 to 11, <eoss>
   """
   kinds = np.select(
     [tokens < vocab.num_special, vocab.is_image(tokens)], ["special", "image"], "text"
@@ -182,15 +174,8 @@ def check_sample(
 ) -> int:
   """Checks that a sample has exactly the tokens of its documents.
 
-  Args:
-    tokens: [T] int32.
-    documents: the neighbors in order, then the document itself.
-    vocab: layout of the token ids.
-    length: number of slots of the row, L. A sample that fills the row, T = L + 1, may lack its last
-      tokens.
-
-  Returns:
-    Number of missing tokens.
+  `documents` are the neighbors in order, then the document itself. A sample that fills the row of
+  `length` (L) slots, T = L + 1, may lack its last tokens. Returns the number of missing tokens.
 
   Raises:
     ValueError: a token or the length is wrong. The message names the first wrong token, or both

@@ -61,10 +61,9 @@ def judge(summary: dict, headline: Headline) -> dict:
 
   A figure with an interval meets the target only if its whole interval does.
 
-  Returns:
-    {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low, high
-    and groups (`intervals.mean_interval`), or is None. `value` is None if the stage has not run.
-    `met` is None if there is no value or no target.
+  Returns {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low,
+  high and groups (`intervals.mean_interval`), or is None. `value` is None if the stage has not run.
+  `met` is None if there is no value or no target.
   """
   value = lookup(summary, headline.path)
   target = lookup(summary, headline.target) if isinstance(headline.target, str) else headline.target
@@ -156,13 +155,9 @@ def _step_lines(metrics: list[dict]) -> list[dict]:
 def restarts(metrics: list[dict]) -> list[dict]:
   """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
 
-  Args:
-    metrics: lines of metrics.jsonl.
-
-  Returns:
-    One dict per restart: after_step, the last step before it, and next_step, the first step after
-    it. If steps that were already logged had to be computed again: replayed, their number, and
-    identical, the number of these steps with bitwise the same loss.
+  Returns one dict per restart: after_step, the last step before it, and next_step, the first step
+  after it. If steps that were already logged had to be computed again: replayed, their number, and
+  identical, the number of these steps with bitwise the same loss.
   """
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
@@ -179,12 +174,8 @@ def restarts(metrics: list[dict]) -> list[dict]:
 def training(metrics: list[dict]) -> dict:
   """Summarizes a training log.
 
-  Args:
-    metrics: lines of metrics.jsonl.
-
   Returns:
     {} without steps; otherwise a dict with these entries:
-
     - logged_steps: number of steps.
     - every_step_logged_once: whether no step is missing or repeated.
     - restarts: result of `restarts`.
@@ -222,15 +213,11 @@ def read_results(workdir: epath.PathLike) -> list[dict]:
 
 
 def collect(workdir: epath.PathLike) -> dict:
-  """Collects the numbers of a run.
+  """Collects the numbers of a run, which may be unfinished.
 
-  Args:
-    workdir: workdir of the run, which may be unfinished.
-
-  Returns:
-    A JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
-    `train.log`; `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not
-    finished; and `headlines` (`judge`).
+  Returns a JSON-serializable dict: one section per finished stage, with its numbers and `seconds`;
+  `train.log`; `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not
+  finished; and `headlines` (`judge`).
 
   Raises:
     UserError: the workdir does not exist, or a file in it is damaged.
@@ -288,9 +275,6 @@ def expected_stages(workdir: epath.Path) -> list[str]:
 
 def cost(summary: dict) -> dict | None:
   """Returns the training cost of a run's decoder, or None if the decoder is not trained.
-
-  Args:
-    summary: result of `collect`.
 
   Returns:
     {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,

@@ -79,8 +79,7 @@ class ArrayStore:
   ) -> bool:
     """Resizes a store to `rows` rows. Keeps existing rows if their shape and dtype are the same.
 
-    Returns:
-      Whether existing rows were kept. If not, all rows must be written.
+    Returns whether existing rows were kept. If not, all rows must be written.
     """
     path = epath.Path(path)
     found = cls(path) if (path / INDEX).exists() else None
@@ -159,8 +158,7 @@ class ArrayStore:
   def commit(self, digest: bool = False) -> None:
     """Commits all rows of the store. All rows must have been written.
 
-    Args:
-      digest: whether to read all rows and to record their digest.
+    With `digest`, it also reads all rows and records their digest.
 
     Raises:
       UserError: a row to digest was not written or is damaged.

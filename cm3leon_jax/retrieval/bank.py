@@ -116,7 +116,6 @@ class EmbedJob:
   Attributes:
     folder: folder for {split}/ with the arrays of `Embeddings`.
     dropout: share of caption tokens that are dropped from queries of the split `train`.
-    seed: seed of the dropout.
     starts: split -> name of the shard -> row of its first pair.
   """
 
@@ -188,10 +187,7 @@ def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Drops each of T ids with probability `share`, and keeps at least one.
-
-  The choice depends only on (key, seed).
-  """
+  """Drops each id with probability `share`, but not all. The choice depends only on (key, seed)."""
   digest = hashlib.sha256(key.encode()).digest()
   rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
   order = rng.random(len(ids))
@@ -213,7 +209,6 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     job: embeds a shard. Its `starts` are ignored and computed from the raw folder.
     width: E.
     inputs: identity of the CLIP and of the words. If it changes, all shards are embedded again.
-    runner: runs the shards.
 
   Returns:
     The config of each shard, which changes if its embeddings change.

@@ -40,8 +40,7 @@ class Index(Protocol):
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k vectors with the largest inner products for each of the queries, [q, E].
 
-    Returns:
-      Ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
+    Returns ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
     """
     ...
 

@@ -175,11 +175,9 @@ def count_words(
   Counts of finished shards are kept. Counts of added shards change the weights of all words.
 
   Args:
-    raw: raw folder.
     folder: folder of the bank, for `FILE`, words/ (the counts of each shard) and done/words/.
     weight: see `Lexical`. At 0, nothing is counted and `FILE` is deleted.
     width: X.
-    runner: runs the shards.
 
   Returns:
     {"words": digest of `FILE`}, on which all embeddings depend; {} if the weight is 0.

@@ -49,7 +49,6 @@ def select_neighbors(
     vectors: [n, E] document embeddings of norm 1. Candidates are rows of `vectors`.
     query: [E] embedding of norm 1.
     forbidden: returns whether a candidate is the query itself or in its group.
-    kept_per_side: number of candidates to keep from each side.
     max_similarity: largest cosine to the query and between kept candidates.
     min_similarity: smallest cosine to the query.
 
@@ -113,7 +112,6 @@ class Retriever:
       documents: [q, E] embeddings of norm 1.
       keys: [q] uint64. A bank document with the same key is the query itself.
       groups: [q] uint64. 0 means that the document has no group.
-      kept_per_side: number of candidates to keep from each side.
 
     Returns:
       Ids [q, C] int32 in the bank, padded with -1; their cosines to `documents`, [q, C] float32,
@@ -223,10 +221,8 @@ def build_neighbors(
 
   Writes {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores
   (`load_neighbors`) into `job.folder`. Finished work on the same pairs is kept. `width` is the
-  embedding width of the CLIP. `inputs` is the identity of the CLIP.
-
-  Returns:
-    The numbers for the report.
+  embedding width of the CLIP. `inputs` is the identity of the CLIP. Returns the numbers for the
+  report.
   """
   start, folder = time.monotonic(), epath.Path(job.folder)
   words = config.lexical_weight, config.lexical_width
@@ -321,7 +317,6 @@ def load_neighbors(
   """Reads the neighbors of all documents in a store: [n, C] int32 ids, or float32 similarities.
 
   Args:
-    folder: folder of the stage.
     name: "train_pairs" or "heldout_pairs".
     text_only: whether to read the neighbors that were found by caption only. Only held-out pairs
       have them.

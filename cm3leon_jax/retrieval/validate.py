@@ -17,8 +17,7 @@ BLOCK = 2**16  # Rows that are read at a time.
 def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str, int]:
   """Reads all arrays of a finished stage, and checks that all ids are in the bank.
 
-  Returns:
-    The numbers of documents in the bank, of arrays and of neighbors.
+  Returns the numbers of documents in the bank, of arrays and of neighbors.
 
   Raises:
     UserError: a file is absent, damaged or wrong. The message names the file and, if possible, the

@@ -105,7 +105,6 @@ def complete(
 
   Args:
     config: config of a run. Fields that are not None do not change.
-    workdir: folder of the run.
     prepares: whether the command prepares the data. Such a command reads none of these fields, so
       it gets placeholder values until the data is prepared.
 

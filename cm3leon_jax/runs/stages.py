@@ -223,16 +223,12 @@ def stage(
 ) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
   """Runs the body unless the stage `name` of `table.STAGES` is finished, see `once`.
 
+  `more_inputs` has digests of other data that the stage reads, besides other stages. `options` are
+  options of `once`.
+
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
         summary.update(psnr_db=23.3)  # done.json also records the seconds.
-
-  Args:
-    workdir: the run's folder.
-    name: the stage.
-    settings: the run's config.
-    more_inputs: digests of other data that the stage reads, besides other stages.
-    **options: options of `once`.
 
   Raises:
     UserError: a stage that it reads is not finished, or its folder has the result of another

@@ -14,8 +14,6 @@ class Stage:
   """One stage, a row of `STAGES`.
 
   Attributes:
-    command: name of the command that runs the stage.
-    title: name in the report.
     reads: stages whose results this stage reads. When one of them has run again, so must this
       stage.
     same: parts of the config that two runs must share to count as the same run: "seed", a section,

@@ -79,7 +79,6 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
       `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`, `rare_objects`.
     task: one of TASKS.
     split: "train" or "heldout".
-    index: 0 or more.
 
   Returns:
     A record. Its group is the scene of the input image, or of the output image if it has no input.
@@ -167,14 +166,9 @@ def _inside(scene: Scene, half: str) -> list[Placed]:
 
 
 def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
-  """Hides a box of an image.
+  """Returns a copy of an image, [H, W, 3] uint8, in which a box has the value HIDDEN.
 
-  Args:
-    image: [H, W, 3] uint8.
-    hidden: left, top, right, bottom in pixels; right and bottom are exclusive.
-
-  Returns:
-    [H, W, 3] uint8 copy; the pixels of the box have the value HIDDEN.
+  `hidden` is left, top, right, bottom in pixels; right and bottom are exclusive.
   """
   left, top, right, bottom = hidden
   given = image.copy()

@@ -25,10 +25,7 @@ HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
 
 
 def _heldout_colors() -> dict[str, str]:
-  """Assigns each common object one color that training never shows it in.
-
-  All colors are assigned equally often.
-  """
+  """Assigns each common object a color that training never shows it in, all equally often."""
   ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
   return dict(zip(ordered, itertools.cycle(COLORS)))
 

@@ -45,7 +45,6 @@ class Engine:
     """Prepares an engine; `start` starts its thread.
 
     Args:
-      pipeline: pipeline of the run.
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
       chunk: number of tokens of each sample between two deliveries.
@@ -244,7 +243,6 @@ class Engine:
       one.job.deliver(started)
 
   def _decoded(self, codes: Sequence[np.ndarray]) -> Iterable[np.ndarray]:
-    """Decodes the [I] codes of each image."""
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 

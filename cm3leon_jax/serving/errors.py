@@ -9,11 +9,9 @@ class ApiError(Exception):
   """Error that is returned to the client instead of an answer.
 
   Attributes:
-    status: HTTP status.
     message: one sentence: what is wrong, and what would be right.
     param: wrong field of the request, or None.
     code: machine-readable name of the error, or None.
-    headers: additional headers of the response.
   """
 
   def __init__(

@@ -67,8 +67,6 @@ class Job:
   """Work for the engine, made from an HTTP request.
 
   Attributes:
-    task: validated task.
-    num_samples: number of samples to generate.
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether to deliver `Progress` events.
     words: see `tasks.refused`.

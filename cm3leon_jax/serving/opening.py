@@ -20,10 +20,7 @@ def open_jobs(
 ) -> list[tuple[OpenJob, Started]]:
   """Retrieves documents for all jobs, encodes their input images, and makes their requests.
 
-  Args:
-    pipeline: pipeline of the run.
-    jobs: jobs of any kinds.
-    decode: converts [I] codes of each image to [H, W, 3] uint8.
+  `decode` converts [I] codes of each image to [H, W, 3] uint8.
 
   Raises:
     UserError: a task is wrong, or no document is found for it.

@@ -35,16 +35,9 @@ def image(
     side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8, then 5 6 7 8 in each other row
 
   The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
-  when the rows below it are generated.
-
-  Args:
-    task: task that generates an image.
-    layout: layout of the run.
-    tokens: tokens generated so far.
-    given: [I] codes of the input image, which surrounds the box of an infill.
-
-  Returns:
-    (number of complete rows of the image or of the box; [I] codes, with missing rows filled in).
+  when the rows below it are generated. `given` are the [I] codes of the input image, which
+  surrounds the box of an infill. Returns (number of complete rows of the image or of the box; [I]
+  codes, with missing rows filled in).
   """
   codes = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)])
   side = layout.side

@@ -40,10 +40,8 @@ class Body(pydantic.BaseModel):
     ignored: fields of the OpenAI API that have no effect here.
     words: words of task errors -> words for this body; see `tasks.refused`.
     model: name of the served model; may be absent.
-    n: number of samples.
     seed: seed of the first sample. Without it, the server uses a random seed.
     stream: whether to answer with server-sent events.
-    retrieve: number of retrieved documents.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -94,7 +92,6 @@ class Generation(ImageBody):
 
 
 def _box(text: str) -> tuple[int, ...]:
-  """Parses the four numbers of a box."""
   if not re.fullmatch(r"\s*-?\d{1,6}\s*(,\s*-?\d{1,6}\s*){3}", text):
     raise PydanticCustomError(
       "box", "Input should be four whole numbers of pixels, left,top,right,bottom: 0,0,24,24"
@@ -105,8 +102,7 @@ def _box(text: str) -> tuple[int, ...]:
 class EditBody(ImageBody):
   """Fields of the form of POST /v1/images/edits, except its files.
 
-  Attributes:
-    box: box to fill in: left,top,right,bottom in pixels at the model's resolution.
+  `box` is the box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
 
   box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None
@@ -224,10 +220,7 @@ def read_json(text: bytes) -> dict:
 def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
   """Makes the body of a request. A null value counts as an absent field.
 
-  Args:
-    cls: class of the body.
-    values: field name -> value.
-    strict: whether values must have the right types, as in JSON. In a form, all values are texts.
+  With `strict`, values must have the right types, as in JSON. In a form, all values are texts.
 
   Raises:
     ApiError: a field is unknown or missing, or has a wrong value.

@@ -39,12 +39,8 @@ def edit(
 ) -> Task:
   """Makes a task that edits an image by an instruction or, with a box, fills in the box.
 
-  Args:
-    pipeline: pipeline of the run.
-    body: fields of the form.
-    image: [H, W, 3] uint8, as `uploads.decode` returns it.
-    box: left, top, right, bottom in pixels at the model's resolution; None means an edit by
-      instruction.
+  `image` is [H, W, 3] uint8, as `uploads.decode` returns it. `box` is left, top, right, bottom in
+  pixels at the model's resolution; None means an edit by instruction.
 
   Raises:
     ApiError: a field is wrong or missing, or belongs to the other kind of edit.
@@ -73,11 +69,8 @@ def edit(
 def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | None) -> Task:
   """Makes the task of a message, which is a caption, an answer, or a text with holes to fill in.
 
-  Args:
-    pipeline: pipeline of the run.
-    body: body of the request.
-    text: text from `content`.
-    image: [H, W, 3] uint8, as `uploads.decode` returns it, or None.
+  `text` is the text from `content`. `image` is [H, W, 3] uint8, as `uploads.decode` returns it, or
+  None.
 
   Raises:
     ApiError: a field is wrong, or the requested tokens do not fit after the message.
@@ -130,9 +123,7 @@ def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
 
     UserError("sampling.text_top_p is 0.0; ...") in a chat: "top_p is 0.0; ...", param "top_p"
 
-  Args:
-    error: error from `Task` or from the engine.
-    words: words in the error -> words for the body.
+  `words` maps words in the error to words for the body.
   """
   sentence = str(error).removeprefix("sampling.")
   for word, own in (words or {}).items():

@@ -82,8 +82,6 @@ def box_of_mask(
   Args:
     mask: PNG file with an alpha channel, of the same size as the image when both are upright.
     image: file of the image, which `decode` has accepted.
-    resolution: side of the model's images in pixels.
-    most_pixels: largest number of pixels of a file.
 
   Raises:
     ApiError: the mask is not a PNG file, has another size or no alpha channel, or no fully

@@ -77,17 +77,8 @@ def adaptive_weight(
   """Computes the ratio of the norms of the reconstruction and adversarial gradients.
 
   Both gradients are taken at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841,
-  equation 7).
-
-  Args:
-    last_layer: params -> pixels [B, H, W, 3].
-    params: parameters of the layer, a tree.
-    y: pixels that the layer returned.
-    reconstruction_loss: pixels -> scalar.
-    adversarial_loss: pixels -> scalar.
-
-  Returns:
-    fp32 scalar from 0 to `MAX_ADAPTIVE`, without gradient.
+  equation 7). `last_layer` maps `params` to `y`, pixels [B, H, W, 3]. The losses map pixels to
+  scalars. Returns an fp32 scalar from 0 to `MAX_ADAPTIVE`, without gradient.
   """
   params, y = jax.lax.stop_gradient((params, y))
   _, pull = jax.vjp(last_layer, params)

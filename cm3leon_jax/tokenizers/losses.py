@@ -67,11 +67,7 @@ def reconstruction_loss(
 ) -> Float32[Array, ""]:
   """Computes the weighted sum of all losses of reconstructions y of x, pixels in [-1, 1].
 
-  Args:
-    config: provides the weights.
-    x: original images.
-    y: reconstructions.
-    features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
+  `features` is the result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
   """
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
   if config.multiscale_weight:
@@ -94,18 +90,8 @@ def generator_loss(
 ) -> tuple[Float32[Array, ""], Outputs]:
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
-  With a discriminator, adds the negative mean score of the reconstructions.
-
-  Args:
-    params: parameters of the VQGAN.
-    discriminator: parameters of the discriminator, or None.
-    config: provides the weights.
-    num_codes: K.
-    x: pixels in [-1, 1].
-    features: see `reconstruction_loss`.
-
-  Returns:
-    fp32 scalar, `Outputs`.
+  With a discriminator, adds the negative mean score of the reconstructions. `x` has pixels in [-1,
+  1]. For `features`, see `reconstruction_loss`.
   """
   hidden, z, q, indices = vqgan.bind(config, num_codes, params).hidden(x)
 

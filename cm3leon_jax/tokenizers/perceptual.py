@@ -56,8 +56,7 @@ def is_calibrated(tensors: Mapping[str, np.ndarray]) -> bool:
 def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
   """Converts the tensors of `tensor_shapes` to parameters of `distance`.
 
-  Returns:
-    HWIO kernels and biases by layer, and [C] `calibration` by stage if the file has it.
+  Returns HWIO kernels and biases by layer, and [C] `calibration` by stage if the file has it.
   """
   params: dict = {}
   for stage in STAGES:
@@ -95,11 +94,7 @@ def distance(
   """Computes the sum over stages of the mean squared distance between normalized features.
 
   With the learned layers of LPIPS, the result is LPIPS. Without them, all channels weigh the same.
-
-  Args:
-    params: result of `make_params`.
-    x: [B, H, W, 3] in [-1, 1].
-    y: [B, H, W, 3] in [-1, 1].
+  `params` is the result of `make_params`, and pixels are in [-1, 1].
   """
   total = jnp.zeros(len(x), jnp.float32)
   for number, pair in enumerate(zip(activations(params, x), activations(params, y))):

@@ -307,10 +307,7 @@ def encode(
   params: dict,
   images: UInt8[Array | np.ndarray, "B H W 3"],
 ) -> Int32[Array, "B h w"]:
-  """Encodes images to codes.
-
-  H and W can be any multiples of `config.downsample`.
-  """
+  """Encodes images to codes. H and W can be any multiples of `config.downsample`."""
   with jax.default_matmul_precision("highest"):
     model, low = parameters.fill(*structure(config, num_codes), params), config.lowest_pixel
     z = model.quant_conv(model.encoder(images.astype(jnp.float32) / (255 / (1 - low)) + low))

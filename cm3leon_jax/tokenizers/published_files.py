@@ -57,8 +57,6 @@ class Read:
   Attributes:
     tokenizer: tokenizer at its family's first resolution.
     files: files with its tensors.
-    num_parameters: number of parameters in these tensors.
-    num_tensors: number of tensors of the tokenizer.
     num_left: number of other tensors in the files.
   """
 
@@ -167,11 +165,7 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
 def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.PathLike) -> None:
   """Raises UserError, with the name, if a tensor is missing, surplus or of another shape.
 
-  Args:
-    found: result of `published_source.read_headers`.
-    config: configuration of the family.
-    num_codes: K.
-    source: name of the checkpoint for messages.
+  `found` is the result of `published_source.read_headers`.
   """
   expected = tensor_shapes(config, num_codes)
   if missing := [name for name in expected if name not in found]:
@@ -273,10 +267,8 @@ def read_own(source: epath.PathLike) -> Read:
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
   """Returns an imported tokenizer at the resolution of a config.
 
-  Args:
-    tokenizer: result of `read` or `read_own`.
-    num_codes: `vocab.image_size` of the config.
-    vqgan: section of the config; only resolution and downsample are read.
+  `num_codes` is `vocab.image_size` of the config. Only resolution and downsample of `vqgan` are
+  read.
 
   Raises:
     UserError: the codebook or the grid of codes differs from the config.
@@ -340,10 +332,8 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
 def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
   """Writes a published tokenizer with the names of its release, so that `read` can read it.
 
-  Uses `save_diffusers` for `amused`. Writes config.json last.
-
-  Returns:
-    Name of the file with the tensors.
+  Uses `save_diffusers` for `amused`. Writes config.json last. Returns the name of the file with the
+  tensors.
   """
   folder, config = epath.Path(folder), _config_of(tokenizer)
   if config.family == "amused":

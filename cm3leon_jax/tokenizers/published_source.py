@@ -40,11 +40,10 @@ def _refuse_pickle(path: epath.Path) -> None:
 
 
 def find_files(source: epath.PathLike) -> list[epath.Path]:
-  """Finds the safetensors files of `source`.
+  """Finds the safetensors files of `source`, a safetensors file or a folder.
 
-  Args:
-    source: a safetensors file, or a folder. The folder contains one such file, the files of an
-      index, or a folder vqvae/ with one file, as in aMUSEd.
+  The folder contains one such file, the files of an index, or a folder vqvae/ with one file, as in
+  aMUSEd.
 
   Raises:
     UserError: there is no such file, there are several, or there is only a pickle.
@@ -96,10 +95,7 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
 def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
   """Raises UserError, with what would be right, if a folder contains another kind of model.
 
-  Args:
-    folder: folder whose config.json names the kind.
-    names: names of all tensors that were found.
-    source: name of the checkpoint for messages.
+  The config.json in `folder` names the kind. `source` is the name of the checkpoint in messages.
   """
   path = folder / CONFIG
   stored = read_foreign_json(path, {}) if path.exists() else {}

@@ -114,14 +114,9 @@ def loss(
 ) -> Float32[Array, ""] | float:
   """Computes the codebook and the commitment loss (van den Oord et al. 2017, section 3.2).
 
-  Both are 0 for `fsq`, whose codes are fixed.
-
-  Args:
-    kind: of the quantizer.
-    codebook_weight: of the squared distance, whose gradient moves codes.
-    commitment_weight: of the squared distance, whose gradient moves encodings.
-    z: encodings, [..., E].
-    q: their codes, [..., E].
+  Both are 0 for `fsq`, whose codes are fixed. The squared distance whose gradient moves codes has
+  the weight `codebook_weight`. The squared distance whose gradient moves encodings has the weight
+  `commitment_weight`. `z` are encodings, and `q` are their codes.
   """
   stop = jax.lax.stop_gradient
   if kind == "fsq":

@@ -32,10 +32,8 @@ def train_text_tokenizer(
 
   Encoding puts a space before a text, so that its first word has the same token as elsewhere.
   Decoding removes this space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
-  `vocab.special_tokens()`.
-
-  Returns:
-    texts, characters and characters_per_token of the training texts.
+  `vocab.special_tokens()`. Returns texts, characters and characters_per_token of the training
+  texts.
 
   Raises:
     UserError: the texts are too few for `vocab.text_size` ids.

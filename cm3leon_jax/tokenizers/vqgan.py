@@ -149,12 +149,8 @@ class VQGAN(nnx.Module):
   ]:
     """Reconstructs pixels. The gradient passes from the codes to the encodings.
 
-    Args:
-      x: [B, H, W, 3] in [-1, 1].
-
-    Returns:
-      Reconstruction [B, H, W, 3]; prepared encodings z and their codes q, both [B, h, w, E];
-      indices of the codes, int32 [B, h, w].
+    `x` is [B, H, W, 3] in [-1, 1]. Returns the reconstruction [B, H, W, 3]; the prepared encodings
+    z and their codes q, both [B, h, w, E]; and the indices of the codes, int32 [B, h, w].
     """
     hidden, *codes = self.hidden(x)
     return self.decoder.last(hidden), *codes
@@ -253,11 +249,7 @@ def is_published(folder: epath.PathLike) -> bool:
 class ImageTokenizer:
   """A trained or published VQGAN that converts images to codes and back.
 
-  Attributes:
-    config: sizes of the network.
-    num_codes: K.
-    params: pure dict of the parameters.
-    batch_size: number of images that the network processes at a time.
+  It has `num_codes` (K) codes and processes `batch_size` images at a time.
   """
 
   config: VQGANConfig | published.PublishedConfig

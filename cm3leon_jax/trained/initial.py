@@ -49,8 +49,6 @@ def start_of_run(
   All processes must call this function.
 
   Args:
-    settings: settings of the run.
-    workdir: folder of the run.
     source: value of --init_from. If it is empty, the run starts from the parameters that were
       imported into the workdir, if any.
     stored: the entry "run" of the run's config.json; None if the run has not begun.
@@ -102,10 +100,7 @@ def _imported(workdir: epath.Path) -> str:
 def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
-  Args:
-    settings: settings of the run that starts from the parameters.
-    source: see `bundles.folder_of`.
-    step: step of a run's checkpoint; None: the newest.
+  `source` is as in `bundles.folder_of`. `step` is the step of a run's checkpoint; None: the newest.
 
   Raises:
     UserError: `source` has no parameters, or their config has another model or vocab.

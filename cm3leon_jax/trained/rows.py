@@ -21,15 +21,10 @@ def open_rows(
 
   The rows contain instructions, pairs with their neighbors, texts and interleaved documents. The
   rows of "heldout" are for the held-out loss. There, only the caption retrieves neighbors, as at
-  inference, and the neighbors have no loss weight (`DataConfig.for_heldout`). Of instructions,
-  only the answers have a loss weight.
-
-  Args:
-    settings: settings of the config.
-    workdir: folder of the run.
-    split: "train" or "heldout".
-    write_starts: whether to record the starts of the plan's windows in train/plan.jsonl. Exactly
-      one process of a run does.
+  inference, and the neighbors have no loss weight (`DataConfig.for_heldout`). Of instructions, only
+  the answers have a loss weight. `split` is "train" or "heldout". With `write_starts`, which
+  exactly one process of a run sets, the starts of the plan's windows are recorded in
+  train/plan.jsonl.
 
   Raises:
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
@@ -80,11 +75,7 @@ def document_sources(
 ) -> list[RowSource]:
   """Opens the documents of a split: pairs with their neighbors, texts, interleaved documents.
 
-  Args:
-    settings: settings of the config.
-    workdir: folder of the run.
-    split: "train" or "heldout".
-    share: total share of these documents in the rows.
+  `split` is "train" or "heldout". `share` is the total share of these documents in the rows.
 
   Raises:
     UserError: see `open_rows`.

@@ -37,7 +37,6 @@ class Run:
   `Run(folder, settings)` is the run of a config. Its stages need not be finished.
 
   Attributes:
-    folder: workdir of the run, or folder of the bundle or export.
     settings: the stored settings, or the settings of a config with the same model.
     kind: type of `folder`. A bundle has no held-out documents and is never written to. An export
       has neither CLIP nor a bank.
@@ -145,11 +144,8 @@ def _id(run: Run, name: str) -> str:
 def open_params(run: Run, average: bool | None) -> StoredParams:
   """Opens the parameters that an export writes.
 
-  The parameters of a bundle are loaded into memory, which needs a current mesh.
-
-  Args:
-    run: a workdir or a bundle.
-    average: see `stored.choose`.
+  The parameters of a bundle are loaded into memory, which needs a current mesh. For `average`, see
+  `stored.choose`.
 
   Raises:
     UserError: `average` is given, but the run keeps no average or is a bundle.

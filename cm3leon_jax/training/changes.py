@@ -47,14 +47,9 @@ def check_changes(
 ) -> list[str]:
   """Checks the differences between the config of a run and the config of its next start.
 
-  Args:
-    folder: the folder of the run, for messages.
-    stored: settings that the run depends on, from its config.json.
-    config: the same settings of the next start.
-    allowed: names of fields that the user allows to change.
-
-  Returns:
-    A sentence for each change: the field, its values, and the effect.
+  `stored` has the settings that the run depends on, from its config.json, and `config` has the same
+  settings of the next start. Fields in `allowed` may change. Returns a sentence for each change:
+  the field, its values, and the effect.
 
   Raises:
     UserError: a field differs that is not in `allowed` or must not change.

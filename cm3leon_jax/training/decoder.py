@@ -51,16 +51,10 @@ class DecoderTraining:
 
   Attributes:
     folder: receives checkpoints/, metrics/, tensorboard/ and profile/.
-    model: architecture and size of the decoder.
-    optimizer: the optimizer and its learning rate schedule over `config.steps`.
-    config: length of the run, and how often it saves, evaluates and samples.
-    vocab: separates image codes from text.
     objective: what the decoder learns: `RowObjective` or `reinforcement.rollouts.Rollouts`.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
-    seed: seed of the initial parameters.
     sample_grid: (params, step) -> grid, a PIL image or None. Called every `sample_every` steps with
       `TrainState.eval_params`.
-    profile_steps: steps to trace.
     initial_params: returns the parameters of a run without a checkpoint; None: random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
   """
@@ -114,10 +108,8 @@ def restore_or_init(
 ) -> tuple[int | None, TrainState, int]:  # fmt: skip
   """Restores the newest checkpoint that is not damaged, or initializes a state.
 
-  `initial_params` is described in `DecoderTraining`.
-
-  Returns:
-    (step of the checkpoint or None, state, next row).
+  `initial_params` is described in `DecoderTraining`. Returns (step of the checkpoint or None,
+  state, next row).
 
   Raises:
     UserError: all checkpoints are damaged, or the log has so many steps that checkpoints must be
@@ -172,7 +164,6 @@ def train(
   At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
 
   Args:
-    training: what to train.
     lease: lease on the folder, if the caller already holds it.
     go_back: an older checkpoint to continue from, and the rows that the objective leaves out from
       now on.

@@ -9,18 +9,13 @@ from cm3leon_jax.training.hooks import Hook
 def run_steps(
   steps: Iterable[int], take_step: Callable, state: Any, batches: Iterator, hooks: Sequence[Hook]
 ) -> Any:
-  """Takes all steps, or stops earlier if a hook asks for it.
+  """Takes all steps, or stops earlier if a hook asks for it. Returns the last state.
 
   Args:
     steps: step numbers. The first step of a run is 1, and a resumed run continues the count. May be
       a progress bar over a range.
     take_step: (state, batch) -> (state, metrics); it may donate the state.
-    state: the state before the first step.
-    batches: yields one batch for each step.
     hooks: called in this order around each step, see `Hook`.
-
-  Returns:
-    The last state.
   """
   for hook in hooks:
     hook.begin(state)

@@ -29,24 +29,16 @@ class Objective(Protocol):
   def begin(
     self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
   ) -> tuple[Callable, Iterator]:
-    """Begins to read rows.
+    """Begins to read rows at `next_row`, with `rows` rows per step.
 
-    Args:
-      steps: the compiled functions of the run.
-      next_row: first row to read.
-      rows: number of rows per step.
-      sharding: sharding of the batches.
-
-    Returns:
-      `take_step(state, batch)`, which returns the new state and metrics, and an iterator over the
-      batches.
+    Returns `take_step(state, batch)`, which returns the new state and metrics, and an iterator over
+    the batches.
     """
 
   def explain(self, rows: range) -> str:
     """Says what skipped steps had read, and what the user can do, in one clause.
 
-    Args:
-      rows: of these steps, as `begin` counts rows.
+    `rows` are the rows of these steps, as `begin` counts them.
     """
 
 

@@ -68,9 +68,7 @@ def pack(values: np.ndarray) -> np.ndarray:
 def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
   """Replaces each matrix of a layer by its packed int8 numbers, its scales and its shape.
 
-  Args:
-    tensors: tensors in a layout of transformers. Matrices are [out, in], and their names end with
-      `.weight`.
+  Matrices are [out, in], and their names end with `.weight`, as in transformers.
   """
   result: list[Tensor] = []
   for tensor in tensors:

@@ -31,7 +31,6 @@ class StoredParams:
   """Parameters that are read in fp32 when they are needed.
 
   Attributes:
-    averaged: whether the parameters are the moving average.
     shapes: dotted name -> shape. The first axis of arrays under `blocks` is the layer.
     read: (name, *index) -> array. The index has one whole number for each of the first axes.
 
@@ -79,10 +78,7 @@ def save_args(state: PyTree) -> Any:
 def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> tuple[str, Any]:
   """Returns the tree of a state to restore, and Orbax's arguments that restore only this tree.
 
-  Args:
-    folder: folder of the state, STEP/state.
-    types: shapes, dtypes and shardings of the parameters.
-    average: see `choose`.
+  `folder` is the folder of the state, STEP/state. For `average`, see `choose`.
   """
   name = choose(folder, average)[0]
   args = ocp.args.PyTreeRestore(
@@ -96,9 +92,7 @@ def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> t
 def array_spec(folder: epath.Path, name: str) -> dict:
   """Returns TensorStore's spec of an array that Orbax wrote.
 
-  Args:
-    folder: absolute path of the folder with the arrays.
-    name: keys of the array in its tree, joined by dots.
+  `folder` is absolute. `name` has the keys of the array in its tree, joined by dots.
   """
   url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
   return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
@@ -107,9 +101,7 @@ def array_spec(folder: epath.Path, name: str) -> dict:
 def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
   """Opens the parameters of a state that Orbax wrote.
 
-  Args:
-    folder: folder of the state, STEP/state.
-    average: see `choose`.
+  `folder` is STEP/state. For `average`, see `choose`.
 
   Raises:
     UserError: see `choose`.
@@ -130,9 +122,7 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
 def choose(folder: epath.PathLike, average: bool | None) -> tuple[str, dict]:
   """Returns the tree of a state to read, "ema" or "params", and Orbax's metadata of its arrays.
 
-  Args:
-    folder: folder of the state, STEP/state.
-    average: whether to read the moving average. None reads the average if the state has one.
+  `folder` is STEP/state. If `average` is None, the average is read if the state has one.
 
   Raises:
     UserError: `average` is not None, but the run keeps no average.

@@ -71,7 +71,6 @@ class StoredTensors:
 
   @property
   def names(self) -> list[str]:
-    """Names of all tensors."""
     return list(self._views)
 
   @property
@@ -93,8 +92,7 @@ class StoredTensors:
   def read(self, name: str, *index: slice) -> np.ndarray:
     """Reads a tensor, or a part of it given by slices of its first axes.
 
-    Returns:
-      fp32; fp64 for tensors that are stored in fp64.
+    Returns fp32; fp64 for tensors that are stored in fp64.
 
     Raises:
       UserError: the tensor does not exist, is not floating-point, or has values that are not

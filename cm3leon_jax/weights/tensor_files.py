@@ -36,12 +36,9 @@ DTYPES: dict[str, tuple[str, np.dtype]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that is computed when it is written.
+  """A tensor that `make` computes when it is written.
 
-  Attributes:
-    shape: shape of the result of `make`.
-    dtype: dtype in the file, a key of `DTYPES`. The result of `make` is converted to this dtype.
-    make: computes the tensor.
+  `shape` is the shape of the result. The result is converted to `dtype`, a key of `DTYPES`.
   """
 
   name: str
@@ -75,15 +72,12 @@ def remove(folder: epath.PathLike) -> None:
 def write(
   folder: epath.PathLike, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
-  """Writes tensors to one file, or to several files and then an index.
+  """Writes tensors to one file, or to several files and then an index. Returns their names.
 
   Args:
     folder: receives `WEIGHTS`, or `INDEX` and the files that it names.
     tensors: tensors in the order in which they are computed and written.
     shard_bytes: largest total size of the tensors in a file. A larger tensor gets a separate file.
-
-  Returns:
-    Names of the files.
   """
   folder = epath.Path(folder)
   shards = _split(tensors, shard_bytes)

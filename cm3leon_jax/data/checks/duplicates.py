@@ -34,9 +34,7 @@ _BLOCK = 1_024  # Compares blocks of this many images with each other.
 class Fingerprints:
   """Fingerprints of N images, 0.8 kB each.
 
-  Attributes:
-    thumbnails: [N, 768] uint8.
-    hashes: [N, 24] uint8, 8 bits of the hash per byte.
+  Thumbnails are [N, 768] uint8. Hashes are [N, 24] uint8, with 8 bits of the hash per byte.
   """
 
   thumbnails: np.ndarray
@@ -110,15 +108,10 @@ def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
 def unite(names: Sequence[str], prints: Fingerprints) -> list[str]:
   """Merges concepts that contain near images, directly or through a chain of near images.
 
+  The alphabetically first of the merged names becomes the name of all these images.
+
     names  = ["apple", "pear", "cat", "pear"], the first two images near
     result = ["apple", "apple", "cat", "apple"]
-
-  Args:
-    names: concept name of each image.
-    prints: fingerprints of the same images.
-
-  Returns:
-    The new concept name of each image: the alphabetically first of the merged names.
   """
   if not names:
     return []

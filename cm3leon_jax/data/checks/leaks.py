@@ -48,8 +48,6 @@ class LeakReport:
   """Result of a leak check.
 
   Attributes:
-    heldout, train: number of images.
-    pairs: number of near pairs.
     leaked: number of held-out images with a near training image.
     nearest: at most SHOWN pairs; near pairs first, then the nearest remaining pairs.
   """
@@ -67,12 +65,7 @@ def check(
   """Compares every held-out image of a raw folder with every training image.
 
   Reads every image once. Keeps the fingerprints of all held-out images (0.8 kB each) and of 1,024
-  training images in memory.
-
-  Args:
-    folder: raw folder, see `ingest.prepare`.
-    num_threads: number of images read in parallel.
-    min_psnr: lowest PSNR in dB at which two thumbnails are near.
+  training images in memory. Thumbnails are near if their PSNR is at least `min_psnr` dB.
   """
   keys, prints = [], []
   for names, batch in _read(folder, "heldout", num_threads):
@@ -107,7 +100,6 @@ class NearDuplicates:
   """Near duplicates among images of different concepts.
 
   Attributes:
-    compared: number of compared images.
     near: number of images that are near another image.
     leaked: number of held-out images that are near a training image.
     pairs: keys of at most NAMED near pairs. Pairs of a held-out and a training image are first.

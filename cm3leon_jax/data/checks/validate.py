@@ -31,8 +31,7 @@ SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")
 def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
   """Checks every document of a shard against the schema and the arrays of the shard.
 
-  Returns:
-    Numbers of documents, segments and tokens.
+  Returns the numbers of documents, segments and tokens.
 
   Raises:
     UserError: the shard is invalid. The message names the shard, the record and the error.
@@ -83,8 +82,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
 def validate_store(store: DocumentStore) -> dict[str, int]:
   """Validates every shard of a store, and compares the joined arrays with the shards' arrays.
 
-  Returns:
-    Numbers of shards, documents, segments and tokens.
+  Returns the numbers of shards, documents, segments and tokens.
 
   Raises:
     UserError: the store is invalid. The message names the file, the record or document, and the
@@ -123,10 +121,6 @@ def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
 
 def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
   """Compares all files of a raw folder with their digests and prints the number of images.
-
-  Args:
-    folder: folder of the stage `raw`.
-    num_threads: number of images read in parallel.
 
   Raises:
     UserError: a file is missing or changed after it was written. The message names the file.

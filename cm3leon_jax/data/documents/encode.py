@@ -27,16 +27,11 @@ class EncodeJob:
   """Job for `shards.run_shards` that encodes raw shards.
 
   Attributes:
-    raw: raw folder, see `ingest.prepare`.
-    folder: folder of the stores.
     load_tokenizers: returns a text tokenizer and an image tokenizer. The image tokenizer's `encode`
       converts images, uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
-    vocab: ids of both tokenizers.
     resolution: H = W of the images for the image tokenizer.
     max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary counts
       them.
-    batch_size: number of images per call of the image tokenizer.
-    num_threads: number of image files read in parallel.
   """
 
   raw: str
@@ -147,16 +142,11 @@ def load_tokenizers(
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/workdir.md.
 
-  Document i of a store is record i of the same split and kind in the raw folder.
+  Document i of a store is record i of the same split and kind in the raw folder. `inputs` holds the
+  ids of the tokenizers. If an id changes, all shards are encoded again.
 
-  Args:
-    job: defines raw folder, tokenizers and destination.
-    inputs: ids of the tokenizers. If an id changes, all shards are encoded again.
-    runner: executes the job on all shards.
-
-  Returns:
-    For each split: number of documents by kind, token counts, number of cut captions, and the
-    result of `code_usage`.
+  Returns for each split: number of documents by kind, token counts, number of cut captions, and the
+  result of `code_usage`.
 
   Raises:
     UserError: a code is outside the vocabulary, all images have the same single code, or the split

@@ -328,7 +328,6 @@ class Bank:
   """The documents that can be retrieved: training pairs, followed by pairs of the split `bank`.
 
   Attributes:
-    folder: folder of the store of training pairs.
     parts: store of the training pairs, and, if it exists, store of the pairs of the split `bank`.
   """
 

@@ -24,10 +24,8 @@ def find(
 ) -> frozenset[int] | None:
   """Returns the text ids that occurred neither in a run nor in the runs that initialized it.
 
-  `workdir` can also be a bundle. `locate` maps a value of `--init_from` to a folder.
-
-  Returns:
-    Ids in [vocab.num_special, vocab.text_size); None if they are unknown.
+  `workdir` can also be a bundle. `locate` maps a value of `--init_from` to a folder. Returns ids in
+  [vocab.num_special, vocab.text_size); None if they are unknown.
 
   Raises:
     UserError: a file is damaged.

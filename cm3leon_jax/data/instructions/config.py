@@ -29,7 +29,6 @@ class Format:
 
   Attributes:
     splits: splits that can be read. () means that a split is the name of any file.
-    texts: names of the texts in a record.
     images: names of the images in a record. () means that the file names texts and images.
   """
 

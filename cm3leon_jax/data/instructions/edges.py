@@ -29,16 +29,10 @@ def load_opencv() -> types.ModuleType:
 
 
 def canny_edges(image: np.ndarray) -> np.ndarray:
-  """Finds edges by the method of Canny (1986).
+  """Finds edges by the method of Canny (1986): white, one pixel wide, on black.
 
   Each pixel uses the channel with the largest gradient, so that a yellow object on white has edges,
-  too.
-
-  Args:
-    image: [H, W, 3] uint8.
-
-  Returns:
-    [H, W, 3] uint8: white edges, one pixel wide, on black.
+  too. The image and the result are [H, W, 3] uint8.
   """
   edges = load_opencv().Canny(np.ascontiguousarray(image), LOW, HIGH)
   return np.repeat(edges[..., None], 3, axis=2)
@@ -48,13 +42,8 @@ def scribble(image: np.ndarray) -> np.ndarray:
   """Draws an image as a person would scribble it, with few thick smooth lines.
 
   Blurs the image, finds edges and thickens them. Then blurs the lines and thresholds them, so that
-  corners are round. The line width grows with the height of the image.
-
-  Args:
-    image: [H, W, 3] uint8.
-
-  Returns:
-    [H, W, 3] uint8: white lines on black.
+  corners are round. The line width grows with the height of the image. The lines are white on
+  black. The image and the result are [H, W, 3] uint8.
   """
   cv2, width = load_opencv(), max(2, image.shape[0] // 64)
   blurred = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), width / 2)
@@ -68,12 +57,7 @@ MAPS = {"canny": canny_edges, "scribble": scribble}
 
 @dataclasses.dataclass(frozen=True)
 class ImageMap:
-  """A map that is computed when the image is read.
-
-  Attributes:
-    kind: a key of MAPS.
-    image: image that the map is computed from: a path, [H, W, 3] uint8, or another map.
-  """
+  """A map that is computed when the image is read. `kind` is a key of MAPS."""
 
   kind: str
   image: "str | np.ndarray | ImageMap"

@@ -183,7 +183,6 @@ def read_narratives(
 
   Args:
     files: JSONL files with {image_id, caption} per line. The traces in the large files are ignored.
-    images: folder that holds the images.
     image: format string of the path in `images` for an image id, e.g. "val2017/{:0>12}.jpg".
 
   Raises:

@@ -107,13 +107,8 @@ def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
     square_box((100, 50, 100, 25), 400, 200) = (0, 64, 128, 96)
     The square begins at column 100, and a pixel becomes 1.28 x 1.28.
 
-  Args:
-    bbox: left, top, width, height in pixels of the image.
-    width: width of the image in pixels.
-    height: height of the image in pixels.
-
-  Returns:
-    Left, top, right, bottom, clipped and rounded; None if the box is outside the square.
+  `bbox` is left, top, width and height in pixels of the image. The result is left, top, right and
+  bottom, clipped and rounded, or None if the box is outside the square.
   """
   side = min(width, height)
   scale = SIDE / side

@@ -19,14 +19,8 @@ def instruction_sources(
   """Opens the instructions of a split, one source per task. Returns [] if there are no tasks.
 
   The numbers of training records decide the shares of the tasks in both splits. Held-out samples
-  are complete, and only their answers have a loss weight.
-
-  Args:
-    config: selects the tasks and bounds their shares.
-    folder: folder that holds the stores.
-    vocab: vocabulary of the stores.
-    split: "train" or "heldout".
-    share: sum of the shares of all tasks.
+  are complete, and only their answers have a loss weight. `split` is "train" or "heldout", and
+  `share` is the sum of the shares of all tasks.
 
   Raises:
     UserError: a task has no store or no records, or no task has a held-out split.

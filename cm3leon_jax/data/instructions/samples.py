@@ -39,9 +39,7 @@ class Instructions:
   Attributes:
     targets: [n, 2] int32, the target range of each document, half-open, in
       `</s> segment <break> ... segment </s>`.
-    drops: shares of samples that lack a part.
     loss_on: "all" weights every token, "target" only the target.
-    loss_weight: weight of a token in the loss.
   """
 
   targets: np.ndarray
@@ -82,7 +80,6 @@ class InstructionPlan(typing.NamedTuple):
     masked: whether `<mask:0>` replaces the omitted segments.
     spans: the target as a CM3 span, or () if the target is the last image.
     target: half-open range of the target in the joined sample, after segments were omitted.
-    length: number of tokens of the sample.
     neighbors, missing, crowded_out, dropped: as in `SamplePlan`. Instructions have no neighbors.
   """
 
@@ -119,10 +116,8 @@ def plan_instruction(
 
   Args:
     lengths: segment lengths without `<break>` and `</s>`.
-    is_image: whether each segment is an image.
     target: half-open range in `</s> segment <break> ... segment </s>`.
     rng: generator of the sample. No number has been drawn from it.
-    drops: shares of samples that omit segments.
   """
   starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
   last, total = len(lengths) - 1, int(starts[-1])
@@ -151,10 +146,8 @@ def build_instruction(
   """Builds the sample that `plan` describes.
 
   With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
-  paper. With "target", only the target and the token after it have that weight.
-
-  Returns:
-    Tokens [T] int32, and their loss weights as targets [T] float32.
+  paper. With "target", only the target and the token after it have that weight. Returns tokens [T]
+  int32, and their loss weights as targets [T] float32.
 
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.

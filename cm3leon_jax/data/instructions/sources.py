@@ -46,11 +46,8 @@ def open_task(
 ) -> Iterator[Record]:
   """Yields the records of a task.
 
-  Args:
-    task: defines format, files and number of records.
-    split: "train" or "heldout".
-    config: defines the folder of the files.
-    drawn: world name -> tasks of that world, which draw the records of the format WORLD/TASK.
+  `split` is "train" or "heldout". `drawn` maps the name of a world to its tasks, which draw the
+  records of the format WORLD/TASK.
 
   Raises:
     UserError: the format or split is unknown, or the records cannot have a map; see also
@@ -130,12 +127,8 @@ class InstructionJob:
 
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
-    tasks: all tasks of the run.
-    config: defines the folder of the files.
     drawn: world name -> tasks of that world, which draw the records of the format WORLD/TASK.
-    vocab: ids of both tokenizers.
     positions: maximum number of predicted tokens per sample: the slots of a row.
-    num_threads: number of images read in parallel.
   """
 
   workdir: str
@@ -165,13 +158,8 @@ class InstructionJob:
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
   """Writes the missing stores, one per task and split.
 
-  Args:
-    job: describes tasks, files and tokenizers.
-    inputs: ids of the tokenizers. If an id changes, all stores are encoded again.
-    runner: executes the job on all stores.
-
-  Returns:
-    Store name -> counts, see `write_store`.
+  `inputs` holds the ids of the tokenizers. If an id changes, all stores are encoded again. Returns
+  store name -> counts, see `write_store`.
   """
   configs = {
     store_name(split, task): {**identity(task, job), "inputs": inputs}

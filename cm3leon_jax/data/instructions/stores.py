@@ -37,10 +37,7 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    image_tokenizer: encodes the images of a record.
-    vocab: ids of both tokenizers.
     positions: maximum number of predicted tokens per sample: the slots of a row.
-    num_threads: number of images read in parallel.
     redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
   """
 
@@ -59,10 +56,8 @@ def write_store(
 
   Documents keep the order of the records. Only SHARD records and their images are in memory at a
   time. An invalid record goes to rejected.jsonl with the reason: an image cannot be read, a text is
-  empty, or the sample does not fit into a row.
-
-  Returns:
-    Numbers of documents, of rejected records, and of target tokens.
+  empty, or the sample does not fit into a row. Returns the numbers of documents, of rejected
+  records, and of target tokens.
 
   Raises:
     UserError: a template does not fit the records, or no record is valid.
@@ -165,8 +160,7 @@ def _read_images(
 ) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
   """Reads all images that the templates use.
 
-  Returns:
-    (record index, field, pixels) of each image, and record index -> error message.
+  Returns (record index, field, pixels) of each image, and record index -> error message.
   """
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)

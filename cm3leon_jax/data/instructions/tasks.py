@@ -59,9 +59,7 @@ def choose_template(task: InstructionTask, key: str) -> str:
 class Instruction:
   """A record that a task's template joined into a document.
 
-  Attributes:
-    segments: segments of the document.
-    start, stop: half-open range of the target in `</s> segment <break> ... segment </s>`.
+  `start` and `stop` are the range of the target in `</s> segment <break> ... segment </s>`.
   """
 
   segments: tuple[Segment, ...]
@@ -85,8 +83,6 @@ def join_record(
   the record's texts becomes single spaces, but line breaks of the template stay.
 
   Args:
-    task: defines the templates and the target.
-    record: texts and images of one sample.
     encode: text -> [T] int32 ids.
     codes: field name -> [I] int32 ids of the image in the shared vocabulary.
 
@@ -114,11 +110,7 @@ def _check_place(
 ) -> None:
   """Checks that a target image is last and that the task's drops are possible.
 
-  Args:
-    task: defines the drops.
-    segments: segments of the document.
-    target: half-open range of the target.
-    end: index after the last token of the last segment.
+  `target` is a half-open range, and `end` is the index after the last token of the last segment.
 
   Raises:
     UserError: a check fails. The message names the task.
@@ -192,12 +184,6 @@ def mixture(
 
   CM3Leon, section 4, says "threshold 3/0.3". Here this is the range of a task's size divided by the
   mean size.
-
-  Args:
-    tasks: define weights and caps.
-    sizes: number of records of each task.
-    least: smallest ratio.
-    most: largest ratio.
 
   Raises:
     UserError: a task has no records, or all weights are 0.

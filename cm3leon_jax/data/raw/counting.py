@@ -68,12 +68,7 @@ def counts_of(
 ) -> Counts:
   """Counts the text tokens that a raw folder supports, and copies other counts from its summary.
 
-  Args:
-    folder: raw folder that `ingest.prepare` wrote.
-    summary: result of `ingest.prepare`.
-    resolution: side of the images in pixels.
-    num_special: number of special tokens of the vocabulary.
-    config: config of the text tokenizer.
+  `summary` is the result of `ingest.prepare`.
   """
   largest = VocabLayout(num_special=num_special, text_size=MOST_TEXT_TOKENS)
   captions = reader.read_captions(folder)

@@ -60,9 +60,8 @@ def prepare(
   A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
   `parts` and `drawn` are as in `parts_of`.
 
-  Returns:
-    Number of shards, number of records by split and kind, number of rejected records by reason, the
-    statistics of `summary`, and the numbers of `drawn`.
+  Returns the number of shards, number of records by split and kind, number of rejected records by
+  reason, the statistics of `summary`, and the numbers of `drawn`.
 
   Raises:
     UserError: too many records are invalid (rejected.jsonl lists them), or no record can be used.
@@ -94,10 +93,8 @@ def _write_shards(
 ) -> dict[str, dict]:
   """Writes shards and rejected.jsonl, even if too many records are rejected.
 
-  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`.
-
-  Returns:
-    Shard name -> summary, in the order of `parts`.
+  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`. Returns shard name
+  -> summary, in the order of `parts`.
   """
   made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
   configs = {name: _identity(config, part, drawn) for name, part in parts.items()}
@@ -148,7 +145,6 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  """Sums the counts of all shards by name."""
   total: dict[str, int] = {}
   for shard in counts:
     total |= {name: total.get(name, 0) + count for name, count in shard.items()}

@@ -159,7 +159,6 @@ def load_with_size(
   are limited, and large images are read one at a time.
 
   Args:
-    image: path, or the bytes of a file.
     resolution: side of the result in pixels. None keeps the size of the image.
     crop: "center" or "pad", see `RawConfig.crop`.
 

@@ -79,11 +79,7 @@ def _pixels(size: Sequence[int]) -> tuple[int, int]:
 
 
 def sentence(summary: Mapping, resolution: int) -> str:
-  """Describes the summary of the stage `raw` in words.
-
-  Args:
-    summary: result of `ingest.prepare`.
-    resolution: side of the images in the raw folder, in pixels.
+  """Describes the result of `ingest.prepare` in words.
 
   Returns:
     "279 pairs for training, 21 held out; images of 256 x 256 become 64 x 64; captions of 4 to 31

@@ -130,9 +130,8 @@ class _Writer:
   ) -> tuple[Record | Rejected | None, bytes, list[tuple[int, int]], list[str]]:
     """Saves the images of a record.
 
-    Returns:
-      The record with the new image names, or Rejected after an error; the digest of the pixels; the
-      original sizes; one line with the SHA-256 of each image file.
+    Returns the record with the new image names, or Rejected after an error; the digest of the
+    pixels; the original sizes; one line with the SHA-256 of each image file.
     """
     if not isinstance(item, Record) or not images:
       return item, b"", [], []
@@ -219,9 +218,6 @@ def write_shard(
   """Writes one shard: record files and images.
 
   Args:
-    config: settings of checks and images.
-    folder: folder of the shard.
-    items: records and rejected records.
     load: `load(image, resolution)` returns pixels and the original size, see `load_with_size`.
     more: additional counts of the source, which are copied into the result.
     total: number of items for the progress bar. None if unknown.

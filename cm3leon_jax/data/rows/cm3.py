@@ -36,7 +36,6 @@ def sample_spans(
     segment_lengths: lengths of all segments of the joined sample, neighbors included.
     num_spans: number of spans; at most num_spans ** 2 candidates are tried.
     whole_segments: whether spans are whole segments, e.g. a caption or an image.
-    rng: generator of the sample.
 
   Returns:
     At most `num_spans` half-open ranges of the joined sample, ascending.
@@ -93,13 +92,8 @@ def apply_cm3_mask(
     tokens = [</s> 7 8 9 <break> 91 92 93 94 </s>], spans = [(1, 4)]: the caption 7 8 9
     result = [</s> <mask:0> <break> 91 92 93 94 </s> <mask:0> 7 8 9 <eoss>]
 
-  Args:
-    tokens: [T] int32.
-    spans: n ascending, disjoint half-open ranges.
-    vocab: defines the ids of the sentinels.
-
-  Returns:
-    [T + 3n] int32.
+  `tokens` is [T] int32. `spans` are n ascending, disjoint half-open ranges. The result is [T + 3n]
+  int32.
   """
   specials = [vocab.mask(i) for i in range(len(spans))] + [vocab.eoss]
   return np.concatenate([tokens, specials]).astype(np.int32)[cm3_layout(len(tokens), spans)]
@@ -111,12 +105,7 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
     tokens = [</s> <mask:0> <break> 91 92 93 94 </s> <mask:0> 7 8 9 <eoss>]
     result = [</s> 7 8 9 <break> 91 92 93 94 </s>]
 
-  Args:
-    tokens: [T + 3n] int32.
-    vocab: defines the ids of the sentinels.
-
-  Returns:
-    [T] int32.
+  `tokens` is [T + 3n] int32, and the result is [T] int32.
 
   Raises:
     ValueError: a sentinel has no infill, or an infill has no `<eoss>`.

@@ -123,7 +123,6 @@ def pack_row(
   Args:
     samples: pairs of tokens [T] and weights [T]. The sum of T - 1 is at most `length`.
     length: number L of slots.
-    vocab: defines the padding id.
     align_images: as in `positions_of`.
 
   Returns:
@@ -280,10 +279,8 @@ def batches(
   """Yields global batches forever. Batch j begins at row `first_row` + j * `batch_size`.
 
   Threads prefetch the rows of this process. A batch depends only on its row numbers, not on earlier
-  batches or the number of processes.
-
-  Yields:
-    dict of [B, L] arrays, see `RowLoader`, laid out by `sharding`.
+  batches or the number of processes. Yields dicts of [B, L] arrays, see `RowLoader`, laid out by
+  `sharding`.
   """
   config = loader.plan.config
   shape = (batch_size, config.sequence_length)

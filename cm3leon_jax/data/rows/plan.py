@@ -42,11 +42,9 @@ class RowSource:
   """A source of training rows: documents with one share of the mixture.
 
   Attributes:
-    store: the documents.
     share: share of all slots. The shares of a mixture sum to 1.
     neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
       None if the source has no neighbors.
-    bank: the documents that can be neighbors.
     instructions: targets and weights of instruction documents. None for other documents.
     name: name of the source in logs: "pairs", or the name of a task.
   """
@@ -69,8 +67,7 @@ class RowSource:
 def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Finds documents that consist of one text longer than `most` tokens.
 
-  Returns:
-    Ascending indices and lengths of these documents, both int64.
+  Returns ascending indices and lengths of these documents, both int64.
   """
   offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
   long = [np.zeros(0, np.int64)]
@@ -200,13 +197,8 @@ class RowPlan:
   ):
     """Opens the plan. The first access to a row plans a window.
 
-    Args:
-      sources: the mixture.
-      config: rates, row length and window size.
-      max_spans: number of sentinels in the vocabulary.
-      seed: seed of all random choices.
-      starts_path: file with the starts of earlier windows, see `WindowStarts`.
-      write_starts: whether to append new starts to the file. True in one process of a run.
+    `starts_path` is the file with the starts of earlier windows, see `WindowStarts`. With
+    `write_starts`, which one process of a run sets, new starts are appended to the file.
 
     Raises:
       ValueError: a source with a share has no documents.

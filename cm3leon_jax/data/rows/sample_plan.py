@@ -70,10 +70,8 @@ def plan_sample(
 
   Args:
     lengths: segment lengths of the document.
-    is_image: whether each segment is an image.
     candidates: segment lengths of each candidate neighbor.
     rng: generator of the sample. No number has been drawn from it.
-    config: rates and the row length.
     max_spans: number of sentinels in the vocabulary.
 
   Returns:

@@ -99,14 +99,9 @@ def parquet_rows(
   """Yields the records of a Parquet file: pairs, or texts for rows without an image.
 
   An image is bytes, a path, or a dict of both (Hugging Face). The values that are read count toward
-  MAX_GROUP, too, because a Parquet dictionary can repeat a large value in all rows.
-
-  Args:
-    fs: filesystem of the file.
-    file: path of the file.
-    images: checks image paths and makes them absolute, see `formats._with_images`.
-    longest_caption: maximum length in characters. Longer captions are rejected without decoding
-      them. None means any length.
+  MAX_GROUP, too, because a Parquet dictionary can repeat a large value in all rows. `images` checks
+  image paths and makes them absolute, see `formats._with_images`. Captions of more than
+  `longest_caption` characters are rejected without decoding them; None means any length.
   """
   try:
     from pyarrow import parquet

@@ -17,7 +17,6 @@ class FactLeakReport:
   """Result of a comparison of the facts of training and held-out images.
 
   Attributes:
-    heldout, train: number of images.
     leaked: number of leaked held-out images, by the reason why they are held out.
     first: sentences about the first leaked images.
   """

@@ -202,11 +202,9 @@ def read(
 ) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, and Rejected for invalid records.
 
-  Args:
-    part: a result of `parts`.
-    allow_outside: whether records may name images outside the folder of their file.
-    longest_caption: maximum caption length in characters. Only Parquet rejects longer captions
-      here. None means any length.
+  With `allow_outside`, records may name images outside the folder of their file. `longest_caption`
+  is the maximum caption length in characters; None means any length. Only Parquet rejects longer
+  captions here.
   """
   rows = functools.partial(parquet_rows, longest_caption=longest_caption)
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]

@@ -22,9 +22,7 @@ class ImageFolder:
   a URL could make the machine send requests.
 
   Attributes:
-    path: path of the folder, local or in a GCS bucket.
     remedy: end of the error message: what to do with an image outside the folder.
-    allow_outside: whether images may be outside the folder.
   """
 
   path: str
@@ -37,12 +35,8 @@ class ImageFolder:
       ImageFolder("data").find("val/7.jpg", "a.jsonl, line 1") = "data/val/7.jpg"
 
     The error is the same whether or not the file exists, so that it does not reveal which files the
-    machine has.
-
-    Args:
-      name: path relative to the folder, absolute path, or URL.
-      where: place of the record, for the error message.
-      noun: kind of the file, for the error message.
+    machine has. `name` is a path relative to the folder, an absolute path, or a URL. `where` is the
+    place of the record, and `noun` is the kind of the file, for the error message.
 
     Raises:
       UserError: the path is outside the folder.

@@ -20,11 +20,7 @@ def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | R
   """Yields (place, line) for every nonblank line of a binary file.
 
   Yields a RecordError in place of a line with more than MAX_LINE bytes, and never reads the whole
-  line into memory.
-
-  Args:
-    raw: the open file. It is closed at the end.
-    file: file name for messages.
+  line into memory. The file is closed at the end.
   """
   # The `readline` of files in a GCS bucket ignores its limit.
   with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # Binary files have the methods.

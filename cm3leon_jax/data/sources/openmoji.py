@@ -71,8 +71,6 @@ class Drawing:
 
   Attributes:
     code: code points in hexadecimal, joined by '-', as in the name of the file.
-    path: path of the file.
-    caption: see `caption`.
     concept: shared by its variants, see `concept` and `unite_concepts`.
   """
 
@@ -102,10 +100,7 @@ def drawings() -> tuple[list[Drawing], int]:
 def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
   """Unites concepts whose drawings are near duplicates, see `duplicates.unite`.
 
-  Args:
-    named: all drawings of the source.
-    resolution: side at which drawings are compared, in pixels; 64 takes 10 s on 2 cores.
-    num_threads: number of drawings rendered at the same time.
+  `resolution` is the side in pixels at which drawings are compared; 64 takes 10 s on 2 cores.
   """
   paths = [drawing.path for drawing in named]
   load = functools.partial(render, resolution=resolution)

@@ -96,11 +96,7 @@ def folder_samples(
 ) -> Iterator[Record | Rejected]:
   """Yields the samples of a folder in the order of `files`. Keys are stems relative to `root`.
 
-  Args:
-    fs: filesystem of the folder.
-    root: path of the folder.
-    files: paths of the images and caption files.
-    images: checks image paths and makes them absolute, see `formats._with_images`.
+  `images` checks image paths and makes them absolute, see `formats._with_images`.
   """
   files = list(files)
   stems, known = iter(by_stem(files).items()), set(files)
@@ -141,9 +137,6 @@ def sample_records(
   """Yields the pair of a sample, or Rejected, and then a note for each omitted caption or image.
 
   Args:
-    file: file of the sample, for rejected records.
-    where: place of the sample, for messages.
-    key: key of the pair.
     sample: suffix -> content of the file, or path of an image.
     source: default of the field `source`, if the .json does not define it.
   """

@@ -19,11 +19,7 @@ class NoFreeSlot(Exception):
 
 
 class StepFailed(Exception):
-  """A chunk failed, for example because memory ran out. Its batch and samples are lost.
-
-  Attributes:
-    tickets: tickets of the lost samples.
-  """
+  """A chunk failed, for example because memory ran out. The samples of `tickets` are lost."""
 
   def __init__(self, tickets: Sequence[int]):
     super().__init__(f"a chunk of {len(tickets)} samples failed; they must be admitted again.")
@@ -106,7 +102,6 @@ class ContinuousGenerator:
     """Admits a request to a free slot. The next step of its batch reads its prompts.
 
     Args:
-      request: a request of the functions in `decoding.request`.
       seed: an integer in [0, 2^32).
       sampling: sampling settings; default: the config's. A top_k above the config's needs another
         bucket, which sorts all logits. A new method or contrastive_k causes recompilation.

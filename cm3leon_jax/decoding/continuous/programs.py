@@ -25,10 +25,8 @@ def empty_batch(
   """Makes an empty batch for the slots of `control`.
 
   `chunk` is the largest number of steps per call; for `least` see `state.steps`. The cache has
-  capacity for all `static.max_new_tokens` generated tokens from the start.
-
-  Returns:
-    (state, program of its next steps).
+  capacity for all `static.max_new_tokens` generated tokens from the start. Returns (state, program
+  of its next steps).
   """
   function = functools.partial(
     state_lib.empty,

@@ -32,7 +32,6 @@ class Update:
     ticket: the ticket from `ContinuousGenerator.admit`.
     result: all tokens of the sample so far; `request` and `sample` are 0.
     finished: whether the sample is complete and its slot is free again.
-    steps: number of steps in the chunk.
   """
 
   ticket: int
@@ -61,7 +60,6 @@ class ActiveRequest:
 
   @property
   def method(self) -> TokenMethod:
-    """Sampling method of the request."""
     streams = len(self.request.streams)
     [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
     return method
@@ -105,10 +103,7 @@ class RunningBatch:
     return not self.draining and not all(self.slots)
 
   def admit(self, request: ActiveRequest) -> int:
-    """Puts a request into a free slot, in the shard with the fewest unread prompts.
-
-    Returns the slot.
-    """
+    """Puts a request into the shard with the fewest unread prompts. Returns its slot."""
     size = len(self.slots) // self.shards
     free = [slot for slot, taken in enumerate(self.slots) if taken is None]
     slot = min(free, key=lambda slot: sum(x // size == slot // size for x in self.admitted))
@@ -158,10 +153,7 @@ class RunningBatch:
     return self.program_of_few
 
   def _limit(self) -> int:
-    """Returns the number of steps of the next chunk.
-
-    If a sample is known to end soon, the chunk ends with the sample.
-    """
+    """Returns the number of steps of the next chunk, which ends with a sample that ends soon."""
     known = [x.left for x in self.slots if x is not None and x.left is not None]
     if known and min(known) <= self.chunk + self.least:
       return max(min(known), self.least)

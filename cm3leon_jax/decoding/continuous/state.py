@@ -51,9 +51,7 @@ class Admitted(NamedTuple):
 
   Attributes:
     prompts: the prompts of each stream, without their last tokens.
-    last: last token of each stream's prompt.
-    last_positions: position of the last token.
-    next_positions: position of the first generated token.
+    last, last_positions, next_positions: as in `batch.StreamPrompt`.
     plan: result of `grammar.plan_array`.
     slots: slot of each sample, counted within its shard of the batch. A number after the last slot
       means that the element is padding.
@@ -128,8 +126,7 @@ def _read_stream(
 ) -> tuple[Layers, Bool[Array, "J T"]]:
   """Reads prompts into rings of `capacity` entries, so that they end before entry `end`.
 
-  Returns:
-    (cache of each layer, mask of the entries that hold a token).
+  Returns (cache of each layer, mask of the entries that hold a token).
   """
   prompts = Padded(*(shard(x, "batch", None) for x in prompts))
   count, width = prompts.ids.shape

@@ -33,7 +33,6 @@ class SamplingMethod:
     name: value of `sampling.method` in the config.
     settings: fields of SamplingConfig that the method reads, except `method` and guidance fields.
     is_guided: whether guidance weights have an effect.
-    needs_unconditional: whether the method needs an unconditional stream.
     takes_drafts: whether the method samples from the distribution of `top_p.filter_candidates`,
       with which `speculative` verifies drafts.
   """

@@ -73,7 +73,6 @@ class RowSettings(NamedTuple):
 
   Attributes:
     temperature: divisor of the logits, or of the scores of the row's method.
-    top_p: settings of top-p.
     others: name of each method in OTHERS -> (which rows use it, its settings).
   """
 
@@ -113,10 +112,8 @@ def sample(
   """Samples one id for each row. Each row must have a legal id.
 
   `keys` has one key per row, so the sample of a row does not depend on other rows. `candidates` is
-  as in `filter_candidates`, and `others` as in `Sampler`; both are static.
-
-  Returns:
-    (ids, log-probability of each id under softmax(guided) before temperature and filters).
+  as in `filter_candidates`, and `others` as in `Sampler`; both are static. Returns (ids,
+  log-probability of each id under softmax(guided) before temperature and filters).
   """
   temperature = rows.temperature[:, None]
   token = TOP_P.sample(logits, keys, temperature, rows.top_p, candidates)

@@ -20,12 +20,7 @@ TEXT_SETTINGS = (
 
 
 class TopPRows(NamedTuple):
-  """Settings of top-k and top-p for each row.
-
-  Attributes:
-    top_k: number of candidates to keep; 0 keeps all.
-    top_p: probability of the nucleus.
-  """
+  """Settings of top-k and top-p for each row. `top_k` = 0 keeps all candidates."""
 
   top_k: Int32[Array, " B"]
   top_p: Float32[Array, " B"]

@@ -91,9 +91,8 @@ def without_model(
 def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
   """Computes the share of right answers, with a 95% interval over groups of records.
 
-  Returns:
-    {"answers": count, "right": {share, low, high, groups, effective_groups}}. "kept", in the form
-    of "right", is added for images in which parts had to stay unchanged.
+  Returns {"answers": count, "right": {share, low, high, groups, effective_groups}}. "kept", in the
+  form of "right", is added for images in which parts had to stay unchanged.
   """
   options = (answers, num_resamples, seed)
   result = {"answers": len(answers), "right": _share([a.right for a in answers], *options)}

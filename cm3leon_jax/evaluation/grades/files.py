@@ -38,9 +38,8 @@ def write(
   `answers` is name of a task -> title of a column -> answers to the same records. For `kinds`, see
   `answers.means`.
 
-  Returns:
-    {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from "before"
-    to "after"}, "means": result of `answers.means`}.
+  Returns {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from
+  "before" to "after"}, "means": result of `answers.means`}.
   """
   folder, seed = epath.Path(folder), settings.seed
   resamples = settings.evaluation.num_resamples
@@ -68,8 +67,7 @@ def write(
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
   """Chooses random examples, and the wrong answers with the highest `score`.
 
-  Returns:
-    Pairs of a title and indices. No index occurs twice.
+  Returns pairs of a title and indices. No index occurs twice.
   """
   order = np.random.default_rng(seed).permutation(len(answers)).tolist()
   chosen = order[:EXAMPLES]

@@ -35,7 +35,6 @@ def score_answers(
   <eoss> counts, so that an answer that is the beginning of another answer is not favored.
 
   Args:
-    pipeline: pipeline of the run.
     params: parameters of the decoder as it was trained, on the current mesh.
     texts: Q texts with one MASK each.
     answers: C answers to each question.

@@ -44,11 +44,7 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 
     counts = [3, 0, 1]: probabilities 4/7, 1/7, 2/7, so bits = [0.807, 2.807, 1.807]
 
-  Args:
-    counts: [symbols] integers.
-
-  Returns:
-    [symbols] float64.
+  `counts` has [symbols] integers, and the result is [symbols] float64.
   """
   smoothed = np.asarray(counts, np.float64) + 1
   return np.log2(smoothed.sum()) - np.log2(smoothed)
@@ -57,10 +53,8 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
   """Computes the bits of every id under two unigram models, one of image codes and one of text.
 
-  `store` has the training documents. Only its token counts are read.
-
-  Returns:
-    [vocab.size] float64. NaN at the special tokens, which neither model has.
+  `store` has the training documents. Only its token counts are read. The result is [vocab.size]
+  float64, with NaN at the special tokens, which neither model has.
   """
   counts = store.token_counts
   text, image = slice(vocab.num_special, vocab.text_size), slice(vocab.text_size, vocab.size)
@@ -75,14 +69,8 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
 
   If one concept has more than half of the documents, some of its documents get a partner of the
-  same concept, but never themselves.
-
-  Args:
-    concepts: [n] name of the concept of each document, with at least two different names.
-    rng: random generator for the order of documents.
-
-  Returns:
-    [n] int64, a permutation.
+  same concept, but never themselves. At least two of the n names in `concepts` differ. The result
+  is [n] int64, a permutation.
   """
   _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
   # Documents in random order, grouped by concept. A shift by the size of the largest concept leads
@@ -132,10 +120,7 @@ def own_targets(
     image          0    0     0    0    0 0    0     1   0
 
   `<break>` and `</s>` are not marked. In `sample` ([T] int32, from `loader.join`), the document is
-  last, after its neighbors.
-
-  Returns:
-    {"image", "text"}: [T - 1] bool.
+  last, after its neighbors. Returns {"image", "text"}: [T - 1] bool.
   """
   targets = np.asarray(sample)[1:]
   size = sum(len(s.tokens) for s in document.segments) + len(document.segments) - 1
@@ -163,9 +148,7 @@ def score_samples(
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    model_config: config of the decoder.
     samples: samples of [T] int32, T <= model_config.max_positions + 1.
-    vocab: layout of the ids.
     batch_size: rows in a batch, see `check_batch`.
     progress: called with the number of samples that were scored since its last call.
     length: slots of a row. Default: the slots of the longest sample, rounded up.
@@ -254,14 +237,9 @@ def evaluate(
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    model_config: config of the decoder.
     bank: the bank, or the store of the training pairs if the bank has only training pairs.
-    heldout_store: store of the held-out pairs.
     neighbor_ids: [len(heldout_store), C] int32 indices into `bank`, best first. -1 means none.
-    vocab: layout of the ids.
     data: config of rows. The first `num_neighbors` neighbors that fit are put before a document.
-    config: config of the evaluation.
-    seed: seed of the choice of documents, the shuffling and the bootstrap.
 
   Returns:
     A plain dict with documents, mean_neighbors (per condition), and per modality: tokens, unigram

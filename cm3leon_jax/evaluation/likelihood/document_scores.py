@@ -44,12 +44,7 @@ def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Finds the neighbors of pairs by their texts, as at inference, but never the pair itself.
-
-  Attributes:
-    count: largest number of neighbors.
-    bank: documents of the bank that `retriever` searches.
-  """
+  """Finds up to `count` neighbors of a pair by its text, as at inference, but never the pair."""
 
   count: int
   retriever: Retriever
@@ -206,10 +201,8 @@ def run(
 
   All processes of a job must call this function. The first process writes. `folder` also holds
   parts/ until all parts are done. A part has `part` documents. `checked` is the result of
-  `documents.check`. `num_resamples` and `seed` are for the intervals.
-
-  Returns:
-    The summary, see `Totals.summary`.
+  `documents.check`. `num_resamples` and `seed` are for the intervals. Returns the summary, see
+  `Totals.summary`.
   """
   folder = epath.Path(folder)
   count = -(-checked.documents // part)
@@ -291,11 +284,10 @@ class Totals:
 
       2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 
-    Returns:
-      {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has documents,
-      tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`, `high`,
-      `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
-      effective_groups.
+    Returns {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has
+    documents, tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`,
+    `high`, `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
+    effective_groups.
     """
     result: dict[str, Any] = {
       "documents": self.documents,

@@ -49,7 +49,6 @@ class Checked:
   """Result of a check of documents.
 
   Attributes:
-    documents: N.
     pairs: number of documents that are a text and then an image.
     digest: SHA-256, in hex, of everything in the documents that their scores depend on.
   """
@@ -66,7 +65,6 @@ class DocumentFile:
   Attributes:
     path: path of the file. Paths of images are relative to its folder.
     crop: how images become square, see `RawConfig.crop`.
-    num_threads: number of images that are read at a time.
     allow_outside: whether images may be outside of the folder of the file.
   """
 
@@ -166,11 +164,7 @@ class DocumentFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocuments:
-  """Documents of a store that `cm3leon encode_documents` wrote.
-
-  Attributes:
-    made: id of the stage that wrote the store.
-  """
+  """Documents of a store that the stage with the id `made` wrote."""
 
   store: DocumentStore
   layout: PromptLayout
@@ -215,7 +209,6 @@ def open_documents(
 
   Args:
     path: a JSONL file, or the folder of a store in the folder `documents/` of a workdir.
-    layout: layout of prompts of the run.
     tokenizers: name -> id of the stage that trained the tokenizer of the run.
     **options: `crop`, `num_threads` and `allow_outside` of `DocumentFile`.
 

@@ -33,8 +33,6 @@ class PairScore:
     text: log p(text) with the text first, as `cm3leon evaluate` measures it (there in bits).
     image_given_text: log p(image | text) with the text first, as `cm3leon evaluate` measures it.
     text_given_image: log p(text | image) with the text as the masked span of the document.
-    text_tokens: T.
-    image_tokens: I.
   """
 
   text: float
@@ -53,7 +51,6 @@ def score(
     </s> documents <mask:0> <break> image </s> <mask:0> text <eoss>
 
   Args:
-    pipeline: retrieves documents and encodes images.
     params: parameters of the decoder as it was trained, on the current mesh.
     pairs: texts and images. An image has any type that tasks accept.
     retrieve: largest number of documents. Documents that do not fit are left out.

@@ -94,13 +94,7 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
 
   As in the official code, answers are normalized only if the people disagree. If all people gave
   the same answer, the candidate must equal it exactly: "Yes" is wrong if all people wrote "yes".
-
-  Args:
-    candidates: n answers of a model.
-    answers: answers of people to each question, 10 per question in VQA.
-
-  Returns:
-    [n] fp64 from 0 to 1. Their mean is the accuracy.
+  VQA has 10 answers per question. Returns [n] fp64 from 0 to 1, whose mean is the accuracy.
 
   Raises:
     UserError: the numbers of candidates and questions differ, or a question has fewer than 4
@@ -130,14 +124,8 @@ def exact_matches(
     exact_matches(["Two."], [["2", "three"]]) = [1.0]
     exact_matches(["Two."], [["2", "three"]], strict=True) = [0.0]
 
-  Args:
-    candidates: n answers of a model.
-    answers: one or more answers of people to each question.
-    strict: whether to compare answers as they are. If False, all answers are normalized, even if
-      the people agree.
-
-  Returns:
-    [n] fp64. Their mean is the share of exact matches.
+  If `strict` is False, all answers are normalized, even if the people agree. Returns [n] fp64,
+  whose mean is the share of exact matches.
 
   Raises:
     UserError: the numbers of candidates and questions differ, or a question has no answers.
@@ -156,14 +144,9 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
 
   The gain is summed over the k candidates with the highest scores, where k is the number of
   candidates with a relevance above 0. Candidates with equal scores share the mean of their
-  discounts, so that their order does not matter. The official code orders them arbitrarily.
-
-  Args:
-    scores: [n, C], higher is better. If you have ranks (1 is best), pass their negatives.
-    relevance: [n, C] from 0 to 1.
-
-  Returns:
-    [n] fp64 from 0 to 1. Their mean is the NDCG of the model.
+  discounts, so that their order does not matter. The official code orders them arbitrarily. Scores
+  and relevance are [n, C], and relevance is from 0 to 1. If you have ranks (1 is best), pass their
+  negatives as scores. Returns [n] fp64 from 0 to 1, whose mean is the NDCG of the model.
 
   Raises:
     UserError: the shapes differ, a score is NaN, a relevance is negative or NaN, or a question has

@@ -46,10 +46,6 @@ class CaptionScores:
 def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
   """Tokenizes captions and computes their BLEU and CIDEr.
 
-  Args:
-    captions: n texts.
-    references: texts of people for each image.
-
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no
       references.
@@ -68,15 +64,10 @@ def bleu_counts(
     candidates = [["the", "cat", "the"]], references = [[["the", "cat", "sat"], ["a", "cat"]]]
     result = [[2, 1, 0, 0, 3, 2, 1, 0, 3]]
 
-  Args:
-    candidates: n captions.
-    references: captions of people for each image.
-
-  Returns:
-    [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches at
-    most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
-    caption. Last column: length of the reference that is closest in length. If two references are
-    equally close, it is the shorter length.
+  Returns [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches
+  at most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
+  caption. Last column: length of the reference that is closest in length. If two references are
+  equally close, it is the shorter length.
 
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no
@@ -105,14 +96,8 @@ def bleu(sums: npt.ArrayLike) -> np.ndarray:
 
   With `counts` of `bleu_counts`, `bleu(counts.sum(0))` is the BLEU of the set and `bleu(counts)` is
   the BLEU of each image. With indices [R, n], `bleu(counts[indices].sum(1))` is the BLEU of R
-  resamples.
-
-  Args:
-    sums: [..., 2N + 1], sums of rows of `bleu_counts` over images.
-
-  Returns:
-    [..., N] fp64: the geometric mean of the precisions of 1-grams to N-grams, times a penalty for
-    candidates that are shorter than their references.
+  resamples. `sums` is [..., 2N + 1]. Returns [..., N] fp64: the geometric mean of the precisions of
+  1-grams to N-grams, times a penalty for candidates that are shorter than their references.
   """
   sums = np.asarray(sums, np.float64)
   matches, totals, reference_length = sums[..., :N], sums[..., N : 2 * N], sums[..., 2 * N]
@@ -132,14 +117,7 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
   The first caption is perfect. Its score is 5 because it has no 3-grams and 4-grams, which count as
   0. The weight of an n-gram is log(n / m), where m of the n images have it in a reference.
   Therefore all scores are 0 if there is only one image. A resample of images keeps the weights of
-  the whole set.
-
-  Args:
-    candidates: n captions.
-    references: captions of people for each image. N-gram frequencies are counted in them.
-
-  Returns:
-    [n] fp64, from 0 to 10. Their mean is the CIDEr-D of the set.
+  the whole set. Returns [n] fp64, from 0 to 10, whose mean is the CIDEr-D of the set.
 
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no

@@ -22,15 +22,8 @@ def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
     batches = [[[0, 2], [2, 2]], [[3, 0]]], num_codes = 4
     result = [2, 0, 3, 1]
 
-  Counts of several hosts or parts can be added.
-
-  Args:
-    batches: integer arrays of any shape, with codes of the tokenizer (0 to C - 1), not with ids of
-      the vocabulary.
-    num_codes: C.
-
-  Returns:
-    [C] int64.
+  Counts of several hosts or parts can be added. Codes are ids of the tokenizer (0 to C - 1), not of
+  the vocabulary, in integer arrays of any shape. Returns [C] int64.
 
   Raises:
     UserError: a code is not an integer or is out of range.
@@ -61,10 +54,6 @@ def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   depend on each other, so the actual difference is larger. Compare it with the divergence of two
   sets of real images.
 
-  Args:
-    first: [C] counts.
-    second: [C] counts.
-
   Raises:
     UserError: a set has no codes, a count is negative, or the histograms differ in length.
   """
@@ -79,10 +68,6 @@ def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
     first = [3, 1], second = [1, 3]
     result = (|3/4 - 1/4| + |1/4 - 3/4|) / 2 = 0.5
-
-  Args:
-    first: [C] counts.
-    second: [C] counts.
 
   Raises:
     UserError: a set has no codes, a count is negative, or the histograms differ in length.

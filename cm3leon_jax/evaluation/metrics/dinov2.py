@@ -19,12 +19,7 @@ BATCH = 32
 
 
 class DINOv2:
-  """DINOv2 model of transformers, in float32.
-
-  Attributes:
-    digest: digest of the tensors in the folder, see `published_weights.digest`.
-    processor: image processor that preprocessor_config.json in the folder defines.
-  """
+  """DINOv2 model of transformers, in float32. For `digest`, see `published_weights.digest`."""
 
   def __init__(self, model: Any, processor: Any, digest: str, device: str = "cpu"):
     """Puts a `transformers.Dinov2Model` on a torch device."""

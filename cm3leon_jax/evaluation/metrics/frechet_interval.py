@@ -56,8 +56,6 @@ def frechet_interval(
     reference: [m, d] features, or `Moments`. `Moments` are the same in all resamples, so the
       interval then ignores that the reference is a sample, too.
     reference_groups: [m] the group of each row of the reference; None for `Moments`.
-    num_resamples: number of bootstrap resamples.
-    seed: seed of the bootstrap.
 
   Returns:
     `groups` is the number of groups of `rows`. `effective_groups` is Kish's effective number of

@@ -252,10 +252,8 @@ def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.nd
 def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Array, "B 299 299 3"]:
   """Resizes images bilinearly and scales their pixels to about [-1, 1].
 
-  Args:
-    images: images of any size.
-    resize: "tf1" resizes as torch-fidelity and TensorFlow 1; black becomes -1 and white 127 / 128.
-      "torch" resizes as pytorch-fid; white becomes 1. The two give different values of the FID.
+  "tf1" resizes as torch-fidelity and TensorFlow 1; black becomes -1 and white 127 / 128. "torch"
+  resizes as pytorch-fid; white becomes 1. The two give different values of the FID.
   """
   x = images.astype(jnp.float32)
   for axis in (2, 1):
@@ -274,11 +272,9 @@ class Inception:
   """Inception-v3 with its weights.
 
   The parameters are replicated on all devices, and each device embeds its share of a batch. All
-  batches have the same shape, so the network is compiled once for all image sizes.
-
-  Attributes:
-    digest: digest of the tensors without batch counters, see `published_weights.digest`.
-    resize: see `resize_images`.
+  batches have the same shape, so the network is compiled once for all image sizes. `digest` is the
+  digest of the tensors without batch counters, see `published_weights.digest`. For `resize`, see
+  `resize_images`.
   """
 
   def __init__(

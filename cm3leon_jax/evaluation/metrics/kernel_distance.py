@@ -42,7 +42,6 @@ def kid(
     num_subsets: number of random subsets of each set. A subset is drawn without replacement.
     subset_size: rows of a subset. If a set has fewer rows, subsets have the size of the smaller
       set.
-    seed: seed of the subsets.
 
   Returns:
     {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard

@@ -30,12 +30,7 @@ def precision_recall(
   ball of any real row. It measures quality. Recall is the share of real rows that are in the ball
   of any generated row. It measures variety. Source: Kynkaanniemi et al., "Improved Precision and
   Recall Metric for Assessing Generative Models" (2019), with k = 3. Both values depend on the
-  numbers of rows, so compare only values of equally many rows.
-
-  Args:
-    generated: [n, d] features.
-    real: [m, d] features.
-    neighbors: k.
+  numbers of rows, so compare only values of equally many rows. `neighbors` is k.
 
   Raises:
     UserError: a set has k or fewer rows, or the sets differ in width.

@@ -35,8 +35,6 @@ class ColumnSamples:
       its caption, or None.
     candidates: [C] log-probabilities of the candidates of each example, in nats, or None.
     verdicts: [n] whether each image is judged wholly right, or None.
-    seed: seed of the resamples.
-    num_resamples: number of resamples for intervals of means.
   """
 
   name: str

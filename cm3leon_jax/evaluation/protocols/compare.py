@@ -24,14 +24,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   Their intervals resample groups of examples. Frechet distances and BLEU are compared resample by
   resample, because both evaluations draw the same groups. Other distances have no interval.
 
-  Args:
-    first: folder of an evaluation.
-    second: folder of another evaluation, with the same protocol and the same data.
-    num_resamples: number of bootstrap resamples.
-
-  Returns:
-    {"column", "metric", "first", "second", "difference", "low", "high"} per column and metric. The
-    last two are None if there is no interval.
+  Returns {"column", "metric", "first", "second", "difference", "low", "high"} per column and
+  metric. The last two are None if there is no interval.
 
   Raises:
     UserError: a folder has no results, or the protocol, data or networks differ.

@@ -57,9 +57,6 @@ class Networks:
   Attributes:
     folder: folder for the files of the parts.
     needs: members of `KINDS` to compute.
-    extractor: computes features, or None.
-    scorer: CLIP that computes embeddings, or None.
-    image_tokenizer: computes codes.
     identity: JSON values that change if the results of the networks change.
   """
 
@@ -73,10 +70,7 @@ class Networks:
   def images(self, name: str, groups: Sequence[str], load: Callable) -> Images:
     """Computes `needs` for a set of images, or loads parts that were computed before.
 
-    Args:
-      name: name of the set.
-      groups: [n] the group of each image.
-      load: (start, stop) -> (pixels [stop - start, H, W, 3] uint8, their codes or None).
+    `load` maps (start, stop) to (pixels [stop - start, H, W, 3] uint8, their codes or None).
     """
     stem = protocol_lib.stem(name)
     stem += f"-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
@@ -101,7 +95,6 @@ class Networks:
     return Images(whole["features"], whole["embeddings"], whole["codes"], list(groups))
 
   def _compute(self, pixels: np.ndarray, codes: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Computes `needs` for one part."""
     found = {}
     if "features" in self.needs:
       assert self.extractor is not None

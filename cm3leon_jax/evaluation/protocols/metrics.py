@@ -18,7 +18,6 @@ class Metric:
     task: "image" or "text".
     needs: inputs to compute first: "features", "embeddings" or "codes" of `Images`, and
       "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
-    least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
   """
 

@@ -40,14 +40,9 @@ class ProtocolRun:
 
   Attributes:
     metrics: names in `METRICS`, already checked.
-    folder: folder of the results.
     samples: folder of the samples and of values that are computed from samples.
-    evaluated: examples of the protocol.
-    extractor: network for distances, or None.
-    scorer: CLIP for scores, or None.
     scorer_identity: JSON values that change if the scores change.
     params: parameters of the decoder as it was trained, for scores of texts.
-    num_resamples: number of resamples for intervals of means.
     judge: (images [n, H, W, 3] uint8, their facts) -> whether each image shows exactly what its
       caption says. None if no metric needs it.
   """
@@ -98,9 +93,8 @@ class ProtocolRun:
 def run(job: ProtocolRun) -> dict:
   """Generates missing samples and computes all metrics. The first process writes values.npz.
 
-  Returns:
-    {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value", ...}}}},
-    "controls": {control: {metric: {"value", ...}}}}.
+  Returns {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value",
+  ...}}}}, "controls": {control: {metric: {"value", ...}}}}.
   """
   tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, job.workdir)
   samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
@@ -192,7 +186,6 @@ def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list
 
 
 def _judge(job: ProtocolRun, part: list[dict]) -> list[bool]:
-  """Judges whether each image shows exactly what its caption says."""
   assert job.judge is not None
   images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
   facts = [job.evaluated.facts[line["row"]] for line in part]

@@ -215,7 +215,6 @@ def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
 
 
 def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dict:
-  """Returns the JSON line of a sample."""
   line = {
     "row": row,
     "key": example.key,

@@ -179,10 +179,7 @@ def _check_gke(job: PodJob) -> None:
 
 
 def files(job: PodJob) -> dict[str, str]:
-  """Renders the files of all launchers that can run a job.
-
-  Returns:
-    File name -> text.
+  """Renders the files of all launchers that can run a job. Returns file name -> text.
 
   Raises:
     UserError: see `check`.

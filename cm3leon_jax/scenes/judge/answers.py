@@ -54,15 +54,11 @@ def judge_images(
 ) -> list[SceneVerdict]:
   """Judges images as answers to records of image tasks.
 
-  Args:
-    records: B records.
-    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
-    style: style in which objects should be drawn.
+  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
 
-  Returns:
-    B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits and
-    `complete`): all facts still hold that the instruction does not touch or that the given half
-    shows. `instruction` (edits): the objects that the instruction names are as it asks.
+  Returns B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits
+  and `complete`): all facts still hold that the instruction does not touch or that the given half
+  shows. `instruction` (edits): the objects that the instruction names are as it asks.
   """
   found = judge.find_objects(images, style)
   return [judge_objects(record, objects) for record, objects in zip(records, found)]

@@ -49,12 +49,7 @@ class TrainingScenes:
 
   @classmethod
   def of_store(cls, store: DocumentStore, decode: Callable[[np.ndarray], str]) -> Self:
-    """Reads the training documents of a run.
-
-    Args:
-      store: documents. Documents without facts are skipped.
-      decode: decodes the tokens of a caption.
-    """
+    """Reads the training documents of a run. Documents without facts are skipped."""
     documents = (store[i] for i in range(len(store)))
     return cls((decode(d.segments[0].tokens), d.facts) for d in documents if d.facts)
 

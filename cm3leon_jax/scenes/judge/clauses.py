@@ -55,9 +55,8 @@ def parse(caption: str) -> list[dict] | None:
       [{"class": "bell", "count": 1, "color": "red", "position": ["left of", 1]},
        {"class": "key", "count": 2}]
 
-  Returns:
-    The clauses, or None if the caption is rejected. The reason is an unknown word, no object, an
-    object with neither article nor number, or an ambiguous place or relation.
+  Returns the clauses, or None if the caption is rejected. The reason is an unknown word, no object,
+  an object with neither article nor number, or an ambiguous place or relation.
   """
   words = re.findall(r"[a-z0-9]+|,", caption.lower())
   groups: list[list[_Part]] = [[]]

@@ -19,16 +19,12 @@ def measure(
 ) -> dict:
   """Judges images with their own captions and with captions in which one fact is changed.
 
-  Args:
-    images: [B, H, W, 3] uint8, true images of `facts`.
-    facts: the field `facts` of B documents.
-    seed: selects the changes.
-    style: style in which the objects are drawn.
+  `images` are [B, H, W, 3] uint8, true images of `facts`, which are from B documents. `seed`
+  selects the changes.
 
-  Returns:
-    {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions": number,
-    "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
-    should be 1, and the other shares 0.
+  Returns {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions":
+  number, "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
+  should be 1, and the other shares 0.
   """
   rng = np.random.default_rng(seed)
   found = judge.find_objects(images, style)
@@ -63,12 +59,7 @@ def describe(errors: dict) -> str:
 def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
   """Changes one fact of a caption, separately for each kind of fact that the caption names.
 
-  Args:
-    facts: field `facts` of a document.
-    rng: chooses the fact and its new value.
-
-  Returns:
-    kind of fact -> facts in which one entry of `include` no longer fits the image.
+  Returns kind of fact -> facts in which one entry of `include` no longer fits the image.
   """
   names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]

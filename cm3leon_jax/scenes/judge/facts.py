@@ -16,8 +16,7 @@ class Found:
   """Object that an image shows.
 
   Attributes:
-    name: name of the object in captions, or `UNKNOWN`.
-    color: name of the color, or `UNKNOWN`.
+    name, color: as in captions, or `UNKNOWN`.
     place: one of `world.PLACES`.
     score: correlation with the best-matching silhouette, at most 1.
     box: left, top, right, bottom of the ink in pixels; right and bottom are exclusive.
@@ -55,12 +54,8 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
   Each object of the caption is compared with a found object of its name. Among several found
   objects of this name, the best fit by color, place and relations is used. If the number of found
   objects is right, a found object with another name stands in for a missing one, so that its color
-  and place are still judged.
-
-  Args:
-    found: objects of the image.
-    clauses: a dict each, with "class" and "count", and with "color", "place" and "position" where
-      the caption states them. "position" is [relation, index of the other clause].
+  and place are still judged. A clause has "class" and "count", and "color", "place" and "position"
+  where the caption states them. "position" is [relation, index of the other clause].
   """
   slots = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
   filled = [*found, *[None] * (len(slots) - len(found))]

@@ -40,15 +40,11 @@ def judge_images(
 
 
 def guesses(records: Sequence[Record]) -> dict[str, list[str]]:
-  """Computes baseline answers to questions.
+  """Computes baseline answers to questions of one task.
 
-  Args:
-    records: records of one task.
-
-  Returns:
-    {"majority": the most frequent answer, for every record; "any object": an answer from the image
-    that ignores the question (`answers.any_object_answer`), or the most frequent answer if there is
-    none}. {} if the task is not a question.
+  Returns {"majority": the most frequent answer, for every record; "any object": an answer from the
+  image that ignores the question (`answers.any_object_answer`), or the most frequent answer if
+  there is none}. {} if the task is not a question.
   """
   name = records[0].facts["task"]
   if name not in QUESTIONS:

@@ -42,15 +42,10 @@ CHUNK = 32  # Number of images that are judged together.
 def find_objects(
   images: np.ndarray, style: Style = "filled", min_score: float = MIN_SCORE
 ) -> list[tuple[Found, ...]]:
-  """Finds the objects of images.
+  """Finds the objects of images. The objects of an image are in the order of the places.
 
-  Args:
-    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
-    style: style of the silhouettes for the comparison.
-    min_score: correlation below which an object is unknown.
-
-  Returns:
-    The objects of each image, in the order of the places.
+  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. An object is unknown if its
+  correlation with each silhouette is below `min_score`.
   """
   chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
   return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
@@ -87,10 +82,8 @@ def judge_all(
 ) -> list[SceneVerdict]:
   """Judges images by the facts of their captions.
 
-  Args:
-    images: [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
-    facts: the field `facts` of B documents (docs/scenes.md). Only `include` is read.
-    style: style in which objects should be drawn.
+  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. Only `include` is read from
+  the facts (docs/scenes.md).
   """
   found = find_objects(images, style)
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
@@ -123,14 +116,9 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   """Fits one color of the palette to the ink of each cell.
 
   A pixel is modeled as white * (1 - opacity) + color * opacity. For each color and pixel, the
-  opacity minimizes the squared error. The color of a cell has the least total error.
-
-  Args:
-    cells: [N, 24, 24, 3] fp32.
-
-  Returns:
-    [N, 24, 24] fp32 opacities of the chosen colors, and N color names. A name is `UNKNOWN` if other
-    colors are nearer to many solid pixels, or no pixel is solid.
+  opacity minimizes the squared error. The color of a cell has the least total error. Returns [N,
+  24, 24] fp32 opacities of the chosen colors, and N color names. A name is `UNKNOWN` if other
+  colors are nearer to many solid pixels, or no pixel is solid.
   """
   names, palette = _palette()
   opacity, errors = _explain(cells, palette)
@@ -170,8 +158,7 @@ def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
 def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
   """Finds the silhouette that correlates best with each cell, over all shifts and blurs.
 
-  Returns:
-    The names of the objects in N cells [N, 24, 24], and their [N] fp32 correlations.
+  Returns the names of the objects in N cells [N, 24, 24], and their [N] fp32 correlations.
   """
   names, banks = _silhouettes(style)
   if not len(opacity):

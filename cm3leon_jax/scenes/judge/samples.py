@@ -57,13 +57,11 @@ def evaluate(
     pipeline: pipeline of the run, with its mesh set.
     tasks: result of `strata.heldout_captions`.
     workdir: its training documents are searched for the baseline `lookup`.
-    folder: folder for the written files.
     bundled: generates one image per caption with the bundled model. It is called with the captions
       of scenes.png, where its images are shown next to the images of the run.
 
   Returns:
     A dict with these entries:
-
     - "judge": result of `errors.measure`.
     - "tables": {title: result of `table.table`}. Titles are "real images", "reconstructions", and
       one per guidance weight, e.g. "guidance 1.5".
@@ -153,15 +151,8 @@ def _write_sheet(
 ) -> dict[str, dict]:
   """Writes the sheet of scenes, which the seed chooses evenly from the categories.
 
-  Args:
-    path: file of the sheet.
-    pipeline: decodes the images of neighbors.
-    by_weight: title of a guidance weight -> samples of n scenes.
-    judged: title of a guidance weight -> n judged images.
-    bundled: see `evaluate`.
-
-  Returns:
-    The entry "bundled" of the result of `evaluate`, or {} without `bundled`.
+  `by_weight` and `judged` map the title of a guidance weight to the samples and judged images of n
+  scenes. Returns the entry "bundled" of the result of `evaluate`, or {} without `bundled`.
   """
   every = next(iter(by_weight.values()))
   tags = [_task_of(sample).document.facts["tag"] for sample in every]
@@ -216,8 +207,7 @@ def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
 def best_guidance(tables: dict[str, dict]) -> str:
   """Returns the title of the guidance weight with the most correct images, the first in a tie.
 
-  Args:
-    tables: entry "tables" of the result of `evaluate`.
+  `tables` is the entry "tables" of the result of `evaluate`.
   """
   weights = [title for title in tables if title not in (REAL, RECONSTRUCTED)]
   return max(weights, key=lambda title: tables[title]["all"]["correct"]["share"])

@@ -27,7 +27,6 @@ class SheetScene:
   """Scene on the sheet.
 
   Attributes:
-    caption: text above the images.
     original: [H, W, 3] uint8, the image that the caption describes.
     neighbors: [H, W, 3] uint8 each, images of the retrieved documents before the caption.
     samples: title -> (image, [H, W, 3] uint8; whether the judge finds it correct). All scenes have
@@ -44,10 +43,7 @@ def render(scenes: Sequence[SheetScene]) -> Image.Image:
   """Lays out scenes in rows. Each has a caption above its original, neighbors and samples.
 
   Images are scaled to `SIDE`. Right samples get a check mark and a green frame; wrong samples get a
-  cross and a red frame.
-
-  Args:
-    scenes: at least one.
+  cross and a red frame. There must be at least one scene.
   """
   neighbors = max(len(scene.neighbors) for scene in scenes)
   titles = ["original", *["neighbor"] * neighbors, *scenes[0].samples]

@@ -30,8 +30,6 @@ class Judged:
   """Image with the verdict of the judge.
 
   Attributes:
-    prompt: the caption.
-    facts: field `facts` of the document.
     concept: images of one concept show the same scene; "" means that no other image shows it.
     known: whether training has the words, the claims and an image of the caption; None if unknown.
   """
@@ -57,15 +55,9 @@ class Judged:
 def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
   """Computes the shares of images whose facts hold, with 95% intervals over scenes.
 
-  Args:
-    judged: n images.
-    num_resamples: number of bootstrap resamples of the concepts.
-    seed: seed of the bootstrap.
-
   Returns:
     {"all": row, "tag": {category: row}, "heldout": {reason: row}, "parts": {one of PARTS: row},
     "geneval": mean over categories of the share of correct images}. A row has these entries:
-
     - `images`: the number of images.
     - `more`, `fewer`: shares of images with more or fewer objects than their captions name.
     - `correct`, `object`, `color`, `count`, `place`: {share, low, high, groups, effective_groups}
@@ -134,25 +126,15 @@ def gain(
 ) -> dict:
   """Computes the gain in the share of correct images over other samples for the same captions.
 
-  Args:
-    judged: n images.
-    base: n images for the same captions, in the same order.
-    num_resamples: number of bootstrap resamples of the concepts.
-    seed: seed of the bootstrap.
-
-  Returns:
-    {share, low, high, groups, effective_groups} of the paired difference.
+  `base` has the same captions in the same order. Returns {share, low, high, groups,
+  effective_groups} of the paired difference.
   """
   values = [one.verdict.correct - other.verdict.correct for one, other in zip(judged, base)]
   return _mean_share(judged, values, num_resamples, seed)
 
 
 def describe(tables: dict[str, dict]) -> str:
-  """Formats tables as text.
-
-  Args:
-    tables: title (e.g. "guidance 1") -> result of `table`.
-  """
+  """Formats tables as text. `tables` maps a title (e.g. "guidance 1") to a result of `table`."""
   width = max(len(label) for table in tables.values() for label, _ in rows(table)) + 2
   lines = []
   for title, table in tables.items():

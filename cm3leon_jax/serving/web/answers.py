@@ -55,9 +55,6 @@ class ImageAnswer:
   """Formats the answer to a request for images.
 
   Attributes:
-    task: task of the request.
-    resolution: side of the images in pixels.
-    total_rows: number of rows of codes that are generated.
     prefix: start of the event types, "image_generation" or "image_edit".
     partial_images: largest number of partial images per sample; None means one per row.
   """
@@ -161,15 +158,7 @@ class ImageAnswer:
 
 @dataclasses.dataclass
 class ChatAnswer:
-  """Formats the answer to a request for texts.
-
-  Attributes:
-    task: task of the request.
-    vocab: vocabulary of the run.
-    model: name of the model.
-    num_samples: number of samples of the request.
-    include_usage: whether a last chunk of the stream has the token counts.
-  """
+  """Formats the answer for texts. With `include_usage`, a last chunk has the token counts."""
 
   task: Task
   vocab: VocabLayout

@@ -44,13 +44,6 @@ class Server:
   """Answers the requests of one model."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
-    """Prepares a server.
-
-    Args:
-      engine: engine of the model.
-      name: name of the model for clients.
-      limits: limits of requests.
-    """
     self.engine, self.name, self.limits = engine, name, limits
     self.metrics = Metrics(engine)
     self._layout = engine.pipeline.layout
@@ -243,7 +236,6 @@ class Server:
     return schemas.read_json(await self._read(request.body()))
 
   async def _form(self, request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Reads the fields and files of a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
       raise ApiError(415, "the body must be a form: send Content-Type: multipart/form-data.")

@@ -36,10 +36,8 @@ class Limits:
 
   Attributes:
     most_samples: largest value of `n`.
-    most_bytes: largest size of a body.
     all_bytes: largest total size of the bodies of all unanswered requests. The first SMALL bytes of
       each body do not count, so that a request without an image is never refused because of others.
-    most_pixels: largest number of pixels of an image.
     seconds: time limit from a request to its answer.
     body_seconds: time limit for the client to send its body.
     token: bearer token that requests must have; empty means that no token is needed.
@@ -79,9 +77,6 @@ class Guard:
     """Wraps an application.
 
     Args:
-      app: application to protect.
-      limits: limits of requests.
-      metrics: counts the requests.
       endpoints: paths that are counted by name; other paths are counted together.
       local: whether the server is bound to a loopback address. Then the Host header must name a
         loopback address, too. Otherwise a malicious page could read answers by DNS rebinding.

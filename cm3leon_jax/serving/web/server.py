@@ -30,7 +30,6 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
   """Opens the port.
 
   Args:
-    host: address of this machine.
     port: port; 0 selects a free port.
     unread_seconds: on Linux, a connection is closed if the client does not read its answer for this
       many seconds.
@@ -117,7 +116,6 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   """Returns a uvicorn server for an application.
 
   Args:
-    app: application to serve.
     connections: largest number of connections, including idle ones; further ones are answered with
       status 503.
     stop_seconds: at a stop, time limit for running requests.
@@ -147,9 +145,6 @@ def serve(
 
   Args:
     engine: engine that is not started yet.
-    name: name of the model for clients.
-    limits: limits of requests.
-    host: address of `opened`.
     opened: socket from `listen`.
     stop_seconds: time limit in seconds, also for the engine to finish its chunk.
 

@@ -68,10 +68,7 @@ class EventStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, coroutine: Awaitable[T]) -> T | None:
-  """Awaits a result, or returns None if the client disconnects first.
-
-  The body of the request must have been read.
-  """
+  """Awaits a result, or returns None if the client disconnects. The body must have been read."""
   task = asyncio.ensure_future(coroutine)
   gone = asyncio.ensure_future(_wait_until_gone(request))
   try:

@@ -18,12 +18,7 @@ ROLLED = (*FSDP, "tensor", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """Rolls the devices along an axis of a mesh, which keeps rings of devices and slices intact.
-
-  Attributes:
-    axis: name of the mesh axis.
-    shift: number of places; 0: devices keep their places.
-  """
+  """Rolls devices by `shift` places along a mesh axis, which keeps rings and slices intact."""
 
   axis: str = AXES[0]
   shift: int = 0
@@ -50,14 +45,8 @@ def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
 def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
   """Copies a tree to other devices over the network of the devices, not through a host.
 
-  Args:
-    tree: a tree of arrays on `source`.
-    source: mesh of the arrays.
-    target: `assignment.mesh(source)`.
-    assignment: how the devices are rolled.
-
-  Returns:
-    The tree on `target`, with each array sharded as on `source`.
+  `source` is the mesh of the tree, and `target` is `assignment.mesh(source)`. Each array stays
+  sharded as on `source`.
   """
   with jax.set_mesh(source):
     copies = _permuted(tree, assignment)

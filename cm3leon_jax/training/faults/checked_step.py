@@ -23,12 +23,8 @@ def checked_step(
 ) -> Callable:
   """Makes a train step that also returns the fingerprints of `STAGES`.
 
-  Args:
-    make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
-    optimizer: the optimizer of the run.
-
-  Returns:
-    (state, batch, num_sources) -> (state, metrics, fingerprints).
+  `make_step` takes an optimizer and returns a step, (state, batch, num_sources) -> (state,
+  metrics). The result is (state, batch, num_sources) -> (state, metrics, fingerprints).
   """
 
   def step(

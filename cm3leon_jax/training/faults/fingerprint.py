@@ -81,10 +81,8 @@ def _numbers(shape: tuple[int, ...]) -> Array:
 def equal(a: Fingerprint, b: Fingerprint, tolerance: float = 0.0) -> Bool[np.ndarray, "D N"]:
   """Compares two fingerprints on the host, array by array.
 
-  Args:
-    a: a fingerprint as numpy arrays.
-    b: a fingerprint of arrays of the same shapes.
-    tolerance: accepted difference of projections, as a share of the norm; 0: digests must be equal.
+  Both have numpy arrays of the same shapes. `tolerance` is the accepted difference of projections,
+  as a share of the norm. With 0, digests must be equal.
   """
   same = a.digest == b.digest
   if not tolerance:

@@ -52,11 +52,8 @@ def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
     -> "process 1 on b has not arrived: it is at step 41, waiting for data; process 0 is at step 42,
     steps", [1]
 
-  Args:
-    reports: number of a process -> its report; None: the process wrote no report.
-
-  Returns:
-    A sentence without its final period, and the processes that it names as missing.
+  `reports` maps the number of a process to its report, or to None if it wrote no report. The result
+  is a sentence without its final period, and the processes that it names as missing.
   """
   silent = [i for i, report in reports.items() if report is None]
   known = {i: report for i, report in reports.items() if report is not None}
@@ -97,9 +94,7 @@ class HangWatch(Hook):
     """Prepares a watch.
 
     Args:
-      folder: the folder of the run.
       minutes: time limit without progress; 0 switches the watch off.
-      watch: the Stopwatch of the loop.
       end: ends the process with an exit code. The default skips clean-up, which could hang, too.
       clock: returns seconds.
     """
@@ -130,17 +125,14 @@ class HangWatch(Hook):
     self._steps = step
 
   def before(self, step: int) -> None:
-    """See `Hook`."""
     self._reading = True
 
   def ready(self, step: int) -> None:
-    """See `Hook`."""
     self._reading = False
     self._sign = self._clock()
     self._begin_step(step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     self._sign = self._clock()
 
   def _begin_step(self, step: int) -> None:

@@ -68,7 +68,6 @@ class Lease(Hook):
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
-    """Releases the lease."""
     if not self._beats:  # This process has not written lease.json.
       return
     self._stop.set()
@@ -82,9 +81,7 @@ class Lease(Hook):
   def check(self, now: bool = True) -> None:
     """Checks that this job still holds the lease.
 
-    Args:
-      now: whether to read lease.json in any case. False reads it only if the last heartbeat is
-        older than EXPIRE_SECONDS.
+    With `now` = False, it reads lease.json only if the last heartbeat is older than EXPIRE_SECONDS.
 
     Raises:
       UserError: another job has taken the lease.

@@ -36,8 +36,7 @@ class StopSignal(Hook):
   step for which a process has called it. But Orbax also calls it for old steps, from the thread
   that finishes a save, so the agreed step may already have passed.
 
-  Attributes:
-    code: exit code with which to stop after the newest step; None: continue.
+  `code` is the exit code with which to stop after the newest step; None: continue.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -72,7 +71,6 @@ class StopSignal(Hook):
     self.code = self.stopping()
 
   def stops(self) -> bool:
-    """See `Hook`."""
     return self.code is not None
 
   def stopping(self) -> int | None:
@@ -91,15 +89,7 @@ class StopSignal(Hook):
 
 
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:
-  """Exits with `code` if a signal stopped the run before its last step.
-
-  Args:
-    step: step that the run has reached.
-    steps: number of steps of the whole run.
-    folder: the folder of the run.
-    code: exit code; None: there was no signal.
-    saved: step of the newest checkpoint.
-  """
+  """Exits with `code` if a signal stopped the run. `saved` is the newest checkpoint's step."""
   if code is not None and step < steps:
     where = f"saved in {folder}"
     if saved < step:

@@ -84,10 +84,8 @@ def judge(
     on 2 devices, which are rolled by 0, 1 and 0 places:
       [5 8], [7 4], [5 8]: unconfirmed. Device 0 is always wrong here; [7 8] would be right.
 
-  Args:
-    computations: fingerprints by stage, as numpy arrays.
-    meshes: mesh of each computation.
-    tolerance: see `fingerprint.equal`.
+  `computations` are fingerprints by stage, as numpy arrays. For `tolerance`, see
+  `fingerprint.equal`.
   """
   wrong: set[int] = set()
   undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1
@@ -110,21 +108,10 @@ def judge(
 
 
 class Replay:
-  """Step function of a run that checks some steps.
-
-  Attributes:
-    faults: descriptions of the faults found so far.
-  """
+  """Step function of a run that checks some steps. `faults` describes the faults that it found."""
 
   def __init__(self, steps: Steps, config: TrainConfig, step: int, mesh: Mesh):
-    """Prepares the checks. All processes must call it.
-
-    Args:
-      steps: the compiled functions of the run.
-      config: provides replay_every, replay_tolerance and checkpoint_every.
-      step: number of steps already taken.
-      mesh: the mesh of the run.
-    """
+    """Prepares the checks. All processes must call it."""
     self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
@@ -193,11 +180,7 @@ class Replay:
   ) -> Computed:
     """Computes the step a third time and returns a result that two computations agree on.
 
-    Args:
-      first: state, metrics and fingerprints of the first computation.
-      again: fingerprints of the second computation.
-      spare: inputs of the third computation.
-      num_sources: see `state.train_step`.
+    `spare` has the inputs of the third computation.
     """
     third = self._compute(2, *spare, num_sources)
     prints = (first[2], again, third[2])
@@ -298,13 +281,7 @@ class Replay:
 
 
 def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
-  """Returns `steps` with a training step that is checked every `config.replay_every` steps.
-
-  Args:
-    steps: the compiled functions of the run on the current mesh.
-    config: the config of the run.
-    state: the state that the run continues from.
-  """
+  """Returns `steps` with a training step that is checked every `config.replay_every` steps."""
   if not config.replay_every:
     return steps
   # Compile now. Later the devices would compute in the meantime, and the time of their steps would

@@ -37,15 +37,11 @@ def different_replicas(
     of an array with two shards, each on 2 of 4 devices: [7 8 7 9] -> devices 1 and 3
     of an array that is replicated on 4 devices: [7 7 5 5] -> all four devices
 
-  Args:
-    found: fingerprint of the arrays, as numpy arrays.
-    first: result of `first_replicas`.
-    tolerance: see `fingerprint.equal`.
-
-  Returns:
-    Numbers of the arrays whose replicas differ, and places of devices. A device is listed if its
-    replica is not equal to any other replica. If there is no such device, all devices with the
-    differing shards are listed. Both lists are empty if all replicas are equal.
+  `found` has numpy arrays, and `first` is the result of `first_replicas`. For `tolerance`, see
+  `fingerprint.equal`. Returns the numbers of the arrays whose replicas differ, and places of
+  devices. A device is listed if its replica is not equal to any other replica. If there is no such
+  device, all devices with the differing shards are listed. Both lists are empty if all replicas are
+  equal.
   """
   of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
   differ = ~equal(found, of_first, tolerance)

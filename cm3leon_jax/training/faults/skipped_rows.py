@@ -21,12 +21,7 @@ RECORD = "left_out_rows.json"
 
 @dataclasses.dataclass(frozen=True)
 class GoBack:
-  """A step back to a checkpoint, to go on without some rows.
-
-  Attributes:
-    step: of the checkpoint.
-    rows: that are left out.
-  """
+  """A step back to a checkpoint, to continue without `rows`."""
 
   step: int
   rows: range
@@ -112,10 +107,7 @@ def read(folder: epath.Path) -> list[GoBack]:
 def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
   """Checks that a checkpoint has read none of the rows to leave out.
 
-  Args:
-    back: what is asked for.
-    done: of `read`.
-    next_row: of the checkpoint, counted as `Remaining` does.
+  `done` is the result of `read`. `next_row` of the checkpoint counts rows as `Remaining` does.
 
   Raises:
     UserError: it has read some.
@@ -132,11 +124,6 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
   """Deletes the checkpoints after a step, cuts the log there, and records the rows to leave out.
 
   A kill in between is harmless: before the record is written, the run is one that fell back.
-
-  Args:
-    checkpoints: of the run.
-    folder: of the run.
-    back: what to do.
 
   Raises:
     UserError: there is no such checkpoint, or it is damaged.

@@ -12,11 +12,7 @@ from cm3leon_jax.training.step.numerics import TooManySkippedError
 def explaining(objective: Objective, done: int, next_row: int, batch_size: int) -> Iterator[None]:
   """Adds the rows that the skipped steps read to the error that they end a run with.
 
-  Args:
-    objective: names the rows.
-    done: number of steps before this start.
-    next_row: first row of this start.
-    batch_size: rows of a step.
+  `done` is the number of steps before this start, and `next_row` is the first row of this start.
 
   Raises:
     UserError: in place of a TooManySkippedError.

@@ -17,9 +17,8 @@ REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints 
 class Saves(Hook):
   """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
 
-  Attributes:
-    saved: step of the newest checkpoint, or 0.
-    next_row: first row of the data that no step has read yet.
+  `saved` is the step of the newest checkpoint, or 0. `next_row` is the first row that no step has
+  read yet.
   """
 
   def __init__(
@@ -37,11 +36,9 @@ class Saves(Hook):
     self.saved, self.next_row = 0, next_row
 
   def begin(self, state: TrainState) -> None:
-    """See `Hook`."""
     self.saved = int(state.step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     self.next_row += self._config.global_batch_size
     last = step == self._config.steps or self._stop.code is not None
     if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
@@ -53,7 +50,6 @@ class Saves(Hook):
       self.saved = step
 
   def end(self, state: TrainState) -> None:
-    """See `Hook`."""
     with self._monitor.phase("save", int(state.step)):
       self._checkpoints.close()
 

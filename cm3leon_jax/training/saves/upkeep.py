@@ -70,9 +70,7 @@ def entries(checkpoints: Checkpoints) -> list[Entry]:
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
   """Formats the checkpoints as lines of a table, the first line with the names of the columns.
 
-  Args:
-    found: the checkpoints.
-    states: step -> "whole" or "damaged", shown instead of "sealed" if the checkpoint was verified.
+  `states` maps a step to "whole" or "damaged", shown instead of "sealed" if it was verified.
   """
   lines = [f"{'step':>10}  {'written (UTC)':16}  {'size':>9}  {'state':10}  held-out loss, nats"]
   for entry in found:
@@ -92,9 +90,8 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
 def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
   """Reads all files of the sealed checkpoints and compares them with their digests.
 
-  Returns:
-    step -> message about the damage, or "" if all files match. A checkpoint that a running job has
-    removed in the meantime is left out.
+  Returns step -> message about the damage, or "" if all files match. A checkpoint that a running
+  job has removed in the meantime is left out.
   """
   damages = {}
   for entry in found:
@@ -107,10 +104,7 @@ def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
 def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[int, str]) -> None:
   """Raises UserError, with a remedy, if a checkpoint is damaged or if none is sealed.
 
-  Args:
-    folder: the folder of the run.
-    found: result of `entries`.
-    damages: result of `verify`.
+  `found` is the result of `entries`, and `damages` of `verify`.
   """
   if not damages:
     raise UserError(_not_sealed(folder, [entry.step for entry in found]))
@@ -168,15 +162,7 @@ def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManage
 def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = False) -> list[str]:
   """Removes the sealed checkpoints that `retention.policy` does not keep.
 
-  Args:
-    folder: the folder of the run.
-    last: see `retention.policy`.
-    every: see `retention.policy`.
-    best: see `retention.policy`.
-    dry_run: only report what would be removed.
-
-  Returns:
-    One sentence about what was removed, or would be removed.
+  With `dry_run`, nothing is removed. Returns one sentence about what was, or would be, removed.
 
   Raises:
     UserError: another job holds the run's lease, no checkpoint is sealed, or the newest checkpoint
@@ -216,13 +202,7 @@ def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> 
 def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
   """Removes all checkpoints after a step, the later lines of the log, and the run's done.json.
 
-  Args:
-    folder: the folder of the run.
-    step: the step to go back to.
-    dry_run: only report what would be removed.
-
-  Returns:
-    Sentences about what was removed, or would be removed.
+  With `dry_run`, nothing is removed. Returns sentences about what was, or would be, removed.
 
   Raises:
     UserError: the checkpoint of `step` is missing, not sealed or damaged, or another job holds the

@@ -39,7 +39,6 @@ class ClipData:
   Images of more than 2 GiB stay on disk. All other data takes 4 L + 150 bytes of memory per pair.
 
   Attributes:
-    images: all images, or the files that hold them.
     tokens: captions, padded with `<pad>`.
     concepts: number of each pair's concept. Pairs with the same concept are not negatives of each
       other.
@@ -83,8 +82,7 @@ def contrastive_loss(
   the caption of each image among all captions. The result is the mean of both.
 
   Args:
-    image_embeddings: embeddings of norm 1.
-    text_embeddings: embeddings of norm 1.
+    image_embeddings, text_embeddings: embeddings of norm 1.
     scale: inverse temperature.
     concepts: concept of each pair. Other pairs with the same concept are not candidates.
   """
@@ -140,11 +138,8 @@ def train_step(
   """Takes one AdamW step. Negatives are the other pairs of the global batch, on all devices.
 
   Args:
-    config: config of the CLIP.
-    text_size: size of the text vocabulary.
     state: params and opt_state; donated.
     batch: images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B].
-    key: random key of the augmentation.
 
   Returns:
     The new state; metrics: loss.
@@ -196,10 +191,8 @@ def text_to_image_recall(
   """Measures how often the image of a caption is among the k nearest images, for k = 1 and 5.
 
   Any image with the same caption is right. A caption is a hit if fewer than k wrong images score at
-  least as high as its best right image. So a constant embedding scores 0, and so does NaN.
-
-  Returns:
-    recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
+  least as high as its best right image. So a constant embedding scores 0, and so does NaN. Returns
+  recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
   """
   n = len(captions)
   scores = np.asarray(text_embeddings, np.float64) @ np.asarray(image_embeddings, np.float64).T
@@ -249,12 +242,7 @@ def train_clip(
   stage is finished.
 
   Args:
-    config: sizes and recipe of the CLIP.
     encode: converts a caption to int32 ids below `text_size`.
-    text_size: size of the text vocabulary.
-    raw_folder: folder of the raw pairs, see `ingest.prepare`.
-    folder: receives the CLIP and its metrics.
-    seed: seed of initialization, order and augmentation.
     inputs: ids of the stages that this stage reads, see `stages.inputs`.
 
   Returns:

@@ -15,9 +15,6 @@ class Lines(Hook):
   """Checks and logs the metrics of every `every`-th step and of the last step.
 
   Attributes:
-    log: metrics.jsonl of the training.
-    every: number of steps between two logged steps.
-    steps: number of steps of the training.
     name: section of the config, for messages.
     remedy: what the user can do if a metric is not finite.
     values: metrics of the newest step; None: the step is not logged.
@@ -43,7 +40,6 @@ class Lines(Hook):
     self.values = values
 
   def end(self, state: Any) -> None:
-    """See `Hook`."""
     self.log.flush()
 
 
@@ -54,6 +50,5 @@ class ShownLines(Hook):
     self._lines, self._show = lines, show
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     if self._lines.values is not None:
       self._show(step, self._lines.values)

@@ -22,7 +22,6 @@ class SmallSaves(Hook):
     log: metrics.jsonl of the training. Its digest is stored before each save.
     stop: must precede this hook in the list of hooks.
     name: section of the config, for messages.
-    config: dataclass of that section.
     remedy: what the user can do if the state is not finite.
     saved: step of the newest checkpoint, or 0.
   """
@@ -46,7 +45,6 @@ class SmallSaves(Hook):
       self.saved = step
 
   def end(self, state: Any) -> None:
-    """See `Hook`."""
     self.checkpoints.close()
 
 
@@ -57,6 +55,5 @@ class ShownSaves(Hook):
     self._saves, self._show = saves, show
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     if self._saves.saved == step and self._saves.stop.code is None:
       self._show(step, state)

@@ -54,7 +54,6 @@ class SmallTraining:
     config: dataclass of that section, with steps, batch_size and checkpoint_every.
     about: further settings that the result depends on. "inputs" holds the ids of the stages that
       the examples come from, see `stages.inputs`.
-    seed: seed of the order of the examples.
     examples: data in memory or on disk. len(examples) is n; examples[rows], with rows int64 [B], is
       a tree of host arrays [B, ...].
     folder: receives metrics.jsonl and, until `delete_checkpoints`, the checkpoints.
@@ -95,10 +94,7 @@ def train(training: SmallTraining) -> dict:
   A step depends only on its number, the seed and the state, so the result of a resumed training is
   bitwise equal to the result of an uninterrupted one. If the number of steps or the data has
   changed, the training starts again. At SIGTERM and Ctrl-C it saves and exits with the code of
-  `StopSignal`.
-
-  Returns:
-    The last state, on the host.
+  `StopSignal`. Returns the last state, on the host.
 
   Raises:
     UserError: there are too few examples, the mesh cannot split the batch, the folder holds a
@@ -152,10 +148,7 @@ def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
 
 
 def _mesh() -> Mesh:
-  """Returns the current mesh with automatic axes.
-
-  The compiler then chooses the shardings of activations and gradients.
-  """
+  """Returns the current mesh with automatic axes, so that the compiler chooses shardings."""
   current = jax.sharding.get_mesh()
   return Mesh(current.devices, current.axis_names)
 
@@ -251,13 +244,7 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
 
 
 def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
-  """Prints what to do if a finished training has another number of steps than the config.
-
-  Args:
-    name: section of the config.
-    folder: the folder of the stage.
-    steps: number of steps in the config.
-  """
+  """Prints what to do if a finished training has another number of steps than the config."""
   folder = epath.Path(folder)
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
   if trained != steps:

@@ -99,8 +99,6 @@ def train_step(
   Args:
     state: state as in `init_state`; donated.
     images: uint8 [B, H, W, 3].
-    config: config of the VQGAN.
-    adversarial: whether the step uses the discriminator.
     features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
 
   Returns:
@@ -151,11 +149,8 @@ def restart_dead_codes(
 ) -> dict:
   """Replaces codes that were unused since the last restart by random encodings; resets `usage`.
 
-  Args:
-    state: state as in `init_state`; donated.
-    images: uint8 [B, H, W, 3]; the new codes are drawn from the encodings of these images.
-    config: config of the VQGAN.
-    key: random key of the draw.
+  `state` is as in `init_state`; it is donated. `images` are uint8 [B, H, W, 3]. The new codes are
+  drawn from their encodings.
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
@@ -191,11 +186,6 @@ def train(
   """Trains all steps, or the remaining steps of a killed run; see `trainer.train`.
 
   Args:
-    config: config of the VQGAN.
-    num_codes: K.
-    seed: seed of parameters, order of the images and restarts.
-    images: training images.
-    folder: receives metrics and checkpoints.
     inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
       file of `features`.
     features: result of `perceptual.make_params`; needed if `perceptual_weight` is positive.

@@ -26,10 +26,7 @@ PATIENCE = 100  # Number of steps that a collapse must last before the warning.
 def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Image:
   """Lays out a row of images above a row of their reconstructions, each with a title.
 
-  Args:
-    images: uint8 [n, H, W, 3]; small images are enlarged.
-    reconstructions: uint8 [n, H, W, 3].
-    step: step of the tokenizer, for the title.
+  Both are uint8 [n, H, W, 3]. Small images are enlarged.
   """
   scale = max(1, 128 // images.shape[1])
   count, height, width = len(images), scale * images.shape[1], scale * images.shape[2]
@@ -50,13 +47,7 @@ class Alarm:
   """Warns when the codebook has been collapsed for `PATIENCE` steps, and again if this recurs."""
 
   def __init__(self, config: VQGANConfig, num_codes: int, remedy: str):
-    """Creates the alarm.
-
-    Args:
-      config: config of the VQGAN.
-      num_codes: K.
-      remedy: how to start again, the end of the warning.
-    """
+    """Creates the alarm. `remedy` says how to start again and ends the warning."""
     self._config, self._num_codes, self._remedy = config, num_codes, remedy
     self._possible = min(num_codes, config.batch_size * config.image_tokens)
     self._bound = max(1.0, COLLAPSED * self._possible)
@@ -64,13 +55,7 @@ class Alarm:
     self._rung = False
 
   def check(self, step: int, perplexity: float, codes_used: float) -> str | None:
-    """Returns the warning if it is due, else None.
-
-    Args:
-      step: step of the batch.
-      perplexity: perplexity of the codes of the batch.
-      codes_used: number of different codes in the batch.
-    """
+    """Returns the warning if it is due, else None."""
     if codes_used > self._bound or self._possible == 1:
       self._since, self._rung = None, False
       return None
@@ -105,7 +90,6 @@ class Watch:
   """Shows a training while it runs.
 
   Attributes:
-    alarm: warns of a collapsed codebook.
     folder: receives the grid.
     open_boards: first step -> boards, see `watch.boards.Board`. Called at the first values.
     reconstruct: (state, images) -> reconstructions.
@@ -140,7 +124,6 @@ class Watch:
       board.flush()
 
   def close(self) -> None:
-    """Closes the boards."""
     for board in self.boards or ():
       board.close()
 

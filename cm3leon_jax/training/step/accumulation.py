@@ -11,12 +11,10 @@ from cm3leon_jax.training.config import TrainConfig
 def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
   """Replaces `rows_per_device`, if it is set, by the number of micro-batches on a mesh.
 
+  For `shards`, see `mesh.batch_shards`.
+
     on_mesh(TrainConfig(global_batch_size=8_192, rows_per_device=4), 256)
     TrainConfig(global_batch_size=8_192, gradient_accumulation_steps=8, rows_per_device=0)
-
-  Args:
-    config: the config of the run.
-    shards: number of shards into which the mesh splits a batch, see `mesh.batch_shards`.
 
   Raises:
     UserError: the mesh cannot split the batch.

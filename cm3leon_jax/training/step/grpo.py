@@ -67,13 +67,8 @@ def pad_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Pads prompts on the left, so that the codes of all rows start at the same column.
 
-  Args:
-    rows: ids and positions of each row, which consists of a prompt and all codes of its image.
-    image_tokens: I, the number of codes of an image.
-    pad: id of padding.
-
-  Returns:
-    inputs, positions and segment_ids of a `Rollout`.
+  A row consists of the ids and positions of a prompt and of all codes of its image. Returns inputs,
+  positions and segment_ids of a `Rollout`.
   """
   longest = max(len(ids) for ids, _ in rows) - image_tokens
   slots = -(-longest // BUCKET) * BUCKET
@@ -104,14 +99,8 @@ def guided_log_probs(
   """Computes the log-probabilities of all image codes at each code of the samples.
 
   Logits are linear in the hidden states. So the hidden states of the streams are combined first,
-  which is cheaper than combining logits.
-
-  Args:
-    config: config of the model. `config`, `text_size` and `temperature` are static.
-    text_size: first id of an image code.
-    temperature: divides the guided logits.
-    params: parameters of the model.
-    rollout: the samples.
+  which is cheaper than combining logits. `config`, `text_size` and `temperature` are static.
+  `text_size` is the first id of an image code, and the guided logits are divided by `temperature`.
   """
   B, image_tokens, S = rollout.guidance.shape
   model = transformer.bind(config, params)
@@ -145,14 +134,11 @@ def policy_step(
   are means over codes. The KL is exact: it sums over all image codes of the vocabulary.
 
   Args:
-    config: config of the model. All arguments before `state` are static.
-    optimizer: the optimizer from `create_optimizer`.
+    config: static, as all arguments before `state`.
     text_size: first id of an image code.
     kl_weight: see `ReinforceConfig`.
     temperature: temperature at which the samples were drawn.
     state: donated by the caller's jit.
-    reference: parameters of the reference policy, which do not change.
-    rollout: samples drawn with `state.params`.
     ema_decay: static; see `optimizer.update_average`.
 
   Returns:
@@ -188,8 +174,7 @@ def compile_step(
 ) -> Callable:
   """Builds `policy_step` for the current mesh. JAX compiles it at its first call.
 
-  Returns:
-    (state, reference, rollout) -> (state, metrics); the state is donated.
+  Returns (state, reference, rollout) -> (state, metrics); the state is donated.
   """
   step = functools.partial(
     policy_step,

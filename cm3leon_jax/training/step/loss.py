@@ -49,9 +49,7 @@ def weighted_nll(
   table's gradient is reduce-scattered to the sharding of the stored table.
 
   Args:
-    hidden: final hidden states.
     table: output table, sharded by vocabulary as it is stored; in the dtype of `hidden`.
-    targets: target ids.
     weights: loss weights; they have no gradient.
     chunk: upper bound of C, which is the largest divisor of L up to this bound.
     z_loss: weight of the squared log of the softmax normalizer (PaLM, section 5), which keeps
@@ -97,8 +95,7 @@ def _over_mesh(
 ) -> tuple[tuple[Values, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's shard of the tokens and of the table.
 
-  Returns:
-    (nll, log Z), each [B, L] fp32, and the `Gradients` or None.
+  Returns (nll, log Z), each [B, L] fp32, and the `Gradients` or None.
   """
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
@@ -193,13 +190,8 @@ def batch_nll(
 ) -> tuple[Scalar, Values]:
   """Runs the model on a batch and computes `weighted_nll`.
 
-  Args:
-    model: the decoder.
-    batch: inputs, targets, loss_weights, segment_ids and positions.
-    z_loss: see `weighted_nll`.
-
-  Returns:
-    The weighted sum, and nll in nats. nll also has values at padding, whose weight is 0.
+  `batch` has inputs, targets, loss_weights, segment_ids and positions. Returns the weighted sum,
+  and nll in nats. nll also has values at padding, whose weight is 0.
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
   table, chunk = model.stored_table(), model.config.loss_chunk
@@ -220,8 +212,8 @@ def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) ->
 def modality_losses(sums: dict) -> dict:
   """Computes mean losses in nats per target from the sums of `modality_sums`.
 
-  Returns:
-    The scalars `loss`, `image_loss` and `text_loss`. The loss of a modality without targets is 0.
+  Returns the scalars `loss`, `image_loss` and `text_loss`. The loss of a modality without targets
+  is 0.
   """
   return {
     f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9)
@@ -237,11 +229,8 @@ def source_sums(
     nll [1 2 4 9], weights [1 1 .5 0], sources [1 1 3 0], num_sources 3
     source_nll = [3 0 2], source_weight = [2 0 .5]
 
-  Args:
-    nll: cross-entropy of the targets in nats.
-    weights: loss weights of the targets.
-    sources: number of the source of each target, from 1; 0: the target has no source.
-    num_sources: S; static.
+  `nll` is in nats. `sources` counts from 1; 0 means that the target has no source. `num_sources`
+  (S) is static.
   """
   numbers = jnp.arange(1, num_sources + 1, dtype=sources.dtype)
   belongs = sources[..., None] == numbers[None, None]

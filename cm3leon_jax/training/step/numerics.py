@@ -20,7 +20,6 @@ class NormState(NamedTuple):
   Attributes:
     mean: moving average of the gradient norms of all steps that were not skipped.
     seen: number of steps that were not skipped.
-    spike: whether the norm of the newest gradient is a spike.
   """
 
   mean: Float32[Array, ""]
@@ -55,10 +54,8 @@ def is_sound(
 ) -> Bool[Array, ""]:
   """Returns whether loss and gradient are finite and the gradient's norm is not a spike.
 
-  Args:
-    value: the loss.
-    norm: the norm of the gradient.
-    opt_state: the optimizer's state after the step, with or without a `NormState`.
+  `norm` is the gradient's norm. `opt_state` is the state after the step, with or without a
+  `NormState`.
   """
   spike = optax.tree.get(opt_state, "spike", jnp.bool_(False))
   return jnp.isfinite(value) & jnp.isfinite(norm) & ~spike
@@ -93,10 +90,7 @@ def not_finite(tree: PyTree) -> list[str]:
 def check_finite(tree: PyTree, what: str, remedy: str) -> None:
   """Checks a state before it is saved. All processes of a job must call it.
 
-  Args:
-    tree: a tree of arrays.
-    what: name of the state in the message, e.g. "checkpoint 500".
-    remedy: what the user can do, the end of the message.
+  `what` names the state in the message, e.g. "checkpoint 500", and `remedy` ends the message.
 
   Raises:
     UserError: an array holds a NaN or an infinity.
@@ -109,11 +103,7 @@ def check_finite(tree: PyTree, what: str, remedy: str) -> None:
 
 
 class TooManySkippedError(UserError):
-  """More steps in a row were skipped than `train.max_skipped` allows.
-
-  Attributes:
-    steps: the consecutive skipped steps.
-  """
+  """More consecutive steps were skipped than `train.max_skipped` allows. `steps` lists them."""
 
   def __init__(self, message: str, steps: range):
     super().__init__(message)
@@ -125,7 +115,6 @@ class SkipCounter:
 
   Attributes:
     most: number of consecutive skipped steps that is allowed.
-    total: number of skipped steps of the run.
     in_a_row: number of consecutive skipped steps up to the newest step. It is 0 when the trainer
       starts.
   """
@@ -134,11 +123,7 @@ class SkipCounter:
     self.most, self.total, self.in_a_row = most, total, 0
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step.
-
-    Args:
-      step: number of the step.
-      values: loss, grad_norm and skipped (0 or 1).
+    """Counts a step. `values` holds loss, grad_norm and skipped (0 or 1).
 
     Raises:
       TooManySkippedError: more than `most` consecutive steps are skipped.

@@ -26,8 +26,6 @@ class TrainState:
 
   Attributes:
     step: number of steps so far, an int32 scalar.
-    params: parameters of the decoder.
-    opt_state: state of the optimizer.
     ema: exponential moving average of the parameters, sharded like `params`, or None.
   """
 
@@ -70,12 +68,10 @@ def train_step(
   The loss is sum(weight x nll) / sum(weight) over the global batch, for any `accumulation_steps`.
 
   Args:
-    config: config of the model. All arguments before `state` are static.
-    optimizer: the optimizer from `create_optimizer`.
+    config: static, as all arguments before `state`.
     text_size: first id of an image code.
     accumulation_steps: A, the number of micro-batches that the batch is split into.
     state: donated by the caller's jit.
-    batch: rows from `data.rows.loader`.
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. Used only if the state has an average.
     num_sources: static; S, or 0 if the rows are not marked with their sources.
@@ -119,17 +115,9 @@ def apply_gradients(
 
   A skipped step leaves the parameters, the optimizer's state and the average bitwise unchanged, as
   if the batch did not exist. The optimizer's step count, which sets the learning rate and Adam's
-  bias correction, does not advance. Only `state.step`, which counts batches, advances.
-
-  Args:
-    optimizer: the optimizer from `create_optimizer`.
-    state: the state before the step.
-    grads: gradients in fp32, sharded like the parameters.
-    value: the loss.
-    ema_decay: see `update_average`.
-
-  Returns:
-    New state, and metrics: grad_norm, and skipped (0 or 1).
+  bias correction, does not advance. Only `state.step`, which counts batches, advances. `grads` are
+  in fp32 and sharded like the parameters, and `value` is the loss. The metrics are grad_norm and
+  skipped (0 or 1).
   """
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -26,11 +26,8 @@ class Board:
   def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
     """Opens a board.
 
-    Args:
-      name: name of the board in the warning.
-      make: opens the board.
-      instead: what the user can do if the board fails, the end of the warning.
-      command: command of the user, the start of the warning.
+    The warning about a failing board starts with `command` and ends with `instead`, which says what
+    the user can do.
     """
     self._name, self._command = name, command
     self._instead: str | None = instead  # None: the board is off.
@@ -97,13 +94,8 @@ def open_boards(
 ) -> list[Board]:
   """Opens the boards that the config asks for. A board that cannot be opened prints a warning.
 
-  If TensorBoard is not installed, this is printed only at the first start of the run.
-
-  Args:
-    folder: the folder of the run. The settings in its config.json are shown, too.
-    config: the config of the run.
-    first_step: first step of this start.
-    watch: the Stopwatch of the run.
+  If TensorBoard is not installed, this is printed only at the first start of the run. The settings
+  in the config.json of `folder` are shown, too.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}

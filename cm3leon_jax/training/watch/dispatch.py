@@ -24,14 +24,11 @@ class Dispatch(Hook):
     self._traced.close()
 
   def before(self, step: int) -> None:
-    """See `Hook`."""
     self._traced.enter_context(self._monitor.traced(step))
     self._wait.enter_context(self._monitor.overlapped("data"))
 
   def ready(self, step: int) -> None:
-    """See `Hook`."""
     self._wait.close()
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`."""
     self._traced.close()

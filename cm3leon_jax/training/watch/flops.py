@@ -67,15 +67,8 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
   pass. Attention multiplies queries by keys and weights by values. In each of K layers, this takes
   2 x 2 x A FLOPs for every key that a query sees, and 3 times as many with the backward pass. A
   query in a row of length L sees L / 2 keys on average (PaLM counts all L). Boundaries between
-  samples in a packed row are ignored, and recomputation (`remat_policy`) does not count.
-
-  Args:
-    config: config of the decoder.
-    tokens: rows x L, including padding.
-    sequence_length: L.
-
-  Returns:
-    FLOPs over all devices.
+  samples in a packed row are ignored, and recomputation (`remat_policy`) does not count. `tokens`
+  is rows x L, including padding, and `sequence_length` is L. Returns FLOPs over all devices.
   """
   A = config.num_heads * config.head_dim
   attention = 12 * config.num_layers * A * sequence_length / 2
@@ -86,9 +79,6 @@ def device_peak(device_kind: str) -> float | None:
   """Returns the peak of dense bfloat16 matrix products of a device in FLOP/s, see `PEAKS`.
 
   Returns None for a CPU and for other kinds that are not in the table; a peak is never guessed.
-
-  Args:
-    device_kind: `jax.Device.device_kind`.
   """
   for name, (peak, _) in PEAKS.items():
     if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-")):
@@ -112,7 +102,6 @@ class Rates:
 
   Attributes:
     flops: model FLOPs of a step, see `model_flops`.
-    devices: number of devices of the mesh.
     peak: peak FLOP/s of one device; None: unknown.
   """
 
@@ -123,10 +112,8 @@ class Rates:
   def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
     """Returns tokens_per_second over all devices, and mfu if the peak is known.
 
-    Args:
-      weight: sum of the loss weights of the steps, which counts the tokens.
-      seconds: total time of the steps.
-      steps: number of steps.
+    `weight` is the sum of the loss weights, which counts the tokens, and `seconds` the total of all
+    steps.
     """
     mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)
     return {

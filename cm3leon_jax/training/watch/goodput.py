@@ -108,14 +108,10 @@ def to_line(seconds: dict[str, float]) -> dict[str, float]:
 def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
   """Returns the seconds of earlier starts of a run by phase.
 
-  Args:
-    lines: lines of metrics.jsonl that earlier starts have written.
-    resumed_at: step of the checkpoint that this start continues from.
-
-  Returns:
-    Seconds of the last goodput line up to `resumed_at`. The logged time after that line counts as
-    `lost`, because its steps are computed again. The time between a kill and this start is not
-    counted.
+  `lines` are from metrics.jsonl, and this start continues from the checkpoint of step `resumed_at`.
+  Returns the seconds of the last goodput line up to `resumed_at`. The logged time after that line
+  counts as `lost`, because its steps are computed again. The time between a kill and this start is
+  not counted.
   """
   goodputs = [line for line in lines if "goodput" in line and line["step"] <= resumed_at]
   if not goodputs:

@@ -29,11 +29,7 @@ def evaluate(
 ) -> dict[str, float]:
   """Computes held-out losses by modality and source, in nats per target.
 
-  Args:
-    steps: the compiled functions of the run.
-    params: parameters to evaluate.
-    eval_batches: result of `heldout_batches`.
-    sources: names of the sources that rows are marked with.
+  `eval_batches` is the result of `heldout_batches`.
   """
   measure = functools.partial(steps.evaluate, num_sources=len(sources))
   totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
@@ -71,10 +67,7 @@ class HeldoutLosses(Hook):
 
     Args:
       evaluate_params: result of `evaluator`.
-      config: the config of the run.
-      monitor: logs the losses.
       stop: must precede this hook in the list of hooks.
-      evaluate_start: whether to also evaluate step 0.
       newest: step of the restored checkpoint; None: a new run.
     """
     self._evaluate, self._config, self._monitor, self._stop = evaluate_params, config, monitor, stop
@@ -92,7 +85,6 @@ class HeldoutLosses(Hook):
       self.at_start = self._log(0, state)
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    """See `Hook`."""
     last = step == self._config.steps or self._stop.code is not None
     if step % self._config.eval_every == 0 or last:
       self.losses = self._log(step, state)

@@ -12,6 +12,5 @@ class Histograms(Hook):
     self._every, self._monitor = every, monitor
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    """See `Hook`."""
     if self._every and step % self._every == 0:
       self._monitor.histograms(step, state.params)

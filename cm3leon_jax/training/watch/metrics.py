@@ -23,10 +23,6 @@ BUCKET_SECONDS = 60.0
 def check_log(folder: epath.Path, checkpoint_every: int) -> None:
   """Checks the log of a run without checkpoints. All processes must call it.
 
-  Args:
-    folder: the folder of the run.
-    checkpoint_every: number of steps between two checkpoints.
-
   Raises:
     UserError: the log has so many steps that a checkpoint must have been saved.
   """
@@ -43,13 +39,8 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
 def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
   """Removes the lines after `step` from the log of a run, and records this as an event in the log.
 
-  Args:
-    folder: the folder of the log.
-    step: step that the run goes back to.
-    dry_run: if True, the log is not changed.
-
-  Returns:
-    The last step that was logged, or `step` if the log has no later step.
+  With `dry_run`, the log is not changed. Returns the last step that was logged, or `step` if the
+  log has no later step.
   """
   path = epath.Path(folder) / LOG
   lines = read_json_lines(path, FIELDS)
@@ -119,12 +110,10 @@ class MetricsLog:
     """Opens the file and removes the lines of steps that a resumed run computes again.
 
     Args:
-      folder: receives the file.
       resumed_at: step of the restored checkpoint. Lines of later steps are removed. None: a new
         run.
       enabled: whether this process reads and writes the log; True in one process of a run.
       digest_folder: receives the file of the digest; None: `folder`.
-      every: largest number of steps between two lines.
 
     Raises:
       UserError: a line other than the last line is damaged.

@@ -34,15 +34,8 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
   In reinforcement learning, `reward 0.812 spread 0.241 kl 0.013` replaces the loss. The line of a
-  skipped step ends with `| skipped`.
-
-  Args:
-    step: number of the step.
-    steps: number of steps of the run.
-    values: values of the step's line in metrics.jsonl, but with rates over all steps since the
-      previous printed line.
-    devices: number of devices of the mesh.
-    left: seconds to the end of the run.
+  skipped step ends with `| skipped`. `values` are from the step's line in metrics.jsonl, but with
+  rates over all steps since the previous printed line. `left` is in seconds.
   """
   rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
   mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
@@ -65,11 +58,7 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
     step 40/60 | held-out loss 1.946 image 0.955 text 6.756 | goodput 44.7%
     step 40/60 | held-out by source: count 0.031 draw 2.014 pairs 1.946
 
-  Args:
-    step: number of the step.
-    steps: number of steps of the run.
-    losses: result of `heldout.evaluate`.
-    share: goodput, in [0, 1].
+  `losses` is the result of `heldout.evaluate`, and `share` is the goodput, in [0, 1].
   """
   modalities, sources = split_by_source(losses)
   shown = [
@@ -86,10 +75,8 @@ def change_line(before: dict[str, float], after: dict) -> str:
 
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
-  Args:
-    before: result of `heldout.evaluate` at step 0.
-    after: summary of the run, with the losses at the last step. A source without a loss there is
-      left out; this happens if fewer rows were evaluated.
+  `before` is the result of `heldout.evaluate` at step 0, and `after` is the summary of the run. A
+  source without a loss in `after` is left out. This happens if fewer rows were evaluated.
   """
   after = {name: after[name] for name in before if name in after}
   pairs = [split_by_source(losses) for losses in (before, after)]
@@ -134,11 +121,7 @@ class Monitor(Hook):
     Args:
       log: metrics.jsonl. Processes where it is not enabled print nothing.
       watch: a Stopwatch that was started together with the trainer.
-      rates: converts seconds to tokens per second and MFU.
       schedule: learning rate as a function of the step.
-      config: provides steps, log_every, max_skipped and replay_every.
-      profiler: traces the chosen steps.
-      boards: receive curves, samples and histograms.
       sources: names of the sources that rows are marked with. Their losses are logged.
       skipped: number of steps that earlier starts have skipped.
     """
@@ -301,7 +284,6 @@ class Monitor(Hook):
     The first step of a start, which includes compilation, has no rates; the result is then None.
 
     Args:
-      step: number of the step.
       values: values of the step's line in metrics.jsonl.
       ended: reading of `_in_steps` at the end of the step; None: the step has ended just now.
       halved: if True and `ended` is None, the next step has also ended. Each of the two steps then
@@ -355,10 +337,7 @@ def open_monitor(
 
   Args:
     folder: receives metrics/, tensorboard/ and profile/.
-    model: config of the decoder.
-    config: the config of the run.
     schedule: learning rate as a function of the step.
-    sequence_length: number of tokens in a row.
     newest: step of the restored checkpoint; None: a new run.
     watch: a Stopwatch that was started together with the trainer.
     profile_steps: steps to trace, see `traces.parse_steps`.

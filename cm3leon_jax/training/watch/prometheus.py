@@ -32,13 +32,7 @@ class Prometheus:
   def __init__(
     self, port: int, steps: int, watch: Stopwatch, clock: Callable[[], float] = time.monotonic
   ):
-    """Opens the port.
-
-    Args:
-      port: 0 takes a free one, see `port`.
-      steps: of the whole run.
-      watch: of the run, for its goodput.
-      clock: seconds.
+    """Opens the port. Port 0 takes a free one, see `port`.
 
     Raises:
       OSError: the port is taken.

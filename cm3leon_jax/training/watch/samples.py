@@ -21,16 +21,12 @@ class SampleGrids(Hook):
   ):
     """Creates the hook.
 
-    Args:
-      config: the config of the run.
-      monitor: receives the grids.
-      sample_grid: (params, step) -> grid, a PIL image or None. If `sample_grid` is None, grids are
-        not made.
+    `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, grids are
+    not made.
     """
     self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    """See `Hook`."""
     if self._sample_grid is None:
       return
     if step % self._config.sample_every == 0 or step == self._config.steps:

@@ -54,7 +54,6 @@ class TensorBoard:
     """Opens an event file.
 
     Args:
-      folder: folder of the run's event files; every start adds one file.
       first_step: first step of this start. TensorBoard hides events of earlier starts from this
         step on.
       settings: shown as the text `config`, one line per field.
@@ -92,11 +91,9 @@ class TensorBoard:
       self._writer.add_histogram_raw(f"params/{name}", **fields, global_step=step)
 
   def flush(self) -> None:
-    """Writes buffered events."""
     self._writer.flush()
 
   def close(self) -> None:
-    """Closes the event file."""
     self._writer.close()
 
 
@@ -104,13 +101,10 @@ class TensorBoard:
 def tree_histograms(params: dict) -> dict:
   """Computes a histogram of each parameter, over all layers together.
 
-  It uses only comparisons and sums over whole arrays, which work for any sharding without
-  gathering the arrays.
-
-  Returns:
-    A tree with a dict for each parameter: the fp32 scalars min, max, num, sum and sum_squares, and
-    [BUCKETS] fp32 bucket_limits (upper ends of intervals of equal width) and bucket_counts (exact
-    up to 2^24).
+  It uses only comparisons and sums over whole arrays, which work for any sharding without gathering
+  the arrays. Returns a tree with a dict for each parameter: the fp32 scalars min, max, num, sum and
+  sum_squares, and [BUCKETS] fp32 bucket_limits (upper ends of intervals of equal width) and
+  bucket_counts (exact up to 2^24).
   """
 
   def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:
@@ -128,10 +122,7 @@ def tree_histograms(params: dict) -> dict:
 
 
 def named_histograms(params: dict) -> dict[str, dict]:
-  """Returns `tree_histograms` on the host, keyed by names such as `blocks/up`.
-
-  All processes must call it.
-  """
+  """Returns `tree_histograms` on the host by name (`blocks/up`). All processes must call it."""
   histograms = jax.device_get(tree_histograms(params))
   leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -20,10 +20,6 @@ def parse_steps(text: str, steps: int) -> range:
 
     parse_steps("10:13", 100) == range(10, 14)
 
-  Args:
-    text: value of --profile_steps.
-    steps: length of the run.
-
   Raises:
     UserError: `text` is not such a pair, the steps are outside of the run, or the profiler of
       libtpu would crash the process.
@@ -62,9 +58,7 @@ class Profiler:
   def step(self, step: int, wait: Callable[[], None]) -> Iterator[None]:
     """Traces the body, which dispatches `step`, if the step is in the range.
 
-    Args:
-      step: number of the step.
-      wait: waits until the device is idle; called before the first traced step.
+    `wait` is called before the first traced step and waits until the device is idle.
     """
     if step in self._steps and self._collected is None:
       wait()
@@ -74,10 +68,7 @@ class Profiler:
       yield
 
   def ends_with(self, step: int) -> bool:
-    """Returns whether a running trace ends with `step`.
-
-    If it does, wait for the step, then call `stop`.
-    """
+    """Returns whether a trace ends with `step`. If so, wait for the step, then call `stop`."""
     return self._collected is not None and step >= self._steps[-1]
 
   def stop(self) -> None:

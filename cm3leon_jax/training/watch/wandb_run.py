@@ -27,7 +27,6 @@ class WandbRun:
       folder: the folder of the training. If it is local, wandb writes its files to `folder/wandb/`.
         The run is named WANDB_NAME or, by default, after the parent of `folder`.
       project: PROJECT or ENTITY/PROJECT; an entity is a user or a team.
-      settings: shown as the config of the run.
 
     Raises:
       ImportError: wandb is not installed.
@@ -74,5 +73,4 @@ class WandbRun:
     """Does nothing, because wandb sends values without a flush."""
 
   def close(self) -> None:
-    """Finishes the run."""
     self._run.finish()
