@@ -8,12 +8,11 @@ r"""Plans a pod job: estimates memory, days and costs, and writes files that sta
     --workdir=/scratch/7b --out=plan/h100 \
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
-With --out, the command writes these files. For TPUs: gke_jobset.yaml, xpk.sh, tpu_vm.sh and
-skypilot.yaml. For GPUs: slurm.sbatch and, if the workdir is in a GCS bucket, skypilot.yaml. Always:
-plan.json, and offline_ray.sh for the stages before the training. Files of an earlier plan in that
-folder are replaced or removed, unless a user has changed them. The command compiles and starts
-nothing, so memory and costs are estimates. `cm3leon aot_compile` checks memory with the real
-compiler. docs/pods.md is the guide.
+With --out, the command writes these files. For TPUs: gke_jobset.yaml, xpk.sh and tpu_vm.sh. For
+GPUs: slurm.sbatch. Always: plan.json, and offline_ray.sh for the stages before the training. Files
+of an earlier plan in that folder are replaced or removed, unless a user has changed them. The
+command compiles and starts nothing, so memory and costs are estimates. `cm3leon aot_compile` checks
+memory with the real compiler. docs/pods.md is the guide.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ _IMAGE = flags.DEFINE_string(
   **_SHARED,
 )
 _QUEUE = flags.DEFINE_string(
-  "queue", "", "Name of a Kueue LocalQueue in GKE; also writes gke_kueue.yaml."
+  "queue", "", "Name of an existing LocalQueue of Kueue in which the GKE job waits."
 )
 _SECRET = flags.DEFINE_string(
   "secret",
@@ -111,7 +110,6 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "Additional flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-COPYING = ("tpu_vm.sh", "skypilot.yaml")  # Launchers that copy a checkout to the hosts.
 _ONLY_FILES = (
   _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
   _MEMORY,
@@ -229,8 +227,8 @@ def main(settings: Settings) -> None:
   if removed:
     print(f"removed, from the earlier plan: {', '.join(removed)}")
   keys = launchers.keys(job) if settings.train.wandb else []
-  if copying := [] if os.path.isdir("launch/pod") else [name for name in COPYING if name in texts]:
-    print(f"{' and '.join(copying)}: run this in the root of a checkout of the repository.")
+  if "tpu_vm.sh" in texts and not os.path.isdir("launch/pod"):
+    print("tpu_vm.sh: run this in the root of a checkout of the repository.")
   for sentence in [*launchers.remarks(job), *keys]:
     print(sentence)
 

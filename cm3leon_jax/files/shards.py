@@ -52,7 +52,7 @@ class ShardJob(Protocol):
 
     Returns a function that takes the name of a shard, processes the shard, and returns its summary.
     It must write files atomically (`atomic.replacing`). The same kind of machine must produce the
-    same bytes, except for an index of ScaNN (docs/scaling.md).
+    same bytes, except for an index of ScaNN (docs/large_data.md).
     """
     ...
 

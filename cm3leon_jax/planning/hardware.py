@@ -17,10 +17,9 @@ GPU_FRACTION = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A GPU model: its name in JAX, its name in SkyPilot, and its memory (GiB, from nvidia-smi)."""
+  """A GPU model: its name in JAX and its memory (GiB, from nvidia-smi)."""
 
   device_kind: str
-  skypilot: str
   memory: float
 
 
@@ -65,9 +64,9 @@ TPUS = {
   ),
 }
 GPUS = {
-  "a100": Gpu("NVIDIA A100-SXM4-80GB", "A100-80GB", 80.0),
-  "h100": Gpu("NVIDIA H100 80GB HBM3", "H100", 79.65),
-  "h200": Gpu("NVIDIA H200", "H200", 140.4),
+  "a100": Gpu("NVIDIA A100-SXM4-80GB", 80.0),
+  "h100": Gpu("NVIDIA H100 80GB HBM3", 79.65),
+  "h200": Gpu("NVIDIA H200", 140.4),
 }
 
 
@@ -110,11 +109,6 @@ class Hardware:
   def tpu(self) -> Tpu:
     """Names of the TPU generation."""
     return TPUS[self.chip]
-
-  @property
-  def gpu(self) -> Gpu:
-    """Names of the GPU model."""
-    return GPUS[self.chip]
 
   @property
   def accelerator(self) -> str:

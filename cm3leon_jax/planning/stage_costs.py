@@ -16,7 +16,7 @@ from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 
 # Rates per core and second, unless another unit is named. docs/benchmarks.md (two cores of an AMD
-# EPYC machine) and docs/scaling.md have the measurements.
+# EPYC machine) and docs/large_data.md have the measurements.
 INGESTED = 108  # Images.
 READ = 360  # Images.
 ENCODED = 2_600_000  # Tokens of text.
@@ -71,7 +71,7 @@ def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
     return amount / rate / 3600
 
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
-  basis = f"a sample of {MERGED / 1e6:g} million characters, on one host (docs/scaling.md)"
+  basis = f"a sample of {MERGED / 1e6:g} million characters, on one host (docs/large_data.md)"
   yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
   images = settings.vqgan.steps * settings.vqgan.batch_size
   flops = 3 * (encode + decode)
@@ -110,7 +110,7 @@ def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
 
 
 def search_hours(pairs: int, block: int) -> float:
-  """Returns the core-hours to index, search and prune; docs/scaling.md lists the parts."""
+  """Returns the core-hours to index, search and prune; docs/large_data.md lists the parts."""
   rows = min(block, pairs)
   slower = math.sqrt(min(rows, SQRT_UNTIL) / SEARCHED_OF) * max(1.0, rows / SQRT_UNTIL)
   queries = 2 * pairs * math.ceil(pairs / block)

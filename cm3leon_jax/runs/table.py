@@ -73,7 +73,7 @@ STAGES = {
     ("raw", "text_tokenizer"),
     ("clip", "vocab", "seed"),
     files=MODEL_FILES,
-    instead="a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md)",
+    instead="a published CLIP, by --config.retrieval.clip=FOLDER (docs/large_data.md)",
   ),
   "neighbors": Stage(
     "build_neighbors",

@@ -75,7 +75,7 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       ["--config=cm3leon_7b", "--num_processes=2"],
       "--num_processes is given, but this command runs in one process; only cm3leon train, cm3leon "
       "evaluate --protocol and cm3leon score run in several; train_clip trains on one host: "
-      "on a pod use a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md).",
+      "on a pod use a published CLIP, by --config.retrieval.clip=FOLDER (docs/large_data.md).",
     ),
     (
       "train_clip",

@@ -50,10 +50,9 @@ def test_what_no_launcher_could_start_is_refused(topology, options):
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.PodJob("run", hardware.load("v5e-256", 2), tuple(FLAGS))
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
-  image, several = launchers.remarks(job)
+  (image,) = launchers.remarks(job)
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
-  assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
-  assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == [several]
+  assert launchers.remarks(launchers.PodJob("run", job.hardware, job.flags, IMAGE)) == []
 
 
 def test_gke_does_not_connect_slices_of_one_host():
@@ -63,26 +62,22 @@ def test_gke_does_not_connect_slices_of_one_host():
     with refused(UserError):
       launchers.check(dataclasses.replace(job, **{option: "own"}))
   assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
-  assert launchers.remarks(job)[0] == (
+  assert launchers.remarks(job) == [
     "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
-  )
+  ]
   assert launchers.remarks(dataclasses.replace(job, image="")) == launchers.remarks(job)
   one = dataclasses.replace(job, hardware=hardware.load("v5e-8"))
   assert "gke_jobset.yaml" in launchers.files(one)
 
 
-def test_machines_that_share_no_folder_get_a_bucket_only():
-  shared = ("--config=c", "--workdir=/scratch/7b")
-  job = launchers.PodJob("run", hardware.load("h100-64"), shared)
+@pytest.mark.parametrize("workdir", ["/scratch/7b", "gs://bucket/7b"])
+def test_gpus_may_train_in_a_shared_folder_or_a_bucket(workdir):
+  flags = ("--config=c", f"--workdir={workdir}")
+  job = launchers.PodJob("run", hardware.load("h100-64"), flags)
   assert list(launchers.files(job)) == ["offline_ray.sh"]
-  image, folder = launchers.remarks(job)
-  assert image == "slurm.sbatch needs a container image: give --image."
-  assert folder == "skypilot.yaml: its machines share no folder; give a gs:// workdir."
-  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == [
-    "offline_ray.sh", "slurm.sbatch"
-  ]  # fmt: skip
-  bucket = dataclasses.replace(job, image=IMAGE, flags=tuple(FLAGS))
-  assert list(launchers.files(bucket)) == ["offline_ray.sh", "skypilot.yaml", "slurm.sbatch"]
+  assert launchers.remarks(job) == ["slurm.sbatch needs a container image: give --image."]
+  job = dataclasses.replace(job, image=IMAGE)
+  assert list(launchers.files(job)) == ["offline_ray.sh", "slurm.sbatch"]
 
 
 def test_slurm_does_not_ask_for_spot_machines_and_says_so():
@@ -135,14 +130,13 @@ def test_a_flag_that_a_file_does_not_follow_is_named():
     for name, flags in {
       "xpk.sh": ("--service_account", "--priority", "--cpus"),
       "tpu_vm.sh": ("--service_account", "--priority", "--cpus"),
-      "skypilot.yaml": ("--service_account", "--reservation", "--priority", "--cpus"),
     }.items()
     for flag in flags
   }
   account = "trainer@my-project.iam.gserviceaccount.com"
   cloud = dataclasses.replace(job, service_account=account, priority="high", cpus=0)
   found = [s.split(":")[0] for s in launchers.remarks(cloud) if "--service_account" in s]
-  assert found == ["gke_jobset.yaml", "xpk.sh", "skypilot.yaml"]
+  assert found == ["gke_jobset.yaml", "xpk.sh"]
 
 
 @pytest.mark.parametrize(("topology", "slices"), [("v5e-256", 1), ("h100-64", 1)])
@@ -151,7 +145,7 @@ def test_every_file_says_what_it_needs(topology, slices):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
-  assert len(texts) == (7 if topology == "v5e-256" else 3)
+  assert len(texts) == (5 if topology == "v5e-256" else 2)
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

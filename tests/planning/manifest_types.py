@@ -57,52 +57,6 @@ class JobSet(Strict):
   spec: Spec
 
 
-class Flavor(Strict):
-  """Spec of a ResourceFlavor of kueue.x-k8s.io/v1beta2."""
-
-  nodeLabels: dict[str, str] | None = None
-  nodeTaints: list[client.V1Taint] | None = None
-  tolerations: list[client.V1Toleration] | None = None
-  topologyName: str | None = None
-
-
-class Quota(Strict):
-  name: str
-  nominalQuota: int | str
-  borrowingLimit: int | str | None = None
-  lendingLimit: int | str | None = None
-
-
-class FlavorQuotas(Strict):
-  name: str
-  resources: list[Quota] = pydantic.Field(min_length=1)
-
-
-class ResourceGroup(Strict):
-  coveredResources: list[str] = pydantic.Field(min_length=1)
-  flavors: list[FlavorQuotas] = pydantic.Field(min_length=1)
-
-
-class ClusterQueue(Strict):
-  namespaceSelector: client.V1LabelSelector | None = None
-  resourceGroups: list[ResourceGroup] | None = None
-  queueingStrategy: str = pydantic.Field("BestEffortFIFO", pattern="^(StrictFIFO|BestEffortFIFO)$")
-  cohortName: str | None = None
-  stopPolicy: str = pydantic.Field("None", pattern="^(None|Hold|HoldAndDrain)$")
-
-
-class LocalQueue(Strict):
-  clusterQueue: str
-  stopPolicy: str = pydantic.Field("None", pattern="^(None|Hold|HoldAndDrain)$")
-
-
-class Kueue(Strict):
-  apiVersion: str = pydantic.Field(pattern="^kueue.x-k8s.io/v1beta2$")
-  kind: str
-  metadata: Metadata
-  spec: Flavor | ClusterQueue | LocalQueue
-
-
 class Endpoint(Strict):
   port: int | str
   path: str = "/metrics"
@@ -123,44 +77,8 @@ class PodMonitoring(Strict):
   spec: Scraped
 
 
-class AcceleratorArgs(Strict):
-  runtime_version: str
-  tpu_vm: bool = True
-
-
-class Resources(Strict):
-  """Of a task of SkyPilot 0.14."""
-
-  infra: str | None = None
-  accelerators: str
-  accelerator_args: AcceleratorArgs | None = None
-  network_tier: str | None = pydantic.Field(None, pattern="^(standard|best)$")
-  use_spot: bool = False
-  image_id: str | None = None
-  disk_size: int | None = None
-
-
-class SkyPilot(Strict):
-  name: str
-  workdir: str | None = None
-  num_nodes: int = pydantic.Field(1, ge=1)
-  resources: Resources
-  envs: dict[str, str | None] | None = None
-  secrets: dict[str, str | None] | None = None
-  setup: str | None = None
-  run: str
-
-
 STRICT = {"strict": True, "by_alias": True, "by_name": False}
 
 
 def validate(manifest):
   return JobSet.model_validate(manifest, **STRICT)
-
-
-def validate_queue(objects):
-  """Checks each object of Kueue against the type of its kind."""
-  types = {"ResourceFlavor": Flavor, "ClusterQueue": ClusterQueue, "LocalQueue": LocalQueue}
-  for x in objects:
-    Kueue.model_validate({**x, "spec": {}} if x["kind"] != "LocalQueue" else x, **STRICT)
-    types[x["kind"]].model_validate(x["spec"], **STRICT)

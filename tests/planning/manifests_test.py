@@ -1,4 +1,4 @@
-"""Checks the manifests that `cm3leon plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
+"""Checks the manifests that `cm3leon plan` writes: schemas and restarts."""
 
 import re
 
@@ -8,13 +8,7 @@ import yaml
 
 from cm3leon_jax.config import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
-from tests.planning.manifest_types import (
-  STRICT,
-  PodMonitoring,
-  SkyPilot,
-  validate,
-  validate_queue,
-)
+from tests.planning.manifest_types import STRICT, PodMonitoring, validate
 from tests.recorders import FLAGS, MISTAKE
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
@@ -60,14 +54,9 @@ def test_manifests_are_valid(topology, slices, options):
   options = ALL if "all" in options else options
   texts = written(topology, slices, AWKWARD, **options)
   validate(yaml.safe_load(texts["gke_jobset.yaml"]))
-  assert ("gke_kueue.yaml" in texts) == ("queue" in options)
-  validate_queue(yaml.safe_load_all(texts.get("gke_kueue.yaml", "")) if options else [])
   assert ("gke_monitoring.yaml" in texts) == ("metrics_port" in options)
   if "metrics_port" in options:
     PodMonitoring.model_validate(yaml.safe_load(texts["gke_monitoring.yaml"]), **STRICT)
-  assert ("skypilot.yaml" in texts) == (slices == 1)
-  if slices == 1:
-    SkyPilot.model_validate(yaml.safe_load(texts["skypilot.yaml"]), **STRICT)
 
 
 @pytest.mark.parametrize(
@@ -115,42 +104,6 @@ def test_a_wrong_manifest_is_refused(manifest, change, place):
   assert error.value.error_count() <= 2
 
 
-@pytest.mark.parametrize(
-  ("change", "place"),
-  [
-    (lambda flavor, queue, local: flavor["spec"].update(nodeLabel={}), "nodeLabel"),
-    (lambda flavor, queue, local: queue["spec"].update(quota=1), "quota"),
-    (lambda flavor, queue, local: local["spec"].pop("clusterQueue"), "clusterQueue"),
-    (
-      lambda flavor, queue, local: queue["spec"]["resourceGroups"][0].pop("coveredResources"),
-      "coveredResources",
-    ),
-    (lambda flavor, queue, local: local.update(apiVersion="kueue.x-k8s.io/v1"), "apiVersion"),
-  ],
-)
-def test_a_wrong_queue_is_refused(change, place):
-  objects = list(yaml.safe_load_all(written(queue="tpus")["gke_kueue.yaml"]))
-  change(*objects)
-  with pytest.raises(pydantic.ValidationError, match=place):
-    validate_queue(objects)
-
-
-@pytest.mark.parametrize(
-  ("change", "place"),
-  [
-    (lambda task: task.update(secret={}), "secret"),
-    (lambda task: task.update(num_nodes="8"), "num_nodes"),
-    (lambda task: task["resources"].update(spot=True), "resources.spot"),
-    (lambda task: task["resources"].pop("accelerators"), "resources.accelerators"),
-  ],
-)
-def test_a_wrong_task_is_refused(change, place):
-  task = yaml.safe_load(written("h100-64")["skypilot.yaml"])
-  change(task)
-  with pytest.raises(pydantic.ValidationError, match=re.escape(place)):
-    SkyPilot.model_validate(task, **STRICT)
-
-
 def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   texts = written("v5p-256", 2, max_restarts=7, grace_seconds=1200, queue="tpus")
   manifest = yaml.safe_load(texts["gke_jobset.yaml"])
@@ -167,23 +120,8 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   assert pod(manifest)["nodeSelector"] == labels
   assert pod(manifest)["containers"][0]["image"] == IMAGE
   assert pod(manifest)["containers"][0]["imagePullPolicy"] == "Always"  # The tag may move.
-  flavor, queue, local = yaml.safe_load_all(texts["gke_kueue.yaml"])
-  assert flavor["spec"]["nodeLabels"] == labels
-  (flavors,) = queue["spec"]["resourceGroups"][0]["flavors"]
-  # Of 64 hosts, each half of a ct5p-hightpu-4t.
-  assert flavors["resources"] == [
-    {"name": "google.com/tpu", "nominalQuota": 256},
-    {"name": "cpu", "nominalQuota": 64 * 104},
-    {"name": "memory", "nominalQuota": f"{64 * 224}Gi"},
-  ]
-  # A resource that a pod asks for and no group covers would never be admitted.
   resources = pod(manifest)["containers"][0]["resources"]
-  assert resources["requests"] == {"cpu": "104", "memory": "224Gi"}
-  asked = {*resources["limits"], *resources["requests"]}
-  assert asked == set(queue["spec"]["resourceGroups"][0]["coveredResources"])
-  assert flavors["name"] == flavor["metadata"]["name"]
-  assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
-  assert local["metadata"]["name"] == "tpus"
+  assert resources["requests"] == {"cpu": "104", "memory": "224Gi"}  # Half of a ct5p-hightpu-4t.
 
 
 def test_the_key_comes_from_a_secret_that_may_be_absent():
@@ -192,7 +130,6 @@ def test_the_key_comes_from_a_secret_that_may_be_absent():
   ]
   reference = {"name": "own", "key": "WANDB_API_KEY", "optional": True}
   assert variable == {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": reference}}
-  assert yaml.safe_load(written()["skypilot.yaml"])["secrets"] == {"WANDB_API_KEY": ""}
 
 
 def test_spot_machines_are_asked_for_only_if_they_are_wanted():
@@ -200,7 +137,6 @@ def test_spot_machines_are_asked_for_only_if_they_are_wanted():
     texts = written(spot=spot)
     assert ("gke-spot" in texts["gke_jobset.yaml"]) == spot
     assert ("--spot" in texts["xpk.sh"]) == ("--spot" in texts["tpu_vm.sh"]) == spot
-    assert yaml.safe_load(texts["skypilot.yaml"])["resources"]["use_spot"] == spot
 
 
 def test_kubernetes_gives_the_flags_unchanged():

@@ -186,8 +186,7 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   assert {cost["stage"] for cost in numbers["stages"]} >= {"build_neighbors", "train"}
   assert numbers["job"]["grace_seconds"] == 900
   files = {
-    "gke_jobset.yaml", "gke_kueue.yaml", "xpk.sh", "tpu_vm.sh", "skypilot.yaml", "offline_ray.sh",
-    "plan.json",
+    "gke_jobset.yaml", "xpk.sh", "tpu_vm.sh", "offline_ray.sh", "plan.json",
   }  # fmt: skip
   assert {path.name for path in tmp_path.iterdir()} == files
   manifest = yaml.safe_load((tmp_path / "gke_jobset.yaml").read_text())
@@ -258,9 +257,9 @@ def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sen
 
 
 @pytest.mark.slow
-def test_files_that_copy_a_checkout_are_named_outside_of_one(tmp_path):
+def test_the_file_that_copies_a_checkout_is_named_outside_of_one(tmp_path):
   flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
   result = launch("plan", *flags, cwd=tmp_path)
   assert result.returncode == 0, result.stderr
-  sentence = "tpu_vm.sh and skypilot.yaml: run this in the root of a checkout of the repository.\n"
+  sentence = "tpu_vm.sh: run this in the root of a checkout of the repository.\n"
   assert sentence in result.stdout

@@ -1,4 +1,4 @@
-"""The costs of the stages are those that docs/scaling.md computes by hand."""
+"""The costs of the stages are those that docs/large_data.md computes by hand."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_offline_stages_cost_what_the_page_says(page, stage, core_hours, chip_ho
 
 
 def test_small_blocks_cost_more_to_search():
-  """docs/scaling.md: 280 blocks of the default size take 299,000 core-hours."""
+  """docs/large_data.md: 280 blocks of the default size take 299,000 core-hours."""
   other = 78 + 56
   small, large = (stage_costs.search_hours(PAIRS, rows) - other for rows in (5_000_000, 10**8))
   assert (small, large) == (pytest.approx(299_000, rel=0.01), pytest.approx(67_000, rel=0.01))

@@ -30,7 +30,6 @@ KEYS = {
   "xpk.sh": "from Secret Manager: export WANDB_SECRET=projects/PROJECT/secrets/NAME",
   "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
   "slurm.sbatch": "from the environment of sbatch",
-  "skypilot.yaml": "from the environment, by its name: sky jobs launch ... --secret WANDB_API_KEY",
 }
 # Priorities that XPK accepts; they are PriorityClasses of its clusters.
 XPK_PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
@@ -46,7 +45,7 @@ class PodJob:
     name: name of the run in Kubernetes and other systems.
     flags: flags of `cm3leon train`, with --config and --workdir.
     image: container image. If empty, files of launchers that need an image are not written.
-    queue: LocalQueue of Kueue; empty without Kueue.
+    queue: an existing LocalQueue of Kueue; empty without Kueue.
     secret: Kubernetes Secret with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
     spot: whether to use cheaper machines that may be preempted at any time.
     max_restarts: number of restarts after crashes.
@@ -101,10 +100,6 @@ class PodJob:
     values = (f.partition("=")[2] for f in self.flags if f.startswith("--config="))
     return next(values, "").partition(":")[0]
 
-  @property
-  def in_bucket(self) -> bool:
-    return bool(re.match(r"gs://.", self.workdir))
-
 
 def check(job: PodJob) -> None:
   """Raises UserError, with the flag of `cm3leon plan`, if no launcher could start the job."""
@@ -120,13 +115,13 @@ def check(job: PodJob) -> None:
   if job.secret and gpu:
     raise UserError(
       "--secret is for Kubernetes, which only the files for TPUs use: omit it on GPUs; "
-      "WANDB_API_KEY comes from the environment of sbatch, or from sky jobs launch --secret."
+      "WANDB_API_KEY comes from the environment of sbatch."
     )
   _check_gke(job)
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
   if not job.workdir:
     raise UserError(f"--out needs --workdir={where}: all hosts read and write one workdir.")
-  if not job.in_bucket and not (gpu and re.match(r"/.", job.workdir)):
+  if not re.match(r"(gs://|/)." if gpu else "gs://.", job.workdir):
     raise UserError(
       f"--workdir is '{job.workdir}'; it must be {where}: all hosts read and write one workdir."
     )
@@ -187,8 +182,6 @@ def files(job: PodJob) -> dict[str, str]:
   check(job)
   gpu = job.hardware.platform == "gpu"
   names = ["offline_ray.sh"] if gpu else ["offline_ray.sh", "tpu_vm.sh"]
-  if job.in_bucket and (gpu or job.hardware.slices == 1):
-    names.append("skypilot.yaml")
   if job.image:
     names += _with_image(job)
   environment = _environment()
@@ -210,7 +203,6 @@ def _with_image(job: PodJob) -> list[str]:
   if _of_one_host(job.hardware):
     return []
   names = ["gke_jobset.yaml", "xpk.sh"]
-  names += ["gke_kueue.yaml"] * bool(job.queue)
   return sorted([*names, *["gke_monitoring.yaml"] * bool(job.metrics_port)])
 
 
@@ -243,10 +235,6 @@ def remarks(job: PodJob) -> list[str]:
     sentences.append(f"{needing} a container image: give --image.")
   elif gpu and job.spot:
     sentences.append("slurm.sbatch: --spot changes nothing in SLURM: choose a partition.")
-  if not gpu and job.hardware.slices > 1:
-    sentences.append("skypilot.yaml: SkyPilot does not connect slices of TPUs; use another one.")
-  elif not job.in_bucket:
-    sentences.append("skypilot.yaml: its machines share no folder; give a gs:// workdir.")
   if job.config.endswith(".py") and pathlib.PurePosixPath(job.config).parts[0] not in COPIED:
     sentences.append(
       f"--config={job.config}: launch/pod/Dockerfile and tpu_vm.sh copy only {', '.join(COPIED)}; "
@@ -258,7 +246,6 @@ def remarks(job: PodJob) -> list[str]:
 def _not_followed(job: PodJob) -> list[str]:
   """Returns a sentence for each file and each flag that this file ignores."""
   account = "--service_account" if job.service_account else ""
-  reservation = "--reservation" if job.reservation else ""
   priority = "--priority" if job.priority else ""
   machine = "--cpus" if job.cpus else "--memory_gib" if job.memory_gib else ""
   is_cloud = job.has_cloud_account
@@ -273,12 +260,6 @@ def _not_followed(job: PodJob) -> list[str]:
       account * (not is_cloud): "give an address of Google Cloud",
       priority: "a queued resource has none",
       machine: "a TPU VM is a whole host",
-    },
-    "skypilot.yaml": {
-      account: "~/.sky/config.yaml has gcp.remote_identity",
-      reservation: "~/.sky/config.yaml has gcp.specific_reservations",
-      priority: "it has none",
-      machine: "it chooses the machine",
     },
   }
   written = files(job)
@@ -309,6 +290,6 @@ def _environment() -> jinja2.Environment:
   return environment
 
 
-def words(values: Sequence[str], indent: int = 2) -> str:
+def words(values: Sequence[str]) -> str:
   """Formats words for bash, one per line, quoted so that blanks, quotes and `$` are kept."""
-  return "".join(f"{' ' * indent}{shlex.quote(value)}\n" for value in values)
+  return "".join(f"  {shlex.quote(value)}\n" for value in values)

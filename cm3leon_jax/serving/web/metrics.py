@@ -1,13 +1,15 @@
 """Reports the numbers of the server in the text format of Prometheus (version 0.0.4)."""
 
-from collections import Counter, defaultdict
+from collections.abc import Iterator
 import resource
 import sys
-import threading
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cm3leon_jax.serving.engine import Engine
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # Upper bounds of the histogram.
 
 
@@ -15,52 +17,47 @@ class Metrics:
   """Counts requests, and reads the numbers of the engine on demand."""
 
   def __init__(self, engine: Engine):
-    self._engine, self._lock = engine, threading.Lock()
-    self._answers: Counter[tuple[str, int]] = Counter()
-    self._buckets: dict[str, list[int]] = {}
-    self._seconds: defaultdict[str, float] = defaultdict(float)
+    self._engine = engine
+    self._requests = Counter(
+      "cm3leon_serve_requests",
+      "Requests by endpoint and HTTP status.",
+      ["endpoint", "status"],
+      registry=None,
+    )
+    self._seconds = Histogram(
+      "cm3leon_serve_request_seconds",
+      "Seconds from start to end of a request.",
+      ["endpoint"],
+      registry=None,
+      buckets=SECONDS,
+    )
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
     """Counts a request that has ended. Status 499 means that the client disconnected before."""
-    with self._lock:
-      self._answers[endpoint, status] += 1
-      self._seconds[endpoint] += seconds
-      buckets = self._buckets.setdefault(endpoint, [0] * (len(SECONDS) + 1))
-      for i, bound in enumerate((*SECONDS, float("inf"))):
-        buckets[i] += seconds <= bound
+    self._requests.labels(endpoint, status).inc()
+    self._seconds.labels(endpoint).observe(seconds)
 
   def text(self) -> str:
     """Returns all numbers as text."""
-    engine, lines = self._engine, []
+    return generate_latest(self).decode()
+
+  def collect(self) -> Iterator[Metric]:
+    """Yields all numbers for `generate_latest`."""
+    engine, gauge, counter = self._engine, GaugeMetricFamily, CounterMetricFamily
     for name, kind, value, meaning in (
-      ("ready", "gauge", int(engine.is_ready), "1 when the programs are compiled."),
-      ("requests_active", "gauge", engine.active, "Requests that are not answered yet."),
-      ("requests_waiting", "gauge", engine.waiting, "Requests with a sample that has no slot yet."),
-      ("samples_running", "gauge", engine.running, "Samples that have a slot."),
-      ("slots", "gauge", engine.slots, "Number of slots of each bucket."),
-      ("samples_total", "counter", engine.samples, "Samples that were completed."),
-      ("tokens_total", "counter", engine.tokens, "Tokens of these samples."),
-      ("peak_memory_bytes", "gauge", _peak_bytes(), "Largest resident memory of the process."),
+      ("ready", gauge, engine.is_ready, "1 when the programs are compiled."),
+      ("requests_active", gauge, engine.active, "Requests that are not answered yet."),
+      ("requests_waiting", gauge, engine.waiting, "Requests with a sample that has no slot yet."),
+      ("samples_running", gauge, engine.running, "Samples that have a slot."),
+      ("slots", gauge, engine.slots, "Number of slots of each bucket."),
+      ("samples_total", counter, engine.samples, "Samples that were completed."),
+      ("tokens_total", counter, engine.tokens, "Tokens of these samples."),
+      ("peak_memory_bytes", gauge, _peak_bytes(), "Largest resident memory of the process."),
     ):
-      lines += [*_head(name, kind, meaning), f"cm3leon_serve_{name} {value}"]
-    with self._lock:
-      lines += _head("requests_total", "counter", "Requests by endpoint and HTTP status.")
-      for (endpoint, status), count in sorted(self._answers.items()):
-        labels = f'{{endpoint="{endpoint}",status="{status}"}}'
-        lines.append(f"cm3leon_serve_requests_total{labels} {count}")
-      lines += _head("request_seconds", "histogram", "Seconds from start to end of a request.")
-      for endpoint, buckets in sorted(self._buckets.items()):
-        for bound, count in zip((*SECONDS, "+Inf"), buckets):
-          labels = f'{{endpoint="{endpoint}",le="{bound}"}}'
-          lines.append(f"cm3leon_serve_request_seconds_bucket{labels} {count}")
-        of = f'{{endpoint="{endpoint}"}}'
-        lines.append(f"cm3leon_serve_request_seconds_sum{of} {self._seconds[endpoint]!r}")
-        lines.append(f"cm3leon_serve_request_seconds_count{of} {buckets[-1]}")
-    return "\n".join(lines) + "\n"
-
-
-def _head(name: str, kind: str, meaning: str) -> list[str]:
-  return [f"# HELP cm3leon_serve_{name} {meaning}", f"# TYPE cm3leon_serve_{name} {kind}"]
+      yield kind(f"cm3leon_serve_{name}", meaning, value)
+    for metric in (*self._requests.collect(), *self._seconds.collect()):
+      metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+      yield metric
 
 
 def _peak_bytes() -> int:

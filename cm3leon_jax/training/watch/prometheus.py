@@ -1,11 +1,13 @@
-"""Prometheus: the state of a run as text over HTTP, for clusters that scrape."""
+"""Serves the state of a run over HTTP to Prometheus."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import http.server
 import threading
 import time
 
 from PIL import Image
+from prometheus_client import CollectorRegistry, MetricsHandler
+from prometheus_client.core import GaugeMetricFamily
 
 from cm3leon_jax.training.watch.goodput import Stopwatch, goodput
 
@@ -20,14 +22,11 @@ GAUGES = (
   ("goodput_ratio", "goodput", "Share of steps in the wall time of all starts."),
 )
 IDLE = "cm3leon_seconds_since_last_step"
-READ_SECONDS = 10  # A client that sends nothing is let go.
+READ_SECONDS = 10  # Connections that send nothing for this long are closed.
 
 
 class Prometheus:
-  """Serves GET /metrics, in the text format of Prometheus (version 0.0.4), on all addresses.
-
-  Everybody who reaches the port can read these numbers; nothing else is served.
-  """
+  """Serves GET /metrics on all addresses; everyone who reaches the port can read the metrics."""
 
   def __init__(
     self, port: int, steps: int, watch: Stopwatch, clock: Callable[[], float] = time.monotonic
@@ -40,22 +39,23 @@ class Prometheus:
     self._watch, self._clock = watch, clock
     self._values: dict[str, float | int] = {"steps": steps}
     self._stepped = clock()
-    self._server = http.server.ThreadingHTTPServer(("", port), _handler(self.text))
+    registry = CollectorRegistry()
+    registry.register(self)
+    self._server = http.server.ThreadingHTTPServer(("", port), _Handler.factory(registry))
     self.port = self._server.server_address[1]
     self._thread = threading.Thread(
       target=self._server.serve_forever, name="prometheus", daemon=True
     )
     self._thread.start()
 
-  def text(self) -> str:
-    """Returns the metrics that are known so far."""
+  def collect(self) -> Iterator[GaugeMetricFamily]:
+    """Yields the metrics that are known so far."""
     values = self._values
-    lines = []
     for name, source, meaning in GAUGES:
       if source in values:
-        lines += _gauge(f"cm3leon_{name}", values[source], meaning)
-    lines += _gauge(IDLE, self._clock() - self._stepped, "Since a step was logged, or the start.")
-    return "\n".join(lines) + "\n"
+        yield GaugeMetricFamily(f"cm3leon_{name}", meaning, values[source])
+    idle = self._clock() - self._stepped
+    yield GaugeMetricFamily(IDLE, "Seconds since a step was logged, or since the start.", idle)
 
   def scalars(self, step: int, values: dict) -> None:
     """Takes the values of a metrics line."""
@@ -67,7 +67,7 @@ class Prometheus:
       self._stepped = self._clock()
 
   def samples(self, step: int, sheet: Image.Image) -> None:
-    """Does nothing: Prometheus has numbers only."""
+    """Does nothing: Prometheus stores only numbers."""
 
   def histograms(self, step: int, histograms: dict) -> None:
     """Does nothing, as `samples`."""
@@ -82,26 +82,11 @@ class Prometheus:
     self._thread.join()
 
 
-def _gauge(name: str, value: float | int, meaning: str) -> list[str]:
-  return [f"# HELP {name} {meaning}", f"# TYPE {name} gauge", f"{name} {float(value)!r}"]
+class _Handler(MetricsHandler):
+  timeout = READ_SECONDS
 
-
-def _handler(text: Callable[[], str]) -> type[http.server.BaseHTTPRequestHandler]:
-  class Handler(http.server.BaseHTTPRequestHandler):
-    timeout = READ_SECONDS
-
-    def do_GET(self) -> None:
-      if self.path.partition("?")[0] != "/metrics":
-        self.send_error(404)
-        return
-      body = text().encode()
-      self.send_response(200)
-      self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-      self.send_header("Content-Length", str(len(body)))
-      self.end_headers()
-      self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-      """Prints nothing: standard error is the log of the run."""
-
-  return Handler
+  def do_GET(self) -> None:
+    if self.path.partition("?")[0] != "/metrics":
+      self.send_error(404)
+    else:
+      super().do_GET()
