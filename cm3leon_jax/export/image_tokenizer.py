@@ -1,10 +1,10 @@
 """Writes the image tokenizer of an export.
 
 For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: params.safetensors
-of the run's vqgan/, config.json, and decode_image.py, which needs only numpy. config.json extends
-the run's file, so `ImageTokenizer.load` can read the folder. decode_image.py reads `vqgan`,
-`num_codes`, the `levels` of FSQ, and `token_offset` from config.json. Code c is token
-`token_offset + c` of the language model. A published tokenizer keeps the file names of its
+of the run's vqgan/, config.json, and decode_image.py, which needs PyTorch instead of JAX.
+config.json extends the run's file, so `ImageTokenizer.load` can read the folder. decode_image.py
+reads `vqgan`, `num_codes`, the `levels` of FSQ, and `token_offset` from config.json. Code c is
+token `token_offset + c` of the language model. A published tokenizer keeps the file names of its
 release, see `published_files.save`.
 """
 
@@ -12,6 +12,7 @@ release, see `published_files.save`.
 
 import dataclasses
 import importlib.resources
+import importlib.util
 import shutil
 
 from etils import epath
@@ -20,7 +21,6 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import decode_image
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.tokenizers import published_files
@@ -31,6 +31,7 @@ from cm3leon_jax.trained.kinds import IMAGES
 from cm3leon_jax.trained.run import Run
 
 SCRIPT = "decode_image.py"
+FORMAT = "cm3leon_jax.vqgan"  # The network that the script computes.
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:
@@ -42,7 +43,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 
   Raises:
     UserError: the stage `train_vqgan` has not run, its files are damaged, or decode_image.py does
-      not compute the same network.
+      not compute the same network; the latter is checked if torch is installed.
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
@@ -69,13 +70,13 @@ def _write_trained(
   assert isinstance(tokenizer.config, VQGANConfig)
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
-    "format": decode_image.FORMAT,
+    "format": FORMAT,
     "vqgan": dataclasses.asdict(tokenizer.config),
     "num_codes": tokenizer.num_codes,
     "levels": levels_of(tokenizer.num_codes) if is_fsq else (),
     "token_offset": token_offset,
   }
-  if wrong := difference(tokenizer, described):
+  if importlib.util.find_spec("torch") and (wrong := difference(tokenizer, described)):
     raise UserError(
       f"the image tokenizer in {source} cannot be exported: {SCRIPT} does not compute its network "
       f"({wrong})."
@@ -90,15 +91,20 @@ def _write_trained(
 
 
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:
-  """Describes how the numpy decoder differs from a tokenizer; "" if both agree.
+  """Describes how the decoder of decode_image.py differs from a tokenizer; "" if both agree.
 
   Both decode one image of random codes. A pixel may differ by one level of 255 from rounding.
   `described` is the content of config.json, see the module docstring.
   """
+  import torch
+
+  from cm3leon_jax.export import decode_image
+
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
+  tensors = {name: torch.tensor(array) for name, array in flat.items()}
   codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)
   try:
-    pixels = decode_image.decode_pixels(decode_image.tokenizer_of(described, flat), codes)
+    pixels = decode_image.Tokenizer(described, tensors).decode(torch.tensor(codes))
   except KeyError as error:
     return f"it has no {error}"
   except ValueError as error:

@@ -174,7 +174,7 @@ EVALUATION = (
   *mutants_of(
     "cm3leon_jax/export/decode_image.py",
     "tests/export/decode_image_test.py",
-    ("fsq_even_levels_as_odd_ones", "np.where(levels % 2, 0, 0.5)", "np.zeros(len(levels))"),
+    ("fsq_even_levels_as_odd_ones", "(1 - self.levels % 2) / 2", "0 * self.levels"),
   ),
   *mutants_of(
     "cm3leon_jax/export/image_tokenizer.py",
