@@ -15,9 +15,9 @@ import urllib.request
 from etils import epath
 import pytest
 
-from cm3leon_jax.extras import install
 from tests.generation.run import save_run
 from tests.launched import ROOT, launch
+from tests.messages import check_refused
 
 
 @pytest.mark.parametrize(
@@ -46,71 +46,28 @@ except UserError as error:
 
 
 @pytest.mark.parametrize(
-  ("given", "environment", "sentence"),
+  ("given", "environment"),
   [
-    ([], {}, "error: name the folder of the run: --workdir=workdir"),
-    (
-      ["--workdir=nowhere"],
-      {},
-      "error: there is no folder nowhere: name the folder of a run with --workdir; ",
-    ),
-    (
-      ["--workdir=scenes", "--host=example.org"],
-      {},
-      "error: --host is example.org; it must be an addre",
-    ),
-    (
-      ["--workdir=scenes", "--token_file=no"],
-      {},
-      "error: --token_file=no cannot be read: name a file",
-    ),
-    (
-      ["--workdir=scenes"],
-      {"CM3LEON_TOKEN": "short"},
-      "error: CM3LEON_TOKEN must contain a token of at",
-    ),
-    (
-      ["--workdir=scenes-instrct"],
-      {},
-      "error: scenes-instrct is neither a folder nor a bundle: did you mean scenes-instruct?",
-    ),
-    (["--workdir=scenes", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
-    (
-      ["--workdir=scenes", "--port=abc"],
-      {},
-      "error: --port is abc; it must be an integer in the range [0, 65535].",
-    ),
-    (
-      ["--workdir=scenes", "--request_seconds=soon"],
-      {},
-      "error: --request_seconds is soon; it must be a number >= 1.0.",
-    ),
-    (
-      ["--workdir=scenes", "--weight_dtype=fp4"],
-      {},
-      "error: --weight_dtype is fp4; it must be one of compute, int8.",
-    ),
-    (
-      ["--workdir=scenes", "--guidance=2"],
-      {},
-      "error: --guidance is not a flag of this command: --help lists its flags.",
-    ),
-    (["--workdir=scenes", "--config=scenes"], {}, "error: --config is not a flag of this command"),
+    ([], {}),
+    (["--workdir=nowhere"], {}),
+    (["--workdir=scenes", "--host=example.org"], {}),
+    (["--workdir=scenes", "--token_file=no"], {}),
+    (["--workdir=scenes"], {"CM3LEON_TOKEN": "short"}),
+    (["--workdir=scenes-instrct"], {}),
+    (["--workdir=scenes", "--slots=0"], {}),
+    (["--workdir=scenes", "--port=abc"], {}),
+    (["--workdir=scenes", "--request_seconds=soon"], {}),
+    (["--workdir=scenes", "--weight_dtype=fp4"], {}),
+    (["--workdir=scenes", "--guidance=2"], {}),
+    (["--workdir=scenes", "--config=scenes"], {}),
   ],
 )
-def test_wrong_flags_are_refused_in_one_sentence(given, environment, sentence):
-  result = launch("serve", *given, **environment)
-  assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr.startswith(sentence)
-  assert result.stderr.count("\n") == 1
+def test_wrong_flags_are_refused_in_one_sentence(given, environment):
+  check_refused(launch("serve", *given, **environment))
 
 
 def test_a_missing_package_is_named():
-  result = launch("serve", "--workdir=scenes", missing=["uvicorn"])
-  assert (result.returncode, result.stderr) == (
-    2,
-    f"error: cm3leon serve needs uvicorn: {install('serve')}.\n",
-  )
+  check_refused(launch("serve", "--workdir=scenes", missing=["uvicorn"]))
 
 
 @pytest.fixture(scope="module")
