@@ -1,5 +1,3 @@
-"""The Python API on a tiny saved run: its examples, batches and errors."""
-
 import doctest
 import json
 import pathlib

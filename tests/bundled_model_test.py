@@ -1,5 +1,3 @@
-"""The bundled models of scenes: they are small and whole, and do what they are asked."""
-
 import pathlib
 
 import jax

@@ -1,5 +1,3 @@
-"""The decoding table: a column for each weight of guidance, the table and the plot."""
-
 from benchmarks import decoding_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib

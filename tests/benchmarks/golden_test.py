@@ -1,5 +1,3 @@
-"""Tests of the comparison of two commits: what it sees, and what it leaves out."""
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-"""The comparison of quantizers: its plan, its resumption, its table; and, slow, a whole one."""
-
 import dataclasses
 import pathlib
 

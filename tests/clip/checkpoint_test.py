@@ -1,5 +1,3 @@
-"""Checkpoints of CLIP: published layouts are read, and what does not fit is named."""
-
 import json
 
 import jax

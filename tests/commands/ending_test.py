@@ -1,5 +1,3 @@
-"""A command ends although a thread would keep its process."""
-
 import pathlib
 import subprocess
 import sys

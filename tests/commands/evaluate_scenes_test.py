@@ -1,5 +1,3 @@
-"""Tests cm3leon evaluate on scenes: judged samples, and exports for GenEval."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""Tests cm3leon generate: its results, their folders, and that mistakes end it before any work."""
-
 import json
 import pathlib
 import re

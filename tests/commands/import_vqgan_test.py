@@ -1,5 +1,3 @@
-"""Tests cm3leon import_vqgan: what it prints, leaves and refuses, and a run on what it imports."""
-
 import dataclasses
 
 from absl import flags

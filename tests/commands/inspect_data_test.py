@@ -1,5 +1,3 @@
-"""Tests cm3leon inspect_data: its page, and its mistakes in one sentence."""
-
 import pathlib
 
 from absl import flags

@@ -1,5 +1,3 @@
-"""Tuning a trained run by instructions: its commands, in their order, on a tiny run."""
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,5 +1,3 @@
-"""Commands that read a run or a bundle without a config, and where their results go."""
-
 import json
 import pathlib
 import subprocess

@@ -1,5 +1,3 @@
-"""Scores documents in two processes of a job, which must find what one process finds."""
-
 import json
 import os
 import pathlib

@@ -1,5 +1,3 @@
-"""Tests cm3leon score: its files, when it runs again, and mistakes that end it before any work."""
-
 import json
 import re
 

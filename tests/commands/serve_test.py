@@ -1,5 +1,3 @@
-"""The command that serves: what it refuses, what it prints, how it stops."""
-
 import contextlib
 import json
 import os

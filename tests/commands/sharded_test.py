@@ -1,5 +1,3 @@
-"""Two jobs never work on the same stage of a workdir."""
-
 import os
 
 from absl import flags

@@ -1,5 +1,3 @@
-"""Tests cm3leon train_vqgan: what it prints of scenes, and which training it continues."""
-
 import dataclasses
 import shutil
 import sys

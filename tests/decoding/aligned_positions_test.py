@@ -1,5 +1,3 @@
-"""Aligned positions are those of training."""
-
 import dataclasses
 import functools
 

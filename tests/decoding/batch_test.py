@@ -1,5 +1,3 @@
-"""What prompts share is found and read once, and every row can be put together again."""
-
 import itertools
 
 from hypothesis import given, settings

@@ -1,5 +1,3 @@
-"""Documents and infills: whole texts and images, and what is given stays."""
-
 import re
 
 import numpy as np

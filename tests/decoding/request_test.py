@@ -1,5 +1,3 @@
-"""Prompts and plans: literals; a prompt and its answer are what training makes of the document."""
-
 import itertools
 
 from hypothesis import given, settings

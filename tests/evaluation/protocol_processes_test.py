@@ -1,5 +1,3 @@
-"""Runs protocols in two processes of a job, which must find what one process finds."""
-
 import os
 import pathlib
 import signal

@@ -1,5 +1,3 @@
-"""Tests a protocol from samples to results: numbers, resuming, controls, comparison, the page."""
-
 import copy
 import dataclasses
 import json

@@ -1,5 +1,3 @@
-"""Tests protocols: the shipped ones are read, and a mistake gets one sentence."""
-
 import pytest
 
 from cm3leon_jax.config import UserError

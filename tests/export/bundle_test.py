@@ -1,5 +1,3 @@
-"""Tests of bundles: a folder that generates what its run generates, and that notices damage."""
-
 import dataclasses
 import shutil
 

@@ -1,5 +1,3 @@
-"""Tests that the exported model has the same logits in transformers."""
-
 import dataclasses
 
 import jax

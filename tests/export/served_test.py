@@ -1,5 +1,3 @@
-"""Tests of what a StableHLO export refuses when it is served: one sentence and exit code 2."""
-
 import hashlib
 import json
 import runpy

@@ -1,5 +1,3 @@
-"""Progress of long work in a log and in a terminal, as a user's process prints it."""
-
 import io
 import os
 import pathlib

@@ -1,5 +1,3 @@
-"""Tests the pipeline from tasks to samples: given images, retrieval, batches, scores, ranks."""
-
 import dataclasses
 
 from etils import epath

@@ -1,5 +1,3 @@
-"""Tests the prompts of each task, their holes, and the answers that generated ids decode to."""
-
 import dataclasses
 
 import numpy as np

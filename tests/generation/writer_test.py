@@ -1,5 +1,3 @@
-"""Tests that every task writes its images, texts and records."""
-
 import dataclasses
 
 from etils import epath

@@ -1,5 +1,3 @@
-"""Imported models have the loss of the original on the same text ids."""
-
 import dataclasses
 
 from etils import epath

@@ -1,5 +1,3 @@
-"""What cannot be imported exactly, or read safely, is refused in one sentence with its reason."""
-
 import json
 import os
 import pathlib

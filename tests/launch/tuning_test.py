@@ -1,5 +1,3 @@
-"""Tests that launch.train tunes a trained run on tasks and documents, stopped or not."""
-
 import os
 import shutil
 import signal

@@ -1,5 +1,3 @@
-"""Which files `cm3leon plan` writes for a job, what it says about the others, what it refuses."""
-
 import dataclasses
 import json
 import re

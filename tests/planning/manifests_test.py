@@ -1,5 +1,3 @@
-"""Checks the manifests that `cm3leon plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
-
 import re
 
 import pydantic

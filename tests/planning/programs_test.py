@@ -1,5 +1,3 @@
-"""Tests that the decode programs compiled ahead of time are those that a Generator runs."""
-
 import dataclasses
 import math
 

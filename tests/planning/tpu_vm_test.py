@@ -1,5 +1,3 @@
-"""Runs the `tpu_vm.sh` that `cm3leon plan` writes, with a recorder in place of gcloud."""
-
 import hashlib
 import subprocess
 import sys

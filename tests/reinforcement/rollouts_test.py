@@ -1,5 +1,3 @@
-"""Samples of the policy: which prompts a step draws, what it learns, and what it says of them."""
-
 import dataclasses
 import functools
 import itertools

@@ -1,5 +1,3 @@
-"""Tests of the section Use in the cards of other formats and image tokenizers: it runs as it is."""
-
 import dataclasses
 
 from etils import epath

@@ -1,5 +1,3 @@
-"""Tests the page of rows: blocks as literals, one file, each image once, quoted text escaped."""
-
 import base64
 import io
 

@@ -1,5 +1,3 @@
-"""Tests that samples of instructions are checked against their records, and shown with targets."""
-
 import dataclasses
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""The page of instruction tuning is current, and what it shows is what a model reads."""
-
 import re
 
 import pytest

@@ -1,5 +1,3 @@
-"""Tests of the model card: its snippets run, and its figures are those of the run."""
-
 import dataclasses
 import json
 import os

@@ -1,5 +1,3 @@
-"""Tests that rows are read with their documents, and that wrong rows are refused."""
-
 import dataclasses
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Tests that rows are split into samples, parts and segments, and that wrong rows are refused."""
-
 import dataclasses
 
 from hypothesis import given

@@ -1,5 +1,3 @@
-"""The report of a run whose scenes were judged."""
-
 import json
 import re
 

@@ -1,5 +1,3 @@
-"""Embeddings of raw pairs, and the whole stage from raw pairs to neighbors."""
-
 import dataclasses
 import shutil
 

@@ -1,5 +1,3 @@
-"""Words of captions beside CLIP: weights, cosines, and the stage and its queries with both."""
-
 import dataclasses
 import hashlib
 import os

@@ -1,5 +1,3 @@
-"""Large and odd bodies: refused in a sentence, before they take memory or time."""
-
 import ctypes
 import dataclasses
 import gc

@@ -1,5 +1,3 @@
-"""Wrong requests are refused with one sentence; hostile ones cost nothing."""
-
 import dataclasses
 import io
 import json

@@ -1,5 +1,3 @@
-"""Connections that send the headers of a request byte by byte keep nobody out."""
-
 import contextlib
 import socket
 import time

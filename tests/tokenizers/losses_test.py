@@ -1,5 +1,3 @@
-"""Losses of the image tokenizer against literals and oracles."""
-
 import dataclasses
 import functools
 

@@ -1,5 +1,3 @@
-"""Files of published image tokenizers: what is read, what is refused, and diffusers' folder."""
-
 import dataclasses
 import json
 import pickle

@@ -1,5 +1,3 @@
-"""Properties of the image tokenizer's network and of ImageTokenizer."""
-
 import dataclasses
 
 from hypothesis import given, settings

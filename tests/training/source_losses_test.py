@@ -1,5 +1,3 @@
-"""The loss of each source of rows: its sums on any mesh, its log, and step 0 of a tuning."""
-
 import dataclasses
 import functools
 import time

@@ -1,5 +1,3 @@
-"""What a run shows while it trains: metrics, curves, goodput, traces."""
-
 import itertools
 import re
 import urllib.request

@@ -1,5 +1,3 @@
-"""Damaged and missing checkpoints: a run goes back, or refuses to start."""
-
 import shutil
 
 from etils import epath

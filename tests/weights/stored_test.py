@@ -1,5 +1,3 @@
-"""Tests that parameters are read from a checkpoint in slices, each layer without the others."""
-
 import dataclasses
 import json
 import shutil

@@ -1,5 +1,3 @@
-"""Checks of document stores."""
-
 import json
 import pathlib
 import shutil

@@ -1,5 +1,3 @@
-"""Which text tokens training never met: of a run, of one that began from another, of a bundle."""
-
 from etils import epath
 import numpy as np
 

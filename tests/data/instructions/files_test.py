@@ -1,5 +1,3 @@
-"""Every format of a release becomes records, and what is wrong in a file is named."""
-
 import copy
 import json
 

@@ -1,5 +1,3 @@
-"""Each line of a JSONL file is a record, and a wrong line is named with its number."""
-
 import json
 
 import pytest

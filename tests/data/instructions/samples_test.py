@@ -1,5 +1,3 @@
-"""Rows of instructions: planned and built as those of other documents, with known targets."""
-
 import dataclasses
 
 import numpy as np

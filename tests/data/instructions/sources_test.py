@@ -1,5 +1,3 @@
-"""Tasks of public files, of scenes and with maps become records and stores; mistakes are named."""
-
 import json
 import re
 import sys

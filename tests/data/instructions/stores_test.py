@@ -1,5 +1,3 @@
-"""Records become stores with targets; what is wrong in a record is written down, not fatal."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""Tasks from YAML files, and what is wrong in one of them, by file, line and field."""
-
 import pytest
 
 from cm3leon_jax.config import UserError

@@ -1,5 +1,3 @@
-"""Tasks are data: records become documents with a known target, and a mistake gets one sentence."""
-
 import numpy as np
 import pytest
 

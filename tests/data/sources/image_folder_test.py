@@ -1,5 +1,3 @@
-"""Images that records name are in the folder of their file, or refused, by every reader."""
-
 import functools
 import json
 import os

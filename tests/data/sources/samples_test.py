@@ -1,5 +1,3 @@
-"""Images with captions beside them: which files are a pair, a text, or left out, and why."""
-
 import io
 import json
 import pathlib

@@ -1,5 +1,3 @@
-"""YAML of strangers: what aliases repeat is counted before it is made."""
-
 import os
 
 import pytest

@@ -1,5 +1,3 @@
-"""Answers to instructions are graded, and beside them what needs no model."""
-
 import types
 
 import pytest

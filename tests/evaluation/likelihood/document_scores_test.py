@@ -1,5 +1,3 @@
-"""Scores of documents: against a plain forward pass and other scores, their sums, and resuming."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""Documents that a user gives: their forms, what is refused, and that parts are read in turn."""
-
 import dataclasses
 import io
 import json

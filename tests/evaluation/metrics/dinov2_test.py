@@ -1,5 +1,3 @@
-"""A DINOv2 folder embeds as the model that was saved in it."""
-
 import json
 import shutil
 import sys

@@ -1,5 +1,3 @@
-"""An extractor embeds as its network does, and its identity has all that its features depend on."""
-
 import dataclasses
 import json
 

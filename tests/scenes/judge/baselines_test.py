@@ -1,5 +1,3 @@
-"""What training has of a caption: its words, its claims, an image that is right for it."""
-
 import numpy as np
 import pytest
 

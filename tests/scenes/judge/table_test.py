@@ -1,5 +1,3 @@
-"""Tests the tables of judged scenes, and the layout of GenEval's results."""
-
 import json
 
 import numpy as np

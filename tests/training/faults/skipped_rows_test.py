@@ -1,5 +1,3 @@
-"""Rows that a run leaves out, and what is said of the rows of skipped steps."""
-
 import os
 import signal
 

@@ -1,5 +1,3 @@
-"""Properties of the loop of the small trainers, on a linear model."""
-
 import dataclasses
 import functools
 import os

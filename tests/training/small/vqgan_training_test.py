@@ -1,5 +1,3 @@
-"""Properties of the tokenizer's training."""
-
 import dataclasses
 import functools
 

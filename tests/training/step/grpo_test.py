@@ -1,5 +1,3 @@
-"""The policy of image codes is what the decoder samples from; its step follows its definition."""
-
 import functools
 
 import jax

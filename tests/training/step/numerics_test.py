@@ -1,5 +1,3 @@
-"""A step whose numbers are not sound changes nothing, on any mesh, and nothing of it is saved."""
-
 import functools
 
 import jax
