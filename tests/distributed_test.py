@@ -110,11 +110,7 @@ def test_one_process_needs_no_other():
 @pytest.mark.parametrize(
   ("coordinator", "num_processes", "process_id"),
   [
-    (
-      None,
-      None,
-      1,
-    ),
+    (None, None, 1),
     ("localhost:80", 2, None),
     ("localhost", 2, 0),
     ("localhost:80", 0, 0),

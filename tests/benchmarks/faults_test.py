@@ -46,10 +46,7 @@ def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> 
     ([("checkpoints/checkpoint.py", "wait"), ("training/loop.py", "run_steps")], "save"),
     ([("files/digests.py", "digest"), ("checkpoints/checkpoint.py", "seal")], "save"),
     (
-      [
-        ("checkpoints/checkpoint.py", "damage"),
-        ("training/decoder.py", "restore_or_init"),
-      ],
+      [("checkpoints/checkpoint.py", "damage"), ("training/decoder.py", "restore_or_init")],
       "restore",
     ),
     ([("training/watch/heldout.py", "evaluate"), ("training/loop.py", "run_steps")], "evaluate"),
@@ -68,10 +65,7 @@ def test_every_phase_names_a_function_of_the_package():
 
 
 def test_tracing_in_a_step_is_a_phase_of_its_own():
-  frames = [
-    ("/p/jax/_src/interpreters/partial_eval.py", "trace"),
-    (f"{PACKAGE}/x.py", "run_steps"),
-  ]
+  frames = [("/p/jax/_src/interpreters/partial_eval.py", "trace"), (f"{PACKAGE}/x.py", "run_steps")]
   assert faults_run.phase_of(stacks(*frames)) == "compile"
 
 

@@ -107,10 +107,7 @@ def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp
 
 
 def test_concepts_of_both_stores_are_numbered_alike(tmp_path):
-  segments = (
-    Segment(False, np.array([9], np.int32)),
-    Segment(True, VOCAB.image_ids(np.arange(4))),
-  )
+  segments = (Segment(False, np.array([9], np.int32)), Segment(True, VOCAB.image_ids(np.arange(4))))
   for split, concepts in (("train", ("fox", "apple")), ("heldout", ("fox", "pear"))):
     documents = [Document(c, segments, "s", "l", "a", concept=c) for c in concepts]
     write_documents(tmp_path / "documents" / f"{split}_pairs", documents, VOCAB)

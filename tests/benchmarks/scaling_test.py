@@ -87,11 +87,7 @@ def test_fields_are_parsed():
   fields = scaling.parse_fields(
     ["train.log_every=5", "optimizer.schedule=linear", "vqgan.multipliers=(1,)"]
   )
-  assert fields == {
-    "train.log_every": 5,
-    "optimizer.schedule": "linear",
-    "vqgan.multipliers": (1,),
-  }
+  assert fields == {"train.log_every": 5, "optimizer.schedule": "linear", "vqgan.multipliers": (1,)}
   with refused(UserError):
     scaling.parse_fields(["train.log_every"])
 

@@ -145,13 +145,7 @@ def run_of(arm, seed, psnr, bits):
 def summary(bounded=True):
   values = {"restarts": ((20, 0.5), (22, 0.6)), "fsq": ((21, 0.4), (24, 0.4))}
   runs = [run_of(arm, i, *x) for arm, pairs in values.items() for i, x in enumerate(pairs)]
-  about = {
-    "source": "scenes",
-    "codes": 512,
-    "image_tokens": 64,
-    "minutes": 4.0,
-    **PLAN,
-  }
+  about = {"source": "scenes", "codes": 512, "image_tokens": 64, "minutes": 4.0, **PLAN}
   if bounded:
     about["commonest_square"] = 0.5
   return tokenizers_table.summarize({**about, "decoder_minutes": 4.0}, runs, ARMS)

@@ -94,17 +94,7 @@ def test_a_damaged_file_is_refused(saved, damage):
     reading.load_params(saved, CONFIG)
 
 
-@pytest.mark.parametrize(
-  ("damaged", "removed"),
-  [
-    (
-      2,
-      None,
-    ),
-    (1, None),
-    (2, 1),
-  ],
-)
+@pytest.mark.parametrize(("damaged", "removed"), [(2, None), (1, None), (2, 1)])
 def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed):
   flip(largest_file(saved / "checkpoints" / str(damaged)))
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:

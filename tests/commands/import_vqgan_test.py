@@ -42,12 +42,7 @@ from tests.tokenizers.tiny import tiny_config
 
 NAME = published_source.DIFFUSERS
 FAMILY = dataclasses.replace(
-  published.FAMILIES["amused"],
-  widths=(8,) * 5,
-  latent_channels=4,
-  code_dim=4,
-  groups=4,
-  blocks=1,
+  published.FAMILIES["amused"], widths=(8,) * 5, latent_channels=4, code_dim=4, groups=4, blocks=1
 )
 
 

@@ -150,10 +150,7 @@ MISTAKES = [
   (generate, {}),
   (evaluate, {}),
   (evaluate, {"protocol": "{heldout}"}),
-  (
-    evaluate,
-    {"protocol": "{own}", "data": "{folder}", "before": True},
-  ),
+  (evaluate, {"protocol": "{own}", "data": "{folder}", "before": True}),
   (score, {"documents": "{texts}", "retrieve": ["1"]}),
   (evaluate, {"out": "x"}),
 ]

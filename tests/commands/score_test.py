@@ -117,20 +117,11 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
   ("documents", "retrieve"),
   [
     (None, None),
-    (
-      "no.jsonl",
-      None,
-    ),
+    ("no.jsonl", None),
     ("{file}", "1,2"),
     ("{file}", "-1"),
-    (
-      "{file}",
-      "65",
-    ),
-    (
-      "{texts}",
-      "1",
-    ),
+    ("{file}", "65"),
+    ("{texts}", "1"),
     ("{wrong}", None),
   ],
 )

@@ -65,13 +65,7 @@ def problem(image: str | None, split: str, **fields) -> dict:
 
 def flickr_image(name: str, split: str, *captions: str) -> dict:
   sentences = [{"tokens": c.split(), "raw": c, "imgid": 0, "sentid": 1} for c in captions]
-  return {
-    "sentids": [0],
-    "imgid": 0,
-    "sentences": sentences,
-    "split": split,
-    "filename": name,
-  }
+  return {"sentids": [0], "imgid": 0, "sentences": sentences, "split": split, "filename": name}
 
 
 def turns(*values: str) -> list[dict]:

@@ -81,11 +81,7 @@ def test_pairing_removes_variation_that_two_conditions_share():
 
 @pytest.mark.parametrize(
   ("groups", "effective", "sentence"),
-  [
-    (101, 23.8, "101 concepts (effectively 24)"),
-    (16, 16.0, "16 concepts"),
-    (1, 1.0, "1 concept"),
-  ],
+  [(101, 23.8, "101 concepts (effectively 24)"), (16, 16.0, "16 concepts"), (1, 1.0, "1 concept")],
 )
 def test_groups_are_described(groups, effective, sentence):
   found = {"groups": groups, "effective_groups": effective}

@@ -163,19 +163,13 @@ def test_flags_of_protocols_need_a_protocol(settings, workdir):
   with flagsaver.flagsaver(compare=["a"]), refused(UserError):
     evaluate.main(settings, workdir)
   for wrong in ({"export": "geneval"}, {"last_params": True}):
-    with (
-      flagsaver.flagsaver(protocol="scenes", **wrong),
-      refused(UserError),
-    ):
+    with flagsaver.flagsaver(protocol="scenes", **wrong), refused(UserError):
       evaluate.main(settings, workdir)
 
 
 def test_a_flag_without_effect_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("scenes_decoding")
-  for fields in (
-    {"data": data},
-    {"clip": "x", "metrics": ("copy_rate",)},
-  ):
+  for fields in ({"data": data}, {"clip": "x", "metrics": ("copy_rate",)}):
     options = evaluate_protocol.Options(examples=4, **fields)
     with refused(UserError):
       measure(settings, workdir, "x", protocol, options)

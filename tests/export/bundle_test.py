@@ -189,14 +189,7 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-  "name",
-  [
-    "/etc/hostname",
-    "vqgan/../../outside",
-    "http://a.b/c",
-    "zero",
-    "vqgan",
-  ],
+  "name", ["/etc/hostname", "vqgan/../../outside", "http://a.b/c", "zero", "vqgan"]
 )
 def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name):
   """/dev/zero would be read for ever."""

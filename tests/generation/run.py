@@ -109,8 +109,5 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
     checkpoints.close()
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  stored = {
-    "run": table.identity(settings, "train"),
-    "settings": dataclasses.asdict(settings),
-  }
+  stored = {"run": table.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(root / "train" / "config.json", stored)

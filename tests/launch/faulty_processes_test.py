@@ -127,8 +127,7 @@ def test_the_others_of_a_stopped_process_end_in_time(start, workdir, stopped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("signaled", "number", "code"),
-  [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)],
+  ("signaled", "number", "code"), [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)]
 )
 def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
   start, workdir, signaled, number, code

@@ -149,8 +149,7 @@ def test_what_a_remat_policy_keeps():
 
 @FAMILIES
 @pytest.mark.parametrize(
-  "shape",
-  [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (1, 2, 4)))],
+  "shape", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (1, 2, 4)))]
 )
 def test_sharded_equals_one_device(family, shape):
   config = config_of(family)

@@ -6,13 +6,7 @@ import yaml
 
 from cm3leon_jax.config import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
-from tests.planning.manifest_types import (
-  STRICT,
-  PodMonitoring,
-  SkyPilot,
-  validate,
-  validate_queue,
-)
+from tests.planning.manifest_types import STRICT, PodMonitoring, SkyPilot, validate, validate_queue
 from tests.recorders import FLAGS, MISTAKE
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"

@@ -108,13 +108,7 @@ def test_records_that_are_too_long_are_left_out(layout):
     rollouts.read_prompts(settings_of(tasks=("draw",)), none, "train", 20)
 
 
-@pytest.mark.parametrize(
-  "tasks",
-  [
-    ("drow",),
-    ("count",),
-  ],
-)
+@pytest.mark.parametrize("tasks", [("drow",), ("count",)])
 def test_a_task_without_images_is_refused(layout, tasks):
   with refused(UserError):
     rollouts.read_prompts(settings_of(tasks=tasks), layout, "train", 4)

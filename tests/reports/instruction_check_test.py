@@ -27,9 +27,7 @@ def plan_of(stores, loss_on="all", loss_weight=1.0, pairs=0.0) -> RowPlan:
   tasks, (pair_source, _) = stores
   sources = [
     dataclasses.replace(
-      task,
-      share=(1 - pairs) / 2,
-      instructions=dataclasses.replace(task.instructions, **fields),
+      task, share=(1 - pairs) / 2, instructions=dataclasses.replace(task.instructions, **fields)
     )
     for task in tasks
   ]

@@ -92,12 +92,7 @@ def merge_samples(row):
 
 
 @pytest.mark.parametrize(
-  "change",
-  [
-    swap_codes,
-    merge_samples,
-    lambda row: row["positions"].__iadd__(1),
-  ],
+  "change", [swap_codes, merge_samples, lambda row: row["positions"].__iadd__(1)]
 )
 def test_a_row_without_its_planned_samples_is_refused(sources, scores, change):
   plan = make_plan(sources, mean_spans=0.0)

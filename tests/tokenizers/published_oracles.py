@@ -108,9 +108,7 @@ class Chameleon:
     lowest = config.resolution // config.downsample
     self.model = ChameleonVQVAE(
       transformers.ChameleonVQVAEConfig(
-        **sizes,
-        resolution=config.resolution,
-        attn_resolutions=[lowest] if self.attention else None,
+        **sizes, resolution=config.resolution, attn_resolutions=[lowest] if self.attention else None
       )
     ).eval()
     janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()

@@ -155,10 +155,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
   arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)
-  with (
-    jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(decoder, "compile_steps", steps),
-  ):
+  with jax.set_mesh(mesh_of(*shape)), mock.patch.object(decoder, "compile_steps", steps):
     training = DecoderTraining(epath.Path(folder), *arguments, evaluate_start=evaluate_start)
     return train(training)
 

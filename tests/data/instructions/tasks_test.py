@@ -175,14 +175,7 @@ def test_a_wrong_declaration_is_named(fields):
 
 
 @pytest.mark.parametrize(
-  ("template", "texts"),
-  [
-    (
-      "{answer} {context} <break> {image}",
-      {},
-    ),
-    ("{answer} {image}", {}),
-  ],
+  ("template", "texts"), [("{answer} {context} <break> {image}", {}), ("{answer} {image}", {})]
 )
 def test_a_record_that_does_not_fit_is_named(template, texts):
   with refused(UserError):

@@ -163,14 +163,7 @@ def test_in_a_mixed_folder_pairs_are_pairs_and_texts_are_texts(folder, tmp_path)
     sub__notes_jsonl='{"text": "A line."}\n{"text": "Another."}\n', readme_md="x", meta_json="{}",
   )  # fmt: skip
   write_tar(folder / "0.tar", [("c.jpg", jpeg(3)), ("c.txt", b"three")])
-  assert reasons(read(folder)) == [
-    "a",
-    "sub/b",
-    "essay.txt",
-    "notes.jsonl/0",
-    "notes.jsonl/1",
-    "c",
-  ]
+  assert reasons(read(folder)) == ["a", "sub/b", "essay.txt", "notes.jsonl/0", "notes.jsonl/1", "c"]
   write(folder, texts_jsonl='{"key": "t", "text": "Listed."}\n')
   (folder / "0.tar").unlink()
   (folder / "sub" / "notes.jsonl").unlink()

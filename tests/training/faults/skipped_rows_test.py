@@ -225,14 +225,7 @@ def test_flags_by_hand():
 
 @pytest.mark.parametrize(
   ("resume_from", "skip_rows"),
-  [
-    (500, ""),
-    (None, "1:2"),
-    (500, "7"),
-    (500, "9:7"),
-    (500, "-1:7"),
-    (500, "1:" + "9" * 5_000),
-  ],
+  [(500, ""), (None, "1:2"), (500, "7"), (500, "9:7"), (500, "-1:7"), (500, "1:" + "9" * 5_000)],
 )
 def test_wrong_flags_are_refused(resume_from, skip_rows):
   with refused(UserError):
