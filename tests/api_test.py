@@ -50,7 +50,6 @@ IMAGE = picture(0)
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-  """The workdir of a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("saved"))
   save_run(root)
   return root
@@ -77,7 +76,6 @@ def compiled():
 
 
 def failures(test: doctest.DocTest, **names) -> int:
-  """Runs the examples of a docstring; returns how many fail."""
   with tempfile.TemporaryDirectory() as folder:
     return _failures(test, folder=f"{folder}/bundle", **names)
 
@@ -165,7 +163,6 @@ def test_an_image_may_be_given_in_any_form(model, tmp_path):
 
 
 def pairs(model, images, texts) -> list[Document]:
-  """Documents of the texts and the codes of the images, each of its own concept."""
   codes = model.pipeline.image_tokenizer.encode(np.stack([np.asarray(i) for i in images]))
   return [
     Document(

@@ -55,7 +55,6 @@ def free_port() -> int:
 
 
 def slurm(process: int, port: str) -> dict[str, str]:
-  """Environment of srun for each of two tasks."""
   job = {
     "JOB_ID": "7",
     "STEP_NODELIST": "localhost",

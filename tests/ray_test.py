@@ -26,7 +26,6 @@ SHARDS = 6
 
 @pytest.fixture(scope="module")
 def ray_address():
-  """A Ray cluster of this machine's, with two CPUs."""
   ray = pytest.importorskip("ray")
   ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
   yield "auto"
@@ -55,8 +54,6 @@ class Corners:
 
 
 class Load:
-  """Picklable `load_tokenizers`."""
-
   def __init__(self, *args):
     self.args = args
 

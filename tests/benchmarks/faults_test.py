@@ -237,7 +237,6 @@ def test_rows_of_the_table_that_differ_only_in_the_fault_are_one():
 
 
 def test_files_of_stages_are_compared_without_times(tmp_path):
-  """What a stage leaves, another time and another loss."""
   results = []
   for name, time, loss in (("a", 1.0, 0.5), ("b", 2.0, 0.5), ("c", 1.0, 0.25)):
     folder = tmp_path / name

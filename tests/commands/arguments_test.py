@@ -67,7 +67,6 @@ for number, (argv, platforms) in enumerate(jobs):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-  """Runs all mistakes from a folder; returns the folder of what they printed."""
   folder, cwd = tmp_path_factory.mktemp("printed"), tmp_path_factory.mktemp("cwd")
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   command = [sys.executable, "-c", FORK, str(folder), json.dumps(JOBS)]

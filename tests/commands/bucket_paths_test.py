@@ -9,8 +9,6 @@ from tests.messages import refused
 
 
 class Flags:
-  """The flags of a command, of which only the values are read."""
-
   def __init__(self, values):
     self._values = values
 
@@ -20,8 +18,6 @@ class Flags:
 
 @pytest.fixture
 def given(monkeypatch):
-  """Gives flags and fields of the config; says whether gcsfs is installed."""
-
   def give(gcsfs, fields=None, **values):
     config = ml_collections.ConfigDict(fields) if fields else None
     monkeypatch.setattr(bucket_paths.flags, "FLAGS", Flags({"config": config, **values}))

@@ -94,7 +94,6 @@ def test_verify_names_the_damaged_file(workdir):
 
 
 def check_verified(workdir):
-  """Ends as `verify` does, which is refused."""
   with upkeep.open_run(workdir / "train") as checkpoints:
     found = upkeep.entries(checkpoints)
     damages = upkeep.verify(checkpoints, found)

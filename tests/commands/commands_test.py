@@ -18,7 +18,6 @@ FOLDER = ROOT / "cm3leon_jax" / "commands"
 
 
 def run(*argv, cwd=ROOT, **environment):
-  """Runs a program as a user would: JAX chooses its devices itself."""
   env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
   env |= environment
   return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)

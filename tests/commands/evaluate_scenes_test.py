@@ -65,7 +65,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(made, monkeypatch):
-  """Returns a function that runs the command with some settings and flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

@@ -98,7 +98,6 @@ def with_model(settings, **fields):
 
 @pytest.fixture(scope="module")
 def gelu(tmp_path_factory):
-  """Settings and workdir of a run of a decoder with another activation than the paper's."""
   settings = with_model(SETTINGS, activation="gelu_tanh")
   root = epath.Path(tmp_path_factory.mktemp("gelu"))
   save_run(root, settings)

@@ -29,7 +29,6 @@ from tests.models.tiny import random_params
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """Makes a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
@@ -42,7 +41,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def run(workdir, monkeypatch):
-  """Returns a function that runs the command with some flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   monkeypatch.setattr(reading, "load_params", lambda folder, config, *_: (random_params(config), 7))
   if not flags.FLAGS.is_parsed():
@@ -137,7 +135,6 @@ class Loads(Exception):
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):
-  """Before the model is read."""
   monkeypatch.setattr(reading, "load_params", mock.Mock(side_effect=Loads))
 
   def warn(**values):

@@ -87,7 +87,6 @@ def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_sha
 
 @pytest.fixture
 def finished(workdir):
-  """All stages that training reads, with digests."""
   count, rng = 50, np.random.default_rng(0)
   texts, images = (normalize(rng.normal(size=(count, 8)).astype(np.float32)) for _ in range(2))
   names = [str(i) for i in range(count)]

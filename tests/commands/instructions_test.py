@@ -73,7 +73,6 @@ def copy(settings, workdir, source):
 
 @pytest.fixture(scope="module")
 def tuned(source, tmp_path_factory):
-  """A run of two steps, with what its commands printed."""
   workdir, settings = epath.Path(tmp_path_factory.mktemp("tuned")), settings_of()
   printed = io.StringIO()
   with contextlib.redirect_stdout(printed), one_mesh():

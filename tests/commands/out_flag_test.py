@@ -71,14 +71,12 @@ def protocol(tmp_path):
 
 
 def names(folder):
-  """Returns the files below a folder."""
   folder = pathlib.Path(folder)
   return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-  """Runs a command in the folder `here` on what a run or bundle stored, with some flags."""
   here = tmp_path / "here"
   here.mkdir()
   monkeypatch.chdir(here)

@@ -19,7 +19,6 @@ def command(*flags, config="ml_configs/base.py"):
 
 
 def check_enough(summary, tasks="", **data):
-  """Checks that data of these numbers is enough for a config."""
   config = default_config()
   config.data.update(data)
   config.instructions.tasks = tasks

@@ -26,7 +26,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def run(workdir, monkeypatch):
-  """Returns a function that runs the command on some documents."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -54,7 +53,6 @@ def file(tmp_path):
 
 
 def results(workdir, pattern):
-  """Returns the lines and the summary of the folders that match, each a (lines, summary)."""
   return [
     (
       [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()],

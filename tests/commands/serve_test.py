@@ -89,7 +89,6 @@ def test_a_port_that_is_taken_is_named(run):
 
 @contextlib.contextmanager
 def started(run, tmp_path):
-  """A server as a user starts it: its process and its address."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "CM3LEON_TOKEN": "correct-horse"}
   environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
   environment["XDG_CACHE_HOME"] = str(tmp_path / "caches")
@@ -119,7 +118,6 @@ def ask(url: str, **body):
 
 
 def kept(folder) -> set[str]:
-  """Names of the programs that servers keep for the next start."""
   [programs] = (folder / "caches" / "cm3leon_jax" / "programs").iterdir()
   return {path.name for path in programs.glob("*-cache")}
 

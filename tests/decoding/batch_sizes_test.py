@@ -44,7 +44,6 @@ TASKS = [
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def generator(request):
-  """A generator on its mesh, which is the current one."""
   with on_mesh(*request.param):
     yield small_generator(sampling=MIXTURE)
 

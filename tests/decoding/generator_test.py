@@ -44,7 +44,6 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def same(found, expected, atol=1e-5):
-  """Tokens are identical, log_probs near."""
   assert len(found) == len(expected)
   for a, b in zip(found, expected):
     np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -53,7 +52,6 @@ def same(found, expected, atol=1e-5):
 
 
 def differ(found, expected) -> bool:
-  """Control: other samples are others."""
   return any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(found, expected))
 
 

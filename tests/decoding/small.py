@@ -49,7 +49,6 @@ def on_mesh(*shape):
 
 
 def small_generator(family="opt", params=None, align_images=False, **fields):
-  """A Generator of random weights on the current mesh."""
   model = model_config(family, align_images=align_images)
   fields = {"sampling": SamplingConfig(top_k=20, text_top_k=30), "batch_size": 8, **fields}
   params = random_params(model) if params is None else params

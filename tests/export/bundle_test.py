@@ -20,7 +20,6 @@ from tests.models.tiny import mesh_of
 
 @pytest.fixture(scope="module")
 def bundled(run):
-  """The bundle of `run`, outside of it."""
   folder = run.parent / f"{run.name}_bundle"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)

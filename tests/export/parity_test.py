@@ -63,7 +63,6 @@ def rows():
 
 
 def write(folder, config, params):
-  """Writes an export."""
   described = layouts.hf_config(config, VOCAB)
   tensors = huggingface.tensors_of(stored.of_tree(params), config)
   huggingface.write_model(folder, described, tensors, VOCAB, None, "float32")

@@ -13,7 +13,6 @@ from tests.generation.run import SETTINGS, clip_params, make_run
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-  """Makes stores and tokenizers of a run, with random weights."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   return root

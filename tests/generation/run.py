@@ -52,7 +52,6 @@ SETTINGS = settings_from_config(make_config())
 
 
 def one_device() -> contextlib.AbstractContextManager:
-  """Sets a mesh of one device."""
   return jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
 
 
@@ -86,7 +85,6 @@ def make_run(root: epath.Path) -> None:
 
 
 def clip_params(settings=SETTINGS) -> dict:
-  """Random weights of the CLIP of a run."""
   init = functools.partial(clip_lib.init_params, settings.clip, VOCAB.text_size)
   return random_arrays(jax.eval_shape(init, jax.random.key(0)))
 

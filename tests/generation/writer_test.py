@@ -30,7 +30,6 @@ def image_file(tmp_path_factory):
 
 
 def generate(folder, workdir, tasks, clip, **options):
-  """Generates one sample of each task and returns their records."""
   with one_device():
     params = random_params(SETTINGS.model)
     pipeline = Pipeline.load(Run(workdir, SETTINGS), params, clip, **options)

@@ -34,7 +34,6 @@ FLAGS = ["--config.train.eval_every=6", "--config.train.sample_every=100"]
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-  """Makes what the stages before training leave."""
   folder = tmp_path_factory.mktemp("stages")
   make_workdir(folder, settings_from_config(get_config()))
   return folder
@@ -97,7 +96,6 @@ def bucket_losses(server, cwd):
 
 @pytest.fixture(scope="module")
 def local_losses(stages, tmp_path_factory):
-  """Losses of the same run on a disk."""
   cwd = tmp_path_factory.mktemp("local")
   with contextlib.closing(bucket_server.Server()) as server:
     shutil.copytree(stages, cwd / "run")

@@ -91,7 +91,6 @@ def fresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """Trains in one process without a stop."""
   folder = tmp_path_factory.mktemp("whole")
   make_workdir(folder, settings_from_config(get_config()))
   one_process(folder)

@@ -26,7 +26,6 @@ NAMES = ("answers", "edits", "pairs", "texts")
 
 
 def tuned(workdir, init_from="", replay_share=0.4, **fields):
-  """Tunes in this process, on 8 devices."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   config.update(fields)
@@ -53,7 +52,6 @@ def pretrained(tmp_path_factory):
 
 
 def copy_of(pretrained, folder):
-  """Copies the stages before training."""
   for name in ("documents", "instructions", "neighbors", "text_tokenizer", "vqgan"):
     shutil.copytree(pretrained / name, folder / name, symlinks=True)
   return folder

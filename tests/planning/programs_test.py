@@ -32,7 +32,6 @@ PROMPTS = 4
 
 
 def settings_of():
-  """Returns the sections that the decoder reads."""
   vqgan = type("VQGAN", (), {"image_tokens": IMAGE})()
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)

@@ -54,7 +54,6 @@ def pair(key, tokens, first_code=0):
 
 
 def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
-  """Builds a row of one sample, as for training."""
   documents = [n.document for n in neighbors]
   tokens = len(loader.join([*documents, document], VOCAB)) + 3 * len(spans)
   size = min(4 + IMAGE_TOKENS if dropped else tokens, length + 1)
@@ -71,8 +70,6 @@ def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
 
 @pytest.fixture(scope="module")
 def blocks(text_tokenizer, image_tokenizer):
-  """Returns a function that makes the blocks of a sample, its view and its decoder."""
-
   def make(*args, **kwargs):
     row = view_of(*args, **kwargs)
     decoder = inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)

@@ -65,8 +65,6 @@ def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
 
 
 class Changed(RowLoader):
-  """Rows with one change."""
-
   def __init__(self, plan, change):
     super().__init__(plan, VOCAB)
     self._change = change

@@ -25,7 +25,6 @@ def impatient(engine, monkeypatch):
 
 @pytest.fixture
 def connect(impatient):
-  """Opens a connection and sends some bytes."""
   with contextlib.ExitStack() as stack:
 
     def opened(sent: bytes = b"") -> socket.socket:

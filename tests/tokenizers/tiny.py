@@ -20,10 +20,8 @@ SIZES = {
 
 
 def tiny_config(**fields) -> VQGANConfig:
-  """Returns the config with other values of some fields, by default without a discriminator."""
   return VQGANConfig(**{**SIZES, **fields})
 
 
 def random_images(count: int = 4) -> np.ndarray:
-  """Returns random pixels, uint8 [count, 8, 8, 3]."""
   return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)

@@ -43,7 +43,6 @@ def images():
 
 
 def _oracle(z, table):
-  """Distances in fp64: [n, E], [K, E] -> [n, K]."""
   z, table = np.asarray(z, np.float64), np.asarray(table, np.float64)
   table = table / np.linalg.norm(table, axis=-1, keepdims=True)
   return np.linalg.norm(z[:, None] - table[None], axis=-1)

@@ -64,7 +64,6 @@ def marked():
 
 @pytest.fixture(scope="module")
 def expected():
-  """Sums by source in float64, from all logits."""
   batch = marked_batch()
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(CONFIG, jax.random.key(0))

@@ -16,7 +16,6 @@ from tests.models.tiny import CONFIG, mesh_of, random_params
 
 
 def save(folder, params, ema=None, split_layers=True):
-  """Saves a state on the mesh of its arrays, as training does, or as it did before."""
   state = {"step": np.int32(3), "params": params, "opt_state": {"mu": params}}
   state |= {"ema": ema} if ema else {}
   with pytest.MonkeyPatch.context() as patch, checkpoint.Checkpoints(folder, keep=2) as opened:

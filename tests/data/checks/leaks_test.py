@@ -81,7 +81,6 @@ def test_without_heldout_images_nothing_leaks(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory):
-  """The raw folder of the config `openmoji`, but for most texts."""
   out = tmp_path_factory.mktemp("raw")
   return prepare("openmoji", out, heldout_fraction=0.07, max_texts=40)
 

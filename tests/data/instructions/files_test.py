@@ -23,7 +23,6 @@ NARRATED = "coco_val_captions.jsonl"
 
 
 def read(root, name, split=None, **release):
-  """Writes the release of a format, with other files in place of some, and reads it."""
   write(root, {**RELEASES[name], **release})
   return list(open_records(name, root, split or split_of(name)))
 

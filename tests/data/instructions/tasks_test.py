@@ -17,7 +17,6 @@ WORDS: dict[str, int] = {}
 
 
 def encode(text):
-  """One id for each word; a mark at its end is a word of its own."""
   words = text.replace(".", " .").replace("?", " ?").split()
   ids = [WORDS.setdefault(word, VOCAB.num_special + len(WORDS)) for word in words]
   return np.array(ids, np.int32)

@@ -10,7 +10,6 @@ from tests.messages import refused
 
 
 def read(root, name, split="val", **release):
-  """Writes the release of a format, with other files in place of some, and reads it."""
   write(root, {**RELEASES[name], **release})
   return list(open_examples(name, root, split))
 

@@ -281,7 +281,6 @@ def test_columns_of_parquet_of_other_types_are_rejected(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-  """A folder with a picture, beside one that has another, and a link to it."""
   for name in ("inside", "outside"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "a.png").write_bytes(encoded("png"))

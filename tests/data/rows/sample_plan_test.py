@@ -36,7 +36,6 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
 
 
 def plan_pair(num_candidates, seed, max_spans=27, **fields):
-  """Plans a pair with `num_candidates` candidates, without drops and spans."""
   rates = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0}
   config, rng = DataConfig(**{**rates, **fields}), np.random.default_rng(seed)
   return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, max_spans)

@@ -19,7 +19,6 @@ from tests.messages import refused
 
 
 def read(source, kind="auto"):
-  """The records of all parts of a source."""
   for part in formats.parts(source, kind):
     yield from formats.read(part)
 
@@ -44,7 +43,6 @@ def write_tar(path, members):
 
 
 def sample(i: int, **about) -> list:
-  """Members of one sample as img2dataset writes them."""
   name = f"{i:09d}"
   about = {
     "key": name,

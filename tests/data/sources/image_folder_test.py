@@ -32,7 +32,6 @@ SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg"
 
 
 def write(root, file, *lines) -> None:
-  """Writes a file of JSON, or one of JSON lines."""
   (root / file).parent.mkdir(parents=True, exist_ok=True)
   (root / file).write_text("\n".join(map(json.dumps, lines)))
 
@@ -239,7 +238,6 @@ ESCAPES = {
 
 @pytest.fixture
 def root(tmp_path):
-  """A folder of images, beside one that has another image."""
   (tmp_path / "outside").mkdir()
   for number in (0, 1):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "outside" / f"a_{number}.jpg")

@@ -13,8 +13,6 @@ COUNT = 24
 
 
 class TrueTokenizer:
-  """Loses nothing."""
-
   config = types.SimpleNamespace(resolution=48)
 
   def encode(self, images):

@@ -25,7 +25,6 @@ TOKENIZERS = {"text_tokenizer": "t1", "vqgan": "v1"}
 
 
 def encode(text):
-  """A token for each word."""
   return np.array([VOCAB.num_special + len(word) for word in text.split()], np.int32)
 
 
@@ -45,7 +44,6 @@ def save_image(path, red, size=(8, 8)):
 
 @pytest.fixture
 def write(tmp_path):
-  """Returns a function that writes lines to docs.jsonl and opens it."""
   save_image(tmp_path / "a.png", 5)
   (tmp_path / "photos").mkdir()
   save_image(tmp_path / "photos" / "b.png", 9)

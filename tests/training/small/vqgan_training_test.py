@@ -44,7 +44,6 @@ NUM_CODES = 16
 
 @pytest.fixture(scope="module")
 def images():
-  """Flat colors with a darker square: uint8 [20, 8, 8, 3]."""
   rng = np.random.default_rng(0)
   x = np.broadcast_to(rng.integers(0, 256, (20, 1, 1, 3)), (20, 8, 8, 3)).astype(np.uint8)
   x[:, 2:6, 2:6] //= 2

@@ -36,7 +36,6 @@ NUM_CODES = 1_024
 
 @pytest.fixture(scope="module")
 def images():
-  """Squares of 4 x 4 pixels of random colors."""
   squares = np.random.default_rng(0).integers(0, 256, (128, 4, 4, 3))
   return np.repeat(np.repeat(squares, 4, 1), 4, 2).astype(np.uint8)
 
@@ -47,8 +46,6 @@ def train(config, images, folder, devices=8, **options):
 
 
 class Recorder:
-  """A board that keeps what it is shown."""
-
   def __init__(self):
     self.lines, self.sheets, self.closed = {}, {}, False
 
