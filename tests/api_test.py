@@ -77,12 +77,8 @@ def compiled():
 
 def failures(test: doctest.DocTest, **names) -> int:
   with tempfile.TemporaryDirectory() as folder:
-    return _failures(test, folder=f"{folder}/bundle", **names)
-
-
-def _failures(test: doctest.DocTest, **names) -> int:
-  test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, **names}
-  return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
+    test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, "folder": f"{folder}/bundle", **names}
+    return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -27,16 +27,8 @@ ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> str:
   """Two threads, as faulthandler writes them: the main thread is the last one."""
   frames = [f'  File "{file}", line 7 in {function}' for file, function in main]
-  return "\n".join(
-    [
-      "Thread 0x00007f (most recent call first):",
-      f'  File "{PACKAGE}/{other}", line 5 in save',
-      "",
-      "Current thread 0x00007e (most recent call first):",
-      *frames,
-      "",
-    ]
-  )
+  first = f'Thread 0x00007f (most recent call first):\n  File "{PACKAGE}/{other}", line 5 in save\n'
+  return "\n".join([first, "Current thread 0x00007e (most recent call first):", *frames, ""])
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,6 @@ def test_shuffling_gives_every_document_the_candidates_of_another_and_never_its_
   assert not (candidates[order] == own[:, None]).any()
 
 
-def test_shuffling_of_literals():
-  order = retrieval_ablation.shuffled_order(
-    np.array([7, 8, 9]), np.array([[7], [8], [9]]), np.random.default_rng(0)
-  )
-  assert order.tolist() in ([1, 2, 0], [2, 0, 1])
-
-
 def test_an_impossible_shuffle_is_an_error():
   with refused(UserError):
     retrieval_ablation.shuffled_order(

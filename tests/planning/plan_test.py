@@ -115,18 +115,14 @@ def test_the_mesh_of_a_config_stays():
   ("config", "topology", "slices"),
   [
     ({"mesh": {"fsdp": 7}}, "v5e-256", 1),
-    (
-      {"mesh": {"fsdp": 512}}, "v5e-256", 2,
-    ),
+    ({"mesh": {"fsdp": 512}}, "v5e-256", 2),
     ({"train": {"global_batch_size": 100}}, "v5e-256", 1),
     ({}, "v5e-256", 3),
     ({}, "h100-24", 1),
     ({}, "v5e-256", 16),
-    (
-      {"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1,
-    ),
+    ({"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1),
   ],
-)  # fmt: skip
+)
 def test_what_the_hardware_cannot_run_is_refused(config, topology, slices):
   with refused(UserError):
     make(settings(**config), topology, slices)

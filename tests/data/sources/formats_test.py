@@ -7,6 +7,8 @@ import tarfile
 import fsspec
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -122,9 +124,6 @@ def test_folder_with_captions(tmp_path, name):
 
 
 def test_parquet(tmp_path):
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   (tmp_path / "a.jpg").write_bytes(jpeg(3))
   parquet.write_table(
     pa.table({"id": ["x", "y"], "jpg": [jpeg(1), None], "TEXT": ["one", "two"]}),

@@ -7,6 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -134,9 +136,6 @@ def documents(fields, root, name, allow_outside):
 
 def raw(file, fields, root, name, allow_outside):
   if file.endswith(".parquet"):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     parquet.write_table(pa.table({k: [v] for k, v in fields(name).items()}), root / file)
   else:
     write(root, file, fields(name))
@@ -176,32 +175,25 @@ def maps(root, name, allow_outside):
   return [record.images["image"] for record in records]
 
 
-CAPTIONS = functools.partial(of_records, "coco_2017", "val")
-REAL = functools.partial(of_examples, "coco_2017", "val")
-OBJECTS = functools.partial(of_records, "coco_objects", "val2017")
+def reader(write_one, opened, *names):
+  """Returns what writes a file of a format and opens it by the names of format and split."""
+  return functools.partial(write_one, functools.partial(opened, *names))
+
+
 # Name -> the folder that it joins names to, and the reader.
 READERS = {
   "jsonl": ("", lines),
   "maps": ("", maps),
   "llava": ("train2017", functools.partial(llava, "llava_instruct_150k")),
   "llava mix": ("", functools.partial(llava, "llava_v1_5_mix665k")),
-  "coco": ("val2017", functools.partial(coco, CAPTIONS)),
-  "coco objects": ("val2017", functools.partial(coco, OBJECTS)),
-  "coco evaluation": ("val2017", functools.partial(coco, REAL)),
-  "karpathy": (
-    "",
-    functools.partial(karpathy, functools.partial(of_records, "coco_karpathy", "val")),
-  ),
-  "karpathy evaluation": (
-    "",
-    functools.partial(karpathy, functools.partial(of_examples, "coco_karpathy", "val")),
-  ),
+  "coco": ("val2017", reader(coco, of_records, "coco_2017", "val")),
+  "coco objects": ("val2017", reader(coco, of_records, "coco_objects", "val2017")),
+  "coco evaluation": ("val2017", reader(coco, of_examples, "coco_2017", "val")),
+  "karpathy": ("", reader(karpathy, of_records, "coco_karpathy", "val")),
+  "karpathy evaluation": ("", reader(karpathy, of_examples, "coco_karpathy", "val")),
   "flickr30k": ("flickr30k-images", flickr),
-  "vizwiz": ("val", functools.partial(vizwiz, functools.partial(of_records, "vizwiz", "val"))),
-  "vizwiz evaluation": (
-    "val",
-    functools.partial(vizwiz, functools.partial(of_examples, "vizwiz", "val")),
-  ),
+  "vizwiz": ("val", reader(vizwiz, of_records, "vizwiz", "val")),
+  "vizwiz evaluation": ("val", reader(vizwiz, of_examples, "vizwiz", "val")),
   "textvqa": ("train_images", textvqa),
   "narratives": ("test", narratives),
   "scienceqa": ("images/val/7", scienceqa),
