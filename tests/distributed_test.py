@@ -9,6 +9,7 @@ import pytest
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
+from tests.launched import python
 from tests.messages import refused
 
 PROCESS = """
@@ -133,9 +134,7 @@ def test_a_coordinator_that_does_not_listen_is_a_user_error():
 
 def test_a_missing_cluster_is_a_user_error():
   call = "from cm3leon_jax import distributed; distributed.initialize(None, None, None, 1)"
-  result = subprocess.run(
-    [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
-  )
+  result = python(call, timeout=60)
   reason = "--distributed found no known cluster (coordinator_address should be defined.)"
   assert f"UserError: {reason}" in result.stderr
 
@@ -197,9 +196,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_a_signal_that_the_steps_took_over_ends_no_process_after_them():
-  result = subprocess.run(
-    [sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=60, check=False
-  )
+  result = python(TAKEN_OVER, timeout=60)
   lines = [f"stopping {INTERRUPTED}", "ended", STOPPED_EARLY]
   assert result.stdout.splitlines() == lines, result.stderr
   assert result.returncode == INTERRUPTED

@@ -1,13 +1,12 @@
 import json
 import os
-import subprocess
-import sys
 
 import jax
 from jax.sharding import PartitionSpec as P
 import pytest
 
 from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, gathered, shard, spec, unsplit
+from tests.launched import python
 from tests.messages import refused
 
 
@@ -93,14 +92,7 @@ def test_slices_lie_along_data():
   """Two slices of 2 x 2 chips of libtpu, in a process of its own: libtpu breaks the profiler."""
   pytest.importorskip("libtpu")
   env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  result = subprocess.run(
-    [sys.executable, "-c", SLICES],
-    capture_output=True,
-    text=True,
-    timeout=120,
-    env=env,
-    check=False,
-  )
+  result = python(SLICES, timeout=120, env=env)
   assert result.returncode == 0, result.stderr
   *found, refused, one_slice, v6e, two_slices = result.stdout.splitlines()
   four = [[0] * 2] * 2 + [[1] * 2] * 2

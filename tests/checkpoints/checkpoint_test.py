@@ -1,7 +1,5 @@
 import dataclasses
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from unittest import mock
@@ -14,6 +12,7 @@ from cm3leon_jax.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.step.state import init_state
 from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
+from tests.launched import python
 from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of
 
@@ -169,10 +168,7 @@ common.run(main, config=False)
 
 @pytest.mark.slow
 def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
-  result = subprocess.run(
-    [sys.executable, "-c", FAILS, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(FAILS, f"--workdir={tmp_path}")
   assert (result.returncode, result.stderr) == (2, "error: the sentence.\n")
   assert on_disk(tmp_path) == [[1], [1]]
 
@@ -198,10 +194,7 @@ common.run(main, config=False)
 
 
 def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp_path):
-  result = subprocess.run(
-    [sys.executable, "-c", FULL_DISK, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(FULL_DISK, f"--workdir={tmp_path}")
   assert result.returncode == TryAgain.exit_code
   [line] = result.stderr.splitlines()
   assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
@@ -239,10 +232,7 @@ common.run(main, config=False)
 def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
   """Orbax raises errors that led to one another in a circle, and leaves threads that wait."""
   start = time.monotonic()
-  result = subprocess.run(
-    [sys.executable, "-c", NO_RIGHTS, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(NO_RIGHTS, f"--workdir={tmp_path}")
   assert time.monotonic() - start < 120
   assert result.returncode == TryAgain.exit_code
   *_, line = result.stderr.splitlines()

@@ -1,7 +1,5 @@
 import json
 import pathlib
-import subprocess
-import sys
 
 from absl import flags
 from absl.testing import flagsaver
@@ -20,7 +18,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.launched import cm3leon
+from tests.launched import cm3leon, python
 from tests.messages import refused
 
 PROTOCOL = """
@@ -185,5 +183,5 @@ def test_the_flag_has_no_default_that_would_reach_other_commands():
     "from cm3leon_jax.commands import generate, inspect_data\n"
     "print(flags.FLAGS['out'].default)"
   )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  done = python(code, check=True)
   assert done.stdout == "None\n"

@@ -14,7 +14,7 @@ from etils import epath
 import pytest
 
 from tests.generation.run import save_run
-from tests.launched import ROOT, launch
+from tests.launched import ROOT, launch, python
 from tests.messages import check_refused
 
 
@@ -38,7 +38,7 @@ try:
 except UserError as error:
   print(error)
 """
-  found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  found = python(code, cwd=ROOT)
   assert found.stdout.startswith(printed)
   assert found.stderr == warnings
 

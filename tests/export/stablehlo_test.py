@@ -27,6 +27,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
+from tests.launched import python
 from tests.messages import refused
 from tests.models.tiny import random_params
 from tests.reports.snippets import snippets
@@ -286,9 +287,7 @@ print(json.dumps(found))
 @pytest.mark.tpu_backend
 def test_the_artifacts_compile_for_a_tpu_and_split_over_eight(folder):
   pytest.importorskip("libtpu")
-  process = subprocess.run(
-    [sys.executable, "-c", FOR_TPU, str(folder)], capture_output=True, text=True, check=False
-  )
+  process = python(FOR_TPU, folder)
   assert process.returncode == 0, process.stderr[-3000:]
   collectives = json.loads(process.stdout.splitlines()[-1])
   assert set(collectives) == {

@@ -1,8 +1,6 @@
 import dataclasses
 import hashlib
 import os
-import subprocess
-import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +18,7 @@ from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw
+from tests.launched import python
 from tests.messages import refused
 from tests.retrieval.bank_test import files_of, tiny_clip
 
@@ -124,13 +123,7 @@ def test_other_processes_compute_the_same():
     "print(hashlib.sha256(rows.tobytes()).hexdigest())"
   )
   digests = {
-    subprocess.run(
-      [sys.executable, "-c", code],
-      env={**os.environ, "PYTHONHASHSEED": seed},
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
+    python(code, env={**os.environ, "PYTHONHASHSEED": seed}, check=True).stdout.strip()
     for seed in "12"
   }
   rows = Lexical(0.5, 64, np.arange(1.0, BUCKETS + 1)).embed(["a red bell", "été", ""] * 9)

@@ -6,8 +6,6 @@ import functools
 import io
 import json
 import os
-import subprocess
-import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +30,7 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.files.shards import Runner
 from tests.data.sources.formats_test import read
+from tests.launched import python
 from tests.messages import refused
 
 FORMATS = ("png", "jpeg", "webp", "gif", "avif")
@@ -154,9 +153,7 @@ def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damage
   Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
   if is_damaged:
     path.write_bytes(path.read_bytes()[:-1_000])
-  run = subprocess.run(
-    [sys.executable, "-c", READ_LARGE, str(path)], capture_output=True, text=True, check=True
-  )
+  run = python(READ_LARGE, path, check=True)
   size, errors = map(int, run.stdout.split())
   assert errors == (16 if is_damaged else 0)
   assert size < 350

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 from hypothesis import example, given, settings
@@ -25,6 +23,7 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
+from tests.launched import python
 from tests.messages import refused
 
 MIB = 2**20
@@ -52,9 +51,7 @@ print(peak() - before, count, *sorted(reasons))
 
 def cost(path) -> tuple[int, list[str]]:
   """Reads a source in a process of its own: (MiB that it took, records and their reasons)."""
-  run = subprocess.run(
-    [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True
-  )
+  run = python(READ, path, check=True)
   size, *rest = run.stdout.split()
   return int(size), rest
 
