@@ -30,9 +30,7 @@ def small(tmp_path):
 
 def test_arms_differ_in_the_quantizer_alone(small):
   settings = {arm: small.settings(small.overrides(arm, seed=2)) for arm in ARMS}
-  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {
-    "restarts": "", "fsq": "fsq",
-  }  # fmt: skip
+  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {"restarts": "", "fsq": "fsq"}
   base = settings["restarts"]
   for arm, own in settings.items():
     assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)  # 8 x 8 levels.

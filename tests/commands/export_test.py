@@ -263,9 +263,7 @@ def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   """The earlier one is replaced; the next start of the command completes it."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
-  assert states == {
-    (True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)
-  }  # fmt: skip
+  assert states == {(True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)}
 
 
 def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):

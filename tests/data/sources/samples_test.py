@@ -177,9 +177,7 @@ def test_in_a_mixed_folder_pairs_are_pairs_and_texts_are_texts(folder, tmp_path)
 
 
 def test_a_list_rules_over_captions_beside_its_images(folder):
-  rows = [
-    {"file_name": "a.jpg", "text": "of the list"}, {"file_name": "b.jpg", "text": ""},
-  ]  # fmt: skip
+  rows = [{"file_name": "a.jpg", "text": "of the list"}, {"file_name": "b.jpg", "text": ""}]
   write(
     folder, a_jpg=jpeg(1), a_txt="beside", b_jpg=jpeg(2), b_txt="beside", c_jpg=jpeg(3),
     c_txt="beside", unnamed_jpg=jpeg(4), essay_txt="Long.", other_jsonl="{}\n",

@@ -20,16 +20,7 @@ from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.messages import refused
 from tests.models.tiny import mesh_of
-from tests.training.runs import (
-  LENGTH,
-  MODEL,
-  STEPS,
-  Crash,
-  assert_equal,
-  crash_at,
-  losses,
-  run,
-)  # fmt: skip
+from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash_at, losses, run
 
 
 class Poisoned(RowLoader):
@@ -218,9 +209,7 @@ def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
 def test_flags_by_hand():
   assert parse(None, "") is None
   assert parse(500, "4000:4799") == GoBack(500, range(4000, 4800))
-  assert GoBack(500, range(4000, 4800)).as_json == {
-    "resume_from": 500, "first": 4000, "last": 4799,
-  }  # fmt: skip
+  assert GoBack(500, range(4000, 4800)).as_json == {"resume_from": 500, "first": 4000, "last": 4799}
 
 
 @pytest.mark.parametrize(
