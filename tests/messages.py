@@ -83,6 +83,12 @@ def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
   _compare(_without_machine(result.stderr.removeprefix("error: ").strip(), _base))
 
 
+def check_sentence(sentence: str) -> None:
+  """Expects the stored sentence: of a server's answer, or one among others that were printed."""
+  _require_test()
+  _compare(_without_machine(sentence, _base))
+
+
 def _require_test() -> None:
   if _running is None:
     raise RuntimeError("refused() is for the bodies of tests: in a fixture, use pytest.raises.")

@@ -18,6 +18,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config, settings_of_run
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
+from tests.messages import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "pod" / "local.sh"
@@ -227,21 +228,7 @@ def test_all_processes_report_a_flipped_bit(fresh):
     assert f"[{process}] {sentence}" in output
 
 
-@pytest.mark.parametrize(
-  ("arguments", "sentence"),
-  [
-    ([], "error: PROCESSES is ''; it must be a positive whole number; usage: "),
-    (["2", "0", "--"], "error: DEVICES is '0'; it must be a positive whole number; usage: "),
-    (
-      ["2", "4", "--config=x"],
-      "error: '--' must stand before the flags, not '--config=x'; usage: ",
-    ),
-  ],
-)
-def test_the_script_refuses_bad_arguments_in_one_sentence(arguments, sentence):
-  result = subprocess.run(
-    ["bash", LOCAL, *arguments], capture_output=True, text=True, timeout=60, check=False
-  )
-  assert result.returncode == 2
-  assert result.stderr.startswith(sentence)
-  assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize("arguments", [[], ["2", "0", "--"], ["2", "4", "--config=x"]])
+def test_the_script_refuses_bad_arguments_in_one_sentence(arguments):
+  command = ["bash", LOCAL, *arguments]
+  check_refused(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
