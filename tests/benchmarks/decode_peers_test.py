@@ -12,15 +12,8 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
-CONFIG = ModelConfig(
-  vocab_size=320,
-  num_layers=3,
-  width=48,
-  num_heads=4,
-  mlp_width=96,
-  max_positions=40,
-  dtype="float32",
-)
+SIZES = {"num_layers": 3, "width": 48, "num_heads": 4, "mlp_width": 96, "max_positions": 40}
+CONFIG = ModelConfig(vocab_size=320, dtype="float32", **SIZES)
 GREEDY = SamplingConfig(top_k=1)
 NEW_TOKENS = 10
 

@@ -23,7 +23,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device
-from tests.models.tiny import mesh_of, model_logits, random_params
+from tests.models.tiny import SIZES, mesh_of, model_logits, random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,16 +31,8 @@ transformers = pytest.importorskip("transformers")
 VOCAB = VocabLayout()
 LENGTH, PADDED, GENERATED = 24, 7, 256
 FP32, FP64 = 1e-4, 1e-10  # Largest difference of two logits.
-CONFIG = ModelConfig(
-  vocab_size=VOCAB.size,
-  num_layers=2,
-  width=32,
-  num_heads=4,
-  mlp_width=64,
-  max_positions=320,
-  attention="plain",
-  remat_policy="none",
-)
+PLAIN = {"attention": "plain", "remat_policy": "none"}
+CONFIG = ModelConfig(vocab_size=VOCAB.size, max_positions=320, **PLAIN, **SIZES)
 MODELS = {
   "opt": CONFIG,
   "opt-gelu": dataclasses.replace(CONFIG, activation="gelu"),
@@ -138,7 +130,6 @@ def made(tmp_path_factory):
   def make(name):
     if name not in cache:
       config = MODELS[name]
-      config = dataclasses.replace(config, dtype="float32")
       with one_device():
         params = jax.device_get(random_params(config))
       folder = tmp_path_factory.mktemp(name)
@@ -288,14 +279,10 @@ def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, nam
     files.append({path.name: path.read_bytes() for path in folder.iterdir()})
   assert files[0] == files[1]
   assert sum(file.startswith("model-") for file in files[2]) > 2
-  whole, split = (
-    {
-      k: x
-      for path in (tmp_path / i).glob("*.safetensors")
-      for k, x in safetensors_numpy.load_file(path).items()
-    }
-    for i in "12"
-  )
+  whole, split = {}, {}
+  for tensors, folder in ((whole, "1"), (split, "2")):
+    for path in (tmp_path / folder).glob("*.safetensors"):
+      tensors.update(safetensors_numpy.load_file(path))
   assert whole.keys() == split.keys()
   for key, x in whole.items():
     np.testing.assert_array_equal(x, split[key])

@@ -4,14 +4,12 @@ from tests.mutant_lists.mutant import mutants_of
 
 QWEN3 = "cm3leon_jax/importing/qwen3.py"
 TABLES, SOURCE = "cm3leon_jax/importing/tables.py", "cm3leon_jax/importing/source.py"
-TOKENIZER = "cm3leon_jax/importing/tokenizer.py"
 PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/trained/initial.py"
 IMPORTER_TEST = "tests/importing/importer_test.py"
 REFUSALS_TEST, TRAINING_TEST = (
   "tests/importing/refusals_test.py",
   "tests/importing/training_test.py",
 )
-TOKENIZER_TEST = "tests/importing/tokenizer_test.py"
 
 IMPORTING = mutants_of(
   QWEN3,
@@ -39,8 +37,8 @@ IMPORTING = mutants_of(
   SOURCE,
   f"{REFUSALS_TEST}::test_a_qwen3_that_is_not_ours_is_refused",
   ("one_zero_is_enough", ".max(initial=0.0)", ".min(initial=0.0)"),
-  TOKENIZER,
-  f"{TOKENIZER_TEST}::test_special_tokens_in_data_are_plain_text",
+  "cm3leon_jax/importing/tokenizer.py",
+  "tests/importing/tokenizer_test.py::test_special_tokens_in_data_are_plain_text",
   ("added_tokens_are_found_in_texts", '"special": True', '"special": i < vocab.num_special'),
   WEIGHTS,
   f"{TRAINING_TEST}::test_a_run_begins_with_what_was_imported_and_remembers_it",

@@ -3,7 +3,6 @@
 from tests.mutant_lists.mutant import mutants_of
 
 ATTENTION, ATTENTION_TEST = "cm3leon_jax/models/attention.py", "tests/models/attention_test.py"
-TRANSFORMER = "cm3leon_jax/models/transformer.py"
 TRANSFORMER_TEST = "tests/models/transformer_test.py"
 
 MODELS = mutants_of(
@@ -27,7 +26,7 @@ MODELS = mutants_of(
     "== segment_ids[:, None, None, :stop]",
     ">= segment_ids[:, None, None, :stop]",
   ),
-  TRANSFORMER,
+  "cm3leon_jax/models/transformer.py",
   f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",
   ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
   f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",

@@ -5,9 +5,6 @@ from tests.mutant_lists.mutant import mutants_of
 ENGINE = "tests/serving/engine_test.py"
 APP = "tests/serving/web/app_test.py"
 REFUSALS = "tests/serving/refusals_test.py"
-LOG = "tests/serving/web/request_log_test.py"
-BODIES = "tests/serving/open_bodies_test.py"
-DECODING = "tests/serving/decoding_test.py"
 CACHE = "tests/serving/program_cache_test.py"
 
 SERVING = mutants_of(
@@ -30,17 +27,17 @@ SERVING = mutants_of(
   REFUSALS,
   ("any_host", "not is_loopback(_name_of(host)):", "not _name_of(host):"),
   ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),
-  BODIES,
+  "tests/serving/open_bodies_test.py",
   ("bodies_of_all_without_end", "if held and self._held >", "if False and self._held >"),
   "cm3leon_jax/serving/engine.py",
-  DECODING,
+  "tests/serving/decoding_test.py",
   (
     "places_take_no_room",
     "len(self._places) + len(self._incoming) + sum(",
     "len(self._incoming) + sum(",
   ),
   "cm3leon_jax/serving/web/request_log.py",
-  f"{LOG}::test_a_line_has_what_a_request_cost",
+  "tests/serving/web/request_log_test.py::test_a_line_has_what_a_request_cost",
   ("any_request_id", r'r"[\w.:/+=-]{1,128}"', '".*"'),
   "cm3leon_jax/serving/program_cache.py",
   ("one_folder_for_all_machines", "features[2].split()", "features[1].split()"),

@@ -3,24 +3,17 @@
 from tests.mutant_lists.mutant import mutants_of
 
 VQGAN_TEST = "tests/training/small/vqgan_training_test.py"
-PUBLISHED = "cm3leon_jax/tokenizers/published.py"
-PUBLISHED_TEST = "tests/tokenizers/published_test.py"
-PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
-PUBLISHED_SOURCE = "cm3leon_jax/tokenizers/published_source.py"
 PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
-QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
-WATCH_TEST = "tests/training/small/vqgan_watch_test.py"
-LOSSES_TEST = "tests/tokenizers/losses_test.py"
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
 
 TOKENIZERS = mutants_of(
-  PUBLISHED,
-  f"{PUBLISHED_TEST}::test_codes_and_pixels_equal_torch",
+  "cm3leon_jax/tokenizers/published.py",
+  "tests/tokenizers/published_test.py::test_codes_and_pixels_equal_torch",
   ("stride_from_the_other_side", "padding=((0, 1), (0, 1))", "padding=((1, 0), (1, 0))"),
-  PUBLISHED_SOURCE,
+  "cm3leon_jax/tokenizers/published_source.py",
   f"{PUBLISHED_FILES_TEST}::test_a_pickle_is_never_opened",
   ("a_pickle_by_another_name_is_read", "or not is_pickle", "or True"),
-  PUBLISHED_FILES,
+  "cm3leon_jax/tokenizers/published_files.py",
   f"{PUBLISHED_FILES_TEST}::test_the_grid_and_the_codebook_must_be_those_of_the_config",
   ("another_codebook", "if tokenizer.num_codes != num_codes:", "if False:"),
   "cm3leon_jax/commands/train_vqgan.py",
@@ -29,7 +22,7 @@ TOKENIZERS = mutants_of(
   NETWORK,
   f"{NETWORK_TEST}::test_a_local_code_depends_on_its_own_square_alone",
   ("local_codes_see_the_image", "axes = 3 if local else (1, 2, 3)", "axes = (1, 2, 3)"),
-  QUANTIZERS,
+  "cm3leon_jax/tokenizers/quantizers.py",
   f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
   ("codebook_gradient_stopped", "_squared(q - stop(z))", "_squared(stop(q) - stop(z))"),
   "cm3leon_jax/tokenizers/losses.py",
@@ -40,10 +33,10 @@ TOKENIZERS = mutants_of(
     "loss -= config.adversarial_weight * adaptive",
   ),
   "cm3leon_jax/training/small/vqgan_training.py",
-  f"{WATCH_TEST}::test_the_tokenizer_is_the_average_of_the_parameters",
+  "tests/training/small/vqgan_watch_test.py::test_the_tokenizer_is_the_average_of_the_parameters",
   ("last_parameters_saved", 'state.get("ema", state["params"])', 'state["params"]'),
   "cm3leon_jax/tokenizers/losses.py",
-  f"{LOSSES_TEST}::test_multiscale_loss_literals",
+  "tests/tokenizers/losses_test.py::test_multiscale_loss_literals",
   (
     "pixels_left_out",
     "error.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))",

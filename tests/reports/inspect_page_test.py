@@ -13,21 +13,13 @@ from cm3leon_jax.data.rows import loader
 from cm3leon_jax.data.rows.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect_page, row_contents, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
 from tests.messages import refused
 from tests.reports.run_files import Page
+from tests.tokenizers.tiny import tiny_config
 
-VQGAN = VQGANConfig(
-  resolution=8,
-  downsample=2,
-  stem=2,
-  width=8,
-  multipliers=(1,),
-  encoder_blocks=(0,),
-  decoder_blocks=(0,),
-  code_dim=4,
-)
+VQGAN = tiny_config(downsample=2, stem=2)
 CAPTION = "a red <b>cat</b> & dog"
 
 

@@ -14,17 +14,10 @@ from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.messages import refused
+from tests.tokenizers.tiny import tiny_config
 
-CONFIG = VQGANConfig(
-  resolution=16,
-  downsample=4,
-  stem=2,
-  width=8,
-  multipliers=(1, 2),
-  encoder_blocks=(0, 1),
-  decoder_blocks=(0, 1),
-  code_dim=4,
-)
+BLOCKS = {"multipliers": (1, 2), "encoder_blocks": (0, 1), "decoder_blocks": (0, 1)}
+CONFIG = tiny_config(resolution=16, stem=2, **BLOCKS)
 NUM_CODES = 24
 
 

@@ -21,16 +21,8 @@ from cm3leon_jax.vocab import VocabLayout
 from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
-MODEL = ModelConfig(
-  vocab_size=VOCAB.size,
-  num_layers=2,
-  width=16,
-  num_heads=2,
-  mlp_width=32,
-  max_positions=64,
-  dtype="float32",
-  loss_chunk=16,
-)
+SIZES = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 32, "max_positions": 64}
+MODEL = ModelConfig(vocab_size=VOCAB.size, dtype="float32", loss_chunk=16, **SIZES)
 DATA = DataConfig(sequence_length=64, num_neighbors=2)
 CONFIG = EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 

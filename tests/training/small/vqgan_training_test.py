@@ -14,31 +14,17 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
 from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.tokenizers.tiny import tiny_config
 
-CONFIG = VQGANConfig(
-  resolution=8,
-  downsample=4,
-  stem=2,
-  width=8,
-  multipliers=(1, 1),
-  encoder_blocks=(0, 0),
-  decoder_blocks=(0, 0),
-  code_dim=4,
-  steps=12,
-  batch_size=8,
-  learning_rate=3e-3,
-  warmup_steps=0,
-  restart_every=4,
-  adversarial_start=0.5,
-  discriminator_width=4,
-  discriminator_layers=2,
-  checkpoint_every=5,
-)
+LEVELS = {"stem": 2, "multipliers": (1, 1), "encoder_blocks": (0, 0), "decoder_blocks": (0, 0)}
+ADVERSARY = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
+ADVERSARY |= {"discriminator_width": 4, "discriminator_layers": 2}
+LENGTH = {"steps": 12, "batch_size": 8, "restart_every": 4, "checkpoint_every": 5}
+CONFIG = tiny_config(**LEVELS, **ADVERSARY, **LENGTH, learning_rate=3e-3)
 NUM_CODES = 16
 
 
