@@ -56,17 +56,10 @@ def free_port() -> int:
 
 
 def slurm(process: int, port: str) -> dict[str, str]:
-  job = {
-    "JOB_ID": "7",
-    "STEP_NODELIST": "localhost",
-    "NTASKS": "2",
-    "PROCID": process,
-    "LOCALID": process,
-  }
-  return {
-    "JAX_COORDINATOR_PORT": port,
-    **{f"SLURM_{name}": str(value) for name, value in job.items()},
-  }
+  job = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": 2}
+  job |= {"PROCID": process, "LOCALID": process}
+  job = {f"SLURM_{name}": str(value) for name, value in job.items()}
+  return {"JAX_COORDINATOR_PORT": port, **job}
 
 
 @pytest.mark.parametrize("cluster", ["flags", pytest.param("slurm", marks=pytest.mark.slow)])
@@ -85,19 +78,10 @@ def test_two_processes_come_to_the_same_decisions(cluster, tmp_path):
     "give all processes the same flags."
   )
   first = ["[{'me': ''}, {'me': 'é'}] True", "printed", "no " + "x" * 10]
-  assert lines[0] == [
-    *first,
-    f"process 1 failed with OSError: no {'x' * 10} (again)",
-    "None",
-    differ,
-  ]
-  assert lines[1] == [
-    first[0].replace("True", "False"),
-    first[2],
-    "OSError no " + "x" * 10,
-    "None",
-    differ,
-  ]
+  failed = f"process 1 failed with OSError: no {'x' * 10} (again)"
+  assert lines[0] == [*first, failed, "None", differ]
+  other = first[0].replace("True", "False")
+  assert lines[1] == [other, first[2], f"OSError {first[2]}", "None", differ]
 
 
 def test_one_process_needs_no_other():

@@ -9,17 +9,9 @@ LABELS = {"0": "K = 0", "2": "K = 2", "shuffled": "K = 2, shuffled"}
 
 
 def run(condition, seed, image_bits, codes=4):
-  n = len(image_bits)
-  return Run(
-    condition,
-    seed,
-    np.array(image_bits),
-    np.full(n, codes),
-    np.full(n, 6.0),
-    np.full(n, 3),
-    10,
-    2.0,
-  )
+  image_bits = np.array(image_bits)
+  arrays = (np.full_like(image_bits, x) for x in (codes, 6, 3))
+  return Run(condition, seed, image_bits, *arrays, 10, 2.0)
 
 
 @pytest.fixture

@@ -120,22 +120,11 @@ def small(step):
 
 def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
   """The newest two, multiples of 3, and the two of lowest loss, which step 4 leaves again."""
-  losses = {
-    1: 5.0,
-    2: 1.0,
-    3: 9.0,
-    4: 2.0,
-    5: 7.0,
-    6: 6.0,
-    7: 1.5,
-    8: float("nan"),
-    9: 4.0,
-    10: 8.0,
-  }
+  losses = [5.0, 1.0, 9.0, 2.0, 7.0, 6.0, 1.5, float("nan"), 4.0, 8.0]
   for starts in (range(1, 6), range(6, 11)):
     with checkpoint.Checkpoints(tmp_path, 2, keep_every=3, keep_best=2) as checkpoints:
       for step in starts:
-        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step])
+        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step - 1])
   assert on_disk(tmp_path) == [[2, 3, 6, 7, 9, 10]] * 2
 
 

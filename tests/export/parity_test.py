@@ -245,12 +245,9 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
   tokens, _, mask = rows()
   model = load(folder, torch.float64)
   model.generation_config.eos_token_id = None  # To the end, whatever the tokens are.
-  found = model.generate(
-    torch.from_numpy(tokens).long(),
-    attention_mask=torch.from_numpy(mask).long(),
-    do_sample=False,
-    max_new_tokens=GENERATED,
-  ).numpy()
+  given, present = (torch.from_numpy(x).long() for x in (tokens, mask))
+  options = {"do_sample": False, "max_new_tokens": GENERATED}
+  found = model.generate(given, attention_mask=present, **options).numpy()
   tokens, mask = (np.pad(x, ((0, 0), (0, GENERATED)), constant_values=1) for x in (tokens, mask))
   positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
   with jax.enable_x64(True), one_device():

@@ -225,14 +225,12 @@ def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
   mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
   decode, weights = loader["load"]("decode_image"), loader["load_weights"]()
   tokens = VOCAB.image_ids(np.random.default_rng(0).integers(0, 64, (16, 16)))
-  rows = jax.P("b")
-  split = jax.shard_map(
-    lambda weights, tokens: decode(weights, tokens=tokens),
-    mesh=mesh,
-    in_specs=(jax.P(), rows),
-    out_specs=rows,
-    check_vma=False,
-  )
+
+  def decoded(weights, tokens):
+    return decode(weights, tokens=tokens)
+
+  specs = {"in_specs": (jax.P(), jax.P("b")), "out_specs": jax.P("b")}
+  split = jax.shard_map(decoded, mesh=mesh, check_vma=False, **specs)
   found = jax.jit(split)(weights, tokens)
   assert len(found.sharding.device_set) == 8
   np.testing.assert_array_equal(found, decode(weights, tokens=tokens))

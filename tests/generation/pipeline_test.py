@@ -211,14 +211,8 @@ class Brightness:
 
 def test_samples_are_ranked_by_their_scores(pipeline):
   tasks = [text_to_image(p, seed=3 + i, row=i) for i, p in enumerate(("red apple", "blue car"))]
-  bright = Pipeline(
-    random_params(SETTINGS.model),
-    SETTINGS,
-    pipeline.layout,
-    pipeline.image_tokenizer,
-    Brightness(),
-    batch_size=2,
-  )
+  parts = random_params(SETTINGS.model), SETTINGS, pipeline.layout, pipeline.image_tokenizer
+  bright = Pipeline(*parts, Brightness(), batch_size=2)
   batches = []
   plain = bright.generate(tasks, 3, on_batch=lambda samples: batches.append(len(samples)))
   ranked = bright.generate(tasks, 3, rank=True)

@@ -76,13 +76,8 @@ def layout(workdir):
 def objective(workdir, layout):
   settings, run = settings_of(), workdir
   with one_device():
-    pipeline_of = functools.partial(
-      Pipeline,
-      settings=settings,
-      layout=layout,
-      image_tokenizer=ImageTokenizer.load(run / "vqgan"),
-      batch_size=BATCH,
-    )
+    parts = {"layout": layout, "image_tokenizer": ImageTokenizer.load(run / "vqgan")}
+    pipeline_of = functools.partial(Pipeline, settings=settings, batch_size=BATCH, **parts)
     prompts = rollouts.read_prompts(settings, layout, "train", 8)
     reference = random_params(settings.model)
     yield rollouts.Rollouts(settings, prompts, pipeline_of, low_codes, reference)

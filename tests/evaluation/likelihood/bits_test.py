@@ -204,15 +204,7 @@ def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
 
 def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
   rng = np.random.default_rng(4)
-  concepts = [
-    "fox",
-    "fox",
-    "fox",
-    "cat",
-    "cat",
-    "",
-    "",
-  ]  # A document without a concept counts as one.
+  concepts = ["fox"] * 3 + ["cat"] * 2 + [""] * 2  # A document without a concept counts as one.
   written = [pair(i, rng, concept=concept) for i, concept in enumerate(concepts)]
   documents.write_documents(tmp_path / "concepts", written, VOCAB)
   store = documents.DocumentStore(tmp_path / "concepts", VOCAB)

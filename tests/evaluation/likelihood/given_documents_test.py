@@ -202,15 +202,12 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
 
 def stored(folder, sizes, config=None):
   """Writes a store of a finished stage; each document has segments of the sizes, < 0: images."""
+
+  def segment(n):
+    return Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32))
+
   documents = [
-    Document(
-      f"d{i}",
-      tuple(
-        Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32)) for n in of
-      ),
-      *("s", "l", "a"),
-    )
-    for i, of in enumerate(sizes)
+    Document(f"d{i}", tuple(map(segment, of)), "s", "l", "a") for i, of in enumerate(sizes)
   ]
   write_documents(folder, documents, VOCAB)
   done = {"config": config or {}, "summary": {}, "seconds": 1.0, "id": "made"}
