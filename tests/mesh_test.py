@@ -42,12 +42,8 @@ def test_a_program_that_is_traced_unsplit_names_no_sharding():
 
 
 def test_rest_of_the_devices():
-  assert dict(create_mesh(MeshConfig(2, -1, 2)).shape) == {
-    "data": 2,
-    "fsdp": 2,
-    "fsdp_inner": 1,
-    "tensor": 2,
-  }
+  shape = dict(create_mesh(MeshConfig(2, -1, 2)).shape)
+  assert shape == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "tensor": 2}
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -13,14 +13,8 @@ def test_paper_layout():
   vocab = VocabLayout()
   assert vocab.size == 64_512 == 2**10 * 63
   assert vocab.special_tokens()[:6] == ["<pad>", "</s>", "<unk>", "<break>", "<eoss>", "<mask:0>"]
-  assert (vocab.pad, vocab.eos, vocab.unk, vocab.brk, vocab.eoss, vocab.mask(0)) == (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-  )
+  first = [vocab.pad, vocab.eos, vocab.unk, vocab.brk, vocab.eoss, vocab.mask(0)]
+  assert first == [0, 1, 2, 3, 4, 5]
 
 
 def test_special_tokens_fill_their_range_and_stand_at_their_ids():

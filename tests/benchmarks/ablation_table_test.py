@@ -73,17 +73,10 @@ def test_summary_of_literal_runs(result):
   assert none["bits_per_caption_token"]["new"]["mean"] == 2
   assert result["heldout"]["drawn_by_others"] == {"documents": 2, "concepts": 2}
   fewer, more = result["differences"]
-  assert (fewer["label"], fewer["subset"], fewer["bits"], fewer["by_seed"]) == (
-    "(K = 2) - (K = 0)",
-    "drawn_by_others",
-    -0.25,
-    [-0.25, -0.25],
-  )
-  assert (more["bits"], ablation_table.verdict(fewer), ablation_table.verdict(more)) == (
-    1.0,
-    "fewer bits",
-    "more bits",
-  )
+  assert (fewer["label"], fewer["subset"]) == ("(K = 2) - (K = 0)", "drawn_by_others")
+  assert (fewer["bits"], fewer["by_seed"]) == (-0.25, [-0.25, -0.25])
+  verdicts = [ablation_table.verdict(x) for x in (fewer, more)]
+  assert (more["bits"], verdicts) == (1.0, ["fewer bits", "more bits"])
 
 
 def test_differences_are_of_equal_seeds_and_whole_concepts():

@@ -78,11 +78,8 @@ def test_loop_equals_an_uncached_model(peers, exported, product):
   assert len(np.unique(found)) > NEW_TOKENS
   # Negative control: guidance matters.
   without = dataclasses.replace(GREEDY, guidance=1.0)
-  assert (
-    (peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)(prompts(), 0) != found)
-    .any(1)
-    .all()
-  )
+  loop = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)
+  assert (loop(prompts(), 0) != found).any(1).all()
 
 
 def test_generate_equals_the_loop(peers, exported):

@@ -90,12 +90,9 @@ def test_known_codes_and_drawings_in_literals():
 def test_only_other_fields_are_overridden():
   assert overrides_of(SETTINGS) == {}
   config = config_scenes.get_config()
-  config.update_from_flattened_dict({"seed": 2, "scenes.heldout": 70, "scenes.shares": ()})
-  assert overrides_of(settings_from_config(config)) == {
-    "seed": 2,
-    "scenes.heldout": 70,
-    "scenes.shares": (),
-  }
+  changed = {"seed": 2, "scenes.heldout": 70, "scenes.shares": ()}
+  config.update_from_flattened_dict(changed)
+  assert overrides_of(settings_from_config(config)) == changed
 
 
 def test_the_bank_has_the_tokenizers_of_the_run_and_another_style(tmp_path, monkeypatch):

@@ -77,11 +77,8 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
 def test_a_damaged_file_is_refused(saved, damage):
-  victim = next(
-    p
-    for p in sorted((saved / "checkpoints" / "2").rglob("*"))
-    if p.is_file() and p.stat().st_size > 100
-  )
+  files = [path for path in (saved / "checkpoints" / "2").rglob("*") if path.is_file()]
+  victim = min(path for path in files if path.stat().st_size > 100)
   data = victim.read_bytes()
   victim.unlink()
   if damage == "surplus":

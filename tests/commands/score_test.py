@@ -53,13 +53,11 @@ def file(tmp_path):
 
 
 def results(workdir, pattern):
-  return [
-    (
-      [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()],
-      read_json(folder / "summary.json"),
-    )
-    for folder in sorted((workdir / "scores").glob(pattern))
-  ]
+  found = []
+  for folder in sorted((workdir / "scores").glob(pattern)):
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    found.append((list(map(json.loads, lines)), read_json(folder / "summary.json")))
+  return found
 
 
 def test_a_file_is_scored_once(run, workdir, file, capsys):

@@ -43,11 +43,8 @@ def theirs(folder, requests, count: int, guidance: float):
   (ids, mask), (negative, negative_mask) = (
     padded([r.streams[s] for r in requests]) for s in (0, -1)
   )
-  guided = {
-    "guidance_scale": guidance,
-    "negative_prompt_ids": negative,
-    "negative_prompt_attention_mask": negative_mask,
-  }
+  guided = {"guidance_scale": guidance, "negative_prompt_ids": negative}
+  guided["negative_prompt_attention_mask"] = negative_mask
   length = {"min_new_tokens": count, "max_new_tokens": count, "logits_processor": [OnlyCodes()]}
   output = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
   guided = guided if guidance != 1 else {}

@@ -29,14 +29,8 @@ from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4
-EOS, BRK, EOSS_ID, M0, M1, M2 = (
-  VOCAB.eos,
-  VOCAB.brk,
-  VOCAB.eoss,
-  VOCAB.mask(0),
-  VOCAB.mask(1),
-  VOCAB.mask(2),
-)
+EOS, BRK, EOSS_ID = VOCAB.eos, VOCAB.brk, VOCAB.eoss
+M0, M1, M2 = map(VOCAB.mask, range(3))
 PICTURE = [271, 272, 273, 274]
 DRAWN = (Part(CODES, IMAGE), Part(END))
 
@@ -60,11 +54,8 @@ def test_text_to_image():
 
 def test_edit():
   request = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17])
-  assert streams(request) == [
-    [EOS, 15, BRK, *PICTURE, BRK, 17, BRK],
-    [EOS, 15, BRK, *PICTURE, BRK],
-    [EOS, M0, BRK],
-  ]
+  start = [EOS, 15, BRK, *PICTURE, BRK]
+  assert streams(request) == [[*start, 17, BRK], start, [EOS, M0, BRK]]
   assert request.plan == DRAWN
 
 

@@ -25,9 +25,5 @@ def layout(workdir):
 
 @pytest.fixture(scope="session")
 def clip(workdir):
-  return clip_lib.CLIP(
-    SETTINGS.clip,
-    VOCAB.text_size,
-    clip_params(),
-    text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode,
-  )
+  encode = text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode
+  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, clip_params(), encode)

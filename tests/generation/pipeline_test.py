@@ -256,12 +256,8 @@ def test_a_document_has_its_images_in_order(pipeline):
   ids = np.concatenate([brk, first, brk, text, brk, second, [VOCAB.eos]]).astype(np.int32)
   result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
   (sample,) = pipeline.samples([0], [result], [task], [request], {}, [()])
-  assert [s if isinstance(s, str) else None for s in sample.segments] == [
-    "red apple",
-    None,
-    "blue car",
-    None,
-  ]
+  texts = [s if isinstance(s, str) else None for s in sample.segments]
+  assert texts == ["red apple", None, "blue car", None]
   assert [codes.tolist() for codes in sample.codes] == [[3] * 16, [4] * 16]
   expected = pipeline.image_tokenizer.decode(np.stack(sample.codes))
   np.testing.assert_array_equal([np.asarray(image) for image in sample.images], expected)

@@ -45,12 +45,8 @@ def start(workdir):
         f"--config.train.global_batch_size={4 * processes}",
         "--config.train.eval_every=1000000", "--config.train.sample_every=1000000", *flags,
       ]  # fmt: skip
-      env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        **environment,
-      }
+      one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+      env = {**os.environ, "PYTHONPATH": str(ROOT), **one_device, **environment}
       with (workdir / f"{i}.log").open("w") as log:
         jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     everyone.extend(jobs)

@@ -30,14 +30,9 @@ def start(workdir, processes, *flags, mesh=(2, 2, 2), config="tiny_config") -> s
   shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
   command = ["bash", LOCAL, str(processes), str(8 // processes), "--"]
   flags = [f"--config=tests/launch/{config}.py", f"--workdir={workdir}", *shape, *flags]
-  return subprocess.Popen(
-    [*command, *flags],
-    cwd=ROOT,
-    env={**os.environ, "PYTHON": sys.executable},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  env = {**os.environ, "PYTHON": sys.executable}
+  output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return subprocess.Popen([*command, *flags], cwd=ROOT, env=env, **output)
 
 
 def finish(job, code=0) -> str:

@@ -77,12 +77,8 @@ def test_words_are_counted_in_the_whole_bank_and_not_in_held_out_captions(tmp_pa
   stored = read_json(tmp_path / lexical.FILE)
   words = {word: str(lexical.bucket(word)) for word in ("a", "red", "blue", "bell")}
   assert stored["documents"] == 2
-  assert {word: stored["counts"][b] for word, b in words.items()} == {
-    "a": 2,
-    "red": 1,
-    "blue": 1,
-    "bell": 2,
-  }
+  counts = {word: stored["counts"][b] for word, b in words.items()}
+  assert counts == {"a": 2, "red": 1, "blue": 1, "bell": 2}
 
 
 def uniform(weight=0.5, width=WORDS):

@@ -296,13 +296,6 @@ def test_no_image_is_opened_that_pillow_would_start_a_program_for(live):
 
 def test_errors_are_json_of_one_shape(live):
   body = live.generate(prompt="a", n=0).json()
-  assert json.dumps(body) == json.dumps(
-    {
-      "error": {
-        "message": "n is 0; it must be at least 1.",
-        "type": "invalid_request_error",
-        "param": "n",
-        "code": "invalid_value",
-      }
-    }
-  )
+  message = {"message": "n is 0; it must be at least 1.", "type": "invalid_request_error"}
+  about = {"param": "n", "code": "invalid_value"}
+  assert json.dumps(body) == json.dumps({"error": {**message, **about}})

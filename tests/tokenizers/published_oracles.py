@@ -106,11 +106,9 @@ class Chameleon:
       "num_res_blocks": config.blocks,
     }
     lowest = config.resolution // config.downsample
-    self.model = ChameleonVQVAE(
-      transformers.ChameleonVQVAEConfig(
-        **sizes, resolution=config.resolution, attn_resolutions=[lowest] if self.attention else None
-      )
-    ).eval()
+    places = {"resolution": config.resolution}
+    places["attn_resolutions"] = [lowest] if self.attention else None
+    self.model = ChameleonVQVAE(transformers.ChameleonVQVAEConfig(**sizes, **places)).eval()
     janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()
     self.decoder = janus.decoder
     self.modules = (self.model, self.decoder)

@@ -44,11 +44,8 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
   run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
-  (event,) = [
-    line
-    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
-    if line.get("event") == "resumed"
-  ]
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  (event,) = [line for line in lines if line.get("event") == "resumed"]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 

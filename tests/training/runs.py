@@ -84,11 +84,8 @@ def run(
 
 
 def losses(folder):
-  return {
-    line["step"]: line["loss"]
-    for line in read_json_lines(folder / "metrics" / "metrics.jsonl")
-    if "loss" in line
-  }
+  lines = read_json_lines(folder / "metrics" / "metrics.jsonl")
+  return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 class Crash(Exception):

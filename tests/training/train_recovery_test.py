@@ -119,11 +119,8 @@ def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, t
   run(tmp_path, loader, steps=8)
   (tmp_path / "checkpoints.digests" / "8.json").unlink()
   run(tmp_path, loader, steps=9, checkpoint_every=9)
-  events = [
-    line
-    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
-    if line.get("event") == "resumed"
-  ]
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  events = [line for line in lines if line.get("event") == "resumed"]
   assert [e["from_step"] for e in events] == [4]
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 

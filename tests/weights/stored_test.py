@@ -55,12 +55,9 @@ def test_a_slice_is_that_of_the_whole_array(saved):
 
 def test_each_layer_has_chunks_of_its_own(saved):
   state = saved.folder / "checkpoints" / "3" / "state"
-  chunks = {
-    entry["array_metadata"]["param_name"]: entry["array_metadata"]["chunk_shape"]
-    for entry in json.loads((state / "array_metadatas" / "process_0").read_text())[
-      "array_metadatas"
-    ]
-  }
+  about = json.loads((state / "array_metadatas" / "process_0").read_text())["array_metadatas"]
+  entries = [entry["array_metadata"] for entry in about]
+  chunks = {entry["param_name"]: entry["chunk_shape"] for entry in entries}
   stacked = [shape for name, shape in chunks.items() if ".blocks." in name]
   assert len(stacked) >= 12
   assert {shape[0] for shape in stacked} == {1}

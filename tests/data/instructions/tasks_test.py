@@ -24,12 +24,8 @@ def encode(text):
 
 def words_of(tokens) -> str:
   names = {number: word for word, number in WORDS.items()}
-  names |= {
-    VOCAB.eos: "</s>",
-    VOCAB.brk: "<break>",
-    VOCAB.mask(0): "<mask:0>",
-    VOCAB.eoss: "<eoss>",
-  }
+  names |= {VOCAB.eos: "</s>", VOCAB.brk: "<break>"}
+  names |= {VOCAB.mask(0): "<mask:0>", VOCAB.eoss: "<eoss>"}
   return " ".join(names.get(int(i), "@") for i in tokens)
 
 

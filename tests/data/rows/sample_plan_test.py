@@ -81,11 +81,8 @@ def test_fewer_candidates_than_wanted_are_used_and_counted():
     ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1),
   ):
     plan = plan_pair(kept, 0, **fields)
-    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (
-      list(range(kept)),
-      missing,
-      0,
-    )
+    assert sorted(plan.neighbors) == list(range(kept))
+    assert (plan.missing, plan.crowded_out) == (missing, 0)
   assert sum(
     plan_pair(1, seed, neighbor_sampling="uniform").missing for seed in range(300)
   ) == pytest.approx(100, abs=25)

@@ -46,14 +46,8 @@ def write_tar(path, members):
 
 def sample(i: int, **about) -> list:
   name = f"{i:09d}"
-  about = {
-    "key": name,
-    "url": f"https://example.org/{i}.jpg",
-    "status": "success",
-    "width": 8,
-    "license": "CC0-1.0",
-    **about,
-  }
+  usual = {"key": name, "url": f"https://example.org/{i}.jpg", "status": "success", "width": 8}
+  about = {**usual, "license": "CC0-1.0", **about}
   return [
     (f"{name}.jpg", jpeg(i)),
     (f"{name}.txt", f"gray {i}".encode()),
@@ -91,15 +85,8 @@ def test_webdataset_rejects_by_reason(tmp_path):
   whole = (tmp_path / "a.tar").read_bytes()
   (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 3])
   items = list(read(str(tmp_path)))
-  expected = [
-    "",
-    "missing_image",
-    "missing_caption",
-    "empty_caption",
-    *["malformed_record"] * 3,
-    "",
-  ]
-  assert [reason for *_, reason in summary(items)[:8]] == expected
+  expected = ["missing_image", "missing_caption", "empty_caption", *["malformed_record"] * 3]
+  assert [reason for *_, reason in summary(items)[:8]] == ["", *expected, ""]
   assert summary(items)[-1] == ("Rejected", "", "unreadable_file")
   assert items[-1].file.endswith("b.tar")
   assert "sample '000000001' has no image" in items[1].message
@@ -145,11 +132,8 @@ def test_parquet(tmp_path):
   assert items[4] == RawPair("2.parquet/0", jpeg(5), "five", attribution="Ada")
   assert items[5] == RawText("3.parquet/0", "only text")
   reasons = [(items[i].key, items[i].reason) for i in (1, 3, 6)]
-  assert reasons == [
-    ("y", "malformed_record"),
-    ("1.parquet/1", "missing_image"),
-    ("", "unreadable_file"),
-  ]
+  expected = [("y", "malformed_record"), ("1.parquet/1", "missing_image")]
+  assert reasons == [*expected, ("", "unreadable_file")]
 
 
 def test_texts(tmp_path):

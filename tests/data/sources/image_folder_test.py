@@ -328,11 +328,8 @@ def test_texts_of_instruct_pix2pix_are_beside_its_list(root, folder):
 def test_the_subset_of_vqa_is_a_folder_in_the_folder(root, subset, opened):
   (root / "linked").symlink_to(root.parent / "outside")
   question = {"question_id": 1, "image_id": 2, "question": "what?"}
-  write(
-    root,
-    "v2_OpenEnded_mscoco_val2014_questions.json",
-    {"data_subtype": subset, "questions": [question]},
-  )
+  asked = {"data_subtype": subset, "questions": [question]}
+  write(root, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
   answer = {"question_id": 1, "answers": [{"answer": "red"}]}
   answer |= {"question_type": "what", "answer_type": "other"}
   write(root, "v2_mscoco_val2014_annotations.json", {"annotations": [answer]})

@@ -30,14 +30,8 @@ CONFIG = EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 def pair(key, rng, codes=4, concept=""):
   text = rng.integers(VOCAB.num_special, VOCAB.text_size, rng.integers(1, 6)).astype(np.int32)
   image = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes))
-  return documents.Document(
-    str(key),
-    (documents.Segment(False, text), documents.Segment(True, image)),
-    "test",
-    "CC0-1.0",
-    "nobody",
-    concept=concept,
-  )
+  segments = documents.Segment(False, text), documents.Segment(True, image)
+  return documents.Document(str(key), segments, "test", "CC0-1.0", "nobody", concept=concept)
 
 
 @pytest.fixture

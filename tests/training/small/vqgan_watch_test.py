@@ -19,15 +19,8 @@ from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 
-HEALTHY = tiny_config(
-  resolution=16,
-  code_dim=8,
-  steps=180,
-  batch_size=64,
-  learning_rate=3e-3,
-  restart_every=20,
-  checkpoint_every=1_000,
-)
+LENGTH = {"steps": 180, "batch_size": 64, "restart_every": 20, "checkpoint_every": 1_000}
+HEALTHY = tiny_config(resolution=16, code_dim=8, learning_rate=3e-3, **LENGTH)
 COLLAPSING = dataclasses.replace(
   HEALTHY, restart_every=0, commitment_weight=100.0, learning_rate=0.1
 )
