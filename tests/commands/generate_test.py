@@ -157,8 +157,6 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
 
 
 MISTAKES = [
-  {"task": "paint"},
-  {"task": "caption"},
   {"prompt": ["a"], "rank": True},
   {"task": "unconditional", "rank": True, "samples": 2},
   {"prompt": ["a"], "guidance": ["much"]},

@@ -46,12 +46,10 @@ except UserError as error:
 @pytest.mark.parametrize(
   ("given", "environment"),
   [
-    ([], {}),
     (["--workdir=nowhere"], {}),
     (["--workdir=scenes", "--host=example.org"], {}),
     (["--workdir=scenes", "--token_file=no"], {}),
     (["--workdir=scenes"], {"CM3LEON_TOKEN": "short"}),
-    (["--workdir=scenes-instrct"], {}),
     (["--workdir=scenes", "--slots=0"], {}),
     (["--workdir=scenes", "--port=abc"], {}),
     (["--workdir=scenes", "--request_seconds=soon"], {}),

@@ -129,11 +129,8 @@ def documents(draw):
       start = draw(st.integers(0, len(segment) - 1))
       stop = draw(st.integers(start + 1, len(segment)))
       image = segment[0] >= VOCAB.text_size
-      hole = (
-        Hole(codes=stop - start)
-        if image
-        else Hole(most_text=stop - start + draw(st.integers(0, 2)))
-      )
+      more = 0 if image else draw(st.integers(0, 2))
+      hole = Hole(codes=stop - start) if image else Hole(most_text=stop - start + more)
       holed.append([p for p in (segment[:start], hole, segment[stop:]) if isinstance(p, Hole) or p])
       spans.append((offset + start, offset + stop))
     else:

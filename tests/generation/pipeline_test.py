@@ -186,11 +186,6 @@ def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypa
   assert found == ()  # Nothing is like the caption, which then stands alone.
 
 
-def test_a_task_without_a_prompt_is_refused(workdir, layout):
-  with refused(UserError):
-    check_tasks(layout, [TextToImage()], workdir)
-
-
 class Brightness:
   """A CLIP that scores bright images higher."""
 

@@ -50,12 +50,9 @@ def server(stages):
 
 
 def environment_of(server):
-  return {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    **server.environment(),
-  }
+  own = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  own["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return {**os.environ, **own, **server.environment()}
 
 
 def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):

@@ -239,11 +239,8 @@ def test_streams_without_weight_are_left_out(objective):
     )
     codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
     made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
-    compute = jax.jit(
-      functools.partial(
-        grpo.guided_log_probs, SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
-      )
-    )
+    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
     found = np.asarray(compute(objective._reference, grpo.place(made)))
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]

@@ -3,12 +3,12 @@ import shutil
 from etils import epath
 import pytest
 
-from cm3leon_jax.checkpoints import checkpoint, reading
+from cm3leon_jax.checkpoints import checkpoint
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.saves import upkeep
 from tests.messages import refused
-from tests.training.runs import MODEL, Crash, crash_at, losses, run
+from tests.training.runs import Crash, crash_at, losses, run
 
 
 def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path):
@@ -108,11 +108,6 @@ def test_a_log_that_is_not_as_it_was_written_is_named_and_the_run_goes_on(
   assert sentence in "".join(named)
   found, expected = losses(folder), losses(whole[0])
   assert {step: found[step] for step in range(9, 13)} == {s: expected[s] for s in range(9, 13)}
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path):
-  with refused(UserError):
-    reading.load_params(tmp_path, MODEL)
 
 
 def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):

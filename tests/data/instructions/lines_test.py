@@ -62,12 +62,6 @@ def test_a_wrong_line_is_named(tmp_path, line):
     read(tmp_path, RIGHT, "", line)
 
 
-def test_text_of_another_encoding_is_named(tmp_path):
-  (tmp_path / "train.jsonl").write_bytes(b'{"texts": {"a": "\xe9"}}\n')
-  with refused(UserError):
-    list(open_records("jsonl", tmp_path, "train"))
-
-
 def test_a_line_without_end_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
   with refused(UserError):
