@@ -2,12 +2,11 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import cm3leon_jax
+from tests.launched import python
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIGHT = """
@@ -27,14 +26,7 @@ print(os.environ["JAX_PLATFORMS"])
 
 def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else():
   environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-  result = subprocess.run(
-    [sys.executable, "-c", LIGHT],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=True,
-  )  # fmt: skip
+  result = python(LIGHT, cwd=ROOT, env=environment, check=True)
   assert result.stdout.splitlines() == [
     "there is no folder nowhere: give the workdir of a run, the folder of a bundle, or the name "
     "of an installed one: scenes, scenes-instruct.",

@@ -1,5 +1,3 @@
-"""The Python API on a tiny saved run: its examples, batches and errors."""
-
 import doctest
 import json
 import pathlib
@@ -52,7 +50,6 @@ IMAGE = picture(0)
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-  """The workdir of a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("saved"))
   save_run(root)
   return root
@@ -79,14 +76,9 @@ def compiled():
 
 
 def failures(test: doctest.DocTest, **names) -> int:
-  """Runs the examples of a docstring; returns how many fail."""
   with tempfile.TemporaryDirectory() as folder:
-    return _failures(test, folder=f"{folder}/bundle", **names)
-
-
-def _failures(test: doctest.DocTest, **names) -> int:
-  test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, **names}
-  return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
+    test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, "folder": f"{folder}/bundle", **names}
+    return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -167,7 +159,6 @@ def test_an_image_may_be_given_in_any_form(model, tmp_path):
 
 
 def pairs(model, images, texts) -> list[Document]:
-  """Documents of the texts and the codes of the images, each of its own concept."""
   codes = model.pipeline.image_tokenizer.encode(np.stack([np.asarray(i) for i in images]))
   return [
     Document(

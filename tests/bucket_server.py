@@ -40,7 +40,6 @@ class Server:
     threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
   def close(self) -> None:
-    """Stops serving."""
     self._http.shutdown()
     self._http.server_close()
 
@@ -65,7 +64,6 @@ class Server:
     }
 
   def put(self, bucket: str, name: str, content: bytes, match: str | None) -> dict | None:
-    """Stores an object; None: `match` is another generation than its own (0: absent)."""
     with self.lock:
       _, generation = self.objects.get((bucket, name), (b"", 0))
       if match is not None and int(match) != generation:
@@ -75,11 +73,9 @@ class Server:
       return self.about(bucket, name)
 
   def has(self, bucket: str) -> bool:
-    """Returns whether a bucket exists."""
     return any(b == bucket for b, _ in list(self.objects))
 
   def about(self, bucket: str, name: str) -> dict:
-    """Returns the resource of an object."""
     content, generation = self.objects[bucket, name]
     return {
       "kind": "storage#object",
@@ -95,7 +91,6 @@ class Server:
     }
 
   def list(self, bucket: str, query: dict[str, str]) -> dict:
-    """Returns a listing, in one page."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     items, prefixes = [], set()
     for b, name in sorted(self.objects):

@@ -1,5 +1,3 @@
-"""The bundled models of scenes: they are small and whole, and do what they are asked."""
-
 import pathlib
 
 import jax
@@ -74,10 +72,7 @@ def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
   settings, _ = bundles.read(bundles.folder_of("scenes"))
   trained = [source.pair(settings.scenes, "train", i).image for i in range(1_000)]
   assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train"}
-  others = (
-    ScenesConfig(),
-    ScenesConfig(seed=7, objects=tuple(COMMON)[:20], rare_objects=300),
-  )
+  others = (ScenesConfig(), ScenesConfig(seed=7, objects=tuple(COMMON)[:20], rare_objects=300))
   for config in others:
     heldout = [source.pair(config, "heldout", i).image for i in range(140)]
     assert {split_of_scene(Scene.parse(image)) for image in heldout} == set(world.KINDS)

@@ -7,7 +7,6 @@ import platform
 
 
 def folder() -> pathlib.Path:
-  """Returns the folder of compiled programs of this processor and version of JAX."""
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
   kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}

@@ -147,11 +147,6 @@ def test_errors_hold_no_address_of_an_object():
     build(Sample, {"width": object()}, "sample")
 
 
-def test_what_fields_together_violate_names_the_section():
-  with refused(FieldError, path=()):
-    build(Sample, {"shape": (1, 2, 3)}, "sample")
-
-
 def test_a_sentence_that_quotes_megabytes_keeps_its_begin_and_its_end():
   sentence = str(UserError(f"x.json: its model is '{'q' * 10_000_000}': copy it again."))
   assert len(sentence) < 4_100

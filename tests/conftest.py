@@ -109,7 +109,6 @@ SKIPS = (
 
 
 def _skips(config) -> list[str]:
-  """Returns the reasons of the tests that were skipped."""
   reporter = config.pluginmanager.get_plugin("terminalreporter")
   reports = reporter.stats.get("skipped", []) if reporter else []
   return [report.longrepr[2].removeprefix("Skipped: ") for report in reports]

@@ -64,8 +64,6 @@ JUNK = {
 
 
 class Job:
-  """A job of `run_shards` that makes numbers."""
-
   def open(self):
     return lambda name: {"n": 1}
 

@@ -9,6 +9,7 @@ import pytest
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
+from tests.launched import python
 from tests.messages import refused
 
 PROCESS = """
@@ -55,18 +56,10 @@ def free_port() -> int:
 
 
 def slurm(process: int, port: str) -> dict[str, str]:
-  """Environment of srun for each of two tasks."""
-  job = {
-    "JOB_ID": "7",
-    "STEP_NODELIST": "localhost",
-    "NTASKS": "2",
-    "PROCID": process,
-    "LOCALID": process,
-  }
-  return {
-    "JAX_COORDINATOR_PORT": port,
-    **{f"SLURM_{name}": str(value) for name, value in job.items()},
-  }
+  job = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": 2}
+  job |= {"PROCID": process, "LOCALID": process}
+  job = {f"SLURM_{name}": str(value) for name, value in job.items()}
+  return {"JAX_COORDINATOR_PORT": port, **job}
 
 
 @pytest.mark.parametrize("cluster", ["flags", pytest.param("slurm", marks=pytest.mark.slow)])
@@ -85,19 +78,10 @@ def test_two_processes_come_to_the_same_decisions(cluster, tmp_path):
     "give all processes the same flags."
   )
   first = ["[{'me': ''}, {'me': 'é'}] True", "printed", "no " + "x" * 10]
-  assert lines[0] == [
-    *first,
-    f"process 1 failed with OSError: no {'x' * 10} (again)",
-    "None",
-    differ,
-  ]
-  assert lines[1] == [
-    first[0].replace("True", "False"),
-    first[2],
-    "OSError no " + "x" * 10,
-    "None",
-    differ,
-  ]
+  failed = f"process 1 failed with OSError: no {'x' * 10} (again)"
+  assert lines[0] == [*first, failed, "None", differ]
+  other = first[0].replace("True", "False")
+  assert lines[1] == [other, first[2], f"OSError {first[2]}", "None", differ]
 
 
 def test_one_process_needs_no_other():
@@ -110,11 +94,7 @@ def test_one_process_needs_no_other():
 @pytest.mark.parametrize(
   ("coordinator", "num_processes", "process_id"),
   [
-    (
-      None,
-      None,
-      1,
-    ),
+    (None, None, 1),
     ("localhost:80", 2, None),
     ("localhost", 2, 0),
     ("localhost:80", 0, 0),
@@ -138,9 +118,7 @@ def test_a_coordinator_that_does_not_listen_is_a_user_error():
 
 def test_a_missing_cluster_is_a_user_error():
   call = "from cm3leon_jax import distributed; distributed.initialize(None, None, None, 1)"
-  result = subprocess.run(
-    [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
-  )
+  result = python(call, timeout=60)
   reason = "--distributed found no known cluster (coordinator_address should be defined.)"
   assert f"UserError: {reason}" in result.stderr
 
@@ -202,9 +180,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_a_signal_that_the_steps_took_over_ends_no_process_after_them():
-  result = subprocess.run(
-    [sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=60, check=False
-  )
+  result = python(TAKEN_OVER, timeout=60)
   lines = [f"stopping {INTERRUPTED}", "ended", STOPPED_EARLY]
   assert result.stdout.splitlines() == lines, result.stderr
   assert result.returncode == INTERRUPTED

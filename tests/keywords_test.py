@@ -68,13 +68,8 @@ def test_mypy_finds_a_wrong_keyword_and_no_right_one(tmp_path):
   files = [str(ROOT / "cm3leon_jax" / name) for name in FILES]
   flags = ["--follow-imports=skip", "--no-error-summary", "--no-pretty", "--hide-error-context"]
   flags += ["--ignore-missing-imports", "--no-incremental", "--config-file="]
-  done = subprocess.run(
-    [sys.executable, "-m", "mypy", *flags, *files, str(snippet)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  command = [sys.executable, "-m", "mypy", *flags, *files, str(snippet)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   found: dict[int, str] = {}
   for line in done.stdout.splitlines():
     path, number, *rest = line.split(":", 3)

@@ -92,6 +92,13 @@ def run(
   return subprocess.CompletedProcess(argv, code, *texts)
 
 
+def python(code: str, *arguments, timeout=300, **options) -> subprocess.CompletedProcess:
+  """Runs code in a Python of its own."""
+  command = [sys.executable, "-c", code, *map(str, arguments)]
+  options = {"capture_output": True, "text": True, "check": False, **options}
+  return subprocess.run(command, timeout=timeout, **options)
+
+
 def launch(name: str, *flags: str, **options):
   """Runs `python -m launch.NAME`, see `run`."""
   return run(f"launch.{name}", [f"launch.{name}", *map(str, flags)], **options)

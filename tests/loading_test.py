@@ -1,5 +1,3 @@
-"""Loads runs, bundles and exports: dtype, devices, saving, and what an export lacks."""
-
 import os
 
 import jax

@@ -4,9 +4,10 @@
     with refused(FieldError, path=("width",)) as error:
       build(Sample, {"width": -1}, "sample")
 
-A test says the class of an error and its facts; tests/messages.json has the sentences of each test,
-in the order in which it meets them. `pytest --renew-messages tests/config_test.py` stores those of
-the tests that ran, and forgets tests that are no more.
+A test says the class of an error and its facts, or runs a command (`check_refused`);
+tests/messages.json has the sentences of each test, in the order in which it meets them.
+`pytest --renew-messages tests/config_test.py` stores those of the tests that ran, and forgets tests
+that are no more.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 import sys
 import traceback
 from typing import Any
@@ -60,13 +62,40 @@ def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.Exceptio
   Raises:
     AssertionError: another value of an attribute, or another sentence than the stored one.
   """
-  if _running is None:
-    raise RuntimeError("refused() is for the bodies of tests: in a fixture, use pytest.raises.")
+  _require_test()
   with pytest.raises(kind) as error:
     yield error
   found = {name: getattr(error.value, name) for name in facts}
   assert found == facts, f"{error.value!r} has {found}"
-  sentence = same_everywhere(error.value, _base)
+  _compare(same_everywhere(error.value, _base))
+
+
+def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
+  """Expects that a command printed nothing but an error, of one line, which is the stored one.
+
+  Args:
+    result: has the texts that the command printed.
+    code: its exit code.
+  """
+  _require_test()
+  assert (result.returncode, result.stdout) == (code, ""), result.stderr
+  assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+  _compare(_without_machine(result.stderr.removeprefix("error: ").strip(), _base))
+
+
+def check_sentence(sentence: str) -> None:
+  """Expects the stored sentence: of a server's answer, or one among others that were printed."""
+  _require_test()
+  _compare(_without_machine(sentence, _base))
+
+
+def _require_test() -> None:
+  if _running is None:
+    raise RuntimeError("refused() is for the bodies of tests: in a fixture, use pytest.raises.")
+
+
+def _compare(sentence: str) -> None:
+  """Adds a sentence to those of the test that runs; raises AssertionError for an unknown one."""
   _running.met.append(sentence)
   if _running.stored is None:
     return
@@ -98,6 +127,10 @@ def same_everywhere(error: BaseException, base: pathlib.Path) -> str:
   for said in _said_by_libraries(error):
     if len(said := str(UserError(said)).strip()) > 8:  # As a UserError quotes it.
       sentence = sentence.replace(said, "CAUSE")
+  return _without_machine(sentence, base)
+
+
+def _without_machine(sentence: str, base: pathlib.Path) -> str:
   sentence = re.sub(rf"{re.escape(os.fspath(base))}/[\w-]+", "TMP", sentence)
   folders = [(os.fspath(ROOT), "ROOT"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON")]
   folders += [(os.fspath(pathlib.Path.home()), "HOME")]

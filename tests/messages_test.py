@@ -17,7 +17,8 @@ from tests.messages import refused
 TESTS = pathlib.Path(__file__).parent
 CASES = """
 import pytest
-from tests.messages import refused
+from subprocess import CompletedProcess
+from tests.messages import check_refused, refused
 class Wrong(ValueError):
   path = ("width",)
 def refuse(sentence):
@@ -32,10 +33,13 @@ def test_two(tmp_path):
     refuse(f"{tmp_path}/a.json is missing.")
   with refused(ValueError):
     refuse(f"'{tmp_path}' is a folder.")
+def test_command(tmp_path):
+  check_refused(CompletedProcess([], 2, "", f"error: {tmp_path} is no folder.\\n"))
 def test_none():
   pass
 """
 STORED = {
+  "a_test.py::test_command": ["TMP is no folder."],
   "a_test.py::test_gone": ["This is no test."],
   "a_test.py::test_two": ["TMP/a.json is missing.", "'TMP' is a folder."],
   "a_test.py::test_widths[1]": ["width is 1."],
@@ -69,13 +73,14 @@ def session(tmp_path):
 def test_the_stored_sentences_pass(session):
   code, text, stored = session(STORED)
   assert code == 0, text
-  assert "4 passed" in text
+  assert "5 passed" in text
   assert stored == STORED
 
 
 def test_other_sentences_fail_their_test_and_say_how_to_renew(session):
   one, two = STORED["a_test.py::test_two"]
   wrong = {
+    "test_command": (["x"], "messages.json has x and the error says TMP is no folder."),
     "test_none": (["Nothing is refused."], "messages.json has 1 sentences"),
     "test_two": ([two, one], f"messages.json has {two} and the error says {one}"),
     "test_widths[1]": (["width is 1.", "width is 2."], "messages.json has 2 sentences"),
@@ -84,7 +89,7 @@ def test_other_sentences_fail_their_test_and_say_how_to_renew(session):
   stored = {f"a_test.py::{key}": sentences for key, (sentences, _) in wrong.items()}
   code, text, after = session(stored)
   assert code == 1
-  assert "4 failed" in text
+  assert "5 failed" in text
   assert after == stored
   for key, (_, said) in wrong.items():
     own = text.split(f"_ {key} _")[1].split("\n___")[0]
@@ -122,7 +127,7 @@ def test_facts_are_compared_also_while_renewing(session):
   code, text, stored = session({}, "--renew-messages", cases=wrong)
   assert code == 1
   assert "2 failed" in text
-  assert list(stored) == ["a_test.py::test_two"]
+  assert list(stored) == ["a_test.py::test_command", "a_test.py::test_two"]
 
 
 def test_a_fixture_cannot_refuse(session):
@@ -131,6 +136,15 @@ def test_a_fixture_cannot_refuse(session):
     "def test_none").replace("test_none()", "test_none(early)"))  # fmt: skip
   assert code == 1
   assert "in a fixture, use pytest.raises" in text
+
+
+@pytest.mark.parametrize(
+  ("code", "stdout", "stderr"),
+  [(1, "", "error: no.\n"), (2, "x", "error: no.\n"), (2, "", "no.\n"), (2, "", "error: a\nb\n")],
+)
+def test_a_command_is_refused_by_one_sentence_and_code_2(code, stdout, stderr):
+  with pytest.raises(AssertionError):
+    messages.check_refused(subprocess.CompletedProcess([], code, stdout, stderr))
 
 
 def test_another_class_is_no_refusal():

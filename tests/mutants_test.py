@@ -107,7 +107,6 @@ def test_a_mutant_that_changes_nothing_survives(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def tree():
-  """A copy of the tree."""
   with mutants.copied() as root:
     yield root
 

@@ -1,5 +1,3 @@
-"""The notebook of the quickstart: small, with outputs, and it runs."""
-
 import re
 
 from etils import epath

@@ -33,7 +33,6 @@ def test_asleep():
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-  """Runs the tests of BUSY with some flags, and returns the exit code and what was printed."""
   folder = tmp_path_factory.mktemp("busy")
   (folder / "busy_test.py").write_text(BUSY)
   command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.processor_time", "-c", os.devnull]

@@ -24,9 +24,11 @@ VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
 SHARDS = 6
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own.
+
+
 @pytest.fixture(scope="module")
 def ray_address():
-  """A Ray cluster of this machine's, with two CPUs."""
   ray = pytest.importorskip("ray")
   ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
   yield "auto"
@@ -55,8 +57,6 @@ class Corners:
 
 
 class Load:
-  """Picklable `load_tokenizers`."""
-
   def __init__(self, *args):
     self.args = args
 
@@ -89,8 +89,6 @@ def files(folder):
   }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own.
 def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path, ray_address):
   def make(name, load, runner):
     job = encode.EncodeJob(str(raw), str(tmp_path / name), load, VOCAB, 16, 8)
@@ -110,8 +108,6 @@ def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path,
   )
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("words", [{}, {"lexical_weight": 0.5, "lexical_width": 16}])
 def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address, words):
   config = dataclasses.replace(CONFIG, **words)
@@ -122,8 +118,6 @@ def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address, words):
   assert any("train_pairs/ids" in name for name in files(tmp_path / "local"))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own.
 def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address):
   job = Copy(str(tmp_path), kill_once="05")
   results = run(tmp_path, job, runner=Runner("ray", ray_address, workers=2))
@@ -144,8 +138,6 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
   assert log(tmp_path) == before
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
   with refused(UserError):
     run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))

@@ -48,14 +48,9 @@ class Recorders:
     return [call[1:] for call in (line.split("\037")[:-1] for line in lines) if call[0] == name]
 
   def run(self, *argv, environment=None):
-    path = f"{self._programs}:{os.environ['PATH']}"
-    variables = {
-      "HOME": str(self.home),
-      "PATH": path,
-      "TMPDIR": str(self.home),
-      "PYTHONPATH": str(ROOT),
-      **(environment or {}),
-    }
+    variables = {"HOME": str(self.home), "TMPDIR": str(self.home), "PYTHONPATH": str(ROOT)}
+    variables["PATH"] = f"{self._programs}:{os.environ['PATH']}"
+    variables |= environment or {}
     return subprocess.run(
       argv, cwd=self.home, capture_output=True, text=True, timeout=60, env=variables, check=False
     )

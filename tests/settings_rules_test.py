@@ -36,6 +36,8 @@ from tests.settings_test import settings_with
     {"train__gradient_accumulation_steps": 3},
     {"train__gradient_accumulation_steps": 2, "train__rows_per_device": 4},
     {"train__replay_tolerance": 0.01},
+    {"train__checkpoint_every": 4, "train__keep_every": 6},
+    {"train__eval_every": 3, "train__checkpoint_every": 4, "train__keep_best": 1},
     {"model__vocab_size": 1_000},
     {"data__sequence_length": 8_192},
     {
@@ -51,5 +53,8 @@ from tests.settings_test import settings_with
   ],
 )
 def test_contradictions_and_unknown_fields_are_refused(fields):
-  with refused(UserError):
+  with refused(UserError) as error:
     settings_with(**fields)
+  [name, *_] = fields
+  field = (name.rpartition("__")[2],)
+  assert name == "moddel" or error.value.path in ((), field)

@@ -31,13 +31,8 @@ def test_drift_is_the_relative_change_of_each_number():
   old["collectives"] = {"all-gather": {"count": 1, "bytes": 100}}
   new = {**old, "flops": 10.0, "collectives": {"all-reduce": {"count": 1, "bytes": 5}}}
   assert cards.drift(old, old) == {}
-  assert cards.drift(old, new) == {
-    "flops": 0.2,
-    "all-gather, count": 1.0,
-    "all-gather, bytes": 1.0,
-    "all-reduce, count": 1.0,
-    "all-reduce, bytes": 1.0,
-  }
+  changed = [f"{name}, {x}" for name in ("all-gather", "all-reduce") for x in ("count", "bytes")]
+  assert cards.drift(old, new) == {"flops": 0.2, **dict.fromkeys(changed, 1.0)}
 
 
 class TestCheck:

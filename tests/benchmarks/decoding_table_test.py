@@ -1,5 +1,3 @@
-"""The decoding table: a column for each weight of guidance, the table and the plot."""
-
 from benchmarks import decoding_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
@@ -12,12 +10,9 @@ def result_of(protocol, published=()):
     "clip_score": {"value": 0.5, "low": None, "high": None},
   }
   columns = {column.name: {"metrics": found} for column in protocol.columns}
-  return {
-    "metrics": list(found),
-    "columns": columns,
-    "controls": {"noise": {"frechet_distance": {"value": 2.0}}},
-    "protocol": {"published": list(published)},
-  }
+  about = {"metrics": list(found), "protocol": {"published": list(published)}}
+  controls = {"noise": {"frechet_distance": {"value": 2.0}}}
+  return {**about, "columns": columns, "controls": controls}
 
 
 def test_each_weight_becomes_a_column_of_the_last_sampler():

@@ -1,5 +1,3 @@
-"""Tests of the benchmark of an export's memory."""
-
 from etils import epath
 import pytest
 

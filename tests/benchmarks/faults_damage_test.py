@@ -1,5 +1,3 @@
-"""Damaged checkpoints and full disks, in process and before `cm3leon train`."""
-
 import pytest
 
 from tests.benchmarks.faults_kill_test import run_part

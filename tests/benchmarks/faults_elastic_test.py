@@ -1,5 +1,3 @@
-"""A run whose number of processes and mesh change reads the same rows and has the same losses."""
-
 import pytest
 
 from tests.benchmarks.faults_kill_test import run_part

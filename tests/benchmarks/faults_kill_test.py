@@ -1,5 +1,3 @@
-"""SIGKILL at random moments: the results are those of runs that were never killed."""
-
 import pathlib
 import subprocess
 import sys

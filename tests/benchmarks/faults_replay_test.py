@@ -1,5 +1,3 @@
-"""Bits that flip on a device of one of two processes."""
-
 import json
 
 import numpy as np

@@ -27,16 +27,8 @@ ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> str:
   """Two threads, as faulthandler writes them: the main thread is the last one."""
   frames = [f'  File "{file}", line 7 in {function}' for file, function in main]
-  return "\n".join(
-    [
-      "Thread 0x00007f (most recent call first):",
-      f'  File "{PACKAGE}/{other}", line 5 in save',
-      "",
-      "Current thread 0x00007e (most recent call first):",
-      *frames,
-      "",
-    ]
-  )
+  first = f'Thread 0x00007f (most recent call first):\n  File "{PACKAGE}/{other}", line 5 in save\n'
+  return "\n".join([first, "Current thread 0x00007e (most recent call first):", *frames, ""])
 
 
 @pytest.mark.parametrize(
@@ -46,10 +38,7 @@ def stacks(*main: tuple[str, str], other: str = "checkpoints/checkpoint.py") -> 
     ([("checkpoints/checkpoint.py", "wait"), ("training/loop.py", "run_steps")], "save"),
     ([("files/digests.py", "digest"), ("checkpoints/checkpoint.py", "seal")], "save"),
     (
-      [
-        ("checkpoints/checkpoint.py", "damage"),
-        ("training/decoder.py", "restore_or_init"),
-      ],
+      [("checkpoints/checkpoint.py", "damage"), ("training/decoder.py", "restore_or_init")],
       "restore",
     ),
     ([("training/watch/heldout.py", "evaluate"), ("training/loop.py", "run_steps")], "evaluate"),
@@ -68,10 +57,7 @@ def test_every_phase_names_a_function_of_the_package():
 
 
 def test_tracing_in_a_step_is_a_phase_of_its_own():
-  frames = [
-    ("/p/jax/_src/interpreters/partial_eval.py", "trace"),
-    (f"{PACKAGE}/x.py", "run_steps"),
-  ]
+  frames = [("/p/jax/_src/interpreters/partial_eval.py", "trace"), (f"{PACKAGE}/x.py", "run_steps")]
   assert faults_run.phase_of(stacks(*frames)) == "compile"
 
 
@@ -243,7 +229,6 @@ def test_rows_of_the_table_that_differ_only_in_the_fault_are_one():
 
 
 def test_files_of_stages_are_compared_without_times(tmp_path):
-  """What a stage leaves, another time and another loss."""
   results = []
   for name, time, loss in (("a", 1.0, 0.5), ("b", 2.0, 0.5), ("c", 1.0, 0.25)):
     folder = tmp_path / name

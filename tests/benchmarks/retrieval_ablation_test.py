@@ -58,13 +58,6 @@ def test_shuffling_gives_every_document_the_candidates_of_another_and_never_its_
   assert not (candidates[order] == own[:, None]).any()
 
 
-def test_shuffling_of_literals():
-  order = retrieval_ablation.shuffled_order(
-    np.array([7, 8, 9]), np.array([[7], [8], [9]]), np.random.default_rng(0)
-  )
-  assert order.tolist() in ([1, 2, 0], [2, 0, 1])
-
-
 def test_an_impossible_shuffle_is_an_error():
   with refused(UserError):
     retrieval_ablation.shuffled_order(
@@ -107,10 +100,7 @@ def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp
 
 
 def test_concepts_of_both_stores_are_numbered_alike(tmp_path):
-  segments = (
-    Segment(False, np.array([9], np.int32)),
-    Segment(True, VOCAB.image_ids(np.arange(4))),
-  )
+  segments = (Segment(False, np.array([9], np.int32)), Segment(True, VOCAB.image_ids(np.arange(4))))
   for split, concepts in (("train", ("fox", "apple")), ("heldout", ("fox", "pear"))):
     documents = [Document(c, segments, "s", "l", "a", concept=c) for c in concepts]
     write_documents(tmp_path / "documents" / f"{split}_pairs", documents, VOCAB)
@@ -126,11 +116,8 @@ def test_every_condition_has_checked_settings_of_equal_rows(tmp_path):
   for condition in retrieval_ablation.CONDITIONS.values():
     overrides = ablation.overrides(**{"data.num_neighbors": condition.num_neighbors, "seed": 2})
     settings = ablation.settings(overrides)
-    assert (settings.seed, settings.data.num_neighbors, settings.train.steps) == (
-      2,
-      condition.num_neighbors,
-      30,
-    )
+    assert (settings.seed, settings.train.steps) == (2, 30)
+    assert settings.data.num_neighbors == condition.num_neighbors
     sample, row = (
       (1 + condition.num_neighbors) * (settings.vqgan.image_tokens + 10),
       settings.data.sequence_length,

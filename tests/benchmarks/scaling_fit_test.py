@@ -87,14 +87,8 @@ def test_the_ratio_of_bits_that_are_never_reached():
 
 
 def test_bounds():
-  measured = (1, 16)
-  assert [scaling_fit.bound(x, measured) for x in (0.5, 1, 16, 17, np.inf)] == [
-    "below",
-    None,
-    None,
-    "above",
-    "above",
-  ]
+  found = [scaling_fit.bound(x, (1, 16)) for x in (0.5, 1, 16, 17, np.inf)]
+  assert found == ["below", None, None, "above", "above"]
 
 
 def test_documents_of_a_group_and_seeds_of_a_size_are_resampled():

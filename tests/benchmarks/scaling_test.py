@@ -87,11 +87,7 @@ def test_fields_are_parsed():
   fields = scaling.parse_fields(
     ["train.log_every=5", "optimizer.schedule=linear", "vqgan.multipliers=(1,)"]
   )
-  assert fields == {
-    "train.log_every": 5,
-    "optimizer.schedule": "linear",
-    "vqgan.multipliers": (1,),
-  }
+  assert fields == {"train.log_every": 5, "optimizer.schedule": "linear", "vqgan.multipliers": (1,)}
   with refused(UserError):
     scaling.parse_fields(["train.log_every"])
 
@@ -224,28 +220,17 @@ def test_late_copying_is_mispredicted(tmp_path, trained, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("row", "text"),
+  ("best_of", "beyond", "bound", "ratio", "text"),
   [
-    ({"best_of": "without", "beyond": None, "ratio": 2.1}, "2.10x"),
-    (
-      {"best_of": "without", "beyond": "below", "bound": 4, "ratio": 9.3},
-      "more than 4.00x (extrapolated: 9.30x)",
-    ),
-    (
-      {"best_of": "without", "beyond": "above", "bound": 1, "ratio": 0.3},
-      "less than 1.00x (extrapolated: 0.30x)",
-    ),
-    (
-      {"best_of": "neighbors", "beyond": "above", "bound": 1, "ratio": np.inf},
-      "more than 1.00x (extrapolated: never)",
-    ),
-    (
-      {"best_of": "neighbors", "beyond": "below", "bound": 0.25, "ratio": 0.1},
-      "less than 0.25x (extrapolated: 0.10x)",
-    ),
+    ("without", None, None, 2.1, "2.10x"),
+    ("without", "below", 4, 9.3, "more than 4.00x (extrapolated: 9.30x)"),
+    ("without", "above", 1, 0.3, "less than 1.00x (extrapolated: 0.30x)"),
+    ("neighbors", "above", 1, np.inf, "more than 1.00x (extrapolated: never)"),
+    ("neighbors", "below", 0.25, 0.1, "less than 0.25x (extrapolated: 0.10x)"),
   ],
 )
-def test_ratios_say_what_is_extrapolated(row, text):
+def test_ratios_say_what_is_extrapolated(best_of, beyond, bound, ratio, text):
+  row = {"best_of": best_of, "beyond": beyond, "bound": bound, "ratio": ratio}
   assert scaling_table.describe_ratio(row) == text
 
 

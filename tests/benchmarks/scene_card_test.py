@@ -1,5 +1,3 @@
-"""The sets of captions of the model card, and what is said of each image."""
-
 import dataclasses
 
 import numpy as np

@@ -54,16 +54,9 @@ def test_runs_differ_in_neighbors_and_documents(tmp_path, monkeypatch):
 
 
 def run(condition, seed, bits, right):
-  return {
-    "condition": condition,
-    "seed": seed,
-    "steps": 10,
-    "documents": 99,
-    "train_seconds": 1.0,
-    "bits": bits,
-    "right": right,
-    "copied": {kind: [*map(float, v[:2]), None, float(v[3])] for kind, v in right.items()},
-  }
+  copied = {kind: [*map(float, v[:2]), None, float(v[3])] for kind, v in right.items()}
+  about = {"steps": 10, "documents": 99, "train_seconds": 1.0, "copied": copied}
+  return {**about, "condition": condition, "seed": seed, "bits": bits, "right": right}
 
 
 @pytest.fixture

@@ -90,12 +90,9 @@ def test_known_codes_and_drawings_in_literals():
 def test_only_other_fields_are_overridden():
   assert overrides_of(SETTINGS) == {}
   config = config_scenes.get_config()
-  config.update_from_flattened_dict({"seed": 2, "scenes.heldout": 70, "scenes.shares": ()})
-  assert overrides_of(settings_from_config(config)) == {
-    "seed": 2,
-    "scenes.heldout": 70,
-    "scenes.shares": (),
-  }
+  changed = {"seed": 2, "scenes.heldout": 70, "scenes.shares": ()}
+  config.update_from_flattened_dict(changed)
+  assert overrides_of(settings_from_config(config)) == changed
 
 
 def test_the_bank_has_the_tokenizers_of_the_run_and_another_style(tmp_path, monkeypatch):
@@ -123,30 +120,21 @@ def measured(*outlined):
 
 
 def test_the_table_in_literals():
+  yes = {"recognized": [True] * 5, "color": [True] * 5}
   about = {
     "groups": ["unseen"] * 4 + ["common"],
     "objects": ["a", "a", "b", "c", "d"],
     "known": {"codes": 1.0, "drawings": 0.25},
     "classifier": {
-      style: {
-        "right": [True, True, True, right, True],
-        "recognized": [True] * 5,
-        "color": [True] * 5,
-      }
-      for style, right in (("filled", True), ("outlined", False))
+      "filled": {"right": [True] * 5, **yes},
+      "outlined": {"right": [True, True, True, False, True], **yes},
     },
   }
-  runs = [
-    {
-      "run": f"run {seed}",
-      "seed": seed,
-      "banks": {
-        "filled": measured(False, False, False, False, False),
-        "outlined": measured(True, True, bool(seed), True, False),
-      },
-    }
-    for seed in (0, 1)
-  ]
+  runs = []
+  for seed in (0, 1):
+    outlined = measured(True, True, bool(seed), True, False)
+    banks = {"filled": measured(*[False] * 5), "outlined": outlined}
+    runs.append({"run": f"run {seed}", "seed": seed, "banks": banks})
   result = scene_style_table.summarize(about, runs, scene_style.GROUPS)
   level = result["groups"]["unseen"]["banks"]["outlined"]["outlined"]
   assert (level["mean"], level["by_run"]) == (0.875, [0.75, 1.0])

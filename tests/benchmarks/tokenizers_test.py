@@ -1,5 +1,3 @@
-"""The comparison of quantizers: its plan, its resumption, its table; and, slow, a whole one."""
-
 import dataclasses
 import pathlib
 
@@ -32,9 +30,7 @@ def small(tmp_path):
 
 def test_arms_differ_in_the_quantizer_alone(small):
   settings = {arm: small.settings(small.overrides(arm, seed=2)) for arm in ARMS}
-  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {
-    "restarts": "", "fsq": "fsq",
-  }  # fmt: skip
+  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {"restarts": "", "fsq": "fsq"}
   base = settings["restarts"]
   for arm, own in settings.items():
     assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)  # 8 x 8 levels.
@@ -147,13 +143,7 @@ def run_of(arm, seed, psnr, bits):
 def summary(bounded=True):
   values = {"restarts": ((20, 0.5), (22, 0.6)), "fsq": ((21, 0.4), (24, 0.4))}
   runs = [run_of(arm, i, *x) for arm, pairs in values.items() for i, x in enumerate(pairs)]
-  about = {
-    "source": "scenes",
-    "codes": 512,
-    "image_tokens": 64,
-    "minutes": 4.0,
-    **PLAN,
-  }
+  about = {"source": "scenes", "codes": 512, "image_tokens": 64, "minutes": 4.0, **PLAN}
   if bounded:
     about["commonest_square"] = 0.5
   return tokenizers_table.summarize({**about, "decoder_minutes": 4.0}, runs, ARMS)

@@ -1,5 +1,3 @@
-"""Files that a call enters, and climbs."""
-
 import threading
 
 from benchmarks import walks

@@ -1,7 +1,5 @@
 import dataclasses
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from unittest import mock
@@ -14,6 +12,7 @@ from cm3leon_jax.checkpoints import checkpoint, reading, recovery
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.step.state import init_state
 from tests.checkpoints.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
+from tests.launched import python
 from tests.messages import refused
 from tests.models.tiny import CONFIG, mesh_of
 
@@ -78,11 +77,8 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
 def test_a_damaged_file_is_refused(saved, damage):
-  victim = next(
-    p
-    for p in sorted((saved / "checkpoints" / "2").rglob("*"))
-    if p.is_file() and p.stat().st_size > 100
-  )
+  files = [path for path in (saved / "checkpoints" / "2").rglob("*") if path.is_file()]
+  victim = min(path for path in files if path.stat().st_size > 100)
   data = victim.read_bytes()
   victim.unlink()
   if damage == "surplus":
@@ -94,17 +90,7 @@ def test_a_damaged_file_is_refused(saved, damage):
     reading.load_params(saved, CONFIG)
 
 
-@pytest.mark.parametrize(
-  ("damaged", "removed"),
-  [
-    (
-      2,
-      None,
-    ),
-    (1, None),
-    (2, 1),
-  ],
-)
+@pytest.mark.parametrize(("damaged", "removed"), [(2, None), (1, None), (2, 1)])
 def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed):
   flip(largest_file(saved / "checkpoints" / str(damaged)))
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
@@ -131,22 +117,11 @@ def small(step):
 
 def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
   """The newest two, multiples of 3, and the two of lowest loss, which step 4 leaves again."""
-  losses = {
-    1: 5.0,
-    2: 1.0,
-    3: 9.0,
-    4: 2.0,
-    5: 7.0,
-    6: 6.0,
-    7: 1.5,
-    8: float("nan"),
-    9: 4.0,
-    10: 8.0,
-  }
+  losses = [5.0, 1.0, 9.0, 2.0, 7.0, 6.0, 1.5, float("nan"), 4.0, 8.0]
   for starts in (range(1, 6), range(6, 11)):
     with checkpoint.Checkpoints(tmp_path, 2, keep_every=3, keep_best=2) as checkpoints:
       for step in starts:
-        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step])
+        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step - 1])
   assert on_disk(tmp_path) == [[2, 3, 6, 7, 9, 10]] * 2
 
 
@@ -179,10 +154,7 @@ common.run(main, config=False)
 
 @pytest.mark.slow
 def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
-  result = subprocess.run(
-    [sys.executable, "-c", FAILS, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(FAILS, f"--workdir={tmp_path}")
   assert (result.returncode, result.stderr) == (2, "error: the sentence.\n")
   assert on_disk(tmp_path) == [[1], [1]]
 
@@ -208,10 +180,7 @@ common.run(main, config=False)
 
 
 def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp_path):
-  result = subprocess.run(
-    [sys.executable, "-c", FULL_DISK, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(FULL_DISK, f"--workdir={tmp_path}")
   assert result.returncode == TryAgain.exit_code
   [line] = result.stderr.splitlines()
   assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
@@ -249,10 +218,7 @@ common.run(main, config=False)
 def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
   """Orbax raises errors that led to one another in a circle, and leaves threads that wait."""
   start = time.monotonic()
-  result = subprocess.run(
-    [sys.executable, "-c", NO_RIGHTS, f"--workdir={tmp_path}"],
-    capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+  result = python(NO_RIGHTS, f"--workdir={tmp_path}")
   assert time.monotonic() - start < 120
   assert result.returncode == TryAgain.exit_code
   *_, line = result.stderr.splitlines()

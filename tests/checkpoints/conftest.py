@@ -24,5 +24,4 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def saved(original, tmp_path):
-  """A copy of them, for the test to damage."""
   return shutil.copytree(original, tmp_path / "saved")

@@ -26,7 +26,6 @@ def flip(path):
 
 
 def on_disk(folder):
-  """Steps that are on the disk, and those that have digests."""
   return [
     sorted(int(path.stem) for path in (folder / name).iterdir())
     for name in ("checkpoints", "checkpoints.digests")

@@ -1,5 +1,3 @@
-"""Checkpoints of CLIP: published layouts are read, and what does not fit is named."""
-
 import json
 
 import jax
@@ -39,13 +37,10 @@ def test_published_layouts(patch, tmp_path):
   torch = pytest.importorskip("torch")
   large = patch == 14
   text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
-  vision = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-  }
-  vision = {**(vision if large else {}), "patch_size": patch}
+  vision = {"patch_size": patch}
+  if large:
+    vision |= {"hidden_size": 1024, "intermediate_size": 4096}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16}
   stored = transformers.CLIPConfig(
     text_config=text, vision_config=vision, projection_dim=768 if large else 512
   )

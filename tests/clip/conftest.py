@@ -16,5 +16,4 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-  """A checkpoint that a test may spoil."""
   return shutil.copytree(folder, tmp_path / "copy")

@@ -32,12 +32,8 @@ def write_tokenizer(folder):
 def write_checkpoint(folder, activation, eos_id, **save):
   """Saves a CLIPModel whose every tensor is random and not tiny, and returns it."""
   torch = pytest.importorskip("torch")
-  sizes = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-  }
+  sizes = {"hidden_size": 32, "intermediate_size": 48}
+  sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
   sizes |= {"hidden_act": activation, "layer_norm_eps": 1e-3}
   text = {**sizes, "vocab_size": VOCAB_SIZE, "max_position_embeddings": LENGTH}
   text |= {"bos_token_id": START, "eos_token_id": eos_id}

@@ -1,5 +1,3 @@
-"""Checkpoints of transformers' CLIPModel with random weights embed as CLIPModel does."""
-
 import dataclasses
 
 import jax

@@ -1,4 +1,5 @@
 import importlib.util
+import types
 
 import ml_collections
 import pytest
@@ -8,23 +9,12 @@ from cm3leon_jax.config import UserError
 from tests.messages import refused
 
 
-class Flags:
-  """The flags of a command, of which only the values are read."""
-
-  def __init__(self, values):
-    self._values = values
-
-  def flag_values_dict(self):
-    return self._values
-
-
 @pytest.fixture
 def given(monkeypatch):
-  """Gives flags and fields of the config; says whether gcsfs is installed."""
-
   def give(gcsfs, fields=None, **values):
     config = ml_collections.ConfigDict(fields) if fields else None
-    monkeypatch.setattr(bucket_paths.flags, "FLAGS", Flags({"config": config, **values}))
+    read = types.SimpleNamespace(flag_values_dict=lambda: {"config": config, **values})
+    monkeypatch.setattr(bucket_paths.flags, "FLAGS", read)
     find = {"gcsfs": object() if gcsfs else None}.get
     monkeypatch.setattr(importlib.util, "find_spec", find)
 

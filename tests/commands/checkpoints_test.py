@@ -14,7 +14,7 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.faults import lease
 from cm3leon_jax.training.saves import upkeep
 from tests.launched import launch
-from tests.messages import refused
+from tests.messages import check_refused, refused
 
 STEPS = (2, 4, 6, 8)
 LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
@@ -94,7 +94,6 @@ def test_verify_names_the_damaged_file(workdir):
 
 
 def check_verified(workdir):
-  """Ends as `verify` does, which is refused."""
   with upkeep.open_run(workdir / "train") as checkpoints:
     found = upkeep.entries(checkpoints)
     damages = upkeep.verify(checkpoints, found)
@@ -153,22 +152,14 @@ def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
   assert upkeep.prune(train, 2, 3, 0)[0].startswith("removed checkpoint 4, ")
   assert steps(workdir) == [6, 8]
   assert upkeep.prune(train, 2, 3, 0) == ["removed nothing; kept 6, 8."]
-  alone = command(workdir, "prune", "--keep_best=1")
-  assert alone.stderr == (
-    "error: prune: also give the number of newest checkpoints to keep: --keep_last=2\n"
-  )
+  check_refused(command(workdir, "prune", "--keep_best=1"))
 
 
 def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
   train = workdir / "train"
   flip(workdir, 8)
   flip(workdir, 6)
-  result = command(workdir, "prune", "--keep_last=2")
-  assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr == (
-    "error: The newest checkpoint that would be kept, 8, is damaged: nothing was removed. Roll "
-    "back to 4 first.\n"
-  )
+  check_refused(command(workdir, "prune", "--keep_last=2"))
   flip(workdir, 4)
   flip(workdir, 2)
   with refused(UserError):
@@ -243,60 +234,26 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "sentence"),
+  "arguments",
   [
-    ([], "the first argument must say what to do: list, verify, prune, rollback."),
-    (
-      ["lsit"],
-      "the first argument must say what to do: list, verify, prune, rollback, not 'lsit'.",
-    ),
-    (["list", "4"], "unexpected argument '4': commands take only flags after it (--name=value)."),
-    (["rollback"], "rollback: name the step to go back to: --step=STEP; `list` shows them."),
-    (
-      ["rollback", "--step=abc"],
-      "--step is 'abc'; it must be the step of a checkpoint, such as 1600 or 1,600; `list` shows "
-      "them.",
-    ),
-    (
-      ["rollback", "--step=1,59"],
-      "--step is '1,59'; it must be the step of a checkpoint, such as 1600 or 1,600; `list` shows "
-      "them.",
-    ),
-    (["verify", "--step=4"], "--step is given, but verify does not take it: only rollback does."),
-    (
-      ["list", "--keep_best=1"],
-      "--keep_best is given, but list does not take it: only prune does.",
-    ),
-    (
-      ["rollback", "--step=1", "--keep_last=2"],
-      "--keep_last is given, but rollback does not take it: only prune does.",
-    ),
-    (
-      ["list", "--dry_run"],
-      "--dry_run is given, but list does not take it: only prune and rollback do.",
-    ),
-    (
-      ["prune", "--keep_last=1"],
-      "--keep_last is 1; it must be an integer >= 2.",
-    ),
-    (
-      ["list", "--config=scenes"],
-      "--config is not a flag of this command: --help lists its flags.",
-    ),
-    (
-      ["list", "--noprint_config"],
-      "--print_config is not a flag of this command: --help lists its flags.",
-    ),
-    (["list"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
-    (["prune"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
-    (
-      ["rollback", "--step=1,596"],
-      "{}/train has no checkpoints: --workdir must be the folder of a run.",
-    ),
+    [],
+    ["lsit"],
+    ["list", "4"],
+    ["rollback"],
+    ["rollback", "--step=abc"],
+    ["rollback", "--step=1,59"],
+    ["verify", "--step=4"],
+    ["list", "--keep_best=1"],
+    ["rollback", "--step=1", "--keep_last=2"],
+    ["list", "--dry_run"],
+    ["prune", "--keep_last=1"],
+    ["list", "--config=scenes"],
+    ["list", "--noprint_config"],
+    ["list"],
+    ["prune"],
+    ["rollback", "--step=1,596"],
   ],
 )
-def test_a_mistake_ends_in_one_sentence(tmp_path, arguments, sentence):
-  result = command(tmp_path, *arguments)
-  assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr == f"error: {sentence.format(tmp_path)}\n"
+def test_a_mistake_ends_in_one_sentence(tmp_path, arguments):
+  check_refused(command(tmp_path, *arguments))
   assert list(tmp_path.iterdir()) == []

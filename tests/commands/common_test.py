@@ -29,14 +29,7 @@ def test_compiled_programs_are_kept_in_the_workdir_of_an_accelerator(
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.parametrize(
-  "stage",
-  [
-    "",
-    "vqgan",
-    "clip",
-  ],
-)
+@pytest.mark.parametrize("stage", ["", "vqgan", "clip"])
 def test_a_host_of_a_pod_that_trains_alone_is_refused_with_a_remedy(monkeypatch, stage):
   monkeypatch.setattr(jax, "process_count", lambda: 4)
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)

@@ -2,7 +2,7 @@ from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config
 from tests.launched import cm3leon
-from tests.messages import refused
+from tests.messages import check_refused, refused
 
 
 def test_the_names_of_the_fields_are_those_of_the_classes():
@@ -21,11 +21,6 @@ def test_the_path_in_a_checkout_is_a_name_where_there_is_none(tmp_path, monkeypa
 
 
 def test_a_command_quotes_the_config_as_it_was_given(tmp_path):
-  for config, sentence in (
-    ("ml_configs/scenes.py:soon", "config variant 'soon' of scenes.py must be a positive number"),
-    ("ml_configs/nope.py:2", "--config=ml_configs/nope.py: there is no such file; name a "),
-    ("ml_configs/scenes.py:2", "./raw is not finished: run `cm3leon prepare_data` with the same "),
-  ):
-    result = cm3leon("train_clip", f"--config={config}", "--workdir=.", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {sentence}".replace("./raw", "raw"))
+  for name in ("scenes.py:soon", "nope.py:2", "scenes.py:2"):
+    config = f"--config=ml_configs/{name}"
+    check_refused(cm3leon("train_clip", config, "--workdir=.", cwd=tmp_path))

@@ -1,10 +1,8 @@
-"""A command ends although a thread would keep its process."""
-
 import pathlib
-import subprocess
-import sys
 
 import pytest
+
+from tests.launched import python
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
@@ -37,10 +35,7 @@ ending.run_app(main, flags.FLAGS)
   ],
 )
 def test_it_ends_with_its_code(module, end, code, sentence):
-  result = subprocess.run(
-    [sys.executable, "-c", SCRIPT, module, end],
-    cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
-  )  # fmt: skip
+  result = python(SCRIPT, module, end, cwd=ROOT, timeout=60)
   assert result.returncode == code
   assert result.stderr.startswith(sentence)
   assert bool(result.stderr) == bool(sentence)

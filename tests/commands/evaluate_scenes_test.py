@@ -1,5 +1,3 @@
-"""Tests cm3leon evaluate on scenes: judged samples, and exports for GenEval."""
-
 import dataclasses
 import json
 
@@ -67,7 +65,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(made, monkeypatch):
-  """Returns a function that runs the command with some settings and flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

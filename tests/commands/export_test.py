@@ -98,7 +98,6 @@ def with_model(settings, **fields):
 
 @pytest.fixture(scope="module")
 def gelu(tmp_path_factory):
-  """Settings and workdir of a run of a decoder with another activation than the paper's."""
   settings = with_model(SETTINGS, activation="gelu_tanh")
   root = epath.Path(tmp_path_factory.mktemp("gelu"))
   save_run(root, settings)
@@ -264,9 +263,7 @@ def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   """The earlier one is replaced; the next start of the command completes it."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
-  assert states == {
-    (True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)
-  }  # fmt: skip
+  assert states == {(True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)}
 
 
 def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):

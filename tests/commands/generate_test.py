@@ -1,5 +1,3 @@
-"""Tests cm3leon generate: its results, their folders, and that mistakes end it before any work."""
-
 import json
 import pathlib
 import re
@@ -31,7 +29,6 @@ from tests.models.tiny import random_params
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """Makes a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
@@ -44,7 +41,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def run(workdir, monkeypatch):
-  """Returns a function that runs the command with some flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   monkeypatch.setattr(reading, "load_params", lambda folder, config, *_: (random_params(config), 7))
   if not flags.FLAGS.is_parsed():
@@ -139,7 +135,6 @@ class Loads(Exception):
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):
-  """Before the model is read."""
   monkeypatch.setattr(reading, "load_params", mock.Mock(side_effect=Loads))
 
   def warn(**values):
@@ -162,8 +157,6 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
 
 
 MISTAKES = [
-  {"task": "paint"},
-  {"task": "caption"},
   {"prompt": ["a"], "rank": True},
   {"task": "unconditional", "rank": True, "samples": 2},
   {"prompt": ["a"], "guidance": ["much"]},

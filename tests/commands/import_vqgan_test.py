@@ -1,5 +1,3 @@
-"""Tests cm3leon import_vqgan: what it prints, leaves and refuses, and a run on what it imports."""
-
 import dataclasses
 
 from absl import flags
@@ -38,18 +36,13 @@ from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
 from tests.launched import launch
-from tests.messages import refused
+from tests.messages import check_refused, refused
 from tests.retrieval.stores import write_neighbors
 from tests.tokenizers.tiny import tiny_config
 
 NAME = published_source.DIFFUSERS
 FAMILY = dataclasses.replace(
-  published.FAMILIES["amused"],
-  widths=(8,) * 5,
-  latent_channels=4,
-  code_dim=4,
-  groups=4,
-  blocks=1,
+  published.FAMILIES["amused"], widths=(8,) * 5, latent_channels=4, code_dim=4, groups=4, blocks=1
 )
 
 
@@ -204,23 +197,20 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("argv", "message"),
+  "argv",
   [
-    (["--family=amused"], "error: name the file or folder with the weights: --source=amused-256"),
-    (["--source=a"], "error: name the network of the weights: --family=amused|taming_gumbel_f8|ch"),
-    (["--source=a", "--family=amused"], "error: --source is a; it must be a file or folder on"),
-    (["--source=last.ckpt", "--family=chameleon"], "error: last.ckpt is a pickle, which can run"),
-    (["--source=FOLDER", "--family=amused"], "error: config.vocab.image_size is 8192; the codebo"),
+    ["--family=amused"],
+    ["--source=a"],
+    ["--source=a", "--family=amused"],
+    ["--source=last.ckpt", "--family=chameleon"],
+    ["--source=FOLDER", "--family=amused"],
   ],
 )
-def test_a_mistake_is_one_sentence(source, tmp_path, argv, message):
+def test_a_mistake_is_one_sentence(source, tmp_path, argv):
   (tmp_path / "last.ckpt").write_bytes(b"")
   config = "--config=cm3leon_350m"
   argv = [argument.replace("FOLDER", str(source[0])) for argument in argv]
-  result = launch("import_vqgan", config, f"--workdir={tmp_path}/run", *argv, cwd=tmp_path)
-  assert (result.returncode, result.stdout) == (2, "")
-  assert result.stderr.startswith(message)
-  assert result.stderr.count("\n") == 1
+  check_refused(launch("import_vqgan", config, "--workdir=run", *argv, cwd=tmp_path))
   assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,3 @@
-"""Tuning a trained run by instructions: its commands, in their order, on a tiny run."""
-
 import contextlib
 import dataclasses
 import hashlib
@@ -47,16 +45,12 @@ def settings_of(**fields):
   optimizer = dataclasses.replace(SETTINGS.optimizer, warmup_steps=1)
   steps = {"steps": 2, "checkpoint_every": 1, "eval_every": 2, "eval_batches": 1}
   length = dataclasses.replace(SETTINGS.train, **steps, global_batch_size=2, tensorboard=False)
-  return dataclasses.replace(
-    SETTINGS,
-    seed=1,  # Another one than that of the run that it starts from.
-    instructions=instructions,
-    optimizer=optimizer,
-    train=length,
-    data=dataclasses.replace(SETTINGS.data, pack_window=16),
-    mesh=MeshConfig(1, 1, 1),
-    evaluation=dataclasses.replace(SETTINGS.evaluation, num_resamples=100, batch_size=8),
-  )
+  sections = {"instructions": instructions, "optimizer": optimizer, "train": length}
+  sections["data"] = dataclasses.replace(SETTINGS.data, pack_window=16)
+  evaluation = dataclasses.replace(SETTINGS.evaluation, num_resamples=100, batch_size=8)
+  sections |= {"mesh": MeshConfig(1, 1, 1), "evaluation": evaluation}
+  # The seed is another one than that of the run that it starts from.
+  return dataclasses.replace(SETTINGS, seed=1, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +69,6 @@ def copy(settings, workdir, source):
 
 @pytest.fixture(scope="module")
 def tuned(source, tmp_path_factory):
-  """A run of two steps, with what its commands printed."""
   workdir, settings = epath.Path(tmp_path_factory.mktemp("tuned")), settings_of()
   printed = io.StringIO()
   with contextlib.redirect_stdout(printed), one_mesh():

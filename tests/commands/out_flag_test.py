@@ -1,9 +1,5 @@
-"""Commands that read a run or a bundle without a config, and where their results go."""
-
 import json
 import pathlib
-import subprocess
-import sys
 
 from absl import flags
 from absl.testing import flagsaver
@@ -22,7 +18,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.launched import cm3leon
+from tests.launched import cm3leon, python
 from tests.messages import refused
 
 PROTOCOL = """
@@ -73,14 +69,12 @@ def protocol(tmp_path):
 
 
 def names(folder):
-  """Returns the files below a folder."""
   folder = pathlib.Path(folder)
   return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-  """Runs a command in the folder `here` on what a run or bundle stored, with some flags."""
   here = tmp_path / "here"
   here.mkdir()
   monkeypatch.chdir(here)
@@ -152,10 +146,7 @@ MISTAKES = [
   (generate, {}),
   (evaluate, {}),
   (evaluate, {"protocol": "{heldout}"}),
-  (
-    evaluate,
-    {"protocol": "{own}", "data": "{folder}", "before": True},
-  ),
+  (evaluate, {"protocol": "{own}", "data": "{folder}", "before": True}),
   (score, {"documents": "{texts}", "retrieve": ["1"]}),
   (evaluate, {"out": "x"}),
 ]
@@ -192,5 +183,5 @@ def test_the_flag_has_no_default_that_would_reach_other_commands():
     "from cm3leon_jax.commands import generate, inspect_data\n"
     "print(flags.FLAGS['out'].default)"
   )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  done = python(code, check=True)
   assert done.stdout == "None\n"

@@ -116,12 +116,7 @@ def test_clip_scores_captions(source, prepared, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "changes",
-  [
-    {},
-    {"instructions": InstructionsConfig()},
-    {"train": TrainConfig(replay_every=2)},
-  ],
+  "changes", [{}, {"instructions": InstructionsConfig()}, {"train": TrainConfig(replay_every=2)}]
 )
 def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes):
   settings = dataclasses.replace(settings_to_learn(), **changes)

@@ -1,5 +1,3 @@
-"""Scores documents in two processes of a job, which must find what one process finds."""
-
 import json
 import os
 import pathlib
@@ -21,7 +19,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(workdir, documents, processes, *flags):
-  """Runs the command in `processes` processes of a job, of 8 devices together."""
   result = subprocess.run(
     ["bash", ROOT / "launch" / "pod" / "local.sh", str(processes), str(8 // processes), "--",
      "--config=tests/evaluation/protocol_config.py", f"--workdir={workdir}",

@@ -1,5 +1,3 @@
-"""Tests cm3leon score: its files, when it runs again, and mistakes that end it before any work."""
-
 import json
 import re
 
@@ -28,7 +26,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def run(workdir, monkeypatch):
-  """Returns a function that runs the command on some documents."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -56,14 +53,11 @@ def file(tmp_path):
 
 
 def results(workdir, pattern):
-  """Returns the lines and the summary of the folders that match, each a (lines, summary)."""
-  return [
-    (
-      [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()],
-      read_json(folder / "summary.json"),
-    )
-    for folder in sorted((workdir / "scores").glob(pattern))
-  ]
+  found = []
+  for folder in sorted((workdir / "scores").glob(pattern)):
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    found.append((list(map(json.loads, lines)), read_json(folder / "summary.json")))
+  return found
 
 
 def test_a_file_is_scored_once(run, workdir, file, capsys):
@@ -119,20 +113,11 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
   ("documents", "retrieve"),
   [
     (None, None),
-    (
-      "no.jsonl",
-      None,
-    ),
+    ("no.jsonl", None),
     ("{file}", "1,2"),
     ("{file}", "-1"),
-    (
-      "{file}",
-      "65",
-    ),
-    (
-      "{texts}",
-      "1",
-    ),
+    ("{file}", "65"),
+    ("{texts}", "1"),
     ("{wrong}", None),
   ],
 )

@@ -39,8 +39,6 @@ def handlers():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-  """Runs a program in place of the command `train`; returns the lines that were shown."""
-
   def run_program(text: str, show=lambda line: None) -> list[str]:
     monkeypatch.setattr(stage_process, "program", lambda name: [sys.executable, "-c", text, name])
     lines: list[str] = []

@@ -20,10 +20,7 @@ def test_a_training_is_one_of_its_pairs_and_its_text_tokenizer(tmp_path):
   tokenizer = tmp_path / "text_tokenizer"
   text.train_text_tokenizer(words, VOCAB, SETTINGS.text_tokenizer, tokenizer)
   write_json(tokenizer / stages.DONE, {"id": "texts"})
-  with (
-    mock.patch.object(trainer, "train", side_effect=Killed) as training,
-    pytest.raises(Killed),
-  ):
+  with mock.patch.object(trainer, "train", side_effect=Killed) as training, pytest.raises(Killed):
     train_clip.main(SETTINGS, tmp_path)
   raw = read_json(tmp_path / "raw" / stages.DONE)["id"]
   assert training.call_args.args[0].about["inputs"] == {"raw": raw, "text_tokenizer": "texts"}

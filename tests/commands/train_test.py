@@ -66,7 +66,6 @@ def test_length_and_execution_do_not_make_another_run(workdir):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-  """A workdir of which only the training is left, on a mesh of one device."""
   make_run(folder := epath.Path(tmp_path))
   write_neighbors(folder / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
   for stage in ("documents", "neighbors"):

@@ -1,5 +1,3 @@
-"""Tests cm3leon train_vqgan: what it prints of scenes, and which training it continues."""
-
 import dataclasses
 import shutil
 import sys
@@ -65,7 +63,6 @@ def test_pairs_without_facts_are_not_judged(tmp_path):
 
 
 def write_images(root, seed):
-  """Makes raw/ of twelve images of one color each, as `launch.prepare_data` does."""
   colors = np.random.default_rng(seed).integers(0, 256, (12, 1, 1, 3))
   images = np.broadcast_to(colors, (12, 8, 8, 3)).astype(np.uint8)
   pairs = [

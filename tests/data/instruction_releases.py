@@ -28,19 +28,9 @@ def narrative(image_id: str, annotator: int, caption: str, **more) -> dict:
 
 
 def textvqa_question(key: int, image_id: str, question: str, answers: list[str]) -> dict:
-  return {
-    "question_id": key,
-    "image_id": image_id,
-    "question": question,
-    "question_tokens": question.strip("?").split(),
-    "image_width": 1024,
-    "image_height": 730,
-    "image_classes": ["Mobile phone"],
-    "flickr_original_url": "https://x.org/o.jpg",
-    "flickr_300k_url": "https://x.org/z.jpg",
-    "answers": answers,
-    "set_name": "val",
-  }
+  about = {"question_tokens": question.strip("?").split(), "image_width": 1024, "set_name": "val"}
+  about |= {"question_id": key, "image_id": image_id}
+  return {**about, "question": question, "answers": answers}
 
 
 def problem(image: str | None, split: str, **fields) -> dict:
@@ -50,12 +40,6 @@ def problem(image: str | None, split: str, **fields) -> dict:
     "answer": 0,
     "hint": "",
     "image": image,
-    "task": "closed choice",
-    "grade": "grade2",
-    "subject": "social science",
-    "topic": "geography",
-    "category": "Geography",
-    "skill": "Read a map",
     "lecture": "Maps have four directions.",
     "solution": "West Virginia is farthest north.\n",
     "split": split,
@@ -65,13 +49,7 @@ def problem(image: str | None, split: str, **fields) -> dict:
 
 def flickr_image(name: str, split: str, *captions: str) -> dict:
   sentences = [{"tokens": c.split(), "raw": c, "imgid": 0, "sentid": 1} for c in captions]
-  return {
-    "sentids": [0],
-    "imgid": 0,
-    "sentences": sentences,
-    "split": split,
-    "filename": name,
-  }
+  return {"sentids": [0], "imgid": 0, "sentences": sentences, "split": split, "filename": name}
 
 
 def turns(*values: str) -> list[dict]:
@@ -93,6 +71,9 @@ def image_of_size(key: int, width: int, height: int) -> dict:
   return {"id": key, "file_name": name, "width": width, "height": height, "license": 3}
 
 
+STREET = {"id": "000000033471", "image": "000000033471.jpg"}
+BIRDS = {"question": "how many? ", "answer": "two\nor three"}
+PHONE, BRANDS = "003a8ae2ef43b901", ["dakota", "nokia ", "nokia"]
 BUS = turns(
   "<image>\nWhat is it?", "A bus.", "Which color?", "Red and\nwhite.", "Is it new?", "No.", "Why?"
 )
@@ -122,10 +103,8 @@ RELEASES = {
       "dataset_name": "textvqa",
       "dataset_version": "0.5.1",
       "data": [
-        textvqa_question(
-          34602, "003a8ae2ef43b901", "what brand is it? ", ["dakota", "nokia ", "nokia"] + [""] * 7
-        ),
-        textvqa_question(34603, "003a8ae2ef43b901", "what year?", ["2008"] * 4 + ["8"] * 6),
+        textvqa_question(34602, PHONE, "what brand is it? ", BRANDS + [""] * 7),
+        textvqa_question(34603, PHONE, "what year?", ["2008"] * 4 + ["8"] * 6),
         textvqa_question(34604, "0c5b3b1e2f4a6d70", "is it on?", [""] * 10),
       ],
     }
@@ -134,9 +113,7 @@ RELEASES = {
     "problems.json": {
       "1": problem("image.png", "val"),
       "2": problem(None, "val"),
-      "3": problem(
-        "image.png", "val", hint="The map shows it.\n", answer=2, choices=["1", "2", "3"]
-      ),
+      "3": problem("image.png", "val", hint="The map shows it.\n", answer=2, choices=[*"123"]),
       "4": problem("image.png", "train"),
     },
     "pid_splits.json": {
@@ -184,24 +161,15 @@ RELEASES = {
   },
   "jsonl": {
     "val.jsonl": json_lines(
-      {
-        "key": "birds",
-        "group": "pond",
-        "texts": {"question": "how many? ", "answer": "two\nor three"},
-        "images": {"image": "a/7.jpg"},
-      },
+      {"key": "birds", "group": "pond", "texts": BIRDS, "images": {"image": "a/7.jpg"}},
       {"texts": {"question": "which?", "answer": ""}, "images": {"image": "a/7.jpg"}},
     )
   },
   "llava": {
     "llava_instruct_150k.json": [
-      {"id": "000000033471", "image": "000000033471.jpg", "conversations": BUS},
+      {**STREET, "conversations": BUS},
       {"id": "wgByO4Y_0", "model": "", "conversations": turns("Hello", "Hi")},
-      {
-        "id": "000000033471",
-        "image": "000000033471.jpg",
-        "conversations": turns("Describe it.\n<image>", "A street."),
-      },
+      {**STREET, "conversations": turns("Describe it.\n<image>", "A street.")},
     ]
   },
 }

@@ -12,7 +12,6 @@ DENSE = "visdial_1.0_val_dense_annotations.json"
 
 
 def answers(*texts, **more):
-  """Answers of annotators, as VQA has them."""
   return [
     {"answer": text, "answer_confidence": "yes", "answer_id": i, **more}
     for i, text in enumerate(texts, 1)
@@ -158,7 +157,6 @@ def write(root, release: dict) -> None:
 
 
 def write_images(paths, side: int = 8) -> None:
-  """Writes an image of random pixels to each path."""
   for i, path in enumerate(sorted(paths)):
     pixels = np.random.default_rng(i).integers(0, 256, (side, side + 4, 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,9 +87,5 @@ def damage_record(path, record: int) -> None:
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:
-  return RowPlan(
-    sources,
-    DataConfig(**{"sequence_length": 128, "pack_window": 64, **fields}),
-    VOCAB.num_masks,
-    seed,
-  )
+  config = DataConfig(**{"sequence_length": 128, "pack_window": 64, **fields})
+  return RowPlan(sources, config, VOCAB.num_masks, seed)

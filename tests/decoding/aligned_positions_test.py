@@ -1,5 +1,3 @@
-"""Aligned positions are those of training."""
-
 import dataclasses
 import functools
 
@@ -12,17 +10,7 @@ from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.evaluation.likelihood import bits
 from tests.decoding.generator_test import chosen, edits
-from tests.decoding.small import (
-  CODES,
-  GREEDY,
-  IMAGE,
-  OTHER,
-  SEEDS,
-  VOCAB,
-  A,
-  B,
-  small_generator,
-)
+from tests.decoding.small import CODES, GREEDY, IMAGE, OTHER, SEEDS, VOCAB, A, B, small_generator
 from tests.models.tiny import random_params
 
 pytestmark = pytest.mark.usefixtures("one_device")

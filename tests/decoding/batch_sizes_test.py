@@ -44,7 +44,6 @@ TASKS = [
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def generator(request):
-  """A generator on its mesh, which is the current one."""
   with on_mesh(*request.param):
     yield small_generator(sampling=MIXTURE)
 
@@ -117,18 +116,10 @@ def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
   for ticket in range(slots):
     batch.admit(ActiveRequest(ticket, REQUESTS[task], ticket, MIXTURE))
   static = bucket.static
-  state = jax.eval_shape(
-    functools.partial(
-      state_lib.empty,
-      config=static.model,
-      grammar=static.grammar,
-      slots=slots,
-      widths=static.widths,
-      max_new_tokens=static.max_new_tokens,
-      steps=3,
-    )
-  )
-  admit = functools.partial(state_lib.admit, config=static.model, grammar=static.grammar)
+  fixed = {"config": static.model, "grammar": static.grammar}
+  sizes = {"widths": static.widths, "max_new_tokens": static.max_new_tokens, "steps": 3}
+  state = jax.eval_shape(functools.partial(state_lib.empty, slots=slots, **fixed, **sizes))
+  admit = functools.partial(state_lib.admit, **fixed)
   control = abstract(batch.control, jax.sharding.get_mesh())
   everyone = [*range(slots)]
   for chosen in ([slot if slot % of_shard == 0 else None for slot in everyone], everyone):

@@ -1,5 +1,3 @@
-"""What prompts share is found and read once, and every row can be put together again."""
-
 import itertools
 
 from hypothesis import given, settings
@@ -144,11 +142,10 @@ def test_every_row_can_be_put_together(some, shards):
   for row, prompt in enumerate(rows):
     u = made.row[row]
     rest = made.rests[0][u][made.rests[1][u]].tolist()
-    first = (
-      []
-      if made.prefixes is None
-      else made.prefixes[0][made.prefix_of[u]][made.prefixes[1][made.prefix_of[u]]].tolist()
-    )
+    first = []
+    if made.prefixes is not None:
+      ids, present = (x[made.prefix_of[u]] for x in made.prefixes[:2])
+      first = ids[present].tolist()
     assert [*first, *rest, made.last[row]] == prompt
     at = made.rests.positions[u][made.rests.valid[u]]
     assert at.tolist() == [*range(len(first), len(prompt) - 1)]

@@ -1,5 +1,3 @@
-"""The control of a batch of samples, and of samples that are put into rows one by one."""
-
 import dataclasses
 
 import jax

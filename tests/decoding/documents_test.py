@@ -1,5 +1,3 @@
-"""Documents and infills: whole texts and images, and what is given stays."""
-
 import re
 
 import numpy as np
@@ -8,17 +6,7 @@ import pytest
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import document_segments
-from tests.decoding.small import (
-  ANYTHING,
-  CODES,
-  IMAGE,
-  OTHER,
-  SEEDS,
-  VOCAB,
-  A,
-  B,
-  guided_requests,
-)
+from tests.decoding.small import ANYTHING, CODES, IMAGE, OTHER, SEEDS, VOCAB, A, B, guided_requests
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -43,22 +43,12 @@ def theirs(folder, requests, count: int, guidance: float):
   (ids, mask), (negative, negative_mask) = (
     padded([r.streams[s] for r in requests]) for s in (0, -1)
   )
-  guided = {
-    "guidance_scale": guidance,
-    "negative_prompt_ids": negative,
-    "negative_prompt_attention_mask": negative_mask,
-  }
-  out = model.generate(
-    ids,
-    attention_mask=mask,
-    do_sample=False,
-    min_new_tokens=count,
-    max_new_tokens=count,
-    logits_processor=[OnlyCodes()],
-    output_scores=True,
-    return_dict_in_generate=True,
-    **(guided if guidance != 1 else {}),
-  )
+  guided = {"guidance_scale": guidance, "negative_prompt_ids": negative}
+  guided["negative_prompt_attention_mask"] = negative_mask
+  length = {"min_new_tokens": count, "max_new_tokens": count, "logits_processor": [OnlyCodes()]}
+  output = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+  guided = guided if guidance != 1 else {}
+  out = model.generate(ids, attention_mask=mask, **length, **output, **guided)
   tokens = out.sequences[:, ids.shape[1] :]
   scores = torch.stack(out.scores, dim=1).log_softmax(-1)
   return tokens.numpy(), scores.gather(2, tokens[..., None])[..., 0].numpy()

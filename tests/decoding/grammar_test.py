@@ -75,15 +75,8 @@ def languages(image: int, lengths):
 
 
 def long_infill(image: int):
-  plan = (
-    Part(CODES, image),
-    Part(EOSS),
-    Part(MASK, 1),
-    Part(TEXT, 9),
-    Part(MASK, 2),
-    Part(CODES, 2),
-    Part(EOSS),
-  )
+  plan = (Part(CODES, image), Part(EOSS), Part(MASK, 1), Part(TEXT, 9))
+  plan += (Part(MASK, 2), Part(CODES, 2), Part(EOSS))
   return plan, rf"i{{{image}}}sBt{{1,9}}sCi{{2}}s", image + 16
 
 

@@ -1,5 +1,3 @@
-"""Parameters as decoding reads them hold the same numbers, and int8 ones nearly."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,3 @@
-"""Prompts and plans: literals; a prompt and its answer are what training makes of the document."""
-
 import itertools
 
 from hypothesis import given, settings
@@ -31,14 +29,8 @@ from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4
-EOS, BRK, EOSS_ID, M0, M1, M2 = (
-  VOCAB.eos,
-  VOCAB.brk,
-  VOCAB.eoss,
-  VOCAB.mask(0),
-  VOCAB.mask(1),
-  VOCAB.mask(2),
-)
+EOS, BRK, EOSS_ID = VOCAB.eos, VOCAB.brk, VOCAB.eoss
+M0, M1, M2 = map(VOCAB.mask, range(3))
 PICTURE = [271, 272, 273, 274]
 DRAWN = (Part(CODES, IMAGE), Part(END))
 
@@ -62,11 +54,8 @@ def test_text_to_image():
 
 def test_edit():
   request = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17])
-  assert streams(request) == [
-    [EOS, 15, BRK, *PICTURE, BRK, 17, BRK],
-    [EOS, 15, BRK, *PICTURE, BRK],
-    [EOS, M0, BRK],
-  ]
+  start = [EOS, 15, BRK, *PICTURE, BRK]
+  assert streams(request) == [[*start, 17, BRK], start, [EOS, M0, BRK]]
   assert request.plan == DRAWN
 
 
@@ -140,11 +129,8 @@ def documents(draw):
       start = draw(st.integers(0, len(segment) - 1))
       stop = draw(st.integers(start + 1, len(segment)))
       image = segment[0] >= VOCAB.text_size
-      hole = (
-        Hole(codes=stop - start)
-        if image
-        else Hole(most_text=stop - start + draw(st.integers(0, 2)))
-      )
+      more = 0 if image else draw(st.integers(0, 2))
+      hole = Hole(codes=stop - start) if image else Hole(most_text=stop - start + more)
       holed.append([p for p in (segment[:start], hole, segment[stop:]) if isinstance(p, Hole) or p])
       spans.append((offset + start, offset + stop))
     else:

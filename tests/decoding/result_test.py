@@ -1,5 +1,3 @@
-"""Results: what a row's arrays say of a sample."""
-
 import numpy as np
 import pytest
 

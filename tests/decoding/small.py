@@ -32,16 +32,9 @@ CODES, OTHER = VOCAB.image_ids(np.arange(6)), VOCAB.image_ids(np.array([50, 3, 1
 
 
 def model_config(family="opt", **fields):
-  fields = {
-    "max_positions": POSITIONS,
-    "dtype": "float32",
-    "attention": "plain",
-    "remat_policy": "none",
-    **fields,
-  }
-  return ModelConfig(
-    family=family, vocab_size=320, num_layers=2, width=32, num_heads=8, mlp_width=64, **fields
-  )
+  sizes = {"vocab_size": 320, "num_layers": 2, "width": 32, "num_heads": 8, "mlp_width": 64}
+  kinds = {"dtype": "float32", "attention": "plain", "remat_policy": "none"}
+  return ModelConfig(family, **{"max_positions": POSITIONS, **sizes, **kinds, **fields})
 
 
 def on_mesh(*shape):
@@ -49,7 +42,6 @@ def on_mesh(*shape):
 
 
 def small_generator(family="opt", params=None, align_images=False, **fields):
-  """A Generator of random weights on the current mesh."""
   model = model_config(family, align_images=align_images)
   fields = {"sampling": SamplingConfig(top_k=20, text_top_k=30), "batch_size": 8, **fields}
   params = random_params(model) if params is None else params

@@ -30,7 +30,6 @@ Q = np.array([[0.1, 0.3, 0.2, 0.4], [0.4, 0.3, 0.2, 0.1]])
 
 
 def images():
-  """Whole images, of unequal prompts."""
   return [guided_requests()[i] for i in (0, 1, 3)]
 
 

@@ -13,9 +13,7 @@ GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 def test_the_interval_is_that_of_the_docstring():
   found = intervals.mean_interval([2, 4, 9], [1, 1, 1], ["fox", "fox", "cat"])
   effective = pytest.approx(1.8)
-  assert found == {
-    "mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": effective
-  }  # fmt: skip
+  assert found == {"mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": effective}
 
 
 def sample_documents(rng):
@@ -81,11 +79,7 @@ def test_pairing_removes_variation_that_two_conditions_share():
 
 @pytest.mark.parametrize(
   ("groups", "effective", "sentence"),
-  [
-    (101, 23.8, "101 concepts (effectively 24)"),
-    (16, 16.0, "16 concepts"),
-    (1, 1.0, "1 concept"),
-  ],
+  [(101, 23.8, "101 concepts (effectively 24)"), (16, 16.0, "16 concepts"), (1, 1.0, "1 concept")],
 )
 def test_groups_are_described(groups, effective, sentence):
   found = {"groups": groups, "effective_groups": effective}

@@ -1,5 +1,3 @@
-"""Runs protocols in two processes of a job, which must find what one process finds."""
-
 import os
 import pathlib
 import signal
@@ -40,14 +38,10 @@ metrics: [ndcg, exact_match]
 def start(workdir, data, protocol, processes):
   command = ["bash", ROOT / "launch" / "pod" / "local.sh", str(processes), str(8 // processes)]
   flags = ["--config=tests/evaluation/protocol_config.py", f"--workdir={workdir}"]
-  return subprocess.Popen(
-    [*command, "--", *flags, f"--data={data}", f"--protocol={protocol}"],
-    cwd=ROOT,
-    env={**os.environ, "PYTHON": sys.executable, "COMMAND": "launch.evaluate"},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  command += ["--", *flags, f"--data={data}", f"--protocol={protocol}"]
+  env = {**os.environ, "PYTHON": sys.executable, "COMMAND": "launch.evaluate"}
+  output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return subprocess.Popen(command, cwd=ROOT, env=env, **output)
 
 
 def results_of(workdir) -> dict:

@@ -1,5 +1,3 @@
-"""Tests a protocol from samples to results: numbers, resuming, controls, comparison, the page."""
-
 import copy
 import dataclasses
 import json
@@ -85,7 +83,6 @@ def make_job(workdir, pipeline, folder, protocol=PROTOCOL):
 
 @pytest.fixture(scope="module")
 def done(workdir, pipeline, tmp_path_factory):
-  """A finished evaluation: job and results."""
   with one_device():
     job = make_job(workdir, pipeline, tmp_path_factory.mktemp("done"))
     about = {"name": "test", "step": 7, "inputs": {"train": "t"}}

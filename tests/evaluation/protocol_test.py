@@ -1,5 +1,3 @@
-"""Tests protocols: the shipped ones are read, and a mistake gets one sentence."""
-
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -54,15 +52,9 @@ def test_a_column_changes_the_sampler_of_the_run():
     ("task: image", "task: image\ntemplate: a <mask>"),
     ("task: image", "task: text\ntemplate: none here"),
     ("task: image", "task: image\ntemplate: '{prompt} {answer}'"),
-    (
-      "task: image",
-      "task: image\ntemplate: '{prompt'",
-    ),
+    ("task: image", "task: image\ntemplate: '{prompt'"),
     ("task: image", "task: image\ntemplate: '{prompt:d}'"),
-    (
-      "format: heldout",
-      "format: coco",
-    ),
+    ("format: heldout", "format: coco"),
     ("count: 8", "count: 8, split: val"),
     (GOOD, "- a list"),
     ("title: drawings", "title: ["),
@@ -87,11 +79,7 @@ def test_an_unknown_protocol_lists_the_known_ones():
 
 @pytest.mark.parametrize(
   ("names", "task", "count"),
-  [
-    (["fid"], "image", 9),
-    (["clip_score"], "text", 9),
-    (["frechet_distance"], "image", 1),
-  ],
+  [(["fid"], "image", 9), (["clip_score"], "text", 9), (["frechet_distance"], "image", 1)],
 )
 def test_metrics_are_checked_before_anything_is_generated(names, task, count):
   with refused(UserError):

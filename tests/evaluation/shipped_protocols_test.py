@@ -101,24 +101,19 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
   assert all(row["difference"] == 0 for row in compare.compare(folder, folder))
 
 
-def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
-  [protocol] = protocol_lib.load("cm3leon_table1")
-  protocol = dataclasses.replace(protocol, metrics=("clip_score",))
+@pytest.mark.parametrize(
+  ("name", "needs_data", "fields"),
+  [
+    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # Of other images.
+    ("cm3leon_table1", True, {}),  # Inception needs its weights.
+    ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # More examples than there are.
+  ],
+)
+def test_a_protocol_that_does_not_fit_is_refused(settings, workdir, data, name, needs_data, fields):
+  protocol = dataclasses.replace(protocol_lib.load(name)[0], **fields)
+  options = evaluate_protocol.Options(data=data if needs_data else None)
   with refused(UserError):
-    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
-
-
-def test_more_examples_than_there_are_is_refused(settings, workdir, data):
-  [protocol] = protocol_lib.load("scenes_decoding")
-  protocol = dataclasses.replace(protocol, metrics=("clip_score",))
-  with refused(UserError):
-    measure(settings, workdir, "x", protocol, evaluate_protocol.Options())
-
-
-def test_inception_needs_its_weights(settings, workdir, data):
-  [protocol] = protocol_lib.load("cm3leon_table1")
-  with refused(UserError):
-    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    measure(settings, workdir, "x", protocol, options)
 
 
 def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
@@ -163,19 +158,13 @@ def test_flags_of_protocols_need_a_protocol(settings, workdir):
   with flagsaver.flagsaver(compare=["a"]), refused(UserError):
     evaluate.main(settings, workdir)
   for wrong in ({"export": "geneval"}, {"last_params": True}):
-    with (
-      flagsaver.flagsaver(protocol="scenes", **wrong),
-      refused(UserError),
-    ):
+    with flagsaver.flagsaver(protocol="scenes", **wrong), refused(UserError):
       evaluate.main(settings, workdir)
 
 
 def test_a_flag_without_effect_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("scenes_decoding")
-  for fields in (
-    {"data": data},
-    {"clip": "x", "metrics": ("copy_rate",)},
-  ):
+  for fields in ({"data": data}, {"clip": "x", "metrics": ("copy_rate",)}):
     options = evaluate_protocol.Options(examples=4, **fields)
     with refused(UserError):
       measure(settings, workdir, "x", protocol, options)

@@ -1,5 +1,3 @@
-"""Metrics of texts, from samples and references to values and intervals."""
-
 import numpy as np
 import pytest
 

@@ -1,5 +1,3 @@
-"""Worlds are found by what names them, and a run's records are judged by theirs."""
-
 import dataclasses
 
 import pytest

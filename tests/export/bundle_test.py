@@ -1,5 +1,3 @@
-"""Tests of bundles: a folder that generates what its run generates, and that notices damage."""
-
 import dataclasses
 import shutil
 
@@ -22,7 +20,6 @@ from tests.models.tiny import mesh_of
 
 @pytest.fixture(scope="module")
 def bundled(run):
-  """The bundle of `run`, outside of it."""
   folder = run.parent / f"{run.name}_bundle"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
@@ -191,14 +188,7 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-  "name",
-  [
-    "/etc/hostname",
-    "vqgan/../../outside",
-    "http://a.b/c",
-    "zero",
-    "vqgan",
-  ],
+  "name", ["/etc/hostname", "vqgan/../../outside", "http://a.b/c", "zero", "vqgan"]
 )
 def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name):
   """/dev/zero would be read for ever."""

@@ -1,5 +1,3 @@
-"""Tests of the image tokenizer of an export: whole, read back, refused if it is unknown."""
-
 import dataclasses
 import importlib.resources
 

@@ -1,5 +1,3 @@
-"""Tests of the format `orbax`: restored by Orbax alone, and by a run that starts from it."""
-
 import dataclasses
 
 import jax

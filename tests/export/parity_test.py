@@ -23,7 +23,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights import layouts, stored
 from tests.generation.run import one_device
-from tests.models.tiny import mesh_of, model_logits, random_params
+from tests.models.tiny import SIZES, mesh_of, model_logits, random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,16 +31,8 @@ transformers = pytest.importorskip("transformers")
 VOCAB = VocabLayout()
 LENGTH, PADDED, GENERATED = 24, 7, 256
 FP32, FP64 = 1e-4, 1e-10  # Largest difference of two logits.
-CONFIG = ModelConfig(
-  vocab_size=VOCAB.size,
-  num_layers=2,
-  width=32,
-  num_heads=4,
-  mlp_width=64,
-  max_positions=320,
-  attention="plain",
-  remat_policy="none",
-)
+PLAIN = {"attention": "plain", "remat_policy": "none"}
+CONFIG = ModelConfig(vocab_size=VOCAB.size, max_positions=320, **PLAIN, **SIZES)
 MODELS = {
   "opt": CONFIG,
   "opt-gelu": dataclasses.replace(CONFIG, activation="gelu"),
@@ -63,7 +55,6 @@ def rows():
 
 
 def write(folder, config, params):
-  """Writes an export."""
   described = layouts.hf_config(config, VOCAB)
   tensors = huggingface.tensors_of(stored.of_tree(params), config)
   huggingface.write_model(folder, described, tensors, VOCAB, None, "float32")
@@ -139,7 +130,6 @@ def made(tmp_path_factory):
   def make(name):
     if name not in cache:
       config = MODELS[name]
-      config = dataclasses.replace(config, dtype="float32")
       with one_device():
         params = jax.device_get(random_params(config))
       folder = tmp_path_factory.mktemp(name)
@@ -255,12 +245,9 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
   tokens, _, mask = rows()
   model = load(folder, torch.float64)
   model.generation_config.eos_token_id = None  # To the end, whatever the tokens are.
-  found = model.generate(
-    torch.from_numpy(tokens).long(),
-    attention_mask=torch.from_numpy(mask).long(),
-    do_sample=False,
-    max_new_tokens=GENERATED,
-  ).numpy()
+  given, present = (torch.from_numpy(x).long() for x in (tokens, mask))
+  options = {"do_sample": False, "max_new_tokens": GENERATED}
+  found = model.generate(given, attention_mask=present, **options).numpy()
   tokens, mask = (np.pad(x, ((0, 0), (0, GENERATED)), constant_values=1) for x in (tokens, mask))
   positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
   with jax.enable_x64(True), one_device():
@@ -289,14 +276,10 @@ def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, nam
     files.append({path.name: path.read_bytes() for path in folder.iterdir()})
   assert files[0] == files[1]
   assert sum(file.startswith("model-") for file in files[2]) > 2
-  whole, split = (
-    {
-      k: x
-      for path in (tmp_path / i).glob("*.safetensors")
-      for k, x in safetensors_numpy.load_file(path).items()
-    }
-    for i in "12"
-  )
+  whole, split = {}, {}
+  for tensors, folder in ((whole, "1"), (split, "2")):
+    for path in (tmp_path / folder).glob("*.safetensors"):
+      tensors.update(safetensors_numpy.load_file(path))
   assert whole.keys() == split.keys()
   for key, x in whole.items():
     np.testing.assert_array_equal(x, split[key])

@@ -1,5 +1,3 @@
-"""Tests of the functions that are exported, and of their weights: they do what `Generator` does."""
-
 import dataclasses
 
 from hypothesis import example, given, settings

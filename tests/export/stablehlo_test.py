@@ -27,6 +27,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
+from tests.launched import python
 from tests.messages import refused
 from tests.models.tiny import random_params
 from tests.reports.snippets import snippets
@@ -224,14 +225,12 @@ def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
   mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
   decode, weights = loader["load"]("decode_image"), loader["load_weights"]()
   tokens = VOCAB.image_ids(np.random.default_rng(0).integers(0, 64, (16, 16)))
-  rows = jax.P("b")
-  split = jax.shard_map(
-    lambda weights, tokens: decode(weights, tokens=tokens),
-    mesh=mesh,
-    in_specs=(jax.P(), rows),
-    out_specs=rows,
-    check_vma=False,
-  )
+
+  def decoded(weights, tokens):
+    return decode(weights, tokens=tokens)
+
+  specs = {"in_specs": (jax.P(), jax.P("b")), "out_specs": jax.P("b")}
+  split = jax.shard_map(decoded, mesh=mesh, check_vma=False, **specs)
   found = jax.jit(split)(weights, tokens)
   assert len(found.sharding.device_set) == 8
   np.testing.assert_array_equal(found, decode(weights, tokens=tokens))
@@ -286,9 +285,7 @@ print(json.dumps(found))
 @pytest.mark.tpu_backend
 def test_the_artifacts_compile_for_a_tpu_and_split_over_eight(folder):
   pytest.importorskip("libtpu")
-  process = subprocess.run(
-    [sys.executable, "-c", FOR_TPU, str(folder)], capture_output=True, text=True, check=False
-  )
+  process = python(FOR_TPU, folder)
   assert process.returncode == 0, process.stderr[-3000:]
   collectives = json.loads(process.stdout.splitlines()[-1])
   assert set(collectives) == {

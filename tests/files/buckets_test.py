@@ -50,16 +50,11 @@ def server():
 
 def run(server, code):
   """Starts a process, with no time-outs that commands of other tests have set in this one."""
-  return subprocess.Popen(
-    [sys.executable, "-c", BEGIN + code],
-    env={name: value for name, value in os.environ.items() if "TENSORSTORE_CURL" not in name}
-    | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    | server.environment(),
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  env = {name: value for name, value in os.environ.items() if "TENSORSTORE_CURL" not in name}
+  env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  command = [sys.executable, "-c", BEGIN + code]
+  return subprocess.Popen(command, env=env | server.environment(), text=True, **pipes)
 
 
 IMAGE = """

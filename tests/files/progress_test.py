@@ -1,5 +1,3 @@
-"""Progress of long work in a log and in a terminal, as a user's process prints it."""
-
 import io
 import os
 import pathlib
@@ -11,6 +9,7 @@ import termios
 import tqdm.auto
 
 from cm3leon_jax.files import progress
+from tests.launched import python
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = """
@@ -43,9 +42,7 @@ def test_a_log_has_whole_lines(tmp_path):
 
 def test_a_part_that_is_done_soon_leaves_no_line(tmp_path):
   code = WORK.replace("0.05", "30").format(name="part", leave=False)
-  result = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-  )
+  result = python(code, cwd=ROOT, check=True, timeout=60)
   assert result.stderr == "done\n"
 
 

@@ -1,5 +1,3 @@
-"""Keywords of diffusers and transformers, each answered with what this package has in its place."""
-
 import pytest
 
 from cm3leon_jax.config import UserError

@@ -13,7 +13,6 @@ from tests.generation.run import SETTINGS, clip_params, make_run
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-  """Makes stores and tokenizers of a run, with random weights."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   return root
@@ -26,9 +25,5 @@ def layout(workdir):
 
 @pytest.fixture(scope="session")
 def clip(workdir):
-  return clip_lib.CLIP(
-    SETTINGS.clip,
-    VOCAB.text_size,
-    clip_params(),
-    text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode,
-  )
+  encode = text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode
+  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, clip_params(), encode)

@@ -1,5 +1,3 @@
-"""Tests that a contact sheet shows every image, enlarged, in its place."""
-
 import numpy as np
 from PIL import Image
 

@@ -1,5 +1,3 @@
-"""What a model never learned is said in a sentence: edits, and prompts of unknown tokens."""
-
 import dataclasses
 
 import pytest

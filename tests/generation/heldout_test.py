@@ -1,5 +1,3 @@
-"""Tests held-out captions: their choice, their neighbors and their original images."""
-
 import numpy as np
 from PIL import Image
 

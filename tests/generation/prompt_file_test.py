@@ -1,5 +1,3 @@
-"""Tests tasks from flags and files: a mistake is reported in one sentence, with its place."""
-
 import json
 import pathlib
 import re

@@ -52,7 +52,6 @@ SETTINGS = settings_from_config(make_config())
 
 
 def one_device() -> contextlib.AbstractContextManager:
-  """Sets a mesh of one device."""
   return jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
 
 
@@ -86,7 +85,6 @@ def make_run(root: epath.Path) -> None:
 
 
 def clip_params(settings=SETTINGS) -> dict:
-  """Random weights of the CLIP of a run."""
   init = functools.partial(clip_lib.init_params, settings.clip, VOCAB.text_size)
   return random_arrays(jax.eval_shape(init, jax.random.key(0)))
 
@@ -109,8 +107,5 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
     checkpoints.close()
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  stored = {
-    "run": table.identity(settings, "train"),
-    "settings": dataclasses.asdict(settings),
-  }
+  stored = {"run": table.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(root / "train" / "config.json", stored)

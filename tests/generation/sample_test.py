@@ -1,5 +1,3 @@
-"""A sample is one short line, whatever it holds."""
-
 import numpy as np
 
 from cm3leon_jax.generation.image_tasks import TextToImage

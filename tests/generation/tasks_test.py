@@ -1,5 +1,3 @@
-"""Tests the prompts of each task, their holes, and the answers that generated ids decode to."""
-
 import dataclasses
 
 import numpy as np
@@ -141,15 +139,7 @@ def test_boxes_are_rounded_out():
 
 
 @pytest.mark.parametrize(
-  "box",
-  [
-    (0, 0, 9, 4),
-    (-1, 0, 4, 4),
-    (4, 0, 4, 4),
-    (0, 4, 4, 2),
-    (0, 4, 4),
-    (0, 4, 4.5, 2),
-  ],
+  "box", [(0, 0, 9, 4), (-1, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 2), (0, 4, 4), (0, 4, 4.5, 2)]
 )
 def test_wrong_boxes_are_refused(layout, box):
   with refused(UserError):
@@ -187,12 +177,7 @@ def test_an_interleaved_document_continues_its_text_and_fills_the_row(layout):
 
 
 @pytest.mark.parametrize(
-  "task",
-  [
-    TextToImage("car " * 120),
-    InfillText("car <mask>", length=125),
-    Interleaved(length=128),
-  ],
+  "task", [TextToImage("car " * 120), InfillText("car <mask>", length=125), Interleaved(length=128)]
 )
 def test_a_prompt_that_is_too_long_is_refused(layout, task):
   task = dataclasses.replace(task, where="f, line 1")

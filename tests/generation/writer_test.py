@@ -1,5 +1,3 @@
-"""Tests that every task writes its images, texts and records."""
-
 import dataclasses
 
 from etils import epath
@@ -32,7 +30,6 @@ def image_file(tmp_path_factory):
 
 
 def generate(folder, workdir, tasks, clip, **options):
-  """Generates one sample of each task and returns their records."""
   with one_device():
     params = random_params(SETTINGS.model)
     pipeline = Pipeline.load(Run(workdir, SETTINGS), params, clip, **options)
@@ -96,12 +93,8 @@ def test_every_heldout_image_has_a_file_and_a_record(workdir, heldout):
     assert all(
       n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in line["neighbors"]
     )
-    assert (line["key"], line["sample"], line["seed"], line["rank"]) == (
-      task.key,
-      0,
-      task.seed,
-      None,
-    )
+    expected = {"key": task.key, "sample": 0, "seed": task.seed, "rank": None}
+    assert {name: line[name] for name in expected} == expected
     assert -1 <= line["clip_score"] <= 1
   assert len({r["file"] for r in records}) == 8
   assert (folder / "contact_sheet.png").exists()
@@ -112,21 +105,16 @@ def test_every_heldout_image_has_a_file_and_a_record(workdir, heldout):
 def test_records_say_how_a_sample_was_made(every_task):
   _, records = every_task
   for i, line in enumerate(records.values()):
-    assert (
-      SamplingConfig(**{f.name: line[f.name] for f in dataclasses.fields(SamplingConfig)})
-      == SAMPLING
-    )
+    sampling = {field.name: line[field.name] for field in dataclasses.fields(SamplingConfig)}
+    assert SamplingConfig(**sampling) == SAMPLING
     assert line["seed"] == i
     assert len(line["tokens"]) == len(line["log_probs"])
     assert line["log_prob"] == pytest.approx(sum(line["log_probs"]), abs=1e-3)
     assert max(line["log_probs"]) <= 0
     assert line["log_prob"] < 0
   assert records["text_to_image"]["keep_neighbors"] is True
-  assert {t for t, r in records.items() if r["clip_score"] is not None} == {
-    "text_to_image",
-    "caption",
-    "infill_image",
-  }
+  scored = {task for task, line in records.items() if line["clip_score"] is not None}
+  assert scored == {"text_to_image", "caption", "infill_image"}
 
 
 @pytest.mark.parametrize(
@@ -142,11 +130,8 @@ def test_tasks_that_make_an_image(workdir, every_task, task):
 
 
 def test_infill_keeps_the_codes_around_the_box(workdir, every_task, image_file):
-  given = (
-    ImageTokenizer.load(workdir / "vqgan")
-    .encode(np.asarray(Image.open(image_file))[None])[0]
-    .reshape(4, 4)
-  )
+  tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  given = tokenizer.encode(np.asarray(Image.open(image_file))[None])[0].reshape(4, 4)
   made = np.array(every_task[1]["infill_image"]["codes"]).reshape(4, 4)
   outside = np.ones((4, 4), bool)
   outside[1:3, 1:3] = False
@@ -187,17 +172,11 @@ def sample_of(task, codes=(), segments=(), index=0):
 def test_names_of_files(tmp_path):
   codes = (np.zeros(16, np.int32),)
   task = TextToImage("Red apple", row=2)
-  assert Writer(tmp_path).file_names(sample_of(task, codes)) == [
-    "002_red-apple_guidance3_retrieve2.png"
-  ]
-  assert Writer(tmp_path, 2).file_names(sample_of(task, codes, index=1)) == [
-    "002_red-apple_guidance3_retrieve2_sample1.png"
-  ]
-  document = sample_of(Interleaved("red apple"), codes * 2)
-  assert Writer(tmp_path).file_names(document) == [
-    "000_red-apple_image0.png",
-    "000_red-apple_image1.png",
-  ]
+  name = "002_red-apple_guidance3_retrieve2"
+  assert Writer(tmp_path).file_names(sample_of(task, codes)) == [f"{name}.png"]
+  assert Writer(tmp_path, 2).file_names(sample_of(task, codes, index=1)) == [f"{name}_sample1.png"]
+  document = Writer(tmp_path).file_names(sample_of(Interleaved("red apple"), codes * 2))
+  assert document == [f"000_red-apple_image{i}.png" for i in range(2)]
 
 
 def test_a_document_is_recorded_segment_by_segment():

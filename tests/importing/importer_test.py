@@ -1,5 +1,3 @@
-"""Imported models have the loss of the original on the same text ids."""
-
 import dataclasses
 
 from etils import epath
@@ -29,7 +27,6 @@ QWEN3 |= {"rope_base": 1e6}
 
 
 def settings_for(fields, rows=published.ROWS, num_special=32, image_size=64):
-  """Settings of a tiny run with an imported model."""
   config = make_config()
   config.vocab.update({"num_special": num_special, "text_size": num_special + rows})
   config.vocab.image_size = image_size

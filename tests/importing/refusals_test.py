@@ -1,5 +1,3 @@
-"""What cannot be imported exactly, or read safely, is refused in one sentence with its reason."""
-
 import json
 import os
 import pathlib
@@ -56,10 +54,7 @@ def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
     ({"rms_norm_eps": 1e-5}, {}),
     ({"use_sliding_window": True}, {}),
     ({"layer_types": ["sliding_attention"] * 2}, {}),
-    (
-      {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
-      {},
-    ),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, {}),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {}),
     ({"layer_types": 3}, {}),
     ({"rope_parameters": "x"}, {}),
@@ -69,10 +64,7 @@ def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
     ({"num_key_value_heads": 3}, {}),
     ({"num_attention_heads": 4.5}, {}),
     ({"attention_bias": True}, {f"model.{Q}.bias": a_bias(0.1)}),
-    (
-      {},
-      {"model.layers.0.mlp.experts.weight": ZEROS},
-    ),
+    ({}, {"model.layers.0.mlp.experts.weight": ZEROS}),
     ({}, {"lm_head.weight": np.ones((480, 32), np.float32)}),
     ({}, {"model.norm.weight": None}),
     ({}, {"model.norm.weight": np.ones(31, np.float32)}),
@@ -80,16 +72,10 @@ def test_biases_of_0_are_imported(qwen3_folder, tmp_path):
     ({"model_type": "opt"}, {}),
     ({"model_type": None}, {}),
     ({"quantization_config": {"bits": 4}}, {}),
-    (
-      {"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6},
-      {},
-    ),
-    (
-      {"cm3leon": 3, "rope_theta": 1e6},
-      {},
-    ),
+    ({"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6}, {}),
+    ({"cm3leon": 3, "rope_theta": 1e6}, {}),
   ],
-)  # fmt: skip
+)
 def test_a_qwen3_that_is_not_ours_is_refused(config, tensors, qwen3_folder, tmp_path):
   source = altered(qwen3_folder, tmp_path / "source", config, tensors)
   refuses(settings_for(QWEN3), source)
@@ -172,13 +158,7 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
     imported(other, run, settings)
 
 
-@pytest.mark.parametrize(
-  "file",
-  [
-    "manifest.json",
-    "digests.json",
-  ],
-)
+@pytest.mark.parametrize("file", ["manifest.json", "digests.json"])
 def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file):
   write_json(tmp_path / file, {})
   with refused(UserError):

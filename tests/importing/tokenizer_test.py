@@ -1,5 +1,3 @@
-"""A published tokenizer keeps its tokens, with ids behind the special ones, and round trips."""
-
 import json
 
 from hypothesis import given

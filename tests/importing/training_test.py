@@ -1,5 +1,3 @@
-"""From a published text model to train steps: the commands of docs/importing.md on a tiny run."""
-
 import dataclasses
 import resource
 import shutil

@@ -34,7 +34,6 @@ FLAGS = ["--config.train.eval_every=6", "--config.train.sample_every=100"]
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-  """Makes what the stages before training leave."""
   folder = tmp_path_factory.mktemp("stages")
   make_workdir(folder, settings_from_config(get_config()))
   return folder
@@ -51,12 +50,9 @@ def server(stages):
 
 
 def environment_of(server):
-  return {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    **server.environment(),
-  }
+  own = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  own["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return {**os.environ, **own, **server.environment()}
 
 
 def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
@@ -97,7 +93,6 @@ def bucket_losses(server, cwd):
 
 @pytest.fixture(scope="module")
 def local_losses(stages, tmp_path_factory):
-  """Losses of the same run on a disk."""
   cwd = tmp_path_factory.mktemp("local")
   with contextlib.closing(bucket_server.Server()) as server:
     shutil.copytree(stages, cwd / "run")

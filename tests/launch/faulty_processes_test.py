@@ -45,12 +45,8 @@ def start(workdir):
         f"--config.train.global_batch_size={4 * processes}",
         "--config.train.eval_every=1000000", "--config.train.sample_every=1000000", *flags,
       ]  # fmt: skip
-      env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        **environment,
-      }
+      one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+      env = {**os.environ, "PYTHONPATH": str(ROOT), **one_device, **environment}
       with (workdir / f"{i}.log").open("w") as log:
         jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     everyone.extend(jobs)
@@ -127,8 +123,7 @@ def test_the_others_of_a_stopped_process_end_in_time(start, workdir, stopped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("signaled", "number", "code"),
-  [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)],
+  ("signaled", "number", "code"), [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)]
 )
 def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
   start, workdir, signaled, number, code

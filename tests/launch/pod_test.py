@@ -22,57 +22,41 @@ def recorders(tmp_path):
 # Lint.
 
 
+def lint(program, *arguments) -> subprocess.CompletedProcess:
+  command = [PROGRAMS / program, *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_are_clean(script):
   assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-  found = subprocess.run(
-    [PROGRAMS / "shellcheck", "--external-sources", script],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  found = lint("shellcheck", "--external-sources", script)
   assert found.returncode == 0, found.stdout
 
 
 def test_shellcheck_finds_an_unquoted_variable(tmp_path):
   (tmp_path / "wrong.sh").write_text("#!/usr/bin/env bash\nrm $1\n")
-  found = subprocess.run(
-    [PROGRAMS / "shellcheck", tmp_path / "wrong.sh"], capture_output=True, text=True, check=False
-  )
+  found = lint("shellcheck", tmp_path / "wrong.sh")
   assert found.returncode == 1
   assert "SC2086" in found.stdout
 
 
 def test_dockerfile_is_clean():
-  found = subprocess.run(
-    [PROGRAMS / "hadolint", POD / "Dockerfile"], capture_output=True, text=True, check=False
-  )
+  found = lint("hadolint", POD / "Dockerfile")
   assert found.returncode == 0, found.stdout
 
 
 def test_hadolint_finds_a_misspelt_instruction(tmp_path):
-  (tmp_path / "Dockerfile").write_text(
-    (POD / "Dockerfile").read_text().replace("WORKDIR", "WORKDIRS")
-  )
-  assert (
-    subprocess.run(
-      [PROGRAMS / "hadolint", tmp_path / "Dockerfile"], capture_output=True, check=False
-    ).returncode
-    != 0
-  )
+  text = (POD / "Dockerfile").read_text().replace("WORKDIR", "WORKDIRS")
+  (tmp_path / "Dockerfile").write_text(text)
+  assert lint("hadolint", tmp_path / "Dockerfile").returncode != 0
 
 
 def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist():
-  text, ignored = (
-    (POD / "Dockerfile").read_text(),
-    (ROOT / ".dockerignore").read_text().splitlines(),
-  )
-  copied = [
-    source
-    for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE)
-    for source in line.split()[:-1]
-  ]
+  text = (POD / "Dockerfile").read_text()
+  ignored = (ROOT / ".dockerignore").read_text().splitlines()
+  lines = re.findall(r"^COPY (.+)$", text, re.MULTILINE)
+  copied = [source for line in lines for source in line.split()[:-1]]
   assert copied
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)

@@ -18,6 +18,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config, settings_of_run
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
+from tests.messages import check_refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "pod" / "local.sh"
@@ -29,14 +30,9 @@ def start(workdir, processes, *flags, mesh=(2, 2, 2), config="tiny_config") -> s
   shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
   command = ["bash", LOCAL, str(processes), str(8 // processes), "--"]
   flags = [f"--config=tests/launch/{config}.py", f"--workdir={workdir}", *shape, *flags]
-  return subprocess.Popen(
-    [*command, *flags],
-    cwd=ROOT,
-    env={**os.environ, "PYTHON": sys.executable},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  env = {**os.environ, "PYTHON": sys.executable}
+  output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return subprocess.Popen([*command, *flags], cwd=ROOT, env=env, **output)
 
 
 def finish(job, code=0) -> str:
@@ -91,7 +87,6 @@ def fresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """Trains in one process without a stop."""
   folder = tmp_path_factory.mktemp("whole")
   make_workdir(folder, settings_from_config(get_config()))
   one_process(folder)
@@ -228,21 +223,7 @@ def test_all_processes_report_a_flipped_bit(fresh):
     assert f"[{process}] {sentence}" in output
 
 
-@pytest.mark.parametrize(
-  ("arguments", "sentence"),
-  [
-    ([], "error: PROCESSES is ''; it must be a positive whole number; usage: "),
-    (["2", "0", "--"], "error: DEVICES is '0'; it must be a positive whole number; usage: "),
-    (
-      ["2", "4", "--config=x"],
-      "error: '--' must stand before the flags, not '--config=x'; usage: ",
-    ),
-  ],
-)
-def test_the_script_refuses_bad_arguments_in_one_sentence(arguments, sentence):
-  result = subprocess.run(
-    ["bash", LOCAL, *arguments], capture_output=True, text=True, timeout=60, check=False
-  )
-  assert result.returncode == 2
-  assert result.stderr.startswith(sentence)
-  assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize("arguments", [[], ["2", "0", "--"], ["2", "4", "--config=x"]])
+def test_the_script_refuses_bad_arguments_in_one_sentence(arguments):
+  command = ["bash", LOCAL, *arguments]
+  check_refused(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))

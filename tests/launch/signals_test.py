@@ -1,5 +1,3 @@
-"""SIGTERM and Ctrl-C before, in and after the steps lose nothing and show no traceback."""
-
 import importlib
 import os
 import pathlib

@@ -2,18 +2,9 @@
 
 from tests.launch import tiny_config
 
-TASKS = tuple(
-  {
-    "name": name,
-    "templates": ("{x}",),
-    "target": "x",
-    "format": "jsonl",
-    "heldout": "heldout",
-    "drop_instruction": 0.2,
-    "drop_all": 0.1,
-  }
-  for name in ("answers", "edits")
-)
+TASK = {"templates": ("{x}",), "target": "x", "format": "jsonl", "heldout": "heldout"}
+TASK |= {"drop_instruction": 0.2, "drop_all": 0.1}
+TASKS = tuple({"name": name, **TASK} for name in ("answers", "edits"))
 
 
 def get_config():

@@ -1,5 +1,3 @@
-"""Tests that launch.train tunes a trained run on tasks and documents, stopped or not."""
-
 import os
 import shutil
 import signal
@@ -28,7 +26,6 @@ NAMES = ("answers", "edits", "pairs", "texts")
 
 
 def tuned(workdir, init_from="", replay_share=0.4, **fields):
-  """Tunes in this process, on 8 devices."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   config.update(fields)
@@ -55,7 +52,6 @@ def pretrained(tmp_path_factory):
 
 
 def copy_of(pretrained, folder):
-  """Copies the stages before training."""
   for name in ("documents", "instructions", "neighbors", "text_tokenizer", "vqgan"):
     shutil.copytree(pretrained / name, folder / name, symlinks=True)
   return folder

@@ -11,17 +11,8 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 
-CONFIG = ModelConfig(
-  vocab_size=96,
-  num_layers=2,
-  width=32,
-  num_heads=4,
-  mlp_width=64,
-  max_positions=32,
-  dtype="float32",
-  remat_policy="none",
-  loss_chunk=8,
-)
+SIZES = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 64, "dtype": "float32"}
+CONFIG = ModelConfig(vocab_size=96, max_positions=32, remat_policy="none", loss_chunk=8, **SIZES)
 
 
 def mesh_of(*shape):

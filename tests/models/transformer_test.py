@@ -86,6 +86,10 @@ def test_logits_of_a_pair_do_not_depend_on_the_alignment():
 @FAMILIES
 def test_scanned_layers_equal_unrolled(family):
   config = config_of(family)
+
+  def attend(q, k, v):
+    return attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS))
+
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config)
     scanned = model_logits(config, params, TOKENS, POSITIONS, SEGMENTS)
@@ -97,11 +101,7 @@ def test_scanned_layers_equal_unrolled(family):
         one, {**params, "blocks": jax.tree.map(lambda w, i=i: w[i : i + 1], params["blocks"])}
       )
       block = jax.tree.map(lambda w: w[0], layer.blocks)
-      x = block(
-        x,
-        jnp.asarray(POSITIONS),
-        lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS)),
-      )
+      x = block(x, jnp.asarray(POSITIONS), attend)
     unrolled = transformer.logits(model.final_norm(x), model.output_table())
   np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
@@ -149,8 +149,7 @@ def test_what_a_remat_policy_keeps():
 
 @FAMILIES
 @pytest.mark.parametrize(
-  "shape",
-  [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (1, 2, 4)))],
+  "shape", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 4, 2), (1, 2, 4)))]
 )
 def test_sharded_equals_one_device(family, shape):
   config = config_of(family)

@@ -21,6 +21,19 @@ class Mutant(NamedTuple):
   tests: tuple[str, ...]
 
 
-def mutants_of(file: str, test: str, *changes: tuple[str, str, str]) -> tuple[Mutant, ...]:
-  """Mutants of one file, each (name, old, new), that one test file, or one test, notices."""
-  return tuple(Mutant(name, file, old, new, (test,)) for name, old, new in changes)
+def mutants_of(*listing: str | tuple[str, str, str]) -> tuple[Mutant, ...]:
+  """Mutants of a listing: a file, and each of its mutants as (name, old, new).
+
+  The tests beside a file, `tests/x/y_test.py` of `cm3leon_jax/x/y.py`, notice its mutants, or those
+  that the listing names before them.
+  """
+  found, file, test = [], "", ""
+  for entry in listing:
+    if not isinstance(entry, str):
+      found.append(Mutant(entry[0], file, *entry[1:], (test,)))
+    elif "_test.py" in entry:
+      test = entry
+    else:
+      file = entry
+      test = f"tests/{file.removeprefix('cm3leon_jax/').removesuffix('.py')}_test.py"
+  return tuple(found)

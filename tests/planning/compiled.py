@@ -11,7 +11,6 @@ import sys
 
 
 def run_command(*flags: str) -> subprocess.CompletedProcess:
-  """Runs the command with these flags."""
   command = [sys.executable, "-m", "launch.aot_compile", *flags]
   # The plans are of optimized programs.
   environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}

@@ -47,18 +47,15 @@ class Launch:
 
   @property
   def on_gpus(self) -> bool:
-    """Returns whether it runs on GPUs."""
     return ":" not in self.topology
 
   @property
   def devices(self) -> int:
-    """Number of devices."""
     shape = self.topology.replace("-", ":").partition(":")[2]
     return self.slices * math.prod(map(int, shape.split("x")))
 
   @property
   def settings(self):
-    """Settings that the flags make."""
     file, *fields = (
       flag.removeprefix("--config") for flag in self.flags if flag.startswith("--config")
     )
@@ -98,7 +95,6 @@ def mesh_flags(topology: str, slices: int) -> tuple[str, ...]:
 
 
 def launch_of(line: str) -> Launch:
-  """Reads a command."""
   words = shlex.split(line.partition("#")[0])
   given = dict(word[2:].split("=", 1) for word in words if "=" in word)
   topology, slices = given["topology"], int(given.get("slices", 1))

@@ -1,5 +1,3 @@
-"""Which files `cm3leon plan` writes for a job, what it says about the others, what it refuses."""
-
 import dataclasses
 import json
 import re
@@ -20,9 +18,7 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
     ("v5e-256", {"workdir": "runs/7b"}),
     ("v5e-256", {"workdir": "/nfs/7b"}),
     ("h100-8", {"workdir": "7b"}),
-    (
-      "v5e-256", {"workdir": ""},
-    ),
+    ("v5e-256", {"workdir": ""}),
     ("h100-8", {"queue": "tpus"}),
     ("h100-8", {"secret": "own"}),
     ("v5e-256", {"name": "7b_run"}),
@@ -37,7 +33,7 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
     ("h100-8", {"service_account": "a"}),
     ("v5e-256", {"reservation": "r", "spot": True}),
   ],
-)  # fmt: skip
+)
 def test_what_no_launcher_could_start_is_refused(topology, options):
   flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
   job = launchers.PodJob(

@@ -1,5 +1,3 @@
-"""Hardware by its name: chips, hosts, and what is no hardware."""
-
 import pytest
 
 from cm3leon_jax.config import UserError

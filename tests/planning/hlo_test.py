@@ -97,11 +97,8 @@ def test_parts_of_a_collective_count_once(program):
 def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
   top = program.largest(4)
   assert top[0] == {"array": "bf16[4,8,32]", "bytes": 2048, "source": "fusion"}
-  assert {
-    "array": "bf16[16,32]",
-    "bytes": 1024,
-    "source": "cm3leon_jax/models/transformer.py:12 Block.__call__",
-  } in top
+  source = "cm3leon_jax/models/transformer.py:12 Block.__call__"
+  assert {"array": "bf16[16,32]", "bytes": 1024, "source": source} in top
 
 
 def test_padding_of_a_convolution_does_not_count():

@@ -15,7 +15,7 @@ from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, plan
 from cm3leon_jax.settings import settings_from_config
 from tests.launched import launch
-from tests.messages import refused
+from tests.messages import check_refused, refused
 
 
 def settings(name="cm3leon_350m", flags=(), **fields):
@@ -115,18 +115,14 @@ def test_the_mesh_of_a_config_stays():
   ("config", "topology", "slices"),
   [
     ({"mesh": {"fsdp": 7}}, "v5e-256", 1),
-    (
-      {"mesh": {"fsdp": 512}}, "v5e-256", 2,
-    ),
+    ({"mesh": {"fsdp": 512}}, "v5e-256", 2),
     ({"train": {"global_batch_size": 100}}, "v5e-256", 1),
     ({}, "v5e-256", 3),
     ({}, "h100-24", 1),
     ({}, "v5e-256", 16),
-    (
-      {"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1,
-    ),
+    ({"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1),
   ],
-)  # fmt: skip
+)
 def test_what_the_hardware_cannot_run_is_refused(config, topology, slices):
   with refused(UserError):
     make(settings(**config), topology, slices)
@@ -199,61 +195,35 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
 
 
 TOPOLOGY = "--topology=v5e-256"
+WRITES = [TOPOLOGY, "--out=out", "--workdir=gs://b/7b"]
 FURTHER = [
-  ([TOPOLOGY, "--mfu=nan"], "--mfu is nan; it must be a share of the peak, from 0.001 to 1"),
-  ([TOPOLOGY, "--image=i"], "--image applies only to the files of --out: give --out=FOLDER."),
-  ([TOPOLOGY, "--queue=q"], "--queue applies only to the files of --out: give --out=FOLDER."),
-  ([TOPOLOGY, "--secret=s"], "--secret applies only to the files of --out: give --out=FOLDER."),
-  (
-    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=i", "--secret=s"],
-    "--secret names the secret with WANDB_API_KEY, but config.train.wandb is empty: give --conf",
-  ),
-  (
-    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
-    "--secret is for gke_jobset.yaml, which is written only with --image: give --image, or ",
-  ),
-  (
-    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],
-    "--train_flag is '--init-from=gs://b/old', but cm3leon train has no flag --init-from: did ",
-  ),
-  (
-    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--memory_gib=100000"],
-    "--memory_gib is 100,000; a host of v5e-256 has 192.",
-  ),
-  (
-    [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=my image"],
-    "--image is 'my image'; the name of an image has no spaces.",
-  ),
-  ([TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"], f"--out is {__file__}, which is a"),
-]  # fmt: skip
+  [TOPOLOGY, "--mfu=nan"],
+  [TOPOLOGY, "--image=i"],
+  [TOPOLOGY, "--queue=q"],
+  [TOPOLOGY, "--secret=s"],
+  [*WRITES, "--image=i", "--secret=s"],
+  [*WRITES, "--secret=s", "--config.train.wandb=cats"],
+  [*WRITES, "--train_flag=--init-from=gs://b/old"],
+  [*WRITES, "--memory_gib=100000"],
+  [*WRITES, "--image=my image"],
+  [TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"],
+]
 
 
 @pytest.mark.parametrize(
-  ("flags", "sentence"),
+  "flags",
   [
-    ([], "name the hardware: --topology=v5e-256, or h100-64."),
-    ([TOPOLOGY, "--mfu=40"], "--mfu is 40; it must be a share of the peak, from 0.001 to 1: 0.4 "),
-    ([TOPOLOGY, "--out=OUT"], "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and "),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=init_from=gs://b/old"],
-      "--train_flag is 'init_from=gs://b/old'; it must begin with two hyphens: "
-      "--train_flag=--init_from=gs://b/old.",
-    ),
-    (
-      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b\nrm -r x"],
-      "'--workdir=gs://b/7b\\nrm -r x' contains a line break",
-    ),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER),
+    [],
+    [TOPOLOGY, "--mfu=40"],
+    [TOPOLOGY, "--out=out"],
+    [*WRITES, "--train_flag=init_from=gs://b/old"],
+    [TOPOLOGY, "--out=out", "--workdir=gs://b/7b\nrm -r x"],
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in FURTHER),
   ],
-)  # fmt: skip
-def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sentence):
-  flags = [flag.replace("OUT", str(tmp_path / "out")) for flag in flags]
-  result = launch("plan", "--config=cm3leon_350m", *flags)
-  assert result.returncode == 2
-  assert result.stderr.startswith(f"error: {sentence}")
-  assert result.stderr.count("\n") == 1
-  assert result.stdout == ""
-  assert not (tmp_path / "out").exists()
+)
+def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags):
+  check_refused(launch("plan", "--config=cm3leon_350m", *flags, cwd=tmp_path))
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

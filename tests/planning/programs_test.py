@@ -1,5 +1,3 @@
-"""Tests that the decode programs compiled ahead of time are those that a Generator runs."""
-
 import dataclasses
 import math
 
@@ -34,7 +32,6 @@ PROMPTS = 4
 
 
 def settings_of():
-  """Returns the sections that the decoder reads."""
   vqgan = type("VQGAN", (), {"image_tokens": IMAGE})()
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)
@@ -151,13 +148,8 @@ def test_the_update_of_reinforce_is_that_of_its_run():
     params = random_params(settings.model)
     optimizer = create_optimizer(settings.optimizer, settings.train.steps)
     state = init_state(settings.model, optimizer, jax.random.key(0))
-    step = grpo.compile_step(
-      settings.model,
-      settings.optimizer,
-      settings.reinforce,
-      settings.train.steps,
-      settings.vocab.text_size,
-    )
+    configs = settings.model, settings.optimizer, settings.reinforce
+    step = grpo.compile_step(*configs, settings.train.steps, settings.vocab.text_size)
     run = step.lower(abstract(state, mesh), abstract(params, mesh), abstract(rollout, mesh))
   assert planned.as_text() == run.as_text()
 

@@ -17,11 +17,10 @@ class Google(http.server.BaseHTTPRequestHandler):
   """Answers as the metadata server and as Secret Manager do."""
 
   def do_GET(self):
+    payload = {"payload": {"data": base64.b64encode(b"key").decode()}}
     answers = {
       (f"/{secret.TOKEN}", "Metadata-Flavor", "Google"): {"access_token": "t"},
-      (f"/v1/{NAME}/versions/latest:access", "Authorization", "Bearer t"): {
-        "payload": {"data": base64.b64encode(b"key").decode()}
-      },
+      (f"/v1/{NAME}/versions/latest:access", "Authorization", "Bearer t"): payload,
     }
     for (path, header, value), answer in answers.items():
       if self.path == path and self.headers[header] == value:

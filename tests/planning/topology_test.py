@@ -1,5 +1,3 @@
-"""Slices by their names, in this project and in Cloud TPU."""
-
 import pytest
 
 from cm3leon_jax.config import UserError

@@ -1,5 +1,3 @@
-"""Memory of the 7B's train step, and of learning from rewards, by the TPU compiler."""
-
 import pytest
 
 from tests.planning.compiled import aot_compile

@@ -1,5 +1,3 @@
-"""Memory of a step of tuning, by the TPU compiler."""
-
 import pytest
 
 from tests.planning.compiled import aot_compile

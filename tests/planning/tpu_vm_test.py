@@ -1,5 +1,3 @@
-"""Runs the `tpu_vm.sh` that `cm3leon plan` writes, with a recorder in place of gcloud."""
-
 import hashlib
 import subprocess
 import sys
@@ -121,29 +119,23 @@ def test_tpu_vm_refuses_what_is_no_key(recorders, tmp_path):
   assert recorders.calls("gcloud") == []
 
 
-SSH = ["tpu-vm", "ssh", "run"]
-JOURNAL = "sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow"
+HOSTS = ["tpu-vm", "ssh", "run", "--worker=all"]
+LOGS = "--command=sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow"
+STATUS = "--command=hostname; systemctl is-active cm3leon-train@$USER || true"
+STOP = "--command=sudo systemctl disable --now cm3leon-train@$USER"
 CREATE = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
+REQUEST = ["queued-resources", "create", "run", "--node-id=run", *CREATE]
 
 
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    (
-      ["create", "--reserved"],
-      ["queued-resources", "create", "run", "--node-id=run", *CREATE, "--reserved"],
-    ),
+    (["create", "--reserved"], [*REQUEST, "--reserved"]),
     (["state"], ["queued-resources", "describe", "run", "--format=value(state.state)"]),
-    (
-      ["status"],
-      [*SSH, "--worker=all", "--command=hostname; systemctl is-active cm3leon-train@$USER || true"],
-    ),
-    (["logs"], [*SSH, "--worker=0", f"--command={JOURNAL}"]),
-    (["logs", "5"], [*SSH, "--worker=5", f"--command={JOURNAL}"]),
-    (
-      ["stop"],
-      [*SSH, "--worker=all", "--command=sudo systemctl disable --now cm3leon-train@$USER"],
-    ),
+    (["status"], [*HOSTS, STATUS]),
+    (["logs"], [*HOSTS[:3], "--worker=0", LOGS]),
+    (["logs", "5"], [*HOSTS[:3], "--worker=5", LOGS]),
+    (["stop"], [*HOSTS, STOP]),
     (["delete"], ["queued-resources", "delete", "run", "--force"]),
   ],
 )
@@ -237,19 +229,34 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   assert not list(recorders.home.glob("tmp.*"))
 
 
-def test_tpu_vm_watch_stops_if_the_request_fails_again_and_again(recorders, tmp_path):
-  result = watched(recorders, tmp_path, ["FAILED"] * 5, created=[0] * 4)
+@pytest.mark.parametrize(
+  ("states", "created", "does", "end"),
+  [
+    (["FAILED"] * 5, [0] * 4, ["delete", "create"] * 4, "run FAILED 5 times: see the reason "),
+    # Somebody deletes it.
+    (
+      ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"], [0],
+      ["delete", "create"], "the queued resource run is gone: it was deleted, and ",
+    ),
+    # The third new request was made, so the last is another's deletion.
+    (
+      ["SUSPENDED"] + ["GONE"] * 3, [1, 1, 0],
+      ["delete"] + ["create"] * 3, "the queued resource run is gone: it was deleted, and ",
+    ),
+    (
+      ["SUSPENDED"] + ["GONE"] * 5, [1] * 5,
+      ["delete"] + ["create"] * 5, "run could not be asked for 5 times: see the message ",
+    ),
+  ],
+)  # fmt: skip
+def test_tpu_vm_watch_stops(recorders, tmp_path, states, created, does, end):
+  services = ["active"] * states.count("ACTIVE")
+  result = watched(recorders, tmp_path, states, services, created)
   assert result.returncode == MISTAKE
-  assert result.stdout.count("run could not be made: Quota exceeded.\n") == 5
-  assert result.stderr.startswith("error: run FAILED 5 times: see the reason above; ")
-
-
-def test_tpu_vm_watch_ends_if_somebody_deletes_the_request(recorders, tmp_path):
-  states = ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"]
-  result = watched(recorders, tmp_path, states, ["active"], [0])
-  assert result.returncode == MISTAKE
-  assert result.stderr.startswith("error: the queued resource run is gone: it was deleted, and ")
-  assert asked(recorders) == ["delete", "create"]
+  assert result.stderr.startswith(f"error: {end}")
+  assert asked(recorders) == does
+  failed = result.stdout.count("run could not be made: Quota exceeded.\n")
+  assert failed == states.count("FAILED")
 
 
 def test_tpu_vm_watch_waits_for_a_request_that_is_listed_without_a_state(recorders, tmp_path):
@@ -258,19 +265,6 @@ def test_tpu_vm_watch_waits_for_a_request_that_is_listed_without_a_state(recorde
   assert result.returncode == 0, result.stderr
   assert "training has ended" in result.stdout
   assert asked(recorders) == []
-
-
-def test_tpu_vm_watch_asks_again_if_the_new_request_failed(recorders, tmp_path):
-  result = watched(recorders, tmp_path, ["SUSPENDED"] + ["GONE"] * 3, created=[1, 1, 0])
-  assert result.returncode == MISTAKE  # The third was made, so the last is another's deletion.
-  assert " is gone: it was deleted" in result.stderr
-  assert asked(recorders) == ["delete", "create", "create", "create"]
-
-
-def test_tpu_vm_watch_stops_if_no_request_can_be_made(recorders, tmp_path):
-  result = watched(recorders, tmp_path, ["SUSPENDED"] + ["GONE"] * 5, created=[1] * 5)
-  assert result.returncode == MISTAKE
-  assert result.stderr.startswith("error: run could not be asked for 5 times: see the message ")
 
 
 def test_tpu_vm_watch_needs_a_request(recorders, tmp_path):

@@ -1,5 +1,3 @@
-"""Samples of the policy: which prompts a step draws, what it learns, and what it says of them."""
-
 import dataclasses
 import functools
 import itertools
@@ -78,13 +76,8 @@ def layout(workdir):
 def objective(workdir, layout):
   settings, run = settings_of(), workdir
   with one_device():
-    pipeline_of = functools.partial(
-      Pipeline,
-      settings=settings,
-      layout=layout,
-      image_tokenizer=ImageTokenizer.load(run / "vqgan"),
-      batch_size=BATCH,
-    )
+    parts = {"layout": layout, "image_tokenizer": ImageTokenizer.load(run / "vqgan")}
+    pipeline_of = functools.partial(Pipeline, settings=settings, batch_size=BATCH, **parts)
     prompts = rollouts.read_prompts(settings, layout, "train", 8)
     reference = random_params(settings.model)
     yield rollouts.Rollouts(settings, prompts, pipeline_of, low_codes, reference)
@@ -110,13 +103,7 @@ def test_records_that_are_too_long_are_left_out(layout):
     rollouts.read_prompts(settings_of(tasks=("draw",)), none, "train", 20)
 
 
-@pytest.mark.parametrize(
-  "tasks",
-  [
-    ("drow",),
-    ("count",),
-  ],
-)
+@pytest.mark.parametrize("tasks", [("drow",), ("count",)])
 def test_a_task_without_images_is_refused(layout, tasks):
   with refused(UserError):
     rollouts.read_prompts(settings_of(tasks=tasks), layout, "train", 4)
@@ -252,11 +239,8 @@ def test_streams_without_weight_are_left_out(objective):
     )
     codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
     made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
-    compute = jax.jit(
-      functools.partial(
-        grpo.guided_log_probs, SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
-      )
-    )
+    fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+    compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
     found = np.asarray(compute(objective._reference, grpo.place(made)))
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]

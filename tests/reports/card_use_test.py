@@ -1,5 +1,3 @@
-"""Tests of the section Use in the cards of other formats and image tokenizers: it runs as it is."""
-
 import dataclasses
 
 from etils import epath
@@ -31,7 +29,6 @@ def run(tmp_path_factory):
 
 
 def write(run, folder, **choice) -> str:
-  """Writes an export and its card; returns the card."""
   params = reading.open_params(run / "train")
   about = choices.TrainedRun(Run(run, SETTINGS), params, choices.Choice(**choice))
   numbers = formats.write(folder, about)

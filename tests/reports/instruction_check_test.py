@@ -1,5 +1,3 @@
-"""Tests that samples of instructions are checked against their records, and shown with targets."""
-
 import dataclasses
 
 import numpy as np
@@ -29,9 +27,7 @@ def plan_of(stores, loss_on="all", loss_weight=1.0, pairs=0.0) -> RowPlan:
   tasks, (pair_source, _) = stores
   sources = [
     dataclasses.replace(
-      task,
-      share=(1 - pairs) / 2,
-      instructions=dataclasses.replace(task.instructions, **fields),
+      task, share=(1 - pairs) / 2, instructions=dataclasses.replace(task.instructions, **fields)
     )
     for task in tasks
   ]

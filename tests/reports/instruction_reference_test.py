@@ -1,5 +1,3 @@
-"""The page of instruction tuning is current, and what it shows is what a model reads."""
-
 import re
 
 import pytest
@@ -50,28 +48,6 @@ def test_every_shipped_task_has_an_example(table, task):
     assert shown.endswith("<break> [image] </s>")
   given = [x for x in record.images if x != task.target and f"{{{x}}}" in task.templates[0]]
   assert shown.count("[image]") == len(given) + 1 - (task.target in record.texts)
-
-
-@pytest.mark.parametrize(
-  ("table", "name", "shown"),
-  [
-    ("cm3leon", "edit", "</s> Edit first image following the instruction <break> [image] <break> "
-     "make it snow <break> [image] </s>"),
-    ("cm3leon", "ocr", '</s> draw "OPEN ALL NIGHT" <break> [image] </s>'),
-    ("cm3leon", "caption_coco", "</s> <mask:0> <break> [image] </s> <mask:0> a man with an "
-     "umbrella <eoss>"),
-    ("cm3leon", "vqa", "</s> Question: What is the man holding? Answer: <mask:0>. <break> [image] "
-     "</s> <mask:0> an umbrella <eoss>"),
-    ("cm3leon", "science_qa", "</s> Question: Which material is harder?\nContext: The picture "
-     "shows a pillow and a brick.\nOptions: (A) feathers (B) clay\nAnswer: <mask:0>. <break> "
-     "[image] </s> <mask:0> (B) <eoss>"),
-    ("tutorial", "image_and_text_to_text", "</s> [image] <break> How many people are in this "
-     "image? <break> <mask:0> </s> <mask:0> Three <eoss>"),
-  ],
-)  # fmt: skip
-def test_examples_of_the_paper_and_the_tutorial(table, name, shown):
-  task = named(table, name)
-  assert reference.sample_of(task, reference.example(task)) == shown
 
 
 def test_templates_of_the_paper():

@@ -1,5 +1,3 @@
-"""Tests of the model card: its snippets run, and its figures are those of the run."""
-
 import dataclasses
 import json
 import os
@@ -17,7 +15,6 @@ import transformers
 
 from cm3leon_jax import CM3Leon, settings
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -29,7 +26,6 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
 from tests.data.raw_folder import write_raw
 from tests.generation.run import SETTINGS, one_device, save_run
-from tests.messages import refused
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
 
@@ -387,10 +383,3 @@ def test_a_card_names_only_what_the_folder_has(measured):
     assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
   assert "library_name" not in card
   assert snippets(card) == []
-
-
-def test_a_run_without_settings_is_refused(measured):
-  root, _ = measured
-  write_json(root / "train" / "config.json", {"run": {}})
-  with refused(UserError):
-    model_card.write(root / "export", Run(root, SETTINGS), STEP, {"parameters": 1})

@@ -23,10 +23,7 @@ def run(tmp_path_factory):
 def test_page_is_one_file_with_its_images_inside(run):
   workdir, _, html = run
   page = Page(html)
-  assert page.open == []
-  assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
-  assert "url(http" not in html
-  assert "@import" not in html
+  page.check_whole()
   assert str(workdir) not in html
   # 2 prompts with 6 samples, original and 2 neighbors; 4 originals and reconstructions; 3 grids.
   assert len(page.images) == 2 * (6 + 1 + 2) + 2 * 4 + 3

@@ -1,5 +1,3 @@
-"""Tests that rows are read with their documents, and that wrong rows are refused."""
-
 import dataclasses
 
 import numpy as np
@@ -23,11 +21,14 @@ def scores(sources):
   return (np.arange(shape[0])[:, None] + np.arange(shape[1])[None] / 10).astype(np.float32)
 
 
+def views_of(loader, scores, count):
+  rows = row_contents.read_rows(loader, scores, range(count))
+  return [view for row in rows for view in row.samples]
+
+
 def test_rows_of_every_kind_are_read_and_named(sources, scores):
   loader = RowLoader(make_plan(sources), VOCAB)
-  views = [
-    view for row in row_contents.read_rows(loader, scores, range(60)) for view in row.samples
-  ]
+  views = views_of(loader, scores, 60)
   assert any(view.dropped for view in views)
   assert any(part.moved and part.kind == "image" for view in views for part in view.parts)
   assert any(part.moved and part.kind == "text" for view in views for part in view.parts)
@@ -45,18 +46,14 @@ def test_rows_of_every_kind_are_read_and_named(sources, scores):
 
 def test_rows_without_room_are_read_too(sources, scores):
   loader = RowLoader(make_plan(sources, sequence_length=20, text_share=0.5), VOCAB)
-  views = [
-    view for row in row_contents.read_rows(loader, scores, range(200)) for view in row.samples
-  ]
+  views = views_of(loader, scores, 200)
   assert any(view.missing for view in views)
 
 
 def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
   plan = make_plan(sources, num_neighbors=2, sequence_length=100)
   loader = RowLoader(plan, VOCAB, align_images=True)
-  views = [
-    view for row in row_contents.read_rows(loader, scores, range(40)) for view in row.samples
-  ]
+  views = views_of(loader, scores, 40)
   assert min(view.sample.positions.min() for view in views) < 0
   number = next(i for i in range(40) if (loader[i]["positions"] < 0).any())
   aligned = loader[number]["positions"]
@@ -67,8 +64,6 @@ def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
 
 
 class Changed(RowLoader):
-  """Rows with one change."""
-
   def __init__(self, plan, change):
     super().__init__(plan, VOCAB)
     self._change = change
@@ -94,12 +89,7 @@ def merge_samples(row):
 
 
 @pytest.mark.parametrize(
-  "change",
-  [
-    swap_codes,
-    merge_samples,
-    lambda row: row["positions"].__iadd__(1),
-  ],
+  "change", [swap_codes, merge_samples, lambda row: row["positions"].__iadd__(1)]
 )
 def test_a_row_without_its_planned_samples_is_refused(sources, scores, change):
   plan = make_plan(sources, mean_spans=0.0)

@@ -1,5 +1,3 @@
-"""Tests that rows are split into samples, parts and segments, and that wrong rows are refused."""
-
 import dataclasses
 
 from hypothesis import given
@@ -27,7 +25,6 @@ def document(*segments, key="d"):
 
 
 def make_row(*samples, length=24):
-  """Packs a row of samples whose targets all weigh 1."""
   return loader.pack_row(
     [(np.array(s, np.int32), np.ones(len(s), np.float32)) for s in samples], length, VOCAB
   )

@@ -116,7 +116,7 @@ class Page(HTMLParser):
 
   def __init__(self, html):
     super().__init__()
-    self.references, self.images, self.open = [], [], []
+    self.html, self.references, self.images, self.open = html, [], [], []
     self.feed(html)
 
   def handle_starttag(self, tag, attributes):
@@ -132,6 +132,13 @@ class Page(HTMLParser):
   def handle_endtag(self, tag):
     if tag not in self.VOID:
       assert self.open.pop() == tag
+
+  def check_whole(self):
+    """The page is whole, and one file: it refers to nothing outside of itself."""
+    assert self.open == []
+    assert all(x.startswith(("data:image/png;base64,", "#")) for x in self.references)
+    assert "url(http" not in self.html
+    assert "@import" not in self.html
 
 
 def headings(html):

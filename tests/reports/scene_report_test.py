@@ -1,5 +1,3 @@
-"""The report of a run whose scenes were judged."""
-
 import json
 import re
 
@@ -26,7 +24,6 @@ BEST = {
 
 
 def make_scenes(workdir, **fields):
-  """Adds an evaluation with judged scenes whose summary has `fields`."""
   row = {"images": 4, "correct": share(0.3)}
   table = {"all": row, "tag": {"colors": row}, "heldout": {"pair": row}, "geneval": 0.3}
   tables = {"reconstructions": table, "guidance 1.5": table}

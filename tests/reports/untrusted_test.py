@@ -1,5 +1,3 @@
-"""Captions of strangers are inert on pages that are rendered from them."""
-
 import json
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Embeddings of raw pairs, and the whole stage from raw pairs to neighbors."""
-
 import dataclasses
 import shutil
 
@@ -147,14 +145,9 @@ def test_candidates_come_from_the_caption_and_from_the_image(built, split):
   queries, images, documents = (
     array[:].astype(np.float32) for array in (rows.queries, rows.images, rows.documents)
   )
+  about = documents, rows.keys[:], rows.groups[:], CONFIG.kept_per_side
   captions_only, both = (
-    retriever.select(
-      [retriever.search(queries), retriever.search(other)],
-      documents,
-      rows.keys[:],
-      rows.groups[:],
-      CONFIG.kept_per_side,
-    )[0]
+    retriever.select([retriever.search(queries), retriever.search(other)], *about)[0]
     for other in (queries, images)
   )
   found = neighbors.load_neighbors(root / "out", f"{split}_pairs")

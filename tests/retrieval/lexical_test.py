@@ -1,10 +1,6 @@
-"""Words of captions beside CLIP: weights, cosines, and the stage and its queries with both."""
-
 import dataclasses
 import hashlib
 import os
-import subprocess
-import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +18,7 @@ from cm3leon_jax.retrieval.config import RetrievalConfig
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import Retriever
 from tests.data.raw_folder import write_raw
+from tests.launched import python
 from tests.messages import refused
 from tests.retrieval.bank_test import files_of, tiny_clip
 
@@ -80,12 +77,8 @@ def test_words_are_counted_in_the_whole_bank_and_not_in_held_out_captions(tmp_pa
   stored = read_json(tmp_path / lexical.FILE)
   words = {word: str(lexical.bucket(word)) for word in ("a", "red", "blue", "bell")}
   assert stored["documents"] == 2
-  assert {word: stored["counts"][b] for word, b in words.items()} == {
-    "a": 2,
-    "red": 1,
-    "blue": 1,
-    "bell": 2,
-  }
+  counts = {word: stored["counts"][b] for word, b in words.items()}
+  assert counts == {"a": 2, "red": 1, "blue": 1, "bell": 2}
 
 
 def uniform(weight=0.5, width=WORDS):
@@ -126,13 +119,7 @@ def test_other_processes_compute_the_same():
     "print(hashlib.sha256(rows.tobytes()).hexdigest())"
   )
   digests = {
-    subprocess.run(
-      [sys.executable, "-c", code],
-      env={**os.environ, "PYTHONHASHSEED": seed},
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
+    python(code, env={**os.environ, "PYTHONHASHSEED": seed}, check=True).stdout.strip()
     for seed in "12"
   }
   rows = Lexical(0.5, 64, np.arange(1.0, BUCKETS + 1)).embed(["a red bell", "été", ""] * 9)

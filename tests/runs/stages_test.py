@@ -67,10 +67,7 @@ def test_files_are_on_the_disk_before_done_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
 def test_a_stage_whose_numbers_are_not_finite_is_not_finished(tmp_path, value):
-  with (
-    refused(UserError),
-    stages.once(tmp_path, {"n": 1}) as summary,
-  ):
+  with refused(UserError), stages.once(tmp_path, {"n": 1}) as summary:
     summary.update(steps=3, losses={"train": 1.0, "heldout": value})
   assert not (tmp_path / stages.DONE).exists()
 
@@ -100,14 +97,7 @@ def test_a_stage_that_writes_the_same_files_has_the_same_id(tmp_path):
   assert write_stage(tmp_path, content=b"other weights")["id"] != first["id"]
 
 
-@pytest.mark.parametrize(
-  "content",
-  [
-    None,
-    b"weight",
-    b"weighty",
-  ],
-)
+@pytest.mark.parametrize("content", [None, b"weight", b"weighty"])
 def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content):
   write_stage(tmp_path)
   path = tmp_path / "vqgan" / "params.safetensors"
@@ -119,10 +109,7 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content)
     with refused(UserError):
       stages.check_files(named)
   stages.check_files(tmp_path / "vqgan" / "config.json")
-  with (
-    refused(UserError),
-    stages.once(tmp_path / "vqgan", {}, files=table.STAGES["vqgan"].files),
-  ):
+  with refused(UserError), stages.once(tmp_path / "vqgan", {}, files=table.STAGES["vqgan"].files):
     pytest.fail("the body must not run")
 
 
@@ -185,10 +172,7 @@ def test_files_of_an_earlier_version_pass(tmp_path):
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
   with stages.once(tmp_path, {"model": {"width": 8, "depth": 2}}):
     pass
-  with (
-    refused(UserError),
-    stages.once(tmp_path, {"model": {"width": 16, "depth": 2}}),
-  ):
+  with refused(UserError), stages.once(tmp_path, {"model": {"width": 16, "depth": 2}}):
     pytest.fail("the body must not run")
 
 
@@ -210,10 +194,7 @@ def test_differences_literal():
   assert stages.differences({"a": {"b": 1}}, {}) == ["a: {'b': 1} -> None"]
   assert stages.differences(
     {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
-  ) == [
-    "b.c: 2 -> 4",
-    "e: None -> 5",
-  ]
+  ) == ["b.c: 2 -> 4", "e: None -> 5"]
 
 
 def test_a_field_that_was_added_since_and_is_off_does_not_differ():
@@ -365,10 +346,7 @@ def test_a_stage_of_another_config_is_refused(tmp_path):
   with stages.stage(tmp_path, "raw", SETTINGS):
     pass
   other = changed("raw.resolution", 64)
-  with (
-    refused(UserError),
-    stages.stage(tmp_path, "raw", other),
-  ):
+  with refused(UserError), stages.stage(tmp_path, "raw", other):
     pytest.fail("the body must not run")
 
 

@@ -1,5 +1,3 @@
-"""Configs of the scenes that are refused, and why."""
-
 import collections
 import itertools
 

@@ -1,9 +1,8 @@
 """Icons of scenes: they come with an extra that other data do not need."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.launched import python
 
 WITHOUT_ICONS = """
 import subprocess
@@ -24,7 +23,5 @@ for draw in (lambda: scene_drawings.alpha("star"), source.check_installed):
 
 @pytest.mark.slow
 def test_reports_and_exports_of_other_data_need_no_icons():
-  result = subprocess.run(
-    [sys.executable, "-c", WITHOUT_ICONS], capture_output=True, text=True, check=False
-  )
+  result = python(WITHOUT_ICONS)
   assert (result.returncode, result.stdout) == (0, "True\nTrue\n"), result.stderr

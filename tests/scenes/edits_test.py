@@ -1,5 +1,3 @@
-"""Edits of scenes: what is left out, and what may be trained."""
-
 import random
 import re
 

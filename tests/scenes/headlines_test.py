@@ -1,5 +1,3 @@
-"""Headlines of runs whose scenes or answers were judged, and none of others."""
-
 import pytest
 
 from cm3leon_jax.reports import summary

@@ -1,5 +1,3 @@
-"""Tests instruction data over scenes: answers, edits, balance, and that nothing held out leaks."""
-
 import collections
 import itertools
 import random

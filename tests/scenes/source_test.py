@@ -37,8 +37,6 @@ FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
 
 
 class Letters:
-  """A letter is a token."""
-
   def encode_batch(self, texts):
     return [np.array([ord(c) + 8 for c in text], np.int32) for text in texts]
 

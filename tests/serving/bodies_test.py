@@ -1,5 +1,3 @@
-"""Large and odd bodies: refused in a sentence, before they take memory or time."""
-
 import ctypes
 import dataclasses
 import gc
@@ -25,10 +23,7 @@ from tests.serving.live import Live
 
 MIB = 2**20
 PROC = pathlib.Path("/proc/self")
-CLASSES = {
-  "/v1/images/generations": schemas.Generation,
-  "/v1/chat/completions": schemas.Chat,
-}
+CLASSES = {"/v1/images/generations": schemas.Generation, "/v1/chat/completions": schemas.Chat}
 
 
 def repeated(item: str, between: str, size: int) -> str:

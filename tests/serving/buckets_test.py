@@ -1,5 +1,3 @@
-"""Requests of any shape compile nothing, and get the samples of `CM3Leon`."""
-
 import logging
 
 import jax

@@ -21,7 +21,6 @@ def _few_maps():
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-  """The workdir of a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("served"))
   save_run(root)
   return root
@@ -35,7 +34,6 @@ def model(run):
 
 @pytest.fixture(scope="session")
 def engine(model):
-  """An engine that is ready."""
   engine = Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=64)
   engine.start()
   assert engine.wait_until_ready()
@@ -52,5 +50,4 @@ def live(engine, run):
 
 @pytest.fixture
 def idle(model):
-  """An engine that never starts: its jobs wait."""
   return Engine(model.pipeline, model.mesh, slots=3, chunk=4, queue_limit=2)

@@ -1,5 +1,3 @@
-"""Images of requests are decoded in the queue: a few at once, and nobody else waits for them."""
-
 import asyncio
 import contextlib
 import dataclasses

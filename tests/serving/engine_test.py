@@ -1,5 +1,3 @@
-"""Queue, time-outs, clients that leave, faults: what happens to one request, and to the others."""
-
 import contextlib
 import copy
 import dataclasses

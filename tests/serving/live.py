@@ -80,13 +80,11 @@ class Live:
     return self.http.post("/v1/chat/completions", json={"messages": messages, **body})
 
   def gauge(self, name: str) -> float:
-    """The value of a metric without labels."""
     lines = self.http.get("/metrics").text.splitlines()
     [line] = [line for line in lines if line.startswith(f"cm3leon_serve_{name} ")]
     return float(line.split()[1])
 
   def wait_for(self, name: str, value: float, seconds: float = 30) -> None:
-    """Waits until a metric has a value."""
     ends = time.monotonic() + seconds
     while (found := self.gauge(name)) != value:
       assert time.monotonic() < ends, f"{name} is {found}, not {value}, after {seconds} s"
@@ -94,7 +92,6 @@ class Live:
 
 
 def error(answer: httpx.Response) -> tuple[int, str]:
-  """Status and sentence of a refusal."""
   return answer.status_code, answer.json()["error"]["message"]
 
 
@@ -111,7 +108,6 @@ def pixels(base64_png: str) -> np.ndarray:
 
 
 def image(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
-  """An image of noise."""
   shape = (size[1], size[0], 3)
   return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 

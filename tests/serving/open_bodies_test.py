@@ -18,7 +18,6 @@ PATH = "/v1/images/generations"
 
 
 def opened(live, headers: str, body: bytes) -> socket.socket:
-  """Sends a request; the caller closes its connection."""
   client = socket.create_connection(("127.0.0.1", live.port), timeout=60)
   kind = "Content-Type: application/json"
   client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n{headers}\r\n\r\n".encode())

@@ -14,14 +14,8 @@ from cm3leon_jax.serving.web.limits import Limits
 from tests.serving.live import Live, image, png
 
 CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
 PROMPT = "a green bell to the left of a blue key"
 SECONDS = 60_000  # Milliseconds, of playwright.
 

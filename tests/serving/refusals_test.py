@@ -1,5 +1,3 @@
-"""Wrong requests are refused with one sentence; hostile ones cost nothing."""
-
 import dataclasses
 import io
 import json
@@ -10,48 +8,47 @@ import zlib
 from PIL import Image
 import pytest
 
+from tests.messages import check_sentence
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, about, error, image, png
 
 IMAGE = image(0)
 GENERATIONS = [
-  ({}, "prompt is required, but not given."),
-  ({"prompt": None}, "prompt is required, but not given."),
-  ({"prompt": " "}, "prompt is required, but not given: write what the image shows."),
-  ({"prompt": 5}, "prompt is 5; it must be a text."),
-  ({"prompt": "a", "guidence": 2}, "there is no field 'guidence' here: did you mean 'guidance'?"),
-  ({"prompt": "a", "n": 0}, "n is 0; it must be at least 1."),
-  ({"prompt": "a", "n": 9}, "n is 9; it must be at most 8."),
-  ({"prompt": "a", "n": "2"}, "n is '2'; it must be a whole number."),
-  ({"prompt": "a", "n": 1.5}, "n is 1.5; it must be a whole number."),
-  ({"prompt": "a", "n": True}, "n is True; it must be a whole number."),
-  ({"prompt": "a", "stream": 1}, "stream is 1; it must be true or false."),
-  ({"prompt": "a", "top_p": "x"}, "top_p is 'x'; it must be a number."),
-  ({"prompt": "a", "n": 10**60}, "n is 1000"),
-  ({"prompt": "a", "seed": -1}, "seed is -1; it must be at least 0."),
-  ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model generates."),
-  ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; images are returned only"),
-  ({"prompt": "a", "output_format": "webp"}, "output_format is 'webp'; it must be 'png'."),
-  ({"prompt": "a", "background": "transparent"}, "background is 'transparent'; it must be 'auto'"),
-  ({"prompt": "a", "temperature": 0}, "temperature is 0.0; it must be greater than 0"),
-  ({"prompt": "a", "temperature": 1e-30}, "temperature is 1e-30; it must be 0, or from"),
-  ({"prompt": "a", "top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
-  ({"prompt": "a", "guidance_schedule": "x"}, "guidance_schedule is 'x'; it must be 'constant'"),
-  ({"prompt": "a", "retrieve": 65}, "retrieve is 65; it must be at most 4."),
-  ({"prompt": "a", "retrieve": 10**6}, "retrieve is 1000000; it must be at most 4."),
-  (
-    {"prompt": "car " * 200},
-    "the prompt has 203 tokens and up to 17 follow; the model was trained on 128 positions: sh",
-  ),
-  ({"prompt": "a <mask>"}, "prompt has a <mask>, which only a message of /v1/chat/completions tak"),
+  {},
+  {"prompt": None},
+  {"prompt": " "},
+  {"prompt": 5},
+  {"prompt": "a", "guidence": 2},
+  {"prompt": "a", "n": 0},
+  {"prompt": "a", "n": 9},
+  {"prompt": "a", "n": "2"},
+  {"prompt": "a", "n": 1.5},
+  {"prompt": "a", "n": True},
+  {"prompt": "a", "stream": 1},
+  {"prompt": "a", "top_p": "x"},
+  {"prompt": "a", "n": 10**60},
+  {"prompt": "a", "seed": -1},
+  {"prompt": "a", "size": "1024x1024"},
+  {"prompt": "a", "response_format": "url"},
+  {"prompt": "a", "output_format": "webp"},
+  {"prompt": "a", "background": "transparent"},
+  {"prompt": "a", "temperature": 0},
+  {"prompt": "a", "temperature": 1e-30},
+  {"prompt": "a", "top_p": 1.5},
+  {"prompt": "a", "guidance_schedule": "x"},
+  {"prompt": "a", "retrieve": 65},
+  {"prompt": "a", "retrieve": 10**6},
+  {"prompt": "car " * 200},
+  {"prompt": "a <mask>"},
 ]
 
 
-@pytest.mark.parametrize(("body", "sentence"), GENERATIONS)
-def test_wrong_fields_of_generations(live, body, sentence):
+@pytest.mark.parametrize("body", GENERATIONS)
+def test_wrong_fields_of_generations(live, body):
   answer = live.generate(**body)
   status, found = error(answer)
-  assert (status, found[: len(sentence)]) == (400, sentence)
+  assert status == 400
+  check_sentence(found)
   [field] = [name for name in (*body, "prompt") if name in found][:1]
   assert answer.json()["error"]["param"] == field
   assert error(live.generate(**{"stream": True, **body})) == (400, found)
@@ -109,52 +106,37 @@ def bomb() -> bytes:
 
 TRUNCATED = png(IMAGE)[:-40]
 FORMS = [
-  ((bomb(), None, {"prompt": "a"}), 413, "image has far too many pixels; at most 4,096 are"),
-  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413, "image has 4,160 pixels (65 x 64); at"),
-  ((TRUNCATED, None, {"prompt": "a"}), 400, "image is damaged; it must be a PNG, JPEG, WebP, GIF"),
-  ((b"%!PS-Adobe", None, {"prompt": "a"}), 400, "image cannot be read; it must be a PNG, JPEG,"),
-  ((png(IMAGE), None, {}), 400, "prompt is required, but not given: write how the image shou"),
-  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400, "box is 0,0,9,2; it must lie within 8 x 8 pixels"),
-  ((png(IMAGE), None, {"box": "-1,0,2,2"}), 400, "box is -1,0,2,2; it must lie within 8 x 8 pixe"),
-  ((png(IMAGE), None, {"box": "4,0,4,2"}), 400, "box is 4,0,4,2, which is empty: left must be le"),
-  (
-    (png(IMAGE), None, {"box": "1,2,3"}),
-    400,
-    "box is '1,2,3'; it must be four whole numbers of pi",
-  ),
-  ((png(IMAGE), None, {"box": "abc"}), 400, "box is 'abc'; it must be four whole numbers of pixel"),
-  ((png(IMAGE), png(IMAGE), {}), 400, "mask has no fully transparent pixel: make the area to"),
-  ((png(IMAGE), bomb(), {}), 413, "mask has far too many pixels"),
-  ((png(IMAGE), png(image(1, (4, 4))), {}), 400, "mask has 4 x 4 pixels; it must have 8 x 8 l"),
-  ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400, "mask and box are given: give one of them."),
-  ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400, "an edit retrieves no documents: le"),
-  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "guidance is for infills; an edit b"),
-  (
-    (png(IMAGE), None, {"box": "0,0,2,2", "edit_guidance": "2"}),
-    400,
-    "edit_guidance is for edits by instruction; with mask or box, give guidance.",
-  ),
-  (
-    (png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}),
-    400,
-    "guidance is given without a prompt for guidance: give a prompt, or leave guidance out.",
-  ),
-  ((png(IMAGE), None, {"prompt": "a <mask>"}), 400, "prompt has a <mask>, which only a message of"),
-  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a whole number."),
-  (
-    (png(IMAGE), None, {"prompt": "a", "stream": "x"}),
-    400,
-    "stream is 'x'; it must be true or fal",
-  ),
+  ((bomb(), None, {"prompt": "a"}), 413),
+  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413),
+  ((TRUNCATED, None, {"prompt": "a"}), 400),
+  ((b"%!PS-Adobe", None, {"prompt": "a"}), 400),
+  ((png(IMAGE), None, {}), 400),
+  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400),
+  ((png(IMAGE), None, {"box": "-1,0,2,2"}), 400),
+  ((png(IMAGE), None, {"box": "4,0,4,2"}), 400),
+  ((png(IMAGE), None, {"box": "1,2,3"}), 400),
+  ((png(IMAGE), None, {"box": "abc"}), 400),
+  ((png(IMAGE), png(IMAGE), {}), 400),
+  ((png(IMAGE), bomb(), {}), 413),
+  ((png(IMAGE), png(image(1, (4, 4))), {}), 400),
+  ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400),
+  ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400),
+  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400),
+  ((png(IMAGE), None, {"box": "0,0,2,2", "edit_guidance": "2"}), 400),
+  ((png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}), 400),
+  ((png(IMAGE), None, {"prompt": "a <mask>"}), 400),
+  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400),
+  ((png(IMAGE), None, {"prompt": "a", "stream": "x"}), 400),
 ]
 
 
-@pytest.mark.parametrize(("form", "status", "sentence"), FORMS)
-def test_wrong_forms_of_edits(live, form, status, sentence):
+@pytest.mark.parametrize(("form", "status"), FORMS)
+def test_wrong_forms_of_edits(live, form, status):
   data, mask, fields = form
   answer = live.edit(data, mask, **fields)
-  found = error(answer)
-  assert (found[0], found[1][: len(sentence)]) == (status, sentence)
+  found, sentence = error(answer)
+  assert found == status
+  check_sentence(sentence)
   param = answer.json()["error"]["param"]
   assert param == ("retrieve" if "retrieves" in sentence else sentence.split()[0])
 
@@ -175,62 +157,46 @@ def url(value: str) -> list[dict]:
 
 
 CHATS = [
-  (url("http://169.254.169.254/a.png"), "image_url.url begins with http:, but the server fetches"),
-  (url("file:///etc/passwd"), "image_url.url begins with file:, but the server fetches nothing"),
-  (url("data:text/html;base64,aaaa"), "image_url.url must be data:image/png;base64,... with the"),
-  (url("data:image/png;base64,!!!!"), "image_url.url is not valid base64."),
-  (url("data:image/png;base64,aaaa"), "image_url.url cannot be read; it must be a PNG, JPEG, We"),
-  (about(IMAGE) + about(IMAGE), "messages must have at most one image"),
-  ("hello", "the message has no image: add an image for a caption or an answer, or write"),
-  ([{"type": "audio"}], "messages.0.content.0.type is 'audio'; it must be 'text' or 'image_url'."),
-  ([{"type": "text", "words": "a"}], "there is no field 'messages.0.content.0.words' here: leave"),
-  ([5], "messages.0.content.0 is 5; it must be an object."),
-  (5, "messages.0.content is 5; it must be a text, or a list of parts."),
-  (about(IMAGE, "What? <break> x"), "the message has a <break>, which only a text with <mask>"),
+  url("http://169.254.169.254/a.png"),
+  url("file:///etc/passwd"),
+  url("data:text/html;base64,aaaa"),
+  url("data:image/png;base64,!!!!"),
+  url("data:image/png;base64,aaaa"),
+  about(IMAGE) + about(IMAGE),
+  "hello",
+  [{"type": "audio"}],
+  [{"type": "text", "words": "a"}],
+  [5],
+  5,
+  about(IMAGE, "What? <break> x"),
 ]
 
 
-@pytest.mark.parametrize(("content", "sentence"), CHATS)
-def test_wrong_chats(live, content, sentence):
+@pytest.mark.parametrize("content", CHATS)
+def test_wrong_chats(live, content):
   answer = live.chat(content)
-  status, found = error(answer)
-  assert (status, found[: len(sentence)]) == (400, sentence)
+  status, sentence = error(answer)
+  assert status == 400
+  check_sentence(sentence)
   param = answer.json()["error"]["param"]
   assert param.startswith("image_url" if sentence.startswith("image_url") else "messages")
 
 
 CHAT_FIELDS = [
-  ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1."),
-  (
-    {"max_tokens": 107},
-    "max_tokens",
-    "max_tokens is 107; after this message there is room for 106.",
-  ),
-  (
-    {"max_completion_tokens": 2000, "max_tokens": 4},
-    "max_completion_tokens",
-    "max_completion_tokens is 2000; after this message there is room for 106.",
-  ),
-  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or from 1e-20"),
+  ("", {"max_tokens": 0}, "max_tokens"),
+  ("", {"max_tokens": 107}, "max_tokens"),
+  ("", {"max_completion_tokens": 2000, "max_tokens": 4}, "max_completion_tokens"),
+  ("", {"temperature": 1e-30}, "temperature"),
+  ("car " * 200, {"max_tokens": 4}, "messages"),
 ]
 
 
-@pytest.mark.parametrize(("body", "field", "sentence"), CHAT_FIELDS)
-def test_wrong_fields_of_chats(live, body, field, sentence):
-  answer = live.chat(about(IMAGE), **body)
-  status, found = error(answer)
-  assert (status, found[: len(sentence)]) == (400, sentence)
-  assert answer.json()["error"]["param"] == field
-
-
-def test_a_message_that_is_too_long_is_refused(live):
-  answer = live.chat(about(IMAGE, "car " * 200), max_tokens=4)
-  assert error(answer) == (
-    400,
-    "the message has 239 tokens and up to 2 follow; the model was trained on 128 positions: "
-    "shorten the message.",
-  )
-  assert answer.json()["error"]["param"] == "messages"
+@pytest.mark.parametrize(("text", "body", "field"), CHAT_FIELDS)
+def test_wrong_fields_of_chats(live, text, body, field):
+  answer = live.chat(about(IMAGE, text), **body)
+  status, sentence = error(answer)
+  assert (status, answer.json()["error"]["param"]) == (400, field)
+  check_sentence(sentence)
 
 
 def test_a_chat_has_one_message_of_a_user(live):
@@ -330,13 +296,6 @@ def test_no_image_is_opened_that_pillow_would_start_a_program_for(live):
 
 def test_errors_are_json_of_one_shape(live):
   body = live.generate(prompt="a", n=0).json()
-  assert json.dumps(body) == json.dumps(
-    {
-      "error": {
-        "message": "n is 0; it must be at least 1.",
-        "type": "invalid_request_error",
-        "param": "n",
-        "code": "invalid_value",
-      }
-    }
-  )
+  message = {"message": "n is 0; it must be at least 1.", "type": "invalid_request_error"}
+  about = {"param": "n", "code": "invalid_value"}
+  assert json.dumps(body) == json.dumps({"error": {**message, **about}})

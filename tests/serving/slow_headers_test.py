@@ -1,5 +1,3 @@
-"""Connections that send the headers of a request byte by byte keep nobody out."""
-
 import contextlib
 import socket
 import time
@@ -27,7 +25,6 @@ def impatient(engine, monkeypatch):
 
 @pytest.fixture
 def connect(impatient):
-  """Opens a connection and sends some bytes."""
   with contextlib.ExitStack() as stack:
 
     def opened(sent: bytes = b"") -> socket.socket:

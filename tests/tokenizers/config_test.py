@@ -1,5 +1,3 @@
-"""Levels of FSQ that make a number of codes."""
-
 from cm3leon_jax.tokenizers.config import check_levels, levels_of
 from tests.messages import refused
 

@@ -1,5 +1,3 @@
-"""Losses of the image tokenizer against literals and oracles."""
-
 import dataclasses
 import functools
 
@@ -12,14 +10,8 @@ from cm3leon_jax.tokenizers import discriminator, losses, vqgan
 from cm3leon_jax.training.small import vqgan_training
 from tests.tokenizers.tiny import random_images, tiny_config
 
-CONFIG = tiny_config(
-  steps=12,
-  adversarial_weight=0.8,
-  adversarial_adaptive=True,
-  adversarial_start=0.5,
-  discriminator_width=4,
-  discriminator_layers=2,
-)
+ADVERSARY = {"adversarial_weight": 0.8, "adversarial_adaptive": True, "adversarial_start": 0.5}
+CONFIG = tiny_config(steps=12, discriminator_width=4, discriminator_layers=2, **ADVERSARY)
 NUM_CODES = 16
 
 

@@ -1,5 +1,3 @@
-"""Files of published image tokenizers: what is read, what is refused, and diffusers' folder."""
-
 import dataclasses
 import json
 import pickle
@@ -39,7 +37,6 @@ def small_families(monkeypatch):
 
 
 def some_tensors(family, **changed) -> dict[str, np.ndarray]:
-  """Returns random tensors of a family; those given as None are left out."""
   shapes = published_files.tensor_shapes(published_files.FAMILIES[family], NUM_CODES)
   rng = np.random.default_rng(0)
   made = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()} | changed
@@ -47,7 +44,6 @@ def some_tensors(family, **changed) -> dict[str, np.ndarray]:
 
 
 def assert_read(found, tensors):
-  """Asserts that the tokenizer has these numbers."""
   kept = published_files.to_tensors(found.tokenizer)
   assert kept.keys() == tensors.keys()
   for name, x in tensors.items():

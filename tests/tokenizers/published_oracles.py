@@ -106,13 +106,9 @@ class Chameleon:
       "num_res_blocks": config.blocks,
     }
     lowest = config.resolution // config.downsample
-    self.model = ChameleonVQVAE(
-      transformers.ChameleonVQVAEConfig(
-        **sizes,
-        resolution=config.resolution,
-        attn_resolutions=[lowest] if self.attention else None,
-      )
-    ).eval()
+    places = {"resolution": config.resolution}
+    places["attn_resolutions"] = [lowest] if self.attention else None
+    self.model = ChameleonVQVAE(transformers.ChameleonVQVAEConfig(**sizes, **places)).eval()
     janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()
     self.decoder = janus.decoder
     self.modules = (self.model, self.decoder)
@@ -159,12 +155,10 @@ class Chameleon:
 
 
 def build(config: PublishedConfig, num_codes: int):
-  """Returns the oracle of a config as torch initializes it."""
   return (Amused if config.family == "amused" else Chameleon)(config, num_codes)
 
 
 def make(config: PublishedConfig, num_codes: int, seed: int = 0):
-  """Returns the oracle of a config with random weights."""
   oracle = build(config, num_codes)
   for i, module in enumerate(oracle.modules):
     randomize(module, seed + i)
@@ -182,6 +176,5 @@ def save(path, oracle, prefix: str = "", **more) -> None:
 
 
 def to_pixels(images: np.ndarray, lowest: int):
-  """Converts uint8 to a tensor from `lowest` to 1."""
   pixels = torch.tensor(images).to(torch.float32) / 255
   return pixels if lowest == 0 else 2 * pixels - 1

@@ -1,5 +1,3 @@
-"""Published image tokenizers give the codes and pixels of their torch implementations."""
-
 import dataclasses
 import math
 

@@ -1,5 +1,3 @@
-"""Quantizers against small literal oracles."""
-
 import dataclasses
 
 from flax import nnx

@@ -48,9 +48,8 @@ def test_special_tokens_in_data_are_plain_text(tokenizer, folder, typed):
   ids = tokenizer.encode(text)
   assert (ids >= VOCAB.num_special).all()
   assert tokenizer.decode(ids) == text
-  control = transformers.AutoTokenizer.from_pretrained(folder)(
-    text, add_special_tokens=False
-  ).input_ids
+  auto = transformers.AutoTokenizer.from_pretrained(folder)
+  control = auto(text, add_special_tokens=False).input_ids
   assert VOCAB.special_tokens().index(typed) in control
 
 
@@ -85,12 +84,8 @@ def test_transformers_loads_it(folder, tokenizer):
   auto = transformers.AutoTokenizer.from_pretrained(folder)
   assert len(auto) == VOCAB.text_size
   assert auto.convert_ids_to_tokens(list(range(VOCAB.num_special))) == VOCAB.special_tokens()
-  assert (auto.pad_token_id, auto.bos_token_id, auto.eos_token_id, auto.unk_token_id) == (
-    VOCAB.pad,
-    VOCAB.eos,
-    VOCAB.eos,
-    VOCAB.unk,
-  )
+  found = [getattr(auto, f"{name}_token_id") for name in ("pad", "bos", "eos", "unk")]
+  assert found == [VOCAB.pad, VOCAB.eos, VOCAB.eos, VOCAB.unk]
   assert auto.model_max_length == TextTokenizerConfig().model_max_length
   ids = auto("a red heart").input_ids
   assert ids == tokenizer.encode("a red heart").tolist()

@@ -4,26 +4,13 @@ import numpy as np
 
 from cm3leon_jax.tokenizers.config import VQGANConfig
 
-SIZES = {
-  "resolution": 8,
-  "downsample": 4,
-  "stem": 4,
-  "width": 8,
-  "multipliers": (1,),
-  "encoder_blocks": (0,),
-  "decoder_blocks": (0,),
-  "code_dim": 4,
-  "batch_size": 4,
-  "warmup_steps": 0,
-  "adversarial_weight": 0.0,
-}
-
 
 def tiny_config(**fields) -> VQGANConfig:
-  """Returns the config with other values of some fields, by default without a discriminator."""
-  return VQGANConfig(**{**SIZES, **fields})
+  sizes = {"resolution": 8, "downsample": 4, "stem": 4, "width": 8, "multipliers": (1,)}
+  sizes |= {"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4}
+  training = {"batch_size": 4, "warmup_steps": 0, "adversarial_weight": 0.0}
+  return VQGANConfig(**{**sizes, **training, **fields})
 
 
 def random_images(count: int = 4) -> np.ndarray:
-  """Returns random pixels, uint8 [count, 8, 8, 3]."""
   return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)

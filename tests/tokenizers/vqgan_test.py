@@ -1,5 +1,3 @@
-"""Properties of the image tokenizer's network and of ImageTokenizer."""
-
 import dataclasses
 
 from hypothesis import given, settings
@@ -16,17 +14,10 @@ from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.messages import refused
+from tests.tokenizers.tiny import tiny_config
 
-CONFIG = VQGANConfig(
-  resolution=16,
-  downsample=4,
-  stem=2,
-  width=8,
-  multipliers=(1, 2),
-  encoder_blocks=(0, 1),
-  decoder_blocks=(0, 1),
-  code_dim=4,
-)
+BLOCKS = {"multipliers": (1, 2), "encoder_blocks": (0, 1), "decoder_blocks": (0, 1)}
+CONFIG = tiny_config(resolution=16, stem=2, **BLOCKS)
 NUM_CODES = 24
 
 
@@ -45,7 +36,6 @@ def images():
 
 
 def _oracle(z, table):
-  """Distances in fp64: [n, E], [K, E] -> [n, K]."""
   z, table = np.asarray(z, np.float64), np.asarray(table, np.float64)
   table = table / np.linalg.norm(table, axis=-1, keepdims=True)
   return np.linalg.norm(z[:, None] - table[None], axis=-1)

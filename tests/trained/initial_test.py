@@ -1,5 +1,3 @@
-"""Tests of the parameters that --init_from names: of a run, and of an exported model."""
-
 import dataclasses
 import shutil
 

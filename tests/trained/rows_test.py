@@ -1,5 +1,3 @@
-"""Tests of the rows that a run trains on, opened from its stages."""
-
 import dataclasses
 import json
 import pathlib

@@ -1,5 +1,3 @@
-"""Tests of a run and a bundle as commands open them: settings, folders and ids."""
-
 import dataclasses
 
 import jax

@@ -19,18 +19,9 @@ from cm3leon_jax.training.step.optimizer import create_optimizer
 from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.steps import compile_steps
 from tests.data.stores import VOCAB
-from tests.models.tiny import mesh_of
+from tests.models.tiny import SIZES, mesh_of
 
-MODEL = ModelConfig(
-  vocab_size=VOCAB.size,
-  num_layers=2,
-  width=32,
-  num_heads=4,
-  mlp_width=64,
-  max_positions=128,
-  dtype="float32",
-  loss_chunk=32,
-)
+MODEL = ModelConfig(vocab_size=VOCAB.size, max_positions=128, loss_chunk=32, **SIZES)
 STEPS, LENGTH = 12, 64  # Of a run, of its rows.
 
 
@@ -62,16 +53,8 @@ def run(
   **fields,
 ):
   """Trains; with `fresh` the steps are compiled again, as in a new process."""
-  config = TrainConfig(
-    **{
-      "steps": STEPS,
-      "global_batch_size": 8,
-      "eval_every": 5,
-      "eval_batches": 1,
-      "checkpoint_every": 4,
-      **fields,
-    }
-  )
+  usual = {"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1}
+  config = TrainConfig(**{**usual, "checkpoint_every": 4, **fields})
   optimizer = OptimizerConfig(
     learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
   )
@@ -101,11 +84,8 @@ def run(
 
 
 def losses(folder):
-  return {
-    line["step"]: line["loss"]
-    for line in read_json_lines(folder / "metrics" / "metrics.jsonl")
-    if "loss" in line
-  }
+  lines = read_json_lines(folder / "metrics" / "metrics.jsonl")
+  return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 class Crash(Exception):

@@ -1,5 +1,3 @@
-"""The loss of each source of rows: its sums on any mesh, its log, and step 0 of a tuning."""
-
 import dataclasses
 import functools
 import time
@@ -66,7 +64,6 @@ def marked():
 
 @pytest.fixture(scope="module")
 def expected():
-  """Sums by source in float64, from all logits."""
   batch = marked_batch()
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(CONFIG, jax.random.key(0))
@@ -157,10 +154,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
   arguments = (MODEL, optimizer, config, VOCAB, RowObjective(loader), loader, 0, sample_grid)
-  with (
-    jax.set_mesh(mesh_of(*shape)),
-    mock.patch.object(decoder, "compile_steps", steps),
-  ):
+  with jax.set_mesh(mesh_of(*shape)), mock.patch.object(decoder, "compile_steps", steps):
     training = DecoderTraining(epath.Path(folder), *arguments, evaluate_start=evaluate_start)
     return train(training)
 

@@ -1,5 +1,3 @@
-"""What a run shows while it trains: metrics, curves, goodput, traces."""
-
 import itertools
 import re
 import urllib.request
@@ -61,13 +59,8 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   lines = [
     line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
   ]
-  assert [line["step"] for line in lines] == [
-    4,
-    5,
-    8,
-    8,
-    8,
-  ]  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]
   for before, line in itertools.pairwise(lines):
     assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))
   assert lines[0]["lost_seconds"] == 0 < lines[-1]["lost_seconds"]

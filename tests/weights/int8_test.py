@@ -1,5 +1,3 @@
-"""Tests of int8 weights: transformers multiplies by int8 x scale, close to the parameters."""
-
 import dataclasses
 
 import jax

@@ -1,5 +1,3 @@
-"""Tensors are read in parts, of one file or several, of any float, here or in a bucket."""
-
 import json
 
 import jax

@@ -1,5 +1,3 @@
-"""Tests that parameters are read from a checkpoint in slices, each layer without the others."""
-
 import dataclasses
 import json
 import shutil
@@ -18,7 +16,6 @@ from tests.models.tiny import CONFIG, mesh_of, random_params
 
 
 def save(folder, params, ema=None, split_layers=True):
-  """Saves a state on the mesh of its arrays, as training does, or as it did before."""
   state = {"step": np.int32(3), "params": params, "opt_state": {"mu": params}}
   state |= {"ema": ema} if ema else {}
   with pytest.MonkeyPatch.context() as patch, checkpoint.Checkpoints(folder, keep=2) as opened:
@@ -58,12 +55,9 @@ def test_a_slice_is_that_of_the_whole_array(saved):
 
 def test_each_layer_has_chunks_of_its_own(saved):
   state = saved.folder / "checkpoints" / "3" / "state"
-  chunks = {
-    entry["array_metadata"]["param_name"]: entry["array_metadata"]["chunk_shape"]
-    for entry in json.loads((state / "array_metadatas" / "process_0").read_text())[
-      "array_metadatas"
-    ]
-  }
+  about = json.loads((state / "array_metadatas" / "process_0").read_text())["array_metadatas"]
+  entries = [entry["array_metadata"] for entry in about]
+  chunks = {entry["param_name"]: entry["chunk_shape"] for entry in entries}
   stacked = [shape for name, shape in chunks.items() if ".blocks." in name]
   assert len(stacked) >= 12
   assert {shape[0] for shape in stacked} == {1}

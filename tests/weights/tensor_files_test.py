@@ -1,5 +1,3 @@
-"""Tests of safetensors files that are written tensor by tensor: the library reads them."""
-
 import json
 import weakref
 

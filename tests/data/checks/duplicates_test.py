@@ -11,7 +11,6 @@ from cm3leon_jax.data.checks.duplicates import MAX_BITS, MIN_PSNR
 
 
 def photo(seed: int, size: int = 64) -> np.ndarray:
-  """A smooth random image with detail at every scale, [size, size, 3] uint8."""
   rng = np.random.default_rng(seed)
   total = np.zeros((size, size, 3))
   for side in (4, 8, 16, 32):
@@ -34,7 +33,6 @@ def prints(*images):
 
 
 def distances(a, b) -> tuple[float, float]:
-  """PSNR of the thumbnails and distance of the hashes of two images."""
   first, second = prints(a), prints(b)
   return duplicates.psnr(first, second).item(), duplicates.hash_distance(first, second).item()
 

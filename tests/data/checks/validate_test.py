@@ -1,5 +1,3 @@
-"""Checks of document stores."""
-
 import json
 import pathlib
 import shutil
@@ -43,10 +41,7 @@ def test_a_store_is_validated_with_its_joined_token_counts(tmp_path):
     validate_store(DocumentStore(tmp_path, VOCAB))
 
 
-@pytest.mark.parametrize(
-  "stage",
-  ["documents", "instructions"],
-)
+@pytest.mark.parametrize("stage", ["documents", "instructions"])
 def test_the_command_that_writes_a_store_again_is_that_of_its_stage(tmp_path, stage):
   folder = tmp_path / stage / "train_a"
   write_documents(folder, [document("a", text(9, 10))], VOCAB)

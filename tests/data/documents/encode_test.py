@@ -21,10 +21,11 @@ from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.config import TextTokenizerConfig, VQGANConfig
+from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from tests.messages import refused
+from tests.tokenizers.tiny import tiny_config
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
 CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray", "white")]
@@ -84,10 +85,8 @@ def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
   summary = encode(raw, text_tokenizer, tmp_path)
   image_tokenizer = BrightnessTokenizer(16)
   for split in SPLITS:
-    store, pairs = (
-      DocumentStore(tmp_path / f"{split}_pairs", VOCAB),
-      reader.read_pairs(raw, split),
-    )
+    store = DocumentStore(tmp_path / f"{split}_pairs", VOCAB)
+    pairs = reader.read_pairs(raw, split)
     assert len(store) == len(pairs) == summary[split]["pairs"]
     for i, pair in enumerate(pairs):
       document = store[i]
@@ -177,10 +176,7 @@ def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
 
 def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
   """As an earlier version left it: now its stage does not finish."""
-  config = VQGANConfig(
-    resolution=8, downsample=4, stem=2, width=8, multipliers=(1, 1),
-    encoder_blocks=(0, 0), decoder_blocks=(0, 0), code_dim=4,
-  )  # fmt: skip
+  config = tiny_config()
   params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
   params["encoder"] = jax.tree.map(lambda x: x * np.nan, params["encoder"])
   vqgan.ImageTokenizer(config, VOCAB.image_size, params).save(tmp_path / "vqgan")
@@ -210,8 +206,5 @@ def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):
   ],
 )
 def test_code_usage_literals(counts, used, bits, perplexity):
-  assert code_usage(np.array(counts)) == {
-    "codes_used": used,
-    "code_entropy_bits": bits,
-    "code_perplexity": perplexity,
-  }
+  expected = {"codes_used": used, "code_entropy_bits": bits, "code_perplexity": perplexity}
+  assert code_usage(np.array(counts)) == expected

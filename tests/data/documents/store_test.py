@@ -51,16 +51,8 @@ def same(a, b):
 texts = st.lists(st.integers(8, 299), min_size=1, max_size=20).map(lambda ids: text(*ids))
 images = st.lists(st.integers(300, 315), min_size=1, max_size=20).map(lambda ids: image(*ids))
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
-documents = st.builds(
-  Document,
-  words,
-  st.lists(texts | images, min_size=1, max_size=5).map(tuple),
-  words,
-  words,
-  words,
-  words,
-  words,
-)
+segments = st.lists(texts | images, min_size=1, max_size=5).map(tuple)
+documents = st.builds(Document, words, segments, *[words] * 5)
 
 
 @given(documents)

@@ -1,5 +1,3 @@
-"""Tests of the record of what a model learned from."""
-
 from etils import epath
 import pytest
 

@@ -1,5 +1,3 @@
-"""Which text tokens training never met: of a run, of one that began from another, of a bundle."""
-
 from etils import epath
 import numpy as np
 
@@ -15,7 +13,6 @@ TEXTS = set(range(FIRST, VOCAB.text_size))
 
 
 def make_run(folder, start=None, **stores):
-  """Writes stores of one document each: name -> ids of its text."""
   folder = epath.Path(folder)
   for name, ids in stores.items():
     part = "instructions" if name == "train_edit" else "documents"

@@ -1,5 +1,3 @@
-"""Tasks of a config, and what is wrong in one of them, by its place and field."""
-
 import dataclasses
 import json
 

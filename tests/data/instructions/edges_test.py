@@ -1,5 +1,3 @@
-"""Tests edges of images, and scribbles."""
-
 import numpy as np
 import pytest
 

@@ -1,5 +1,3 @@
-"""Every format of a release becomes records, and what is wrong in a file is named."""
-
 import copy
 import json
 
@@ -18,21 +16,13 @@ from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS
 from cm3leon_jax.data.instructions.llava import LLAVA
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
-from tests.data.instruction_releases import (
-  RELEASES,
-  json_lines,
-  narrative,
-  prompt,
-  split_of,
-  write,
-)
+from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
 from tests.messages import refused
 
 NARRATED = "coco_val_captions.jsonl"
 
 
 def read(root, name, split=None, **release):
-  """Writes the release of a format, with other files in place of some, and reads it."""
   write(root, {**RELEASES[name], **release})
   return list(open_records(name, root, split or split_of(name)))
 
@@ -165,10 +155,7 @@ def test_instruct_pix2pix_one_record_a_seed(tmp_path):
       "input_caption": "snow 1 by a lake",
       "output_caption": "a lake of snow 1",
     },
-    images={
-      "before": f"{tmp_path}/0000001/17_0.jpg",
-      "after": f"{tmp_path}/0000001/17_1.jpg",
-    },
+    images={"before": f"{tmp_path}/0000001/17_0.jpg", "after": f"{tmp_path}/0000001/17_1.jpg"},
   )
 
 

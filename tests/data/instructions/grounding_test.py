@@ -1,5 +1,3 @@
-"""Objects of COCO become text with locations in pixels of the image as it is read."""
-
 import copy
 import re
 

@@ -1,5 +1,3 @@
-"""Each line of a JSONL file is a record, and a wrong line is named with its number."""
-
 import json
 
 import pytest
@@ -62,12 +60,6 @@ def test_several_images_and_their_paths(tmp_path):
 def test_a_wrong_line_is_named(tmp_path, line):
   with refused(UserError):
     read(tmp_path, RIGHT, "", line)
-
-
-def test_text_of_another_encoding_is_named(tmp_path):
-  (tmp_path / "train.jsonl").write_bytes(b'{"texts": {"a": "\xe9"}}\n')
-  with refused(UserError):
-    list(open_records("jsonl", tmp_path, "train"))
 
 
 def test_a_line_without_end_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,3 @@
-"""Conversations of LLaVA: a record an answer, after the turns before it."""
-
 from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from tests.data.instruction_releases import turns, write

@@ -1,5 +1,3 @@
-"""What is wrong in the files of a release is named, with the file and the id."""
-
 import copy
 
 import pytest

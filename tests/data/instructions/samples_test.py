@@ -1,5 +1,3 @@
-"""Rows of instructions: planned and built as those of other documents, with known targets."""
-
 import dataclasses
 
 import numpy as np
@@ -31,7 +29,6 @@ def image(rng):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-  """Stores of answers within a text and of edits, with their targets."""
   root, rng = tmp_path_factory.mktemp("stores"), np.random.default_rng(0)
   answers, answer_targets, edits, edit_targets = [], [], [], []
   for i in range(ANSWERS):

@@ -1,5 +1,3 @@
-"""Tasks of public files, of scenes and with maps become records and stores; mistakes are named."""
-
 import json
 import re
 import sys
@@ -51,7 +49,6 @@ def config_with(root, *tasks, **fields):
 
 
 def open_task(root, fields, split="train"):
-  """Opens a task of a Python config."""
   config = config_with(root, fields)
   return list(sources.open_task(config.own_tasks[0], split, config, DRAWN))
 

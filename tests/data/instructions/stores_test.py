@@ -1,5 +1,3 @@
-"""Records become stores with targets; what is wrong in a record is written down, not fatal."""
-
 import dataclasses
 import json
 
@@ -126,10 +124,7 @@ def test_images_that_no_template_names_are_not_read(encoder, tmp_path):
 
 def test_a_template_that_does_not_fit_the_records_ends_the_command(encoder, tmp_path):
   wrong = InstructionTask(
-    name="x",
-    templates=("{answer} {context} <break> {image}",),
-    target="answer",
-    format="jsonl",
+    name="x", templates=("{answer} {context} <break> {image}",), target="answer", format="jsonl"
   )
   with refused(UserError):
     stores.write_store(tmp_path / "store", wrong, [record(0, pixels(0))], encoder[0])

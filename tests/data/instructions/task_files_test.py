@@ -1,31 +1,17 @@
-"""Tasks from YAML files, and what is wrong in one of them, by file, line and field."""
-
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, fields_of
 from cm3leon_jax.data.instructions.task_files import load_tasks, parse_tasks
-from cm3leon_jax.settings import default_config, settings_from_config
+from tests.data.instructions.config_test import DRAW, settings_with
 from tests.messages import refused
 
-DRAW = {
-  "name": "draw",
-  "format": "coco_2017",
-  "target": "image",
-  "templates": ["{caption} <break> {image}"],
-}
 FIRST = """\
 - name: first
   format: jsonl
   target: answer
   templates: ["{question} {answer}"]
 """
-
-
-def settings_with(**fields):
-  config = default_config()
-  config.instructions.update(fields)
-  return settings_from_config(config)
 
 
 def test_tasks_of_a_file_and_own_ones_together(tmp_path):

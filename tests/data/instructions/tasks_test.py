@@ -1,5 +1,3 @@
-"""Tasks are data: records become documents with a known target, and a mistake gets one sentence."""
-
 import numpy as np
 import pytest
 
@@ -19,7 +17,6 @@ WORDS: dict[str, int] = {}
 
 
 def encode(text):
-  """One id for each word; a mark at its end is a word of its own."""
   words = text.replace(".", " .").replace("?", " ?").split()
   ids = [WORDS.setdefault(word, VOCAB.num_special + len(WORDS)) for word in words]
   return np.array(ids, np.int32)
@@ -27,12 +24,8 @@ def encode(text):
 
 def words_of(tokens) -> str:
   names = {number: word for word, number in WORDS.items()}
-  names |= {
-    VOCAB.eos: "</s>",
-    VOCAB.brk: "<break>",
-    VOCAB.mask(0): "<mask:0>",
-    VOCAB.eoss: "<eoss>",
-  }
+  names |= {VOCAB.eos: "</s>", VOCAB.brk: "<break>"}
+  names |= {VOCAB.mask(0): "<mask:0>", VOCAB.eoss: "<eoss>"}
   return " ".join(names.get(int(i), "@") for i in tokens)
 
 
@@ -177,14 +170,7 @@ def test_a_wrong_declaration_is_named(fields):
 
 
 @pytest.mark.parametrize(
-  ("template", "texts"),
-  [
-    (
-      "{answer} {context} <break> {image}",
-      {},
-    ),
-    ("{answer} {image}", {}),
-  ],
+  ("template", "texts"), [("{answer} {context} <break> {image}", {}), ("{answer} {image}", {})]
 )
 def test_a_record_that_does_not_fit_is_named(template, texts):
   with refused(UserError):

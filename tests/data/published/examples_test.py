@@ -1,5 +1,3 @@
-"""Choices are fixed by the seed and spread over images; captions become prompts."""
-
 import collections
 
 import pytest

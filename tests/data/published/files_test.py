@@ -1,5 +1,3 @@
-"""Every format of a release becomes examples, and what is wrong in a file is named."""
-
 import copy
 
 import pytest
@@ -12,7 +10,6 @@ from tests.messages import refused
 
 
 def read(root, name, split="val", **release):
-  """Writes the release of a format, with other files in place of some, and reads it."""
   write(root, {**RELEASES[name], **release})
   return list(open_examples(name, root, split))
 

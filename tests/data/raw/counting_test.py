@@ -14,7 +14,6 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 
 
 def folder_of(path, sides, texts=0):
-  """A folder of images of these sides with captions beside them, and of texts."""
   path.mkdir()
   for i, (width, height) in enumerate(sides):
     pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)

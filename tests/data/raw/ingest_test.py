@@ -25,16 +25,17 @@ def png(color, size=(4, 4), mode="RGB") -> bytes:
   return buffer.getvalue()
 
 
+def red(key, **fields) -> dict:
+  return {"key": key, "image": "red.png", "caption": "a", **fields}
+
+
 @pytest.fixture
 def source(tmp_path):
   """A folder of 40 pairs and 2 texts; function to replace line `i` of pairs.jsonl."""
   folder = tmp_path / "source"
   folder.mkdir()
   (folder / "red.png").write_bytes(png(RED))
-  lines = [
-    json.dumps({"key": f"k{i}", "image": "red.png", "caption": f"red number {i}", "width": 4})
-    for i in range(40)
-  ]
+  lines = [json.dumps(red(f"k{i}", caption=f"red number {i}", width=4)) for i in range(40)]
   (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
   texts = [
     {"key": "t0", "text": "Some text.", "license": "MIT"},
@@ -56,17 +57,8 @@ def prepare(source, tmp_path, **kwargs):
 
 
 def test_a_folder_of_ones_own(source, tmp_path):
-  replace_line(
-    source,
-    0,
-    {
-      "key": "own",
-      "image": "red.png",
-      "caption": "ein Ärmel",
-      "split": "heldout",
-      "license": "CC0-1.0",
-    },
-  )
+  own = red("own", caption="ein Ärmel", split="heldout", license="CC0-1.0")
+  replace_line(source, 0, own)
   summary, out = prepare(source, tmp_path, heldout_fraction=0.3)
   train, heldout = (reader.read_pairs(out, split) for split in SPLITS[:2])
   assert len(train) + len(heldout) == 40
@@ -83,8 +75,7 @@ def test_a_folder_of_ones_own(source, tmp_path):
 
 def test_a_concept_lies_in_one_split(source, tmp_path):
   for i in range(40):
-    pair = {"key": f"k{i}", "image": "red.png", "caption": "red", "concept": f"concept {i // 8}"}
-    replace_line(source, i, pair)
+    replace_line(source, i, red(f"k{i}", concept=f"concept {i // 8}"))
   _, out = prepare(source, tmp_path, heldout_fraction=0.5)
   train, heldout = ({p.concept for p in reader.read_pairs(out, split)} for split in SPLITS[:2])
   assert len(train) + len(heldout) == 5
@@ -114,14 +105,14 @@ def test_texts_are_optional(source, tmp_path):
     [1],
     {"key": "x", "image": "red.png"},
     {"image": "red.png", "caption": "a"},
-    {"key": "x", "image": "red.png", "caption": " "},
-    {"key": "x", "image": "red.png", "caption": 7},
-    {"key": "x", "image": "red.png", "caption": "\ud83d"},
-    {"key": "k0", "image": "red.png", "caption": "a"},
-    {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
-    {"key": "x", "image": "no.png", "caption": "a"},
-    {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
-    {"key": "x", "image": "pairs.jsonl", "caption": "a"},
+    red("x", caption=" "),
+    red("x", caption=7),
+    red("x", caption="\ud83d"),
+    red("k0"),
+    red("x", split="test"),
+    red("x", image="no.png"),
+    red("x", facts="red"),
+    red("x", image="pairs.jsonl"),
   ],
 )
 def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line):
@@ -140,10 +131,8 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
   assert (summary["rejected_malformed_record"], summary["rejected_unreadable_image"]) == (1, 1)
   assert summary["train_pairs"] + summary["heldout_pairs"] == 38
   rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-  assert [(r["key"], r["reason"]) for r in rejected] == [
-    ("", "malformed_record"),
-    ("y", "unreadable_image"),
-  ]
+  found = [(line["key"], line["reason"]) for line in rejected]
+  assert found == [("", "malformed_record"), ("y", "unreadable_image")]
   assert rejected[0]["file"].endswith("pairs.jsonl")
   with refused(UserError):
     prepare(source, tmp_path, max_rejected=0.04)
@@ -151,8 +140,8 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
 
 
 def test_records_are_chosen_by_license(source, tmp_path):
-  replace_line(source, 0, {"key": "free", "image": "red.png", "caption": "a", "license": "CC0-1.0"})
-  replace_line(source, 1, {"key": "other", "image": "red.png", "caption": "a", "license": "secret"})
+  replace_line(source, 0, red("free", license="CC0-1.0"))
+  replace_line(source, 1, red("other", license="secret"))
   summary, out = prepare(
     source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us"
   )
@@ -174,22 +163,8 @@ def test_licenses_that_no_record_has_are_reported(source, tmp_path):
 
 def test_origins_are_counted(source, tmp_path, monkeypatch):
   for i in range(4):
-    replace_line(
-      source,
-      i,
-      {
-        "key": f"a{i}",
-        "image": "red.png",
-        "caption": "a",
-        "license": "CC0-1.0",
-        "attribution": "Ada",
-      },
-    )
-  replace_line(
-    source,
-    4,
-    {"key": "b", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Bob"},
-  )
+    replace_line(source, i, red(f"a{i}", license="CC0-1.0", attribution="Ada"))
+  replace_line(source, 4, red("b", license="CC0-1.0", attribution="Bob"))
   _, out = prepare(source, tmp_path)
   origins = reader.read_index(out)["origins"]
   ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
@@ -255,14 +230,8 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
   write_text_files(tmp_path / "in", "ab")
   summary, out = prepare(tmp_path / "in", tmp_path)
   assert (summary["shards"], summary["train_texts"]) == (2, 6)
-  assert [t.text for t in reader.read_texts(out, "train")] == [
-    "a 0",
-    "a 1",
-    "a 2",
-    "b 0",
-    "b 1",
-    "b 2",
-  ]
+  texts = [text.text for text in reader.read_texts(out, "train")]
+  assert texts == [f"{name} {i}" for name in "ab" for i in range(3)]
   written = []
   write = ingest.write_shard
 

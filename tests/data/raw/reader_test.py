@@ -5,15 +5,8 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
+from tests.data.raw.ingest_test import BLUE, RED, png
 from tests.messages import refused
-
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def png(color, size=(4, 4), mode="RGB") -> bytes:
-  buffer = io.BytesIO()
-  Image.new(mode, size, color).save(buffer, "png")
-  return buffer.getvalue()
 
 
 def test_load_image_scales_crops_and_puts_on_white(tmp_path):

@@ -1,5 +1,3 @@
-"""Rows of tasks and documents together: the same in every process and after every restart."""
-
 import dataclasses
 
 import jax

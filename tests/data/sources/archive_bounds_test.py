@@ -4,13 +4,13 @@ import csv
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -23,6 +23,7 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.files.shards import Runner
 from tests.data.raw.untrusted_test import encoded, reasons
 from tests.data.sources.formats_test import jpeg, read, sample, write_tar
+from tests.launched import python
 from tests.messages import refused
 
 MIB = 2**20
@@ -50,9 +51,7 @@ print(peak() - before, count, *sorted(reasons))
 
 def cost(path) -> tuple[int, list[str]]:
   """Reads a source in a process of its own: (MiB that it took, records and their reasons)."""
-  run = subprocess.run(
-    [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True
-  )
+  run = python(READ, path, check=True)
   size, *rest = run.stdout.split()
   return int(size), rest
 
@@ -120,9 +119,6 @@ def noise():
 
 
 def write_table(path, images, **options):
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   captions = [f"a {i}" for i in range(len(images))]
   table = pa.table({"image": images, "caption": captions})
   parquet.write_table(table, path, store_schema=False, row_group_size=len(images), **options)
@@ -139,7 +135,6 @@ def test_a_large_group_of_rows_in_parquet(tmp_path, noise):
 
 def test_a_value_that_a_dictionary_repeats(tmp_path, noise):
   """Each of 64 rows had 4 MiB of its own, of a file of 4 MiB."""
-  pa = pytest.importorskip("pyarrow")
   repeated = pa.DictionaryArray.from_arrays(
     pa.array([0] * 64, pa.int32()), pa.array([noise * 4], pa.binary())
   )
@@ -151,9 +146,6 @@ def test_a_value_that_a_dictionary_repeats(tmp_path, noise):
 
 
 def test_a_group_of_rows_that_is_too_large_is_passed_over(tmp_path, monkeypatch):
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   monkeypatch.setattr(archives, "MAX_GROUP", 10_000)
   schema = pa.schema({"image": pa.binary(), "caption": pa.string(), "vector": pa.binary()})
   with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
@@ -185,9 +177,6 @@ def characters(monkeypatch):
 
 def write_repeated(path, **columns):
   """Writes 300 rows in two groups; texts of 30 MB take some kB of the file."""
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   options = {"compression": "zstd", "row_group_size": 200}
   parquet.write_table(pa.table({k: [v] * 300 for k, v in columns.items()}), path, **options)
   assert path.stat().st_size < 30_000
@@ -280,9 +269,6 @@ def test_a_chain_of_urls_is_a_name(tmp_path, monkeypatch):
 
 
 def test_zero_is_a_key(tmp_path):
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   table = pa.table({"id": [0, 1, None], "image": [jpeg(1)] * 3, "caption": ["a"] * 3})
   parquet.write_table(table, tmp_path / "a.parquet")
   # pandas' numbers with a gap are floats.

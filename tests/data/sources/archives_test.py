@@ -1,5 +1,3 @@
-"""Tars of strangers: members are read, passed over, or rejected."""
-
 import gzip
 import io
 import tarfile

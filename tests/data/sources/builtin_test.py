@@ -1,7 +1,5 @@
-import subprocess
-import sys
-
 from cm3leon_jax.extras import install
+from tests.launched import python
 
 SCRIPT = """
 import sys
@@ -20,9 +18,7 @@ for source in ("openmoji", "scenes"):
 
 
 def test_without_the_extra_only_its_drawings_are_missing():
-  result = subprocess.run(
-    [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
-  )
+  result = python(SCRIPT, check=True)
   openmoji, scenes = result.stdout.splitlines()
   for line, source in ((openmoji, "openmoji"), (scenes, "scenes")):
     assert line.startswith(f"config.raw.source is '{source}', whose drawings are not installed (")

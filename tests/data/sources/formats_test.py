@@ -7,6 +7,8 @@ import tarfile
 import fsspec
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -19,7 +21,6 @@ from tests.messages import refused
 
 
 def read(source, kind="auto"):
-  """The records of all parts of a source."""
   for part in formats.parts(source, kind):
     yield from formats.read(part)
 
@@ -44,16 +45,9 @@ def write_tar(path, members):
 
 
 def sample(i: int, **about) -> list:
-  """Members of one sample as img2dataset writes them."""
   name = f"{i:09d}"
-  about = {
-    "key": name,
-    "url": f"https://example.org/{i}.jpg",
-    "status": "success",
-    "width": 8,
-    "license": "CC0-1.0",
-    **about,
-  }
+  usual = {"key": name, "url": f"https://example.org/{i}.jpg", "status": "success", "width": 8}
+  about = {**usual, "license": "CC0-1.0", **about}
   return [
     (f"{name}.jpg", jpeg(i)),
     (f"{name}.txt", f"gray {i}".encode()),
@@ -91,15 +85,8 @@ def test_webdataset_rejects_by_reason(tmp_path):
   whole = (tmp_path / "a.tar").read_bytes()
   (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 3])
   items = list(read(str(tmp_path)))
-  expected = [
-    "",
-    "missing_image",
-    "missing_caption",
-    "empty_caption",
-    *["malformed_record"] * 3,
-    "",
-  ]
-  assert [reason for *_, reason in summary(items)[:8]] == expected
+  expected = ["missing_image", "missing_caption", "empty_caption", *["malformed_record"] * 3]
+  assert [reason for *_, reason in summary(items)[:8]] == ["", *expected, ""]
   assert summary(items)[-1] == ("Rejected", "", "unreadable_file")
   assert items[-1].file.endswith("b.tar")
   assert "sample '000000001' has no image" in items[1].message
@@ -124,9 +111,6 @@ def test_folder_with_captions(tmp_path, name):
 
 
 def test_parquet(tmp_path):
-  pa = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   (tmp_path / "a.jpg").write_bytes(jpeg(3))
   parquet.write_table(
     pa.table({"id": ["x", "y"], "jpg": [jpeg(1), None], "TEXT": ["one", "two"]}),
@@ -148,11 +132,8 @@ def test_parquet(tmp_path):
   assert items[4] == RawPair("2.parquet/0", jpeg(5), "five", attribution="Ada")
   assert items[5] == RawText("3.parquet/0", "only text")
   reasons = [(items[i].key, items[i].reason) for i in (1, 3, 6)]
-  assert reasons == [
-    ("y", "malformed_record"),
-    ("1.parquet/1", "missing_image"),
-    ("", "unreadable_file"),
-  ]
+  expected = [("y", "malformed_record"), ("1.parquet/1", "missing_image")]
+  assert reasons == [*expected, ("", "unreadable_file")]
 
 
 def test_texts(tmp_path):

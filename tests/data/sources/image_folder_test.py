@@ -1,5 +1,3 @@
-"""Images that records name are in the folder of their file, or refused, by every reader."""
-
 import functools
 import json
 import os
@@ -9,6 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from cm3leon_jax.config import UserError
@@ -34,7 +34,6 @@ SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg"
 
 
 def write(root, file, *lines) -> None:
-  """Writes a file of JSON, or one of JSON lines."""
   (root / file).parent.mkdir(parents=True, exist_ok=True)
   (root / file).write_text("\n".join(map(json.dumps, lines)))
 
@@ -137,9 +136,6 @@ def documents(fields, root, name, allow_outside):
 
 def raw(file, fields, root, name, allow_outside):
   if file.endswith(".parquet"):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     parquet.write_table(pa.table({k: [v] for k, v in fields(name).items()}), root / file)
   else:
     write(root, file, fields(name))
@@ -179,32 +175,25 @@ def maps(root, name, allow_outside):
   return [record.images["image"] for record in records]
 
 
-CAPTIONS = functools.partial(of_records, "coco_2017", "val")
-REAL = functools.partial(of_examples, "coco_2017", "val")
-OBJECTS = functools.partial(of_records, "coco_objects", "val2017")
+def reader(write_one, opened, *names):
+  """Returns what writes a file of a format and opens it by the names of format and split."""
+  return functools.partial(write_one, functools.partial(opened, *names))
+
+
 # Name -> the folder that it joins names to, and the reader.
 READERS = {
   "jsonl": ("", lines),
   "maps": ("", maps),
   "llava": ("train2017", functools.partial(llava, "llava_instruct_150k")),
   "llava mix": ("", functools.partial(llava, "llava_v1_5_mix665k")),
-  "coco": ("val2017", functools.partial(coco, CAPTIONS)),
-  "coco objects": ("val2017", functools.partial(coco, OBJECTS)),
-  "coco evaluation": ("val2017", functools.partial(coco, REAL)),
-  "karpathy": (
-    "",
-    functools.partial(karpathy, functools.partial(of_records, "coco_karpathy", "val")),
-  ),
-  "karpathy evaluation": (
-    "",
-    functools.partial(karpathy, functools.partial(of_examples, "coco_karpathy", "val")),
-  ),
+  "coco": ("val2017", reader(coco, of_records, "coco_2017", "val")),
+  "coco objects": ("val2017", reader(coco, of_records, "coco_objects", "val2017")),
+  "coco evaluation": ("val2017", reader(coco, of_examples, "coco_2017", "val")),
+  "karpathy": ("", reader(karpathy, of_records, "coco_karpathy", "val")),
+  "karpathy evaluation": ("", reader(karpathy, of_examples, "coco_karpathy", "val")),
   "flickr30k": ("flickr30k-images", flickr),
-  "vizwiz": ("val", functools.partial(vizwiz, functools.partial(of_records, "vizwiz", "val"))),
-  "vizwiz evaluation": (
-    "val",
-    functools.partial(vizwiz, functools.partial(of_examples, "vizwiz", "val")),
-  ),
+  "vizwiz": ("val", reader(vizwiz, of_records, "vizwiz", "val")),
+  "vizwiz evaluation": ("val", reader(vizwiz, of_examples, "vizwiz", "val")),
   "textvqa": ("train_images", textvqa),
   "narratives": ("test", narratives),
   "scienceqa": ("images/val/7", scienceqa),
@@ -241,7 +230,6 @@ ESCAPES = {
 
 @pytest.fixture
 def root(tmp_path):
-  """A folder of images, beside one that has another image."""
   (tmp_path / "outside").mkdir()
   for number in (0, 1):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "outside" / f"a_{number}.jpg")
@@ -340,11 +328,8 @@ def test_texts_of_instruct_pix2pix_are_beside_its_list(root, folder):
 def test_the_subset_of_vqa_is_a_folder_in_the_folder(root, subset, opened):
   (root / "linked").symlink_to(root.parent / "outside")
   question = {"question_id": 1, "image_id": 2, "question": "what?"}
-  write(
-    root,
-    "v2_OpenEnded_mscoco_val2014_questions.json",
-    {"data_subtype": subset, "questions": [question]},
-  )
+  asked = {"data_subtype": subset, "questions": [question]}
+  write(root, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
   answer = {"question_id": 1, "answers": [{"answer": "red"}]}
   answer |= {"question_type": "what", "answer_type": "other"}
   write(root, "v2_mscoco_val2014_annotations.json", {"annotations": [answer]})

@@ -1,5 +1,3 @@
-"""YAML of strangers: what aliases repeat is counted before it is made."""
-
 import os
 
 import pytest
@@ -39,8 +37,7 @@ def test_aliases_that_make_too_many_values_are_refused(name):
 
 @pytest.mark.parametrize("read", [protocol.load, read_tasks])
 @pytest.mark.parametrize(
-  "name",
-  [pytest.param(name, marks=[pytest.mark.slow] if name == "flat" else []) for name in BOMBS],
+  "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "flat" else []) for name in BOMBS]
 )
 def test_protocols_and_tasks_are_read_within_these_bounds(read, name, tmp_path):
   path = tmp_path / "my.yaml"

@@ -1,5 +1,3 @@
-"""Requests of any lengths need few buckets beside those that are warm; their samples are exact."""
-
 import dataclasses
 import itertools
 

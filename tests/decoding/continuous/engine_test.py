@@ -260,8 +260,7 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "lost",
-  ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))],
+  "lost", ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))]
 )
 def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
   """Control: of the steps of the first slots, one part is not put back into the state."""

@@ -1,5 +1,3 @@
-"""Slots of a running batch are replaced; those after the last one stand for no sample."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

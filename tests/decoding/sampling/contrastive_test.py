@@ -1,5 +1,3 @@
-"""CD-K: literals, plain numpy, and contrastive decoding as its special case."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,3 @@
-"""Guidance: the sum of streams, the schedules, and the formulas that the weights stand for."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

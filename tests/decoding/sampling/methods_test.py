@@ -1,5 +1,3 @@
-"""The registry of sampling methods agrees with the config, and says what each one reads."""
-
 import dataclasses
 
 import pytest

@@ -1,5 +1,3 @@
-"""Which samples of a mixture use which method."""
-
 import numpy as np
 
 from cm3leon_jax.decoding.sampling.contrastive import CONTRASTIVE

@@ -1,5 +1,3 @@
-"""Top-k and top-p: literals, properties, and near ties."""
-
 import itertools
 
 from hypothesis import given, settings

@@ -1,5 +1,3 @@
-"""Files of graded answers, as the report shows them."""
-
 import dataclasses
 
 import pytest

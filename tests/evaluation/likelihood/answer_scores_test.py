@@ -1,5 +1,3 @@
-"""Scores of given answers equal those of plain passes over the documents they stand in."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -21,16 +21,8 @@ from cm3leon_jax.vocab import VocabLayout
 from tests.messages import refused
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
-MODEL = ModelConfig(
-  vocab_size=VOCAB.size,
-  num_layers=2,
-  width=16,
-  num_heads=2,
-  mlp_width=32,
-  max_positions=64,
-  dtype="float32",
-  loss_chunk=16,
-)
+SIZES = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 32, "max_positions": 64}
+MODEL = ModelConfig(vocab_size=VOCAB.size, dtype="float32", loss_chunk=16, **SIZES)
 DATA = DataConfig(sequence_length=64, num_neighbors=2)
 CONFIG = EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 
@@ -38,14 +30,8 @@ CONFIG = EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 def pair(key, rng, codes=4, concept=""):
   text = rng.integers(VOCAB.num_special, VOCAB.text_size, rng.integers(1, 6)).astype(np.int32)
   image = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes))
-  return documents.Document(
-    str(key),
-    (documents.Segment(False, text), documents.Segment(True, image)),
-    "test",
-    "CC0-1.0",
-    "nobody",
-    concept=concept,
-  )
+  segments = documents.Segment(False, text), documents.Segment(True, image)
+  return documents.Document(str(key), segments, "test", "CC0-1.0", "nobody", concept=concept)
 
 
 @pytest.fixture
@@ -212,15 +198,7 @@ def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
 
 def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
   rng = np.random.default_rng(4)
-  concepts = [
-    "fox",
-    "fox",
-    "fox",
-    "cat",
-    "cat",
-    "",
-    "",
-  ]  # A document without a concept counts as one.
+  concepts = ["fox"] * 3 + ["cat"] * 2 + [""] * 2  # A document without a concept counts as one.
   written = [pair(i, rng, concept=concept) for i, concept in enumerate(concepts)]
   documents.write_documents(tmp_path / "concepts", written, VOCAB)
   store = documents.DocumentStore(tmp_path / "concepts", VOCAB)

@@ -1,5 +1,3 @@
-"""Scores of documents: against a plain forward pass and other scores, their sums, and resuming."""
-
 import dataclasses
 import json
 
@@ -49,7 +47,6 @@ def scorer():
 
 
 def document(key, *sizes, seed=0, concept=""):
-  """A document of random segments of the sizes; negative ones are images."""
   rng = np.random.default_rng([seed, *map(abs, sizes)])
 
   def segment(size):

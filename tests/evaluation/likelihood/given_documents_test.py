@@ -1,5 +1,3 @@
-"""Documents that a user gives: their forms, what is refused, and that parts are read in turn."""
-
 import dataclasses
 import io
 import json
@@ -27,7 +25,6 @@ TOKENIZERS = {"text_tokenizer": "t1", "vqgan": "v1"}
 
 
 def encode(text):
-  """A token for each word."""
   return np.array([VOCAB.num_special + len(word) for word in text.split()], np.int32)
 
 
@@ -47,7 +44,6 @@ def save_image(path, red, size=(8, 8)):
 
 @pytest.fixture
 def write(tmp_path):
-  """Returns a function that writes lines to docs.jsonl and opens it."""
   save_image(tmp_path / "a.png", 5)
   (tmp_path / "photos").mkdir()
   save_image(tmp_path / "photos" / "b.png", 9)
@@ -206,15 +202,12 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
 
 def stored(folder, sizes, config=None):
   """Writes a store of a finished stage; each document has segments of the sizes, < 0: images."""
+
+  def segment(n):
+    return Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32))
+
   documents = [
-    Document(
-      f"d{i}",
-      tuple(
-        Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32)) for n in of
-      ),
-      *("s", "l", "a"),
-    )
-    for i, of in enumerate(sizes)
+    Document(f"d{i}", tuple(map(segment, of)), "s", "l", "a") for i, of in enumerate(sizes)
   ]
   write_documents(folder, documents, VOCAB)
   done = {"config": config or {}, "summary": {}, "seconds": 1.0, "id": "made"}

@@ -68,33 +68,22 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     # At most 32 of them are removed.
     ("x." * 34, "x" * 32 + "x.x."),
     # Numbers.
-    ("none", "0"),
-    ("zero", "0"),
-    ("one two three four five", "1 2 3 4 5"),
-    ("six seven eight nine ten", "6 7 8 9 10"),
-    ("eleven", "eleven"),
+    ("none zero eleven someone", "0 0 eleven someone"),
+    ("one two three four five six seven eight nine ten", "1 2 3 4 5 6 7 8 9 10"),
     ("Ten.", "10"),
-    ("someone", "someone"),
     # Articles.
     ("a an the", ""),
-    ("The cat on a mat", "cat on mat"),
-    ("theater", "theater"),
+    ("The cat on a mat in theater", "cat on mat in theater"),
     ("A+", ""),
     # Contractions.
-    ("dont", "don't"),
-    ("DONT", "don't"),
-    ("cant wont isnt", "can't won't isn't"),
-    ("don't", "don't"),
-    ("couldntve", "couldntve"),  # Each spelling lacks one apostrophe.
-    ("couldnt've couldn'tve", "couldn't've couldn't've"),
-    ("itll oclock maam", "it'll o'clock ma'am"),
-    ("yall'd've", "y'all'd've"),
-    ("'ows'at ow's'at", "'ow's'at 'ow's'at"),
-    ("twas", "'twas"),
-    ("hes shes", "he's shes"),  # The official table lacks "shes", "lets", and
-    ("lets", "lets"),
-    ("im ive", "im ive"),  # has "Im" and "Ive" in upper case, which it looks up in lower case.
-    ("somebody'd", "somebodyd"),
+    ("dont DONT don't cant wont isnt", "don't don't don't can't won't isn't"),
+    # Each spelling lacks one apostrophe.
+    ("couldntve couldnt've couldn'tve", "couldntve couldn't've couldn't've"),
+    ("itll oclock maam yall'd've twas", "it'll o'clock ma'am y'all'd've 'twas"),
+    ("'ows'at ow's'at somebody'd", "'ow's'at 'ow's'at somebodyd"),
+    # The official table lacks "shes" and "lets", and has "Im" and "Ive" in upper case, which it
+    # looks up in lower case.
+    ("hes shes lets im ive", "he's shes lets im ive"),
     # A number is no longer found once punctuation has joined it.
     ("one-two", "1 2"),
     ("one - two-three", "1 twothree"),

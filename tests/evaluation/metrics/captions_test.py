@@ -168,12 +168,7 @@ def test_ngrams_of_all_images_weigh_nothing():
 
 
 @pytest.mark.parametrize(
-  ("captions", "references"),
-  [
-    (["a"], [["a"], ["b"]]),
-    ([], []),
-    (["a", "b"], [["a"], []]),
-  ],
+  ("captions", "references"), [(["a"], [["a"], ["b"]]), ([], []), (["a", "b"], [["a"], []])]
 )
 def test_wrong_inputs_are_named(captions, references):
   with refused(UserError):

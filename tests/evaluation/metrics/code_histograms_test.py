@@ -95,14 +95,7 @@ def test_arrangement_is_not_seen():
   assert [measure(*counts) for measure in DISTANCES] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-  "codes",
-  [
-    [1, 4],
-    [-1, 2],
-    [0.0, 1.0],
-  ],
-)
+@pytest.mark.parametrize("codes", [[1, 4], [-1, 2], [0.0, 1.0]])
 def test_what_is_no_code_is_refused(codes):
   with refused(UserError):
     count_codes([np.array(codes)], 4)

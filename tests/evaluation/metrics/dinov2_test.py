@@ -1,5 +1,3 @@
-"""A DINOv2 folder embeds as the model that was saved in it."""
-
 import json
 import shutil
 import sys
@@ -59,7 +57,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-  """A folder that a test may spoil."""
   return shutil.copytree(saved[0], tmp_path / "copy")
 
 

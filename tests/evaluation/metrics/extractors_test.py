@@ -1,5 +1,3 @@
-"""An extractor embeds as its network does, and its identity has all that its features depend on."""
-
 import dataclasses
 import json
 
@@ -54,11 +52,8 @@ def test_inception(tmp_path):
   assert extractor.width == WIDTH
   images = some_images(1)
   check(extractor, images, Inception.load(path, "tf1", **options).embed_images(images))
-  assert extractor.identity == {
-    "network": "Inception-v3 of the FID",
-    "tensors": published_weights.digest(tensors),
-    "resize": "tf1",
-  }
+  about = {"network": "Inception-v3 of the FID", "resize": "tf1"}
+  assert extractor.identity == {**about, "tensors": published_weights.digest(tensors)}
   other = load_inception(path, "torch", **options)
   assert other.name == "inception-v3 (torch resize)"
   assert other.identity == extractor.identity | {"resize": "torch"}
@@ -100,11 +95,8 @@ def test_dinov2(tmp_path):
   extractor, images = load_dinov2(tmp_path), some_images(2, 25, 40)
   assert extractor.name == "dinov2"
   check(extractor, images, dinov2_test.DINOv2.load(tmp_path).embed_images(images))
-  assert extractor.identity["config"] == {
-    "num_attention_heads": 2,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-  }
+  config = {"num_attention_heads": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+  assert extractor.identity["config"] == config
   stored = dict(dinov2_test.PREPROCESSING)
   stored.pop("image_processor_type")
   assert extractor.identity["preprocessing"] == json.loads(json.dumps(stored))

@@ -86,7 +86,6 @@ def without_download(module, state, make):
 
 @pytest.fixture(scope="module")
 def torch_fidelity(state):
-  """Features of uint8 images by torch-fidelity."""
   module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
   network = without_download(
     module, state, lambda: module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
@@ -96,7 +95,6 @@ def torch_fidelity(state):
 
 @pytest.fixture(scope="module")
 def pytorch_fid(state):
-  """Features of uint8 images by pytorch-fid."""
   module = pytest.importorskip("pytorch_fid.inception")
   network = without_download(module, state, lambda: module.InceptionV3([3]).eval())
   return lambda images: network(as_torch(images) / 255)[0][:, :, 0, 0].numpy()

@@ -138,13 +138,7 @@ def test_thirty_thousand_rows_are_streamed_without_being_held():
 
 
 @pytest.mark.parametrize(
-  "rows",
-  [
-    [1.0, 2.0],
-    [[1.0, 2.0], [1.0, np.nan]],
-    [[np.inf, 2.0]],
-    [[1.0, 2.0, 3.0]],
-  ],
+  "rows", [[1.0, 2.0], [[1.0, 2.0], [1.0, np.nan]], [[np.inf, 2.0]], [[1.0, 2.0, 3.0]]]
 )
 def test_rows_that_are_no_features_are_refused(rows):
   with refused(UserError):

@@ -1,5 +1,3 @@
-"""Tests the judge of answers to the instruction data over scenes, with negative controls."""
-
 import dataclasses
 import itertools
 

@@ -1,5 +1,3 @@
-"""What training has of a caption: its words, its claims, an image that is right for it."""
-
 import numpy as np
 import pytest
 
@@ -19,13 +17,12 @@ def record(caption: str, scene: str) -> tuple[str, dict]:
   return caption, {"include": parse(caption), "objects": objects}
 
 
-TRAINED = TrainingScenes(
-  [
-    record("two hearts", "red heart top left, red heart bottom left"),
-    record("a bell left of a key", "green bell top left, blue key top right"),
-    record("a star at the top left", "blue star top left"),
-  ]
-)
+SHOWN = [
+  record("two hearts", "red heart top left, red heart bottom left"),
+  record("a bell left of a key", "green bell top left, blue key top right"),
+  record("a star at the top left", "blue star top left"),
+]
+TRAINED = TrainingScenes(SHOWN)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""Tests the parser of captions against the claims of the captions that the world writes."""
-
 import pytest
 
 from cm3leon_jax.scenes import source

@@ -1,5 +1,3 @@
-"""Tests which facts of a caption hold for objects that were found."""
-
 from cm3leon_jax.scenes.judge.facts import Found, check
 from cm3leon_jax.scenes.world import Scene
 

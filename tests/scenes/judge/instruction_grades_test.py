@@ -1,5 +1,3 @@
-"""Answers over scenes have what the page shows of them, and questions are guessed."""
-
 import numpy as np
 
 from cm3leon_jax.scenes.config import ScenesConfig

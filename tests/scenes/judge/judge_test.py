@@ -1,5 +1,3 @@
-"""Tests the judge of scenes by its error rates on real, degraded and wrong images."""
-
 import numpy as np
 from PIL import Image
 import pytest

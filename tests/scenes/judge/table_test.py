@@ -1,5 +1,3 @@
-"""Tests the tables of judged scenes, and the layout of GenEval's results."""
-
 import json
 
 import numpy as np
@@ -66,9 +64,7 @@ def test_a_lookup_stands_beside_the_model_and_new_claims_are_rows_of_their_own()
   assert table["all"]["lookup"]["share"] == 0.5
   assert table["heldout"]["scene"]["lookup"]["share"] == pytest.approx(2 / 3)
   parts = table["parts"]
-  assert list(parts) == [
-    "scene, new claims", "scene, claims of training", "pair, no color named"
-  ]  # fmt: skip
+  assert list(parts) == ["scene, new claims", "scene, claims of training", "pair, no color named"]
   assert parts["scene, new claims"]["images"] == 2
   assert parts["scene, new claims"]["correct"]["share"] == 0.5
   assert parts["scene, new claims"]["lookup"]["share"] == 0.5
@@ -150,9 +146,7 @@ def test_lines_of_results_have_genevals_layout_and_its_summary_agrees_with_the_t
     for i, one in enumerate(images)
   ]
   first = json.loads(lines[1])
-  assert list(first) == [
-    "filename", "tag", "prompt", "correct", "reason", "metadata", "details"
-  ]  # fmt: skip
+  assert list(first) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
   assert first["correct"] is False
   assert first["reason"] == "wrong"
   assert json.loads(first["metadata"]) == {

@@ -1,5 +1,3 @@
-"""Tests of the answers of the API without a server."""
-
 import asyncio
 import threading
 import types

@@ -1,5 +1,3 @@
-"""Answers of the server are those of `CM3Leon`, whoever else asks at the same time."""
-
 from concurrent import futures
 
 import numpy as np

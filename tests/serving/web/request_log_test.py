@@ -1,5 +1,3 @@
-"""The log has one line a request, and no word that a client wrote into its body."""
-
 import logging
 import time
 

@@ -1,8 +1,5 @@
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,6 +10,7 @@ import pytest
 from cm3leon_jax.training.faults import hang_watch
 from cm3leon_jax.training.faults.hang_watch import HUNG, HangWatch, verdict
 from cm3leon_jax.training.watch import goodput
+from tests.launched import python
 
 MINUTE = 60.0
 
@@ -249,10 +247,7 @@ with HangWatch(epath.Path(sys.argv[1]), 0.01, Stopwatch()) as watch:
 
 
 def test_a_process_that_is_stuck_ends_with_its_stacks(tmp_path):
-  result = subprocess.run(
-    [sys.executable, "-c", STUCK, tmp_path],
-    capture_output=True, text=True, timeout=120, check=False, env={**os.environ},
-  )  # fmt: skip
+  result = python(STUCK, tmp_path, timeout=120)
   assert result.returncode == HUNG == 1
   assert result.stdout.startswith("stuck\n")
   assert "in wait_for_ever" in result.stderr

@@ -43,6 +43,13 @@ def wait_until(condition):
     time.sleep(0.01)
 
 
+def refusal(held, kind) -> Exception:
+  """Waits until a step may not begin; returns the reason."""
+  with pytest.raises(kind) as error:
+    wait_until(lambda: held.ready(2))
+  return error.value
+
+
 def test_a_lease_lives_as_long_as_its_job(tmp_path):
   with Lease(tmp_path / "run") as held:
     path = tmp_path / "run" / lease.NAME
@@ -177,14 +184,7 @@ def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monke
     wait_until(lambda: len(renewals) > 2)
     held.ready(1)
 
-    def stopped():
-      try:
-        held.ready(2)
-      except TryAgain as error:
-        return "could not be renewed for 0.5 s" in str(error)
-      return False
-
-    wait_until(stopped)
+    assert "could not be renewed for 0.5 s" in str(refusal(held, TryAgain))
     monkeypatch.undo()
 
 
@@ -221,12 +221,5 @@ def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
     held.ready(1)
     hold(tmp_path)
 
-    def stopped():
-      try:
-        held.ready(2)
-      except UserError as error:
-        return str(error).startswith("process 7 on elsewhere took ")
-      return False
-
-    wait_until(stopped)
+    assert str(refusal(held, UserError)).startswith("process 7 on elsewhere took ")
   assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # It is not ours.

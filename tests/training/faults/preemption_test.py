@@ -1,5 +1,3 @@
-"""SIGTERM and Ctrl-C: a run saves, and the same call continues."""
-
 import os
 import signal
 import threading

@@ -1,5 +1,3 @@
-"""Rows that a run leaves out, and what is said of the rows of skipped steps."""
-
 import os
 import signal
 
@@ -22,16 +20,7 @@ from cm3leon_jax.training.step import numerics
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.messages import refused
 from tests.models.tiny import mesh_of
-from tests.training.runs import (
-  LENGTH,
-  MODEL,
-  STEPS,
-  Crash,
-  assert_equal,
-  crash_at,
-  losses,
-  run,
-)  # fmt: skip
+from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash_at, losses, run
 
 
 class Poisoned(RowLoader):
@@ -220,21 +209,12 @@ def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
 def test_flags_by_hand():
   assert parse(None, "") is None
   assert parse(500, "4000:4799") == GoBack(500, range(4000, 4800))
-  assert GoBack(500, range(4000, 4800)).as_json == {
-    "resume_from": 500, "first": 4000, "last": 4799,
-  }  # fmt: skip
+  assert GoBack(500, range(4000, 4800)).as_json == {"resume_from": 500, "first": 4000, "last": 4799}
 
 
 @pytest.mark.parametrize(
   ("resume_from", "skip_rows"),
-  [
-    (500, ""),
-    (None, "1:2"),
-    (500, "7"),
-    (500, "9:7"),
-    (500, "-1:7"),
-    (500, "1:" + "9" * 5_000),
-  ],
+  [(500, ""), (None, "1:2"), (500, "7"), (500, "9:7"), (500, "-1:7"), (500, "1:" + "9" * 5_000)],
 )
 def test_wrong_flags_are_refused(resume_from, skip_rows):
   with refused(UserError):

@@ -1,5 +1,3 @@
-"""Properties of the loop of the small trainers, on a linear model."""
-
 import dataclasses
 import functools
 import os
@@ -129,10 +127,7 @@ def test_a_signal_saves_and_the_same_call_continues_bit_for_bit(tmp_path, whole,
 def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
   monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
-  with (
-    lease.Lease(tmp_path),
-    refused(UserError),
-  ):
+  with lease.Lease(tmp_path), refused(UserError):
     train(tmp_path)
   assert list(tmp_path.iterdir()) == []
 
@@ -331,13 +326,7 @@ def test_batches_that_cannot_be_are_refused(tmp_path):
     train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
 
 
-@pytest.mark.parametrize(
-  "checkpoint_every",
-  [
-    5,
-    50,
-  ],
-)
+@pytest.mark.parametrize("checkpoint_every", [5, 50])
 def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, checkpoint_every):
   config = Config(learning_rate=1e30, checkpoint_every=checkpoint_every)
   with refused(UserError):

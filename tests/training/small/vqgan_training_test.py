@@ -1,5 +1,3 @@
-"""Properties of the tokenizer's training."""
-
 import dataclasses
 import functools
 
@@ -16,37 +14,22 @@ from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
-from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
 from tests.messages import refused
 from tests.models.tiny import mesh_of
+from tests.tokenizers.tiny import tiny_config
 
-CONFIG = VQGANConfig(
-  resolution=8,
-  downsample=4,
-  stem=2,
-  width=8,
-  multipliers=(1, 1),
-  encoder_blocks=(0, 0),
-  decoder_blocks=(0, 0),
-  code_dim=4,
-  steps=12,
-  batch_size=8,
-  learning_rate=3e-3,
-  warmup_steps=0,
-  restart_every=4,
-  adversarial_start=0.5,
-  discriminator_width=4,
-  discriminator_layers=2,
-  checkpoint_every=5,
-)
+LEVELS = {"stem": 2, "multipliers": (1, 1), "encoder_blocks": (0, 0), "decoder_blocks": (0, 0)}
+ADVERSARY = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
+ADVERSARY |= {"discriminator_width": 4, "discriminator_layers": 2}
+LENGTH = {"steps": 12, "batch_size": 8, "restart_every": 4, "checkpoint_every": 5}
+CONFIG = tiny_config(**LEVELS, **ADVERSARY, **LENGTH, learning_rate=3e-3)
 NUM_CODES = 16
 
 
 @pytest.fixture(scope="module")
 def images():
-  """Flat colors with a darker square: uint8 [20, 8, 8, 3]."""
   rng = np.random.default_rng(0)
   x = np.broadcast_to(rng.integers(0, 256, (20, 1, 1, 3)), (20, 8, 8, 3)).astype(np.uint8)
   x[:, 2:6, 2:6] //= 2
@@ -125,14 +108,9 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     summary = vqgan_training.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path, {})
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
-  assert sorted(p.name for p in tmp_path.iterdir()) == [
-    "config.json",
-    "metrics.jsonl",
-    "params.safetensors",
-    "reconstructions.npz",
-    "reconstructions.png",
-    "training",
-  ]
+  names = {"config.json", "metrics.jsonl", "params.safetensors", "training"}
+  names |= {"reconstructions.npz", "reconstructions.png"}
+  assert {path.name for path in tmp_path.iterdir()} == names
   shown = np.load(tmp_path / "reconstructions.npz")
   np.testing.assert_array_equal(shown["originals"], images[:6])
   tokenizer = ImageTokenizer.load(tmp_path)

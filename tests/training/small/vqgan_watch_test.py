@@ -19,15 +19,8 @@ from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 
-HEALTHY = tiny_config(
-  resolution=16,
-  code_dim=8,
-  steps=180,
-  batch_size=64,
-  learning_rate=3e-3,
-  restart_every=20,
-  checkpoint_every=1_000,
-)
+LENGTH = {"steps": 180, "batch_size": 64, "restart_every": 20, "checkpoint_every": 1_000}
+HEALTHY = tiny_config(resolution=16, code_dim=8, learning_rate=3e-3, **LENGTH)
 COLLAPSING = dataclasses.replace(
   HEALTHY, restart_every=0, commitment_weight=100.0, learning_rate=0.1
 )
@@ -36,7 +29,6 @@ NUM_CODES = 1_024
 
 @pytest.fixture(scope="module")
 def images():
-  """Squares of 4 x 4 pixels of random colors."""
   squares = np.random.default_rng(0).integers(0, 256, (128, 4, 4, 3))
   return np.repeat(np.repeat(squares, 4, 1), 4, 2).astype(np.uint8)
 
@@ -47,8 +39,6 @@ def train(config, images, folder, devices=8, **options):
 
 
 class Recorder:
-  """A board that keeps what it is shown."""
-
   def __init__(self):
     self.lines, self.sheets, self.closed = {}, {}, False
 

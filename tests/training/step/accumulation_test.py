@@ -23,12 +23,7 @@ def test_without_rows_of_a_device_the_accumulation_counts():
 
 
 @pytest.mark.parametrize(
-  "fields",
-  [
-    {"rows_per_device": 3},
-    {"rows_per_device": 64},
-    {"gradient_accumulation_steps": 64},
-  ],
+  "fields", [{"rows_per_device": 3}, {"rows_per_device": 64}, {"gradient_accumulation_steps": 64}]
 )
 def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_numbers(fields):
   with refused(UserError):

@@ -1,5 +1,3 @@
-"""The policy of image codes is what the decoder samples from; its step follows its definition."""
-
 import functools
 
 import jax
@@ -184,11 +182,8 @@ def test_steps_make_better_samples_more_likely_and_kl_holds_them_back():
     with jax.set_mesh(mesh_of(1, 1, 1)):
       params = random_params(model)
       state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), params)
-      step = jax.jit(
-        functools.partial(
-          grpo.policy_step, model, optimizer, VOCAB.text_size, kl_weight, 1.0, ema_decay=0.5
-        )
-      )
+      fixed = model, optimizer, VOCAB.text_size, kl_weight, 1.0
+      step = jax.jit(functools.partial(grpo.policy_step, *fixed, ema_decay=0.5))
       placed = grpo.place(rollout)
       for i in range(5):
         state, metrics = step(state, params, placed)

@@ -1,5 +1,3 @@
-"""A step whose numbers are not sound changes nothing, on any mesh, and nothing of it is saved."""
-
 import functools
 
 import jax
@@ -82,11 +80,8 @@ def test_a_poisoned_advantage_leaves_no_trace():
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params, reference = random_params(model), random_params(model, seed=1)
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), params)
-    step = jax.jit(
-      functools.partial(
-        grpo.policy_step, model, optimizer, grpo_test.VOCAB.text_size, 0.1, 1.0, ema_decay=0.5
-      )
-    )
+    fixed = model, optimizer, grpo_test.VOCAB.text_size, 0.1, 1.0
+    step = jax.jit(functools.partial(grpo.policy_step, *fixed, ema_decay=0.5))
     good = grpo.place(grpo_test.rollout_of("modern", values))
     values = values.copy()
     values[2] = np.nan

@@ -253,13 +253,8 @@ def abstract_7b(shape):
   with jax.set_mesh(mesh_of(*shape)):
     state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
     length = config.data.sequence_length
-    types = {
-      "inputs": "int32",
-      "targets": "int32",
-      "loss_weights": "float32",
-      "segment_ids": "int32",
-      "positions": "int32",
-    }
+    types = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), "int32")
+    types["loss_weights"] = "float32"
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
     batch = {
       name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding)

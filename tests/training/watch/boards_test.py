@@ -1,5 +1,3 @@
-"""Whatever a board does, a run goes on."""
-
 import contextlib
 import sys
 import threading

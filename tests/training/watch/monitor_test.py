@@ -161,14 +161,7 @@ def test_a_line_a_step_or_every_few_but_the_file_has_all(tmp_path, capsys, log_e
   assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == printed
   assert [
     line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if "loss" in line
-  ] == [
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-  ]
+  ] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
