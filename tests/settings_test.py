@@ -51,7 +51,6 @@ REFUSED = [
   ("raw", "jpeg_quality", 96, "at most 95"),
   ("raw", "heldout_fraction", -0.1, NOT_NEGATIVE),
   ("raw", "heldout_fraction", 1.0, BELOW_1),
-  ("raw", "max_texts", -1, NOT_NEGATIVE),
   ("raw", "num_threads", 0, POSITIVE),
   ("scenes", "train", 0, POSITIVE),
   ("scenes", "heldout", 0, POSITIVE),

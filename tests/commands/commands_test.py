@@ -2,7 +2,6 @@ import glob
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -112,7 +111,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
     "  config = base.get_config()\n  config.seed = int(seed)\n  return config\n"
   )
   (tmp_path / "w").mkdir()
-  for config in ("openmoji:2", str(tmp_path / "own.py")):
+  for config in ("scenes:2", str(tmp_path / "own.py")):
     result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == (
@@ -139,7 +138,7 @@ common.run(main, workdir=False)
   any(map(glob.glob, accelerators.DEVICE_FILES)), reason="this machine has an accelerator"
 )
 def test_a_machine_without_accelerators_prints_no_warnings():
-  result = run(sys.executable, "-c", DEVICES, "--config=openmoji")
+  result = run(sys.executable, "-c", DEVICES, "--config=scenes")
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout == "cpu\n"
 
@@ -196,8 +195,8 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
       "get_config function, or a shipped config: cm3leon_350m, ",
     ),
     (
-      ["--config=ml_configs/openmoji.py:soon"],
-      "error: config variant 'soon' of openmoji.py must be a positive number",
+      ["--config=ml_configs/scenes.py:soon"],
+      "error: config variant 'soon' of scenes.py must be a positive number",
     ),
     (
       ["--num_processes=2"],
@@ -214,13 +213,13 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
   ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, flags, sentence):
-  result = launch("evaluate", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", *flags)
+  result = launch("evaluate", "--config=ml_configs/scenes.py", f"--workdir={tmp_path}", *flags)
   assert result.returncode == 2
   assert result.stderr.startswith(sentence.format(workdir=tmp_path))
   assert result.stderr.count("\n") == 1
 
 
-EVALUATE = ["--config=openmoji", "--workdir=w"]
+EVALUATE = ["--config=scenes", "--workdir=w"]
 CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  "
 
 
@@ -232,7 +231,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
       "",
       "w/train/config.json does not exist: name the workdir of a run in which ",
     ),
-    (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
+    (["--config=scenes"], "", "name the folder of the run: --workdir=workdir\n"),
     (
       [*EVALUATE, "--steps=5"],
       "",
@@ -278,7 +277,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
       "config has no section 'vqgan': start from cm3leon_jax.configs.base.get_config(), ",
     ),
     (
-      ["--config=openmoji", "--workdir=gs://bucket/run"],
+      ["--config=scenes", "--workdir=gs://bucket/run"],
       "",
       f"--workdir=gs://bucket/run is in a GCS bucket, which needs gcsfs: {install('data')}.\n",
     ),
@@ -301,7 +300,7 @@ def test_a_command_that_makes_a_run_needs_a_config(tmp_path):
 
 
 def test_a_bucket_as_source_needs_its_extra(tmp_path):
-  flags = ["--config=openmoji", "--workdir=w", "--config.raw.source=gs://bucket/pairs"]
+  flags = ["--config=scenes", "--workdir=w", "--config.raw.source=gs://bucket/pairs"]
   result = launch("prepare_data", *flags, cwd=tmp_path, missing=["gcsfs"])
   assert result.returncode == 2
   assert result.stderr == (
@@ -312,16 +311,16 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
 
 def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
   licenses = "--config.raw.licenses=('CC0-1.0',)"
-  result = launch("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
+  result = launch("prepare_data", "--config=scenes", f"--workdir={tmp_path}", licenses)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: config.raw.licenses is ('CC0-1.0',), but the license of OpenMoji's drawings is "
-    "CC-BY-SA-4.0: add it.\n"
+    "error: config.raw.licenses is ('CC0-1.0',), but the license of scenes's drawings is "
+    "Apache-2.0: add it.\n"
   )
 
 
 def test_a_command_of_one_process_refuses_several(tmp_path):
-  result = launch("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
+  result = launch("report", "--config=scenes", f"--workdir={tmp_path}", "--num_processes=2")
   assert result.returncode == 2
   assert result.stderr == (
     "error: --num_processes is given, but this command runs in one process; only cm3leon train, "
@@ -330,7 +329,7 @@ def test_a_command_of_one_process_refuses_several(tmp_path):
 
 
 def test_report_of_an_empty_workdir_is_refused(tmp_path):
-  result = launch("report", "--config=openmoji", f"--workdir={tmp_path}")
+  result = launch("report", "--config=scenes", f"--workdir={tmp_path}")
   assert result.returncode == 2
   assert result.stderr == (
     f"error: --workdir {tmp_path} has no finished stage: run `cm3leon prepare_data` "
@@ -342,10 +341,10 @@ def test_report_lists_what_has_not_run(tmp_path):
   (tmp_path / "raw").mkdir()
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
-  result = launch("report", "--config=ml_configs/openmoji.py:2", f"--workdir={tmp_path}")
+  result = launch("report", "--config=ml_configs/scenes.py:2", f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
-  assert "ml_configs/openmoji.py:2" in (tmp_path / "report.html").read_text()
+  assert "ml_configs/scenes.py:2" in (tmp_path / "report.html").read_text()
 
 
 DEMOS = ("demo.sh", "demo_instructions.sh")
@@ -365,11 +364,6 @@ def test_demo_refuses_bad_arguments_in_one_sentence(tmp_path, script, arguments,
   refused(tmp_path, script, arguments, sentence)
 
 
-def test_demo_refuses_another_config(tmp_path):
-  sentence = "error: --config is 'cats'; it must be scenes or openmoji; usage: "
-  refused(tmp_path, "demo.sh", ["--config", "cats"], sentence)
-
-
 def refused(folder, script, arguments, sentence):
   result = run("bash", str(ROOT / "launch" / script), *arguments, cwd=folder)
   assert result.returncode == 2
@@ -378,21 +372,16 @@ def refused(folder, script, arguments, sentence):
   assert result.stdout == ""
 
 
-def test_demo_shows_its_usage(tmp_path):
-  result = run("bash", str(ROOT / "launch" / "demo.sh"), "--help", cwd=tmp_path)
+@pytest.mark.parametrize("script", DEMOS)
+def test_demo_shows_its_usage(tmp_path, script):
+  result = run("bash", str(ROOT / "launch" / script), "--help", cwd=tmp_path)
   assert result.returncode == 0
-  usage = "usage: bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]\n"
-  assert result.stdout.startswith(usage)
-  result = run("bash", str(ROOT / "launch" / "demo_instructions.sh"), "--help", cwd=tmp_path)
-  usage = "usage: bash launch/demo_instructions.sh [--workdir DIR] [--minutes N]\n"
+  usage = f"usage: bash launch/{script} [--workdir DIR] [--minutes N]\n"
   assert result.stdout.startswith(usage)
 
 
 def test_every_config_of_the_demo_takes_minutes():
-  script = (ROOT / "launch" / "demo.sh").read_text()
-  names = re.search(r"\[--config (\S+)\]", script)[1].split("|")
-  assert names == ["scenes", "openmoji"]
-  for name in (*names, "scenes_instruct"):
+  for name in ("scenes", "scenes_instruct"):
     short, long = (config_file.load(f"{ROOT}/ml_configs/{name}.py:{n}") for n in (2, 15))
     assert 0 < short.train.steps < long.train.steps
 

@@ -190,7 +190,7 @@ def test_rows_that_do_not_exist_are_refused(name, value, sentence):
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
   out = "--out=/dev/null/rows.html"
-  result = launch("inspect_data", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out)
+  result = launch("inspect_data", "--config=ml_configs/scenes.py", f"--workdir={tmp_path}", out)
   assert result.returncode == 2
   assert result.stderr == (
     "error: --out is /dev/null/rows.html, but /dev/null is not a folder: name another path.\n"

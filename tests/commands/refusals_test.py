@@ -54,7 +54,7 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       "prepare_data",
       ["--config=cm3leon_7b"],
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' or "
+      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or "
       "'scenes'.",
     ),
     (

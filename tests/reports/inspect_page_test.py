@@ -234,7 +234,7 @@ def test_the_page_is_one_file_with_every_image_inside(plan, text_tokenizer, imag
   scores = np.zeros(plan.sources[0].neighbors.shape, np.float32)
   rows = row_contents.read_rows(loader.RowLoader(plan, VOCAB), scores, range(12))
   decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
-  html = inspect_page.render(rows, plan, decoder, "ml_configs/openmoji.py:2", "train")
+  html = inspect_page.render(rows, plan, decoder, "ml_configs/scenes.py:2", "train")
   page = Page(html)
   assert page.open == []
   assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import openmoji, scenes
+from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
@@ -19,6 +19,7 @@ from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
+from examples.openmoji import config as openmoji
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 
