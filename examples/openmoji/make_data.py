@@ -46,20 +46,17 @@ def image_of(drawing: Drawing) -> str:
   return f"images/{drawing.code}.png"
 
 
-def group_of(concept: str) -> str:
-  """Returns the group of a concept: drawings of one concept are never neighbors of each other."""
-  return f"openmoji/color/{concept}"
-
-
 def pairs(drawings: Iterable[Drawing]) -> Iterator[dict]:
-  """Yields the lines of pairs.jsonl: one captioned image per drawing."""
+  """Yields the lines of pairs.jsonl: one captioned image per drawing.
+
+  Drawings of one concept are a group: they are never neighbors of each other.
+  """
   for drawing in drawings:
     yield {
       "key": f"openmoji/{drawing.code}",
       "image": image_of(drawing),
       "caption": drawing.caption,
-      "concept": drawing.concept,
-      "group": group_of(drawing.concept),
+      "group": drawing.concept,
       "split": split_of(drawing.concept),
       **origin(),
     }
@@ -79,7 +76,7 @@ def interleaved(drawings: Iterable[Drawing]) -> Iterator[dict]:
     yield {
       "key": f"openmoji/{concept}",
       "segments": segments,
-      "group": group_of(concept),
+      "group": concept,
       "split": split_of(concept),
       **origin(),
     }

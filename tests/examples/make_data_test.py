@@ -57,7 +57,7 @@ def test_a_small_folder_is_read_completely(tmp_path):
   for line in pairs:
     pair = by_key[line["key"]]
     assert (pair.caption, pair.concept, pair.split) == (
-      line["caption"], line["concept"], line["split"],
+      line["caption"], line["group"], line["split"],
     )  # fmt: skip
 
 
