@@ -380,7 +380,7 @@ def test_the_page_of_all_fields_is_current():
     "| `multipliers` | tuple of int, > 0 | `(1, 2, 4)` | ",
     "| `top_p` | float, > 0, <= 1 | `0.9` | ",
     '| `wandb` | str | `""` | ',
-    "| `own_tasks` | tuple of dict | `()` | More tasks",
+    "| `own_tasks` | tuple of dict | `()` | Additional tasks",
     "| `image_width` | int, > 0, a multiple of 64 | `768` | ",
   ],
 )
