@@ -1,6 +1,6 @@
 """Measures bf16 and int8 in decoding on a finished run: held-out bits, log-probabilities and speed.
 
-  python -m benchmarks.decode_precision --config=ml_configs/openmoji.py --workdir=workdir/openmoji
+  python -m benchmarks.decode_precision --config=ml_configs/scenes.py --workdir=workdir/scenes
 
 The decoder reads held-out captions and their images through its own cache. Then it generates images
 for the same captions. All numbers are for image codes.

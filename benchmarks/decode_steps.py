@@ -1,6 +1,6 @@
 """Measures steps per image and speed of speculative Jacobi decoding on a finished run.
 
-  python -m benchmarks.decode_steps --config=ml_configs/openmoji.py --workdir=workdir/openmoji
+  python -m benchmarks.decode_steps --config=ml_configs/scenes.py --workdir=workdir/scenes
 
 A batch generates images for held-out captions until its slowest image is complete.
 """

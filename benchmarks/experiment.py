@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
+from scipy import stats
+
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
@@ -70,6 +73,17 @@ def write_results(workdir: pathlib.Path, result: dict, markdown: str) -> None:
   """Writes results.json and table.md, and replaces earlier ones."""
   write_json(workdir / "results.json", result)
   (workdir / "table.md").write_text(markdown, encoding="utf-8")
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+  """Computes the 95% interval of a mean of few values with Student's t; None for one value.
+
+  student_interval([1, 2, 3]) = (-0.484, 4.484): 2 -+ 4.303 x 1 / sqrt(3)
+  """
+  if len(values) < 2:
+    return None
+  half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+  return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:

@@ -16,7 +16,7 @@ def get_config(variant: str = "opt"):
   _set_encoders(config)
   _set_decoder(config)
   if variant == "opt":
-    config.raw.update({"source": "scenes", "max_texts": 0})
+    config.raw.update({"source": "scenes"})
     config.evaluation.update({"scenes": 7})
     config.model.activation = "gelu_tanh"
     config.data.update({"text_share": 0.0, "num_neighbors": 1, "neighbor_sampling": "best"})

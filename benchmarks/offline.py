@@ -23,13 +23,13 @@ from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
-from cm3leon_jax.data.sources import openmoji
 from cm3leon_jax.files.shards import Runner
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
+from examples.openmoji import drawings as openmoji
 
 _RECORDS = flags.DEFINE_integer("records", 1_000, "Records of the tar.")
 _REPEATS = flags.DEFINE_integer(

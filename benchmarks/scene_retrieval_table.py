@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from benchmarks.ablation_table import student_interval
+from benchmarks.experiment import student_interval
 from cm3leon_jax.evaluation.intervals import mean_interval
 
 COMPARISONS = (

@@ -5,7 +5,7 @@ import textwrap
 
 import numpy as np
 
-from benchmarks.ablation_table import student_interval
+from benchmarks.experiment import student_interval
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import replacing
 

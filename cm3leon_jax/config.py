@@ -32,6 +32,8 @@ STRICT: "pydantic.ConfigDict" = {
   "allow_inf_nan": False,
   "use_attribute_docstrings": True,
 }
+# Fields that earlier versions stored. They have no effect any more.
+REMOVED_FIELDS = frozenset({"raw.max_texts"})
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 
 

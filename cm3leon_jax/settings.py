@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
 from cm3leon_jax.clip.config import CLIPConfig
-from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.config import REMOVED_FIELDS, STRICT, UserError, build
 from cm3leon_jax.data.instructions.config import InstructionsConfig
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.rows.config import DataConfig
@@ -157,10 +157,18 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
 def settings_from_stored(values: dict) -> Settings:
   """Builds the settings that a run or bundle stored. Sections added since then get their defaults.
 
+  Fields in `REMOVED_FIELDS` are left out.
+
   Raises:
     UserError: see `settings_from_config`.
   """
-  return settings_from_config({**default_config().to_dict(), **values})
+  kept = {
+    name: {k: v for k, v in section.items() if f"{name}.{k}" not in REMOVED_FIELDS}
+    if isinstance(section, dict)
+    else section
+    for name, section in values.items()
+  }
+  return settings_from_config({**default_config().to_dict(), **kept})
 
 
 def describe(settings: Settings) -> list[str]:

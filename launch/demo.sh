@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Runs the demo: creates .venv, runs every stage on composed scenes or on OpenMoji, and writes report.html.
-#   bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]
+# Runs the demo: creates .venv, runs every stage on composed scenes, and writes report.html.
+#   bash launch/demo.sh [--workdir DIR] [--minutes N]
 # The script can run again at any time: it keeps finished stages, and another --minutes continues the training.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-usage="usage: bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]"
-config=scenes
+usage="usage: bash launch/demo.sh [--workdir DIR] [--minutes N]"
 workdir=""
 minutes=15
 
 while [ $# -gt 0 ]; do
   case "$1" in
-    --config | --workdir | --minutes)
+    --workdir | --minutes)
       [ -n "${2:-}" ] || fail "$1 needs a value; $usage"
       declare "${1#--}=$2"
       shift 2
       ;;
-    --config=* | --workdir=* | --minutes=*)
+    --workdir=* | --minutes=*)
       [ -n "${1#*=}" ] || fail "${1%%=*} needs a value; $usage"
       name="${1%%=*}"
       declare "${name#--}=${1#*=}"
@@ -26,26 +25,21 @@ while [ $# -gt 0 ]; do
       ;;
     -h | --help)
       echo "$usage"
-      echo "  --config NAME  scenes: small scenes of colored icons, graded exactly; openmoji: the drawings of OpenMoji (default: $config)."
-      echo "  --workdir DIR  folder of the run (default: $root/workdir/NAME); an existing run continues."
+      echo "  --workdir DIR  folder of the run (default: $root/workdir/scenes); an existing run continues."
       echo "  --minutes N    time of the whole demo on two CPU cores (default: $minutes); scales only the training, and keeps finished stages."
       exit 0
       ;;
     *) fail "unexpected argument '$1'; $usage" ;;
   esac
 done
-case "$config" in
-  scenes | openmoji) ;;
-  *) fail "--config is '$config'; it must be scenes or openmoji; $usage" ;;
-esac
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes is '$minutes'; it must be a positive whole number; $usage"
-workdir="${workdir:-$root/workdir/$config}"
+workdir="${workdir:-$root/workdir/scenes}"
 mkdir -p "$workdir" 2>/dev/null || fail "--workdir '$workdir' cannot be created: name a writable folder."
 workdir="$(cd "$workdir" && pwd)"
 
 make_venv demo
 cd "$root"
-config_file="ml_configs/$config.py:$minutes"
+config_file="ml_configs/scenes.py:$minutes"
 
 command=(-m launch.run --config="$config_file" --workdir="$workdir")
 

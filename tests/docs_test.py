@@ -23,11 +23,11 @@ SUFFIXES = ["py", "json", "jsonl", "npy", "npz", "png", "sh", "md"]
 SUFFIXES += ["txt", "csv", "sha256", "safetensors"]
 SOURCES = {
   path.with_suffix("") if path.suffix == ".jinja" else path: path.read_text()
-  for folder in ("cm3leon_jax", "benchmarks", "launch", ".ci", "ml_configs", "tests")
+  for folder in ("cm3leon_jax", "benchmarks", "examples", "launch", ".ci", "ml_configs", "tests")
   for path in (ROOT / folder).rglob("*.*")
   if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service", ".jinja")
 }
-EXAMPLES = {"path/own.py"}  # Files of a user.
+EXAMPLES = {"path/own.py", "my_tuning.py"}  # Files of a user.
 
 
 def flags_in(*files: str) -> set[str]:

@@ -36,7 +36,7 @@ def build(source, target) -> pathlib.Path:
 def wheel(tmp_path_factory):
   """Builds the wheel from a copy without build outputs."""
   source = tmp_path_factory.mktemp("source")
-  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
+  for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
@@ -69,7 +69,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   (tmp_path / "w").mkdir()
   script = next(path for path in (site / "bin").iterdir() if path.name == "cm3leon")
   result = subprocess.run(
-    [sys.executable, script, "evaluate", "--config=openmoji:15", "--workdir=w"],
+    [sys.executable, script, "evaluate", "--config=scenes:15", "--workdir=w"],
     cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert result.returncode == 2
@@ -166,7 +166,7 @@ def test_the_range_of_jax_ends_at_the_tested_versions():
 def test_the_layout_of_the_project():
   for name in ("requirements.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
     assert (ROOT / name).is_file(), name
-  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
+  for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     assert (ROOT / name / "__init__.py").is_file(), name
   assert len((ROOT / "setup.py").read_text().splitlines()) < 10
 

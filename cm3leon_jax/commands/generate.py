@@ -41,6 +41,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 
+MOST_CAPTIONS = 16  # Default of --captions; fewer if fewer pairs are held out.
 # These are literals, because the flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
 TASKS = (
@@ -64,7 +65,10 @@ _LENGTH = flags.DEFINE_integer(
   "length", 0, "Largest number of tokens in a text (default: 64) or an interleaved document."
 )
 _CAPTIONS = flags.DEFINE_integer(
-  "captions", 16, "Number of held-out captions, if no prompt or image is given.", lower_bound=1
+  "captions",
+  None,
+  "Number of held-out captions, if no prompt or image is given (default: 16, or all if fewer).",
+  lower_bound=1,
 )
 _RANK = flags.DEFINE_bool(
   "rank", False, "Order the samples of each prompt by CLIP score, best first."
@@ -254,7 +258,7 @@ def _identity(
   return {
     **config,
     "sampling": dataclasses.asdict(settings.sampling),
-    "captions": _CAPTIONS.value,
+    "captions": _CAPTIONS.value or MOST_CAPTIONS,
     "seed": seed,
     "guidance": list(dict.fromkeys(sampling.guidance for _, sampling in columns)),
     "retrieve": list(dict.fromkeys(retrieve for retrieve, _ in columns)),
@@ -358,11 +362,12 @@ def main(settings: Settings, workdir: epath.Path) -> None:
         *heldout_tasks(
           layout,
           trained.folder,
-          _CAPTIONS.value,
+          _CAPTIONS.value or MOST_CAPTIONS,
           seed,
           columns,
           _KEEP.value,
           pipeline.image_tokenizer,
+          or_fewer=_CAPTIONS.value is None,
         )
       ]
       writer = Writer(folder, SAMPLES.value)

@@ -3,8 +3,8 @@
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes --check_leaks
 
-`--config.raw.source` is the folder of your images and texts, "openmoji" or "scenes". Only the
-configs `scenes` and `openmoji` set it already. docs/data_formats.md describes the formats.
+`--config.raw.source` is the folder of your images and texts, or "scenes". Of the shipped configs,
+only `scenes` and those that tune its model set it. docs/data_formats.md describes the formats.
 """
 
 from __future__ import annotations
@@ -40,9 +40,6 @@ _LEAK_PSNR = flags.DEFINE_float(
   "least this many dB.",
   lower_bound=0.0,
 )
-
-
-DRAWN = ("openmoji", *worlds.MODULES)  # Values of `raw.source` whose images are drawings.
 
 
 def drawn_source(settings: Settings) -> DrawnSource | None:
@@ -149,7 +146,7 @@ def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
 
   near = None
   # Drawings are similar by design. Their concepts already keep similar drawings in one split.
-  if settings.raw.source not in DRAWN:
+  if settings.raw.source not in worlds.MODULES:
     near = leaks.near_duplicates(folder, settings.raw.num_threads)
     summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
     summary["leaked_heldout_images"] = near.leaked
@@ -196,7 +193,7 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
     else:
       check_leaks(settings, workdir)
     return
-  if not settings.raw.resolution and settings.raw.source in DRAWN:
+  if not settings.raw.resolution and settings.raw.source in worlds.MODULES:
     raise UserError(
       f"config.raw.resolution is 0, but the source '{settings.raw.source}' needs a resolution: "
       "give --config.raw.resolution=48, or a folder of images as config.raw.source."

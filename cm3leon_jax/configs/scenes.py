@@ -49,7 +49,7 @@ def _set_world(config: ml_collections.ConfigDict) -> None:
   # scene with the same object and color at another place would be nearer to a caption than a
   # document of the bank with the object at the right place.
   config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
-  config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
+  config.raw.update({"source": "scenes", "resolution": 48})
 
 
 def _set_encoders(config: ml_collections.ConfigDict) -> None:

@@ -57,6 +57,7 @@ def heldout_tasks(
   columns: Sequence[tuple[int, SamplingConfig]],
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
+  or_fewer: bool = False,
 ) -> list[HeldoutCaption]:
   """Returns tasks for `count` evenly spaced held-out captions, one per caption and column.
 
@@ -66,14 +67,17 @@ def heldout_tasks(
     columns: columns of the contact sheet: (number of retrieved documents, sampling settings).
     keep_neighbors: the unconditional stream keeps the retrieved documents.
     image_tokenizer: decodes the original images; None omits them.
+    or_fewer: use all held-out captions if fewer than `count` are held out.
 
   Returns:
     Tasks: all captions of the first column, then all captions of the next column, etc.
 
   Raises:
-    UserError: fewer than `count` captions are held out.
+    UserError: fewer than `count` captions are held out, and not `or_fewer`.
   """
   heldout = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", layout.vocab)
+  if or_fewer:
+    count = min(count, len(heldout))
   if count > len(heldout):
     raise UserError(f"--captions is {count}; only {len(heldout)} pairs are held out.")
   rows = np.linspace(0, len(heldout) - 1, count).astype(int)

@@ -1,4 +1,4 @@
-"""Writes the fields of a task and all shipped tasks with examples into docs/instructions.md.
+"""Writes the fields of a task and all shipped tasks with examples into docs/instruction_tasks.md.
 
 python -m cm3leon_jax.reports.instruction_reference
 """
@@ -24,7 +24,7 @@ from cm3leon_jax.evaluation.world import find
 from cm3leon_jax.reports import config_reference
 from cm3leon_jax.vocab import VocabLayout
 
-PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"
+PATH = pathlib.Path(__file__).parents[2] / "docs" / "instruction_tasks.md"
 START = "<!-- python -m cm3leon_jax.reports.instruction_reference writes what follows -->"
 END = "<!-- to here -->"
 # Vocabulary of the examples: one id per character, and one image code.

@@ -40,7 +40,6 @@ HUB_LICENSES = (
   *("odc-by", "odbl"),
 )
 _BLOCKS = re.MULTILINE | re.DOTALL
-CAPTIONS = {"openmoji": "red apple"}  # Example captions of sources that are not worlds.
 
 
 def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
@@ -95,7 +94,7 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
     "family": sizes["family"],
     "code_dim": sizes["code_dim"],
     "trained": trained,
-    "caption": world.caption if world else CAPTIONS.get(trained.raw.source, "a photo of a dog"),
+    "caption": world.caption if world else "a photo of a dog",
     "question": QUESTION.replace("{}", "..."),
     "changed": [line for line in settings_lib.describe(trained) if "# default:" in line],
     "tasks": sorted(tuned_tasks(summary)),

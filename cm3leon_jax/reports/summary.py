@@ -23,14 +23,14 @@ HEADLINES = (
     "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
     "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
-    "of openmoji's 512 codes"),
+    "of 512 codes, in examples/openmoji"),
   *RETRIEVAL,
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
-    "for openmoji"),
+    "for examples/openmoji"),
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.42,
-    "for openmoji:long"),
+    "for examples/openmoji, variant long"),
   Headline(
     "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
     "evaluation.text.unigram", "unigram model"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import REMOVED_FIELDS, UserError
 from cm3leon_jax.files.atomic import exists, sync
 from cm3leon_jax.files.digests import damage, describe
 from cm3leon_jax.files.json_files import plain, read_json, write_json
@@ -33,14 +33,14 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
   A field is absent from `old` if the code gained the field later. Such a field does not differ if
-  it is off in `new`: 0, False or empty.
+  it is off in `new`: 0, False or empty. Fields in `REMOVED_FIELDS` do not differ, either.
   """
   changed = []
   for key in sorted({*old, *new}):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       changed += differences(a, b, f"{where}{key}.")
-    elif a != b and (b or key in old):
+    elif a != b and (b or key in old) and f"{where}{key}" not in REMOVED_FIELDS:
       changed.append(f"{where}{key}: {a} -> {b}")
   return changed
 

@@ -13,8 +13,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.sources.builtin import load_drawings
-from cm3leon_jax.data.sources.drawn import FactLeakReport, check_license
+from cm3leon_jax.data.sources.drawn import FactLeakReport, check_license, load_drawings
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world

@@ -95,7 +95,7 @@ def test_flags_of_the_config_are_separated(given, config, others):
 
 
 def test_a_platform_that_jax_cannot_use_is_one_sentence():
-  result = run(sys.executable, "-c", DEVICES, "--config=openmoji", JAX_PLATFORMS="moon")
+  result = run(sys.executable, "-c", DEVICES, "--config=scenes", JAX_PLATFORMS="moon")
   assert (result.returncode, result.stdout) == (2, "")
   sentence = "error: JAX_PLATFORMS is moon: Unable to initialize backend 'moon': "
   assert result.stderr.startswith(sentence)

@@ -187,5 +187,5 @@ def test_rows_that_do_not_exist_are_refused(name, value, sentence):
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
   out = "--out=/dev/null/rows.html"
-  config = "--config=ml_configs/openmoji.py"
+  config = "--config=ml_configs/scenes.py"
   check_refused(launch("inspect_data", config, f"--workdir={tmp_path}", out))

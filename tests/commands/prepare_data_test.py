@@ -122,7 +122,7 @@ def test_check_leaks_passes_where_nothing_leaks(tmp_path):
 
 
 def test_scenes_are_checked_by_their_facts(tmp_path):
-  flags = ["--config.raw.source=scenes", "--config.raw.resolution=48", "--config.raw.max_texts=0"]
+  flags = ["--config.raw.source=scenes", "--config.raw.resolution=48"]
   flags += ["--config.scenes.train=60", "--config.scenes.heldout=14", f"--workdir={tmp_path}"]
   prepared = command(*flags)
   assert prepared.returncode == 0, prepared.stderr

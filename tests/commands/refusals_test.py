@@ -23,14 +23,14 @@ def run(folder: pathlib.Path, name: str, *flags: str) -> subprocess.CompletedPro
     ("evaluate", ["--config=scenes", "--data=s3://bucket/coco"]),
     ("prepare_data", ["--config=scenes", "--config.raw.source=s3://bucket/pairs"]),
     ("prepare_data", ["--config=scenes", "--config.raw.source=gs://bucket/pairs"]),
-    ("prepare_data", ["--config=openmoji", "--config.raw.licenses=('CC0-1.0',)"]),
+    ("prepare_data", ["--config=scenes", "--config.raw.licenses=('CC0-1.0',)"]),
     ("prepare_data", ["--config=cm3leon_7b"]),
     ("prepare_data", ["--config=scenes", "--config.vqgan.resolution=50"]),
     ("train_vqgan", ["--config=cm3leon_7b", "--distributed"]),
     ("train_clip", ["--config=cm3leon_7b", "--num_processes=2"]),
     ("train_clip", ["--config=scenes", "--config.clip.resolution=50"]),
-    ("report", ["--config=openmoji"]),
-    ("report", ["--config=openmoji", "--num_processes=2"]),
+    ("report", ["--config=scenes"]),
+    ("report", ["--config=scenes", "--num_processes=2"]),
   ],
 )
 def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags):

@@ -1,3 +1,4 @@
+import pathlib
 import sys
 
 from etils import epath
@@ -26,7 +27,8 @@ def settings_of(name, **fields):
 
 def test_a_run_has_the_stages_of_the_demo_in_order():
   assert list(run.commands(settings_of("scenes"), given=False)) == DEMO
-  assert list(run.commands(settings_of("openmoji"), given=False)) == DEMO
+  example = str(pathlib.Path(__file__).parents[2] / "examples" / "openmoji" / "config.py")
+  assert list(run.commands(settings_of(example), given=False)) == DEMO
 
 
 def test_a_run_that_tunes_starts_from_the_tokenizers_of_another():

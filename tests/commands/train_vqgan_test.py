@@ -39,7 +39,7 @@ class Half:
 
 @pytest.mark.parametrize("style", ["filled", "outlined"])
 def test_reconstructions_of_scenes_are_judged(tmp_path, style):
-  raw = RawConfig(source="scenes", resolution=48, max_texts=0)
+  raw = RawConfig(source="scenes", resolution=48)
   config = ScenesConfig(train=20, heldout=24, style=style)
   drawn = ScenesSource(config)
   ingest.prepare(raw, ingest.parts_of(raw, drawn), tmp_path / "raw", Runner(), drawn)

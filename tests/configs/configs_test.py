@@ -9,7 +9,6 @@ from cm3leon_jax.configs import (
   cm3leon_7b,
   cm3leon_350m,
   cm3leon_760m,
-  openmoji,
   own,
   scenes,
   scenes_instruct,
@@ -23,6 +22,7 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.scenes import world as scene_world
 from cm3leon_jax.scenes.config import COMMON, RARE
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+from examples.openmoji import config as openmoji
 from tests.messages import refused
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
@@ -60,10 +60,10 @@ def test_only_the_demos_name_a_source():
   """A run of a real size must not train on drawings because nobody named its data."""
   sources = {
     module.__name__.rpartition(".")[2]: module.get_config().raw.source
-    for module in (*SIZES.values(), *TUNED.values(), openmoji, scenes, scenes_instruct)
+    for module in (*SIZES.values(), *TUNED.values(), scenes, scenes_instruct)
   }
   named = {name: source for name, source in sources.items() if source}
-  assert named == {"openmoji": "openmoji", "scenes": "scenes", "scenes_instruct": "scenes"}
+  assert named == {"scenes": "scenes", "scenes_instruct": "scenes"}
   assert default_config().raw.source == ""
 
 

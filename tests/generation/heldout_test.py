@@ -33,6 +33,7 @@ def test_heldout_captions_are_evenly_spaced_and_have_their_neighbors(workdir, la
   assert fields == [(0, 0, 0), (1, 0, 0), (0, 2, 2), (1, 2, 2)]
   with refused(UserError):
     heldout_tasks(layout, workdir, 6, 0, COLUMNS)
+  assert len(heldout_tasks(layout, workdir, 6, 7, COLUMNS, or_fewer=True)) == len(every)
 
 
 def test_the_model_reads_the_ids_of_the_store(workdir, layout):

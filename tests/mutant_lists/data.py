@@ -77,9 +77,6 @@ DATA = mutants_of(
     "(noise >= min_psnr) | (distance <= MAX_BITS)",
     "(noise >= min_psnr) & (distance <= MAX_BITS)",
   ),
-  "cm3leon_jax/data/sources/builtin.py",
-  "tests/data/checks/leaks_test.py",
-  ("split_by_drawing", "split_of(d.concept, ", "split_of(d.code, "),
   "cm3leon_jax/scenes/world.py",
   "tests/scenes/source_test.py::test_training_shows_nothing_that_is_held_out",
   (

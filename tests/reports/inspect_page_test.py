@@ -217,7 +217,7 @@ def test_the_page_is_one_file_with_every_image_inside(plan, text_tokenizer, imag
   scores = np.zeros(plan.sources[0].neighbors.shape, np.float32)
   rows = row_contents.read_rows(loader.RowLoader(plan, VOCAB), scores, range(12))
   decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
-  html = inspect_page.render(rows, plan, decoder, "ml_configs/openmoji.py:2", "train")
+  html = inspect_page.render(rows, plan, decoder, "ml_configs/scenes.py:2", "train")
   page = Page(html)
   page.check_whole()
   views = [view for row in rows for view in row.samples]

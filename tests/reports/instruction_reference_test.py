@@ -9,6 +9,7 @@ from cm3leon_jax.data.instructions.tasks import choose_template
 from cm3leon_jax.reports import instruction_reference as reference
 
 PAGE = reference.PATH.read_text(encoding="utf-8")
+GUIDE = reference.PATH.with_name("instructions.md").read_text(encoding="utf-8")
 TASKS = [(name, task) for name in shipped() for task in read_tasks(name)]
 
 
@@ -19,7 +20,7 @@ def named(table, name):
 
 def test_the_page_is_current():
   assert reference.page(PAGE) == PAGE, (
-    "docs/instructions.md is old: python -m cm3leon_jax.reports.instruction_reference"
+    "docs/instruction_tasks.md is old: python -m cm3leon_jax.reports.instruction_reference"
   )
 
 
@@ -115,8 +116,8 @@ def test_questions_without_a_context_have_no_line_for_it():
 
 
 def test_own_tasks_of_the_page_are_right():
-  (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+  (text,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
   assert [task.name for task in parse_tasks(text, "page")] == ["poem"]
-  python = re.search(r"own_tasks = (\(.*?\n\))\n", PAGE, re.DOTALL)[1]
+  python = re.search(r"own_tasks = (\(.*?\n\))\n", GUIDE, re.DOTALL)[1]
   (values,) = yaml.safe_load(re.sub(r"^\(|,\n\)$", "", python).join("[]"))
   assert make_task(values).maps == {"lines": "scribble"}

@@ -16,7 +16,7 @@ from tests.reports.run_files import NUMBERS, Page, headings, make_run
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   make_run(workdir)
-  found = report.write(workdir, "ml_configs/openmoji.py:2")
+  found = report.write(workdir, "ml_configs/scenes.py:2")
   return workdir, found, (workdir / "report.html").read_text()
 
 
@@ -70,7 +70,7 @@ def test_figures_take_the_colors_of_the_page(run):
 @pytest.mark.parametrize("only", [(), ("raw",), ("raw", "vqgan", "train")])
 def test_page_lists_stages_that_have_not_run(tmp_path, only):
   make_run(tmp_path, only)
-  found = report.write(tmp_path, "ml_configs/openmoji.py")
+  found = report.write(tmp_path, "ml_configs/scenes.py")
   assert found["unfinished"] == [folder for folder in NUMBERS if folder not in only]
   html = (tmp_path / "report.html").read_text()
   assert "<code>cm3leon evaluate</code> has not finished in this workdir" in html

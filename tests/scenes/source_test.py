@@ -32,7 +32,7 @@ from cm3leon_jax.scenes.world import (
 from cm3leon_jax.vocab import VocabLayout
 from tests.messages import refused
 
-RAW = RawConfig(source="scenes", resolution=48, max_texts=0)
+RAW = RawConfig(source="scenes", resolution=48)
 FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
 
 
@@ -336,15 +336,6 @@ def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
     for i in (0, 17, len(pairs) - 1):
       assert store[i].facts == pairs[i].facts
       assert (store[i].concept, store[i].group) == (pairs[i].concept, pairs[i].group)
-
-
-@pytest.mark.slow
-def test_texts_are_a_shard_of_their_own(tmp_path):
-  config = ScenesConfig(train=7, heldout=7, categories=("counting",))
-  raw = RawConfig(source="scenes", resolution=48, max_texts=20)
-  summary = prepare(config, tmp_path, raw)
-  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (3, 7, 7)
-  assert summary["train_texts"] + summary["heldout_texts"] == 20
 
 
 def test_shares_of_the_categories():

@@ -8,6 +8,7 @@ from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
 from cm3leon_jax.export import choices
+from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import bundles
@@ -23,6 +24,29 @@ def test_a_run_has_its_own_folders_and_the_ids_of_its_stages(run):
   assert (trained.settings, trained.kind, trained.step) == (SETTINGS, "workdir", None)
   assert trained.stages == trained.bank == trained.folder == run
   assert ids(trained, READ) == stages.ids(SETTINGS, run, READ)
+
+
+def store_raw(run, folder, **fields):
+  """Writes the stored settings of `run` with other fields of the section `raw`."""
+  about = read_json(run / "train" / "config.json")
+  about["settings"]["raw"].update(fields)
+  (folder / "train").mkdir(parents=True)
+  write_json(folder / "train" / "config.json", about)
+
+
+@pytest.mark.parametrize("source", ["openmoji", "docstrings"])
+def test_a_run_on_a_source_that_is_an_example_now_is_refused(run, tmp_path, source):
+  store_raw(run, tmp_path / "old", source=source, max_texts=4_000)
+  with refused(UserError):
+    Run.open(tmp_path / "old")
+
+
+def test_a_field_that_earlier_versions_stored_changes_nothing(run, tmp_path):
+  store_raw(run, tmp_path / "old", max_texts=4_000)
+  assert Run.open(tmp_path / "old").settings == SETTINGS
+  raw = {"source": "a", "max_texts": 4_000}
+  assert stages.differences({"raw": raw}, {"raw": {"source": "a"}}) == []
+  assert stages.differences({"raw": raw}, {"raw": {"source": "b"}}) == ["raw.source: a -> b"]
 
 
 def test_a_bundle_on_a_base_reads_what_the_base_has():

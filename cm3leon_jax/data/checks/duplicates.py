@@ -1,23 +1,22 @@
-"""Finds near-duplicate images by fingerprints and merges the concepts of near images.
+"""Finds near-duplicate images by fingerprints.
 
 Two images are near if at least one condition holds:
 - The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR. This allows a mean squared error
-  of 1.35 times the error of `openmoji`'s tokenizer (22.7 to 23.3 dB). Averaging over blocks of
-  pixels never increases the error, so full images differ at least as much as their thumbnails.
+  of 1.35 times the error of the tokenizer of examples/openmoji (22.7 to 23.3 dB). Averaging over
+  blocks of pixels never increases the error, so full images differ at least as much as their
+  thumbnails.
 - Their perceptual hashes differ in at most a share MAX_BITS of the bits that are set in at least
   one hash. A hash holds the signs of the lowest frequencies of each color channel. Hashes also find
   brighter, paler and compressed copies.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent import futures
 import dataclasses
 
 import numpy as np
 from PIL import Image
 import scipy.fft
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 # N, M images, H height, W width.
 
@@ -103,25 +102,3 @@ def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
       rows.append(first + i)
       columns.append(second + j)
   return np.concatenate(rows), np.concatenate(columns)
-
-
-def unite(names: Sequence[str], prints: Fingerprints) -> list[str]:
-  """Merges concepts that contain near images, directly or through a chain of near images.
-
-  The alphabetically first of the merged names becomes the name of all these images.
-
-    names  = ["apple", "pear", "cat", "pear"], the first two images near
-    result = ["apple", "apple", "cat", "apple"]
-  """
-  if not names:
-    return []
-  ordered = sorted(set(names))
-  number = {name: i for i, name in enumerate(ordered)}
-  of_image = np.array([number[name] for name in names], int)
-  rows, columns = near_pairs(prints)
-  links = coo_array(
-    (np.ones(len(rows)), (of_image[rows], of_image[columns])), shape=(len(ordered),) * 2
-  )
-  _, components = connected_components(links, directed=False)
-  first = dict(zip(reversed(components.tolist()), reversed(ordered)))
-  return [first[component] for component in components[of_image].tolist()]

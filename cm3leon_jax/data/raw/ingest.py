@@ -4,7 +4,6 @@ import collections
 from collections.abc import Callable, Iterable
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 from etils import epath
@@ -15,10 +14,9 @@ from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
 from cm3leon_jax.data.raw.writer import FILES, REJECTED, Load, write_shard
-from cm3leon_jax.data.sources import builtin, formats, origins
-from cm3leon_jax.data.sources.builtin import DOCSTRINGS, OPENMOJI, docstring_texts
+from cm3leon_jax.data.sources import formats, origins
 from cm3leon_jax.data.sources.drawn import DrawnSource
-from cm3leon_jax.data.sources.records import KINDS, SPLITS, Record, Rejected
+from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.data.sources.rejections import Rejections
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
@@ -37,14 +35,10 @@ def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[format
   if not config.source:
     raise UserError(
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' or "
-      "'scenes'."
+      "caption files (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'scenes'."
     )
-  if config.source == OPENMOJI:
-    return builtin.openmoji_parts(config.licenses)
   if drawn is not None:
-    texts = [formats.SourcePart(DOCSTRINGS, (), 0)] if config.max_texts else []
-    return drawn.parts(config.licenses, config.resolution) + texts
+    return drawn.parts(config.licenses, config.resolution)
   return formats.parts(config.source, config.format)
 
 
@@ -165,23 +159,11 @@ class _Ingest:
 
   def _shard(self, name: str) -> dict:
     part, folder = self.parts[name], epath.Path(self.folder) / name
-    fraction, max_texts = self.config.heldout_fraction, self.config.max_texts
-    if part.kind == OPENMOJI:
-      resolution, threads = self.config.resolution, self.config.num_threads
-      pairs, nameless = builtin.openmoji_pairs(resolution, fraction, threads)
-      items: Iterable[Record | Rejected]
-      items = itertools.chain(pairs, docstring_texts(max_texts, fraction))
-      more, total = {"left_out_nameless": nameless}, len(pairs) + max_texts
-      load = _with_own_size(builtin.openmoji_drawings().render)
-      return write_shard(self.config, folder, items, load, more, total)
-    if self.drawn is not None and part.kind == self.drawn.name:
+    if self.drawn is not None:
       pairs = list(self.drawn.read(part))
       numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
       load = _with_own_size(self.drawn.load)
       return write_shard(self.config, folder, pairs, load, numbers, len(pairs))
-    if part.kind == DOCSTRINGS:
-      items = docstring_texts(max_texts, fraction)
-      return write_shard(self.config, folder, items, load_with_size, total=max_texts)
     load = functools.partial(load_with_size, crop=self.config.crop)
     limits = self.config.allow_outside, self.config.max_caption_characters
     items = formats.read(part, *limits)

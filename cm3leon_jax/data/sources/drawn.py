@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 import dataclasses
+import importlib
+from types import ModuleType
 from typing import Any, Protocol
 
 from etils import epath
 import numpy as np
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import RawPair
@@ -62,6 +65,21 @@ class DrawnSource(Protocol):
 
     Comparing pixels would not help, because drawn images of both splits are similar by design.
     """
+
+
+def load_drawings(source: str, module: str) -> ModuleType:
+  """Imports a module of the drawings of a source.
+
+  Raises:
+    UserError: its package is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise UserError(
+      f"config.raw.source is '{source}', whose drawings are not installed ({error}): "
+      f"{extras.install('demo')}."
+    ) from error
 
 
 def check_license(licenses: tuple[str, ...], given: str, name: str) -> None:

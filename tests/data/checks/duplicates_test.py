@@ -1,7 +1,5 @@
 import io
 
-from hypothesis import given
-from hypothesis import strategies as st
 import numpy as np
 from PIL import Image, ImageEnhance
 import pytest
@@ -92,24 +90,6 @@ def test_two_patterns_of_one_brightness_differ_by_color():
   red = (step * [200, 0, 0]).astype(np.uint8)
   blue = (step * [0, 0, 200]).astype(np.uint8)
   assert distances(red, blue)[1] == 1
-
-
-def test_concepts_of_near_images_are_united():
-  images = [photo(0), photo(0) // 2, photo(1), photo(2)]
-  names = ["apple", "pear", "cat", "pear"]
-  assert duplicates.unite(names, prints(*images)) == ["apple", "apple", "cat", "apple"]
-  assert duplicates.unite(names, prints(*map(photo, range(4)))) == names
-  assert duplicates.unite([], prints()) == []
-
-
-@given(st.permutations(range(8)))
-def test_what_is_united_does_not_depend_on_the_order(order):
-  """Four names in a chain: each holds an image near one of the next name's."""
-  images = [photo(seed) // (1 + half) for seed in range(4) for half in range(2)]
-  names = ["d", "c", "c", "b", "b", "a", "e", "f"]
-  expected = ["a", "a", "a", "a", "a", "a", "e", "e"]
-  found = duplicates.unite([names[i] for i in order], prints(*(images[i] for i in order)))
-  assert found == [expected[i] for i in order]
 
 
 def test_near_pairs_are_found_across_blocks(monkeypatch):

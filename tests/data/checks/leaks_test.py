@@ -1,17 +1,11 @@
-import collections
 import json
-import pathlib
 
 import numpy as np
 from PIL import Image
-import pytest
 
-from benchmarks import drawing_styles
 from cm3leon_jax.data.checks import leaks
-from cm3leon_jax.data.raw import ingest, reader
+from cm3leon_jax.data.raw import ingest
 from cm3leon_jax.data.raw.config import RawConfig
-from cm3leon_jax.data.sources import builtin, openmoji
-from cm3leon_jax.data.sources.records import SPLITS
 from cm3leon_jax.files.shards import Runner
 from tests.data.checks.duplicates_test import COPIES, photo
 
@@ -77,100 +71,6 @@ def test_the_limit_of_the_psnr_is_an_argument(tmp_path):
 def test_without_heldout_images_nothing_leaks(tmp_path):
   raw = prepare(write_source(tmp_path / "in", photos("train", range(3))), tmp_path / "raw")
   assert leaks.check(raw, 1) == leaks.LeakReport(0, 3, 0, 0, [])
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory):
-  out = tmp_path_factory.mktemp("raw")
-  return prepare("openmoji", out, heldout_fraction=0.07, max_texts=40)
-
-
-@pytest.mark.slow
-def test_openmoji_pairs(drawings):
-  train, heldout = (reader.read_pairs(drawings, split) for split in SPLITS[:2])
-  assert 220 <= len(heldout) <= 300
-  assert len(train) > 3_500
-  assert sum(len(reader.read_texts(drawings, split)) for split in SPLITS) == 40
-  assert {p.license for p in train} == {"CC-BY-SA-4.0"}
-  assert all("OpenMoji" in p.attribution and p.group and p.source for p in train)
-  cooks = {p.group for p in train + heldout if "cook" in p.caption.split()}
-  assert len(cooks) == 1
-
-
-def test_all_drawings_of_a_concept_are_in_one_split(monkeypatch):
-  """Those that look alike, too, are of one concept: `unite_concepts`, which draws them all."""
-  monkeypatch.setattr(openmoji, "unite_concepts", lambda named, *_: named)
-  pairs, _ = builtin.openmoji_pairs(64, 0.07, 1)
-  splits, drawings = collections.defaultdict(set), collections.Counter()
-  for pair in pairs:
-    splits[pair.concept].add(pair.split)
-    drawings[pair.concept] += 1
-  assert set(map(len, splits.values())) == {1}
-  assert {split for (split,) in splits.values()} == set(SPLITS[:2])
-  assert sum(count > 1 for count in drawings.values()) > 100
-
-
-@pytest.mark.slow
-def test_no_heldout_drawing_is_near_a_training_drawing(drawings):
-  report = leaks.check(drawings, 2)
-  assert (report.pairs, report.leaked) == (0, 0)
-  train, heldout = (reader.read_pairs(drawings, split) for split in SPLITS[:2])
-  assert (report.heldout, report.train) == (len(heldout), len(train))
-  assert len({pair.concept for pair in heldout}) >= 90
-  for name in (lambda pair: pair.concept, lambda pair: openmoji.concept(pair.caption)):
-    assert not set(map(name, heldout)) & set(map(name, train))
-
-
-@pytest.mark.slow
-def test_every_heldout_drawing_is_further_away_than_the_tokenizer_s_error(drawings):
-  """Compares all pixels without the functions that united the concepts."""
-  train, heldout = (
-    reader.load_images(
-      [pair.image for pair in reader.read_pairs(drawings, split)], None, 2
-    ).reshape(-1, 64 * 64 * 3)
-    / np.float32(255)
-    for split in SPLITS[:2]
-  )
-  products = heldout @ train.T
-  squares = (heldout**2).sum(1)[:, None] + (train**2).sum(1) - 2 * products
-  assert -10 * np.log10(squares.min() / train.shape[1]) < 22
-
-
-def styles(load_style, points):
-  """Pairs of three styles. `load_style`: style -> number of the code points -> pixels."""
-  drawings = {
-    (i,): openmoji.Drawing(f"{i:X}", "", f"thing {i}", f"thing {i}") for i in range(points)
-  }
-  found = {style: {(i,): f"{style} {i}" for i in range(points)} for style in load_style}
-
-  def load(path):
-    style, number = path.split()
-    return load_style[style](int(number))
-
-  return drawing_styles.make_pairs(found, drawings, load)
-
-
-def test_styles_that_draw_a_concept_alike_are_held_out_together():
-  """Noto differs from OpenMoji in tones only; Fluent differs wholly, and its 7 is like its 8."""
-  drawn = {"openmoji": photo, "noto": lambda i: photo(i) - 10}
-  drawn["fluent"] = lambda i: photo(1_000 + (8 if i == 7 else i))
-  pairs = styles(drawn, 120)
-  by_concept = collections.defaultdict(lambda: collections.defaultdict(set))
-  for pair in pairs:
-    by_concept[pair["concept"]][pair["split"]].add(pair["key"].split("/")[0])
-    assert pair["group"].split("/")[0] == ("fluent" if "fluent" in pair["key"] else "noto")
-  assert len(by_concept) == 119
-  kinds = {tuple(sorted(found["heldout"])) for found in by_concept.values()}
-  assert kinds == {(), ("fluent",), ("noto", "openmoji"), ("fluent", "noto", "openmoji")}
-
-
-@pytest.mark.slow
-def test_no_heldout_drawing_of_any_style_is_near_a_training_drawing(tmp_path):
-  """Fetches Fluent and Noto from npm."""
-  pairs = drawing_styles.make_folder(pathlib.Path(tmp_path / "drawings"), 64)
-  report = leaks.check(prepare(tmp_path / "drawings", tmp_path / "raw"), 2)
-  assert (report.pairs, report.leaked) == (0, 0)
-  assert report.heldout == sum(pair["split"] == "heldout" for pair in pairs) > 250
 
 
 def test_near_duplicates_are_named_those_of_both_splits_first(tmp_path):

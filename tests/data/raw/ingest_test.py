@@ -157,8 +157,6 @@ def test_records_are_chosen_by_license(source, tmp_path):
 def test_licenses_that_no_record_has_are_reported(source, tmp_path):
   with refused(UserError):
     prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
-  with refused(UserError):
-    ingest.parts_of(RawConfig(source="openmoji", licenses=("CC0-1.0",)))
 
 
 def test_origins_are_counted(source, tmp_path, monkeypatch):

