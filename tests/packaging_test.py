@@ -166,7 +166,7 @@ def test_the_range_of_jax_ends_at_the_tested_versions():
 def test_the_layout_of_the_project():
   for name in ("requirements.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
     assert (ROOT / name).is_file(), name
-  for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
+  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
     assert (ROOT / name / "__init__.py").is_file(), name
   assert len((ROOT / "setup.py").read_text().splitlines()) < 10
 

@@ -323,8 +323,8 @@ def run(
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
-  An unreachable GCS bucket or disk also becomes one sentence. Its exit code makes launchers start
-  the command again, unless the account has no permission for the GCS bucket.
+  So does an unreachable GCS bucket or disk. Its exit code makes launchers start the command again,
+  unless the account has no permission for the GCS bucket.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
@@ -337,8 +337,7 @@ def run(
     actions: allowed values of the first argument, which is then the first argument of `main`.
     begins: whether the folder of --workdir may be absent.
     stage: stage that trains only on one host. The error for several hosts names the alternative.
-    prepares: whether the command runs before the data is prepared, when some config fields are
-      not known yet. Implies `begins`.
+    prepares: whether some config fields are not known yet, before the data. Implies `begins`.
   """
 
   def checked(argv: list[str]) -> None:
