@@ -1,4 +1,4 @@
-"""Mistakes in the command line end in one sentence, before JAX is imported."""
+"""Tests that mistakes in the command line end in one sentence before JAX is imported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A person who has only the workdir lists, verifies, prunes and rolls back its checkpoints."""
+"""Tests that the checkpoints of a workdir can be listed, verified, pruned and rolled back."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-  """A finished run of nine steps, with small arrays."""
+  """Makes a finished run of nine steps with small arrays."""
   folder = tmp_path_factory.mktemp("original")
   with Checkpoints(folder, keep=9) as checkpoints:
     for step in STEPS:

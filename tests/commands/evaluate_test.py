@@ -46,10 +46,7 @@ def write_store(folder, n, vocab, seed):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Makes the folders that the evaluation reads, with the average of an untrained decoder.
-
-  The parameters themselves are NaN.
-  """
+  """Writes what the evaluation reads: NaN parameters and an untrained decoder as their average."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()
@@ -75,9 +72,9 @@ def workdir(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # NaN has none.
+@pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # NaNs have no interval.
 def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
-  """They hold NaNs here, so their evaluation does not count as finished."""
+  """The parameters are NaN, so their evaluation does not count as finished."""
   evaluate.main(tiny_settings(), workdir)
   with flagsaver.flagsaver(last_params=True):
     with refused(UserError):
@@ -93,9 +90,8 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
-  assert (
-    found["mean_neighbors"]["true"] == 2.0
-  )  # Retrieved by the caption alone; the others are -1.
+  # Only the caption retrieves neighbors. The other neighbors are -1.
+  assert found["mean_neighbors"]["true"] == 2.0
   assert found["image"]["tokens"] == 16
   # An untrained decoder spreads its probability evenly over the whole vocabulary.
   assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)

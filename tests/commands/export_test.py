@@ -31,15 +31,15 @@ from tests.models.tiny import random_params
 
 
 class Killed(Exception):
-  """Stands for a kill."""
+  """Simulates a kill."""
 
 
 class Kill:
-  """Raises Killed once files below a folder were opened to write, moved or removed `left` times."""
+  """Raises Killed after `left` opens for writing, moves or removals of files below a folder."""
 
   def __init__(self):
     self.folder, self.left = "", -1
-    sys.addaudithook(self._hear)  # For good: of a process that ends with the test.
+    sys.addaudithook(self._hear)  # Cannot be removed, so the process ends with the test.
 
   def _hear(self, event, args):
     if not self.folder or event not in ("open", "os.rename", "os.remove"):
@@ -59,7 +59,7 @@ def contents(folder):
 
 @pytest.fixture
 def exported_before(tmp_path):
-  """A run whose export and bundle are of other weights."""
+  """Makes a run whose export and bundle hold other weights."""
   root = epath.Path(tmp_path / "run")
   save_run(root)
   with one_device():
@@ -75,7 +75,7 @@ def exported_before(tmp_path):
 
 
 def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
-  """The parameters of the checkpoint are NaN, see `save_run`."""
+  """The parameters of the checkpoint are NaN (see `save_run`)."""
   save_run(tmp_path)
   export.main(SETTINGS, tmp_path, str(tmp_path / "bundle"))
   with one_device():
@@ -150,7 +150,7 @@ def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu,
 
 
 def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
-  """They are NaN, see `save_run`, and NaN is refused."""
+  """The last parameters are NaN (see `save_run`), and NaN is refused."""
   settings, root = gelu
   choice, output = choices.Choice(average=False), str(tmp_path / "out")
   with refused(UserError):
@@ -187,7 +187,7 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
   orbax, output = choices.Choice("orbax"), tmp_path / "out"
-  output.mkdir()  # Empty.
+  output.mkdir()
   export.main(settings, root, choice=orbax, output=str(output))
   before = contents(output)
   with monkeypatch.context() as patch:
@@ -196,7 +196,8 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
       export.main(settings, root, choice=orbax, output=str(output))
   assert contents(output) == before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
-  output.rename(tmp_path / "out.old")  # As an export leaves it that is killed between two renames.
+  # An export that is killed between two renames leaves this state.
+  output.rename(tmp_path / "out.old")
   with monkeypatch.context() as patch:
     patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
     with pytest.raises(Killed):
@@ -214,8 +215,8 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
 
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
 def kill_at_any_write(exported_before, tmp_path):
-  """Returns which states kills leave: has weights, is finished, step of the bundle."""
-  # Of one name, which the export records.
+  """Returns the states that kills leave: (has weights, is finished, step of the bundle)."""
+  # Both folders have the same name, because the export records it.
   kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
   shutil.copytree(exported_before, whole)
   export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
@@ -235,7 +236,7 @@ def kill_at_any_write(exported_before, tmp_path):
     found = contents(work / "export")
     counts = stages.DONE in found and found[stages.DONE] != old[stages.DONE]
     weights = found.get(huggingface.WEIGHTS)
-    about = (stages.DONE, "training_data.json", model_card.CARD)  # No loader reads them.
+    about = (stages.DONE, "training_data.json", model_card.CARD)  # Loaders do not read these files.
     if weights is not None:
       expected = new if weights == new[huggingface.WEIGHTS] else old
       assert expected[huggingface.WEIGHTS] == weights
@@ -260,7 +261,7 @@ def kill_at_any_write(exported_before, tmp_path):
 def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   exported_before, tmp_path
 ):
-  """The earlier one is replaced; the next start of the command completes it."""
+  """Replaces an older export; the next start of the command completes the new one."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
   assert states == {(True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)}
@@ -278,7 +279,7 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert not (exported_before / "export" / stages.DONE).exists()
   assert not (exported_before / "export" / huggingface.WEIGHTS).exists()
-  assert bundles.read(epath.Path(target))[1] == 3  # It was not begun.
+  assert bundles.read(epath.Path(target))[1] == 3  # The bundle was not touched.
   export.main(SETTINGS, exported_before, target)
   assert bundles.read(epath.Path(target))[1] == 7
 

@@ -107,12 +107,12 @@ def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
   assert (image["task"], image["seed"]) == ("text_to_image", 3)
   assert (caption["task"], caption["seed"], caption["image"]) == ("caption", 4, image_file)
   assert f"{image_file}: " in capsys.readouterr().out
-  # Another name of the file changes nothing.
+  # Renaming the file changes nothing.
   (tmp_path / "mine.jsonl").rename(tmp_path / "renamed.jsonl")
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert f"{folder}: finished already, skipped." in capsys.readouterr().out
   assert not list((workdir / "prompts").glob("renamed-*"))
-  # Another image of the same name is another task.
+  # An image with other pixels makes another task, despite its old name.
   Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image_file)
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
@@ -131,7 +131,7 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
 
 
 class Loads(Exception):
-  """The model would be read now."""
+  """Raised where the model would be read."""
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):
@@ -145,7 +145,7 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
   printed = capsys.readouterr().out
   assert "generate: warning: this model was not trained to edit images by instructions" in printed
   assert "occurred in training" not in printed
-  texts = workdir / "documents" / "train_texts"  # The store that has every token.
+  texts = workdir / "documents" / "train_texts"  # Only this store has every token.
   texts.rename(workdir / "texts")
   try:
     warn(task="unconditional", retrieve=["0"])

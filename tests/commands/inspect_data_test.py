@@ -28,7 +28,7 @@ from tests.retrieval.stores import write_bank, write_neighbors
 from tests.trained import rows_test
 
 ROOT = pathlib.Path(__file__).parents[2]
-stores = rows_test.workdir  # Documents and neighbors, as of the stages before training.
+stores = rows_test.workdir  # Documents and neighbors for training.
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_page_shows_rows_of_both_splits(workdir, capsys, split):
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("replay_share", [0.0, 0.4])
 def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_share):
-  """Of a run without documents, too, which has no folder of them."""
+  """A run without documents has no folder for them."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   settings, workdir = settings_from_config(config), epath.Path(tmp_path)
@@ -144,7 +144,7 @@ def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("damage", "needs_digests"),
   [
-    # Both splits are one folder here.
+    # In this test both splits are the same folder.
     (lambda at: change_array(at / "documents/train_pairs/lengths.npy", 20), False),
     (lambda at: change_array(at / "documents/heldout_texts/groups.npy", 3), False),
     (lambda at: next((at / "neighbors/train/images").rglob("c/*/*")).unlink(), False),

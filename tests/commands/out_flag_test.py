@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundled(run):
-  """A bundle of `run`, which has no bank."""
+  """Bundles `run`, which has no bank."""
   folder = run.parent / "bundled"
   with one_device():
     params, step = reading.load_params(run / "train", SETTINGS.model)
@@ -57,7 +57,7 @@ def documents(tmp_path):
 
 @pytest.fixture
 def protocol(tmp_path):
-  """Flags of a protocol over the captions of two images."""
+  """Returns the flags of a protocol over the captions of two images."""
   rng, images = np.random.default_rng(0), []
   for i in range(2):
     Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.jpg")
@@ -99,7 +99,7 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   (folder,) = (tmp_path / "prompts").glob("a-red-bell-*")
   assert f"generate: results in {folder.relative_to(tmp_path)}, " in done.stdout
   (file,) = folder.glob("000_*.png")
-  # A red bell is red: more so than green or blue, where it is not the white of the background.
+  # The image shows a red bell on white, so red has the largest mean.
   red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))
   assert red > max(green, blue) + 5
   assert names(installed) == before
@@ -177,7 +177,7 @@ def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):
 
 
 def test_the_flag_has_no_default_that_would_reach_other_commands():
-  """Tests import all commands into one process, where the last one defines the common flag."""
+  """The last imported command defines the common flag, so this test needs a new process."""
   code = (
     "from absl import flags\n"
     "from cm3leon_jax.commands import generate, inspect_data\n"

@@ -33,7 +33,7 @@ def test_data_that_the_config_needs_is_enough():
   check_enough(PAIRS, text_share=0.0)
   check_enough(PAIRS | TEXTS, text_share=0.3)
   check_enough(TEXTS, text_share=1.0)
-  check_enough({}, tasks="scenes")  # A tuning may replay nothing.
+  check_enough({}, tasks="scenes")  # A tuning need not replay data.
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_batch_larger_than_the_data_is_said_before_its_stage():
   )
   assert clip.startswith("config.clip.batch_size is 32,768, but there are only 200 ")
   assert prepare_data.batch_warnings(settings, 40_000) == []
-  assert prepare_data.batch_warnings(settings, 0) == []  # Which is said in another sentence.
+  assert prepare_data.batch_warnings(settings, 0) == []  # Another message covers this case.
   published = dataclasses.replace(settings.retrieval, clip="clip")
   assert prepare_data.batch_warnings(dataclasses.replace(settings, retrieval=published), 200) == [
     vqgan
@@ -137,8 +137,8 @@ def test_scenes_are_checked_by_their_facts(tmp_path):
   with leaked.open("a") as file:
     file.write(records.splitlines()[0].replace('"split": "heldout"', '"split": "train"') + "\n")
   checked = command(*flags, "--check_leaks")
-  assert "000000/pairs.jsonl has " in checked.stderr  # Instead of the bytes that were written.
-  (tmp_path / "raw" / "done" / "000000.json").unlink()  # It has the digests.
+  assert "000000/pairs.jsonl has " in checked.stderr  # The size of the file is wrong.
+  (tmp_path / "raw" / "done" / "000000.json").unlink()  # This file holds the digests.
   checked = command(*flags, "--check_leaks")
   assert checked.returncode == 2
   assert "heldout 'scenes/heldout/0000000' (scene): " in checked.stdout

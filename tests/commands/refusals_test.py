@@ -1,4 +1,4 @@
-"""Mistakes that a command finds before it reads or writes anything: one sentence, exit code 2."""
+"""Tests that mistakes found before any read or write end in one sentence and exit code 2."""
 
 import pathlib
 import subprocess

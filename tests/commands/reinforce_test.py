@@ -1,4 +1,4 @@
-"""launch.reinforce on a tiny run: it starts from a trained one, stops, continues, and is a run."""
+"""Tests that launch.reinforce starts from a tiny run, stops, continues, and writes a run."""
 
 import dataclasses
 
@@ -101,7 +101,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
 
 @pytest.mark.slow
 def test_clip_scores_captions(source, prepared, tmp_path):
-  """Bank and judge are not needed."""
+  """Needs neither a bank nor a judge."""
   workdir, settings = epath.Path(tmp_path), settings_to_learn("clip")
   for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
     (tmp_path / stage).symlink_to(prepared / stage)

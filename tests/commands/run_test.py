@@ -63,7 +63,7 @@ def test_the_time_left_follows_from_the_stages_that_ended():
 
 @pytest.fixture
 def started(monkeypatch):
-  """Lists the commands that a run starts, which print two lines and take no time."""
+  """Replaces each command of a run by two printed lines; returns the calls."""
   calls = []
 
   def start(self, command, flags, show):

@@ -66,7 +66,7 @@ def test_a_file_is_scored_once(run, workdir, file, capsys):
   assert [line["key"] for line in lines] == ["My docs.jsonl/0", "pair", "My docs.jsonl/2"]
   assert [line["image"]["tokens"] for line in lines] == [0, IMAGE_TOKENS, IMAGE_TOKENS]
   assert (summary["step"], summary["retrieve"], summary["documents"]) == (7, 0, 3)
-  # The parameters are NaN, their average is not.
+  # The parameters are NaN, so these scores are from their average.
   assert summary["text"]["low"] < summary["text"]["bits"] < summary["text"]["high"]
   for modality in ("text", "image", "special"):
     total = sum(line[modality]["log_prob"] for line in lines)
@@ -124,7 +124,7 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 def test_mistakes_end_the_command_before_any_work(
   run, workdir, file, tmp_path, monkeypatch, documents, retrieve
 ):
-  monkeypatch.setattr(reading, "load_params", None)  # Nothing is read before.
+  monkeypatch.setattr(reading, "load_params", None)  # Fails if parameters are read.
   names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
   names["texts"].write_text('{"text": "red apple"}\n')
   names["wrong"].write_text('{"text"\n')

@@ -27,7 +27,7 @@ from tests.messages import check_refused
   ],
 )
 def test_buckets_may_have_their_name_of_before(given, printed, warnings):
-  """In a process of its own: commands define flags of the same names."""
+  """Runs in a new process, because commands define flags of the same names."""
   code = f"""
 from absl import flags
 from cm3leon_jax.commands import serve
@@ -130,11 +130,11 @@ def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_p
   assert re.search(r"\] POST /v1/images/generations status=200 .* images=8 tokens=\d+$", line)
   assert "apple" not in log
   programs = kept(tmp_path)
-  # The steps of running batches are compiled ahead of time; the others when they run.
+  # Steps of running batches are compiled ahead of time, other programs at their first call.
   names = {re.sub(r"-[0-9a-f]{64}-cache$", "", name) for name in programs}
   assert {"jit_steps", "jit_admit", "jit_empty"} <= names, names
   with started(run, tmp_path):
-    assert kept(tmp_path) == programs  # A program that is compiled again has another name.
+    assert kept(tmp_path) == programs  # A program that is compiled again would have a new name.
 
 
 def requests_end_at_sigterm(process, url):

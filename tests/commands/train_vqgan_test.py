@@ -26,7 +26,7 @@ from tests.tokenizers.vqgan_test import LOCAL
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-  """A tokenizer that keeps the odd images and blanks the even ones."""
+  """Fake tokenizer that keeps odd images and blanks even ones."""
 
   config: VQGANConfig
 
@@ -75,12 +75,12 @@ def write_images(root, seed):
 
 
 class Killed(Exception):
-  """Stands for a kill."""
+  """Simulates a kill."""
 
 
 @pytest.mark.slow
 def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch, capsys):
-  """It is killed when it evaluates; raw/ is made again, with as many pairs."""
+  """Kills the training in its evaluation, then replaces raw/ by as many other pairs."""
   config = make_config()
   config.vqgan.update({"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "restart_every": 0})
   settings = settings_from_config(config)
@@ -110,7 +110,7 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
 
 def test_no_board_is_opened_and_nothing_printed_without_tensorboard(tmp_path, monkeypatch, capsys):
   (board,) = command._boards(tmp_path, True)(0)
-  # Its thread writes what waits before the module goes.
+  # The thread of the board must write before the module is removed.
   board.close()
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   assert command._boards(tmp_path, True)(0) == []

@@ -1,4 +1,4 @@
-"""Flags and sources of strangers: what a command says of them, a terminal may print."""
+"""Tests that messages about flags and sources of strangers are safe to print in a terminal."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from tests.launched import launch
 from tests.reports.hostile import CONTROLS, HOSTILE
 
-# What `common` turns into one sentence.
+# Errors that `common` turns into one sentence.
 KNOWN = (UserError, flags.Error, AttributeError, KeyError)
 SECTIONS = [
   "seed", "train.steps", "vqgan.multipliers", "vqgan.discriminator_layers", "raw.source", "train",
@@ -26,7 +26,7 @@ SECTIONS = [
 
 
 def parse(monkeypatch, argument: str) -> Settings:
-  """Parses --config.FIELD=VALUE as a command does, which looks into sys.argv."""
+  """Parses --config.FIELD=VALUE from sys.argv, as a command does."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, "", values)
   values["config"].parser = config_file.Parser()
@@ -109,7 +109,7 @@ def test_any_yaml_is_read_or_one_sentence(name):
 
 
 def test_a_command_prints_no_control_character_of_a_source(tmp_path):
-  """Ends with code 2 and one line; what is wrong with each record stands in a file."""
+  """The command exits with code 2 and one line; a file lists what is wrong with each record."""
   source, workdir = tmp_path / "set", tmp_path / "run"
   source.mkdir()
   lines = [
@@ -122,7 +122,7 @@ def test_a_command_prints_no_control_character_of_a_source(tmp_path):
   )
   assert run.returncode == 2, run.stderr
   bars, _, message = run.stderr.partition("error: 3 of 3 records are invalid")
-  assert bars  # They may move the cursor.
+  assert bars  # Progress bars may move the cursor.
   assert "<script>alert(1)" in message
   controls = set(CONTROLS) - set("[2J]0;title31m")
   assert not controls & set(message + run.stdout)
