@@ -5,7 +5,7 @@ import pytest
 
 from cm3leon_jax.evaluation import intervals
 
-# Documents of each held-out concept: a few concepts with many variants, many with one document.
+# Documents per held-out concept. Few concepts have many variants; many concepts have one document.
 SIZES = np.array([18] * 4 + [12] * 2 + [6] * 6 + [1] * 40)
 GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 
@@ -42,7 +42,7 @@ def test_intervals_of_few_equal_concepts_cover_at_their_level():
     sums = 3.0 + rng.normal(0, 1, 6)[groups] + rng.normal(0, 0.3, 30)
     found = intervals.mean_interval(sums, np.ones(30), groups, num_resamples=400, seed=seed)
     covered += found["low"] <= 3.0 <= found["high"]
-  assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval: 84%.
+  assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval covers 84%.
 
 
 def test_levels_are_those_of_the_docstring():

@@ -1,4 +1,4 @@
-"""The config of tests that run protocols in processes of their own."""
+"""Defines the config of tests that run protocols in separate processes."""
 
 from tests.generation.run import make_config
 

@@ -154,7 +154,7 @@ def test_the_page_shows_numbers_examples_and_the_worst(done):
   page = (job.folder / evaluation_page.PAGE).read_text()
   for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
     assert text in page
-  # A section of examples and three of the worst, five rows each, with the real image.
+  # Four sections (examples and three of the worst), five rows each, three images a row.
   assert page.count("data:image/png") == 4 * 5 * 3
 
 
@@ -220,7 +220,7 @@ def test_paired_differences_cancel_what_both_find_hard():
 def test_differences_of_equal_resamples_cancel_what_they_share():
   rng = np.random.default_rng(0)
   shared = rng.normal(5, 1, 100)
-  # Resamples are biased by 0.5 more than the difference of the values, 0.1.
+  # The resamples differ by 0.6, the values by 0.1.
   other = shared + 0.6 + 0.01 * rng.normal(size=100)
   found = compare.resampled(shared, other, np.arange(100), 0.1, 0)
   assert 0.07 < found["low"] < 0.1 < found["high"] < 0.13

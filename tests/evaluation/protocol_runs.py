@@ -1,4 +1,4 @@
-"""Makes what tests of protocols run on: a run with random weights, and files of all releases."""
+"""Makes a run with random weights and the files of all releases, for tests of protocols."""
 
 import copy
 import pathlib
@@ -38,7 +38,7 @@ def make_data(root: pathlib.Path) -> pathlib.Path:
 
 
 def more_answers(value):
-  """Repeats the answers of questions: the released files have ten."""
+  """Repeats the answers to a question up to ten, the number in the released files."""
   if isinstance(value, dict):
     return {
       k: (v * 10)[:10] if k == "answers" and is_answers(v) else more_answers(v)

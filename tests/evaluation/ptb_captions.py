@@ -1,7 +1,6 @@
-"""Captions, and what pycocoevalcap 1.2 makes of them: its PTBTokenizer, run in Java.
+"""Reads captions and their tokens by pycocoevalcap 1.2's PTBTokenizer, which runs in Java.
 
-Each caption was followed by the caption "zebra". The tokens are those that the metrics compare,
-split at all spaces.
+Each caption was followed by the caption "zebra". Tokens are split at all spaces, as in the metrics.
 """
 
 import json

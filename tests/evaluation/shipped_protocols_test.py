@@ -1,4 +1,4 @@
-"""Runs every protocol that comes with the package on tiny files of the right shape."""
+"""Tests every protocol of the package on tiny files of the right shape."""
 
 import dataclasses
 import functools
@@ -62,9 +62,9 @@ def data(tmp_path_factory):
 
 
 def tiny(protocol):
-  """The protocol on all examples there are, of the size of the run's images, by the run's CLIP.
+  """Returns the protocol with all examples, the run's image size and the run's CLIP.
 
-  The images of this run are no drawings, so they are not judged.
+  The images of this run are not drawings, so they are not judged.
   """
   return dataclasses.replace(
     protocol,
@@ -106,7 +106,7 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
   [
     ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # Of other images.
     ("cm3leon_table1", True, {}),  # Inception needs its weights.
-    ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # More examples than there are.
+    ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # Asks for more examples than exist.
   ],
 )
 def test_a_protocol_that_does_not_fit_is_refused(settings, workdir, data, name, needs_data, fields):
@@ -127,7 +127,7 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
   protocol, _ = protocol_lib.load("scenes")
   for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
     options = evaluate_protocol.Options(metrics, examples, data if examples == 0 else None)
-    if examples == 0:  # All there are: 5, but of COCO 3.
+    if examples == 0:  # All examples: 3 of COCO, 5 of others.
       protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
     with refused(UserError):
       measure(settings, workdir, "x", protocol, options)
@@ -217,7 +217,7 @@ metrics: [cider]
 
 @pytest.mark.slow
 def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp_path, monkeypatch):
-  # The test has few images, and a batch is padded.
+  # Padded batches would be slow for so few images.
   load = functools.partial(extractors.load_inception, rows_per_device=1)
   monkeypatch.setattr(extractors, "load_inception", load)
   path = tmp_path / "inception.safetensors"

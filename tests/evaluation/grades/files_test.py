@@ -24,7 +24,7 @@ def records():
 
 
 def answers_of(records, name, right):
-  """Answers of which the first `right` are the true ones."""
+  """Returns judged answers, of which the first `right` are correct."""
   if name == "count":
     texts = [r.texts["answer"] if i < right else "none" for i, r in enumerate(records[name])]
     found = WORLD.judge_answer_texts(records[name], texts)

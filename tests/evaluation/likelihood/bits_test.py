@@ -84,7 +84,7 @@ def test_unigram_table_has_one_distribution_per_modality(stores):
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(0, 2**32 - 1))
 def test_partners_are_other_documents_of_other_concepts(concepts, seed):
-  concepts = np.array([*concepts, 10])  # At least two.
+  concepts = np.array([*concepts, 10])  # At least two concepts.
   partner = bits.partners(concepts, np.random.default_rng(seed))
   assert sorted(partner) == list(range(len(concepts)))
   assert (partner != np.arange(len(concepts))).all()

@@ -32,7 +32,7 @@ LAYOUT = PromptLayout(VOCAB, IMAGE_TOKENS, 8, POSITIONS, encode, None)
 
 
 class Tokenizer:
-  """All codes of an image are the red of its first pixel, modulo 64."""
+  """Fake tokenizer whose codes are all the red value of the first pixel modulo 64."""
 
   def encode(self, images):
     return np.repeat(images[:, 0, 0, :1].astype(np.int32) % 64, IMAGE_TOKENS, axis=1)
@@ -110,7 +110,7 @@ def test_images_that_are_not_square_are_cropped_or_padded(write, tmp_path):
     file = write(line, crop=crop)
     codes[crop] = read(file)[0].segments[1].tokens[0] - VOCAB.text_size
     codes[crop, "digest"] = file.check().digest
-  assert (codes["center"], codes["pad"]) == (5, 255 % 64)  # Padded with white.
+  assert (codes["center"], codes["pad"]) == (5, 255 % 64)  # The padding is white.
   assert codes["center", "digest"] != codes["pad", "digest"]
 
 
@@ -201,7 +201,7 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
 
 
 def stored(folder, sizes, config=None):
-  """Writes a store of a finished stage; each document has segments of the sizes, < 0: images."""
+  """Writes the store of a finished stage. Negative segment sizes are images."""
 
   def segment(n):
     return Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32))

@@ -1,6 +1,6 @@
-"""Tests VQA accuracy and its normalization, exact match, and NDCG.
+"""Tests VQA accuracy with its normalization, exact match, and NDCG.
 
-The literals follow the rules of GT-Vision-Lab/VQA, vqaEval.py, one by one.
+The literals cover the rules of vqaEval.py (GT-Vision-Lab/VQA) one by one.
 """
 
 from hypothesis import given
@@ -24,27 +24,27 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("  red\n", "red"),
     ("red\tball", "red ball"),
     ("red\n\nball   x", "red ball x"),
-    ("yes-\tno-one", "yes noone"),  # A tab counts as a space in the rules below, ...
-    ("re?ally? ", "re ally"),  # ... a space at the end does not.
+    ("yes-\tno-one", "yes noone"),  # A tab counts as a space for the rules below.
+    ("re?ally? ", "re ally"),  # A space at the end does not.
     # Case.
     ("YES", "yes"),
-    # Punctuation becomes a space within words, ...
+    # A sign within words becomes a space.
     ("black/white", "black white"),
     ("t-shirt", "t shirt"),
     ("yes;no", "yes no"),
     ("x=y+z_w@v", "x y z w v"),
-    ("[a]b{c}d(e)f", "b c d e f"),  # "a" is an article by then.
+    ("[a]b{c}d(e)f", "b c d e f"),  # "a" is now an article.
     ("<b>`x`\\y", "b x y"),
     ('"stop"', "stop"),
     ("what?yes!no", "what yes no"),
-    # ... and vanishes beside a space anywhere in the answer, also where it stands within words.
+    # A sign that touches a space anywhere in the answer vanishes everywhere.
     ("red, blue", "red blue"),
     ("red,blue, green", "redblue green"),
     ("yes - no-one", "yes noone"),
     ("yes -no-one", "yes noone"),
-    # Each sign is judged by itself.
+    # Each sign is treated separately.
     ("yes - t-shirt/hat", "yes tshirt hat"),
-    # The end of an answer is no space.
+    # The end of an answer does not count as a space.
     ("really?", "really"),
     ("re?ally?", "re ally"),
     # A comma between digits makes all signs vanish.
@@ -52,20 +52,20 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("1,000-2,000", "10002000"),
     ("1,000 black/white", "1000 blackwhite"),
     ("1, 000/x", "1 000 x"),
-    # These are not in the list.
+    # These signs are not in the list.
     ("10:30", "10:30"),
     ("dog's", "dog's"),
     ("$5 & 50%*#~^|", "$5 & 50%*#~^|"),
-    # Periods stay before digits only.
+    # Periods stay only before digits.
     ("2.5", "2.5"),
     (".5", ".5"),
     ("5.", "5"),
-    ("5.x", "5x"),  # "5.x" would stay, were it not for the typo in the official pattern.
+    ("5.x", "5x"),  # A typo in the official pattern removes this period.
     ("U.S.A.", "usa"),
     ("x.5", "x.5"),
     ("yes. no", "yes no"),
     ("...", ""),
-    # At most 32 of them are removed.
+    # At most 32 periods are removed.
     ("x." * 34, "x" * 32 + "x.x."),
     # Numbers.
     ("none zero eleven someone", "0 0 eleven someone"),
@@ -81,10 +81,9 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("couldntve couldnt've couldn'tve", "couldntve couldn't've couldn't've"),
     ("itll oclock maam yall'd've twas", "it'll o'clock ma'am y'all'd've 'twas"),
     ("'ows'at ow's'at somebody'd", "'ow's'at 'ow's'at somebodyd"),
-    # The official table lacks "shes" and "lets", and has "Im" and "Ive" in upper case, which it
-    # looks up in lower case.
+    # The official table lacks "shes" and "lets". It has "Im" and "Ive", but lookups are lower case.
     ("hes shes lets im ive", "he's shes lets im ive"),
-    # A number is no longer found once punctuation has joined it.
+    # A number is not recognized once removed punctuation has joined it to a word.
     ("one-two", "1 2"),
     ("one - two-three", "1 twothree"),
   ],
@@ -94,7 +93,7 @@ def test_answers_are_normalized(answer, normalized):
 
 
 def test_the_table_of_contractions_has_the_size_of_the_official_one():
-  # Of 120 entries, without Id've, I'dve, Im and Ive, never found, and let's and she's, which stay.
+  # The official 120 without Id've, I'dve, Im, Ive (never found), let's and she's (unchanged).
   assert len(answer_metrics.SPELLINGS) == 114
   assert answer_metrics.SPELLINGS["hed've"] == "he'd've"
 
@@ -122,15 +121,15 @@ def test_accuracies_are_those_of_the_docstring():
 @pytest.mark.parametrize(
   ("candidate", "answers", "accuracy"),
   [
-    # Where all agree, answers are compared as they are, ...
+    # Unanimous answers are compared without normalization.
     ("Yes", ["yes"] * 10, 0),
     ("yes.", ["yes"] * 10, 0),
     ("two", ["2"] * 10, 0),
     ("t-shirt", ["t-shirt"] * 10, 1),
-    # ... but for the space around them.
+    # Only spaces around them are removed.
     (" yes\n", ["yes"] * 10, 1),
     ("yes", ["yes", "yes "] * 5, 1),
-    # One other answer, even one that is normalized to the same, turns normalization on.
+    # One different answer turns normalization on, even if it normalizes to the same.
     ("Yes", ["yes"] * 9 + ["no"], 1),
     ("Yes", ["yes"] * 9 + ["Yes"], 1),
     ("two", ["2"] * 9 + ["3"], 1),
@@ -167,7 +166,7 @@ def test_exact_match_is_normalized_or_strict():
   assert found.tolist() == [1, 1, 1, 1, 0]
   found = answer_metrics.exact_matches(candidates, answers, strict=True)
   assert found.tolist() == [0, 0, 1, 1, 0]
-  # Unlike VQA accuracy, also where people agree.
+  # Unanimous answers are normalized, unlike in VQA accuracy.
   assert answer_metrics.exact_matches(["Yes"], [["yes"]]).tolist() == [1]
   assert answer_metrics.exact_matches(["yes "], [["yes"]], strict=True).tolist() == [0]
 
@@ -183,11 +182,11 @@ def test_ndcg_is_that_of_the_docstring():
   ("scores", "relevance", "value"),
   [
     ([3, 2, 1], [1, 0, 0], 1),
-    ([1, 2, 3], [1, 0, 0], 0),  # k is 1: only the first place counts.
+    ([1, 2, 3], [1, 0, 0], 0),  # k is 1, so only the first place counts.
     ([2, 3, 1], [1, 0, 0], 0),
     ([2, 3, 1], [1, 0.2, 0], (0.2 + 1 / np.log2(3)) / (1 + 0.2 / np.log2(3))),
-    ([-1, -2, -3], [1, 0.5, 0.2], 1),  # Negative ranks.
-    ([1, 1, 0], [1, 0, 0], 0.5),  # Two share the first place.
+    ([-1, -2, -3], [1, 0.5, 0.2], 1),  # The scores are negative ranks.
+    ([1, 1, 0], [1, 0, 0], 0.5),  # Two candidates share the first place.
     ([0, 0, 0, 0], [1, 0, 0, 0], 0.25),
   ],
 )
@@ -196,7 +195,7 @@ def test_ndcg(scores, relevance, value):
 
 
 def official_ndcg(scores, relevance):
-  """Follows the definition of the Visual Dialog challenge, for scores that all differ."""
+  """Computes NDCG as the Visual Dialog challenge defines it, for distinct scores."""
   k = sum(value != 0 for value in relevance)
   ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
   ideal = sorted(relevance, reverse=True)
@@ -214,14 +213,14 @@ def test_ndcg_is_that_of_the_definition():
   scores, relevance = sample_dialogs(0)
   expected = [official_ndcg(*question) for question in zip(scores, relevance)]
   np.testing.assert_allclose(answer_metrics.ndcg(scores, relevance), expected, rtol=1e-12)
-  # The comparison notices scores of other candidates.
+  # Negative control: scores of other candidates.
   assert np.abs(answer_metrics.ndcg(np.roll(scores, 1, 1), relevance) - expected).max() > 0.05
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
   scores, relevance = sample_dialogs(seed)
-  scores = scores // 10  # Ten share each score.
+  scores = scores // 10  # Ten candidates share each score.
   found = answer_metrics.ndcg(scores, relevance)
   order = np.random.default_rng(seed).permutation(100)
   again = answer_metrics.ndcg(np.exp(scores[:, order] / 10), relevance[:, order])

@@ -20,7 +20,7 @@ EXACT = {"rel": 1e-9, "abs": 1e-9}
 
 
 def sample(seed: int, images: int = 60):
-  """Samples captions that share phrases with their references, some of them short or empty."""
+  """Samples captions that share phrases with their references; some are short or empty."""
   rng = np.random.default_rng(seed)
   weights = 1 / np.arange(1, len(WORDS) + 1)
 
@@ -40,7 +40,7 @@ def sample(seed: int, images: int = 60):
 
 
 def official(candidates, references):
-  """Runs pycocoevalcap: BLEU [N] and [n, N], CIDEr, and CIDEr [n], of the set and of images."""
+  """Runs pycocoevalcap: BLEU [N] of the set, [n, N] of images; CIDEr of the set, [n] of images."""
   texts = {i: [" ".join(caption)] for i, caption in enumerate(candidates)}
   others = {i: [" ".join(one) for one in some] for i, some in enumerate(references)}
   bleu, bleus = Bleu(4).compute_score(others, texts, verbose=0)
@@ -76,7 +76,7 @@ def test_the_comparison_notices_swapped_references():
 
 def test_texts_are_tokenized_and_scored_as_by_pycocoevalcap():
   candidates, first, second = CAPTIONS[::3], CAPTIONS[1::3], CAPTIONS[2::3]
-  # Every second image has its candidate among the references.
+  # Half of the images have their candidate among the references.
   images = [
     [*two, one][: 2 + i % 2] for i, (one, *two) in enumerate(zip(candidates, first, second))
   ]

@@ -41,7 +41,7 @@ def test_codes_of_thirty_thousand_images_are_streamed_without_being_held():
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert counts.sum() == 30_000 * 64
-  assert peak < 0.3 * 30_000 * 64 * 2  # Of the codes in uint16.
+  assert peak < 0.3 * 30_000 * 64 * 2  # The codes in uint16 would take more.
 
 
 @given(COUNTS, COUNTS)
@@ -72,7 +72,7 @@ def test_the_divergence_is_that_of_scipy_and_of_entropies(first, second):
     return -sum(x * np.log2(x) for x in shares if x > 0)
 
   assert found == pytest.approx(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, abs=1e-12)
-  if found > 1e-9:  # Its square root of a rounding error below 0 is not a number.
+  if found > 1e-9:  # SciPy returns NaN if rounding makes the value negative.
     root = distance.jensenshannon(first, second, base=2)
     assert found == pytest.approx(root**2, abs=1e-12)
     assert found != pytest.approx(root, abs=1e-12) or found > 1 - 1e-9

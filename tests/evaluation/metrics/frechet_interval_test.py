@@ -6,7 +6,7 @@ from cm3leon_jax.evaluation.metrics.frechet_interval import _distance_of_few, fr
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance
 from tests.messages import refused
 
-SIZE = 4  # Rows of a group.
+SIZE = 4  # Rows per group.
 
 
 def moments_of(rows):
@@ -16,7 +16,7 @@ def moments_of(rows):
 
 
 def sample_sets(rng, num_groups, width, is_equal=False, is_paired=False):
-  """Samples two sets whose rows are alike within a group; paired groups are alike in both sets."""
+  """Samples two sets whose rows are similar within a group; paired groups match across sets."""
   common = rng.normal(size=(2, num_groups, 1, width))
   if is_paired:
     common[1] = common[0]
@@ -26,10 +26,10 @@ def sample_sets(rng, num_groups, width, is_equal=False, is_paired=False):
 
 
 def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, with_rows=False):
-  """Returns the shares of intervals that contain the expected distance of such samples.
+  """Returns the shares of intervals that contain the expected distance.
 
-  Beside the intervals: percentiles that are not corrected, where `low` is above 0; the intervals
-  less `bias` and the distance of infinitely many rows; intervals that take each row as a group.
+  Controls: `not_corrected` keeps the bias, `limit` compares the interval less its bias with the
+  distance of 20,000 groups, and `of_rows` takes each row as a group.
   """
   rng = np.random.default_rng(0)
 
@@ -66,7 +66,7 @@ def test_intervals_over_groups_cover_at_their_level_and_others_do_not():
   ("num_groups", "width", "is_equal"), [(200, 4, False), (10, 32, False), (60, 8, True)]
 )
 def test_intervals_cover_at_least_at_their_level(num_groups, width, is_equal):
-  """Many groups for the width, few groups, equal distributions."""
+  """Cases: many groups for the width, few groups, equal distributions."""
   found = coverage(num_groups, width, is_equal)
   assert found["interval"] >= 0.91
   if num_groups == 200:
@@ -168,7 +168,7 @@ def test_fewer_rows_than_numbers_in_a_row_have_the_distance_of_their_moments():
   assert found["distance"] == pytest.approx(
     frechet_distance(moments_of(x), moments_of(y)), rel=1e-9
   )
-  # A resample of rows that are there several times, or not at all.
+  # A resample repeats some rows and omits others.
   counts = np.array([3] + [1] * 9 + [0] * 2), np.ones(20, int)
   repeated = np.repeat(x, counts[0], axis=0)
   expected = frechet_distance(moments_of(repeated), moments_of(y))

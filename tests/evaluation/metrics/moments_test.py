@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import Moments, feature_rows, frechet_distance
 from tests.messages import refused
 
-# Rows, width and rank of features: of full rank, in a subspace, fewer rows than numbers.
+# (rows, width, rank) of features: full rank, in a subspace, fewer rows than dimensions.
 KINDS = [(400, 24, 24), (400, 24, 7), (15, 48, 48)]
 
 
@@ -22,7 +22,7 @@ def moments_of(rows, batch_size=64):
 
 
 def two_sets(rng, n=400, width=24, rank=24):
-  """Samples two sets that differ in mean and covariance, in one subspace of `rank` dimensions."""
+  """Samples two sets with different means and covariances in one subspace of `rank` dimensions."""
   basis = rng.normal(size=(rank, width)) / np.sqrt(width)
   first = rng.normal(size=(n, rank))
   second = rng.normal(size=(n + 3, rank)) * np.linspace(0.5, 2, rank) + 0.3
@@ -34,7 +34,7 @@ def distance_of(first, second):
 
 
 def distance_without_covariances(first, second):
-  """The same number from the rows alone: tr (C1 C2)^(1/2) is a sum of singular values of X Y^T."""
+  """Computes the distance from the rows: tr (C1 C2)^(1/2) sums the singular values of X Y^T."""
   means = first.mean(0), second.mean(0)
   x, y = ((rows - m) / np.sqrt(len(rows) - 1) for rows, m in zip((first, second), means))
   cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
@@ -174,7 +174,7 @@ def test_the_distance_is_that_of_the_docstring():
 def test_variances_of_separate_numbers_add_squared_differences_of_deviations():
   first = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 2, 0], [0, -2, 0]]) * np.sqrt(1.5)
   second = np.array([[3.0, 0, 0], [-3, 0, 0], [0, 0, 1], [0, 0, -1]]) * np.sqrt(1.5)
-  # Deviations 1, 2, 0 and 3, 0, 1.
+  # The standard deviations are 1, 2, 0 and 3, 0, 1.
   assert distance_of(first, second) == pytest.approx(4 + 4 + 1, abs=1e-12)
 
 
@@ -226,8 +226,8 @@ def torch_fidelity_distance(first, second):
   return module.fid_statistics_to_metric(*found, False)["frechet_inception_distance"]
 
 
-# The square root of a singular matrix is exact to half of the digits only: ours is compared with
-# the rows themselves above.
+# The square root of a singular matrix is exact only to half of the digits. A test above compares
+# our distance with the rows.
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")  # pytorch-fid's call.
 @pytest.mark.parametrize(("kind", "tolerance"), list(zip(KINDS, [1e-12, 1e-6, 1e-6])))
 @pytest.mark.parametrize("oracle", [scipy_distance, pytorch_fid_distance, torch_fidelity_distance])

@@ -17,7 +17,7 @@ def two_sets(seed=0, n=230, m=210, width=6, scale=0.8):
 
 
 def share_inside(rows, others, neighbors):
-  """The definition, from all distances: the (k + 1)-th smallest, as a row is its own nearest."""
+  """Follows the definition. A row is its own nearest, so the radius is the (k + 1)-th distance."""
   radii = np.sort(distance.cdist(others, others), axis=1)[:, neighbors]
   return (distance.cdist(rows, others) <= radii).any(1).mean()
 
@@ -94,7 +94,7 @@ def test_torch_fidelity_has_the_same_values(scale):
     return {key: found[key] for key in ("precision", "recall")}
 
   ours = precision_recall(generated, real)
-  assert theirs() == pytest.approx(ours, abs=1e-7)  # They average in float32.
+  assert theirs() == pytest.approx(ours, abs=1e-7)  # torch-fidelity averages in float32.
   assert theirs(prc_neighborhood=4) != pytest.approx(ours, abs=1e-3)
 
 
