@@ -27,7 +27,7 @@ def test_heldout_captions_are_evenly_spaced_and_have_their_neighbors(workdir, la
     [bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)
   ]
   every = heldout_tasks(layout, workdir, 5, 7, COLUMNS)
-  assert len(every[1].neighbors) == 1  # It has no second one.
+  assert len(every[1].neighbors) == 1  # The document has no second neighbor.
   both = heldout_tasks(layout, workdir, 2, 7, [(0, SETTINGS.sampling), *COLUMNS])
   fields = [(t.row, t.retrieve, len(t.neighbors)) for t in both]
   assert fields == [(0, 0, 0), (1, 0, 0), (0, 2, 2), (1, 2, 2)]

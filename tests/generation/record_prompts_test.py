@@ -1,4 +1,4 @@
-"""A prompt in the words of a task's template is what training reads before the answer."""
+"""Tests that prompts made from a task's template equal what training reads before the answer."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ CASES = [
 
 
 def sample_of(task, record, encode):
-  """The training sample of a record whose images all have the codes CODES."""
+  """Returns the training sample of a record whose images all have the codes CODES."""
   codes = dict.fromkeys(record.images, VOCAB.image_ids(CODES))
   one = join_record(task, record, encode, codes)
   lengths = [len(segment.tokens) for segment in one.segments]
@@ -68,7 +68,7 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
 
 @pytest.fixture(scope="module")
 def records():
-  """The first held-out record of each task over scenes."""
+  """Returns the first held-out record of each task over scenes."""
   return {
     name: record(SETTINGS.scenes, task.format.partition("/")[2], "heldout", 0)
     for name, task in SCENES.items()

@@ -1,4 +1,4 @@
-"""Makes a tiny run as of the stages before generation, with random weights and no raw data."""
+"""Makes a tiny run as before generation, with random weights and no raw data."""
 
 import contextlib
 import dataclasses
@@ -57,12 +57,12 @@ def one_device() -> contextlib.AbstractContextManager:
 
 def make_run(root: epath.Path) -> None:
   """Writes tokenizers, five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
-  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough for 512 ids.
+  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough words for 512 ids.
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
-  # Training met every token of a text.
+  # Every text token occurs in training.
   every = Segment(False, np.arange(VOCAB.num_special, VOCAB.text_size, dtype=np.int32))
   texts = [dataclasses.replace(bank[0], key="t", segments=(every,))]
   write_documents(root / "documents" / "train_texts", texts, VOCAB)
@@ -90,10 +90,9 @@ def clip_params(settings=SETTINGS) -> dict:
 
 
 def save_run(root: epath.Path, settings=SETTINGS) -> None:
-  """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7.
+  """Makes a run for `CM3Leon.load` and all commands: `make_run`, a CLIP, a checkpoint of step 7.
 
-  The parameters are NaN and their average is random: everything that reads the run reads the
-  average.
+  The parameters are NaN and their average is random, because every reader uses the average.
   """
   make_run(root)
   clip_lib.CLIP(settings.clip, VOCAB.text_size, clip_params(settings)).save(root / "clip")

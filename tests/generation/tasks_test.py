@@ -102,7 +102,7 @@ def test_a_space_before_a_mask_belongs_to_its_hole(layout):
 
 
 def test_a_line_break_before_a_mask_stays():
-  """As a tokenizer that keeps line breaks sees it: one id for each character."""
+  """Uses a tokenizer that keeps line breaks, with one id per character."""
 
   def encode(text):
     return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
@@ -122,7 +122,7 @@ def test_a_box_is_one_hole_per_row(layout):
   assert len(request.streams) == 2
   without = dataclasses.replace(task, prompt="").to_request(layout, CODES)
   assert len(without.streams) == 1
-  # The prompt guides: its unconditional stream is the request without a prompt.
+  # The unconditional stream is the request without a prompt.
   np.testing.assert_array_equal(request.streams[1], without.streams[0])
 
 

@@ -1,4 +1,4 @@
-"""Prompt files and calls of strangers make a task, or one sentence that says what is wrong."""
+"""Tests that prompt files and calls of strangers make a task or end in one clear sentence."""
 
 # B rows, V ids.
 
@@ -22,8 +22,8 @@ from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.generation.run import one_device
 from tests.messages import refused
 
-HUGE = 10**4_400  # Python writes no number of so many digits.
-# What once ended in a traceback.
+HUGE = 10**4_400  # Python refuses to print a number of this length.
+# Inputs that once ended in a traceback.
 FOUND = {
   "not UTF-8": b'{"prompt": "caf\xe9"}',
   "a byte that ends no character": b'{"prompt": "a"}\xc3',
@@ -41,7 +41,7 @@ FOUND = {
 
 
 def made(make):
-  """Returns what `make` makes, or None at a UserError, whose sentence a terminal may print."""
+  """Returns what `make` returns, or None if it raises a UserError that a terminal may print."""
   error = None
   try:
     return make()
@@ -152,7 +152,7 @@ def test_any_call_makes_tasks_or_one_sentence(name, seed, chosen, inputs, fields
   assert result is None or all(isinstance(task, Task) for task in result[1])
 
 
-PARTS = 64  # Of all plans: they share what is compiled.
+PARTS = 64  # All plans have this length, so that they share a program.
 IDS = np.arange(VOCAB.size)
 
 
@@ -173,7 +173,7 @@ ADVANCE = jax.jit(lambda plan, state, token: GRAMMAR.advance(*place((plan, state
 
 
 def walk(plan, rng) -> np.ndarray:
-  """Returns legal ids, drawn at random, up to the end of a plan: [G]."""
+  """Returns random legal ids [G] up to the end of a plan."""
   rows = plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan)))])
   state, ids = START(rows), []
   while (legal := np.flatnonzero(np.asarray(LEGAL(rows, state))[0])).size:
@@ -193,7 +193,7 @@ def walk(plan, rng) -> np.ndarray:
 @example(fields={"task": "question", "prompt": "{0} {x}", "image": "a.png"}, seed=0)
 @settings(max_examples=60, deadline=None)
 def test_any_request_ends_and_what_it_generates_is_read(layout, fields, seed):
-  """Whatever a user asks for, random legal tokens reach an end, and make an answer."""
+  """For any request, random legal tokens reach an end and make an answer."""
   fields, rng = dict(fields), np.random.default_rng(seed)
   common = {"sampling": SamplingConfig(method=fields.pop("method", "top_p")), "where": "here"}
   if "seed" in fields:

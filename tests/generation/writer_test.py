@@ -39,7 +39,7 @@ def generate(folder, workdir, tasks, clip, **options):
 
 @pytest.fixture(scope="module")
 def heldout(workdir, layout, clip, tmp_path_factory):
-  """Returns (folder, tasks, records) of two captions with two guidances and two retrievals."""
+  """Returns (folder, tasks, records) for two captions, two guidances and two retrieval counts."""
   folder = epath.Path(tmp_path_factory.mktemp("samples"))
   columns = [(n, dataclasses.replace(SAMPLING, guidance=g)) for n in (0, 2) for g in (1.0, 3.0)]
   tasks = heldout_tasks(layout, workdir, 2, 5, columns)
@@ -65,7 +65,7 @@ def every_task(workdir, clip, image_file, tmp_path_factory):
     make_task(cls.name, fields[cls.name], seed=i, row=i, sampling=SAMPLING)
     for i, cls in enumerate(TASKS)
   ]
-  # Without a head of their own for image codes the programs are compiled sooner.
+  # Programs compile faster without a separate head for image codes.
   records = generate(folder, workdir, tasks, clip, image_head=False)
   return folder, {line["task"]: line for line in records}
 
@@ -99,7 +99,7 @@ def test_every_heldout_image_has_a_file_and_a_record(workdir, heldout):
   assert len({r["file"] for r in records}) == 8
   assert (folder / "contact_sheet.png").exists()
   assert records[0]["codes"] != records[2]["codes"]  # Guidance changes the image.
-  assert records[0]["codes"] != records[4]["codes"]  # So do neighbors.
+  assert records[0]["codes"] != records[4]["codes"]  # Neighbors change it, too.
 
 
 def test_records_say_how_a_sample_was_made(every_task):
