@@ -1,6 +1,6 @@
-"""Runs in a bucket over HTTP: what they leave, slow and failing answers, a bucket that is gone.
+"""Tests runs in a GCS bucket over HTTP, with slow and failing answers and a bucket that fails.
 
-The requests are real; the server is one of the tests (`tests/bucket_server.py`).
+The requests are real; `tests/bucket_server.py` is the server.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tests.distributed_test import free_port
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
-pytest.importorskip("gcsfs")  # Of the extra [data].
+pytest.importorskip("gcsfs")  # Part of the extra [data].
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = ROOT / "ml_configs" / "base.py"
@@ -56,7 +56,7 @@ def environment_of(server):
 
 
 def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
-  """Starts the command in a folder of its own; its output goes to PROCESS.log there."""
+  """Starts the processes of a command in the folder `cwd`; process I writes I.log there."""
   jobs, port = [], free_port()
   for i in range(processes):
     command = [
@@ -110,7 +110,7 @@ def sealed(server):
 def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   server, local_losses, tmp_path, processes
 ):
-  """No answer comes once the checkpoint of step 8 is sealed; then all processes are killed."""
+  """The server stops answering after checkpoint 8 is sealed; then all processes are killed."""
   reached, answer = threading.Event(), threading.Event()
 
   def fault(method, path):
@@ -134,11 +134,11 @@ def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   if processes == 1:
     assert found == local_losses
   files = server.files("bucket/run/train/")
-  assert {"config.json", "done.json"} <= files.keys()  # plan.jsonl comes with window 16.
+  assert {"config.json", "done.json"} <= files.keys()
   assert "lease.json" not in files
   assert any(name.startswith("tensorboard/events") for name in files)
   assert not [name for name in files if ".partial" in name]
-  # Nothing is written to a folder of the name "gs:".
+  # No folder named "gs:" is made.
   assert {path.name.partition(".")[2] for path in tmp_path.iterdir()} == {"log", "jsonl"}
 
 
@@ -165,7 +165,7 @@ def test_slow_and_failing_answers_change_nothing(server, local_losses, tmp_path)
 def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   server, local_losses, tmp_path
 ):
-  """It refuses every write once the checkpoint of step 4 is sealed."""
+  """The bucket refuses every write after checkpoint 4 is sealed."""
   before = {}
 
   def fault(method, path):
@@ -178,13 +178,13 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   [job] = start(server, tmp_path)
   begin = time.monotonic()
   try:
-    job.wait(600)  # The metrics and the events of TensorBoard are tried again, too.
+    job.wait(600)  # Writes of metrics and TensorBoard events are retried, too.
   finally:
     job.kill()
   output = (tmp_path / "0.log").read_text()
   print("seconds until it ended:", round(time.monotonic() - begin))
   print(output)
-  assert job.returncode == TryAgain.exit_code, output  # Launchers start it again.
+  assert job.returncode == TryAgain.exit_code, output  # Launchers restart the job.
   [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
   assert "gs://bucket/run/train" in sentence
   assert "503" in sentence

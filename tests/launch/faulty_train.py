@@ -1,9 +1,9 @@
 """Runs launch.train with a fault: `python -m tests.launch.faulty_train FLAGS`.
 
-FAULT=KIND:PROCESS:BATCHES lets a process, after so many batches, wait for ever for the next one
-(`stuck`) or raise an error (`error`). With `late:PROCESS:0` it waits for ever before its first
-step, and with `error_unsealed:PROCESS:BATCHES` no other process ever digests what it saved.
-HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS are those of the modules.
+FAULT=KIND:PROCESS:BATCHES makes a process hang (`stuck`) or raise an error (`error`) after
+BATCHES batches. `late:PROCESS:0` hangs before the first step. With
+`error_unsealed:PROCESS:BATCHES`, no other process digests what it saved. HEARTBEAT_SECONDS,
+SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS replace the constants of the modules.
 """
 
 import os
@@ -64,7 +64,7 @@ def insert(kind: str, process: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-  # As in the foreground, where Ctrl-C is not ignored, wherever the tests run.
+  # Makes Ctrl-C work as in the foreground, wherever the tests run.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   if "FAULT" in os.environ:
     fault, number, batches = os.environ["FAULT"].split(":")

@@ -1,4 +1,4 @@
-"""Lints the files of launch/pod, and runs what a host of a TPU VM runs."""
+"""Tests the files of launch/pod with linters, and the scripts that run on a host of a TPU VM."""
 
 import configparser
 import re
@@ -61,7 +61,7 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
   assert 'case "$EXTRA" in tpu | cuda12 | cuda13)' in text
-  # tests/packaging_test.py: .ci/extras.py resolves all three.
+  # tests/packaging_test.py checks that .ci/extras.py resolves all three.
   assert '".[$EXTRA,data,monitoring]"' in text
 
 

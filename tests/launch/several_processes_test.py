@@ -44,7 +44,7 @@ def finish(job, code=0) -> str:
 def losses(workdir) -> dict[int, float]:
   lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
   lines = [line for line in lines if "loss" in line]
-  assert len({line["step"] for line in lines}) == len(lines)  # One process logs.
+  assert len({line["step"] for line in lines}) == len(lines)  # Only one process logs.
   return {line["step"]: line["loss"] for line in lines}
 
 
@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_training_reads_no_raw_data(whole):
-  """Sample grids come from the document stores: raw/ may be deleted after they exist."""
+  """Sample grids need only the document stores, so raw/ may be deleted after they exist."""
   assert not (whole / "raw").exists()
   assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
 
@@ -110,7 +110,7 @@ def test_the_settings_of_a_training_are_read_from_its_workdir(whole):
 
 @pytest.mark.slow
 def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
-  """Losses and images equal those of one process without a stop."""
+  """Losses and images equal a run of one process without a stop."""
   job = start(fresh, 2, "--config.train.checkpoint_every=1")
   second = pids(job, 2)[1]
   wait_for_steps(fresh, 4)
@@ -136,7 +136,7 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_and_continues_without_it(whole, fresh, capsys):
-  """Its first loss is near the last one of the other run, whose tokenizers differ."""
+  """The first loss is near the source's last loss, although the tokenizers differ."""
   source = fresh / "source"
   shutil.copytree(whole / "train", source / "train")
   one_process(fresh, str(source), train={"steps": 1, "eval_batches": 1, "sample_every": 9})

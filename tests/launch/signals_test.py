@@ -24,13 +24,13 @@ from tests.launch.tiny_config import get_config
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-# Starts a command as in the foreground, where Ctrl-C is not ignored, wherever the tests run.
+# Starts a command in which Ctrl-C works as in the foreground, wherever the tests run.
 START = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
 """
-# The same, and sends itself a signal once the training has returned.
+# Also sends itself SIGTERM after the training has returned.
 START_AND_STOP = """
 from cm3leon_jax.commands import run_start
 run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)
@@ -54,7 +54,7 @@ def start(command, workdir, config="tiny_config", program=START):
   ("number", "code"), [(signal.SIGTERM, INTERRUPTED), (signal.SIGINT, CTRL_C)]
 )
 def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, number, code):
-  """It comes after the rows were planned, while the steps are compiled."""
+  """The signal arrives after the rows are planned, while the steps are compiled."""
   make_workdir(tmp_path, settings_from_config(get_config()))
   job = start("train", tmp_path)
   for line in job.stdout:
@@ -77,7 +77,7 @@ def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path
   output, errors = job.communicate(timeout=300)
   assert (job.returncode, errors) == (INTERRUPTED, "")
   *_, before, sentence = output.splitlines()
-  assert before.startswith("train: goodput ")  # Which the end of the loop prints.
+  assert before.startswith("train: goodput ")  # Printed at the end of the loop.
   assert sentence == NOTHING
   assert not (tmp_path / "train" / stages.DONE).exists()
   train.main(settings, epath.Path(tmp_path))

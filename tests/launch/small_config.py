@@ -1,4 +1,4 @@
-"""A config whose image tokenizer and CLIP train for seconds, for tests that stop them."""
+"""Configures an image tokenizer and a CLIP that train for seconds, for tests that stop them."""
 
 from tests.generation.run import make_config
 

@@ -1,4 +1,4 @@
-"""A config that trains in seconds, for tests of commands: --config=tests/launch/tiny_config.py."""
+"""Configures a training of seconds for tests: --config=tests/launch/tiny_config.py."""
 
 import dataclasses
 
