@@ -1,7 +1,7 @@
-"""Compiles the launches of the documents for their slices, in processes of their own.
+"""Tests that the launches in the documents compile for their slices, in separate processes.
 
-The commands of `cm3leon plan` and `cm3leon aot_compile` are read from the pages and from the
-commands themselves, so that they cannot drift.
+The commands `cm3leon plan` and `cm3leon aot_compile` are read from pages and docstrings, so that
+they cannot drift.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ FILES += [path for path in (COMMANDS / "aot_compile.py", COMMANDS / "plan.py") i
 COMMAND = r"(?:python -m launch\.|cm3leon )(aot_compile|plan) "
 MEASURED = ("program", "batch_per_device", "decode_batch", "decode_positions")
 GPUS_OF_A_HOST = 8
-GPU_GIB = 0.75 * 79.65  # JAX takes three quarters of the 80 GB of an A100 or H100 by default.
+GPU_GIB = 0.75 * 79.65  # JAX uses three quarters of the 80 GB of an A100 or H100 by default.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Launch:
   """A job that a page plans or compiles.
 
   Attributes:
-    topology: chip and shape, v5e:16x16, or GPUs and their number, h100-64.
-    slices: number of slices.
-    flags: those of the config, and of `launch.aot_compile`.
+    topology: chip and shape (v5e:16x16), or GPUs and their number (h100-64).
+    flags: flags of the config and of `launch.aot_compile`.
   """
 
   topology: str
@@ -70,9 +69,9 @@ class Launch:
 
 
 def commands(text: str) -> list[str]:
-  """Returns the commands of a page or docstring, also those within a sentence.
+  """Returns the commands of a page or docstring, including commands within a sentence.
 
-  Lines that continue are joined. A search takes hours and has tests of its own.
+  Continued lines are joined. Searches are left out: they take hours and have their own tests.
   """
   text = re.sub(r"\\\n\s*", " ", text)
   found = [line for line in text.split("\n") if re.match(f" *{COMMAND}", line)]
@@ -102,7 +101,7 @@ def launch_of(line: str) -> Launch:
     topology = f"{topology.partition('-')[0]}:{SLICES[topology]}"
   flags = tuple(word for word in words if word.startswith("--config"))
   config, *fields = flags
-  if not config.endswith(".py") and "/" not in config:  # A name, as `cm3leon` takes it.
+  if not config.endswith(".py") and "/" not in config:  # A name for `cm3leon`.
     config = config.replace("=", "=ml_configs/") + ".py"
   if re.search(COMMAND, line)[1] == "plan" and not any("config.mesh" in flag for flag in flags):
     fields += mesh_flags(topology, slices)

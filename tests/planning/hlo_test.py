@@ -6,7 +6,7 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import mesh_of
 
-# Like XLA:TPU's: a loop of 3 with a product, fused as a convolution, and an asynchronous gather.
+# Imitates XLA:TPU: a loop of 3 with a product fused as a convolution, and an async gather.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -102,7 +102,7 @@ def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
 
 
 def test_padding_of_a_convolution_does_not_count():
-  """Heads as a window of 32 with 31 of padding: each output head meets one head of the kernel."""
+  """Heads are a window of 32 with 31 of padding; each output head uses one head of the kernel."""
   window = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
   line = f"  %c = bf16[4,16,32,8]{{3,2,1,0}} convolution(%l, %r), {window}"
   head = "ENTRY %m (l: bf16[4,16,64,1], r: bf16[64,32,8,1]) -> bf16[4,16,32,8] {\n"
@@ -114,7 +114,7 @@ def test_padding_of_a_convolution_does_not_count():
 
 @pytest.mark.parametrize("rows", ["2,", ""])
 def test_attention_kernels_count_half_a_square_for_each_product(rows):
-  """Two forward products of 8 heads of 64 and 512 tokens; a single row has no batch dimension."""
+  """Two forward products: 8 heads of width 64, 512 tokens; a single row has no batch dimension."""
   arrays = (
     f"(f32[{rows}512,128]{{1,0}}, bf16[{rows}8,512,64]{{2,1,0}}, f32[{rows}8,512,128]{{2,1,0}})"
   )
@@ -124,7 +124,7 @@ def test_attention_kernels_count_half_a_square_for_each_product(rows):
 
 
 def test_a_cpu_program_is_read():
-  """XLA:CPU prints dots: a scan of 5 products, rows split over the mesh, then an all-reduce."""
+  """XLA:CPU prints dots. Scans 5 products with rows sharded over the mesh, then all-reduces."""
 
   def loop(x, w):
     y, _ = jax.lax.scan(

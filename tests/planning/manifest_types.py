@@ -1,4 +1,4 @@
-"""Types of the manifests that `cm3leon plan` writes, as their tools define them."""
+"""Defines types of the manifests that `cm3leon plan` writes, after their tools' definitions."""
 
 from kubernetes import client
 import pydantic
@@ -69,7 +69,7 @@ class Scraped(Strict):
 
 
 class PodMonitoring(Strict):
-  """Of monitoring.googleapis.com/v1, GoogleCloudPlatform/prometheus-engine 0.15."""
+  """Resource of monitoring.googleapis.com/v1, GoogleCloudPlatform/prometheus-engine 0.15."""
 
   apiVersion: str = pydantic.Field(pattern="^monitoring.googleapis.com/v1$")
   kind: str = pydantic.Field(pattern="^PodMonitoring$")

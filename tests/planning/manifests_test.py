@@ -1,4 +1,4 @@
-"""Checks the manifests that `cm3leon plan` writes: schemas and restarts."""
+"""Tests the schemas and the restart rules of the manifests that `cm3leon plan` writes."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from tests.planning.manifest_types import STRICT, PodMonitoring, validate
 from tests.recorders import FLAGS, MISTAKE
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
-# Tools that read a manifest may read YAML 1.1: a `yes` would be true.
+# Tools may read a manifest as YAML 1.1, where an unquoted `yes` is true.
 AWKWARD = [*FLAGS, "--config.train.wandb=yes: no # {x}", "--config.raw.text=a\\nb"]
 
 
@@ -41,7 +41,7 @@ def manifest():
 ALL = {
   "queue": "tpus",
   "service_account": "trainer",
-  "reservation": "yes",  # In YAML 1.1 it would be true without quotes.
+  "reservation": "yes",  # Unquoted, it is true in YAML 1.1.
   "priority": "high",
   "cpus": 40,
   "memory_gib": 100,
@@ -65,12 +65,12 @@ CHECKS = {
   "gke_jobset.yaml": validate,
   "gke_monitoring.yaml": lambda value: PodMonitoring.model_validate(value, **STRICT),
 }
-# Mappings of any names.
+# Mappings with arbitrary keys.
 FREE = {"labels", "annotations", "nodeSelector", "matchLabels", "limits", "requests"}
 
 
 def places(value, *path):
-  """Yields where in lists and mappings each value stands, and the value."""
+  """Yields (path, value) for each value in nested lists and mappings."""
   for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
     yield (*path, key), inner
     if isinstance(inner, dict | list):
@@ -78,7 +78,7 @@ def places(value, *path):
 
 
 def refuses(check, value, path, new):
-  """The check refuses a value with `new` at a place, or with nothing there (None)."""
+  """Asserts that the check refuses `new` at a path, or a missing value if `new` is None."""
   changed = copy.deepcopy(value)
   parent = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
   parent[path[-1]] = new
@@ -132,7 +132,7 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   }
   assert pod(manifest)["nodeSelector"] == labels
   assert pod(manifest)["containers"][0]["image"] == IMAGE
-  assert pod(manifest)["containers"][0]["imagePullPolicy"] == "Always"  # The tag may move.
+  assert pod(manifest)["containers"][0]["imagePullPolicy"] == "Always"  # A tag may move.
   resources = pod(manifest)["containers"][0]["resources"]
   assert resources["requests"] == {"cpu": "104", "memory": "224Gi"}  # Half of a ct5p-hightpu-4t.
 
@@ -156,13 +156,12 @@ def test_kubernetes_gives_the_flags_unchanged():
   container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
   assert container["command"] == ["cm3leon", "train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
-  assert not any(
-    re.search(r"(?<!\$)\$\(", arg) for arg in container["args"]
-  )  # What it would take for a variable.
+  # No argument looks like a reference to a variable.
+  assert not any(re.search(r"(?<!\$)\$\(", arg) for arg in container["args"])
 
 
 def test_the_processes_of_a_pod_share_memory():
-  """A container has 64 MiB of /dev/shm by default."""
+  """By default a container has only 64 MiB of /dev/shm."""
   found = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
   assert found["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
   assert found["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -201,7 +200,7 @@ def test_the_metrics_of_process_0_are_scraped_if_it_serves_any():
 
 
 def jobset_action(manifest, exit_code=None, condition=None):
-  """Returns the action of JobSet for a failed pod: of the first rule that fits."""
+  """Returns JobSet's action for a failed pod by the first rule that matches."""
   reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
   for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
     codes = rule.get("onExitCodes")

@@ -1,4 +1,4 @@
-"""Tests of the estimate: against the compiler's numbers in docs/scaling.md, and of the refusal."""
+"""Tests the memory estimate against the compiler's numbers in docs/scaling.md, and the refusal."""
 
 import dataclasses
 import importlib
@@ -28,11 +28,11 @@ from tests.models.tiny import mesh_of
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
 GIB = 2**30
-# A row of the tables: size, slice, rows of a device x passes, remat; arguments, temporaries, sum.
+# Rows: size, slice, rows per device x passes, remat; arguments + temporaries = sum.
 ROW = re.compile(
   r"\| (\w+) \| (v\w+-\d+) \| (\d+)(?: x (\d+))? \| (\w+) \| [\d.]+ \+ [\d.]+ = \*\*([\d.]+)\*\*"
 )
-# The table "Which is the fastest" and that of evaluations: slice, mesh, rows, remat, GiB.
+# From the table "Which is the fastest" and the evaluations: slice, mesh, rows, remat, GiB.
 SEARCHED = [
   ("v5p-8", (1, 2, 1, 2), 4, "minimal", 70.00),
   ("v5p-256", (1, 16, 1, 8), 8, "minimal", 81.09),
@@ -46,7 +46,7 @@ SEARCHED = [
 
 
 def settings_of(config: str, mesh: tuple, rows: int, policy: str, global_batch_size: int = 0):
-  """Settings of a shipped config on a mesh (data, fsdp, tensor, fsdp_inner)."""
+  """Returns settings of a shipped config on a mesh (data, fsdp, tensor, fsdp_inner)."""
   module = importlib.import_module(f"cm3leon_jax.configs.{config}")
   values = module.get_config()
   values.mesh.update(dict(zip(("data", "fsdp", "tensor", "fsdp_inner"), mesh, strict=True)))
@@ -63,7 +63,7 @@ def estimated(settings) -> memory.Memory:
 
 
 def documented() -> list[tuple]:
-  """Returns (name, settings, GiB of the compiler) of the steps of docs/scaling.md."""
+  """Returns (name, settings, the compiler's GiB) for the steps of docs/scaling.md."""
   text = PAGE.read_text()
   tuning = text.index("### Instruction tuning")
   cases = []
@@ -94,7 +94,7 @@ def test_the_estimate_is_near_the_compilers_numbers_of_every_documented_step():
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
 )
 def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
-  """Arrays of a head or a width are not split; they are few."""
+  """The small arrays of a head or a width are not sharded."""
   model = dataclasses.replace(SETTINGS.model, family=family, head_size=head_size)
   settings = dataclasses.replace(
     SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
@@ -120,9 +120,9 @@ def test_more_rows_kept_values_and_passes_take_more():
   ]
   assert by_policy == sorted(by_policy)
   assert total(2) < total(4) < total(8)
-  assert total(batch=1_024) < total()  # One pass keeps no sum of gradients.
+  assert total(batch=1_024) < total()  # One pass needs no sum of gradients.
   assert total(mesh=(1, 16, 2, 8)) != total()
-  # Replicas split the batch, and not the parameters.
+  # Replicas split the batch but not the parameters.
   assert total(mesh=(16, 16, 1, 1), batch=1_024) > total(batch=1_024)
 
 
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   few = MeshConfig(fsdp=4).over(4)
   with refused(UserError):
     memory.check(settings, few, limit)
-  with refused(UserError):  # `tensor` splits no single device.
+  with refused(UserError):  # `tensor` cannot split one device.
     memory.check(settings, MeshConfig(fsdp=1).over(1), limit)
   assert str(memory.Memory(1, 1_500 * GIB, 0, 0, 0, 0)).startswith("1,500.00 GiB (state 1,500.00, ")
 
@@ -186,19 +186,19 @@ def device(kind: str, platform: str = "tpu", stats=None):
   return types.SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
 
 
-# Of the table of updates: slice, config, data x fsdp x tensor x fsdp_inner, images, remat; GiB.
+# Rows of updates: slice, config, data x fsdp x tensor x fsdp_inner, images, remat; GiB.
 UPDATE = re.compile(r"\| v\w+-\d+ \| (sft_\w+) \| ([\d x]+) \| (\d+) \| (\w+) \| ([\d.]+) of")
 
 
 def update_of(config: str, mesh: tuple, images: int, policy: str, family: str = "opt"):
-  """Settings and mesh of an update on so many images a device."""
+  """Returns settings and mesh of an update with `images` images per device."""
   settings = settings_of(config, mesh, 0, policy, images * math.prod(mesh) // mesh[2])
   model = dataclasses.replace(settings.model, family=family)
   return dataclasses.replace(settings, model=model), settings.mesh.over(math.prod(mesh))
 
 
 def test_the_estimate_of_an_update_is_near_the_compilers_numbers():
-  """With prompts of 896 slots, as compiled."""
+  """Prompts have 896 slots, as in the compiled programs."""
   errors = []
   for config, sizes, images, policy, gib in UPDATE.findall(PAGE.read_text()):
     mesh = tuple(map(int, sizes.split(" x ")))
@@ -240,7 +240,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
 def test_learning_from_rewards_refuses_before_it_reads_a_stage(tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
-  with refused(UserError):  # CPUs are not checked.
+  with refused(UserError):  # CPU memory is not checked.
     reinforce_command.main(settings, workdir, "elsewhere")
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):
@@ -260,7 +260,7 @@ def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():
 
 def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys):
   workdir = epath.Path(tmp_path)
-  with refused(UserError):  # CPUs are not checked.
+  with refused(UserError):  # CPU memory is not checked.
     train_command.main(SETTINGS, workdir)
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):

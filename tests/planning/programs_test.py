@@ -36,7 +36,7 @@ def settings_of():
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)
   sections = {"vqgan": vqgan, "data": data, "sampling": sampling}
-  settings = object.__new__(Settings)  # Without its checks: these sections fit no other ones.
+  settings = object.__new__(Settings)  # Skips the checks, since these sections do not fit others.
   for name, section in {"model": model_config(), "vocab": VOCAB, **sections}.items():
     object.__setattr__(settings, name, section)
   return settings
@@ -44,7 +44,7 @@ def settings_of():
 
 @pytest.fixture
 def lowered(monkeypatch):
-  """Collects all programs that are lowered, prefill and steps."""
+  """Collects all lowered programs: prefill and steps."""
   found, steps, before = [], compile_lib.lower_steps, compile_lib.jit_before
 
   def lower_steps(*args):
@@ -58,7 +58,7 @@ def lowered(monkeypatch):
 
   monkeypatch.setattr(compile_lib, "lower_steps", lower_steps)
   monkeypatch.setattr(compile_lib, "jit_before", jit_before)
-  # So that the cache grows.
+  # Small buckets make the cache grow.
   monkeypatch.setattr(batch_lib, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "CAPACITY", 1)
   return found
@@ -70,7 +70,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
   settings, mesh = settings_of(), mesh_of(*shape)
   decoder = programs.guided_decoder(settings, mesh, PROMPTS, 16)
   first, last = decoder.lowered.steps
-  assert first.as_text() != last.as_text()  # Before and after the cache has grown.
+  assert first.as_text() != last.as_text()  # The cache has grown in between.
   planned = {first.as_text(), last.as_text()}
   prefill = decoder.lowered.prefill(first.compile()).as_text()
   lowered.clear()
@@ -92,7 +92,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
 
 
 def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
-  """In the arguments of a train step, and beside an evaluation, which reads the average."""
+  """The average is an argument of the train step, and stays in memory during an evaluation."""
   mesh, train = mesh_of(1, 4, 1, 2), dataclasses.replace(SETTINGS.train, global_batch_size=8)
   arguments, rest = [], []
   for decay in (0.0, 0.999):
@@ -108,7 +108,7 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
 
 @pytest.mark.parametrize("replay_share", [0.0, 0.4])
 def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
-  """With the sums of all sources of the run's rows, of its training and of its evaluation."""
+  """Sums cover all sources of the run's rows, in training and in evaluation."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   first, second = config.instructions.own_tasks

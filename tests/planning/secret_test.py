@@ -1,4 +1,4 @@
-"""The key of a container that only Secret Manager can give: from servers of our own."""
+"""Tests that a container reads its key from Secret Manager, which local servers imitate."""
 
 import base64
 import http.server
@@ -14,7 +14,7 @@ NAME = "projects/p/secrets/wandb"
 
 
 class Google(http.server.BaseHTTPRequestHandler):
-  """Answers as the metadata server and as Secret Manager do."""
+  """Imitates the metadata server and Secret Manager."""
 
   def do_GET(self):
     payload = {"payload": {"data": base64.b64encode(b"key").decode()}}

@@ -1,4 +1,4 @@
-"""Compiles for TPU without a TPU: the step, its evaluation, families, the decoder."""
+"""Tests programs compiled for TPU without a TPU: train step, evaluation, families, decoder."""
 
 import re
 
@@ -17,7 +17,7 @@ SMALL = (
 
 
 def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(tmp_path):
-  """On v5e:4x4, with an fsdp axis along each dimension of the torus."""
+  """Uses v5e:4x4 with an fsdp axis along each dimension of the torus."""
   mesh = ("--config.mesh.fsdp=4", "--config.mesh.fsdp_inner=4", "--batch_per_device=2")
   report = aot_compile(tmp_path, *SMALL, "--topology=v5e-16", *mesh)["train"]
   collectives = report["collectives"]
@@ -68,7 +68,7 @@ def test_a_program_that_does_not_fit_is_reported_in_one_sentence():
 
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e-8", 8), ("v5p-8", 4)])
 def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path, topology, tensor):
-  """64 prompts of two streams, 1,152 positions: a step moves little more than weights and cache."""
+  """With 64 prompts, two streams and 1,152 positions, little more than weights and cache moves."""
   flags = [f"--topology={topology}", f"--config.mesh.tensor={tensor}", "--program=decode"]
   reports = aot_compile(tmp_path, "--config=ml_configs/cm3leon_7b.py", *flags)
   step, prefill = reports["decode"], reports["prefill"]

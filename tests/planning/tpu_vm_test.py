@@ -24,7 +24,7 @@ def recorders(tmp_path):
 
 
 def one_host(recorders):
-  """Makes gcloud's machines this one: scp copies to its home, ssh runs the command there."""
+  """Lets gcloud use this machine: scp copies to its home, ssh runs the command there."""
   recorders.add(
     "gcloud",
     'case "$4" in scp) cp -p "$5" "$HOME/cm3leon_jax.tar.gz" ;;\n'
@@ -34,11 +34,11 @@ def one_host(recorders):
   recorders.add(
     "sudo", 'case "$1" in tee) cat >>"$HOME/sudo_tee" ;; install) cp "$4" "$HOME/env" ;; esac'
   )
-  recorders.add("systemctl", "echo inactive; exit 3")  # is-active: it is not.
+  recorders.add("systemctl", "echo inactive; exit 3")  # is-active fails.
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # As launch/venv.sh.
+  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # As in launch/venv.sh.
   stamp = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest() + "\n"
   (venv / "installed-tpu,data,monitoring").write_text(stamp)
   return venv
@@ -104,7 +104,7 @@ def test_tpu_vm_brings_the_key_to_a_file_of_root(recorders, tmp_path):
   assert (recorders.home / "env").read_text() == f"WANDB_API_KEY={KEY}\n"
   unit = (POD / "cm3leon-train@.service").read_text()
   assert "\nEnvironmentFile=-/etc/cm3leon-train/%i.env\n" in unit
-  # Nothing that others can read keeps it: no argument, no file.
+  # No argument and no file that others can read contains the key.
   assert not [call for call in recorders.calls("gcloud") if KEY in " ".join(call)]
   kept = [p for p in recorders.home.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
   assert kept == [recorders.home / "env"]
@@ -158,7 +158,7 @@ def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorder
     "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
     "--reservation=july", f"--service-account={account}",
   ])  # fmt: skip
-  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # Of Kubernetes.
+  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # A Kubernetes account.
   assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
   assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
 
@@ -175,9 +175,9 @@ def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
 
 
 def watched(recorders, tmp_path, states, services=(), created=()):
-  """Runs `watch`, with these states of the request and the service, and exit codes of `create`.
+  """Runs `watch` with given states of the request and the service, and exit codes of `create`.
 
-  Of temporary folders that are there at a request's state, the names are in the file `left`.
+  The file `left` lists the temporary folders that exist when `watch` reads a state.
   """
   lines = {"states": states, "services": services, "created": created}
   for name, values in lines.items():
@@ -199,7 +199,7 @@ def watched(recorders, tmp_path, states, services=(), created=()):
 
 
 def asked(recorders):
-  """Returns what was done to the request, without looking at it."""
+  """Returns the calls that create or delete the request."""
   calls = [call[2:4] for call in recorders.calls("gcloud")]
   return [does for what, does in calls if what == "queued-resources" and does in ASKS]
 
@@ -209,9 +209,9 @@ ASKS = ("create", "delete")
 
 @pytest.mark.slow
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
-  """States: it waits, is made, trains, is preempted, is made again, trains, is done.
+  """The request waits, is made, trains, is preempted, is made again, trains and ends.
 
-  The tries that fail are counted from the last slice that was made.
+  Failed tries are counted from the last slice that was made.
   """
   states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
   states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
@@ -224,7 +224,7 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   created = [call for call in calls if call[3] == "create"]
   assert all({"--spot", "--reserved"} <= set(call) for call in created)
   assert sum(call[2:4] == ["tpu-vm", "scp"] for call in calls) == 2
-  # The key is in the folder that is copied.
+  # The copied folder holds the key, so it must be removed.
   assert (tmp_path / "left").read_text() == ""
   assert not list(recorders.home.glob("tmp.*"))
 
@@ -233,12 +233,12 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   ("states", "created", "does", "end"),
   [
     (["FAILED"] * 5, [0] * 4, ["delete", "create"] * 4, "run FAILED 5 times: see the reason "),
-    # Somebody deletes it.
+    # Somebody deletes the request.
     (
       ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"], [0],
       ["delete", "create"], "the queued resource run is gone: it was deleted, and ",
     ),
-    # The third new request was made, so the last is another's deletion.
+    # The third new request was made, so somebody else deleted the last one.
     (
       ["SUSPENDED"] + ["GONE"] * 3, [1, 1, 0],
       ["delete"] + ["create"] * 3, "the queued resource run is gone: it was deleted, and ",
