@@ -1,6 +1,6 @@
-"""Tests of the config cards: the pages are those of the numbers.
+"""Tests that the pages of the config cards match their numbers.
 
-`python -m benchmarks.cards --check` compiles them again.
+`python -m benchmarks.cards --check` compiles the configs again.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def test_drift_is_the_relative_change_of_each_number():
 class TestCheck:
   @pytest.fixture
   def measured(self, monkeypatch):
-    """Numbers of the first card as if it had just been compiled, and the names of such cards."""
+    """Returns numbers of the first card, as if just compiled, and the names of compiled cards."""
     card = STORED[0]
     old = cards.stored(card.size)[card.name]
     new, names = {**old}, []

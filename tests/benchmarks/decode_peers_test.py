@@ -1,4 +1,4 @@
-"""The peers of the decoder sample as an uncached forward pass of the exported model does."""
+"""Tests that the decoder's peers sample like an uncached forward pass of the exported model."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def peers():
   pytest.importorskip("transformers")
   from benchmarks import decode_peers
 
-  # Threads spin while they wait: seconds instead of milliseconds when the cores are shared.
+  # Waiting threads spin, which takes seconds instead of milliseconds on shared cores.
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield decode_peers
@@ -45,7 +45,7 @@ def prompts():
 
 
 def uncached(folder, prompt, guidance):
-  """Returns [I] ids of the largest guided logits without a cache, and their least lead."""
+  """Returns ids [I] of the largest guided logits without a cache, and their smallest lead."""
   import torch
   import transformers
 
@@ -98,7 +98,7 @@ def test_equal_seeds_give_equal_tokens(peers, exported):
 
 
 def test_sampling_keeps_the_nucleus_of_the_top_k(peers):
-  """top_k = 3, top_p = 0.6 of [.1 .4 .2 .3]: ids 1 and 3 stay, 4 to 3."""
+  """With top_k = 3 and top_p = 0.6, [.1 .4 .2 .3] keeps ids 1 and 3 in the ratio 4 to 3."""
   import torch
 
   logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).repeat(20_000, 1)

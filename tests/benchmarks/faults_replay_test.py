@@ -13,7 +13,7 @@ compute = Replay._compute
 
 
 def misread(stage):
-  """Computes as a process does whose own copy of the first device's fingerprints is damaged."""
+  """Computes like a process whose copy of the first device's fingerprints is damaged."""
 
   def computed(self, number, *args):
     state, metrics, prints = compute(self, number, *args)
@@ -27,7 +27,7 @@ def misread(stage):
 
 
 def trials_of_process(out, address, process):
-  """Makes trials as one of two processes, all with the same flips."""
+  """Makes trials as one of two processes with the same flips."""
   from cm3leon_jax import distributed
 
   distributed.initialize(address, 2, process, 120)
@@ -55,7 +55,8 @@ def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
   for process in processes:
     faults_run.finish(process)
   results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-  assert results[0] == results[1]  # Also in the last three, which they see differently.
+  # The last three agree, too, although the processes see them differently.
+  assert results[0] == results[1]
   *results, changed, apart = results[0]
   assert "step 5 reads: step, params.blocks.down" in changed["sentence"]
   assert "step 5 reads replicas that are not equal" in apart["sentence"]
@@ -88,7 +89,7 @@ def test_a_flip_that_is_not_found_or_a_false_alarm_fails():
     result("none", found=False, recovered=False),
   ):
     assert faults_table.replay_failures(faults_replay.summarize([*fine, wrong]))
-  # A flip between unchecked steps may be rounded away; nothing is left to find.
+  # A flip between unchecked steps may be rounded away, so nothing can be found.
   vanished = faults_replay.summarize([*fine, result(REPLICAS[0], found=False, named=False)])
   assert faults_table.replay_failures(vanished) == []
   assert vanished["kinds"][REPLICAS[0]]["vanished"] == 1

@@ -68,7 +68,7 @@ def test_many_laws_are_fitted_as_each_alone():
 
 @pytest.mark.parametrize("of", ["without", "neighbors"])
 def test_the_ratio_of_laws_that_differ_by_a_factor_of_flops(of):
-  """Retrieval that saves four fifths of the FLOPs at any bits: 5x."""
+  """Retrieval saves four fifths of the FLOPs at any bits, so the ratio is 5."""
   without, neighbors = law(1, 4, 0.5), law(1, 4, 0.5, reference=0.2e12)
   found = scaling_fit.ratio(without, neighbors, (1e12, 16e12), of)
   np.testing.assert_allclose(found["ratio"], 5)
@@ -81,7 +81,7 @@ def test_the_ratio_of_bits_that_are_never_reached():
   rising, neighbors = law(0, 8, -0.1), law(0, 8, 0.5)
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "neighbors")
   assert (found["bits"], found["ratio"]) == (2, np.inf)
-  # Its best bits are those of the smallest run, and the largest is not better.
+  # The smallest run has its best bits; the largest run is not better.
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "without")
   assert (found["bits"], found["ratio"]) == (8, 16)
 

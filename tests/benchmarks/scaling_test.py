@@ -14,7 +14,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.training.watch import flops
 from tests.messages import refused
 
-# Bits an image; retrieval saves four fifths of the FLOPs for rare images, and triples them else.
+# Bits per image. Retrieval saves 4/5 of the FLOPs for rare images and triples them for others.
 LAWS = {
   ("rare", "without"): Law(1e12, np.float64(0), np.float64(90), np.float64(0.2)),
   ("rare", "neighbors"): Law(2e11, np.float64(0), np.float64(90), np.float64(0.2)),
@@ -36,9 +36,9 @@ def small(tmp_path, **changes):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-  """Replaces trainings by laws, and plots, which are slow; returns the runs in their order.
+  """Replaces trainings by laws and skips slow plots; returns the runs in order.
 
-  With each run stands whether there was a prediction before it.
+  Each run says whether a prediction existed before it.
   """
   order = []
 
@@ -52,7 +52,7 @@ def trained(tmp_path, monkeypatch):
   def measure(settings, run, corpus, condition, judged):
     spent = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
     spent = flops.model_flops(settings.model, spent, settings.data.sequence_length)
-    # Images and seeds differ by factors of mean 1.
+    # Images and seeds scale the bits by factors with mean 1.
     factors = np.linspace(0.5, 1.5, 6).tolist() + np.linspace(0.8, 1.2, 9).tolist()
     seed = 1 + 0.01 * (2 * settings.seed - 1)
     bits = [
@@ -158,7 +158,7 @@ def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   assert at_best["rare"][0]["ratio"] == pytest.approx(5)
   assert at_best["common"][1]["ratio"] == pytest.approx(1 / 3)
   assert all(row["low"] <= row["ratio"] <= row["high"] for row in at_best["rare"])
-  # Only one side of each is within the measured range, a factor of 13.8 of FLOPs.
+  # Only one side of each ratio is within the measured range, a factor of 13.8 in FLOPs.
   assert [row["beyond"] for row in at_best["rare"]] == [None, "above"]
   assert [row["beyond"] for row in at_best["common"]] == ["above", None]
   assert read_json(tmp_path / "results.json")["images"]["rare"]["documents"] == 6
@@ -201,13 +201,13 @@ def test_the_first_prediction_stays(tmp_path):
   again = scaling.predict_once(path, {"runs": 1}, {"series": 2}, started=True)
   assert again == first
   assert first["series"] == 1
-  write_json(path, {**first, "series": 3})  # Control: what counts is the file.
+  write_json(path, {**first, "series": 3})  # Control: the file counts.
   assert scaling.predict_once(path, {"runs": 1}, {"series": 1}, started=True)["series"] == 3
 
 
 @pytest.mark.slow
 def test_late_copying_is_mispredicted(tmp_path, trained, monkeypatch):
-  """Control: bits that fall at once between the fourth and the fifth size follow no law."""
+  """Control: bits that drop suddenly between the fourth and the fifth size follow no law."""
 
   class Late(Law):
     def bits(self, flops):
