@@ -1,4 +1,4 @@
-"""A text as a stranger might write it, and what must not come of it on a page or in a terminal."""
+"""Defines a hostile text and checks that it cannot change a page or a terminal."""
 
 from html.parser import HTMLParser
 
@@ -11,7 +11,7 @@ HOSTILE = (
 
 
 class Tags(HTMLParser):
-  """Collects the tags of a page, and the names of their attributes.
+  """Collects the tags of a page and the names of their attributes.
 
   Attributes:
     found: names of tags, and TAG.ATTRIBUTE of each attribute.
@@ -30,7 +30,7 @@ class Tags(HTMLParser):
 
 
 def check(html: str, harmless: str) -> None:
-  """Fails if a page with HOSTILE texts holds more than the page with harmless ones, or controls."""
+  """Fails if HOSTILE texts add tags or control characters to the page of harmless texts."""
   assert "&lt;script&gt;alert(1)" in html
   hostile = Tags(html)
   assert hostile.found <= Tags(harmless).found

@@ -26,7 +26,7 @@ CAPTION = "a red <b>cat</b> & dog"
 @pytest.fixture(scope="module")
 def text_tokenizer(tmp_path_factory):
   folder = tmp_path_factory.mktemp("text_tokenizer")
-  words = [f"a red cat and dog word{i}" for i in range(300)] * 3  # Enough for 512 ids.
+  words = [f"a red cat and dog word{i}" for i in range(300)] * 3  # Enough words for 512 ids.
   text.train_text_tokenizer(words, VOCAB, TextTokenizerConfig(), folder)
   return text.TextTokenizer(folder, VOCAB)
 
@@ -185,7 +185,7 @@ def test_remarks_name_dropped_conditioning_and_a_cut_end(blocks, text_tokenizer)
   image = found[1]["items"][-1]
   assert image["note"] == "10 of 16 codes"
   assert read_png(image["src"])[..., 3].sum() == 255 * 10 * 4
-  assert found[-1]["kind"] == "box"  # No closing </s>.
+  assert found[-1]["kind"] == "box"  # The closing </s> is missing.
 
 
 def test_the_facts_of_a_sample(blocks, text_tokenizer):

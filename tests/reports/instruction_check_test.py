@@ -41,7 +41,7 @@ def views_of(loader, scores=None):
 
 
 def kind_of(view) -> str:
-  """Returns what a sample lacks, or whether its target is infilled."""
+  """Returns the task of a sample, or what the sample lacks."""
   task = view.origin.task
   if task is None:
     return "pair"
@@ -80,7 +80,7 @@ def test_target_range_literal():
 
 
 def one_sample(stores, kind, **fields):
-  """Returns a plan, the number of a row whose first sample is of a kind, and that sample."""
+  """Returns a plan, the number of a row whose first sample has this kind, and that sample."""
   plan = plan_of(stores, **fields)
   for number in ROWS:
     row = row_contents.read_row(pipeline.RowLoader(plan, VOCAB), None, number)
@@ -98,7 +98,7 @@ def test_another_token_in_the_target_is_refused(stores, kind):
   plan, number, view = one_sample(stores, kind)
 
   def change(row):
-    at = view.target[1] - 1  # The last token of the target; the slot before it predicts it.
+    at = view.target[1] - 1  # The slot before the last target token predicts it.
     row["targets"][at - 1] = row["inputs"][at] = VOCAB.text_size - 1 + (kind != "answers")
 
   assert read(plan, number, lambda row: None)
@@ -107,7 +107,7 @@ def test_another_token_in_the_target_is_refused(stores, kind):
 
 
 def changed_task(view, **fields):
-  """Checks a sample again as one of another task."""
+  """Checks a sample again with changed fields of its task."""
   task = dataclasses.replace(view.origin.task, **fields)
   origin = dataclasses.replace(view.origin, task=task)
   return row_contents.view_sample(view.sample, origin, VOCAB, 128)
@@ -135,7 +135,7 @@ def test_a_sample_that_lacks_something_else_than_planned_is_refused(stores):
 
 
 def set_weight(token, value):
-  """Returns a change of the weight of a token, counted from the target's start."""
+  """Returns a function that sets the weight of a token, counted from the target's start."""
 
   def change(weights, view):
     weights[view.target[0] + token - 1] = value
@@ -170,7 +170,7 @@ def test_wrong_marks_of_sources_are_refused(stores):
 
 @pytest.fixture(scope="module")
 def shown(stores, request):
-  """The view, its context on the page and the page, of a sample of each kind."""
+  """Returns for one sample of each kind: its view, its context on the page, and the page."""
   tokenizers = [request.getfixturevalue(name) for name in ("text_tokenizer", "image_tokenizer")]
   result = {}
   for kind in ("answers", "edits", "no instruction", "nothing before"):

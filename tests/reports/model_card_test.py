@@ -29,14 +29,14 @@ from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
 
-STEP = 7  # Of `save_run`.
+STEP = 7  # The step of `save_run`.
 ALIGNED = dataclasses.replace(
   SETTINGS, model=dataclasses.replace(SETTINGS.model, family="modern", align_images=True)
 )
 
 
 def write_card(run, config=SETTINGS, step=STEP) -> str:
-  """Writes the contents of the export beside the decoder; returns the card."""
+  """Writes the files of the export next to the decoder; returns the card."""
   folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
   image_tokenizer.write(folder, Run(run, config))
   training_data.write(folder, run)
@@ -46,7 +46,7 @@ def write_card(run, config=SETTINGS, step=STEP) -> str:
 
 @pytest.fixture(scope="module", params=["opt", pytest.param("modern", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
-  """A run with its export: of the family opt, or modern with positions counted from images."""
+  """Makes a run and its export: family opt, or modern with positions counted from images."""
   pytest.importorskip("torch")
   root = epath.Path(tmp_path_factory.mktemp("run"))
   config = SETTINGS if request.param == "opt" else ALIGNED
@@ -58,7 +58,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture
 def folder(run, monkeypatch):
-  """The folder of the export, in which the process then is."""
+  """Changes to the folder of the export and returns it."""
   monkeypatch.chdir(run / "export")
   monkeypatch.setattr(sys, "path", list(sys.path))
   monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -92,7 +92,7 @@ def test_the_function_of_positions_needs_nothing_of_this_project(run, folder):
   if not settings.settings_of_run(run).model.align_images:
     assert "position_ids" not in card
     return
-  assert "after every `<break>` that follows" in " ".join(card.split())  # HTML would hide it.
+  assert "after every `<break>` that follows" in " ".join(card.split())  # HTML hides bare tags.
   *_, snippet = snippets(card)
   found = execute([snippet])["position_ids"]
   vocab, rng = SETTINGS.vocab, np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_a_special_token_typed_in_a_caption_stays_text(folder):
 
 
 def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, folder):
-  """Of the packages transformers and tokenizers; and not without them."""
+  """Checks the packages transformers and tokenizers; without the two ways, the ids differ."""
   card, vocab = " ".join((folder / "README.md").read_text().split()), SETTINGS.vocab
   assert "By default, a tokenizer encodes the names `</s>`, `<break>` etc. in any text" in card
   typed = f"a {' b '.join(vocab.special_tokens())}"
@@ -128,7 +128,7 @@ def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, 
 
 
 def test_greedy_guided_codes_are_those_of_this_project(run, folder):
-  """The snippet with `do_sample=False`, against `CM3Leon.generate`; and not without guidance."""
+  """The snippet with `do_sample=False` equals `CM3Leon.generate`, except without guidance."""
   [(_, text), *_] = snippets((folder / "README.md").read_text())
   greedy = text.replace("do_sample=True", "do_sample=False")
   assert f"guidance_scale={SETTINGS.sampling.guidance}" in greedy
@@ -145,7 +145,7 @@ def test_greedy_guided_codes_are_those_of_this_project(run, folder):
 def test_the_header_is_what_the_hub_reads(run):
   card = huggingface_hub.ModelCard.load(run / "export" / "README.md")
   fields = card.data.to_dict()
-  assert fields["license"] == "other"  # Of no known data.
+  assert fields["license"] == "other"  # The data are unknown.
   assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
   assert {"cm3leon", "text-to-image"} <= set(fields["tags"])
   vocab = SETTINGS.vocab
@@ -173,7 +173,7 @@ def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
 
 @pytest.fixture
 def measured(run, tmp_path):
-  """A copy of what the card reads of a run, with data, figures and a base."""
+  """Copies what the card reads of a run, and adds data, figures and a base."""
   root = epath.Path(tmp_path / "copy")
   for name in ("export", "vqgan", "train"):
     (root / name).mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_grades_of_instructions_are_a_table(measured):
 
 
 def write_base(folder, *origins):
-  """Writes what an export says of the data that it learned from."""
+  """Writes the export's record of the data that it learned from."""
   runs = [{"name": folder.name, "known": True}]
   origins = [{"run": folder.name, **origin} for origin in origins]
   write_json(folder / "training_data.json", {"runs": runs, "origins": origins})
@@ -303,7 +303,7 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
-  assert "The records include all splits" not in card  # The stage left no numbers.
+  assert "The records include all splits" not in card  # The stage left no counts.
   numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
   done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
   card = write_card(root)
@@ -365,12 +365,12 @@ def test_prose_is_wrapped_and_the_rest_stays():
     f"| {words} |\n{code}\n"
   )
   assert model_card.wrapped(f"{line[:-4]}`aa b`\n") == f"{line[:-5]}\n`aa b`\n"
-  for mark in ("-", "#", "1."):  # A line that began with it would be no prose.
+  for mark in ("-", "#", "1."):  # At the start of a line, it would be Markdown.
     assert model_card.wrapped(f"{line} {mark} a\n") == f"{line} {mark} a\n"
 
 
 def test_a_card_names_only_what_the_folder_has(measured):
-  """Of another format: no snippet for `transformers`, no script."""
+  """Another format has no snippet for `transformers` and no script."""
   root, _ = measured
   assert "decode_image" in write_card(root)
   for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):

@@ -56,7 +56,7 @@ def test_page_escapes_captions_and_reports_the_restart(run):
   assert "“disc &lt;6&gt; &amp; more”" in run[2]
   assert "The trainer stopped after step 30 and continued with step 31" in run[2]
   assert "CC-BY-SA-4.0" in run[2]
-  assert "CC-BY-SA-4.0:\n  A. Painter. Recon" in run[2]  # Once, not once a source file.
+  assert "CC-BY-SA-4.0:\n  A. Painter. Recon" in run[2]  # Listed once, not per source file.
 
 
 def test_figures_take_the_colors_of_the_page(run):
@@ -178,7 +178,7 @@ def test_smooth_averages_shorter_windows_at_the_ends():
 def test_the_cost_of_a_decoder_is_that_of_its_stages():
   sections = {"raw": {"seconds": 2.0}, "clip": {"seconds": 3.04}, "evaluation": {"seconds": 50.0}}
   assert summary.cost(sections) is None
-  assert summary.cost({**sections, "train": {"log": {}}}) is None  # It has not finished.
+  assert summary.cost({**sections, "train": {"log": {}}}) is None  # The training is unfinished.
   sections["train"] = {"seconds": 7.0, "machine": "2 CPU cores"}
   expected = {"train_seconds": 7.0, "other_seconds": 5.0, "machine": "2 CPU cores"}
   assert summary.cost(sections) == expected

@@ -81,7 +81,7 @@ def swap_codes(row):
 
 
 def merge_samples(row):
-  """Makes the second sample the end of the first."""
+  """Merges the second sample into the first."""
   second = row["segment_ids"] == 2
   row["segment_ids"][row["segment_ids"] >= 2] -= 1
   row["positions"][second] += int((row["segment_ids"] == 1).sum() - second.sum())

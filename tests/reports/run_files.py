@@ -1,4 +1,4 @@
-"""The files of a run for its report, and a reader of the page."""
+"""Makes the files of a run for its report, and reads the page."""
 
 from html.parser import HTMLParser
 import json
@@ -134,7 +134,7 @@ class Page(HTMLParser):
       assert self.open.pop() == tag
 
   def check_whole(self):
-    """The page is whole, and one file: it refers to nothing outside of itself."""
+    """Checks that the page is complete and refers to no other file."""
     assert self.open == []
     assert all(x.startswith(("data:image/png;base64,", "#")) for x in self.references)
     assert "url(http" not in self.html

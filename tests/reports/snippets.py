@@ -5,12 +5,12 @@ import subprocess
 
 
 def snippets(card: str) -> list[tuple[str, str]]:
-  """Returns language and text of the snippets in Python and for a shell."""
+  """Returns (language, text) of the Python and shell snippets."""
   return re.findall(r"^```(python|bash)\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
 
 
 def execute(found: list[tuple[str, str]]) -> dict:
-  """Runs snippets in their order as a reader does; returns the names of those in Python."""
+  """Runs snippets in order; returns the names that the Python snippets define."""
   names: dict = {}
   for language, text in found:
     if language == "bash":
