@@ -1,4 +1,4 @@
-"""Icons of scenes: they come with an extra that other data do not need."""
+"""Tests icons of scenes, which need an extra that other data do not need."""
 
 import pytest
 

@@ -46,12 +46,12 @@ SIDES = {
   "over": lambda a, b: a[3] <= b[1],
   "below": lambda a, b: a[1] >= b[3],
   "under": lambda a, b: a[1] >= b[3],
-}  # Of boxes: left, top, right, bottom.
+}  # A box is (left, top, right, bottom).
 
 
 @pytest.fixture(scope="module")
 def made():
-  """The first 200 records of each task and split."""
+  """Returns the first 200 records of each task and split."""
   return {
     (task, split): list(records(CONFIG, task, split, 200))
     for task in TASKS
@@ -68,12 +68,12 @@ def last_image(record) -> np.ndarray:
 
 
 def shown(record, image="image"):
-  """Finds name, color and box of the objects of an image by the judge, which reads pixels."""
+  """Finds the name, color and box of each object of an image by the judge, which reads pixels."""
   return [(x.name, x.color, x.box) for x in find_objects(record.images[image][None])[0]]
 
 
 def word_of(text: str) -> str:
-  """Finds the one object that a text names, in the singular."""
+  """Returns the singular of the one object that a text names."""
   words = text.rstrip("?").split()
   for length in range(5, 0, -1):
     for start in range(len(words) - length + 1):
@@ -92,7 +92,7 @@ def test_records_of_literal_scenes():
     asked = questions.ask_count(scene, 2, rng)
     assert (word_of(asked.question), asked.answer) == ("key", "two")
     assert questions.ask_count(scene, 3, rng) is None
-    # Two keys stand below the bell, and neither is the only one that a question could start from.
+    # Two keys are below the bell, so no question may start from one of them.
     assert "right of the bell" in questions.ask_relation(scene, rng).question
   apart = Scene.parse("red bell top left, blue key bottom right")
   asked = {questions.ask_relation(apart, rng).question for _ in range(200)}
@@ -105,11 +105,11 @@ def test_no_answer_is_given_to_an_ambiguous_question():
   rng = random.Random(0)
   two_colors = Scene.parse("red bell top left, blue bell bottom right")
   assert questions.ask_color(two_colors, rng) is None
-  assert questions.ask_relation(two_colors, rng) is None  # Of which bell?
+  assert questions.ask_relation(two_colors, rng) is None  # The bell is ambiguous.
   beside = Scene.parse("red bell top left, blue cat bottom left, red key top right")
   for _ in range(100):
     asked = questions.ask_relation(beside, rng)
-    assert not re.search("left of the key", asked.question)  # Bell and cat.
+    assert not re.search("left of the key", asked.question)  # Ambiguous: both bell and cat.
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -152,9 +152,9 @@ def test_images_have_the_style_of_the_config():
 
 @pytest.mark.slow
 def test_answers_follow_from_the_pixels(made):
-  """The judge finds the objects, and boxes decide relations: no code of the questions is used."""
+  """Uses the judge's objects and their boxes, and no code that makes questions."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}
-  some = {key: records[:50] for key, records in made.items()}  # The judge takes a while.
+  some = {key: records[:50] for key, records in made.items()}  # The judge is slow.
   for split in ("train", "heldout"):
     for one in some["count", split]:
       name = word_of(one.texts["question"])
@@ -239,7 +239,7 @@ def test_the_wording_varies(task, made):
 
 
 def trained_parts(scene: Scene) -> set:
-  """Lists what training may not show, of a scene: pairs, couples and rare objects, by hand."""
+  """Lists the parts of a scene that training may not show: pairs, couples and rare objects."""
   found = set()
   for x in scene.objects:
     if x.object in COMMON and HELDOUT_COLOR[x.object] == x.color:
@@ -289,7 +289,8 @@ def test_a_rare_object_is_trained_alone():
   assert may_be_trained(Scene((alone,)))
   place = next(p for p in ("top left", "top right") if p != alone.place)
   beside = Placed("bell", HELDOUT_COLOR["bell"], place)
-  assert split_of_scene(Scene.of([alone, beside])) == "train"  # It looks at the rare object only.
+  # `split_of_scene` looks only at the rare object.
+  assert split_of_scene(Scene.of([alone, beside])) == "train"
   assert not may_be_trained(Scene.of([alone, beside]))
 
 
@@ -302,7 +303,7 @@ def test_half_of_the_edits_in_training_show_rare_objects(task, made):
   rare = [any(x.object in RARE for x in objects) for objects in scenes_of["train"]]
   assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
   assert not any(x.object in RARE for objects in scenes_of["heldout"] for x in objects)
-  for objects in scenes_of["train"]:  # Which of two unknown names is meant, nobody could tell.
+  for objects in scenes_of["train"]:  # Two unknown names could not be told apart.
     several = len({x.object for x in objects if x.object in RARE}) > 1
     assert not several or task == "mirror"
 

@@ -42,7 +42,7 @@ class Letters:
 
 
 class Places:
-  """Codes of an image are the blue of the middle of each place."""
+  """Fake tokenizer whose codes are the blue values at the middle of each place."""
 
   def encode(self, images):
     return images[:, 12::24, 12::24, 2].reshape(len(images), 4)
@@ -55,7 +55,7 @@ def prepare(config, folder, raw=RAW):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A raw folder of FEW scenes in parts of 200, and the summary of the stage."""
+  """Makes a raw folder of FEW scenes in parts of 200; returns it with the stage's summary."""
   out = tmp_path_factory.mktemp("raw")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scenes, "PART_RECORDS", 200)
@@ -104,7 +104,7 @@ def test_a_record_depends_on_seed_and_index_alone(split):
   assert scenes.pair(many, split, 1_999).key == f"scenes/{split}/0001999"
   other = ScenesConfig(seed=1)
   records = [[scenes.pair(c, split, i).image for i in range(40)] for c in (few, other)]
-  assert records[0] != records[1] or split == "bank"  # Its facts do not depend on the seed.
+  assert records[0] != records[1] or split == "bank"  # Facts of the bank ignore the seed.
 
 
 def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
@@ -290,7 +290,7 @@ def test_every_scene_of_the_bank_is_another():
 
 @pytest.mark.parametrize("kind", ["scene", "pair", "objects", "rare"])
 def test_a_planted_leak_is_found(folder, tmp_path, kind):
-  """A training scene of another place, or for `scene` the same one."""
+  """Plants a held-out scene in training, with other places unless the kind is `scene`."""
   facts = next(
     p.facts
     for p in reader.read_pairs(folder[0], "heldout")
@@ -310,7 +310,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
 
 
 def write_facts(folder, heldout, other):
-  """Writes a raw folder of two records: a held-out one with its facts, and `other`."""
+  """Writes a raw folder of two records: a held-out one with facts, and `other`."""
   source = folder / "in"
   source.mkdir(parents=True)
   Image.new("RGB", (48, 48)).save(source / "a.png")

@@ -26,7 +26,7 @@ def some_scenes(category, number):
 
 
 def overlaps(icons):
-  """Intersection over union of the ink of icons, [N, N] with 0 on the diagonal."""
+  """Returns the intersection over union of the icons' ink, [N, N] with 0 on the diagonal."""
   ink = np.stack([drawings.alpha(icon) for icon in icons]).reshape(len(icons), -1)
   ink = ink.astype(np.float32) / 255
   found = np.zeros((len(icons), len(icons)), np.float32)
@@ -108,7 +108,7 @@ def test_a_scene_is_held_out_for_the_first_reason():
 
 
 def test_shares_of_the_splits():
-  """Half of the world of two objects is not held out for its parts; 10% of that is for itself."""
+  """Of the scenes that no part holds out, 10% are held out as scenes."""
   splits = [world.split_of_scene(scene) for scene in some_scenes("two_object", 4_000)]
   shares = {name: splits.count(name) / 4_000 for name in set(splits)}
   assert shares["pair"] == pytest.approx(1 - (7 / 8) ** 2, abs=0.02)
@@ -289,7 +289,7 @@ def test_what_a_caption_says_holds_in_its_scene_and_is_in_its_words(category):
 
 
 def holds(place, relation, other):
-  """Compares rows or columns by the words of two places."""
+  """Returns whether a relation holds between two places, by their words."""
   words = {"left of": ("left", "right"), "right of": ("right", "left")}
   words |= {"above": ("top", "bottom"), "below": ("bottom", "top")}
   one, two = words[relation]

@@ -36,7 +36,7 @@ def of_both_splits(task: str, count: int) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def found(made):
-  """The objects that the judge finds in the true images of each image task."""
+  """Returns the objects that the judge finds in the true images of each image task."""
   return {task: find_objects(targets(made[task])) for task in IMAGE_TASKS}
 
 
@@ -129,7 +129,7 @@ def test_images_of_other_records_are_wrong(task, made, found):
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)
 def test_images_with_one_fact_changed_are_wrong(task, made, found):
-  """The facts change instead of the image: one class, color, place, number or relation."""
+  """Changes facts instead of images: one class, color, place, number or relation."""
   rng, judged = np.random.default_rng(0), 0
   for one, objects in zip(made[task], found[task]):
     for facts in changed_facts(one.facts, rng).values():
@@ -241,7 +241,7 @@ def test_the_majority_answer_of_each_task(made):
 
 
 def test_an_answer_by_any_object_of_the_image_beats_the_majority():
-  """Two objects are usual, so half of the colors, and most of the other objects, are right."""
+  """Most scenes have two objects, so half of the colors and most related objects are right."""
   made = {task: of_both_splits(task, 100) for task in TEXT_TASKS}
   shares = {
     task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])

@@ -6,7 +6,7 @@ from cm3leon_jax.scenes.judge.clauses import parse
 
 
 def canonical(clauses):
-  """Sorts clauses, with the object that a relation refers to in place of its number."""
+  """Sorts clauses; relations name their object instead of its index."""
   found = []
   for clause in clauses:
     fields = {**clause}
@@ -56,11 +56,11 @@ def test_parts_are_combined_freely():
   [
     "",
     "an image of",
-    "a red bell and a dragon",  # Unknown object.
+    "a red bell and a dragon",  # The object is unknown.
     "a crimson bell",
     "a big red bell",
     "no bell",
-    "bells",  # How many?
+    "bells",  # The number is missing.
     "bell",
     "two bell",
     "a bells",
@@ -70,7 +70,7 @@ def test_parts_are_combined_freely():
     "left of a key",
     "at the top left",
     "a bell at the top left at the top right",
-    "a bell left of a key at the top left",  # Which one is at the top left?
+    "a bell left of a key at the top left",  # The place is ambiguous.
     "a bell a key",
     "a bell is red",
   ],

@@ -19,7 +19,7 @@ RELATED = [
 
 @pytest.fixture(scope="module")
 def made():
-  """Scenes of all categories, their images and facts."""
+  """Makes scenes of all categories; returns their images and facts."""
   made, facts = scene_judge.make_scenes(210, seed=3)
   return np.stack([drawings.render(scene) for scene in made]), facts
 
@@ -32,7 +32,7 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
   ]
   for thing, placed in zip(things, SCENE.objects):
     assert thing.score == pytest.approx(1, abs=1e-5)
-    assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # Faint edges.
+    assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # Edges are faint.
 
 
 @pytest.mark.parametrize("style", ["filled", pytest.param("outlined", marks=pytest.mark.slow)])
@@ -88,7 +88,7 @@ def test_real_scenes_are_judged_right_and_those_with_one_fact_changed_wrong(made
   changed = scene_judge.degraded(images, rng, **scene_judge.DEGRADED[name])
   errors = judge_errors.measure(changed, facts, seed=5)
   assert errors["images"] == 210
-  # Ink 25 of 255 off in each channel and blotches, at 16 dB: more than a usable tokenizer errs.
+  # Ink is off by 25 of 255 per channel, with blotches, at 16 dB. Usable tokenizers err less.
   assert errors["real"] >= (0.94 if name in ("strong mixture", "JPEG 40") else 0.98)
   assert set(errors["changed"]) == {"object", "color", "count", "relation", "place"}
   for entry in errors["changed"].values():

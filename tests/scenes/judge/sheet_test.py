@@ -53,7 +53,7 @@ def test_right_and_wrong_samples_differ_in_shape_and_not_only_in_color():
   frame = 4 * scene_sheet.FRAME * (SIDE + scene_sheet.FRAME)
   assert count(right, scene_sheet.RIGHT) - count(wrong, scene_sheet.RIGHT) > 0.9 * frame
   assert count(wrong, scene_sheet.WRONG) - count(right, scene_sheet.WRONG) > 0.9 * frame
-  # White inside of the discs: the strokes of the check and of the cross.
+  # White pixels inside the discs are the strokes of the check and the cross.
   check, cross = (
     (np.asarray(scene_sheet._badge(value))[8:-8, 8:-8, :3] > 200).all(-1) for value in (True, False)
   )

@@ -42,7 +42,7 @@ def test_shares_are_over_the_captions_that_name_a_fact():
   assert table["all"]["place"]["share"] == pytest.approx(4 / 6)
   assert table["all"]["color"]["share"] == 0
   assert "color" not in table["tag"]["position"]
-  assert list(table["tag"]) == ["single_object", "colors", "position"]  # GenEval's order.
+  assert list(table["tag"]) == ["single_object", "colors", "position"]  # The order of GenEval.
   assert {kind: row["images"] for kind, row in table["heldout"].items()} == {"scene": 3, "pair": 3}
   assert table["heldout"]["scene"]["correct"]["share"] == 1
   assert table["geneval"] == pytest.approx((0.5 + 0 + 2 / 3) / 3)
@@ -159,7 +159,7 @@ def test_lines_of_results_have_genevals_layout_and_its_summary_agrees_with_the_t
   scores = summary_scores(lines)
   table = scene_table.table(images, 200)
   assert scores["images"] == 6
-  assert scores["prompts"] == 3  # Prompts of equal metadata are one, as in GenEval.
+  assert scores["prompts"] == 3  # Equal metadata count as one prompt, as in GenEval.
   assert scores["correct images"] == table["all"]["correct"]["share"]
   assert scores["correct prompts"] == pytest.approx(2 / 3)
   assert scores["score"] == pytest.approx(table["geneval"])
