@@ -104,7 +104,7 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
 @pytest.mark.parametrize(
   ("name", "needs_data", "fields"),
   [
-    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # Of other images.
+    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # Needs 256 pixels.
     ("cm3leon_table1", True, {}),  # Inception needs its weights.
     ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # Asks for more examples than exist.
   ],
