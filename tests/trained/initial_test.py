@@ -153,7 +153,7 @@ def test_other_tokenizers_are_named(run, tmp_path, capsys):
   assert initial.other_tokenizers(str(run), tmp_path) == expected
   assert initial.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
   initial.start_of_run(SETTINGS, tmp_path, str(run), None)
-  assert "was trained with another text tokenizer than that of" in capsys.readouterr().out
+  assert "was trained with another text tokenizer than the one in" in capsys.readouterr().out
 
 
 def test_a_run_has_cost_what_the_runs_before_it_cost(tmp_path):

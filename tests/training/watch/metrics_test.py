@@ -126,8 +126,14 @@ CHANGES = {
   "cut": (lambda path: path.write_bytes(path.read_bytes()[:50]), "has 50 bytes, 100 were written"),
   "a line gone": (lambda path: change(path, lambda x: [x[0], *x[2:]]), "differs from what"),
   "a line twice": (lambda path: change(path, lambda x: [x[0], *x]), "differs from what"),
-  "lines swapped": (lambda path: change(path, lambda x: [x[1], x[0], *x[2:]]), "has another con"),
-  "a digit": (lambda path: change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]]), "has an"),
+  "lines swapped": (
+    lambda path: change(path, lambda x: [x[1], x[0], *x[2:]]),
+    "differs from what was written",
+  ),
+  "a digit": (
+    lambda path: change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]]),
+    "differs from what was written",
+  ),
 }
 
 
