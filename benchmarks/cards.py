@@ -147,9 +147,9 @@ def write(size: str, cards: dict[str, dict]) -> None:
 
 HEADER = """# cm3leon_{size} on a slice
 Memory and FLOPs of the shipped config's programs per device, as the TPU compiler plans them.
-The programs have not run. `python -m benchmarks.cards` compiles missing cards and writes this page.
-[scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips. v5p-256 has
-128 chips, because names of v5p slices count cores, and a chip has two.
+None of the programs has run. `python -m benchmarks.cards` compiles missing cards and writes this
+page. [scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips. v5p-256
+has 128 chips, because names of v5p slices count cores, and a chip has two.
 
 The number in bold must be less than the memory of a device, which follows `of`. A second number
 must fit, too: evaluation with the rest of the state in memory, or the prefill before decoding.
