@@ -158,8 +158,8 @@ must fit, too: evaluation with the rest of the state in memory, or the prefill b
   Memory is arguments (parameters, moments, rows) + temporaries.
 - **evaluate**: the held-out loss of the rows of one pass. The rest of the state also stays in
   memory.
-- **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each and
-  a full cache of 1,152 positions.
+- **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
+  and a full cache of 1,152 positions.
 """
 TABLE = """
 | slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
