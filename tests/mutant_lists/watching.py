@@ -1,4 +1,4 @@
-"""Lists mutants of the monitoring of a run: hang watch, boards, Prometheus metrics, checked steps."""
+"""Lists mutants of monitoring: hang watch, boards, Prometheus metrics, checked steps."""
 
 from tests.mutant_lists.mutant import mutants_of
 
