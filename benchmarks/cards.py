@@ -39,10 +39,10 @@ KEPT = (
   "collective_seconds",
 )  # fmt: skip
 
-_SIZE = flags.DEFINE_enum("size", None, SIZES, "Size whose cards are made (default: all).")
-_CARD = flags.DEFINE_string("card", None, "The only card that is made, e.g. 7b/v5e-256/train.")
-_SLICE = flags.DEFINE_string("slice", None, "Slice whose cards are made, e.g. v5e-256.")
-_AGAIN = flags.DEFINE_bool("again", False, "Whether cards that exist are made again.")
+_SIZE = flags.DEFINE_enum("size", None, SIZES, "Model size of the cards (default: all).")
+_CARD = flags.DEFINE_string("card", None, "A single card to compile, e.g. 7b/v5e-256/train.")
+_SLICE = flags.DEFINE_string("slice", None, "Slice of the cards, e.g. v5e-256.")
+_AGAIN = flags.DEFINE_bool("again", False, "Also compile cards that exist.")
 _CHECK = flags.DEFINE_bool(
   "check", False, "Compile the stored cards again, compare, and write nothing."
 )
@@ -146,28 +146,27 @@ def write(size: str, cards: dict[str, dict]) -> None:
 
 
 HEADER = """# cm3leon_{size} on a slice
-What the programs of the shipped config take of one device, as the TPU compiler plans them. None of
-them has run. `python -m benchmarks.cards` makes the cards that are missing and writes this page;
-[scaling.md](../scaling.md) explains the numbers. v5p-256 has 128 chips: of v5p the number counts
-cores, two a chip. v5e-256 and v6e-256 have 256.
+Memory and FLOPs of the shipped config's programs per device, as the TPU compiler plans them.
+None of the programs has run. `python -m benchmarks.cards` compiles missing cards and writes this
+page. [scaling.md](../scaling.md) explains the numbers. v5e-256 and v6e-256 have 256 chips. v5p-256
+has 128 chips, because names of v5p slices count cores, and a chip has two.
 
-The number in bold must be less than the memory of a device, which follows `of`. A
-second number must fit, too: evaluation with the rest of the state beside it, or the prefill that
-comes before decoding.
+The number in bold must be less than the memory of a device, which follows `of`. A second number
+must fit, too: evaluation with the rest of the state in memory, or the prefill before decoding.
 
-- **train**: a step of the config's batch, in as many passes as `train.rows_per_device` asks for.
+- **train**: a step with the config's batch, in as many passes as `train.rows_per_device` requires.
   Memory is arguments (parameters, moments, rows) + temporaries.
-- **evaluate**: the held-out loss of the rows of one pass. The rest of the state stays in memory
-  beside it.
-- **decode**: one token of {prompts} prompts of every replica, two guidance streams each, 1,152
-  positions, over the full cache.
+- **evaluate**: the held-out loss of the rows of one pass. The rest of the state also stays in
+  memory.
+- **decode**: one token for each of {prompts} prompts per replica, with two guidance streams each
+  and a full cache of 1,152 positions.
 """
 TABLE = """
-| slice | program | GiB of a device | its FLOPs | collectives: number, GiB | compiled |
+| slice | program | GiB per device | FLOPs per device | collectives: number, GiB | compiled |
 |---|---|---|---|---|---|
 """
 COMMANDS = """
-The commands in this order, each after `cm3leon aot_compile`:
+The commands in this order, to be written after `cm3leon aot_compile`:
 ```
 {commands}
 ```
@@ -250,7 +249,7 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
       print(f"{name}: not stored", flush=True)
       continue
     if noted.get(name) == key:
-      print(f"{name}: as stored, when it was checked before", flush=True)
+      print(f"{name}: as stored (checked before)", flush=True)
       continue
     if sentence := _wrong(card, old):
       wrong.append(f"{name} {sentence}")
@@ -266,9 +265,9 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
 def _wrong(card: Card, old: dict) -> str:
   """Describes how a card differs from the stored card; "" if it does not."""
   if old["command"] != " ".join(card.command):
-    return f"was made by another command: {old['command']}."
+    return f"was compiled by another command: {old['command']}."
   if old["compiler"] != compiler():
-    return f"is of {old['compiler']}, and {compiler()} is installed."
+    return f"was compiled by {old['compiler']}, and {compiler()} is installed."
   changes = sorted(drift(old, measure(card)).items())
   found = ", ".join(f"{number} by {change:.2%}" for number, change in changes)
   return f"differs: {found}." if changes else ""

@@ -23,9 +23,9 @@ from cm3leon_jax.scenes.config import RARE
 
 _MODEL = flags.DEFINE_string("model", "scenes", "Bundled model, or folder of a run.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples at once.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer("chunk", 16, "Steps of a chunk.", lower_bound=1)
-_IMAGES = flags.DEFINE_integer("images", 48, "Images of a timed run.", lower_bound=1)
-_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after one that compiles.", 1)
+_CHUNK = flags.DEFINE_integer("chunk", 16, "Steps per chunk.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 48, "Images per timed run.", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each variant, after a run that compiles.", 1)
 _RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents.")
 
 
@@ -119,8 +119,8 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 
 def main(_) -> None:
   model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
-  print("Images/s of `generate` and of a batch whose queue is never empty, medians (range);")
-  print("medians of the ratio to `generate` in the same turn, on the wall and in processor time.")
+  print("Images/s of `generate` and of a batch whose queue is never empty: median (range).")
+  print("Ratios to `generate` in the same turn: medians in wall-clock and processor time.")
   print(
     "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
   )

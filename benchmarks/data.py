@@ -25,7 +25,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 _PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "Part to measure.", required=True)
 _DOCUMENTS = flags.DEFINE_integer(
-  "num_documents", 1_000_000, "Number of pairs, and of texts, of part `plan`.", lower_bound=8
+  "num_documents", 1_000_000, "Number of pairs, and of texts, in part `plan`.", lower_bound=8
 )
 _REPETITIONS = flags.DEFINE_integer(
   "repetitions", 5, "Repetitions of a measurement.", lower_bound=1
@@ -171,8 +171,8 @@ def measure_plan(documents: int, repetitions: int) -> None:
   )
   peak = peak_mib(lambda: open_plan().window(5))
   print(
-    f"memory: {peak:.0f} MiB for a plan that was opened and has planned six windows, "
-    f"beside {stored / 2**20:,.0f} MiB of lengths"
+    f"memory: {peak:.0f} MiB for opening a plan and planning six windows, "
+    f"besides {stored / 2**20:,.0f} MiB of lengths"
   )
 
 

@@ -27,7 +27,7 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after one that compiles.", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after a run that compiles.", lower_bound=1)
 _PEERS = flags.DEFINE_bool("peers", True, "Also time torch and transformers.")
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", params_lib.DTYPES, "Dtype of this project's weights."

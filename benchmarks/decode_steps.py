@@ -17,8 +17,8 @@ from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Images generated at once.")
-_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after one that compiles.", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after a run that compiles.", lower_bound=1)
 
 
 def main(settings, workdir) -> None:
@@ -29,7 +29,7 @@ def main(settings, workdir) -> None:
     tokens = store[int(document)].segments[0].tokens
     return request.text_to_image(vocab, image_tokens, tokens)
 
-  print("| images at once | window | steps an image | times fewer | codes/s |")
+  print("| batch | window | steps per image | codes per step | codes/s |")
   print("|---|---|---|---|---|")
   with common.use_mesh(settings):
     params, _ = reading.load_params(workdir / "train", settings.model)

@@ -22,7 +22,7 @@ from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.trained.run import Run
 
 _GUIDANCE = flags.DEFINE_list(
-  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance that are plotted."
+  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to plot."
 )
 DEFAULT = "scenes_decoding"
 BASE = "top-p, top-k and guidance"  # Column that is run at each guidance weight.

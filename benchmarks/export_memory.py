@@ -114,7 +114,7 @@ def main(_) -> None:
         gib, seconds = export(run, output, layers, f"--format={layout}", *_FLAGS.value)
         size = sum((output / name).stat().length for name in files_below(output)) / 1e9
         found.append((layers, gib))
-        line = f"{layout}, {layers} layers: at most {gib:.2f} GiB for {size:.2f} GB"
+        line = f"{layout}, {layers} layers: peak of {gib:.2f} GiB for {size:.2f} GB"
         print(f"{line}, {seconds:.0f} s", flush=True)
         output.rmtree()
       run.rmtree()

@@ -112,11 +112,13 @@ def main(argv) -> None:
 
 def define_flags() -> None:
   """Defines the flags of this command."""
-  flags.DEFINE_string("workdir", "workdir/faults", "Folder of all parts; it continues.")
+  flags.DEFINE_string(
+    "workdir", "workdir/faults", "Folder of all parts; finished results are kept."
+  )
   flags.DEFINE_enum("part", "all", ["all", *PARTS], "Part to run.")
-  flags.DEFINE_integer("seed", 0, "Seed of all choices.", lower_bound=0)
-  flags.DEFINE_integer("count", 0, "Number of faults of a part; 0: as many as the page has.", 0)
-  flags.DEFINE_float("minutes", 60.0, "Minutes after which a part begins nothing new.", 0.0)
+  flags.DEFINE_integer("seed", 0, "Seed of all random choices.", lower_bound=0)
+  flags.DEFINE_integer("count", 0, "Number of faults per part; 0: the default.", 0)
+  flags.DEFINE_float("minutes", 60.0, "Minutes after which no new fault begins.", 0.0)
 
 
 if __name__ == "__main__":  # Forked processes import this module without defining flags.

@@ -29,7 +29,7 @@ REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults: each once, then those with COUNTS above 1, ..."""
+  """Returns the kinds of `count` faults: each once, then each with COUNTS above 1, and so on."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )

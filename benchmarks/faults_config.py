@@ -32,7 +32,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.train.update({"global_batch_size": 12, "eval_every": 1_000, "sample_every": 1_000})
     config.train.update({"checkpoint_every": 1_000, "steps": 36})
   elif variant:
-    raise UserError(f"config variant '{variant}' does not exist; it must be empty or 'elastic'.")
+    raise UserError(
+      f"config variant '{variant}' does not exist; it must be empty, 'elastic', 'stages' or "
+      "'tasks'."
+    )
   return config
 
 

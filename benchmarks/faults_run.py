@@ -190,8 +190,8 @@ def finish(process: Process, code: int = 0) -> float:
 def phase_of(stacks: str) -> str:
   """Returns the phase of the main thread, whose stack is the last of the stacks of all threads.
 
-  Phases are those of `PHASES`; "compile" if JAX traces or compiles; "step" during a step; "start"
-  before the first step.
+  `PHASES` defines most phases. The others are "compile" if JAX traces or compiles, "step" during a
+  step, and "start" before the first step.
   """
   main = re.split(r"^(?:Current t|T)hread .*$", stacks, flags=re.MULTILINE)[-1]
   frames = re.findall(r'File "(.*)", line \d+ in (.*)', main)

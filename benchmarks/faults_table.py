@@ -10,7 +10,7 @@ def kill_failures(summary: dict) -> list[str]:
   if not summary["control_differs"]:
     failures.append("the control, one row too late, equals the run that was never killed")
   if summary["replayed"] != summary["replayed_equal"]:
-    failures.append("a step that was computed again had another loss")
+    failures.append("a repeated step had a different loss")
   return failures
 
 
@@ -19,7 +19,7 @@ def failures(summary: dict) -> list[str]:
   found = []
   for kind, numbers in summary["kinds"].items():
     if numbers["wrong"]:
-      found.append(f"{kind}: {numbers['wrong']} of {numbers['faults']} ended wrong")
+      found.append(f"{kind}: {numbers['wrong']} of {numbers['faults']} had a wrong outcome")
     if numbers["named"] < numbers["of"]:
       found.append(f"{kind}: {numbers['of'] - numbers['named']} of {numbers['of']} had no message")
   if summary["control"] and not summary["control"]["wrong"]:
@@ -41,8 +41,8 @@ def elastic_failures(summary: dict) -> list[str]:
     summary["trained"] and not summary["largest_difference"] < TOLERANCE < summary["train_control"]
   ):
     found.append(
-      f"losses differ by {summary['largest_difference']}, those of other steps by "
-      f"{summary['train_control']}; the bound between them is {TOLERANCE:g}"
+      f"losses of a step differ by {summary['largest_difference']}, and of different steps by "
+      f"{summary['train_control']}; {TOLERANCE:g} must be between these numbers"
     )
   return found
 
@@ -56,9 +56,11 @@ def replay_failures(summary: dict) -> list[str]:
       if numbers[name] < flips:
         found.append(f"{kind}: {flips - numbers[name]} flips not {name}")
     if numbers["wrong"]:
-      found.append(f"{kind}: {numbers['wrong']} runs went on with another state")
+      found.append(f"{kind}: {numbers['wrong']} runs continued with a wrong state")
   if summary["alarms"]:
-    found.append(f"{summary['alarms']} of {summary['clean']} steps without a flip: a false alarm")
+    found.append(
+      f"{summary['alarms']} of {summary['clean']} steps without a flip had a false alarm"
+    )
   return found
 
 

@@ -1,4 +1,4 @@
-r"""Compares the results of a commit with the working tree: a mere move of code changes nothing.
+r"""Compares results of a commit and the working tree, to check that moving code changes nothing.
 
   python -m benchmarks.golden --against=COMMIT          # about 10 minutes for each, on two cores
   python -m benchmarks.golden --against=COMMIT --parts=bundled,rows
@@ -62,7 +62,7 @@ def own_digest() -> str:
 
 
 def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> dict[str, dict]:
-  """Runs parts and returns their values; does not run parts again whose values are in `kept`."""
+  """Runs parts and returns their values; skips parts whose values are in `kept`."""
   found = json.loads(kept.read_text()) if kept.exists() else {}
   if not found:
     golden_run.prepare(place)
@@ -116,6 +116,6 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("against", None, "Commit to compare with.", required=True)
-  flags.DEFINE_list("parts", list(golden_run.PARTS), "Parts to run, beside those that they read.")
-  flags.DEFINE_string("folder", "workdir/golden", "Folder for both; kept between calls.")
+  flags.DEFINE_list("parts", list(golden_run.PARTS), "Parts to run; parts that they read also run.")
+  flags.DEFINE_string("folder", "workdir/golden", "Folder for both versions; kept between calls.")
   app.run(main)

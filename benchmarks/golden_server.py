@@ -1,4 +1,4 @@
-"""A server for `benchmarks.golden`, and requests to it."""
+"""Starts a server for `benchmarks.golden`, and sends requests to it."""
 
 import logging
 import pathlib

@@ -31,7 +31,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 from examples.openmoji import drawings as openmoji
 
-_RECORDS = flags.DEFINE_integer("records", 1_000, "Records of the tar.")
+_RECORDS = flags.DEFINE_integer("records", 1_000, "Records in the tar.")
 _REPEATS = flags.DEFINE_integer(
   "repeats", 5, "Repetitions; their median, smallest and largest are printed."
 )

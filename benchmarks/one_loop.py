@@ -1,4 +1,4 @@
-"""Compares continuous batching with the loop of `Generator`, in turns. Could it replace the loop?
+"""Measures in turns whether continuous batching could replace the loop of `Generator`.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.one_loop
 
@@ -21,8 +21,8 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after one that compiles.", 1)
-_CASES = flags.DEFINE_list("cases", None, "Numbers of the cases, from 0; default: all.")
+_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after a run that compiles.", 1)
+_CASES = flags.DEFINE_list("cases", None, "Indices of the cases (default: all).")
 _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
 SAMPLES = 8
@@ -92,10 +92,10 @@ def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
 
 def main(_) -> None:
   print(
-    "Medians; ratios to `generate` in the same turn, median (range), on the wall and in processor"
+    "Medians of seconds. Ratios to `generate` in the same turn: median (range) in wall-clock and in"
   )
-  print("time; samples whose tokens differ.")
-  print("| batch | `generate` | admit all, step until done | ratio | of processors | differ |")
+  print("processor time. The last column counts samples whose tokens differ.")
+  print("| batch | `generate` | admit all, step until done | ratio | processor ratio | differ |")
   print("|---|---|---|---|---|---|")
   names = list(CASES)
   for i in map(int, _CASES.value or range(len(names))):

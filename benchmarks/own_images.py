@@ -265,7 +265,7 @@ def main(argv: list[str]) -> None:
   elif argv[1:] == ["judge"]:
     print(json.dumps(judge(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.captions), indent=1))
   else:
-    raise UserError("the first argument must say what to do: make or judge.")
+    raise UserError("the first argument must be make or judge.")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main(settings, workdir: epath.Path) -> None:
       command = [sys.executable, "-m", "launch.evaluate", flag, f"--workdir={folder / 'run'}"]
       command += [f"--protocol={folder / 'memory.yaml'}", f"--data={folder / 'data'}"]
       peak = peak_of([*command, f"--examples={count}"])
-      print(f"{count} images: at most {peak:.2f} GiB", flush=True)
+      print(f"{count} images: peak of {peak:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def main(argv):
   devices = jax.devices()
   if len(devices) < 8 or given.batch % 8:
     raise UserError(
-      f"there are {len(devices)} devices, and --batch is {given.batch}; it needs 8 devices, and a "
-      "multiple of 8."
+      f"there are {len(devices)} devices, and --batch is {given.batch}; at least 8 devices and a "
+      "multiple of 8 are required."
     )
   one, eight = (CM3Leon.load(given.model, devices=devices[:n], **options) for n in (1, 8))
   makers, total = tasks_of(one), 0
@@ -190,8 +190,8 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.DEFINE_string("model", "scenes-instruct", "Bundled model, or its folder.")
-  flags.DEFINE_integer("tokens", 20_000, "Tokens of each task and way, at least.", 1)
-  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+  flags.DEFINE_integer("tokens", 20_000, "Minimum number of tokens per task and way.", 1)
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation.")
   flags.DEFINE_list("tasks", [], "Names of tasks; default: all.")
-  flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a running batch.", 2)
+  flags.DEFINE_integer("batch", 16, "Samples per batch, and slots of a running batch.", 2)
   app.run(main)

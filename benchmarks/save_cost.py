@@ -31,9 +31,11 @@ from cm3leon_jax.training.faults.replay import Replay
 from cm3leon_jax.training.steps import compile_steps
 
 _VARIANT = flags.DEFINE_string("variant", "15", "Variant of the config `scenes`: 15, long.")
-_BLOCK = flags.DEFINE_integer("block", 20, "Steps of a block.", lower_bound=2)
+_BLOCK = flags.DEFINE_integer("block", 20, "Steps per block.", lower_bound=2)
 _BLOCKS = flags.DEFINE_integer("blocks", 8, "Number of blocks with a save.", lower_bound=1)
-_REPLAY = flags.DEFINE_integer("replay_every", 0, "Measure checked steps, at so many steps.", 0)
+_REPLAY = flags.DEFINE_integer(
+  "replay_every", 0, "Measure checked steps, one per this many steps.", 0
+)
 
 
 def make_batch(settings: Settings):
@@ -107,7 +109,8 @@ def print_replay(found: tuple[list, list, list], every: int) -> None:
   step = np.median(alone)
   print(f"ordinary steps: {spread(alone)}, {len(alone)} steps")
   print(
-    f"the step before: {spread(before)}; checked steps: {spread(checked)}, {len(checked)} steps"
+    f"steps before a checked step: {spread(before)}; checked steps: {spread(checked)}, "
+    f"{len(checked)} steps"
   )
   costs = sorted(100 * (a + b - 2 * step) / (every * step) for a, b in zip(before, checked))
   print(

@@ -154,7 +154,9 @@ def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
   for text in texts:
     parts = text.split("x")
     if len(parts) not in (1, 3) or not all(part.isdecimal() and int(part) for part in parts):
-      raise UserError(f"'{text}' is no size; a size is WIDTH or WIDTHxLAYERSxHEADS, e.g. 96x6x3.")
+      raise UserError(
+        f"'{text}' is not a size; a size is WIDTH or WIDTHxLAYERSxHEADS, e.g. 96x6x3."
+      )
     numbers = [*map(int, parts), model.num_layers, model.num_heads]
     sizes.append(Size(*numbers[:3]))
   return tuple(sizes)
@@ -340,16 +342,16 @@ def main(argv) -> None:
 def define_flags() -> None:
   """Defines the flags of this command."""
   flags.DEFINE_string(
-    "workdir", "workdir/scaling", "Folder of all runs; an existing one continues."
+    "workdir", "workdir/scaling", "Folder of all runs; finished parts are skipped."
   )
   flags.DEFINE_list(
-    "sizes", ["56", "68", "84", "104"], "Sizes of the fits: WIDTH or WIDTHxLAYERSxHEADS."
+    "sizes", ["56", "68", "84", "104"], "Sizes for the fits: WIDTH or WIDTHxLAYERSxHEADS."
   )
-  flags.DEFINE_list("predicted", ["128"], "The size that is predicted before it is trained.")
+  flags.DEFINE_list("predicted", ["128"], "Size that is predicted before it is trained.")
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every size and condition.")
   flags.DEFINE_float(
-    "tokens_per_parameter", 3.0, "Training tokens a parameter, of the predicted size.", 1e-6
+    "tokens_per_parameter", 3.0, "Training tokens per parameter of the predicted size.", 1e-6
   )
   flags.DEFINE_float(
     "tokens_power", 1.0, "The tokens of a run are proportional to parameters to this power."
@@ -358,9 +360,9 @@ def define_flags() -> None:
     "learning_rate_power", -1.0, "The learning rate is proportional to width to this power."
   )
   flags.DEFINE_integer("heldout", 2_100, "Held-out scenes.", lower_bound=7)
-  flags.DEFINE_integer("judged", 100, "Scenes of each subset whose samples are judged.", 2)
+  flags.DEFINE_integer("judged", 100, "Maximum number of judged scenes per subset.", 2)
   flags.DEFINE_multi_string("set", [], "Another value of a config field in all runs: FIELD=VALUE.")
-  flags.DEFINE_bool("plan", False, "Print parameters, steps and FLOPs of the sizes, and end.")
+  flags.DEFINE_bool("plan", False, "Print parameters, steps and FLOPs of the sizes, and exit.")
 
 
 if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.

@@ -27,7 +27,7 @@ from cm3leon_jax.scenes.world import Placed, Scene
 # n images, H height, W width.
 
 _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the categories.", 7)
-_SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
+_SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of their degradation.")
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
 # Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in steps of

@@ -332,7 +332,7 @@ def main(argv) -> None:
 
 if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_string(
-    "workdir", "workdir/scene_retrieval", "Folder of all runs; an existing one continues."
+    "workdir", "workdir/scene_retrieval", "Folder of all runs; finished parts are skipped."
   )
   flags.DEFINE_integer(
     "steps", config_scenes.STEPS["train"], "Training steps with neighbors.", lower_bound=1
@@ -340,5 +340,5 @@ if __name__ == "__main__":  # Importing this module, as tests do, defines no fla
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every condition.")
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_integer("heldout", 2_100, "Held-out scenes.", lower_bound=7)
-  flags.DEFINE_integer("judged", 200, "Scenes of each subset whose samples are judged.", 2)
+  flags.DEFINE_integer("judged", 200, "Maximum number of judged scenes per subset.", 2)
   app.run(main)

@@ -311,10 +311,10 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
   ids = [stages.ids(settings, run, names) for settings, run in zip(read, runs)]
   for run, settings, own in zip(runs, read, ids):
     if settings.raw.source != "scenes" or settings.scenes.style != USUAL:
-      raise UserError(f"--run: {run} is no run of `scenes` with config.scenes.style={USUAL}.")
+      raise UserError(f"--run: {run} is not a run of `scenes` with config.scenes.style={USUAL}.")
     for name in names:
       if own[name] != ids[0][name]:
-        raise UserError(f"--run: {run} has another {name} than {runs[0]}: measure it by itself.")
+        raise UserError(f"--run: {run} has another {name} than {runs[0]}: measure it separately.")
   return read
 
 
@@ -363,11 +363,11 @@ def main(argv) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  print(f"\n{table.markdown(result)}\nscene_style: all in {workdir}, images in samples.png.")
+  print(f"\n{table.markdown(result)}\nscene_style: the results are in {workdir}.")
 
 
 if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_list("run", None, "Workdirs of finished runs with the same tokenizers and bank.")
   flags.DEFINE_string("workdir", "workdir/scene_style", "Folder of the other bank and the results.")
-  flags.DEFINE_integer("captions", 200, "Most captions of each group.", lower_bound=1)
+  flags.DEFINE_integer("captions", 200, "Maximum number of captions per group.", lower_bound=1)
   app.run(main)

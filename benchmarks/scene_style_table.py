@@ -79,7 +79,7 @@ def _cell(level: dict) -> str:
 def markdown(result: dict) -> str:
   """Returns the result of `summarize` as Markdown."""
   right = ", ".join(
-    f"{measured['right']:.1%} of the {style} ones (best fit is the object "
+    f"{measured['right']:.1%} of the {style} images (best fit is the object "
     f"{measured['recognized']:.1%}, place and color right {measured['color']:.1%})"
     for style, measured in result["classifier"].items()
   )

@@ -237,12 +237,12 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "scenes-instruct", "Run or bundle.")
-  flags.DEFINE_integer("slots", 8, "Samples of one shape at once.", lower_bound=1)
-  flags.DEFINE_integer("chunk", 8, "Tokens between two answers.", lower_bound=1)
-  flags.DEFINE_integer("clients", 64, "Clients at once.", lower_bound=1)
+  flags.DEFINE_integer("slots", 8, "Slots per shape.", lower_bound=1)
+  flags.DEFINE_integer("chunk", 8, "Steps per chunk.", lower_bound=1)
+  flags.DEFINE_integer("clients", 64, "Parallel clients.", lower_bound=1)
   flags.DEFINE_integer("requests", 1000, "Requests of `full`.", lower_bound=1)
-  flags.DEFINE_integer("turns", 5, "Turns of `full` and of `generate`.", lower_bound=1)
+  flags.DEFINE_integer("turns", 5, "Turns of `full` and `generate`.", lower_bound=1)
   flags.DEFINE_integer("mixed", 200, "Requests of `mixed`.", lower_bound=1)
-  flags.DEFINE_float("load", 0.7, "Arrivals of `mixed`, as a share of images/s of `full`.")
-  flags.DEFINE_integer("killed", 100, "Clients that leave.", lower_bound=0)
+  flags.DEFINE_float("load", 0.7, "Arrival rate of `mixed`, relative to the images/s of `full`.")
+  flags.DEFINE_integer("killed", 100, "Clients that disconnect.", lower_bound=0)
   app.run(main)

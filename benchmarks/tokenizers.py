@@ -341,7 +341,7 @@ def main(argv) -> None:
 
 if __name__ == "__main__":  # Importing this module, as tests do, defines no flags.
   flags.DEFINE_string(
-    "workdir", "workdir/tokenizers", "Folder of all runs; an existing one continues."
+    "workdir", "workdir/tokenizers", "Folder of all runs; finished parts are skipped."
   )
   flags.DEFINE_list("arms", list(ARMS), "Quantizers to compare.")
   flags.DEFINE_integer("seeds", 3, "Number of seeds of every arm.", lower_bound=1)
@@ -349,9 +349,9 @@ if __name__ == "__main__":  # Importing this module, as tests do, defines no fla
   flags.DEFINE_float(
     "decoder_minutes",
     None,
-    "Training time of a decoder on two cores; default: --minutes; 0: none is trained.",
+    "Training time of a decoder on two cores; default: --minutes; 0: no decoder is trained.",
     lower_bound=0,
   )
-  flags.DEFINE_integer("codes", 0, "Size of the codebook; 0: that of the config.", lower_bound=0)
-  flags.DEFINE_string("docs", "", "Page whose table of this source is replaced at the end.")
+  flags.DEFINE_integer("codes", 0, "Size of the codebook; 0: the config's size.", lower_bound=0)
+  flags.DEFINE_string("docs", "", "Page in which the table of this source is replaced.")
   app.run(main)

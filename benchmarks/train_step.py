@@ -30,17 +30,17 @@ _WIDTH = flags.DEFINE_integer("width", 256, "Width.")
 _HEADS = flags.DEFINE_integer("heads", 4, "Number of attention heads.")
 _MLP_WIDTH = flags.DEFINE_integer("mlp_width", 1_024, "Width of the feed-forward layer.")
 _VOCAB = flags.DEFINE_integer("vocab", 64_512, "Number of ids.")
-_ROWS = flags.DEFINE_integer("rows", 4, "Rows of a batch.")
-_LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
+_ROWS = flags.DEFINE_integer("rows", 4, "Rows per batch.")
+_LENGTH = flags.DEFINE_integer("length", 512, "Tokens per row.")
 _FAMILY = flags.DEFINE_enum("family", "opt", ["opt", "modern"], "Family of the decoder.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.")
 _REMAT = flags.DEFINE_enum(
   "remat_policy", "none", REMAT_POLICIES, "Values that the backward pass recomputes."
 )
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation of attention.")
-_CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens of a row whose logits exist at once.")
+_CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens per row in a chunk of logits.")
 _UNROLL = flags.DEFINE_bool("unroll_layers", False, "Unroll the loop over layers.")
-_STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two that are not.")
+_STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two untimed steps.")
 
 
 def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:

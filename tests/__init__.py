@@ -1,1 +1,1 @@
-"""A package, so that `tests` is this folder: torch-fidelity installs a package of that name."""
+"""Makes this folder the package `tests`, because torch-fidelity installs a package `tests`, too."""

@@ -1,4 +1,4 @@
-"""Importing the package is light, and the CPU is used where there is nothing else."""
+"""Tests that importing the package is cheap, and that JAX falls back to the CPU."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The shapes and dtypes in signatures are checked in every test, see `conftest.py`."""
+"""Tests that shapes and dtypes in signatures are checked in every test, see `conftest.py`."""
 
 import jax
 import jax.numpy as jnp

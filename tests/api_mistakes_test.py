@@ -1,4 +1,4 @@
-"""Mistakes in the arguments of a Python call: each is one sentence."""
+"""Tests that a mistake in the arguments of a Python call gives one sentence."""
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
   ],
 )
 def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
-  monkeypatch.setattr(reading, "load_params", None)  # Nothing is read before.
+  monkeypatch.setattr(reading, "load_params", None)  # Fails if anything is read.
   with refused(UserError):
     CM3Leon.load(run, **options)
 

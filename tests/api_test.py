@@ -63,7 +63,7 @@ def model(run):
 
 @pytest.fixture
 def compiled():
-  """Names of the programs that were compiled since the test began, one entry each."""
+  """Returns a list to which the name of each program compiled in this test is appended."""
   found = []
 
   def note(event, seconds, **about):

@@ -1,7 +1,7 @@
-"""A bucket on this machine: what our libraries use of the JSON API of Google Cloud Storage.
+"""Serves GCS buckets on this machine, with the parts of the JSON API that our libraries use.
 
-It serves fsspec's gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
-let it answer slowly, with errors, or not at all.
+Its clients are gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
+make it answer slowly, with errors, or not at all.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ OBJECT = re.compile(r"^(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/(.+)$")
 
 
 class Server:
-  """Serves buckets, which exist as long as they hold an object, from memory.
+  """Serves buckets from memory. A bucket exists while it holds an object.
 
   Attributes:
     objects: (bucket, name) -> (content, generation).
-    requests: (method, path with its query) of everything that was asked for.
-    fault: is called with the method and the path of a request before it is answered; a status that
-      it returns is the answer, and it may wait.
+    requests: (method, path with its query) of each request.
+    fault: called with the method and the path before a request is answered. It may wait, or return
+      the status of the answer.
   """
 
   def __init__(self):
@@ -44,10 +44,10 @@ class Server:
     self._http.server_close()
 
   def environment(self) -> dict[str, str]:
-    """Returns variables that lead the libraries of a process here."""
+    """Returns environment variables that make the libraries of a process use this server."""
     return {
       "STORAGE_EMULATOR_HOST": self.url,
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask Google which kind a bucket is.
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs would ask Google for the kind.
       "GOOGLE_CLOUD_PROJECT": "tests",
       "TENSORSTORE_GCS_HTTP_URL": self.url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
@@ -56,7 +56,7 @@ class Server:
     }
 
   def files(self, prefix: str) -> dict[str, bytes]:
-    """Returns contents by name without the prefix, `bucket/folder/`."""
+    """Returns name -> content of the objects below `prefix`, such as `bucket/folder/`."""
     return {
       f"{bucket}/{name}".removeprefix(prefix): content
       for (bucket, name), (content, _) in sorted(self.objects.items())
@@ -106,12 +106,12 @@ class Server:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers one connection, by the buckets of a `Server`."""
+  """Answers one connection from the buckets of a `Server`."""
 
   protocol_version = "HTTP/1.1"
 
   def __init__(self, buckets: Server, *connection):
-    self.buckets = buckets  # Before the connection is handled, which is in `super().__init__`.
+    self.buckets = buckets  # First, because `super().__init__` handles the connection.
     super().__init__(*connection)
 
   def log_message(self, *_):
@@ -158,7 +158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.answer(200, self.buckets.list(found[1], query))
     elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and has(found[1]):
       self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
-    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, by the C++ client.
+    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, which the C++ client uses.
       self.object(found[1], found[2], {**query, "alt": "media"})
     else:
       self.refuse(404)
@@ -247,7 +247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.answer(308, **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
 
   def handle(self):
-    with contextlib.suppress(ConnectionError):  # A client may give up.
+    with contextlib.suppress(ConnectionError):  # A client may disconnect.
       super().handle()
 
 

@@ -24,7 +24,7 @@ def model():
 
 
 def heldout(reason):
-  """Returns 32 pairs of scenes that are held out for a reason."""
+  """Returns 32 pairs of scenes that are held out for `reason`."""
   pairs = [source.pair(ScenesConfig(rare_objects=1_550), "heldout", i) for i in range(300)]
   pairs = [pair for pair in pairs if pair.facts["heldout"] == reason]
   assert len(pairs) >= 32
@@ -49,7 +49,6 @@ def test_it_is_small_and_every_file_is_the_one_that_was_trained():
 
 
 def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
-  """With the model and vocab of the config of instructions over scenes."""
   settings = settings_from_config(scenes_instruct.get_config())
   found = initial.find(settings, "scenes")
   assert (found.source, found.step) == ("scenes", None)
@@ -85,7 +84,7 @@ def test_its_images_show_what_captions_of_new_scenes_say(model):
   facts = [pair.facts for pair in pairs]
   samples = model.generate([pair.caption for pair in pairs], seed=0)
   assert right(samples, facts) >= 0.85
-  # The same images under the caption before: only captions that leave much open can hold.
+  # Negative control: each image with the next caption, which only a vague caption fits.
   assert right(samples, facts[1:] + facts[:1]) <= 0.1
 
 
@@ -104,7 +103,7 @@ def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
 
 
 TUNED = "scenes-instruct"
-EACH = 8  # Held-out records of each task.
+EACH = 8  # Number of held-out records per task.
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
     return np.mean([scene_answers.is_right(*pair) for pair in zip(records, answers)])
 
   assert share_of_right(records) >= 0.8
-  # The answers to the questions of the next task.
+  # Negative control: the answers belong to the questions of another task.
   assert share_of_right(records[EACH:] + records[:EACH]) <= 0.1
 
 
@@ -156,7 +155,7 @@ def test_the_tuned_one_edits_new_scenes(tuned):
 
   assert share_of_right(after) >= 0.5
   assert share_of_right(before) == 0
-  # What a model drew was decoded by the tokenizer.
+  # Generated images come out of the tokenizer.
   tokenizer = tuned.pipeline.image_tokenizer
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])

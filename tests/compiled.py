@@ -1,4 +1,4 @@
-"""Where tests keep compiled programs. It imports no JAX, which conftest.py sets up before."""
+"""Finds the folder of compiled programs. Must not import JAX, which conftest.py configures."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
+"""Gives every test 8 CPU devices; makes implicit rank promotion and wrong annotations errors."""
 
 import functools
 import gc
@@ -10,26 +10,26 @@ import re
 from tests import compiled
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile more than they compute; subprocesses inherit it, too.
+# Tests spend more time on compiling than on computing. Subprocesses inherit the variable;
 # tests/planning compiles for TPU without it.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Else XLA may start collectives in another order on each device; on few cores they then wait for
-# each other, and XLA ends the process after 40 s.
+# Otherwise XLA may start collectives in a different order on each device. With few cores they then
+# deadlock, and XLA ends the process after 40 s.
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-  # Split over threads, a program takes more processor time to compile.
+  # Compiling a program in several threads takes more processor time.
   " --xla_cpu_parallel_codegen_split_count=1"
-  # The newer emitters of fusions compile for more than twice as long; jaxlib 0.12 has no others.
+  # The newer fusion emitters take more than twice as long; jaxlib 0.12 has no others.
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 if platform.machine() == "x86_64":
-  # Later instructions multiply and add with one rounding, where a fusion allows it: two programs
-  # that compute the same would differ in the last bit.
+  # Newer instruction sets have fused multiply-add, with which two equivalent programs would differ
+  # in the last bit.
   os.environ["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
 
-# Compiling takes most of the time: a later run of the tests on such a machine reads the programs.
+# Compiling takes most of the time, so later test runs reuse the compiled programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled.folder()))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -41,18 +41,18 @@ import pytest
 
 pytest_plugins = ["tests.messages", "tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes many objects, few of them in reference cycles: looking for these rarely saves 12%.
+# Tracing creates many objects, but few reference cycles. Rare garbage collection saves 12%.
 gc.set_threshold(200_000, 50, 100)
 CHECKED = [
   f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
 ]
 install_import_hook(CHECKED, "beartype.beartype")
-# A deadline of 200 ms an example is missed now and then on a busy machine.
+# On a busy machine, an example sometimes takes longer than hypothesis' 200 ms.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 
-# Linux allows a process 65,530 maps of memory, and a compiled program takes several.
+# Linux limits a process to 65,530 memory maps, and each compiled program takes several.
 MOST_MAPS = 14_000
 MAPS = pathlib.Path("/proc/self/maps")
 ORACLES = re.compile(r'importorskip\("(torch|transformers|diffusers|torchvision|compressed_)')
@@ -60,9 +60,9 @@ ORACLES = re.compile(r'importorskip\("(torch|transformers|diffusers|torchvision|
 
 @functools.cache
 def _group(path: pathlib.Path) -> str:
-  """Returns the group of a file of tests, which stays in one process (--dist=loadgroup).
+  """Returns the group of a test file; a group runs in one process (--dist=loadgroup).
 
-  So do the files of the served engine, and those that import torch: one process has it in memory.
+  The tests of the server form one group, and so do the files that import torch, to save memory.
   """
   root = pathlib.Path(__file__).parent
   if root / "serving" in path.parents:
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_waits():
-  """Shortens the waits of whoever takes a lease: for signs of life, and for others that take it."""
+  """Shortens the waits of a job that takes a lease."""
   from cm3leon_jax.training.faults import lease
 
   with pytest.MonkeyPatch.context() as patch:
@@ -91,15 +91,15 @@ def _short_waits():
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
-  """Forgets compiled programs after a module when they have taken many maps."""
+  """Discards compiled programs after a module if the process has many memory maps."""
   yield
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
 
 
-# Reasons to skip a test that only a machine can have. Another one, such as an absent package,
-# would hide tests: it fails the session.
+# Properties of a machine for which a test may be skipped. A skip for another reason, such as a
+# missing package, would hide tests, so it fails the session.
 SKIPS = (
   "an option of Linux",
   "needs systemd-analyze",
@@ -130,7 +130,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def optimized():
-  """Lets XLA optimize the programs of a test that computes for long."""
+  """Lets XLA optimize the programs of a test with long computations."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)

@@ -1,4 +1,4 @@
-"""Files of a workdir that hold something else are named in one sentence, and run no code."""
+"""Tests that damaged files of a workdir are named in one sentence, and that no file runs code."""
 
 import ast
 import json
@@ -73,7 +73,7 @@ def run_shards(folder):
   return list(shards.run_shards(Job(), {"a": {"b": 1}}, folder, runner, "shards"))
 
 
-# File -> what reads it, given the folder that it is in.
+# File -> function that reads it, given its folder.
 READERS = {
   "documents/done.json": lambda root: stages.require(root, "documents"),
   "raw/done.json": lambda root: stages.once(root / "raw", {"a": 1}).__enter__(),
@@ -137,13 +137,13 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
       read()
     assert f"metrics.jsonl, {sentence}" in str(error.value)
     assert "Delete this line" in str(error.value) or "delete this line" in str(error.value)
-  log.write_bytes(b"\n".join(LINES) + b"\n{")  # What a kill left of the last line.
+  log.write_bytes(b"\n".join(LINES) + b"\n{")  # A kill cut the last line.
   assert len(read_json_lines(log)) == 3
 
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
-  """In a file of an earlier version; where lines have digests, the bad line is named."""
+  """Applies to files of earlier versions. In files with digests, the bad line is named."""
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
@@ -161,7 +161,7 @@ def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
 
 
 def test_stray_files_beside_digests_are_left_alone(tmp_path):
-  """They were taken for those of a step."""
+  """Regression: stray files were mistaken for the digests of a step."""
   with one_device():
     state = {"w": jax.device_put(np.ones(2), NamedSharding(jax.sharding.get_mesh(), P()))}
     checkpoints = Checkpoints(tmp_path, 1)
@@ -225,7 +225,7 @@ PACKAGE = pathlib.Path(cm3leon_jax.__file__).parent
 
 
 def unsafe(source: str) -> list[str]:
-  """Returns what a file imports or calls that could run code of what it reads."""
+  """Returns imports and calls in `source` that could run code from the files they read."""
   found = []
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The documentation as a site, what its pages name, and the files that other programs read."""
+"""Tests that the documentation builds, names only what exists, and has valid metadata files."""
 
 import collections
 import dataclasses
@@ -27,17 +27,17 @@ SOURCES = {
   for path in (ROOT / folder).rglob("*.*")
   if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service", ".jinja")
 }
-EXAMPLES = {"path/own.py", "my_tuning.py"}  # Files of a user.
+EXAMPLES = {"path/own.py", "my_tuning.py"}  # Example names of a user's files.
 
 
 def flags_in(*files: str) -> set[str]:
-  """Flags that Python files define, relative to the root."""
+  """Returns the flags that `files`, relative to the root, define."""
   pattern = r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\""
   return {"help", *(flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file]))}
 
 
 def unknown_names(text: str) -> list[str]:
-  """Commands, flags, fields of the config, files and members of modules that do not exist."""
+  """Returns commands, flags, config fields, files and module members that do not exist."""
   unknown = []
   text = text.replace("\\\n", " ").replace("\n$G", "\ncm3leon generate")
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
@@ -67,13 +67,13 @@ def unknown_names(text: str) -> list[str]:
     if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
       unknown.append(path)
   modules = [p for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax") and p.suffix == ".py"]
-  stems = collections.defaultdict(str)  # Folders have modules of one name.
+  stems = collections.defaultdict(str)  # Modules in different folders share names.
   for path in modules:
     stems[path.stem] += SOURCES[path]
   package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))
-    exists = exists or re.search(rf"\bdef {name}\b", package)  # A method of a variable.
+    exists = exists or re.search(rf"\bdef {name}\b", package)  # `variable.method`
     if name not in SUFFIXES and not exists:
       unknown.append(f"{module}.{name}")
   return unknown
@@ -102,11 +102,11 @@ def test_every_page_is_in_the_navigation():
 def test_what_a_page_names_exists(page):
   assert not unknown_names(page.read_text())
   prose = re.sub(r"^```.*?^```|^\|.*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-  if page.stem != "config":  # Generated.
+  if page.stem != "config":  # This page is generated.
     assert not [line for line in prose.split("\n") if len(line) > 130]
 
 
-# Commands as they are in a checkout only.
+# Commands that work only in a checkout.
 OF_A_CHECKOUT = re.compile(
   r"python\s-m\slaunch\.(?!pod)|\blaunch\.[a-z]+(?<!launch\.pod)\b`|=ml_configs/"
 )

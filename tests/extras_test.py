@@ -67,7 +67,7 @@ def test_pages_and_docstrings_name_the_versions_of_the_extras():
 USES = re.compile(r"extras\.install\(['\"](\w+)['\"]\)")
 ON_AN_INDEX = re.compile(r"pip install (?:-\S+ )*['\"]?cm3leon_jax(?![\w.*-]*\.whl)")
 OF_A_CHECKOUT = re.compile(r"pip install -e")
-# Where a checkout is meant.
+# Files that may describe an installation from a checkout.
 CHECKOUT = ("docs/installation.md", "cm3leon_jax/extras.py", "benchmarks/fuzz_records.py")
 
 

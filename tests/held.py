@@ -1,4 +1,4 @@
-"""Another job that works in a folder, and so holds its lease."""
+"""Starts another job that holds the lease of a folder."""
 
 from collections.abc import Iterator
 import contextlib

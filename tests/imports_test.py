@@ -1,6 +1,6 @@
-"""Names of modules and classes, circles of imports, sizes of folders, files and functions.
+"""Tests names, import cycles, and the sizes of folders, files and functions.
 
-Which package may import which is in pyproject.toml (`lint-imports`).
+`lint-imports` in pyproject.toml defines which package may import which.
 """
 
 import ast
@@ -20,11 +20,11 @@ import pytest
 from cm3leon_jax import worlds
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
-SECTION = "cm3leon_jax.scenes.config"  # What the settings import.
+SECTION = "cm3leon_jax.scenes.config"  # The settings import this module.
 
 
 def names_a_world(source: str) -> bool:
-  """Whether a file imports a module of a world, or names one: its folder is that of the module.
+  """Returns whether a file imports a module from the folder of a world.
 
   >>> names_a_world("from cm3leon_jax.scenes.judge import judge")
   True
@@ -34,7 +34,6 @@ def names_a_world(source: str) -> bool:
 
 
 def test_only_the_table_of_worlds_and_the_settings_name_a_world():
-  """The settings import the section of the config."""
   rooms = {module.split(".")[1] for module in worlds.MODULES.values()} | {"configs"}
   found = {
     str(path.relative_to(PACKAGE))
@@ -67,10 +66,10 @@ MODULES = {
 
 
 def in_order(graph: grimp.ImportGraph) -> list[str]:
-  """Names of modules, each after those that it imports. Raises CycleError."""
+  """Returns the modules, each after its imports. Raises CycleError."""
   imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
   for names in imports.values():
-    names.discard("cm3leon_jax")  # For its version.
+    names.discard("cm3leon_jax")  # Imported for its version.
   return list(graphlib.TopologicalSorter(imports).static_order())
 
 
@@ -83,7 +82,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_a_folder_has_at_most_15_files_of_its_own():
-  """But `commands`, a list of one file each."""
+  """`commands` is exempt, because it has one file per command."""
   folders = {path.parent for path in MODULES.values()} - {PACKAGE / "commands"}
   sizes = {
     str(f.relative_to(PACKAGE)): len({*f.glob("*.py")} - {f / "__init__.py"}) for f in folders
@@ -117,7 +116,7 @@ def test_no_two_public_classes_have_one_name():
 
 
 def libraries() -> set[str]:
-  """Names by which the dependencies of the project are imported."""
+  """Returns the import names of the project's dependencies."""
   project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
   extras = project["optional-dependencies"].values()
   needed = [*project["dependencies"], *itertools.chain(*extras)]

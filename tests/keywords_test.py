@@ -1,4 +1,4 @@
-"""The types of the keywords: they are the fields that are read, and mypy finds a wrong one."""
+"""Tests that keyword types match the fields that are read, and that mypy rejects wrong keywords."""
 
 import pathlib
 import subprocess

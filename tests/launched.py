@@ -1,6 +1,6 @@
-"""Commands as a user starts them, forked from a process that has imported their libraries.
+"""Runs commands as a user would, but forked from a process that has imported their libraries.
 
-A command that refuses its flags spends nearly all of its time on imports.
+Otherwise a command that refuses its flags would spend nearly all of its time on imports.
 """
 
 import atexit
@@ -25,7 +25,7 @@ SERVER = "from tests.launched import serve; serve()"
 
 
 class Server:
-  """The process that commands are forked from, with modules that it has imported."""
+  """The process that has imported modules, and from which commands are forked."""
 
   running: ClassVar[list["Server"]] = []
 
@@ -37,7 +37,7 @@ class Server:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      start_new_session=True,  # So that what it forked ends with it.
+      start_new_session=True,  # So that `killpg` also ends the forked processes.
     )
     self.pid = self._process.pid
     self.running.append(self)
@@ -53,7 +53,7 @@ class Server:
     return int(self._process.stdout.readline())
 
   def close(self) -> None:
-    """Ends the process and what it forked; the next command starts another."""
+    """Ends this process and its forks; the next command starts a new server."""
     server.cache_clear()
     self.running[:] = [other for other in self.running if other is not self]
     with contextlib.suppress(ProcessLookupError):
@@ -63,27 +63,24 @@ class Server:
 
 @functools.cache
 def server(imported: tuple[str, ...]) -> Server:
-  """The server of this process that has imported these modules."""
+  """Returns the server with these imported modules."""
   return Server(imported)
 
 
 def run(
   module: str, argv: list[str], cwd=ROOT, missing=(), imported=(), timeout=300, **environment
 ):
-  """Runs a module as the program that `argv` calls, in a process of its own.
+  """Runs a module as a program in a separate process; returns a CompletedProcess.
 
   Args:
-    module: of the program.
+    module: name of the module.
     argv: name of the program and its arguments.
-    cwd: folder that it runs in.
-    missing: modules that look as if they were not installed.
-    imported: modules that were imported before, for programs that would take a second to do so.
-    timeout: seconds.
-    **environment: variables that differ from those of this process. What JAX reads when it is
-      imported stays as it is here.
-
-  Returns:
-    A CompletedProcess with the exit code and the texts that the program printed.
+    cwd: current folder of the program.
+    missing: modules that appear not to be installed.
+    imported: slow modules that are imported once, before the program starts.
+    timeout: in seconds.
+    **environment: variables that differ from the variables of this process. Variables that JAX
+      reads at import have no effect.
   """
   with tempfile.TemporaryDirectory() as folder:
     job = {"module": module, "argv": argv, "cwd": str(cwd), "missing": missing, "out": folder}
@@ -93,7 +90,7 @@ def run(
 
 
 def python(code: str, *arguments, timeout=300, **options) -> subprocess.CompletedProcess:
-  """Runs code in a Python of its own."""
+  """Runs code in a new Python process."""
   command = [sys.executable, "-c", code, *map(str, arguments)]
   options = {"capture_output": True, "text": True, "check": False, **options}
   return subprocess.run(command, timeout=timeout, **options)
@@ -110,17 +107,17 @@ def cm3leon(*flags: str, **options):
 
 
 def serve() -> None:
-  """Forks a process for each line of stdin, one after the other, which runs that job."""
+  """Forks a process for each line of stdin, and runs the job of that line in it."""
   import cm3leon_jax.commands.common
   import cm3leon_jax.settings  # noqa: F401
 
   for module in sys.argv[1:]:
     importlib.import_module(module)
   gc.collect()
-  gc.freeze()  # Else a process visits all objects of the imports when it ends, for 0.6 s.
+  gc.freeze()  # Otherwise the garbage collection at exit takes 0.6 s.
   for line in sys.stdin:
     with warnings.catch_warnings():
-      warnings.filterwarnings("ignore", message=".*fork")  # No thread of JAX runs yet.
+      warnings.filterwarnings("ignore", message=".*fork")  # JAX has no running threads yet.
       child = os.fork()
     if not child:
       return _run(json.loads(line))
@@ -129,7 +126,7 @@ def serve() -> None:
 
 def _run(job: dict) -> None:
   for number, name in enumerate((os.devnull, "stdout", "stderr")):
-    path = pathlib.Path(job["out"], name)  # /dev/null, an absolute path, replaces the folder.
+    path = pathlib.Path(job["out"], name)  # /dev/null is absolute, so the folder is ignored.
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
   os.environ.clear()
   os.environ.update(job["environment"])

@@ -27,7 +27,6 @@ def model(run):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def exports(run, tmp_path_factory):  # noqa: F811
-  """Exports of the run in the formats that load."""
   root = tmp_path_factory.mktemp("exports")
   for name, choice in WRITTEN.items():
     export.main(SETTINGS, run, choice=choice, output=str(root / name))

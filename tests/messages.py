@@ -1,13 +1,13 @@
-"""Compares the sentences of errors with those of messages.json, which a flag writes anew.
+"""Compares error messages with the sentences stored in messages.json; a flag renews them.
 
   def test_a_negative_width_is_refused():
     with refused(FieldError, path=("width",)) as error:
       build(Sample, {"width": -1}, "sample")
 
-A test says the class of an error and its facts, or runs a command (`check_refused`);
-tests/messages.json has the sentences of each test, in the order in which it meets them.
-`pytest --renew-messages tests/config_test.py` stores those of the tests that ran, and forgets tests
-that are no more.
+A test states the class of an error and its attributes, or runs a command (`check_refused`).
+tests/messages.json has the sentences of each test, in the order of its errors.
+`pytest --renew-messages tests/config_test.py` stores the sentences of the tests that ran, and
+removes tests that no longer exist.
 """
 
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ from cm3leon_jax.config import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "messages.json"
 HEX = re.compile(r"(?<![\w])(?=\d*[a-f])[0-9a-f]{12,}(?!\w)")
-ATTRIBUTE = "messages"  # Of what a worker tells the process that started it.
+ATTRIBUTE = "messages"  # Key in the output of an xdist worker.
 
 
 @dataclasses.dataclass
 class _Running:
-  """The test that runs: its key, its stored sentences (None: not compared), and those it met."""
+  """The running test: its key, its stored sentences (None: not compared), and its errors so far."""
 
   key: str
   stored: list[str] | None
@@ -43,7 +43,7 @@ class _Running:
 
 
 _running: _Running | None = None
-_base = pathlib.Path()  # Of the temporary files of this session.
+_base = pathlib.Path()  # Folder of the session's temporary files.
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,13 +54,13 @@ def _know_base(tmp_path_factory):
 
 @contextlib.contextmanager
 def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.ExceptionInfo]:
-  """Expects an error of a class, with attributes of these values, and with the stored sentence.
+  """Expects an error of class `kind` with attributes `facts` and the stored sentence.
 
   Yields:
-    What `pytest.raises` does: afterwards, its `value` is the error.
+    The result of `pytest.raises`; after the block, its `value` is the error.
 
   Raises:
-    AssertionError: another value of an attribute, or another sentence than the stored one.
+    AssertionError: an attribute or the sentence differs.
   """
   _require_test()
   with pytest.raises(kind) as error:
@@ -71,12 +71,7 @@ def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.Exceptio
 
 
 def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
-  """Expects that a command printed nothing but an error, of one line, which is the stored one.
-
-  Args:
-    result: has the texts that the command printed.
-    code: its exit code.
-  """
+  """Expects a command to exit with `code` and to print only the stored one-line error."""
   _require_test()
   assert (result.returncode, result.stdout) == (code, ""), result.stderr
   assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
@@ -84,7 +79,7 @@ def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
 
 
 def check_sentence(sentence: str) -> None:
-  """Expects the stored sentence: of a server's answer, or one among others that were printed."""
+  """Expects the stored sentence, e.g. in an answer of a server or in part of an output."""
   _require_test()
   _compare(_without_machine(sentence, _base))
 
@@ -95,7 +90,7 @@ def _require_test() -> None:
 
 
 def _compare(sentence: str) -> None:
-  """Adds a sentence to those of the test that runs; raises AssertionError for an unknown one."""
+  """Records a sentence of the running test; raises AssertionError if the stored one differs."""
   _running.met.append(sentence)
   if _running.stored is None:
     return
@@ -115,17 +110,19 @@ def _different(key: str, stored: str, met: str) -> str:
 
 
 def same_everywhere(error: BaseException, base: pathlib.Path) -> str:
-  """Returns the sentence of an error, without what another machine or version of a library has.
+  """Returns the message of an error, with placeholders for parts that depend on the machine.
+
+  The placeholders are TMP for the folder of a test in `base`, ROOT for the repository, PYTHON for
+  the Python environment, HOME for the home folder, HEX for digests, PID and HOST for this process
+  and machine, and CAUSE for the message of a library.
 
   Args:
-    error: of this repository.
-    base: folder of the temporary files of a session. Each test's in it becomes TMP; so do the
-      repository ROOT, the environment of Python PYTHON, the user's folder HOME, digests HEX, this
-      process PID and its machine HOST, and what a library said CAUSE.
+    error: an error that this repository raised.
+    base: folder of the session's temporary files.
   """
   sentence = str(error)
   for said in _said_by_libraries(error):
-    if len(said := str(UserError(said)).strip()) > 8:  # As a UserError quotes it.
+    if len(said := str(UserError(said)).strip()) > 8:  # UserError changes a quoted text.
       sentence = sentence.replace(said, "CAUSE")
   return _without_machine(sentence, base)
 
@@ -144,9 +141,9 @@ def _without_machine(sentence: str, base: pathlib.Path) -> str:
 
 
 def _said_by_libraries(error: BaseException) -> Iterator[str]:
-  """Yields texts of the errors that led to one and come from no `raise` in this repository.
+  """Yields the messages of causes of an error that other packages raised.
 
-  Not of KeyErrors: the text of one is the key, which is a fact.
+  Omits KeyErrors, because the text of a KeyError is the key, which is a fact.
   """
   seen = {id(error)}
   while (error := error.__cause__ or error.__context__) and id(error) not in seen:
@@ -161,24 +158,24 @@ def _said_by_libraries(error: BaseException) -> Iterator[str]:
 
 
 def _key(item: pytest.Item) -> str:
-  """Returns the node id relative to the folder of tests, without the group of xdist."""
+  """Returns the node id relative to tests/, without the xdist group."""
   return re.sub(r"@[^]@]*$", "", item.nodeid).removeprefix("tests/")
 
 
 class Keeper:
-  """Gives each test its sentences; with --renew-messages, collects and writes them."""
+  """Gives each test its stored sentences; with --renew-messages, writes the new sentences."""
 
   def __init__(self, config: pytest.Config):
     self._config, self._renew = config, config.getoption("renew_messages")
     self._file = config.rootpath / "tests" / NAME
     self._stored = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
-    self._met: dict[str, list[str]] = {}  # Of tests that passed.
-    self._gone: set[str] = set()  # Keys of tests that are no more.
+    self._met: dict[str, list[str]] = {}  # Key of a passed test -> its sentences.
+    self._gone: set[str] = set()  # Keys of tests that no longer exist.
 
-  @pytest.hookimpl(tryfirst=True)  # Before tests are deselected.
+  @pytest.hookimpl(tryfirst=True)  # Runs before tests are deselected.
   def pytest_collection_modifyitems(self, config, items):
     if any("::" in name for name in config.args) or config.getoption("lf", False):
-      return  # Files are not collected whole.
+      return  # Some tests of a file may not be collected.
     keys = {_key(item) for item in items}
     files = {key.partition("::")[0] for key in keys}
     self._gone = {k for k in self._stored if k.partition("::")[0] in files and k not in keys}

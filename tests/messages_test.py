@@ -1,4 +1,4 @@
-"""Tests of the comparison of sentences, in sessions of their own, and of the stored sentences."""
+"""Tests the comparison of error messages in separate pytest sessions, and the stored sentences."""
 
 import json
 import os
@@ -51,7 +51,7 @@ LIVING = {key: sentences for key, sentences in STORED.items() if not key.endswit
 
 @pytest.fixture
 def session(tmp_path):
-  """Runs CASES beside stored sentences; returns exit code, text and what is stored then."""
+  """Runs CASES with stored sentences; returns exit code, output and sentences stored then."""
   (tmp_path / "tests").mkdir()
   file = tmp_path / "tests/messages.json"
 
@@ -175,7 +175,6 @@ def test_what_a_machine_has_elsewhere_gets_fixed_words(tmp_path_factory, monkeyp
 
 
 def raised(call):
-  """Returns the error of a call."""
   with pytest.raises(ValueError, match="is no JSON") as error:
     call()
   return error.value

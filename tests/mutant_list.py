@@ -1,4 +1,4 @@
-"""All mutants that `mutants.py` runs, by subject."""
+"""Lists all mutants that `mutants.py` runs."""
 
 from tests.mutant_lists.commands import COMMANDS
 from tests.mutant_lists.continuous import CONTINUOUS

@@ -1,15 +1,15 @@
-"""One-line mutants of the package, and the tests that must fail on each.
+"""Runs one-line mutants of the package; a test must fail on each.
 
-  python -m tests.mutants                    # all of them
-  python -m tests.mutants --part=2/4         # every fourth, from the second on
-  python -m tests.mutants --only=adam        # those whose name contains a word
+  python -m tests.mutants                    # all mutants
+  python -m tests.mutants --part=2/4         # every fourth mutant, starting with the second
+  python -m tests.mutants --only=adam        # mutants whose name contains "adam"
 
-A mutant replaces one text of one file, in a copy of the tree, and runs only the tests that claim
-to notice it; those marked `slow` only if no other one does. A mutant that no test notices survives:
-the tests have a gap there. A mutant that cannot be imported proves nothing about the tests, so it
-counts as invalid, not as killed.
-`mutants_test.py` runs the same list (marked `slow`), and checks in every run that each mutant can
-be made and that its tests exist.
+A mutant replaces one text of one file in a copy of the tree. Only the tests that claim to notice it
+run, and tests marked `slow` only if no other test notices it. A mutant that no test notices
+survives, which shows a gap in the tests. A mutant that cannot be imported proves nothing about the
+tests, so it counts as invalid, not as killed.
+`mutants_test.py` runs the same list in a test marked `slow`. Its other tests check that each mutant
+can be made and that its tests exist.
 """
 
 import argparse
@@ -38,13 +38,13 @@ NOT_A_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalEr
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the tests show.
+  """Result of running the tests of a mutant.
 
   Attributes:
     verdict: KILLED, SURVIVES or INVALID.
-    detail: the first test that failed; or why the mutant is invalid.
-    seconds: how long the tests took.
-    slow: whether they are the ones marked `slow`.
+    detail: the first test that failed, or the reason why the mutant is invalid.
+    seconds: duration of the tests.
+    slow: whether the tests marked `slow` ran.
   """
 
   verdict: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def mutated(mutant: Mutant, text: str) -> str:
-  """Returns the mutant of `text`. Raises ValueError unless it replaces one place, and compiles."""
+  """Applies a mutant. Raises ValueError unless it matches `text` once and the result compiles."""
   if text.count(mutant.old) != 1:
     raise ValueError(
       f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times, not "
@@ -69,15 +69,14 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def judge(code: int, output: str) -> tuple[str, str]:
-  """Verdict and detail of a pytest run with `-x`, from its exit code and its standard output.
+  """Returns verdict and detail of a run of `pytest -x`, given its exit code and output.
 
-  A test that fails kills, and so does a fixture. A file that cannot be collected does not, nor
-  does an error that shows that the mutant is no program. Where the marks select no test, none has
-  noticed anything.
+  A failing test or fixture kills the mutant. It is invalid if a file cannot be collected, or if the
+  error shows that the mutant is not a valid program. It survives if the marks select no test.
   """
   if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
     return SURVIVES, ""
-  summary = output.rpartition("short test summary info")[2]  # Logs above it have lines alike.
+  summary = output.rpartition("short test summary info")[2]  # Logs before it have similar lines.
   lines = [line for line in summary.splitlines() if line.startswith(("FAILED ", "ERROR "))]
   if code != 1 or not lines:
     return INVALID, f"pytest ended with {code}: {' '.join(lines) or output[-400:]}"
@@ -89,7 +88,7 @@ def judge(code: int, output: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def copied() -> Iterator[pathlib.Path]:
-  """Yields the root of a copy of the tree, in which mutants can be made."""
+  """Yields the root of a temporary copy of the tree."""
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder) / "tree"
     root.mkdir()
@@ -103,7 +102,7 @@ def copied() -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _changed(path: pathlib.Path, mutant: Mutant) -> Iterator[None]:
-  """Makes a mutant of a file, and undoes it at the end."""
+  """Applies a mutant to a file inside the context."""
   text = path.read_text(encoding="utf-8")
   path.write_text(mutated(mutant, text), encoding="utf-8")
   try:
@@ -122,17 +121,17 @@ def run(
   """Runs tests on a copy of the tree with the mutant in it.
 
   Args:
-    root: of the copy.
-    mutant: None: the tree as it is.
-    tests: as pytest names them.
+    root: root of the copy.
+    mutant: None for the unchanged tree.
+    tests: files or node ids.
     timeout: in seconds.
-    slow: runs those marked `slow`, and no other one.
+    slow: whether to run only tests marked `slow`, or only the others.
   """
   start, marks = time.monotonic(), "slow" if slow else "not slow"
   options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
   command = [sys.executable, "-m", "pytest", *options, *tests]
-  environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
-  # Half of the time of a small test is compiling Python, of libraries, too.
+  environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts the lines of its summary.
+  # Half of the time of a small test is compiling Python, including the libraries.
   environment["PYTHONPYCACHEPREFIX"] = str(root.parent / "bytecode")
   environment.pop("PYTHONDONTWRITEBYTECODE", None)
   with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
@@ -148,7 +147,7 @@ def run(
 
 
 def noticed(root: pathlib.Path, mutant: Mutant) -> Outcome:
-  """Runs the tests of a mutant: those marked `slow` only if none of the others notices it."""
+  """Runs the tests of a mutant; tests marked `slow` run only if no other test notices it."""
   outcome = run(root, mutant, mutant.tests)
   if outcome.verdict != SURVIVES:
     return outcome
@@ -162,15 +161,15 @@ def noticed(root: pathlib.Path, mutant: Mutant) -> Outcome:
 
 
 def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
-  """Every n-th mutant, from the k-th on, for `which` = "k/n"."""
+  """Returns every n-th mutant, starting with the k-th, for `which` = "k/n"."""
   number, parts = map(int, which.split("/"))
   return list(mutants[number - 1 :: parts])
 
 
 def report(root: pathlib.Path, mutants: Sequence[Mutant]) -> bool:
-  """Runs mutants in a copy of the tree and prints what kills each; returns whether all were killed.
+  """Runs mutants in a copy of the tree, prints their outcomes, and returns whether all were killed.
 
-  First the tests must pass without a mutant: a test that fails anyway would kill every mutant.
+  First, the tests must pass without a mutant, because a failing test would kill every mutant.
   """
   killed, by_default, start = 0, 0, time.monotonic()
   tests = sorted({test for mutant in mutants for test in mutant.tests})

@@ -1,4 +1,4 @@
-"""Every mutant of the list can be made, and (slow) the tests that claim to notice it do."""
+"""Tests that every mutant can be made, and (slow) that its tests notice it."""
 
 import ast
 import functools
@@ -43,7 +43,7 @@ def test_the_decoder_and_decoding_have_their_share():
 
 @functools.cache
 def is_default(test: str) -> bool:
-  """Whether a test, or one of a file, has no mark `slow` of its own."""
+  """Returns whether a test is not marked `slow`, or whether a file has such a test."""
   file, _, name = test.partition("::")
   body = ast.parse((mutants.ROOT / file).read_text(encoding="utf-8")).body
   marks = [ast.unparse(x.value) for x in body if isinstance(x, ast.Assign)]
@@ -56,7 +56,7 @@ def is_default(test: str) -> bool:
 
 def test_two_of_three_have_a_test_that_is_not_slow():
   assert is_default("tests/mutants_test.py")
-  assert not is_default("tests/mutants_test.py::test_the_mutant_is_noticed")  # Control.
+  assert not is_default("tests/mutants_test.py::test_the_mutant_is_noticed")  # Negative control.
   of_default = [m for m in MUTANTS if any(map(is_default, m.tests))]
   assert 3 * len(of_default) >= 2 * len(MUTANTS)
 
@@ -129,12 +129,12 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   [
     (("not slow", True), mutants.KILLED, False),
     (("slow", True), mutants.KILLED, True),
-    (("slow", True, False), mutants.INVALID, True),  # A slow test that fails anyway.
+    (("slow", True, False), mutants.INVALID, True),  # A slow test that fails without a mutant, too.
     ((), mutants.SURVIVES, True),
   ],
 )
 def test_slow_tests_run_where_no_other_notices(tree, monkeypatch, failing, verdict, slow):
-  """`failing`: marks of the tests that fail, in a mutant or (False) in the tree as it is."""
+  """`failing`: marks of failing tests with a mutant, and False if they also fail without it."""
 
   def pytest_ends(command, cwd, **_):
     mutated = (cwd / CM3).read_text() != (mutants.ROOT / CM3).read_text()

@@ -1,4 +1,4 @@
-"""Runs every block of the tutorial docs/own_images.md in its order, on a tiny folder."""
+"""Runs every block of the tutorial docs/own_images.md in order, on a tiny folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from benchmarks import own_images
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "own_images.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-# What the test makes smaller: minutes of training, steps of the tuning.
+# Text of the page -> smaller values for the test.
 SMALLER = {"--config=own ": "--config=own:0.1 ", "own.get_config()": 'own.get_config("0.1")'}
 SMALLER |= {'"steps": 500, "checkpoint_every": 100': '"steps": 10, "checkpoint_every": 5'}
 PORT = "8080"
@@ -31,9 +31,9 @@ def shell(folder, command):
   """Starts a block in a shell whose `cm3leon` and `python` are those of the tests."""
   run = f'"{sys.executable}" -m cm3leon_jax'
   functions = f'cm3leon() {{ {run} "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
-  if command.startswith("cm3leon serve"):  # So that a signal reaches the server.
+  if command.startswith("cm3leon serve"):  # `exec`, so that a signal reaches the server.
     functions, command = "", command.replace("cm3leon", f"exec {run}", 1)
-  # Without the 8 devices of the tests.
+  # A user has one device, not 8.
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   return subprocess.Popen(
     ["bash", "-euc", functions + command],
@@ -43,7 +43,7 @@ def shell(folder, command):
 
 
 def serve(folder, command):
-  """Starts the server of the page at a free port; returns the process and the port."""
+  """Starts the server of the page on a free port; returns process and port."""
   server = shell(folder, command.replace(f"--port={PORT}", "--port=0"))
   for line in server.stdout:
     if found := re.search(r"http://[\w.]+:(\d+)", line):

@@ -81,7 +81,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_the_image_installs_dependencies_without_the_package(tmp_path):
-  # As launch/pod/Dockerfile.
+  # The same files as in launch/pod/Dockerfile.
   for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
     shutil.copy(ROOT / name, tmp_path)
   with zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as archive:
@@ -128,7 +128,7 @@ def test_packages_are_found_in_a_file(text, packages):
 
 
 def names_of(requirements) -> set[str]:
-  """Names of packages: {"jax"} of ["jax[tpu]>=0.10; python_version < '3.12'"]."""
+  """Returns package names: ["jax[tpu]>=0.10; python_version < '3.12'"] gives {"jax"}."""
   return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
 
 
@@ -136,7 +136,7 @@ def test_the_python_of_the_image_is_one_that_is_resolved():
   text = (ROOT / "launch" / "pod" / "Dockerfile").read_text()
   (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
   assert python in EXTRAS["PYTHONS"]
-  # The tests run in CI on this Python, the wheel on each of them.
+  # CI runs the tests on this Python version, and the wheel on all versions.
   assert f'export PYTHON="${{PYTHON:-python{python}}}"' in (ROOT / ".ci/run").read_text()
   workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
   matrix = workflow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
@@ -172,7 +172,7 @@ def test_the_layout_of_the_project():
 
 
 def test_the_wheel_is_tried_only_on_a_python_that_is_there():
-  """A Python that is absent is a sentence and a failure, not a skip."""
+  """A missing Python causes a message and a failure, not a skip."""
   result = subprocess.run(
     ["bash", ROOT / ".ci" / "wheel.sh", "python3.99"], capture_output=True, text=True, check=False
   )

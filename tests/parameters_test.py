@@ -12,8 +12,6 @@ from tests.messages import refused
 
 
 class Sum(nnx.Module):
-  """The sum of a list of linear layers, times a factor."""
-
   def __init__(self, rngs):
     self.layers = nnx.List([nnx.Linear(3, 2, rngs=rngs) for _ in range(2)])
     self.factor = nnx.Param(jnp.float32(2))
@@ -45,9 +43,9 @@ def test_a_filled_module_computes_what_its_parameters_say_under_jit_too():
     return parameters.fill(*skeleton, params)(x)
 
   np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)
-  doubled = jax.tree.map(lambda x: 2 * x, params)  # Both the factor and the layers.
+  doubled = jax.tree.map(lambda x: 2 * x, params)  # Doubles the factor and the layers.
   np.testing.assert_allclose(jax.jit(compute)(doubled), 4 * make()(x), rtol=1e-6)
-  np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)  # The skeleton is as before.
+  np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)  # The skeleton is unchanged.
 
 
 def test_a_file_holds_the_parameters_and_is_read_in_the_dtypes_asked_for(tmp_path):
@@ -91,4 +89,4 @@ def test_an_index_names_files_of_its_folder_only(place, tmp_path):
   with refused(UserError):
     parameters.files_of_index(path)
   with refused(UserError):
-    find_files(tmp_path)  # Of an image tokenizer.
+    find_files(tmp_path)  # For an image tokenizer.

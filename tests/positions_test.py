@@ -1,4 +1,4 @@
-"""Positions count from the images of a sample, and by one within each of its units."""
+"""Tests that positions are relative to the images of a sample, and rise by one within a unit."""
 
 import itertools
 
@@ -22,24 +22,24 @@ P, Q, R, T = (int(VOCAB.image_ids(i)) for i in range(4))
 @pytest.mark.parametrize(
   ("tokens", "expected"),
   [
-    ([E, A, W, X, E], [0, 1, 2, 3, 4]),  # A text.
+    ([E, A, W, X, E], [0, 1, 2, 3, 4]),  # A text
     ([E, A, B, P, Q, E], [-3, -2, -1, 0, 1, 2]),
     (
-      [E, A, B, P, Q, B, W, X, B, R, T, E],  # A neighbor and a pair.
+      [E, A, B, P, Q, B, W, X, B, R, T, E],  # A neighbor and a pair
       [-3, -2, -1, 0, 1, 2, -3, -2, -1, 0, 1, 2],
     ),
-    ([E, M0, B, P, Q, E, M0, A, W, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5, 6]),  # A masked caption,
-    ([E, A, B, M0, E, M0, P, Q, S], [-5, -4, -3, -2, -1, 0, 1, 2, 3]),  # a whole image,
-    ([E, A, B, M0, Q, E, M0, P, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5]),  # its first code,
-    ([E, A, B, P, M0, E, M0, Q, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5]),  # its last code.
+    ([E, M0, B, P, Q, E, M0, A, W, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5, 6]),  # A masked caption
+    ([E, A, B, M0, E, M0, P, Q, S], [-5, -4, -3, -2, -1, 0, 1, 2, 3]),  # A masked image
+    ([E, A, B, M0, Q, E, M0, P, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5]),  # A masked first code
+    ([E, A, B, P, M0, E, M0, Q, S], [-3, -2, -1, 0, 1, 2, 3, 4, 5]),  # A masked last code
     (
-      [E, A, B, P, Q, B, W, X, B, M0, T, E, M0, R, S],  # The first code after a neighbor.
+      [E, A, B, P, Q, B, W, X, B, M0, T, E, M0, R, S],  # A masked first code after a neighbor
       [-3, -2, -1, 0, 1, 2, -3, -2, -1, 0, 1, 2, 3, 4, 5],
     ),
-    ([E, P, Q, B, A, B, R, T, E], [-1, 0, 1, 2, -2, -1, 0, 1, 2]),  # An image first,
-    ([E, P, Q, B, R, T, B, A, E], [-1, 0, 1, 2, 0, 1, 2, 3, 4]),  # two, and a text at the end,
-    ([E, P, Q, B, A, B, W, E], [-1, 0, 1, 2, 3, 4, 5, 6]),  # and two texts.
-    ([E, M0, B, P, Q, E], [-3, -2, -1, 0, 1, 2]),  # A dropped condition.
+    ([E, P, Q, B, A, B, R, T, E], [-1, 0, 1, 2, -2, -1, 0, 1, 2]),  # An image first
+    ([E, P, Q, B, R, T, B, A, E], [-1, 0, 1, 2, 0, 1, 2, 3, 4]),  # Two images, then a text
+    ([E, P, Q, B, A, B, W, E], [-1, 0, 1, 2, 3, 4, 5, 6]),  # An image, then two texts
+    ([E, M0, B, P, Q, E], [-3, -2, -1, 0, 1, 2]),  # A dropped condition
     ([E, P, B], [-1, 0, 1]),
     ([E], [0]),
     ([], []),
@@ -66,7 +66,7 @@ some_seeds = st.integers(0, 2**16)
 
 @given(st.integers(1, 6), st.booleans(), st.integers(0, 3), some_seeds)
 def test_without_neighbors_positions_differ_by_a_constant(words, whole_segments, num_spans, seed):
-  """Of a pair, spans included, and of a text: relative positions see no difference."""
+  """Relative positions are unaffected in a pair, including its spans, and in a text."""
   rng = np.random.default_rng(seed)
   for kinds in ([(False, words), (True, 4)], [(False, words)]):
     sample = join([document(kinds, rng)], VOCAB)
@@ -81,14 +81,14 @@ def test_images_of_pairs_stand_at_the_same_positions(words, seed):
   sample = join([document([(False, n), (True, 4)], rng) for n in words], VOCAB)
   positions = positions_of(sample, VOCAB, True)
   assert positions[VOCAB.is_image(sample)].tolist() == [0, 1, 2, 3] * len(words)
-  # What leads to an image counts backwards from it.
+  # Positions before an image count backwards from it.
   expected = [range(-n - 1, 5) for n in words]
   assert positions.tolist() == [-words[0] - 2, *itertools.chain(*expected)]
 
 
 @given(st.lists(some_kinds, min_size=1, max_size=3), st.integers(0, 3), some_seeds)
 def test_no_position_is_larger_than_the_index(documents, num_spans, seed):
-  """Nor is the first one smaller than minus the length, and within a unit they count by one."""
+  """The first position is at least minus the length, and positions in a unit rise by one."""
   rng = np.random.default_rng(seed)
   sample = join([document(kinds, rng) for kinds in documents], VOCAB)
   lengths = [4 if i else n for kinds in documents for i, n in kinds]

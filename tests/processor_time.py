@@ -1,8 +1,8 @@
-"""Counts the processor seconds of each test; with --fail-seconds, too many fail the session.
+"""Counts the processor seconds of each test; with --fail-seconds, a slow test fails the session.
 
-The seconds are those of all threads of the test's process, of processes that it waited for, and of
-commands of `tests.launched`. Setting up a fixture of a module or of the session counts for the
-fixture, not for the first test that asks for it.
+Counts all threads of the test's process, the processes that it waited for, and commands of
+`tests.launched`. The setup of a module or session fixture counts for the fixture, not for the first
+test that uses it.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ import pytest
 
 from tests import launched
 
-SHOWN = 15  # Rows of the summary.
-PROPERTY = "processor seconds"  # Of reports: seconds of the test, and of fixtures by name.
+SHOWN = 15  # Number of rows in the summary.
+PROPERTY = "processor seconds"  # (seconds of the test, fixture -> seconds) in a report.
 
 
 def now() -> float:
-  """Returns the processor seconds of this process and of those that it waited for."""
+  """Returns the processor seconds of this process, finished children, and `launched` servers."""
   times = os.times()
   total = times.user + times.system + times.children_user + times.children_system
   for server in launched.Server.running:
@@ -29,11 +29,11 @@ def now() -> float:
 
 
 class Counter:
-  """Counts in the process that runs tests, and reports with the end of each test."""
+  """Counts in the process that runs tests, and adds the seconds to each test's report."""
 
   def __init__(self):
     self._start = 0.0
-    self._shared: dict[str, float] = {}  # Of fixtures that the current test set up.
+    self._shared: dict[str, float] = {}  # Fixture that this test set up -> seconds.
 
   @pytest.hookimpl(wrapper=True)
   def pytest_fixture_setup(self, fixturedef):
@@ -61,7 +61,7 @@ class Counter:
 
 
 class Judge:
-  """Collects what `Counter` reports, prints the dearest, and fails the session."""
+  """Collects the seconds, prints the slowest tests, and fails the session over a limit."""
 
   def __init__(self, warn: float, fail: float):
     self.warn, self.fail = warn, fail
@@ -71,13 +71,13 @@ class Judge:
   def pytest_runtest_logreport(self, report):
     for name, value in report.user_properties:
       if name == PROPERTY:
-        test = re.sub(r"@[^]@]*$", "", report.nodeid)  # The group of --dist=loadgroup.
+        test = re.sub(r"@[^]@]*$", "", report.nodeid)  # Removes the group of --dist=loadgroup.
         self.tests[test], shared = value
         for fixture, seconds in shared.items():
           self.fixtures[fixture] = self.fixtures.get(fixture, 0.0) + seconds
 
   def over(self, limit: float) -> list[str]:
-    """Returns the tests of more seconds than a limit, the dearest first."""
+    """Returns the tests over a limit in seconds, slowest first."""
     found = [name for name, seconds in self.tests.items() if seconds > limit]
     return sorted(found, key=lambda name: -self.tests[name])
 

@@ -1,4 +1,4 @@
-"""Tests of the count of processor seconds, in sessions of their own."""
+"""Tests the count of processor seconds in separate pytest sessions."""
 
 import os
 import re

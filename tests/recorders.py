@@ -1,4 +1,4 @@
-"""Runs the scripts of a job with recorders in place of gcloud, xpk, srun and others."""
+"""Runs the scripts of a job with recorders that replace gcloud, xpk, srun and others."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from cm3leon_jax.planning import hardware, launchers
 
 ROOT = pathlib.Path(__file__).parents[1]
 POD = ROOT / "launch" / "pod"
-PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # shellcheck and hadolint are packages.
+PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # Also has shellcheck and hadolint.
 MISTAKE = 2  # Exit code of every command for a user's mistake.
 FLAGS = [
   "--config=ml_configs/cm3leon_7b.py:paper",
@@ -18,7 +18,7 @@ FLAGS = [
   "--config.raw.source=a b/it's {0..9}$(id)*\"$HOME",
 ]
 CLUSTER = {"PROJECT": "project", "ZONE": "us-west4-a"}
-KEY = "0123456789abcdef0123456789abcdef01234567"  # As one of Weights & Biases.
+KEY = "0123456789abcdef0123456789abcdef01234567"  # Looks like a key of Weights & Biases.
 
 
 class Recorders:
@@ -32,7 +32,7 @@ class Recorders:
   def add(self, name: str, then: str = "") -> None:
     """Adds a program that records its call and then runs the bash code `then`."""
     program = self._programs / name
-    # One write for each call, so that calls side by side do not mix.
+    # One write per call, so that parallel calls do not mix.
     record = f"call=$(printf '%s\\037' '{name}' \"$@\")\nprintf '%s\\n' \"$call\" >>'{self._log}'"
     program.write_text(f"#!/usr/bin/env bash\n{record}\n{then}\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Rules about several fields, and unknown fields."""
+"""Tests rules that involve several fields, and unknown fields."""
 
 import pytest
 

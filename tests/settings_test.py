@@ -20,7 +20,7 @@ from tests.messages import refused
 
 
 def settings_with(**fields) -> Settings:
-  """The defaults but for some fields, e.g. `train__steps=3`."""
+  """Returns the defaults with other values of `fields`, e.g. `train__steps=3`."""
   config = default_config().to_dict()
   for name, value in fields.items():
     section, _, field = name.partition("__")
@@ -32,7 +32,7 @@ def settings_with(**fields) -> Settings:
 
 
 def schemas() -> dict[tuple[str, str], dict]:
-  """Returns the type and range of every field of every section, as pydantic reads them."""
+  """Returns (section, field) -> JSON schema with type and range."""
   found = {}
   for section, cls in SECTIONS.items():
     properties = pydantic.TypeAdapter(cls).json_schema()["properties"]
@@ -41,12 +41,12 @@ def schemas() -> dict[tuple[str, str], dict]:
 
 
 SCHEMAS = schemas()
-# A value of another type, for each type; no value is converted except an int to a float.
+# Type -> value of another type. Only an int is converted, to a float.
 OTHER_TYPE = {"string": 3, "boolean": 1, "integer": "3", "number": "3", "array": 3}
 
 
 def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
-  """Yields a value of another type, one just out of each bound, and where in it the mistake is."""
+  """Yields (value, place of the mistake in it): another type, and one value beyond each bound."""
   yield OTHER_TYPE[schema["type"]], ()
   step = 0.1 if schema.get("type") == "number" else 1
   if "enum" in schema:
@@ -63,11 +63,11 @@ def wrong_values(schema: dict) -> Iterator[tuple[Any, tuple[int, ...]]]:
     yield schema["multipleOf"] + 1, ()
   if "minItems" in schema:
     yield (), ()
-  if "type" in schema.get("items", {}):  # Another test refuses items that are dataclasses.
+  if "type" in schema.get("items", {}):  # Another test covers dataclasses.
     yield from (((value,), (0, *path)) for value, path in wrong_values(schema["items"]))
 
 
-# Tuples that must not be empty, which docs/config.md does not say.
+# Tuples that must not be empty, although docs/config.md does not mention it.
 NOT_EMPTY = {("reinforce", "tasks"), ("evaluation", "scene_guidance")}
 
 
@@ -107,7 +107,7 @@ INTEGERS = [field for field, schema in SCHEMAS.items() if schema.get("type") == 
 
 @pytest.mark.parametrize(("section", "field"), INTEGERS)
 def test_the_largest_whole_number_takes_no_time(section, field):
-  """2^70 as `vqgan.discriminator_layers` took for ever."""
+  """Regression: `vqgan.discriminator_layers` of 2^70 hung."""
   with refused(FieldError, path=(field,)):
     settings_with(**{f"{section}__{field}": 2**70})
   begin = time.process_time()

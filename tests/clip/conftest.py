@@ -1,4 +1,4 @@
-"""A CLIP of transformers with random weights."""
+"""Provides a transformers CLIP with random weights."""
 
 import shutil
 

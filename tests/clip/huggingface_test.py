@@ -36,7 +36,7 @@ KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)
 NORMALIZE = (
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
-)  # Mean and deviation.
+)  # Mean and standard deviation.
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -68,7 +68,7 @@ def test_embeddings_equal_torch(checkpoint):
   np.testing.assert_allclose(embed(clip.config), texts, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(clip.embed_images(images), image_embeddings, atol=TOLERANCE, rtol=0)
   assert clip.embed_images(images).dtype == np.float32
-  # Negative controls: another activation, the other rule of where a caption ends.
+  # Negative controls: the other activation, and the other rule for the end of a caption.
   other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[clip.config.text.activation]
   for wrong in (
     dataclasses.replace(clip.config, text=dataclasses.replace(clip.config.text, activation=other)),
@@ -80,7 +80,7 @@ def test_embeddings_equal_torch(checkpoint):
     ),
   ):
     assert np.abs(embed(wrong) - texts).max() > 100 * TOLERANCE
-  # Rows where the end is the largest id.
+  # In these rows the end token is the largest id, so both rules agree.
   assert np.abs(embed(clip.config)[:2] - embed(wrong)[:2]).max() < TOLERANCE
 
 
@@ -98,12 +98,12 @@ def test_captions_equal_torch(checkpoint):
   )
   np.testing.assert_allclose(clip.embed_texts(ids), expected, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(clip.embed_texts(ids[1:2])[0], expected[1], atol=TOLERANCE, rtol=0)
-  # A caption without tokens has start and end.
+  # A caption without tokens still has a start and an end token.
   assert clip.embed_texts([ids[0][:0]]).shape == (1, 24)
 
 
 def test_every_tensor_matters(folder):
-  """All that a checkpoint holds is used; only a key's bias cannot matter to a softmax."""
+  """Every tensor changes the embeddings, except key biases, which cancel in the softmax."""
   clip, tokens = load(folder), some_tokens()
   pixels = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
 
@@ -131,11 +131,11 @@ def test_eight_devices_embed_as_one(folder):
   images, one, eight = some_images(70), load(folder), load(folder, devices=8)
   texts = [one.encode(f"{i} apples") for i in range(70)]
   assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
-  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # As in generation.
+  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # The mesh of generation.
     np.testing.assert_allclose(eight.embed_images(images), one.embed_images(images), atol=1e-6)
     np.testing.assert_allclose(eight.embed_texts(texts), one.embed_texts(texts), atol=1e-6)
     few = eight.in_batches(3)
-    assert few.batch_size == 8  # A row for each device.
+    assert few.batch_size == 8  # One row per device.
     np.testing.assert_allclose(few.embed_texts(texts[:9]), one.embed_texts(texts[:9]), atol=1e-6)
   assert np.abs(np.diff(one.embed_images(images), axis=0)).max(1).min() > 1e-3
 
@@ -169,7 +169,7 @@ def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
     np.testing.assert_allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
 
 
-# As a module, so that it can run in a process that has the imports of commands.
+# A module, so that `tests.launched` can run it.
 WITHOUT_TORCH = """
 import sys
 import numpy as np
@@ -183,13 +183,13 @@ print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).sh
 @pytest.mark.slow
 def test_it_needs_no_torch(folder, tmp_path):
   (tmp_path / "without_torch.py").write_text(WITHOUT_TORCH)
-  missing = ("torch", "torchvision")  # Not to be imported.
+  missing = ("torch", "torchvision")  # These must not be imported.
   done = run("without_torch", ["without_torch", str(folder)], cwd=tmp_path, missing=missing)
   assert done.stdout.endswith("(1, 24) (2, 24)\n"), done.stderr
 
 
 def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
-  """The stage runs: queries are captions with tokens dropped, images have their own size."""
+  """Runs the stage with token dropout in queries, and with images that must be resized."""
   splits = ["train", "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": f"the k{i} red apples", "split": splits[i % 4]} for i in range(12)

@@ -1,4 +1,4 @@
-"""Makes one tiny run for the tests of a file of this folder."""
+"""Makes one tiny run for each test file of this folder."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.generation.run import SETTINGS, save_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run whose average is `random_params`, and whose parameters are NaN."""
+  """Returns a run whose averaged parameters are `random_params`, and whose last ones are NaN."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   save_run(root)
   return root
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-  """The folder that the command writes for a run, copied elsewhere."""
+  """Returns a copy, at another path, of the folder that the command writes."""
   output = tmp_path_factory.mktemp("exported") / "output"
   export.main(SETTINGS, run, choice=choices.Choice(format="stablehlo"), output=str(output))
   return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")

@@ -25,8 +25,8 @@ from tests.messages import refused
 torch = pytest.importorskip("torch")
 from cm3leon_jax.export import decode_image  # noqa: E402
 
-K = 30  # Of FSQ 6 x 5 levels, an even and an odd number.
-TOLERANCE = 1e-4  # Of pixels in [-1, 1], fp32.
+K = 30  # Number of codes: FSQ with 6 x 5 levels, one even and one odd.
+TOLERANCE = 1e-4  # fp32 pixels in [-1, 1].
 PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
 PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}
 VARIANTS = {
@@ -49,7 +49,7 @@ VARIANTS |= {
 
 
 def random_tokenizer(fields: dict) -> ImageTokenizer:
-  """A tokenizer whose biases are not zero."""
+  """Returns a tokenizer with nonzero biases."""
   config = VQGANConfig(**fields, adversarial_weight=0.0)
   params = jax.eval_shape(lambda: vqgan.init_params(config, K, jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -62,7 +62,6 @@ def random_tokenizer(fields: dict) -> ImageTokenizer:
 
 
 def pixels_of(tokenizer: ImageTokenizer, codes):
-  """Decodes to fp32 pixels with JAX."""
   side = tokenizer.config.resolution // tokenizer.config.downsample
 
   @jax.jit
@@ -74,7 +73,7 @@ def pixels_of(tokenizer: ImageTokenizer, codes):
 
 
 def save(tokenizer: ImageTokenizer, folder):
-  """Writes a vqgan/ and the image tokenizer of an export; returns the folder of the latter."""
+  """Writes a tokenizer as vqgan/ and as an export; returns the folder of the export."""
   tokenizer.save(folder / "run" / "vqgan")
   image_tokenizer.write(folder / "export", Run(folder / "run", SETTINGS))
   return folder / "export" / IMAGES
@@ -82,7 +81,7 @@ def save(tokenizer: ImageTokenizer, folder):
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def variant(request, tmp_path_factory):
-  """Tokenizer, its exported folder, codes of three images, and their pixels by JAX."""
+  """Returns a tokenizer, its exported folder, codes of three images, and their pixels in JAX."""
   tokenizer = random_tokenizer(VARIANTS[request.param])
   codes = np.random.default_rng(1).integers(0, K, (3, tokenizer.config.image_tokens))
   folder = save(tokenizer, tmp_path_factory.mktemp("variant"))
@@ -104,7 +103,7 @@ def test_pixels_are_those_of_the_image_tokenizer(variant):
 
 
 def test_every_tensor_is_read_and_normalization_counts(variant):
-  """Negative control: another tensor, or another normalization, changes pixels or scores."""
+  """Negative control: changing any tensor or the normalization changes pixels or scores."""
   _, folder, codes, expected = variant
   config, tensors = read_json(folder / "config.json"), decode_image.load(folder).tensors
   image = torch.tensor(expected[0])
@@ -136,7 +135,7 @@ def test_images_are_encoded_as_by_the_image_tokenizer(variant):
   for image, found, right in zip(images, codes, expected):
     near = decode_image.load(folder).scores(torch.tensor(image) / 127.5 - 1).numpy()
     places = np.arange(len(right))
-    tie = near[places, found] - near[places, right] < 1e-5  # Of two codes either is the nearest.
+    tie = near[places, found] - near[places, right] < 1e-5  # Equally near codes.
     np.testing.assert_array_equal(found[~tie], right[~tie])
     assert (found == right).mean() > 0.9
   with refused(ValueError):
@@ -198,7 +197,7 @@ def test_other_codes_are_refused(folder, codes):
 
 
 def run_script(folder, *arguments):
-  """Runs the script as its users do, without what they may not have."""
+  """Runs the script as users do, without packages that they may lack."""
   absent = "jax", "flax", "cm3leon_jax"
   code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); del sys.argv[0]; "
   code += "sys.path.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -242,7 +241,7 @@ def test_the_script_writes_images_without_this_package(folder, tmp_path):
   ],
 )
 def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, content, target, message):
-  """In this process, which has all imports."""
+  """Runs in this process, which has all packages."""
   source = tmp_path / "codes.json"
   if content is not None:
     source.write_text(content)

@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 
 VOCAB = VocabLayout()
 LENGTH, PADDED, GENERATED = 24, 7, 256
-FP32, FP64 = 1e-4, 1e-10  # Largest difference of two logits.
+FP32, FP64 = 1e-4, 1e-10  # Maximum difference of logits.
 PLAIN = {"attention": "plain", "remat_policy": "none"}
 CONFIG = ModelConfig(vocab_size=VOCAB.size, max_positions=320, **PLAIN, **SIZES)
 MODELS = {
@@ -42,7 +42,7 @@ MODELS = {
 
 
 def rows():
-  """Ids, positions and attention mask [3, LENGTH]; the second row is padded on the left."""
+  """Returns ids, positions and mask [3, LENGTH]; the second row is padded on the left."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, VOCAB.size, (3, LENGTH)).astype(np.int32)
   tokens[:, ::3] = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, tokens[:, ::3].shape))
@@ -61,7 +61,7 @@ def write(folder, config, params):
 
 
 class Rotary(torch.nn.Module):
-  """Rotary positions of transformers, but in fp64; those of Qwen3 are always fp32."""
+  """Rotary positions in fp64; transformers' Qwen3 always uses fp32."""
 
   def __init__(self, head_dim, base):
     super().__init__()
@@ -74,7 +74,7 @@ class Rotary(torch.nn.Module):
 
 
 def use_fp64_throughout(model):
-  """Replaces the two parts of Qwen3 that compute in fp32 whatever the dtype of the model is."""
+  """Replaces the two parts of Qwen3 that always compute in fp32."""
   config = model.config
   model.model.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
   for module in list(model.modules()):
@@ -94,7 +94,7 @@ def load(folder, dtype):
 
 
 def theirs(folder, dtype=torch.float32, change=lambda model: None):
-  """Logits of transformers [3, LENGTH, V]; OPT gets its positions from the mask alone."""
+  """Returns logits [3, LENGTH, V] of transformers; OPT derives positions from the mask."""
   tokens, positions, mask = (torch.from_numpy(x).long() for x in rows())
   model = load(folder, dtype)
   change(model)
@@ -104,7 +104,7 @@ def theirs(folder, dtype=torch.float32, change=lambda model: None):
 
 
 def difference(a, b):
-  """Largest difference of logits where there is a token."""
+  """Returns the largest difference of logits outside of padding."""
   return np.abs(a - b)[rows()[2] == 1].max()
 
 
@@ -115,7 +115,7 @@ def ours(config, params):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-  """Several threads wait for each other longer than they work."""
+  """With several threads, torch spends more time waiting than computing."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield
@@ -124,7 +124,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """Name of a model -> its config, parameters, folder of its export, logits of this project."""
+  """Returns a function: model name -> config, parameters, exported folder, logits in JAX."""
   cache = {}
 
   def make(name):
@@ -189,7 +189,7 @@ def transpose(name):
 
 
 OPT, QWEN3 = "model.decoder.layers.1.self_attn", "model.layers.1.self_attn"
-# Model, what is wrong, change of its tensors, of its config.json, of the model in transformers.
+# (Model, mistake, changes of its tensors, of its config.json, and of the loaded model).
 WRONG = [
   ("opt", "eps", None, {}, set_eps),
   ("opt", "activation", None, {"activation_function": "gelu"}, None),
@@ -208,7 +208,7 @@ WRONG = [
   ("name", "wrong", "tensors", "config", "model"), WRONG, ids=lambda x: x if type(x) is str else ""
 )
 def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors, config, model):
-  """Negative controls: each of them fails the comparison in fp32."""
+  """Negative controls: each change fails the comparison in fp32."""
   _, _, folder, logits = made(name)
   copy = tmp_path / "copy"
   shutil.copytree(folder, copy)
@@ -225,7 +225,7 @@ def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors
 
 @functools.partial(jax.jit, static_argnums=0)
 def greedy(config, params, tokens, positions, mask):
-  """Tokens [3, LENGTH + GENERATED]: each new one has the largest logit after all before it."""
+  """Appends the tokens with the largest logits: [3, LENGTH + GENERATED]."""
   model = transformer.bind(config, params)
 
   def step(i, tokens):
@@ -244,7 +244,7 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
   config, params, folder, _ = made(name)
   tokens, _, mask = rows()
   model = load(folder, torch.float64)
-  model.generation_config.eos_token_id = None  # To the end, whatever the tokens are.
+  model.generation_config.eos_token_id = None  # No token ends generation.
   given, present = (torch.from_numpy(x).long() for x in (tokens, mask))
   options = {"do_sample": False, "max_new_tokens": GENERATED}
   found = model.generate(given, attention_mask=present, **options).numpy()
@@ -260,7 +260,7 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
-  """Live on 8 devices; read from the disk without any mesh, into several files as well."""
+  """Saved on 8 devices, then read without a mesh and exported to one or several files."""
   config = dataclasses.replace(MODELS[name], vocab_size=96, max_positions=32, num_layers=3)
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(config)

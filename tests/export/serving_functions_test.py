@@ -58,7 +58,7 @@ def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype
 
 
 def test_aligned_int8_decoders_with_neighbors_draw_as_the_generator(run):
-  """The functions as they are traced; prompts with images have positions of their own."""
+  """Calls the functions before export; prompts with images use aligned positions."""
   sampling = dataclasses.replace(SETTINGS.sampling, guidance_schedule="linear")
   model = dataclasses.replace(SETTINGS.model, **MODERN)
   changed = dataclasses.replace(SETTINGS, model=model, sampling=sampling)

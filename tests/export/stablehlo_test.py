@@ -1,4 +1,4 @@
-"""Tests of the StableHLO export: what a folder serves by jax alone equals what `Generator` does."""
+"""Tests that a StableHLO export, served with jax only, generates the same as `Generator`."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
 SEEDS = [3, 4, 5]
-MOST = 7  # Tokens of a description.
+MOST = 7  # Maximum tokens of a description.
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
 PACKAGES += ("tokenizers",)
 ALONE = """
@@ -70,12 +70,12 @@ except ModuleNotFoundError as error:
 
 @pytest.fixture(scope="module")
 def served(run, folder, tmp_path_factory):
-  """Results and printed lines of an isolated process that has jax, what it needs, nothing else."""
+  """Returns results and output of an isolated process with only jax and its dependencies."""
   site = tmp_path_factory.mktemp("site")
   for name in PACKAGES:
     package = pathlib.Path(importlib.util.find_spec(name).origin).parent
     (site / name).symlink_to(package)
-  [(_, command)] = snippets((folder / "README.md").read_text())  # The one of the model card.
+  [(_, command)] = snippets((folder / "README.md").read_text())  # The model card's command.
   python, *command = shlex.split(command)
   ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
   arguments = [str(site), *map(json.dumps, (CAPTIONS, SEEDS, MOST, ids)), *command]
@@ -93,7 +93,7 @@ def served(run, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(run):
-  """Results of `Generator` for the same requests: images, tokens, ids of their descriptions."""
+  """Returns the results of `Generator` for the same requests."""
   image = [request.text_to_image(VOCAB, 16, caption) for caption in CAPTIONS]
   with one_device():
     generator = Generator(random_params(SETTINGS.model), GeneratorConfig.of(SETTINGS))
@@ -122,7 +122,7 @@ def test_one_artifact_serves_any_batch(served, generated):
 
 
 def test_settings_are_those_of_each_sample(served):
-  """Guidance 3 is the default of the run."""
+  """The third sample has the run's default guidance of 3."""
   results, _ = served
   same = (results["unlike"] == results["tokens"]).all(axis=1)
   assert same.tolist() == [False, False, True]
@@ -206,7 +206,7 @@ def test_a_missing_flatbuffers_is_named(monkeypatch):
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])
 def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
-  """The tokenizers of scenes-instruct are those of another bundle."""
+  """scenes-instruct uses the tokenizers of another bundle."""
   monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
   written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
   folder, params, changed, image_tokenizer, texts, weight_dtype = written
@@ -236,8 +236,9 @@ def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
   np.testing.assert_array_equal(found, decode(weights, tokens=tokens))
 
 
-# Compiles by libtpu, which a process cannot unload: generate_image on a device of v5e-8, and split
-# over all eight, by shard_map and by the compiler; the other artifacts on one device.
+# Compiles with libtpu in a new process, because libtpu cannot be unloaded. Compiles generate_image
+# for one device of v5e-8, and for all eight with shard_map and with automatic partitioning; the
+# other artifacts for one device.
 FOR_TPU = """
 import collections, json, re, sys
 from cm3leon_jax.planning import topology

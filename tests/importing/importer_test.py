@@ -20,7 +20,7 @@ from tests.generation.run import make_config
 from tests.importing import published
 from tests.models.tiny import mesh_of, random_params
 
-TOLERANCE = 1e-4  # Of the loss of a token, in nats; fp32, losses of 7.
+TOLERANCE = 1e-4  # Nats per token, fp32; losses are about 7.
 SAMPLES = np.random.default_rng(0).integers(0, published.TOKENS, (2, 24)).astype(np.int32)
 QWEN3 = {"family": "modern", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "head_size": 12}
 QWEN3 |= {"rope_base": 1e6}
@@ -39,7 +39,7 @@ def imported(source, workdir, settings):
 
 
 def losses_of(params, settings) -> np.ndarray:
-  """Losses of SAMPLES among the text ids of the source, in nats, on the current mesh."""
+  """Returns losses of SAMPLES in nats, with logits of the source's text ids only."""
   vocab, losses = settings.vocab, []
   model = dataclasses.replace(settings.model, attention="plain")
   for sample in SAMPLES:
@@ -62,7 +62,7 @@ def losses_of_original(model) -> np.ndarray:
 
 
 def losses_of_import(workdir, settings, change=None) -> np.ndarray:
-  """Losses of what is in `init`, as launch.train reads it, on eight devices."""
+  """Returns losses of the parameters in `init`, read on eight devices as launch.train does."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = initial.load(initial.find(settings, str(workdir / "init")), settings)
     return losses_of(params if change is None else change(params), settings)
@@ -91,7 +91,6 @@ def test_a_qwen3_has_the_loss_of_the_original(tied, dtype, shards, tmp_path):
 
 
 def test_other_rotations_and_orders_of_heads_have_another_loss(tmp_path, monkeypatch):
-  """Negative control."""
   source = tmp_path / "source"
   expected = losses_of_original(published.save_qwen3(source))
   settings = settings_for(QWEN3)

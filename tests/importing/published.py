@@ -1,4 +1,4 @@
-"""Random models of published layouts, written by transformers, with a tokenizer like theirs."""
+"""Writes random models in published layouts with transformers, and similar tokenizers."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ import random
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-ROWS = 480  # Of the tables: more than the tokenizer has tokens, as in Qwen3.
+ROWS = 480  # Rows of the embedding; as in Qwen3, more than the tokenizer has tokens.
 TOKENS = 470
-ADDED = {"<|endoftext|>": True, "<think>": False, "</s>": True}  # Name -> whether it is special.
-# As in Qwen's tokenizer: numbers are split into digits, a mark joins the letters after it.
+ADDED = {"<|endoftext|>": True, "<think>": False, "</s>": True}  # Whether a token is special.
+# As in Qwen's tokenizer, numbers are split into digits, and a mark joins the letters after it.
 SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,7 +23,7 @@ WORDS = [f"{a} {b} left of {c}" for a in ("red", "blue", "green") for b in ("bel
 def save_tokenizer(
   folder: pathlib.Path, normalizer=None, gpt2: bool = False
 ) -> tokenizers.Tokenizer:
-  """Writes a byte-level BPE of `TOKENS` ids like Qwen's, or like GPT-2's, and returns it."""
+  """Writes and returns a byte-level BPE with `TOKENS` ids, like Qwen's or GPT-2's."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.NFC() if normalizer is None else normalizer
   if gpt2:
@@ -50,7 +50,7 @@ def save_tokenizer(
 
 
 def randomize(model, seed: int = 0) -> None:
-  """Gives a model random weights whose logits are not tiny; scales of norms are around 1."""
+  """Gives a model random weights, so that logits are not tiny; norm scales are around 1."""
   import torch
 
   generator = torch.Generator().manual_seed(seed)
@@ -61,14 +61,14 @@ def randomize(model, seed: int = 0) -> None:
 
 
 def _save(model, folder: pathlib.Path, **options):
-  """Writes a model and reads it again: `to(float16)` has rounded its rotary frequencies, too."""
-  with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Progress bars.
+  """Writes and reads a model, because `to(float16)` also rounded its rotary frequencies."""
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # No progress bars.
     model.save_pretrained(folder, **options)
     return type(model).from_pretrained(folder, dtype="float32").eval()
 
 
 def save_qwen3(folder: pathlib.Path, dtype="float32", shards: str = "50GB", **fields):
-  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model as transformers reads it."""
+  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model that transformers reads."""
   import torch
   import transformers
 

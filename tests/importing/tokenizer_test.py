@@ -19,12 +19,12 @@ VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16
 
 
 def with_token(number) -> dict:
-  """Changes a vocabulary: it has a further token of this id."""
+  """Returns a change that adds a token with this id to a vocabulary."""
   return {"model": lambda model: {"vocab": {**model["vocab"], "zzz": number}}}
 
 
 def split_by(pattern: str) -> dict:
-  """A pre-tokenizer that splits texts by a regular expression, and then into bytes."""
+  """Returns a pre-tokenizer that splits at a regular expression, then into bytes."""
   options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
   split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
   return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **options}]}
@@ -32,7 +32,7 @@ def split_by(pattern: str) -> dict:
 
 @pytest.fixture(scope="module", params=["qwen", "gpt2"])
 def rewritten(request, tmp_path_factory):
-  """The source, its folder, the folder of the rewritten tokenizer, and what differs."""
+  """Returns the source tokenizer, its folder, the rewritten folder, and notes on differences."""
   source = tmp_path_factory.mktemp("source")
   original = published.save_tokenizer(source, gpt2=request.param == "gpt2")
   made, notes = rewrite(read_tokenizer(source, published.ROWS), published.ROWS, VOCAB)
@@ -52,7 +52,7 @@ def tokenizer(rewritten):
 def test_ids_are_those_of_the_source_after_a_space(rewritten, tokenizer, text):
   expected = np.array(rewritten[0].encode(" " + text).ids)
   np.testing.assert_array_equal(tokenizer.encode(text) - VOCAB.num_special, expected)
-  assert len(expected) < len(text.encode())  # Some merges took part.
+  assert len(expected) < len(text.encode())  # Some merges apply.
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
@@ -140,7 +140,7 @@ def test_other_tokenizers_are_refused(change, tmp_path):
 
 
 def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
-  """`tokenizers` panics then, which is no Exception."""
+  """`tokenizers` panics then, and a panic is not an `Exception`."""
   published.save_tokenizer(tmp_path)
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text()) | {"pre_tokenizer": split_by("(a+)+$")}

@@ -37,7 +37,7 @@ def settings_of_run():
 
 @pytest.fixture(scope="module")
 def imported(qwen3_folder, tmp_path_factory):
-  """The stages before training, with the tokenizer and the parameters of a Qwen3."""
+  """Returns a run before training, with the tokenizer and parameters of a Qwen3."""
   folder = tmp_path_factory.mktemp("run")
   make_workdir(folder, settings_of_run())
   shutil.rmtree(folder / "text_tokenizer")
@@ -65,11 +65,11 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   for name in ("embed", "head"):
     before, after = (np.asarray(tree[name]) for tree in (start, trained))
     assert 0 < np.abs(after - before).max() < 10 * STEPS * 1e-3
-    codes = slice(settings.vocab.text_size, None)  # Equal rows became unequal.
+    codes = slice(settings.vocab.text_size, None)  # Equal rows must become different.
     assert np.ptp(before[codes], axis=0).max() == 0
     seen = np.unique(after[codes].round(7), axis=0)
     assert len(seen) > 60
-  train.main(settings, epath.Path(folder))  # Finished.
+  train.main(settings, epath.Path(folder))  # The run is already finished.
   assert "finished already" in capsys.readouterr().out
 
 
@@ -139,7 +139,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
 
 
 def test_a_finished_import_of_this_project_keeps_its_tokenizer(imported, tmp_path):
-  """What was imported is an export, too: it goes from one workdir to another."""
+  """An imported model is also a valid export, so another workdir can import it."""
   settings = settings_of_run()
   import_weights.main(settings, epath.Path(tmp_path), str(imported / "init"))
   for name in ("text_tokenizer/tokenizer.json", "init/model.safetensors", "init/config.json"):

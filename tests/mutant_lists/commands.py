@@ -1,4 +1,4 @@
-"""Mutants of the command line and of what commands print."""
+"""Lists mutants of the commands and their output."""
 
 from tests.mutant_lists.mutant import Mutant
 

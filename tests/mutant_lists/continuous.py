@@ -1,4 +1,4 @@
-"""Mutants of continuous batching: what is written when a sample is admitted, rings, and turns."""
+"""Lists mutants of continuous batching: admission, ring caches, and turns."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Mutants of what becomes of documents: CM3, the row plan, rows, and near-duplicates."""
+"""Lists mutants of the data path: CM3, the row plan, rows, and near-duplicates."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Mutants of decoding in batches: sampling, guidance, grammar, cache and speculation."""
+"""Lists mutants of decoding in batches: sampling, guidance, grammar, cache and speculation."""
 
 from tests.mutant_lists.mutant import mutants_of
 

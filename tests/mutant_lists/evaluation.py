@@ -1,4 +1,4 @@
-"""Mutants of evaluation, reports, configs and stages."""
+"""Lists mutants of evaluation, reports, configs and stages."""
 
 from tests.mutant_lists.mutant import mutants_of
 

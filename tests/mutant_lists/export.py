@@ -1,4 +1,4 @@
-"""Mutants of the exports."""
+"""Lists mutants of the exports."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Mutants of the import of weights, and of reading them onto a mesh."""
+"""Lists mutants of the import of weights, including reading onto a mesh."""
 
 from tests.mutant_lists.mutant import mutants_of
 

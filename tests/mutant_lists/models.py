@@ -1,4 +1,4 @@
-"""Mutants of the decoder: attention, norms, rotary positions, and the parameters it starts from."""
+"""Lists mutants of the decoder: attention, norms, rotary positions, and initial parameters."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,17 +1,17 @@
-"""A mutant, and a short way to write those of one file."""
+"""Defines a mutant, and a short notation for the mutants of a file."""
 
 from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-  """One wrong program.
+  """A change that makes the package wrong.
 
   Attributes:
-    name: what is wrong.
-    file: that is changed.
-    old: text of the file, found there once.
-    new: text in its place.
-    tests: files, or tests as pytest names them, that claim to notice it.
+    name: description of the mistake.
+    file: the changed file.
+    old: text that occurs once in the file.
+    new: replacement of `old`.
+    tests: test files or node ids that must notice the mutant.
   """
 
   name: str
@@ -22,10 +22,10 @@ class Mutant(NamedTuple):
 
 
 def mutants_of(*listing: str | tuple[str, str, str]) -> tuple[Mutant, ...]:
-  """Mutants of a listing: a file, and each of its mutants as (name, old, new).
+  """Returns the mutants of a listing: a file, then (name, old, new) of each of its mutants.
 
-  The tests beside a file, `tests/x/y_test.py` of `cm3leon_jax/x/y.py`, notice its mutants, or those
-  that the listing names before them.
+  `tests/x/y_test.py` must notice the mutants of `cm3leon_jax/x/y.py`, unless the listing names
+  another test before them.
   """
   found, file, test = [], "", ""
   for entry in listing:

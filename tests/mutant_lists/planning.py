@@ -1,4 +1,4 @@
-"""Mutants of the planner: hardware by its names, costs of stages, files of launchers."""
+"""Lists mutants of the planner: hardware names, costs of stages, launcher files."""
 
 from tests.mutant_lists.mutant import mutants_of
 

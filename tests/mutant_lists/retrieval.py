@@ -1,4 +1,4 @@
-"""Mutants of the retrieval rules."""
+"""Lists mutants of the retrieval rules."""
 
 from tests.mutant_lists.mutant import mutants_of
 

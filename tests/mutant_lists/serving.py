@@ -1,4 +1,4 @@
-"""Mutants of the HTTP server: batches, clients that leave, limits, what is shown."""
+"""Lists mutants of the HTTP server: batches, disconnecting clients, limits, displayed values."""
 
 from tests.mutant_lists.mutant import mutants_of
 

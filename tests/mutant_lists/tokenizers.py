@@ -1,4 +1,4 @@
-"""Mutants of the image tokenizers and their training."""
+"""Lists mutants of the image tokenizers and their training."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -1,4 +1,4 @@
-"""Mutants of the loss, the optimizer, checkpoints and the small trainers."""
+"""Lists mutants of the loss, the optimizer, checkpoints and the small trainers."""
 
 from tests.mutant_lists.mutant import mutants_of
 

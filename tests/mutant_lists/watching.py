@@ -1,4 +1,4 @@
-"""Mutants of what watches a run: hang watch, boards, metrics for Prometheus, checked steps."""
+"""Lists mutants of monitoring: hang watch, boards, Prometheus metrics, checked steps."""
 
 from tests.mutant_lists.mutant import mutants_of
 

@@ -19,7 +19,7 @@ def rows():
 def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
   monkeypatch.setattr(
     arrays, "READ_BYTES", 7 * 6 * 2
-  )  # Chunks of 7 rows and files of 14, which the appends do not respect.
+  )  # Chunks of 7 rows and files of 14; the appends cross their borders.
   monkeypatch.setattr(arrays, "FILE_BYTES", 14 * 6 * 2)
   store = ArrayStore.create(tmp_path / "a", (6,), np.float16)
   assert store[:].shape == (0, 6)
@@ -71,13 +71,13 @@ def test_preparing_keeps_what_fits(tmp_path, rows):
   store.write(30, rows[30:])
   store.commit()
   np.testing.assert_array_equal(store[:], rows)
-  # Another dtype: everything anew.
+  # Another dtype discards all rows.
   assert not ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)
   store = ArrayStore(tmp_path / "a")
   store.commit()
   assert store.dtype == np.float16
   with refused(UserError):
-    store[:]  # They were not written.
+    store[:]  # No row was written.
 
 
 def write_rows(path, start, stop):
@@ -109,7 +109,6 @@ def files_of(path):
 
 @pytest.fixture
 def small_files(monkeypatch):
-  """Chunks of 4 rows of 4 int32, and files of 8."""
   monkeypatch.setattr(arrays, "READ_BYTES", 4 * 16)
   monkeypatch.setattr(arrays, "FILE_BYTES", 8 * 16)
 
@@ -123,7 +122,7 @@ def write_ids(path, ids):
 
 
 def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
-  """Without the checks, a lost file reads as zeros: neighbors would all be document 0."""
+  """Without checks, a lost file would read as zeros, so all neighbors would be document 0."""
   path, zeros = tmp_path / "neighbors" / "train_pairs" / "ids", np.zeros((20, 4), np.int32)
   store = write_ids(path, zeros)
   np.testing.assert_array_equal(store.read_all(), zeros)
@@ -154,7 +153,7 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
 
 
 def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, small_files):
-  """Only the number of rows may be larger: a writer that was killed leaves it so."""
+  """Only a too large row count is harmless, because a killed writer leaves it so, too."""
   ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
   write_ids(tmp_path / "a", ids)
   path = tmp_path / "a" / arrays.METADATA
@@ -173,7 +172,7 @@ def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, sma
 
 
 def test_rows_of_another_array_are_an_error(tmp_path, small_files):
-  """A whole file at a wrong place has right checksums."""
+  """An intact file at a wrong place has correct checksums."""
   ids = np.arange(80, dtype=np.int32).reshape(20, 4)
   write_ids(tmp_path / "a", ids)
   first, second, _ = files_of(tmp_path / "a")

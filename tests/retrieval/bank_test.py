@@ -42,7 +42,7 @@ def encode(text):
 
 
 def make_raw(folder, n=24, num_shards=3, first="train"):
-  """Writes n pairs of random images: of every four one is `first`, and one is held out."""
+  """Writes n pairs with random images; of every four, one is in `first` and one is held out."""
   images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
   splits = [first, "train", "train", "heldout"]
   pairs = [
@@ -59,7 +59,7 @@ def build(root, out="out", config=CONFIG, runner=Runner(), dropout=0.2):  # noqa
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-  """A folder with raw/ and out/, and the summary."""
+  """Returns a folder with raw/ and out/, and the summary."""
   root = tmp_path_factory.mktemp("bank")
   make_raw(root / "raw")
   return root, build(root)
@@ -108,7 +108,7 @@ def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
     ids = neighbors.load_neighbors(tmp_path / "alone", f"{split}_pairs")
     assert len(ids) == count
     assert set(ids[ids >= 0].tolist()) == set(range(12, 18))
-  # The same documents, all of them trained on, are embedded alike.
+  # The same documents have the same embeddings if all are training documents.
   make_raw(tmp_path / "all")
   job = EmbedJob(str(tmp_path / "all"), str(tmp_path / "trained"), tiny_clip, 0.2, 0, {})
   bank_lib.embed(job, WIDTH, {}, Runner())
@@ -132,7 +132,7 @@ def test_the_stage_writes_neighbors_of_both_splits(built):
   assert summary["train_rejected_own_group"] > 0
   assert neighbors.load_neighbors(root / "out", "heldout_pairs").shape == (6, 4)
   by_caption = neighbors.load_neighbors(root / "out", "heldout_pairs", text_only=True)
-  query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # the first held-out caption
+  query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # The first held-out caption.
   np.testing.assert_array_equal(
     Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0]
   )
@@ -208,7 +208,7 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   ],
 )
 def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
-  """What the message says to do must not strand a run: the id of the stage stays."""
+  """After the repair that the message suggests, the id of the stage is unchanged."""
   make_raw(tmp_path / "raw")
   out = tmp_path / "neighbors"
 
@@ -234,7 +234,7 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   summary = build(tmp_path, config=config)
   assert summary["backend"] == "scann"
   ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")
-  monkeypatch.setattr(index.ScannIndex, "build", None)  # Nothing builds it again.
+  monkeypatch.setattr(index.ScannIndex, "build", None)  # Fails if the index is built again.
   assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
 

@@ -31,7 +31,7 @@ CAPTIONS = [f"a {color} {thing} at the left" for thing in OBJECTS for color in C
 
 
 class BlindCLIP:
-  """A CLIP to which all captions and all images are the same."""
+  """A CLIP with equal embeddings for all captions and images."""
 
   resolution = WIDTH
 
@@ -46,7 +46,7 @@ class BlindCLIP:
 
 
 def make_raw(folder, captions=CAPTIONS, num_shards=3):
-  """Writes pairs of captions and random images, every fourth held out."""
+  """Writes pairs with random images; every fourth is held out."""
   images = np.random.default_rng(0).integers(0, 256, (len(captions), 16, 16, 3), np.uint8)
   splits = ["train", "train", "train", "heldout"]
   pairs = [
@@ -82,7 +82,7 @@ def test_words_are_counted_in_the_whole_bank_and_not_in_held_out_captions(tmp_pa
 
 
 def uniform(weight=0.5, width=WORDS):
-  """A lexical part in which all words have the same weight."""
+  """Returns a lexical part with equal word weights."""
   return Lexical(weight, width, np.ones(BUCKETS))
 
 
@@ -158,7 +158,7 @@ def test_the_cosine_is_the_weighted_mean_of_both(weight):
 
 
 def test_projections_keep_cosines():
-  """8 words, 4 of them shared: cosine .5, with an error of about 1 / sqrt(width)."""
+  """Texts that share 4 of 8 words have a cosine of 0.5, up to about 1 / sqrt(width)."""
   names = [f"w{i}" for i in range(1_200)]
   one, other = (
     [" ".join(names[12 * i + first : 12 * i + first + 8]) for i in range(100)] for first in (0, 4)

@@ -58,7 +58,7 @@ def deep_objects(item, size):
 
 
 def wide_and_deep(item, size):
-  """Lists of lists, as many in a list as there are lists around it."""
+  """Nests lists of four lists."""
   text = item
   while len(text) < size // 4:
     text = f"[{','.join([text] * 4)}]"
@@ -88,7 +88,7 @@ ITEMS = ["0", "null", '""', "{}", "[]", '"a"', "1e9", "a", "é", "語", "😀", 
 
 def made(shape, item, size, mixed) -> bytes:
   body = shape(item, size).encode(errors="replace")
-  if mixed:  # One wide character makes a whole string of Python wide.
+  if mixed:  # One wide character makes a whole Python string wide.
     body = body.replace(b"a", "😀".encode(), 1)
   return body
 
@@ -102,7 +102,7 @@ def refusal(cls, body: bytes) -> ApiError | None:
 
 
 def bodies(least: int, most: int):
-  """Shape, item, size in bytes (about), and whether to put in one wide character."""
+  """Draws shape, item, approximate bytes, and whether to add a wide character."""
   return st.tuples(
     st.sampled_from(SHAPES), st.sampled_from(ITEMS), st.integers(least, most), st.booleans()
   )
@@ -125,13 +125,13 @@ def resident(name: str) -> int:
 
 
 def read_described() -> None:
-  """Reads bodies that lines of stdin describe, in a process of its own; prints their growth."""
+  """Reads bodies that lines of stdin describe; prints the growth of this process's memory."""
   for line in sys.stdin:
     path, shape, *rest = json.loads(line)
     body = made(globals()[shape], *rest)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    (PROC / "clear_refs").write_text("5")  # VmHWM begins anew.
+    (PROC / "clear_refs").write_text("5")  # Resets VmHWM.
     before = resident("VmRSS")
     error = refusal(CLASSES[path], body)
     print(json.dumps([len(body), resident("VmHWM") - before, error and error.status]), flush=True)
@@ -140,7 +140,7 @@ def read_described() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is of Linux")
 def test_bodies_of_the_largest_size_take_four_times_their_memory():
-  """Of the process, with what no tracer of Python sees."""
+  """Measures the memory of the process, including memory that tracemalloc cannot see."""
   program = "from tests.serving import bodies_test; bodies_test.read_described()"
   with subprocess.Popen(
     [sys.executable, "-c", program],
@@ -209,7 +209,7 @@ def test_a_few_elements_are_named_and_many_are_counted(make, param):
 
 
 def test_an_image_with_a_short_text_is_no_large_body():
-  """The limits are of values and of wide characters: 12 MiB of base64 have neither."""
+  """The limits are for values and wide characters; 12 MiB of base64 have few of both."""
   part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 12 * MIB}}
   message = {"role": "user", "content": [part, {"type": "text", "text": "Was ist das? 語"}]}
   body = json.dumps({"messages": [message]}, ensure_ascii=False).encode()

@@ -15,7 +15,7 @@ CAPTION = "a red apple"
 
 
 def odd_requests(live):
-  """Yields answers to requests of shapes that no usual one has."""
+  """Yields answers to requests of unusual shapes."""
   for top_k in (0, 9, 513, 2**20):
     yield live.generate(prompt=CAPTION, seed=1, top_k=top_k)
   for words in (1, 20, 40, 60, 90):
@@ -35,7 +35,7 @@ def odd_requests(live):
 
 @pytest.fixture
 def compiled(caplog):
-  """Returns what was compiled, by any thread."""
+  """Returns a function that lists compilations in all threads."""
   jax.config.update("jax_log_compiles", True)
   caplog.set_level(logging.WARNING, "jax")
   yield lambda: [record.message for record in caplog.records if "XLA comp" in record.message]
@@ -51,7 +51,7 @@ def test_odd_requests_compile_nothing(live, compiled):
 
 @pytest.mark.slow
 def test_an_odd_request_gets_the_samples_of_the_python_call(live, model):
-  """The most candidates."""
+  """Uses the largest top_k."""
   settings = {"retrieve": 0, "top_k": 2**20, "top_p": 1.0, "temperature": 3.0}
   found = live.generate(prompt=CAPTION, n=2, seed=5, **settings).json()["data"]
   expected = model.generate(CAPTION, num_samples=2, seed=5, **settings)

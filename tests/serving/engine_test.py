@@ -27,7 +27,7 @@ BODY = {"prompt": "a red apple", "seed": 1, "retrieve": 0}
 
 @pytest.fixture
 def slow(engine, monkeypatch):
-  """Each chunk of the engine takes longer: 0.3 s."""
+  """Makes each chunk of the engine take 0.3 s longer."""
   step = engine._generator.step
 
   def slowly():
@@ -38,7 +38,7 @@ def slow(engine, monkeypatch):
 
 
 def send(live, body: dict, receive_buffer: int = 2**16) -> socket.socket:
-  """Sends a request on a connection of its own, which the caller closes."""
+  """Sends a request on a new connection, which the caller closes."""
   text = json.dumps(body)
   opened = socket.socket()
   opened.settimeout(60)
@@ -59,11 +59,11 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, sl
     received += opened.recv(4096)
   assert live.gauge("requests_active") == 1
   assert live.gauge("samples_running") == engine.slots
-  assert live.gauge("requests_waiting") == 1  # Its other samples have no slot.
+  assert live.gauge("requests_waiting") == 1  # Some of its samples have no slot yet.
   opened.close()
   live.wait_for("requests_active", 0, seconds=5)
   assert live.gauge("samples_running") == 0
-  assert live.gauge("samples_total") == before  # None was decoded to its end.
+  assert live.gauge("samples_total") == before  # No sample was finished.
   assert live.generate(**BODY).status_code == 200
 
 
@@ -85,7 +85,7 @@ def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
   monkeypatch.setattr(engine._generator, "step", lambda: time.sleep(0.6) or step())
   with Live(engine, LIMITS, unread_seconds=1) as live:
     before = live.gauge("samples_total")
-    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # The kernel's least.
+    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # The minimum.
     with contextlib.closing(send(live, {**BODY, "n": 8, "stream": True}, receive_buffer=1)):
       live.wait_for("requests_active", 1)
       live.wait_for("requests_active", 0)
@@ -184,7 +184,7 @@ def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
 
 
 def job(task, count=1):
-  """A job, its events, and what is set at its end."""
+  """Returns a job, a list of its events, and an event that is set at its end."""
   events, ended = [], threading.Event()
 
   def deliver(event):
@@ -197,7 +197,7 @@ def job(task, count=1):
 
 
 def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
-  """As many as there are slots, and not one whenever a slot is free."""
+  """The engine prepares as many jobs as it has slots, not one for each free slot."""
   sizes, opens = [], engine_module.open_jobs
 
   def open_jobs(pipeline, jobs, decoded):
@@ -207,7 +207,7 @@ def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
   monkeypatch.setattr(engine_module, "open_jobs", open_jobs)
   task = TextToImage("a red apple", retrieve=0, sampling=engine.pipeline.settings.sampling)
   asked = [job(dataclasses.replace(task, seed=seed)) for seed in range(3 * engine.slots)]
-  with engine._changed:  # All come at once.
+  with engine._changed:  # All jobs arrive together.
     for one, _, _ in asked:
       engine.submit(one)
   assert all(ended.wait(60) for _, _, ended in asked)
@@ -215,7 +215,7 @@ def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
 
 
 def test_samples_of_jobs_take_turns(engine):
-  """Four jobs of four samples take all slots; the one sample of a fifth has the next."""
+  """Four jobs of four samples fill all slots; a fifth job's sample gets the next free slot."""
   sampling = engine.pipeline.settings.sampling
   task = TextToImage("a red apple", retrieve=0, sampling=sampling)
   large = [job(dataclasses.replace(task, seed=seed), 4) for seed in range(4)]
@@ -229,7 +229,7 @@ def test_samples_of_jobs_take_turns(engine):
       still.append([ended.is_set() for _, _, ended in large])
 
   one.deliver = ends
-  with engine._changed:  # All come at once.
+  with engine._changed:  # All jobs arrive together.
     for asked, _, _ in large:
       engine.submit(asked)
     engine.submit(one)
@@ -254,7 +254,7 @@ def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):
   lucky, lucky_events, lucky_ended = job(task)
   unlucky, unlucky_events, unlucky_ended = job(task)
   wrong, wrong_events, wrong_ended = job(long)
-  with engine._changed:  # All come at once.
+  with engine._changed:  # All jobs arrive together.
     for one in (unlucky, wrong, lucky):
       engine.submit(one)
   assert lucky_ended.wait(60)
@@ -283,7 +283,7 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
   pipeline = copy.copy(model.pipeline)
   pipeline.bank = tmp_path
-  pipeline.__dict__.pop("documents", None)  # It may have been opened.
+  pipeline.__dict__.pop("documents", None)  # Drops documents that were opened before.
   asked, events, ended = job(TextToImage("a", retrieve=1))
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()

@@ -20,9 +20,9 @@ class Live:
   """A server on a free port of 127.0.0.1.
 
   Attributes:
-    url: its address, without a slash at the end.
-    opened: its listening socket.
-    http: a client.
+    url: address without a final slash.
+    opened: listening socket.
+    http: HTTP client.
   """
 
   def __init__(
@@ -96,7 +96,7 @@ def error(answer: httpx.Response) -> tuple[int, str]:
 
 
 def events(answer: httpx.Response) -> list[dict]:
-  """The data of server-sent events."""
+  """Returns the data of server-sent events."""
   lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
   return [json.loads(line.removeprefix("data: ")) for line in lines]
 
@@ -123,6 +123,6 @@ def data_url(image: Image.Image) -> str:
 
 
 def about(image: Image.Image, text: str = "") -> list[dict]:
-  """The content of a message: an image, and a text about it."""
+  """Returns the content of a message with an image, and optionally a text."""
   parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
   return parts + ([{"type": "text", "text": text}] if text else [])

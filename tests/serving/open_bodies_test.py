@@ -1,4 +1,4 @@
-"""Bodies that never end, and bodies in tiny pieces: they take neither memory nor time of others."""
+"""Tests that endless bodies and bodies in tiny pieces do not disturb other requests."""
 
 import contextlib
 import dataclasses
@@ -21,13 +21,13 @@ def opened(live, headers: str, body: bytes) -> socket.socket:
   client = socket.create_connection(("127.0.0.1", live.port), timeout=60)
   kind = "Content-Type: application/json"
   client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n{headers}\r\n\r\n".encode())
-  with contextlib.suppress(ConnectionError):  # The server has answered, and closed.
+  with contextlib.suppress(ConnectionError):  # The server may answer and close early.
     client.sendall(body)
   return client
 
 
 def answered(client: socket.socket) -> bytes:
-  """Reads until the server closes."""
+  """Reads until the server closes the connection."""
   received = b""
   with contextlib.suppress(ConnectionError):
     while piece := client.recv(2**16):
@@ -39,7 +39,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
   limits = dataclasses.replace(LIMITS, all_bytes=100_000)
   size = 130_000
   large = json.dumps({**BODY, "user": "a" * size}).encode()
-  wrong = json.dumps({**BODY, "n": 0, "user": "a" * size}).encode()  # Read, and nothing is made.
+  wrong = json.dumps({**BODY, "n": 0, "user": "a" * size}).encode()  # Is refused after it was read.
   with Live(engine, limits, secret=str(run)) as live, contextlib.ExitStack() as stack:
 
     def hold():
@@ -47,7 +47,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
       return stack.enter_context(contextlib.closing(client))
 
     def ask_until(status, body=large):
-      """Until the server has read what others sent, or noticed that they left."""
+      """Retries until the server has noticed the bodies or disconnections of other clients."""
       headers = {"Content-Type": "application/json"}
       for _ in range(100):
         answer = live.http.post(PATH, content=body, headers=headers)
@@ -57,7 +57,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
 
     ask_until(200)
     assert size - SMALL < limits.all_bytes < 2 * (size - SMALL)
-    while True:  # Of two large bodies that come at once either one may be refused.
+    while True:  # The server may refuse either of two simultaneous large bodies.
       first = hold()
       answer = ask_until(503, wrong)
       if not select.select([first], [], [], 0.5)[0]:
@@ -67,7 +67,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
       "the server holds 100,000 bytes of other requests: try again in 30 s.",
     )
     assert answer.headers["retry-after"] == "30"
-    assert live.generate(**BODY).status_code == 200  # Without an image.
+    assert live.generate(**BODY).status_code == 200  # A small body without an image.
     assert live.generate(**BODY, user="a" * (SMALL - 500)).status_code == 200
     first.sendall(large[-1:])
     assert first.recv(64).startswith(b"HTTP/1.1 200")

@@ -1,4 +1,4 @@
-"""The official client of OpenAI works against the server."""
+"""Tests that OpenAI's official client works with the server."""
 
 import io
 

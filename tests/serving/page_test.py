@@ -1,4 +1,4 @@
-"""The page in headless Chromium, on the bundled model that answers and edits."""
+"""Tests the page in headless Chromium with the bundled model that answers and edits."""
 
 import itertools
 import re
@@ -17,14 +17,14 @@ CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 PROMPT = "a green bell to the left of a blue key"
-SECONDS = 60_000  # Milliseconds, of playwright.
+SECONDS = 60_000  # Time limit in playwright, in milliseconds.
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bundled():
-  """An engine of the bundled model, of programs that XLA optimizes."""
+  """Starts an engine of the bundled model with programs that XLA optimizes."""
   jax.config.update("jax_disable_most_optimizations", False)
   mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
   model = CM3Leon.load("scenes-instruct", batch_size=8, mesh=mesh)
@@ -52,7 +52,7 @@ def browser():
 
 @pytest.fixture(params=["light", "dark", "narrow"])
 def page(served, browser, request):
-  """The page, connected; at its end its console must be empty."""
+  """Opens the page, and checks afterwards that its console is empty."""
   width = 400 if request.param == "narrow" else 1100
   scheme = "dark" if request.param == "dark" else "light"
   context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
@@ -65,13 +65,13 @@ def page(served, browser, request):
   page.goto(served.url)
   expect(page.locator("#model")).to_have_text("scenes-instruct, 48 × 48 pixels")
   yield page
-  refused = "the server responded with a status of 400"  # Which Chromium notes by itself.
+  refused = "the server responded with a status of 400"  # Chromium logs this itself.
   assert [message for message in messages if refused not in message] == []
   context.close()
 
 
 def press_until(page: Page, selector: str, key: str = "Tab") -> None:
-  """Moves the focus by the keyboard to an element."""
+  """Moves the focus to an element with the keyboard."""
   for _ in range(60):
     if page.evaluate("s => document.activeElement?.matches(s)", selector):
       return
@@ -92,7 +92,7 @@ def test_everything_works_by_the_keyboard_alone(page):
   page.keyboard.press("ArrowRight")
   assert page.locator("#guidance-value").text_content() != before
   press_until(page, "#generate button")
-  # What a screen reader hears, and the rows that a sighted user sees meanwhile.
+  # Records what a screen reader announces, and the rows that are visible meanwhile.
   page.evaluate("""() => {
     window.rows = [];
     new MutationObserver(() => {
@@ -170,7 +170,7 @@ def test_a_refusal_is_shown_as_an_alert(page):
 def test_stop_ends_the_request(page, served):
   page.fill("#samples", "8")
   page.fill("#prompt", PROMPT)
-  # By clicks of this process, the request could end before the second one.
+  # With clicks from this process, the request could end before the second click.
   page.evaluate("""() => {
     document.querySelector('#generate button').click();
     setTimeout(() => document.getElementById('stop').click(), 30);
@@ -198,7 +198,7 @@ def test_every_control_has_a_name_and_every_image_a_description(page):
   levels = [int(name[1]) for name in page.evaluate(
     "[...document.querySelectorAll('h1, h2, h3')].map((e) => e.tagName)")]  # fmt: skip
   assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-  # At 400 pixels nothing is cut off at the side.
+  # At a width of 400 pixels, nothing is cut off at the side.
   width = page.evaluate("document.documentElement.scrollWidth")
   assert width <= page.viewport_size["width"]
 
@@ -227,7 +227,7 @@ CONTRAST = """() => {
 
 
 def test_texts_have_contrast(page):
-  """At least 4.5 to 1, as WCAG 2.2 asks for at level AA."""
+  """WCAG 2.2 level AA requires a contrast of at least 4.5 to 1."""
   page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png(image(0))})
   page.fill("#prompt", "a <mask>")
   page.click("#generate button")

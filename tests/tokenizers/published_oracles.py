@@ -1,9 +1,10 @@
-"""Published image tokenizers in torch, with random weights.
+"""Provides published image tokenizers in torch with random weights.
 
-aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which has no decoder, and
-the decoder of Janus, which is Chameleon's with the levels counted from the lowest one and one more
-attention after each of its blocks. taming's Gumbel f8 has both, the attention included, and takes
-the largest logit of a convolution.
+aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which lacks a decoder,
+and the decoder of Janus. Unlike Chameleon's decoder, the decoder of Janus counts levels from the
+lowest level, and has an additional attention after each block of that level. taming's Gumbel f8 has
+the same encoder and decoder, including this attention. Its code is the largest logit of a
+convolution.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ def small(family: str, **fields) -> PublishedConfig:
 def randomize(model, seed: int) -> None:
   """Draws all parameters so that no layer is the identity and no layer's output is tiny.
 
-  Only that of the first layers is: the variance is then about as large as the epsilon of the norms.
+  Only `conv_in` has a tiny output, so that its variance is close to the epsilon of the norms.
   """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -44,9 +45,9 @@ def randomize(model, seed: int) -> None:
 
 
 class Amused:
-  """`diffusers.VQModel`, both ways."""
+  """Encoder and decoder of `diffusers.VQModel`."""
 
-  lowest = 0  # The pipelines of aMUSEd do not shift pixels.
+  lowest = 0  # aMUSEd's pipelines use pixels in [0, 1].
 
   def __init__(self, config: PublishedConfig, num_codes: int):
     import diffusers
@@ -70,7 +71,7 @@ class Amused:
     return self.model.state_dict()
 
   def distances(self, pixels):
-    """[B, H, W, 3] in [0, 1] -> [B, h, w, K]."""
+    """Maps [B, H, W, 3] pixels in [0, 1] to [B, h, w, K]."""
     z = self.model.encode(pixels.permute(0, 3, 1, 2)).latents.permute(0, 2, 3, 1)
     return torch.cdist(z.reshape(-1, self.code_dim), self.model.quantize.embedding.weight).reshape(
       *z.shape[:3], -1
@@ -118,7 +119,7 @@ class Chameleon:
       self.modules += (self.gumbel,)
 
   def silence_attention(self):
-    """Takes the attention that Chameleon lacks out of Janus' decoder."""
+    """Disables the attention in Janus' decoder that Chameleon's lacks."""
     with torch.no_grad():
       for attention in self.decoder.up[0].attn:
         attention.proj_out.weight.zero_()
@@ -136,7 +137,7 @@ class Chameleon:
     return tensors
 
   def distances(self, pixels):
-    """[B, H, W, 3] in [-1, 1] -> [B, h, w, K]; of Gumbel, the negated logits."""
+    """Maps [B, H, W, 3] pixels in [-1, 1] to [B, h, w, K]; negated logits for Gumbel."""
     z = self.model.quant_conv(self.model.encoder(pixels.permute(0, 3, 1, 2)))
     if self.gumbel is not None:
       return -self.gumbel(z).permute(0, 2, 3, 1)
@@ -168,7 +169,7 @@ def make(config: PublishedConfig, num_codes: int, seed: int = 0):
 
 
 def save(path, oracle, prefix: str = "", **more) -> None:
-  """Writes the tensors of an oracle as safetensors, and `more` tensors."""
+  """Writes the tensors of an oracle and `more` tensors as safetensors."""
   import safetensors.torch
 
   tensors = {prefix + name: value.contiguous() for name, value in oracle.tensors().items()}

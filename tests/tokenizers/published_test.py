@@ -14,8 +14,8 @@ from tests.tokenizers.published_oracles import small
 torch = pytest.importorskip("torch")
 
 NUM_CODES = 48
-TIE = 1e-5  # Difference of distances, or logits, at which either of two codes is right.
-TOLERANCE = 1e-4  # Of pixels.
+TIE = 1e-5  # Up to this difference of distances or logits, both codes are right.
+TOLERANCE = 1e-4  # Difference of pixels.
 
 
 def some_images(height: int, width: int, count: int = 2) -> np.ndarray:
@@ -28,14 +28,14 @@ def load(config, num_codes, oracle) -> dict:
 
 
 def num_different(config, num_codes, params, oracle, images) -> int:
-  """Compares codes with the oracle; counts those that are no ties."""
+  """Counts codes that differ from the oracle's, except for ties."""
   codes = np.asarray(published.encode(config, num_codes, params, images))
   with torch.no_grad():
     pixels = published_oracles.to_pixels(images, oracle.lowest)
     expected, distances = oracle.encode(pixels).numpy(), oracle.distances(pixels).numpy()
   assert codes.shape == expected.shape
   assert codes.dtype == np.int32
-  assert len(np.unique(expected)) > 5  # Not all places have one code.
+  assert len(np.unique(expected)) > 5  # The codes vary.
   ours, theirs = (np.take_along_axis(distances, x[..., None], -1) for x in (codes, expected))
   return int(((codes != expected) & (ours - theirs > TIE)[..., 0]).sum())
 
@@ -57,7 +57,7 @@ def make(config):
 
 
 def swapped(params, side, level, first, second):
-  """Exchanges two layers of the first block of a level."""
+  """Swaps two layers in the first block of a level."""
   changed = jax.tree.map(lambda x: x, params)
   block = changed[side][level]["0"]["block"]["1"]
   block[first], block[second] = block[second], block[first]
@@ -69,7 +69,7 @@ def swapped(params, side, level, first, second):
   ["taming_gumbel_f8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("amused", "chameleon"))],
 )
 def test_codes_and_pixels_equal_torch(family):
-  """The images are not square; with two layers exchanged the comparisons fail."""
+  """The images are not square. As a negative control, two layers are swapped."""
   oracle, params = make(config := small(family))
   images = some_images(24, 32)
   codes = np.random.default_rng(2).integers(0, NUM_CODES, (2, 6, 8))
@@ -110,7 +110,7 @@ def test_a_tokenizer_is_saved_whole_and_runs_in_batches(family, tmp_path):
     tokenizer.encode(images[:, :8])
 
 
-# What the publications say: levels, codes per image, code width; and numbers in all tensors.
+# Published (levels, codes per image, code width), and the number of parameters.
 PUBLISHED = {
   "amused": (16, 256, 64, 146_244_675),
   "taming_gumbel_f8": (8, 1_024, 256, 68_995_971),

@@ -62,7 +62,7 @@ LOCAL = dataclasses.replace(
   ("config", "own_alone"), [(LOCAL, True), (dataclasses.replace(LOCAL, local_codes=False), False)]
 )
 def test_a_local_code_depends_on_its_own_square_alone(config, own_alone, images):
-  """All pixels but those of one square change: its encoding stays, and without `local` it moves."""
+  """Changes all pixels outside of one square. Only without `local`, its encoding changes."""
   model = vqgan.bind(config, NUM_CODES, _init(config))
   changed = np.copy(images[::-1])
   changed[:, 4:8, 8:12] = images[:, 4:8, 8:12]
@@ -129,8 +129,8 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
     return max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
 
   assert largest(through["encoder"]["conv_in"]) > 1e-6
-  assert largest(through["codebook"]) == 0  # Codes learn from the codebook loss alone.
-  assert largest(cut["encoder"]) == 0  # Without the straight-through term none arrives.
+  assert largest(through["codebook"]) == 0  # Codes learn only from the codebook loss.
+  assert largest(cut["encoder"]) == 0  # No straight-through term.
 
 
 def test_reconstruction_is_decoded_codes(tokenizer, images):
@@ -155,7 +155,7 @@ def test_batches_do_not_matter(tokenizer, images):
 
 
 def test_codes_are_in_raster_order():
-  """Code 3 of 4 x 4 is the upper right corner, out of reach of code 12, the lower left one."""
+  """Code 3 of 4 x 4 is the upper right corner; code 12, the lower left corner, cannot affect it."""
   config = dataclasses.replace(
     CONFIG, stem=4, multipliers=(1,), encoder_blocks=(0,), decoder_blocks=(0,)
   )

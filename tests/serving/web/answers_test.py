@@ -23,7 +23,7 @@ async def events():
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_images_are_encoded_outside_of_the_event_loop(streamed, monkeypatch):
-  """Encoding a large image takes tens of milliseconds, in which no other client would be served."""
+  """Encoding a large image would block the event loop for tens of milliseconds."""
   threads = []
   monkeypatch.setattr(answers, "png", lambda image: threads.append(threading.get_ident()) or "")
   answer = answers.ImageAnswer(TextToImage(prompt="a"), resolution=4, total_rows=2)
@@ -34,5 +34,5 @@ def test_images_are_encoded_outside_of_the_event_loop(streamed, monkeypatch):
     return await answer.whole(events())
 
   asyncio.run(take())
-  assert len(threads) == (4 if streamed else 2)  # Of images and neighbors.
+  assert len(threads) == (4 if streamed else 2)  # Images and neighbors.
   assert threading.get_ident() not in threads

@@ -34,7 +34,7 @@ def test_a_long_path_and_a_long_id_do_not_fill_the_log():
 
 @pytest.fixture
 def lines(caplog):
-  """Waits for `count` lines and returns all lines of level INFO or higher."""
+  """Returns a function that waits for `count` lines and returns all lines from level INFO."""
   caplog.set_level(logging.INFO, request_log.NAME)
 
   def found(count: int) -> list[str]:
