@@ -27,7 +27,7 @@ _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
 SAMPLES = 8
 VOCAB = VocabLayout(text_size=512, image_size=1_024)
-# Name -> (tokens of a caption, whether all captions are equal, codes of an image, samples).
+# Name -> (tokens per caption, whether all captions are the same, codes per image, samples).
 CASES = {
   "8 short captions, 64 codes": (16, False, 64, SAMPLES),
   "8 samples of a short caption, 64 codes": (16, True, 64, SAMPLES),

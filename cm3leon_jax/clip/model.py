@@ -157,11 +157,11 @@ class CLIPModel(nnx.Module):
     self.log_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
   def embed_images(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
-    """Embeds images in [-1, 1] with norm 1."""
+    """Returns embeddings of norm 1 for images whose pixels are in [-1, 1]."""
     return normalize(self.image_projection(self.image(images)))
 
   def embed_texts(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B E"]:
-    """Embeds captions with norm 1."""
+    """Returns embeddings of norm 1 for captions."""
     return normalize(self.text_projection(self.text(tokens)))
 
 

@@ -198,7 +198,7 @@ def _params(trained: Run, before: bool) -> tuple[dict, int]:
 def _scorer(
   names: tuple[str, ...], options: Options, own: CLIP | HFCLIP | None
 ) -> CLIP | HFCLIP | None:
-  """Returns the CLIP for the metrics, from --clip or the run. None if no metric uses CLIP."""
+  """Returns the CLIP model of --clip, or else of the run; None if no metric uses CLIP."""
   from cm3leon_jax.clip.huggingface import HFCLIP
   from cm3leon_jax.evaluation.protocols.metrics import METRICS
 

@@ -84,7 +84,7 @@ class Plan:
 
   @property
   def save_seconds(self) -> float:
-    """Seconds to write a checkpoint; reading it again for its digests takes as long."""
+    """Seconds to write a checkpoint. Reading it back to compute its digests takes the same time."""
     return self.checkpoint_bytes / self.saving_hosts / self.save_bandwidth
 
   @property

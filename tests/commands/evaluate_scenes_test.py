@@ -169,7 +169,7 @@ def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, 
 
 @pytest.fixture(scope="module")
 def bundled(made):
-  """Bundles `made` without its bank, like the model in the package."""
+  """Bundles `made` without its bank. The bundled models of the package have no bank either."""
   folder = made.parent / "bundled"
   cost = {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"}
   with one_device():

@@ -225,7 +225,7 @@ def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors
 
 @functools.partial(jax.jit, static_argnums=0)
 def greedy(config, params, tokens, positions, mask):
-  """Appends the tokens with the largest logits: [3, LENGTH + GENERATED]."""
+  """Appends GENERATED tokens to each row, each time the token with the largest logit."""
   model = transformer.bind(config, params)
 
   def step(i, tokens):

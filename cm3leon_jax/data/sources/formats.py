@@ -200,11 +200,11 @@ def _root(path: str, files: Collection[str]) -> str:
 def read(
   part: SourcePart, allow_outside: bool = False, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
-  """Yields the records of a part in a fixed order, and Rejected for invalid records.
+  """Yields the records of a part in a fixed order, with a `Rejected` in place of an invalid record.
 
   With `allow_outside`, records may name images outside the folder of their file. `longest_caption`
-  is the maximum caption length in characters; None means any length. Only Parquet rejects longer
-  captions here.
+  is the maximum caption length in characters; None means any length. Only the reader of Parquet
+  checks it here; other readers leave the check to their callers.
   """
   rows = functools.partial(parquet_rows, longest_caption=longest_caption)
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]

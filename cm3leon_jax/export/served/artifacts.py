@@ -161,10 +161,10 @@ def settings(
 
 
 def request(description: str) -> tuple[list[int], int, Callable[[Sequence[int]], str]]:
-  """Parses the command line. A wrong one ends the process with one sentence and exit code 2.
+  """Parses the command line. Prints one sentence and exits with code 2 if it is invalid.
 
   Returns:
-    Ids of the caption, the seed, and a function that turns generated ids into text.
+    The token ids of the caption, the seed, and a function that converts generated ids to text.
   """
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument("caption", help="text; with --ids, token ids such as '100 101'")

@@ -146,7 +146,7 @@ class HangWatch(Hook):
     self._sign = self._clock()
 
   def _idle(self) -> float:
-    """Returns the seconds since the last progress."""
+    """Returns the number of seconds since the loop last made progress."""
     return min(self._clock() - self._sign, self._stopwatch.standing()[1])
 
   def _doing(self) -> str:
