@@ -31,6 +31,7 @@ SECTION = """
 {text}
 
 {table}"""
+SHOWN = 10  # Names of a default tuple that are listed.
 TABLE = """| field | values | default | meaning |
 |---|---|---|---|
 """
@@ -71,6 +72,8 @@ def _default(field: dataclasses.Field) -> str:
   value = field.default
   if field.default_factory is not dataclasses.MISSING:
     value = field.default_factory()
+  if isinstance(value, tuple) and len(value) > SHOWN:
+    return f"{len(value)} names, `{_show(value[0])}` to `{_show(value[-1])}`"
   return "" if value is dataclasses.MISSING else f"`{_show(value)}`"
 
 
