@@ -55,7 +55,7 @@ def doubts(
       )
   for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
     ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt[:SHOWN]))]
-    ids = [i for i in ids if layout.decode([i]).strip()]  # Drop tokens of only spaces.
+    ids = [i for i in ids if layout.decode([i]).strip()]  # Ignore spaces.
     if unseen and ids and unseen.issuperset(ids):
       found.append(
         f"no token of the prompt {short(prompt)} occurred in training, so the prompt has no "

@@ -96,7 +96,7 @@ class Pipeline:
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
-    self.unseen: frozenset[int] | None = None  # Text ids that never occur in training.
+    self.unseen: frozenset[int] | None = None  # Text ids that training never had; None: unknown.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
     # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would compute

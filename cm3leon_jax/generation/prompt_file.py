@@ -17,7 +17,7 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
 
-# All tasks by class. A base class is not a task; it does not define `name`.
+# The classes of all tasks. Base classes do not define `name`.
 TASKS = tuple(
   value
   for module in (image_tasks, text_tasks)
