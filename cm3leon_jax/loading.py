@@ -146,7 +146,7 @@ def params_of(workdir: str, step: int) -> dict:
 def write_bundle(
   trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
 ) -> tuple[int, dict]:
-  """Writes the bundle of a run and records the training cost in it. Needs a mesh.
+  """Writes the bundle of a run and records the training cost in it. Needs a current mesh.
 
   The new bundle shares the tokenizers and the CLIP model of the bundle `base` (see `bundle.write`).
   `step` is the step of the checkpoint; None: the newest. Returns (step, result of `bundle.write`).

@@ -172,7 +172,7 @@ def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list
 
 
 def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
-  """Pads prompts on the left to `length`, or to the `bucket_length` of the longest prompt if 0."""
+  """Pads prompts on the left to `length`. 0 means the `bucket_length` of the longest prompt."""
   length = length or bucket_length(max(len(p) for p in prompts))
   shape = (len(prompts), length)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
@@ -185,11 +185,11 @@ def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
 
 
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
-  """Returns the length of the prefix that each prompt shares with other prompts: 0, or >= SHARED.
+  """Returns, for each prompt, the length of the prefix that it shares with other prompts.
 
-  Shared tokens have equal ids and equal positions. Prompts are sorted, so that prompts with a
-  common prefix are adjacent. A prompt joins the current group if it shares at least SHARED tokens
-  with the group's first prompt.
+  The length is 0 or at least SHARED. Shared tokens have equal ids and equal positions. Prompts are
+  sorted, so that prompts with a common prefix are adjacent. A prompt joins the current group if it
+  shares at least SHARED tokens with the group's first prompt.
   """
   order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
   lengths, start = [0] * len(prompts), 0
@@ -212,7 +212,7 @@ def _common(a: Tokens, b: Tokens) -> int:
 
 
 def prompt_arrays(read: Sequence[StreamPrompt], pad: int, shards: int) -> Prompts:
-  """Makes the arrays of R prompts. Each device has equal prompts only once.
+  """Makes the arrays of R prompts. Equal prompts on the same device occur once.
 
   A prompt or shared prefix that several devices need is read on each of them. This takes less time
   than sending its keys and values. `shards` is the number of devices over which the batch is

@@ -63,7 +63,10 @@ def control_of(
 def without_samples(
   rows: int, streams: int, sampling: SamplingConfig, image_tokens: int, parts: int
 ) -> Control:
-  """Makes the control of rows without samples. Plans are DONE; `values` have a number per row."""
+  """Makes the control of rows without samples: all plans are DONE.
+
+  `values` have one number per row.
+  """
   return Control(
     np.zeros((rows, parts, 3), np.int32),
     np.zeros((rows, image_tokens + 1, streams), np.float32),

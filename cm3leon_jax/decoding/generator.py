@@ -161,7 +161,7 @@ class Generator:
   """
 
   def __init__(self, params: dict, config: GeneratorConfig):
-    """Prepares the parameters of a model for decoding. Needs a mesh."""
+    """Prepares the parameters of a model for decoding. Needs a current mesh."""
     self.config = config
     self.params = params_lib.prepare(
       params,

@@ -140,7 +140,7 @@ def prefill(
   widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
-  """Reads the prompts of R rows and returns the state before the first step. Needs a mesh.
+  """Reads the prompts of R rows and returns the state before the first step. Needs a current mesh.
 
   `model` is `DecodeParams.model`, and `plan` is as in `Control`. `capacity` is the initial number
   of cache entries for generated tokens. The cache of a stream keeps only the last `widths` prompt
@@ -320,8 +320,9 @@ def decode_steps(
 ) -> LoopState:
   """Runs at most `steps` steps. Stops early when all samples are finished or the cache is full.
 
-  Needs a mesh. While only image codes are legal in all samples, only their logits are computed.
-  `loop` is donated. `static` has the arguments `config`, `grammar` and `sampler` of `decode_step`.
+  Needs a current mesh. While only image codes are legal in all samples, only their logits are
+  computed. `loop` is donated. `static` contains the arguments `config`, `grammar` and `sampler` of
+  `decode_step`.
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)

@@ -70,7 +70,7 @@ def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
 def head_axis(rows: int) -> str | None:
   """Returns the logical axis over which an output table with `rows` rows is sharded.
 
-  The axis is "vocab" if the devices of this axis divide the rows evenly, and None otherwise.
+  The axis is "vocab" if the rows can be divided evenly over its devices, and None otherwise.
   """
   devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
   return None if rows % devices else "vocab"
@@ -81,7 +81,7 @@ def _at(tree: PyTree, i: int) -> PyTree:
 
 
 def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
-  """Prepares the parameters of a layer, which are in the compute dtype already; see `prepare`."""
+  """Prepares a layer whose parameters already have the compute dtype; see `prepare`."""
   if dtype == "int8":
     layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
   return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}
@@ -96,7 +96,7 @@ def prepare(
   dtype: str = "compute",
   image_head: bool = True,
 ) -> DecodeParams:
-  """Prepares a model's parameters once for all later calls. Needs a mesh.
+  """Prepares a model's parameters once for all later calls. Needs a current mesh.
 
   `dtype` is one of `DTYPES`. With "int8", the matrices of the blocks are int8, and all other
   parameters have the compute dtype. `image_head` is whether to store a separate copy of the part of

@@ -99,7 +99,7 @@ def lower_loop(
   *others: PyTree,
   formats: PyTree = None,
 ) -> jax.stages.Lowered:
-  """Lowers a function of (params, control, state, *others) that returns the state after steps.
+  """Lowers a function of (params, control, state, *others) that runs steps and returns the state.
 
   `formats` are the memory layouts of the state. If they are None, the compiler chooses them. With
   the default layout, XLA:TPU would copy the whole cache to the loop's preferred layout and back in

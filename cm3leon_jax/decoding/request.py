@@ -110,7 +110,7 @@ def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
 def edit(
   vocab: VocabLayout, image_tokens: int, before: Ids, image: Ids, instruction: Ids
 ) -> Request:
-  """Requests an edit of an image (sections 4.1 and E, with InstructPix2Pix's template).
+  """Requests an edit of an image by InstructPix2Pix's template (CM3Leon, sections 4.1 and E).
 
     before = [5], image = [91 92], instruction = [7]. The three streams are:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>

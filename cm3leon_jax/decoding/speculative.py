@@ -281,11 +281,12 @@ def generate_image(
   codes: int,
   window: int,
 ) -> tuple[LoopState, Int32[Array, ""]]:
-  """Generates all codes of an image for samples whose plans start with an image. Needs a mesh.
+  """Generates all codes of an image for samples whose plans start with an image.
 
-  `params` must have an image head, and all samples must use a method that takes drafts. `loop` is
-  from `loop.prefill`, with capacity for codes + window tokens; it is donated. `codes` is I. Each
-  step reads `window` (at least 2) codes. Returns (state after the image, number of steps).
+  Needs a current mesh. `params` must have an image head, and all samples must use a method that
+  takes drafts. `loop` is from `loop.prefill`, with capacity for codes + window tokens; it is
+  donated. `codes` is I. Each step reads `window` (at least 2) codes. Returns (state after the
+  image, number of steps).
   """
   assert params.image_head is not None
   text_size = grammar.vocab.text_size

@@ -193,7 +193,10 @@ class ContinuousGenerator:
     return updates
 
   def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the smallest warm bucket for a request (see `warm`), or its own if none is warm."""
+    """Returns the bucket in which `warm` promises to run a request.
+
+    If no bucket is warm, this is the request's own bucket.
+    """
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own

@@ -3,8 +3,8 @@
 The caches of a batch are ring buffers. In each step, all slots write their next token to the same
 entry of a stream's cache. After the last entry, writing continues at the first entry. Attention
 does not depend on the order of entries. So the prompt of an admitted sample is written to the
-entries just before that entry. A ring has enough entries for the longest prompt and the tokens
-after it, so a sample is finished before its entries are overwritten.
+entries just before the entry of the next token. A ring has enough entries for the longest prompt
+and the tokens after it, so a sample is finished before its entries are overwritten.
 
   3 entries for prompts, 4 for generated tokens; b is admitted when the next entry is 5:
   a: p p p t t . .     entries 3 and 4 hold the first tokens of a
@@ -75,7 +75,7 @@ def empty(
   steps: int,
   cache_dtype: str = "compute",
 ) -> BatchState:
-  """Makes a batch without samples. Needs a mesh.
+  """Makes a batch without samples. Needs a current mesh.
 
   `widths` contains W for each stream. `max_new_tokens` is the largest number of generated tokens of
   a sample. `steps` is C, the largest number of steps of a chunk.
@@ -148,7 +148,7 @@ def admit(
   grammar: Grammar,
   cache_dtype: str = "compute",
 ) -> BatchState:
-  """Reads the prompts of samples and puts the samples into slots of a batch. Needs a mesh.
+  """Reads the prompts of samples and puts the samples into slots of a batch. Needs a current mesh.
 
   `model` is `DecodeParams.model`. `state` is donated. J must be a multiple of the number of devices
   over which the batch is sharded.
@@ -233,7 +233,7 @@ def steps(
   sampler: Sampler,
   slots: int | None = None,
 ) -> BatchState:
-  """Runs the steps of one chunk. Needs a mesh.
+  """Runs the steps of one chunk. Needs a current mesh.
 
   The chunk has at most `limit` <= C steps. After `least` steps, it ends as soon as a sample is
   finished, so that another sample can be admitted. In `control`, the plan of a slot without a

@@ -15,8 +15,8 @@ def combine_streams(
 ) -> Float[Array, "B V"]:
   """Returns the weighted sum of the logits of S streams (classifier-free guidance).
 
-  See sections 3.1 and 4.1. `training.step.grpo` combines hidden states in the same way, before the
-  output table.
+  See CM3Leon, sections 3.1 and 4.1. `training.step.grpo` combines hidden states in the same way,
+  before the output table.
 
     logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
 

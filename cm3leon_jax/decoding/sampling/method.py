@@ -94,7 +94,7 @@ class TokenMethod(SamplingMethod):
     rows: Any,
     compiled: Any,
   ) -> Int[Array, " B"]:
-    """Samples one id for each row, even for rows of other methods, whose ids are discarded.
+    """Samples one id for each row. The ids for rows of other methods are discarded later.
 
     `keys` has one key per row, so the sample of a row does not depend on other rows. `rows` is the
     result of `self.rows`, and `compiled` is the result of `self.compiled`.

@@ -64,7 +64,7 @@ TOP_P = TopPMethod()
 
 
 def candidates(config: SamplingConfig, *, image: bool, text: bool) -> int:
-  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 for all."""
+  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 (keep all)."""
   used = [config.top_k] * image + [config.text_top_k] * text
   return 0 if 0 in used else max(used)
 
@@ -112,7 +112,7 @@ def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[
 
 
 def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B C"]:
-  """Draws Gumbel noise for each id of each row, which does not depend on the order of the ids.
+  """Draws Gumbel noise for each id of each row. The noise does not depend on the order of ids.
 
   Rounding may swap two nearly equal candidates. If the noise depended on the order, this would also
   swap the sampled tokens.
