@@ -1,4 +1,4 @@
-"""Python API: `CM3Leon` loads a run, generates and scores images and texts, retrieves documents.
+"""Python API: `CM3Leon` generates and scores images and texts, and retrieves documents.
 
   from cm3leon_jax import CM3Leon
   model = CM3Leon.load("workdir/scenes")
@@ -246,7 +246,7 @@ class CM3Leon:
     self, image: Any, box: Any, prompt: str | list[str] = "", *, retrieve: int = 0, seed: int = 0,
     **sampling: Unpack[kw.ImageSampling],
   ) -> Any:  # fmt: skip
-    """Generates a box of an image anew. Returns a PIL image, or a list of PIL images.
+    """Generates new contents for a box of an image. Returns a PIL image, or a list of PIL images.
 
     >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
     True

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Exit codes of a run that a signal stopped. The run saved its state before, if there was any.
+# Exit codes of a run that a signal stopped. The run saved its state before it stopped, if it had
+# any state to save.
 INTERRUPTED = 75  # SIGTERM. The code is EX_TEMPFAIL, so a scheduler starts the command again.
 CTRL_C = 130  # Ctrl-C. Shells use the same code.
 STOPPED_EARLY = (
@@ -25,7 +26,8 @@ LONGEST = 4_000  # Largest number of characters of an error message.
 SIZES = 1e-20, 1e12
 
 # Dataclasses with this config convert ints to floats, and otherwise only accept values of the right
-# type. They refuse unknown fields, NaN and infinity. The docstring under a field describes it.
+# type. They refuse unknown fields, NaN and infinity. The docstring under a field describes the
+# field.
 STRICT: "pydantic.ConfigDict" = {
   "strict": True,
   "extra": "forbid",
@@ -54,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def short(value: Any, most: int = 80) -> str:
-  """Returns `repr(value)`, cut to `most` characters. If `repr` fails, describes the value."""
+  """Returns `repr(value)`, cut to `most` characters. If `repr` fails, returns a description."""
   try:
     text = without_addresses(repr(value))
   except (ValueError, RecursionError):  # An int with too many digits, or deeply nested values.

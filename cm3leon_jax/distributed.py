@@ -20,7 +20,8 @@ from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, Use
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.runs import stages
 
-# The other processes exit this long after a process was killed, suspended or disconnected.
+# If a process is killed, suspended or disconnected, the other processes exit after this many
+# seconds.
 HEARTBEAT_SECONDS = 100
 # A process that exits first waits this long for the other processes to exit, too. If only this
 # process failed, the job ends after the wait.

@@ -84,7 +84,11 @@ def shows_progress(given: bool | None) -> bool:
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh for the model. Raises UserError for a wrong argument or for both arguments."""
+  """Returns the mesh for the model. At most one of `devices` and `mesh` may be given.
+
+  Raises:
+    UserError: both are given, or one has a wrong value.
+  """
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
   if devices is None:
@@ -148,8 +152,9 @@ def write_bundle(
 ) -> tuple[int, dict]:
   """Writes the bundle of a run and records the training cost in it. Needs a current mesh.
 
-  The new bundle shares the tokenizers and the CLIP model of the bundle `base` (see `bundle.write`).
-  `step` is the step of the checkpoint; None: the newest. Returns (step, result of `bundle.write`).
+  If `base` names another bundle, the new bundle shares its tokenizers and its CLIP model (see
+  `bundle.write`). `step` is the step of the checkpoint; None: the newest. Returns (step, result of
+  `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))

@@ -147,7 +147,7 @@ def unsplit() -> Iterator[None]:
 
 
 def spec(*axes: str | None) -> P | None:
-  """Returns the PartitionSpec of an array with the logical `axes`. None is an unsharded axis.
+  """Returns the PartitionSpec of an array with the logical `axes`. None means not sharded.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)

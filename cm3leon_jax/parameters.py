@@ -31,7 +31,10 @@ def to_dict(state: nnx.State) -> dict:
 
 
 def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
-  """Builds a module from the results of `structure` and `params`, cheaply even when jitted."""
+  """Builds a module from the results of `structure` and from `params`.
+
+  The function is cheap enough to be called in jitted functions.
+  """
   flat = {
     tuple(int(k) if k.isdigit() else k for k in path): x
     for path, x in traverse_util.flatten_dict(params).items()

@@ -137,7 +137,7 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   """Reads the settings that `cm3leon train` stored in train/config.json.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or the version that trained stored no settings.
+    UserError: nothing was trained in `workdir`, or an old version trained and stored no settings.
   """
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():

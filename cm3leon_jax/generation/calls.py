@@ -20,7 +20,7 @@ from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
-PROMPTS = ("question", "instruction")  # What some methods call the prompt.
+PROMPTS = ("question", "instruction")  # Names of the prompt in `answer` and `edit`.
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Modes of PIL images that PNG supports.
 
 
@@ -126,7 +126,7 @@ def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, r
 
   Raises:
     UserError: `num_samples` is not a positive integer; `rank` is not a bool; or ranking is
-      requested for one sample, without a CLIP, or for a task that CLIP cannot score.
+      requested for one sample, without a CLIP model, or for a task that CLIP cannot score.
   """
   count, rank = whole("num_samples", num_samples, 1), truth("rank", rank)
   if rank and count == 1:

@@ -12,7 +12,7 @@ from cm3leon_jax.generation.text_tasks import InfillText, Question
 from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
-SHOWN = 10_000  # Number of characters of a prompt whose tokens are checked.
+SHOWN = 10_000  # Only this many characters of a prompt are checked.
 READ_MARKS = (InfillText, Instruct)  # Tasks that interpret marks in prompts.
 
 

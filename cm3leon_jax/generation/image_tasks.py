@@ -87,7 +87,7 @@ class TextToImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillImage(ImageTask):
-  """Generates a box of an image anew.
+  """Generates new contents for a box of an image.
 
   Attributes:
     box: left, top, right, bottom in pixels at the model's resolution; right and bottom are
@@ -167,7 +167,7 @@ class Edit(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Instruct(ImageTask):
-  """Generates an image from an instruction in a form of the tuning data (docs/instructions.md).
+  """Generates an image from an instruction of a trained kind (docs/instructions.md).
 
   Attributes:
     prompt: all segments before the generated image, separated by `<break>`; `<image>` is the place
@@ -233,7 +233,7 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
 
 
 def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints the enlarged box, in case a box of pixels does not consist of whole codes."""
+  """Prints the enlarged box if a box of pixels does not consist of whole codes."""
   pixels = resolution // side
   whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
   if whole != tuple(box):

@@ -87,7 +87,7 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ):
-    """Prepares the decoder. A mesh must be set, here and in every later call.
+    """Prepares the decoder. This call and every later call need a current mesh.
 
     Args:
       clip: scores samples and embeds queries. None: samples have no scores, and documents cannot be
@@ -198,7 +198,7 @@ class Pipeline:
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
-    """Retrieves the neighbors of each task by its `query`. Needs a CLIP.
+    """Retrieves the neighbors of each task by its `query`. Needs a CLIP model.
 
     Raises:
       UserError: `retrieval.max_similarity` excludes all documents for a task, and
@@ -228,7 +228,7 @@ class Pipeline:
   def search(
     self, queries: Sequence[tuple[str, object]], count: int
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
-    """Finds the documents of the bank that are most similar to each query. Needs a CLIP.
+    """Finds the documents of the bank that are most similar to each query. Needs a CLIP model.
 
     A query is ("text", text) or ("image", image). Returns (documents, their cosines with the query)
     for each query, best first. A document is skipped if its similarity to the query is below
@@ -297,7 +297,8 @@ class Pipeline:
   ) -> list[Sample]:
     """Makes samples from generated ids: decodes their images and texts and scores them.
 
-    `places` contains the index in `tasks` for each result. `given` is the result of `check_tasks`.
+    `places` contains, for each result, the index of its task. `given` is the result of
+    `check_tasks`.
     """
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)

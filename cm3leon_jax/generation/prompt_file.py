@@ -64,7 +64,7 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
 
 
 def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
-  """Pairs prompts with images. There must be as many prompts as images, or at most one of a kind.
+  """Pairs prompts with images. Their numbers must be equal, or one of the numbers must be 0 or 1.
 
   Raises:
     UserError: the numbers do not match, e.g. two prompts and three images.

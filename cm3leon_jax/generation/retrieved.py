@@ -1,4 +1,4 @@
-"""Retrieves documents of the bank, with captions, images, similarities and origins for users."""
+"""Retrieves documents of the bank for a user: captions, images, similarities and origins."""
 
 from collections.abc import Sequence
 import dataclasses

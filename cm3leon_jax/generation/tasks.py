@@ -139,7 +139,7 @@ class Task:
     return ""
 
   def error(self, sentence: object) -> UserError:
-    """Returns an error whose message starts with the task's place in a prompt file."""
+    """Returns an error. Its message starts with the task's place in the prompt file, if any."""
     return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
 
   def validate(self) -> None:
@@ -247,7 +247,7 @@ class Task:
   def clip_pair(
     self, given: np.ndarray | None, segments: Sequence[TextOrImage]
   ) -> tuple[np.ndarray, str]:
-    """Returns the image and the caption that CLIP compares, if `is_scored`.
+    """Returns the image and the caption that CLIP compares. Call it only if `is_scored`.
 
     Images are [H, W, 3] uint8. `given` is the input image, or None.
     """

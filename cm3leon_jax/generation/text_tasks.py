@@ -202,7 +202,7 @@ def _with_holes(
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
-  """Encodes the pieces of a text between its masks, with the ids that they have in a full text.
+  """Encodes the pieces of a text between its masks as if the masks were filled in.
 
   "a <mask> on it.": ids of " a" and of " on it."
   """

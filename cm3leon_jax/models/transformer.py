@@ -150,7 +150,7 @@ def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
 
   The gradient of a token's row is a sum over all occurrences of the token, on all devices. In
   bfloat16, this sum has an error of 4 to 10% for a token that occurs 770 times. `table` has the
-  sharding in which it is stored. It is gathered over fsdp in `dtype`.
+  sharding in which it is stored. The table is gathered over fsdp in `dtype`.
   """
   return _rows(table.astype(dtype), ids)
 
@@ -291,7 +291,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-  """Returns the module with these parameters, cheaply even when jitted."""
+  """Returns the module with these parameters. Jitted functions may call `bind`, which is cheap."""
   return parameters.fill(*_structure(config), params)
 
 
