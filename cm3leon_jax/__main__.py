@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parent / "commands"
 
 
 def overview() -> str:
-  """Returns the usage and each command's summary line, without importing the commands."""
+  """Returns the usage and the summary line of each command. Does not import the commands."""
   width = max(map(len, COMMANDS))
   lines = ["usage: cm3leon COMMAND --config=NAME_OR_FILE --workdir=FOLDER [FLAGS]", ""]
   for name in COMMANDS:

@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 
 # Device files of TPUs (accel, vfio), NVIDIA GPUs, AMD GPUs (kfd) and GPUs under WSL (dxg).
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-# (JAX needs one of these modules, the extras that install them).
+# (modules, extras): JAX needs one of the modules, and the extras install them.
 GPU = (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13"))
 PLUGINS = {  # The keys are values of JAX_PLATFORMS.
   "gpu": GPU,
@@ -42,5 +42,5 @@ def check_platforms() -> None:
 
 
 def is_absent(error: Exception) -> bool:
-  """Returns whether JAX raised the error because a platform in JAX_PLATFORMS is unusable."""
+  """Returns whether JAX raised `error` because it cannot use a platform in JAX_PLATFORMS."""
   return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)

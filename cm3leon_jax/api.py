@@ -1,4 +1,4 @@
-"""Python API: `CM3Leon` loads a run and generates, describes, edits, scores and retrieves.
+"""Python API: `CM3Leon` generates and scores images and texts, and retrieves documents.
 
   from cm3leon_jax import CM3Leon
   model = CM3Leon.load("workdir/scenes")
@@ -41,20 +41,21 @@ class CM3Leon:
   """A trained run: decoder, tokenizers, CLIP, and the bank of documents that can be retrieved.
 
   Every method takes one input or a list of inputs. A list is processed in batches, and the results
-  are returned in a list. They equal the results of single calls with the seeds `seed`, `seed + 1`,
-  ... If a method takes two inputs, two lists are paired, and a single input is used for each
-  element of a list.
+  are returned in a list. Result i equals the result of a single call with the seed `seed + i`. If a
+  method takes two inputs, two lists are paired by index. If only one of the inputs is a list, the
+  other input is used for each of its elements.
 
   An image is a path, a PIL image or an array uint8[H, W, 3] of any size. It is cropped to the
   centered square and resized to the model's resolution. Returned images are PIL images.
 
-  Methods share these arguments: `seed`; `retrieve`, the largest number of documents to retrieve and
-  put before the prompt; `length`, the largest number of text tokens; and sampling settings. Each
-  setting is a field of `config.sampling` and defaults to the run's value (docs/config.md). A method
-  refuses settings that it does not read.
+  Several methods take the same arguments. `retrieve` is the largest number of documents that are
+  retrieved and put before the prompt. `length` is the largest number of text tokens. Sampling
+  settings are fields of `config.sampling` and default to the run's values (docs/config.md). A
+  method refuses settings that it does not read.
 
-  Each new batch size or length is compiled once. Wrong arguments raise `UserError`. `pipeline`
-  generates samples for tasks and needs `jax.set_mesh(model.mesh)`.
+  The first call with a new batch size or length compiles a program. Wrong arguments raise
+  `UserError`. The attribute `pipeline` generates samples for tasks and needs
+  `jax.set_mesh(model.mesh)`.
   """
 
   workdir: str
@@ -75,21 +76,21 @@ class CM3Leon:
     show_progress: bool | None = None,
     **options: Unpack[kw.LoadOptions],
   ) -> CM3Leon:
-    """Loads the newest checkpoint of a run, a bundle or an export onto the devices of this machine.
+    """Loads a bundle, an export or a run's newest checkpoint onto the devices of this machine.
 
     >>> model = CM3Leon.load(workdir)
     >>> model.step
     7
 
     Args:
-      workdir: one of: the folder of a run, local or in a GCS bucket, even while it trains; a bundle
-        that `cm3leon export --bundle` or `save` wrote; the name of a bundle in this package,
-        "scenes" or "scenes-instruct"; or an export of `cm3leon export` in the format hf or orbax,
-        which has neither CLIP nor bank.
+      workdir: the folder of a run, local or in a GCS bucket, even while the run trains; or a bundle
+        that `cm3leon export --bundle` or `save` wrote; or the name of a bundle in this package,
+        "scenes" or "scenes-instruct"; or an export that `cm3leon export` wrote in the format hf or
+        orbax. An export has neither a CLIP model nor a bank.
       dtype: compute dtype, `float32` or `bfloat16`; default: the run's.
       devices: devices over which parameters and batches are sharded; default: `jax.devices()`.
-      mesh: a mesh of `mesh.create_mesh`, instead of `devices`, for another sharding.
-      clip: folder of the Hugging Face CLIP, if it differs from the path in the run's config.
+      mesh: a mesh from `mesh.create_mesh`, given instead of `devices` for another sharding.
+      clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
       **options: `batch_size`, the largest number of samples in a batch (default 16); `weight_dtype`
         and `cache_dtype`, `compute` or `int8`; `draft_window`, the number of image codes read per
@@ -111,14 +112,14 @@ class CM3Leon:
     return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle for `load` and `cm3leon serve`. A bundle in `folder` is replaced.
+    """Writes a bundle, which `load` and `cm3leon serve` read. Replaces a bundle in `folder`.
 
     >>> model.save(folder)
     >>> CM3Leon.load(folder).step
     7
 
-    The bundle contains the decoder, tokenizers and CLIP in float16, and the settings. An export
-    cannot be saved, because it lacks a CLIP.
+    The bundle contains the settings, and the decoder, tokenizers and CLIP model in float16. A model
+    that was loaded from an export cannot be saved, because it has no CLIP model.
     """
     from cm3leon_jax import loading
 
@@ -148,7 +149,7 @@ class CM3Leon:
       return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
 
   def requests(self, tasks: Sequence[Task]) -> list[Request]:
-    """Returns the token prompts of tasks, including retrieved documents, for another engine.
+    """Returns the token prompts of tasks, with their retrieved documents, for another engine.
 
     >>> from cm3leon_jax.generation.text_tasks import Caption
     >>> [request] = model.requests([Caption(image=image)])
@@ -245,7 +246,7 @@ class CM3Leon:
     self, image: Any, box: Any, prompt: str | list[str] = "", *, retrieve: int = 0, seed: int = 0,
     **sampling: Unpack[kw.ImageSampling],
   ) -> Any:  # fmt: skip
-    """Fills a box of an image. Returns a PIL image, or a list of PIL images.
+    """Generates new contents for a box of an image. Returns a PIL image, or a list of PIL images.
 
     >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
     True
@@ -253,7 +254,7 @@ class CM3Leon:
     Args:
       box: (left, top, right, bottom) in pixels at the model's resolution, or a list of boxes. Right
         and bottom are exclusive. The box is enlarged to whole codes.
-      prompt: a caption of the whole image, which guides the codes, or a list of captions.
+      prompt: a caption of the whole image, or a list of captions. It guides the generated codes.
       retrieve: number of documents to retrieve. The query is the prompt, or the image if the prompt
         is empty.
       **sampling: see `generate`; guidance needs a prompt.
@@ -330,7 +331,7 @@ class CM3Leon:
   @overload
   def retrieve(self, query: Any, k: int = 2) -> list[Retrieved] | list[list[Retrieved]]: ...
   def retrieve(self, query: Any, k: int = 2) -> Any:
-    """Retrieves the documents of the bank that match a text or an image best, like `generate`.
+    """Retrieves the documents of the bank that match a text or an image best, as `generate` does.
 
     >>> [first, second] = model.retrieve("a green bell", k=2)
     >>> first.similarity >= second.similarity, first.image.size == image.size
@@ -339,9 +340,9 @@ class CM3Leon:
     Args:
       query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
         if a file has this name.
-      k: largest number of documents. Documents are left out if they are more similar to the query
-        or to a better document than `retrieval.max_similarity`, or less similar to the query than
-        `retrieval.min_similarity`.
+      k: largest number of documents. A document is left out if its similarity to the query is below
+        `retrieval.min_similarity`, or if its similarity to the query or to a better document is
+        above `retrieval.max_similarity`.
 
     Returns:
       A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,
@@ -358,7 +359,7 @@ class CM3Leon:
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
-    """Parameters as they were trained. Only `score` uses them; its first call loads them."""
+    """Parameters in the dtype of training. Only `score` uses them; its first call loads them."""
     from cm3leon_jax import loading
 
     return loading.params_of(self.workdir, self.step)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Exit codes of a run that stopped after a signal: it has saved its state or had nothing to save.
+# Exit codes of a run that a signal stopped. The run saved its state before it stopped, if it had
+# any state to save.
 INTERRUPTED = 75  # SIGTERM. The code is EX_TEMPFAIL, so a scheduler starts the command again.
 CTRL_C = 130  # Ctrl-C. Shells use the same code.
 STOPPED_EARLY = (
@@ -20,19 +21,20 @@ STOPPED_EARLY = (
 )
 LARGEST = 2**31 - 1  # Largest absolute value of an integer, since counters are int32.
 LONGEST = 4_000  # Largest number of characters of an error message.
-# Range of the absolute value of a nonzero float, so that the product or quotient of two such floats
-# is finite in float32.
+# Smallest and largest absolute value of a nonzero float. With this range, the product and the
+# quotient of two floats are finite in float32.
 SIZES = 1e-20, 1e12
 
-# Dataclasses with this config convert ints to floats and no other types. They refuse unknown
-# fields, NaN and infinity. The docstring under a field is the field's description.
+# Dataclasses with this config convert ints to floats, and otherwise only accept values of the right
+# type. They refuse unknown fields, NaN and infinity. The docstring under a field describes the
+# field.
 STRICT: "pydantic.ConfigDict" = {
   "strict": True,
   "extra": "forbid",
   "allow_inf_nan": False,
   "use_attribute_docstrings": True,
 }
-# Fields that earlier versions stored. They have no effect any more.
+# Fields that earlier versions stored. They no longer have an effect.
 REMOVED_FIELDS = frozenset({"raw.max_texts"})
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 
@@ -54,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def short(value: Any, most: int = 80) -> str:
-  """Returns `repr(value)`, cut after `most` characters, or a description if `repr` fails."""
+  """Returns `repr(value)`, cut to `most` characters. If `repr` fails, returns a description."""
   try:
     text = without_addresses(repr(value))
   except (ValueError, RecursionError):  # An int with too many digits, or deeply nested values.
@@ -83,8 +85,8 @@ class UserError(ValueError):
   """A user's mistake. The message says in one sentence what is wrong, where, and what to do.
 
   The message may quote an untrusted file or a library's error. So control characters become spaces,
-  memory addresses are removed, and only the start and the end of a message longer than LONGEST
-  characters are kept.
+  and memory addresses are removed. If a message is longer than LONGEST characters, only its start
+  and its end are kept.
   """
 
   exit_code = 2
@@ -99,8 +101,8 @@ class UserError(ValueError):
 class FieldError(UserError):
   """A wrong value in a section of the config.
 
-  `path` has the field names and indices that lead to the value, such as ("shape", 1); () if the
-  error concerns several values.
+  `path` contains the field names and indices that lead to the value, such as ("shape", 1). It is ()
+  if the error concerns several values.
   """
 
   def __init__(self, message: str, path: tuple[str | int, ...] = ()):
@@ -115,7 +117,7 @@ class TryAgain(UserError):
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
-  """Builds the dataclass `cls` from a mapping; an error names the wrong field.
+  """Builds an instance of the dataclass `cls` from a mapping. Errors name the wrong field.
 
     build(TrainConfig, {"steps": 0}, "train")
     UserError: config.train.steps is 0; it must be greater than 0.
@@ -148,7 +150,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
 
 
 def _check_value(value: Any, path: tuple[str | int, ...], where: str) -> None:
-  """Raises FieldError for a number outside LARGEST or SIZES, or for a lone surrogate."""
+  """Raises FieldError for a number beyond LARGEST or outside SIZES, or for a lone surrogate."""
   field = ".".join([where, *map(str, path)])
   if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
     raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
@@ -175,7 +177,7 @@ def _sentence(error: dict, cls: type, where: str) -> str:
       return f"{where} has no field '{name}': {hint}"
     case "missing":
       return f"{where} has no field '{error['loc'][0]}', which is required."
-    case "value_error":  # A `__post_init__` raised it.
+    case "value_error":  # A `__post_init__` raised the error.
       return f"{field}: {error['ctx']['error']}"
   _, should, rule = error["msg"].partition(" should ")
   if not should:

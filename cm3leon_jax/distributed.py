@@ -20,20 +20,21 @@ from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, Use
 from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.runs import stages
 
-# If a process is killed, suspended or disconnected, the other processes exit after this time.
+# If a process is killed, suspended or disconnected, the other processes exit after this many
+# seconds.
 HEARTBEAT_SECONDS = 100
-# A process that exits waits this long for the other processes. If only it failed, the job then
-# ends.
+# A process that exits first waits this long for the other processes to exit, too. If only this
+# process failed, the job ends after the wait.
 SHUTDOWN_SECONDS = 60
 # A process that received a signal waits this long for the next `gather`, so that all processes exit
 # together. Most schedulers kill a process 30 s after the signal.
 TOGETHER_SECONDS = 20
-# Process 0 waits this much longer. When it exits, JAX's coordination service ends, and then the
-# other processes abort with code 134.
+# Process 0 waits this much longer than the other processes. When process 0 exits, JAX's
+# coordination service ends, and processes that still run abort with code 134.
 FIRST_WAITS_SECONDS = 5
 
-# Exit codes of the signals that this process received outside the training steps; a signal handler
-# appends them.
+# Exit codes of the signals that this process received outside the training steps. A signal handler
+# appends the codes.
 _asked: list[int] = []
 # Timers that end the process some time after a signal. A thread starts them, because Python runs no
 # signal handler while the process waits in native code.
@@ -51,7 +52,7 @@ def initialize(
   Args:
     coordinator: host:port on which process 0 listens.
     process_id: number of this process, in [0, num_processes).
-    timeout: seconds that processes wait for each other.
+    timeout: number of seconds for which the processes wait for each other.
 
   Raises:
     UserError: only some of the first three arguments are given, a value is out of range, or no
@@ -147,11 +148,11 @@ def print_once(sentence: str) -> None:
 def stop_together() -> None:
   """Makes SIGTERM and Ctrl-C outside the training steps end all processes of the job together.
 
-  If one process exits, the other processes fail with an error. So all processes exit with the same
-  code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after a second Ctrl-C,
-  this process exits without the others. A thread ends the process, because Python runs no signal
-  handler while the process waits for another process in native code. If `asked_to_stop` returns an
-  exit code, its caller must end the process.
+  If only one process exited, the other processes would fail with an error. So all processes exit
+  with the same code at the next `gather`. After TOGETHER_SECONDS without a `gather`, or after a
+  second Ctrl-C, this process exits without the others. A thread ends the process, because Python
+  runs no signal handler while the process waits for another process in native code. If
+  `asked_to_stop` returns an exit code, its caller must end the process.
   """
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
@@ -174,7 +175,7 @@ def _code(number: int) -> int:
 
 
 def _hear(reading: int, seconds: float) -> None:
-  """Waits for signals; each starts a timer that ends the process after `seconds`."""
+  """Waits for signals. Each signal starts a timer, which ends the process after `seconds`."""
   while True:
     number = os.read(reading, 1)[0]
     if signal.getsignal(number) is _note:
@@ -232,12 +233,12 @@ def _exchange(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Runs the body in all processes and waits until every process has finished or failed.
+  """Runs the body of `with` in all processes and waits until each has finished it or failed.
 
   Raises:
     UserError: the body raised UserError or TryAgain in a process; all processes raise this error.
-      If the body raised another error, its process raises that error, and the other processes raise
-      TryAgain with a description of it.
+      If the body raised another error in a process, that process raises the other error, and the
+      other processes raise TryAgain with a description of it.
   """
   failure: Exception | None = None
   message, crash = "", False

@@ -1,4 +1,4 @@
-"""Keyword types of the methods of `CM3Leon`, so that a type checker finds wrong keywords."""
+"""Defines the types of the keywords of `CM3Leon`'s methods, so that type checkers find mistakes."""
 
 from typing import Literal, TypedDict
 
@@ -22,7 +22,7 @@ class TopP(TypedDict, total=False):
 
 
 class ImageCodes(TopP, total=False):
-  """Fields of `config.sampling` for all samplers of image codes."""
+  """Fields of `config.sampling` that samplers of image codes read."""
 
   method: Method
   contrastive_k: int

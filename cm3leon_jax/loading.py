@@ -41,10 +41,10 @@ def load(
 
   Args:
     source: workdir of a run, folder of an export or bundle, or name of an installed bundle.
-    clip: folder of the Hugging Face CLIP; None: the path in the run's config.
+    clip: folder of the Hugging Face CLIP model; None: the path in the run's config.
     dtype: compute dtype; None: the dtype in the run's config.
     devices: devices over which parameters are sharded; None: all.
-    mesh: mesh of the parameters, instead of `devices`.
+    mesh: mesh over which parameters are sharded, given instead of `devices`.
     options: fields of `GeneratorConfig`.
 
   Returns:
@@ -77,14 +77,18 @@ def load(
 
 
 def shows_progress(given: bool | None) -> bool:
-  """Returns whether to show progress bars; None: only in a terminal or notebook."""
+  """Returns whether to show progress bars. None means only in a terminal or notebook."""
   return progress.is_interactive() if given is None else calls.truth("show_progress", given)
 
 
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh to load onto. Raises UserError if an argument is wrong or both are given."""
+  """Returns the mesh for the model. At most one of `devices` and `mesh` may be given.
+
+  Raises:
+    UserError: both are given, or one has a wrong value.
+  """
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
   if devices is None:
@@ -146,10 +150,11 @@ def params_of(workdir: str, step: int) -> dict:
 def write_bundle(
   trained: Run, folder: str | os.PathLike[str], base: str = "", step: int | None = None
 ) -> tuple[int, dict]:
-  """Writes the bundle of a run and records the training cost in it. Needs a mesh.
+  """Writes the bundle of a run and records the training cost in it. Needs a current mesh.
 
-  `base` is another bundle whose tokenizers and CLIP are shared, see `bundle.write`. `step` is the
-  step of the checkpoint; None: the newest. Returns (step, result of `bundle.write`).
+  If `base` names another bundle, the new bundle shares its tokenizers and its CLIP model (see
+  `bundle.write`). `step` is the step of the checkpoint; None: the newest. Returns (step, result of
+  `bundle.write`).
   """
   workdir = trained.folder
   cost = summary.cost(summary.collect(workdir))

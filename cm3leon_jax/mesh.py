@@ -32,9 +32,9 @@ RULES = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.
-  # Stored embedding tables. If `tensor` were last, a gather would need two more permutes.
+  # Rows of stored embedding tables. If `tensor` were last, a gather would need two more permutes.
   "vocab_stored": ("tensor", *FSDP),
-  "largest": FSDP,  # Largest axis of an array of a small model; see `trainer.layout`.
+  "largest": FSDP,  # The largest axis of each array of a small model; see `trainer.layout`.
 }
 
 
@@ -147,7 +147,7 @@ def unsplit() -> Iterator[None]:
 
 
 def spec(*axes: str | None) -> P | None:
-  """Returns the PartitionSpec of an array with the logical `axes`; an axis None is not sharded.
+  """Returns the PartitionSpec of an array with the logical `axes`. None means not sharded.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)
@@ -163,10 +163,10 @@ def shard(x: Array | np.ndarray, *axes: str | None) -> Array:
 def gathered(w: Array) -> Array:
   """Gathers a parameter over the fsdp axes; the result is sharded only over `tensor`.
 
-  `w` has its stored sharding and the dtype in which devices exchange it. Each fsdp axis is gathered
-  separately, so the forward pass does one all-gather per torus dimension, and the backward pass one
-  reduce-scatter per dimension. The gradient is then summed over `data`. The annotation `reduced`
-  makes JAX sum the gradients once, here, instead of at each use of `w`.
+  `w` has the sharding in which it is stored, and the dtype in which devices exchange it. Each fsdp
+  axis is gathered separately. So the forward pass does one all-gather per torus dimension, and the
+  backward pass does one reduce-scatter per dimension. The gradient is then summed over `data`. The
+  annotation `reduced` makes JAX sum the gradients once, here, instead of at each use of `w`.
   """
   if _unsplit.get():
     return w
@@ -187,7 +187,7 @@ def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns shapes, dtypes and shardings of a tree on `mesh`. Host arrays are replicated."""
+  """Returns a tree's shapes, dtypes and shardings on `mesh`. Host arrays become replicated."""
 
   def place(x: Any) -> jax.ShapeDtypeStruct:
     spec = P()

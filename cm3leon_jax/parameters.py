@@ -31,7 +31,10 @@ def to_dict(state: nnx.State) -> dict:
 
 
 def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
-  """Builds a module from `structure` and `params`. It is cheap enough for jitted functions."""
+  """Builds a module from the results of `structure` and from `params`.
+
+  The function is cheap enough to be called in jitted functions.
+  """
   flat = {
     tuple(int(k) if k.isdigit() else k for k in path): x
     for path, x in traverse_util.flatten_dict(params).items()
@@ -62,7 +65,7 @@ def random(state: nnx.State, key: Key[Array, ""]) -> dict:
 
 
 def save(path: epath.PathLike, params: dict) -> None:
-  """Atomically writes a safetensors file. The name of a tensor is its keys joined by dots."""
+  """Writes a safetensors file atomically. A tensor's name consists of its keys, joined by dots."""
   flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
   with replacing(path) as file:
     file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))
@@ -74,11 +77,11 @@ def not_finite(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def load(path: epath.PathLike, expected: dict, command: str) -> dict:
-  """Loads parameters that `save` wrote onto the default device.
+  """Loads parameters from a file that `save` wrote. Puts them on the default device.
 
   Args:
-    expected: parameters, or their types, with the expected names, shapes and dtypes. Loaded arrays
-      are converted to these dtypes.
+    expected: parameters (or abstract arrays) with the expected names, shapes and dtypes. Loaded
+      arrays are converted to these dtypes.
     command: command that writes the file, for messages.
 
   Raises:
@@ -105,7 +108,7 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
 
 
 def files_of_index(path: epath.PathLike) -> dict[str, str]:
-  """Returns the file name of each tensor from the index of a sharded safetensors checkpoint.
+  """Reads the file name of each tensor from the index of a sharded safetensors checkpoint.
 
   Raises:
     UserError: the index is damaged, or names a file outside its folder.

@@ -137,7 +137,7 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   """Reads the settings that `cm3leon train` stored in train/config.json.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or an old version without stored settings did it.
+    UserError: nothing was trained in `workdir`, or an old version trained and stored no settings.
   """
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
@@ -155,7 +155,7 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
 
 
 def settings_from_stored(values: dict) -> Settings:
-  """Builds the settings that a run or bundle stored. Sections added since then get their defaults.
+  """Builds the settings that a run or bundle stored. Sections that are missing get their defaults.
 
   Fields in `REMOVED_FIELDS` are left out.
 
@@ -172,7 +172,7 @@ def settings_from_stored(values: dict) -> Settings:
 
 
 def describe(settings: Settings) -> list[str]:
-  """Returns one line `section.field = value` per field, with the default if it differs.
+  """Returns one line `section.field = value` per field, with the default if the value differs.
 
   train.steps = 5  # default: 41723
   """

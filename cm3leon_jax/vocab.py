@@ -58,11 +58,11 @@ class VocabLayout:
     return 5 + i
 
   def is_mask(self, ids: Any) -> Any:
-    """Returns a bool mask of the sentinels `<mask:i>` among `ids` (an int or an array)."""
+    """Returns a bool mask: True where `ids` (an int or an array) is a sentinel `<mask:i>`."""
     return (ids >= 5) & (ids < self.num_special)
 
   def is_image(self, ids: Any) -> Any:
-    """Returns a bool mask of the image codes among `ids` (an int or an array)."""
+    """Returns a bool mask: True where `ids` (an int or an array) is an image code."""
     return (ids >= self.text_size) & (ids < self.size)
 
   def image_ids(self, codes: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -86,7 +86,7 @@ class VocabLayout:
     return ids - self.text_size
 
   def special_tokens(self) -> list[str]:
-    """Returns the names of the special tokens in order of their ids."""
+    """Returns the names of the special tokens, in the order of their ids."""
     return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [
       f"<mask:{i}>" for i in range(self.num_masks)
     ]

@@ -9,7 +9,7 @@ MODULES = {"scenes": "cm3leon_jax.scenes.interface"}
 
 
 def world_of_format(name: str) -> str:
-  """Returns the world that draws the records of a format, or "" if the records are in files.
+  """Returns the name of the world that draws a format's records, or "" if files hold the records.
 
   world_of_format("scenes/count") = "scenes", world_of_format("jsonl") = ""
   """

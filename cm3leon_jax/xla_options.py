@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-# Prefix of `jax.Device.device_kind` -> option -> (value, reason and source). Older recipes also set
-# asynchronous collectives: they are the default on v5e, and on v5p libtpu refuses asynchronous
-# all-gathers as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is omitted: it did
+# Prefix of `jax.Device.device_kind` -> option -> (value, reason and source). Older recipes also
+# enable asynchronous collectives. On v5e these are the default. On v5p, libtpu refuses asynchronous
+# all-gathers as unsafe. MaxText's xla_tpu_scoped_vmem_limit_kib=98304 for v6e is left out. It did
 # not change memory use, and compilation took five times as long.
 OPTIONS = {
   "TPU": {
@@ -27,7 +27,7 @@ OPTIONS = {
     ),
   },
 }
-# The same table for the decoding loop.
+# A table like OPTIONS, for programs of the decoding loop.
 DECODE_OPTIONS = {
   "cpu": {
     "xla_cpu_experimental_ynn_fusion_type": (
@@ -42,7 +42,7 @@ DECODE_OPTIONS = {
 def compiler_options(
   mesh: jax.sharding.Mesh, options: Mapping[str, Mapping[str, tuple[Any, str]]] = OPTIONS
 ) -> dict[str, Any]:
-  """Returns `compiler_options` of `jax.jit` for programs on `mesh`, from a table like `OPTIONS`."""
+  """Returns the options that `jax.jit` gets for programs on `mesh`, from a table like `OPTIONS`."""
   kind = mesh.devices.flat[0].device_kind
   return {
     name: value

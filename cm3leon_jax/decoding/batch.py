@@ -1,4 +1,4 @@
-"""Converts requests to the arrays of a batch, where equal prompts and prefixes occur once."""
+"""Converts requests to the arrays of a batch, in which equal prompts and prefixes occur once."""
 
 # B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, U0 shared prefixes,
 # P entries of a padded prompt, P0 entries of a padded prefix, M parts of a plan, I tokens of an
@@ -22,7 +22,7 @@ from cm3leon_jax.vocab import VocabLayout
 BUCKET = 32  # Prompts are padded to a multiple of this, so that similar lengths share a program.
 SHARED = 64  # Shorter shared prefixes are not worth a separate prefill pass.
 Array: TypeAlias = jax.Array | np.ndarray
-Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # (id, position) pairs: keys depend on both.
+Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # (id, position): attention keys depend on both.
 
 
 class StreamPrompt(NamedTuple):
@@ -65,8 +65,8 @@ class Prompts(NamedTuple):
   Attributes:
     prefixes: shared prefixes [U0, P0]; None if no prompts share a prefix.
     rests: the remaining tokens [U, P] of each unique prompt.
-    prefix_of: index of the prefix before each rest. Both are in the same shard of the batch.
-    row: index of the unique prompt of each row. Both are in the same shard of the batch. The
+    prefix_of: index of the prefix before each rest, in the same shard of the batch as the rest.
+    row: index of the unique prompt of each row, in the same shard of the batch as the row. The
       streams of a sample are adjacent rows.
     last, last_positions, next_positions: as in `StreamPrompt`.
   """
@@ -81,7 +81,7 @@ class Prompts(NamedTuple):
 
   @property
   def entries(self) -> int:
-    """Number of cache entries of a prefix and a rest together."""
+    """Number of cache entries that a prefix and its rest take together."""
     prefixes = 0 if self.prefixes is None else self.prefixes.ids.shape[1]
     return self.rests.ids.shape[1] + prefixes
 
@@ -89,8 +89,8 @@ class Prompts(NamedTuple):
 class Batch(NamedTuple):
   """Arrays of one batch.
 
-  `widths` has, for each stream, the number of prompt entries that its cache keeps
-  (`stream_widths`).
+  `widths` contains, for each stream, the number of prompt entries that its cache keeps (see
+  `stream_widths`).
   """
 
   prompts: Prompts
@@ -110,10 +110,10 @@ def make_batch(
   align_images: bool,
   multiple: int,
 ) -> Batch:
-  """Makes the arrays of requests that have the same number of streams.
+  """Makes the arrays of a batch. All requests must have the same number of streams.
 
-  `requests`, `seeds` and `methods` have one element per sample. Requests are repeated to fill the
-  batch, whose size is a result of `rounded`. `multiple` is the number of devices over which the
+  `requests`, `seeds` and `methods` have one element per sample. Requests are repeated until the
+  batch has the size that `rounded` returns. `multiple` is the number of devices over which the
   batch is sharded.
   """
   rows = [i % len(requests) for i in range(rounded(len(requests), multiple))]
@@ -146,9 +146,9 @@ def prompt_positions(
 ) -> Int32[np.ndarray, " T+1"]:  # fmt: skip
   """Returns the positions of a prompt's tokens and of the first generated token.
 
-  If the plan has CODES, the prompt gets the positions of a training sample in which an image code
-  follows, because aligned positions depend on where an image starts. In a DOCUMENT, the lengths of
-  the texts are unknown, so its generated images are not aligned.
+  Aligned positions depend on where an image starts. So if the plan has CODES, the prompt gets the
+  positions that it has in a training sample with an image code after the prompt. In a DOCUMENT, the
+  lengths of the texts are unknown, so its generated images are not aligned.
 
     prompt </s> 7 <break>, CODES   aligned  -3 -2 -1 0
   """
@@ -172,7 +172,7 @@ def prompts_of(request: Request, vocab: VocabLayout, align_images: bool) -> list
 
 
 def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
-  """Pads prompts on the left to `length`, or to the `bucket_length` of the longest prompt if 0."""
+  """Pads prompts on the left to `length`. 0 means the `bucket_length` of the longest prompt."""
   length = length or bucket_length(max(len(p) for p in prompts))
   shape = (len(prompts), length)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
@@ -185,11 +185,11 @@ def pad_left(prompts: Sequence[Tokens], pad: int, length: int = 0) -> Padded:
 
 
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
-  """Returns the length of the prefix that each prompt shares with other prompts: 0, or >= SHARED.
+  """Returns, for each prompt, the length of the prefix that it shares with other prompts.
 
-  Shared tokens have equal ids and equal positions. Prompts are sorted, so that prompts with a
-  common prefix are adjacent. A prompt joins the current group if it shares at least SHARED tokens
-  with the group's first prompt.
+  The length is 0 or at least SHARED. Shared tokens have equal ids and equal positions. Prompts are
+  sorted, so that prompts with a common prefix are adjacent. A prompt joins the current group if it
+  shares at least SHARED tokens with the group's first prompt.
   """
   order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
   lengths, start = [0] * len(prompts), 0
@@ -212,7 +212,7 @@ def _common(a: Tokens, b: Tokens) -> int:
 
 
 def prompt_arrays(read: Sequence[StreamPrompt], pad: int, shards: int) -> Prompts:
-  """Makes the arrays of R prompts; equal prompts on a device occur once.
+  """Makes the arrays of R prompts. Equal prompts on the same device occur once.
 
   A prompt or shared prefix that several devices need is read on each of them. This takes less time
   than sending its keys and values. `shards` is the number of devices over which the batch is
@@ -245,7 +245,7 @@ def _unique_of_shards(
 ) -> tuple[Int32[np.ndarray, " _"], list[list[Tokens]]]:
   """Finds the unique prompts of each shard.
 
-  Empty prompts are appended, so that all shards have the same `rounded` number of prompts. Returns
+  Appends empty prompts until all shards have the same number of prompts (see `rounded`). Returns
   (index of each prompt in the unique prompts of all shards, unique prompts of each shard).
   """
   found = [_unique(prompts) for prompts in shards]

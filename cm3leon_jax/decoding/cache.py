@@ -1,4 +1,4 @@
-"""Implements the static key-value cache of decoding and attention over its entries."""
+"""Implements the key-value cache of decoding, and attention over the entries of the cache."""
 
 # K layers, B samples, S guidance streams, R rows (B x S, or prompts), N heads, T entries, L new
 # tokens, H head size.
@@ -29,8 +29,8 @@ class LayerCache(NamedTuple):
 
   Attributes:
     keys, values: sharded over rows and heads, in the compute dtype or int8.
-    key_scales, value_scales: scales of an int8 cache: the largest absolute number in each key or
-      value vector / 127. None for other dtypes.
+    key_scales, value_scales: scales of an int8 cache. The scale of a key or value vector is its
+      largest absolute entry, divided by 127. None for other dtypes.
   """
 
   keys: Shaped[Array, "R N T H"]
@@ -130,7 +130,7 @@ def over_streams(
 
 
 def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute") -> Layers:
-  """Makes caches with `capacity` empty entries for all layers; `dtype` is one of `DTYPES`."""
+  """Makes a cache with `capacity` empty entries for each layer. `dtype` is one of `DTYPES`."""
 
   def zeros(dtype: DTypeLike, size: int = config.head_dim) -> Shaped[Array, "R N T size"]:
     shape = (rows, config.num_heads, capacity, size)
@@ -146,7 +146,7 @@ def empty(config: ModelConfig, rows: Size, capacity: Size, dtype: str = "compute
 
 
 def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size) -> Layers:
-  """Gathers cache rows (see `local_rows`), keeps their last `kept` entries, pads to `capacity`."""
+  """Gathers cache rows (see `local_rows`), keeps the last `kept` entries, pads to `capacity`."""
 
   def take(x: Shaped[Array, "R N T H"]) -> Shaped[Array, "rows N kept H"]:
     return local_rows(x[:, :, x.shape[2] - kept :], index)
@@ -157,7 +157,7 @@ def rows(cache: Layers, index: Int32[Array, " rows"], kept: Size, capacity: Size
 def local_rows(
   x: Shaped[Array, "rows_in ..."], index: Int32[Array, " rows"]
 ) -> Shaped[Array, "rows ..."]:
-  """Gathers rows of `x` (sharded over the batch) without communication between devices.
+  """Gathers rows of `x` without communication between devices. `x` is sharded over the batch.
 
   `index` contains indices of rows of `x`. Each index must refer to a row in the same shard as the
   result row.
@@ -183,6 +183,6 @@ def grown(cache: Layers, by: Size) -> Layers:
 def _quantized(
   x: Float[Array, "*batch H"],
 ) -> tuple[Int8[Array, "*batch H"], Float32[Array, "*batch 1"]]:
-  """Quantizes vectors to (int8 values, fp32 scales), so that `x` is about values x scale."""
+  """Quantizes vectors. Returns (int8 values, fp32 scales), where values * scales is about `x`."""
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127, 1e-30)
   return jnp.round(x / scale).astype(jnp.int8), scale

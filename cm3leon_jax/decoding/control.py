@@ -26,7 +26,7 @@ class Control(NamedTuple):
     plan: result of `grammar.plan_array`.
     guidance: weights of the streams at each code of an image; the last entry is for text.
     seeds: seed of each sample. A sample does not depend on the seeds of other samples.
-    uses: name of each sampling method except top-p -> which samples use it.
+    uses: name of each sampling method except top-p -> mask of the samples that use it.
     values: sampling settings that do not cause recompilation. Each is a scalar for all samples or
       an array with one number per sample.
   """
@@ -48,7 +48,7 @@ def control_of(
 ) -> Control:
   """Makes the control of B requests with the same number of streams.
 
-  `requests`, `seeds` and `methods` have one element per sample. `sampling` holds for all samples,
+  `requests`, `seeds` and `methods` have one element per sample. `sampling` applies to all samples,
   so `values` are scalars. `parts` is M; 0 means as many parts as the plans need.
   """
   return Control(
@@ -63,7 +63,10 @@ def control_of(
 def without_samples(
   rows: int, streams: int, sampling: SamplingConfig, image_tokens: int, parts: int
 ) -> Control:
-  """Makes the control of rows without samples: plans are DONE, `values` have a number per row."""
+  """Makes the control of rows without samples: all plans are DONE.
+
+  `values` have one number per row.
+  """
   return Control(
     np.zeros((rows, parts, 3), np.int32),
     np.zeros((rows, image_tokens + 1, streams), np.float32),

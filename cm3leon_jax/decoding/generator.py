@@ -1,4 +1,4 @@
-"""Generates token ids for requests, batch by batch. This is the interface of decoding."""
+"""Generates token ids for requests, batch by batch. Other packages decode with `Generator`."""
 
 # I tokens of an image.
 
@@ -42,7 +42,7 @@ class GeneratorConfig:
     draft_window: number of image codes that a step reads and verifies as drafts (see
       `speculative`), at least 2; 0 generates one code per step. It applies to batches of whole
       images with a method that takes drafts (top_p). The distribution of images does not change,
-      but a seed gives a different image.
+      but the same seed gives another image.
     image_head: whether to compute only the logits of image codes while only image codes are legal.
   """
 
@@ -139,20 +139,20 @@ class GeneratorConfig:
 
 
 def _codes_first(batch: Batch) -> int:
-  """Returns the number of codes of the image with which all samples of a batch start, or 0."""
+  """Returns the number of codes per image if all samples of a batch start with one, else 0."""
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
 
 
 def _ignore(steps: int) -> None:
-  """Does nothing; the default of `progress`."""
+  """Does nothing. It is the default of `progress`."""
 
 
 class Generator:
   """Generates samples for requests.
 
-  It compiles once per bucket of prompt length, result length and batch size.
+  A generator compiles once per bucket of prompt length, result length and batch size.
 
   with jax.set_mesh(create_mesh(MeshConfig())):
     generator = Generator(params, GeneratorConfig.of(settings))
@@ -161,7 +161,7 @@ class Generator:
   """
 
   def __init__(self, params: dict, config: GeneratorConfig):
-    """Prepares the parameters of a model for decoding. Needs a mesh."""
+    """Prepares the parameters of a model for decoding. Needs a current mesh."""
     self.config = config
     self.params = params_lib.prepare(
       params,
@@ -251,7 +251,10 @@ class Generator:
     sampling: SamplingConfig,
     progress: Callable[[int], None],
   ) -> list[np.ndarray]:
-    """Generates a batch with equal numbers of streams. Returns (ids, log_probs, divergence)."""
+    """Generates a batch of requests that have equally many streams.
+
+    Returns [ids, log_probs, divergence].
+    """
     batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)

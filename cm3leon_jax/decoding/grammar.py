@@ -18,7 +18,7 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
 
 DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
-# Values of `place`: where the next token of a DOCUMENT is if it is not in an image.
+# Values of `place`: where the next token of a DOCUMENT is, if it is not in an image.
 SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 
@@ -68,7 +68,7 @@ class State(NamedTuple):
 
   Attributes:
     part: index of the current part.
-    left: number of tokens that the current part may still take.
+    left: number of tokens that the current part may still get.
     place: in a DOCUMENT, the number of remaining codes of the current image, or SEGMENT_START,
       IN_TEXT or AFTER_IMAGE.
   """

@@ -45,7 +45,7 @@ class LoopState(NamedTuple):
     ids: generated ids, with padding after the end of a sample.
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters; 0 at padding.
-    divergence: sum of `guidance.divergence` of the first and the last stream over the image codes.
+    divergence: sum over the image codes of the `guidance.divergence` of the first and last stream.
   """
 
   tokens: Int32[Array, " R"]
@@ -72,7 +72,7 @@ def extend(
   """Reads L more tokens in each row and returns their hidden states after the final norm.
 
   `model` is `DecodeParams.model`. `attend` is a function (layer, q, k, v) -> result, with arrays of
-  shape [R, L, N, H]. It also stores k and v.
+  shape [R, L, N, H]. The function also stores k and v.
   """
   bound = transformer.bind(config, {**model, "blocks": {}})
   x = bound.embed_tokens(tokens, positions)
@@ -93,7 +93,7 @@ def read_padded(
   length = tokens.ids.shape[1]
   seen = jnp.concatenate([seen[:, :entry], tokens.valid, seen[:, entry + length :]], axis=1)
   ends = entry + jnp.arange(length)
-  # All keys of a padding query are masked, so it averages them uniformly; its result is not used.
+  # All keys of a padding query are masked, so the query averages them. Its result is not used.
   mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
   layers = list(cache)
 
@@ -140,7 +140,7 @@ def prefill(
   widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
-  """Reads the prompts of R rows and returns the state before the first step. Needs a mesh.
+  """Reads the prompts of R rows and returns the state before the first step. Needs a current mesh.
 
   `model` is `DecodeParams.model`, and `plan` is as in `Control`. `capacity` is the initial number
   of cache entries for generated tokens. The cache of a stream keeps only the last `widths` prompt
@@ -208,8 +208,8 @@ def _sample_ids(
 ) -> Sampled:  # fmt: skip
   """Samples the next id of each sample.
 
-  Returns (ids, log_probs, divergence of the streams where an image code is sampled and 0
-  elsewhere).
+  Returns (ids, log_probs, divergence). The divergence of a sample is 0 if its id is not an image
+  code.
   """
   streams = control.guidance.shape[2]
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
@@ -241,8 +241,8 @@ def _sample_ids(
     return ids + grammar.vocab.text_size, log_probs, apart
 
   def among_all() -> Sampled:
-    # All ids are legal for a finished sample: its id is discarded, but a softmax over no ids is
-    # NaN.
+    # Make all ids legal for a finished sample. Its id is discarded, but a softmax over no ids would
+    # be NaN.
     legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
     columns, log_probs, apart = sample_columns(params.head, sampler.of_all, in_image, legal)
     return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs, apart
@@ -307,7 +307,7 @@ def decode_step(
 
 
 def split_control(control: Control) -> Control:
-  """Shards the arrays of `control` over the batch; scalars are not sharded."""
+  """Shards the arrays of `control` over the batch. Scalars are not sharded."""
 
   def split(x: Array | np.ndarray) -> Array | np.ndarray:
     return shard(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
@@ -318,14 +318,15 @@ def split_control(control: Control) -> Control:
 def decode_steps(
   params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static: Any
 ) -> LoopState:
-  """Runs at most `steps` steps; stops early when all samples are finished or the cache is full.
+  """Runs at most `steps` steps. Stops early when all samples are finished or the cache is full.
 
-  Needs a mesh. While only image codes are legal in all samples, only their logits are computed.
-  `loop` is donated. `static` has the arguments `config`, `grammar` and `sampler` of `decode_step`.
+  Needs a current mesh. While only image codes are legal in all samples, only their logits are
+  computed. `loop` is donated. `static` contains the arguments `config`, `grammar` and `sampler` of
+  `decode_step`.
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  free = loop.seen[0].shape[1] - loop.next_entries[0]  # The same number in all streams.
+  free = loop.seen[0].shape[1] - loop.next_entries[0]  # It is the same in all streams.
   stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
   step = functools.partial(decode_step, params, control, keys, **static)
   return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.any_active, step, loop)

@@ -1,4 +1,4 @@
-"""Prepares parameters for decoding: dtype, one array per matrix, output table of image codes."""
+"""Prepares parameters for decoding: converts dtypes and makes a separate array for each matrix."""
 
 # D width, V vocabulary, C image codes.
 
@@ -17,12 +17,12 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")
-# Matrix of a block -> axes that its product sums over.
+# Matrix of a block -> axes over which its product sums.
 SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
 
 
 class Int8(NamedTuple):
-  """A matrix in int8, with one scale per output: the largest absolute entry / 127."""
+  """A matrix in int8. The scale of an output is its largest absolute entry, divided by 127."""
 
   values: Int8Array[Array, "..."]
   scale: Float32[Array, "..."]
@@ -35,9 +35,9 @@ class DecodeParams(NamedTuple):
     model: parameters of the Transformer in the compute dtype. `blocks` is a tuple with the
       parameters of each layer. Each matrix (also q, k and v) is a separate array or an `Int8`,
       because XLA would copy a slice of a stacked array before each product.
-    image_head: columns of the output table for image codes; None: `head` is used for them, too.
-    head: the output table, with image codes before text. An image code has the same column in
-      `image_head`, and so gets the same noise when it is sampled.
+    image_head: columns of the output table for image codes. If None, `head` is used for them, too.
+    head: the output table, with image codes before text. An image code has the same column index in
+      `image_head`, so it gets the same noise when it is sampled.
   """
 
   model: dict
@@ -46,7 +46,7 @@ class DecodeParams(NamedTuple):
 
 
 def quantized(w: Float[Array, "..."], summed: tuple[int, ...]) -> Int8:
-  """Quantizes a matrix to int8; `summed` are the axes that its product sums over."""
+  """Quantizes a matrix to int8. `summed` are the axes over which its product sums."""
   scale = jnp.maximum(jnp.max(jnp.abs(w), axis=summed, keepdims=True) / 127, 1e-30)
   return Int8(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
@@ -70,7 +70,7 @@ def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
 def head_axis(rows: int) -> str | None:
   """Returns the logical axis over which an output table with `rows` rows is sharded.
 
-  The axis is "vocab" if the devices of this axis divide the rows evenly, and None otherwise.
+  The axis is "vocab" if the rows can be divided evenly over its devices, and None otherwise.
   """
   devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
   return None if rows % devices else "vocab"
@@ -81,7 +81,7 @@ def _at(tree: PyTree, i: int) -> PyTree:
 
 
 def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
-  """Prepares the parameters of one layer, already in the compute dtype; see `prepare`."""
+  """Prepares a layer whose parameters already have the compute dtype; see `prepare`."""
   if dtype == "int8":
     layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
   return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}
@@ -96,11 +96,11 @@ def prepare(
   dtype: str = "compute",
   image_head: bool = True,
 ) -> DecodeParams:
-  """Prepares a model's parameters once for all later calls. Needs a mesh.
+  """Prepares a model's parameters once for all later calls. Needs a current mesh.
 
   `dtype` is one of `DTYPES`. With "int8", the matrices of the blocks are int8, and all other
-  parameters have the compute dtype. `image_head` keeps a copy of the output table's rows of image
-  codes.
+  parameters have the compute dtype. `image_head` is whether to store a separate copy of the part of
+  the output table for image codes.
   """
 
   def columns(rows: Float[Array, "V D"]) -> Float[Array, "D V"]:

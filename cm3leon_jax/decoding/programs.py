@@ -24,7 +24,7 @@ from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 # entries.
 CAPACITY = 128
 T = TypeVar("T")
-CHUNK = 64  # Steps per call. After a call, the progress bar moves, and a finished batch stops.
+CHUNK = 64  # Steps per call. Between calls, the progress bar moves, and a finished batch ends.
 
 
 class Static(NamedTuple):
@@ -32,7 +32,7 @@ class Static(NamedTuple):
 
   Attributes:
     cache_dtype: one of `cache.DTYPES`.
-    widths: for each stream, the number of last prompt entries that its cache keeps.
+    widths: for each stream, the number of prompt entries that its cache keeps (the last entries).
     capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
       to which the caches grow.
     window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.
@@ -56,8 +56,8 @@ class Static(NamedTuple):
 def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
   """Returns the successive capacities of a growing cache for generated tokens.
 
-  The total number of entries (prompt and generated tokens) doubles each time. If the full cache has
-  at most 1.5 times the current entries, it is used directly.
+  The total number of entries (prompt and generated tokens) doubles each time. If the largest cache
+  has at most 1.5 times the entries of the next cache, it is used instead of the next cache.
 
   >>> cache_capacities(32, 257), cache_capacities(32, 1_025), cache_capacities(896, 257)
   ((128, 257), (128, 288, 608, 1025), (257,))
@@ -99,7 +99,7 @@ def lower_loop(
   *others: PyTree,
   formats: PyTree = None,
 ) -> jax.stages.Lowered:
-  """Lowers a function of (params, control, state, *others) that returns the state after steps.
+  """Lowers a function of (params, control, state, *others) that runs steps and returns the state.
 
   `formats` are the memory layouts of the state. If they are None, the compiler chooses them. With
   the default layout, XLA:TPU would copy the whole cache to the loop's preferred layout and back in
@@ -130,7 +130,7 @@ class Lowered(NamedTuple):
   """Lowered programs of a batch for ahead-of-time compilation.
 
   Attributes:
-    steps: lowered decoding loops with the initial and with the largest cache. Both are the same
+    steps: lowered decoding loops with the initial and with the largest cache. They are the same
       program if the cache does not grow.
     prefill: a function that returns the lowered prefill, given the compiled loop with the initial
       cache.
@@ -226,7 +226,7 @@ class Programs:
     control: Control,
     static: Static,
   ) -> tuple[LoopState, jax.stages.Compiled]:
-    """Runs a function that returns a state, in the memory layout that the next steps need.
+    """Runs a function that returns a state. The state has the memory layout for the next steps.
 
     Returns (state, program of its next steps).
     """
@@ -246,7 +246,7 @@ class Programs:
     return jitted(*arguments), program
 
   def once(self, name: Hashable, arguments: PyTree, make: Callable[[], T]) -> T:
-    """Returns `make()`, cached by the name and by the arguments' shapes, dtypes and shardings."""
+    """Returns `make()`, cached by the name and the shapes, dtypes and shardings of `arguments`."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
     key = (name, structure, types)

@@ -1,4 +1,4 @@
-"""Builds requests: the token prompts of all guidance streams and the plan of what may follow."""
+"""Builds requests: the prompts of all guidance streams and the plan of the tokens that follow."""
 
 # I tokens of an image, S guidance streams; _ is a length that varies.
 
@@ -81,7 +81,7 @@ def text_to_image(
   neighbors: Sequence[Sequence] = (),
   keep_neighbors: bool = False,
 ) -> Request:
-  """Requests an image for a caption, after retrieved documents (CM3Leon, section 2.1).
+  """Requests an image for a caption that follows retrieved documents (CM3Leon, section 2.1).
 
     caption = [7 8], neighbors = [([5 6], [91 92])]:
     </s> 5 6 <break> 91 92 <break> 7 8 <break>, guided against </s> <mask:0> <break>
@@ -110,7 +110,7 @@ def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
 def edit(
   vocab: VocabLayout, image_tokens: int, before: Ids, image: Ids, instruction: Ids
 ) -> Request:
-  """Requests an edit of an image (sections 4.1 and E, with InstructPix2Pix's template).
+  """Requests an edit of an image by InstructPix2Pix's template (CM3Leon, sections 4.1 and E).
 
     before = [5], image = [91 92], instruction = [7]. The three streams are:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
@@ -148,7 +148,7 @@ def infill(
   segments: Sequence[Pieces],
   neighbors: Sequence[Sequence] = (),
 ) -> Request:
-  """Requests the contents of the holes in a document. They follow at the end, as in CM3 training.
+  """Requests the contents of the holes in a document, which follow at its end as in CM3 training.
 
     segments = [([7 8],), ([91], Hole(codes=2), [94])]:
     </s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> ..., then 2 codes and <eoss>

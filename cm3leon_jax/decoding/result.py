@@ -21,8 +21,8 @@ class Result:
     tokens: ids generated after the prompt.
     log_probs: log-probability of each id under the guided distribution, before temperature and
       filters.
-    divergence: mean of KL(conditional || unconditional) over the image codes, in nats; None without
-      image codes or without an unconditional stream.
+    divergence: mean over the image codes of KL(conditional || unconditional) in nats. None if there
+      is no image code or no unconditional stream.
   """
 
   request: int
@@ -47,7 +47,7 @@ class Result:
   ) -> "Result":
     """Makes the result of a sample from the arrays of its row.
 
-    `place` is (index of the request, index of the sample). `tokens` have no padding; see `cut`.
+    `place` is (index of the request, index of the sample). `tokens` has no padding (see `cut`).
     `divergence` is the sum over the image codes; see `loop.LoopState`. `streams` is the number of
     guidance streams.
     """

@@ -1,7 +1,7 @@
-"""Implements speculative Jacobi decoding: several image codes per step, same distribution.
+"""Implements speculative Jacobi decoding, which generates several image codes per step.
 
-See Teng et al. 2024, "Accelerating Auto-regressive Text-to-Image Generation with Training-free
-Speculative Jacobi Decoding".
+The distribution of images does not change. See Teng et al. 2024, "Accelerating
+Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding".
 """
 
 # B samples, S guidance streams, R = B x S rows, W codes of a window, D = W - 1 drafts, K different
@@ -31,8 +31,8 @@ class Window(NamedTuple):
   """The state of the loop over the codes of an image.
 
   Attributes:
-    loop: its cache and its last tokens with their positions change in each step. Its other fields
-      keep their values from before the image.
+    loop: the decoding state. Each step changes its cache, its last tokens and their positions. Its
+      other fields keep their values from before the image.
     done: number of accepted codes.
     drafts: drafts of the next codes, in [0, K).
     odds: distribution from which each draft was sampled.
@@ -67,7 +67,7 @@ def verify(
   Args:
     drafts: D = W - 1 codes.
     odds: q of each draft.
-    probabilities: p of each place, given all drafts before it.
+    probabilities: p for each code, given all drafts before the code.
 
   Returns:
     (number n of accepted drafts; tokens, of which the first n + 1 are valid).
@@ -85,7 +85,7 @@ def verify(
     holds = uniform * pick(odds, drafts) < pick(p[:-1], drafts)
     count = jnp.cumprod(holds.astype(jnp.int32)).sum()
     left = jnp.maximum(p - jnp.concatenate([odds, jnp.zeros_like(p[-1:])]), 0)[count]
-    # After a narrow rejection, rounding may make p - q zero everywhere.
+    # If p and q are nearly equal, rounding may make max(p - q, 0) zero everywhere.
     left = jnp.where(left.sum() > 0, left, p[count])
     token = jax.random.categorical(replace, jnp.log(left)).astype(drafts.dtype)
     places = jnp.arange(len(p))
@@ -176,7 +176,7 @@ def _distributions(
 def _first(
   loop: LoopState, keys: Key[Array, " B"], codes: int, window: int, size: int, dtype: str
 ) -> Window:
-  """Initializes drafts uniformly at random."""
+  """Returns the window at the start of an image, with uniformly random drafts."""
 
   def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
     split = spec("batch", *[None] * len(shape))
@@ -281,11 +281,12 @@ def generate_image(
   codes: int,
   window: int,
 ) -> tuple[LoopState, Int32[Array, ""]]:
-  """Generates all codes of an image for samples whose plans start with an image. Needs a mesh.
+  """Generates all codes of an image for samples whose plans start with an image.
 
-  `params` must have an image head, and all samples must use a method that takes drafts. `loop` is
-  from `loop.prefill`, with capacity for codes + window tokens; it is donated. `codes` is I. Each
-  step reads `window` (at least 2) codes. Returns (state after the image, number of steps).
+  Needs a current mesh. `params` must have an image head, and all samples must use a method that
+  takes drafts. `loop` is from `loop.prefill`, with capacity for codes + window tokens; it is
+  donated. `codes` is I. Each step reads `window` (at least 2) codes. Returns (state after the
+  image, number of steps).
   """
   assert params.image_head is not None
   text_size = grammar.vocab.text_size

@@ -1,4 +1,4 @@
-"""Checks the arguments of a Python call and makes tasks of them."""
+"""Checks the arguments of `CM3Leon`'s methods and makes tasks from them."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,7 +20,7 @@ from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
-PROMPTS = ("question", "instruction")  # Other names of the prompt in some calls.
+PROMPTS = ("question", "instruction")  # Names of the prompt in `answer` and `edit`.
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Modes of PIL images that PNG supports.
 
 
@@ -38,7 +38,7 @@ def whole(name: str, value: Any, least: int = 0) -> int:
 
 
 def truth(name: str, value: Any) -> bool:
-  """Returns the value. Raises UserError if it is not a bool; the text "no" would count as true."""
+  """Returns the value. Raises UserError if it is not a bool: the text "no" would count as true."""
   if not isinstance(value, bool | np.bool_):
     raise UserError(f"{name} is {short(value)}; it must be True or False.")
   return bool(value)
@@ -72,7 +72,7 @@ def text(name: str, value: Any) -> str:
 
 
 def image(value: Any) -> str | Image.Image | np.ndarray:
-  """Returns an image as tasks take it. Raises UserError if it is not a path, PIL image or array."""
+  """Returns an image for a task. Raises UserError if it is not a path, a PIL image or an array."""
   if isinstance(value, str | os.PathLike):
     if os.fspath(value).lower().startswith(("http://", "https://")):
       raise UserError(f"image {value} is a URL; download the image, and give the path of its file.")
@@ -122,11 +122,11 @@ def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
 
 
 def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: Any) -> int:
-  """Returns the number of samples per task, and warns of tasks that the model was not trained for.
+  """Returns the number of samples per task. Warns about tasks for which the model was not trained.
 
   Raises:
     UserError: `num_samples` is not a positive integer; `rank` is not a bool; or ranking is
-      requested for one sample, without a CLIP, or for a task that CLIP cannot score.
+      requested for one sample, without a CLIP model, or for a task that CLIP cannot score.
   """
   count, rank = whole("num_samples", num_samples, 1), truth("rank", rank)
   if rank and count == 1:
@@ -144,8 +144,8 @@ def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, r
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   """Checks the inputs of a call and distributes them over its tasks.
 
-  Each of `inputs` is one input or a list. Inputs other than image and box are texts. Returns
-  (whether no input is a list, inputs of each task).
+  Each value in `inputs` is one input or a list of inputs. Inputs other than image and box are
+  texts. Returns (whether no input is a list, inputs of each task).
 
     rows(image="a.png", prompt=["x", "y"])
     (False, [{"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"}])
@@ -168,7 +168,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
 
 
 def _checked(name: str, value: Any) -> Any:
-  """Returns the value of an input, or its list of values, as tasks take them."""
+  """Checks an input and returns its value or its list of values, in the types that tasks take."""
   if name == "box":
     return boxes(value)
   check = image if name == "image" else functools.partial(text, name)
@@ -176,9 +176,9 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def foreign(field: str, taken: Sequence[str]) -> str | None:
-  """Names the equivalent of a keyword of diffusers or transformers; None for other keywords.
+  """Says what replaces a keyword of diffusers or transformers. Returns None for other keywords.
 
-  `taken` has the settings that the task reads; it is empty for a call that does not generate.
+  `taken` contains the settings that the task reads. It is empty if the method does not generate.
   """
   guidance = [name for name in ("guidance", "image_guidance", "edit_guidance") if name in taken]
   known = {
@@ -197,7 +197,7 @@ def foreign(field: str, taken: Sequence[str]) -> str | None:
 
 
 def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
-  """Returns the sampling settings of the task `name`: `given` over `defaults`.
+  """Returns the sampling settings of the task `name`: the `defaults`, overridden by `given`.
 
   Raises:
     UserError: the task does not read a setting, or a setting has a wrong value.
@@ -224,11 +224,11 @@ def tasks(
   inputs: dict[str, Any],
   **fields: int | None,
 ) -> tuple[bool, list[Task]]:
-  """Makes the tasks of one call.
+  """Makes the tasks of one method call.
 
-  Task i has the seed `seed` + i. `inputs` has image, box, and prompt or one of `PROMPTS`; each is
-  one input or a list. `fields` are integers that all tasks share; None means the default of the
-  task. Returns (whether no input is a list, tasks).
+  Task i has the seed `seed` + i. The keys of `inputs` are image, box, and prompt or one of
+  `PROMPTS`. Each value is one input or a list. `fields` are integers that all tasks share; None
+  means the default of the task. Returns (whether no input is a list, tasks).
 
   Raises:
     UserError: an argument has a wrong value.

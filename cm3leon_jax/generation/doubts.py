@@ -1,4 +1,4 @@
-"""Warns of tasks that a model cannot have learned, so that its images or texts will be noise."""
+"""Warns about tasks that a model cannot have learned: its images or texts would be noise."""
 
 from collections.abc import Sequence
 import re
@@ -12,8 +12,8 @@ from cm3leon_jax.generation.text_tasks import InfillText, Question
 from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
-SHOWN = 10_000  # Number of characters of a prompt whose tokens are checked.
-READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts may have marks.
+SHOWN = 10_000  # Only this many characters of a prompt are checked.
+READ_MARKS = (InfillText, Instruct)  # Tasks that interpret marks in prompts.
 
 
 def doubts(
@@ -25,9 +25,9 @@ def doubts(
   """Returns a warning for each property of the tasks that training did not cover.
 
   Args:
-    settings: settings of the run that trained the model. Its instruction tasks and its number of
-      neighbors are read.
-    unseen: ids that did not occur in training, see `unseen_tokens.find`; None if unknown.
+    settings: settings of the run that trained the model. Only the instruction tasks and the number
+      of neighbors are used.
+    unseen: ids that did not occur in training (see `unseen_tokens.find`); None if unknown.
   """
   found = []
   if any(isinstance(task, Edit) for task in tasks) and not _learned_edits(settings.instructions):
@@ -55,7 +55,7 @@ def doubts(
       )
   for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
     ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt[:SHOWN]))]
-    ids = [i for i in ids if layout.decode([i]).strip()]  # Spaces have no meaning.
+    ids = [i for i in ids if layout.decode([i]).strip()]  # Ignore spaces.
     if unseen and ids and unseen.issuperset(ids):
       found.append(
         f"no token of the prompt {short(prompt)} occurred in training, so the prompt has no "

@@ -23,7 +23,7 @@ def load_image(image: GivenImage, resolution: int | None, crop: str = "center") 
 
 
 def square_image(task: Task, resolution: int) -> np.ndarray:
-  """Makes the image of a task square at the model's resolution, and prints any change."""
+  """Crops or scales a task's image to `resolution` x `resolution` pixels. Prints any change."""
   image = task.image
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]

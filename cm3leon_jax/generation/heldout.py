@@ -1,4 +1,4 @@
-"""Makes tasks from held-out captions, and the sample grids of training. Needs no raw data."""
+"""Makes tasks from held-out captions, and draws their samples as grids while a run trains."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -27,10 +27,10 @@ class HeldoutCaption(TextToImage):
   """Task that generates an image for the caption of a held-out document.
 
   Attributes:
-    document: document with a caption, then an image. The prompt has the ids of the caption.
-    neighbors: documents that were retrieved by the caption without its image when the neighbors of
-      the run were built. May be empty.
-    original: [H, W, 3] uint8, the document's image decoded from its codes; None if not decoded.
+    document: a caption, then an image. The prompt contains the ids of the caption.
+    neighbors: documents that the run stores as neighbors of this document. Only the caption was the
+      query for them, not the image. May be empty.
+    original: the document's image, decoded from its codes, [H, W, 3] uint8; None if not decoded.
   """
 
   document: Document
@@ -64,16 +64,17 @@ def heldout_tasks(
   Args:
     workdir: workdir of the run. Its document stores and neighbors are read.
     seed: seed of the first caption; caption i has seed + i.
-    columns: columns of the contact sheet: (number of retrieved documents, sampling settings).
-    keep_neighbors: the unconditional stream keeps the retrieved documents.
-    image_tokenizer: decodes the original images; None omits them.
-    or_fewer: use all held-out captions if fewer than `count` are held out.
+    columns: for each column of the contact sheet, (number of retrieved documents, sampling
+      settings).
+    keep_neighbors: whether the unconditional stream contains the retrieved documents.
+    image_tokenizer: decodes the original images. If None, the tasks have no original images.
+    or_fewer: whether to use all held-out captions if fewer than `count` are held out.
 
   Returns:
-    Tasks: all captions of the first column, then all captions of the next column, etc.
+    Tasks for all captions in the first column, then for all captions in the next column, etc.
 
   Raises:
-    UserError: fewer than `count` captions are held out, and not `or_fewer`.
+    UserError: fewer than `count` captions are held out, and `or_fewer` is False.
   """
   heldout = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", layout.vocab)
   if or_fewer:
@@ -93,7 +94,7 @@ def tasks_of_rows(
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
 ) -> list[HeldoutCaption]:
-  """Returns tasks for the captions of the held-out documents `rows`, see `heldout_tasks`."""
+  """Returns tasks for the captions of the held-out documents at `rows`; see `heldout_tasks`."""
   workdir = epath.Path(workdir)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
   documents = [heldout[int(i)] for i in rows]
@@ -126,9 +127,8 @@ def tasks_of_rows(
 def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Image.Image]:
   """Returns `generate_grid(params, step)`, which writes samples for held-out captions as a grid.
 
-  No neighbors are retrieved. All processes of a run generate the same images, because each process
-  holds a part of `params`. The first process writes the images. The files are
-  `folder`/step_XXXXXX.png.
+  No neighbors are retrieved. All processes of a run must call `generate_grid`, because each process
+  holds a part of `params`. Only the first process writes the grid, to `folder`/step_XXXXXX.png.
   """
   settings, layout = run.settings, PromptLayout.of(run)
   heldout = DocumentStore(run.folder / "documents" / "heldout_pairs", layout.vocab)

@@ -33,7 +33,7 @@ EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
 
 @dataclasses.dataclass(frozen=True)
 class ImageTask(Task):
-  """Task whose answer is one image."""
+  """Base class of the tasks that generate one image."""
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
@@ -54,7 +54,7 @@ class TextToImage(ImageTask):
 
   Attributes:
     retrieve: number of retrieved documents. Most training samples had two.
-    keep_neighbors: the unconditional stream keeps the retrieved documents.
+    keep_neighbors: whether the unconditional stream contains the retrieved documents.
   """
 
   name = "text_to_image"
@@ -87,12 +87,12 @@ class TextToImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class InfillImage(ImageTask):
-  """Fills in a box of an image.
+  """Generates new contents for a box of an image.
 
   Attributes:
     box: left, top, right, bottom in pixels at the model's resolution; right and bottom are
       exclusive.
-    prompt: caption of the whole image, used for guidance; may be empty.
+    prompt: caption of the whole image, which guides the codes; may be empty.
   """
 
   name = "infill_image"
@@ -122,7 +122,7 @@ class InfillImage(ImageTask):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _pieces(self, layout: PromptLayout, codes: np.ndarray) -> list[np.ndarray | Hole]:
-    """Splits the image, with one hole for a box of full width, else one hole per row of the box."""
+    """Cuts the box out of the codes: one hole if it has the full width, else one hole per row."""
     side = layout.side
     left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
     if right - left == side:
@@ -152,7 +152,7 @@ class InfillImage(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Edit(ImageTask):
-  """Changes an image by an instruction, the prompt."""
+  """Edits an image. The prompt is the instruction."""
 
   name = "edit"
   required = ("image", "prompt")
@@ -167,7 +167,7 @@ class Edit(ImageTask):
 
 @dataclasses.dataclass(frozen=True)
 class Instruct(ImageTask):
-  """Generates an image by an instruction that the model was tuned on (docs/instructions.md).
+  """Generates an image from an instruction of a trained kind (docs/instructions.md).
 
   Attributes:
     prompt: all segments before the generated image, separated by `<break>`; `<image>` is the place
@@ -207,7 +207,7 @@ class Unconditional(ImageTask):
 
 
 def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, int, int]:
-  """Rounds a box of pixels out to whole codes: (left, top, right, bottom) in codes.
+  """Enlarges a box of pixels to whole codes. Returns (left, top, right, bottom) in codes.
 
     box (3, 0, 9, 4), resolution 16, 8 codes in a row: (1, 0, 5, 2)
 
@@ -233,7 +233,7 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
 
 
 def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
-  """Prints the rounded box if a box of pixels does not consist of whole codes."""
+  """Prints the enlarged box if a box of pixels does not consist of whole codes."""
   pixels = resolution // side
   whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
   if whole != tuple(box):

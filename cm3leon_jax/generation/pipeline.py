@@ -1,4 +1,4 @@
-"""Turns tasks into samples: input images, retrieval, generation, decoding and CLIP scores."""
+"""Makes samples for tasks: reads images, retrieves, generates, decodes, computes CLIP scores."""
 
 # I tokens of an image, G generated tokens, H height, W width.
 
@@ -38,8 +38,8 @@ def check_tasks(
 ) -> dict:
   """Checks tasks before any compilation, and loads their images.
 
-  `bank` is the bank to retrieve from, its workdir, or None. Returns `given_key` of each input image
-  -> [H, W, 3] uint8.
+  `bank` is the bank to retrieve from, the workdir of the bank, or None. Returns a dict from the
+  `given_key` of each input image to its pixels, [H, W, 3] uint8.
 
   Raises:
     UserError: a field is wrong, a prompt is too long, an image is unreadable, or the bank is empty.
@@ -67,7 +67,7 @@ def check_tasks(
 
 
 class Pipeline:
-  """Generates samples for tasks. Loads each model once and compiles once per shape.
+  """Generates samples for tasks. Loads each model once and compiles each program once per shape.
 
   run = Run.open("workdir/scenes")
   with jax.set_mesh(create_mesh(run.settings.mesh)):
@@ -87,7 +87,7 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ):
-    """Prepares the decoder. A mesh must be set, here and in every later call.
+    """Prepares the decoder. This call and every later call need a current mesh.
 
     Args:
       clip: scores samples and embeds queries. None: samples have no scores, and documents cannot be
@@ -96,11 +96,11 @@ class Pipeline:
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
-    self.unseen: frozenset[int] | None = None  # Text ids that never occur in training, if known.
+    self.unseen: frozenset[int] | None = None  # Text ids that training never had; None: unknown.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
-    # Use the decoder's batch size everywhere: padding costs as much as rows, and each further shape
-    # costs a compilation.
+    # CLIP and the image tokenizer use the decoder's batch size, too. A larger batch would compute
+    # more padding, and each further size would need another compilation.
     size = self.generator.config.batch_size
     self.clip = clip and clip.in_batches(size)
     self._tokenizer = image_tokenizer.in_batches(size)
@@ -114,20 +114,20 @@ class Pipeline:
     bank: epath.PathLike | None = None,
     **options: Any,
   ) -> "Pipeline":
-    """Loads the tokenizers of a run. Its documents are the bank unless `bank` names another one."""
+    """Makes the pipeline of a run. The run's documents are the bank unless `bank` is given."""
     if bank is None and (run.stages / "documents").exists():
       bank = run.stages
     return cls(params, run.settings, PromptLayout.of(run), run.images, clip, bank, **options)
 
   @functools.cached_property
   def retriever(self) -> Retriever:
-    """Retriever over the bank."""
+    """Searches the bank."""
     folder, size = epath.Path(self.bank) / "neighbors", self.generator.config.batch_size
     return Retriever(folder, self.settings.retrieval, query_batch=size)
 
   @property
   def usual_retrieve(self) -> int:
-    """Number of documents to retrieve, as in training; 0 without a bank."""
+    """Largest number of documents that training samples had; 0 without a bank."""
     return 0 if self.bank is None else self.settings.data.num_neighbors
 
   @functools.cached_property
@@ -153,10 +153,10 @@ class Pipeline:
 
     Args:
       tasks: tasks of any kinds. Tasks of one kind with equal settings share batches.
-      num_samples: the samples of a task share one prefill.
+      num_samples: number of samples per task. The samples of a task share one prefill.
       rank: order the samples of a task by CLIP score, best first.
-      given: result of `check_tasks`; None runs it.
-      on_batch: called with the samples of each batch before the next batch starts.
+      given: result of `check_tasks`; if None, `check_tasks` is called.
+      on_batch: a function that gets the samples of each batch before the next batch starts.
 
     Raises:
       UserError: `check_tasks` rejects a task, or no document is found for it.
@@ -174,7 +174,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Tokens per sample of the current batch.
+      bar.set_postfix(tokens=sum(steps))  # Number of tokens per sample in this batch.
 
     with progress_bar(
       total=total, desc="generate", unit="sample", disable=not show_progress
@@ -198,7 +198,7 @@ class Pipeline:
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
-    """Retrieves the neighbors of each task by its `query`. Needs a CLIP.
+    """Retrieves the neighbors of each task by its `query`. Needs a CLIP model.
 
     Raises:
       UserError: `retrieval.max_similarity` excludes all documents for a task, and
@@ -228,10 +228,10 @@ class Pipeline:
   def search(
     self, queries: Sequence[tuple[str, object]], count: int
   ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
-    """Finds the documents of the bank that are most similar to each query. Needs a CLIP.
+    """Finds the documents of the bank that are most similar to each query. Needs a CLIP model.
 
-    A query is ("text", text) or ("image", image). Returns for each query its documents, best first,
-    and their cosines, fp32. A document is skipped if its similarity to the query is below
+    A query is ("text", text) or ("image", image). Returns (documents, their cosines with the query)
+    for each query, best first. A document is skipped if its similarity to the query is below
     `retrieval.min_similarity`, or if its similarity to the query or to a better document is above
     `retrieval.max_similarity`.
 
@@ -256,7 +256,7 @@ class Pipeline:
     ]
 
   def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
-    """Returns the embeddings of n queries, [n, E], see `search`."""
+    """Returns the embeddings of n queries (as in `search`), [n, E]."""
     values: dict[str, list[Any]] = {"image": [], "text": []}
     for kind, value in queries:
       values[kind].append(value)
@@ -274,7 +274,7 @@ class Pipeline:
   ) -> list[Request]:
     """Returns the request of each task.
 
-    `given` is the result of `check_tasks`. The neighbors of a task are sorted, best first.
+    `given` is the result of `check_tasks`. The best neighbor of a task is first.
     """
     codes = self.codes(given)
     return [
@@ -283,7 +283,7 @@ class Pipeline:
     ]
 
   def codes(self, given: dict) -> dict:
-    """Encodes the input images: `given_key` of each image -> [I] int32 codes."""
+    """Encodes the input images. Returns a dict from their `given_key`s to [I] int32 codes."""
     return dict(zip(given, self._tokenizer.encode(np.stack(list(given.values()))))) if given else {}
 
   def samples(
@@ -297,7 +297,8 @@ class Pipeline:
   ) -> list[Sample]:
     """Makes samples from generated ids: decodes their images and texts and scores them.
 
-    `places` has the index of the task of each result, and `given` is the result of `check_tasks`.
+    `places` contains, for each result, the index of its task. `given` is the result of
+    `check_tasks`.
     """
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)

@@ -17,14 +17,14 @@ from cm3leon_jax.files.atomic import open_filesystem
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
 
-# Classes that define `name`, which base classes do not.
+# The classes of all tasks. Base classes do not define `name`.
 TASKS = tuple(
   value
   for module in (image_tasks, text_tasks)
   for value in vars(module).values()
   if isinstance(value, type) and issubclass(value, Task) and "name" in vars(value)
 )
-# Fields of a line besides the fields of SamplingConfig.
+# Fields that a line may have in addition to the fields of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
 FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
 TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
@@ -64,7 +64,7 @@ def make_task(name: str, fields: dict, **common: Any) -> Task:
 
 
 def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
-  """Pairs prompts with images. The numbers must be equal, or one of them must be 0 or 1.
+  """Pairs prompts with images. Their numbers must be equal, or one of the numbers must be 0 or 1.
 
   Raises:
     UserError: the numbers do not match, e.g. two prompts and three images.
@@ -103,7 +103,7 @@ def read(
     seed: seed of the first task; task i has seed + i, unless its line has a seed.
     sampling: default settings; a line may override them.
     allow_outside: whether images may be outside the folder.
-    **defaults: default values of fields, for the tasks that take these fields.
+    **defaults: default values of fields. A default applies to the tasks that take the field.
 
   Raises:
     UserError: a line is not a JSON object, has an unknown field or a wrong value, or names an image

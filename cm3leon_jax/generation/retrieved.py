@@ -1,4 +1,4 @@
-"""Retrieves documents of the bank with caption, image, similarity and origin for a user."""
+"""Retrieves documents of the bank for a user: captions, images, similarities and origins."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -54,7 +54,7 @@ def search(
 
 
 def images_of(pipeline: Pipeline, documents: Sequence[Document]) -> list[np.ndarray]:
-  """Decodes the images of documents from their codes: [H, W, 3] uint8 each."""
+  """Decodes the images of documents from their codes. Each image is [H, W, 3] uint8."""
   if not documents:
     return []
   vocab = pipeline.layout.vocab

@@ -1,4 +1,4 @@
-"""Defines one generated result with its texts, images, ids and scores."""
+"""Defines a sample: one generated result with its texts, images, ids and scores."""
 
 # I tokens of an image, G generated tokens, H height, W width.
 
@@ -19,10 +19,10 @@ class Sample:
 
   Attributes:
     index: index of the sample among the samples of the task, from 0.
-    seed: seed that reproduces this sample, as the only sample of the task.
+    seed: a task with this seed and one sample reproduces this sample.
     segments: texts and [H, W, 3] uint8 images, in order.
     codes: [I] int32 codes of each image.
-    filled: text of each filled hole.
+    filled: generated text of each hole.
     tokens: [G] int32, all generated ids.
     log_probs: [G] fp32 log-probabilities of the ids under the guided distribution, before
       temperature and filters.

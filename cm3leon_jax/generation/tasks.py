@@ -35,8 +35,8 @@ TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or i
 Decoded: TypeAlias = tuple[tuple[TextOrImage, ...], tuple[str, ...]]  # See `Task.from_ids`.
 # Marks in a prompt: a hole in a text, the end of a segment, the place of the input image.
 MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
-# Fields of SamplingConfig that tasks read besides TEXT_SETTINGS. The first two are for image codes,
-# with and without an unconditional stream; the others are for guidance, in general and of edits.
+# Fields of SamplingConfig that tasks read in addition to TEXT_SETTINGS: for image codes with an
+# unconditional stream, for image codes without it, for guidance, and for the guidance of edits.
 IMAGE_SETTINGS = settings_of_codes(unconditional=True)
 ALONE_SETTINGS = settings_of_codes(unconditional=False)
 GUIDANCE = ("guidance", "guidance_schedule")
@@ -101,11 +101,11 @@ class Task:
     name: value of the flag `--task`.
     required: fields that must not be empty.
     settings: fields of SamplingConfig that the task reads.
-    numbers_images: the task may generate several images per sample, whose files are numbered.
+    numbers_images: whether a sample may have several images. The image files are then numbered.
     crop: how the input image becomes square, see `RawConfig.crop`.
     seed: seed of the first sample.
     row: row on the contact sheet. Tasks of one row differ only in their settings.
-    where: place in a prompt file for messages, e.g. "my.jsonl, line 3"; "" without a prompt file.
+    where: the task's place in a prompt file, e.g. "my.jsonl, line 3"; "" without a prompt file.
   """
 
   name: ClassVar[str]
@@ -120,7 +120,7 @@ class Task:
   length = 0
   retrieve = 0
   keep_neighbors = False
-  neighbors = cast("tuple[Document, ...] | None", None)  # None: retrieve them from the bank.
+  neighbors = cast("tuple[Document, ...] | None", None)  # None: retrieve from the bank.
   original = cast("np.ndarray | None", None)  # A held-out image, for the contact sheet.
 
   seed: int = 0
@@ -139,7 +139,7 @@ class Task:
     return ""
 
   def error(self, sentence: object) -> UserError:
-    """Returns an error that names the task's place in a prompt file."""
+    """Returns an error. Its message starts with the task's place in the prompt file, if any."""
     return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
 
   def validate(self) -> None:
@@ -176,7 +176,7 @@ class Task:
       )
 
   def identity(self) -> dict[str, Any]:
-    """Returns the name and the fields that the samples depend on."""
+    """Returns the name of the task and the fields that its samples depend on."""
     fields = dataclasses.asdict(self)
     del fields["where"]
     return {"task": self.name, **fields}
@@ -193,7 +193,8 @@ class Task:
   ) -> Request:
     """Returns the request: the prompts of all guidance streams, and what may follow them.
 
-    `image` has the [I] codes of the input image. None means no image, or zeros as its codes.
+    `image` contains the [I] codes of the input image. None means that the task has no image, or
+    that zeros replace the codes.
 
     Raises:
       UserError: the request has more positions than the model was trained on, the box is outside
@@ -240,13 +241,13 @@ class Task:
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample, which needs a caption and an image."""
+    """Whether CLIP can score a sample. CLIP needs a caption and an image."""
     return False
 
   def clip_pair(
     self, given: np.ndarray | None, segments: Sequence[TextOrImage]
   ) -> tuple[np.ndarray, str]:
-    """Returns the image and the caption that CLIP compares. Needs `is_scored`.
+    """Returns the image and the caption that CLIP compares. Call it only if `is_scored`.
 
     Images are [H, W, 3] uint8. `given` is the input image, or None.
     """
@@ -256,12 +257,12 @@ class Task:
 
   @property
   def label(self) -> str:
-    """Label of the row on the contact sheet."""
+    """Label of the task's row on the contact sheet."""
     return self.prompt or (has_image(self) and image_name(self.image)) or self.name
 
   @property
   def settings_label(self) -> str:
-    """Settings that differ within a row of the contact sheet."""
+    """Describes the settings that differ within a row of the contact sheet."""
     return ""
 
   @property
@@ -276,7 +277,7 @@ class Task:
     filled: Sequence[str],
     files: list[str],
   ) -> dict[str, Any]:
-    """Returns the fields of a sample's answer in results.jsonl: texts, codes and files."""
+    """Returns the fields of results.jsonl for a sample's answer: texts, codes and files."""
     raise NotImplementedError
 
 

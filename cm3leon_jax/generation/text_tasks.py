@@ -25,15 +25,16 @@ from cm3leon_jax.generation.tasks import (
 )
 from cm3leon_jax.tokenizers.text import encode_pieces
 
-TEXT_LENGTH = 64  # Default for the largest number of tokens in a hole.
+TEXT_LENGTH = 64  # Default of the largest number of tokens in a hole.
 QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(Task):
-  """Task that fills the holes of a document: a text, followed by the input image if there is one.
+  """Base class of the tasks that fill the holes of a text with texts.
 
-  `length` is the largest number of tokens in each hole; 0 means TEXT_LENGTH.
+  The document is the text, then the input image if there is one. `length` is the largest number of
+  tokens in each hole; 0 means TEXT_LENGTH.
   """
 
   settings = TEXT_SETTINGS
@@ -192,7 +193,7 @@ class Interleaved(Task):
 def _with_holes(
   encode: Callable[[str], np.ndarray], text: str, hole: Hole
 ) -> list[np.ndarray | Hole]:
-  """Encodes a text as pieces of a segment, with a hole for each mask."""
+  """Encodes a text as the pieces of a segment. Each mask becomes a hole."""
   first, *others = text_pieces(encode, text)
   segment: list[np.ndarray | Hole] = [first] if len(first) else []
   for piece in others:
@@ -201,7 +202,7 @@ def _with_holes(
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
-  """Encodes the pieces between the masks of a text, as if the masks were filled in.
+  """Encodes the pieces of a text between its masks as if the masks were filled in.
 
   "a <mask> on it.": ids of " a" and of " on it."
   """

@@ -87,7 +87,7 @@ def record(sample: Sample, files: list[str]) -> dict:
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
-  """Lays out one row per prompt, at most SHEET_ROWS: input or original image, then samples."""
+  """Draws at most SHEET_ROWS rows, one per prompt: the input or original image, then samples."""
   rows, titles, labels = {}, {}, {}
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given
@@ -122,8 +122,8 @@ def contact_sheet(
 ) -> Image.Image:
   """Draws rows of images and texts with labels. Small images are enlarged without smoothing.
 
-  A cell is a text or an image, [H, W, 3] uint8. All images have one size. Labels are to the left of
-  the rows, and column titles are above them.
+  A cell is a text or an image, [H, W, 3] uint8. All images have the same size. Labels are to the
+  left of the rows, and the titles in `columns` are above the rows.
   """
   sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
   height, width = sizes[0] if sizes else (CELL, CELL)
@@ -149,7 +149,7 @@ def contact_sheet(
 
 
 def wrapped(text: str, width: int, height: int) -> str:
-  """Breaks a text into lines for a cell of `width` x `height` pixels; a long text is cut."""
+  """Breaks a text into lines for a cell of `width` x `height` pixels. A longer text is cut."""
   lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
   return "\n".join(
     lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]

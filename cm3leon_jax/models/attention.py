@@ -1,4 +1,4 @@
-"""Implements causal attention within segments: plain on any device, Pallas kernels on TPU, GPU."""
+"""Implements causal attention within segments: plain, and with Pallas kernels for TPUs and GPUs."""
 
 # B batch, L length (queries), T length (keys), N heads, H head size.
 
@@ -21,7 +21,7 @@ Ids: TypeAlias = Int32[Array, "B L"]
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
-  """Returns the dtype for sums that need full precision: fp32, or fp64 for fp64 inputs."""
+  """Returns the dtype for sums that need full precision: fp64 for fp64 inputs, fp32 otherwise."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -40,10 +40,10 @@ def masked_attention(
 
 
 def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
-  """Computes attention in packed rows: a query attends to keys of its segment up to itself.
+  """Computes attention in packed rows: a query attends to its segment up to its own position.
 
   Each block of queries uses only the keys up to the end of the block. This halves the work compared
-  with a full masked matrix, and only the scores of one block are in memory.
+  with computing the full matrix of scores. Only the scores of one block are in memory.
 
     segment_ids = [1 1 2]: the mask [query, key] is [[1 0 0] [1 1 0] [0 0 1]]
   """
@@ -110,8 +110,11 @@ def splash_attention(
 def triton_attention(
   q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
 ) -> Heads:
-  """Computes `causal_attention` with Pallas. L must be a multiple of 128, and H a power of two."""
-  # jax 0.12 warns about this import, so only users of the kernel import it.
+  """Computes `causal_attention` with a Pallas kernel for GPUs.
+
+  L must be a multiple of 128, and H must be a power of two.
+  """
+  # jax 0.12 warns about this import, so it is done only when the kernel is used.
   from jax.experimental.pallas.ops.gpu import attention as gpu
 
   def local(

@@ -21,13 +21,13 @@ ROPE_BASE = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """Architecture differences between the families.
+  """Properties in which the families of architectures differ.
 
   Attributes:
     rotary: uses rotary positions (RoPE) instead of a learned table of positions.
     gated: uses a gated feed-forward layer (SwiGLU) with three matrices instead of two.
     scaled_norms: uses RMSNorm with a scale instead of LayerNorm without parameters.
-    head_norms: always normalizes queries and keys; see `ModelConfig.query_key_norm`.
+    head_norms: always normalizes queries and keys, see `ModelConfig.query_key_norm`.
     tied: shares one table between input and output embeddings.
     starts_as_identity: initializes the output projections of residual branches to 0 (section 2.3).
   """
@@ -145,13 +145,13 @@ class ModelConfig:
       )
 
   def computing_in(self, dtype: str) -> "ModelConfig":
-    """Returns this config with another compute dtype. Raises if the dtype is not allowed."""
+    """Returns this config with another compute dtype. Raises an error for a wrong dtype."""
     changed: dict[str, Any] = {"dtype": dtype}
     return dataclasses.replace(self, **changed)
 
   @property
   def traits(self) -> Traits:
-    """Architecture traits of the family."""
+    """Traits of the family."""
     return FAMILIES[self.family]
 
   @property

@@ -17,7 +17,7 @@ def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
   """Centers a codebook and makes its columns uncorrelated with variance 1."""
   centered = codebook - codebook.mean(0)
   left, values, _ = np.linalg.svd(centered, full_matrices=False)
-  # Zero the directions without variance, which would otherwise become amplified rounding errors.
+  # Set directions without variance to zero. Otherwise their rounding errors would be amplified.
   return left * math.sqrt(len(codebook)) * (values > 1e-6 * values[0])
 
 
@@ -30,8 +30,8 @@ def params_from_codebook(
   """Initializes parameters on the current mesh, with embeddings of image codes from the codebook.
 
   With s = `config.codebook_start`, the embedding of a code is sqrt(1 - s) x random + sqrt(s) x a
-  random projection of its codebook vector. The variance does not depend on s. Input and output
-  table use the same projection. `text_size` is the id of the first image code.
+  random projection of its codebook vector. The variance does not depend on s. The input table and
+  the output table use the same projection. `text_size` is the id of the first image code.
   """
   share, codes = config.codebook_start, whitened(np.asarray(codebook, np.float32))
   projection = jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[1], config.width))

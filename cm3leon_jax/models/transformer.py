@@ -1,4 +1,4 @@
-"""Implements the decoder. NNX modules only hold parameters; JAX transforms act on a pure dict."""
+"""Implements the decoder. NNX modules hold parameters; JAX transforms take them as a pure dict."""
 
 # B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary.
 
@@ -17,9 +17,10 @@ from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
-# Standard deviation of initial positions / init_std: 0.0002 / 0.006 (CM3Leon, section 2.3).
+# Standard deviation of the initial learned positions, divided by init_std: 0.0002 / 0.006 (CM3Leon,
+# section 2.3).
 POSITION_RATIO = 1 / 30
-LOOKED_UP = ("embed", "positions")  # Parameters that `look_up` reads.
+LOOKED_UP = ("embed", "positions")  # Tables from which `look_up` reads rows.
 # Activations of the feed-forward layer of `opt`.
 ACTIVATIONS: dict[str, Callable] = {
   "": jax.nn.relu,
@@ -81,7 +82,7 @@ def rotate(
 
 
 class Block(nnx.Module):
-  """One layer. If output projections start at 0, the layer starts as the identity (section 2.3)."""
+  """One layer. It starts as the identity if its output projections start at 0 (section 2.3)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -129,8 +130,8 @@ def apply_block(
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.traits.rotary:
     q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
-  # Einsum contracts letters in alphabetical order: `h` sorts after N. `H` would sort before N, and
-  # XLA would transpose the matrix first.
+  # Einsum contracts letters in alphabetical order, and lowercase sorts after uppercase. With `H`,
+  # which sorts before N, XLA would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
@@ -145,11 +146,11 @@ def apply_block(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
-  """Looks up rows of a table in `dtype`; sums the table's gradient over tokens and devices in fp32.
+  """Looks up rows of a table in `dtype`, but sums the gradient of the table in fp32.
 
-  The gradient of a token's row is a sum over all occurrences of the token. In bfloat16, this sum
-  has an error of 4 to 10% for a token that occurs 770 times. `table` has its stored sharding. It is
-  gathered over fsdp in `dtype`.
+  The gradient of a token's row is a sum over all occurrences of the token, on all devices. In
+  bfloat16, this sum has an error of 4 to 10% for a token that occurs 770 times. `table` has the
+  sharding in which it is stored. The table is gathered over fsdp in `dtype`.
   """
   return _rows(table.astype(dtype), ids)
 
@@ -210,7 +211,7 @@ class Transformer(nnx.Module):
     return x
 
   def stored_table(self) -> Float[Array, "V D"]:
-    """Returns the output table in the compute dtype, sharded over the vocabulary as it is stored.
+    """Returns the output table in the compute dtype, with the sharding in which it is stored.
 
     If embeddings are tied, this is also the input table.
     """
@@ -244,8 +245,9 @@ class Transformer(nnx.Module):
     return self.final_norm(x)
 
 
-# Activations that a remat policy saves in addition to "input". "middle" is the residual stream
-# between attention and feed-forward. "mlp" is the hidden feed-forward layer before its activation.
+# Remat policy -> activations that it saves in addition to "input". "middle" is the residual stream
+# between attention and feed-forward. "mlp" is the hidden feed-forward layer before the activation
+# function.
 KEPT = {
   "full": (),
   "save_attention": ("attention", "middle"),
@@ -289,7 +291,7 @@ def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-  """Returns the module with these parameters. It is cheap enough for jitted functions."""
+  """Returns the module with these parameters. Jitted functions may call `bind`, which is cheap."""
   return parameters.fill(*_structure(config), params)
 
 

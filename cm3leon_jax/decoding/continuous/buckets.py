@@ -13,7 +13,7 @@ from cm3leon_jax.decoding.programs import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import Sampler
 
-SHORT = 8  # Cache entries for the unconditional prompt; prefill reads two of its three tokens.
+SHORT = 8  # Entries for the unconditional prompt. Prefill reads two of its three tokens.
 
 
 class Bucket(NamedTuple):
@@ -40,8 +40,8 @@ class Bucket(NamedTuple):
   def fits(self, other: "Bucket") -> bool:
     """Returns whether a request of this bucket may take a slot of a batch of another bucket.
 
-    The other bucket may have at most 3 times the capacity, since attention reads all cache entries.
-    Sharing a batch saves time, since each step of a running batch reads all parameters.
+    Sharing a batch saves time, since each step of a running batch reads all parameters. But the
+    other bucket may have at most 3 times the capacity, since attention reads all cache entries.
     """
     if not self._compiled_as(other, self.static.sampler) or self.parts > other.parts:
       return False
@@ -50,10 +50,10 @@ class Bucket(NamedTuple):
     return all(larger) and other.capacity <= 3 * self.capacity
 
   def holds(self, request: Request, own: "Bucket") -> bool:
-    """Returns whether a slot of this bucket can hold a request, however much capacity is unused.
+    """Returns whether a slot of this bucket can hold a request, even with much unused capacity.
 
-    `own` is the `bucket_of` the request. A bucket that sorts all logits accepts any number of
-    candidates.
+    `own` is the result of `bucket_of` for the request. A bucket that sorts all logits accepts any
+    number of candidates.
     """
     sampler = self.static.sampler
     all_candidates = Sampler(0, 0, own.static.sampler.others)
@@ -68,7 +68,7 @@ class Bucket(NamedTuple):
     )
 
   def _compiled_as(self, other: "Bucket", sampler: Sampler) -> bool:
-    """Returns whether both buckets would differ only in sizes if this bucket had `sampler`."""
+    """Returns whether the buckets would differ only in sizes if this bucket had `sampler`."""
     names = ("widths", "max_new_tokens", "capacities")
     sizes = {name: getattr(other.static, name) for name in names}
     streams = len(self.static.widths), len(other.static.widths)
@@ -76,7 +76,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Bucket:
-  """Returns the smallest bucket of a request, whose lengths are rounded up."""
+  """Returns the smallest bucket for a request. It has the lengths of the request, rounded up."""
   config, usual = generator.config, Sampler.of(generator.config.sampling)
   own = Sampler.of(sampling).for_streams(len(request.streams))
   sampler = Sampler(
@@ -85,7 +85,7 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
     own.others,
   )
   most = batch_lib.bucket_length(config.positions)
-  # The first prompt has any length. The other prompts are usually short and get a small bucket.
+  # The first prompt may be long. The other prompts are usually short and get a small width.
   smallest = [batch_lib.BUCKET, *[SHORT] * (len(request.streams) - 1)]
   widths = tuple(
     min(width_bucket(len(prompt) - 1, n), most) for prompt, n in zip(request.streams, smallest)
@@ -104,15 +104,16 @@ def _candidates(asked: int, compiled: int) -> int:
 def largest(own: Bucket, config: GeneratorConfig) -> Bucket:
   """Returns a bucket that can hold any request with S streams.
 
-  `own` is the `bucket_of` one such request. The first stream may use all positions. The second
-  stream holds an image, a sentinel for each row of a box, and a few words of an edit. The third
-  stream is the unconditional prompt.
+  `own` is the result of `bucket_of` for one such request. The first stream may use all positions.
+  The second stream holds an image, a sentinel for each row of a box, and a few words of an edit.
+  The third stream is the unconditional prompt.
   """
   image = config.image_tokens
   second = batch_lib.bucket_length(image + math.isqrt(image) + 2 * batch_lib.BUCKET)
   streams = len(own.static.widths)
   widths = (batch_lib.bucket_length(config.positions), second, SHORT)[:streams]
-  # With one stream, the prompt entries cover all positions, so generated tokens fit there, too.
+  # With one stream, the entries for the prompt cover all positions, so they also hold the generated
+  # tokens.
   new_tokens = batch_lib.BUCKET if streams == 1 else image + 1
   sampler = Sampler(0, 0, own.static.sampler.others)
   parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()

@@ -15,11 +15,11 @@ from cm3leon_jax.mesh import batch_shards
 
 
 class NoFreeSlot(Exception):
-  """No slot is free for a request, and no batch can be made for it yet; step and try again."""
+  """No slot is free for a request, and no batch can be made yet. Try again after a `step`."""
 
 
 class StepFailed(Exception):
-  """A chunk failed, for example because memory ran out. The samples of `tickets` are lost."""
+  """A chunk failed, for example for lack of memory. The samples with these `tickets` are lost."""
 
   def __init__(self, tickets: Sequence[int]):
     super().__init__(f"a chunk of {len(tickets)} samples failed; they must be admitted again.")
@@ -54,7 +54,7 @@ class ContinuousGenerator:
       generator: a generator in a job of one process. The methods make its mesh the current mesh.
       slots: number of slots of a running batch, a multiple of the number of devices over which a
         batch is sharded.
-      chunk: usual number of steps per call of `step`.
+      chunk: usual number of decoding steps per call of `step`.
       buckets: largest number of running batches, each with a different bucket. A batch without
         requests is replaced when another bucket needs a batch. If all batches are active and a
         request of another bucket waits, one batch stops admitting requests.
@@ -167,9 +167,9 @@ class ContinuousGenerator:
       batch.remove(slot)
 
   def step(self) -> list[Update]:
-    """Generates a chunk of the next active batch. Returns an update for each of its requests.
+    """Generates a chunk in the next active batch. Returns an update for each request of the batch.
 
-    The result is [] if no batch is active.
+    Returns [] if no batch is active.
 
     Raises:
       StepFailed: JAX failed; its error is the cause. Other batches are not affected.
@@ -193,7 +193,10 @@ class ContinuousGenerator:
     return updates
 
   def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the smallest warm bucket for a request (see `warm`), or its own if none is warm."""
+    """Returns the bucket in which `warm` promises to run a request.
+
+    If no bucket is warm, this is the request's own bucket.
+    """
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own
@@ -202,7 +205,7 @@ class ContinuousGenerator:
     return min(fits, key=lambda bucket: bucket.capacity, default=own)
 
   def _free_batch(self, bucket: Bucket) -> RunningBatch | None:
-    """Returns a batch with a free slot that fits the bucket; prefers a small capacity."""
+    """Returns the batch of smallest capacity that fits the bucket and has a free slot."""
     fits = [x for x in self._batches if x.can_admit and bucket.fits(x.bucket)]
     fits = [x for x in fits if x.active or x.bucket == bucket]
     return min(fits, key=lambda batch: batch.bucket.capacity, default=None)
@@ -217,13 +220,13 @@ class ContinuousGenerator:
       return False
     if len(self._batches) < self.limit or not all(batch.active for batch in self._batches):
       return True
-    # Drain one batch. Otherwise steady requests for the other buckets would block this one forever.
+    # Drain one batch. Otherwise steady requests for other buckets could block this bucket forever.
     if not any(batch.draining for batch in self._batches):
       max(self._batches, key=lambda batch: batch.slots.count(None)).draining = True
     return False
 
   def _new_batch(self, bucket: Bucket) -> RunningBatch:
-    """Makes a batch; if there are too many, it replaces the batch that was idle longest."""
+    """Makes a batch. If there are too many batches, it replaces the batch that was idle longest."""
     if len(self._batches) >= self.limit:
       self._batches.remove(next(batch for batch in self._batches if not batch.active))
     self._batches.append(RunningBatch(bucket, self.generator, self.slots, self.chunk, self.shards))

@@ -1,4 +1,4 @@
-"""Compiles the programs of running batches, like `decoding.programs` for other batches."""
+"""Compiles the programs of running batches, as `decoding.programs` does for other batches."""
 
 from collections.abc import Callable
 import functools
@@ -24,8 +24,8 @@ def empty_batch(
 ) -> tuple[BatchState, jax.stages.Compiled]:
   """Makes an empty batch for the slots of `control`.
 
-  `chunk` is the largest number of steps per call; for `least` see `state.steps`. The cache has
-  capacity for all `static.max_new_tokens` generated tokens from the start. Returns (state, program
+  `chunk` is the largest number of steps per call. `least` is as in `state.steps`. From the start,
+  the cache has capacity for all `static.max_new_tokens` generated tokens. Returns (state, program
   of its next steps).
   """
   function = functools.partial(
@@ -59,7 +59,7 @@ def steps_of_first_slots(
   static: Static,
   least: int,
 ) -> jax.stages.Compiled:
-  """Compiles the steps of the first slots of a batch.
+  """Compiles a program for the steps of only the first `slots` slots of a batch.
 
   The state has the memory layout of `program`, which runs the steps of all slots.
   """
@@ -81,7 +81,7 @@ def admit(
   program: jax.stages.Compiled,
   static: Static,
 ) -> BatchState:
-  """Runs `state.admit`, which donates `state`. Returns the state in the layout of `program`."""
+  """Runs `state.admit`, which donates `state`. The result has the memory layout of `program`."""
 
   def make() -> Callable:
     function = functools.partial(

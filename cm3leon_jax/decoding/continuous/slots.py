@@ -21,7 +21,7 @@ from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import choose_methods
 from cm3leon_jax.vocab import VocabLayout
 
-FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts of a fixed length.
+FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts with a fixed length.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ActiveRequest:
   def result(
     self, divergence: Float[np.ndarray, ""] | np.floating | float, vocab: VocabLayout
   ) -> Result:
-    """Returns the tokens so far; for `divergence` see `Result.of`."""
+    """Returns the tokens so far. `divergence` is as in `Result.of`."""
     known = self.seed, self.method, self.tokens, self.log_probs
     return Result.of((0, 0), *known, divergence, len(self.request.streams), vocab)
 
@@ -85,7 +85,7 @@ class RunningBatch:
     self.control = without_samples(
       slots, streams, config.sampling, config.image_tokens, bucket.parts
     )
-    self.placed: Control | None = None  # Copy of `control` on the devices; None: out of date.
+    self.placed: Control | None = None  # Copy of `control` on the devices; None: outdated.
     self.state: BatchState | None = None
     self.program: jax.stages.Compiled | None = None
     # A smaller program serves batches in which only the first slots are occupied.
@@ -103,7 +103,7 @@ class RunningBatch:
     return not self.draining and not all(self.slots)
 
   def admit(self, request: ActiveRequest) -> int:
-    """Puts a request into the shard with the fewest unread prompts. Returns its slot."""
+    """Puts a request into a slot of the shard with the fewest unread prompts. Returns the slot."""
     size = len(self.slots) // self.shards
     free = [slot for slot, taken in enumerate(self.slots) if taken is None]
     slot = min(free, key=lambda slot: sum(x // size == slot // size for x in self.admitted))
@@ -153,7 +153,10 @@ class RunningBatch:
     return self.program_of_few
 
   def _limit(self) -> int:
-    """Returns the number of steps of the next chunk, which ends with a sample that ends soon."""
+    """Returns the number of steps of the next chunk.
+
+    If a sample will soon be complete, the chunk ends with the last token of this sample.
+    """
     known = [x.left for x in self.slots if x is not None and x.left is not None]
     if known and min(known) <= self.chunk + self.least:
       return max(min(known), self.least)
@@ -168,8 +171,8 @@ class RunningBatch:
   def _groups(self) -> list[list[int | None]]:
     """Divides the admitted slots into groups. One call reads the prompts of a group.
 
-    A group has one slot for each shard of the batch, or as many as the batch has slots, so that
-    only two programs are compiled. Groups are padded with None.
+    A group has either one slot per shard of the batch, or as many slots as the whole batch. So only
+    two programs are compiled. Groups are padded with None.
     """
     size = len(self.slots) // self.shards
     by_shard = [[x for x in self.admitted if x // size == i] for i in range(self.shards)]
@@ -181,7 +184,7 @@ class RunningBatch:
     ]
 
   def _admitted(self, slots: list[int | None]) -> Admitted:
-    """Writes the control of admitted requests and returns the arrays of their prompts."""
+    """Writes the `control` of admitted requests, and returns the arrays of their prompts."""
     config, size = self.generator.config, len(self.slots) // self.shards
     for slot in slots:
       if slot is not None:
@@ -205,7 +208,7 @@ class RunningBatch:
     put_sample(self.control, slot, one)
 
   def _prompts(self, slot: int | None) -> list[StreamPrompt]:
-    """Returns the prompts of a slot's streams; for None, prompts without tokens."""
+    """Returns the prompts of a slot's streams. If the slot is None, the prompts are empty."""
     config = self.generator.config
     if slot is None:
       nothing = StreamPrompt(np.zeros((0, 2), np.int32), config.vocab.pad, 0, 0)

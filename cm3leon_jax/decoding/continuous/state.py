@@ -1,10 +1,10 @@
 """Implements the state of a running batch and the admission of samples to its slots.
 
 The caches of a batch are ring buffers. In each step, all slots write their next token to the same
-entry of a stream's cache. After the last entry, the first entry is written again. Attention does
-not depend on the order of entries. So the prompt of an admitted sample is written to the entries
-before the next entry. A ring has enough entries for the longest prompt and the tokens after it, so
-a sample is finished before its entries are overwritten.
+entry of a stream's cache. After the last entry, writing continues at the first entry. Attention
+does not depend on the order of entries. So the prompt of an admitted sample is written to the
+entries just before the entry of the next token. A ring has enough entries for the longest prompt
+and the tokens after it, so a sample is finished before its entries are overwritten.
 
   3 entries for prompts, 4 for generated tokens; b is admitted when the next entry is 5:
   a: p p p t t . .     entries 3 and 4 hold the first tokens of a
@@ -75,10 +75,10 @@ def empty(
   steps: int,
   cache_dtype: str = "compute",
 ) -> BatchState:
-  """Makes a batch without samples. Needs a mesh.
+  """Makes a batch without samples. Needs a current mesh.
 
-  `widths` is W of each stream, and `max_new_tokens` the largest number of generated tokens of a
-  sample. `steps` is C, the largest number of steps of a chunk.
+  `widths` contains W for each stream. `max_new_tokens` is the largest number of generated tokens of
+  a sample. `steps` is C, the largest number of steps of a chunk.
   """
 
   def full(value: int | bool, dtype: DTypeLike, *shape: int) -> Array:
@@ -107,7 +107,7 @@ def empty(
 def _put(
   into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots: Int32[Array, " J"]
 ) -> Shaped[Array, "B ..."]:
-  """Replaces slots within each shard of the batch; `slots` are as in `Admitted.slots`."""
+  """Writes `x` to slots of `into`, in each shard of the batch. `slots` is as in `Admitted`."""
   split = jax.typeof(into).sharding.spec
 
   def put(into: Array, x: Array, slots: Array) -> Array:
@@ -124,7 +124,7 @@ def _read_stream(
   capacity: int,
   dtype: str,
 ) -> tuple[Layers, Bool[Array, "J T"]]:
-  """Reads prompts into rings of `capacity` entries, so that they end before entry `end`.
+  """Reads prompts into rings of `capacity` entries, so that they end directly before entry `end`.
 
   Returns (cache of each layer, mask of the entries that hold a token).
   """
@@ -148,7 +148,7 @@ def admit(
   grammar: Grammar,
   cache_dtype: str = "compute",
 ) -> BatchState:
-  """Reads the prompts of samples and puts the samples into slots of a batch. Needs a mesh.
+  """Reads the prompts of samples and puts the samples into slots of a batch. Needs a current mesh.
 
   `model` is `DecodeParams.model`. `state` is donated. J must be a multiple of the number of devices
   over which the batch is sharded.
@@ -200,12 +200,12 @@ def _by_slots(function: Callable[..., Array], state: BatchState, *others: BatchS
 
 
 def _first(x: Shaped[Array, "_ ..."], count: int) -> Shaped[Array, "{count} ..."]:
-  """Returns the first elements of an array, with its sharding (see `Grammar.start`)."""
+  """Returns the first `count` elements of an array, with its sharding (see `Grammar.start`)."""
   return jax.sharding.reshard(x[:count], jax.typeof(x).sharding.spec)
 
 
 def _first_slots(state: BatchState, slots: int) -> BatchState:
-  """Returns the state of the first slots. Arrays [R] have S elements per slot."""
+  """Returns the state of the first slots. Arrays of shape [R] have S elements per slot."""
   count = len(state.counts)
   return _by_slots(lambda x: _first(x, slots * (len(x) // count)), state)
 
@@ -233,7 +233,7 @@ def steps(
   sampler: Sampler,
   slots: int | None = None,
 ) -> BatchState:
-  """Runs the steps of one chunk. Needs a mesh.
+  """Runs the steps of one chunk. Needs a current mesh.
 
   The chunk has at most `limit` <= C steps. After `least` steps, it ends as soon as a sample is
   finished, so that another sample can be admitted. In `control`, the plan of a slot without a

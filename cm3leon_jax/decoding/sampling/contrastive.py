@@ -17,7 +17,7 @@ class ContrastiveRows(NamedTuple):
   """Settings of CD-K for each row.
 
   Attributes:
-    alpha: smallest probability of a token, relative to the k-th most probable token.
+    alpha: smallest allowed ratio of a token's probability to the k-th largest probability.
     amateur_temperature: divisor of the logits of the amateur, which is the unconditional stream.
   """
 

@@ -15,8 +15,8 @@ def combine_streams(
 ) -> Float[Array, "B V"]:
   """Returns the weighted sum of the logits of S streams (classifier-free guidance).
 
-  See sections 3.1 and 4.1. `training.step.grpo` combines hidden states in the same way, before the
-  output table.
+  See CM3Leon, sections 3.1 and 4.1. `training.step.grpo` combines hidden states in the same way,
+  before the output table.
 
     logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
 
@@ -25,7 +25,7 @@ def combine_streams(
     weights: weights that sum to 1, for all samples or for each sample.
 
   Returns:
-    Combined logits. With weights (1, 0), they equal the logits of the first stream exactly.
+    Combined logits. With the weights (1, 0), they exactly equal the logits of the first stream.
   """
   # On some devices, an einsum would round its inputs to a lower precision.
   return jnp.sum(logits * jnp.atleast_2d(weights).T[:, :, None], axis=0)
@@ -34,10 +34,10 @@ def combine_streams(
 def divergence(
   conditional: Float[Array, "*B V"], unconditional: Float[Array, "*B V"]
 ) -> Float32[Array, "*B"]:
-  """Computes KL(conditional || unconditional) in nats. Guidance has no effect where this is 0.
+  """Computes KL(conditional || unconditional) in nats. If it is 0, guidance has no effect.
 
-  A divergence of 0 can mean that the prompt was lost on its way to the model. Both arguments are
-  finite logits.
+  A divergence of 0 can mean that the prompt did not reach the model. Both arguments are finite
+  logits.
   """
   p, q = (jax.nn.log_softmax(x, axis=-1) for x in (conditional, unconditional))
   return jnp.sum(jnp.exp(p) * (p - q), axis=-1).astype(jnp.float32)
@@ -50,9 +50,9 @@ def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.nda
 
   Args:
     guidance: the full weight; 1 is the model without guidance.
-    schedule: one of `SCHEDULES`. With "constant", m is 1. With "linear" and "cosine", m grows from
-      0 at the first code to 1 at the last code, as t or as (1 - cos(pi t)) / 2. The mean of m is
-      then 1/2, so the mean weight is (1 + guidance) / 2.
+    schedule: one of `SCHEDULES`. With "constant", m is 1. Otherwise let t grow from 0 at the first
+      code to 1 at the last code. With "linear", m is t. With "cosine", m is (1 - cos(pi t)) / 2. In
+      both cases the mean of m is 1/2, so the mean weight is (1 + guidance) / 2.
     image_tokens: I. With a growing schedule, an image of one code is not guided.
 
   Raises:

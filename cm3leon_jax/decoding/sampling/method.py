@@ -1,4 +1,4 @@
-"""Defines the interface of sampling methods. Each method is one object in a separate file."""
+"""Defines the interface of sampling methods. Each method is an object in its own file."""
 
 # B rows, V vocabulary (all ids, or only image codes), P prompts, N samples of a prompt.
 
@@ -45,7 +45,7 @@ class SamplingMethod:
 
   @property
   def members(self) -> tuple["TokenMethod", ...]:
-    """Token methods that the samples use. A `TokenMethod` returns only itself."""
+    """The token methods that the samples use; for a `TokenMethod`, only the method itself."""
     raise NotImplementedError
 
   def choose(self, seeds: Sequence[int], samples: int) -> Shaped[np.ndarray, "P N"]:
@@ -76,7 +76,7 @@ class TokenMethod(SamplingMethod):
     return (self,)
 
   def compiled(self, config: SamplingConfig) -> Hashable:
-    """Returns the settings that are compiled into the program: the ones not in `numbers`."""
+    """Returns the settings that are compiled into the program. They are not in `numbers`."""
     raise NotImplementedError
 
   def rows(self, is_image: Bool[Array, " B"], values: Any) -> Any:
@@ -94,7 +94,7 @@ class TokenMethod(SamplingMethod):
     rows: Any,
     compiled: Any,
   ) -> Int[Array, " B"]:
-    """Samples one id for each row, even for rows of other methods, whose ids are discarded.
+    """Samples one id for each row. The ids for rows of other methods are discarded later.
 
     `keys` has one key per row, so the sample of a row does not depend on other rows. `rows` is the
     result of `self.rows`, and `compiled` is the result of `self.compiled`.

@@ -16,10 +16,10 @@ from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
 from cm3leon_jax.decoding.sampling.methods import METHODS, OTHERS
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS, TOP_P, TopPRows
 
-# Name of each method in OTHERS -> which rows use it.
+# Name of each method in OTHERS -> mask of the rows that use it.
 Uses: TypeAlias = dict[str, Bool[Array, " B"]]
 _BY_NAME = {method.name: method for method in OTHERS}
-# Field names without duplicates: methods may share a field.
+# Field names without duplicates, since methods may share a field.
 NUMBERS = dict.fromkeys((*TOP_P.numbers, *TEXT_SETTINGS, *(x for m in OTHERS for x in m.numbers)))
 
 
@@ -73,7 +73,7 @@ class RowSettings(NamedTuple):
 
   Attributes:
     temperature: divisor of the logits, or of the scores of the row's method.
-    others: name of each method in OTHERS -> (which rows use it, its settings).
+    others: name of each method in OTHERS -> (mask of the rows that use it, its settings).
   """
 
   temperature: Float32[Array, " B"]
@@ -82,7 +82,7 @@ class RowSettings(NamedTuple):
 
 
 def uses_of(methods: Sequence[TokenMethod]) -> dict[str, Bool[np.ndarray, " B"]]:
-  """Returns which rows use each method in OTHERS, where row i uses `methods[i]`."""
+  """Returns the mask of the rows that use each method in OTHERS. Row i uses `methods[i]`."""
   return {other.name: np.array([other is method for method in methods], bool) for other in OTHERS}
 
 
@@ -109,7 +109,7 @@ def sample(
   candidates: int,
   others: Sequence[tuple[str, Hashable]] = (),
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-  """Samples one id for each row. Each row must have a legal id.
+  """Samples one id for each row. Each row must have at least one legal id.
 
   `keys` has one key per row, so the sample of a row does not depend on other rows. `candidates` is
   as in `filter_candidates`, and `others` as in `Sampler`; both are static. Returns (ids,

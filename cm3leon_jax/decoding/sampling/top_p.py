@@ -55,7 +55,7 @@ class TopPMethod(TokenMethod):
   ) -> Int[Array, " B"]:
     values, ids = filter_candidates(logits.guided / temperature, rows.top_k, rows.top_p, compiled)
     noisy = values + _noise(keys, ids)
-    # If rounding makes several sums equal, take the smallest id.
+    # If rounding makes several noisy logits equal, take the smallest id.
     best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
     return jnp.min(jnp.where(best, ids, logits.guided.shape[-1]), axis=-1)
 
@@ -64,7 +64,7 @@ TOP_P = TopPMethod()
 
 
 def candidates(config: SamplingConfig, *, image: bool, text: bool) -> int:
-  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 for all."""
+  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 (keep all)."""
   used = [config.top_k] * image + [config.text_top_k] * text
   return 0 if 0 in used else max(used)
 
@@ -80,9 +80,9 @@ def filter_candidates(
   Args:
     logits: logits after temperature; ids with -inf are never kept.
     top_k: number of candidates that each row keeps; 0 keeps all C.
-    top_p: nucleus in (0, 1]. A candidate is kept if the sum of the probabilities before it is less
-      than this. So the first candidate is always kept.
-    candidates: C, which must be at least every top_k. 0 means V; only then is the whole vocabulary
+    top_p: nucleus in (0, 1]. A candidate is kept if the more probable candidates together have less
+      than this probability. So the first candidate is always kept.
+    candidates: C, at least the largest element of `top_k`. 0 means V: the whole vocabulary is then
       sorted.
 
   Returns:
@@ -112,9 +112,9 @@ def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[
 
 
 def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B C"]:
-  """Draws Gumbel noise for each id of each row. The noise does not depend on the id's index.
+  """Draws Gumbel noise for each id of each row. The noise does not depend on the order of ids.
 
-  Rounding may swap two nearly equal candidates. If the noise depended on the index, this would also
+  Rounding may swap two nearly equal candidates. If the noise depended on the order, this would also
   swap the sampled tokens.
   """
 
