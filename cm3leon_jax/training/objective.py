@@ -36,7 +36,7 @@ class Objective(Protocol):
     """
 
   def explain(self, rows: range) -> str:
-    """Says what skipped steps had read, and what the user can do, in one clause.
+    """Returns a clause for a message: what skipped steps had read, and what the user can do.
 
     `rows` are the rows of these steps, as `begin` counts them.
     """

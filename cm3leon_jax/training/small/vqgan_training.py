@@ -147,10 +147,10 @@ def _update(
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
 ) -> dict:
-  """Replaces codes that were unused since the last restart by random encodings; resets `usage`.
+  """Replaces codes that were not used since the last restart, and resets `usage`.
 
-  `state` is as in `init_state`; it is donated. `images` are uint8 [B, H, W, 3]. The new codes are
-  drawn from their encodings.
+  The new codes are drawn at random from the encodings of `images`, uint8 [B, H, W, 3]. `state` is
+  described in `init_state`, and is donated.
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
@@ -256,7 +256,7 @@ def evaluate(
     A dict with
       psnr_db: mean PSNR of the held-out images.
       psnr_of_mean_mse_db: PSNR of the mean squared error over all held-out images.
-      psnr_of_one_color_db: the same, if each image were reconstructed as the mean color of all.
+      psnr_of_one_color_db: this PSNR if every reconstruction were the mean color of all images.
       codebook_perplexity, codes_used: for the codes of held-out images.
       train_codebook_perplexity, train_codes_used: for the codes of training images.
       bits_per_image: bits of an image's codes for a model that knows only their frequencies in
@@ -317,7 +317,7 @@ def train_vqgan(
   features: dict | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> dict:
-  """Runs the stage on the current mesh: trains and writes the tokenizer, returns its measures.
+  """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
   If `check_learned` refuses the tokenizer, the checkpoints are deleted. Otherwise the caller
   deletes them after the stage is finished. The arguments are described in `train`.
