@@ -55,7 +55,8 @@ class DecoderTraining:
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     sample_grid: (params, step) -> a grid of samples as a PIL image, or None. Called every
       `sample_every` steps with `TrainState.eval_params`.
-    initial_params: returns the parameters of a run without a checkpoint; None: random parameters.
+    initial_params: returns the parameters from which a run without a checkpoint starts; None: the
+      run starts from random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
   """
 

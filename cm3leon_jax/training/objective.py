@@ -31,8 +31,8 @@ class Objective(Protocol):
   ) -> tuple[Callable, Iterator]:
     """Begins to read rows at `next_row`, with `rows` rows per step.
 
-    Returns `take_step(state, batch)`, which returns the new state and metrics, and an iterator over
-    the batches.
+    Returns `take_step`, a function (state, batch) -> (new state, metrics), and an iterator over the
+    batches.
     """
 
   def explain(self, rows: range) -> str:

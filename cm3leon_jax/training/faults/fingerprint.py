@@ -69,7 +69,7 @@ def _words(x: Array) -> Array:
 
 
 def _numbers(shape: tuple[int, ...]) -> Array:
-  """Returns the number of each element. The compiler fuses this, so it needs no memory.
+  """Returns the number of each element, counted from 0. The compiler fuses it: no memory is used.
 
   shape (2, 3) -> [[0 1 2] [3 4 5]]
   """

@@ -28,12 +28,13 @@ HUNG = TryAgain.exit_code  # Launchers restart a job with this exit code a limit
 LONGEST = 10
 # Compiling, evaluating, saving, sampling and restoring may take this many times the limit of steps.
 SLOW = 4
-COMPILED = 3  # When this step begins, the first step has ended, so the step is compiled.
+COMPILED = 3  # When this step begins, the first step has ended, so steps are compiled.
 POLL_SECONDS = 5.0
 FILE_SECONDS = 20.0  # Limit for writing or reading the reports, because a GCS bucket may hang, too.
 READERS = 32  # Number of reports that are read in parallel.
-# A process that has timed out waits this long before it exits, so that the others can print their
-# stacks: they fail when it exits. Process 0, which runs JAX's service, waits twice as long.
+# A process that has timed out waits this long before it exits. The other processes fail when it
+# exits, and can print their stacks until then. Process 0, which runs JAX's service, waits twice as
+# long.
 LINGER_SECONDS = 10.0
 # Phases in the order in which a process passes them after it has dispatched a step.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")

@@ -28,7 +28,7 @@ class GoBack:
 
   @property
   def as_json(self) -> dict:
-    """Entry in the record of the rows that are left out."""
+    """Entry that `go_back` adds to the record of left-out rows."""
     return {"resume_from": self.step, "first": self.rows[0], "last": self.rows[-1]}
 
 
@@ -57,7 +57,7 @@ def parse(resume_from: int | None, skip_rows: str) -> GoBack | None:
 
 
 def row_number(i: int, skipped: Sequence[range]) -> int:
-  """Returns the number of the i-th row after the rows in `skipped` are left out; i is from 0.
+  """Returns the number of the i-th row, from 0, that remains without the rows in `skipped`.
 
   skipped [range(2, 4), range(6, 7)]: for i = 0, 1, 2, 3, 4 it is 0, 1, 4, 5, 7
   """

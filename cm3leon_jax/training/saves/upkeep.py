@@ -22,7 +22,7 @@ MODALITIES = ("", "image_", "text_")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A checkpoint in the list.
+  """Entry of one checkpoint in the list of a run's checkpoints.
 
   Attributes:
     time: when the checkpoint was written, in Unix seconds.

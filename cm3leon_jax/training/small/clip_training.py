@@ -79,8 +79,9 @@ def contrastive_loss(
 ) -> Float[Array, ""]:
   """Computes the contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
-  It is the cross-entropy of choosing the image of each caption among all images of the batch, and
-  the caption of each image among all captions. The result is the mean of both.
+  One term is the cross-entropy of choosing the image of each caption among all images of the batch.
+  The other term is the cross-entropy of choosing the caption of each image among all captions. The
+  loss is the mean of both terms.
 
   Args:
     image_embeddings, text_embeddings: embeddings of norm 1.

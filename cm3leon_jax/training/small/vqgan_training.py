@@ -166,7 +166,7 @@ def restart_dead_codes(
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
-  """Returns whether dead codes restart after `done` steps."""
+  """Returns whether dead codes are replaced after `done` steps."""
   if config.quantizer == "fsq" or not config.restart_every:
     return False
   return done < config.restart_until * config.steps and done % config.restart_every == 0
@@ -259,8 +259,8 @@ def evaluate(
       psnr_of_one_color_db: this PSNR if every reconstruction were the mean color of all images.
       codebook_perplexity, codes_used: for the codes of held-out images.
       train_codebook_perplexity, train_codes_used: for the codes of training images.
-      bits_per_image: bits of an image's codes for a model that knows only their frequencies in
-        training images.
+      bits_per_image: number of bits that an image's codes take under a model that knows only the
+        frequencies of the codes in training images.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
   codes = tokenizer.encode(images)

@@ -15,7 +15,7 @@ import numpy as np
 from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
-SCATTER_WIDTH = 256  # Columns of the table's gradient in one reduce-scatter.
+SCATTER_WIDTH = 256  # Number of columns of the table's gradient per reduce-scatter.
 Ids: TypeAlias = Int32[Array, "B L"]
 Values: TypeAlias = Float32[Array, "B L"]
 Scalar: TypeAlias = Float32[Array, ""]

@@ -1,4 +1,4 @@
-"""Skips and counts steps with a spike or a non-finite number; stops the run after too many."""
+"""Skips and counts steps with a spike or a non-finite number. Too many such steps end the run."""
 
 from typing import NamedTuple
 

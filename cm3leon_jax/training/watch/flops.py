@@ -113,8 +113,8 @@ class Rates:
   def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
     """Returns tokens_per_second over all devices, and mfu if the peak is known.
 
-    `weight` is the sum of the loss weights, which counts the tokens, and `seconds` the total of all
-    steps.
+    `weight` is the sum of the loss weights, which counts the tokens. `seconds` is the total time of
+    the steps.
     """
     mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)
     return {

@@ -78,8 +78,8 @@ class Stopwatch:
   def _on_event(self, event: str, duration: float, **_: object) -> None:
     """Counts tracing, lowering and compiling as `compile`.
 
-    JAX reports a nested trace before the outer trace, which includes its time. So the time of the
-    nested trace is subtracted first.
+    JAX reports a nested trace before the outer trace, and the time of the outer trace includes the
+    nested trace. So the time of the nested trace is subtracted first.
     """
     if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
       return

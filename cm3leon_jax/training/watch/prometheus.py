@@ -26,7 +26,7 @@ READ_SECONDS = 10  # Connections that send nothing for this long are closed.
 
 
 class Prometheus:
-  """Serves GET /metrics on all addresses: anyone who can reach the port can read the metrics."""
+  """Serves GET /metrics on all addresses, so anyone who can reach the port can read the metrics."""
 
   def __init__(
     self, port: int, steps: int, watch: Stopwatch, clock: Callable[[], float] = time.monotonic
