@@ -28,7 +28,8 @@ from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
-PEER_SECONDS = 60.0  # Such a run waits this long for digests of other processes, maybe dead.
+# Such a run waits this long for the digests of other processes, which may be dead.
+PEER_SECONDS = 60.0
 
 
 class Checkpoints:
@@ -75,7 +76,7 @@ class Checkpoints:
       create=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    with distributed.together():  # Orbax does not list a folder that it cannot read.
+    with distributed.together():  # Orbax silently omits a folder that it cannot read.
       listed = self._manager.all_steps()
       if lacking := (present - {*listed}) & sealing.steps_in(self.folder):
         raise TryAgain(
@@ -130,7 +131,7 @@ class Checkpoints:
   def seal(self, step: int) -> None:
     """Seals a checkpoint that is complete on disk. Raises TryAgain if it could not be read."""
     with distributed.together():
-      if distributed.is_first():  # A job with more processes may have left STEP.partI files.
+      if distributed.is_first():  # A job with another number of processes may have left STEP.partI.
         self._remove_digests(lambda s: s == step)
     self._save = sealing.Save(step, self._seal)
     self.wait()

@@ -21,7 +21,8 @@ def discard_unsealed(checkpoints: Checkpoints) -> None:
   """
   folder, steps = checkpoints.folder, checkpoints.steps()
   sealed = checkpoints.sealed()
-  # All processes list the checkpoints before any process deletes, and use the lists of process 0.
+  # All processes list the checkpoints before any process deletes one. They all use the lists of
+  # process 0.
   steps, unsealed = distributed.gather([steps, [s for s in steps if s not in sealed]])[0]
   if unsealed and len(unsealed) == len(steps) > 1:
     raise UserError(
@@ -72,7 +73,7 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
 
 
 def _warn_of_gone(checkpoints: Checkpoints, sealed: list[int]) -> None:
-  """Warns about checkpoints newer than all of `sealed` of which only the digests are left."""
+  """Warns about checkpoints that are newer than all of `sealed` if only their digests are left."""
   steps = [int(p.stem) for p in checkpoints.digest_folder.glob("*.json") if p.stem.isdecimal()]
   for step in sorted(s for s in steps if sealed and s > sealed[-1]):
     distributed.print_once(
