@@ -106,7 +106,7 @@ def _check_opt(config: ModelConfig) -> None:
 
 
 def _check_qwen3(config: ModelConfig) -> None:
-  """Accepts every decoder."""
+  """Does nothing, because the layout can represent every decoder."""
 
 
 def _describe_qwen3(config: ModelConfig) -> dict:
@@ -277,7 +277,7 @@ def config_of(described: dict) -> dict[str, dict]:
 
 
 def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the fields of config.json that describe the ids, the same for every layout."""
+  """Returns the fields of config.json that describe ids. They are the same for every layout."""
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
   own["align_images"] = config.align_images
   if config.align_images:

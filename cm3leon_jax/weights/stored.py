@@ -76,7 +76,7 @@ def save_args(state: PyTree) -> Any:
 
 
 def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> tuple[str, Any]:
-  """Returns the tree of a state to restore, and Orbax's arguments that restore only this tree.
+  """Chooses which tree of a state to restore. Returns its name, and Orbax's arguments for it.
 
   `folder` is the folder of the state, STEP/state. For `average`, see `choose`.
   """
@@ -120,7 +120,7 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
 
 
 def choose(folder: epath.PathLike, average: bool | None) -> tuple[str, dict]:
-  """Returns the tree of a state to read, "ema" or "params", and Orbax's metadata of its arrays.
+  """Chooses which tree of a state to read. Returns "ema" or "params", and its Orbax metadata.
 
   `folder` is STEP/state. If `average` is None, the average is read if the state has one.
 
