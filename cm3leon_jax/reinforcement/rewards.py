@@ -1,4 +1,4 @@
-"""Computes rewards: scores of generated images, which `cm3leon reinforce` increases."""
+"""Computes rewards, the scores of generated images that `cm3leon reinforce` increases."""
 
 # B samples.
 
