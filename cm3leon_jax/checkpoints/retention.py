@@ -50,7 +50,8 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
 
   kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
 
-  `losses` maps the steps that have a held-out loss to this loss. `policy` describes the rest.
+  `losses` maps the steps that have a held-out loss to this loss. For the other arguments, see
+  `policy`.
   """
   found = [
     _Checkpoint(step, {METRIC: losses[step]} if step in losses else None) for step in sorted(steps)

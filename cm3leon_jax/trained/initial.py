@@ -103,7 +103,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   For `source`, see `bundles.folder_of`. `step` selects a checkpoint of a run; None: the newest.
 
   Raises:
-    UserError: `source` has no parameters, or the sections model or vocab of their config differ.
+    UserError: `source` has no parameters, or their config differs in the section model or vocab.
   """
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):

@@ -71,7 +71,7 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
 
 
 def change_line(before: dict[str, float], after: dict) -> str:
-  """Formats how tuning changed the held-out loss of each source (of each modality if no sources).
+  """Formats how tuning changed the held-out losses by source, or by modality if rows lack sources.
 
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
