@@ -1,6 +1,6 @@
 """Saves and restores the training state and the data position with Orbax.
 
-Digests are added, because Orbax does not verify the contents of files.
+It adds digests of the files, because Orbax does not verify their contents.
 """
 
 from collections.abc import Callable
@@ -28,21 +28,22 @@ from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
-PEER_SECONDS = 60.0  # It waits this long for the digests of other processes, which may be dead.
+# Such a run waits this long for the digests of other processes, which may be dead.
+PEER_SECONDS = 60.0
 
 
 class Checkpoints:
   """Saves, lists, verifies and deletes the checkpoints of one run.
 
-  All processes of a run call the same methods in the same order. `save` returns when the state is
-  in the host's memory. A thread waits until Orbax has written the files. Then each process writes
-  the digests of its share of the files to STEP.partI, and process 0 merges the parts into
-  STEP.json. This seals the checkpoint; an unsealed checkpoint is never restored.
+  All processes of a run call the same methods in the same order. `save` returns as soon as the
+  state is copied to host memory. A thread then waits until Orbax has written the files. After that,
+  process I writes the digests of its share of the files to STEP.partI, and process 0 merges these
+  parts into STEP.json. This seals the checkpoint. An unsealed checkpoint is never restored.
 
     with Checkpoints(folder, keep=2) as checkpoints:
       checkpoints.save(state, step, next_row)
 
-  When the body ends or raises an error, the save in flight is finished.
+  The save in flight is finished when the `with` block ends, also after an error.
   """
 
   def __init__(
@@ -57,8 +58,8 @@ class Checkpoints:
 
     Args:
       keep: number of newest checkpoints to keep.
-      keep_every: also keeps every checkpoint whose step is a multiple of this; 0 disables it.
-      keep_best: also keeps this number of checkpoints, those with the lowest held-out loss.
+      keep_every: checkpoints whose step is a multiple of `keep_every` are also kept; 0: none.
+      keep_best: number of checkpoints with the lowest held-out loss that are also kept.
       check: called before a save starts and before it is sealed. If `check` raises an error, the
         checkpoint is not saved or not sealed.
 
@@ -75,7 +76,7 @@ class Checkpoints:
       create=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    with distributed.together():  # Orbax does not list a folder that it cannot read.
+    with distributed.together():  # Orbax silently omits a folder that it cannot read.
       listed = self._manager.all_steps()
       if lacking := (present - {*listed}) & sealing.steps_in(self.folder):
         raise TryAgain(
@@ -120,7 +121,7 @@ class Checkpoints:
     self._manager.delete(step)
 
   def delete_after(self, step: int) -> None:
-    """Deletes all checkpoints after a step, the newest first, and all digests after it."""
+    """Deletes all checkpoints after a step, newest first, and all digests of later steps."""
     for newer in reversed(distributed.gather(self.steps())[0]):
       if newer > step:
         self.delete(newer)
@@ -130,7 +131,7 @@ class Checkpoints:
   def seal(self, step: int) -> None:
     """Seals a checkpoint that is complete on disk. Raises TryAgain if it could not be read."""
     with distributed.together():
-      if distributed.is_first():  # A job with another number of processes may have left parts.
+      if distributed.is_first():  # A job with another number of processes may have left STEP.partI.
         self._remove_digests(lambda s: s == step)
     self._save = sealing.Save(step, self._seal)
     self.wait()
@@ -145,9 +146,9 @@ class Checkpoints:
     """Waits until the previous save is sealed, then starts to save `state`.
 
     Args:
-      state: a tree of arrays; it may be donated when `save` returns.
+      state: a tree of arrays. The caller may donate it as soon as `save` has returned.
       step: number of steps taken, which names the checkpoint.
-      heldout_loss: decides which checkpoints are the best, see `keep_best`.
+      heldout_loss: the loss by which `keep_best` chooses the best checkpoints.
 
     Raises:
       TryAgain: this save or the previous save failed.
@@ -195,7 +196,7 @@ class Checkpoints:
     self._good = save.step
 
   def _seal(self, save: sealing.Save) -> None:
-    """Digests this process's share of a save; process 0 then seals it. Runs in a thread."""
+    """Writes digests of this process's share of a save, which process 0 seals. Runs in a thread."""
     for outcome, work in ((save.share, self._digest_share), (save.sealed, self._merge)):
       try:
         work(save)
@@ -208,7 +209,7 @@ class Checkpoints:
         return outcome.set_exception(failure)
 
   def _digest_share(self, save: sealing.Save) -> None:
-    """Waits until Orbax has written a checkpoint, then digests this process's share of it."""
+    """Waits until Orbax has written a save, then writes digests of this process's share."""
     self._manager.wait_until_finished()
     found = sealing.digests(self.folder / str(save.step))
     write_json(self._part(save.step, jax.process_index()), found)
@@ -247,17 +248,17 @@ class Checkpoints:
     return f"the same command continues from {at}."
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
-    """Deletes all files of digests, merged or not, of steps for which `of` returns True."""
+    """Deletes the digest files, merged or not, of all steps for which `of` returns True."""
     for path in self.digest_folder.glob("*"):
       step = path.name.partition(".")[0]
       if step.isdecimal() and of(int(step)):  # The file system may add files with other names.
         path.unlink()
 
   def restore(self, state: PyTree, step: int, checked: bool = False) -> tuple[Any, int]:
-    """Restores the state and the next row of a checkpoint.
+    """Restores a checkpoint. Returns its state and the next row of the data to read.
 
     Args:
-      state: a state, or its shapes and dtypes, on the current mesh.
+      state: a state on the current mesh, or only the shapes, dtypes and shardings of its arrays.
       checked: whether the files were already compared with their digests.
 
     Raises:

@@ -10,7 +10,7 @@ from cm3leon_jax.weights import stored
 
 
 def newest_step(folder: epath.PathLike) -> int:
-  """Returns the step of a run's newest sealed checkpoint, or 0, from the names of the digests."""
+  """Returns the step of a run's newest sealed checkpoint, or 0. It reads only names of files."""
   digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
   return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
 
@@ -75,7 +75,7 @@ def next_row(folder: epath.PathLike, step: int) -> int:
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
-  """Opens a run's checkpoints. Returns the checkpoints and `step`; None: the newest sealed step."""
+  """Opens a run's checkpoints. Returns them and `step`, or the newest sealed step if it is None."""
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)

@@ -10,17 +10,19 @@ from cm3leon_jax.config import UserError
 def discard_unsealed(checkpoints: Checkpoints) -> None:
   """Deletes the unsealed checkpoints of a killed run.
 
-  Unsealed checkpoints would count among the newest and displace sealed checkpoints.
+  Otherwise Orbax would count them among the newest checkpoints and delete sealed ones instead.
 
   If the run was killed before the digests of its first checkpoint were written, its only checkpoint
-  is unsealed. Orbax lists only complete checkpoints, so this one is sealed now.
+  is unsealed. This checkpoint is then sealed. It is complete, because Orbax lists only complete
+  checkpoints.
 
   Raises:
     UserError: the folder has several checkpoints, and none of them is sealed.
   """
   folder, steps = checkpoints.folder, checkpoints.steps()
   sealed = checkpoints.sealed()
-  # All processes list before any process deletes, and all use the lists of process 0.
+  # All processes list the checkpoints before any process deletes one. They all use the lists of
+  # process 0.
   steps, unsealed = distributed.gather([steps, [s for s in steps if s not in sealed]])[0]
   if unsealed and len(unsealed) == len(steps) > 1:
     raise UserError(
@@ -45,8 +47,8 @@ def discard_unsealed(checkpoints: Checkpoints) -> None:
 def newest_whole(checkpoints: Checkpoints) -> int | None:
   """Returns the step of the newest sealed checkpoint whose files match their digests, or None.
 
-  It warns about newer checkpoints that are damaged or missing, and deletes the damaged ones. Their
-  steps are trained again.
+  It warns about newer checkpoints that are damaged or missing, and deletes the damaged ones. The
+  run then computes the steps up to these checkpoints again.
 
   Raises:
     UserError: all sealed checkpoints are damaged.
@@ -71,7 +73,7 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
 
 
 def _warn_of_gone(checkpoints: Checkpoints, sealed: list[int]) -> None:
-  """Warns about missing checkpoints that have left digests and are newer than all of `sealed`."""
+  """Warns about checkpoints that are newer than all of `sealed` if only their digests are left."""
   steps = [int(p.stem) for p in checkpoints.digest_folder.glob("*.json") if p.stem.isdecimal()]
   for step in sorted(s for s in steps if sealed and s > sealed[-1]):
     distributed.print_once(

@@ -22,7 +22,7 @@ def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservat
 
   Args:
     last: keeps this number of newest checkpoints.
-    every: keeps checkpoints whose step is a multiple of this; 0 disables it.
+    every: keeps checkpoints whose step is a multiple of `every`; 0: none.
     best: keeps this number of checkpoints with the lowest `METRIC`. Checkpoints without the metric
       are not among them.
   """
@@ -50,7 +50,8 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
 
   kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
 
-  `losses` has the checkpoints with a held-out loss. For the other arguments, see `policy`.
+  `losses` maps the steps that have a held-out loss to this loss. For the other arguments, see
+  `policy`.
   """
   found = [
     _Checkpoint(step, {METRIC: losses[step]} if step in losses else None) for step in sorted(steps)

@@ -27,8 +27,8 @@ def files_below(folder: epath.Path) -> list[str]:
 def steps_in(folder: epath.Path) -> set[int]:
   """Returns the steps that have a subfolder in the folder of checkpoints.
 
-  In a GCS bucket Orbax itself raises an error if it cannot list the checkpoints, so the result is
-  then an empty set.
+  For a GCS bucket the result is always empty. There, this check is not needed, because Orbax itself
+  raises an error if it cannot list the checkpoints.
 
   Raises:
     TryAgain: the folder could not be read.
@@ -44,7 +44,7 @@ def steps_in(folder: epath.Path) -> set[int]:
 
 
 def _plain(name: str) -> str:
-  """Returns the number `name` as Orbax writes it, without leading zeros; "" for another name."""
+  """Returns `name` without leading zeros, as Orbax writes steps, or "" if it is not a number."""
   return str(int(name)) if name.isdecimal() else ""
 
 
@@ -129,10 +129,10 @@ class Save:
   """A save in flight, and the thread that seals it.
 
   Attributes:
-    share: is done when this process has digested its share of the files.
-    sealed: is done when the checkpoint is sealed. On processes other than 0, it is done directly
-      after `share`.
-    ending: set when process 0 shall stop waiting for the digests of the other processes.
+    share: future that is done when this process has written the digests of its share of the files.
+    sealed: future that is done when the checkpoint is sealed. On processes other than 0, it is done
+      directly after `share`.
+    ending: event that tells process 0 to stop waiting for the digests of the other processes.
   """
 
   def __init__(self, step: int, run: Callable[["Save"], None]):

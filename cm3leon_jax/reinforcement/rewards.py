@@ -1,4 +1,4 @@
-"""Computes rewards: scores of generated images, which `cm3leon reinforce` increases."""
+"""Computes rewards, the scores of generated images that `cm3leon reinforce` increases."""
 
 # B samples.
 
@@ -24,8 +24,8 @@ def judged(
 ) -> Float32[np.ndarray, " B"]:
   """Returns 1 for each image that is wholly right, and 0 for the others.
 
-  The reward is not a share of facts, because a policy can raise such a share by doing nothing: an
-  unchanged image keeps everything that an edit must not change.
+  The reward is not the share of right facts, because a policy can raise this share by doing
+  nothing. In an unchanged image, everything that an edit must not change is right.
   """
   images = np.stack([sample.segments[0] for sample in samples])
   answers = world.judge_answer_images(records, images, settings)
@@ -33,7 +33,7 @@ def judged(
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
-  """Returns the CLIP cosines of images and their captions.
+  """Returns the cosine similarity of CLIP's embeddings of each image and its caption.
 
   Raises:
     UserError: a sample has no CLIP score, because its prompt is more than a caption.
@@ -48,7 +48,7 @@ def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32
 
 
 def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
-  """Returns the reward of a config, see `ReinforceConfig.reward`, for tasks of one world.
+  """Returns the function that computes `ReinforceConfig.reward`, for tasks of one world.
 
   Raises:
     UserError: the reward cannot score a task.

@@ -1,6 +1,6 @@
 """Defines the objective of `cm3leon reinforce`: rewards of samples that the policy draws."""
 
-# N prompts, G samples of each, B = N x G, I codes of an image.
+# N prompts, G samples per prompt, B = N x G samples, I codes per image.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -60,7 +60,7 @@ def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: in
   """
   tasks = image_tasks(settings)
   each = -(-count // len(tasks))
-  # `max_records` limits the records that are encoded. These records are only read.
+  # `max_records` must not apply here: it limits records that are encoded, and these are only read.
   config, columns = dataclasses.replace(settings.instructions, max_records=0), []
   for task in tasks:
     if split == "heldout":
@@ -87,7 +87,7 @@ def _fits(prompt: Prompt, layout: PromptLayout) -> bool:
 
 
 def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
-  """Returns the mean share of differing codes between two samples of a prompt.
+  """Returns the share of codes in which two samples of a prompt differ, averaged over all pairs.
 
   codes [[[1 2] [1 3] [1 2]]]: pairs differ in 1/2, 0 and 1/2 of the codes, so the mean is 1/3
   """
@@ -99,8 +99,8 @@ class Rollouts:
   """Objective of a run that trains on samples of the policy, see `training.objective.Objective`.
 
   A step samples images for its prompts with the current parameters, scores the samples, and takes
-  one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a run that
-  continues uses the same ones.
+  one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a resumed
+  run uses the same prompts and seeds.
   """
 
   names = ()
@@ -116,12 +116,13 @@ class Rollouts:
     """Creates the objective.
 
     Args:
-      prompts: prompts of the steps, in this order. After the last prompt, the first one follows.
-      pipeline_of: parameters -> a pipeline that samples with them.
+      prompts: the steps use them in this order, and begin again after the last prompt.
+      pipeline_of: returns a pipeline that samples with the given parameters.
       reference: parameters that the policy must stay close to, on the current mesh.
 
     Raises:
-      UserError: `train.global_batch_size` or its accumulation does not fit.
+      UserError: `train.global_batch_size` is not a multiple of `reinforce.samples`, or a step has
+        several micro-batches.
     """
     self.settings, self.prompts, self.reward = settings, prompts, reward
     self._pipeline_of, self._reference = pipeline_of, reference
@@ -150,7 +151,7 @@ class Rollouts:
     )
 
   def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
-    """Returns `take_step(state, numbers)`, and the numbers of the prompts of each step."""
+    """Returns `take_step(state, numbers)`, and an iterator over the prompt numbers of each step."""
     del steps, sharding  # Only the cross-entropy objective uses them.
     settings = self.settings
     update = grpo.compile_step(
@@ -195,10 +196,10 @@ class Rollouts:
     }
 
   def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
-    """Scores samples that are drawn with `config.sampling`, as a user draws them.
+    """Draws samples with `config.sampling`, as for a user, and scores them.
 
-    Returns for "all" prompts and for each task: reward, spread, and `by_prompt`, the mean reward of
-    each prompt.
+    Returns {"all": measures of all prompts, task: measures of its prompts}. The measures are
+    reward, spread, and `by_prompt`, the mean reward of each prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)
@@ -217,7 +218,7 @@ class Rollouts:
   def _sample(
     self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: SamplingConfig
   ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
-    """Draws `reinforce.samples` samples per prompt, with a seed from the number of the prompt."""
+    """Draws `reinforce.samples` samples per prompt. The prompt's number determines their seed."""
     pipeline, base = self._pipeline_of(params), self.settings.seed * 1_000_003
     tasks = [
       prompt_of(prompt.task, prompt.record, seed=(base + number) % 2**32, sampling=sampling)
@@ -242,11 +243,11 @@ def _rollout(
   values: np.ndarray,
   sampling: SamplingConfig,
 ) -> grpo.Rollout:
-  """Makes the arrays of a step.
+  """Builds the arrays that a step trains on.
 
-  Streams of weight 0 are left out. Requests with fewer streams than others repeat some streams,
-  with weight 0. `values` are the advantages, [N, G]. `sampling` has the settings that the samples
-  were drawn with.
+  Guidance streams whose weight is always 0 are left out. If a request has fewer streams than
+  others, some of its streams are repeated with weight 0. `values` are the advantages, [N, G].
+  `sampling` has the settings with which the samples were drawn.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
   image_tokens, rows, guidance = codes.shape[-1], [], []

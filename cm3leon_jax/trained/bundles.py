@@ -8,8 +8,8 @@ A bundle contains:
   unseen_tokens.json: text ids that never occurred in training, if they are known;
   bundle.json: settings, step, training cost, and the SHA-256 of every file.
 All weights are float16, which numpy can read and which is more precise than bfloat16 for weights.
-A bundle with a base contains only a decoder. It uses the tokenizers, CLIP and bank of its base,
-another bundle.
+A bundle can have a base, which is another bundle. Such a bundle contains only a decoder, and uses
+the tokenizers, CLIP and bank of its base.
 """
 
 import importlib.resources
@@ -34,7 +34,7 @@ AGAIN = "install cm3leon_jax again, or write the bundle again with `cm3leon expo
 
 
 def folder_of(source: str | os.PathLike[str]) -> epath.Path:
-  """Returns the folder of `source`, which is a path or the name of an installed bundle."""
+  """Returns the folder of `source`, a path or the name of an installed bundle."""
   path, name = epath.Path(source), os.fspath(source)
   if name in INSTALLED and not (is_bundle(path) or (path / "train").exists()):
     return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / name
@@ -99,7 +99,7 @@ def _own_file(folder: epath.Path, name: str) -> epath.Path:
   Links are followed, because package managers and model hubs store files elsewhere.
 
   Raises:
-    UserError: the name leads out of the folder, or is not a regular file, such as /dev/zero.
+    UserError: the name leads out of the folder, or the file is not regular, such as /dev/zero.
   """
   path = folder / name
   if "://" in name or name.startswith("/") or ".." in name.split("/"):

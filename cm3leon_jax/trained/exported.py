@@ -1,4 +1,4 @@
-"""Reads an export in the format hf or orbax. Such an export has neither CLIP nor a bank."""
+"""Reads an export in the format hf or orbax. Such an export has no CLIP model and no bank."""
 
 import os
 
@@ -16,7 +16,7 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
-  """Returns whether `cm3leon export` wrote the folder, and it is not a bundle."""
+  """Returns whether `cm3leon export` wrote the folder `source` and the folder is not a bundle."""
   folder = bundles.folder_of(source)
   return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
 
@@ -25,8 +25,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   """Reads the settings and the step of an export.
 
   Raises:
-    UserError: the format is for other programs or changes the parameters, an earlier version wrote
-      the export, or its image tokenizer is a published one.
+    UserError: the format is only for other programs or rounds the parameters to int8, an earlier
+      version wrote the export, or the export has a published image tokenizer.
   """
   if (kind := kind_of(folder)) not in ("", "orbax"):
     raise UserError(

@@ -1,6 +1,6 @@
 """Finds and loads the trained parameters that a run starts from.
 
-They come from another run, a bundle or an exported model.
+These parameters are in another run, a bundle or an exported model.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from cm3leon_jax.trained import bundles, exported, kinds, orbax_export
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # File in an exported model.
-# Key in the summary of INIT: the SHA-256 of the imported model's image tokenizer.
+# Key in the summary of INIT for the SHA-256 of the imported model's image tokenizer.
 IMAGES = "image_tokenizer_sha256"
 INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
@@ -44,7 +44,7 @@ class Weights:
 def start_of_run(
   settings: Settings, workdir: epath.PathLike, source: str, stored: dict[str, Any] | None
 ) -> Weights | None:
-  """Returns the parameters that a run starts or has started from; None if they are random.
+  """Returns which parameters a run starts, or has started, from; None if they are random.
 
   All processes must call this function.
 
@@ -54,7 +54,7 @@ def start_of_run(
     stored: the entry "run" of the run's config.json; None if the run has not begun.
 
   Raises:
-    UserError: the run has begun from another source than `source`, or as `find`.
+    UserError: the run has begun from another source than `source`, or `find` raises an error.
   """
   if stored is None:
     source = source or _imported(epath.Path(workdir))
@@ -83,8 +83,8 @@ def _imported(workdir: epath.Path) -> str:
   """Returns the folder with the imported parameters of a workdir, or "".
 
   Raises:
-    UserError: the import is not finished. Without this error, the run would begin from random
-      parameters.
+    UserError: the import has begun but is not finished. Without this error, the run would begin
+      from random parameters.
   """
   folder = workdir / INIT
   if not folder.exists():
@@ -100,10 +100,10 @@ def _imported(workdir: epath.Path) -> str:
 def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
-  `source` is as in `bundles.folder_of`. `step` is the step of a run's checkpoint; None: the newest.
+  For `source`, see `bundles.folder_of`. `step` selects a checkpoint of a run; None: the newest.
 
   Raises:
-    UserError: `source` has no parameters, or their config has another model or vocab.
+    UserError: `source` has no parameters, or their config differs in the section model or vocab.
   """
   folder = bundles.folder_of(source)
   if bundles.is_bundle(folder):
@@ -172,9 +172,9 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
 
 
 def seconds_before(workdir: epath.PathLike) -> float:
-  """Returns the total training time, in seconds, of the runs that a run started from.
+  """Returns the total training time, in seconds, of all runs that a run descends from.
 
-  Runs whose folders no longer exist count as 0.
+  A run whose folder no longer exists counts as 0 seconds.
   """
   if (start := start_of(workdir)) is None:
     return 0.0
@@ -187,7 +187,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
 
 
 def load(weights: Weights, settings: Settings) -> dict:
-  """Loads parameters onto the current mesh. From a run it loads their average, if there is one.
+  """Loads parameters onto the current mesh. If a run keeps an average, the average is loaded.
 
   Raises:
     UserError: the parameters are absent or damaged, or have changed since the run began.
@@ -204,6 +204,6 @@ def load(weights: Weights, settings: Settings) -> dict:
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
-  """Returns the parameters that the run in a workdir began from; None if they were random."""
+  """Returns which parameters the run in a workdir began from; None if they were random."""
   run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return Weights(**run["init_from"]) if run.get("init_from") else None

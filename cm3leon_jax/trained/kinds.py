@@ -6,7 +6,7 @@ from cm3leon_jax.files.json_files import read_foreign_json
 
 ABOUT = "export.json"  # Marks a folder as an export and describes the exported model.
 IMAGES = "image_tokenizer"  # Folder of the image tokenizer in an export.
-# File of the format orbax. It is written last; without it the export is incomplete.
+# File in an export of the format orbax. It is written last: without it the export is incomplete.
 DIGESTS = "digests.json"
 
 # Result of `kind_of` -> description for messages.
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def kind_of(folder: epath.PathLike) -> str:
-  """Returns the key of `KINDS` for an export. "" means the format hf, or not an export."""
+  """Returns the key of `KINDS` for an export, or "" for the format hf and for other folders."""
   folder = epath.Path(folder)
   for kind, name in (("stablehlo", "manifest.json"), ("orbax", DIGESTS)):
     if (folder / name).exists():

@@ -19,12 +19,11 @@ def open_rows(
 ) -> RowLoader:
   """Opens the rows of a split.
 
-  The rows contain instructions, pairs with their neighbors, texts and interleaved documents. The
-  rows of "heldout" are for the held-out loss. There, only the caption retrieves neighbors, as at
-  inference, and the neighbors have no loss weight (`DataConfig.for_heldout`). Of instructions, only
-  the answers have a loss weight. `split` is "train" or "heldout". With `write_starts`, which
-  exactly one process of a run sets, the starts of the plan's windows are recorded in
-  train/plan.jsonl.
+  The rows contain instructions, pairs with their neighbors, texts and interleaved documents. In
+  instructions, only the answers have a loss weight. `split` is "train" or "heldout". The rows of
+  "heldout" are for the held-out loss. There, neighbors are retrieved by the caption only, as at
+  inference, and have no loss weight (`DataConfig.for_heldout`). With `write_starts`, which exactly
+  one process of a run sets, the starts of the plan's windows are recorded in train/plan.jsonl.
 
   Raises:
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
@@ -60,9 +59,10 @@ def open_rows(
 
 
 def replay_share(settings: Settings, split: str) -> float:
-  """Returns the share of the run's documents in its rows. Instructions have the remaining share.
+  """Returns the share of documents in the rows of a run. Instructions have the remaining share.
 
-  Held-out rows use half of each, so that both held-out losses have equally many rows.
+  Half of the held-out rows are documents and half are instructions, so that both held-out losses
+  are computed on equally many rows.
   """
   if not settings.instructions.any:
     return 1.0
@@ -114,7 +114,7 @@ def document_sources(
 
 
 def look_at_rows(plan: RowPlan) -> dict[str, Any]:
-  """Prints and returns statistics of the plan's first window. Warns if neighbors never fit."""
+  """Prints and returns statistics of the plan's first window. Warns if no neighbor ever fits."""
   from cm3leon_jax import distributed
   from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
 

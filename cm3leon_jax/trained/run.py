@@ -28,18 +28,18 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run with its tokenizers, CLIP, bank and parameters, each opened at its first use.
+  """A run with its tokenizers, CLIP model, bank and parameters, each opened at its first use.
 
     run = Run.open("workdir/scenes")
     with jax.set_mesh(create_mesh(run.settings.mesh)):
       params, step = run.params()
 
-  `Run(folder, settings)` is the run of a config. Its stages need not be finished.
+  `Run(folder, settings)` creates the run of a config. Its stages need not be finished.
 
   Attributes:
     settings: the stored settings, or the settings of a config with the same model.
     kind: type of `folder`. A bundle has no held-out documents and is never written to. An export
-      has neither CLIP nor a bank.
+      has no CLIP model and no bank.
     step: step of the parameters in a bundle or export. None for a workdir, which may have several
       checkpoints.
   """
@@ -64,8 +64,8 @@ class Run:
       exports: whether `source` may be an export.
 
     Raises:
-      UserError: `source` has no trained model, a file of a bundle has changed, `settings` describe
-        another model than the bundle's, or `source` is an export that cannot be used here.
+      UserError: `source` has no trained model, a file of the bundle has changed, `settings`
+        describe another model than the bundle, or `source` is an export that is not accepted here.
     """
     folder = bundles.folder_of(source)
     if exports and exported.is_export(source):
@@ -81,7 +81,7 @@ class Run:
 
   @functools.cached_property
   def stages(self) -> epath.Path:
-    """Folder with the tokenizers, CLIP and bank."""
+    """Folder with the tokenizers, the CLIP model and the bank."""
     return bundles.stages_folder(self.folder)
 
   @functools.cached_property
@@ -99,7 +99,7 @@ class Run:
 
   @functools.cached_property
   def clip(self) -> CLIP | HFCLIP:
-    """CLIP that scores samples and retrieves: the config's published CLIP, or the run's."""
+    """CLIP model for scores and retrieval: the published model of the config, or the run's."""
     return load_clip(self.settings.retrieval.clip, self.stages, self.settings.vocab)
 
   @property
@@ -128,7 +128,7 @@ class Run:
 
 
 def ids(run: Run, names: Collection[str]) -> dict[str, str]:
-  """Returns the ids of stages, see `stages.ids`. For a bundle they are computed from its files."""
+  """Returns the ids of stages, see `stages.ids`. The ids of a bundle come from its files."""
   if run.kind == "workdir":
     return stages.ids(run.settings, run.folder, names)
   return {name: _id(run, name) for name in names}
@@ -142,13 +142,13 @@ def _id(run: Run, name: str) -> str:
 
 
 def open_params(run: Run, average: bool | None) -> StoredParams:
-  """Opens the parameters that an export writes.
+  """Opens the parameters of a run, which `cm3leon export` then writes.
 
   The parameters of a bundle are loaded into memory, which needs a current mesh. For `average`, see
   `stored.choose`.
 
   Raises:
-    UserError: `average` is given, but the run keeps no average or is a bundle.
+    UserError: `average` is not None, but the run keeps no average or is a bundle.
   """
   if run.kind == "workdir":
     return reading.open_params(run.folder / "train", average=average)
@@ -167,7 +167,7 @@ def unseen_in(run: Run) -> frozenset[int] | None:
 
 
 def _check_workdir(name: str, folder: epath.Path) -> None:
-  """Raises UserError if a folder cannot contain a run. The user gave it as `name`."""
+  """Raises UserError if `folder`, which the user gave as `name`, cannot contain a run."""
   close = difflib.get_close_matches(name, bundles.INSTALLED, 1)
   if close and "/" not in name and not folder.exists():
     raise UserError(f"{name} is neither a folder nor a bundle: did you mean {close[0]}?")
@@ -186,7 +186,7 @@ def _check_workdir(name: str, folder: epath.Path) -> None:
 
 
 def _of_config(folder: epath.Path, stored: Settings, settings: Settings) -> Settings:
-  """Returns the settings of a config, with the bundle's sections retrieval, vqgan and clip."""
+  """Returns the settings of a config, but with the sections retrieval, vqgan, clip of a bundle."""
   old, new = (table.identity(one, "train") for one in (stored, settings))
   parts = ("vocab", "model")
   stages.check_same_config(

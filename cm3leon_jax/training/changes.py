@@ -47,12 +47,12 @@ def check_changes(
 ) -> list[str]:
   """Checks the differences between the config of a run and the config of its next start.
 
-  `stored` has the settings that the run depends on, from its config.json, and `config` has the same
-  settings of the next start. Fields in `allowed` may change. Returns a sentence for each change:
-  the field, its values, and the effect.
+  `stored` has the settings that the run depends on, from its config.json. `config` has the same
+  settings at the next start. Fields in `allowed` may change. Returns one sentence per change, which
+  states the field, its values, and the effect.
 
   Raises:
-    UserError: a field differs that is not in `allowed` or must not change.
+    UserError: a changed field is not in `allowed`, or must never change.
   """
   for name in allowed:
     if name not in MAY_CHANGE:

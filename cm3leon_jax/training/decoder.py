@@ -51,11 +51,12 @@ class DecoderTraining:
 
   Attributes:
     folder: receives checkpoints/, metrics/, tensorboard/ and profile/.
-    objective: what the decoder learns: `RowObjective` or `reinforcement.rollouts.Rollouts`.
+    objective: the training objective, a `RowObjective` or a `reinforcement.rollouts.Rollouts`.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
-    sample_grid: (params, step) -> grid, a PIL image or None. Called every `sample_every` steps with
-      `TrainState.eval_params`.
-    initial_params: returns the parameters of a run without a checkpoint; None: random parameters.
+    sample_grid: (params, step) -> a grid of samples as a PIL image, or None. Called every
+      `sample_every` steps with `TrainState.eval_params`.
+    initial_params: returns the parameters from which a run without a checkpoint starts; None: the
+      run starts from random parameters.
     evaluate_start: whether to compute the held-out loss also before the first step, as step 0.
   """
 
@@ -74,7 +75,7 @@ class DecoderTraining:
 
   @classmethod
   def of(cls, settings: Settings, **fields: Any) -> "DecoderTraining":
-    """Creates the training from a run's settings; `fields` are the attributes not in `settings`."""
+    """Creates the training from a run's settings. `fields` sets the remaining attributes."""
     return cls(
       model=settings.model,
       optimizer=settings.optimizer,
@@ -112,8 +113,8 @@ def restore_or_init(
   state, next row).
 
   Raises:
-    UserError: all checkpoints are damaged, or the log has so many steps that checkpoints must be
-      missing.
+    UserError: all checkpoints are damaged, or there is no checkpoint although the log has so many
+      steps that one must have been saved.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)
@@ -124,7 +125,7 @@ def restore_or_init(
   state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
     params = initial_params()
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both get donated.
     state = dataclasses.replace(state, params=params, ema=ema)
   return None, state, 0
 
@@ -146,7 +147,7 @@ def _open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatc
 
 
 def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
-  """Builds the result of `train` from the held-out losses after and before the run."""
+  """Builds the result of `train` from the held-out losses after the run and `before` the run."""
   return {
     "steps": int(state.step),
     "parameters": transformer.count_params(state.params),
@@ -159,7 +160,7 @@ def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> di
 def train(
   training: DecoderTraining, lease: Lease | None = None, go_back: GoBack | None = None
 ) -> dict:
-  """Trains to `config.steps` from the newest checkpoint in the folder, on the current mesh.
+  """Trains up to step `config.steps`, from the newest checkpoint, on the current mesh.
 
   At SIGTERM or Ctrl-C it saves and exits with the code `INTERRUPTED` or `CTRL_C`.
 
@@ -169,7 +170,7 @@ def train(
       now on.
 
   Returns:
-    Numbers for the report. `heldout_before` has the held-out losses of step 0.
+    A dict of numbers for the report. `heldout_before` has the held-out losses of step 0.
 
   Raises:
     UserError: the mesh cannot split the batch, all checkpoints are damaged, too many steps were

@@ -4,11 +4,11 @@ from typing import Any
 
 
 class Hook:
-  """Base class of hooks, whose methods do nothing.
+  """Base class of hooks. Its methods do nothing.
 
   All processes of a job have the same hooks in the same order, because some hooks communicate
-  between processes. A hook that must also be closed after an error is a context manager around the
-  loop.
+  between processes. A hook that must be closed even after an error is also a context manager, which
+  is entered around the loop.
   """
 
   def begin(self, state: Any) -> None:

@@ -31,12 +31,12 @@ class Objective(Protocol):
   ) -> tuple[Callable, Iterator]:
     """Begins to read rows at `next_row`, with `rows` rows per step.
 
-    Returns `take_step(state, batch)`, which returns the new state and metrics, and an iterator over
-    the batches.
+    Returns `take_step`, a function (state, batch) -> (new state, metrics), and an iterator over the
+    batches.
     """
 
   def explain(self, rows: range) -> str:
-    """Says what skipped steps had read, and what the user can do, in one clause.
+    """Returns a clause for a message: what skipped steps had read, and what the user can do.
 
     `rows` are the rows of these steps, as `begin` counts them.
     """

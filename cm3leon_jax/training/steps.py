@@ -24,7 +24,7 @@ class Steps:
     init: () -> state. The state has an average of the parameters if `ema_decay` is positive.
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
     evaluate: (params, batch) -> sums, see `state.eval_step`. If rows are marked with their sources,
-      `evaluate` and `train` take their number as the static argument `num_sources`.
+      `evaluate` and `train` take the number of sources as the static argument `num_sources`.
     checked: like `train`, but also returns fingerprints, see `checked_step`.
   """
 

@@ -1,9 +1,9 @@
 """Quantizes layer weights to int8 with one scale per output channel, as `compressed-tensors` does.
 
-This is weight-only quantization (W8A16): engines multiply by weight = int8 x scale. Each int32
-packs four int8 numbers, with 128 added to each, lowest byte first (format `pack-quantized`). vLLM
-and transformers read weight-only quantization only in this layout. Embeddings, head, norms and
-positions keep their dtype.
+This is weight-only quantization (W8A16): engines multiply by weight = int8 x scale. In the format
+`pack-quantized`, 128 is added to each int8 number, and each int32 packs four numbers, lowest byte
+first. vLLM and transformers read weight-only quantization only in this format. Embeddings, head,
+norms and positions keep their dtype.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ CONFIG = {
 
 
 def quantize(weight: np.ndarray, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
-  """Rounds a matrix [out, in] to int8 x scale. The scale is [out, 1] in `dtype`.
+  """Rounds a matrix [out, in] to int8 x scale. The scale has shape [out, 1] and dtype `dtype`.
 
   The number with the largest magnitude in a row becomes 127 or -127. The error of an element is at
   most scale / 2. If the scale is rounded to 16 bits, the error grows by at most 127 x the rounding
@@ -66,7 +66,7 @@ def pack(values: np.ndarray) -> np.ndarray:
 
 
 def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
-  """Replaces each matrix of a layer by its packed int8 numbers, its scales and its shape.
+  """Replaces each layer's matrices by three tensors each: packed int8 numbers, scales, shape.
 
   Matrices are [out, in], and their names end with `.weight`, as in transformers.
   """
@@ -91,9 +91,9 @@ def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
-  """Returns one part of a quantized matrix, and removes that part from `kept`.
+  """Returns the part "packed" or "scale" of a quantized matrix, and removes it from `kept`.
 
-  The first call quantizes the matrix and stores its parts in `kept`.
+  The first call quantizes the matrix and stores both parts in `kept`.
   """
   if not kept:
     values, kept["scale"] = quantize(np.asarray(tensor.make(), np.float32), tensor.dtype)
@@ -119,7 +119,7 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-  """Rounds the matrices of all layers. Their last axes are the outputs, see `Block`."""
+  """Rounds the matrices of all layers to int8. Their last axes are the outputs, see `Block`."""
   sizes = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}
   inputs = sizes[name] if name in sizes else x.shape[1]
   matrices = x.reshape(-1, inputs, x.size // (x.shape[0] * inputs * (3 if name == "qkv" else 1)))

@@ -1,6 +1,6 @@
-"""Converts decoders between our parameters and layouts of `transformers` (tensors, config.json).
+"""Converts decoders between our parameters and the tensors and config.json of `transformers`.
 
-`LAYOUTS` has a layout for each family of `config.model.family`.
+`LAYOUTS` has a layout for each value of `config.model.family`.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,15 +36,16 @@ class Layout:
     architecture: class name in transformers.
     model_type: name in config.json.
     prefix: prefix of the names of its tensors.
-    tables: our parameter -> tensor, for parameters outside the layers, in the order of the files.
-    products: our parameter of a layer -> tensor, for the matrices of the feed-forward layer.
-    scales: our parameter of a layer -> tensor, for the norms that have a scale.
+    tables: name of our parameter -> name of the tensor, for parameters outside the layers, in the
+      order in which files store them.
+    products: the same names for the feed-forward matrices of a layer.
+    scales: the same names for the norms of a layer that have a scale.
     out: name, inside a layer, of the output projection of attention.
-    first_position: row of the position table that position 0 reads.
+    first_position: row of the position table for position 0.
     check: raises UserError if the layout cannot represent a decoder.
-    describe: model config -> fields of config.json that only this layout has.
-    read_fields: content of config.json -> fields of the config section `model` that only this
-      layout has.
+    describe: returns, for a model config, the fields of config.json that only this layout has.
+    read_fields: returns, for the content of a config.json, the fields of the config section `model`
+      that only this layout has.
   """
 
   architecture: str
@@ -80,7 +81,7 @@ def _describe_opt(config: ModelConfig) -> dict:
 
 
 def _fields_of_opt(described: dict) -> dict:
-  """Reads fields of config.json. Exports never have query-key norms or another head size."""
+  """Reads fields of config.json. OPT exports have no query-key norms and no separate head size."""
   names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
   return {
     "mlp_width": described["ffn_dim"],
@@ -105,7 +106,7 @@ def _check_opt(config: ModelConfig) -> None:
 
 
 def _check_qwen3(config: ModelConfig) -> None:
-  """Accepts every decoder."""
+  """Does nothing, because the layout can represent every decoder."""
 
 
 def _describe_qwen3(config: ModelConfig) -> dict:
@@ -235,7 +236,7 @@ def shapes_of(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]
 
 
 def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: str) -> Tensor:
-  """Returns a tensor that equals a stored array, or the part of the array at an index."""
+  """Returns the tensor `name`, equal to the stored array `source` or to its part at `index`."""
   shape = params.shapes[source][len(index) :]
   return Tensor(name, shape, dtype, functools.partial(params.read, source, *index))
 
@@ -254,7 +255,7 @@ def transposed(
 
 
 def config_of(described: dict) -> dict[str, dict]:
-  """Returns the fields of the config sections `model` and `vocab`: the inverse of `hf_config`.
+  """Returns the fields of the config sections `model` and `vocab`. Inverts `hf_config`.
 
   Raises:
     KeyError: a field is absent or unknown, so `hf_config` did not write `described`.
@@ -276,7 +277,7 @@ def config_of(described: dict) -> dict[str, dict]:
 
 
 def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the fields of config.json that describe the ids, the same for every layout."""
+  """Returns the fields of config.json that describe ids. They are the same for every layout."""
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
   own["align_images"] = config.align_images
   if config.align_images:
@@ -294,8 +295,8 @@ def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
 
-  `cm3leon.position_ids` explains which positions another engine must pass if the default positions
-  are not correct.
+  If an engine's default positions are not correct, `cm3leon.position_ids` explains which positions
+  to pass.
   """
   layout = layout_of(config)
   return {

@@ -56,7 +56,7 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
 def _in_fp32(
   read: Callable[[Index], np.ndarray], shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
-  """Reads the part `index` of an array. JAX's slices may lack bounds, so `shape` fills them in."""
+  """Reads the part `index` of an array. Bounds that JAX's slices omit are taken from `shape`."""
   bounds = (part.indices(size) for part, size in zip(index, shape))
   return read(tuple(slice(start, stop) for start, stop, _ in bounds)).astype(np.float32, copy=False)
 

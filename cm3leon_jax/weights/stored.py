@@ -2,8 +2,8 @@
 
 Orbax stores an array in chunks, and TensorStore always reads and decodes whole chunks. Each layer
 of the stacked parameters has separate chunks (`save_args`), so one layer can be read without the
-others. In a checkpoint of an earlier version, a chunk spans all layers of a device's shard. There,
-reading each layer decodes the whole chunk again.
+others. In a checkpoint of an earlier version of this package, a chunk spans all layers of a
+device's shard, so the whole chunk is decoded again for each layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,11 +28,11 @@ STACKED = "blocks"  # Key of the parameters whose leading axis is the layer.
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-  """Parameters that are read in fp32 when they are needed.
+  """Parameters that are read, as fp32, only when they are needed.
 
   Attributes:
     shapes: dotted name -> shape. The first axis of arrays under `blocks` is the layer.
-    read: (name, *index) -> array. The index has one whole number for each of the first axes.
+    read: (name, *index) -> array. The index has one integer for each of the first axes.
 
       read("blocks.up", 3)  # [D, F], the parameter of layer 3.
   """
@@ -76,7 +76,7 @@ def save_args(state: PyTree) -> Any:
 
 
 def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> tuple[str, Any]:
-  """Returns the tree of a state to restore, and Orbax's arguments that restore only this tree.
+  """Chooses which tree of a state to restore. Returns its name, and Orbax's arguments for it.
 
   `folder` is the folder of the state, STEP/state. For `average`, see `choose`.
   """
@@ -92,7 +92,7 @@ def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> t
 def array_spec(folder: epath.Path, name: str) -> dict:
   """Returns TensorStore's spec of an array that Orbax wrote.
 
-  `folder` is absolute. `name` has the keys of the array in its tree, joined by dots.
+  `folder` is absolute. `name` consists of the array's keys in its tree, joined by dots.
   """
   url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
   return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
@@ -120,7 +120,7 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
 
 
 def choose(folder: epath.PathLike, average: bool | None) -> tuple[str, dict]:
-  """Returns the tree of a state to read, "ema" or "params", and Orbax's metadata of its arrays.
+  """Chooses which tree of a state to read. Returns "ema" or "params", and its Orbax metadata.
 
   `folder` is STEP/state. If `average` is None, the average is read if the state has one.
 

@@ -27,7 +27,7 @@ def are_in(folder: epath.PathLike) -> bool:
 
 
 def files_of(folder: epath.PathLike) -> dict[str, str] | None:
-  """Returns tensor name -> file name from the index of a folder; None if there is only one file.
+  """Returns {tensor name: file name} from the index of a folder, or None without an index.
 
   Raises:
     UserError: the index is damaged, or names a path that is not a file in the folder.
@@ -39,7 +39,7 @@ def files_of(folder: epath.PathLike) -> dict[str, str] | None:
 
 
 def digest_of(folder: epath.PathLike) -> str | None:
-  """Returns the SHA-256 of a single weights file, or a digest of several; None without a file."""
+  """Returns the SHA-256 of the weights file, a digest of several files, or None without a file."""
   folder = epath.Path(folder)
   places = files_of(folder)
   if places is None:
@@ -90,7 +90,7 @@ class StoredTensors:
     return self._view(name).get_dtype()
 
   def read(self, name: str, *index: slice) -> np.ndarray:
-    """Reads a tensor, or a part of it given by slices of its first axes.
+    """Reads a tensor, or the part that slices of its first axes select.
 
     Returns fp32; fp64 for tensors that are stored in fp64.
 
@@ -139,7 +139,7 @@ class _InMemory:
 
 
 def _open(path: epath.Path) -> Mapping[str, Callable]:
-  """Opens a file. Returns tensor name -> function that returns a view of the tensor."""
+  """Opens a file. Returns, by tensor name, functions that return a view of the tensor."""
   if not path.exists():
     raise UserError(f"{path} does not exist, but the index in its folder names it.")
   check_foreign(path)

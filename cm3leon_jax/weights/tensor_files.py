@@ -22,7 +22,7 @@ from cm3leon_jax.files.json_files import write_json
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 5_000_000_000
-# Name of a dtype -> (name in the format, numpy dtype).
+# Name of a dtype -> (its name in safetensors files, its numpy dtype).
 DTYPES: dict[str, tuple[str, np.dtype]] = {
   "float64": ("F64", np.dtype(np.float64)),
   "float32": ("F32", np.dtype(np.float32)),
@@ -53,12 +53,12 @@ class Tensor:
 
   @property
   def bytes(self) -> int:
-    """Number of bytes in the file."""
+    """Number of bytes that the tensor takes in the file."""
     return self.size * DTYPES[self.dtype][1].itemsize
 
 
 def remove(folder: epath.PathLike) -> None:
-  """Removes the weights of an earlier export, if there are any.
+  """Removes the weights of an earlier export, if the folder has any.
 
   The index is removed first, so that an interrupted removal leaves no folder that looks complete.
   """
@@ -75,7 +75,7 @@ def write(
   """Writes tensors to one file, or to several files and then an index. Returns their names.
 
   Args:
-    folder: receives `WEIGHTS`, or `INDEX` and the files that it names.
+    folder: receives the file `WEIGHTS`, or the file `INDEX` and the files that the index names.
     tensors: tensors in the order in which they are computed and written.
     shard_bytes: largest total size of the tensors in a file. A larger tensor gets a separate file.
   """
@@ -95,7 +95,7 @@ def write(
 
 
 def _split(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
-  """Splits tensors, in their order, into lists of at most `shard_bytes`."""
+  """Splits tensors into consecutive lists of at most `shard_bytes` bytes."""
   shards: list[list[Tensor]] = [[]]
   filled = 0
   for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Moves arrays to other devices: to the same mesh with its devices in another order."""
+"""Moves arrays to other devices, by means of a mesh with the same devices in another order."""
 
 import dataclasses
 import functools
@@ -11,14 +11,14 @@ import numpy as np
 
 from cm3leon_jax.mesh import AXES, FSDP
 
-# Axes along which devices may be rolled, in order of preference. `data` is last, because the
+# Mesh axes along which devices may be rolled, in order of preference. `data` is last, because the
 # network between slices is slow.
 ROLLED = (*FSDP, "tensor", "data")
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-  """Rolls devices by `shift` places along a mesh axis, which keeps rings and slices intact."""
+  """Roll of the devices by `shift` places along a mesh axis. Rings and slices stay intact."""
 
   axis: str = AXES[0]
   shift: int = 0
@@ -30,10 +30,10 @@ class Assignment:
 
 
 def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
-  """Returns two assignments that differ from `mesh` and from each other.
+  """Returns two assignments whose meshes differ from `mesh` and from each other.
 
-  This needs one axis of 3 devices or two axes of 2 devices. If the mesh is smaller, the second
-  assignment, or both, keep the devices in place.
+  This needs one axis of at least 3 devices, or two axes of at least 2 devices each. On a smaller
+  mesh, the second assignment, or both, keep the devices in place.
   """
   found = [
     Assignment(axis, shift) for axis in ROLLED for shift in range(1, min(mesh.shape[axis], 3))
@@ -43,7 +43,7 @@ def assignments(mesh: Mesh) -> tuple[Assignment, Assignment]:
 
 
 def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a tree to other devices over the network of the devices, not through a host.
+  """Copies a tree to other devices over the network between devices, not through a host.
 
   `source` is the mesh of the tree, and `target` is `assignment.mesh(source)`. Each array stays
   sharded as on `source`.
@@ -54,7 +54,7 @@ def moved(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> P
 
 
 def moved_back(tree: PyTree, source: Mesh, target: Mesh, assignment: Assignment) -> PyTree:
-  """Copies a result of `moved` from `source`, its mesh, back to the original mesh `target`."""
+  """Copies a result of `moved`, which is on the mesh `source`, back to its old mesh `target`."""
   inverse = Assignment(assignment.axis, -assignment.shift)
   return moved(tree, source, target, inverse)
 

@@ -8,7 +8,7 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.fingerprint import Fingerprint, fingerprint
 from cm3leon_jax.training.step.state import TrainState
 
-# The stages that are compared, in the order in which an error spreads.
+# Stages of a step whose fingerprints are compared, in the order in which an error spreads.
 STAGES = {
   "read": "the state that it reads",
   "gradients": "gradients",
@@ -48,5 +48,5 @@ def checked_step(
 
 
 def is_checked(config: TrainConfig, step: int) -> bool:
-  """Returns whether `step` is checked. A checked step returns only after it has finished."""
+  """Returns whether `step` is checked. The call of a checked step waits for its end."""
   return bool(config.replay_every) and step % config.replay_every == 0

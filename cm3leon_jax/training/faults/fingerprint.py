@@ -20,8 +20,10 @@ class Fingerprint(NamedTuple):
   """Summary of the shards of each array of a tree on each device.
 
   Attributes:
-    digest: sum of words x odd weights, modulo 2^32. A change of one word always changes the digest.
-    projection: sum of elements x random signs. Small rounding errors change it little.
+    digest: sum of the elements' bits, as 32-bit words, each multiplied by an odd number, modulo
+      2^32. A change of one word always changes the digest.
+    projection: sum of the elements, each multiplied by a random sign. Small rounding errors change
+      it little.
     norm: square root of the sum of squares.
   """
 
@@ -31,7 +33,7 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(tree: PyTree) -> Fingerprint:
-  """Computes the fingerprint of a tree of arrays under jit; the result is replicated.
+  """Computes the fingerprint of a tree of arrays under jit. The result is replicated.
 
   Each device reads its own shard or replica, so replicas have separate entries.
   """
@@ -59,7 +61,7 @@ def _of_array(x: Array) -> Fingerprint:
 
 
 def _words(x: Array) -> Array:
-  """Returns the bits of an array's elements, which have at most 32 bits, as uint32."""
+  """Returns the bits of each element as a uint32. Elements have at most 32 bits."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
@@ -67,7 +69,7 @@ def _words(x: Array) -> Array:
 
 
 def _numbers(shape: tuple[int, ...]) -> Array:
-  """Numbers the elements of an array. The compiler fuses this, so it needs no memory.
+  """Returns the number of each element, counted from 0. The compiler fuses it: no memory is used.
 
   shape (2, 3) -> [[0 1 2] [3 4 5]]
   """

@@ -28,12 +28,13 @@ HUNG = TryAgain.exit_code  # Launchers restart a job with this exit code a limit
 LONGEST = 10
 # Compiling, evaluating, saving, sampling and restoring may take this many times the limit of steps.
 SLOW = 4
-COMPILED = 3  # When this step begins, the first step has ended, so its program is compiled.
+COMPILED = 3  # When this step begins, the first step has ended, so steps are compiled.
 POLL_SECONDS = 5.0
 FILE_SECONDS = 20.0  # Limit for writing or reading the reports, because a GCS bucket may hang, too.
 READERS = 32  # Number of reports that are read in parallel.
-# A process that has timed out waits this long before it exits, so that the others can print their
-# stacks: they fail when it exits. Process 0, which runs JAX's service, waits twice as long.
+# A process that has timed out waits this long before it exits. The other processes fail when it
+# exits, and can print their stacks until then. Process 0, which runs JAX's service, waits twice as
+# long.
 LINGER_SECONDS = 10.0
 # Phases in the order in which a process passes them after it has dispatched a step.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
@@ -121,7 +122,7 @@ class HangWatch(Hook):
       self._thread.join()
 
   def continue_after(self, step: int) -> None:
-    """Sets the step that the run continues after, which reports show until the next step."""
+    """Sets the step after which the run continues. Reports show it until the next step."""
     self._steps = step
 
   def before(self, step: int) -> None:
@@ -136,7 +137,7 @@ class HangWatch(Hook):
     self._sign = self._clock()
 
   def _begin_step(self, step: int) -> None:
-    """Counts a step, and measures the last one without the time of other phases."""
+    """Counts a step, and measures the previous step without the time of other phases."""
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
     if self._taken >= COMPILED:
@@ -158,7 +159,7 @@ class HangWatch(Hook):
       self.look()
 
   def look(self) -> None:
-    """Compares the time without progress with the limits; then warns, reports or gives up."""
+    """Compares the time since the last progress with the limits. Warns, reports or ends the run."""
     now = self._clock()
     if now - self._looked > POLL_SECONDS + self._allowed / 4:
       self._sign = now  # The whole process was suspended (Ctrl-Z, a debugger).
@@ -226,7 +227,7 @@ class HangWatch(Hook):
     lines.append(f"error: the job ends with exit code {HUNG}: the same command continues it.")
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if jax.process_count() > 1:  # The wait ends early if the loop ends, because others have exited.
+    if jax.process_count() > 1:  # If another process exits, the loop fails, which ends this wait.
       self._stop.wait(LINGER_SECONDS * (2 if mine["process"] == 0 else 1))
     self._end(HUNG)
 

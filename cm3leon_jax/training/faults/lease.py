@@ -19,7 +19,7 @@ from cm3leon_jax.training.hooks import Hook
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0
-# A lease expires after this long without a heartbeat, measured by the waiting job's own clock.
+# A lease expires after this time without a heartbeat, measured by the clock of the waiting job.
 EXPIRE_SECONDS = 90.0
 POLL_SECONDS = 1.0  # Interval at which the lease of another job is read.
 # A job reads its lease again after this time, to see whether another job took it simultaneously.
@@ -29,11 +29,11 @@ SETTLE_SECONDS = 0.2
 class Lease(Hook):
   """Reserves a folder for this job inside a `with` block. Process 0 acts for all processes.
 
-  lease.json names the job that holds the lease, and a number that grows with every heartbeat. A job
-  that finds this file reads it repeatedly. If the number grows, the job refuses to start. If the
-  number does not grow for EXPIRE_SECONDS, or if the holder was a process of the same machine that
-  has ended, the job takes the lease. A job that has lost its lease, or could not renew it for
-  EXPIRE_SECONDS, stops before its next step.
+  lease.json has the id of the job that holds the lease, and a number that grows with every
+  heartbeat. A job that finds this file reads it repeatedly. If the number grows, the job refuses to
+  start. If the number does not grow for EXPIRE_SECONDS, or if the holder was a process of the same
+  machine that has ended, the job takes the lease. A job that has lost its lease, or could not renew
+  it for EXPIRE_SECONDS, stops before its next step.
   """
 
   def __init__(self, folder: epath.PathLike):
@@ -81,7 +81,7 @@ class Lease(Hook):
   def check(self, now: bool = True) -> None:
     """Checks that this job still holds the lease.
 
-    With `now` = False, it reads lease.json only if the last heartbeat is older than EXPIRE_SECONDS.
+    If `now` is False, lease.json is read only if the last heartbeat is older than EXPIRE_SECONDS.
 
     Raises:
       UserError: another job has taken the lease.

@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C: all processes stop after the same step, and the run saves before."""
+"""Handles SIGTERM and Ctrl-C: all processes stop after the same step, and the run saves first."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ class StopSignal(Hook):
 
   def __enter__(self) -> "StopSignal":
     self._received = 0  # 1 + index in SIGNALS.
-    # A script's background job ignores Ctrl-C, which is meant for the foreground job.
+    # In a script, a background job ignores Ctrl-C, because it is meant for the foreground job.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
     if code := distributed.asked_to_stop():  # The signal came before this handler was installed.
@@ -67,7 +67,7 @@ class StopSignal(Hook):
       signal.signal(number, handler)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. It reads the flags once, so a later signal takes effect at the next step."""
+    """See `Hook`. It calls `stopping` once, so a later signal takes effect at the next step."""
     self.code = self.stopping()
 
   def stops(self) -> bool:

@@ -30,7 +30,7 @@ from cm3leon_jax.training.faults.replicas import different_replicas, first_repli
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps
 
-MOST = 2  # Stop after this many detected faults per start; healthy devices produce none.
+MOST = 2  # Number of faults in one start that ends the run. Healthy devices produce none.
 Fingerprints: TypeAlias = dict[str, Fingerprint]
 Inputs: TypeAlias = tuple[TrainState, dict]  # State and batch.
 Computed: TypeAlias = tuple[TrainState, dict, Fingerprints]  # State, metrics and fingerprints.
@@ -52,7 +52,7 @@ class Verdict:
       with each other but not with it, for at least one array on one device.
     undecided: whether there is an array for which no two computations agree.
     unconfirmed: whether the two computations that agree ran on the same assignment of several
-      devices. An error that a device repeats would be in both.
+      devices. If a device repeats an error, both contain it.
     stage: the first of `STAGES` in which the computations differ.
     arrays: numbers of the arrays that differ in this stage.
     devices: ids of the devices on which a computation was outvoted in this stage.
@@ -267,7 +267,7 @@ class Replay:
     )
 
   def _at(self, places: Sequence[int]) -> list[str]:
-    """Describes the devices at places of the mesh."""
+    """Describes the devices at some places of the mesh."""
     return self._described([self._meshes[0].devices.flat[i].id for i in places])
 
   def _described(self, ids: Sequence[int]) -> list[str]:
@@ -284,8 +284,8 @@ def replaying(steps: Steps, config: TrainConfig, state: TrainState) -> Steps:
   """Returns `steps` with a training step that is checked every `config.replay_every` steps."""
   if not config.replay_every:
     return steps
-  # Compile now. Later the devices would compute in the meantime, and the time of their steps would
-  # count as compiling.
+  # Compile now. During a later compilation the devices would compute steps, and the time of these
+  # steps would count as compiling.
   jax.block_until_ready(fingerprint_of(state))
   mesh = jax.sharding.get_mesh()
   replay = Replay(steps, config, int(state.step), mesh)
@@ -308,7 +308,7 @@ def _agreed(verdict: Verdict) -> Verdict:
 
 
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
-  """Compares a stage of two computations, [D, N]. The inputs must be equal in all bits."""
+  """Compares a stage of two computations; returns [D, N]. Inputs must be equal in all bits."""
   return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
 
 
@@ -321,7 +321,7 @@ def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
 
 
 def _first(findings: Sequence[Places]) -> Places:
-  """Returns the findings of the first process that has any."""
+  """Returns the findings of the first process that found a difference."""
   return next((found for found in findings if found[0]), findings[0])
 
 

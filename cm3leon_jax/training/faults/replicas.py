@@ -1,7 +1,8 @@
 """Compares replicas: devices that hold the same shard of an array must hold the same numbers.
 
 Each device adds the same update to its replica, so an error in one replica persists. Computing a
-step again does not reveal it, because the error is read again. Comparing the replicas does.
+step again does not reveal it, because the wrong numbers are read again. A comparison of the
+replicas reveals it.
 """
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
@@ -15,7 +16,7 @@ from cm3leon_jax.training.faults.fingerprint import Fingerprint, equal
 
 
 def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
-  """Returns, for each device and array, the place of the first device with the same shard.
+  """Returns, for each device and array, the place of the first device that holds the same shard.
 
   One array, sharded over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
   """

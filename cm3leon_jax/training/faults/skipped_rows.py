@@ -21,24 +21,24 @@ RECORD = "left_out_rows.json"
 
 @dataclasses.dataclass(frozen=True)
 class GoBack:
-  """A step back to a checkpoint, to continue without `rows`."""
+  """A return to the checkpoint of `step`, after which the run leaves out `rows`."""
 
   step: int
   rows: range
 
   @property
   def as_json(self) -> dict:
-    """Its entry in the record."""
+    """Entry that `go_back` adds to the record of left-out rows."""
     return {"resume_from": self.step, "first": self.rows[0], "last": self.rows[-1]}
 
 
 def parse(resume_from: int | None, skip_rows: str) -> GoBack | None:
-  """Reads --resume_from and --skip_rows; None: neither is given.
+  """Parses --resume_from and --skip_rows. Returns None if neither is given.
 
     parse(500, "4000:4799"): GoBack(500, range(4000, 4800))
 
   Raises:
-    UserError: only one of them is given, or the rows are no pair FIRST:LAST.
+    UserError: only one of the flags is given, or `skip_rows` is not a pair FIRST:LAST.
   """
   if resume_from is None and not skip_rows:
     return None
@@ -57,9 +57,9 @@ def parse(resume_from: int | None, skip_rows: str) -> GoBack | None:
 
 
 def row_number(i: int, skipped: Sequence[range]) -> int:
-  """Returns the number of the i-th row that is left, counted from 0, without some ranges.
+  """Returns the number of the i-th row, from 0, that remains without the rows in `skipped`.
 
-  skipped [range(2, 4), range(6, 7)]: of i = 0, 1, 2, 3, 4 it is 0, 1, 4, 5, 7
+  skipped [range(2, 4), range(6, 7)]: for i = 0, 1, 2, 3, 4 it is 0, 1, 4, 5, 7
   """
   end = 0
   for rows in sorted(skipped, key=lambda rows: rows.start):
@@ -71,17 +71,17 @@ def row_number(i: int, skipped: Sequence[range]) -> int:
 
 
 class Remaining:
-  """The rows of a loader without some of them: `remaining[i]` is the i-th row that is left.
+  """Rows of a loader after some rows are left out: `remaining[i]` is the i-th remaining row.
 
-  A checkpoint's `next_row` counts rows that are left. Rows that a checkpoint has read are never
-  left out later, so the count stays true.
+  A checkpoint's `next_row` counts only remaining rows. Rows that a checkpoint has read are never
+  left out later, so this count stays valid.
   """
 
   def __init__(self, loader: RowLoader, skipped: Sequence[range] = ()):
     self.plan, self._loader, self._skipped = loader.plan, loader, tuple(skipped)
 
   def number(self, i: int) -> int:
-    """Returns the number of the i-th row that is left."""
+    """Returns the number of the i-th remaining row."""
     return row_number(i, self._skipped)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ class Remaining:
 
 
 def read(folder: epath.Path) -> list[GoBack]:
-  """Reads what was left out of the run in `folder` so far. Raises UserError if it is damaged."""
+  """Reads which rows a run has left out so far. Raises UserError if this record is damaged."""
   path = folder / RECORD
   if not exists(path):
     return []
@@ -110,7 +110,7 @@ def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
   `done` is the result of `read`. `next_row` of the checkpoint counts rows as `Remaining` does.
 
   Raises:
-    UserError: it has read some.
+    UserError: the checkpoint has read some of these rows.
   """
   first = row_number(next_row, [earlier.rows for earlier in done])
   if back.rows.start < first:
@@ -123,7 +123,7 @@ def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
 def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
   """Deletes the checkpoints after a step, cuts the log there, and records the rows to leave out.
 
-  A kill in between is harmless: before the record is written, the run is one that fell back.
+  A kill during this function is harmless. Until the record is written, the run has only gone back.
 
   Raises:
     UserError: there is no such checkpoint, or it is damaged.

@@ -10,7 +10,7 @@ from cm3leon_jax.training.step.numerics import TooManySkippedError
 
 @contextlib.contextmanager
 def explaining(objective: Objective, done: int, next_row: int, batch_size: int) -> Iterator[None]:
-  """Adds the rows that the skipped steps read to the error that they end a run with.
+  """Extends a TooManySkippedError of the body by the rows that the skipped steps had read.
 
   `done` is the number of steps before this start, and `next_row` is the first row of this start.
 

@@ -22,7 +22,7 @@ MODALITIES = ("", "image_", "text_")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A checkpoint in the list.
+  """Entry of one checkpoint in the list of a run's checkpoints.
 
   Attributes:
     time: when the checkpoint was written, in Unix seconds.
@@ -45,7 +45,7 @@ def open_run(folder: epath.Path) -> Checkpoints:
 
 
 def require(folder: epath.Path) -> None:
-  """Raises UserError if a folder holds no checkpoints."""
+  """Raises UserError if a folder contains no checkpoints."""
   if not (folder / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoints: --workdir must be the folder of a run.")
 
@@ -68,9 +68,10 @@ def entries(checkpoints: Checkpoints) -> list[Entry]:
 
 
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
-  """Formats the checkpoints as lines of a table, the first line with the names of the columns.
+  """Formats the checkpoints as lines of a table. The first line has the names of the columns.
 
-  `states` maps a step to "whole" or "damaged", shown instead of "sealed" if it was verified.
+  `states` maps the step of each verified checkpoint to "whole" or "damaged", which the table shows
+  instead of "sealed".
   """
   lines = [f"{'step':>10}  {'written (UTC)':16}  {'size':>9}  {'state':10}  held-out loss, nats"]
   for entry in found:
@@ -221,7 +222,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     sentences = []
     if (folder / DONE).exists():
       if not dry_run:
-        # Delete it first, so that a rollback killed later leaves an unfinished run.
+        # Delete done.json first, so that a rollback that is killed later leaves an unfinished run.
         (folder / DONE).unlink()
       sentences.append(
         f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "

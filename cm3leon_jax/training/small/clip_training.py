@@ -1,4 +1,4 @@
-"""Trains the CLIP on captioned images with a contrastive loss, and measures held-out recall."""
+"""Trains a CLIP model on captioned images (contrastive loss), and measures held-out recall."""
 
 # B batch, L length, E embedding, H height, W width, n pairs.
 
@@ -36,7 +36,8 @@ ClipBatch: TypeAlias = tuple[Array | np.ndarray, Array | np.ndarray, Array | np.
 class ClipData:
   """Pairs of images and captions.
 
-  Images of more than 2 GiB stay on disk. All other data takes 4 L + 150 bytes of memory per pair.
+  If the images take more than 2 GiB, they stay on disk. The other data takes 4 L + 150 bytes of
+  memory per pair.
 
   Attributes:
     tokens: captions, padded with `<pad>`.
@@ -78,13 +79,14 @@ def contrastive_loss(
 ) -> Float[Array, ""]:
   """Computes the contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
-  It is the cross-entropy of choosing the image of each caption among all images of the batch, and
-  the caption of each image among all captions. The result is the mean of both.
+  One term is the cross-entropy of choosing the image of each caption among all images of the batch.
+  The other term is the cross-entropy of choosing the caption of each image among all captions. The
+  loss is the mean of both terms.
 
   Args:
     image_embeddings, text_embeddings: embeddings of norm 1.
     scale: inverse temperature.
-    concepts: concept of each pair. Other pairs with the same concept are not candidates.
+    concepts: number of each pair's concept. Other pairs of the same concept are not candidates.
   """
   logits = scale * image_embeddings @ text_embeddings.T
   same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
@@ -101,10 +103,11 @@ def augment(
   key: jax.Array,
   config: CLIPConfig,
 ) -> tuple[Float32[Array, "B H W 3"], Int32[Array, "B L"]]:
-  """Shifts images in [-1, 1] over white, scales their distance from white, and drops tokens.
+  """Shifts images, scales the difference between their colors and white, and drops tokens.
 
-  If all tokens of a caption would be dropped, the caption is kept whole. Images are not mirrored,
-  because captions mention left and right.
+  Pixels are in [-1, 1], and a shift fills the border with white. If all tokens of a caption would
+  be dropped, the caption is kept whole. Images are not mirrored, because captions mention left and
+  right.
   """
   shift_key, color_key, text_key = jax.random.split(key, 3)
   margin = round(config.shift * config.resolution)
@@ -142,7 +145,7 @@ def train_step(
     batch: images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B].
 
   Returns:
-    The new state; metrics: loss.
+    The new state, and the metrics, which contain only the loss.
   """
   images, tokens, concepts = batch
 
@@ -191,7 +194,7 @@ def text_to_image_recall(
   """Measures how often the image of a caption is among the k nearest images, for k = 1 and 5.
 
   Any image with the same caption is right. A caption is a hit if fewer than k wrong images score at
-  least as high as its best right image. So a constant embedding scores 0, and so does NaN. Returns
+  least as high as its best right image. So the recall of constant or NaN embeddings is 0. Returns
   recall@k, chance@k (the expected recall of random scores), and `candidates` = n.
   """
   n = len(captions)
@@ -236,7 +239,7 @@ def train_clip(
   seed: int,
   inputs: Mapping[str, str],
 ) -> dict:
-  """Runs the stage on the current mesh: trains and writes the CLIP, and measures its recall.
+  """Runs the stage on the current mesh: trains and writes a CLIP model, and measures its recall.
 
   If the recall is too low, the checkpoints are deleted. Otherwise the caller deletes them after the
   stage is finished.

@@ -1,4 +1,4 @@
-"""Trains the small models, the image tokenizer (VQGAN) and CLIP, and resumes killed trainings.
+"""Trains the two small models, image tokenizer (VQGAN) and CLIP, and resumes killed trainings.
 
 The batch is sharded over the batch axes of the mesh. Large arrays of the state are sharded over the
 fsdp axes, see `layout`. This module imports neither the models nor the data.
@@ -41,7 +41,7 @@ from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
 LOG_EVERY = 10
-SPLIT_FROM = 2**16  # Arrays with fewer elements are replicated, which saves time for gathering.
+SPLIT_FROM = 2**16  # Smaller arrays are replicated, which saves the time to gather them.
 OF_DATA = ("inputs", "examples:")  # Fields of a training's identity that describe the data.
 
 
@@ -57,7 +57,7 @@ class SmallTraining:
     examples: data in memory or on disk. len(examples) is n; examples[rows], with rows int64 [B], is
       a tree of host arrays [B, ...].
     folder: receives metrics.jsonl and, until `delete_checkpoints`, the checkpoints.
-    init: () -> state, a tree of arrays.
+    init: () -> the initial state, a tree of arrays.
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, counted from 0. It may donate
       the state if its jitted functions return `keep_layout(state)`.
     watch: shows the training, see `vqgan_watch.Watch`: log(step, values) after a line of
@@ -173,7 +173,7 @@ def layout(shape: tuple[int, ...]) -> P:
 
 
 def keep_layout(state: PyTree) -> PyTree:
-  """Gives the state that a jitted function returns the shardings of `train`.
+  """Constrains a state that a jitted function returns to the shardings that `train` uses.
 
   The function can then donate the state that it takes. Outside of `train`, where the mesh does not
   have automatic axes, the state is unchanged.
@@ -184,7 +184,7 @@ def keep_layout(state: PyTree) -> PyTree:
 
 
 def _shardings(tree: PyTree) -> PyTree:
-  """Returns the NamedSharding of each array or type of a state on the current mesh."""
+  """Returns the NamedSharding of each array, or array type, of a state on the current mesh."""
   mesh = jax.sharding.get_mesh()
   return jax.tree.map(lambda x: NamedSharding(mesh, layout(x.shape)), tree)
 
@@ -244,7 +244,7 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
 
 
 def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
-  """Prints what to do if a finished training has another number of steps than the config."""
+  """Prints what to do if the number of steps of a finished training differs from the config."""
   folder = epath.Path(folder)
   trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
   if trained != steps:

@@ -147,10 +147,10 @@ def _update(
 def restart_dead_codes(
   state: dict, images: Images, config: VQGANConfig, key: Key[Array, ""]
 ) -> dict:
-  """Replaces codes that were unused since the last restart by random encodings; resets `usage`.
+  """Replaces codes that were not used since the last restart, and resets `usage`.
 
-  `state` is as in `init_state`; it is donated. `images` are uint8 [B, H, W, 3]. The new codes are
-  drawn from their encodings.
+  The new codes are drawn at random from the encodings of `images`, uint8 [B, H, W, 3]. `state` is
+  described in `init_state`, and is donated.
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
@@ -166,7 +166,7 @@ def restart_dead_codes(
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
-  """Returns whether dead codes restart after `done` steps."""
+  """Returns whether dead codes are replaced after `done` steps."""
   if config.quantizer == "fsq" or not config.restart_every:
     return False
   return done < config.restart_until * config.steps and done % config.restart_every == 0
@@ -256,11 +256,11 @@ def evaluate(
     A dict with
       psnr_db: mean PSNR of the held-out images.
       psnr_of_mean_mse_db: PSNR of the mean squared error over all held-out images.
-      psnr_of_one_color_db: the same, if each image were reconstructed as the mean color of all.
+      psnr_of_one_color_db: this PSNR if every reconstruction were the mean color of all images.
       codebook_perplexity, codes_used: for the codes of held-out images.
       train_codebook_perplexity, train_codes_used: for the codes of training images.
-      bits_per_image: bits of an image's codes for a model that knows only their frequencies in
-        training images.
+      bits_per_image: number of bits that an image's codes take under a model that knows only the
+        frequencies of the codes in training images.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
   codes = tokenizer.encode(images)
@@ -317,7 +317,7 @@ def train_vqgan(
   features: dict | None = None,
   open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> dict:
-  """Runs the stage on the current mesh: trains and writes the tokenizer, returns its measures.
+  """Runs the stage on the current mesh: trains and writes the tokenizer. Returns its measures.
 
   If `check_learned` refuses the tokenizer, the checkpoints are deleted. Otherwise the caller
   deletes them after the stage is finished. The arguments are described in `train`.

@@ -1,6 +1,6 @@
-"""Watches the training of the image tokenizer: shows curves and grids, warns of a collapse."""
+"""Watches the training of the image tokenizer: shows curves and grids, and warns of a collapse."""
 
-# B batch, T codes of an image, K codes.
+# B batch, T codes per image, K codes.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -44,10 +44,10 @@ def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Im
 
 
 class Alarm:
-  """Warns when the codebook has been collapsed for `PATIENCE` steps, and again if this recurs."""
+  """Warns when a collapse of the codebook has lasted `PATIENCE` steps, and again if it recurs."""
 
   def __init__(self, config: VQGANConfig, num_codes: int, remedy: str):
-    """Creates the alarm. `remedy` says how to start again and ends the warning."""
+    """Creates the alarm. `remedy`, the end of the warning, says how to start the training again."""
     self._config, self._num_codes, self._remedy = config, num_codes, remedy
     self._possible = min(num_codes, config.batch_size * config.image_tokens)
     self._bound = max(1.0, COLLAPSED * self._possible)

@@ -1,4 +1,6 @@
-"""Group-relative policy optimization of image codes (GRPO, Shao et al. 2024, arXiv:2402.03300).
+"""Optimizes a policy over image codes by group-relative rewards (GRPO, Shao et al. 2024).
+
+The paper is arXiv:2402.03300.
 
 The samples of one prompt form a group. A sample's advantage is its reward minus the group mean,
 divided by the group's standard deviation. The policy is the distribution that codes are sampled
@@ -96,7 +98,7 @@ def place(rollout: Rollout) -> Rollout:
 def guided_log_probs(
   config: ModelConfig, text_size: int, temperature: float, params: dict, rollout: Rollout
 ) -> Float32[Array, "B I C"]:
-  """Computes the log-probabilities of all image codes at each code of the samples.
+  """Computes the log-probability of every image code at each code position of the samples.
 
   Logits are linear in the hidden states. So the hidden states of the streams are combined first,
   which is cheaper than combining logits. `config`, `text_size` and `temperature` are static.
@@ -128,7 +130,7 @@ def policy_step(
   rollout: Rollout,
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
-  """Updates the state on samples that were drawn with its parameters.
+  """Updates a state by training it on samples that were drawn with its parameters.
 
   The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy). Both terms
   are means over codes. The KL is exact: it sums over all image codes of the vocabulary.

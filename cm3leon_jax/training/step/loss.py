@@ -15,7 +15,7 @@ import numpy as np
 from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
-SCATTER_WIDTH = 256  # Columns of the table's gradient in one reduce-scatter.
+SCATTER_WIDTH = 256  # Number of columns of the table's gradient per reduce-scatter.
 Ids: TypeAlias = Int32[Array, "B L"]
 Values: TypeAlias = Float32[Array, "B L"]
 Scalar: TypeAlias = Float32[Array, ""]
@@ -45,11 +45,11 @@ def weighted_nll(
   can be computed together with the logits. The forward pass therefore also computes both matrix
   products of the backward pass, chunk by chunk. Logits are neither stored nor computed twice.
 
-  Each shard of `tensor` sums over its part of V; then one number per token is all-reduced. The
-  table's gradient is reduce-scattered to the sharding of the stored table.
+  Each device along the mesh axis `tensor` sums over its part of V. Then one number per token is
+  all-reduced. The table's gradient is reduce-scattered to the sharding of the stored table.
 
   Args:
-    table: output table, sharded by vocabulary as it is stored; in the dtype of `hidden`.
+    table: output table in the dtype of `hidden`, sharded by vocabulary as it is stored.
     weights: loss weights; they have no gradient.
     chunk: upper bound of C, which is the largest divisor of L up to this bound.
     z_loss: weight of the squared log of the softmax normalizer (PaLM, section 5), which keeps
@@ -199,7 +199,7 @@ def batch_nll(
 
 
 def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:
-  """Sums weight x nll and the weights: over all targets, over image codes and over other ids."""
+  """Sums weight x nll, and the weights, over all targets, over image codes and over other ids."""
   image = (targets >= text_size).astype(weights.dtype)
   parts = {"": weights, "image_": weights * image, "text_": weights * (1 - image)}
   return {
@@ -224,7 +224,7 @@ def modality_losses(sums: dict) -> dict:
 def source_sums(
   nll: Values, weights: Values, sources: Ids, num_sources: int
 ) -> dict[str, BySource]:
-  """Sums weight x nll and the weights for each source of rows.
+  """Sums weight x nll, and the weights, over the targets of each source of rows.
 
     nll [1 2 4 9], weights [1 1 .5 0], sources [1 1 3 0], num_sources 3
     source_nll = [3 0 2], source_weight = [2 0 .5]

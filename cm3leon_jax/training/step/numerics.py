@@ -1,4 +1,4 @@
-"""Skips and counts steps with a spike or a non-finite number; stops the run after too many."""
+"""Skips and counts steps with a spike or a non-finite number. Too many such steps end the run."""
 
 from typing import NamedTuple
 
@@ -30,9 +30,9 @@ class NormState(NamedTuple):
 def watch_norm(ratio: float) -> optax.GradientTransformation:
   """Detects spikes: gradients whose norm is above `ratio` x the mean of earlier norms.
 
-  Gradients are not changed. The mean covers all norms of the first 100 steps; after that it is a
-  moving average. It is part of the optimizer's state, so a resumed run makes the same decisions as
-  an uninterrupted run. The first SETTLED steps never count as spikes.
+  Gradients are not changed. In the first 100 steps the mean covers all norms; after that it is a
+  moving average. The mean is part of the optimizer's state, so a resumed run makes the same
+  decisions as an uninterrupted run. The first SETTLED steps never count as spikes.
   """
 
   def init(params: PyTree) -> NormState:

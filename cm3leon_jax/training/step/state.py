@@ -81,9 +81,9 @@ def train_step(
     weights), and the metrics of `apply_gradients`; for marked rows also the `loss.source_sums`.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
-  # Layers are cast here, outside of the gradient, so that their gradients are summed and kept in
-  # the compute dtype. Tables are cast where their rows are looked up, so that their gradients are
-  # summed and kept in fp32.
+  # The layers' parameters are cast here, outside of the gradient, so that their gradients are
+  # summed and kept in the compute dtype. Tables are cast where their rows are looked up, so that
+  # their gradients are summed and kept in fp32.
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
@@ -135,7 +135,7 @@ def apply_gradients(
 def _accumulated(
   grad_fn: Callable[[dict], tuple[dict, dict]], params: dict, batch: dict, accumulation_steps: int
 ) -> tuple[dict, dict]:
-  """Sums the gradients and sums that `grad_fn` returns over A micro-batches.
+  """Adds up, over A micro-batches, the gradients and the sums that `grad_fn` returns.
 
   The gradients have the shapes and shardings of `params`, in fp32.
   """

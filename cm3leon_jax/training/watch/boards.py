@@ -21,7 +21,7 @@ CLOSE_SECONDS = 120.0  # A server may accept the last points with a delay.
 
 
 class Board:
-  """Wraps a board. When the board fails, it prints a warning and is switched off."""
+  """Wraps a board. If a call of the board fails, prints a warning and switches the board off."""
 
   def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
     """Opens a board.
@@ -81,7 +81,7 @@ def check_installed(config: TrainConfig) -> None:
   if not config.wandb:
     return
   spec = importlib.util.find_spec("wandb")
-  # A local folder with wandb's logs is found, too, but as a namespace package without an origin.
+  # A local folder `wandb` with logs is also found, but as a namespace package without an origin.
   if spec is None or spec.origin is None:
     raise UserError(
       f"config.train.wandb is '{config.wandb}', and the package wandb is missing: "
@@ -94,8 +94,8 @@ def open_boards(
 ) -> list[Board]:
   """Opens the boards that the config asks for. A board that cannot be opened prints a warning.
 
-  If TensorBoard is not installed, this is printed only at the first start of the run. The settings
-  in the config.json of `folder` are shown, too.
+  If TensorBoard is not installed, only the first start of the run prints a warning. The boards also
+  show the settings in the config.json of `folder`.
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}

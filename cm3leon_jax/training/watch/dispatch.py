@@ -1,4 +1,4 @@
-"""Measures waits for batches and traces steps, each until the step is dispatched."""
+"""Measures how long steps wait for their batches, and traces steps until they are dispatched."""
 
 import contextlib
 from typing import Any

@@ -1,6 +1,6 @@
 """Computes model FLOPs of training and model FLOP utilization (MFU), from peaks of devices."""
 
-# K layers, D width, A width of all heads, F feed-forward, V vocabulary, L length of a row.
+# K layers, D width, A total width of the heads, F feed-forward, V vocabulary, L length of a row.
 
 import dataclasses
 
@@ -45,9 +45,10 @@ PEAKS = {
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Counts the parameters in matrix products: layers and the output table, tied or not.
+  """Counts the parameters in matrix products: the layers' matrices and the output table.
 
-  Embedding look-ups, positions and scales of norms are not matrix products, so they do not count.
+  The output table counts even if it is also the embedding table. Embedding look-ups, positions and
+  scales of norms are not matrix products, so they do not count.
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
   A = config.num_heads * config.head_dim
@@ -76,7 +77,7 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
 
 
 def device_peak(device_kind: str) -> float | None:
-  """Returns the peak of dense bfloat16 matrix products of a device in FLOP/s, see `PEAKS`.
+  """Returns a device's peak FLOP/s in dense bfloat16 matrix products, see `PEAKS`.
 
   Returns None for a CPU and for other kinds that are not in the table; a peak is never guessed.
   """
@@ -87,7 +88,7 @@ def device_peak(device_kind: str) -> float | None:
 
 
 def utilization(flops_per_second: float, devices: int, peak: float | None) -> float | None:
-  """Computes MFU: model FLOP/s as a share of `devices` x `peak` FLOP/s. None without a peak."""
+  """Computes MFU: model FLOP/s as a share of `devices` x `peak`; None if `peak` is None."""
   return flops_per_second / (devices * peak) if peak else None
 
 
@@ -112,8 +113,8 @@ class Rates:
   def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
     """Returns tokens_per_second over all devices, and mfu if the peak is known.
 
-    `weight` is the sum of the loss weights, which counts the tokens, and `seconds` the total of all
-    steps.
+    `weight` is the sum of the loss weights, which counts the tokens. `seconds` is the total time of
+    the steps.
     """
     mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)
     return {

@@ -57,16 +57,16 @@ class Stopwatch:
     self._seconds[target] += seconds
 
   def seconds(self) -> dict[str, float]:
-    """Returns the seconds of each phase, including the seconds of earlier starts from `add`."""
+    """Returns the number of seconds in each phase, including earlier starts, see `add`."""
     self._switch(self._phase)
     return dict(self._seconds)
 
   def standing(self) -> tuple[str, float]:
-    """Returns the current phase and the seconds since the phases were last changed or read."""
+    """Returns the current phase, and how many seconds ago the phases were last changed or read."""
     return self._phase, self._clock() - self._mark
 
   def add(self, seconds: dict[str, float]) -> None:
-    """Adds the seconds of earlier starts of the run."""
+    """Adds the seconds per phase of earlier starts of the run."""
     for name, value in seconds.items():
       self._seconds[name] += value
 
@@ -78,8 +78,8 @@ class Stopwatch:
   def _on_event(self, event: str, duration: float, **_: object) -> None:
     """Counts tracing, lowering and compiling as `compile`.
 
-    JAX reports a nested trace before the outer trace, which includes its time. So the time of the
-    nested trace is subtracted first.
+    JAX reports a nested trace before the outer trace, and the time of the outer trace includes the
+    nested trace. So the time of the nested trace is subtracted first.
     """
     if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
       return
@@ -106,7 +106,7 @@ def to_line(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
-  """Returns the seconds of earlier starts of a run by phase.
+  """Returns the number of seconds that earlier starts of a run spent in each phase.
 
   `lines` are from metrics.jsonl, and this start continues from the checkpoint of step `resumed_at`.
   Returns the seconds of the last goodput line up to `resumed_at`. The logged time after that line
@@ -123,7 +123,7 @@ def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
 
 
 def describe(seconds: dict[str, float]) -> str:
-  """Formats the seconds of the phases as a line.
+  """Formats the number of seconds in each phase as a line of text.
 
   {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0} ->
   "goodput 90.0% of 100 s: steps 90.0%, compiling 7.5%, saving 2.5%"

@@ -19,7 +19,7 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding: NamedSharding) -> list[dict]:
-  """Reads the rows of `eval_batches` global batches, in batches of micro-batch size."""
+  """Reads the rows of `eval_batches` global batches, divided into micro-batches."""
   count = config.eval_batches * config.gradient_accumulation_steps
   return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
 

@@ -15,8 +15,8 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 LOG = "metrics.jsonl"
 DIGEST = "metrics.digest.json"  # Size and SHA-256 of the log when it was last stored.
 FIELDS = {"step": int}  # Every line must have these fields.
-# In a GCS bucket the whole file is rewritten: at most once in this time, and for at most 1% of the
-# run's time.
+# In a GCS bucket the whole file is rewritten, at most once in this number of seconds. Rewriting
+# takes at most 1% of the run's time.
 BUCKET_SECONDS = 60.0
 
 
@@ -70,8 +70,7 @@ def _describe(text: str) -> dict:
 def difference(path: epath.Path, digest_path: epath.Path) -> str:
   """Describes how a log differs from its digest; "" if it does not differ.
 
-  The digest covers the first lines of the log. Later lines were written after the digest, and are
-  not checked.
+  The digest covers only the lines that existed when it was written. Later lines are not checked.
 
   Raises:
     UserError: the file of the digest is damaged.
@@ -89,8 +88,9 @@ def difference(path: epath.Path, digest_path: epath.Path) -> str:
 class MetricsLog:
   """Writes `folder/metrics.jsonl`.
 
-  A killed run has logged steps after its last checkpoint, which the resumed run computes again. The
-  log keeps the earlier losses in memory and checks that the new losses are bitwise equal.
+  A killed run may have logged steps after its last checkpoint. The resumed run computes these steps
+  again. `MetricsLog` keeps the earlier losses in memory and checks that the new losses are bitwise
+  equal.
 
   On a disk every line is appended. Objects in a GCS bucket cannot be appended to, so there the
   whole file is rewritten periodically and by `flush`.
@@ -128,7 +128,7 @@ class MetricsLog:
     }
     self._text = "".join(json.dumps(line) + "\n" for line in old if line["step"] <= resumed_at)
     if resumed_at is not None and not self._expected:
-      self._text += self._resume_event(resumed_at)  # There are no losses to compare.
+      self._text += self._resume_event(resumed_at)  # No step has a loss to compare.
     self._appends = "://" not in os.fspath(self.path)
     if enabled and resumed_at is not None:
       self._warn_of_difference(resumed_at, every)
@@ -158,7 +158,7 @@ class MetricsLog:
       self.flush()
 
   def flush(self) -> None:
-    """Stores every line and the digest. Called before a checkpoint is sealed."""
+    """Stores all lines and the digest. Called before a checkpoint is sealed."""
     if self.enabled and not self._appends:
       self._rewrite()
     self.seal()

@@ -71,7 +71,7 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
 
 
 def change_line(before: dict[str, float], after: dict) -> str:
-  """Formats how tuning changed the held-out losses by source, or by modality without sources.
+  """Formats how tuning changed the held-out losses by source, or by modality if rows lack sources.
 
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
@@ -119,7 +119,7 @@ class Monitor(Hook):
     """Combines the outputs that `open_monitor` opens.
 
     Args:
-      log: metrics.jsonl. Processes where it is not enabled print nothing.
+      log: metrics.jsonl. A process whose log is not enabled prints nothing.
       watch: a Stopwatch that was started together with the trainer.
       schedule: learning rate as a function of the step.
       sources: names of the sources that rows are marked with. Their losses are logged.

@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from cm3leon_jax.training.watch.goodput import Stopwatch, goodput
 
-# Name, its source among the values of a metrics line, and its meaning.
+# Name of a metric, key of its value in a metrics line, and help text of the metric.
 GAUGES = (
   ("step", "step", "Last logged step."),
   ("steps", "steps", "Steps of the whole run."),
@@ -26,15 +26,15 @@ READ_SECONDS = 10  # Connections that send nothing for this long are closed.
 
 
 class Prometheus:
-  """Serves GET /metrics on all addresses: anyone who can reach the port can read the metrics."""
+  """Serves GET /metrics on all addresses, so anyone who can reach the port can read the metrics."""
 
   def __init__(
     self, port: int, steps: int, watch: Stopwatch, clock: Callable[[], float] = time.monotonic
   ):
-    """Opens the port. Port 0 takes a free one, see `port`.
+    """Opens the port. Port 0 selects a free port, whose number is then in `self.port`.
 
     Raises:
-      OSError: the port is taken.
+      OSError: another program uses the port.
     """
     self._watch, self._clock = watch, clock
     self._values: dict[str, float | int] = {"steps": steps}
@@ -58,10 +58,10 @@ class Prometheus:
     yield GaugeMetricFamily(IDLE, "Seconds since a step was logged, or since the start.", idle)
 
   def scalars(self, step: int, values: dict) -> None:
-    """Takes the values of a metrics line."""
+    """Updates the metrics with the values of a metrics line."""
     found = {name: values[name] for _, name, _ in GAUGES if name in values}
     share = goodput(self._watch.seconds())
-    # One assignment: other threads read it.
+    # A single assignment, because other threads read the values.
     self._values = {**self._values, **found, "step": step, "goodput": share}
     if "loss" in values:
       self._stepped = self._clock()
@@ -70,10 +70,10 @@ class Prometheus:
     """Does nothing: Prometheus stores only numbers."""
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """Does nothing, as `samples`."""
+    """Does nothing, for the same reason as `samples`."""
 
   def flush(self) -> None:
-    """Does nothing: nothing waits to be written."""
+    """Does nothing, because no values are buffered."""
 
   def close(self) -> None:
     """Closes the port."""

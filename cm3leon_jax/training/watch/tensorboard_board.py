@@ -102,9 +102,9 @@ def tree_histograms(params: dict) -> dict:
   """Computes a histogram of each parameter, over all layers together.
 
   It uses only comparisons and sums over whole arrays, which work for any sharding without gathering
-  the arrays. Returns a tree with a dict for each parameter: the fp32 scalars min, max, num, sum and
-  sum_squares, and [BUCKETS] fp32 bucket_limits (upper ends of intervals of equal width) and
-  bucket_counts (exact up to 2^24).
+  the arrays. Returns a tree with a dict for each parameter. The dict has the fp32 scalars min, max,
+  num, sum and sum_squares, and two fp32 arrays [BUCKETS]: bucket_limits (upper ends of intervals of
+  equal width) and bucket_counts (exact up to 2^24).
   """
 
   def histogram(x: Float[Array, "..."]) -> dict[str, Array | float]:

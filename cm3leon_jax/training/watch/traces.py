@@ -16,13 +16,13 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str, steps: int) -> range:
-  """Parses the steps to trace, including both ends. Empty text means an empty range.
+  """Parses the steps to trace, FIRST:LAST, both included. Empty text means an empty range.
 
     parse_steps("10:13", 100) == range(10, 14)
 
   Raises:
-    UserError: `text` is not such a pair, the steps are outside of the run, or the profiler of
-      libtpu would crash the process.
+    UserError: `text` is not of the form FIRST:LAST, the steps are outside of the run, or the
+      profiler of libtpu would crash the process.
   """
   if not text:
     return range(0)
@@ -44,7 +44,7 @@ def parse_steps(text: str, steps: int) -> range:
 
 
 class Profiler:
-  """Writes one trace (xplane) of a range of steps into `folder`. An empty range does nothing.
+  """Writes one trace (xplane) of a range of steps into `folder`; nothing if the range is empty.
 
   The profiler cannot write to a GCS bucket, so the trace is collected on the local disk and then
   copied.
@@ -56,7 +56,7 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, step: int, wait: Callable[[], None]) -> Iterator[None]:
-    """Traces the body, which dispatches `step`, if the step is in the range.
+    """Traces the body, which dispatches `step`, if `step` is in the range.
 
     `wait` is called before the first traced step and waits until the device is idle.
     """

@@ -1,4 +1,4 @@
-"""Logs the same curves and images to Weights & Biases as to TensorBoard."""
+"""Logs to Weights & Biases the same curves and images that TensorBoard shows."""
 
 import os
 import uuid
@@ -14,8 +14,8 @@ from cm3leon_jax.training.watch.tensorboard_board import curves
 class WandbRun:
   """One run of Weights & Biases for all starts of a training; `folder/wandb.json` holds its id.
 
-  Weights & Biases ignores a step that it already has. So a step that a resumed training computes
-  again is logged only once.
+  Weights & Biases ignores values of a step that it already has. So a step that a resumed training
+  computes again is logged only once.
   """
 
   def __init__(self, folder: epath.PathLike, project: str, settings: dict):
