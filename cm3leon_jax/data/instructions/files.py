@@ -97,7 +97,7 @@ def open_records(
       start, count, image = NARRATIVES[split]
       shards = [f"-{i:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
       shards = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]
-      # If only the small file with captions exists, it replaces the file of every shard.
+      # The small file with captions, if it exists, replaces the files of all shards.
       files = dict.fromkeys(file(f"{start}_captions.jsonl", shard) for shard in shards)
       return read_narratives(files, images, image)
     case "textvqa":
@@ -287,7 +287,7 @@ def read_instruct_pix2pix(
     has the images 0000042/7_0.jpg and 0000042/7_1.jpg. Both use the texts in 0000042/prompt.json.
 
   Args:
-    seeds: file with [[folder, [seed]]]. The FOLDERs next to this file have a prompt.json with
+    seeds: file with [[folder, [seed]]]. Next to this file, each folder has a prompt.json with
       {input, edit, output}.
     images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).

@@ -16,8 +16,8 @@ class Record:
   Attributes:
     key: unique in its source.
     group: for example the id of an image. Records of one group are not independent samples.
-    texts: name, such as "question" -> text.
-    images: name -> image: a path, pixels [H, W, 3] uint8, or a map to compute from an image.
+    texts: dict from a name, such as "question", to a text.
+    images: dict from a name to a path, pixels [H, W, 3] uint8, or a map to compute.
     facts: facts by which an evaluation judges answers. May be empty.
   """
 
@@ -29,7 +29,7 @@ class Record:
 
 
 class DrawnTasks(Protocol):
-  """The tasks of a world, which draws records and images. Workers receive it pickled."""
+  """Tasks of a world that draws records and images. Must be picklable for the workers."""
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
     """Yields the first `number` records of a task.

@@ -129,14 +129,14 @@ def _encode(
 
 
 def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
-  """Returns whether the given images of a record are redrawn, which its key decides."""
+  """Returns whether the given images of a record are encoded twice. The key decides."""
   return random.Random(f"{task.name} {key} redrawn").random() < share
 
 
 def _encode_images(
   tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
 ) -> np.ndarray:
-  """Encodes images, [n, H, W, 3] uint8, as codes, [n, I] int32. Encodes `redrawn` ones twice.
+  """Encodes images, [n, H, W, 3] uint8, as codes, [n, I] int32: twice if `redrawn`.
 
   Decoding an image and encoding it again changes its codes. A model that edits generated images
   sees such codes.
@@ -176,7 +176,7 @@ def _read_images(
 
 
 def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, np.ndarray]] | str:
-  """Returns (field, pixels) of each image in `named`, or an error message."""
+  """Returns (field, pixels) of each image whose field is in `named`, or an error message."""
   try:
     return [
       (field, square_pixels(image, side))

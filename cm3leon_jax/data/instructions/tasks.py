@@ -145,7 +145,8 @@ def _segment(
 ) -> tuple[np.ndarray, bool, tuple[int, int] | None]:
   """Returns the tokens of a segment, whether it is an image, and the range of the target.
 
-  The range is None if the target is not in this segment."""
+  The range is None if the target is not in this segment.
+  """
   fields = fields_of(text)
   images = [field for field in fields if field in record.images]
   if images:
@@ -180,7 +181,7 @@ def _segment(
 def mixture(
   tasks: Sequence[InstructionTask], sizes: Sequence[int], least: float = 0.3, most: float = 3.0
 ) -> list[float]:
-  """Computes the shares of tasks. They are proportional to clipped sizes, relative to the mean.
+  """Computes the shares of tasks from their sizes, which are first clipped around the mean.
 
     sizes = [100, 1000, 100000]: the mean is 33,700. The ratios to the mean are 0.003, 0.03 and
     2.97. They are clipped to 0.3, 0.3 and 2.97, so the shares are 0.084, 0.084 and 0.832.
