@@ -21,8 +21,8 @@ import scipy.fft
 # N, M images, H height, W width.
 
 THUMBNAIL = 16  # Side in pixels.
-MIN_PSNR = 22.0  # Minimum PSNR between the thumbnails of near images, in dB.
-MAX_BITS = 0.1  # Maximum `hash_distance` of near images.
+MIN_PSNR = 22.0  # In dB. Thumbnails with at least this PSNR are near.
+MAX_BITS = 0.1  # Images with at most this `hash_distance` are near.
 
 _FREQUENCIES = 8  # Number of frequencies per axis. The hash omits frequency 0, the mean color.
 _NOISE = 1.0  # Minimum coefficient of a set bit. Smaller coefficients depend on rounding.

@@ -24,7 +24,7 @@ from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.vocab import VocabLayout
 
-# Arrays with one entry per segment, and with one entry per document.
+# Names of the arrays with one entry per segment, and of the arrays with one entry per document.
 SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")
 
 

@@ -38,13 +38,13 @@ from cm3leon_jax.vocab import VocabLayout
 INDEX = "index.json"
 # Fields of the index.
 FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}
-MAX_OPEN = 256  # Number of shards that a store keeps open.
+MAX_OPEN = 256  # Maximum number of shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A text or image as token ids of the shared vocabulary, [T] int32, without `<break>`, `</s>`."""
+  """A text or image: token ids of the shared vocabulary, [T] int32. Has no `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -138,7 +138,7 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
+    np.savez_compressed(f, **arrays)  # Most counts of a small shard are 0.
   return len(counts)
 
 
@@ -364,7 +364,7 @@ class Bank:
 
 
 def _map_array(path: epath.Path) -> np.ndarray:
-  """Maps a local NumPy file into memory, or reads a file in a GCS bucket."""
+  """Maps a local NumPy file into memory. Reads a NumPy file in a GCS bucket completely."""
   if "://" not in str(path):
     return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
   with path.open("rb") as f:

@@ -1,7 +1,7 @@
 """Plans and builds training samples from instruction documents, whose targets are known.
 
-target inside: </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
-image last:    </s> a cat <break> image </s>
+target text:  </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
+target image: </s> a cat <break> image </s>
 """
 
 # T tokens of a sample.

@@ -160,7 +160,7 @@ def _read_images(
 ) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
   """Reads all images that the templates use.
 
-  Returns (record index, field, pixels) of each image, and record index -> error message.
+  Returns (record index, field, pixels) of each image, and error messages by record index.
   """
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)

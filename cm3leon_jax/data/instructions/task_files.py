@@ -99,7 +99,7 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def _line_of(node: yaml.Node, path: Sequence[str | int]) -> int:
-  """Returns the line of a field, or of its nearest enclosing node. Lines count from 1."""
+  """Returns the line number, from 1, of a field or else of its nearest enclosing node."""
   line = node.start_mark.line
   for part in path:
     if isinstance(node, yaml.MappingNode):

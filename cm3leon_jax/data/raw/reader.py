@@ -1,4 +1,4 @@
-"""Reads raw folders that `ingest.prepare` wrote, and images. See docs/workdir.md."""
+"""Reads images, and raw folders that `ingest.prepare` wrote (see docs/workdir.md)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -36,7 +36,7 @@ from cm3leon_jax.runs import stages
 # B images, H height, W width.
 
 INDEX = "index.json"
-IMAGE_DIGESTS = "images.sha256"  # Image digests of a shard, in the format of `sha256sum`.
+IMAGE_DIGESTS = "images.sha256"  # File of image digests, as `sha256sum` writes.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # Other decoders may start programs.
@@ -296,7 +296,7 @@ def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
 
 
 def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
-  """Opens the images of one split of a raw folder in the order of its pairs, see `in_memory`.
+  """Opens the images of one split of a raw folder, in the order of the pairs. See `in_memory`.
 
   Raises:
     UserError: the split has no pairs, or an image cannot be read.

@@ -81,7 +81,7 @@ def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class Units:
-  """Units of a pass over a source: whole documents, and pieces of texts longer than a row.
+  """The units of a pass over a source: documents, and pieces of texts that do not fit into a row.
 
     sequence_length = 5, the documents are a text of 3 tokens and a text of 9 tokens
     units as (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
@@ -154,7 +154,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  # Number of free slots -> rows.
+  # Rows by the number of their free slots.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):

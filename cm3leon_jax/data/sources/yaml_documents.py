@@ -61,7 +61,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
   `sizes` caches results by the id of the node. A node that contains itself exceeds MOST_VALUES.
   """
   if id(node) not in sizes:
-    sizes[id(node)] = MOST_VALUES + 1  # Only a node inside itself reads this temporary value.
+    sizes[id(node)] = MOST_VALUES + 1  # Only a node that contains itself reads this.
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     inner = [part for pair in pairs for part in pair]
     if isinstance(node, yaml.SequenceNode):
