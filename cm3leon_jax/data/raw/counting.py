@@ -66,7 +66,7 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Counts the text tokens that a raw folder supports. Copies other counts from its summary.
+  """Computes how many text tokens a raw folder supports. Copies other counts from `summary`.
 
   `summary` is the result of `ingest.prepare`.
   """

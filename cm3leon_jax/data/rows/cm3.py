@@ -1,4 +1,4 @@
-"""Implements CM3: spans move to the end, where the model predicts them from both sides."""
+"""Implements CM3: spans move to the end and are predicted from the tokens on both sides."""
 
 # T tokens of a sample, n spans.
 

@@ -28,7 +28,7 @@ class Start(typing.NamedTuple):
 
 
 def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int) -> str:
-  """Digests the inputs of a plan. Covers only evenly spaced values of the arrays of stores."""
+  """Returns a digest of the inputs of a plan. It covers only evenly spaced values of arrays."""
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()

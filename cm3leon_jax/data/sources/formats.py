@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files of one format. With `beside`, all files, skips caption files and lists."""
+  """Groups files of one format. If `beside` has all files, skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -351,7 +351,7 @@ def _with_images(
   """Makes the image paths of a record absolute. Returns `Rejected` if an image is invalid.
 
   Paths are relative to `folder`. The function does not look up files in `known`, which exist. It
-  rejects paths out of the folder without a look-up, so that no message reveals other files.
+  rejects paths out of the folder without a look-up, so that messages do not reveal them.
   """
   if isinstance(item, Rejected):
     return item
