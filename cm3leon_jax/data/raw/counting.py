@@ -66,7 +66,7 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Computes how many text tokens a raw folder supports. Copies other counts from `summary`.
+  """Computes the largest text vocabulary that the texts can fill. Copies the other counts.
 
   `summary` is the result of `ingest.prepare`.
   """

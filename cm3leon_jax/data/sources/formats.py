@@ -351,7 +351,7 @@ def _with_images(
   """Makes the image paths of a record absolute. Returns `Rejected` if an image is invalid.
 
   Paths are relative to `folder`. The function does not look up files in `known`, which exist. It
-  rejects paths out of the folder without a look-up, so that messages do not reveal them.
+  rejects paths out of the folder without a look-up, so that no message reveals which files exist.
   """
   if isinstance(item, Rejected):
     return item
