@@ -1,13 +1,13 @@
 """Finds near-duplicate images by fingerprints.
 
 Two images are near if at least one condition holds:
-- The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR. This allows a mean squared error
-  of 1.35 times the error of the tokenizer of examples/openmoji (22.7 to 23.3 dB). Averaging over
-  blocks of pixels never increases the error, so full images differ at least as much as their
-  thumbnails.
-- Their perceptual hashes differ in at most a share MAX_BITS of the bits that are set in at least
-  one hash. A hash holds the signs of the lowest frequencies of each color channel. Hashes also find
-  brighter, paler and compressed copies.
+- The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR. This limit allows 1.35 times
+  the mean squared error of the image tokenizer of examples/openmoji, whose PSNR is 22.7 to 23.3 dB.
+  Averaging over blocks of pixels never increases the error, so full images differ at least as much
+  as their thumbnails.
+- The distance between their perceptual hashes (`hash_distance`) is at most MAX_BITS. A hash holds
+  the signs of the lowest frequencies of each color channel. Hashes also find brighter, paler and
+  compressed copies.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,17 +21,17 @@ import scipy.fft
 # N, M images, H height, W width.
 
 THUMBNAIL = 16  # Side in pixels.
-MIN_PSNR = 22.0  # In dB, between thumbnails.
-MAX_BITS = 0.1  # Share of the bits that are set in at least one hash.
+MIN_PSNR = 22.0  # In dB. Thumbnails with at least this PSNR are near.
+MAX_BITS = 0.1  # Images with at most this `hash_distance` are near.
 
-_FREQUENCIES = 8  # Frequencies per axis; the hash omits the mean.
-_NOISE = 1.0  # Coefficient of a 1/16 gray level wave; smaller coefficients depend on rounding.
-_BLOCK = 1_024  # Compares blocks of this many images with each other.
+_FREQUENCIES = 8  # Number of frequencies per axis. The hash omits frequency 0, the mean color.
+_NOISE = 1.0  # Minimum coefficient of a set bit. Smaller coefficients depend on rounding.
+_BLOCK = 1_024  # Number of images per block when all images are compared.
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-  """Fingerprints of N images, 0.8 kB each.
+  """Fingerprints of N images, with 0.8 kB per image.
 
   Thumbnails are [N, 768] uint8. Hashes are [N, 24] uint8, with 8 bits of the hash per byte.
   """
@@ -47,7 +47,7 @@ class Fingerprints:
 
 
 def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Computes the thumbnail and the hash of an image [H, W, 3] uint8: one row of `Fingerprints`."""
+  """Computes one row of `Fingerprints`: thumbnail and hash of an image, [H, W, 3] uint8."""
   small = Image.fromarray(image).resize((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.BOX)
   waves = scipy.fft.dctn(np.asarray(small, np.float64), axes=(0, 1), norm="ortho")
   low = waves[:_FREQUENCIES, :_FREQUENCIES].reshape(-1, 3)[1:]
@@ -57,7 +57,7 @@ def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fingerprints(
   images: Iterable, load: Callable[..., np.ndarray], num_threads: int
 ) -> Fingerprints:
-  """Computes the fingerprint of `load(image)` for every image in threads. Keeps no image."""
+  """Computes the fingerprints of the images that `load` reads. Does not keep the images."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     rows = list(pool.map(lambda image: fingerprint(load(image)), images))
   if not rows:
@@ -66,7 +66,7 @@ def fingerprints(
 
 
 def psnr(a: Fingerprints, b: Fingerprints) -> np.ndarray:
-  """Computes the PSNR between the thumbnails of every pair: [N, M] dB, infinite for equal ones.
+  """Computes the PSNR between thumbnails of two sets, [N, M] dB. Equal thumbnails have infinity.
 
   All sums are integers that float64 represents exactly, so every machine finds the same near pairs.
   """
@@ -77,8 +77,10 @@ def psnr(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
-  """Computes [N, M] hash distances: differing bits / bits set in at least one of the two hashes.
+  """Computes the distances between hashes of two sets, [N, M].
 
+  The distance is the number of differing bits, divided by the number of bits that are set in at
+  least one of the two hashes.
   If no bit is set in either hash, as for images without texture, the distance is 1.
   """
   x, y = (np.unpackbits(f.hashes, axis=1).astype(np.float32) for f in (a, b))
@@ -88,12 +90,12 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def is_near(noise: np.ndarray, distance: np.ndarray, min_psnr: float = MIN_PSNR) -> np.ndarray:
-  """Finds near pairs by their `psnr` and `hash_distance`: [N, M] bool."""
+  """Returns whether each pair of images is near, [N, M] bool, from `psnr` and `hash_distance`."""
   return (noise >= min_psnr) | (distance <= MAX_BITS)
 
 
 def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
-  """Finds the near pairs in one set: row indices (i, j), with i == j and both orders included."""
+  """Returns the row indices (i, j) of near images in one set, including i == j and both orders."""
   rows, columns = [], []
   for i in range(0, len(prints), _BLOCK):
     for j in range(0, len(prints), _BLOCK):

@@ -1,4 +1,4 @@
-"""Finds near duplicates in a raw folder, within and across its splits."""
+"""Finds near-duplicate images in a raw folder, within a split and between splits."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -15,18 +15,18 @@ from cm3leon_jax.data.sources.records import RawInterleaved, RawPair, images_of
 from cm3leon_jax.files.progress import progress_bar
 
 BATCH = 1_024  # Number of images that are read together.
-SHOWN = 20  # Number of nearest pairs that a report keeps.
-MOST = 4_096  # Number of images that `near_duplicates` compares with each other.
-NAMED = 3  # Number of pairs that `near_duplicates` names.
+SHOWN = 20  # Maximum number of pairs that a report keeps.
+MOST = 4_096  # Maximum number of images that `near_duplicates` compares with each other.
+NAMED = 3  # Maximum number of pairs that `near_duplicates` names.
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Pair:
-  """A held-out and a training image. Pairs sort from the nearest to the farthest.
+  """A pair of a held-out image and a training image. Sorting puts the nearest pairs first.
 
   Attributes:
     is_far: False for near duplicates (`duplicates.is_near`).
-    noise: negative PSNR between the thumbnails, in dB.
+    noise: negated PSNR between the thumbnails, in dB.
     hash_distance: distance between the perceptual hashes, in [0, 1].
     heldout, train: keys of the records.
   """
@@ -49,7 +49,7 @@ class LeakReport:
 
   Attributes:
     leaked: number of held-out images with a near training image.
-    nearest: at most SHOWN pairs; near pairs first, then the nearest remaining pairs.
+    nearest: at most SHOWN pairs. Near duplicates are first, then the most similar other pairs.
   """
 
   heldout: int
@@ -64,8 +64,8 @@ def check(
 ) -> LeakReport:
   """Compares every held-out image of a raw folder with every training image.
 
-  Reads every image once. Keeps the fingerprints of all held-out images (0.8 kB each) and of 1,024
-  training images in memory. Thumbnails are near if their PSNR is at least `min_psnr` dB.
+  Reads every image once. Memory holds the fingerprints of all held-out images (0.8 kB per image)
+  and of 1,024 training images. Thumbnails are near if their PSNR is at least `min_psnr` dB.
   """
   keys, prints = [], []
   for names, batch in _read(folder, "heldout", num_threads):
@@ -102,7 +102,8 @@ class NearDuplicates:
   Attributes:
     near: number of images that are near another image.
     leaked: number of held-out images that are near a training image.
-    pairs: keys of at most NAMED near pairs. Pairs of a held-out and a training image are first.
+    pairs: record keys of at most NAMED near pairs. Pairs of a held-out and a training image are
+      first.
   """
 
   compared: int
@@ -128,7 +129,7 @@ class NearDuplicates:
 def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
   """Compares the first images of a raw folder with each other.
 
-  Compares at most MOST images, so that the cost is bounded; at most a quarter of MOST are held out.
+  Compares at most MOST images, which bounds the cost. At most a quarter of MOST are held out.
   """
   images = _first_images(folder, "heldout", MOST // 4)
   heldout = len(images)
@@ -146,7 +147,7 @@ def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
 
 
 def _first_images(folder: epath.PathLike, split: str, count: int) -> list[tuple[str, str, str]]:
-  """Returns (key, concept, path) of the first `count` images of a split."""
+  """Returns (record key, concept, image path) of the first `count` images of a split."""
   names = reader.shards(folder)
   images = itertools.chain.from_iterable(_images(folder, name, split) for name in names)
   return list(itertools.islice(images, count))
@@ -157,7 +158,7 @@ def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str
   kinds: tuple[type[RawPair | RawInterleaved], ...] = (RawPair, RawInterleaved)
   for cls in kinds:
     for record in reader.read_shard(folder, name, cls, split):
-      if getattr(record, "added_crop", ""):  # The whole image is compared instead.
+      if getattr(record, "added_crop", ""):  # The image without the crop is compared instead.
         continue
       concept = getattr(record, "concept", "") or record.group or record.key
       for image in images_of(record):
@@ -167,7 +168,7 @@ def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str
 def _read(
   folder: epath.PathLike, split: str, num_threads: int
 ) -> Iterator[tuple[list[str], Fingerprints]]:
-  """Yields (record keys, fingerprints) of batches of up to BATCH images of a split."""
+  """Yields batches of at most BATCH images of a split: (record keys, fingerprints)."""
   with progress_bar(desc=f"{split} images", unit="image") as bar:
     for name in reader.shards(folder):
       images = ((key, image) for key, _, image in _images(folder, name, split))

@@ -1,7 +1,7 @@
 """Validates raw folders and document stores by reading every file.
 
-Compares raw images with their digests. Compares documents with the schema and with the arrays of
-their shard and store.
+Compares raw images with their digests. Compares documents with the schema, and with the arrays of
+their shard and of their store.
 """
 
 from concurrent import futures
@@ -24,7 +24,7 @@ from cm3leon_jax.data.sources.records import KINDS, SPLITS
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.vocab import VocabLayout
 
-# Arrays with one entry per segment, and with one entry per document.
+# Names of the arrays with one entry per segment, and of the arrays with one entry per document.
 SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")
 
 
@@ -80,7 +80,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
 
 
 def validate_store(store: DocumentStore) -> dict[str, int]:
-  """Validates every shard of a store, and compares the joined arrays with the shards' arrays.
+  """Validates every shard of a store. Compares the joined arrays with the arrays of the shards.
 
   Returns the numbers of shards, documents, segments and tokens.
 
@@ -113,7 +113,7 @@ def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
   names = [f"{split}_{kind}" for split in SPLITS for kind in KINDS]
   for path in [epath.Path(folder) / name for name in names]:
     if not path.exists():
-      continue  # Some runs have no split `bank` or no interleaved documents.
+      continue  # For example, a run may have no split `bank` or no interleaved documents.
     store = DocumentStore(path, vocab)
     counts = ", ".join(f"{count:,} {field}" for field, count in validate_store(store).items())
     print(f"{store.folder}: {counts}; all valid.", flush=True)
@@ -123,7 +123,7 @@ def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
   """Compares all files of a raw folder with their digests and prints the number of images.
 
   Raises:
-    UserError: a file is missing or changed after it was written. The message names the file.
+    UserError: a file is missing, or it changed after it was written. The message names the file.
   """
   folder = epath.Path(folder)
   names, images, earlier = list(raw_pairs.shards(folder)), 0, 0

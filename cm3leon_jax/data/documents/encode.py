@@ -19,19 +19,20 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-# B images at a time, H height, W width, I codes of an image, C size of the codebook.
+# B images at a time, H height, W width, I codes per image, C size of the codebook.
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeJob:
-  """Job for `shards.run_shards` that encodes raw shards.
+  """A job for `shards.run_shards`, which encodes raw shards as document shards.
 
   Attributes:
-    load_tokenizers: returns a text tokenizer and an image tokenizer. The image tokenizer's `encode`
-      converts images, uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
-    resolution: H = W of the images for the image tokenizer.
-    max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary counts
-      them.
+    load_tokenizers: function that returns a text tokenizer and an image tokenizer. The method
+      `encode` of the image tokenizer converts images, [B, H, W, 3] uint8, to codes, [B, I] int32,
+      in raster order.
+    resolution: side of the square images for the image tokenizer, in pixels.
+    max_caption_tokens: maximum length of a caption. Longer captions are cut, and the summary says
+      how many captions were cut.
   """
 
   raw: str
@@ -44,7 +45,7 @@ class EncodeJob:
   num_threads: int = 8
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the tokenizers and returns the function that encodes a shard by its name."""
+    """Loads the tokenizers. Returns a function that encodes the shard with a given name."""
     text_tokenizer, image_tokenizer = self.load_tokenizers()
 
     def encode_shard(name: str) -> dict:
@@ -57,7 +58,7 @@ class EncodeJob:
   def _encode_split(
     self, name: str, split: str, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
   ) -> dict[str, Any]:
-    """Encodes a split of a shard. Returns counts by kind, and `code_counts` [C] of image codes."""
+    """Encodes a split of a shard. Returns counts by kind of record, and counts of codes, [C]."""
     code_counts = np.zeros(self.vocab.image_size, np.int64)
     summary = {}
     for kind, cls in KINDS.items():
@@ -81,7 +82,7 @@ class EncodeJob:
   def _codes(
     self, images: list[str | bytes], image_tokenizer: ImageTokenizer, bar: str
   ) -> Iterator[np.ndarray]:
-    """Yields the [I] int32 codes of every image. `bar` labels the progress bar."""
+    """Yields the codes of every image, [I] int32. `bar` is the label of the progress bar."""
     with progress_bar(
       total=len(images), desc=bar, unit="image", leave=False, disable=not images
     ) as progress:
@@ -112,7 +113,7 @@ def _documents(
   vocab: VocabLayout,
   counts: np.ndarray,
 ) -> Iterator[Document]:
-  """Yields one document per record. Adds its image codes to `counts`, [C] int64."""
+  """Yields one document per record. Counts the codes of its images in `counts`, [C] int64."""
   for record in records:
     kinds = [False] + [True] * isinstance(record, RawPair)
     if hasattr(record, "segments"):
@@ -140,13 +141,13 @@ def load_tokenizers(
 
 
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
-  """Writes a store `{split}_{kind}` for each split and kind. Schema: docs/workdir.md.
+  """Writes a store `{split}_{kind}` for each split and kind of record (see docs/workdir.md).
 
   Document i of a store is record i of the same split and kind in the raw folder. `inputs` holds the
-  ids of the tokenizers. If an id changes, all shards are encoded again.
+  ids of the tokenizers. If such an id changes, all shards are encoded again.
 
-  Returns for each split: number of documents by kind, token counts, number of cut captions, and the
-  result of `code_usage`.
+  Returns for each split: the number of documents by kind, the number of tokens, the number of cut
+  captions, and the result of `code_usage`.
 
   Raises:
     UserError: a code is outside the vocabulary, all images have the same single code, or the split
@@ -213,13 +214,13 @@ class _Totals:
 
 
 def code_usage(counts: np.ndarray) -> dict:
-  """Computes codebook usage from `counts`, the number of occurrences of each code, [C] integers.
+  """Computes codebook usage from the number of occurrences of each code: `counts`, [C] integers.
 
     counts = [2, 2, 0, 0]: codes_used 2, code_entropy_bits 1.0, code_perplexity 2.0
 
   Returns:
-    Number of codes that occur, their unigram entropy in bits, and their perplexity, which is C if
-    all codes are equally frequent and 1 for a single code.
+    The number of codes that occur, their unigram entropy in bits, and their perplexity. The
+    perplexity is C if all codes are equally frequent, and 1 if only one code occurs.
   """
   used = counts[counts > 0] / max(counts.sum(), 1)
   bits = float(-(used * np.log2(used)).sum()) + 0.0

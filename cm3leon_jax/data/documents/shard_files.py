@@ -1,4 +1,4 @@
-"""Reads and checks the shard files of document stores: versions, vocabularies, digests."""
+"""Reads the files of document shards and checks their versions, vocabularies and digests."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -16,7 +16,7 @@ RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the two files of a sha
 
 
 class BadRecord(UserError):
-  """A document cannot be read. `data.on_bad_record` decides whether training skips the document."""
+  """Error of an unreadable document. `data.on_bad_record` decides whether training skips it."""
 
 
 def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
@@ -48,7 +48,7 @@ def check_version(path: epath.Path, version: int | None) -> None:
 
 
 def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
-  """Raises UserError if a file was written with an unexpected vocabulary."""
+  """Raises UserError if the vocabulary `stored` in a file is not the `expected` vocabulary."""
   if stored != expected:
     raise UserError(
       f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
@@ -57,12 +57,13 @@ def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) ->
 
 
 def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> dict[str, dict]:
-  """Returns size and SHA-256 of both files of a shard.
+  """Returns the size and the SHA-256 digest of both files of a shard.
 
-  `stored` describes the record file as it was written. None means that an earlier version wrote it.
+  `stored` has the size and the digest of the record file when it was written. None means that an
+  earlier version of the code wrote the file.
 
   Raises:
-    UserError: the size of the record file changed.
+    UserError: the size of the record file changed after it was written.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
   if stored is None:
@@ -74,13 +75,13 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
 
 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
-  """Raises BadRecord if a shard file is missing or damaged. Compares its digest if `content`."""
+  """Raises BadRecord if a shard file is missing or damaged. `content` includes its digest."""
   if wrong := damage(folder / file, expected, content):
     raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
 
 
 def encode_again(path: epath.PathLike) -> str:
-  """Returns the end of an error message: how to write the store that contains `path` again."""
+  """Returns the end of an error message, which says how to write the store of `path` again."""
   folders = [folder for folder in epath.Path(path).parents if folder.name in table.STAGES]
   folder = folders[0] if folders else epath.Path("documents")
   command = table.STAGES[folder.name].command
@@ -88,12 +89,12 @@ def encode_again(path: epath.PathLike) -> str:
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Returns the end of an error message: how to replace a damaged file of a store."""
+  """Returns the end of an error message, which says how to replace a damaged file of a store."""
   return stages.again(folder.parent, damaged)
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists `folders` once. Returns a predicate: does every folder have both files of a shard?"""
+  """Lists `folders` once. Returns a function: name of a shard -> all folders have its files."""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

@@ -1,6 +1,6 @@
-"""Stores documents, which are ordered text and image segments of token ids, in ArrayRecord shards.
+"""Stores documents in ArrayRecord shards. A document is a list of text and image segments.
 
-The schema is in docs/workdir.md.
+Segments are token ids. The schema is in docs/workdir.md.
 """
 
 # N documents of a store, S segments of all documents, T tokens of a segment.
@@ -38,13 +38,13 @@ from cm3leon_jax.vocab import VocabLayout
 INDEX = "index.json"
 # Fields of the index.
 FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}
-MAX_OPEN = 256  # Number of shards that a store keeps open.
+MAX_OPEN = 256  # Maximum number of shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A text or image: `tokens` [T] int32 of the shared vocabulary, without `<break>` and `</s>`."""
+  """A text or image: token ids of the shared vocabulary, [T] int32. Has no `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -52,17 +52,17 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """Segments in reading order, and their origin. In a pair, the caption is first.
+  """Segments in reading order, with their origin. In a pair, the caption is first.
 
   Attributes:
     key: unique name within its source.
     segments: at least one segment.
     source, license, attribution: origin of the original work.
-    group: name that near duplicates share. They are never neighbors of each other. "" means no
-      group.
-    concept: name that documents with the same content share. They are not independent samples. ""
-      means no concept.
-    facts: JSON object with facts about image and caption. Empty for sources without facts.
+    group: name that near duplicates share. Documents of a group are never neighbors of each other.
+      "" means no group.
+    concept: name that documents with the same content share. Such documents are not independent
+      samples. "" means no concept.
+    facts: JSON object with facts about the image and caption. Empty for sources without facts.
   """
 
   key: str
@@ -76,7 +76,7 @@ class Document:
 
 
 def encode_document(document: Document) -> bytes:
-  """Serializes a document as a record of a shard."""
+  """Converts a document to the bytes of a record."""
   segments = [
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
@@ -87,7 +87,7 @@ def encode_document(document: Document) -> bytes:
 
 
 def decode_document(record: bytes) -> Document:
-  """Inverts `encode_document`."""
+  """Converts the bytes of `encode_document` back to a document."""
   fields = msgpack.unpackb(record)
   segments = tuple(
     Segment(s["image"], np.frombuffer(s["tokens"], "<i4")) for s in fields.pop("segments")
@@ -103,7 +103,7 @@ def group_id(group: str) -> int:
 def write_shard(
   folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` atomically as one shard of the store in `folder`. Returns their number.
+  """Writes a shard of the store in `folder` atomically. Returns the number of documents.
 
   Raises:
     UserError: a document is invalid, see `check_document`.
@@ -138,12 +138,12 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Compressed, because most token counts of small shards are 0.
+    np.savez_compressed(f, **arrays)  # Most counts of a small shard are 0.
   return len(counts)
 
 
 def add_tokens(counts: np.ndarray, document: Document) -> None:
-  """Adds the number of occurrences of every id in `document` to `counts`, [vocab.size] int64."""
+  """Counts the token ids of `document` in `counts`, [vocab.size] int64."""
   np.add.at(counts, np.concatenate([segment.tokens for segment in document.segments]), 1)
 
 
@@ -163,7 +163,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
     files |= describe_shard(folder, name, shards[-1].pop("records", None))
-    token_counts += shards[-1].pop("token_counts")  # Keeping all of them would need much memory.
+    token_counts += shards[-1].pop("token_counts")  # All counts would need much memory.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])
     for field in ("counts", "lengths", "is_image", "groups", "concepts")
@@ -183,14 +183,14 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
 def write_documents(
   folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` as a store with one shard. Results and errors are as in `write_shard`."""
+  """Writes a store with one shard. Returns and raises the same as `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
   return finish_store(folder, ["000000"], vocab)
 
 
 def check_document(document: Document, vocab: VocabLayout) -> None:
-  """Raises UserError if a document has no segments, an empty segment, or ids of the wrong kind."""
+  """Raises UserError if a document has no segments, empty segments, or ids of the wrong kind."""
   if not document.segments:
     raise UserError(
       f"document '{document.key}' has no segments; it needs at least one text or image."
@@ -214,11 +214,11 @@ def check_document(document: Document, vocab: VocabLayout) -> None:
 class DocumentStore:
   """Random access to the documents of one folder: `store[i]` reads document i from disk.
 
-  Opening an array compares it with its digest. Reading a record verifies its checksum and segment
-  lengths. Opening a record file compares only its size; `validate.validate_store` compares its
-  digest.
+  The store compares each array with its digest when it opens the array. It verifies the checksum
+  and the segment lengths of each record that it reads. It compares only the size of a record file;
+  `validate.validate_store` compares the digest.
 
-  Attributes, mapped into memory:
+  Attributes (arrays are mapped into memory):
     offsets: [N + 1] int64. The segments of document i are `offsets[i]` to `offsets[i + 1]`.
     lengths: [S] int32, number of tokens of each segment.
     is_image: [S] bool.
@@ -288,13 +288,13 @@ class DocumentStore:
     return array_record_module.ArrayRecordReader(str(self.folder / file))
 
   def check_shard(self, name: str) -> None:
-    """Compares both files of a shard with their digests. Raises UserError if a file is damaged."""
+    """Raises UserError if the digest of a file of the shard is wrong."""
     for file in (f"{name}{RECORDS}", f"{name}{LENGTHS}"):
       if file in self.files:
         check_shard_file(self.folder, file, self.files[file])
 
   def __getitem__(self, i: int) -> Document:
-    """Reads document i. Raises BadRecord if its record is unreadable or has wrong lengths."""
+    """Reads document i. Raises BadRecord if its record is unreadable or its lengths are wrong."""
     if not 0 <= i < len(self):
       raise IndexError(f"document {i} of {len(self)} in {self.folder}")
     shard = int(np.searchsorted(self._ends, i, side="right"))
@@ -328,11 +328,11 @@ class Bank:
   """The documents that can be retrieved: training pairs, followed by pairs of the split `bank`.
 
   Attributes:
-    parts: store of the training pairs, and, if it exists, store of the pairs of the split `bank`.
+    parts: the store of the training pairs, and, if it exists, the store of the split `bank`.
   """
 
   def __init__(self, documents: epath.PathLike, vocab: VocabLayout):
-    """Opens the stores of pairs in the folder `documents`. Errors are as in `DocumentStore`."""
+    """Opens the stores of pairs in the folder `documents`. Raises the same as `DocumentStore`."""
     documents = epath.Path(documents)
     self.folder = documents / "train_pairs"
     self.parts: tuple[DocumentStore, ...] = (DocumentStore(self.folder, vocab),)
@@ -364,9 +364,9 @@ class Bank:
 
 
 def _map_array(path: epath.Path) -> np.ndarray:
-  """Maps a local NumPy file into memory, or reads a file in a GCS bucket."""
+  """Maps a local NumPy file into memory. Reads a NumPy file in a GCS bucket completely."""
   if "://" not in str(path):
-    return np.asarray(np.load(path, mmap_mode="r"))  # Indexing a plain view is faster.
+    return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
   with path.open("rb") as f:
     return np.load(f)
 
@@ -374,5 +374,5 @@ def _map_array(path: epath.Path) -> np.ndarray:
 def first_documents(
   store: Bank | DocumentStore, ids: np.ndarray, count: int
 ) -> tuple[Document, ...]:
-  """Returns the documents of the first `count` ids, without counting -1, which is padding."""
+  """Returns the documents of the first `count` ids. Skips -1, which is padding."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])

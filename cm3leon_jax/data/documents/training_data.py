@@ -1,4 +1,4 @@
-"""Records the origins of a model's training data, including the data of earlier runs."""
+"""Records the origins of the data of a model, including data of the runs that initialized it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from cm3leon_jax.data.sources import origins as origins_lib
 from cm3leon_jax.files.json_files import lacks, read_json, write_json
 from cm3leon_jax.runs import stages
 
-FILE = "training_data.json"  # File in an export or a bundle, and in imports of them.
+FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
 IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.
 ORIGIN = (*origins_lib.FIELDS, "records")
 
@@ -24,8 +24,8 @@ def collect(
   `locate` maps a value of `--init_from` to a folder.
 
   Returns:
-    runs: {"name", "known"} of the run, then of the run that initialized it, and so on. "known" says
-      whether the origins of the run are recorded.
+    runs: {"name", "known"} of each run: the run, the run that initialized it, and so on. "known"
+      says whether the origins of the data of this run are recorded.
     origins: {"run", "kind", "source", "license", "attribution", "records"} of each origin.
       "records" is the number of records in all splits.
 
@@ -39,7 +39,7 @@ def collect(
   while str(folder) not in seen:
     seen.add(str(folder))
     path = folder / "train" / "config.json"
-    if (folder / FILE).exists() and not path.exists():  # FILE includes all earlier runs.
+    if (folder / FILE).exists() and not path.exists():  # The file includes all earlier runs.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
     found = _raw_origins(folder) + _instruction_origins(folder)
@@ -52,7 +52,7 @@ def collect(
 
 
 def _raw_origins(folder: epath.Path) -> list[dict]:
-  """Returns the origins of captioned images and texts, the most common first."""
+  """Returns the origins of captioned images and texts. The most common origins are first."""
   raw = folder / "raw"
   if not (raw / reader.INDEX).exists():
     return []
@@ -60,7 +60,7 @@ def _raw_origins(folder: epath.Path) -> list[dict]:
 
 
 def _instruction_origins(folder: epath.Path) -> list[dict]:
-  """Returns one origin for all instruction records, without a license, which is not recorded."""
+  """Returns one origin for all instruction records. Their license is not recorded."""
   done = folder / "instructions" / stages.DONE
   stored = read_json(done, {"config": dict, "summary": dict}) if done.exists() else {}
   root = stored.get("config", {}).get("instructions", {}).get("root")
@@ -72,7 +72,7 @@ def _instruction_origins(folder: epath.Path) -> list[dict]:
 
 
 def _name(folder: epath.Path) -> str:
-  """Returns the name of a run's folder, or of the folder that its weights were imported from."""
+  """Returns the name of the folder of a run, or of the folder whose weights it imported."""
   done = folder / stages.DONE
   imported = read_json(done, {"summary": dict})["summary"].get(IMPORTED) if done.exists() else None
   return epath.Path(imported or folder).name
@@ -82,7 +82,7 @@ def read(folder: epath.PathLike) -> dict[str, list[dict]]:
   """Reads the file that `write` wrote. Raises UserError if the file is missing or damaged."""
   path = epath.Path(folder) / FILE
   stored = read_json(path)
-  if isinstance(stored, list):  # An earlier version wrote the file.
+  if isinstance(stored, list):  # An earlier version of the code wrote the file.
     name = epath.Path(folder).name
     origins = [{"run": name, **origin} for origin in stored if isinstance(origin, dict)]
     stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
@@ -100,5 +100,5 @@ def write(
   workdir: epath.PathLike,
   locate: Callable[[str], epath.PathLike] = epath.Path,
 ) -> None:
-  """Writes the result of `collect` to the folder of an export or bundle."""
+  """Writes the result of `collect` to `folder`, which is an export or a bundle."""
   write_json(epath.Path(folder) / FILE, collect(workdir, locate))

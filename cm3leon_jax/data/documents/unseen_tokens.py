@@ -1,6 +1,6 @@
-"""Finds the text tokens that never occurred in training. They have no meaning for the model.
+"""Finds the text tokens that never occurred in training, which the model did not learn.
 
-For a run, document stores give the token counts. A bundle has a file with the unseen tokens.
+The document stores of a run contain the token counts. A bundle has a file of the unseen tokens.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
-FILE = "unseen_tokens.json"  # File in a bundle.
+FILE = "unseen_tokens.json"  # Name of the file in a bundle.
 READ = ("train_", "bank_")  # Name prefixes of the stores that training reads.
 
 
@@ -22,10 +22,10 @@ def find(
   vocab: VocabLayout,
   locate: Callable[[str], epath.PathLike] = epath.Path,
 ) -> frozenset[int] | None:
-  """Returns the text ids that occurred neither in a run nor in the runs that initialized it.
+  """Returns the text ids that occur in no data of a run or of the runs that initialized it.
 
   `workdir` can also be a bundle. `locate` maps a value of `--init_from` to a folder. Returns ids in
-  [vocab.num_special, vocab.text_size); None if they are unknown.
+  [vocab.num_special, vocab.text_size), or None if the token counts are unknown.
 
   Raises:
     UserError: a file is damaged.
@@ -49,7 +49,7 @@ def find(
 
 
 def _counts(path: epath.Path, size: int) -> np.ndarray:
-  """Reads the number of occurrences of each id in a store, without opening the store."""
+  """Reads the number of occurrences of each id from a store without opening the store."""
   stages.check_files(path)
   try:
     with path.open("rb") as file:
@@ -60,5 +60,5 @@ def _counts(path: epath.Path, size: int) -> np.ndarray:
 
 
 def write(folder: epath.PathLike, ids: frozenset[int]) -> None:
-  """Writes the result of `find` to the folder of a bundle."""
+  """Writes the result of `find` to `folder`, which is a bundle."""
   write_json(epath.Path(folder) / FILE, {"ids": sorted(ids)})

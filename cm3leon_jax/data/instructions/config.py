@@ -1,4 +1,4 @@
-"""Defines the config section of instruction tuning: tasks, formats and checks of both."""
+"""Defines the config section of instruction tuning. Checks tasks and formats of records."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -19,7 +19,7 @@ from cm3leon_jax import worlds
 from cm3leon_jax.config import STRICT, FieldError, build
 
 BREAK = "<break>"  # Separates the segments of a template.
-FIELD = re.compile(r"\{(\w+)(\??)\}")  # A template field: its name, and "?" if it is optional.
+FIELD = re.compile(r"\{(\w+)(\??)\}")  # A field of a template: name, "?" if optional.
 LossOn = Literal["all", "target"]
 
 
@@ -28,8 +28,9 @@ class Format:
   """A file format of instruction records.
 
   Attributes:
-    splits: splits that can be read. () means that a split is the name of any file.
-    images: names of the images in a record. () means that the file names texts and images.
+    splits: splits that can be read. () allows any split, which is then the name of a file.
+    images: names of the images in a record. () means that each record in the file names its texts
+      and images.
   """
 
   splits: tuple[str, ...]
@@ -99,7 +100,7 @@ def split_template(template: str) -> list[str]:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionTask:
-  """A task of instruction tuning. A record's key decides its template, with equal probability."""
+  """A task of instruction tuning. The key of a record selects a template uniformly."""
 
   name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
   """Unique name."""
@@ -141,7 +142,7 @@ class InstructionTask:
   """Share of samples in which `<mask:0>` replaces everything before the target. Requires an image
   as the target."""
 
-  # Field validators, unlike a model validator, report which field of the file is wrong.
+  # These are field validators, because a model validator does not report which field is wrong.
   @field_validator("templates")
   @classmethod
   def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,7 +165,7 @@ class InstructionTask:
   @classmethod
   def _check_target(cls, target: str, info: ValidationInfo) -> str:
     for template in info.data.get("templates", ()):
-      given = f"{{{target}}}" in template  # An optional field does not count.
+      given = f"{{{target}}}" in template  # False for an optional field.
       count = fields_of(template).count(target) if given else 0
       if count != 1:
         raise ValueError(
@@ -201,10 +202,10 @@ def make_task(values: Any) -> InstructionTask:
 
 
 def check_format(task: InstructionTask) -> None:
-  """Checks the splits and template fields of a task against its format.
+  """Checks that the splits and the template fields of a task fit its format.
 
   Raises:
-    FieldError: the format or a split is unknown, training and held-out split are the same, a
+    FieldError: the format or a split is unknown, the training split is also the held-out split, a
       template has a field that the records lack, or a template has an image inside a text.
   """
   world = worlds.world_of_format(task.format)
@@ -232,7 +233,7 @@ def check_format(task: InstructionTask) -> None:
 
 
 def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[str, ...]) -> None:
-  """Checks the fields of maps and templates against the fields of the records."""
+  """Checks that the fields of maps and templates fit the fields of the records."""
   if task.maps and task.target not in images:
     raise FieldError(
       f"maps require an image as the target, but the target is '{task.target}'.", ("maps",)
@@ -305,5 +306,5 @@ class InstructionsConfig:
 
   @property
   def any(self) -> bool:
-    """Returns whether the config has tasks."""
+    """Returns whether the config has any task."""
     return bool(self.tasks or self.own_tasks)

@@ -1,4 +1,4 @@
-"""Computes edge maps of an image. A model draws images from such maps."""
+"""Computes edge maps of images. A model learns to draw an image from its edge map."""
 
 # H height, W width.
 
@@ -14,7 +14,7 @@ LOW, HIGH = 100, 200  # Hysteresis thresholds, as in most examples of ControlNet
 
 
 def load_opencv() -> types.ModuleType:
-  """Imports OpenCV, which is an extra, because only tasks with computed maps need it.
+  """Imports OpenCV, which belongs to an extra because only tasks with computed maps need it.
 
   Raises:
     UserError: OpenCV is not installed.
@@ -29,21 +29,21 @@ def load_opencv() -> types.ModuleType:
 
 
 def canny_edges(image: np.ndarray) -> np.ndarray:
-  """Finds edges by the method of Canny (1986): white, one pixel wide, on black.
+  """Draws the edges that the method of Canny (1986) finds. They are white and one pixel wide.
 
-  Each pixel uses the channel with the largest gradient, so that a yellow object on white has edges,
-  too. The image and the result are [H, W, 3] uint8.
+  Each pixel uses the color channel with the largest gradient. A yellow object on white therefore
+  has edges, too. The background is black. The image and the result are [H, W, 3] uint8.
   """
   edges = load_opencv().Canny(np.ascontiguousarray(image), LOW, HIGH)
   return np.repeat(edges[..., None], 3, axis=2)
 
 
 def scribble(image: np.ndarray) -> np.ndarray:
-  """Draws an image as a person would scribble it, with few thick smooth lines.
+  """Draws an image as a person would scribble it, with few lines that are thick and smooth.
 
-  Blurs the image, finds edges and thickens them. Then blurs the lines and thresholds them, so that
-  corners are round. The line width grows with the height of the image. The lines are white on
-  black. The image and the result are [H, W, 3] uint8.
+  Blurs the image, finds its edges, and widens the edges to thick lines. Then blurs and thresholds
+  the lines, which makes corners round. The line width grows with the height of the image. The lines
+  are white on black. The image and the result are [H, W, 3] uint8.
   """
   cv2, width = load_opencv(), max(2, image.shape[0] // 64)
   blurred = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), width / 2)
@@ -57,7 +57,7 @@ MAPS = {"canny": canny_edges, "scribble": scribble}
 
 @dataclasses.dataclass(frozen=True)
 class ImageMap:
-  """A map that is computed when the image is read. `kind` is a key of MAPS."""
+  """A map of `image`, which is computed when it is read. `kind` is a key of MAPS."""
 
   kind: str
   image: "str | np.ndarray | ImageMap"

@@ -3,8 +3,8 @@
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
 (Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and the
-formats of `grounding`, `lines` and `llava`. docs/data_formats.md has a table of the files. The
-reader strips white space at both ends of texts and skips records with a blank caption or answer.
+formats of `grounding`, `lines` and `llava`. The files are listed in docs/data_formats.md. The
+reader strips white space at both ends of texts. It skips records with a blank caption or answer.
 """
 
 import collections
@@ -35,7 +35,7 @@ from cm3leon_jax.data.published.releases import (
 )
 from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
 
-# Split of Localized Narratives -> prefix of the file names, number of files, image path of an id.
+# Split of Localized Narratives -> prefix of file names, number of files, image path for an id.
 NARRATIVES = {
   "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
   "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
@@ -48,9 +48,9 @@ NARRATIVES = {
   "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
   "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
 }
-# Split of InstructPix2Pix -> range of seeds.json in twentieths, as in the released training code.
+# Split of InstructPix2Pix -> its part of seeds.json, as a range in twentieths (released code).
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
-UNANSWERABLE = "unanswerable"  # The answer that VizWiz uses.
+UNANSWERABLE = "unanswerable"  # The answer to an unanswerable question in VizWiz.
 
 
 CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")
@@ -73,7 +73,7 @@ def open_records(
     name: name of the format, a key of `FORMATS`.
     root: folder with the files of the release.
     split: one of `FORMATS[name].splits`.
-    images: folder that holds the release's image folders, e.g. `train_images/`. None means `root`.
+    images: parent folder of the release's image folders, e.g. `train_images/`. None means `root`.
 
   Raises:
     UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
@@ -97,7 +97,7 @@ def open_records(
       start, count, image = NARRATIVES[split]
       shards = [f"-{i:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
       shards = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]
-      # If the folder has only the small file of captions, every shard resolves to that file.
+      # The small file with captions, if it exists, replaces the files of all shards.
       files = dict.fromkeys(file(f"{start}_captions.jsonl", shard) for shard in shards)
       return read_narratives(files, images, image)
     case "textvqa":
@@ -118,7 +118,7 @@ def open_records(
 
 
 def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields one record per caption, with the key of `caption_prompts`."""
+  """Yields one record per caption. Its key is as in `caption_prompts`."""
   for example in caption_prompts(examples):
     assert example.prompt is not None
     assert example.image is not None
@@ -127,12 +127,12 @@ def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
 
 
 def question_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields one record per question, with the most frequent answer of the annotators.
+  """Yields one record per question. Its answer is the most frequent answer of the annotators.
 
     references ("a cat", "cat", "cat ", "", "", "") become the answer "cat"
 
-  Ties go to the first answer in the file. Blank answers do not count. An unanswerable question has
-  the answer "unanswerable". The fact `answers` keeps all answers unchanged.
+  If several answers are equally frequent, the first in the file is used. Blank answers do not
+  count. An unanswerable question has the answer "unanswerable". The fact `answers` has all answers.
   """
   for example in examples:
     given = [text.strip() for text in example.references if text.strip()]
@@ -153,7 +153,7 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
 
 
 def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split of dataset_flickr30k.json with all its captions.
+  """Yields each image of a split with all its captions, from dataset_flickr30k.json.
 
   Args:
     file: {"images": [{filename, split, sentences: [{raw}]}]}.
@@ -167,7 +167,7 @@ def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Ite
   for name, entry in evaluation_files.karpathy_split(file, split, "filename", str).items():
     where = f"{file}, image {name}"
     texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
-    key = posixpath.splitext(name)[0]  # The id of the image, as in Localized Narratives.
+    key = posixpath.splitext(name)[0]  # The image id, which Localized Narratives also uses.
     path = images.find(posixpath.join("flickr30k-images", name), where)
     yield Example(key, key, path, references=texts)
 
@@ -175,15 +175,15 @@ def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Ite
 def read_narratives(
   files: Iterable[epath.PathLike], images: ImageFolder, image: str
 ) -> Iterator[Record]:
-  """Yields each caption of Localized Narratives.
+  """Yields one record per caption of Localized Narratives.
 
     {"image_id": "137576", "caption": "In this image ..."} becomes a record with the image
-    val2017/000000137576.jpg, the group 137576 and the key 137576/0; the image's next caption has
-    the key 137576/1
+    val2017/000000137576.jpg, the group 137576 and the key 137576/0. The next caption of the image
+    has the key 137576/1.
 
   Args:
-    files: JSONL files with {image_id, caption} per line. The traces in the large files are ignored.
-    image: format string of the path in `images` for an image id, e.g. "val2017/{:0>12}.jpg".
+    files: JSONL files with {image_id, caption} per line. Other fields, such as traces, are ignored.
+    image: format string that makes a path in `images` from an id, e.g. "val2017/{:0>12}.jpg".
 
   Raises:
     UserError: a line is not JSON or has the wrong format. The message names the file and the line.
@@ -201,11 +201,11 @@ def read_narratives(
 
 
 def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]:
-  """Yields each question of TextVQA with the answers of its annotators.
+  """Yields each question of TextVQA with its annotators' answers.
 
   Args:
     file: {"data": [{question_id, image_id, question, answers: [text]}]}.
-    images: parent folder of train_images/, which has the images of both splits.
+    images: parent folder of train_images/, which holds the images of both splits.
 
   Raises:
     UserError: the format is wrong, an id occurs twice, or a question has no answers. The message
@@ -227,14 +227,14 @@ def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]
 def read_scienceqa(
   problems: epath.PathLike, splits: epath.PathLike, images: ImageFolder, split: str
 ) -> Iterator[Record]:
-  """Yields each problem of a split of ScienceQA that has an image.
+  """Yields the problems of a split of ScienceQA. Skips problems without an image.
 
     {"choices": ["Ohio", "Iowa"], "answer": 1, "hint": "", "solution": "Iowa is ...", ...} becomes
     the options "(A) Ohio (B) Iowa", the answer "(B)", the context "", the explanation
     "Iowa is ...", the reasoning "Iowa is ... So the answer is (B)", and the facts
     {"choices": ["Ohio", "Iowa"], "answer_index": 1}
 
-  A problem without an explanation has an empty reasoning.
+  The reasoning is empty if a problem has no explanation.
 
   Args:
     problems: file with {id: {question, choices: [text], answer: index into choices, hint, solution,
@@ -281,15 +281,16 @@ def read_scienceqa(
 def read_instruct_pix2pix(
   seeds: epath.PathLike, images: ImageFolder, split: str
 ) -> Iterator[Record]:
-  """Yields each pair of images of a split of InstructPix2Pix.
+  """Yields the pairs of images (before and after an edit) of a split of InstructPix2Pix.
 
-    ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7, with the images
-    0000042/7_0.jpg and 0000042/7_1.jpg, and 0000042/9; both have the texts of 0000042/prompt.json
+    ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7 and 0000042/9. The first
+    has the images 0000042/7_0.jpg and 0000042/7_1.jpg. Both use the texts in 0000042/prompt.json.
 
   Args:
-    seeds: file with [[folder, [seed]]]. FOLDER/prompt.json next to it has {input, edit, output}.
+    seeds: file with [[folder, [seed]]]. Next to this file, each folder has a prompt.json with
+      {input, edit, output}.
     images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
-    split: "train", "val" or "test": the first 90%, the next 5% and the last 5% of seeds.json.
+    split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).
 
   Raises:
     UserError: the format is wrong, a folder or seed occurs twice, or a folder does not exist next
@@ -319,7 +320,7 @@ def read_instruct_pix2pix(
 
 
 def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
-  """Returns folder -> seeds of seeds.json. Raises UserError at an invalid entry."""
+  """Returns a dict from folder to seeds. Raises UserError if an entry of seeds.json is invalid."""
   folders = {}
   for number, entry in enumerate(load_json(file, list), 1):
     where = f"{file}, entry {number}"

@@ -1,4 +1,4 @@
-"""Reads captions with object boxes and describes the boxes as text, as in CM3Leon's figure 15."""
+"""Reads captions with object boxes. Describes the boxes as text, as in CM3Leon's figure 15."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +12,8 @@ from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_js
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
-SIDE = 256  # Locations are pixels of an image with this side, whatever the run's resolution is.
-MOST_OBJECTS = 8  # Maximum per image, because a location takes about 20 tokens.
+SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
+MOST_OBJECTS = 8  # Maximum number per image. A location takes about 20 tokens.
 
 Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 
@@ -21,14 +21,14 @@ Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 def read_coco_objects(
   instances: epath.PathLike, captions: epath.PathLike, images: ImageFolder, folder: str
 ) -> Iterator[Record]:
-  """Yields each caption of COCO with the objects of its image.
+  """Yields one record per caption of COCO, with the objects of the image.
 
     a bottle in the box [199, 130, 5, 20] of an image of 256 x 256 pixels:
     objects "bottle at location (199, 130) -> (204, 150)"
 
   Locations refer to the image after preprocessing: its centered square, scaled to SIDE x SIDE
-  pixels. Boxes are clipped to the square. Objects outside the square and crowds are skipped. The
-  largest MOST_OBJECTS remain, ordered from large to small. Images without objects are skipped.
+  pixels. Boxes are clipped to the square. Crowds and objects outside the square are skipped. The
+  text lists the largest MOST_OBJECTS, the largest first. Images without objects are skipped.
 
   Args:
     instances: file with {"images": [{id, width, height}], "categories": [{id, name}],
@@ -39,8 +39,8 @@ def read_coco_objects(
 
   Raises:
     UserError: the format is wrong, an id occurs twice, an object has an unknown image or category,
-      an image has no valid size, or a captioned image is not in `instances`. The message names the
-      file and the id.
+      the size of an image is invalid, or an image with a caption is not in `instances`. The message
+      names the file and the id.
   """
   objects = _objects_by_image(instances)
   for example in caption_prompts(files.read_coco(captions, images, folder)):
@@ -57,7 +57,7 @@ def read_coco_objects(
 
 
 def _objects_by_image(file: epath.PathLike) -> dict[int, str]:
-  """Maps each image id to the text that describes its objects."""
+  """Returns a dict from image id to the text that describes the objects."""
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
   categories = field_of(content, "categories", list, file)
@@ -105,10 +105,10 @@ def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
   """Converts a box to coordinates of the image's centered square, scaled to SIDE x SIDE pixels.
 
     square_box((100, 50, 100, 25), 400, 200) = (0, 64, 128, 96)
-    The square begins at column 100, and a pixel becomes 1.28 x 1.28.
+    The square begins at column 100, and the scale is 1.28.
 
   `bbox` is left, top, width and height in pixels of the image. The result is left, top, right and
-  bottom, clipped and rounded, or None if the box is outside the square.
+  bottom, clipped to the square and rounded. It is None if the box is outside the square.
   """
   side = min(width, height)
   scale = SIDE / side
@@ -121,7 +121,7 @@ def square_box(bbox: Sequence[float], width: int, height: int) -> Box | None:
 
 
 def describe_objects(objects: Sequence[tuple[str, Box]]) -> str:
-  """Describes the largest objects, in descending order of area, as in CM3Leon's figure 15.
+  """Describes the largest objects as text, in descending order of area (CM3Leon, figure 15).
 
   [("cup", (0, 0, 9, 9)), ("bottle", (199, 130, 204, 150))] becomes
   "bottle at location (199, 130) -> (204, 150), cup at location (0, 0) -> (9, 9)"

@@ -15,22 +15,22 @@ FIELDS = ("key", "group", "texts", "images")
 
 
 def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
-  """Yields one record per nonblank line.
+  """Yields one record per line that is not blank.
 
     {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}} in line 3
-    becomes Record("3", "a/7.jpg", {"question": "how many?", "answer": "two"},
+    of the file becomes Record("3", "a/7.jpg", {"question": "how many?", "answer": "two"},
     {"image": "IMAGES/a/7.jpg"})
 
   Args:
-    file: JSONL file with these fields: `texts`, {name: text}, and `images`, {name: path}, of which
-      at least one is required. `key`, unique in the file, defaults to the line number. `group`
-      defaults to the path of the first image, or to the key if there is no image.
-    images: folder that the paths are relative to. Absolute paths and URLs are kept.
+    file: JSONL file. Its lines have the field `texts`, {name: text}, the field `images`,
+      {name: path}, or both. The optional field `key` must be unique in the file; its default is the
+      line number. The default of `group` is the path of the first image, or `key` without images.
+    images: folder to which the paths are relative. Absolute paths and URLs do not change.
 
   Raises:
-    UserError: a line is not JSON, a field is unknown or has the wrong type, a template cannot
-      contain a name, a key occurs twice, or an image is outside the folder. The message names the
-      file and the line.
+    UserError: a line is not JSON, a field is unknown or has the wrong type, a name cannot be a
+      field of a template, a key occurs twice, or an image is outside the folder. The message
+      names the file and the line.
   """
   seen: dict[str, str] = {}
   for where, entry in read_json_lines(file):
@@ -56,7 +56,7 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
 
 
 def _named(entry: dict, field: str, where: str) -> dict[str, str]:
-  """Returns the texts or paths of a line, stripped of white space at both ends."""
+  """Returns the texts or paths of a line. Strips white space at both ends of each."""
   values = entry.get(field, {})
   if not isinstance(values, dict):
     raise UserError(f"{where} must have an object in its field '{field}'.")

@@ -10,7 +10,7 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-# Split, which is also the file name -> folder of the file's images.
+# Split (also the name of its file) -> folder of the images.
 LLAVA = {
   "llava_instruct_150k": "train2017",
   "llava_instruct_80k": "train2017",
@@ -23,23 +23,23 @@ IMAGE_MARK = "<image>"
 
 
 def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Record]:
-  """Yields one record per answer in LLaVA's conversations about images.
+  """Yields one record per answer in the conversations of LLaVA about images.
 
     human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
-    become the record 3/0, with the instruction "What is it?" and the answer "A bus.", and 3/1, with
-    the instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?" and "Red."
+    become two records. 3/0 has the instruction "What is it?" and the answer "A bus."; 3/1 has the
+    instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?", the answer "Red."
 
-  Ignores the field `id`, which is not unique. Skips conversations without an image, and a question
-  without an answer at the end of a conversation.
+  Ignores the field `id`, which is not unique. Skips conversations without an image. Skips the last
+  question of a conversation if it has no answer.
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
     images: parent folder of `folder`.
-    folder: folder that the image names in `file` are relative to. "" means `images` itself.
+    folder: folder to which the image names in `file` are relative. "" means `images` itself.
 
   Raises:
-    UserError: the format is wrong, a conversation has no answer, or human and gpt do not take
-      turns. The message names the file and the entry.
+    UserError: the format is wrong, a conversation has no answer, or "human" and "gpt" do not
+      alternate. The message names the file and the entry.
   """
   for number, entry in enumerate(load_json(file, list), 1):
     where = f"{file}, entry {number}"
@@ -57,7 +57,7 @@ def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterat
 
 
 def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
-  """Returns the (question, answer) pairs of a conversation, without image marks."""
+  """Returns the (question, answer) pairs of a conversation without "<image>"."""
   values = []
   for number, turn in enumerate(field_of(entry, "conversations", list, where)):
     place = f"{where}, turn {number + 1}"

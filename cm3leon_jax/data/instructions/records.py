@@ -1,4 +1,4 @@
-"""Defines records of instruction data: named texts and images, which a task's template joins."""
+"""Defines records of instruction data. A template joins the texts and images of a record."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -15,10 +15,10 @@ class Record:
 
   Attributes:
     key: unique in its source.
-    group: e.g. the id of an image. Records of one group are not independent.
-    texts: name -> text; a name is e.g. "question".
-    images: name -> path, [H, W, 3] uint8 pixels, or a map to compute from an image.
-    facts: what a judge needs to know about the record. May be empty.
+    group: for example the id of an image. Records of one group are not independent samples.
+    texts: dict from a name, such as "question", to a text.
+    images: dict from a name to a path, pixels [H, W, 3] uint8, or a map to compute.
+    facts: facts by which an evaluation judges answers. May be empty.
   """
 
   key: str
@@ -29,7 +29,7 @@ class Record:
 
 
 class DrawnTasks(Protocol):
-  """Tasks of a world, which draws their records and images. Must be picklable for the workers."""
+  """Tasks of a world that draws records and images. Must be picklable for the workers."""
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
     """Yields the first `number` records of a task.
@@ -39,4 +39,4 @@ class DrawnTasks(Protocol):
     """
 
   def identity(self) -> dict[str, Any]:
-    """Returns everything that the records depend on, except the task and the split."""
+    """Returns all values on which the records depend, except the task and the split."""

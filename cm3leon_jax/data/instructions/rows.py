@@ -16,11 +16,11 @@ from cm3leon_jax.vocab import VocabLayout
 def instruction_sources(
   config: InstructionsConfig, folder: epath.Path, vocab: VocabLayout, split: str, share: float
 ) -> list[RowSource]:
-  """Opens the instructions of a split, one source per task. Returns [] if there are no tasks.
+  """Opens one source of rows per task for a split. Returns [] if there are no tasks.
 
   The numbers of training records decide the shares of the tasks in both splits. Held-out samples
-  are complete, and only their answers have a loss weight. `split` is "train" or "heldout", and
-  `share` is the sum of the shares of all tasks.
+  omit nothing, and only their targets have a loss weight. `split` is "train" or "heldout". `share`
+  is the sum of the shares of all tasks.
 
   Raises:
     UserError: a task has no store or no records, or no task has a held-out split.

@@ -1,7 +1,7 @@
-"""Plans and builds training samples from instruction documents with a known target.
+"""Plans and builds training samples from instruction documents, whose targets are known.
 
-target inside: </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
-image last:    </s> a cat <break> image </s>
+target text:  </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
+target image: </s> a cat <break> image </s>
 """
 
 # T tokens of a sample.
@@ -26,7 +26,7 @@ TARGETS = "targets.npy"
 
 
 class Drops(typing.NamedTuple):
-  """Shares of samples without the instruction, and without everything before the target."""
+  """Share of samples without the instruction, and share without everything before the target."""
 
   instruction: float = 0.0
   all: float = 0.0
@@ -37,9 +37,9 @@ class Instructions:
   """Targets, drops and loss weights of the instruction documents of one store.
 
   Attributes:
-    targets: [n, 2] int32, the target range of each document, half-open, in
+    targets: [n, 2] int32, the half-open range of the target of each document in
       `</s> segment <break> ... segment </s>`.
-    loss_on: "all" weights every token, "target" only the target.
+    loss_on: which tokens have a loss: "all" tokens, or only the "target".
   """
 
   targets: np.ndarray
@@ -76,10 +76,10 @@ class InstructionPlan(typing.NamedTuple):
 
   Attributes:
     first: index of the first segment that the sample keeps.
-    skipped: index of one more segment that the sample omits. -1 means none.
-    masked: whether `<mask:0>` replaces the omitted segments.
+    skipped: index of a later segment that the sample omits. -1 means none.
+    masked: whether `<mask:0>` replaces the segments before `first`.
     spans: the target as a CM3 span, or () if the target is the last image.
-    target: half-open range of the target in the joined sample, after segments were omitted.
+    target: half-open range of the target in the joined sample, without the omitted segments.
     neighbors, missing, crowded_out, dropped: as in `SamplePlan`. Instructions have no neighbors.
   """
 
@@ -104,20 +104,19 @@ def plan_instruction(
 ) -> InstructionPlan:
   """Chooses at random which segments a sample omits.
 
-    lengths = [2, 16, 3, 16], target = (25, 41), the last segment, an image
-    complete:            all four segments
-    without instruction: the first, the second and the fourth
-    without all:         </s> <mask:0> <break> fourth </s>
+    lengths = [2, 16, 3, 16], target = (25, 41): the target is the last segment, an image
+    complete:                             all four segments
+    without the instruction:              the first, the second and the fourth segment
+    without everything before the target: </s> <mask:0> <break> fourth segment </s>
 
   A target image that is the last segment is predicted in its place, like the image of a caption.
-  Any other target becomes a CM3 span that the model infills. Only samples with a target image omit
-  segments, because a masked answer would have no context left. The instruction is the segment
-  before the target.
+  Any other target becomes a CM3 span that the model infills. Samples omit segments only before such
+  an image; a span would have no context left. The instruction is the segment before the image.
 
   Args:
     lengths: segment lengths without `<break>` and `</s>`.
     target: half-open range in `</s> segment <break> ... segment </s>`.
-    rng: generator of the sample. No number has been drawn from it.
+    rng: new generator for the sample, from which no number was drawn.
   """
   starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
   last, total = len(lengths) - 1, int(starts[-1])
@@ -146,8 +145,8 @@ def build_instruction(
   """Builds the sample that `plan` describes.
 
   With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
-  paper. With "target", only the target and the token after it have that weight. Returns tokens [T]
-  int32, and their loss weights as targets [T] float32.
+  paper. With "target", only the target and the token after it have that weight. Returns the tokens,
+  [T] int32, and the loss weight of predicting each token, [T] float32.
 
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
@@ -173,7 +172,7 @@ def build_instruction(
     weights[:3] = 0
   if loss_on == "target":
     start, stop = plan.target
-    if plan.spans:  # The target moved to the end and <eoss> follows it.
+    if plan.spans:  # The target is at the end, and <eoss> follows it.
       start, stop = len(tokens) - 1 - (stop - start), len(tokens) - 1
     weights[:] = 0
     weights[start : stop + 1] = loss_weight

@@ -46,12 +46,12 @@ def open_task(
 ) -> Iterator[Record]:
   """Yields the records of a task.
 
-  `split` is "train" or "heldout". `drawn` maps the name of a world to its tasks, which draw the
-  records of the format WORLD/TASK.
+  `split` is "train" or "heldout". `drawn` maps the name of each world to its tasks, whose records
+  have the format WORLD/TASK.
 
   Raises:
-    UserError: the format or split is unknown, or the records cannot have a map; see also
-      `open_records`. The message names the task.
+    UserError: the format or split is unknown, a map is not possible for the records, or
+      `open_records` raises an error. The message names the task.
   """
   name, number = task.train, min(filter(None, (task.records, config.max_records)), default=0)
   if split == "heldout":
@@ -66,7 +66,7 @@ def open_task(
 
 
 def _check_maps(task: InstructionTask, root: str) -> None:
-  """Raises UserError if a computed map lacks OpenCV, or the folder of another map is missing."""
+  """Raises UserError if OpenCV is missing for computed maps, or the folder of a map is missing."""
   if set(task.maps.values()) & set(MAPS):
     load_opencv()
   for field, kind in task.maps.items():
@@ -96,7 +96,7 @@ def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
 
 
 def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig) -> Record:
-  """Adds the maps of a task to a record: computed maps of the target, or files from a folder."""
+  """Adds maps to a record. A map is computed from the target, or is a file in a folder."""
   if not task.maps:
     return record
   if task.target not in record.images:
@@ -127,8 +127,8 @@ class InstructionJob:
 
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
-    drawn: world name -> tasks of that world, which draw the records of the format WORLD/TASK.
-    positions: maximum number of predicted tokens per sample: the slots of a row.
+    drawn: name of a world -> its tasks, whose records have the format WORLD/TASK.
+    positions: maximum number of predicted tokens per sample, which is the slots of a row.
   """
 
   workdir: str
@@ -140,7 +140,7 @@ class InstructionJob:
   num_threads: int
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the tokenizers and returns the function that encodes a store, see `shards.ShardJob`."""
+    """Loads the tokenizers. Returns a function that encodes one store, see `shards.ShardJob`."""
     text_tokenizer, image_tokenizer = load_tokenizers(self.workdir, self.vocab)
     encoder = RecordEncoder(
       text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
@@ -158,8 +158,8 @@ class InstructionJob:
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
   """Writes the missing stores, one per task and split.
 
-  `inputs` holds the ids of the tokenizers. If an id changes, all stores are encoded again. Returns
-  store name -> counts, see `write_store`.
+  `inputs` holds the ids of the tokenizers. If such an id changes, all stores are encoded again.
+  Returns a dict from store name to counts, see `write_store`.
   """
   configs = {
     store_name(split, task): {**identity(task, job), "inputs": inputs}
@@ -181,7 +181,7 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
 
 
 def identity(task: InstructionTask, job: InstructionJob) -> dict:
-  """Returns everything that a task's store depends on, except the tokenizers."""
+  """Returns all values on which the stores of a task depend, except the tokenizers."""
   fields = dataclasses.asdict(task)
   for name in NOT_OF_STORES:
     del fields[name]

@@ -1,6 +1,6 @@
-"""Encodes instruction records into document stores with targets."""
+"""Encodes instruction records as document stores with targets."""
 
-# H height, W width, I codes of an image.
+# H height, W width, I codes per image.
 
 from collections.abc import Callable, Iterable
 from concurrent import futures
@@ -37,8 +37,8 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    positions: maximum number of predicted tokens per sample: the slots of a row.
-    redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
+    positions: maximum number of predicted tokens per sample, which is the slots of a row.
+    redrawn: share of records whose given images are encoded twice, see `InstructionsConfig`.
   """
 
   encode: Callable[[str], np.ndarray]
@@ -55,9 +55,9 @@ def write_store(
   """Writes the records of a task as a document store with targets.npy and rejected.jsonl.
 
   Documents keep the order of the records. Only SHARD records and their images are in memory at a
-  time. An invalid record goes to rejected.jsonl with the reason: an image cannot be read, a text is
-  empty, or the sample does not fit into a row. Returns the numbers of documents, of rejected
-  records, and of target tokens.
+  time. Writes invalid records to rejected.jsonl with the reason: an image cannot be read, a text
+  is empty, or the sample does not fit into a row. Returns the number of documents, the number of
+  rejected records, and the number of target tokens.
 
   Raises:
     UserError: a template does not fit the records, or no record is valid.
@@ -95,7 +95,7 @@ def write_store(
 def _encode(
   task: InstructionTask, records: list[Record], encoder: RecordEncoder
 ) -> tuple[list[tuple[Record, Instruction]], list[tuple[Record, str]]]:
-  """Returns valid records with their documents, and invalid records with the reason."""
+  """Returns valid records with their documents, and invalid records with the reasons."""
   images, wrong = _read_images(task, records, encoder)
   of_record: dict[int, dict[str, np.ndarray]] = {}
   if images:
@@ -129,17 +129,17 @@ def _encode(
 
 
 def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
-  """Decides from the key of a record whether its given images are redrawn."""
+  """Returns whether the given images of a record are encoded twice. The key decides."""
   return random.Random(f"{task.name} {key} redrawn").random() < share
 
 
 def _encode_images(
   tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
 ) -> np.ndarray:
-  """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32; encodes `redrawn` images twice.
+  """Encodes images, [n, H, W, 3] uint8, as codes, [n, I] int32: twice if `redrawn`.
 
-  Decoding codes and encoding the result changes the codes. A model that edits its own images sees
-  only codes that were encoded twice.
+  Decoding an image and encoding it again changes its codes. A model that edits generated images
+  sees such codes.
   """
   codes = np.array(tokenizer.encode(pixels))
   if redrawn.any():
@@ -148,7 +148,7 @@ def _encode_images(
 
 
 def _sample_length(one: Instruction) -> int:
-  """Returns the number of tokens of the complete sample, which is the longest one."""
+  """Returns the number of tokens of the longest sample of a document, which omits nothing."""
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def _read_images(
 ) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
   """Reads all images that the templates use.
 
-  Returns (record index, field, pixels) of each image, and record index -> error message.
+  Returns (record index, field, pixels) of each image, and error messages by record index.
   """
   named = {field for template in task.templates for field in fields_of(template)}
   read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
@@ -176,7 +176,7 @@ def _read_images(
 
 
 def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, np.ndarray]] | str:
-  """Reads the named images of a record as (field, pixels), or returns an error message."""
+  """Returns (field, pixels) of each image whose field is in `named`, or an error message."""
   try:
     return [
       (field, square_pixels(image, side))
@@ -188,7 +188,9 @@ def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, 
 
 
 def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
-  """Reads an image of a record (a path, pixels, or a map to compute) as [side, side, 3] uint8.
+  """Returns the pixels of an image of a record, [side, side, 3] uint8.
+
+  The image is a path, pixels, or a map that is computed here.
 
   Raises:
     UserError: the image cannot be read, or its pixels are not a square RGB image.

@@ -1,4 +1,4 @@
-"""Reads the tasks of an instruction tuning config from YAML files."""
+"""Reads the tasks of instruction tuning from YAML files."""
 
 from collections.abc import Sequence
 import importlib.resources
@@ -55,7 +55,7 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
 
 
 def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
-  """Builds the tasks of a YAML text. Messages call the text `where`.
+  """Builds the tasks of a YAML text. `where` is the name of the text in messages.
 
   Raises:
     UserError: the text is not a YAML list of tasks, a field is invalid, or two tasks have the same
@@ -89,7 +89,7 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
 
 
 def _check_keys(node: yaml.Node) -> None:
-  """Raises FieldError if a task has a field twice. YAML would silently keep the last value."""
+  """Raises FieldError if a task has a field twice. YAML would keep only the last value."""
   keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
   if twice := [key for key in keys if keys.count(key) > 1]:
     raise FieldError(
@@ -99,11 +99,11 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def _line_of(node: yaml.Node, path: Sequence[str | int]) -> int:
-  """Returns the line of a field, counted from 1, or of its nearest enclosing node."""
+  """Returns the line number, from 1, of a field or else of its nearest enclosing node."""
   line = node.start_mark.line
   for part in path:
     if isinstance(node, yaml.MappingNode):
-      # If a key occurs twice, the last occurrence is the mistake.
+      # If a key occurs twice, report the line of the last occurrence.
       inner = [pair for pair in node.value if pair[0].value == part][-1:]
     else:
       items = node.value if isinstance(node, yaml.SequenceNode) else []

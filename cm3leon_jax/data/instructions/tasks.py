@@ -1,11 +1,11 @@
 """Joins records into documents by the templates of a task, and mixes tasks.
 
-A task has templates with named fields, and a target field that the model predicts. A target image
-at the end of the document is predicted in its place. Any other target, such as an answer before the
-image, is the CM3 span of the document, as in the paper (CM3Leon, section 4 and table 5).
+A task has templates with named fields. The model predicts one of the fields, the target. If the
+target is an image at the end of the document, it stays there. Any other target, such as an answer
+before the image, is the CM3 span of the document, as in the paper (CM3Leon, section 4, table 5).
 """
 
-# I codes of an image, T tokens of a document.
+# I codes per image, T tokens of a document.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -28,7 +28,7 @@ from cm3leon_jax.tokenizers.text import encode_pieces
 
 
 def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
-  """Drops the lines of a text segment whose optional field is empty in the record.
+  """Drops each line of a text segment that has an optional field which is empty in the record.
 
     "Question: {question}\nContext: {context?}\nAnswer: {answer}." with the context "":
     "Question: {question}\nAnswer: {answer}."
@@ -50,16 +50,16 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
 
 
 def choose_template(task: InstructionTask, key: str) -> str:
-  """Chooses the template of a record by its key, so that every run makes the same choice."""
+  """Chooses the template of a record by its key, so every run makes the same choice."""
   digest = hashlib.sha256(f"{task.name} {key}".encode()).digest()
   return task.templates[int.from_bytes(digest[:8], "big") % len(task.templates)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A record that a task's template joined into a document.
+  """A document that a template made from a record.
 
-  `start` and `stop` are the range of the target in `</s> segment <break> ... segment </s>`.
+  The half-open range of the target in `</s> segment <break> ... segment </s>` is `start` to `stop`.
   """
 
   segments: tuple[Segment, ...]
@@ -73,18 +73,19 @@ def join_record(
   encode: Callable[[str], np.ndarray],
   codes: Mapping[str, np.ndarray],
 ) -> Instruction:
-  """Joins the fields of a record into a document by its task's template.
+  """Joins the fields of a record into a document, by a template of its task.
 
     "Question: {question} Answer: {answer}. <break> {image}", target "answer":
-    segments "Question: how many? Answer: two." and the image, range of the tokens of "two"
+    the result has the segments "Question: how many? Answer: two." and the image, and the range of
+    the tokens of "two"
 
-  A target inside a text is encoded separately from the text around it (`encode_pieces`). Decoding
-  tasks that infill a mask encode texts in the same way, so the target tokens match. White space in
-  the record's texts becomes single spaces, but line breaks of the template stay.
+  A target inside a text is encoded separately from the text around it (`encode_pieces`). When a
+  task infills a mask in decoding, it encodes the text in the same way, so the tokens match. White
+  space in texts of the record becomes single spaces. Line breaks of the template do not change.
 
   Args:
     encode: text -> [T] int32 ids.
-    codes: field name -> [I] int32 ids of the image in the shared vocabulary.
+    codes: field name -> ids of the image in the shared vocabulary, [I] int32.
 
   Raises:
     RecordError: a required text is empty, so the record is rejected.
@@ -108,7 +109,7 @@ def join_record(
 def _check_place(
   task: InstructionTask, segments: list[Segment], target: tuple[int, int], end: int
 ) -> None:
-  """Checks that a target image is last and that the task's drops are possible.
+  """Checks that a target image is the last segment and that dropping segments is possible.
 
   `target` is a half-open range, and `end` is the index after the last token of the last segment.
 
@@ -142,7 +143,10 @@ def _segment(
   encode: Callable[[str], np.ndarray],
   codes: Mapping[str, np.ndarray],
 ) -> tuple[np.ndarray, bool, tuple[int, int] | None]:
-  """Returns a segment's tokens, whether it is an image, and the target's range in it or None."""
+  """Returns the tokens of a segment, whether it is an image, and the range of the target.
+
+  The range is None if the target is not in this segment.
+  """
   fields = fields_of(text)
   images = [field for field in fields if field in record.images]
   if images:
@@ -177,13 +181,13 @@ def _segment(
 def mixture(
   tasks: Sequence[InstructionTask], sizes: Sequence[int], least: float = 0.3, most: float = 3.0
 ) -> list[float]:
-  """Computes the shares of tasks: proportional to their sizes, with clipped ratios to the mean.
+  """Computes the shares of tasks from their sizes, which are first clipped around the mean.
 
-    sizes = [100, 1000, 100000]: their mean is 33,700, the ratios 0.003, 0.03 and 2.97 become 0.3,
-    0.3 and 2.97, the shares 0.084, 0.084 and 0.832
+    sizes = [100, 1000, 100000]: the mean is 33,700. The ratios to the mean are 0.003, 0.03 and
+    2.97. They are clipped to 0.3, 0.3 and 2.97, so the shares are 0.084, 0.084 and 0.832.
 
-  CM3Leon, section 4, says "threshold 3/0.3". Here this is the range of a task's size divided by the
-  mean size.
+  CM3Leon, section 4, says "threshold 3/0.3". This code clips the ratio of each size to the mean
+  size to the range from `least` to `most`.
 
   Raises:
     UserError: a task has no records, or all weights are 0.

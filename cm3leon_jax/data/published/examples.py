@@ -1,4 +1,4 @@
-"""Defines an example of a public evaluation: its inputs and the texts that people wrote for it."""
+"""Defines an example of a public evaluation, with inputs and the texts that people wrote."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -12,22 +12,22 @@ from cm3leon_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """An image with a task and its references.
+  """One example of an evaluation: an image or prompt, with references.
 
   Attributes:
     key: unique within its format and split.
-    group: id of the image. Examples of one image are not independent, so confidence intervals
-      resample groups.
+    group: id of the image. Examples of one image are not independent, so confidence intervals are
+      computed by resampling groups.
     image: local path or GCS URL. None if the example has no image.
     prompt: question about the image, or caption to draw. None if the image is the only input.
-    references: texts that people wrote: captions, a paragraph, the answer in the dialog, or the
-      answers of all annotators with repetitions.
+    references: texts that people wrote. These are captions, a paragraph, the answer in the dialog,
+      or the answers of all annotators, including repeated answers.
     question_type: class of the question, e.g. "what color is the" (VQA v2, OK-VQA).
     answer_type: class of the answer, e.g. "yes/no" (VQA v2, OK-VQA, VizWiz).
     answerable: whether the question has an answer (VizWiz). None if unknown.
     caption: caption of the image, with which the dialog begins (VisDial).
     history: (question, answer) of each earlier round of the dialog (VisDial).
-    candidates: answers to rank (VisDial: 100).
+    candidates: answers that a model ranks (VisDial: 100 answers).
     relevance: relevance of each candidate, in [0, 1].
     answer_index: index of the reference in `candidates`. None if there are no candidates.
   """
@@ -63,14 +63,14 @@ def caption_prompts(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Example]:
-  """Chooses examples at random. Takes one example of every image before a second of any image.
+  """Chooses examples at random. Each image gets one example before any image gets a second one.
 
-    keys of the images a and b: a/0 a/1 a/2 b/0
-    keys of choose(examples, 3): b/0 a/2 a/1
+    keys of the examples of the images a and b: a/0 a/1 a/2 b/0
+    keys of the examples in choose(examples, 3): b/0 a/2 a/1
 
   The choice depends on the seed, the keys and the groups, but not on the order of the examples. A
-  smaller choice is a prefix of a larger one. Each image is equally likely, however many examples
-  it has. All keys must differ.
+  smaller choice is a prefix of a larger one. Each image is equally likely, whatever its
+  number of examples is. All keys must differ.
 
   Raises:
     UserError: `count` is negative or exceeds the number of examples.
@@ -91,7 +91,7 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
 
 
 def check_images(examples: Iterable[Example]) -> None:
-  """Raises UserError if an image of the examples does not exist. Names the first such image."""
+  """Raises UserError if an image of an example does not exist. Names the first missing image."""
   first: dict[str, str] = {}
   for example in examples:
     if example.image is not None:

@@ -2,8 +2,8 @@
 
 COCO captions (Chen et al. 2015) and their split by Karpathy and Fei-Fei (2015); VQA v2 (Goyal et
 al. 2017); OK-VQA (Marino et al. 2019); VizWiz (Gurari et al. 2018); image paragraphs of Visual
-Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). docs/data_formats.md has a table of
-the files. The reader does not change the texts; metrics normalize them.
+Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). The files are listed in
+docs/data_formats.md. The reader does not change the texts. Metrics normalize them.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def open_examples(
     name: name of the format, a key of `SPLITS`.
     root: folder with the files of the release.
     split: one of `SPLITS[name]`.
-    images: folder that holds the release's image folders, e.g. `val2014/`. None means `root`.
+    images: parent folder of the release's image folders, e.g. `val2014/`. None means `root`.
 
   Raises:
     UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
@@ -92,7 +92,7 @@ def open_examples(
 
 
 def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
-  """Yields each image of a COCO caption file, e.g. captions_val2014.json, with all its captions.
+  """Yields each image with all its captions, from a file of COCO, e.g. captions_val2014.json.
 
   Args:
     file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
@@ -121,12 +121,12 @@ def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterato
 
 
 def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split of dataset_coco.json with all its captions.
+  """Yields each image of a split with all its captions, from dataset_coco.json.
 
   Args:
     file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}.
-    images: parent folder of the folders that `filepath` names.
-    split: "train", "restval", "val" or "test". Usually, models train on the first two.
+    images: parent folder of the folders whose names are in `filepath`.
+    split: "train", "restval", "val" or "test". Models usually train on "train" and "restval".
 
   Raises:
     UserError: the format is wrong, an id occurs twice, an image has no captions, or the split has
@@ -142,7 +142,7 @@ def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iter
 
 
 def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) -> dict:
-  """Returns the image entries of one split of a Karpathy file, keyed by `id_field`.
+  """Returns a dict of the image entries of one split of a Karpathy file. Keys are `id_field`.
 
   Raises:
     UserError: the format is wrong, an id occurs twice, or the split has no image.
@@ -171,9 +171,9 @@ def read_vqa(
     questions: file with {"data_subtype": "val2014", "questions": [{question_id, image_id,
       question}]}.
     annotations: file with {"annotations": [{question_id, question_type, answer_type, answers:
-      [{answer}]}]}. The field `raw_answer` of OK-VQA is ignored, because its metric compares
-      `answer`.
-    images: parent folder of the folder that `data_subtype` names.
+      [{answer}]}]}. The field `raw_answer` of OK-VQA is ignored, because the metric of OK-VQA
+      compares `answer`.
+    images: parent folder of the folder whose name is `data_subtype`.
 
   Raises:
     UserError: the format is wrong, an id occurs twice, or a question has no annotation or no
@@ -236,11 +236,11 @@ def read_paragraphs(
 ) -> Iterator[Example]:
   """Yields each image of a split with its paragraph.
 
-  Some images occur twice in the released file. The first paragraph counts, as in the usual
-  preprocessing for caption metrics.
+  Some images occur twice in the released file. The reader uses the first paragraph of an image, as
+  in the usual preprocessing for caption metrics.
 
   Args:
-    file: [{image_id, paragraph, url}]; `url` ends in the folder and the name of the image.
+    file: [{image_id, paragraph, url}]. `url` ends with the folder and the name of the image.
     split: file with a list of image ids.
     images: parent folder of VG_100K/ and VG_100K_2/.
 
@@ -274,15 +274,15 @@ def read_paragraphs(
 def read_visdial(
   dialogs: epath.PathLike, dense: epath.PathLike, images: ImageFolder
 ) -> Iterator[Example]:
-  """Yields each round of VisDial v1.0 with judged candidates, together with the earlier rounds.
+  """Yields each round of VisDial v1.0 whose candidates were judged, with the earlier rounds.
 
   Args:
     dialogs: file with {"data": {"questions": [text], "answers": [text], "dialogs": [{image_id,
       caption, dialog: [{question, answer, answer_options, gt_index}]}]}}. `question`, `answer` and
       `answer_options` are indices into the lists of texts. `gt_index` is an index into
       `answer_options`.
-    dense: file with [{image_id, round_id, gt_relevance}]; rounds count from 1.
-    images: parent folder of VisualDialog_val2018/.
+    dense: file with [{image_id, round_id, gt_relevance}]. Round ids begin at 1.
+    images: parent folder of the folder VisualDialog_val2018/.
 
   Raises:
     UserError: the format is wrong, an id occurs twice, a round has no dialog, an index is out of
@@ -350,7 +350,7 @@ def _dialog_round(
 
 
 def _text_of(texts: list, entry: dict, name: str, where: str) -> str:
-  """Returns the text at the index that the field `name` of an entry holds."""
+  """Returns the text whose index is in the field `name` of an entry."""
   index = field_of(entry, name, int, where)
   if not 0 <= index < len(texts) or not isinstance(texts[index], str):
     raise UserError(f"{where} has {index} in '{name}'; the list has no text at this index.")

@@ -1,4 +1,4 @@
-"""Reads files of public releases. Its errors name the file and the id."""
+"""Reads files of public releases. Error messages name the file and the id."""
 
 from collections.abc import Iterator, Mapping
 import json
@@ -13,7 +13,7 @@ KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> None:
-  """Raises UserError unless `splits[name]` contains `split` or is (), which allows any split."""
+  """Raises UserError if `splits[name]` lacks `split`. () allows any split."""
   if name not in splits:
     raise UserError(f"The format is '{name}'; it must be one of {', '.join(splits)}.")
   if splits[name] and split not in splits[name]:
@@ -23,7 +23,7 @@ def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) ->
 
 
 def find_file(root: epath.PathLike, names: tuple[str, ...], name: str, split: str) -> epath.Path:
-  """Returns the first file of `names` that exists in `root`. Raises UserError if none exists."""
+  """Returns the first file in `names` that exists in `root`. Raises UserError if none exists."""
   found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
   if found is None:
     raise UserError(
@@ -70,7 +70,7 @@ def field_of(entry: Any, name: str, kind: type, where: object) -> Any:
 
 
 def entries_by_id(entries: list, name: str, kind: type, where: str) -> dict:
-  """Maps the field `name` of each entry to the entry. Raises UserError at a repeated value."""
+  """Returns a dict of entries by their field `name`. Raises UserError if a key occurs twice."""
   found = {}
   for number, entry in enumerate(entries, 1):
     key = field_of(entry, name, kind, f"{where}, entry {number}")
@@ -88,7 +88,7 @@ def texts_of(entries: list, name: str, where: str) -> tuple[str, ...]:
 
 
 def text_list(entry: Any, name: str, where: str) -> tuple[str, ...]:
-  """Returns the list of texts `name`. Raises UserError if it is empty or has other values."""
+  """Returns the texts in the list `name`. Raises UserError if the list is empty or not of texts."""
   values = field_of(entry, name, list, where)
   if not values or not all(isinstance(value, str) for value in values):
     raise UserError(f"{where} must have at least one text, and only texts, in its list '{name}'.")

@@ -9,7 +9,7 @@ from cm3leon_jax.config import STRICT
 
 Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 Crop = Literal["center", "pad"]
-MOVED = ("openmoji", "docstrings")  # Sources of earlier versions, now in examples/openmoji.
+MOVED = ("openmoji", "docstrings")  # Earlier sources, now in examples/openmoji.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

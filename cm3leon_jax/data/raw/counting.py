@@ -1,4 +1,4 @@
-"""Measures sources and raw folders, to compute config fields that follow from the data."""
+"""Measures sources and raw folders. Some config fields are computed from the results."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import itertools
@@ -16,18 +16,18 @@ from cm3leon_jax.tokenizers.config import TextTokenizerConfig
 from cm3leon_jax.tokenizers.text import supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 
-SIDES = (24, 48)  # Image sides in pixels with which a model trains in minutes.
+SIDES = (24, 48)  # Image sides in pixels. With these sides, a model trains in minutes.
 IMAGES = 200  # Number of images that are opened to choose a side.
-PAIRS = 3_200  # Desired number of pairs, crops included.
+PAIRS = 3_200  # Desired number of pairs, including crops.
 MOST_CROPS = 99  # Maximum number of crops per image.
-CHARACTERS = 2**24  # Number of characters of captions and texts that are read to count tokens.
+CHARACTERS = 2**24  # Tokens are counted in this many characters of captions and texts.
 
 
 def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
-  """Returns the largest of `SIDES` up to the median shorter side of the first images.
+  """Returns the largest of `SIDES` that does not exceed the median side of the first images.
 
-  Returns the smallest of `SIDES` if the median is smaller, and the largest without readable images.
-  Ignores unreadable images, which are rejected later.
+  The side of an image is its shorter side. Returns the smallest of `SIDES` if the median is below
+  all of them, and the largest if no image is readable. Unreadable images are rejected later.
   """
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
@@ -37,9 +37,9 @@ def resolution_of(parts: list[formats.SourcePart], allow_outside: bool = False) 
 
 
 def crops_of(parts: list[formats.SourcePart], allow_outside: bool = False) -> int:
-  """Returns the number of crops per image that increases a small source to about `PAIRS` pairs.
+  """Returns the number of crops per image that gives a small source about `PAIRS` pairs.
 
-  Returns at most `MOST_CROPS`, and 0 for a source without pairs, which is rejected later.
+  The result is at most `MOST_CROPS`. It is 0 for a source without pairs, which is rejected later.
   """
   records = itertools.chain.from_iterable(formats.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
@@ -66,7 +66,7 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Counts the text tokens that a raw folder supports, and copies other counts from its summary.
+  """Computes the largest text vocabulary that the texts can fill. Copies the other counts.
 
   `summary` is the result of `ingest.prepare`.
   """
@@ -85,7 +85,7 @@ def counts_of(
 
 
 def _first(texts: Iterable[str]) -> Iterator[str]:
-  """Yields texts until their sum reaches `CHARACTERS` characters."""
+  """Yields texts until their total length reaches `CHARACTERS` characters."""
   left = CHARACTERS
   for text in texts:
     if left <= 0:

@@ -22,15 +22,15 @@ from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
 
-SUMMARY_VERSION = 3  # Version of a shard's summary. A shard of another version is written again.
+SUMMARY_VERSION = 3  # Version of the summaries. Shards of other versions are written again.
 
 
 def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[formats.SourcePart]:
-  """Splits the source into parts, one per shard. `drawn` is the source if it draws its images.
+  """Splits the source into parts, one per shard. `drawn` is a source that draws its images.
 
   Raises:
-    UserError: the config names no source, the source has no readable files, its license is not in
-      `config.licenses`, or it cannot draw at `config.resolution`.
+    UserError: the config names no source, the source has no readable files, `config.licenses` lacks
+      the license of the drawings, or the source cannot draw at `config.resolution`.
   """
   if not config.source:
     raise UserError(
@@ -49,16 +49,16 @@ def prepare(
   runner: Runner,
   drawn: DrawnSource | None = None,
 ) -> dict:
-  """Writes a shard for each part of the source, then index.json and rejected.jsonl.
+  """Writes a shard for each part of the source. Also writes index.json and rejected.jsonl.
 
-  A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
-  `parts` and `drawn` are as in `parts_of`.
+  Each shard is a folder with pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and
+  images/. `parts` and `drawn` are as in `parts_of`.
 
-  Returns the number of shards, number of records by split and kind, number of rejected records by
-  reason, the statistics of `summary`, and the numbers of `drawn`.
+  Returns the number of shards, the number of records by split and kind, the number of rejected
+  records by reason, the statistics of `summary.merged`, and the numbers of `drawn`.
 
   Raises:
-    UserError: too many records are invalid (rejected.jsonl lists them), or no record can be used.
+    UserError: too many records are invalid (rejected.jsonl lists them), or no record is valid.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
@@ -87,8 +87,8 @@ def _write_shards(
 ) -> dict[str, dict]:
   """Writes shards and rejected.jsonl, even if too many records are rejected.
 
-  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`. Returns shard name
-  -> summary, in the order of `parts`.
+  `parts` maps shard names to parts of the source. `drawn` is as in `parts_of`. Returns a
+  dict from shard name to summary, in the order of `parts`.
   """
   made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
   configs = {name: _identity(config, part, drawn) for name, part in parts.items()}
@@ -112,7 +112,7 @@ def _write_shards(
 
 
 def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) -> None:
-  """Raises UserError if no record of the source can be used."""
+  """Raises UserError if the source has no valid record."""
   if any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
     return
   if more.get("other_licenses"):
@@ -125,7 +125,7 @@ def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) 
 
 
 def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | None) -> dict:
-  """Returns everything that a shard depends on, e.g. its part, but not the whole source."""
+  """Returns all values on which a shard depends, such as its part of the source."""
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   sections = {
     "raw": dataclasses.asdict(config),
@@ -147,7 +147,7 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ingest:
-  """Shard job of `prepare`. `parts` maps shard names to parts of the source."""
+  """The job by which `prepare` writes shards. `parts` maps shard names to parts of the source."""
 
   config: RawConfig
   folder: str
@@ -171,7 +171,7 @@ class _Ingest:
 
 
 def _with_own_size(draw: Callable[[Any, int], np.ndarray]) -> Load:
-  """Adapts `draw` to `Load`: returns the drawn pixels together with their size."""
+  """Adapts `draw` to the type `Load`: the result returns drawn pixels and their size."""
 
   def load(image: str | bytes, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
     pixels = draw(image, resolution)

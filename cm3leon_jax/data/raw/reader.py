@@ -1,4 +1,4 @@
-"""Reads raw folders that `ingest.prepare` wrote, and images. Schema: docs/workdir.md."""
+"""Reads images, and raw folders that `ingest.prepare` wrote (see docs/workdir.md)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -36,18 +36,18 @@ from cm3leon_jax.runs import stages
 # B images, H height, W width.
 
 INDEX = "index.json"
-IMAGE_DIGESTS = "images.sha256"  # Image digests of a shard, in the format of `sha256sum`.
+IMAGE_DIGESTS = "images.sha256"  # File of image digests, as `sha256sum` writes.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # Decoders of other formats may start programs.
-MAX_BYTES = 2**26  # Maximum size of an image file.
-MAX_PIXELS = 2**25  # Maximum per image. Scaling such an image takes 0.7 GB of memory.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # Other decoders may start programs.
+MAX_BYTES = 2**26  # Maximum size of an image file in bytes.
+MAX_PIXELS = 2**25  # Maximum per image. Scaling an image of this size takes 0.7 GB of memory.
 LARGE = 2**22  # Images with more pixels are read one at a time.
 _ONE_LARGE_IMAGE = threading.Lock()
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
-  """Returns the shards of a raw folder in order: name -> counts and digest of the records."""
+  """Returns the shards of a raw folder in order: name -> counts and digest of their records."""
   return read_index(folder)["shards"]
 
 
@@ -78,12 +78,12 @@ def read_index(folder: epath.PathLike) -> dict:
 
 
 def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
-  """Reads the pairs of a split in the order of the shards. Images are full paths."""
+  """Reads the pairs of a split in the order of the shards. Converts image names to full paths."""
   return [pair for name in shards(folder) for pair in read_shard(folder, name, RawPair, split)]
 
 
 def read_captions(folder: epath.PathLike) -> list[str]:
-  """Reads the captions of all training pairs. Skips added crops, whose captions are repetitions."""
+  """Reads the captions of all training pairs. Skips added crops, which repeat captions."""
   return [pair.caption for pair in read_pairs(folder, "train") if not pair.added_crop]
 
 
@@ -93,7 +93,7 @@ def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of one kind and split in shard `name`, in order. Images are full paths.
+  """Reads the records of type `cls` in one split of shard `name`. Images are full paths.
 
   Raises:
     UserError: the record file is missing or damaged.
@@ -107,19 +107,19 @@ def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> l
 
 
 def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
-  """Returns size and SHA-256 of the files of shard `name`; {} if an earlier version wrote it."""
+  """Returns size and SHA-256 digest of the files of a shard. {} if an earlier version wrote it."""
   about = epath.Path(folder) / "done" / f"{name}.json"
   return read_json(about, {"summary": dict})["summary"].get("files", {}) if exists(about) else {}
 
 
 def check_file(shard: epath.Path, file: str, expected: dict) -> None:
-  """Raises UserError if a file of a shard is missing or differs from its description."""
+  """Raises UserError if a file of a shard is missing, or its size or digest is wrong."""
   if wrong := damage(shard / file, expected):
     raise UserError(f"{shard / file} {wrong}: {again(shard)}.")
 
 
 def again(shard: epath.Path) -> str:
-  """Returns the end of an error message: how to replace a damaged file of a shard."""
+  """Returns the end of an error message, which says how to replace a damaged file of a shard."""
   return stages.again(shard.parent, f"the folder {shard}")
 
 
@@ -146,7 +146,7 @@ def _read(path: epath.Path, cls: type[T]) -> Iterator[T]:
 def load_image(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> np.ndarray:
-  """Reads an image as [H, W, 3] uint8. Arguments and errors are as in `load_with_size`."""
+  """Returns the pixels of an image, [H, W, 3] uint8. For details, see `load_with_size`."""
   return load_with_size(image, resolution, crop)[0]
 
 
@@ -155,15 +155,15 @@ def load_with_size(
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Reads an image, turns it upright, puts it on white, and scales it to a square.
 
-  Reads the first frame of an animation. Images may come from strangers, so their bytes and pixels
-  are limited, and large images are read one at a time.
+  Reads the first frame of an animation. Strangers may have made the images, so the size of files
+  and the number of pixels are limited, and large images are read one at a time.
 
   Args:
     resolution: side of the result in pixels. None keeps the size of the image.
     crop: "center" or "pad", see `RawConfig.crop`.
 
   Returns:
-    [H, W, 3] uint8, and width and height of the upright image before scaling.
+    Pixels, [H, W, 3] uint8, and width and height of the upright image before scaling.
 
   Raises:
     UserError: the file is missing, is not a regular file, is damaged, has a format that is not in
@@ -176,9 +176,9 @@ def load_with_size(
   except UserError as error:
     _clear_frames(error)
     raise
-  except Exception as error:  # Decoders raise any kind of error at damaged files.
+  except Exception as error:  # Decoders raise many kinds of errors for damaged files.
     _clear_frames(error)
-    unknown = isinstance(error, UnidentifiedImageError)  # Its text names an object, not a file.
+    unknown = isinstance(error, UnidentifiedImageError)  # Its message contains no file name.
     why = "its content has another format" if unknown else error
     raise UserError(
       f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
@@ -188,7 +188,7 @@ def load_with_size(
 def _decode(
   file: IO[bytes], name: str, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  """Decodes the image in an open file. Results and errors are as in `load_with_size`."""
+  """Decodes the image in an open file. For results and errors, see `load_with_size`."""
   opened = Image.open(file, formats=FORMATS)
   pixels = opened.width * opened.height
   if pixels > MAX_PIXELS:
@@ -205,17 +205,17 @@ def _upright_square(
   opened: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
   upright = ImageOps.exif_transpose(opened).convert("RGBA")
-  del opened  # Frees its pixels, and its decoder, which may hold the same amount.
+  del opened  # Frees its pixels, and its decoder, which may need as much memory.
   return _square(upright, resolution, crop), upright.size
 
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-  """Holds the lock of large images, and returns freed memory to the system before and after.
+  """Holds the lock of large images. Returns freed memory to the system before and after.
 
-  glibc reserves the memory that a thread frees for the same thread, 0.4 GB after a large image. If
-  decoding fails, memory becomes free only after the error was handled. The trim before the next
-  image returns it.
+  glibc keeps the memory that a thread frees for the same thread: 0.4 GB after a large image. If
+  decoding fails, this memory becomes free only after the error was handled. In that case, the trim
+  before the next image returns the memory to the system.
   """
   with _ONE_LARGE_IMAGE:
     _trim_memory()
@@ -224,18 +224,18 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-  """Clears the frames of an error, so that an error that a caller keeps does not hold the image."""
+  """Clears the frames of an error. Otherwise, an error that is kept would keep the image, too."""
   for found in causes(error):
     traceback.clear_frames(found.__traceback__)
 
 
 def _trim_memory() -> None:
-  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # Only glibc has it.
+  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # Only glibc has this function.
     trim(0)
 
 
 def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
-  """Opens a file or bytes. Raises UserError, with `name`, if it is no regular file or too large."""
+  """Opens a file or bytes. Raises UserError if the file is not regular or is too large."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
   else:
@@ -253,7 +253,7 @@ def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
 
 
 def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:
-  """Puts an RGBA image on white. Scales it to a square unless `resolution` is None."""
+  """Puts an RGBA image on white. Scales the image to a square if `resolution` is not None."""
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
   if resolution and pixels.size != (resolution, resolution):
     squares: dict[str, Callable[..., Image.Image]] = {
@@ -267,7 +267,7 @@ def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarra
 def load_images(
   paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int, crop: str = "center"
 ) -> np.ndarray:
-  """Reads images of equal size in threads: [B, H, W, 3] uint8; see `load_image`."""
+  """Reads images of equal size in several threads, [B, H, W, 3] uint8, see `load_image`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution, crop), paths))
   side = resolution or 0
@@ -276,7 +276,7 @@ def load_images(
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-  """Images on disk that are indexed like an array: `files[rows]` reads [B, H, W, 3] uint8."""
+  """Images on disk. `files[rows]` reads the images of these rows, [B, H, W, 3] uint8."""
 
   paths: list
   resolution: int
@@ -290,13 +290,13 @@ class ImageFiles:
 
 
 def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
-  """Reads all images into an array if they fit into 2 GiB. Otherwise returns `files`."""
+  """Returns all images as an array if they fit into 2 GiB. Otherwise returns `files`."""
   small = len(files) * files.resolution**2 * 3 <= IN_MEMORY_BYTES
   return files[np.arange(len(files))] if small else files
 
 
 def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
-  """Opens the images of one split of a raw folder in the order of its pairs, see `in_memory`.
+  """Opens the images of one split of a raw folder, in the order of the pairs. See `in_memory`.
 
   Raises:
     UserError: the split has no pairs, or an image cannot be read.

@@ -1,4 +1,4 @@
-"""Computes statistics of raw records and describes a raw folder in sentences."""
+"""Computes statistics of raw records. Describes a raw folder in a sentence."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -28,7 +28,7 @@ REASONS = {
   "conflicting_captions": ("second caption that differs", "second captions that differ"),
   "image_of_same_name": ("second image of the same name", "second images of the same name"),
 }
-REJECTED = "rejected_"  # Prefix of a reason in a summary.
+REJECTED = "rejected_"  # Prefix of the names of reasons in a summary.
 SUMS = ("train_caption_characters", "train_text_characters", "train_crops")
 
 
@@ -36,12 +36,12 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
   """Computes the statistics of a record. `sizes` are the original sizes of its images.
 
   Returns:
-    train_caption_characters: characters of the caption of a training pair.
-    train_text_characters: characters of the texts of other training records.
+    train_caption_characters: number of characters in the caption of a training pair.
+    train_text_characters: number of characters in the texts of another training record.
     train_crops: 1 for an added crop, otherwise 0.
-    fewest_caption_words, most_caption_words: words between white space; 0 without a caption.
+    fewest_caption_words, most_caption_words: number of words in the caption. 0 without a caption.
     smallest_image, largest_image: [width, height] of the source images with the fewest and the most
-      pixels; [0, 0] without images.
+      pixels. [0, 0] without images.
   """
   caption = record.caption if isinstance(record, RawPair) else ""
   texts = [record.text] if isinstance(record, RawText) else []
@@ -108,7 +108,7 @@ def sentence(summary: Mapping, resolution: int) -> str:
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-  """Lists reasons, the most frequent first: "2 empty captions, 1 image without a caption"."""
+  """Lists reasons, most frequent first: "2 empty captions, 1 image without a caption"."""
   ordered = sorted(counts.items(), key=lambda item: -item[1])
   return ", ".join(_number(n, *REASONS[reason]) for reason, n in ordered if n)
 
@@ -126,7 +126,7 @@ def _records(summary: Mapping, kind: str) -> str:
 
 
 def warnings(summary: Mapping) -> Iterator[str]:
-  """Yields a warning about data that a later stage needs but the raw folder lacks."""
+  """Yields warnings about missing data that a later stage needs."""
   pairs = {split: summary.get(f"{split}_pairs", 0) for split in ("train", "heldout", "bank")}
   if not any(pairs.values()):
     yield (

@@ -1,4 +1,4 @@
-"""Writes raw shards: checked records, square images, and rejected records with reasons."""
+"""Writes raw shards: valid records, square images, and rejected records with reasons."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -39,10 +39,10 @@ from cm3leon_jax.runs import stages
 
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Record files of a shard.
-BATCH = 256  # Maximum number of records that are read or rendered together.
-BATCH_BYTES = 2**27  # A batch ends after this many bytes of images in memory.
-LEAST_CROP = 0.88  # Smallest side of a random crop, relative to the side of the image.
-# (image, resolution) -> pixels, and width and height of the original image.
+BATCH = 256  # Maximum number of records that are read or drawn together.
+BATCH_BYTES = 2**27  # A batch ends when its images in memory have this many bytes.
+LEAST_CROP = 0.88  # Minimum side of a random crop, relative to the side of the image.
+# A function (image, resolution) -> (pixels, (width, height) of the original image).
 Load = Callable[[Any, int], tuple[np.ndarray, tuple[int, int]]]
 
 
@@ -68,7 +68,7 @@ class _Writer:
     self._statistics = raw_statistics.merged([])
 
   def add(self, items: list) -> None:
-    """Writes a batch of records. Threads read and write the images."""
+    """Writes a batch of records. Reads and writes the images in several threads."""
     suffix, jobs = "jpg" if self.config.jpeg_quality else "png", []
     checked = [self._checked(item) for item in items]
     for item in itertools.chain.from_iterable((one, *self._crops(one)) for one in checked):
@@ -81,7 +81,7 @@ class _Writer:
       self._files[IMAGE_DIGESTS].writelines(files)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
-    """Fills in defaults. Returns None for an unwanted license, Rejected for an invalid record."""
+    """Fills in defaults. Returns None for an unwanted license, `Rejected` for an invalid record."""
     if isinstance(item, Rejected):
       return item
     defaults: dict[str, Any] = {
@@ -107,7 +107,7 @@ class _Writer:
     return dataclasses.replace(item, split=split, **extra)
 
   def _crops(self, item: Record | Rejected | None) -> list[RawPair]:
-    """Returns the additional pairs for random crops of a training pair."""
+    """Returns the pairs of the random crops that are added for a training pair."""
     if not isinstance(item, RawPair) or item.split != "train":
       return []
     numbers = range(1, self.config.crops + 1)
@@ -116,10 +116,10 @@ class _Writer:
     ]
 
   def _load_crop(self, image: str | bytes, key: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """Loads a random crop of an image. Equal keys give equal crops."""
+    """Loads a random crop of an image. `key` decides the crop."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     generator, side = np.random.default_rng(seed), self.config.resolution
-    # Cropping the scaled image avoids scaling its pixels twice.
+    # The image is scaled first and then cropped, so that pixels are scaled only once.
     scaled = round(side / generator.uniform(LEAST_CROP, 1))
     array, size = self._load(image, scaled)
     top, left = generator.integers(0, scaled - side + 1, 2)
@@ -130,8 +130,8 @@ class _Writer:
   ) -> tuple[Record | Rejected | None, bytes, list[tuple[int, int]], list[str]]:
     """Saves the images of a record.
 
-    Returns the record with the new image names, or Rejected after an error; the digest of the
-    pixels; the original sizes; one line with the SHA-256 of each image file.
+    Returns the record with the new image names, or `Rejected` after an error. Also returns the
+    digest of the pixels, the original sizes, and a line with the SHA-256 digest per image file.
     """
     if not isinstance(item, Record) or not images:
       return item, b"", [], []
@@ -143,7 +143,7 @@ class _Writer:
         else:
           array, size = self._load(image, self.config.resolution)
       except UserError as error:
-        if getattr(item, "added_crop", ""):  # The pair of the whole image is already rejected.
+        if getattr(item, "added_crop", ""):  # The pair of the uncropped image is already rejected.
           return None, b"", [], []
         file = item.source if isinstance(image, bytes) else image
         rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
@@ -169,7 +169,7 @@ class _Writer:
   ) -> None:
     if item is None:
       return
-    if isinstance(item, Rejected):  # Written as ASCII: names may contain invalid Unicode.
+    if isinstance(item, Rejected):  # In ASCII, because names may be invalid Unicode.
       self._first = self._first or (item.message if item.reason not in NOTES else "")
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
@@ -189,7 +189,7 @@ class _Writer:
     self._digest.update(line.encode() + digest)
 
   def summary(self, more: dict[str, int]) -> dict:
-    """Returns counts by split, kind, reason and origin, `more`, and the digest of the records."""
+    """Returns `more`, the digest of the records, and counts by split, kind, reason and origin."""
     counts = {
       f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
     }
@@ -215,10 +215,11 @@ def write_shard(
   more: dict | None = None,
   total: int | None = None,
 ) -> dict:
-  """Writes one shard: record files and images.
+  """Writes the record files and the images of one shard.
 
   Args:
-    load: `load(image, resolution)` returns pixels and the original size, see `load_with_size`.
+    load: function of an image and a resolution that returns pixels and the original size, see
+      `load_with_size`.
     more: additional counts of the source, which are copied into the result.
     total: number of items for the progress bar. None if unknown.
 

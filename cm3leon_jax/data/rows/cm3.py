@@ -1,4 +1,4 @@
-"""Implements the CM3 objective: spans move to the end and are predicted from both sides."""
+"""Implements CM3: spans move to the end and are predicted from the tokens on both sides."""
 
 # T tokens of a sample, n spans.
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon_jax.vocab import VocabLayout
 
-OVERHEAD = 3  # Tokens that a span adds: <mask:i> in its place, <mask:i> and <eoss> at the end.
+OVERHEAD = 3  # A span adds three tokens: <mask:i> in its place, <mask:i> and <eoss> at the end.
 
 
 def segment_bounds(segment_lengths: Iterable[int]) -> list[tuple[int, int]]:
@@ -25,20 +25,20 @@ def segment_bounds(segment_lengths: Iterable[int]) -> list[tuple[int, int]]:
 def sample_spans(
   segment_lengths: Sequence[int], num_spans: int, whole_segments: bool, rng: np.random.Generator
 ) -> tuple[tuple[int, int], ...]:
-  """Samples disjoint spans that leave context and never cross `<break>` or `</s>`.
+  """Samples disjoint spans, which never mask the whole sample or cross `<break>` or `</s>`.
 
-  A free span lies between two uniform points of the sample. It is clipped to the segment that it
-  covers most (CM3Leon's released code). A span is rejected if it is empty, overlaps an earlier span
-  or masks the last remaining content token. Whole-segment spans leave at least one segment as
-  context. A sample with one segment always gets free spans.
+  A free span lies between two uniformly random points of the sample. It is clipped to the segment
+  with which it overlaps most (CM3Leon's released code). A span is rejected if it is empty, overlaps
+  an earlier span or masks the last remaining token of the segments. If spans are whole segments, at
+  least one segment is not masked. A sample with one segment always gets free spans.
 
   Args:
     segment_lengths: lengths of all segments of the joined sample, neighbors included.
-    num_spans: number of spans; at most num_spans ** 2 candidates are tried.
+    num_spans: number of spans. The function tries at most num_spans ** 2 free spans.
     whole_segments: whether spans are whole segments, e.g. a caption or an image.
 
   Returns:
-    At most `num_spans` half-open ranges of the joined sample, ascending.
+    At most `num_spans` half-open ranges of the joined sample, in ascending order.
   """
   bounds = segment_bounds(segment_lengths)
   if whole_segments and len(bounds) > 1:
@@ -63,7 +63,7 @@ def sample_spans(
 
 
 def cm3_layout(length: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-  """Computes the source index of each token of the transformed sample.
+  """Computes, for each token of the transformed sample, its index in the joined sample.
 
     length = 6, spans = [(1, 4)]
     result = [0 6 4 5 6 1 2 3 7]: 6 is <mask:0>, 7 is <eoss>
@@ -73,7 +73,7 @@ def cm3_layout(length: int, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     spans: n ascending, disjoint half-open ranges.
 
   Returns:
-    [T + 3n] int64: indices into the sample, `length + i` for `<mask:i>`, `length + n` for `<eoss>`.
+    [T + 3n] int64: indices in the sample, `length + i` for `<mask:i>`, `length + n` for `<eoss>`.
   """
   kept, moved, position = [], [], 0
   for i, (start, end) in enumerate(spans):
@@ -100,7 +100,7 @@ def apply_cm3_mask(
 
 
 def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
-  """Inverts `apply_cm3_mask`. The original sample must not contain `<mask:*>` or `<eoss>`.
+  """Reverses `apply_cm3_mask`. The original sample must not contain `<mask:*>` or `<eoss>`.
 
     tokens = [</s> <mask:0> <break> 91 92 93 94 </s> <mask:0> 7 8 9 <eoss>]
     result = [</s> 7 8 9 <break> 91 92 93 94 </s>]
@@ -108,7 +108,7 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
   `tokens` is [T + 3n] int32, and the result is [T] int32.
 
   Raises:
-    ValueError: a sentinel has no infill, or an infill has no `<eoss>`.
+    ValueError: a sentinel has no infill at the end, or an infill has no `<eoss>`.
   """
   tokens = np.asarray(tokens, np.int32)
   first = np.flatnonzero(tokens == vocab.mask(0))

@@ -8,7 +8,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper picks 3 neighbors from 4 candidates.
+PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4  # The paper uses 3 of 4 candidates.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -75,8 +75,8 @@ class DataConfig:
   def for_heldout(self) -> "DataConfig":
     """Returns the config of the rows for the held-out loss.
 
-    These rows have no CM3 spans and drop nothing. The best K neighbors precede each document. They
-    have loss weight 0, because they are training documents.
+    These rows have no CM3 spans and drop nothing. The best K neighbors precede each document.
+    Neighbors have loss weight 0, because they are training documents.
     """
     return dataclasses.replace(
       self,

@@ -1,4 +1,4 @@
-"""Builds rows of tokens: joins documents with neighbors, masks spans, packs and batches rows."""
+"""Builds rows of tokens. Joins documents with neighbors, masks spans, packs samples into rows."""
 
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
-  """Joins neighbors and, after them, the document (CM3Leon, section 2.1) to [T] int32.
+  """Joins neighbors and then the document to a sample, [T] int32 (CM3Leon, section 2.1).
 
   documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
   result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
@@ -46,10 +46,10 @@ class SampleTokens(NamedTuple):
 
   Attributes:
     tokens: [T] int32.
-    weights: [T] float32 loss weights of the tokens as targets.
-    own_codes: [T] bool. True for image codes of the document, but not of its neighbors; in an
-      instruction, True for the codes of the target image.
-    has_source: whether another image precedes the own codes: a neighbor's or a given image.
+    weights: [T] float32, the loss weight of predicting each token.
+    own_codes: [T] bool. True for the image codes of the document, and False for its neighbors. In
+      an instruction, True only for the codes of the target image.
+    has_source: whether a given image or the image of a neighbor precedes the own codes.
   """
 
   tokens: np.ndarray
@@ -67,7 +67,7 @@ def build_sample(
 ) -> SampleTokens:
   """Builds the sample that `plan` describes: neighbors, document, and spans moved to the end.
 
-  If caption and neighbors are dropped, the sample is `<mask:0>` and the image.
+  If `plan.dropped`, the sample has only `<mask:0>` and the image.
 
     spans [(6, 8)], neighbor_weight 0.1
     tokens  = [</s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>]
@@ -111,7 +111,7 @@ def pack_row(
   vocab: VocabLayout,
   align_images: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Packs samples into one row, one after another. Each sample predicts only its own tokens.
+  """Packs samples into one row, one after another. Samples do not predict each other.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
     inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
@@ -144,7 +144,7 @@ def pack_row(
 def rows_of_samples(
   samples: list[np.ndarray], length: int, vocab: VocabLayout, align_images: bool = False
 ) -> dict[str, np.ndarray]:
-  """Makes a [B, L] batch with one sample per row: [T] int32, T <= L + 1. All loss weights are 1."""
+  """Makes a [B, L] batch with one sample, [T] int32, per row. T <= L + 1. Loss weights are 1."""
   rows = [
     pack_row([(s, np.ones(len(s), np.float32))], length, vocab, align_images) for s in samples
   ]
@@ -154,8 +154,8 @@ def rows_of_samples(
 class RowLoader:
   """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
 
-  With `mark_sources`, rows have an additional field `sources`, [L] int32: the number of each slot's
-  source, counted from 1, and 0 for padding.
+  With `mark_sources`, rows have an additional field `sources`, [L] int32: the number of the source
+  of each slot, counted from 1. Padding has 0.
   """
 
   def __init__(
@@ -172,7 +172,7 @@ class RowLoader:
 
   @property
   def source_names(self) -> tuple[str, ...]:
-    """Names of the sources in the field `sources`; () without `mark_sources`."""
+    """Returns the names of the sources. () without `mark_sources`."""
     return tuple(source.name for source in self.plan.sources) if self.mark_sources else ()
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -194,7 +194,7 @@ class RowLoader:
     return row
 
   def _sample(self, source: int, pass_: int, unit: int) -> SampleTokens:
-    """Builds a sample, or padding if a document is unreadable and may be skipped."""
+    """Builds a sample. Returns padding if a document is unreadable and may be skipped."""
     try:
       return self._read_sample(source, pass_, unit)
     except BadRecord as error:
@@ -236,7 +236,7 @@ class RowLoader:
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
-      if not plan.spans:  # With spans, the target is a text that moved to the end.
+      if not plan.spans:  # With spans, the target is no image but a text at the end.
         own[slice(*plan.target)] = True
       return SampleTokens(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
@@ -250,7 +250,7 @@ class RowLoader:
 
 
 def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-  """Chooses the codes of a sample that the decoder reads as `<unk>`, [T] bool.
+  """Chooses the codes that the decoder reads as `<unk>`: True for these codes, [T] bool.
 
   The share of hidden codes is uniform in [0, `most`], so that some samples keep whole images.
   """
@@ -259,13 +259,13 @@ def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Returns the rows of a [B, L] batch that this process's devices hold, completely or in part."""
+  """Returns the rows of a [B, L] batch of which devices of this process hold at least a part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 
 
 class Rows(Protocol):
-  """Random access to rows, with the plan that defines them."""
+  """Random access to rows, with the plan that defines the rows."""
 
   plan: RowPlan
 
@@ -279,8 +279,8 @@ def batches(
   """Yields global batches forever. Batch j begins at row `first_row` + j * `batch_size`.
 
   Threads prefetch the rows of this process. A batch depends only on its row numbers, not on earlier
-  batches or the number of processes. Yields dicts of [B, L] arrays, see `RowLoader`, laid out by
-  `sharding`.
+  batches or the number of processes. Batches are dicts of [B, L] arrays, see `RowLoader`, which are
+  sharded by `sharding`.
   """
   config = loader.plan.config
   shape = (batch_size, config.sequence_length)

@@ -1,10 +1,10 @@
 """Plans the samples of each training row as a pure function of (seed, row).
 
-Planning reads lengths and candidates, but no tokens.
+Planning reads the lengths of documents and their candidate neighbors, but no tokens.
 """
 
-# n documents, C candidates of each, L slots of a row. A sample of T tokens takes T - 1 slots, one
-# for each predicted token.
+# n documents, C candidates per document, L slots of a row. A sample of T tokens takes T - 1 slots,
+# one slot for each predicted token.
 
 import bisect
 import collections
@@ -25,11 +25,11 @@ from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.rows.sample_plan import SamplePlan, plan_sample
 
-SCAN = 2**22  # Number of lengths that are read at a time.
+SCAN = 2**22  # Number of segment lengths that are read at a time.
 
 
 class Placement(typing.NamedTuple):
-  """One sample of a row: a unit of a pass over a source, and the number of its slots."""
+  """One sample of a row: its source, pass over the source, unit, and number of slots."""
 
   source: int
   pass_: int
@@ -39,11 +39,11 @@ class Placement(typing.NamedTuple):
 
 @dataclasses.dataclass
 class RowSource:
-  """A source of training rows: documents with one share of the mixture.
+  """A source of training rows: documents that together have one share of the mixture.
 
   Attributes:
     share: share of all slots. The shares of a mixture sum to 1.
-    neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
+    neighbors: [n, C] int32, the candidates of each document as indices into `bank`, padded with -1.
       None if the source has no neighbors.
     instructions: targets and weights of instruction documents. None for other documents.
     name: name of the source in logs: "pairs", or the name of a task.
@@ -57,7 +57,7 @@ class RowSource:
   name: str = ""
 
   def candidates(self, document: int) -> np.ndarray:
-    """Returns a document's candidates, indices into `bank`, without padding."""
+    """Returns the candidates of a document as indices into `bank`, without padding."""
     if self.neighbors is None:
       return np.zeros(0, np.int32)
     ids = self.neighbors[document]
@@ -67,7 +67,7 @@ class RowSource:
 def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Finds documents that consist of one text longer than `most` tokens.
 
-  Returns ascending indices and lengths of these documents, both int64.
+  Returns the indices of these documents in ascending order, int64, and their lengths, int64.
   """
   offsets, lengths, is_image = map(np.asarray, (store.offsets, store.lengths, store.is_image))
   long = [np.zeros(0, np.int64)]
@@ -81,10 +81,10 @@ def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class Units:
-  """Units of a pass over a source: whole documents, and pieces of texts longer than a row.
+  """The units of a pass over a source: documents, and pieces of texts that do not fit into a row.
 
-    sequence_length = 5, documents: a text of 3 tokens, a text of 9 tokens
-    (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
+    sequence_length = 5, the documents are a text of 3 tokens and a text of 9 tokens
+    units as (document, first token) = [(0, 0) (1, 0) (1, 4) (1, 8)]
 
   Memory grows only with the number of documents that are cut into pieces.
   """
@@ -103,7 +103,7 @@ class Units:
     return self._count
 
   def locate(self, unit: int) -> tuple[int, int]:
-    """Returns a unit's document and the first token of its piece, which is 0 for a document."""
+    """Returns the document of a unit, and the index of its first token: 0 for a whole document."""
     at = int(self._first.searchsorted(unit, side="right")) - 1 if len(self._first) else -1
     if at < 0:
       return unit, 0
@@ -122,19 +122,19 @@ class Units:
 
 
 class SampleGenerators(threading.local):
-  """Reuses one generator per thread, which is ten times faster than a new one per sample."""
+  """Reuses one generator per thread. A new generator per sample would be ten times slower."""
 
   def __init__(self) -> None:
     self._philox = np.random.Philox(0)
     self._generator = np.random.Generator(self._philox)
-    self._state: Any = self._philox.state  # Any, because the type stub rejects a tuple as counter.
+    self._state: Any = self._philox.state  # Any: the type stub rejects a tuple as the counter.
 
   def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
     """Returns a generator at the start of the random stream (key, unit, stream).
 
     The generator is valid until the next call in this thread. Philox is a function of a key, [2]
-    uint64, and a counter (Salmon et al. 2011). Random streams never overlap if a high word of
-    their counters differs.
+    uint64, and a counter (Salmon et al. 2011). Random streams never overlap if the high words
+    of their counters differ.
     """
     self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
     self._philox.state = self._state
@@ -142,19 +142,19 @@ class SampleGenerators(threading.local):
 
 
 def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
-  """Computes the random key of a pass, [2] uint64, and the seed of its order."""
+  """Computes the random key of a pass, [2] uint64, and the seed of the order of its units."""
   words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
   return words[:2], int(words[2]) % 2**32
 
 
 def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
-  """Packs samples into rows by best fit: longest first, each into the fullest row with room.
+  """Packs samples into rows by best fit: the longest first, each into the fullest possible row.
 
   >>> pack_best_fit([3, 6, 4, 2], 8)
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  # Number of free slots -> rows.
+  # Rows by the number of their free slots.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
@@ -178,12 +178,12 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class RowPlan:
-  """Computes the placements of any row. Thread-safe.
+  """Computes which samples a row holds, for any row. Thread-safe.
 
   A plan proceeds in windows of samples. A window takes samples from the sources by their shares of
   slots, packs them into rows by best fit, and shuffles the rows. Each window begins where the
-  previous window ends, so the first access to a row plans all earlier windows, unless a file has
-  their starts. The newest windows stay in memory.
+  previous window ends. The first access to a row therefore plans all earlier windows, unless a file
+  holds the starts of these windows. The newest windows stay in memory.
   """
 
   def __init__(
@@ -195,13 +195,13 @@ class RowPlan:
     starts_path: epath.PathLike | None = None,
     write_starts: bool = False,
   ):
-    """Opens the plan. The first access to a row plans a window.
+    """Opens the plan. Windows are planned only when a row is accessed.
 
     `starts_path` is the file with the starts of earlier windows, see `WindowStarts`. With
     `write_starts`, which one process of a run sets, new starts are appended to the file.
 
     Raises:
-      ValueError: a source with a share has no documents.
+      ValueError: a source has a share above 0, but no documents.
     """
     for i, source in enumerate(sources):
       if source.share > 0 and not len(source.store):
@@ -218,7 +218,7 @@ class RowPlan:
     self._lock = threading.Lock()
 
   def row(self, i: int) -> list[Placement]:
-    """Returns the samples of row `i` (>= 0), in order."""
+    """Returns the samples of row `i` (>= 0) in their order."""
     with self._lock:
       while i >= self._starts[-1].first_row:
         self._plan_window(len(self._starts) - 1)
@@ -226,7 +226,7 @@ class RowPlan:
       return self._rows_of(window)[i - self._starts[window].first_row]
 
   def window(self, window: int) -> list[list[Placement]]:
-    """Returns all rows of a window (>= 0), in order."""
+    """Returns all rows of a window (>= 0) in their order."""
     with self._lock:
       while window >= len(self._starts) - 1:
         self._plan_window(len(self._starts) - 1)
@@ -259,7 +259,7 @@ class RowPlan:
     return self._windows[window]
 
   def _samples(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
-    """Returns the samples of a window, and the units and slots taken per source at its end."""
+    """Returns the samples of a window, and the number of units and slots per source at its end."""
     taken, used, samples = list(start.taken), list(start.used), []
     sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
     progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}

@@ -1,4 +1,4 @@
-"""Stores where the windows of a row plan start, so that a resumed run plans only one window."""
+"""Stores the starts of the windows of a row plan. A resumed run then plans only one window."""
 
 import bisect
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.files.atomic import replacing
 
-BUCKET_BATCH = 16  # Windows per write to a GCS bucket, where an append rewrites the whole file.
-SPOTS = 4_096  # Number of evenly spaced values per array that the fingerprint covers.
+BUCKET_BATCH = 16  # Windows per write to a GCS bucket, because each write rewrites the file.
+SPOTS = 4_096  # The fingerprint covers about this many evenly spaced values per array.
 
 
 class Start(typing.NamedTuple):
-  """Start of a window: its first row, and the units and slots taken per source before it."""
+  """Start of a window: its first row, and the number of earlier units and slots per source."""
 
   first_row: int
   taken: tuple[int, ...]
@@ -28,7 +28,7 @@ class Start(typing.NamedTuple):
 
 
 def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed: int) -> str:
-  """Digests the inputs of a plan. Covers only evenly spaced values of the stores' arrays."""
+  """Returns a digest of the inputs of a plan. It covers only evenly spaced values of arrays."""
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()
@@ -50,13 +50,14 @@ def fingerprint(sources: Sequence[Any], config: DataConfig, max_spans: int, seed
 
 
 class WindowStarts:
-  """List of `Start` from window 0 to the first window that is not planned yet.
+  """The starts of all windows from 0 to the first window that is not planned yet.
 
   The file has a line `{"fingerprint": ...}` and one line for each window except window 0:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..], "digest": "9f86d081884c7d65"}`.
   The digest covers all lines up to this line, so it detects changed, missing, swapped and repeated
-  lines. An incomplete last line, which a kill may leave, is ignored. A file of an earlier version
-  has no digests: its first damaged line and all later lines are ignored, then digests are added.
+  lines. An incomplete last line is ignored, because a killed run may leave such a line. A file of
+  an earlier version has no digests. The first damaged line of such a file and all later lines are
+  ignored. Then digests are added.
   """
 
   def __init__(
@@ -66,7 +67,7 @@ class WindowStarts:
     identity: str = "",
     writes: bool = False,
   ):
-    """Reads `path` if it exists. With `writes`, the method `add` updates the file.
+    """Reads the file `path` if it exists. With `writes`, the method `add` updates the file.
 
     Raises:
       UserError: the fingerprint of the file is not `identity`, or a line changed after it was
@@ -75,8 +76,8 @@ class WindowStarts:
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
-    self._digests = [_digest("", self._header)]  # Header digest, then the digest of each line.
-    self._whole = False  # Whether the file holds exactly these starts, so lines can be appended.
+    self._digests = [_digest("", self._header)]  # Digests of the header and of each line.
+    self._whole = False  # Whether the file holds exactly these starts. If so, `_write` appends.
     if self._path and self._path.exists():
       self._read(self._path.read_bytes().decode(errors="replace"))
 
@@ -91,10 +92,10 @@ class WindowStarts:
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Adds the start of the next window, or compares the start of a known window.
+    """Adds the start of the next window, or compares `start` with the start of a known window.
 
     Raises:
-      UserError: the known start differs.
+      UserError: the known start is not `start`.
     """
     if window < len(self._starts):
       if self._starts[window] != start:
@@ -121,7 +122,7 @@ class WindowStarts:
         "to continue with new rows, in which documents of this pass may be missing or repeated."
       )
     lines = text[len(self._header) :].split("\n")
-    incomplete = lines.pop()  # Empty if the last line is complete.
+    incomplete = lines.pop()  # "" if the last line is complete.
     if any('"digest"' in line for line in lines):
       self._read_lines(lines)
       self._whole = not incomplete
@@ -181,12 +182,12 @@ def _fields(window: int, start: Start) -> dict:
 
 
 def _digest(before: str, line: str) -> str:
-  """Returns a digest of a line and of `before`, the digest of all earlier lines."""
+  """Returns a digest of a line and of `before`, which is the digest of all earlier lines."""
   return hashlib.sha256(f"{before}{line}".encode()).hexdigest()[:16]
 
 
 def _start_of(line: str, window: int, num_sources: int) -> tuple[Start, str | None] | None:
-  """Parses a line into the start of `window` and its digest. Returns None for any other line."""
+  """Parses the line of `window`. Returns its start and digest, or None for any other line."""
   try:
     fields = json.loads(line)
     first, counts = fields["first_row"], [tuple(fields[name]) for name in ("taken", "used")]

@@ -1,4 +1,4 @@
-"""Computes statistics of a row plan: fill, shares, neighbors, drops, spans."""
+"""Computes statistics of a row plan: filled slots, shares, neighbors, drops, spans."""
 
 import collections
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from cm3leon_jax.data.documents.store import Bank, DocumentStore
 from cm3leon_jax.data.rows.config import DataConfig
 from cm3leon_jax.data.rows.plan import RowPlan, RowSource
 
-TYPICAL = 1_024  # Number of documents whose median is the typical length of a store.
+TYPICAL = 1_024  # The typical length of a store is the median over this many documents.
 
 
 def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
   """Summarizes the first `windows` windows of a plan. Reads lengths, but no tokens.
 
   Returns:
-    windows, rows, samples: counts.
+    windows, rows, samples: their numbers.
     fill: share of slots that hold samples.
     source_shares: share of each source in the filled slots.
-    samples_per_row, spans_per_sample: means.
+    samples_per_row, spans_per_sample: mean numbers.
     The remaining values cover only samples of sources with neighbors.
-    neighbors_per_sample: mean.
-    too_few_candidates: share of samples with missing neighbors.
+    neighbors_per_sample: mean number.
+    too_few_candidates: share of samples whose documents have too few candidates.
     neighbors_crowded_out: share of the picked neighbors that did not fit.
-    condition_drops: share of samples without caption and neighbors.
+    condition_drops: share of samples whose caption and neighbors were dropped.
   """
   counts: collections.Counter[str] = collections.Counter()
   slots, rows = np.zeros(len(plan.sources), np.int64), 0
@@ -74,14 +74,14 @@ def describe(statistics: dict, names: Sequence[str] = ()) -> str:
 
 
 def typical_length(store: Bank | DocumentStore) -> int:
-  """Computes the median number of slots over up to 1,024 evenly spaced documents."""
+  """Computes the median number of slots of at most 1,024 evenly spaced documents."""
   chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
   lengths = [store.segment_lengths(int(i))[0] for i in chosen]
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
 def room_for_neighbors(source: RowSource, config: DataConfig) -> str:
-  """Returns a warning if a row cannot hold a typical document and K typical neighbors, else ""."""
+  """Returns a warning if a typical document and K neighbors do not fit into a row, else ""."""
   assert source.bank is not None
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)

@@ -1,4 +1,4 @@
-"""Plans one sample (neighbors, CM3 spans, length) from segment lengths and a random generator."""
+"""Plans the neighbors, CM3 spans and length of a sample from segment lengths and random numbers."""
 
 # K neighbors of a document.
 
@@ -12,14 +12,15 @@ from cm3leon_jax.data.rows.config import PAPER_CANDIDATES, DataConfig
 
 
 class SamplePlan(typing.NamedTuple):
-  """Neighbors, spans and length of the sample of one document.
+  """Plan of the sample of one document: neighbors, spans and length.
 
   Attributes:
-    neighbors: indices into the document's candidates, in the order of the row.
+    neighbors: indices of the neighbors among the candidates, in the order of the row.
     dropped: whether `<mask:0>` replaces caption and neighbors.
-    spans: CM3 spans, half-open ranges of the joined sample.
+    spans: CM3 spans as half-open ranges of the joined sample.
     length: number of tokens after the CM3 transformation.
-    missing: number of wanted neighbors for which the document has no candidate.
+    missing: number of neighbors that could not be picked, because the document has too few
+      candidates.
     crowded_out: number of picked neighbors that did not fit into the row.
   """
 
@@ -39,7 +40,7 @@ def joined_length(segment_lengths: Sequence[int]) -> int:
 def pick_neighbors(
   num_candidates: int, rng: np.random.Generator, config: DataConfig
 ) -> tuple[list[int], int]:
-  """Picks candidates. Returns their indices in row order, and the number of missing neighbors."""
+  """Picks neighbors. Returns their indices in row order, and the number of missing neighbors."""
   if config.neighbor_sampling == "paper":
     num_candidates = min(num_candidates, PAPER_CANDIDATES)
   wanted = config.num_neighbors
@@ -60,23 +61,25 @@ def plan_sample(
   config: DataConfig,
   max_spans: int,
 ) -> SamplePlan:
-  """Makes all random choices that decide a sample's length, equal in the planner and the loader.
+  """Makes the random choices that decide the length of a sample. Planner and loader repeat them.
 
     lengths = [4, 16], candidates = [[4, 16], [4, 16]], two neighbors picked, two spans wanted
-    sequence_length 1,000: two neighbors and spans
-    sequence_length 60: the first neighbor and spans
-    sequence_length 30: spans, but no neighbor
-    sequence_length 22: only the document, 23 tokens; 10: its first 11 tokens
+    sequence_length 1,000: document, two neighbors and spans
+    sequence_length 60: document, first neighbor and spans
+    sequence_length 30: document and spans
+    sequence_length 22: only the document, 23 tokens
+    sequence_length 10: only the first 11 tokens of the document
 
   Args:
     lengths: segment lengths of the document.
     candidates: segment lengths of each candidate neighbor.
-    rng: generator of the sample. No number has been drawn from it.
+    rng: new generator for the sample, from which no number was drawn.
     max_spans: number of sentinels in the vocabulary.
 
   Returns:
-    A plan of at most `config.sequence_length` + 1 tokens. If a sample is too long, the plan first
-    omits whole neighbors, beginning with the last, then spans, then the end of the document.
+    A plan of at most `config.sequence_length` + 1 tokens. If a sample is too long, the plan
+    omits first whole neighbors, beginning with the last one, then spans, and then the end of the
+    document.
   """
   limit = config.sequence_length + 1
   neighbors: list[int] = []

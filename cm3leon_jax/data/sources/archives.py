@@ -26,17 +26,17 @@ from cm3leon_jax.data.sources.records import (
 )
 from cm3leon_jax.data.sources.samples import SAMPLE_SUFFIXES, sample_records
 
-MAX_MEMBER = 2**26  # Maximum bytes of a file in a tar.
-MAX_HEADER = 2**20  # Maximum bytes of a header in a tar.
-MAX_GROUP = 2**30  # Maximum bytes of a Parquet row group, counting only the columns that are read.
+MAX_MEMBER = 2**26  # Maximum size of a file in a tar, in bytes.
+MAX_HEADER = 2**20  # Maximum size of a header in a tar, in bytes.
+MAX_GROUP = 2**30  # Maximum size of the columns that are read in a Parquet row group.
 PARQUET_BUFFER = 2**20
-# Parquet columns that are read.
+# Names of the Parquet columns that are read.
 NAMES = {*ALIASES, *itertools.chain(*ALIASES.values())}
 NAMES |= {field.name for cls in (RawPair, RawText) for field in dataclasses.fields(cls)}
 
 
 class _Bounded:
-  """File object for `tarfile` that refuses huge headers, which `tarfile` would read completely."""
+  """A file for `tarfile`. It refuses huge headers, because `tarfile` reads headers completely."""
 
   def __init__(self, stream: IO[bytes]) -> None:
     self._stream = stream
@@ -51,18 +51,18 @@ class _Bounded:
 def tar_samples(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields the samples of an img2dataset tar. A sample is an image and captions with one stem."""
+  """Yields the samples of an img2dataset tar: images and captions whose names have equal stems."""
   del images  # The images are in the tar.
   try:
-    # "r:" refuses compressed tars, whose content could be a thousand times as large as the file.
+    # "r:" refuses compressed tars, because a small file could become a thousand times as large.
     with (
       fs.open(file, "rb") as stream,
-      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # It calls only seek, tell, read.
+      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # tarfile calls only seek, tell, read.
     ):
       stem = ""
       sample: dict[str, bytes] = {}
       for member in tar:
-        member.pax_headers = {}  # Saves memory, because the tar object keeps all members.
+        member.pax_headers = {}  # Saves memory: the tar object keeps all members.
         if not member.isfile():
           continue
         folder, name = posixpath.split(member.name)
@@ -81,7 +81,7 @@ def tar_samples(
           shutil.copyfileobj(tar.extractfile(member), buffer, MAX_HEADER)
           sample[suffix] = buffer.getvalue()
       yield from _sample(file, stem, sample)
-  except Exception as error:  # tarfile raises any kind of error at invalid headers.
+  except Exception as error:  # tarfile raises many kinds of errors for invalid headers.
     message = (
       f"{file} cannot be read to its end ({error}); it must be a complete, uncompressed tar file."
     )
@@ -96,12 +96,12 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record |
 def parquet_rows(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable, longest_caption: int | None = None
 ) -> Iterator[Record | Rejected]:
-  """Yields the records of a Parquet file: pairs, or texts for rows without an image.
+  """Yields the records of a Parquet file: a pair for a row with an image, otherwise a text.
 
-  An image is bytes, a path, or a dict of both (Hugging Face). The values that are read count toward
-  MAX_GROUP, too, because a Parquet dictionary can repeat a large value in all rows. `images` checks
-  image paths and makes them absolute, see `formats._with_images`. Captions of more than
-  `longest_caption` characters are rejected without decoding them; None means any length.
+  An image is bytes, a path, or a dict of both (Hugging Face). MAX_GROUP also limits the values that
+  are read from the rows, because a Parquet dictionary can repeat a large value in all rows.
+  `images` checks image paths and makes them absolute, see `formats._with_images`. Captions of more
+  than `longest_caption` characters are rejected before they are decoded. None allows any length.
   """
   try:
     from pyarrow import parquet
@@ -109,7 +109,7 @@ def parquet_rows(
     raise UserError(f"{file} needs pyarrow ({error}): {extras.install('data')}.") from error
   try:
     with fs.open(file, "rb") as stream:
-      # Without these options, pyarrow reads a whole row group into memory.
+      # Without these options, pyarrow would read a whole row group into memory.
       table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=PARQUET_BUFFER)
       number = 0
       for group in range(table.num_row_groups):
@@ -123,7 +123,7 @@ def parquet_rows(
           number += rows
           continue
         end, total = number + rows, 0
-        # One row at a time, because a dictionary value takes its full size in every row.
+        # One row at a time, because a dictionary repeats its full value in every row.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
           row = _plain_columns(batch)
           total += sum(column.nbytes for column in row.values())
@@ -137,18 +137,18 @@ def parquet_rows(
           yield _row(row, file, number, images, longest_caption)
           number += 1
         number = end
-  except Exception as error:  # pyarrow raises any kind of error at damaged files.
+  except Exception as error:  # pyarrow raises many kinds of errors for damaged files.
     message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
     yield Rejected(file, "", "unreadable_file", message)
 
 
 def _columns(group: Any) -> tuple[list[str], int, int]:
-  """Returns the columns of a row group that records need, their bytes, and the number of rows."""
+  """Returns the columns of a row group that records need, their size, and the number of rows."""
   columns, size = [], 0
   for i in range(group.num_columns):
     column = group.column(i)
     name, _, inner = column.path_in_schema.partition(".")
-    # Nested lists are not read, because a list in one row could have any length.
+    # Skip nested lists, because a list in one row could have any length.
     if name == "facts" or (name in NAMES and inner in ("", "bytes", "path")):
       columns.append(column.path_in_schema)
       size += column.total_uncompressed_size
@@ -156,7 +156,7 @@ def _columns(group: Any) -> tuple[list[str], int, int]:
 
 
 def _plain_columns(batch: Any) -> dict[str, Any]:
-  """Returns the columns of a batch by name, with dictionaries decoded to values."""
+  """Returns the columns of a batch by name. Decodes Parquet dictionaries to values."""
   return {
     name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
     for name, column in zip(batch.schema.names, batch.columns)
@@ -166,7 +166,7 @@ def _plain_columns(batch: Any) -> dict[str, Any]:
 def _row(
   columns: dict, file: str, number: int, images: Callable, longest_caption: int | None
 ) -> Record | Rejected:
-  """Builds the record of a row from columns with one value each."""
+  """Builds the record of a row. Each column has one value."""
   where = f"{file}, row {number}"
   long = {} if longest_caption is None else _long_captions(columns, longest_caption)
   try:
@@ -180,7 +180,7 @@ def _row(
         return Rejected(file, key, "long_caption", message)
     elif "text" in long:
       row["text"] = columns["text"][0].as_py()
-  except Exception as error:  # E.g. bytes that are not UTF-8, or dates out of range.
+  except Exception as error:  # For example, text that is not UTF-8, or a date out of range.
     return Rejected(file, str(number), "malformed_record", f"{where} cannot be read ({error}).")
   if "image" not in values and isinstance(row.get("text"), str):
     return checked_record(RawText, {**values, "text": row["text"]}, file, where)
@@ -188,7 +188,7 @@ def _row(
 
 
 def _long_captions(columns: dict, longest: int) -> dict[str, int]:
-  """Returns caption column -> length in characters, for captions longer than `longest`."""
+  """Returns the lengths in characters of captions longer than `longest`, by column."""
   import pyarrow as pa
   from pyarrow import compute
 

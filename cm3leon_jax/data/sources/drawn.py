@@ -1,4 +1,4 @@
-"""Defines the interface between `prepare_data` and a source that draws its images."""
+"""Defines the interface between `prepare_data` and sources that draw their images."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -17,11 +17,11 @@ from cm3leon_jax.data.sources.records import RawPair
 
 @dataclasses.dataclass(frozen=True)
 class FactLeakReport:
-  """Result of a comparison of the facts of training and held-out images.
+  """Result of comparing the facts of held-out images with the facts of training images.
 
   Attributes:
-    leaked: number of leaked held-out images, by the reason why they are held out.
-    first: sentences about the first leaked images.
+    leaked: number of leaked held-out images by the reason why the images are held out.
+    first: a sentence about each of the first leaked images.
   """
 
   heldout: int
@@ -35,10 +35,10 @@ class DrawnSource(Protocol):
 
   @property
   def name(self) -> str:
-    """Value of `raw.source`, which is also the kind of the source's parts."""
+    """Returns the value of `raw.source`, which is also the kind of the parts."""
 
   def identity(self) -> dict[str, Any]:
-    """Returns everything that records and images depend on, except part and section `raw`."""
+    """Returns all values on which records and images depend, except part and section `raw`."""
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
     """Splits the source into parts, one per raw shard.
@@ -55,23 +55,23 @@ class DrawnSource(Protocol):
     """Draws the image of a record: [H, W, 3] uint8."""
 
   def number_of(self, pair: RawPair) -> str:
-    """Returns the name of the count in the summary that includes a record."""
+    """Returns the name of the count that a record increases in the summary."""
 
   def numbers(self) -> dict[str, int]:
-    """Returns numbers of the whole source for the summary."""
+    """Returns numbers that describe the whole source, for the summary."""
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
     """Compares the facts of the splits in a raw folder.
 
-    Comparing pixels would not help, because drawn images of both splits are similar by design.
+    A comparison of pixels would not help, because drawn images of both splits are similar.
     """
 
 
 def load_drawings(source: str, module: str) -> ModuleType:
-  """Imports a module of the drawings of a source.
+  """Imports a module with the drawings of a source.
 
   Raises:
-    UserError: its package is not installed.
+    UserError: the package of the module is not installed.
   """
   try:
     return importlib.import_module(module)
@@ -83,7 +83,7 @@ def load_drawings(source: str, module: str) -> ModuleType:
 
 
 def check_license(licenses: tuple[str, ...], given: str, name: str) -> None:
-  """Raises UserError if the config's `licenses` lack the license of the drawings."""
+  """Raises UserError if `licenses` of the config lack `given`, the license of the drawings."""
   if licenses and given not in licenses:
     raise UserError(
       f"config.raw.licenses is {licenses}, but the license of {name}'s drawings is {given}: add it."

@@ -1,7 +1,7 @@
-"""Reads image folders, WebDataset tars, Parquet, JSONL and plain text as raw records.
+"""Reads raw records from image folders, WebDataset tars, Parquet, JSONL and plain text.
 
 A source is split into parts, and each part becomes a raw shard. Paths are local or in a GCS bucket
-(`gs://`). A glob pattern names several files.
+(`gs://`). A path may be a glob pattern, which names several files.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -47,12 +47,12 @@ INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
-# JSONL files that have no texts. A raw shard, which can be a source, has rejected.jsonl.
+# JSONL files without texts. A source may be a raw shard, which has the file rejected.jsonl.
 NO_TEXTS = (*LISTS, "rejected.jsonl")
 TEXT_FILES = 1_000  # Maximum number of .txt files per part.
 
 
-# File attributes that change with the content: checksums in GCS buckets, the time of local files.
+# Attributes that change with the content of a file: a checksum (GCS bucket) or a time (local).
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")
 WILDCARDS = "*?["
 REMEDY = "config.raw.allow_outside=True allows images from everywhere."
@@ -72,11 +72,11 @@ class SourcePart:
 
   Attributes:
     kind: a `Format` other than `auto`, or the name of a built-in source.
-    files: one file, with these exceptions. `text`: possibly many .txt files. `folder`: the folder.
-      `sidecars`: the folder of the source, then the images and caption files of the part.
+    files: usually one file. `text` may have many .txt files. `folder` has the path of the folder.
+      `sidecars` has the folder of the source, and then the images and caption files of the part.
     bytes: total size of the files.
-    modified: digest of the files' modification times, or of their checksums in a GCS bucket. Files
-      count as unchanged if size and digest are equal. Empty for built-in sources.
+    modified: digest of the modification times of local files, or of checksums in a GCS bucket.
+      Files are unchanged if size and digest are unchanged. Empty for built-in sources.
   """
 
   kind: str
@@ -85,13 +85,13 @@ class SourcePart:
   modified: str = dataclasses.field(default="", repr=False)
 
   def identity(self) -> dict:
-    """Returns the fields that the shard depends on."""
+    """Returns the fields on which the shard depends."""
     fields = dataclasses.asdict(self)
     return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
 
 
 def digest_of(parts: list[SourcePart]) -> str:
-  """Returns a SHA-256 of the parts of a source. It changes when their files change."""
+  """Returns a SHA-256 digest of the parts, which changes if one of their files changes."""
   stamps = "".join(part.modified for part in parts)
   return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
@@ -104,14 +104,14 @@ def parts(source: str, kind: str = "auto") -> list[SourcePart]:
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
-    kind: a `Format`; `auto` detects it from the file names.
+    kind: a `Format`. `auto` detects the formats from the file names.
 
   Raises:
     UserError: the source has no files, or no file of a known format.
   """
   fs, path = _filesystem(source)
   found = _files(fs, path, source)
-  # Only `sidecars` accepts links, because its reader rejects links that lead out of the folder.
+  # Only `sidecars` allows links, because only its reader checks where links lead.
   files = [name for name, about in found.items() if not about.is_link]
   kinds = [kind] if kind != "auto" else _detect(found, files, source)
   result = []
@@ -145,8 +145,8 @@ def parts(source: str, kind: str = "auto") -> list[SourcePart]:
 def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Iterator[list[str]]:
   """Groups images with their caption files. Skips `folders`, which have lists of captions.
 
-  Includes images without a caption, so that they are rejected later, unless `folders` shows that a
-  list may name them. Groups depend only on the paths relative to `root`.
+  Without `folders`, the groups include images without a caption, which are rejected later. Groups
+  depend only on the paths relative to `root`.
   """
   stems = by_stem(f for f in files if not _is_in(f, folders))
   taken = {
@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files of one format. Given `beside` (all files), skips caption files and lists."""
+  """Groups files of one format. If `beside` has all files, skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -191,7 +191,7 @@ def _is_in(file: str, folders: Collection[str]) -> bool:
 
 
 def _root(path: str, files: Collection[str]) -> str:
-  """Returns the folder of a source. For a pattern, this is the folder before the first wildcard."""
+  """Returns the folder of a source. In a pattern, it is the folder before the first wildcard."""
   if any(c in path for c in WILDCARDS):
     return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
   return posixpath.dirname(path) if path in files else path
@@ -203,8 +203,8 @@ def read(
   """Yields the records of a part in a fixed order, with a `Rejected` in place of an invalid record.
 
   With `allow_outside`, records may name images outside the folder of their file. `longest_caption`
-  is the maximum caption length in characters; None means any length. Only the reader of Parquet
-  checks it here; other readers leave the check to their callers.
+  is the maximum caption length in characters. None allows any length. Only the Parquet reader
+  applies this limit. With other readers, the caller must check the length.
   """
   rows = functools.partial(parquet_rows, longest_caption=longest_caption)
   readers: dict[str, Callable[..., Iterator[Record | Rejected]]]
@@ -255,7 +255,7 @@ def _files(fs: fsspec.AbstractFileSystem, path: str, source: str) -> dict[str, _
 
 
 def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
-  """Detects the formats of a source, in the order of their parts. `files` excludes links."""
+  """Detects the formats of a source, in the order of their parts. `files` has no links."""
   lists = len(found) > 1 and any(posixpath.basename(file) in LISTS for file in files)
   images = [names for names in by_stem(found).values() if has_image(names)]
   if lists:
@@ -282,8 +282,8 @@ def _folder(
 ) -> Iterator[Record | Rejected]:
   """Yields the records of a folder with lists.
 
-  The order is: images of a JSONL or CSV list of captions, texts.jsonl, interleaved.jsonl, then
-  unlisted images with a caption file.
+  The order is: the list of captions (JSONL or CSV), texts.jsonl, interleaved.jsonl, and then images
+  that are in no list but have a caption file.
   """
   known, named = set(fs.find(path)), set()
   listed = [name for name in LISTS if posixpath.join(path, name) in known]
@@ -319,12 +319,12 @@ def _folder(
 
 
 def _joined(folder: str, image: Any) -> str:
-  """Returns the full path of an image that a list in `folder` names, or "" if it is not a path."""
+  """Returns the full path of an image in a list in `folder`, or "" if `image` is not a path."""
   return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
 
 
 def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
-  """Returns unlisted images and their captions. Skips subfolders that have lists themselves."""
+  """Returns images that are in no list, and their captions. Skips subfolders with lists."""
   inner = _folders(known, IMAGE_LISTS) - {path}
   stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
   samples = (names for names in stems.values() if has_image(names) and has_caption(names))
@@ -332,7 +332,7 @@ def _unnamed(path: str, known: Collection[str], named: set[str]) -> list[str]:
 
 
 def _is_regular(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-  """Returns whether a path is a regular file. Links, which may lead out, and pipes are not."""
+  """Returns whether a path is a regular file, which excludes links and pipes."""
   try:
     info = fs.info(path)
   except OSError:  # A broken link.
@@ -348,10 +348,10 @@ def _with_images(
   where: str,
   known: Collection[str] = (),
 ) -> Record | Rejected:
-  """Makes the image paths of a record absolute, or returns Rejected.
+  """Makes the image paths of a record absolute. Returns `Rejected` if an image is invalid.
 
-  Paths are relative to `folder`. Files in `known` exist and need no look-up. A path out of the
-  folder is rejected without a look-up, so that no message reveals which files the machine has.
+  Paths are relative to `folder`. The function does not look up files in `known`, which exist. It
+  rejects paths out of the folder without a look-up, so that no message reveals which files exist.
   """
   if isinstance(item, Rejected):
     return item
@@ -376,7 +376,7 @@ def _with_images(
 def _text(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields a .txt file as one text, or each line of a .jsonl file as a text or document."""
+  """Yields one text for a .txt file, or a text or document per line of a .jsonl file."""
   name = posixpath.basename(file)
   if suffix_of(file) == "txt":
     try:

@@ -1,4 +1,4 @@
-"""Resolves the image paths in records and refuses paths that lead out of a folder."""
+"""Resolves the image paths in records. Refuses paths that lead out of a folder."""
 
 import dataclasses
 import functools
@@ -11,18 +11,18 @@ from cm3leon_jax.config import UserError
 
 URL = "://"
 BY_FLAG = "put it there, or allow images from everywhere with --allow_outside."
-LOCAL = ("", "file://", "local://")  # Prefixes of local paths in fsspec.
+LOCAL = ("", "file://", "local://")  # Prefixes that fsspec allows for local paths.
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-  """The folder that must contain the images of records, after links are resolved.
+  """The folder that must contain the images of records. Links are resolved before the check.
 
-  Records may come from strangers. A path out of the folder could name any file of the machine, and
-  a URL could make the machine send requests.
+  Strangers may have written the records. A path out of the folder could name any file of the
+  machine, and a URL could make the machine send requests.
 
   Attributes:
-    remedy: end of the error message: what to do with an image outside the folder.
+    remedy: end of the error message, which says what to do with an image outside the folder.
   """
 
   path: str
@@ -34,9 +34,9 @@ class ImageFolder:
 
       ImageFolder("data").find("val/7.jpg", "a.jsonl, line 1") = "data/val/7.jpg"
 
-    The error is the same whether or not the file exists, so that it does not reveal which files the
-    machine has. `name` is a path relative to the folder, an absolute path, or a URL. `where` is the
-    place of the record, and `noun` is the kind of the file, for the error message.
+    The error message does not reveal whether the file exists. `name` is a path relative to the
+    folder, an absolute path, or a URL. The error message contains `where`, the place of the record,
+    and `noun`, the kind of the file.
 
     Raises:
       UserError: the path is outside the folder.
@@ -56,26 +56,26 @@ class ImageFolder:
   def _holds(self, path: str) -> bool:
     try:
       return _resolve(path).startswith(self._inside)
-    except ValueError:  # A path cannot contain a null or half of a surrogate pair.
+    except ValueError:  # The path contains a null or half of a surrogate pair.
       return False
 
   @functools.cached_property
   def _inside(self) -> str:
-    """Returns the common prefix of all paths in the folder."""
+    """Returns the prefix that all paths in the folder have."""
     return _resolve(self.path).rstrip("/") + "/"
 
 
 def image_folder(path: epath.PathLike | ImageFolder) -> ImageFolder:
-  """Converts a path to an `ImageFolder`. Returns an `ImageFolder` unchanged."""
+  """Converts a path to an `ImageFolder`. Does not change an `ImageFolder`."""
   return path if isinstance(path, ImageFolder) else ImageFolder(os.fspath(path))
 
 
 def _resolve(path: str) -> str:
-  """Returns the canonical form of a path: absolute, without `..`, and, if local, without links."""
+  """Returns the absolute path without `..`. Local paths also have their links resolved."""
   start, inner = _split(path)
   if start not in LOCAL:
     return start + posixpath.normpath(inner)
-  # Resolve the path in the same way as `open_filesystem`.
+  # This is how `open_filesystem` resolves paths, too.
   return start + os.path.realpath(os.path.abspath(os.path.expanduser(inner)))
 
 

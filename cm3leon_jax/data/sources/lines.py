@@ -1,4 +1,4 @@
-"""Reads JSON lines, CSV rows and texts of a source, with limits on their length."""
+"""Reads JSON lines, CSV rows and texts of a source. Limits the length of each."""
 
 from collections.abc import Iterator
 import csv
@@ -12,18 +12,18 @@ import fsspec
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import RecordError, Rejected, parse_json
 
-MAX_LINE = 2**24  # Maximum bytes of a JSON line or a text file.
-MAX_ROW = 2**20  # Maximum characters of a CSV row, which can have half as many fields.
+MAX_LINE = 2**24  # Maximum size of a JSON line or a text file, in bytes.
+MAX_ROW = 2**20  # Maximum number of characters of a CSV row.
 
 
 def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | RecordError]]:
-  """Yields (place, line) for every nonblank line of a binary file.
+  """Yields (place, line) for each line of a binary file that is not blank.
 
-  Yields a RecordError in place of a line with more than MAX_LINE bytes, and never reads the whole
-  line into memory. The file is closed at the end.
+  Yields a `RecordError` in place of a line with more than MAX_LINE bytes. Never reads such a line
+  into memory as a whole. Closes the file at the end.
   """
-  # The `readline` of files in a GCS bucket ignores its limit.
-  with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # Binary files have the methods.
+  # The method `readline` of files in a GCS bucket ignores the limit.
+  with io.BufferedReader(raw) as stream:  # type: ignore[type-var]  # It has the needed methods.
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)
       if not line:
@@ -39,7 +39,7 @@ def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | R
 
 
 def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
-  """Yields (place, line) like `bounded_lines`, but raises UserError at a line that is too long."""
+  """Yields (place, line) as `bounded_lines` does. Raises UserError if a line is too long."""
   with epath.Path(file).open("rb") as raw:
     for where, line in bounded_lines(raw, file):
       if isinstance(line, RecordError):
@@ -50,9 +50,9 @@ def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
 def json_lines(
   fs: fsspec.AbstractFileSystem, file: str, fields: list[str]
 ) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (place, values) of every nonblank line of a JSONL file, or Rejected for invalid lines.
+  """Yields (place, values) for each line of a JSONL file, with `Rejected` for an invalid line.
 
-  Messages name `fields`, which a line must have.
+  Skips blank lines. Error messages name `fields`, which every line must have.
   """
   with fs.open(file, "rb") as raw:
     for where, line in bounded_lines(raw, file):
@@ -74,10 +74,10 @@ def _decode(data: bytes, where: str) -> str:
 
 
 class _RowLines:
-  """Lines of a CSV file. Raises csv.Error if one row has more than MAX_ROW characters.
+  """The lines of a CSV file. Raises csv.Error if a row has more than MAX_ROW characters.
 
   Attributes:
-    used: number of characters read since `used` was set to 0, at the start of a row.
+    used: number of characters of the current row. The caller sets it to 0 when a row ends.
   """
 
   def __init__(self, stream: TextIO) -> None:
@@ -97,11 +97,11 @@ class _RowLines:
 
 
 def csv_rows(fs: fsspec.AbstractFileSystem, file: str) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (place, fields) of every row. At the first invalid row, yields Rejected and ends."""
+  """Yields (place, fields) for each row. Ends with a `Rejected` at the first invalid row."""
   csv.field_size_limit(MAX_ROW)
   with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
     lines = _RowLines(stream)
-    rows = csv.DictReader(lines, strict=True)  # Strict: an unclosed quote is an error.
+    rows = csv.DictReader(lines, strict=True)  # `strict` makes an unclosed quote an error.
     try:
       for row in rows:
         lines.used = 0

@@ -4,11 +4,11 @@ import collections
 from collections.abc import Iterable
 
 FIELDS = ("kind", "source", "license", "attribution")
-MOST = 100  # Number of origins that are listed separately.
+MOST = 100  # Maximum number of origins that are listed separately.
 
 
 def most_common(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin. Merges all but the MOST largest by kind and license."""
+  """Sums the records of each origin. Merges origins after the first MOST by kind and license."""
   counts: collections.Counter[tuple] = collections.Counter()
   for origin in origins:
     counts[tuple(origin[field] for field in FIELDS)] += origin["records"]

@@ -1,4 +1,4 @@
-"""Defines and checks raw records: captioned images, texts, interleaved documents, rejections."""
+"""Defines and checks raw records: captioned images, texts and interleaved documents."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from cm3leon_jax.config import without_addresses
 
 MAX_DEPTH = 50  # Maximum nesting depth of `facts`.
-# Field -> names of this field in other tools, in order of preference.
+# Field -> names of the field in other tools. The first name that a record has is used.
 ALIASES = {
   "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
   "caption": ("caption", "text", "TEXT", "txt"),
@@ -17,7 +17,7 @@ ALIASES = {
   "attribution": ("attribution", "author", "credit"),
   "key": ("key", "id"),
 }
-SPLITS = ("train", "heldout", "bank")  # Records of "bank" are only retrieved, never trained on.
+SPLITS = ("train", "heldout", "bank")  # "bank": records that are only retrieved.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,14 @@ class RawPair:
 
   Attributes:
     key: unique in its folder.
-    image: path (relative to the folder in pairs.jsonl, absolute after reading), or file content.
-    group: name that near duplicates share. They are never neighbors of each other. "" means no
-      group.
+    image: content of the file, or its path. Paths are relative in pairs.jsonl, but absolute in
+      records that were read.
+    group: name that near duplicates share. Records of a group are never neighbors of each other.
+      "" means no group.
     split: one of SPLITS. "" lets `cm3leon prepare_data` choose between "train" and "heldout".
-    concept: name that pairs with the same content share. They are in the same split.
-    facts: facts about image and caption, for sources that know them; see docs/scenes.md.
-    added_crop: number of the random crop that `cm3leon prepare_data` added. "" for a whole image.
+    concept: name that pairs with the same content share. Such pairs are in the same split.
+    facts: facts about image and caption, if the source has facts (see docs/scenes.md).
+    added_crop: number of a random crop that `cm3leon prepare_data` added. "" for a whole image.
   """
 
   key: str
@@ -50,7 +51,7 @@ class RawPair:
 
 @dataclasses.dataclass(frozen=True)
 class RawText:
-  """A text without images. Fields are as in RawPair."""
+  """A text without images. The fields are as in `RawPair`."""
 
   key: str
   text: str
@@ -62,10 +63,10 @@ class RawText:
 
 @dataclasses.dataclass(frozen=True)
 class RawInterleaved:
-  """Texts and images in reading order. Other fields are as in RawPair.
+  """Texts and images in reading order. The other fields are as in `RawPair`.
 
   Attributes:
-    segments: at least one segment; each is {"text": str} or {"image": path or bytes}.
+    segments: at least one segment. A segment is {"text": str} or {"image": path or bytes}.
   """
 
   key: str
@@ -79,7 +80,7 @@ class RawInterleaved:
 
 Record = RawPair | RawText | RawInterleaved
 T = TypeVar("T", bound=Record)
-# The names are also file names, without the suffix .jsonl.
+# With the suffix .jsonl, the names are file names.
 KINDS: dict[str, type[Record]] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
@@ -102,7 +103,7 @@ def with_images(record: T, images: Iterable[str | bytes]) -> T:
 
 
 def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
-  """Yields batches that end at `count` items, or at `size` bytes of images in memory."""
+  """Yields batches. A batch ends after `count` items, or `size` bytes of images in memory."""
   batch, total = [], 0
   for item in items:
     images = images_of(item) if isinstance(item, Record) else []
@@ -115,13 +116,13 @@ def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
     yield batch
 
 
-# Reasons for omitting a second caption or image of a record. The record itself is accepted.
+# Reasons why a second caption or image of a record is omitted. The record itself is valid.
 NOTES = ("conflicting_captions", "image_of_same_name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-  """A rejected record: its file and key, a reason code, and a message for the user."""
+  """A rejected record, with its file, its key, the reason, and a message for the user."""
 
   file: str
   key: str
@@ -133,7 +134,7 @@ class Rejected:
 
 
 class RecordError(ValueError):
-  """Error in one record, with a reason code and a message for the user."""
+  """Error in one record, with the reason and a message for the user."""
 
   def __init__(self, reason: str, message: str):
     super().__init__(without_addresses(message))
@@ -141,7 +142,7 @@ class RecordError(ValueError):
 
 
 def required_fields(cls: type) -> list[str]:
-  """Returns the required fields of a kind of record: those without a default."""
+  """Returns the fields of a record type that have no default."""
   return [
     f.name
     for f in dataclasses.fields(cls)
@@ -209,7 +210,7 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
 
 
 def _depth(value: Any) -> int:
-  """Counts the nesting levels of lists and objects, up to MAX_DEPTH + 1."""
+  """Counts the nesting levels of lists and objects. Stops at MAX_DEPTH + 1."""
   level, depth = [value], 0
   while level and depth <= MAX_DEPTH:
     depth += 1
@@ -261,7 +262,7 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
 
 
 def renamed(values: dict) -> dict:
-  """Adds the fields of ALIASES, each with the value of the first alias that is not None."""
+  """Adds the fields of ALIASES. A field gets the first value of its aliases that is not None."""
   result = dict(values)
   for name, aliases in ALIASES.items():
     value = next((values[a] for a in aliases if values.get(a) is not None), None)
@@ -271,7 +272,7 @@ def renamed(values: dict) -> dict:
 
 
 def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Record | Rejected:
-  """Builds a record of type `cls`, or returns Rejected if `values` are invalid."""
+  """Builds a record of type `cls`. Returns `Rejected` if `values` are invalid."""
   try:
     return make_record(cls, values, where)
   except RecordError as error:
@@ -279,7 +280,7 @@ def checked_record(cls: type[Record], values: dict, file: str, where: str) -> Re
 
 
 def long_caption(key: str, length: int, longest: int) -> str:
-  """Returns the message for a caption longer than `RawConfig.max_caption_characters`."""
+  """Returns the message about a caption longer than `RawConfig.max_caption_characters`."""
   return (
     f"key '{key}': the caption has {length} characters, but raw.max_caption_characters is "
     f"{longest}."
@@ -287,7 +288,7 @@ def long_caption(key: str, length: int, longest: int) -> str:
 
 
 def key_of(values: Mapping, default: Any) -> Any:
-  """Returns the key of a record as a text, or `default` if it is None or ""."""
+  """Returns the key of a record as a text, or `default` if the key is None or ""."""
   key = values.get("key")
   if key is None or key == "":
     return default

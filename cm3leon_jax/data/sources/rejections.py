@@ -1,4 +1,4 @@
-"""Counts the rejected records of a source and stops at too many."""
+"""Counts the rejected records of a source. Raises an error if too many are rejected."""
 
 import collections
 
@@ -7,11 +7,11 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS
 
-CHECK_FROM = 10_000  # The share of rejections is checked early only after this many records.
+CHECK_FROM = 10_000  # After this many records, the share is checked after every shard.
 
 
 class Rejections:
-  """Counts rejected records over shards. Raises UserError if their share exceeds `most`."""
+  """Counts rejected records over shards. Raises UserError if their share is above `most`."""
 
   def __init__(self, most: float, path: epath.Path):
     self._most, self._path = most, path
@@ -19,7 +19,7 @@ class Rejections:
     self._reasons: collections.Counter[str] = collections.Counter()
 
   def add(self, summary: dict) -> None:
-    """Adds the counts of a shard. After CHECK_FROM records, also calls `check`."""
+    """Adds the counts of a shard. Calls `check` after at least CHECK_FROM records."""
     wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
     self._reasons.update(wrong)
     counts = summary["counts"]

@@ -1,6 +1,6 @@
-"""Reads samples: an image and the caption files with the same name.
+"""Reads samples. A sample is an image with the caption files of the same name.
 
-The same rules hold for members of a WebDataset tar and for files in a folder.
+The same rules apply to members of a WebDataset tar and to files in a folder.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +26,9 @@ from cm3leon_jax.data.sources.records import (
 )
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jfif")
-# Images of these formats are rejected later. Their caption files must not count as texts.
+# Images in these formats are rejected later. Their captions must not be read as texts.
 OTHER_IMAGES = ("bmp", "tif", "tiff", "heic", "heif", "jxl", "svg")
-CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first nonblank file has the caption.
+CAPTION_SUFFIXES = ("txt", "caption", "json")  # The first file that is not blank has the caption.
 SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)  # Other members of a tar are not read.
 GROUP = 1_000  # Mean number of samples per part. The maximum is 4 times as high.
 THREADS = 8  # Number of samples whose files are read in parallel.
@@ -38,7 +38,7 @@ _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
 
 @functools.cache
 def _is_image(suffix: str) -> bool:
-  """Returns whether a lower-case suffix belongs to an image, possibly mistyped, e.g. "jpq"."""
+  """Returns whether a lower-case suffix is an image suffix, or a misspelled one such as "jpq"."""
   return suffix in _IMAGES or (
     suffix not in CAPTION_SUFFIXES
     and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
@@ -46,7 +46,7 @@ def _is_image(suffix: str) -> bool:
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-  """Groups the names of images and caption files by their path without suffix.
+  """Groups the names of images and caption files by stem, the path without the suffix.
 
   names  = ["a/x.JPG", "a/x.txt", "a/y.txt", "notes.md"]
   result = {"a/x": ["a/x.JPG", "a/x.txt"], "a/y": ["a/y.txt"]}
@@ -59,7 +59,7 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def suffix_of(name: str) -> str:
-  """Returns the lower-case suffix of a file, or "": suffix_of("a/x.JPG") = "jpg"."""
+  """Returns the suffix of a file in lower case, or "": suffix_of("a/x.JPG") = "jpg"."""
   before, _, suffix = name.rpartition(".")
   return suffix.lower() if before and "/" not in suffix else ""
 
@@ -77,8 +77,8 @@ def has_caption(names: Iterable[str]) -> bool:
 def grouped(stems: Iterable[str]) -> Iterator[list[str]]:
   """Yields groups of 1,000 stems on average.
 
-  The hash of a stem decides whether a group begins at this stem. Adding or removing a stem
-  therefore changes only one group, or rarely two.
+  The hash of a stem decides whether a group begins at this stem. An added or removed stem therefore
+  changes only one group, or rarely two.
   """
   group: list[str] = []
   for stem in stems:
@@ -134,11 +134,11 @@ def _folder_sample(
 def sample_records(
   file: str, where: str, key: str, sample: Mapping[str, bytes | str], source: str
 ) -> Iterator[Record | Rejected]:
-  """Yields the pair of a sample, or Rejected, and then a note for each omitted caption or image.
+  """Yields the pair of a sample, or `Rejected`. Then yields a note per omitted caption or image.
 
   Args:
-    sample: suffix -> content of the file, or path of an image.
-    source: default of the field `source`, if the .json does not define it.
+    sample: suffix -> content of a file, or path of an image.
+    source: value of the field `source` if the .json file does not define it.
   """
   try:
     about, captions = _captions(where, sample)
@@ -175,7 +175,7 @@ def sample_records(
 
 
 def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json file, and suffix -> caption in the order of preference.
+  """Returns the fields of the .json file, and captions by suffix, the preferred one first.
 
   Raises:
     RecordError: a file is not UTF-8, or the .json file is not JSON.
@@ -206,7 +206,7 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
 def _left_out(
   file: str, where: str, key: str, captions: dict, found: list[str], images: list[str]
 ) -> Iterator[Rejected]:
-  """Yields a note for each caption and image of a sample that its pair does not use."""
+  """Yields a note for each caption and each image that the pair of a sample does not use."""
   for suffix in found[1:]:
     if str(captions[suffix]).split() != str(captions[found[0]]).split():
       message = f"{where}: the captions in .{found[0]} and .{suffix} differ; .{found[0]} is used."

@@ -1,10 +1,10 @@
-"""Assigns splits by name only, so that other records do not change the split of a record."""
+"""Assigns splits by names, so that the split of a record does not depend on other records."""
 
 import hashlib
 
 
 def fraction(text: str) -> float:
-  """Hashes a text to a number in [0, 1)."""
+  """Computes a number in [0, 1) from the hash of a text."""
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 

@@ -1,4 +1,4 @@
-"""Reads untrusted YAML files with limits on memory and time."""
+"""Reads untrusted YAML files. Limits memory and time."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import yaml
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.json_files import check_foreign
 
-MOST_BYTES = 2**20  # Maximum file size. PyYAML takes about 10 seconds for 1 MiB.
-MOST_VALUES = 2**17  # Maximum per file. A value counts again for each alias that names it.
+MOST_BYTES = 2**20  # Maximum file size in bytes. PyYAML takes about 10 seconds for 1 MiB.
+MOST_VALUES = 2**17  # Maximum per file. An alias of a value counts like the value itself.
 
 
 def read(path: epath.PathLike) -> str:
@@ -29,8 +29,8 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
   """Parses a text into the (node, value) of each YAML document.
 
   Raises:
-    UserError: the text is not YAML, or has too many values. A few lines with aliases of aliases can
-      make millions of values. The message names the line if it is known.
+    UserError: the text is not YAML, or has too many values. (A few lines with aliases of aliases
+      can make millions of values.) The message names the line if it is known.
   """
   try:
     nodes = list(yaml.compose_all(text, yaml.SafeLoader))
@@ -38,14 +38,14 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
     raise
-  except Exception as error:  # PyYAML raises any kind of error at a value with the wrong tag.
+  except Exception as error:  # PyYAML raises many kinds of errors for wrong tags.
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{where}, line {mark.line + 1}," if mark else where
     raise UserError(f"{where} is not valid YAML ({problem or short(str(error))}).") from error
 
 
 def _check_size(nodes: list[yaml.Node], where: str) -> None:
-  """Raises UserError if the documents have too many values or one contains itself."""
+  """Raises UserError if the documents have too many values or a value contains itself."""
   sizes: dict[int, int] = {}
   total = sum(_size(node, sizes) for node in nodes)
   if total > MOST_VALUES:
@@ -56,12 +56,12 @@ def _check_size(nodes: list[yaml.Node], where: str) -> None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-  """Returns the number of values in a node, including the node. An alias counts like its target.
+  """Counts the values in a node, including the node. An alias counts like its target.
 
-  `sizes` caches the result by the id of the node. A node that contains itself exceeds MOST_VALUES.
+  `sizes` caches results by the id of the node. A node that contains itself exceeds MOST_VALUES.
   """
   if id(node) not in sizes:
-    sizes[id(node)] = MOST_VALUES + 1  # Only a node inside itself reads this temporary value.
+    sizes[id(node)] = MOST_VALUES + 1  # Only a node that contains itself reads this.
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     inner = [part for pair in pairs for part in pair]
     if isinstance(node, yaml.SequenceNode):
