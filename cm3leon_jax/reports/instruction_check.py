@@ -38,7 +38,7 @@ def check_instruction(
   vocab: VocabLayout,
   length: int,
 ) -> tuple[int, int]:
-  """Checks that a sample has its record without the dropped segments, and the right loss weights.
+  """Checks that a sample has the tokens of its record, except dropped segments, and its weights.
 
   The range of the target is found from the tokens of the sample, not from the plan. Returns the
   half-open range of the target in the sample.
