@@ -59,7 +59,7 @@ def image(
 def without_rows_to_come(
   task: Task, layout: PromptLayout, pixels: np.ndarray, rows: int
 ) -> np.ndarray:
-  """Grays out rows of [H, W, 3] pixels that are not generated yet; an infill is unchanged."""
+  """Grays out the rows of [H, W, 3] pixels that are not generated yet. Leaves infills unchanged."""
   if isinstance(task, InfillImage):
     return pixels
   shown = pixels.copy()
@@ -113,7 +113,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
 
 
 def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
-  """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError if the box is wrong."""
+  """Enlarges a box, in pixels, to whole codes. Raises ApiError if the box is wrong."""
   side = layout.resolution
   if min(box) < 0 or max(box) > side:
     raise refusal(
