@@ -189,7 +189,7 @@ def _products(largest: int) -> set[int]:
 
 
 def check_levels(num_codes: int, code_dim: int) -> None:
-  """Raises ValueError if FSQ has no levels for K codes, or their number is not E."""
+  """Raises ValueError if FSQ has no levels for K codes, or needs other than E channels."""
   if not levels_of(num_codes):
     near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
     shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))
