@@ -337,10 +337,8 @@ def run(
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
     begins: whether the folder of --workdir may be absent.
-    stage: name of a stage that trains only on one host, or "". The error for several hosts says
-      what a pod uses instead.
-    prepares: whether the command prepares the data. Before that, some config fields are unknown.
-      Implies `begins`.
+    stage: stage that trains on one host only. The error for several hosts says what to use instead.
+    prepares: whether the command prepares the data, which some fields need. Implies `begins`.
   """
 
   def checked(argv: list[str]) -> None:
