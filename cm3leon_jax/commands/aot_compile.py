@@ -128,7 +128,7 @@ def _reinforce_report(
   length = prompt + settings.vqgan.image_tokens - 1
   rows = 2 * settings.train.global_batch_size
   numbers = _model_numbers(settings, mesh, rows, length)
-  numbers["model_flops"] *= 4 / 3  # Also a forward pass of the reference.
+  numbers["model_flops"] *= 4 / 3  # Includes the forward pass of the reference parameters.
   return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
 
 
@@ -234,7 +234,7 @@ def main(settings: Settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":  # Its updates do not accumulate gradients.
+    if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
       settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
       prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"

@@ -85,7 +85,7 @@ class StageProcesses:
     self._check_stopped(command)
 
   def _check_stopped(self, command: str) -> None:
-    """Raises StageEnded if a signal arrived by now, even if the command has finished."""
+    """Raises StageEnded if a signal has arrived, even if the command has finished."""
     if self._stop:
       code = INTERRUPTED if self._stop == signal.SIGTERM else CTRL_C
       raise StageEnded(f"stopped at {command}: the same command continues.", code)
