@@ -1,4 +1,4 @@
-"""Collects the measured figures of a trained model, with the way each figure was measured."""
+"""Collects the measured figures of a trained model, and how each figure was measured."""
 
 from collections.abc import Iterator
 import dataclasses

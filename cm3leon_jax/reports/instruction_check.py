@@ -38,10 +38,10 @@ def check_instruction(
   vocab: VocabLayout,
   length: int,
 ) -> tuple[int, int]:
-  """Checks that a sample has the tokens of its record, except dropped segments, and its weights.
+  """Checks that a sample has its record's tokens and the right loss weights.
 
-  The range of the target is found from the tokens of the sample, not from the plan. Returns the
-  half-open range of the target in the sample.
+  The sample must not have the dropped segments. The range of the target is found from the tokens of
+  the sample, not from the plan. Returns the half-open range of the target in the sample.
 
   Raises:
     ValueError: tokens, target or loss weights are wrong.

@@ -82,7 +82,7 @@ def example(task: InstructionTask) -> Record:
 
 
 def sample_of(task: InstructionTask, record: Record) -> str:
-  """Returns the training sample of a record as the model reads it, with nothing dropped.
+  """Returns the training sample of a record as the model reads it, without dropped segments.
 
   "</s> Question: Who? Answer: <mask:0>. <break> [image] </s> <mask:0> a man <eoss>"
   """
