@@ -106,7 +106,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     InfillImage(image=blank, box=box, prompt=caption),
   ]
   if retrieve and len(pipeline.documents):
-    # The caption of a document retrieves at least that document, even if no other one is similar.
+    # The caption of a document retrieves at least that document, even if no other is similar.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]

@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
 MOST_MARKS = 10_000  # Largest number of brackets, braces and commas in a body.
-MOST_WIDE = 2**22  # Largest bytes of a body with a four-byte character.
+MOST_WIDE = 2**22  # Maximum bytes of a body with a character of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
 MOST_PARTS = 64  # Largest number of messages, and of parts of a message.
 RULES = {  # First word of a pydantic error type -> rule for the value.
