@@ -131,7 +131,10 @@ class Program:
     return {callee for name, i in calls if i.op == "fusion" for callee, _ in self._callees(name, i)}
 
   def flops(self) -> float:
-    """Counts the FLOPs of matrix products, and of the causal half in splash attention."""
+    """Counts the FLOPs of matrix products.
+
+    Splash attention is causal, so half of its [L, L] products count.
+    """
     return float(sum(n * self._product_flops(name) for name, n in self.runs.items()))
 
   def _product_flops(self, computation: str) -> float:

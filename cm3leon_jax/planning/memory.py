@@ -241,8 +241,8 @@ def smaller(
 ) -> Iterator[tuple[Settings, str]]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
-  Settings with fewer rows per pass are first, then settings with the policy that keeps nothing.
-  Settings without checked steps (`train.replay_every`) are last, because the user asked for them.
+  Settings with fewer rows per pass are first, then settings with the policy that keeps nothing. The
+  last settings turn off checked steps (`train.replay_every`), because the user asked for checks.
   """
   yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:

@@ -38,7 +38,7 @@ class Plan:
     tokens_per_step: tokens over all devices.
     mfu: assumed share of the peak FLOP/s.
     step_seconds: seconds that an unchecked step takes at `mfu`.
-    replay_every: `train.replay_every`. A step at a multiple of it is computed twice; 0: none is.
+    replay_every: every step at a multiple of this number is computed twice; 0: no step is.
     checkpoint_bytes: bytes of parameters and optimizer state.
     saving_hosts: number of hosts that write a checkpoint, which are the hosts of one replica.
     save_bandwidth: bytes per second that each host writes.

@@ -15,15 +15,15 @@ from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 
-# Numbers that one core processes per second, unless another unit is named. The measurements are in
-# docs/benchmarks.md (two cores of an AMD EPYC machine) and docs/large_data.md.
-INGESTED = 108  # Images.
-READ = 360  # Images.
-ENCODED = 2_600_000  # Tokens of text.
-INDEXED = 1_000_000 / 201  # Vectors.
-SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries in a block of SEARCHED_OF vectors.
-SQRT_UNTIL = 144_000_000  # Vectors of a block; up to here, query time grows with sqrt(vectors).
-PRUNED = 6_900  # Documents.
+# The measurements are in docs/benchmarks.md (two cores of an AMD EPYC machine) and
+# docs/large_data.md.
+INGESTED = 108  # Images per core and second.
+READ = 360  # Images per core and second.
+ENCODED = 2_600_000  # Tokens of text per core and second.
+INDEXED = 1_000_000 / 201  # Vectors per core and second.
+SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries per core and second, for SEARCHED_OF vectors.
+SQRT_UNTIL = 144_000_000  # Up to this block size, query time grows with sqrt(vectors).
+PRUNED = 6_900  # Documents per core and second.
 MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE reads, and core-seconds for them.
 CAPTION_TOKENS = 24
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
@@ -102,7 +102,7 @@ def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
 
 
 def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
-  """Returns the end of `Cost.basis` for a one-host stage: its days, and what takes no time."""
+  """Returns the end of `Cost.basis` for a stage on one host: its days, and an alternative."""
   if hardware.hosts == 1:
     return ""
   days = hours / hardware.per_host / 24
