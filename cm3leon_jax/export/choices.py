@@ -1,4 +1,4 @@
-"""A user's choices for an export, and the run to export."""
+"""Defines the choices of a user for an export, and the run to export."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def read(name: str) -> bytes:
 
 @functools.cache
 def load(name: str) -> Callable[..., Any]:
-  """Returns an artifact as a compiled function of the weights and of the arrays in the manifest.
+  """Returns an artifact as a compiled function. The manifest lists its arguments after the weights.
 
   Raises Refused if the file has changed, or if the installed jax cannot run its version.
   """
