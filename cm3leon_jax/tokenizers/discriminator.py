@@ -1,4 +1,4 @@
-"""The patch discriminator of the image tokenizer, its loss, and its adaptive weight."""
+"""Defines the patch discriminator of the image tokenizer, its loss, and its adaptive weight."""
 
 # B batch, H height, W width, h height and w width of the grid of patch scores.
 
@@ -74,7 +74,7 @@ def adaptive_weight(
   reconstruction_loss: Callable[[Array], Array],
   adversarial_loss: Callable[[Array], Array],
 ) -> Float32[Array, ""]:
-  """Computes the norm of the reconstruction gradient divided by that of the adversarial gradient.
+  """Computes the reconstruction gradient's norm divided by the adversarial gradient's norm.
 
   Both gradients are taken at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841,
   equation 7). `last_layer` maps `params` to `y`, pixels [B, H, W, 3]. The losses map pixels to

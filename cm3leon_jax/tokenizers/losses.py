@@ -1,4 +1,4 @@
-"""Losses of the image tokenizer: pixels, several scales, edges, features, and discriminator."""
+"""Computes the losses of the image tokenizer: pixels, scales, edges, features, discriminator."""
 
 # B batch, H height, W width, C channels, E code width, h height and w width of the code grid.
 

@@ -32,8 +32,8 @@ def train_text_tokenizer(
 
   Encoding puts a space before a text, so that its first word has the same token as elsewhere.
   Decoding removes this space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
-  `vocab.special_tokens()`. Returns texts and characters, the counts of the training texts, and
-  characters_per_token.
+  `vocab.special_tokens()`. Returns {"texts", "characters", "characters_per_token"} of the training
+  texts.
 
   Raises:
     UserError: the texts are too few for `vocab.text_size` ids.
@@ -88,7 +88,7 @@ def save_tokenizer(
   config: TextTokenizerConfig,
   folder: epath.PathLike,
 ) -> None:
-  """Writes the files for `transformers.AutoTokenizer.from_pretrained`. tokenizer.json is last."""
+  """Writes files for `transformers.AutoTokenizer.from_pretrained`. Writes tokenizer.json last."""
   folder, special = epath.Path(folder), vocab.special_tokens()
   roles = {
     "pad_token": special[vocab.pad],
@@ -109,7 +109,7 @@ def save_tokenizer(
 
 
 def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
-  """Copies the files of a tokenizer. tokenizer.json is last.
+  """Copies the files of a tokenizer. Copies tokenizer.json last.
 
   Raises:
     UserError: a file is absent.
