@@ -111,8 +111,8 @@ STAGES = {
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
-# Fields that may differ between two runs although `same` names their section. They affect how, how
-# fast or how long a stage computes, or only another stage reads them.
+# Fields that may differ between two runs although `same` names their section. Some fields affect
+# only how a stage computes or how long it trains. Only other stages read the other fields.
 FREE = frozenset(
   {
     "raw.num_threads",
