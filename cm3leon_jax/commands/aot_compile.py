@@ -99,15 +99,15 @@ def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mes
 
 
 def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
-  """Reports the held-out loss of a micro-batch.
+  """Reports the costs of the program that computes the held-out loss of a micro-batch.
 
-  The rest of the training state stays in memory meanwhile, and is added to the total.
+  The total includes the rest of the training state, which stays in memory during the program.
   """
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_report
 
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
-  # The forward pass takes 2 of the 6 FLOPs per parameter and token.
+  # A train step takes 6 FLOPs per parameter and token. The forward pass takes 2 of them.
   numbers["model_flops"] /= 3
   evaluation = programs.evaluation(settings, mesh)
   report = {**numbers, **compile_report(evaluation.step, topology)}
@@ -121,14 +121,14 @@ def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.
 def _reinforce_report(
   topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompt: int
 ) -> dict:
-  """Reports the update of `cm3leon reinforce`, without the sampling, which the decoder does."""
+  """Reports the costs of an update of `cm3leon reinforce`, without the costs of sampling."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
 
   length = prompt + settings.vqgan.image_tokens - 1
   rows = 2 * settings.train.global_batch_size
   numbers = _model_numbers(settings, mesh, rows, length)
-  numbers["model_flops"] *= 4 / 3  # Adds the forward pass of the reference parameters.
+  numbers["model_flops"] *= 4 / 3  # Includes the forward pass of the reference parameters.
   return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
 
 
@@ -155,7 +155,7 @@ def _decode_batch(mesh: jax.sharding.Mesh) -> int:
 def _decode_reports(
   topology: Topology, settings: Settings, mesh: jax.sharding.Mesh
 ) -> dict[str, dict]:
-  """Reports the prefill, and one decode step with a full cache."""
+  """Reports the costs of the prefill, and of one decode step with a full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
@@ -234,7 +234,7 @@ def main(settings: Settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":  # Its step does not accumulate gradients.
+    if _PROGRAM.value == "reinforce":  # `reinforce` does not accumulate gradients.
       settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
       prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"

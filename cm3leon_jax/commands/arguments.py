@@ -48,7 +48,7 @@ def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]
   line, to suggest quotes around a value with spaces.
 
   Raises:
-    UserError: the action is missing or unknown, or there is another word.
+    UserError: the action is missing or unknown, or another word is given.
   """
   if actions and (not words or words[0] not in actions):
     given = f", not '{words[0]}'" if words else ""

@@ -81,7 +81,7 @@ NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _instead(stage: str) -> str:
-  """Returns the end of an error message: what a pod uses in place of a single-host stage."""
+  """Returns the end of an error message. It names what a pod uses instead of a one-host stage."""
   if not stage:
     return ""
   return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
@@ -145,7 +145,7 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
 
 
 def use_mesh(settings: Settings, stage: str = "") -> contextlib.AbstractContextManager:
-  """Sets the mesh of the config (`jax.set_mesh`). Raises as `make_mesh`."""
+  """Sets the mesh of the config (`jax.set_mesh`). Raises the errors of `make_mesh`."""
   import jax
 
   return jax.set_mesh(make_mesh(settings, stage))
@@ -167,7 +167,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 def writing(what: str) -> Iterator[None]:
   """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
 
-  `what` names the output in the message, such as "export". A partial output does not count.
+  `what` names the output in the message, such as "export". The message says that a partial output
+  does not count.
   """
   try:
     yield
@@ -253,7 +254,7 @@ def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Setti
   """Returns the settings of --config. Some fields may be computed from the data in `workdir`.
 
   Raises:
-    UserError: the config is wrong, or fields follow from data that is not prepared.
+    UserError: the config is wrong, or some fields are computed from data that is not prepared.
   """
   from cm3leon_jax.settings import settings_from_config
 
@@ -266,7 +267,7 @@ def follows_data() -> bool:
 
 
 def given_fields() -> set[str]:
-  """Returns the fields of the config that flags set, e.g. "model.width"."""
+  """Returns the names of the config fields that were set by flags, e.g. "model.width"."""
   return set(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
@@ -278,7 +279,7 @@ def _folder() -> epath.Path:
 
 
 def _stop_early(number: int, _: object) -> None:
-  """Ends a command that saves, if its loop has not begun. In the loop, `StopSignal` takes over."""
+  """Ends the command at a signal before its loop. In the loop, `StopSignal` handles signals."""
   # A handler must not print: it may have interrupted a print.
   os.write(1, f"{STOPPED_EARLY}\n".encode())
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
@@ -296,7 +297,7 @@ def _reporting() -> Iterator[None]:
       raise
     _fail(f"a path of the config is in a GCS bucket, which {bucket_paths.NEEDS_GCSFS}")
   except Exception as error:
-    # This check is first, because a UserError may report a failed access as damage.
+    # Check this first, because a UserError may report a failed access as a damaged file.
     if reason := buckets.failure(error):
       if buckets.refuses(error):
         _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")
@@ -323,8 +324,8 @@ def run(
 ) -> None:
   """Runs a command as an absl app. A UserError becomes one sentence on stderr and exit code 2.
 
-  So does an unreachable GCS bucket or disk. Its exit code makes launchers start the command again,
-  unless the account has no permission for the GCS bucket.
+  An unreachable GCS bucket or disk is also reported in one sentence. The exit code then makes
+  launchers start the command again, unless the account has no permission for the GCS bucket.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
@@ -336,8 +337,8 @@ def run(
       optional, and its default is the stored settings of the run or bundle in --workdir.
     actions: allowed values of the first argument, which is then the first argument of `main`.
     begins: whether the folder of --workdir may be absent.
-    stage: stage that trains only on one host. The error for several hosts names the alternative.
-    prepares: whether some config fields are not known yet, before the data. Implies `begins`.
+    stage: stage that trains on one host only. The error for several hosts says what to use instead.
+    prepares: whether the command prepares the data, which some fields need. Implies `begins`.
   """
 
   def checked(argv: list[str]) -> None:

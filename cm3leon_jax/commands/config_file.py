@@ -16,7 +16,7 @@ from cm3leon_jax import configs
 from cm3leon_jax.config import UserError
 
 FOLDER = pathlib.Path(configs.__file__).parent
-# Names of the shipped configs. `base` is not a config but the values that they share.
+# Names of the shipped configs. `base` has the values that the configs share, and is not a config.
 SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
 
 
@@ -85,7 +85,7 @@ def _module(name: str) -> ast.Module:
 
 
 def _annotated(module: ast.Module, name: str) -> dict[str, ast.expr]:
-  """Returns field -> annotation of a class in a parsed module."""
+  """Returns a dict from field name to annotation, for a class in a parsed module."""
   (found,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
   fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
   return {f.target.id: f.annotation for f in fields if isinstance(f.target, ast.Name)}

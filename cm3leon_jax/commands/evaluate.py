@@ -185,8 +185,8 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
 def _load_bundled(settings: Settings) -> CM3Leon | None:
   """Loads the bundled model of the run's world, or returns None if the data is not from a world.
 
-  The held-out scenes of a world depend only on names. The bundled model therefore has the same
-  held-out scenes as the run, and never trained on them.
+  Whether a scene is held out depends only on the names in the scene, not on the run. The bundled
+  model therefore never trained on the held-out scenes of this run.
   """
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.evaluation.world import of_source
@@ -201,7 +201,7 @@ def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
 
 
 def _about(model: CM3Leon, world: World) -> dict:
-  """Returns the sampling settings, size and training cost of a bundled model."""
+  """Describes a bundled model: its sampling settings, its size and the cost of its training."""
   import jax
 
   from cm3leon_jax.models import transformer

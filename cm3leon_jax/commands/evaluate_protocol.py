@@ -236,7 +236,7 @@ def _make_run(
   check(names, protocol.task, len(evaluated.examples))
   check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
-  # Samples do not depend on the metrics, so evaluations with other metrics can reuse them.
+  # Samples do not depend on the metrics. Evaluations with other metrics can reuse the samples.
   of_samples = {
     **about,
     **{n: v for n, v in dataclasses.asdict(protocol).items() if n not in NOT_OF_SAMPLES},

@@ -207,7 +207,10 @@ def _check(
 
 
 def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> dict[str, float]:
-  """Measures mean bits per image code and text token of held-out documents, without neighbors."""
+  """Measures the bits per image code and per text token of held-out documents, without neighbors.
+
+  The bits are means over all codes or tokens.
+  """
   import numpy as np
 
   from cm3leon_jax.data.rows.loader import join

@@ -127,7 +127,7 @@ def _numbers(
 
 
 def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
-  """Returns all pairs of a number of retrieved documents and sampling settings with a guidance."""
+  """Returns (number of retrieved documents, sampling settings) for each combination of values."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
   retrieves = _numbers(RETRIEVE, retrieve, int, 0)
   return [
@@ -137,7 +137,10 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(trained: Run, seed: int) -> list[Task]:
-  """Returns the tasks of the flags ([]: held-out captions). Raises UserError for wrong flags."""
+  """Returns the tasks that flags describe, or [] for held-out captions.
+
+  Raises UserError for wrong flags.
+  """
   from cm3leon_jax.generation import prompt_file
 
   settings = trained.settings
@@ -196,7 +199,7 @@ def _check_rank(tasks: Sequence[Task]) -> None:
 
 
 def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the workdir to retrieve from, or None.
+  """Returns the folder of the bank to retrieve from, or None if there is no bank.
 
   Raises UserError if --bank has other tokenizers or another CLIP.
   """
@@ -273,7 +276,7 @@ def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path
     return root / "samples"
   digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
   for folder in sorted((root / "prompts").glob(f"*-{digest}")):
-    return folder  # Its name may differ, if the prompt file was renamed.
+    return folder  # The folder keeps its name if the prompt file is renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
   return root / "prompts" / f"{slug(name)}-{digest}"
 
@@ -285,7 +288,7 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
     # Generated texts and prompts may contain control characters.
     texts = (record["prompt"] or record["image"] or record["task"], record["text"])
     print(": ".join(" ".join(printable(text).split()) for text in texts))
-  # Only held-out documents have keys. Their captions count as concepts, user prompts as prompts.
+  # Held-out documents have keys, and their captions are concepts. Prompts of users have no keys.
   noun = "concept" if records[0]["key"] else "prompt"
   for row in scores:
     print(describe_clip_score(row, noun))

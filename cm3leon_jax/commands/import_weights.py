@@ -36,7 +36,7 @@ _SOURCE = flags.DEFINE_string(
 def main(settings: Settings, workdir: epath.Path, source: str, given: Collection[str] = ()) -> None:
   """Imports the weights and prints a summary.
 
-  `given` has the config fields that flags of this command set, e.g. "model.width". The next
+  `given` has the names of the config fields that were set by flags, e.g. "model.width". The next
   commands need the same flags.
   """
   from cm3leon_jax.importing import importer

@@ -151,7 +151,7 @@ def main(
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  # A step here is never split, even if the config of the tuning accumulates gradients.
+  # `reinforce` computes each step in one pass, even if the config accumulates gradients.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0)
   settings = dataclasses.replace(settings, train=one_pass)
   _check(settings, workdir, init_from)

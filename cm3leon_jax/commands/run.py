@@ -80,7 +80,8 @@ def passed_on(argv: list[str]) -> list[str]:
 def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
   """Estimates the remaining seconds from the finished commands. None if it is too early.
 
-  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, since `SHARES` has 0.12 and 0.6
+  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, because `SHARES` of these commands are
+  0.12 and 0.6.
   """
   known, ahead = (sum(SHARES.get(n, 0.01) for n in names) for names in (seconds, remaining))
   if known < LEAST_KNOWN * (known + ahead):

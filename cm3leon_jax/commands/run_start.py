@@ -74,7 +74,7 @@ def begin(
 
 
 def check_no_checkpoints(path: epath.Path) -> None:
-  """Checks that a folder whose config `path` is missing has no checkpoints.
+  """Checks that a folder without its config file, `path`, has no checkpoints.
 
   Raises:
     UserError: there are checkpoints, and their run is unknown.

@@ -41,8 +41,8 @@ def stage(
   Yields the summary (None if the stage is finished), and the runner that the flags select.
 
   Raises:
-    UserError: as `stages.stage`; or a flag is out of range; or another job holds the lease on the
-      folder, or took it meanwhile.
+    UserError: see `stages.stage`. Also if a flag is out of range, or another job holds the lease on
+      the folder or has taken the lease from this job.
   """
   from cm3leon_jax.training.faults.lease import Lease  # A late import, because it imports JAX.
 

@@ -79,13 +79,13 @@ class StageProcesses:
         last.append(line.rstrip("\n"))
         show(last[-1])
     code, self._process = process.returncode, None
-    # A stopped command that does not handle the signal ends by it, with a negative code.
+    # The signal kills a command that does not handle it. The exit code is then negative.
     if code and not (self._stop and code < 0):
       _fail(command, code, list(last), path)
     self._check_stopped(command)
 
   def _check_stopped(self, command: str) -> None:
-    """Raises StageEnded if a signal arrived before or during a command, even if it finished."""
+    """Raises StageEnded if a signal has arrived, even if the command has finished."""
     if self._stop:
       code = INTERRUPTED if self._stop == signal.SIGTERM else CTRL_C
       raise StageEnded(f"stopped at {command}: the same command continues.", code)

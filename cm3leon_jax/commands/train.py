@@ -153,7 +153,7 @@ def main(
   redo = back is not None or run_start.goes_on(
     folder, config, settings.train.steps, bool(allow_changed)
   )
-  # A context manager, because jax.config.update loses the setting after tracing logsumexp and some
+  # Use a context manager: jax.config.update loses the setting after tracing logsumexp and some
   # other functions (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = run_start.stage(folder, config, redo)

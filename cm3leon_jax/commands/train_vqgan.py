@@ -78,7 +78,7 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
 
 
 def _boards(folder: epath.Path, enabled: bool) -> Callable[[int], list]:
-  """Returns a function that takes the first step of a training and opens its TensorBoard log."""
+  """Returns a function that opens the TensorBoard log, given the number of the first step."""
 
   def open_boards(first_step: int) -> list:
     from cm3leon_jax.training.watch.boards import Board

@@ -1,7 +1,7 @@
-"""Values shared by the three CM3Leon sizes. The default variant is the tutorial's.
+"""Defines the values that the three CM3Leon sizes share. The default variant is for the tutorial.
 
 The variant `:paper` uses the paper's values. The stages `vqgan` and `clip` of these sizes train on
-one host; `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon
+one host. `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon
 import_vqgan --source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no
 training. docs/scaling.md lists the steps, and docs/config.md describes every field.
 """
@@ -41,9 +41,9 @@ def get_config(
   if variant == "paper":
     config.vqgan.update({"downsample": 8, "multipliers": (1, 2, 4)})  # 1,024 codes per image.
     config.vqgan.update({"encoder_blocks": (2, 2, 2), "decoder_blocks": (3, 3, 3)})
-    # Three neighbors of 1,024 codes and the query never fit in 4,096 positions, so two neighbors
-    # remain. Every sample has neighbors, because the loss on the first neighbor already trains
-    # images directly after `</s> caption <break>`.
+    # Three neighbors and the query document have 1,024 codes each and never fit in 4,096 positions.
+    # So two neighbors remain. Every sample has neighbors, because the loss on the first neighbor
+    # already trains the model to draw an image directly after `</s> caption <break>`.
     config.data.update({"neighbor_sampling": "paper", "num_neighbors": 3, "neighbor_dropout": 0.0})
     config.data.update({"condition_dropout": 0.0, "text_share": 0.0})
     config.optimizer.update({"learning_rate": learning_rate, "schedule": "linear"})

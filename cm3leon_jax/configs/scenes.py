@@ -45,8 +45,8 @@ def _set_world(config: ml_collections.ConfigDict) -> None:
   # therefore more frequent than other captions.
   config.scenes.update({"train": 16_000, "shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0)})
   # The bank has each rare training object once, at the same place in another color. It has common
-  # objects and held-out objects at all four places. Training scenes are not searched: a training
-  # scene with the same object and color at another place would be nearer to a caption than a
+  # objects and held-out objects at all four places. Training scenes are not searched, because a
+  # scene with the right object and color at a wrong place would be nearer to a caption than a
   # document of the bank with the object at the right place.
   config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
   config.raw.update({"source": "scenes", "resolution": 48})

@@ -24,8 +24,8 @@ def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
   config.train.update({"eval_every": max(2, steps // 2), "eval_batches": 2})
   config.train.update({"checkpoint_every": max(2, steps // 10)})
-  # The same temperature as in use: samples at a higher temperature fail in ways that users never
-  # see.
+  # Training samples at the temperature at which users sample. At a higher temperature, samples fail
+  # in ways that users never see.
   temperature = config.sampling.temperature
   config.reinforce.update({"tasks": ("draw",), "samples": 8, "temperature": temperature})
   config.reinforce.update({"heldout_prompts": 100, "kl_weight": 0.1})

@@ -39,7 +39,7 @@ def write(
   Args:
     cost: cost of the run, see `reports.summary.cost`; None: unknown.
     base: another bundle, see `folder_of`, with the same tokenizers and CLIP as the run. The new
-      bundle then refers to it for tokenizers, CLIP and bank. "": the new bundle contains all.
+      bundle then refers to `base` for tokenizers, CLIP and bank. "": the new bundle contains them.
 
   Returns:
     {"files", "bytes"}: number and size of all files except bundle.json.
@@ -101,7 +101,7 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
 
 
 def _check_target(folder: epath.Path) -> None:
-  """Raises UserError if a bundle in this folder would replace files that are not from a bundle."""
+  """Raises UserError if writing a bundle to this folder would replace files of another kind."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file: name a folder for the bundle.")
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
@@ -117,9 +117,9 @@ def _check_target(folder: epath.Path) -> None:
 
 
 def _begin(folder: epath.Path) -> None:
-  """Creates the folder and removes a bundle in it, bundle.json first.
+  """Creates the folder and removes a bundle in it.
 
-  Without bundle.json, a partly removed bundle cannot be taken for a whole one.
+  Removes bundle.json first, because a folder without bundle.json does not count as a bundle.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,8 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   """Returns name and digest of the bundle `base`, and its settings.
 
   Raises:
-    UserError: it is not a bundle with its own tokenizers and CLIP, or differs from the run's.
+    UserError: `base` is not a bundle with its own tokenizers and CLIP, or they differ from the
+      tokenizers and CLIP of the run.
   """
   folder = bundles.folder_of(base)
   if not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
@@ -186,7 +187,8 @@ def _write_bank(folder: epath.Path, run: Run) -> tuple[Settings, list[str]]:
   """Copies the documents of the split `bank` with their embeddings, if retrieval reads only them.
 
   Returns:
-    The settings, with exact search because no index is copied, and the file names.
+    The settings and the file names. The settings select exact search, because no search index is
+    copied.
   """
   settings = run.settings
   if settings.retrieval.train_documents:

@@ -1,4 +1,4 @@
-"""A user's choices for an export, and the run to export."""
+"""Defines the choices of a user for an export, and the run to export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Choice:
     format: a key of `FORMATS`.
     dtype: dtype of the weights, one of `DTYPES`.
     quantize: "int8", or "" for no quantization.
-    average: whether to write the moving average; None: only if the run keeps one.
+    average: whether to write the moving average of the parameters; None: if the run keeps one.
   """
 
   format: str = "hf"

@@ -52,7 +52,7 @@ class Tokenizer:
     return F.conv2d(x, kernel, self.tensors[f"{name}.bias"].float(), stride, padding)
 
   def normalize(self, x: torch.Tensor) -> torch.Tensor:
-    """Normalizes each image, or each place if codes are local, to mean 0 and variance 1."""
+    """Normalizes to mean 0 and variance 1: each image, or each position if codes are local."""
     axes = 1 if self.config["local_codes"] else (1, 2, 3)
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + 1e-5)
@@ -78,7 +78,7 @@ class Tokenizer:
     return depth_to_space(x, self.config["stem"])[0].permute(1, 2, 0)
 
   def scores(self, pixels: torch.Tensor) -> torch.Tensor:
-    """Scores all codes for each place of pixels [H, W, 3]: [T, K], highest for the nearest code."""
+    """Returns scores [T, K] of all codes for pixels [H, W, 3]. The nearest code scores highest."""
     x = space_to_depth(pixels.permute(2, 0, 1)[None], self.config["stem"])
     z = self.network("encoder", x)[0].flatten(1).T
     if self.config["quantizer"] == "fsq":
@@ -149,7 +149,7 @@ def encode(images: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
 
 
 def codes_of(ids: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
-  """Finds the codes [B, T] of all images in a list of token ids; raises ValueError for half images.
+  """Finds the codes [B, T] of all images in token ids. Raises ValueError for an incomplete image.
 
   With token_offset 512 and 4 codes per image:
     [1, 300, 3, 512, 514, 513, 515, 1] -> [[0, 2, 1, 3]]
@@ -169,7 +169,7 @@ def codes_of(ids: npt.ArrayLike, folder: Folder = None) -> np.ndarray:
 
 
 def main() -> None:
-  """Runs the command; a wrong input is an error of one sentence with exit code 2."""
+  """Runs the command. Reports a wrong input in one sentence, with exit code 2."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("codes", type=pathlib.Path, help="JSON file: codes, or lists of codes")
   parser.add_argument("image", type=pathlib.Path, help="image file to write")

@@ -1,9 +1,9 @@
 """Lists the formats of `cm3leon export`, and writes an export.
 
-A format is a module of this package with two functions. `check(config)` raises UserError and names
-the part of a decoder that the format cannot represent. `write(folder, run) -> numbers` writes the
-weights last, so that an unfinished export has no weights. `write` below writes the other files
-first. `trained.kinds.kind_of` must recognize each format by its files.
+A format is a module of this package with two functions. `check(config)` raises UserError if the
+format cannot represent a part of the decoder, and names this part. `write(folder, run) -> numbers`
+writes the weights last, so that an unfinished export has no weights. `write` of this module writes
+all other files before that. `trained.kinds.kind_of` must recognize each format by its files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _module(choice: Choice) -> ModuleType:
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes an export to an empty folder; writes its weights last.
+  """Writes an export to an empty folder. The weights are written last.
 
   Creates `folder` if it is absent. Returns numbers for a summary, such as "parameters" and "bytes".
 

@@ -1,8 +1,8 @@
 """Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
 
-Both load without remote code. With `model.align_images`, a decoder has the same logits there at the
-default positions only if a sample has at most one image. After neighbors, or in a document of
-several images, the engine needs `position_ids` (`positions.positions_of`). config.json says this.
+Both load without remote code. With `model.align_images`, an export has the logits of the decoder at
+the default positions only if a sample has at most one image. After neighbors, or in a document with
+several images, callers must pass `position_ids` (`positions.positions_of`). config.json says this.
 """
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
@@ -105,8 +105,9 @@ def write_model(
   folder.mkdir(parents=True, exist_ok=True)
   tensor_files.remove(folder)
   write_json(folder / "config.json", {**described, "dtype": dtype})
-  # A document ends with </s>; an infill (a caption or an answer) ends with <eoss>. config.json can
-  # name only one id, so this file must not be marked as derived from it ("_from_model_config").
+  # A document ends with </s>, and an infill (a caption or an answer) with <eoss>. config.json can
+  # name only one of these ids. generation_config.json names both, so it must not be marked as
+  # derived from config.json ("_from_model_config").
   ids: dict[str, int | list[int]] = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
@@ -165,7 +166,8 @@ def compare_logits(
     given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
     with torch.no_grad():
       theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
-    # Pad to one length, so that one program is compiled; a causal model ignores later tokens.
+    # Pad all samples to one length, so that one program is compiled. A causal model ignores padding
+    # at the end.
     padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))
     ours = np.asarray(causal_logits(config, params, *padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))

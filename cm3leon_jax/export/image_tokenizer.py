@@ -1,7 +1,7 @@
 """Writes the image tokenizer of an export.
 
-For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: params.safetensors
-of the run's vqgan/, config.json, and decode_image.py, which needs PyTorch instead of JAX.
+For a tokenizer of `cm3leon train_vqgan`, DIR/image_tokenizer/ has three files: config.json,
+params.safetensors from vqgan/ of the run, and decode_image.py, which needs PyTorch, not JAX.
 config.json extends the run's file, so `ImageTokenizer.load` can read the folder. decode_image.py
 reads `vqgan`, `num_codes`, the `levels` of FSQ, and `token_offset` from config.json. Code c is
 token `token_offset + c` of the language model. A published tokenizer keeps the file names of its
@@ -42,8 +42,8 @@ def write(folder: epath.PathLike, run: Run) -> dict:
       a published tokenizer or "", "code_dim"}}.
 
   Raises:
-    UserError: the stage `train_vqgan` has not run, its files are damaged, or decode_image.py does
-      not compute the same network; the latter is checked if torch is installed.
+    UserError: the stage `train_vqgan` has not run, or its files are damaged. If torch is installed,
+      also if decode_image.py does not compute the same network.
   """
   source, target = run.stages / "vqgan", epath.Path(folder) / IMAGES
   tokenizer = ImageTokenizer.load(source)
@@ -93,7 +93,7 @@ def _write_trained(
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:
   """Describes how the decoder of decode_image.py differs from a tokenizer; "" if both agree.
 
-  Both decode one image of random codes. A pixel may differ by one level of 255 from rounding.
+  Both decode one image of random codes. Rounding may change a pixel by one of its 255 levels.
   `described` is the content of config.json, see the module docstring.
   """
   import torch

@@ -29,7 +29,7 @@ def check(config: ModelConfig) -> None:
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
-  """Writes the text tokenizer, config.json (model and vocab of the run), params/, digests.json."""
+  """Writes the text tokenizer, config.json (model and vocab), params/ and digests.json."""
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)
   text.copy_files(run.text_tokenizer, folder)
@@ -46,8 +46,8 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dtype: str) -> None:
   """Writes an array; each layer of a stacked array becomes one chunk.
 
-  Nothing is compressed. Weights hardly shrink, and compression needs more memory, because each
-  thread keeps a buffer of its largest result.
+  Nothing is compressed. Compression hardly shrinks weights, and needs more memory, because each
+  thread keeps a buffer of the size of its largest result.
   """
   shape = params.shapes[name]
   stacked = name.startswith(f"{stored.STACKED}.")
@@ -68,7 +68,10 @@ def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dty
 
 
 def _metadata(params: stored.StoredParams) -> dict:
-  """Returns the content of `_METADATA`: the path of every array. Key type 2 is a dict key."""
+  """Returns the content of `_METADATA`, which lists the path of every array.
+
+  In this file, key type 2 means a key of a dict.
+  """
   tree = {}
   for name in params.shapes:
     keys = name.split(".")

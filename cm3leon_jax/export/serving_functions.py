@@ -1,4 +1,4 @@
-"""The functions in a StableHLO export. They take flat dicts of arrays and need no mesh.
+"""Defines the functions of a StableHLO export, which take flat dicts of arrays and need no mesh.
 
 The functions wrap the decoding loop and the image tokenizer, so a server needs no class of this
 package. Image codes are given as token ids. Prompts are padded with `<pad>` on the left.
@@ -37,7 +37,7 @@ from cm3leon_jax.vocab import VocabLayout
 Named: TypeAlias = dict[str, Any]  # Dotted name -> array or type of an array.
 Tokens: TypeAlias = Int32[Array, "b _"]
 Seeds: TypeAlias = UInt32[Array, " b"]
-# Field of `LoopState` -> its name in exports, where it differs.
+# Fields of `LoopState` with another name in exports -> this name.
 EXPORTED_AS = {"any_active": "going", "next_entries": "slots"}
 IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
@@ -51,14 +51,14 @@ def named(tree: PyTree) -> Named:
 
 
 def filled(types: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-  """Returns a tree shaped like `types` whose leaves are `arrays`; reverses `named`."""
+  """Returns a tree of the structure of `types` with the leaves in `arrays`. Inverts `named`."""
   return jax.tree.unflatten(jax.tree.structure(types), [arrays[name] for name in named(types)])
 
 
 def aligned_positions(
   tokens: Int32[Array, "b L"], vocab: VocabLayout, align_images: bool
 ) -> Int32[Array, "b L"]:
-  """Computes `positions.positions_of` of left-padded rows; 0 at padding."""
+  """Computes `positions.positions_of` for rows with padding on the left. Padding has position 0."""
   length = tokens.shape[1]
   valid = tokens != vocab.pad
   at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
@@ -99,7 +99,7 @@ class Functions:
   Attributes:
     sampling: settings that are fixed in the export: `guidance_schedule`, and the largest allowed
       `top_k` and `text_top_k`.
-    image_tokenizer: provides config and number of codes; its parameters are not read.
+    image_tokenizer: provides the config and the number of codes. Its parameters are not read.
     weights: tree of the types of the weights.
   """
 
@@ -133,7 +133,7 @@ class Functions:
   def _prefill(
     self, weights: Named, streams: list[Tokens], plan: Plan, max_new_tokens: Size, capacity: Size
   ) -> LoopState:
-    """Reads the prompts of S streams, longest stream first; see `loop.prefill`."""
+    """Computes the cache of the prompts of S streams, longest stream first, see `loop.prefill`."""
     slots = [x.shape[1] for x in streams]
     wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
     rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
@@ -144,7 +144,8 @@ class Functions:
     positions = aligned_positions(
       jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
     )
-    # The first decoding step reads the last token of a prompt, so the slots shift by one here.
+    # The last token of a prompt is the input of the first decoding step, not of the prefill. The
+    # slots therefore shift by one here.
     before = ((0, 0), (1, 0))
     read = jnp.pad(rows[:, :-1], before)
     prompts = Prompts(
@@ -170,7 +171,7 @@ class Functions:
   def prefill(
     self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
   ) -> Named:
-    """Reads prompts of one stream and returns the state for `decode_step`.
+    """Computes the cache of prompts of one stream, and returns the state for `decode_step`.
 
     Args:
       prompts: int32 [b, p], padded on the left.
@@ -225,8 +226,8 @@ class Functions:
       prompts: int32 [b, p], padded on the left.
       unconditional: int32 [b, u], u <= p, padded on the left: prompts of the unconditional stream.
       seeds: uint32 [b].
-      guidance: fp32 [b], alpha.
-      **settings: `IMAGE_SETTINGS`, [b] each.
+      guidance: fp32 [b], the guidance weight alpha.
+      **settings: one array [b] for each name in `IMAGE_SETTINGS`.
 
     Returns:
       images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; log_probs, fp32 [b, I], of the guided

@@ -87,7 +87,7 @@ def write_model(
   dtype: str = "float32",
   weight_dtype: str = "compute",
 ) -> dict:
-  """Writes the newest checkpoint of a workdir, or a bundle, that `CM3Leon.load` can read.
+  """Exports the newest checkpoint of a workdir, or a bundle. `CM3Leon.load` must accept it.
 
   `source` may be a bundle such as "scenes", see `bundles.folder_of`. `dtype` is the dtype of the
   weights and of computation in artifacts, `float32` or `bfloat16`. For the other arguments and the
@@ -123,11 +123,11 @@ def export(
   """Writes the artifacts, their weights, the text tokenizer, a loader and an example.
 
   Args:
-    folder: an earlier export in it is replaced; its manifest is deleted first.
-    params: parameters of the decoder; one layer at a time is read.
+    folder: folder of the export. An earlier export is replaced, and its manifest is deleted first.
+    params: parameters of the decoder. Only one layer is in memory at a time.
     settings: settings of the run: `model` (its dtype is also the dtype of the weights), `vocab`,
       `sampling`.
-    weight_dtype: `compute`, or `int8` for the matrix products of the decoder's blocks.
+    weight_dtype: `compute`, or `int8` for the matrices of the decoder's blocks.
 
   Returns:
     {"parameters", "bytes", "artifacts": name -> bytes}.
@@ -186,7 +186,7 @@ def weight_types(
     functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
     traverse_util.unflatten_dict(shapes, sep="."),
   )
-  # Decoding does not read an untied output table, only its columns in `DecodeParams.head`.
+  # Decoding reads the columns of an untied output table in `DecodeParams.head`, not the table.
   model = {name: x for name, x in decoder.model.items() if name != "head"}
   weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
@@ -195,7 +195,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`. Each is computed as in `prepare`, when it is written."""
+  """Lists the weights of `weight_types`. Writing a weight computes it, in the way of `prepare`."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"
@@ -228,7 +228,7 @@ def weight_tensors(
 
 
 def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
-  """Yields for each artifact its name, function, and types of the arguments after the weights."""
+  """Yields the name and function of each artifact, and the types of arguments after the weights."""
   weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
   def ids(*shape: Size) -> jax.ShapeDtypeStruct:
@@ -287,7 +287,7 @@ def _described(artifact: jax.export.Exported) -> dict:
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Returns versions, and data that a server needs for prompts: vocabulary, sizes, sampling."""
+  """Returns package versions, and what a server needs for prompts: vocabulary, sizes, sampling."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)

@@ -80,9 +80,9 @@ def sync(path: epath.PathLike) -> None:
 
 
 def exists(path: epath.PathLike) -> bool:
-  """Returns whether a file or folder certainly exists, or certainly does not.
+  """Returns whether a file or folder exists, and raises an error if that is uncertain.
 
-  `Path.exists` returns False after any error, as if the file were deleted.
+  `Path.exists` instead returns False after any error, as if the file were deleted.
 
   Raises:
     OSError: the answer is unknown, for example because a network disk is unreachable.

@@ -17,10 +17,11 @@ IDLE_SECONDS = 60
 # Errors of these modules come from requests to a GCS bucket, by gcsfs or google-cloud-storage
 # (which tensorboardX uses).
 CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")
-# These modules also raise errors of the library Requests, which other libraries use for downloads.
+# These modules also raise errors of the library Requests. Other libraries use Requests for other
+# downloads, so its errors count only if they passed through one of these modules.
 CALLERS = ("gcsfs.", "google.")
-# TensorStore and ArrayRecord (in C++) raise built-in exception types, and gcsfs sometimes does.
-# Only the text shows that these errors come from a GCS bucket.
+# TensorStore and ArrayRecord (in C++) raise built-in exception types, and gcsfs sometimes does so,
+# too. Only the text of such an error shows that it comes from a GCS bucket.
 GIVEN_UP = re.compile(r"retry attempts failed|Retry policy exhausted|CURL error")
 REFUSED = re.compile(
   r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|\b(?:status|code|message of):? 40[13]\b"
@@ -28,7 +29,7 @@ REFUSED = re.compile(
 ANSWERED = re.compile(rf"^Bad Request: |{REFUSED.pattern}")
 # TensorStore reports PERMISSION_DENIED for local files, too.
 LOCAL = re.compile(r'\blocal file "')
-# The texts of aiohttp (which gcsfs uses), TensorStore and Requests.
+# Texts of aiohttp (which gcsfs uses), TensorStore and Requests for an unknown host name.
 UNRESOLVED = re.compile(r"^ClientConnectorDNSError: |Could not resolve host|NameResolutionError")
 S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
 

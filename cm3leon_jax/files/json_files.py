@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes a JSON file, see `replacing`."""
+  """Writes a JSON file atomically, see `atomic.replacing`."""
   with replacing(path, "w") as file:
     file.write(json.dumps(plain(value), indent=1) + "\n")
 

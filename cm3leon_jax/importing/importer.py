@@ -34,7 +34,7 @@ TEXT = "text_tokenizer"
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """Data that an import writes. `fields` has required values of config.model and config.vocab."""
+  """Data that an import writes. `fields` has the values that config.model and vocab must have."""
 
   source: SourceCheckpoint
   fields: dict[str, dict[str, Any]]
@@ -68,7 +68,7 @@ def plan(settings: Settings, source: str) -> Import:
 
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
-  """Returns the tensors of an export of this project, which stay as they are."""
+  """Returns the tensors of an export of this project. They need no conversion."""
   shapes = layouts.shapes_of(layouts.layout_of(config), config)
   source.check_names(shapes)
   for name, shape in shapes.items():
@@ -82,7 +82,7 @@ def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
 def _own_fields(source: SourceCheckpoint) -> dict[str, dict]:
   """Returns the config fields that a model of this project needs.
 
-  `max_positions` is not needed for rotary positions.
+  A model with rotary positions accepts any `max_positions`.
   """
   path, remedy = source.folder / CONFIG, "write it again with `cm3leon export`."
   try:
@@ -104,7 +104,7 @@ def _end_of_text(source: SourceCheckpoint, rows: int) -> int | None:
 
 
 def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
-  """Returns the needed fields whose values differ from the config."""
+  """Returns the fields of `needed` whose values differ from the config."""
   return {
     section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
     for section, fields in needed.items()

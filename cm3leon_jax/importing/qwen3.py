@@ -69,7 +69,7 @@ def model_fields(source: SourceCheckpoint) -> dict:
 def repeat_heads(
   matrix: Float[np.ndarray, "GH D"], groups: int, times: int
 ) -> Float[np.ndarray, "A D"]:
-  """Repeats every key or value head for the queries that share it. The result is exact.
+  """Repeats every key or value head for each query head that shares it. The result is exact.
 
   With groups = 2 and times = 2, heads [k0 k1] become [k0 k0 k1 k1].
   """
@@ -83,7 +83,7 @@ def is_tied(source: SourceCheckpoint) -> bool:
 
 
 def notes(source: SourceCheckpoint, fields: dict) -> list[str]:
-  """Lists differences between source and imported model, except the vocabulary."""
+  """Lists differences between the source and the imported model, except for the vocabulary."""
   groups, lines = source.size("num_key_value_heads", 32), []
   if (times := fields["num_heads"] // groups) > 1:
     lines.append(

@@ -19,7 +19,7 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 from cm3leon_jax.weights.tensor_files import INDEX, WEIGHTS
 
 CONFIG = "config.json"
-QWEN3 = "qwen3"  # The model_type of published decoders that are imported.
+QWEN3 = "qwen3"  # The model_type of published decoders that can be imported.
 OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
 
 
@@ -37,7 +37,10 @@ class SourceCheckpoint:
     return OWN in self.described
 
   def require(self, allowed: Mapping[str, Collection]) -> None:
-    """Raises UserError if a config.json field has no allowed value; None allows its absence."""
+    """Raises UserError if a field of config.json has a value that is not allowed.
+
+    The value None in `allowed` means that the field may be absent.
+    """
     for name, values in allowed.items():
       if (found := self.described.get(name)) not in values:
         shown = " or ".join(repr(value) for value in values if value is not None)
@@ -67,7 +70,7 @@ class SourceCheckpoint:
     return found
 
   def check_zero(self, name: str, reason: str) -> None:
-    """Raises UserError, with the largest value, unless all values of a tensor are 0."""
+    """Raises UserError, which names the largest value, unless all values of a tensor are 0."""
     if largest := float(np.abs(self.tensors.read(name)).max(initial=0.0)):
       raise UserError(
         f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, but {reason}: this "
@@ -86,7 +89,7 @@ class SourceCheckpoint:
     return np.array_equal(self.tensors.read(first), self.tensors.read(second))
 
   def check_names(self, expected: Collection[str]) -> None:
-    """Raises UserError if there are other tensors than the expected ones."""
+    """Raises UserError if the checkpoint has tensors that are not in `expected`."""
     surplus = [name for name in self.tensors.names if name not in expected]
     if surplus:
       raise UserError(

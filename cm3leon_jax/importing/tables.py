@@ -1,4 +1,4 @@
-"""Enlarges token tables: special tokens go before a source's ids, image codes after."""
+"""Enlarges token tables. Special tokens are before the source's ids, and image codes after them."""
 
 # S ids of the source, V ids of the vocabulary, D width.
 
@@ -17,8 +17,8 @@ class Tables:
   """Describes how token tables are changed to fit a vocabulary.
 
   Attributes:
-    rows: rows of the source's tables.
-    end: the source's end-of-text id, whose row `</s>` starts from; None if there is none.
+    rows: number of rows of the source's tables.
+    end: the source's end-of-text id, whose row `</s>` gets; None if the source has no such id.
   """
 
   vocab: VocabLayout
@@ -43,8 +43,8 @@ def extend(
     table = [a b c], num_special = 6, two image codes, end = 2, m = (a + b + c) / 3
     result = [m c m m m m a b c m m]
 
-  Equal rows become different in training, because each token has other contexts and so another
-  gradient.
+  Equal rows become different in training, because tokens in different contexts get different
+  gradients.
 
   Args:
     table: row i belongs to the source's id i, which becomes `vocab.num_special` + i.

@@ -1,4 +1,4 @@
-"""Converts the text tokenizer of a published model: its ids follow the special tokens."""
+"""Converts the text tokenizer of a published model. Its ids then follow the special tokens."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -13,7 +13,8 @@ from cm3leon_jax.files.json_files import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 
-# Characters. Qwen3's pattern has 103. A compiled pattern takes 200 times as many bytes.
+# Limit for the length of a pattern, in characters. Qwen3's pattern has 103 characters. A compiled
+# pattern takes 200 times as many bytes.
 LONGEST_PATTERN = 10_000
 # Texts that must survive encoding and decoding: spaces, line ends, accents, other scripts, and
 # strings that look like special tokens.
@@ -109,7 +110,7 @@ def _longest_pattern(part: Mapping[str, Any] | None) -> int:
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:
-  """Returns the type of a part of a tokenizer, or the types of the parts of a Sequence."""
+  """Returns the type of a part of a tokenizer; for a Sequence, the types of its parts."""
   if part is None:
     return []
   if part.get("type") != "Sequence":
@@ -146,7 +147,7 @@ def rewrite(
     The tokenizer, and its differences from the source.
 
   Raises:
-    UserError: the tokenizer does not decode ids to the encoded text.
+    UserError: the tokenizer does not decode the ids of a text to the same text.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
   names = {i: _renamed(name, special) for i, name in tokens.items()}

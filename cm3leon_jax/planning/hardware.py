@@ -30,7 +30,8 @@ class Tpu:
   Attributes:
     gke: value of the node label cloud.google.com/gke-tpu-accelerator.
     accelerator: first part of a Cloud TPU accelerator type, such as v5litepod in v5litepod-256.
-    units: units per chip in an accelerator type: 2 for v5p, which counts cores, else 1.
+    units: the number in an accelerator type divided by the number of chips. It is 2 for v5p, whose
+      types count cores, and otherwise 1.
     runtime: software version of a TPU VM.
     machines: chips of a host -> (vCPUs, GB of memory) of its machine type in GKE.
   """
@@ -78,8 +79,8 @@ class Hardware:
     name: name that the user gave, such as v5e-256 or h100-64.
     chip: TPU generation or GPU model, such as v5e or h100.
     platform: "tpu" or "gpu".
-    memory: GiB of each device that programs may use.
-    torus: chips along each dimension of a TPU slice; for GPUs, the number per host.
+    memory: memory that programs may use on each device, in GiB.
+    torus: number of chips along each dimension of a TPU slice; for GPUs, number of GPUs per host.
     slices: number of TPU slices or GPU hosts. The network between them is slow.
   """
 
@@ -107,7 +108,7 @@ class Hardware:
 
   @property
   def tpu(self) -> Tpu:
-    """Names of the TPU generation."""
+    """The TPU generation of the chips."""
     return TPUS[self.chip]
 
   @property
@@ -127,9 +128,9 @@ class Hardware:
 
   @property
   def requests(self) -> tuple[int, int]:
-    """CPUs and GiB that a pod on a TPU host requests: half of the machine.
+    """CPUs and GiB of memory that a pod on a TPU host requests: half of the machine.
 
-    The rest is for the system and for pods that use no chips.
+    The other half is for the system and for pods that use no chips.
     """
     cpus, memory = self.machine
     return cpus // 2, memory // 2

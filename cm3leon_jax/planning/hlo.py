@@ -1,7 +1,7 @@
 """Counts products, collectives and arrays of a compiled XLA program by reading its text.
 
-Reading text needs neither a device nor a private API. A program is a set of computations. The body
-of a loop counts as often as the loop runs it.
+Reading text needs neither a device nor a private API. A program is a set of computations. Numbers
+for the body of a loop are multiplied by the number of iterations.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ import numpy as np
 _SIZES = {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "s64 f64"}
 BYTES = {dtype: n for n, dtypes in _SIZES.items() for dtype in dtypes.split()}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Pallas kernels of splash attention -> number of [L, L] x H products per call. XLA does not count
-# these products.
+# Number of [L, L] x H products per call of each Pallas kernel of splash attention. XLA does not
+# count these products.
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 # Instructions that create no array.
 _VIEWS = "parameter get-tuple-element tuple while bitcast constant call opt-barrier conditional"
@@ -89,7 +89,7 @@ class Program:
   def _trips(self, caller: str, loop: HloInstruction) -> int:
     """Returns the number of iterations of a `lax.scan` loop.
 
-    XLA may take the first iteration out of a loop ("peel" it). The loop index then starts at 1.
+    XLA may move the first iteration out of a loop ("peel" it). The loop index then starts at 1.
     """
     condition = self.computations[loop.required(r"condition=%?([\w.\-]+)")]
     ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
@@ -102,7 +102,7 @@ class Program:
     return max(ends) - start
 
   def _carried(self, caller: str, loop: HloInstruction, place: int) -> int:
-    """Returns the constant that a loop starts with at index `place` of its tuple, else 0."""
+    """Returns the first value of element `place` of a loop's tuple; 0 if it is not constant."""
     made = {i.name: i for i in self.computations[caller]}
     values = made[loop.operands[0]]
     value = made[values.operands[place]] if values.op == "tuple" else values
@@ -126,12 +126,15 @@ class Program:
 
   @functools.cached_property
   def fused(self) -> set[str]:
-    """Names of fused computations; their intermediate values are not arrays in memory."""
+    """Names of fused computations. Intermediate values inside them are not arrays in memory."""
     calls = ((name, i) for name, made in self.computations.items() for i in made)
     return {callee for name, i in calls if i.op == "fusion" for callee, _ in self._callees(name, i)}
 
   def flops(self) -> float:
-    """Counts the FLOPs of matrix products and of causal splash attention (half the square)."""
+    """Counts the FLOPs of matrix products.
+
+    Splash attention is causal, so half of its [L, L] products count.
+    """
     return float(sum(n * self._product_flops(name) for name, n in self.runs.items()))
 
   def _product_flops(self, computation: str) -> float:
@@ -146,7 +149,8 @@ class Program:
       elif i.op == "custom-call" and (
         products := next((n for k, n in KERNELS.items() if i.name.startswith(k)), 0)
       ):
-        # The first longest shape is the result. Scratch and log-sums are shorter or come later.
+        # The result is the first of the shapes with the most dimensions. Scratch and log-sums have
+        # fewer dimensions or follow the result.
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)
         total += products * math.prod(outer) * L * L * H
     return total
@@ -154,7 +158,7 @@ class Program:
   def traffic(self) -> float:
     """Counts bytes read from and written to the chip's main memory, without layout padding.
 
-    If an instruction reads or replaces a part of an array, only the part counts.
+    If an instruction reads or replaces only a part of an array, only this part counts.
     """
     runs = ((name, n) for name, n in self.runs.items() if name not in self.fused)
     return float(sum(n * self._moved_bytes(name) for name, n in runs))
@@ -175,9 +179,9 @@ class Program:
     return total
 
   def _parts(self, i: HloInstruction) -> list[float | None]:
-    """Returns the bytes read from each operand, then the bytes replaced in the result.
+    """Returns the bytes that are read from each operand, then the bytes replaced in the result.
 
-    None means the whole array.
+    None means all bytes of the array.
     """
     inner = self.computations[i.required(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
     names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
@@ -197,7 +201,7 @@ class Program:
     return [*parts, replaced if updates else None]
 
   def cycles(self) -> float:
-    """Sums the compiler's estimates of cycles, without Pallas kernels and waits for collectives."""
+    """Sums the compiler's estimates of cycles. Omits Pallas kernels and waits for collectives."""
     pattern, total = r'"estimated_cycles":"(\d+)"', 0
     for name in self.runs.keys() - self.fused:
       cycles = sum(int(i.attribute(pattern) or 0) for i in self.computations[name])
@@ -205,7 +209,7 @@ class Program:
     return float(total)
 
   def collectives(self) -> dict[str, tuple[int, int]]:
-    """Returns kind -> (runs in one call, total bytes of the whole arrays on one device)."""
+    """Returns kind -> (number of runs in one call, bytes of all its whole arrays on one device)."""
     kinds: dict[str, list[int]] = {}
     for name, times in self.runs.items():
       for i in self.computations[name]:
@@ -291,7 +295,7 @@ def _match(pattern: str, text: str) -> re.Match[str]:
 
 
 def _main_bytes(text: str) -> float:
-  """Counts the bytes of those arrays of a type that lie in main memory."""
+  """Counts the bytes of the arrays in main memory that a type describes."""
   arrays = " ".join(array for array in _ARRAY.findall(text) if "S(" not in array)
   return float(sum(map(size, HloInstruction("", arrays, "", "").shapes())))
 
@@ -319,7 +323,7 @@ def _convolution_flops(
 ) -> float:
   """Counts the FLOPs of a convolution, except products with padding.
 
-  XLA:TPU writes matrix products as convolutions and may use batch dimensions as a window.
+  XLA:TPU writes matrix products as convolutions and may treat batch dimensions as a window.
   """
   lhs, rhs, out = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest).groups()
   result = convolution.shapes()[0][1]

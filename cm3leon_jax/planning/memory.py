@@ -28,7 +28,7 @@ from cm3leon_jax.training.step.grpo import BUCKET
 GIB = 2**30
 LANES = 128  # Lanes of a TPU register; the last dimension of an array is padded to a multiple.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Prefix of `jax.Device.device_kind` -> chip. Longer prefixes first, as in training/watch/flops.py.
+# Prefix of `jax.Device.device_kind` -> chip. Longer prefixes are first, as in watch/flops.py.
 KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -45,11 +45,11 @@ class Memory:
 
   Attributes:
     rows: R, a number of rows, not of bytes.
-    state: parameters, optimizer moments and the average of the parameters. Counted twice if steps
-      are checked (`train.replay_every`). `cm3leon reinforce` adds the starting model in the
+    state: parameters, optimizer moments and the average of the parameters, twice if steps are
+      checked (`train.replay_every`). For `cm3leon reinforce`, also the starting model in the
       compute dtype.
     batch: rows of a whole step.
-    accumulation: sum of gradients over passes; 0 with one pass.
+    accumulation: sum of gradients over the passes of a step; 0 with one pass.
     kept: values that the layers keep for the backward pass.
     working: everything else at the peak: parameters in the compute dtype, gradients, and the arrays
       of the loss, of one layer or of the update.
@@ -91,7 +91,7 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
   params, matrices, tables = _shares(model, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
-  # The layers in the compute dtype, and their gradients, which keep this dtype.
+  # `copy` is the layers in the compute dtype. Their gradients have the same dtype.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   phases = (
     kept + copy + _loss(model, R, L, tensor),
@@ -117,7 +117,7 @@ def estimate(settings: Settings, shape: Mapping[str, int], platform: str = "tpu"
 def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
   """Estimates the memory of an update of `cm3leon reinforce` on one device.
 
-  Other programs draw the samples before the update; their memory is not estimated.
+  Other programs draw the samples before the update. The memory of these programs is not estimated.
   `train.global_batch_size` counts samples, each with two streams. `prompt` is the number of slots
   of a prompt; the default is the minimum.
   """
@@ -127,7 +127,7 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
   R, L = 2 * samples, prompt + codes - 1
   params, matrices, tables = _shares(model, shape)
   b, D = ITEMSIZE[model.dtype], model.width
-  # No attention kernel takes an odd L. Without a kernel, heads are not padded, and the backward
+  # No attention kernel accepts an odd L. Without a kernel, heads are not padded, and the backward
   # pass of a layer holds the attention weights of all queries.
   widths = kept_widths(model, tensor, "plain")
   kept = R * L * D * model.num_layers * b * widths
@@ -153,7 +153,7 @@ def estimate_update(settings: Settings, shape: Mapping[str, int], prompt: int = 
 
 
 def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float, float]:
-  """Counts the parameters on a device: all, those in layers, those in token tables."""
+  """Counts parameters on one device: all parameters, parameters of layers, and of token tables."""
   fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
   layers, tables, positions = (n / fsdp for n in _parameters(model))
   return (layers + tables) / tensor + positions, layers / tensor, tables / tensor
@@ -173,14 +173,14 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
-  """Computes the bytes of moments and average. Muon keeps one moment per matrix, Adam two."""
+  """Computes the bytes of moments and averages. Muon keeps one moment per matrix, Adam two."""
   first = ITEMSIZE[config.first_moment_dtype]
   second = params - matrices if config.name == "muon" else params
   return first * params + 4 * second + (4 * params if config.ema_decay else 0)
 
 
 def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
-  """Counts what a layer keeps per token for the backward pass, in multiples of the model width.
+  """Counts the values per token that a layer keeps for the backward pass, divided by the width.
 
   `tensor` devices split the heads and the feed-forward dimension. `platform` is "tpu" or "gpu"; TPU
   kernels pad each head to a multiple of `LANES`.
@@ -191,9 +191,9 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
-  if policy == "none":  # Also keeps inputs of products: norms in fp32, activations.
+  if policy == "none":  # The layer also keeps fp32 norms and activations.
     return 8 + sum(widths.values()) + mlp
-  # XLA:TPU holds half of the values that are offloaded to host memory on the device.
+  # Of the values that are offloaded to host memory, XLA:TPU still holds half on the device.
   return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
 
 
@@ -211,7 +211,7 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
   products = 3 if model.traits.gated else 2
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
-    # No kernel takes such heads, so all attention weights are in memory.
+    # No kernel accepts heads of this size, so all attention weights are in memory.
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)
   widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
   return 2 * params * b + R * L * widths * b + scores
@@ -220,13 +220,13 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
 def device_memory(device: jax.Device) -> int | None:
   """Returns the bytes that programs may use on a device; None for CPUs and unknown devices.
 
-  Asks the backend first, then the table of chips.
+  Asks the backend first, and then looks up the chip in a table.
   """
   if device.platform == "cpu":
     return None
   try:
     limit = (device.memory_stats() or {}).get("bytes_limit")
-  except (jax.errors.JaxRuntimeError, NotImplementedError):  # A device of a topology.
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # For a topology's devices.
     limit = None
   if limit:
     return int(limit)
@@ -241,8 +241,8 @@ def smaller(
 ) -> Iterator[tuple[Settings, str]]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
-  Tries fewer rows per pass first, then the policy that keeps nothing. Tries both again without
-  checked steps (`train.replay_every`) at the end, because the user has asked for these checks.
+  Settings with fewer rows per pass are first, then settings with the policy that keeps nothing. The
+  last settings turn off checked steps (`train.replay_every`), because the user asked for checks.
   """
   yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:
@@ -276,7 +276,7 @@ def _fewer_rows(
 
 
 def excess(settings: Settings, memory: Memory, limit: float) -> str:
-  """Returns the start of an error message: a step needs more than the `limit` bytes of a device."""
+  """Returns the start of an error: a step needs more than `limit`, the bytes of a device."""
   return (
     f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens per pass takes "
     f"about {memory} of a device, which has {limit / GIB:.2f}"
@@ -316,7 +316,7 @@ def check(
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Checks that an update fits, and returns its `estimate_update`; otherwise like `check`."""
+  """Does the same as `check` for an update, and returns its `estimate_update`."""
   del platform  # Updates use no attention kernel.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:
@@ -357,7 +357,7 @@ def check_devices(
   All processes must call this function. `check_step` is `check` or `check_update`.
 
   Raises:
-    UserError: `check_step` raised it in one process; then it is raised in all.
+    UserError: `check_step` raised it in at least one process. All processes then raise it.
   """
   with distributed.together():
     device = mesh.local_devices[0]

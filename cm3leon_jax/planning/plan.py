@@ -31,17 +31,17 @@ class Plan:
   """Numbers of a planned run.
 
   Attributes:
-    flags: flags of `cm3leon train` for choices that differ from the config.
+    flags: flags of `cm3leon train` that select the choices that differ from the config.
     rows_per_device: rows of each device in one pass.
     passes: micro-batches per step.
     rows: rows per step, over all devices.
     tokens_per_step: tokens over all devices.
     mfu: assumed share of the peak FLOP/s.
-    step_seconds: seconds of an unchecked step at `mfu`.
-    replay_every: `train.replay_every`; steps at multiples of it are computed twice. 0: no steps.
+    step_seconds: seconds that an unchecked step takes at `mfu`.
+    replay_every: every step at a multiple of this number is computed twice; 0: no step is.
     checkpoint_bytes: bytes of parameters and optimizer state.
-    saving_hosts: hosts that write a checkpoint, which are the hosts of one replica.
-    save_bandwidth: bytes/s that each host writes.
+    saving_hosts: number of hosts that write a checkpoint, which are the hosts of one replica.
+    save_bandwidth: bytes per second that each host writes.
   """
 
   hardware: Hardware
@@ -75,7 +75,7 @@ class Plan:
 
   @property
   def days(self) -> float:
-    """Days until the config's tokens are trained, without evaluation, saving and restarts."""
+    """Days to train on the config's tokens, without the time of evaluation, saving and restarts."""
     return self.tokens / self.tokens_per_second / 86_400
 
   @property
@@ -91,14 +91,15 @@ class Plan:
   def stop_seconds(self) -> float:
     """Seconds from SIGTERM to the end of the process. docs/pods.md lists the parts.
 
-    The hosts take two steps to agree. Then follow a held-out loss (a forward pass is a third of a
-    step) and, if one save is in progress, two saves with their digests.
+    The hosts need two steps to agree on a last step. After it they compute a held-out loss, whose
+    forward pass takes a third of a step. If a save is in progress, they write that checkpoint and
+    one more, and read both for their digests.
     """
     return (2 + self.eval_batches / 3) * self.step_seconds + 4 * self.save_seconds
 
   @property
   def grace_seconds(self) -> int:
-    """Seconds that a launcher grants for saving: at least 900, and 10% more than needed."""
+    """Seconds that a launcher grants for saving: 10% more than needed, and at least 900."""
     return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
 
 
@@ -146,7 +147,7 @@ def make(settings: Settings, hardware: Hardware, mfu: float, bandwidth: float) -
 def _fitting(
   settings: Settings, hardware: Hardware
 ) -> tuple[Settings, dict[str, int], tuple[str, ...], memory.Memory]:
-  """Returns settings that fit, the size of each mesh axis, flags that select both, and memory."""
+  """Returns settings that fit, mesh axis sizes, flags that select both, and the memory needed."""
   chosen = settings.mesh == MeshConfig()
   candidates = _meshes(hardware) if chosen else [settings.mesh]
   limit, failure = hardware.memory * GIB, ""
@@ -170,7 +171,7 @@ def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> s
   """Returns advice for when no number of rows and no remat policy fits on a mesh."""
   devices = math.prod(shape.values())
   count = f"{devices:,} device{'s' * (devices > 1)}"
-  # Every mesh needs at least an equal share of the state on each device.
+  # On every mesh, each device holds at least an equal share of the state.
   if devices == 1 or estimated.state / shape["data"] > limit:
     return f"No setting fits {count}: take more devices."
   return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
@@ -179,7 +180,7 @@ def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> s
 def _check_batch(
   settings: Settings, shape: dict[str, int], hardware: Hardware, chosen: bool
 ) -> None:
-  """Raises UserError, with numbers that would work, if the mesh cannot split the rows of a step."""
+  """Raises UserError if the mesh cannot split the rows of a step. It names numbers that work."""
   shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
   try:
     on_mesh(settings.train, shards)
@@ -189,7 +190,7 @@ def _check_batch(
 
 
 def _divisor(train: TrainConfig, shards: int) -> str:
-  """Returns a hint with the largest working rows_per_device, at most the config's; "" if none."""
+  """Returns a hint with the largest rows_per_device that works, up to the config's value, or ""."""
   rows = train.global_batch_size // shards
   if train.global_batch_size % shards:
     return ""
@@ -202,7 +203,7 @@ def _divisor(train: TrainConfig, shards: int) -> str:
 
 
 def _slices(train: TrainConfig, shards: int, hardware: Hardware) -> str:
-  """Returns a hint with the nearest working numbers of slices or GPUs, below and above."""
+  """Returns a hint with the nearest numbers of slices or GPUs that work, below and above."""
   rows = train.rows_per_device or train.gradient_accumulation_steps
   each, now = shards // hardware.slices * rows, hardware.slices
   fitting = [n for n in range(1, 2 * now + 1) if train.global_batch_size % (each * n) == 0]

@@ -34,7 +34,7 @@ def _written(folder: epath.Path) -> dict[str, str]:
 
 
 def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
-  """Returns the names of files that the last plan wrote and this plan does not.
+  """Returns the names of the files that the last plan wrote and this plan does not write.
 
   `folder` is the value of --out and may not exist yet. `texts` is file name -> text.
 
@@ -61,7 +61,7 @@ def write(folder: epath.Path, texts: Mapping[str, str], numbers: Mapping) -> lis
   are added to `numbers`, the content of plan.json. Returns the names of the removed files.
 
   Raises:
-    UserError: see `check`; nothing was written then.
+    UserError: see `check`. In this case nothing is written.
   """
   surplus = check(folder, texts)
   folder.mkdir(parents=True, exist_ok=True)

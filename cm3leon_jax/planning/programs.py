@@ -90,8 +90,8 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
 class Evaluation(NamedTuple):
   """The program for the held-out loss of one micro-batch.
 
-  `rest_bytes` is the state, in bytes per device, that the program does not read but that stays in
-  memory: the optimizer state, and the parameters if their average is evaluated.
+  `rest_bytes` is the size, in bytes per device, of the state that stays in memory although the
+  program does not read it: the optimizer state, and the parameters if their average is evaluated.
   """
 
   step: jax.stages.Lowered
@@ -99,7 +99,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
-  """Lowers the held-out loss that `cm3leon train` computes on `mesh`; raises like `train_step`."""
+  """Lowers the held-out loss that `cm3leon train` computes on `mesh`. Raises like `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     rows = on_mesh(settings.train, batch_shards()).micro_batch_size

@@ -43,7 +43,7 @@ def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
 
 
 def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) -> dict:
-  """Returns the numbers of the table. Counts one iteration of a loop whose end depends on data."""
+  """Returns the numbers for `table`. A loop whose end depends on data counts as one iteration."""
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()

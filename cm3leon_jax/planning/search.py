@@ -23,7 +23,7 @@ BATCHES = (16, 8, 4, 2, 1)
 class Candidate:
   """A combination of mesh, batch and remat policy.
 
-  `batch` is the rows of a device in one pass. A global batch takes as many passes as needed.
+  `batch` is the number of rows of a device in one pass. A step has as many passes as needed.
   """
 
   mesh: MeshConfig
@@ -77,7 +77,7 @@ def meshes(topology: Topology | Hardware) -> Iterator[MeshConfig]:
 
 
 def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
-  """Computes a lower bound of the bytes that a device keeps for the backward pass with a policy."""
+  """Computes a lower bound of the bytes that a policy keeps on a device for the backward pass."""
   mlp = (2 if model.traits.gated else 1) * model.mlp_width / model.width
   heads = model.num_heads * model.head_dim / model.width
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
@@ -89,7 +89,7 @@ def kept_bytes(model: ModelConfig, tokens: int, policy: str) -> int:
 def search(
   settings: Settings, topology: Topology, compile_one: Callable, report_line: Callable[[str], None]
 ) -> list[dict]:
-  """Compiles the least recomputing policy that fits, for each mesh and batch.
+  """Compiles, for each mesh and batch, the policy with the least recomputation that fits.
 
   `compile_one` maps (settings, mesh) to a result of `compile_report`, and raises UserError if the
   program does not fit. `report_line` is called with a line of text for each candidate. Returns
@@ -130,7 +130,7 @@ def search(
 
 
 def cost(report: dict) -> float:
-  """Computes a lower bound of a device's seconds per token: products or collectives."""
+  """Computes a lower bound of a device's seconds per token, from products and collectives."""
   tokens = report["tokens"] / report["devices"]
   return max(report["compute_seconds"], report["collective_seconds"]) / tokens
 

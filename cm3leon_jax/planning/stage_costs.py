@@ -15,15 +15,15 @@ from cm3leon_jax.runs.table import STAGES
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 
-# Rates per core and second, unless another unit is named. docs/benchmarks.md (two cores of an AMD
-# EPYC machine) and docs/large_data.md have the measurements.
-INGESTED = 108  # Images.
-READ = 360  # Images.
-ENCODED = 2_600_000  # Tokens of text.
-INDEXED = 1_000_000 / 201  # Vectors.
-SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries, in a block of SEARCHED_OF vectors.
-SQRT_UNTIL = 144_000_000  # Vectors of a block; up to here, query time grows with sqrt(vectors).
-PRUNED = 6_900  # Documents.
+# The measurements are in docs/benchmarks.md (two cores of an AMD EPYC machine) and
+# docs/large_data.md.
+INGESTED = 108  # Images per core and second.
+READ = 360  # Images per core and second.
+ENCODED = 2_600_000  # Tokens of text per core and second.
+INDEXED = 1_000_000 / 201  # Vectors per core and second.
+SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries per core and second, for SEARCHED_OF vectors.
+SQRT_UNTIL = 144_000_000  # Up to this block size, query time grows with sqrt(vectors).
+PRUNED = 6_900  # Documents per core and second.
 MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE reads, and core-seconds for them.
 CAPTION_TOKENS = 24
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
@@ -42,7 +42,7 @@ class Cost:
 def pairs_of_a_pass(settings: Settings) -> int:
   """Returns how many captioned images a run reads if it reads each image once as a document.
 
-  Each document has `data.num_neighbors` neighbors, which take as many tokens each.
+  Each document has `data.num_neighbors` neighbors. A neighbor has as many tokens as a document.
   """
   tokens = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
   document = settings.vqgan.image_tokens + CAPTION_TOKENS + 2  # <break> after each part.
@@ -130,7 +130,7 @@ def image_tokenizer_flops(settings: Settings, function: jax.stages.Wrapped) -> f
 
 
 def clip_flops(settings: Settings) -> tuple[float, float]:
-  """Returns the FLOPs of embedding an image, and a caption, with the run's own CLIP."""
+  """Returns (FLOPs to embed an image, FLOPs to embed a caption) for the run's own CLIP."""
   config, size = settings.clip, settings.vocab.text_size
   params = jax.eval_shape(lambda key: clip_lib.init_params(config, size, key), jax.random.key(0))
   side = config.resolution
@@ -152,7 +152,7 @@ def _flops(lowered: jax.stages.Lowered) -> float:
 
 
 def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
-  """Formats the costs of all stages and what they are computed from, one stage per line.
+  """Formats the costs of all stages and the basis of each cost, one stage per line.
 
   `given` says whether the user gave `pairs`.
   """

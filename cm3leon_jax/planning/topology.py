@@ -1,4 +1,4 @@
-"""Describes TPU chips and topologies, which XLA compiles for on a machine without a TPU."""
+"""Describes TPU chips and topologies for which XLA compiles programs without a TPU."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -18,9 +18,9 @@ class Chip:
   """A TPU chip.
 
   Attributes:
-    hbm: GiB of memory that the compiler reports as available when a program does not fit.
+    hbm: memory in GiB, as the compiler reports it when a program does not fit.
     hbm_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s between chips, over all links together.
+    ici_bandwidth: bytes/s between a chip and its neighbors, summed over all links of the chip.
     source: web page with the two bandwidths.
     options: compiler options that keep the text of a compiled program readable for `hlo`.
   """
@@ -42,8 +42,8 @@ CHIPS = {
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Name of a slice -> shape of its torus; other shapes are given as v5p:4x4x8. The numbers in names
-# of v5p count cores, two per chip: v5p-8 has 4 chips.
+# Name of a slice -> shape of its torus. Names such as v5p:4x4x8 give other shapes. The number in a
+# v5p name counts cores, two per chip: v5p-8 has 4 chips.
 _TORUS_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 _TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
@@ -100,7 +100,7 @@ class Topology:
 def prepare() -> None:
   """Prepares libtpu for a machine without a TPU. Call it before the first use of JAX.
 
-  libtpu may print that there is no TPU.
+  libtpu may print that it finds no TPU.
   """
   jax.config.update("jax_platforms", "cpu")
   # Without this, libtpu queries the cloud's metadata server for minutes.

@@ -1,4 +1,4 @@
-"""Collects the measured figures of a trained model, with the way each figure was measured."""
+"""Collects the measured figures of a trained model, and how each figure was measured."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -92,7 +92,7 @@ def collect(run: Run, step: int, summary: dict) -> Figures:
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
-  """Returns whether a stage measured the current training of the workdir at this step."""
+  """Returns whether a stage measured the parameters of the current training at this step."""
   done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
   read = done["config"].get("inputs", {}).get("train")
   return (
@@ -157,7 +157,7 @@ def _how(run: Run, name: str, summary: dict) -> str:
 
 
 def _grades(workdir: epath.Path) -> Table:
-  """Returns the shares of right answers to held-out instructions."""
+  """Returns a table with the shares of right answers to held-out instructions."""
   found = instruction_section.read(workdir, lambda path: None)
   assert found is not None
   config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]

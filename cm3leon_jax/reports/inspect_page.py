@@ -27,7 +27,8 @@ TINT = 0.6  # Share of the span's color in the pixels of a masked code.
 DECODE_BATCH = 8
 LONG_TEXT = 700  # A text with more characters than this scrolls in its box.
 MARKS = {" ": "·", "\n": "↵\n", "\t": "⇥\t"}
-# White space that is at an end, repeated, or not a plain space; and invisible characters.
+# Matches white space at an end of a text, repeated white space, white space that is not a plain
+# space, and invisible characters.
 ODD = re.compile(
   r"^ +| +(?=\n|$)| {2,}|[^\S ]"
   r"|[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]"
@@ -35,7 +36,7 @@ ODD = re.compile(
 
 
 def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[bool, str]]:
-  """Splits a text into (is odd, text), and makes odd white space and characters visible.
+  """Splits a text into pieces (is odd, text), and makes odd white space and characters visible.
 
   >>> mark_odd("a cat \\n")
   [(False, 'a cat'), (True, '·'), (True, '↵\\n')]
@@ -43,8 +44,8 @@ def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[b
   ([(True, '·'), (False, 'cat')], [(False, ' cat')])
 
   Args:
-    opens: whether the whole text starts with the piece. Otherwise one leading space is not odd.
-    closes: whether the whole text ends with the piece. Otherwise one trailing space is not odd.
+    opens: whether `text` is the start of the whole text. If not, one leading space is not odd.
+    closes: whether `text` is the end of the whole text. If not, one trailing space is not odd.
   """
   result, position = [], 0
   for match in ODD.finditer(text):
@@ -61,7 +62,7 @@ def paint(pixels: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> np.ndarray
 
   Args:
     pixels: [H, W, 3] uint8, H = W.
-    spans: [C] int, the span of each masked code, which determines its color; otherwise NO_SPAN.
+    spans: [C] int, the span of each masked code; NO_SPAN for other codes. A span selects a color.
     kept: [C] bool. Codes that are not kept become transparent.
 
   Returns:
@@ -82,7 +83,7 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PageDecoder:
-  """Decodes token ids. `images` maps the bytes of the ids of an image to [H, W, 3] uint8."""
+  """Decodes token ids. Keys of `images` are an image's ids as bytes; values are [H, W, 3] uint8."""
 
   vocab: VocabLayout
   text_tokenizer: TextTokenizer
@@ -172,7 +173,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the item of a segment with marked masked parts, or a sentinel if it was dropped."""
+  """Returns the item of a segment and marks its masked parts; a sentinel for a dropped segment."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
@@ -259,7 +260,7 @@ def document_box(view: SampleView, segment: int) -> dict:
 
 
 def remarks(view: SampleView) -> list[str]:
-  """Returns remarks about a sample of documents that its blocks do not show."""
+  """Returns facts about a sample of documents that the blocks of the sample do not show."""
   result, origin = [], view.origin
   if origin.task is not None:
     return []

@@ -38,10 +38,10 @@ def check_instruction(
   vocab: VocabLayout,
   length: int,
 ) -> tuple[int, int]:
-  """Checks that a sample has its record without the dropped segments, and the right loss weights.
+  """Checks that a sample has its record's tokens and the right loss weights.
 
-  The range of the target is found from the tokens of the sample, not from the plan. Returns the
-  half-open range of the target in the sample.
+  The sample must not have the dropped segments. The range of the target is found from the tokens of
+  the sample, not from the plan. Returns the half-open range of the target in the sample.
 
   Raises:
     ValueError: tokens, target or loss weights are wrong.

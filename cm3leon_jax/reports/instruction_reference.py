@@ -30,7 +30,7 @@ END = "<!-- to here -->"
 # Vocabulary of the examples: one id per character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
-# Format (or, for the general format jsonl, name of the task) -> texts of an example.
+# Texts of an example by format. For the general format jsonl, the key is the name of the task.
 TEXTS = {
   "instruct_pix2pix": {"instruction": "make it snow"},
   "ocr": {"ocr_content": "OPEN ALL NIGHT"},
@@ -82,7 +82,7 @@ def example(task: InstructionTask) -> Record:
 
 
 def sample_of(task: InstructionTask, record: Record) -> str:
-  """Returns the training sample of a record as the model reads it, with nothing dropped.
+  """Returns the training sample of a record as the model reads it, without dropped segments.
 
   "</s> Question: Who? Answer: <mask:0>. <break> [image] </s> <mask:0> a man <eoss>"
   """
@@ -98,7 +98,7 @@ def sample_of(task: InstructionTask, record: Record) -> str:
 
 
 def _encode(text: str) -> np.ndarray:
-  """Encodes a text like the text tokenizer: with a leading space, and an empty text as no ids."""
+  """Encodes a text as the text tokenizer does: adds a leading space, unless the text is empty."""
   return np.array([VOCAB.num_special + ord(c) for c in (f" {text}" if text else "")], np.int32)
 
 

@@ -32,7 +32,7 @@ EXPORTED = "export.json"  # Written by `export.formats`: format, dtype, quantiza
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
 COLUMNS = 100  # Width of a line of prose.
-# Licenses that the hub knows, by their lower-case SPDX names, which have the same meaning there.
+# Licenses that the hub knows. The hub writes their SPDX names in lower case.
 HUB_LICENSES = (
   *("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit", "gpl-3.0", "unlicense", "cc0-1.0"),
   *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
@@ -49,7 +49,8 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
     exported: numbers of the export. "parameters": number of parameters of the decoder. Optional:
       "bytes": size of the files; "image_tokenizer": result of `export.image_tokenizer.write`;
       "average": False if the last parameters were exported instead of their average;
-      "heldout_bits": {"before", "after"} rounding; "cost": for a bundle, see `export.bundle.about`.
+      "heldout_bits": {"before", "after"}, the bits before and after rounding; "cost": for a bundle,
+      see `export.bundle.about`.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -114,7 +115,7 @@ def front_matter(licenses: list[str], architecture: str) -> str:
   """Returns the metadata for the hub as YAML.
 
   The license is the license of the data if there is only one and the hub knows it, else "other".
-  `licenses` has the licenses of all training data, with "" for an unknown license. `architecture`
+  `licenses` has the licenses of all training data; "" is an unknown license. `architecture`
   is the class of `transformers` that can load the decoder; "" if no class can.
   """
   only = licenses[0].lower() if len(licenses) == 1 else ""
@@ -176,7 +177,7 @@ def wrapped(page: str) -> str:
 
 
 def _wrapped(prose: str) -> str:
-  """Wraps lines of prose, which are a paragraph or the items of a list."""
+  """Wraps the lines of a paragraph or of a list."""
   if not prose.strip():
     return prose
   start = prose[: len(prose) - len(prose.lstrip("\n"))]

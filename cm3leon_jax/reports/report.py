@@ -98,7 +98,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Averages [n] values over a centered window, which is shorter at both ends."""
+  """Averages [n] values over a centered window. The window is shorter at both ends of `values`."""
   kernel = np.ones(min(window, len(values)))
   total, count = (np.convolve(x, kernel, "same") for x in (values, np.ones(len(values))))
   return total / count
@@ -128,7 +128,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
       for i, restart in enumerate(summary_lib.restarts(metrics)):
         dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
         axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
-      first = held[:1] if at[:1] == [0] else []  # Before tuning, the loss is highest.
+      first = held[:1] if at[:1] == [0] else []  # The loss before tuning is the highest.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
@@ -136,7 +136,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
 
 
 def bits_figure(evaluation: dict) -> str | None:
-  """Plots bits per token by modality, with intervals, for true, shuffled and no neighbors."""
+  """Plots bits per token by modality: with true neighbors, shuffled neighbors and no neighbors."""
   rows = ("true", "shuffled", "none")
   if not all(name in evaluation for name in ("image", "text")):
     return None

@@ -1,4 +1,4 @@
-"""Lays out a row to scale: its parts, their documents, moved spans and loss weights."""
+"""Lays out a row for a drawing to scale: parts, documents, moved spans and loss weights."""
 
 # L slots of a row.
 

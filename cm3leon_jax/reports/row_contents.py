@@ -39,7 +39,7 @@ class Origin:
   Attributes:
     document: document of the sample; for a long text, only the piece in the sample.
     neighbors: neighbors in their order before the document.
-    pass_: number of earlier passes over the source.
+    pass_: number of complete passes over the source before this sample.
     piece_start: index of the piece's first token in the text.
     text_length: number of tokens of the whole text; 0 for documents that are not texts.
     task: instruction task of the document, or None if it is not an instruction.

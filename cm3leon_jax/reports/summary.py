@@ -138,7 +138,7 @@ def clip_scores(results: list[dict]) -> list[dict]:
 
 
 def describe_clip_score(row: dict, noun: str = "concept") -> str:
-  """Formats a row of `clip_scores` as a sentence; `noun` names what its interval resamples."""
+  """Formats a row of `clip_scores` as a sentence. `noun` names what the interval resamples."""
   samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
   interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
   return (
@@ -148,7 +148,7 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
 
 
 def _step_lines(metrics: list[dict]) -> list[dict]:
-  """Returns the lines of steps. The line of a skipped step may have no loss."""
+  """Returns the lines that describe a step. The line of a skipped step may have no loss."""
   return [line for line in metrics if "loss" in line or line.get("skipped")]
 
 
@@ -156,8 +156,8 @@ def restarts(metrics: list[dict]) -> list[dict]:
   """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
 
   Returns one dict per restart: after_step, the last step before it, and next_step, the first step
-  after it. If steps that were already logged had to be computed again: replayed, their number, and
-  identical, the number of these steps with bitwise the same loss.
+  after it. If logged steps had to be computed again, the dict also has replayed, the number of
+  these steps, and identical, the number of these steps whose loss is bitwise the same.
   """
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
@@ -182,7 +182,7 @@ def training(metrics: list[dict]) -> dict:
     - median_tokens_per_second.
     - step_seconds: total time of the steps with a logged tokens_per_second.
     - last_loss, last_image_loss, last_text_loss: means over the last 5% of the steps.
-    - goodput, wall_seconds: if logged, over all starts.
+    - goodput, wall_seconds: over all starts, if they were logged.
   """
   steps = [line for line in metrics if "loss" in line]
   if not steps:
@@ -268,7 +268,7 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:
-  """Returns the stages of a run. Without instructions, two stages do not apply."""
+  """Returns the stages of a run. Two of them apply only to a run with instructions."""
   tuned = (workdir / "instructions").exists()
   return [name for name in table.STAGES if tuned or name not in ("instructions", "grades")]
 

@@ -17,15 +17,16 @@ CHARACTERS = 4  # Characters per token, approximately.
 # Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
 MOST_TEXT_TOKENS = 2_048
 MOST_TEXT_SHARE = 0.15
-FIXED_SECONDS = 200  # Time of all stages without their training steps, on two cores.
+FIXED_SECONDS = 200  # Seconds that a run takes besides training steps, on two cores.
 SECONDS_PER_PAIR = 0.02
-# Stage -> its share of the remaining time, and seconds per step at `RESOLUTION` on two cores.
+# For each stage that trains: its share of the remaining time, and its seconds per step at
+# `RESOLUTION` on two cores.
 TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
 RESOLUTION = 48
 PATCH = 6  # Side length, in pixels, of the square that a code stands for.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
-OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields instead.
+OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields, not from the data.
 
 
 @dataclasses.dataclass(frozen=True)

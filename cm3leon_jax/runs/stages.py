@@ -32,8 +32,8 @@ DONE = "done.json"
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
-  A field is absent from `old` if the code gained the field later. Such a field does not differ if
-  it is off in `new`: 0, False or empty. Fields in `REMOVED_FIELDS` do not differ, either.
+  A field that was added to the code later is absent from `old`. Such a field does not count as
+  different if it is off in `new`: 0, False or empty. Fields in `REMOVED_FIELDS` never count.
   """
   changed = []
   for key in sorted({*old, *new}):
@@ -90,8 +90,8 @@ def id_of(files: Mapping[str, dict]) -> str:
 def _check_id(folder: epath.Path, about: dict) -> None:
   """Raises UserError if the id in a stage's done.json does not match the files it describes.
 
-  The id is not checked if done.json describes no files, as for a stage without such files or one
-  written by an earlier version.
+  The id is not checked if done.json describes no files. That is so for a stage without such files,
+  and if an earlier version wrote done.json.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
   if files and not _are_descriptions(files):
@@ -101,8 +101,8 @@ def _check_id(folder: epath.Path, about: dict) -> None:
   digest, ids = hashlib.sha256(), []
   for described in files.values():
     digest.update(described["sha256"].encode())
-    # The same as `id_of` of the files so far. Varying files are last and do not count, but their
-    # number is unknown.
+    # The digest equals `id_of` of the files so far. Varying files are last and do not change the
+    # id, but done.json does not record how many files vary.
     ids.append(digest.hexdigest()[:16])
   if about.get("id") not in (ids if stage.varying else ids[-1:]):
     raise UserError(_damaged(folder, ": its id does not match the files that it describes"))
@@ -151,7 +151,7 @@ def again(folder: epath.Path, damaged: epath.PathLike) -> str:
 
 
 def command_of(folder: epath.PathLike) -> str:
-  """Returns the command that made the stage in `folder`; the stage's command if that is unknown.
+  """Returns the command that made the stage in `folder`, or the usual command if it is unknown.
 
   Tokenizers may be imported instead of trained. Tokenizers and CLIP may also be copied.
   """
@@ -161,7 +161,7 @@ def command_of(folder: epath.PathLike) -> str:
 
 
 def is_given(workdir: epath.PathLike, name: str) -> bool:
-  """Returns whether the stage `name` was imported or copied. If so, prints the command.
+  """Returns whether the stage `name` was imported or copied. If so, prints which command did it.
 
   Training must not replace an imported or copied tokenizer: a decoder may depend on its ids.
   """
@@ -231,8 +231,8 @@ def stage(
         summary.update(psnr_db=23.3)  # done.json also records the seconds.
 
   Raises:
-    UserError: a stage that it reads is not finished, or its folder has the result of another
-      config.
+    UserError: a stage that this stage reads is not finished, or the folder has the result of
+      another config.
   """
   config = run_config(settings, workdir, name, more_inputs)
   files, varying = STAGES[name].files, STAGES[name].varying

@@ -14,8 +14,8 @@ class Stage:
   """One stage, a row of `STAGES`.
 
   Attributes:
-    reads: stages whose results this stage reads. When one of them has run again, so must this
-      stage.
+    reads: stages whose results this stage reads. When one of them has run again, this stage must
+      run again, too.
     same: parts of the config that two runs must share to count as the same run: "seed", a section,
       or `section.field`.
     embeds: whether the stage embeds with CLIP. If so, it also reads the stages of `own_clip`.
@@ -111,8 +111,8 @@ STAGES = {
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
-# Fields that may differ between two runs although `same` names their section. They affect how, how
-# fast or how long a stage computes, or only another stage reads them.
+# Fields that may differ between two runs although `same` names their section. Some fields affect
+# only how a stage computes or how long it trains. Only other stages read the other fields.
 FREE = frozenset(
   {
     "raw.num_threads",

@@ -26,7 +26,7 @@ from cm3leon_jax.serving.opening import open_jobs
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
-_Part = tuple[OpenJob, int, Update]  # A job, the index of one of its samples, its tokens so far.
+_Part = tuple[OpenJob, int, Update]  # A job, the index of a sample, its tokens so far.
 
 
 class Engine:
@@ -47,16 +47,16 @@ class Engine:
     Args:
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
-      chunk: number of tokens of each sample between two deliveries.
+      chunk: number of tokens that each sample gains between two deliveries of events.
       buckets: number of buckets that are decoded in turn, see `ContinuousGenerator`.
-      queue_limit: largest number of jobs with a sample that waits for a slot.
+      queue_limit: largest number of jobs that have a sample without a slot.
 
     Raises:
       UserError: `slots` is not divisible by the number of devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
     self._mesh, self._chunk, self._buckets = mesh, chunk, buckets
-    # Decode a single image without padding, and several images in a batch of `slots`.
+    # Decode a single image as a batch of one, and several images as a batch padded to `slots`.
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
@@ -73,7 +73,7 @@ class Engine:
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
-    """Starts the thread. It first compiles the programs; then `is_ready` is True."""
+    """Starts the thread. `is_ready` becomes True when the thread has compiled the programs."""
     self._thread.start()
 
   def close(self, seconds: float = 10) -> bool:
@@ -125,7 +125,7 @@ class Engine:
       raise queue_full(self.queue_limit, self._seconds_to_wait())
 
   def cancel(self, job: Job) -> None:
-    """Removes a job, from the queue immediately and from its slots at the next chunk."""
+    """Cancels a job. It leaves the queue immediately, and its slots before the next chunk."""
     with self._changed:
       job.cancelled = True
       with contextlib.suppress(ValueError):
@@ -196,7 +196,7 @@ class Engine:
       self._generator.warm(request, task.sampling)
       while self._open or self._running:
         self._compute()
-    # Use a new generator for each, so that only one large bucket has arrays at the same time.
+    # Use a new generator for each large bucket, so that only one of them has arrays at a time.
     for warm in by_streams.values():
       self._fresh().warm(*warm, in_largest=True)
     self.samples = self.tokens = 0
@@ -209,7 +209,7 @@ class Engine:
       if self._closing:
         return False
       # Prepare up to `slots` jobs together, because retrieval costs the same for one job and for a
-      # batch. The next batch is due when fewer than `slots` prepared jobs have not begun.
+      # batch. Prepare more jobs when fewer than `slots` prepared jobs wait for their first slot.
       most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     began = time.monotonic()
@@ -223,7 +223,7 @@ class Engine:
     return True
 
   def _prepare(self, jobs: Sequence[Job]) -> None:
-    """Opens jobs together and delivers `Started`. A job that cannot be opened fails separately."""
+    """Opens jobs together and delivers `Started`. A failure to open a job affects only this job."""
     if not jobs:
       return
     try:
@@ -277,7 +277,7 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Begins samples while slots are free, one sample per job in turn, so that no job starves.
+    """Begins samples while slots are free. Jobs take turns, one sample each, so no job starves.
 
     If the bucket of a job has no free slot, later jobs may pass it.
     """
@@ -313,7 +313,7 @@ class Engine:
       opened.job.deliver(Failed(error))
 
   def _fail_running(self) -> None:
-    """Fails all jobs that have a slot. Jobs without a slot are kept."""
+    """Reports a failure to all jobs that have a slot. Jobs without a slot stay in the queue."""
     for opened, _ in self._running.values():
       self._fail(opened, internal())
     self._running.clear()
@@ -340,7 +340,7 @@ class Engine:
     self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
-    """Calls `deliver` with all parts. If that fails, retries each part and fails the bad jobs."""
+    """Calls `deliver` with all parts. If that fails, retries each part; only bad jobs then fail."""
     if not parts:
       return
     try:

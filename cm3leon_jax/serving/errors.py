@@ -9,7 +9,7 @@ class ApiError(Exception):
   """Error that is returned to the client instead of an answer.
 
   Attributes:
-    message: one sentence: what is wrong, and what would be right.
+    message: one sentence that says what is wrong and what would be right.
     param: wrong field of the request, or None.
     code: machine-readable name of the error, or None.
   """

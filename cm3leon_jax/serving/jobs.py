@@ -28,7 +28,7 @@ class Neighbor:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-  """Event: the job is prepared. Has the retrieved documents and the token counts of the prompt."""
+  """Event: the job is prepared. Lists retrieved documents and counts the tokens of the prompt."""
 
   neighbors: tuple[Neighbor, ...]
   text_tokens: int
@@ -69,7 +69,7 @@ class Job:
   Attributes:
     deliver: called with each event, in the thread of the engine.
     shows_progress: whether to deliver `Progress` events.
-    words: see `tasks.refused`.
+    words: words of task errors -> words for the client, see `tasks.refused`.
     cancelled: whether the client no longer waits for the job.
   """
 

@@ -1,4 +1,4 @@
-"""Prepares several jobs in one batch: retrieval, and coding of input and retrieved images."""
+"""Prepares several jobs in one batch: retrieves documents, and encodes and decodes images."""
 
 # I tokens of an image, H height, W width.
 

@@ -59,7 +59,7 @@ def image(
 def without_rows_to_come(
   task: Task, layout: PromptLayout, pixels: np.ndarray, rows: int
 ) -> np.ndarray:
-  """Grays out rows of [H, W, 3] pixels that are not generated yet; an infill is unchanged."""
+  """Grays out the rows of [H, W, 3] pixels that are not generated yet. Leaves infills unchanged."""
   if isinstance(task, InfillImage):
     return pixels
   shown = pixels.copy()
@@ -106,14 +106,14 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     InfillImage(image=blank, box=box, prompt=caption),
   ]
   if retrieve and len(pipeline.documents):
-    # The caption of a document retrieves at least that document, even if no other one is similar.
+    # The caption of a document retrieves at least that document, even if no other is similar.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]
 
 
 def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
-  """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError if the box is wrong."""
+  """Enlarges a box, in pixels, to whole codes. Raises ApiError if the box is wrong."""
   side = layout.resolution
   if min(box) < 0 or max(box) > side:
     raise refusal(

@@ -17,11 +17,11 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
-MOST_MARKS = 10_000  # Largest number of brackets, braces and commas of a body.
-MOST_WIDE = 2**22  # Largest number of bytes of a body that has characters of four bytes.
+MOST_MARKS = 10_000  # Largest number of brackets, braces and commas in a body.
+MOST_WIDE = 2**22  # Maximum bytes of a body with a character of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
 MOST_PARTS = 64  # Largest number of messages, and of parts of a message.
-RULES = {  # First word of pydantic's error type -> what the value must do.
+RULES = {  # First word of a pydantic error type -> rule for the value.
   "bool": "be true or false",
   "int": "be a whole number",
   "float": "be a number",
@@ -29,7 +29,7 @@ RULES = {  # First word of pydantic's error type -> what the value must do.
   "list": "be a list",
   "model": "be an object",
 }
-# OpenAI fields that no request uses. Values may have any type.
+# Fields of the OpenAI API that have no effect in any request. Their values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
 
@@ -191,15 +191,15 @@ B = TypeVar("B", bound=Body)
 def read_json(text: bytes) -> dict:
   """Parses a JSON object. Raises ApiError if the text is not a JSON object."""
 
-  # Each value becomes a Python object and possibly a validation error. Many of them would take
-  # gigabytes and seconds.
+  # Each value becomes a Python object and possibly a validation error. A body with very many values
+  # would take gigabytes and seconds.
   marks = sum(map(text.count, (b"[", b"{", b",")))
   if marks > MOST_MARKS:
     raise ApiError(
       400,
       f"the body has {marks:,} brackets, braces and commas; at most {MOST_MARKS:,} are allowed.",
     )
-  # One such character makes a Python string take four bytes for each of its characters.
+  # One character of four bytes makes a Python string use four bytes for each of its characters.
   if len(text) > MOST_WIDE and FOUR_BYTES.search(text):
     raise ApiError(
       413,
@@ -262,7 +262,7 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
 
 
 def _rule(error: dict) -> str:
-  """Returns what a value must do, from an error of pydantic: "be a whole number"."""
+  """Returns the rule that a value broke, from an error of pydantic: "be a whole number"."""
   if rule := RULES.get(error["type"].partition("_")[0]):
     return rule
   _, should, rule = error["msg"].partition(" should ")

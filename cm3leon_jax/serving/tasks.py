@@ -19,7 +19,7 @@ from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
 from cm3leon_jax.serving import partial, schemas, uploads
 from cm3leon_jax.serving.errors import ApiError, refusal
 
-# First word of an error sentence -> field of a body.
+# First word of an error message -> field of the body that the message is about.
 FIELDS = {"message": "messages"} | {
   name: name for cls in (schemas.EditBody, schemas.Chat) for name in cls.model_fields
 }
@@ -67,13 +67,13 @@ def edit(
 
 
 def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | None) -> Task:
-  """Makes the task of a message, which is a caption, an answer, or a text with holes to fill in.
+  """Makes the task of a message: to caption an image, to answer, or to fill the holes of a text.
 
   `text` is the text from `content`. `image` is [H, W, 3] uint8, as `uploads.decode` returns it, or
   None.
 
   Raises:
-    ApiError: a field is wrong, or the requested tokens do not fit after the message.
+    ApiError: a field is wrong, or message and requested tokens together are too long.
   """
   inputs: dict[str, Any] = {}
   if image is not None:
@@ -121,7 +121,8 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
 def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
   """Converts the error of a task to an ApiError that names the wrong field of the body.
 
-    UserError("sampling.text_top_p is 0.0; ...") in a chat: "top_p is 0.0; ...", param "top_p"
+    in a chat, UserError("sampling.text_top_p is 0.0; ...") becomes "top_p is 0.0; ..." with the
+    param "top_p"
 
   `words` maps words in the error to words for the body.
   """

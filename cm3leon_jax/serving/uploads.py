@@ -75,12 +75,14 @@ def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image")
 def box_of_mask(
   mask: bytes, image: bytes, resolution: int, most_pixels: int
 ) -> tuple[int, int, int, int]:
-  """Returns the box around the fully transparent pixels of a mask, cropped and scaled as its image.
+  """Returns the box around the fully transparent pixels of a mask.
+
+  The mask is first cropped and scaled like its image.
 
     a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
 
   Args:
-    mask: PNG file with an alpha channel, of the same size as the image when both are upright.
+    mask: PNG file with an alpha channel. Its size is the image's size when both are upright.
     image: file of the image, which `decode` has accepted.
 
   Raises:

@@ -10,7 +10,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-SMALLEST_PERCEPTUAL = 16  # Pixels; the network of `perceptual` halves an image four times.
+SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves an image four times.
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 Quantizer = Literal["", "fsq"]
 
@@ -189,7 +189,7 @@ def _products(largest: int) -> set[int]:
 
 
 def check_levels(num_codes: int, code_dim: int) -> None:
-  """Raises ValueError if FSQ has no levels for K codes, or their number is not E."""
+  """Raises ValueError if no FSQ levels give K codes, or if E is not the number of levels."""
   if not levels_of(num_codes):
     near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
     shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))

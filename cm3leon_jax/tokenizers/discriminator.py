@@ -1,6 +1,6 @@
-"""The patch discriminator of the image tokenizer, its loss, and its adaptive weight."""
+"""Defines the patch discriminator of the image tokenizer, its loss, and its adaptive weight."""
 
-# B batch, H height, W width, h and w of the grid of patch scores.
+# B batch, H height, W width, h height and w width of the grid of patch scores.
 
 from collections.abc import Callable
 import functools
@@ -74,7 +74,7 @@ def adaptive_weight(
   reconstruction_loss: Callable[[Array], Array],
   adversarial_loss: Callable[[Array], Array],
 ) -> Float32[Array, ""]:
-  """Computes the ratio of the norms of the reconstruction and adversarial gradients.
+  """Computes the reconstruction gradient's norm divided by the adversarial gradient's norm.
 
   Both gradients are taken at the decoder's last layer (Esser et al. 2021, arXiv 2012.09841,
   equation 7). `last_layer` maps `params` to `y`, pixels [B, H, W, 3]. The losses map pixels to

@@ -1,6 +1,6 @@
-"""Losses of the image tokenizer: pixels, several scales, edges, features, and discriminator."""
+"""Computes the losses of the image tokenizer: pixels, scales, edges, features, discriminator."""
 
-# B batch, H height, W width, C channels, E code width, h and w of the code grid.
+# B batch, H height, W width, C channels, E code width, h height and w width of the code grid.
 
 from typing import NamedTuple
 
@@ -35,9 +35,9 @@ class Outputs(NamedTuple):
 def multiscale_loss(
   x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
 ) -> Float32[Array, ""] | float:
-  """Computes the mean absolute error of means over squares of 2, 4 and 8 pixels.
+  """Computes the mean absolute error of means over squares with sides of 2, 4 and 8 pixels.
 
-  Omits scales whose squares do not divide the image.
+  Omits a scale if the image cannot be divided into its squares.
   """
   error, losses = y - x, []
   for _ in range(SCALES):
@@ -65,9 +65,10 @@ def reconstruction_loss(
   y: Float[Array | np.ndarray, "B H W 3"],
   features: dict | None = None,
 ) -> Float32[Array, ""]:
-  """Computes the weighted sum of all losses of reconstructions y of x, pixels in [-1, 1].
+  """Computes the weighted sum of all losses that compare images x with reconstructions y.
 
-  `features` is the result of `perceptual.make_params`; needed if `perceptual_weight` is positive.
+  Pixels are in [-1, 1]. `features` is the result of `perceptual.make_params`. It is needed if
+  `perceptual_weight` is positive.
   """
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
   if config.multiscale_weight:
@@ -90,8 +91,8 @@ def generator_loss(
 ) -> tuple[Float32[Array, ""], Outputs]:
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
-  With a discriminator, adds the negative mean score of the reconstructions. `x` has pixels in [-1,
-  1]. For `features`, see `reconstruction_loss`.
+  With a discriminator, adds the negative mean score of the reconstructions. The pixels of `x` are
+  in [-1, 1]. For `features`, see `reconstruction_loss`.
   """
   hidden, z, q, indices = vqgan.bind(config, num_codes, params).hidden(x)
 

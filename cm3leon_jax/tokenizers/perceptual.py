@@ -1,6 +1,7 @@
-"""Distance of images in features of VGG16 (LPIPS, Zhang et al. 2018, arXiv 1801.03924).
+"""Measures distances between images in features of VGG16 (LPIPS, Zhang et al. 2018).
 
-No package that this project uses contains the weights, so a user names a file with them.
+The paper is arXiv 1801.03924. No package that this project uses contains the weights, so a user
+must name a file that contains them.
 """
 
 # B batch, H height, W width, C channels of a layer.
@@ -28,7 +29,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def tensor_shapes(calibrated: bool) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape of all tensors; `calibrated` adds the five learned layers of LPIPS."""
+  """Returns name -> shape of all tensors. `calibrated` adds the five learned layers of LPIPS."""
   shapes: dict[str, tuple[int, ...]] = {}
   for number, stage in enumerate(STAGES):
     for i, (inputs, outputs) in stage.items():
@@ -56,7 +57,8 @@ def is_calibrated(tensors: Mapping[str, np.ndarray]) -> bool:
 def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
   """Converts the tensors of `tensor_shapes` to parameters of `distance`.
 
-  Returns HWIO kernels and biases by layer, and [C] `calibration` by stage if the file has it.
+  Returns the HWIO kernel and the bias of each layer. If the tensors include the learned layers of
+  LPIPS, also returns the [C] `calibration` of each stage.
   """
   params: dict = {}
   for stage in STAGES:
@@ -93,7 +95,8 @@ def distance(
 ) -> Float32[Array, " B"]:
   """Computes the sum over stages of the mean squared distance between normalized features.
 
-  With the learned layers of LPIPS, the result is LPIPS. Without them, all channels weigh the same.
+  With the learned layers of LPIPS, the result is LPIPS. Without them, all channels have equal
+  weights.
   `params` is the result of `make_params`, and pixels are in [-1, 1].
   """
   total = jnp.zeros(len(x), jnp.float32)
@@ -107,7 +110,7 @@ def distance(
 
 
 def _unit(features: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H W C"]:
-  """Scales the channels of every position to norm 1; where all are 0, the gradient is 0."""
+  """Scales the channels of every position to norm 1. If all are 0, their gradient is 0."""
   squares = jnp.sum(features * features, -1, keepdims=True)
   norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
   return features / (norms + 1e-10)

@@ -1,4 +1,4 @@
-"""Published image tokenizers with 8,192 codes: three variants of one convolutional VQGAN.
+"""Defines published image tokenizers with 8,192 codes: three variants of a convolutional VQGAN.
 
 The variants are aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), taming's Gumbel f8
 (Esser et al. 2021, arXiv 2012.09841) and Chameleon's (Chameleon Team 2024, arXiv 2405.09818).
@@ -76,7 +76,7 @@ class PublishedConfig:
 
   @property
   def batch_size(self) -> int:
-    """Images that the network processes at a time; some layers take 32 MiB per 256x256 image."""
+    """Number of images per batch. Some layers take 32 MiB of memory per image of 256x256 pixels."""
     return max(1, 2**20 // self.resolution**2)
 
 
@@ -116,13 +116,13 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def norm(width: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  """Creates a normalization over [H, W] of groups of channels."""
-  # The fast variance, a difference of squares, is inaccurate for channels with a large mean.
+  """Creates a layer that normalizes each group of channels over [H, W]."""
+  # Flax's fast variance, a difference of squares, is inaccurate for channels with a large mean.
   return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
 class PublishedResidualBlock(nnx.Module):
-  """Residual block of two convolutions. A third convolution adapts x if the width changes."""
+  """Residual block of two convolutions. If the width changes, a third convolution adapts x."""
 
   def __init__(self, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs):
     self.norm1, self.conv1 = norm(inputs, groups, rngs), conv(inputs, outputs, 3, rngs)
@@ -235,7 +235,7 @@ class PublishedDecoder(nnx.Module):
     widths, last = config.widths, len(config.widths) - 1
     self.conv_in = conv(config.latent_channels, widths[-1], 3, rngs)
     self.mid = Middle(config, rngs)
-    self.up = nnx.List(  # In the order of `widths`; applied in reverse.
+    self.up = nnx.List(  # In the order of `widths`, but applied in reverse.
       Level(b, a, config.blocks + 1, config.level_attention and i == last, config.groups, rngs)
       for i, (a, b) in enumerate(itertools.pairwise((*widths, widths[-1])))
     )
@@ -270,10 +270,10 @@ class PublishedCodebook(nnx.Module):
     return (self.embed if self.gumbel else self.embedding).embedding[...]
 
   def scores(self, z: Float[Array, "*B E"]) -> Float[Array, "*B K"]:
-    """Scores all codes for z; the code of z has the largest score."""
+    """Returns the scores of all codes for z. The code of z has the largest score."""
     if self.gumbel:
       return self.proj(z)
-    # The negative squared distance, without the term that is equal for all codes.
+    # This is the negative squared distance without the term that is equal for all codes.
     squares = jnp.sum(self.table**2, -1).reshape((1,) * (z.ndim - 1) + (-1,))
     return 2 * jnp.matmul(z, self.table.T) - squares
 
@@ -318,7 +318,7 @@ def encode(
 def decode_pixels(
   config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
 ) -> Float32[Array, "B H W 3"]:
-  """Decodes codes to pixels, whose range after clipping is from `lowest_pixel` to 1."""
+  """Decodes codes to pixels that are not clipped. Clipped pixels are in [`lowest_pixel`, 1]."""
   with jax.default_matmul_precision("highest"):
     model = parameters.fill(*structure(config, num_codes), params)
     return model.decoder(model.post_quant_conv(model.quantize.table[codes]))

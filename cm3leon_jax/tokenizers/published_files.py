@@ -23,10 +23,10 @@ from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
-PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of the tokenizer in a whole Chameleon.
+PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
 LEFT = "loss."  # Prefix of networks that only training needs.
 NUM_CODES = 8_192  # Number of codes in the published weights of all families.
-# Sides in pixels of the images that a family's weights are published for.
+# For each family, the side lengths in pixels of the images that its published weights are for.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Names here -> names in `diffusers.VQModel`.
@@ -57,7 +57,7 @@ class Read:
   Attributes:
     tokenizer: tokenizer at its family's first resolution.
     files: files with its tensors.
-    num_left: number of other tensors in the files.
+    num_left: number of tensors in the files that are not of the tokenizer.
   """
 
   tokenizer: ImageTokenizer
@@ -130,7 +130,7 @@ def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_co
 def diffusers_config(path: epath.Path) -> PublishedConfig:
   """Reads the sizes of an aMUSEd tokenizer from diffusers' config.json.
 
-  Without this file, the sizes are those of the published aMUSEd.
+  Without this file, returns the sizes of the published aMUSEd.
 
   Raises:
     UserError: the file is damaged, or describes another network.
@@ -163,7 +163,7 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
 
 
 def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.PathLike) -> None:
-  """Raises UserError, with the name, if a tensor is missing, surplus or of another shape.
+  """Raises UserError, which names the tensor, if one is missing, surplus or of another shape.
 
   `found` is the result of `published_source.read_headers`.
   """
@@ -265,9 +265,9 @@ def read_own(source: epath.PathLike) -> Read:
 
 
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
-  """Returns an imported tokenizer at the resolution of a config.
+  """Returns an imported tokenizer for images of the resolution in a config.
 
-  `num_codes` is `vocab.image_size` of the config. Only resolution and downsample of `vqgan` are
+  `num_codes` is `vocab.image_size` of the config. Only `resolution` and `downsample` of `vqgan` are
   read.
 
   Raises:
@@ -299,8 +299,8 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
 def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
   """Writes an aMUSEd tokenizer for `diffusers.VQModel.from_pretrained`.
 
-  Writes config.json last; without it, diffusers loads nothing. The network reads and writes pixels
-  in [0, 1].
+  Writes config.json last, because diffusers loads nothing without this file. The network reads and
+  writes pixels in [0, 1].
 
   Raises:
     UserError: diffusers has no layout for the tokenizer.

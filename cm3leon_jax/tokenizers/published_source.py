@@ -1,6 +1,6 @@
 """Finds the safetensors files of a published image tokenizer.
 
-A pickle is never opened: it can run any code.
+It never opens a pickle, because a pickle can run any code.
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _refuse_pickle(path: epath.Path) -> None:
-  """Raises UserError, with the way to convert it, if a file is a pickle by name or content."""
+  """Raises UserError, which says how to convert the file, if its name or content is a pickle's."""
   check_foreign(path)
   with path.open("rb") as file:
     start = file.read(4)
@@ -93,7 +93,7 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
 
 
 def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
-  """Raises UserError, with what would be right, if a folder contains another kind of model.
+  """Raises UserError, which says what would be right, if a folder has another kind of model.
 
   The config.json in `folder` names the kind. `source` is the name of the checkpoint in messages.
   """

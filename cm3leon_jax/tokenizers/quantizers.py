@@ -1,7 +1,7 @@
-"""Quantizers of the image tokenizer: encodings become indices of codes, and indices vectors.
+"""Defines the quantizers of the image tokenizer, which convert encodings to indices of codes.
 
-Both have three methods: `prepare` maps encodings to the space of the codes, `nearest` finds the
-index of the nearest code, and `__call__` returns the vectors of indices.
+Both quantizers have three methods. `prepare` maps encodings to the space of the codes. `nearest`
+finds the index of the nearest code. `__call__` looks up the vectors of codes by index.
 """
 
 # N encodings, E code width, K codes, L levels of a channel.
@@ -55,10 +55,10 @@ class Codebook(nnx.Module):
 
 
 class FSQ(nnx.Module):
-  """Finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505): it has no parameters.
+  """Finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505), without parameters.
 
-  Channel i is squashed into (-L_i / 2, L_i / 2) and rounded to one of L_i whole numbers; all
-  combinations are codes, and the first channel's level changes fastest with the index.
+  Channel i is squashed into (-L_i / 2, L_i / 2) and rounded to one of L_i whole numbers. Every
+  combination of numbers is a code. With the index of the code, the first channel changes fastest.
   """
 
   def __init__(self, num_codes: int, code_dim: int):
@@ -66,9 +66,9 @@ class FSQ(nnx.Module):
     self.levels = levels_of(num_codes)
 
   def prepare(self, encodings: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
-    """Squashes encodings [..., E]; channel i is in steps of 1 / (L_i // 2)."""
+    """Squashes encodings [..., E]. The codes of channel i are multiples of 1 / (L_i // 2)."""
     levels = self._levels(encodings.ndim)
-    half = (levels - 1) * (1 + 1e-3) / 2  # A bit more, so that the outermost levels are reached.
+    half = (levels - 1) * (1 + 1e-3) / 2  # A bit larger, so that the outermost levels are reached.
     offset = np.where(levels % 2, 0.0, 0.5)  # An even number of levels has one more below 0.
     shift = np.float32(np.arctanh(offset / half))
     squashed = jnp.tanh(encodings + shift) * np.float32(half) - np.float32(offset)
@@ -112,11 +112,11 @@ def loss(
   z: Float[Array | np.ndarray, "*B E"],
   q: Float[Array | np.ndarray, "*B E"],
 ) -> Float32[Array, ""] | float:
-  """Computes the codebook and the commitment loss (van den Oord et al. 2017, section 3.2).
+  """Computes the weighted sum of codebook loss and commitment loss.
 
-  Both are 0 for `fsq`, whose codes are fixed. The squared distance whose gradient moves codes has
-  the weight `codebook_weight`. The squared distance whose gradient moves encodings has the weight
-  `commitment_weight`. `z` are encodings, and `q` are their codes.
+  Both losses are the squared distance between encodings `z` and their codes `q` (van den Oord et
+  al. 2017, section 3.2). The gradient of the codebook loss moves only codes, and the gradient of
+  the commitment loss moves only encodings. The sum is 0 for `fsq`, whose codes are fixed.
   """
   stop = jax.lax.stop_gradient
   if kind == "fsq":

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer whose ids are the text range of the shared vocabulary."""
+"""Defines the byte-level BPE tokenizer, whose ids are the text range of the shared vocabulary."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
@@ -22,7 +22,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-IMPORTED = "import_weights"  # Command that wrote an imported tokenizer; also name of its input.
+IMPORTED = "import_weights"  # Command that imports a tokenizer; also an input's name.
 
 
 def train_text_tokenizer(
@@ -32,7 +32,7 @@ def train_text_tokenizer(
 
   Encoding puts a space before a text, so that its first word has the same token as elsewhere.
   Decoding removes this space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
-  `vocab.special_tokens()`. Returns texts, characters and characters_per_token of the training
+  `vocab.special_tokens()`. Returns {"texts", "characters", "characters_per_token"} of the training
   texts.
 
   Raises:
@@ -88,7 +88,7 @@ def save_tokenizer(
   config: TextTokenizerConfig,
   folder: epath.PathLike,
 ) -> None:
-  """Writes the files for `transformers.AutoTokenizer.from_pretrained`; tokenizer.json last."""
+  """Writes files for `transformers.AutoTokenizer.from_pretrained`. Writes tokenizer.json last."""
   folder, special = epath.Path(folder), vocab.special_tokens()
   roles = {
     "pad_token": special[vocab.pad],
@@ -109,7 +109,7 @@ def save_tokenizer(
 
 
 def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
-  """Copies the files of a tokenizer; tokenizer.json last.
+  """Copies the files of a tokenizer. Copies tokenizer.json last.
 
   Raises:
     UserError: a file is absent.
@@ -161,7 +161,7 @@ class TextTokenizer:
 
   @functools.cached_property
   def longest_token(self) -> int:
-    """An upper bound for the characters of a token: the length in bytes of the longest token."""
+    """Upper bound for the number of characters of a token: the bytes of the longest token."""
     return max(map(len, self._tokenizer.get_vocab()))
 
   def encode(self, text: str) -> np.ndarray:
@@ -186,7 +186,7 @@ class TextTokenizer:
 
 @contextlib.contextmanager
 def _panics_named() -> Iterator[None]:
-  """Raises UserError if `tokenizers` panics; its PanicException is not an Exception."""
+  """Raises UserError if `tokenizers` panics. A PanicException is not a subclass of Exception."""
   try:
     yield
   except BaseException as error:

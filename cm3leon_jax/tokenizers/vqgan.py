@@ -1,7 +1,7 @@
-"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021, arXiv 2012.09841).
+"""Defines the image tokenizer, a convolutional VQGAN (Esser et al. 2021, arXiv 2012.09841).
 
-`quantizers` turns encodings into codes. NNX modules define the network. JAX transforms act on a
-pure dict of the parameters.
+The module `quantizers` converts encodings to codes. NNX modules define the network. JAX transforms
+act on a pure dict of the parameters.
 """
 
 # B batch, H height, W width, C channels, E code width, K codes, h = H / downsample,
@@ -66,7 +66,7 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) 
 
 
 class ConvBlock(nnx.Module):
-  """Residual block of two convolutions; `local` selects the normalization, see `normalize`."""
+  """Residual block of two convolutions. `local` selects the normalization, see `normalize`."""
 
   def __init__(self, width: int, size: int, local: bool, rngs: nnx.Rngs):
     self.conv1, self.conv2 = conv(width, width, size, rngs), conv(width, width, size, rngs)
@@ -147,7 +147,7 @@ class VQGAN(nnx.Module):
   ) -> tuple[
     Float[Array, "B H W 3"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
   ]:
-    """Reconstructs pixels. The gradient passes from the codes to the encodings.
+    """Reconstructs pixels. The encodings get the gradient of the codes (straight-through).
 
     `x` is [B, H, W, 3] in [-1, 1]. Returns the reconstruction [B, H, W, 3]; the prepared encodings
     z and their codes q, both [B, h, w, E]; and the indices of the codes, int32 [B, h, w].
@@ -230,7 +230,7 @@ def code_vectors(config: VQGANConfig, num_codes: int, params: dict) -> Float32[A
 
 
 def in_batches(function: Callable[[np.ndarray], Array], array: np.ndarray, size: int) -> np.ndarray:
-  """Applies a jitted function in batches of `size`; pads the last, so that it compiles once."""
+  """Applies a jitted function in batches of `size`. Pads the last batch, to compile only once."""
   outputs = []
   for start in range(0, max(len(array), 1), size):
     batch = np.asarray(array[start : start + size])

@@ -24,7 +24,7 @@ SEEDS = 2**32
 
 
 class Refused(Exception):
-  """A wrong file or argument. The message is one sentence, with what would be right."""
+  """Error for a wrong file or argument. The message says in one sentence what would be right."""
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def read(name: str) -> bytes:
 
 @functools.cache
 def load(name: str) -> Callable[..., Any]:
-  """Returns an artifact as a compiled function of the weights and of the arrays in the manifest.
+  """Returns an artifact as a compiled function. The manifest lists its arguments after the weights.
 
   Raises Refused if the file has changed, or if the installed jax cannot run its version.
   """
@@ -90,7 +90,7 @@ def load(name: str) -> Callable[..., Any]:
   try:
     artifact = export.deserialize(bytearray(data))
     artifact.mlir_module()  # Parses the program; its format has separate versions.
-  except Exception as error:  # The bytes are right, so the version must be wrong.
+  except Exception as error:  # The digest is right, so the version is wrong.
     reason = " ".join(str(error).split())
     raise Refused(f"jax {jax.__version__} cannot read {name} ({reason}): {other}") from error
   return jax.jit(artifact.call)
@@ -113,7 +113,7 @@ def load_weights() -> dict[str, jax.Array]:
 
 
 def load_tokenizer() -> "Tokenizer":
-  """Returns the text tokenizer; its `decode` omits special tokens, which end and pad a text.
+  """Returns the text tokenizer. Its `decode` omits special tokens, which end or pad texts.
 
   Raises Refused if the package tokenizers is not installed.
   """
@@ -150,7 +150,7 @@ def settings(
 ) -> dict[str, np.ndarray]:
   """Returns seeds and sampling settings of an artifact, one value per sample.
 
-  Settings that are not given have the model's values. Raises Refused for an unknown name.
+  A setting that is not in `given` has the model's default. Raises Refused for an unknown name.
   """
   arrays = ABOUT["artifacts"][artifact]["arguments"]
   values = {name: x for name, x in ABOUT["sampling"].items() if name in arrays}

@@ -1,9 +1,9 @@
-"""Writes the files that start a job: fills one template per launcher with one plan.
+"""Writes the files that start a job: fills one template per launcher with the plan of the job.
 
-A launcher restarts a job that crashed, or that was asked to stop and saved (exit code 75). It does
-not restart a job that ended with a user's mistake (2). Secrets come from the environment or from
-the launcher's store. This module reads no secrets, so no file contains one. docs/pods.md is the
-guide.
+A launcher restarts a job that crashed, or that saved and stopped on request (exit code 75). It does
+not restart a job that ended because of a user's mistake (exit code 2). Secrets are read from the
+environment or from the launcher's store when the job runs. This module reads no secrets, so no file
+contains a secret. docs/pods.md is the guide.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
 TRIES = 5  # Attempts to create TPU VMs.
 KUBERNETES_SECRET = "cm3leon"
-# How the Weights & Biases key reaches the processes that a file starts.
+# For each file: how the Weights & Biases key reaches the processes that the file starts.
 KEYS = {
   "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
   '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
@@ -43,13 +43,14 @@ class PodJob:
 
   Attributes:
     name: name of the run in Kubernetes and other systems.
-    flags: flags of `cm3leon train`, with --config and --workdir.
+    flags: flags of `cm3leon train`, including --config and --workdir.
     image: container image. If empty, files of launchers that need an image are not written.
     queue: an existing LocalQueue of Kueue; empty without Kueue.
-    secret: Kubernetes Secret with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
+    secret: name of a Kubernetes Secret that contains WANDB_API_KEY; empty: cm3leon. The Secret may
+      be absent.
     spot: whether to use cheaper machines that may be preempted at any time.
     max_restarts: number of restarts after crashes.
-    grace_seconds: seconds to save after SIGTERM.
+    grace_seconds: number of seconds that the job has to save after SIGTERM.
     service_account: a Kubernetes name or a Google Cloud address; empty: the default account.
     reservation: name of reserved machines; empty: none.
     priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty: the default.
@@ -102,7 +103,7 @@ class PodJob:
 
 
 def check(job: PodJob) -> None:
-  """Raises UserError, with the flag of `cm3leon plan`, if no launcher could start the job."""
+  """Raises UserError, which names the flag of `cm3leon plan`, if no launcher can start the job."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
     raise UserError(
       f"--name is '{job.name}'; it must have at most 40 lower-case letters, digits and hyphens, "
@@ -159,7 +160,7 @@ def _check_names(job: PodJob, gpu: bool) -> None:
 
 
 def _check_gke(job: PodJob) -> None:
-  """Raises UserError if a flag is given that only GKE files use, but no GKE file is written."""
+  """Raises UserError if a flag is given that only GKE files use and no GKE file is written."""
   for flag, value in (("queue", job.queue), ("secret", job.secret)):
     if value and _of_one_host(job.hardware):
       raise UserError(
@@ -207,12 +208,12 @@ def _with_image(job: PodJob) -> list[str]:
 
 
 def _of_one_host(hardware: Hardware) -> bool:
-  """Returns whether the job has several slices of one host each, which GKE does not connect."""
+  """Returns whether each of several slices has only one host. GKE does not connect such slices."""
   return hardware.platform == "tpu" and hardware.slices > 1 and hardware.hosts_per_slice == 1
 
 
 def keys(job: PodJob) -> list[str]:
-  """Returns a sentence for each of `files`: how the Weights & Biases key reaches it."""
+  """Returns a sentence for each of `files`, which says how the Weights & Biases key reaches it."""
   secret = job.secret or KUBERNETES_SECRET
   return [
     f"{name}: WANDB_API_KEY comes {KEYS[name].format(secret=secret)}."

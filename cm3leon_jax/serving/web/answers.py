@@ -97,7 +97,7 @@ class ImageAnswer:
     return await asyncio.to_thread(self._body, samples)
 
   def _body(self, samples: list[Sample]) -> dict[str, Any]:
-    """Makes the answer. Runs in a thread like `_partial` and `_completed`, as it encodes images."""
+    """Makes the answer. It runs in a thread, like `_partial` and `_completed`, to encode images."""
     return {
       "created": self._created,
       "data": [
@@ -158,7 +158,7 @@ class ImageAnswer:
 
 @dataclasses.dataclass
 class ChatAnswer:
-  """Formats the answer for texts. With `include_usage`, a last chunk has the token counts."""
+  """Formats the answer for texts. With `include_usage`, the last chunk has the token counts."""
 
   task: Task
   vocab: VocabLayout
@@ -179,7 +179,7 @@ class ChatAnswer:
     }  # fmt: skip
 
   def _reason(self, sample: Sample) -> str:
-    """Returns "length" if a text has reached its largest length, otherwise "stop"."""
+    """Returns "length" if a text has reached its maximum length, otherwise "stop"."""
     ends = np.flatnonzero(sample.tokens == self.vocab.eoss)
     lengths = [(text >= self.vocab.num_special).sum() for text in np.split(sample.tokens, ends)]
     return "length" if max(lengths) >= self.task.length else "stop"

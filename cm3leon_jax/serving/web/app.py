@@ -51,7 +51,7 @@ class Server:
     self._decoders = futures.ThreadPoolExecutor(DECODERS, "decoder")
 
   def app(self, local: bool) -> Guard:
-    """Returns the application. `local` means that it is bound to a loopback address."""
+    """Returns the application. `local` says whether the server listens on a loopback address."""
     routes = [
       Route(GENERATIONS, self._generations, methods=["POST"]),
       Route(EDITS, self._edits, methods=["POST"]),
@@ -111,7 +111,7 @@ class Server:
 
   @contextlib.contextmanager
   def _place(self, request: Request) -> Iterator[None]:
-    """Reserves a place in the queue and starts the time limit. Raises ApiError if it is full."""
+    """Reserves a place in the queue and starts the time limit. Raises ApiError for a full queue."""
     request.state.ends = asyncio.get_running_loop().time() + self.limits.seconds
     with self.engine.place() as place:
       request.state.place = place
@@ -165,7 +165,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Largest number of documents: twice the number in training; more would seldom fit."""
+    """Maximum number of retrieved documents: twice the number in training. More seldom fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
@@ -179,7 +179,7 @@ class Server:
   async def _answer(
     self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
   ) -> Response:
-    """Submits the task to the engine, and answers when it is done or with a stream of events."""
+    """Submits the task to the engine. Answers when the task is done, or with a stream of events."""
     events = self._events(request, task, body)
     if not body.stream:
       async with contextlib.aclosing(events):
@@ -297,7 +297,7 @@ class Server:
 
 
 async def _page(request: Request) -> Response:
-  """Serves a file of the page. Only files in PAGE are served, never a path from a client."""
+  """Serves a file of the page. A client can get only the files that PAGE lists."""
   name, kind = PAGE[request.url.path.strip("/")]
   folder = importlib.resources.files("cm3leon_jax.serving") / "page"
   headers = {"Cache-Control": "no-cache"}

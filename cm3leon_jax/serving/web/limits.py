@@ -27,7 +27,7 @@ HEADERS = {
   "X-Frame-Options": "DENY",
 }
 CLIENT_LEFT = 499  # Status for logs and metrics; it is never sent.
-SMALL = 2**16  # Number of bytes of each body that do not count for `Limits.all_bytes`.
+SMALL = 2**16  # First bytes of each body, which do not count for `Limits.all_bytes`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Limits:
   Attributes:
     most_samples: largest value of `n`.
     all_bytes: largest total size of the bodies of all unanswered requests. The first SMALL bytes of
-      each body do not count, so that a request without an image is never refused because of others.
+      each body do not count, so that other requests never cause the refusal of a small request.
     seconds: time limit from a request to its answer.
     body_seconds: time limit for the client to send its body.
     token: bearer token that requests must have; empty means that no token is needed.
@@ -79,7 +79,7 @@ class Guard:
     Args:
       endpoints: paths that are counted by name; other paths are counted together.
       local: whether the server is bound to a loopback address. Then the Host header must name a
-        loopback address, too. Otherwise a malicious page could read answers by DNS rebinding.
+        loopback address, too, so that a malicious page cannot read answers by DNS rebinding.
     """
     self._app, self._limits, self._metrics = app, limits, metrics
     self._endpoints, self._local = frozenset(endpoints), local

@@ -33,7 +33,7 @@ class Metrics:
     )
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
-    """Counts a request that has ended. Status 499 means that the client disconnected before."""
+    """Counts a finished request. Status 499: the client disconnected before its answer."""
     self._requests.labels(endpoint, status).inc()
     self._seconds.labels(endpoint).observe(seconds)
 

@@ -59,5 +59,5 @@ def log(
 
 
 def show() -> None:
-  """Shows the lines in the log, which otherwise has only warnings."""
+  """Makes the log show these lines. By default it shows only warnings."""
   _LOG.setLevel(logging.INFO)

@@ -57,8 +57,8 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
 class Connection(h11.Connection):
   """Reads requests. Refuses a body with more than MOST_SMALL pieces below SMALL_PIECE bytes.
 
-  A piece of one byte takes as long to read as a piece of thousands of bytes, and no other request
-  is read in this time.
+  The server reads one piece at a time. A piece of one byte takes as long as a piece of thousands of
+  bytes, so a body in many small pieces would delay all other requests.
   """
 
   small = 0
@@ -118,7 +118,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   Args:
     connections: largest number of connections, including idle ones; further ones are answered with
       status 503.
-    stop_seconds: at a stop, time limit for running requests.
+    stop_seconds: time limit for running requests when the server stops.
   """
   config = uvicorn.Config(
     app,
@@ -146,7 +146,7 @@ def serve(
   Args:
     engine: engine that is not started yet.
     opened: socket from `listen`.
-    stop_seconds: time limit in seconds, also for the engine to finish its chunk.
+    stop_seconds: time limit for running requests, and for the engine to finish its chunk.
 
   Raises:
     RuntimeError: the engine failed.
@@ -171,7 +171,7 @@ def serve(
 
 
 def _announce(engine: Engine, server: uvicorn.Server, name: str, address: str) -> None:
-  """Prints the address when the engine is ready; stops the server if the engine fails before."""
+  """Prints the address when the engine is ready. Stops the server if the engine fails first."""
   if engine.wait_until_ready():
     print(f"serving {name} at {address}", flush=True)
   else:

@@ -68,7 +68,7 @@ class EventStream(StreamingResponse):
 
 
 async def unless_gone(request: Request, coroutine: Awaitable[T]) -> T | None:
-  """Awaits a result, or returns None if the client disconnects. The body must have been read."""
+  """Awaits a result, or returns None if the client disconnects. Read the request's body first."""
   task = asyncio.ensure_future(coroutine)
   gone = asyncio.ensure_future(_wait_until_gone(request))
   try:
