@@ -89,9 +89,9 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
     candidates = ["two"], answers = [["2", "2", "two", *7 * ["3"]]]
     result = [0.9]
 
-  The metric leaves out each person once, computes min(1, matches / 3), where matches is the number
-  of other people who gave the same answer as the candidate, and averages the results. It is 1 if at
-  least four people gave this answer.
+  The metric leaves out each person once and computes min(1, matches / 3), where `matches` is the
+  number of other people who gave the answer of the candidate. The result is the mean over the
+  people. It is 1 if at least four people gave this answer.
 
   As in the official code, answers are normalized only if the people disagree. If all people gave
   the same answer, the candidate must equal it exactly: "Yes" is wrong if all people wrote "yes".

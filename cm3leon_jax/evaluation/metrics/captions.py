@@ -20,8 +20,8 @@ Caption = Sequence[str]
 Grams = list[Counter]
 
 N = 4
-# pycocoevalcap adds these numbers to the counts of matches and n-grams. Therefore, if no n-gram of N
-# words matches in the whole set, BLEU-N is about 1e-4, not 0.
+# pycocoevalcap adds these numbers to the counts of matches and n-grams. Therefore BLEU-N is about
+# 1e-4, not 0, if no n-gram of N words matches in the whole set.
 TINY, SMALL = 1e-15, 1e-9
 SIGMA = 6.0
 
