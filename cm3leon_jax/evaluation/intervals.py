@@ -79,7 +79,7 @@ def percentile_level(n: float) -> float:
 
 
 def describe_groups(interval: dict, noun: str = "concept") -> str:
-  """Formats the number of groups of a `mean_interval`; `noun` is the singular name of a group.
+  """Formats the number of groups of a `mean_interval`. `noun` is the singular name of a group.
 
   describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
   """

@@ -51,7 +51,7 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 
 
 def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
-  """Computes the bits of every id under two unigram models, one of image codes and one of text.
+  """Computes the bits of every id under a unigram model of image codes and a unigram model of text.
 
   `store` has the training documents. Only its token counts are read. The result is [vocab.size]
   float64. Special tokens are in neither model, so their bits are NaN.
@@ -64,7 +64,7 @@ def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray
 
 
 def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-  """Assigns each document a partner with another concept; each document is a partner once.
+  """Assigns each document a partner with another concept. Each document is a partner once.
 
     concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
 
@@ -73,7 +73,7 @@ def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
   must differ. The result is a permutation, [n] int64.
   """
   _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
-  # `order` groups the documents by concept; concepts and documents are in random order. A shift by
+  # `order` groups the documents by concept. Concepts and documents are in random order. A shift by
   # the size of the largest concept leads to a document with another concept.
   order = np.lexsort((rng.permutation(len(places)), rng.permutation(len(sizes))[places]))
   result = np.empty(len(places), np.int64)

@@ -60,7 +60,7 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentFile:
-  """Documents of a JSONL file; each line is a raw text, pair or interleaved document.
+  """Documents of a JSONL file. Each line is a raw text, a raw pair or a raw interleaved document.
 
   Attributes:
     path: path of the file. Paths of images are relative to its folder.

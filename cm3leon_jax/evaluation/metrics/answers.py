@@ -171,7 +171,7 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
 
 
 def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:
-  """Computes the NDCG of one question; both arguments have the shape [C]."""
+  """Computes the NDCG of one question. Both arguments have the shape [C]."""
   places = np.arange(len(scores))
   discounts = np.where(places < np.count_nonzero(relevance), 1 / np.log2(places + 2), 0)
   _, levels = np.unique(-scores, return_inverse=True)  # Level 0 is the highest score.

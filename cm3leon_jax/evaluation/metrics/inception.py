@@ -235,8 +235,9 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the pixel before and the pixel after each of `SIDE` positions, and the second's weight.
+  """Returns, for each of `SIDE` positions, the pixel before, the pixel after, and its weight.
 
+  The weight is the weight of the pixel after the position in the interpolation.
   "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures them
   from the centers of pixels. Both compute in float32, and neither smooths an image that it shrinks.
   """
