@@ -286,7 +286,7 @@ def _score_conditions(
     def score(rows: list[np.ndarray]) -> list[np.ndarray]:
       return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
 
-    # One call scores both, so that only one program is compiled.
+    # One call scores both conditions with neighbors, so that one program is compiled for them.
     together = score(samples["true"] + samples["shuffled"])
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 

@@ -31,7 +31,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
-PART = 256  # Documents per part.
+PART = 256  # Number of documents per part.
 MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
 MAX_GROUPS = 10_000  # Largest number of groups of an interval. If there are more, some are merged.
 DIGITS = 6  # Number of decimals with which log-probabilities are written.

@@ -41,7 +41,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FORMS = ("text", "image and caption", "segments")
-BLOCK = 1_000_000  # Documents of a store whose lengths are checked at a time.
+BLOCK = 1_000_000  # Number of documents of a store whose lengths are checked at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DocumentFile:
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
+    """Yields (i, documents) for each wanted part i. Part i begins at document i * `size`."""
     records = (record for _, record in self._records())
     for number in itertools.count():
       part = list(itertools.islice(records, size))
@@ -196,7 +196,7 @@ class StoredDocuments:
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer | None = None
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
+    """Yields (i, documents) for each wanted part i. Part i begins at document i * `size`."""
     for number in sorted(wanted):
       rows = range(number * size, min((number + 1) * size, len(self.store)))
       yield number, [self.store[i] for i in rows]

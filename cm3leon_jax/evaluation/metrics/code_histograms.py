@@ -2,7 +2,8 @@
 
 The frequencies ignore arrangement: the distance between an image and its shuffled codes is 0. The
 distances of this module detect a model that uses codes (colors, textures, flat areas) too often or
-never. They do not detect wrong shapes. They need no extractor, but depend on the image tokenizer.
+never, but they do not detect wrong shapes. The distances need no extractor. Their values depend on
+the image tokenizer.
 """
 
 # C number of codes in the codebook of the tokenizer.

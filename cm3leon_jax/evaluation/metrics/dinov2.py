@@ -60,7 +60,7 @@ class DINOv2:
     return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
 
   def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
-    """Computes the features of images of any size: the CLS token after the final norm."""
+    """Computes the features of images of any size: the normalized outputs at the CLS token."""
     import torch
 
     out = np.zeros((len(images), self.config.hidden_size), np.float32)

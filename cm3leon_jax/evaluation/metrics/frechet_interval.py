@@ -26,7 +26,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance, two_sets
 
 NUM_RESAMPLES = 100
-BLOCK = 4096  # Rows that are converted to float64 at a time.
+BLOCK = 4096  # Number of rows that are converted to float64 at a time.
 
 
 def frechet_interval(

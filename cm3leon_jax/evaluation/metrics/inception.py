@@ -235,11 +235,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns, for each of `SIDE` positions, the pixel before, the pixel after, and its weight.
+  """Returns the pixels before and after each of `SIDE` positions, and the weights of the latter.
 
-  The weight is the weight of the pixel after the position in the interpolation.
-  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures them
-  from the centers of pixels. Both compute in float32, and neither smooths an image that it shrinks.
+  The weight of the pixel before a position is 1 minus the weight of the pixel after the position.
+  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures
+  positions from the centers of pixels. Both compute in float32, and neither smooths an image that
+  it shrinks.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":

@@ -17,7 +17,7 @@ from cm3leon_jax.evaluation.metrics.moments import two_sets
 
 SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.
 SCALE = 1000.0  # CMMD is MMD^2 times this factor.
-BLOCK = 1024  # Rows per block.
+BLOCK = 1024  # Number of rows per block.
 
 # A function of this type computes the kernel of each pair of rows: [n, d], [m, d] -> [n, m].
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
 
-BLOCK = 1024  # Rows per block.
+BLOCK = 1024  # Number of rows per block.
 
 
 def precision_recall(

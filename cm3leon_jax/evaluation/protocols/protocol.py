@@ -1,7 +1,8 @@
 """Defines a protocol: the data, the columns, the metrics, and published figures of other models.
 
 A protocol is one document of a YAML file (docs/protocols.md). A file may have several documents,
-one for each data set. A column is one way to generate: retrieval, sampler and number of samples.
+one for each data set. A column is one way to generate: how many documents are retrieved, which
+sampler is used, and how many samples are generated.
 """
 
 from collections.abc import Mapping

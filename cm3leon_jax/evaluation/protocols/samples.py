@@ -36,7 +36,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-PART = 64  # Examples per part.
+PART = 64  # Number of examples per part.
 
 
 @dataclasses.dataclass(frozen=True)
