@@ -1,6 +1,6 @@
 """Defines the config section `scenes` and the names of objects, colors and categories.
 
-A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places. Each icon has one color.
 """
 
 import difflib

@@ -1,6 +1,6 @@
 """Defines the world of `scenes`: its objects, colors and places, its scenes, and their splits.
 
-A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places. Each icon has one color.
 `drawings` renders scenes, `captions` describes them, and `source` makes records of them.
 """
 
