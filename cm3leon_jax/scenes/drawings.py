@@ -20,7 +20,7 @@ SIDE = 2 * CELL
 
 @functools.cache
 def _icons() -> Any:
-  """Imports the icon font on first use, because reports and exports of other data do without it."""
+  """Imports the icon font on first use. Reports and exports of other data do not need it."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:

@@ -57,7 +57,7 @@ def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
 
 
 def _shown(facts: dict, kind: str) -> set:
-  """Returns the facts to compare for a reason for holding out. For "pair": objects with colors."""
+  """Returns the facts to compare for a scene that is held out for `kind`, e.g. "pair"."""
   objects = facts["objects"]
   match kind:
     case "scene":

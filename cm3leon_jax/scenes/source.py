@@ -94,7 +94,7 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` distinct held-out scenes of a category per kind, in an order by the seed.
+  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order.
 
   Raises:
     UserError: the category has no scene to hold out or no scene to train on.

@@ -151,7 +151,7 @@ def describe(tables: dict[str, dict]) -> str:
 
 
 def rows(table: dict) -> list[tuple[str, dict]]:
-  """Returns (label, row) for all images, for categories, for reasons for holding out, for parts."""
+  """Returns (label, row) for each row of a table: all, categories, held-out reasons, parts."""
   kinds = {**table["heldout"], **table.get("parts", {})}.items()
   labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
   return [("all", table["all"]), *table["tag"].items(), *labeled]
