@@ -1,7 +1,7 @@
-"""Reads the files of a Hugging Face CLIP: config, tensors, tokenizer and image processor."""
+"""Reads the files of a Hugging Face CLIP model: config, tensors, tokenizer, image processor."""
 
-# B batch, D width, F feed-forward, N heads, E embedding, H height, W width, K layers,
-# S side of the images in pixels.
+# B batch, D width of a layer, F width of the feed-forward part, N heads, K layers,
+# E width of embeddings, H height, W width, S side of the images in pixels.
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -24,8 +24,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# `eos_token_id` in config.json files before transformers 4.31. The end token is then the largest id
-# of the tokenizer.
+# Before transformers 4.31, config.json files had this number as `eos_token_id`, which is wrong. In
+# these checkpoints, the end token is the largest id of the tokenizer.
 OLD_EOS_ID = 2
 ACTIVATIONS: dict[str, Callable] = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -40,7 +40,7 @@ class EncoderSizes:
   Attributes:
     width, layers, heads, mlp_width: D, K, N, F.
     activation: key of `ACTIVATIONS`.
-    epsilon: added to the variance in layer norms.
+    epsilon: number that layer norms add to the variance.
   """
 
   width: int
@@ -53,16 +53,16 @@ class EncoderSizes:
 
 @dataclasses.dataclass(frozen=True)
 class HFCLIPConfig:
-  """Sizes of a CLIP, from config.json.
+  """Sizes of a CLIP model, from config.json.
 
   Attributes:
     text: sizes of the causal transformer over the caption.
     image: sizes of the transformer over patches.
     embed_dim: E.
-    text_length: L, longest caption in tokens, including start and end.
-    eos_id: id of the end token. A caption is embedded at the first position of this id. If it is
-      `OLD_EOS_ID`, a caption is embedded at its largest id.
-    resolution: S, after preprocessing.
+    text_length: L, largest number of tokens of a caption, including start and end token.
+    eos_id: id of the end token. The output at the first end token becomes the embedding of the
+      caption. If this id is `OLD_EOS_ID`, the output at the largest id of the caption is used.
+    resolution: S, side of the images after preprocessing, in pixels.
     patch: side of a patch in pixels.
   """
 
@@ -77,7 +77,7 @@ class HFCLIPConfig:
 
 
 def read_config(folder: epath.PathLike) -> HFCLIPConfig:
-  """Reads config.json; raises UserError if it is absent, for another model or not supported."""
+  """Reads config.json. Raises UserError if it is absent, unsupported or for another model."""
   from huggingface_hub.errors import StrictDataclassError
   import transformers  # Imported here, because this takes seconds.
 
@@ -168,10 +168,10 @@ def tensor_shapes(config: HFCLIPConfig) -> dict[str, tuple[int, ...]]:
 def stack_layers(
   tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype: npt.DTypeLike
 ) -> dict:
-  """Converts the tensors of a checkpoint to parameters, with the layers of each side stacked.
+  """Converts the tensors of a checkpoint to parameters, and stacks the layers of each encoder.
 
-  Tensors keep their names, but layers become `{side}.layers`. Norms are fp32, and other tensors
-  have the dtype `dtype`.
+  Tensors keep their names, except that the stacked layers are in `{side}.layers`. The parameters of
+  norms are fp32. Other parameters have the dtype `dtype`.
   """
 
   def cast(name: str) -> np.ndarray:
@@ -192,7 +192,8 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   """Reads model.safetensors, or the files that its index names.
 
   Raises:
-    UserError: a file is absent or damaged, or a tensor is absent, not finite or of another shape.
+    UserError: a file is absent or damaged, or a tensor is absent, is not finite, or has a wrong
+      shape.
   """
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists():
@@ -231,7 +232,7 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
   """Reads the tokenizer and the image processor of a checkpoint, without torch.
 
   Raises:
-    UserError: their files are absent or damaged, or do not fit `config`.
+    UserError: the files are absent or damaged, or do not fit `config`.
   """
   import transformers
 
@@ -275,6 +276,7 @@ def preprocess(
   processor: Callable[..., Mapping[str, Any]], images: UInt8[np.ndarray, "B H W 3"]
 ) -> Float32[np.ndarray, "B 3 S S"]:
   """Scales, crops and normalizes images with the image processor of a checkpoint."""
-  # Without input_data_format, an image of height 3 is read as an image with its channels first.
+  # Without `input_data_format`, the processor would take the rows of an image of height 3 for
+  # channels.
   batch = processor(list(images), return_tensors="np", input_data_format="channels_last")
   return np.asarray(batch["pixel_values"], np.float32)

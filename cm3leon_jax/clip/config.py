@@ -1,4 +1,4 @@
-"""Config section of CLIP and its training."""
+"""Config section for CLIP and its training."""
 
 from typing import Annotated, Literal
 

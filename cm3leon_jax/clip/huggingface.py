@@ -1,7 +1,8 @@
-"""Runs Hugging Face CLIPs such as ViT-B/32 and ViT-L/14 in JAX, with the results of CLIPModel."""
+"""Runs Hugging Face CLIP models in JAX. Their embeddings match transformers' `CLIPModel`."""
 
-# B batch, L length, D width, F feed-forward, N heads, E embedding, H height, W width, h and w of
-# the grid of patches, S side of the images in pixels, K layers.
+# B batch, L length, D width of a layer, F width of the feed-forward part, N heads, K layers,
+# E width of embeddings, H height, W width, S side of the images in pixels,
+# h height and w width of the grid of patches.
 
 from collections.abc import Callable, Mapping, Sequence
 import copy
@@ -35,7 +36,7 @@ ROWS_PER_DEVICE = 64
 
 
 def _norm(x: Float[Array, "*B D"], params: dict, name: str, epsilon: float) -> Float[Array, "*B D"]:
-  """Applies a layer norm to [..., D] in fp32; returns the dtype of x."""
+  """Applies a layer norm, computed in fp32. The result has the dtype of `x`."""
   y = jax.nn.standardize(x.astype(jnp.float32), axis=-1, epsilon=epsilon)
   axes = range(x.ndim - 1)
   scale, bias = (jnp.expand_dims(params[f"{name}.{k}"], axes) for k in ("weight", "bias"))
@@ -56,7 +57,7 @@ def run_layers(
   def layer(x: Float[Array, "B L D"], params: dict) -> tuple[Float[Array, "B L D"], None]:
     y = _norm(x, params, "layer_norm1", encoder.epsilon)
     qkv = (_linear(y, params, f"self_attn.{name}_proj").reshape(heads) for name in "qkv")
-    # This function computes the softmax in fp32.
+    # The softmax of `dot_product_attention` is computed in fp32.
     y = jax.nn.dot_product_attention(*qkv, is_causal=causal).reshape(B, L, D)
     x = x + _linear(y, params, "self_attn.out_proj")
     y = _linear(_norm(x, params, "layer_norm2", encoder.epsilon), params, "mlp.fc1")
@@ -74,7 +75,10 @@ def _project(x: Float[Array, "B D"], weight: Float[Array, "E D"]) -> Float32[Arr
 def embed_tokens(
   config: HFCLIPConfig, params: dict, tokens: Int32[Array, "B L"]
 ) -> Float32[Array, "B E"]:
-  """Embeds captions with start and end tokens, with norm 1. Ignores tokens after the end."""
+  """Returns embeddings of norm 1 for captions that have start and end tokens.
+
+  Tokens after the end token are ignored.
+  """
   with jax.default_matmul_precision("highest"):
     positions = params["text_model.embeddings.position_embedding.weight"][None, : tokens.shape[1]]
     x = params["text_model.embeddings.token_embedding.weight"][tokens] + positions
@@ -89,7 +93,7 @@ def embed_tokens(
 def embed_pixels(
   config: HFCLIPConfig, params: dict, pixels: Float32[Array, "B 3 S S"]
 ) -> Float32[Array, "B E"]:
-  """Embeds preprocessed images with norm 1."""
+  """Returns embeddings of norm 1 for preprocessed images."""
   with jax.default_matmul_precision("highest"):
     kernel = params["vision_model.embeddings.patch_embedding.weight"]
     B, side, size = len(pixels), config.resolution // config.patch, config.patch
@@ -106,7 +110,7 @@ def embed_pixels(
 
 
 class HFCLIP:
-  """A Hugging Face CLIP with the methods of `model.CLIP`.
+  """A Hugging Face CLIP model with the methods of `model.CLIP`.
 
   The parameters are replicated on all devices, and each device embeds its share of a batch. All
   batches have the same shape.
@@ -124,7 +128,7 @@ class HFCLIP:
   ):
     """Puts `params` (see `stack_layers`) on `devices`, by default on all devices of this host.
 
-    `read_processing` returns the tokenizer and the image processor.
+    `tokenizer` and `processor` are results of `read_processing`.
     """
     devices = list(devices or jax.local_devices())
     self.mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
@@ -139,7 +143,7 @@ class HFCLIP:
     dtype: str = "bfloat16",
     devices: Sequence[jax.Device] | None = None,
   ) -> "HFCLIP":
-    """Reads a checkpoint, to compute in `dtype` (see `DTYPES`).
+    """Reads a checkpoint. The model computes in `dtype` (see `DTYPES`).
 
     Raises:
       UserError: a file of the checkpoint is absent or wrong.
@@ -161,12 +165,12 @@ class HFCLIP:
     return found
 
   def encode(self, caption: str) -> Int32[np.ndarray, " L"]:
-    """Encodes a caption to ids, without start and end tokens."""
+    """Encodes a caption as ids, without start and end token."""
     encoding = self.tokenizer(caption, add_special_tokens=False, verbose=False)
     return np.array(encoding["input_ids"], np.int32)
 
   def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
-    """Makes rows of a start token, caption ids (truncated to fit), an end token and padding."""
+    """Makes rows: start token, ids of a caption (truncated to fit), end token, padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)
@@ -176,11 +180,15 @@ class HFCLIP:
     return tokens
 
   def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
-    """Embeds captions, given as ids of `encode`, with norm 1."""
+    """Returns embeddings of norm 1 for captions. Each caption is given as the ids from `encode`."""
     return self._batched(embed_tokens, self.pad_texts(texts), lambda rows: rows)
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
-    """Embeds images of any size, uint8 [B, H, W, 3], with norm 1; raises UserError for others."""
+    """Returns embeddings of norm 1 for images of any size.
+
+    Raises:
+      UserError: the images are not uint8 [B, H, W, 3].
+    """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
       raise UserError(
@@ -191,7 +199,7 @@ class HFCLIP:
   def _batched(
     self, embed: Callable[..., Array], rows: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray]
   ) -> np.ndarray:
-    """Embeds `prepare(rows)` in batches of one shape, and pads the last batch with zeros."""
+    """Embeds `prepare(rows)` in batches of one shape. The last batch is padded with zeros."""
     size, sharding = self.batch_size, NamedSharding(self.mesh, P("data"))
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)
     for start in range(0, len(rows), size):

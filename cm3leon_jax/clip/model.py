@@ -1,7 +1,10 @@
-"""CLIP: embeds images and captions in one space (Radford et al. 2021, arXiv 2103.00020)."""
+"""Defines CLIP, which embeds images and captions in one space.
 
-# B batch, L length, D width, E width of embeddings, H height, W width, C channels, h and w height
-# and width of the grid of patches.
+Source: Radford et al. 2021, arXiv 2103.00020.
+"""
+
+# B batch, L length, D width of a layer, E width of embeddings, H height, W width, C channels,
+# h height and w width of the grid of patches.
 
 from collections.abc import Callable, Sequence
 import copy
@@ -30,7 +33,7 @@ CONFIG = "config.json"
 
 
 class TransformerLayer(nnx.Module):
-  """Pre-norm transformer layer. Every position attends to all positions where `mask` is True."""
+  """Pre-norm transformer layer. Each position attends to all positions that are not padding."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -40,7 +43,7 @@ class TransformerLayer(nnx.Module):
     self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
   def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Applies the layer; `mask` is False at padding."""
+    """Applies the layer. `mask` is False at padding."""
     B, L, D = x.shape
     q, k, v = jnp.split(
       self.qkv(self.norm1(x)).reshape(B, L, 3 * D // HEAD_DIM, HEAD_DIM), 3, axis=2
@@ -52,7 +55,7 @@ class TransformerLayer(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-  """Adds two 3 x 3 convolutions, each after a norm over the channels and a gelu."""
+  """Residual block with two 3 x 3 convolutions. A norm over channels and a gelu precede each."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -64,14 +67,17 @@ class ResidualBlock(nnx.Module):
 
 
 def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w {size}*{size}*C"]:
-  """Cuts images into squares of `size` pixels and flattens each, row by row."""
+  """Cuts images into squares of `size` x `size` pixels, and flattens each square row by row."""
   B, H, W, C = images.shape
   x = images.reshape(B, H // size, size, W // size, size, C)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // size, W // size, size * size * C)
 
 
 class ConvEncoder(nnx.Module):
-  """Embeds patches, halves their grid twice, each time before residual blocks, and averages it."""
+  """Residual network over patches. Its outputs are averaged over positions.
+
+  The network has two stages. A stage halves the grid of patches and then applies residual blocks.
+  """
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     widths = (config.image_width // 4, config.image_width // 2, config.image_width)
@@ -86,7 +92,7 @@ class ConvEncoder(nnx.Module):
     )
 
   def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-    """Encodes images in [-1, 1]."""
+    """Encodes images whose pixels are in [-1, 1]."""
     x = nnx.gelu(self.norms[0](self.embed(patches(images, self.patch))))
     for down, blocks, norm in zip(self.downs, self.stages, self.norms[1:]):
       x = down(x)
@@ -97,7 +103,7 @@ class ConvEncoder(nnx.Module):
 
 
 class ViTEncoder(nnx.Module):
-  """Transformer over patches, averaged over positions."""
+  """Transformer over patches. Its outputs are averaged over positions."""
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     self.patch = config.patch
@@ -110,7 +116,7 @@ class ViTEncoder(nnx.Module):
     self.norm = nnx.LayerNorm(config.image_width, rngs=rngs)
 
   def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-    """Encodes images in [-1, 1]."""
+    """Encodes images whose pixels are in [-1, 1]."""
     x = self.embed(patches(images, self.patch))
     x = x.reshape(len(x), -1, x.shape[-1]) + self.positions[...][None]
     mask = jnp.ones(x.shape[:2], bool)
@@ -120,7 +126,7 @@ class ViTEncoder(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-  """Transformer over the ids of a caption, averaged over its tokens."""
+  """Transformer over the ids of a caption. Its outputs are averaged over the tokens."""
 
   def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
     self.embed = nnx.Param(0.5 * jax.random.normal(rngs.params(), (text_size, config.text_width)))
@@ -133,7 +139,7 @@ class TextEncoder(nnx.Module):
     self.norm = nnx.LayerNorm(config.text_width, rngs=rngs)
 
   def __call__(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B D"]:
-    """Encodes captions that are padded with `<pad>` after their tokens."""
+    """Encodes captions, which must be padded with `<pad>` at the end."""
     mask = tokens != VocabLayout.pad
     x = self.embed[...][tokens] + self.positions[...][None, : tokens.shape[1]]
     for block in self.blocks:
@@ -142,7 +148,7 @@ class TextEncoder(nnx.Module):
 
 
 class CLIPModel(nnx.Module):
-  """Both encoders, their projections and the temperature."""
+  """CLIP's image encoder and text encoder, with their projections and the temperature."""
 
   def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
     encoder = ViTEncoder if config.image_encoder == "vit" else ConvEncoder
@@ -183,19 +189,19 @@ def init_params(config: CLIPConfig, text_size: int, key: Key[Array, ""]) -> dict
 
 
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
-  """Returns the module with `params`; for use inside jitted functions."""
+  """Returns the module with the parameters `params`. It can be called inside jitted functions."""
   return parameters.fill(*_structure(config, text_size), params)
 
 
 def to_float(
   images: UInt8[Array | np.ndarray, "B H W 3"],
 ) -> Float32[Array | np.ndarray, "B H W 3"]:
-  """Converts pixels to [-1, 1]; white is 1."""
+  """Converts pixels from 0 to 255 into numbers from -1 (black) to 1 (white)."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
 def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
-  """Truncates or pads captions to `length` tokens; raises UserError if a caption is empty."""
+  """Truncates or pads captions to `length` tokens. Raises UserError if a caption is empty."""
   tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
   for row, ids in zip(tokens, texts):
     if not len(ids):
@@ -219,7 +225,7 @@ def _embed_texts(
 
 
 class CLIP:
-  """Trained CLIP. All batches have one shape, so that no embedding depends on the other rows.
+  """Trained CLIP. All batches have one shape, so no embedding depends on the other rows.
 
   `batch_size` is the number of rows of a batch. The last batch is padded.
   """
@@ -233,9 +239,10 @@ class CLIP:
     params: dict,
     encode: Callable[[str], np.ndarray] | None = None,
   ):
-    """Creates a CLIP from parameters; `encode` converts a caption to int32 ids of its tokenizer.
+    """Makes a model from parameters.
 
-    `encode` may be None if no caller encodes captions.
+    `encode` converts a caption to the int32 ids of CLIP's tokenizer. It may be None if no caller
+    encodes captions.
     """
     self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
 
@@ -262,7 +269,7 @@ class CLIP:
   def load(
     cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
   ) -> "CLIP":
-    """Reads the files of `save`; raises UserError if a file is absent, damaged or does not fit."""
+    """Reads files that `save` wrote. Raises UserError if one is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
@@ -272,7 +279,11 @@ class CLIP:
     return cls(config, text_size, params, encode)
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
-    """Embeds images, uint8 [B, H, W, 3], with norm 1; raises UserError if the shape is wrong."""
+    """Returns embeddings of norm 1 for images, uint8 [B, H, W, 3].
+
+    Raises:
+      UserError: the images have a wrong shape.
+    """
     images, side = np.asarray(images), self.config.resolution
     if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
       raise UserError(
@@ -282,7 +293,11 @@ class CLIP:
     return self._batched(_embed_images, images)
 
   def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
-    """Embeds captions, given as ids, with norm 1; raises UserError if a caption has no ids."""
+    """Returns embeddings of norm 1 for captions, which are given as ids.
+
+    Raises:
+      UserError: a caption has no ids.
+    """
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
   def _batched(self, embed: Callable[..., Array], rows: np.ndarray) -> np.ndarray:
@@ -298,13 +313,13 @@ class CLIP:
 
 @runtime_checkable
 class Embedder(Protocol):
-  """A model that embeds images and captions with norm 1: `CLIP` or `huggingface.HFCLIP`."""
+  """Interface of `CLIP` and `huggingface.HFCLIP`. All embeddings have norm 1."""
 
   def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
     """Embeds images, uint8 [B, H, W, 3]."""
 
   def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
-    """Embeds captions, given as ids."""
+    """Embeds captions, which are given as ids."""
 
 
 def clip_score(
@@ -312,7 +327,7 @@ def clip_score(
 ) -> Float32[np.ndarray, " B"]:
   """Computes the cosine similarity of each image and its caption.
 
-  Images have the size that `clip` requires. `texts` are ids of one caption per image, see
+  The images must have the size that `clip` requires. `texts` has one caption per image, as ids from
   `clip.encode`.
   """
   if len(images) != len(texts):

@@ -1,9 +1,9 @@
 """Writes images in the folder layout that the scripts of GenEval and GenEval 2 read.
 
 GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): evaluate_images.py reads
-NNNNN/metadata.jsonl and NNNNN/samples/*.png of every prompt. GenEval 2 (Kamath et al. 2025,
-github.com/facebookresearch/GenEval2): evaluation.py reads a JSON object that maps each prompt to
-one image (flag `--image_filepath_data`).
+NNNNN/metadata.jsonl and NNNNN/samples/*.png for every prompt. GenEval 2 (Kamath et al. 2025,
+github.com/facebookresearch/GenEval2): evaluation.py reads a JSON file that maps each prompt to the
+path of one image (flag `--image_filepath_data`).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
   with all their fields.
 
   Raises:
-    UserError: the file is absent or empty, or a line is wrong. The message names the line.
+    UserError: the file is absent or empty, or a line is invalid. The message names the line.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -86,8 +86,8 @@ def export(
     00000/samples/0000.png      first sample of the first prompt
     image_paths.json            {prompt: file of its first sample}, for GenEval 2
 
-  The field `row` of a task is the number of its folder. `metadata` has one object per task. Each
-  task gets `num_samples` samples. Images are written batch by batch.
+  The field `row` of a task is the number of its folder. `metadata` has one object per task.
+  `num_samples` samples are generated for each task. Images are written batch by batch.
 
   Raises:
     UserError: a prompt is too long, or the bank is empty.

@@ -10,10 +10,11 @@ class Headline:
   Attributes:
     title: what is measured, with its unit.
     path: dotted path of the figure in the summary.
-    better: a good figure is ">=", "<=", ">" or "<" the target. "" if there is no target.
+    better: how a good figure compares with the target: ">=", "<=", ">" or "<". "" if there is no
+      target.
     target: a number, or the dotted path of a number in the summary.
-    note: what the target is, e.g. "chance". The report writes "whole interval" if the note is ""
-      and the whole interval of the figure must meet the target.
+    note: what the target is, e.g. "chance". If the note is "" and the whole interval of the figure
+      must meet the target, the report writes "whole interval" instead.
   """
 
   title: str

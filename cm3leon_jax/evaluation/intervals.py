@@ -25,7 +25,7 @@ def mean_interval(
     sums = [2, 4, 9], weights = [1, 1, 1], groups = ["fox", "fox", "cat"]
     result = {"mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": 1.8}
 
-  Samples of one group (a concept, or the samples of a prompt) resemble each other. Therefore a
+  Samples of one group (e.g. of one concept, or of one prompt) resemble each other. Therefore a
   resample draws G groups with replacement and takes all samples of each drawn group.
 
   A percentile interval over few groups is too narrow. Therefore its level is raised (expanded
@@ -35,13 +35,13 @@ def mean_interval(
 
   Args:
     sums: [n] a number for each sample, or the paired difference of two numbers.
-    weights: [n] positive. Use token counts if `sums` are sums over tokens, and ones for a plain
-      mean.
+    weights: [n] positive numbers. If `sums` are sums over tokens, use the numbers of tokens. For a
+      plain mean, use ones.
     groups: [n] the group of each sample, as a name or an integer id.
 
   Returns:
-    {"mean", "low", "high", "groups", "effective_groups"}. `low` and `high` are None if there is one
-    group, because one group does not show how much groups vary.
+    {"mean", "low", "high", "groups", "effective_groups"}. If there is only one group, `low` and
+    `high` are None, because one group does not show how much groups vary.
   """
   _, places = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.bincount(places, np.asarray(sums, np.float64))
@@ -79,7 +79,7 @@ def percentile_level(n: float) -> float:
 
 
 def describe_groups(interval: dict, noun: str = "concept") -> str:
-  """Formats the number of groups of a `mean_interval`; `noun` is the singular name of a group.
+  """Formats the number of groups of a `mean_interval`. `noun` is the singular name of a group.
 
   describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
   """
@@ -89,7 +89,7 @@ def describe_groups(interval: dict, noun: str = "concept") -> str:
 
 
 def describe_share(measure: dict | None) -> str:
-  """Formats a share and its interval: "81.0% [77.4, 84.1]"; "-" for None."""
+  """Formats a share and its interval, e.g. "81.0% [77.4, 84.1]". None becomes "-"."""
   if measure is None:
     return "-"
   text = f"{measure['share']:.1%}"

@@ -1,4 +1,4 @@
-"""Chooses held-out documents with known facts, in equal numbers from each kind."""
+"""Chooses held-out documents with known facts, equally many from each kind of document."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,10 +13,10 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
-  """Chooses documents in turn from all pairs of a category and a kind of held-out document.
+  """Chooses documents in turn from strata: the pairs of a category and a reason for holding out.
 
   `facts` has the field `facts` of every held-out document, {} if they are unknown. Returns `count`
-  indices into `facts`. Every prefix of them is spread over the pairs in the same way.
+  indices into `facts`. The first documents of the choice are spread over the strata like all.
 
   Raises:
     UserError: fewer than `count` documents have facts.
@@ -40,11 +40,11 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
 def heldout_captions(
   pipeline: Pipeline, workdir: epath.PathLike, weights: Sequence[float]
 ) -> list[HeldoutCaption]:
-  """Makes tasks of held-out captions with facts: all captions at the first weight, then the next.
+  """Makes a task for each guidance weight and each chosen held-out caption with facts.
 
-  `evaluation.scenes` captions are chosen by the seed (see `choose`). 0 takes all captions. The
-  document stores and neighbors of `workdir` are read. `weights` are guidance weights; duplicates
-  are ignored.
+  All captions at the first weight precede all captions at the next weight. `evaluation.scenes`
+  captions are chosen by the seed (see `choose`). 0 chooses all captions. The document stores and
+  neighbors of `workdir` are read. `weights` are guidance weights, of which duplicates are ignored.
 
   Raises:
     UserError: too few held-out documents have facts.

@@ -1,7 +1,7 @@
 """Defines the interface of a world: its records, its judge, and its part of the reports.
 
-`worlds.MODULES` names the worlds. The rest of the package uses them only through `World`. To add a
-world, add a folder with its code and a row to that table.
+`worlds.MODULES` names the worlds. The rest of the package uses worlds only through `World`. To add
+a world, add a folder with its code, and a row to `worlds.MODULES`.
 """
 
 # n images or records, H height, W width.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """Judged answer of a model to an instruction record.
+  """Answer to an instruction record, with the verdict of the judge.
 
   Attributes:
     prompt: text that the model received.
@@ -38,9 +38,9 @@ class Answer:
     answer: text, or image [H, W, 3] uint8.
     right: whether the whole answer is right.
     reason: what is wrong; "" if the answer is right.
-    kept: whether everything that had to stay is unchanged, if the answer is an edited or completed
-      image; None for other answers.
-    true: right image, [H, W, 3] uint8, if the answer is an image; None if it is a text.
+    kept: for an edited or completed image, whether everything is unchanged that had to stay. None
+      for other answers.
+    true: for an image, the right image, [H, W, 3] uint8. None for a text.
     score: mean log-probability of the tokens of the answer, in nats.
   """
 
@@ -61,7 +61,7 @@ class JudgedSamples:
 
   Attributes:
     overview: main shares of right images. The stage records them, and `World.headlines` reads them.
-      The report shows "best" and "bundled".
+      The report shows its entries "best" and "bundled".
     text: all shares, formatted for printing.
   """
 
@@ -73,7 +73,7 @@ class World(Protocol):
   """Source of records that also judges generated samples and describes them in reports.
 
   Attributes:
-    name: key in `worlds.MODULES`. Files and numbers of its evaluation have this name, too.
+    name: key in `worlds.MODULES`. Files and figures of the evaluation also have this name.
     bundled: name of the model in the package that was trained on this world.
   """
 
@@ -111,7 +111,7 @@ class World(Protocol):
     """
 
   def judge_answer_texts(self, records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
-    """Judges one text per record as the answer to it."""
+    """Judges texts as answers to records. There is one text per record."""
 
   def judge_answer_images(
     self,
@@ -119,12 +119,12 @@ class World(Protocol):
     images: Sequence[np.ndarray] | np.ndarray,
     settings: Settings,
   ) -> list[Answer]:
-    """Judges one image per record, [H, W, 3] uint8, as the answer to it."""
+    """Judges images, [H, W, 3] uint8 each, as answers to records. There is one image per record."""
 
   def guesses(self, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Guesses answers without reading image or question: title -> one answer per record.
+    """Guesses answers without a model: title -> one answer per record.
 
-    All records belong to one task. Returns {} if they are not questions.
+    All records belong to one task. Returns {} if the records are not questions.
     """
 
   def evaluate(
@@ -135,16 +135,16 @@ class World(Protocol):
     folder: epath.PathLike,
     bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
   ) -> JudgedSamples:
-    """Generates and judges an image for each task; writes NAME.json and the sample sheet NAME.png.
+    """Generates and judges an image for each task. Writes NAME.json and the sample sheet NAME.png.
 
     The field "tables" of NAME.json maps titles to tables (see `rows`). There is one table for each
     guidance weight, and the table "reconstructions". `tasks` is the result of
-    `strata.heldout_captions`. The training documents in `workdir` are read, too. `bundled`
+    `strata.heldout_captions`. The training documents in `workdir` are also read. `bundled`
     generates images for the captions of the sheet with the bundled model.
     """
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:
-    """Returns GenEval's metadata for a held-out caption: what GenEval checks in its image."""
+    """Returns the metadata of a held-out caption, from which GenEval knows what to check."""
 
   def about(self, settings: Settings) -> dict[str, Any]:
     """Returns numbers that describe the world under these settings, e.g. the number of scenes."""
@@ -156,7 +156,7 @@ class World(Protocol):
     """
 
   def rows(self, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, row) for each row of a table; a row has a count "images" and `measures`."""
+    """Returns (label, row) for each row of a table. A row has the count "images" and `measures`."""
 
 
 def find(name: str) -> World:
@@ -171,16 +171,16 @@ def of_source(settings: Settings) -> World | None:
 
 
 def of_facts(settings: Settings) -> World:
-  """Returns the world that judges records with facts: the world of `raw.source`, or the first one.
+  """Returns the world that judges records with facts.
 
-  Records of other sources may also have facts. They use the format of the first world
-  (docs/scenes.md).
+  This is the world that `raw.source` names. For other sources, it is the first world, because the
+  facts of their records use the format of the first world (docs/scenes.md).
   """
   return of_source(settings) or find(next(iter(worlds.MODULES)))
 
 
 def of_answers(task: InstructionTask) -> World | None:
-  """Returns the world that judges answers to a task, or None if there is none.
+  """Returns the world that judges answers to a task, or None if no world judges them.
 
   A world judges a task if it draws the records of the task and the task has held-out records.
   """

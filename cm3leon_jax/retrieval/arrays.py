@@ -1,10 +1,10 @@
-"""Stores arrays of rows as zarr3 files, local or in a GCS bucket, that many processes can write.
+"""Stores arrays of rows as zarr3 files, which many processes can write.
 
-Every chunk has a checksum. A missing chunk is an error, although TensorStore by default reads it as
-zeros.
+The files are local or in a GCS bucket. Every chunk has a checksum. A missing chunk is an error,
+although TensorStore by default reads it as zeros.
 """
 
-# n rows of an array, m rows that are written.
+# n rows of the array, m rows to write.
 
 from collections.abc import Iterable
 import hashlib
@@ -21,21 +21,21 @@ from cm3leon_jax.runs import stages, table
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"
-FILE_BYTES = 16 * 2**20  # Size of a file, which is a zarr shard.
-READ_BYTES = 16 * 2**10  # Size of a chunk in a file. Reading a row reads a chunk.
-DIGEST_BYTES = 2**28  # Size of the rows that are digested at a time.
+FILE_BYTES = 16 * 2**20  # Size of a file. A file is a shard in the sense of zarr.
+READ_BYTES = 16 * 2**10  # Size of a chunk in a file. Reading a row reads its whole chunk.
+DIGEST_BYTES = 2**28  # Size of the block of rows that is digested at a time.
 
 
 class ArrayStore:
   """Array of rows on disk. `len`, slices and index arrays read only committed rows.
 
-  Processes on any hosts may write disjoint rows. index.json has the number of committed rows, so
-  rows of a killed writer are never read. It also has a digest of the metadata of the array. If
-  `commit` was called with `digest`, it also has a digest of all rows.
+  Processes on any hosts may write disjoint rows. index.json records the number of committed rows,
+  so rows of a killed writer are never read. It also records a digest of the metadata of the array
+  and, if `commit` was called with `digest`, a digest of all rows.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens a store; raises UserError if it is absent, damaged or has another schema version."""
+    """Opens a store. Raises UserError if it is absent, damaged or has another schema version."""
     self.path = epath.Path(path)
     stages.check_files(self.path / INDEX)
     index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
@@ -61,7 +61,7 @@ class ArrayStore:
   def create(
     cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike
   ) -> "ArrayStore":
-    """Creates an empty store and deletes an existing one."""
+    """Creates an empty store. If a store exists at `path`, it is deleted."""
     path, row_bytes = epath.Path(path), int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     path.mkdir(parents=True, exist_ok=True)
     (path / INDEX).unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class ArrayStore:
   ) -> bool:
     """Resizes a store to `rows` rows. Keeps existing rows if their shape and dtype are the same.
 
-    Returns whether existing rows were kept. If not, all rows must be written.
+    Returns whether existing rows were kept. If they were not, all rows must be written again.
     """
     path = epath.Path(path)
     found = cls(path) if (path / INDEX).exists() else None
@@ -104,7 +104,8 @@ class ArrayStore:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
     Raises:
-      UserError: a row is lost or damaged. The message names the store and the first such rows.
+      UserError: a row is lost or damaged. The message names the store and the first rows that are
+        lost or damaged.
     """
     if isinstance(rows, slice):
       rows = slice(*rows.indices(self._rows))
@@ -114,12 +115,12 @@ class ArrayStore:
         raise IndexError(f"rows [{rows.min()}, {rows.max()}] of {self._rows} in {self.path}")
     try:
       return self._array[rows].read().result()
-    except ValueError as error:  # TensorStore raises it if a chunk is missing or damaged.
+    except ValueError as error:  # TensorStore raises ValueError for missing or damaged chunks.
       reason = str(error).splitlines()[0].partition(" [")[0]
       raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
 
   def read_all(self) -> np.ndarray:
-    """Reads all rows and compares them with their digest, if they have one.
+    """Reads all rows. If index.json has their digest, checks the rows against it.
 
     Raises:
       UserError: a row is lost or damaged, or the rows belong to another array.
@@ -158,7 +159,7 @@ class ArrayStore:
   def commit(self, digest: bool = False) -> None:
     """Commits all rows of the store. All rows must have been written.
 
-    With `digest`, it also reads all rows and records their digest.
+    If `digest` is True, it also reads all rows and records their digest.
 
     Raises:
       UserError: a row to digest was not written or is damaged.
@@ -183,13 +184,13 @@ class ArrayStore:
 
 def _spec(path: epath.Path) -> dict:
   place = str(path) if "://" in str(path) else f"file://{path.resolve()}"
-  # Chunks of zeros are written, too, so that every missing chunk is an error.
+  # Chunks of zeros are also written, so that every missing chunk is an error.
   zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
   return {"driver": "zarr3", "kvstore": f"{place}/", **zeros}
 
 
 def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
-  """Returns zarr metadata for files and chunks of the given shapes, with checksums."""
+  """Returns zarr metadata, with checksums, for files and chunks of the given shapes."""
   checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
   sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
   return {
@@ -199,7 +200,7 @@ def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
 
 
 def _digest_of_metadata(path: epath.Path) -> str:
-  """Returns the SHA-256 of the zarr metadata, without the number of rows, which writers change."""
+  """Returns the SHA-256 of the zarr metadata. Excludes the number of rows, which writers change."""
   fields = read_json(path / METADATA)
   fields["shape"] = fields.get("shape", [])[1:]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

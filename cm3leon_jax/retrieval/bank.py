@@ -1,6 +1,6 @@
-"""Writes embeddings of documents to disk, shard by shard, and reads them by rows."""
+"""Writes embeddings of documents to disk, shard by shard, and reads rows of them."""
 
-# n documents, m documents of a shard, T tokens of a caption, E width of embeddings with their
+# n documents, m documents of a shard, T tokens of a caption, E width of embeddings, including the
 # lexical part.
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ READ_THREADS = 8
 
 
 def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP | HFCLIP:
-  """Loads the Hugging Face CLIP in `folder`, or the CLIP of the run if `folder` is "".
+  """Loads a Hugging Face CLIP model from `folder`, or the CLIP of the run if `folder` is "".
 
   For errors, see `HFCLIP.load` and `CLIP.load`.
   """
@@ -46,7 +46,7 @@ def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP 
 
 
 def embedding_width(folder: str, workdir: epath.PathLike) -> int:
-  """Reads the embedding width of the CLIP that `load_clip` loads from its config."""
+  """Reads the embedding width of the model that `load_clip` loads. Only its config is read."""
   if folder:
     return checkpoint.read_config(folder).embed_dim
   stored = read_json(epath.Path(workdir) / "clip" / CONFIG, {"clip": dict})
@@ -62,12 +62,12 @@ class Embeddings:
   Attributes:
     documents: [n, E] float16 of norm 1: normalized means of caption and image embeddings (CM3Leon,
       section 2.1).
-    groups: [n] uint64, see `store.group_id`; equal for near duplicates.
-    keys: [n] uint64, equal for the same document.
+    groups: [n] uint64, see `store.group_id`. Near duplicates have the same group.
+    keys: [n] uint64. Copies of a document have the same key.
   """
 
   def __init__(self, folder: epath.PathLike):
-    """Opens the arrays; raises UserError if `build_neighbors` has not written them."""
+    """Opens the arrays. Raises UserError if `build_neighbors` has not written them."""
     self._folder = epath.Path(folder)
     stages.check_files(self._folder / ROWS)
     self.documents, self.groups, self.keys = (
@@ -79,7 +79,10 @@ class Embeddings:
 
   @functools.cached_property
   def queries(self) -> ArrayStore:
-    """Caption embeddings, [n, E] float16 of norm 1, with query dropout in the split `train`."""
+    """Embeddings of captions, [n, E] float16 of norm 1.
+
+    In the split `train`, they are computed without the tokens that query dropout removes.
+    """
     return ArrayStore(self._folder / "queries")
 
   @functools.cached_property
@@ -89,7 +92,7 @@ class Embeddings:
 
   @property
   def first_bank(self) -> int:
-    """Row of the first document of the split `bank`; n if the split is empty."""
+    """Row of the first document of the split `bank`, or n if the split is empty."""
     return read_json(self._folder / ROWS, {"first_bank": int})["first_bank"]
 
 
@@ -98,7 +101,7 @@ ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
 def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies the files of the split `bank` that `Retriever` reads, except search indices."""
+  """Copies the rows of the split `bank` in the files that `Retriever` reads, without indices."""
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
   for name in ("documents", "groups", "keys"):
@@ -114,7 +117,7 @@ class EmbedJob:
   """Job of `shards.run_shards` that embeds the pairs of raw shards.
 
   Attributes:
-    folder: folder for {split}/ with the arrays of `Embeddings`.
+    folder: folder in which {split}/ has the arrays of `Embeddings`.
     dropout: share of caption tokens that are dropped from queries of the split `train`.
     starts: split -> name of the shard -> row of its first pair.
   """
@@ -128,7 +131,7 @@ class EmbedJob:
   load_lexical: Callable[[], Lexical] = Lexical
 
   def open(self) -> Callable[[str], dict]:
-    """Loads the CLIP and returns a function that embeds the shard with a given name."""
+    """Loads the CLIP model. Returns a function that embeds the shard with a given name."""
     clip, lexical = self.load_clip(), self.load_lexical()
 
     def embed_shard(name: str) -> dict:
@@ -150,7 +153,7 @@ class EmbedJob:
 def embed_pairs(
   clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int, lexical: Lexical
 ) -> dict[str, np.ndarray]:
-  """Computes the rows of m pairs for `Embeddings`, with embeddings in float32."""
+  """Computes the rows of `Embeddings` for m pairs. Embeddings are in float32."""
   encode = clip.encode
   assert encode is not None
   chunks: dict[str, list[np.ndarray]]
@@ -179,7 +182,7 @@ def embed_pairs(
 
 
 def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Computes the normalized mean of caption and image embeddings, [m, E] each.
+  """Averages the embeddings of each caption and its image, [m, E] each, and normalizes the mean.
 
   text [1 0], image [0 1]: document [.7071 .7071]
   """
@@ -187,7 +190,10 @@ def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Drops each id with probability `share`, but not all. The choice depends only on (key, seed)."""
+  """Drops each id with probability `share`, but keeps at least one id.
+
+  The choice depends only on `key` and `seed`.
+  """
   digest = hashlib.sha256(key.encode()).digest()
   rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
   order = rng.random(len(ids))
@@ -206,12 +212,13 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """Embeds new raw shards of all splits, and extends the arrays.
 
   Args:
-    job: embeds a shard. Its `starts` are ignored and computed from the raw folder.
+    job: job that embeds a shard. Its `starts` are replaced by rows from the raw folder.
     width: E.
-    inputs: identity of the CLIP and of the words. If it changes, all shards are embedded again.
+    inputs: identity of the CLIP model and of the words. If it changes, all shards are embedded
+      again.
 
   Returns:
-    The config of each shard, which changes if its embeddings change.
+    The config of each shard. It changes if the embeddings of the shard change.
   """
   raw, folder = reader.shards(job.raw), epath.Path(job.folder)
   starts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
@@ -227,8 +234,8 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
   configs = {}
   for name, shard in raw.items():
-    # The first row of the split `bank` depends on the size of `train`. Only shards with pairs of
-    # this split record it.
+    # The first row of the split `bank` depends on the size of the split `train`. Only shards with
+    # pairs of the split `bank` record this row, so that other shards are not embedded again.
     splits = [split for split in SPLITS if split != "bank" or shard.get("bank_pairs")]
     first_rows = {split: starts[split][name] for split in splits}
     configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}

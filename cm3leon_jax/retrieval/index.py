@@ -21,11 +21,11 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.runs import stages
 
-EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
+EXACT_BELOW = 1_000  # Number of vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
-LARGE = 100_000  # Vectors from which `ScannIndex` uses two leaves per vector, and 8 bits.
-EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
-BLOCK = 65_536  # Vectors that a device multiplies with a batch of queries at a time.
+LARGE = 100_000  # From this number of vectors, `ScannIndex` uses two leaves per vector, and 8 bits.
+EXACT_ROWS = 1_000_000  # Number of vectors that exact search holds in memory at a time.
+BLOCK = 65_536  # Number of vectors that a device multiplies with a batch of queries at a time.
 
 
 Found: TypeAlias = tuple[Float[Array, "q _"], Int32[Array, "q _"]]  # Scores and ids.
@@ -38,9 +38,10 @@ class Index(Protocol):
   backend: str
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k vectors with the largest inner products for each of the queries, [q, E].
+    """Finds, for each of the queries [q, E], the k vectors with the largest inner products.
 
-    Returns ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
+    Returns ids [q, k] int32, padded with -1, and inner products [q, k] float32, padded with -inf.
+    The best vector is first.
     """
     ...
 
@@ -56,7 +57,7 @@ class ExactIndex:
     devices: Sequence[jax.Device] | None = None,
     query_batch: int = QUERY_BATCH,
   ):
-    """Puts vectors [n, E] on `devices`, by default on all; pads queries to `query_batch`."""
+    """Puts vectors [n, E] on `devices`, by default on all. Batches have `query_batch` queries."""
     self._query_batch = query_batch
     devices = jax.devices() if devices is None else devices
     vectors = _matrix(vectors, "vectors")
@@ -115,7 +116,7 @@ def _exact_top_k(
 
 
 def top_k(first: Found, second: Found, k: int) -> Found:
-  """Returns the k best of two results, each with scores and ids [q, m]; ties keep their order."""
+  """Returns the k best of two results, each with scores and ids [q, m]. Ties keep their order."""
   scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(first, second))
   best, places = jax.lax.top_k(scores, k)
   return best, jnp.take_along_axis(ids, places, 1)
@@ -124,16 +125,16 @@ def top_k(first: Found, second: Found, k: int) -> Found:
 class ScannIndex:
   """Search with ScaNN (Guo et al. 2020): a tree of partitions, hashes in its leaves, and rescoring.
 
-  The tree has about sqrt(n) leaves. A search visits a third of the leaves, at most 64, and rescores
-  the best max(256, 4k) candidates with their exact vectors. From `LARGE` vectors on, every vector
-  is in two leaves (SOAR, Sun et al. 2023). A search then visits max(60, leaves / 200) leaves, and
-  rescores the best max(128, 2k) candidates with vectors in 8 bits.
+  The tree has about sqrt(n) leaves. A search visits a third of the leaves, but at most 64. It
+  rescores the best max(256, 4k) candidates with their exact vectors. If there are at least `LARGE`
+  vectors, every vector is in two leaves (SOAR, Sun et al. 2023). A search then visits
+  max(60, leaves / 200) leaves, and rescores the best max(128, 2k) candidates with 8-bit vectors.
   """
 
   backend = "scann"
 
   def __init__(self, searcher: Any, count: int):
-    """Wraps a ScaNN searcher over `count` vectors; see `build` and `load`."""
+    """Wraps a ScaNN searcher over `count` vectors. Call `build` or `load` instead."""
     self._searcher, self._count = searcher, count
 
   @classmethod
@@ -163,7 +164,7 @@ class ScannIndex:
 
   @classmethod
   def load(cls, folder: epath.PathLike, count: int) -> "ScannIndex":
-    """Reads an index of `count` vectors that `save` wrote; raises UserError if it is absent."""
+    """Reads an index of `count` vectors that `save` wrote. Raises UserError if it is absent."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     if not (folder / ASSETS).exists():
@@ -178,7 +179,8 @@ class ScannIndex:
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
     n = self._count
-    # ScaNN's call for a single query quantizes differently. This call also uses all cores.
+    # This call is also used for a single query, because ScaNN's call for a single query quantizes
+    # differently. This call also uses all cores.
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
@@ -191,7 +193,7 @@ class ScannIndex:
 
 
 def _leaves(n: int) -> tuple[int, int]:
-  """Returns the number of leaves of a tree over n vectors, and the number of leaves to search."""
+  """Returns the number of leaves of a tree over n vectors, and how many of them a search visits."""
   leaves = max(1, round(n**0.5))
   most = max(60, leaves // 200) if n >= LARGE else 64
   return leaves, min(most, -(-leaves // 3))
@@ -212,11 +214,11 @@ class BlockIndex:
     """Splits the bank into blocks.
 
     Args:
-      documents: [n, E] of norm 1, an array or an `ArrayStore`.
+      documents: embeddings [n, E] of norm 1, as an array or an `ArrayStore`.
       backend: "scann" or "exact", see `choose_backend`.
       folder: folder of the ScaNN indices. Exact search does not use it.
-      rows: number of documents in a block. Exact search uses at most `EXACT_ROWS`.
-      first: first row of `documents` to search. Ids are still rows of `documents`.
+      rows: number of documents in a block. Blocks of exact search have at most `EXACT_ROWS`.
+      first: first row of `documents` to search. Ids count from row 0 of `documents`.
       query_batch: number of queries in a batch of exact search. The last batch is padded.
     """
     self._query_batch = query_batch
@@ -231,7 +233,7 @@ class BlockIndex:
     ScannIndex.build(self._documents[start:stop]).save(self._block_folder(block))
 
   def has_block(self, name: str) -> bool:
-    """Returns whether the index of a block exists; `name` is the number of the block as text."""
+    """Returns whether the index of a block exists. `name` is the number of the block as text."""
     return (self._block_folder(int(name)) / ASSETS).exists()
 
   def _block_folder(self, block: int) -> epath.Path:
@@ -259,8 +261,8 @@ def merge(results: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
     merged  = [[4 8 7]], [[.9 .5 .2]]
 
   Args:
-    results: ids and scores [q, m] of each search. Ids are rows of the bank; -1 means no result.
-    k: number of results, at most the sum of all m.
+    results: ids and scores [q, m] of each search. Ids are rows of the bank. -1 is padding.
+    k: number of results per query, at most the sum of all m.
   """
   ids, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*results))
   order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -268,7 +270,7 @@ def merge(results: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
 
 
 def choose_backend(count: int, backend: str = "auto") -> str:
-  """Chooses the search backend for `count` vectors; "auto" is ScaNN from 1,000 vectors on.
+  """Chooses the search backend for `count` vectors. "auto" is ScaNN for 1,000 or more vectors.
 
   Raises:
     UserError: there are no vectors, or ScaNN is not installed.
@@ -286,7 +288,7 @@ def choose_backend(count: int, backend: str = "auto") -> str:
 
 
 def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
-  """Computes the share of `exact_ids`, [q, k], that are in the same row of `ids`, [q, k].
+  """Computes the share of `exact_ids` that also occur in the same row of `ids`, both [q, k].
 
   ids = [[2 1] [3 9]], exact_ids = [[1 2] [3 4]]: 0.75
   """

@@ -1,4 +1,7 @@
-"""Adds vectors of words to CLIP embeddings of captions, for hybrid search (dense and lexical)."""
+"""Appends vectors of words to CLIP embeddings of captions, for hybrid search.
+
+Hybrid search compares both CLIP embeddings (dense) and words (lexical).
+"""
 
 # m texts, E width of CLIP embeddings, X width of the lexical part.
 
@@ -29,7 +32,7 @@ CACHED_WORDS = 2**16
 
 
 def words(text: str) -> list[str]:
-  """Returns the sorted distinct words of a text in lower case, or one empty word if it has none.
+  """Returns the sorted distinct words of a text in lower case. Without words, returns [""].
 
   words("A red bell, a RED key") = ["a", "bell", "key", "red"], words("?") = [""]
   """
@@ -56,10 +59,10 @@ def signs(word: str, width: int) -> np.ndarray:
 
 
 def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
-  """Computes the weights of words that occur in `counts` of N documents, float64, all positive.
+  """Computes positive float64 weights of words that occur in `counts` of N documents.
 
-  The weight is the inverse document frequency of BM25 (Robertson and Zaragoza 2009) in the form of
-  Lucene, which adds 1: ln(1 + (N - count + .5) / (count + .5)).
+  The weight is the inverse document frequency of BM25 (Robertson and Zaragoza 2009). As in Lucene,
+  1 is added in the logarithm: ln(1 + (N - count + .5) / (count + .5)).
 
     N = 10, counts [0 1 10]: [3.0910 1.9924 .0465]
   """
@@ -71,7 +74,7 @@ class Lexical:
   """Appends word vectors (the lexical part) to CLIP embeddings. By default, appends nothing.
 
   Attributes:
-    weight: w in [0, 1), weight of the lexical part in the cosine of a caption and a document.
+    weight: w, weight of the lexical part in the cosine of a caption and a document, in [0, 1).
     width: X.
     idf: [BUCKETS] float64, see `inverse_frequencies`.
   """
@@ -81,9 +84,10 @@ class Lexical:
   idf: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
   def embed(self, texts: Sequence[str]) -> np.ndarray:
-    """Embeds texts as normalized weighted sums of the `signs` of their words: [m, X] float32.
+    """Embeds texts, as [m, X] float32: the weighted sum of the `signs` of their words, normalized.
 
-    A word counts only once per text. If the sum is 0, the vector of the empty word replaces it.
+    A word counts only once per text. If the sum is 0, it is replaced by the vector of the empty
+    word.
     """
     rows = np.zeros((len(texts), self.width), np.float32)
     for row, text in zip(rows, texts):
@@ -97,10 +101,11 @@ class Lexical:
   def join(self, embeddings: np.ndarray, texts: Sequence[str] | None = None) -> np.ndarray:
     """Appends lexical parts to CLIP embeddings. The results have norm 1.
 
-      captions and documents: [sqrt(1 - w) CLIP, sqrt(w) words]; images: [CLIP, 0]
+      captions and documents: [sqrt(1 - w) CLIP, sqrt(w) words]
+      images:                 [CLIP, 0]
 
-    The cosine of a caption and a document is then (1 - w) x CLIP's cosine + w x the cosine of their
-    words. The cosine of an image and a document is sqrt(1 - w) x CLIP's cosine.
+    The cosine of a caption and a document is (1 - w) x CLIP's cosine + w x the cosine of their
+    lexical parts. The cosine of an image and a document is sqrt(1 - w) x CLIP's cosine.
 
     Args:
       embeddings: [m, E] CLIP embeddings of norm 1.
@@ -175,12 +180,13 @@ def count_words(
   Counts of finished shards are kept. Counts of added shards change the weights of all words.
 
   Args:
-    folder: folder of the bank, for `FILE`, words/ (the counts of each shard) and done/words/.
-    weight: see `Lexical`. At 0, nothing is counted and `FILE` is deleted.
+    folder: folder of the bank. `FILE`, words/ (the counts of each shard) and done/words/ are
+      written there.
+    weight: see `Lexical`. If it is 0, nothing is counted and `FILE` is deleted.
     width: X.
 
   Returns:
-    {"words": digest of `FILE`}, on which all embeddings depend; {} if the weight is 0.
+    {"words": digest of `FILE`}, or {} if the weight is 0. All embeddings depend on the digest.
   """
   folder = epath.Path(folder)
   if not weight:

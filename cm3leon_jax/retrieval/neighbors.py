@@ -25,8 +25,8 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.retrieval.config import RetrievalConfig
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
-QUERY_SHARE = 20  # A pass over all indices has index_rows / QUERY_SHARE documents as queries.
-SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at a time.
+QUERY_SHARE = 20  # In a pass over all indices, index_rows / QUERY_SHARE documents are the queries.
+SELECT_BATCH = 1_024  # Number of documents for which the candidates' embeddings are in memory.
 
 
 def select_neighbors(
@@ -41,16 +41,16 @@ def select_neighbors(
   """Takes candidates from the sides in turn, best first, and keeps those that no rule rejects.
 
     text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
-    result = [3 8]: 3 from the text side, then 8 from the image side, because 3 is already kept and
-    9 is too similar to 3
+    result = [3 8]: 3 from the text side, because 5 is forbidden; then 8 from the image side,
+    because 3 is already kept and 9 is too similar to 3
 
   Args:
-    sides: an array of candidates per side, best first. Negative candidates are skipped.
-    vectors: [n, E] document embeddings of norm 1. Candidates are rows of `vectors`.
+    sides: an array of candidates per side, best first. Negative candidates are padding.
+    vectors: [n, E] document embeddings of norm 1. A candidate is the index of a row of `vectors`.
     query: [E] embedding of norm 1.
     forbidden: returns whether a candidate is the query itself or in its group.
-    max_similarity: largest cosine to the query and between kept candidates.
-    min_similarity: smallest cosine to the query.
+    max_similarity: largest cosine of a candidate to the query, and of two kept candidates.
+    min_similarity: smallest cosine of a candidate to the query.
 
   Returns:
     The kept candidates in the order in which they were kept, and a Counter of rejections by
@@ -94,7 +94,7 @@ class Retriever:
     return len(self.bank) - self.first
 
   def search(self, queries: np.ndarray) -> np.ndarray:
-    """Finds the nearest documents of queries [q, E]: ids [q, M], best first."""
+    """Finds the documents that are nearest to queries [q, E]. Returns ids [q, M], best first."""
     return self.index.search(queries, min(self.config.max_candidates, len(self)))[0]
 
   def select(
@@ -110,12 +110,13 @@ class Retriever:
     Args:
       sides: an array of candidates [q, M] per side, best first, padded with -1.
       documents: [q, E] embeddings of norm 1.
-      keys: [q] uint64. A bank document with the same key is the query itself.
+      keys: [q] uint64. A document of the bank with the same key is the query itself.
       groups: [q] uint64. 0 means that the document has no group.
 
     Returns:
-      Ids [q, C] int32 in the bank, padded with -1; their cosines to `documents`, [q, C] float32,
-      padded with 0; and a Counter of rejections by `REASONS`.
+      - ids of documents in the bank, [q, C] int32, padded with -1
+      - cosines of these documents to `documents`, [q, C] float32, padded with 0
+      - a Counter of rejections by `REASONS`
     """
     counts: collections.Counter[str] = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
@@ -145,15 +146,15 @@ class Retriever:
   def retrieve(
     self, queries: np.ndarray, count: int | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Selects neighbors for captions, as at inference, without images and groups.
+    """Selects neighbors for captions, as at inference. Captions have no image and no group.
 
     Args:
       queries: [q, E] text embeddings of norm 1, with the lexical part.
       count: C, at most `max_candidates`. Default: the number of neighbors of training documents.
 
     Returns:
-      Ids [q, C] int32 in the bank, best first, padded with -1, and their cosines to the queries,
-      [q, C] float32.
+      - ids of documents in the bank, [q, C] int32, best first, padded with -1
+      - cosines of these documents to the queries, [q, C] float32
     """
     none, count = np.zeros(len(queries), np.uint64), count or 2 * self.config.kept_per_side
     return self.select([self.search(queries)], queries, none, none, count)[:2]
@@ -217,12 +218,12 @@ class _SearchJob:
 def build_neighbors(
   config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner
 ) -> dict:
-  """Runs the stage: embeds pairs, indexes the bank (`train` and `bank`), and finds neighbors.
+  """Runs the stage: embeds pairs, builds the indices of the bank, and finds neighbors.
 
-  Writes {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores
-  (`load_neighbors`) into `job.folder`. Finished work on the same pairs is kept. `width` is the
-  embedding width of the CLIP. `inputs` is the identity of the CLIP. Returns the numbers for the
-  report.
+  The bank has the splits `train` and `bank`. Writes {split}/ (see `bank.Embeddings`), index/, and
+  {split}_pairs/ (ids and scores, see `load_neighbors`) into `job.folder`. Finished work on the same
+  pairs is kept. `width` is the embedding width of the CLIP model. `inputs` is the identity of the
+  CLIP model. Returns the figures for the report.
   """
   start, folder = time.monotonic(), epath.Path(job.folder)
   words = config.lexical_weight, config.lexical_width
@@ -264,7 +265,7 @@ def build_neighbors(
 def _search(
   config: RetrievalConfig, folder: str, split: str, count: int, depends: dict, runner: Runner
 ) -> dict:
-  """Finds and writes the neighbors of the `count` pairs of a split; returns numbers for reports."""
+  """Finds and writes the neighbors of a split's `count` pairs. Returns figures for the report."""
   path = epath.Path(folder)
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
   kept, row = True, (2 * config.kept_per_side,)
@@ -295,7 +296,10 @@ def _search(
 
 
 def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
-  """Measures recall@k against exact search, with up to `most` queries per side, and the mean."""
+  """Measures recall@k against exact search, with up to `most` queries per side.
+
+  Returns the recall of each side and the mean.
+  """
   documents, first = retriever.bank.documents, retriever.first
   exact = index_lib.BlockIndex(documents, "exact", "", index_lib.EXACT_ROWS, first)
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
@@ -314,14 +318,14 @@ def load_neighbors(
   array: str = "ids",
   bank: int | None = None,
 ) -> np.ndarray:
-  """Reads the neighbors of all documents in a store: [n, C] int32 ids, or float32 similarities.
+  """Reads the neighbors of all documents in a store: [n, C] ids (int32) or similarities (float32).
 
   Args:
     name: "train_pairs" or "heldout_pairs".
-    text_only: whether to read the neighbors that were found by caption only. Only held-out pairs
-      have them.
+    text_only: whether to read the neighbors that were found by caption only. They exist only for
+      held-out pairs.
     array: "ids" or "scores".
-    bank: number of documents in the bank, to check ids. None: ids are not checked.
+    bank: number of documents in the bank, with which ids are checked. None checks no ids.
 
   Raises:
     UserError: the neighbors are absent or damaged, or an id is not in the bank.
@@ -339,7 +343,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError, with the row, if one of the ids [n, C] is neither in the bank nor -1."""
+  """Raises UserError if one of the ids [n, C] is neither in the bank nor -1. Names the row."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])

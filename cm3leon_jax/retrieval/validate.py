@@ -11,13 +11,13 @@ from cm3leon_jax.retrieval.neighbors import check_ids
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
-BLOCK = 2**16  # Rows that are read at a time.
+BLOCK = 2**16  # Number of rows that are read at a time.
 
 
 def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str, int]:
   """Reads all arrays of a finished stage, and checks that all ids are in the bank.
 
-  Returns the numbers of documents in the bank, of arrays and of neighbors.
+  Returns the number of documents in the bank, the number of arrays, and the number of neighbors.
 
   Raises:
     UserError: a file is absent, damaged or wrong. The message names the file and, if possible, the
@@ -45,7 +45,7 @@ def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str,
 
 
 def _read(path: epath.Path, rows: int) -> ArrayStore:
-  """Reads every row of an array; raises UserError if a row is damaged or their number is wrong."""
+  """Reads all rows of an array. Raises UserError if one is damaged or their number is wrong."""
   store = ArrayStore(path)
   if len(store) != rows:
     raise UserError(

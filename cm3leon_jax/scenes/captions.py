@@ -1,7 +1,7 @@
 """Writes captions in GenEval's categories (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-A description is a caption with its claims in the layout of GenEval's metadata. docs/scenes.md
-describes this layout, with its lists `include` and `exclude`.
+A description is a caption with its claims. The claims have the layout of GenEval's metadata, with
+the lists `include` and `exclude` (docs/scenes.md).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PLURALS = {
   "trophy": "trophies",
   "wrench": "wrenches",
 }
-PLURAL_WORDS = ("cherries", "glasses", "scissors")  # These name one object, without an article.
+PLURAL_WORDS = ("cherries", "glasses", "scissors")  # Each names one object, without an article.
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
   "left of": ("left of", "to the left of"),
@@ -30,7 +30,8 @@ RELATIONS = {
 }
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# {x}: an object with its article. {is}: is or are. {stands}: stands or stand. {place}: "top left".
+# {x}: an object with its article. {is}: "is" or "are". {stands}: "stands" or "stand". {place}: e.g.
+# "top left".
 _PLACED = (
   "{x} at the {place}",
   "{x} in the {place} corner",
@@ -64,7 +65,7 @@ _RELATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """Caption with its claims in GenEval's layout."""
+  """Caption, with its claims in GenEval's layout."""
 
   caption: str
   include: list[dict]
@@ -85,13 +86,13 @@ def with_article(name: str, color: str = "") -> str:
 
 
 def describe_plainly(scene: Scene) -> Description:
-  """Describes a one-object scene, always in this wording: "a red bell at the top left"."""
+  """Describes a one-object scene, always in the wording "a red bell at the top left"."""
   (placed,) = scene.objects
   return _one(placed, placed.color, _PLACED[0])
 
 
 def _fill(template: str, first: str, **words: str) -> str:
-  """Fills a template. Its verb agrees with the object `first`."""
+  """Fills a template. The verb agrees with the object `first`."""
   many = first in PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "stands": "stand" if many else "stands"}
   return template.format(**verbs, **words)
@@ -100,7 +101,7 @@ def _fill(template: str, first: str, **words: str) -> str:
 def describe(category: str, scene: Scene, rng: random.Random) -> Description:
   """Describes a scene of a category in one of several wordings.
 
-  describe("position", <red bell top left, blue key top right>, rng) may be
+  describe("position", <red bell top left, blue key top right>, rng) may return
     caption = "an image of a key to the right of a bell"
     include = [{"class": "bell", "count": 1},
                {"class": "key", "count": 1, "position": ["right of", 0]}]
@@ -115,7 +116,7 @@ def describe(category: str, scene: Scene, rng: random.Random) -> Description:
 
 
 def _one(placed: Placed, color: str, template: str) -> Description:
-  """Describes one object at its place. An empty `color` is not named."""
+  """Describes one object at its place. If `color` is "", the caption names no color."""
   thing = with_article(placed.object, color)
   caption = _fill(template, placed.object, x=thing, place=placed.place)
   claim = {"class": placed.object, "count": 1, **({"color": color} if color else {})}
@@ -123,7 +124,7 @@ def _one(placed: Placed, color: str, template: str) -> Description:
 
 
 def _count(scene: Scene, rng: random.Random) -> Description:
-  """Describes the number of equal objects; half of the captions also name their color."""
+  """Describes the number of equal objects. Half of the captions also name the color."""
   placed, number = scene.objects[0], len(scene.objects)
   color = placed.color if rng.random() < 0.5 else ""
   words = [NUMBERS[number], *([color] if color else []), plural(placed.object)]

@@ -1,6 +1,6 @@
 """Defines the config section `scenes` and the names of objects, colors and categories.
 
-A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places. Each icon has one color.
 """
 
 import difflib
@@ -12,8 +12,8 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-# RGB. Any two colors have a distance of at least 100. A color has a distance of at least 89 from
-# any mixture of another color with white, which occurs at antialiased edges.
+# Colors in RGB. Any two colors have a distance of at least 100. The distance of a color from any
+# mixture of another color with white is at least 89. Such mixtures occur at antialiased edges.
 COLORS = {
   "red": (220, 0, 30),
   "orange": (255, 130, 0),
@@ -25,7 +25,8 @@ COLORS = {
   "black": (0, 0, 0),
 }
 
-# Name in captions -> icon. The ink of any two icons has an intersection over union of at most 0.67.
+# Name in captions -> icon. For any two icons, the intersection over union of the ink is at most
+# 0.67.
 COMMON = {
   "airplane": "airplane",
   "anchor": "anchor",
@@ -134,7 +135,7 @@ class ScenesConfig:
 
 
 def _lacking(config: ScenesConfig, category: str) -> str:
-  """Returns what a category needs and the config lacks, or "" if the category has scenes."""
+  """Returns what the config lacks for a category, or "" if the category has scenes."""
   two_objects, two_colors = len(config.objects) > 1, len(config.colors) > 1
   match category:
     case "rare" if not config.rare_objects:
@@ -147,7 +148,7 @@ def _lacking(config: ScenesConfig, category: str) -> str:
 
 
 def _check_names(field: str, kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-  """Raises ValueError if `names` is empty, or has an unknown or a repeated name."""
+  """Raises ValueError if `names` is empty, or if a name is unknown or repeated."""
   if not names:
     raise ValueError(f"{field} is empty; it must name at least one {kind}.")
   for name in names:

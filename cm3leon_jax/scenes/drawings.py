@@ -14,13 +14,13 @@ from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 
-CELL = 24  # Side of a place in pixels. The icons are designed for this size.
+CELL = 24  # Side of the square of a place, in pixels. The icons are designed for this size.
 SIDE = 2 * CELL
 
 
 @functools.cache
 def _icons() -> Any:
-  """Imports the icon font on first use; reports and exports of other data do not need it."""
+  """Imports the icon font on first use. Reports and exports of other data do not need it."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:
@@ -37,7 +37,10 @@ def _font(cell: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def alpha(icon: str, cell: int = CELL) -> np.ndarray:
-  """Renders the ink of an icon: [cell, cell] uint8, 255 for full ink. `icon` is a name of MDI7."""
+  """Renders the ink of an icon: [cell, cell] uint8, where 255 is full ink.
+
+  `icon` is its name in Material Design Icons 7.
+  """
   glyph = getattr(_icons(), icon).rpartition(".")[2]
   image = Image.new("L", (cell, cell))
   middle = (cell / 2, cell / 2)
@@ -49,9 +52,9 @@ def alpha(icon: str, cell: int = CELL) -> np.ndarray:
 
 @functools.cache
 def ink(icon: str, style: Style = "filled") -> np.ndarray:
-  """Renders the ink of an icon in a style: [CELL, CELL] uint8, 255 for full ink.
+  """Renders the ink of an icon in a style: [CELL, CELL] uint8, where 255 is full ink.
 
-  The style "outlined" subtracts from each pixel the least ink among it and its four neighbors:
+  The style "outlined" subtracts from each pixel the minimum of the pixel and its four neighbors:
 
     filled = [[0 0 0 0 0], [0 255 255 255 0], [0 255 255 255 0], [0 255 255 255 0], [0 0 0 0 0]]
     outlined = [[0 0 0 0 0], [0 255 255 255 0], [0 255 0 255 0], [0 255 255 255 0], [0 0 0 0 0]]
@@ -65,19 +68,19 @@ def ink(icon: str, style: Style = "filled") -> np.ndarray:
 
 
 def outline(filled: np.ndarray) -> np.ndarray:
-  """Keeps only the edges of ink, [H, W] uint8, as `ink` does. Pixels outside have no ink."""
+  """Keeps only the edges of ink, [H, W] uint8, see `ink`. Outside of the array, there is no ink."""
   cross = ndimage.generate_binary_structure(2, 1)
   return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
 
 
 def corner(place: str, cell: int = CELL) -> tuple[int, int]:
-  """Returns the left and top pixel coordinates of a place."""
+  """Returns the left and the top coordinate of a place, in pixels."""
   row, column = divmod(PLACES.index(place), 2)
   return column * cell, row * cell
 
 
 def render(scene: Scene, style: Style = "filled") -> np.ndarray:
-  """Renders a scene on white: [H, W, 3] uint8 with H = W = SIDE."""
+  """Renders a scene on a white background: [H, W, 3] uint8 with H = W = SIDE."""
   image = np.full((SIDE, SIDE, 3), 255, np.uint8)
   for placed in scene.objects:
     left, top = corner(placed.place)
@@ -88,16 +91,16 @@ def render(scene: Scene, style: Style = "filled") -> np.ndarray:
 
 @functools.lru_cache(20_000)
 def _colored(icon: str, color: str, style: Style) -> np.ndarray:
-  """Renders an icon in one color on white: [CELL, CELL, 3] uint8."""
+  """Renders an icon in one color on a white background: [CELL, CELL, 3] uint8."""
   weight = ink(icon, style).astype(np.float32)[..., None] / 255
   pixels = 255 * (1 - weight) + np.array(COLORS[color], np.float32) * weight
   return np.rint(pixels).astype(np.uint8)
 
 
 def box(placed: Placed) -> list[int]:
-  """Returns the box of an object's ink, the same in all styles.
+  """Returns the box of an object's ink. It is the same in all styles.
 
-  The box is [left, top, right, bottom] in pixels; right and bottom are exclusive.
+  The box is [left, top, right, bottom] in pixels. Right and bottom are exclusive.
   """
   left, top = corner(placed.place)
   bounds = Image.fromarray(alpha(ICONS[placed.object])).getbbox()

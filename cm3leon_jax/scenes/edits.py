@@ -3,7 +3,8 @@
 The facts of an edit are clauses in the layout of `facts.check` (docs/scenes.md):
 
 - `include`: everything that the result shows.
-- `changed`: what the instruction asks of the objects that it names. Their names are in `touched`.
+- `changed`: what must hold for the objects that the instruction names.
+- `touched`: the names of these objects.
 - `kept`: facts that the instruction does not touch, each with some of `class`, `color`, `place`.
 
 An edit function returns None if the edit is impossible in the scene or would not change it.
@@ -20,7 +21,7 @@ from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
 ALL_FIELDS = ("object", "color", "place")
 
-# {x}: objects without an article. {an_x}: an object with its article and color.
+# {x}: one or more objects without an article. {an_x}: an object with its article and color.
 # {where}: a place or a side.
 _RECOLOR = (
   "Make the {x} {color}",
@@ -50,7 +51,7 @@ _WHERE = ("at the {place}", "in the {place} corner")
 
 @dataclasses.dataclass(frozen=True)
 class SceneEdit:
-  """Instruction, the scene that results from it, and the facts that a judge checks."""
+  """Instruction, the scene that it asks for, and the facts that a judge checks."""
 
   instruction: str
   target: Scene
@@ -61,7 +62,7 @@ class SceneEdit:
 
 
 def facts_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
-  """Lists the chosen fields of objects as facts.
+  """Lists a fact for each object, with the chosen fields.
 
   facts_of([Placed("bell", "red", "top left")], ("object", "color")) =
     [{"class": "bell", "color": "red"}]
@@ -71,7 +72,7 @@ def facts_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> l
 
 
 def clauses_of(objects: Iterable[Placed], fields: Sequence[str] = ALL_FIELDS) -> list[dict]:
-  """Lists a clause with count 1 for each object."""
+  """Lists a clause for each object, with the chosen fields and a count of 1."""
   return [{**fact, "count": 1} for fact in facts_of(objects, fields)]
 
 
@@ -115,9 +116,10 @@ def remove(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit 
 
 
 def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Swaps the halves of an image.
+  """Swaps the left and right half, or the top and bottom half.
 
-  Only places are mirrored. A mirrored drawing would not be an object of the world.
+  Objects change their places, but the drawings of the objects are not mirrored, because the world
+  has no mirrored drawings.
   """
   del config
   axis = rng.choice(sorted(_MIRROR))
@@ -140,7 +142,10 @@ def mirror(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit 
 
 
 def add(scene: Scene, config: ScenesConfig, rng: random.Random) -> SceneEdit | None:
-  """Adds an object with a new name, at a free place or next to an object whose name is unique."""
+  """Adds an object whose name the scene lacks.
+
+  It is added at a free place, or next to an object whose name is unique in the scene.
+  """
   names = [name for name in config.objects if name not in counts_of(scene)]
   free = [place for place in PLACES if all(place != placed.place for placed in scene.objects)]
   if not names or not free:
@@ -169,7 +174,7 @@ def _add_beside(
 ) -> SceneEdit | None:
   """Adds an object on one side of another object: "Add a red star above the bell".
 
-  The star is put into the column of the bell if its place there is free. A judge accepts every
+  If the place in the column of the bell is free, the star is put there. The judge accepts every
   place above the bell.
   """
   counts = counts_of(scene)

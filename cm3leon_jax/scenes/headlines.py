@@ -5,7 +5,7 @@ from typing import Any
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 
 # fmt: off
-# Headlines of runs with judged scenes. Shares of samples are at the best guidance weight.
+# Headlines of runs with judged scenes. Shares of samples are measured at the best guidance weight.
 SCENE_HEADLINES = (
   Headline(
     "Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),

@@ -1,8 +1,8 @@
-"""Makes instruction data over `scenes`, whose answers are known exactly.
+"""Makes instruction data about scenes. The right answers are known exactly.
 
 A record depends only on the config, its task, its split and its index, so any number of records can
-be made in any order. Held-out records show held-out scenes before an edit. Training records show
-training scenes before and after it: an edit with a held-out result is dropped.
+be made in any order. Before an edit, held-out records show held-out scenes. Training records show
+training scenes before and after an edit, so an edit with a held-out result is dropped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from cm3leon_jax.scenes.world import KINDS, PLACES, Placed, Scene
 Split = str  # "train" or "heldout".
 T = TypeVar("T")
 
-# Tasks that use the record of the source `scenes` with the same split and index.
+# These tasks use the record of the source `scenes` that has the same split and index.
 CAPTIONED = ("draw", "describe", "complete", "located", "edges")
 QUESTIONS = ("count", "color", "exists", "relation")
 EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None]] = {
@@ -37,7 +37,7 @@ EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None
   "add": edits.add,
 }
 TASKS = (*CAPTIONED, *QUESTIONS, *EDITS)
-TEXT_TASKS = ("describe", *QUESTIONS)  # The answer is a text. Other tasks answer with an image.
+TEXT_TASKS = ("describe", *QUESTIONS)  # Answers are texts. In other tasks, they are images.
 
 HIDDEN = 128  # Pixel value of a hidden half. No object has this color.
 HALVES = {
@@ -46,11 +46,11 @@ HALVES = {
   "top": (0, 0, SIDE, CELL),
   "bottom": (0, CELL, SIDE, SIDE),
 }  # Boxes as `infill_image` takes them: left, top, right, bottom in pixels.
-RARE_SHARE = 0.15  # Share of the questions about a rare object, which is alone in its scene.
+RARE_SHARE = 0.15  # Share of questions whose scene has a rare object as its only object.
 # Share of training edits whose scenes have rare objects. There are too many rare objects to
 # memorize, so a model must copy them from the input image to keep or move them.
 RARE_EDITS = 0.5
-TRIES = 10_000  # Number of scenes drawn for a record before an error.
+TRIES = 10_000  # Largest number of scenes that are drawn for a record. Then an error is raised.
 
 
 def records(config: ScenesConfig, task: str, split: Split, number: int) -> Iterator[Record]:
@@ -63,6 +63,7 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
 
   A record has these texts and images:
 
+    tasks                             texts              images
     draw, describe                    caption            image
     complete                          caption            given: one half is HIDDEN; image
     located                           caption, located   image
@@ -70,9 +71,9 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     count, color, exists, relation    question, answer   image
     recolor, remove, mirror, add      instruction        before, after
 
-  Its facts describe the last image of the line, as the facts of documents of `scenes` do
-  (docs/scenes.md). `task` is added. Edits add `changed`, `touched` and `kept`, see `edits`.
-  `complete` adds `kept`, and `box`: the hidden half as `infill_image` takes it.
+  The facts describe the last image in the table. They have the fields of the facts of a document
+  (docs/scenes.md), and `task`. Edits add `changed`, `touched` and `kept`, see `edits`. `complete`
+  adds `kept`, and `box`: the box of the hidden half, in the form that `infill_image` takes.
 
   Args:
     config: Questions and edits draw other scenes than the source `scenes`. They read only
@@ -81,10 +82,11 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     split: "train" or "heldout".
 
   Returns:
-    A record. Its group is the scene of the input image, or of the output image if it has no input.
+    A record. Its group is the scene of the input image, or of the output image if there is no input
+    image.
 
   Raises:
-    UserError: the task is unknown, or the split has no scene for it.
+    UserError: the task is unknown, or the split has no scene for the task.
   """
   if task not in TASKS:
     raise UserError(f"the task '{task}' is unknown; it must be one of {', '.join(TASKS)}.")
@@ -104,14 +106,15 @@ def may_be_trained(scene: Scene) -> bool:
 def may_be_edited(scene: Scene) -> bool:
   """Returns whether a training edit may show a scene.
 
-  A scene without rare objects must satisfy `may_be_trained`. Rare objects may have any color and
-  place, and other objects next to them, but no held-out object, color or pair may be shown.
+  A scene without rare objects must satisfy `may_be_trained`. In other scenes, rare objects may have
+  any color and place and may be next to other objects. But these scenes must not show a held-out
+  rare object, a common object in its held-out color, or a held-out pair of common objects.
   """
   rare = _rare(scene)
   if not rare or any(map(world.is_heldout_rare, rare)):
     return may_be_trained(scene)
   common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
-  # "bank" and "scene" depend on a complete scene, and `common` is only a part of one.
+  # The reasons "bank" and "scene" are about complete scenes, but `common` is only part of a scene.
   return world.split_of_scene(common) in ("train", "bank", "scene")
 
 
@@ -154,7 +157,7 @@ def _captioned(
 
 
 def _with_places(scene: Scene, include: list[dict]) -> list[dict]:
-  """Lists clauses with the place of each object, and with its color if the caption names it."""
+  """Lists a clause per object with its place and, if the caption names its color, the color."""
   named = {clause["class"] for clause in include if "color" in clause}
   colored = [placed for placed in scene.objects if placed.object in named]
   plain = [placed for placed in scene.objects if placed.object not in named]
@@ -168,7 +171,7 @@ def _inside(scene: Scene, half: str) -> list[Placed]:
 def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
   """Returns a copy of an image, [H, W, 3] uint8, in which a box has the value HIDDEN.
 
-  `hidden` is left, top, right, bottom in pixels; right and bottom are exclusive.
+  `hidden` is the box: left, top, right, bottom in pixels. Right and bottom are exclusive.
   """
   left, top, right, bottom = hidden
   given = image.copy()
@@ -179,7 +182,7 @@ def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
 def _question(
   config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
 ) -> Record:
-  """Makes a record of a question. Counts from 1 to 4 are equally frequent; so are yes and no."""
+  """Makes a record of a question. The counts 1 to 4 are equally frequent. So are yes and no."""
   number = _in_turn((1, 2, 3, 4), config, task, split, index)
   shown = _in_turn((True, False), config, task, split, index)
   for _ in range(TRIES):
@@ -217,7 +220,7 @@ def _ask(
 
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random) -> Record:
-  """Makes a record of an edit. In training, `may_be_edited` accepts both of its scenes."""
+  """Makes a record of an edit. In training, `may_be_edited` must accept both of its scenes."""
   has_rare = split == "train" and "rare" in config.categories
   with_rare = has_rare and rng.random() < RARE_EDITS
   for _ in range(TRIES):
@@ -242,7 +245,7 @@ def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random
 
 
 def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
-  """Returns the facts of `shown`, as in a document, with the reason why `scene` is held out."""
+  """Returns facts of `shown`, as in a document. The field `heldout` is the reason for `scene`."""
   split = world.split_of_scene(scene)
   kind = split if split in KINDS else ""
   return source.facts_of(task, kind, shown, Description("", include, []))
@@ -256,14 +259,14 @@ def _record(
 
 
 def _in_turn(options: Sequence[T], config: ScenesConfig, task: str, split: Split, index: int) -> T:
-  """Chooses one of n options. Each block of n indices has all options once, in random order."""
+  """Chooses one of n options. Each block of n indices gets each option once, in random order."""
   block, i = divmod(index, len(options))
   rng = random.Random(f"{config.seed}/{task}/{split}/turns/{block}")
   return rng.sample(options, len(options))[i]
 
 
 def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equal: int) -> Scene:
-  """Draws a scene of a split: `equal` copies of one object and other objects, or a rare object."""
+  """Draws a scene of a split: a rare object, or `equal` copies of one object with other objects."""
   rare = world.rare_objects(config) if "rare" in config.categories else ()
   for _ in range(TRIES):
     if rare and task in ("color", "exists") and rng.random() < RARE_SHARE:
@@ -279,7 +282,7 @@ def _draw(config: ScenesConfig, task: str, split: Split, rng: random.Random, equ
 
 
 def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
-  """Draws a scene with `equal` copies of one object and other objects, which may repeat, too."""
+  """Draws a scene with `equal` copies of one object, and other objects, which may also repeat."""
   others = rng.randint(0, len(PLACES) - equal)
   names = rng.sample(config.objects, min(1 + others, len(config.objects)))
   colors = dict(zip(names, rng.choices(config.colors, k=len(names))))
@@ -292,8 +295,8 @@ def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
 def _with_rare(config: ScenesConfig, scene: Scene, rng: random.Random, all_of_them: bool) -> Scene:
   """Replaces the objects of one name, or of all names, by rare objects in any color.
 
-  If only one name is replaced, a model that does not know the rare name can infer which object it
-  means, because it knows all other names.
+  If only one name is replaced, a model that does not know the rare name can infer which object has
+  this name, because the model knows the names of all other objects.
   """
   names = sorted(questions.counts_of(scene))
   chosen = names if all_of_them else [rng.choice(names)]

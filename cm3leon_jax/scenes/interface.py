@@ -1,6 +1,6 @@
-"""Implements `evaluation.world.World` for the scenes.
+"""Implements `evaluation.world.World` for the world `scenes`.
 
-Methods import modules for images and models when they run, because most commands need only records.
+Most commands need only records. Therefore modules for images and models are imported in methods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ScenesWorld:
-  """World of the demo: icons in plain colors at four places."""
+  """World of the demo, with icons in plain colors at four places."""
 
   name = source.NAME
   caption = "a green bell to the left of a blue key"

@@ -1,6 +1,6 @@
-"""Checks by facts whether training shows what a scene was held out for.
+"""Checks whether training shows the facts for which scenes are held out.
 
-Images of both splits are similar by design, so a comparison of their pixels cannot find leaks.
+Images of both splits are similar by design, so leaks cannot be found by comparing pixels.
 """
 
 from collections.abc import Iterable
@@ -22,10 +22,10 @@ def check(folder: epath.PathLike) -> FactLeakReport:
   A scene has leaked in each of these cases:
 
   - Training or the bank shows a scene with equal facts.
-  - It is held out for its objects with their colors, or for its pairs of objects, and training and
-    the bank together show all of them.
-  - It is held out for a rare object, and training shows the object, or the bank shows the object in
-    the color of the scene. The bank may show the object in other colors.
+  - The scene is held out for its objects with their colors, or for its pairs of objects, and
+    training and the bank together show all of them.
+  - The scene is held out for a rare object, and training shows the object, or the bank shows the
+    object in the color of the scene. The bank may show the object in other colors.
   """
   heldout = list(_pairs(folder, "heldout"))
   seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -57,7 +57,7 @@ def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
 
 
 def _shown(facts: dict, kind: str) -> set:
-  """Returns the facts that are compared for a kind, e.g. for "pair" the objects with colors."""
+  """Returns the facts to compare for a scene that is held out for `kind`, e.g. "pair"."""
   objects = facts["objects"]
   match kind:
     case "scene":

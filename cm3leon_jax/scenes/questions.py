@@ -1,6 +1,6 @@
-"""Asks questions about scenes whose answers are known exactly.
+"""Asks questions about scenes. The right answers are known exactly.
 
-The functions return None instead of a question with no answer or with more than one answer.
+The functions return None instead of a question that has several right answers or none.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from cm3leon_jax.scenes.world import Scene, is_heldout_objects
 
 NUMBER_WORDS = {1: "one", **NUMBERS}
 
-# {x}, {y}: objects without an article. {xs}: plural. {an_x}: with the indefinite article.
-# {is}, {Is}: is or are. {does}: does or do. {relation}: "left of" or another phrase.
+# {x}, {y}: objects without an article. {xs}: an object in the plural. {an_x}: an object with the
+# indefinite article. {is}, {Is}: "is" or "are". {does}: "does" or "do". {relation}: e.g. "left of".
 _COUNT = (
   "How many {xs} are there?",
   "How many {xs} do you see?",
@@ -57,7 +57,7 @@ class SceneQuestion:
 
 
 def counts_of(scene: Scene) -> dict[str, int]:
-  """Counts the objects of each name; the names are in the order of the places."""
+  """Counts the objects of each name. The names are in the order of the places."""
   counts: dict[str, int] = {}
   for placed in scene.objects:
     counts[placed.object] = counts.get(placed.object, 0) + 1
@@ -65,7 +65,7 @@ def counts_of(scene: Scene) -> dict[str, int]:
 
 
 def named(name: str, number: int) -> str:
-  """Names `number` objects without an article: named("bell", 2) = "bells"."""
+  """Returns the singular or plural of a name, without an article: named("bell", 2) = "bells"."""
   return name if number == 1 else plural(name)
 
 
@@ -101,17 +101,17 @@ def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
 
 
 def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
-  """Asks whether the scene shows an object of a name: "Is there a cat?" -> "no"."""
+  """Asks whether the scene shows an object with a given name: "Is there a cat?" -> "no"."""
   verb = "Are" if name in PLURAL_WORDS else "Is"
   question = rng.choice(_EXISTS).format(an_x=with_article(name), Is=verb)
   return SceneQuestion(question, "yes" if name in counts_of(scene) else "no")
 
 
 def may_be_absent(scene: Scene, name: str) -> bool:
-  """Returns whether training may ask for an object that a scene does not show.
+  """Returns whether training may ask if a scene shows an object that it does not show.
 
-  Training must not ask if the object and a shown object are a held-out pair. The answer would
-  always be "no", and held-out scenes with both objects would contradict it.
+  Training must not ask if the object and a shown object are a held-out pair. In training, the
+  answer would always be "no", but in held-out scenes with both objects, it is "yes".
   """
   shown = counts_of(scene)
   if name in shown:
@@ -122,8 +122,8 @@ def may_be_absent(scene: Scene, name: str) -> bool:
 def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
   """Asks for the only object on one side of an object whose name is unique.
 
-  "What is left of the key?" -> "bell". An object at a diagonal place is on two sides. Returns None
-  if no side of such an object has exactly one object.
+  "What is left of the key?" -> "bell". A diagonally placed object is on two sides, e.g. left of the
+  key and above it. Returns None if no side of a uniquely named object has exactly one object.
   """
   counts = counts_of(scene)
   known = []

@@ -1,4 +1,4 @@
-"""Makes the records of the source `scenes`: captioned images of the world of `world.py`.
+"""Makes the records of the source `scenes`: captioned images of the world in `world.py`.
 
 A record depends only on the config, its split and its index, so any number of records can be made
 in any order.
@@ -22,21 +22,21 @@ from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesCon
 from cm3leon_jax.scenes.drawings import SIDE, box, render
 from cm3leon_jax.scenes.world import KINDS, Scene
 
-NAME = "scenes"  # Value of `raw.source` and prefix of the keys.
+NAME = "scenes"  # Value of `raw.source`, and prefix of the keys of records.
 SOURCE = "https://pictogrammers.com/library/mdi"
 LICENSE = "Apache-2.0"
 ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
-PART_RECORDS = 2_000  # Records per part; a part becomes a raw shard.
+PART_RECORDS = 2_000  # Number of records per part. A part becomes a raw shard.
 
 
 def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
-  """Renders the image of a record, given its field `image`: [H, W, 3] uint8."""
+  """Renders the image of a record, [H, W, 3] uint8. `facts_key` is the record's field `image`."""
   del resolution  # `ScenesSource.parts` checks it.
   return render(Scene.parse(facts_key), style)
 
 
 def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
-  """Returns record `index` of a split; `load(pair.image)` renders its image."""
+  """Returns record `index` of a split. `load` renders the image from the field `image`."""
   rng = random.Random(f"{config.seed}/{split}/{index}")
   if split == "train":
     category, scene = _train_scene(config, rng)
@@ -46,7 +46,8 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category = "colors" if scene.objects[0].object in COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
-  # The bank has only one wording, so that captions of an object differ only in color and place.
+  # In the bank, captions have only one wording, so captions of an object differ only in color and
+  # place.
   description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
   key = scene.facts_key
   return RawPair(
@@ -64,7 +65,7 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
 
 
 def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
-  """Draws a category by its share, and one of its training scenes."""
+  """Draws a category with the probability of its share, and then one of its training scenes."""
   category = rng.choices(config.categories, config.shares or None)[0]
   total = world.number_of_scenes_of(config, category)
   while True:  # `ScenesSource.parts` checks that each category has a training scene.
@@ -74,7 +75,7 @@ def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
 
 
 def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
-  """Chooses a held-out scene: cycles through categories, then their kinds, then their scenes."""
+  """Chooses category, kind and scene of a held-out record. Indices cycle through all of them."""
   rounds, i = divmod(index, len(config.categories))
   category = config.categories[i]
   wanted = -(-config.heldout // len(config.categories))
@@ -93,7 +94,7 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` distinct held-out scenes of a category per kind; the seed gives their order.
+  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order.
 
   Raises:
     UserError: the category has no scene to hold out or no scene to train on.
@@ -144,7 +145,7 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
 
 
 def check_installed() -> None:
-  """Raises UserError if the icon font is not installed; `drawings` imports it only on first use."""
+  """Raises UserError if the icon font, which `drawings` imports on first use, is not installed."""
   load_drawings(NAME, "fonticon_mdi7")
 
 
@@ -161,12 +162,12 @@ class ScenesSource:
     return dataclasses.asdict(self.config)
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
-    """Splits the source into parts; each is a range of indices of one split.
+    """Splits the source into parts. A part is a range of indices of one split.
 
     Raises:
       UserError: `resolution` is not `SIDE`; a category has no scene to train on or no scene to hold
-        out; `bank` exceeds the number of possible scenes; the icons are not installed; or the
-        license is not allowed.
+        out; `bank` exceeds the number of scenes that only the bank may show; the icons are not
+        installed; or the license is not allowed.
     """
     check_installed()
     check_license(licenses, LICENSE, NAME)
@@ -199,7 +200,7 @@ class ScenesSource:
     return load(image, resolution, self.config.style)
 
   def number_of(self, pair: RawPair) -> str:
-    """Names the counter of a record: "train_colors" or "heldout_colors_pair"."""
+    """Returns the name of the counter that counts a record, e.g. "train_colors"."""
     return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
 
   def numbers(self) -> dict[str, int]:
@@ -208,6 +209,6 @@ class ScenesSource:
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
     """Finds leaked held-out scenes, see `leaks.check`."""
-    from cm3leon_jax.scenes import leaks  # Ingestion does not need the modules that it imports.
+    from cm3leon_jax.scenes import leaks  # Its imports are not needed to make records.
 
     return leaks.check(folder)

@@ -9,13 +9,13 @@ from cm3leon_jax.scenes.config import ScenesConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScenesTasks:
-  """Instruction tasks over the scenes of a config."""
+  """Instruction tasks about the scenes of a config."""
 
   config: ScenesConfig
 
   def records(self, task: str, split: str, number: int) -> Iterator[Record]:
     """Yields the first `number` records of a task, see `instructions.record`."""
-    from cm3leon_jax.scenes import instructions  # Its drawings need the extra `demo`.
+    from cm3leon_jax.scenes import instructions  # It draws images, which needs the extra `demo`.
 
     return instructions.records(self.config, task, split, number)
 

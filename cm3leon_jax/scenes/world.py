@@ -1,6 +1,6 @@
 """Defines the world of `scenes`: its objects, colors and places, its scenes, and their splits.
 
-A scene shows icons of Material Design Icons on a grid of 2 x 2 places, each in one plain color.
+A scene shows icons of Material Design Icons on a grid of 2 x 2 places. Each icon has one color.
 `drawings` renders scenes, `captions` describes them, and `source` makes records of them.
 """
 
@@ -17,15 +17,18 @@ from cm3leon_jax.scenes.config import COLORS, COMMON, RARE, TWO_OBJECTS, ScenesC
 ICONS = {**RARE, **COMMON}
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("scene", "pair", "objects", "rare")  # Why a scene is held out.
+KINDS = ("scene", "pair", "objects", "rare")  # Reasons for which a scene is held out.
 
-HELDOUT_SCENES = 0.1  # Held-out share of the scenes whose parts all occur in training.
+HELDOUT_SCENES = 0.1  # Held-out share of the scenes of which all parts occur in training.
 HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
 
 
 def _heldout_colors() -> dict[str, str]:
-  """Assigns each common object a color that training never shows it in, all equally often."""
+  """Assigns each common object the color in which training never shows it.
+
+  All colors are assigned equally often.
+  """
   ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
   return dict(zip(ordered, itertools.cycle(COLORS)))
 
@@ -35,17 +38,17 @@ HELDOUT_COLOR = _heldout_colors()
 
 @functools.cache
 def rare_color(name: str) -> str:
-  """Returns the color of a rare object in training and evaluation; the bank uses the other colors.
+  """Returns the color in which training and evaluation show a rare object.
 
   Training shows the object only in this color, at `rare_place`. If the object is held out,
-  evaluation shows it in this color at all places.
+  evaluation shows it in this color at all places. The bank shows it in the other colors.
   """
   return min(COLORS, key=lambda color: fraction(f"scenes/color/{name}/{color}"))
 
 
 @functools.cache
 def bank_color(name: str) -> str:
-  """Returns the color in which only the bank shows a common object without other objects."""
+  """Returns a color of a common object. Only the bank shows it in this color as the only object."""
   known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
   return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
 
@@ -70,7 +73,7 @@ def is_heldout_rare(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-  """Object with a color and a place, all given by name."""
+  """Object with its color and its place. All three are names."""
 
   object: str
   color: str
@@ -92,12 +95,12 @@ class Scene:
 
   @property
   def facts_key(self) -> str:
-    """Canonical text of all facts; equal images have equal texts."""
+    """Canonical text of all facts. Equal images have equal texts."""
     return ", ".join(sorted(map(str, self.objects)))
 
   @property
   def drawings_key(self) -> str:
-    """Canonical text of the distinct objects with their colors; it has no places and no counts."""
+    """Canonical text of the distinct objects with their colors. It has no places and no counts."""
     return ", ".join(sorted({f"{placed.color} {placed.object}" for placed in self.objects}))
 
   @classmethod
@@ -111,7 +114,7 @@ class Scene:
 
   @classmethod
   def of(cls, objects: Iterable[Placed]) -> Self:
-    """Makes a scene of objects, which may be in any order."""
+    """Makes a scene from objects, which may be in any order."""
     return cls(tuple(sorted(objects, key=lambda placed: PLACES.index(placed.place))))
 
 
@@ -146,7 +149,7 @@ def split_of_scene(scene: Scene) -> str:
 
 @functools.cache
 def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
-  """Returns the rare objects that a config uses; a larger number only appends objects."""
+  """Returns the rare objects that a config uses. A larger `rare_objects` only appends objects."""
   ordered = sorted(RARE, key=lambda name: fraction("scenes/order/" + name))
   return tuple(ordered[: config.rare_objects])
 
@@ -160,8 +163,8 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
      Each of these objects has one color.
   3. Rare objects at more places and in more colors.
 
-  The first scenes of an object thus differ only in their place, so only the place decides which of
-  them is nearest to a caption.
+  Therefore the first scenes of an object differ only in the place, and only the place decides which
+  of these scenes is nearest to a caption.
   """
   order = [
     (-1, Scene((Placed(name, bank_color(name), place),)))
@@ -180,14 +183,14 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
   return tuple(scene for _, scene in sorted(order, key=lambda entry: entry[0]))
 
 
-# Places of 2 to 4 equal objects, and of two different objects.
+# Combinations of places: for 2 to 4 equal objects, and for two different objects.
 _SETS = tuple(p for n in (2, 3, 4) for p in itertools.combinations(PLACES, n))
 _ORDERED = tuple(itertools.permutations(PLACES, 2))
 
 
 @functools.cache
 def _parts(config: ScenesConfig, category: str) -> tuple[tuple, ...]:
-  """Returns the names, colors and places of a category; each combination of them is a scene."""
+  """Returns the names, colors and places of a category. Each combination of them is a scene."""
   colors = tuple(config.colors)
   if category in TWO_OBJECTS:
     both = tuple(itertools.product(colors, repeat=2))
@@ -204,7 +207,10 @@ def number_of_scenes_of(config: ScenesConfig, category: str) -> int:
 
 
 def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
-  """Returns scene `index`, below `number_of_scenes_of`, of a category. All scenes are distinct."""
+  """Returns scene `index` of a category. All scenes are distinct.
+
+  `index` must be below `number_of_scenes_of`.
+  """
   chosen = []
   for choices in _parts(config, category):
     index, i = divmod(index, len(choices))
@@ -219,8 +225,8 @@ def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
 def number_of_scenes(config: ScenesConfig) -> int:
   """Counts the distinct scenes of the world, in all splits.
 
-  Captions of `single_object` and `colors` describe the same scenes. So do captions of `two_object`
-  and `position`, whose scenes include the scenes of `color_attr`.
+  Captions of `single_object` and `colors` describe the same scenes. Captions of `two_object` and
+  `position` also describe the same scenes, which include the scenes of `color_attr`.
   """
   of = {category: number_of_scenes_of(config, category) for category in config.categories}
   alike = (("single_object", "colors"), TWO_OBJECTS, ("counting",), ("rare",))

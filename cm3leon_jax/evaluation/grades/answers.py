@@ -1,4 +1,4 @@
-"""Grades a model's answers to held-out instructions, and baselines, with the judge of a world."""
+"""Grades answers to held-out instructions, by a model or by a baseline, with a world's judge."""
 
 # n records, H height, W width.
 
@@ -67,12 +67,12 @@ def without_model(
   image_tokenizer: ImageTokenizer,
   settings: Settings,
 ) -> dict[str, list[Answer]]:
-  """Judges answers without a model: baselines that a model should beat, and an upper bound.
+  """Judges answers that need no model: baselines that a model should beat, and an upper bound.
 
   Returns:
-    For questions: the `guesses` of the world. For images: "copy", the given image unchanged (if
-    there is one), and "tokenizer", the true image as the image tokenizer reconstructs it. No model
-    can beat "tokenizer".
+    Title -> judged answers. For questions, these are the `guesses` of the world. For tasks that
+    answer with an image, "copy" is the given image unchanged, if an image is given. "tokenizer" is
+    the true image as the image tokenizer reconstructs it. No model can beat "tokenizer".
   """
   if task.target in records[0].texts:
     guesses = world.guesses(records).items()
@@ -91,8 +91,8 @@ def without_model(
 def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
   """Computes the share of right answers, with a 95% interval over groups of records.
 
-  Returns {"answers": count, "right": {share, low, high, groups, effective_groups}}. "kept", in the
-  form of "right", is added for images in which parts had to stay unchanged.
+  Returns {"answers": count, "right": {share, low, high, groups, effective_groups}}. If the answers
+  are images in which parts had to stay unchanged, "kept" is added, with the same fields as "right".
   """
   options = (answers, num_resamples, seed)
   result = {"answers": len(answers), "right": _share([a.right for a in answers], *options)}
@@ -102,16 +102,16 @@ def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
 
 
 def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Averages one value per answer: {share, low, high, groups, effective_groups}."""
+  """Averages one value per answer. Returns {share, low, high, groups, effective_groups}."""
   groups = [answer.record.group for answer in answers]
   found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
   return {"share": found.pop("mean"), **found}
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
-  """Computes how much larger the share of right answers is in `after`: {share, low, high, ...}.
+  """Computes the share of right answers in `after` minus the share of right answers in `before`.
 
-  Both sequences must answer the same records.
+  Both sequences must answer the same records. Returns {share, low, high, groups, effective_groups}.
   """
   values = [a.right - b.right for a, b in zip(after, before, strict=True)]
   return _share(values, after, num_resamples, seed)
@@ -124,12 +124,12 @@ def means(
 
   Args:
     tables: name of a task -> title ("before", "after", "majority", ...) -> result of `summarize`.
-    kinds: name of a kind, e.g. "edits" -> names of its tasks.
+    kinds: name of a kind, such as "edits" -> names of the tasks of this kind.
 
   Returns:
-    {"edits": {title: mean share of right answers}, "edits, kept": {title: mean share of kept}}, for
-    the titles that all tasks of the kind have. "edits, kept" is present only if all tables have
-    "kept".
+    {"edits": {title: mean share of right answers}, "edits, kept": {title: mean share of "kept"}},
+    for the titles that all tasks of the kind have. "edits, kept" is present only if all tasks of
+    the kind have "kept".
   """
   result = {}
   for kind, members in kinds.items():

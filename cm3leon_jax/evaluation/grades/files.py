@@ -1,4 +1,4 @@
-"""Writes graded answers: tables, one line per answer, and examples with their images."""
+"""Writes graded answers to files: tables, one line per answer, and the images of examples."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -23,8 +23,8 @@ TITLES = (
   "any object",
   "copy",
   "tokenizer",
-)  # Titles of the columns, in the order of the tables.
-EXAMPLES = 4  # Number of examples per kind and task.
+)  # Titles of columns, in the order in which tables show them.
+EXAMPLES = 4  # Number of random examples, and of wrong examples, per task.
 
 
 def write(
@@ -35,8 +35,8 @@ def write(
 ) -> dict[str, Any]:
   """Writes grades.json, answers.jsonl, and the images of the examples to `folder`.
 
-  `answers` is name of a task -> title of a column -> answers to the same records. For `kinds`, see
-  `answers.means`.
+  `answers` maps the name of each task to {title of a column: answers}. All columns of a task answer
+  the same records. For `kinds`, see `answers.means`.
 
   Returns {"tasks": {task: {title: result of `summarize`}}, "gains": {task: result of `gain` from
   "before" to "after"}, "means": result of `answers.means`}.
@@ -65,9 +65,9 @@ def write(
 
 
 def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
-  """Chooses random examples, and the wrong answers with the highest `score`.
+  """Chooses random answers, and the wrong answers with the highest `score`, as examples.
 
-  Returns pairs of a title and indices. No index occurs twice.
+  Returns (title, indices into `answers`) for both kinds. No index occurs twice.
   """
   order = np.random.default_rng(seed).permutation(len(answers)).tolist()
   chosen = order[:EXAMPLES]
@@ -77,7 +77,7 @@ def choose(answers: Sequence[Answer], seed: int) -> list[tuple[str, list[int]]]:
 
 
 def _line(folder: epath.Path, task: str, title: str, i: int, answer: Answer, shown: bool) -> dict:
-  """Returns the line of an answer, and writes its images if it is a `shown` example."""
+  """Returns the line of an answer in answers.jsonl. If `shown`, it also writes its images."""
   is_text = isinstance(answer.answer, str)
   line: dict[str, Any] = {
     "task": task,

@@ -1,4 +1,4 @@
-"""Scores given answers: computes how likely the model finds each answer in the place of a mask."""
+"""Computes the probability that the model assigns to each given answer in the place of a mask."""
 
 # Q questions, C answers to each, I codes of an image.
 
@@ -32,7 +32,8 @@ def score_answers(
     </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
     and the same sample with the second answer
 
-  <eoss> counts, so that an answer that is the beginning of another answer is not favored.
+  The log-probability of <eoss> is included. Without it, an answer such as "two" could never score
+  below a longer answer with the same beginning.
 
   Args:
     params: parameters of the decoder as it was trained, on the current mesh.
@@ -44,7 +45,7 @@ def score_answers(
     For each question, [C] log-probabilities in nats.
 
   Raises:
-    UserError: an answer is empty, or text and image do not fit the positions of the model.
+    UserError: an answer is empty, or a text and its image take more positions than the model has.
   """
   layout = pipeline.layout
   samples, lengths = [], []

@@ -51,10 +51,10 @@ def unigram_bits(counts: npt.ArrayLike) -> np.ndarray:
 
 
 def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray:
-  """Computes the bits of every id under two unigram models, one of image codes and one of text.
+  """Computes the bits of every id under a unigram model of image codes and a unigram model of text.
 
   `store` has the training documents. Only its token counts are read. The result is [vocab.size]
-  float64, with NaN at the special tokens, which neither model has.
+  float64. Special tokens are in neither model, so their bits are NaN.
   """
   counts = store.token_counts
   text, image = slice(vocab.num_special, vocab.text_size), slice(vocab.text_size, vocab.size)
@@ -64,17 +64,17 @@ def unigram_table(store: Bank | DocumentStore, vocab: VocabLayout) -> np.ndarray
 
 
 def partners(concepts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-  """Assigns each document a partner of another concept; each document is a partner once.
+  """Assigns each document a partner with another concept. Each document is a partner once.
 
     concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
 
-  If one concept has more than half of the documents, some of its documents get a partner of the
-  same concept, but never themselves. At least two of the n names in `concepts` differ. The result
-  is [n] int64, a permutation.
+  If one concept has more than half of the documents, some of its documents get a partner with the
+  same concept. A document is never its own partner. `concepts` has n names, of which at least two
+  must differ. The result is a permutation, [n] int64.
   """
   _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
-  # Documents in random order, grouped by concept. A shift by the size of the largest concept leads
-  # to another concept.
+  # `order` groups the documents by concept. Concepts and documents are in random order. A shift by
+  # the size of the largest concept leads to a document with another concept.
   order = np.lexsort((rng.permutation(len(places)), rng.permutation(len(sizes))[places]))
   result = np.empty(len(places), np.int64)
   result[order] = np.roll(order, sizes.max())
@@ -119,8 +119,8 @@ def own_targets(
     text           0    0     0    0    1 1    0     0   0
     image          0    0     0    0    0 0    0     1   0
 
-  `<break>` and `</s>` are not marked. In `sample` ([T] int32, from `loader.join`), the document is
-  last, after its neighbors. Returns {"image", "text"}: [T - 1] bool.
+  `<break>` and `</s>` are not marked. `sample` ([T] int32) is a result of `loader.join`: first the
+  neighbors, then the document. Returns {"image": mask, "text": mask}, each [T - 1] bool.
   """
   targets = np.asarray(sample)[1:]
   size = sum(len(s.tokens) for s in document.segments) + len(document.segments) - 1
@@ -131,7 +131,7 @@ def own_targets(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(model_config: ModelConfig, params: dict, batch: dict[str, Array]) -> Float[Array, "B L"]:
-  """Computes the nats of each target, replicated on every device; compiled once per shape."""
+  """Computes the negative log-likelihood of each target in nats, replicated on every device."""
   return shard(loss.batch_nll(transformer.bind(model_config, params), batch)[1], None, None)
 
 
@@ -144,17 +144,17 @@ def score_samples(
   progress: Callable[[int], object] = lambda rows: None,
   length: int | None = None,
 ) -> list[np.ndarray]:
-  """Computes the causal negative log-likelihood of every target, with one sample per row.
+  """Computes the negative log-likelihood of every token after the first, with one sample per row.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    samples: samples of [T] int32, T <= model_config.max_positions + 1.
+    samples: each is [T] int32, with T <= model_config.max_positions + 1.
     batch_size: rows in a batch, see `check_batch`.
     progress: called with the number of samples that were scored since its last call.
     length: slots of a row. Default: the slots of the longest sample, rounded up.
 
   Returns:
-    For each sample, [T - 1] float64, in bits.
+    For each sample, the bits of its targets, [T - 1] float64.
   """
   if length is None:
     longest = max(len(s) for s in samples) - 1
@@ -180,13 +180,13 @@ def _samples(
   vocab: VocabLayout,
   seed: int,
 ) -> tuple[list[Document], list[str], dict[str, list[np.ndarray]], dict[str, list[int]]]:
-  """Chooses documents; returns them, their concepts, and the samples and counts per condition.
+  """Chooses documents. Returns documents, concepts, and per condition the samples and the counts.
 
   A sample is a document after its neighbors. A count is the number of these neighbors.
   """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
-  # Each document without a concept is its own concept.
+  # A document without a concept gets a concept that no other document has.
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
@@ -224,16 +224,16 @@ def evaluate(
   config: EvaluationConfig,
   seed: int,
 ) -> dict[str, Any]:
-  """Measures the bits of held-out pairs by causal prediction, without spans and dropout.
+  """Measures the bits of held-out pairs by causal prediction, without masked spans or dropout.
 
   Only targets of the document itself count (`own_targets`). There are three conditions:
   - `true`: the document follows its own neighbors.
-  - `shuffled`: the document follows the neighbors of a document of another concept. Form and number
-    of the neighbors are similar, but their content differs.
+  - `shuffled`: the document follows the neighbors of a document with another concept. Form and
+    number of the neighbors are similar, but their content differs.
   - `none`: the document has no neighbors.
 
-  For comparison, the bits of a unigram model of the training pairs are computed. The decoder
-  spreads its probability over the whole vocabulary, but the unigram model only over one modality.
+  For comparison, the bits under a unigram model of the training pairs are computed. The decoder
+  spreads its probability over the whole vocabulary. The unigram model spreads it over one modality.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
@@ -242,10 +242,11 @@ def evaluate(
     data: config of rows. The first `num_neighbors` neighbors that fit are put before a document.
 
   Returns:
-    A plain dict with documents, mean_neighbors (per condition), and per modality: tokens, unigram
-    (bits), true, shuffled, none, true_over_unigram, and the paired differences true_minus_shuffled
-    and true_minus_none. Each condition and difference is {bits, low, high, groups,
-    effective_groups}, with an interval over concepts (`intervals.mean_interval`).
+    A dict with `documents`, `mean_neighbors` (per condition), and a dict per modality. The dict of
+    a modality has `tokens`, `unigram` (bits), `true_over_unigram`, the conditions `true`,
+    `shuffled` and `none`, and the paired differences `true_minus_shuffled` and `true_minus_none`.
+    Each condition and each difference is {bits, low, high, groups, effective_groups}, with an
+    interval over concepts (`intervals.mean_interval`).
 
   Raises:
     UserError: there are fewer than two concepts, or a document is longer than a row.
@@ -285,7 +286,7 @@ def _score_conditions(
     def score(rows: list[np.ndarray]) -> list[np.ndarray]:
       return score_samples(params, model_config, rows, vocab, batch_size, bar.update)
 
-    # One call, so that one program is compiled for both.
+    # One call scores both conditions with neighbors, so that one program is compiled for them.
     together = score(samples["true"] + samples["shuffled"])
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 

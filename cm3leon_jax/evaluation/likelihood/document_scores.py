@@ -1,10 +1,10 @@
 """Scores documents token by token: log-probabilities, sums by modality, perplexity with intervals.
 
-Documents are scored in parts. Each part is a file, so a killed command continues after the last
-finished part, and memory does not grow with the number of documents.
+Documents are scored in parts, and each part is a file. Therefore a command that was killed can
+continue after the last finished part, and memory does not grow with the number of documents.
 """
 
-# T tokens of a sample: neighbors and document, </s> at both ends.
+# T tokens of a sample: </s>, the neighbors, the document, </s>.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -31,10 +31,10 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
-PART = 256  # Documents per part.
+PART = 256  # Number of documents per part.
 MODALITIES = ("text", "image", "special")  # "special": <break> and the </s> at the end.
-MAX_GROUPS = 10_000  # Largest number of groups that an interval resamples. More are merged.
-DIGITS = 6  # Decimals of log-probabilities.
+MAX_GROUPS = 10_000  # Largest number of groups of an interval. If there are more, some are merged.
+DIGITS = 6  # Number of decimals with which log-probabilities are written.
 
 
 def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
@@ -44,7 +44,7 @@ def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Finds up to `count` neighbors of a pair by its text, as at inference, but never the pair."""
+  """Finds up to `count` neighbors of a pair by its text, as at inference. Excludes the pair."""
 
   count: int
   retriever: Retriever
@@ -72,17 +72,17 @@ class Search:
 
 
 def is_pair(document: Document) -> bool:
-  """Returns whether a document is a text and then an image."""
+  """Returns whether a document is a text followed by an image."""
   return [segment.is_image for segment in document.segments] == [False, True]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """Scores documents with a decoder as it was trained, after their neighbors.
+  """Scores documents with a trained decoder. Each document follows its neighbors.
 
   Attributes:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
-    positions: slots of a row in training.
+    positions: number of slots of a row in training.
     batch_size: rows in a batch, see `bits.check_batch`.
     find: returns the neighbors of each document, best first.
   """
@@ -95,7 +95,7 @@ class Scorer:
   find: Callable[[Sequence[Document]], list[tuple[Document, ...]]] = no_neighbors
 
   def score(self, documents: Sequence[Document]) -> list[dict]:
-    """Returns the line of each document in scores.jsonl, see `line_of`."""
+    """Returns the fields of each document's line in scores.jsonl, see `line_of`."""
     found = self.find(documents)
     kept = [
       bits.fit_neighbors(document, neighbors, self.positions)
@@ -122,7 +122,7 @@ class Scorer:
 
 
 def row_length(slots: int, most: int) -> int:
-  """Rounds slots up to 64, 128, 256, ..., at most to `most`, so that few shapes are compiled.
+  """Rounds a number of slots up to 64, 128, 256, ... or `most`, so that few shapes are compiled.
 
   >>> [row_length(slots, 400) for slots in (3, 64, 65, 300)]
   [64, 64, 128, 400]
@@ -140,7 +140,7 @@ def line_of(
   neighbors: list[str],
   vocab: VocabLayout,
 ) -> dict:
-  """Makes the line of a document in scores.jsonl, without the tokens of its neighbors.
+  """Makes the fields of a document's line in scores.jsonl, without the tokens of its neighbors.
 
     document: 8 9 <break> 92, after a neighbor
     tokens    = [</s> 8 9 <break> 92 </s>]
@@ -148,7 +148,7 @@ def line_of(
     segments  = [{"text", 1 to 3, a + b}, {"image", 4 to 5, d}], special = c + e
 
   `sample` ([T] int32, from `loader.join`) has the neighbors and the document. `log_probs` ([T - 1],
-  in nats) has one number for each target of the sample. `neighbors` are keys.
+  in nats) has one number for each target of the sample. `neighbors` are the keys of the neighbors.
   """
   own = bits.own_targets(sample, document, vocab)
   tokens = loader.join([document], vocab)
@@ -199,10 +199,10 @@ def run(
 ) -> dict:
   """Scores all documents and writes scores.jsonl. Existing parts are kept.
 
-  All processes of a job must call this function. The first process writes. `folder` also holds
-  parts/ until all parts are done. A part has `part` documents. `checked` is the result of
-  `documents.check`. `num_resamples` and `seed` are for the intervals. Returns the summary, see
-  `Totals.summary`.
+  All processes of a job must call this function. The first process writes the files. Until all
+  parts are done, they are in parts/ in `folder`. A part has `part` documents. `checked` is the
+  result of `documents.check`. `num_resamples` and `seed` are for the intervals. Returns the
+  summary, see `Totals.summary`.
   """
   folder = epath.Path(folder)
   count = -(-checked.documents // part)
@@ -250,8 +250,8 @@ def _lines(files: Sequence[epath.Path]) -> Iterator[str]:
 class Totals:
   """Sums of log-probabilities by modality and group, for any number of documents.
 
-  A group is a concept, or a single document without a concept. If there are more than `most`
-  groups, several groups share a row.
+  A group is all documents with one concept, or a single document without a concept. If there are
+  more than `most` groups, several groups share a row.
   """
 
   def __init__(self, most: int = MAX_GROUPS):
@@ -280,14 +280,14 @@ class Totals:
       self.log_probs[name][row] += line[name]["log_prob"]
 
   def summary(self, num_resamples: int, seed: int) -> dict:
-    """Returns numbers of all documents and of each modality; None for modalities without tokens.
+    """Returns the figures of all documents and of each modality.
 
-      2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
+      2 tokens with log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
 
-    Returns {"documents", "mean_neighbors", "text", "image", "special"}. Each modality has
-    documents, tokens, log_prob (nats), bits per token and perplexity with 95% intervals (`low`,
-    `high`, `perplexity_low`, `perplexity_high`; None if there is only one group), groups and
-    effective_groups.
+    Returns {"documents", "mean_neighbors", "text", "image", "special"}. A modality without tokens
+    is None. The others have `documents`, `tokens`, `log_prob` (nats), `bits` (per token) with the
+    95% interval `low` and `high`, `perplexity` with the 95% interval `perplexity_low` and
+    `perplexity_high`, `groups` and `effective_groups`. If there is one group, intervals are None.
     """
     result: dict[str, Any] = {
       "documents": self.documents,
@@ -306,7 +306,7 @@ class Totals:
 def _numbers_of_groups(
   tokens: np.ndarray, log_probs: np.ndarray, num_resamples: int, seed: int
 ) -> dict[str, Any]:
-  """Returns the numbers of a modality from the sums of its groups, see `Totals.summary`."""
+  """Computes the figures of a modality from the sums of its groups, see `Totals.summary`."""
   groups = np.arange(len(tokens))
   found = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)
   ends = {f"perplexity_{end}": found[end] for end in ("low", "high")}
@@ -321,7 +321,7 @@ def _numbers_of_groups(
 
 
 def describe(summary: dict) -> str:
-  """Formats the numbers of text and image in a `Totals.summary` as one line."""
+  """Formats the figures of text and image in a `Totals.summary` as one line."""
   parts = []
   for name in ("text", "image"):
     if (found := summary[name]) is not None:

@@ -1,9 +1,9 @@
-"""Reads the documents to score, from a JSONL file or from the folder of a document store.
+"""Reads documents that shall be scored, from a JSONL file or from the folder of a document store.
 
-All documents are checked before the first one is scored. Then they are read in parts.
+All documents are checked before the first document is scored. Then they are read in parts.
 """
 
-# N documents, S segments of a block of documents.
+# N documents of a block, S segments of these documents.
 
 from collections.abc import Collection, Iterator
 import dataclasses
@@ -41,7 +41,7 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FORMS = ("text", "image and caption", "segments")
-BLOCK = 1_000_000  # Documents of a store whose lengths are checked at a time.
+BLOCK = 1_000_000  # Number of documents of a store whose lengths are checked at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Checked:
   """Result of a check of documents.
 
   Attributes:
-    pairs: number of documents that are a text and then an image.
+    pairs: number of documents that are a text followed by an image.
     digest: SHA-256, in hex, of everything in the documents that their scores depend on.
   """
 
@@ -60,7 +60,7 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentFile:
-  """Documents of a JSONL file; each line is a raw text, pair or interleaved document.
+  """Documents of a JSONL file. Each line is a raw text, a raw pair or a raw interleaved document.
 
   Attributes:
     path: path of the file. Paths of images are relative to its folder.
@@ -78,10 +78,10 @@ class DocumentFile:
     """Checks every line, and reads every image.
 
     Raises:
-      UserError: a line is not a JSON object or is too long; a field is unknown, absent or empty; an
-        image is absent, unreadable or not in the folder of the file; or a document takes more
-        positions than the model was trained on. The message names the file and the line. The error
-        is also raised if the file is empty.
+      UserError: the file is empty; a line is not a JSON object or is too long; a field is unknown,
+        absent or empty; an image is absent, unreadable or not in the folder of the file; or a
+        document takes more positions than the model was trained on. The message names the file and,
+        if there is one, the line.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
     for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
@@ -102,7 +102,7 @@ class DocumentFile:
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
+    """Yields (i, documents) for each wanted part i. Part i begins at document i * `size`."""
     records = (record for _, record in self._records())
     for number in itertools.count():
       part = list(itertools.islice(records, size))
@@ -125,7 +125,7 @@ class DocumentFile:
     return ImageFolder(os.fspath(self.path.parent), BY_FLAG, self.allow_outside)
 
   def _check_image(self, image: str, where: str) -> bytes:
-    """Reads an image; returns the SHA-256 of its file."""
+    """Reads an image and returns the SHA-256 of its file."""
     path = self._images.find(image, where)
     try:
       with reader.open_image(path, path) as file:
@@ -164,7 +164,7 @@ class DocumentFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocuments:
-  """Documents of a store that the stage with the id `made` wrote."""
+  """Documents of a store, which the stage with the id `made` wrote."""
 
   store: DocumentStore
   layout: PromptLayout
@@ -196,7 +196,7 @@ class StoredDocuments:
   def parts(
     self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer | None = None
   ) -> Iterator[tuple[int, list[Document]]]:
-    """Yields the number and documents of each wanted part. Part i begins at document i * `size`."""
+    """Yields (i, documents) for each wanted part i. Part i begins at document i * `size`."""
     for number in sorted(wanted):
       rows = range(number * size, min((number + 1) * size, len(self.store)))
       yield number, [self.store[i] for i in rows]
@@ -254,13 +254,13 @@ def segments_of(record: Record) -> list[tuple[str, Any]]:
 
 
 def read_record(line: str, where: str, key: str) -> Record:
-  """Parses a line of a JSONL file. The fields of the line decide the type of the record.
+  """Parses a line of a JSONL file. The fields of the line determine the type of the record.
 
     {"text": "Cats sleep."}                             RawText
     {"image": "cat.jpg", "caption": "a cat"}            RawPair
     {"segments": [{"text": "a"}, {"image": "b.png"}]}   RawInterleaved
 
-  A line without a key gets the key `key`. Messages use `where` as the name of the line.
+  If the line has no field `key`, the record gets the key `key`. Messages call the line `where`.
 
   Raises:
     UserError: the line is not a JSON object, or a field is unknown, absent, empty or of a wrong

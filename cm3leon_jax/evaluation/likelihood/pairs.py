@@ -1,4 +1,4 @@
-"""Computes log-probabilities of a text and an image, in either order."""
+"""Computes log-probabilities of a text, of an image given a text, and of a text given an image."""
 
 # T tokens of a text, I tokens of an image.
 
@@ -25,14 +25,15 @@ from cm3leon_jax.vocab import VocabLayout
 class PairScore:
   """Log-probabilities of a text and an image, in nats.
 
-  Each is a sum over only the tokens of the text, or only the codes of the image: `<break>`, `</s>`,
-  `<eoss>` and neighbors are not counted. The model spreads its probability over the whole
+  A log-probability is a sum over the tokens of the text, or over the codes of the image. `<break>`,
+  `</s>`, `<eoss>` and neighbors are not counted. The model spreads its probability over the whole
   vocabulary.
 
   Attributes:
-    text: log p(text) with the text first, as `cm3leon evaluate` measures it (there in bits).
-    image_given_text: log p(image | text) with the text first, as `cm3leon evaluate` measures it.
-    text_given_image: log p(text | image) with the text as the masked span of the document.
+    text: log p(text), if the text is first. `cm3leon evaluate` measures the same in bits.
+    image_given_text: log p(image | text), if the text is first. `cm3leon evaluate` measures the
+      same in bits.
+    text_given_image: log p(text | image), if the text is the masked span of the document.
   """
 
   text: float
@@ -45,15 +46,15 @@ class PairScore:
 def score(
   pipeline: Pipeline, params: dict, pairs: Sequence[tuple[str, GivenImage]], retrieve: int = 0
 ) -> list[PairScore]:
-  """Scores pairs of a text and an image, after documents that are retrieved by the text.
+  """Scores pairs of a text and an image. Documents that the text retrieves precede each pair.
 
     </s> documents text <break> image </s>
     </s> documents <mask:0> <break> image </s> <mask:0> text <eoss>
 
   Args:
     params: parameters of the decoder as it was trained, on the current mesh.
-    pairs: texts and images. An image has any type that tasks accept.
-    retrieve: largest number of documents. Documents that do not fit are left out.
+    pairs: texts and images. An image may have any type that tasks accept.
+    retrieve: largest number of retrieved documents. Documents that do not fit are left out.
 
   Raises:
     UserError: a text is empty or does not fit, or an image cannot be read.
@@ -67,7 +68,7 @@ def score(
 def score_codes(
   pipeline: Pipeline, params: dict, texts: Sequence[str], codes: npt.ArrayLike, retrieve: int = 0
 ) -> list[PairScore]:
-  """Scores pairs whose images are given as codes [n, I], see `score`."""
+  """Scores pairs whose images are given as `codes`, [n, I]; see `score`."""
   layout, vocab = pipeline.layout, pipeline.layout.vocab
   neighbors: list = [()] * len(texts)
   if retrieve:

@@ -22,7 +22,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(r"\.(?!\d)")
 MAX_PERIODS = 32
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# Table of the official code, without its upper-case keys, which the official code never finds.
+# The table of the official code, except upper-case keys. The official code can never match them.
 CONTRACTIONS = (
   "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't"
   " haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't"
@@ -57,13 +57,13 @@ def normalize(answer: str) -> str:
 
   In this order:
   1. Line breaks and tabs become spaces. Spaces at both ends are removed.
-  2. A sign of `PUNCTUATION` is removed everywhere if it is next to a space anywhere in the answer,
-     or if the answer has a comma between digits. Otherwise the sign becomes a space. Examples:
+  2. If a sign of `PUNCTUATION` is next to a space once, or if the answer has a comma between
+     digits, all occurrences of the sign are removed. Otherwise they become spaces. Examples:
      "1,000-2,000" becomes "10002000", "black/white" becomes "black white", and "yes / no-one"
      becomes "yes no one".
   3. Periods before digits stay, and other periods are removed: ".5" stays, "5." becomes "5". The
      official pattern was meant to keep periods after digits, too, but it has a typo. At most 32
-     periods are removed, because the official code passes a flag as the count.
+     periods are removed, because the official code passes a flag where the count is expected.
   4. Letters become lower case, "none" to "ten" become digits, articles are removed, and spellings
      in `SPELLINGS` are corrected. Apostrophes and colons stay.
   """
@@ -89,8 +89,9 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
     candidates = ["two"], answers = [["2", "2", "two", *7 * ["3"]]]
     result = [0.9]
 
-  An answer is right if at least three people gave it. The metric leaves out each person once,
-  computes min(1, matches / 3) over the other people, and averages the results.
+  The metric leaves out each person once and computes min(1, matches / 3), where `matches` is the
+  number of other people who gave the answer of the candidate. The result is the mean over the
+  people. It is 1 if at least four people gave this answer.
 
   As in the official code, answers are normalized only if the people disagree. If all people gave
   the same answer, the candidate must equal it exactly: "Yes" is wrong if all people wrote "yes".
@@ -98,7 +99,7 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
 
   Raises:
     UserError: the numbers of candidates and questions differ, or a question has fewer than 4
-      answers, so that no candidate could reach 1.
+      answers. With fewer answers, no candidate could reach 1.
   """
   _check(candidates, answers)
   values = []
@@ -145,8 +146,8 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
   The gain is summed over the k candidates with the highest scores, where k is the number of
   candidates with a relevance above 0. Candidates with equal scores share the mean of their
   discounts, so that their order does not matter. The official code orders them arbitrarily. Scores
-  and relevance are [n, C], and relevance is from 0 to 1. If you have ranks (1 is best), pass their
-  negatives as scores. Returns [n] fp64 from 0 to 1, whose mean is the NDCG of the model.
+  and relevance are [n, C], and relevance is from 0 to 1. To use ranks, of which 1 is best, pass
+  their negatives as scores. Returns [n] fp64 from 0 to 1, whose mean is the NDCG of the model.
 
   Raises:
     UserError: the shapes differ, a score is NaN, a relevance is negative or NaN, or a question has
@@ -170,10 +171,10 @@ def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:
 
 
 def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:
-  """Computes the NDCG of one question; both arguments have the shape [C]."""
+  """Computes the NDCG of one question. Both arguments have the shape [C]."""
   places = np.arange(len(scores))
   discounts = np.where(places < np.count_nonzero(relevance), 1 / np.log2(places + 2), 0)
-  _, levels = np.unique(-scores, return_inverse=True)  # The best level is 0.
+  _, levels = np.unique(-scores, return_inverse=True)  # Level 0 is the highest score.
   shared = np.bincount(levels, discounts[np.argsort(np.argsort(-scores))]) / np.bincount(levels)
   best = np.sort(relevance)[::-1]
   return float((relevance * shared[levels]).sum() / (best * discounts).sum())

@@ -1,7 +1,7 @@
 """Computes BLEU and CIDEr of captions, and the numbers per image that a bootstrap needs.
 
-Both metrics equal those of pycocoevalcap, which publications use. A caption is a list of tokens
-from `ptb.tokenize`.
+Both metrics equal the metrics of pycocoevalcap, which publications use. A caption is a list of
+tokens from `ptb.tokenize`.
 """
 
 # n images, N = 4 orders of n-grams.
@@ -20,8 +20,8 @@ Caption = Sequence[str]
 Grams = list[Counter]
 
 N = 4
-# pycocoevalcap adds these numbers to the counts of matches and n-grams. Without any match of N
-# words, BLEU-N of a set is therefore about 1e-4, not 0.
+# pycocoevalcap adds these numbers to the counts of matches and n-grams. Therefore BLEU-N is about
+# 1e-4, not 0, if no n-gram of N words matches in the whole set.
 TINY, SMALL = 1e-15, 1e-9
 SIGMA = 6.0
 
@@ -32,7 +32,7 @@ class CaptionScores:
 
   Attributes:
     bleu: [N] fp64, BLEU-1 to BLEU-4 of the set, each from 0 to 1.
-    cider: CIDEr-D of the set, from 0 to 10. Papers report it times 100.
+    cider: CIDEr-D of the set, from 0 to 10. Papers report this number times 100.
     bleu_counts: [n, 2N + 1] int64, result of `bleu_counts`.
     ciders: [n] fp64, result of `cider`.
   """
@@ -64,10 +64,10 @@ def bleu_counts(
     candidates = [["the", "cat", "the"]], references = [[["the", "cat", "sat"], ["a", "cat"]]]
     result = [[2, 1, 0, 0, 3, 2, 1, 0, 3]]
 
-  Returns [n, 2N + 1] int64. Columns 0 to N - 1: matching n-grams of 1 to N words. An n-gram matches
-  at most as often as it occurs in one of the references. Columns N to 2N - 1: n-grams of the
-  caption. Last column: length of the reference that is closest in length. If two references are
-  equally close, it is the shorter length.
+  Returns [n, 2N + 1] int64. Columns 0 to N - 1 count matching n-grams of 1 to N words. An n-gram
+  matches at most as often as it occurs in one of the references. Columns N to 2N - 1 count all
+  n-grams of the caption. The last column is the length of the reference whose length is closest to
+  the caption, or the shorter length if two references are equally close.
 
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no
@@ -114,10 +114,11 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
     candidates = [["a", "cat"], ["a", "dog"]], references = [[["a", "cat"]], [["the", "bird"]]]
     result = [5.0, 0.0]
 
-  The first caption is perfect. Its score is 5 because it has no 3-grams and 4-grams, which count as
-  0. The weight of an n-gram is log(n / m), where m of the n images have it in a reference.
-  Therefore all scores are 0 if there is only one image. A resample of images keeps the weights of
-  the whole set. Returns [n] fp64, from 0 to 10, whose mean is the CIDEr-D of the set.
+  The first caption equals its reference. Its score is 5, not 10, because it has no 3-grams and no
+  4-grams, and missing orders count as 0. The weight of an n-gram is log(n / m), where m is the
+  number of images with this n-gram in a reference. Therefore all scores are 0 if there is only one
+  image. In a bootstrap, resamples keep the weights of the whole set. Returns [n] fp64, from 0 to
+  10, whose mean is the CIDEr-D of the set.
 
   Raises:
     UserError: there are no images, captions and images differ in number, or an image has no
@@ -147,7 +148,7 @@ def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
 
 
 def _similarity(candidate: list[dict], reference: list[dict]) -> float:
-  """Computes the cosine with clipped weights of the candidate, averaged over n-gram orders."""
+  """Averages a cosine over n-gram orders. Weights of the candidate are clipped to the reference."""
   cosines = []
   for own, other in zip(candidate, reference):
     product = sum(
@@ -159,7 +160,7 @@ def _similarity(candidate: list[dict], reference: list[dict]) -> float:
 
 
 def _length_penalty(candidate: Grams, reference: Grams) -> float:
-  """Computes the Gaussian penalty for a length that differs from the length of the reference."""
+  """Computes a Gaussian of the difference in length between candidate and reference."""
   difference = candidate[0].total() - reference[0].total()
   return float(np.exp(-(difference**2) / (2 * SIGMA**2)))
 

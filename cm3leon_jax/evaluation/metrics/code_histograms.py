@@ -1,11 +1,12 @@
 """Compares how often two sets of images use each image code.
 
-The frequencies ignore arrangement: the distance between an image and its shuffled codes is 0. These
-distances detect a model that overuses or forgets codes (colors, textures, flat areas), but they do
-not detect wrong shapes. They need no extractor. Their values depend on the image tokenizer.
+The frequencies ignore arrangement: the distance between an image and its shuffled codes is 0. The
+distances of this module detect a model that uses codes (colors, textures, flat areas) too often or
+never, but they do not detect wrong shapes. The distances need no extractor. Their values depend on
+the image tokenizer.
 """
 
-# C number of codes of the tokenizer.
+# C number of codes in the codebook of the tokenizer.
 
 from collections.abc import Iterable
 
@@ -22,8 +23,8 @@ def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
     batches = [[[0, 2], [2, 2]], [[3, 0]]], num_codes = 4
     result = [2, 0, 3, 1]
 
-  Counts of several hosts or parts can be added. Codes are ids of the tokenizer (0 to C - 1), not of
-  the vocabulary, in integer arrays of any shape. Returns [C] int64.
+  Counts of several hosts or parts can be added. Codes are integer arrays of any shape. They have
+  the ids of the tokenizer (0 to C - 1), not the ids of the vocabulary. Returns [C] int64.
 
   Raises:
     UserError: a code is not an integer or is out of range.
@@ -43,15 +44,16 @@ def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
 
 
 def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-  """Returns the Jensen-Shannon divergence of two histograms: 0 if equal, 1 if nothing is shared.
+  """Returns the Jensen-Shannon divergence of two histograms in bits.
 
     first = [3, 1], second = [1, 3]
     result = H(1/2, 1/2) - (H(3/4, 1/4) + H(1/4, 3/4)) / 2 = 1 - 0.811 = 0.189 bits
 
-  It is the information that one code gives about the set that contains it (Lin, "Divergence
-  Measures Based on the Shannon Entropy", 1991). Two samples of one distribution differ by chance:
-  by about (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image
-  depend on each other, so the actual difference is larger. Compare it with the divergence of two
+  The divergence is the information that one code gives about the set that contains it (Lin,
+  "Divergence Measures Based on the Shannon Entropy", 1991). It is 0 if the frequencies are equal,
+  and 1 if the sets share no code. Two samples of one distribution differ by chance: by about
+  (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image depend
+  on each other, so the actual difference is larger. Compare the result with the divergence of two
   sets of real images.
 
   Raises:
@@ -64,7 +66,7 @@ def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 
 def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-  """Returns the total variation of two histograms: the share of codes that would have to change.
+  """Returns the total variation: the share of codes that must change to make histograms equal.
 
     first = [3, 1], second = [1, 3]
     result = (|3/4 - 1/4| + |1/4 - 3/4|) / 2 = 0.5

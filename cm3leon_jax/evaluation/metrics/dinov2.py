@@ -1,4 +1,4 @@
-"""Computes features of a Hugging Face DINOv2 (Oquab et al. 2023, arXiv 2304.07193) with torch."""
+"""Computes image features with a Hugging Face DINOv2 (Oquab et al. 2023, arXiv 2304.07193)."""
 
 # B batch, H height, W width, D width of the features.
 
@@ -19,7 +19,10 @@ BATCH = 32
 
 
 class DINOv2:
-  """DINOv2 model of transformers, in float32. For `digest`, see `published_weights.digest`."""
+  """DINOv2 of the package `transformers`, in float32 on torch.
+
+  For `digest`, see `published_weights.digest`.
+  """
 
   def __init__(self, model: Any, processor: Any, digest: str, device: str = "cpu"):
     """Puts a `transformers.Dinov2Model` on a torch device."""
@@ -57,7 +60,7 @@ class DINOv2:
     return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
 
   def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
-    """Computes the features of images of any size: the CLS token after the final norm."""
+    """Computes the features of images of any size: the normalized outputs at the CLS token."""
     import torch
 
     out = np.zeros((len(images), self.config.hidden_size), np.float32)
@@ -77,11 +80,11 @@ def _read_model(folder: epath.Path, dtype: Any) -> Any:
     local_files_only=True,
     use_safetensors=True,
     dtype=dtype,
-    ignore_mismatched_sizes=True,  # The checks below name the tensor.
+    ignore_mismatched_sizes=True,  # The checks below raise an error that names the tensor.
     output_loading_info=True,
   )
   path = folder / WEIGHTS
-  # These are tensor names of transformers' model. The file has other names.
+  # These are the tensor names of the loaded model. The file has other names.
   if wrong := sorted(info["mismatched_keys"]):
     name, found, expected = wrong[0]
     raise UserError(
@@ -96,7 +99,7 @@ def _read_model(folder: epath.Path, dtype: Any) -> Any:
 
 
 def _read_processor(folder: epath.Path) -> Any:
-  """Reads the image processor in its PIL version, which needs no torchvision."""
+  """Reads the image processor that uses PIL, because the other version needs torchvision."""
   import transformers
 
   path = folder / PROCESSOR

@@ -23,7 +23,7 @@ from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
 from cm3leon_jax.files.json_files import plain
 
-# Settings of an image processor of transformers that affect the features.
+# Settings of a `transformers` image processor. They affect the features.
 PREPROCESSING = (
   "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
   "rescale_factor", "do_normalize", "image_mean", "image_std",
@@ -36,9 +36,9 @@ class Extractor:
 
   Attributes:
     name: name in tables, e.g. "inception-v3 (tf1 resize)".
-    identity: JSON values that are equal only if the features are equal: `network`, `tensors` (see
-      `published_weights.digest`), and everything else that affects the features. Do not compare
-      features of extractors with different identities.
+    identity: JSON values: `network`, `tensors` (see `published_weights.digest`), and everything
+      else that affects the features. Do not compare features of extractors with different
+      identities.
     width: D.
     embed: computes the features of images that `__call__` has checked.
   """
@@ -49,7 +49,7 @@ class Extractor:
   embed: Callable[[np.ndarray], np.ndarray]
 
   def __call__(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
-    """Computes the features of images; raises UserError if they are not uint8 [B, H, W, 3]."""
+    """Computes features. Raises UserError if the images are not uint8 [B, H, W, 3]."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
       raise UserError(
@@ -60,28 +60,28 @@ class Extractor:
 
 
 def load_inception(path: epath.PathLike, resize: Resize = "tf1", **options: Any) -> Extractor:
-  """Loads the Inception-v3 of the FID. See `Inception.load` for arguments and errors."""
+  """Loads the Inception-v3 that the FID uses. See `Inception.load` for arguments and errors."""
   network = Inception.load(path, resize, **options)
   identity = {"network": NETWORK, "tensors": network.digest, "resize": resize}
   return Extractor(f"inception-v3 ({resize} resize)", identity, WIDTH, network.embed_images)
 
 
 def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
-  """Loads the Hugging Face CLIP in `folder` in float32, or the CLIP of the run if `folder` is "".
+  """Loads a Hugging Face CLIP model from `folder` in float32, or the run's CLIP if `folder` is "".
 
   Features are embeddings of norm 1. `retrieval.bank.load_clip` loads the same networks for captions
-  and images, in bfloat16.
+  and images, but in bfloat16.
 
   Raises:
-    UserError: see `HFCLIP.load` and `CLIP.load`. With the CLIP of the run, the extractor raises it
-      for images of another size than the CLIP was trained on.
+    UserError: see `HFCLIP.load` and `CLIP.load`. The extractor of the run's CLIP also raises
+      UserError if images have another size than the images that the CLIP was trained on.
   """
   clip = HFCLIP.load(folder, "float32") if folder else CLIP.load(epath.Path(workdir) / "clip")
   return Extractor("clip", clip_identity(clip), clip.config.embed_dim, clip.embed_images)
 
 
 def clip_identity(clip: CLIP | HFCLIP) -> dict:
-  """Returns JSON values that are equal only if image embeddings are equal, see `Extractor`."""
+  """Returns JSON values that identify the image embeddings of a CLIP model, see `Extractor`."""
   if isinstance(clip, HFCLIP):
     image = dataclasses.asdict(clip.config.image)
     rest = {"image": image, "preprocessing": _preprocessing(clip.processor)}
@@ -92,7 +92,7 @@ def clip_identity(clip: CLIP | HFCLIP) -> dict:
 
 
 def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:
-  """Loads the DINOv2 in a Hugging Face folder. See `DINOv2.load` for arguments and errors."""
+  """Loads a DINOv2 from a Hugging Face folder. See `DINOv2.load` for arguments and errors."""
   network = DINOv2.load(folder, device)
   # Settings that cannot be read from the weights.
   names = ("num_attention_heads", "hidden_act", "layer_norm_eps")

@@ -3,13 +3,13 @@
 The distance of n rows is biased upward, because means and covariances are estimates. A resample
 estimates them a second time, so its distance is biased twice. The percentiles of the resamples can
 even be larger than the distance itself. Therefore they are moved down by `bias`, which is the mean
-distance of the resamples minus the distance. The resulting interval is for the distance as it is
-reported, with its bias: it shows how the distance varies with the choice of equally many groups.
+distance of the resamples minus the distance. The interval thus belongs to the reported distance,
+which is biased. It shows how this distance varies if other groups are chosen, in equal number.
 
 The interval is too wide where the bias dominates. This happens if the distributions are equal, or
-if there are few groups compared with the width d of the features. With at least 20 d groups,
-subtract `bias` from distance, low and high to estimate the distance of infinitely many rows. With
-fewer groups, `bias` is too small. With fewer than d groups, it is far too small.
+if there are few groups compared with the width d of the features. To estimate the distance of
+infinitely many rows, subtract `bias` from `distance`, `low` and `high`. This needs at least 20 d
+groups. With fewer groups, `bias` is too small. With fewer than d groups, it is far too small.
 """
 
 # n rows of the measured images, m rows of the reference, d numbers in a row.
@@ -26,7 +26,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance, two_sets
 
 NUM_RESAMPLES = 100
-BLOCK = 4096  # Rows that are converted to float64 at a time.
+BLOCK = 4096  # Number of rows that are converted to float64 at a time.
 
 
 def frechet_interval(
@@ -47,26 +47,26 @@ def frechet_interval(
   A resample draws as many groups as there are, with replacement, and takes all rows of each drawn
   group. If a group has rows in both sets, such as a caption with a generated and a real image, it
   is drawn for both sets together. The percentiles are expanded as in `intervals.mean_interval`.
-  Each resample computes the moments of both sets and a `frechet_distance`. It is much cheaper if
-  both sets have fewer than d rows.
+  Each resample computes the moments of both sets and a `frechet_distance`. Resamples are much
+  cheaper to compute if both sets have fewer than d rows.
 
   Args:
     rows: [n, d] features, in memory.
     groups: [n] the group of each row, as a name or an integer id.
-    reference: [m, d] features, or `Moments`. `Moments` are the same in all resamples, so the
-      interval then ignores that the reference is a sample, too.
+    reference: [m, d] features, or `Moments`. `Moments` are the same in all resamples. The interval
+      then does not show how the distance varies with the choice of the reference.
     reference_groups: [m] the group of each row of the reference; None for `Moments`.
 
   Returns:
-    `groups` is the number of groups of `rows`. `effective_groups` is Kish's effective number of
-    groups, in the set where it is smaller. `low` is at least 0. `resamples` are the distances of
+    `groups` is the number of groups of `rows`. `effective_groups` is the smaller of the effective
+    numbers of groups (Kish) of the two sets. `low` is at least 0. `resamples` are the distances of
     the resamples before they are moved. Calls with equal groups and equal seeds draw the same
     groups, so their resamples can be compared in pairs. `low`, `high`, `bias` and `resamples` are
     None if a set has only one group.
 
   Raises:
-    UserError: a set has fewer than 2 rows, a row has no group, one set has names and the other one
-      ids, or the sets differ in width.
+    UserError: a set has fewer than 2 rows, a row has no group, the groups of one set are names and
+      the groups of the other set are ids, or the sets differ in width.
   """
   sets, places, fixed = _placed_sets(rows, groups, reference, reference_groups)
   is_few = not fixed and _are_few(*sets)
@@ -97,7 +97,7 @@ def _are_few(first: npt.ArrayLike, second: npt.ArrayLike) -> bool:
 
 
 def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
-  """Returns the interval of the distance `found` from the distances of its resamples."""
+  """Computes the interval of the distance `found` from the distances of the resamples."""
   bias = float(np.mean(distances)) - found
   tail = (1 - intervals.percentile_level(effective)) / 2
   low, high = np.quantile(distances, [tail, 1 - tail]) - bias
@@ -107,9 +107,10 @@ def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
 def _placed_sets(
   rows: Any, groups: Any, reference: Any, reference_groups: Any
 ) -> tuple[list[Any], list[np.ndarray], list[Moments]]:
-  """Returns the sets to resample, the group number of each of their rows, and the fixed moments.
+  """Returns the sets to resample, a group number for each of their rows, and the fixed moments.
 
-  Equal names have equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and [2, 1].
+  Groups with equal names get equal numbers: ["fox", "cat"] and ["fox", "dog"] become [2, 0] and
+  [2, 1].
   """
   is_fixed = isinstance(reference, Moments)
   if is_fixed != (reference_groups is None):
@@ -140,7 +141,7 @@ def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _draw(
   strata: Sequence[np.ndarray], places: Sequence[np.ndarray], rng: np.random.Generator
 ) -> list[np.ndarray]:
-  """Draws as many groups from each stratum as it has; returns how often each row was drawn."""
+  """Resamples the groups of each stratum with replacement. Counts how often each row was drawn."""
   drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
   counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
   return [counts[where] for where in places]

@@ -29,7 +29,7 @@ CLASSES = 1008
 EPSILON = 1e-3
 ROWS_PER_DEVICE = 32
 Resize = Literal["tf1", "torch"]
-# A batch counter of torch, which inference does not use and which some files lack.
+# Last part of the names of torch's batch counters, which inference ignores and some files lack.
 COUNTER = "num_batches_tracked"
 
 
@@ -50,8 +50,8 @@ MEAN, MAX, HALVE = "mean", "max", "halve"
 def _mixed(name: str, *branches: list) -> tuple:
   """Builds a block of parallel branches. The output concatenates the channels of the branches.
 
-  A branch is a list of steps. A step is a convolution (its name after "branch", then the other
-  fields of `Conv`), a pool, or a tuple of parallel branches.
+  A branch is a list of steps. A step is a convolution, a pool, or a tuple of parallel branches. A
+  convolution is given as its name without "branch", followed by the other fields of `Conv`.
   """
 
   def build(step: Any) -> Any:
@@ -235,10 +235,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the pixels before and after each of `SIDE` positions, and the weights of those after.
+  """Returns the pixels before and after each of `SIDE` positions, and the weights of the latter.
 
-  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures them
-  from the centers of pixels. Both compute in float32, and neither smooths an image that it shrinks.
+  The weight of the pixel before a position is 1 minus the weight of the pixel after the position.
+  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures
+  positions from the centers of pixels. Both compute in float32, and neither smooths an image that
+  it shrinks.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":
@@ -252,8 +254,9 @@ def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.nd
 def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Array, "B 299 299 3"]:
   """Resizes images bilinearly and scales their pixels to about [-1, 1].
 
-  "tf1" resizes as torch-fidelity and TensorFlow 1; black becomes -1 and white 127 / 128. "torch"
-  resizes as pytorch-fid; white becomes 1. The two give different values of the FID.
+  "tf1" resizes as torch-fidelity and TensorFlow 1 do. Black becomes -1, and white becomes
+  127 / 128. "torch" resizes as pytorch-fid does. Black becomes -1, and white becomes 1. The two
+  methods give different values of the FID.
   """
   x = images.astype(jnp.float32)
   for axis in (2, 1):
@@ -273,7 +276,7 @@ class Inception:
 
   The parameters are replicated on all devices, and each device embeds its share of a batch. All
   batches have the same shape, so the network is compiled once for all image sizes. `digest` is the
-  digest of the tensors without batch counters, see `published_weights.digest`. For `resize`, see
+  digest of all tensors except batch counters, see `published_weights.digest`. For `resize`, see
   `resize_images`.
   """
 
@@ -301,8 +304,8 @@ class Inception:
     """Reads a safetensors file with the tensor names of pytorch-fid or torch-fidelity.
 
     Raises:
-      UserError: the file is absent, damaged or a pickle, or has other tensors; see
-        `published_weights`.
+      UserError: the file is absent, damaged or a pickle, or does not have the tensors of
+        `tensor_shapes`.
     """
     tensors = published_weights.read_tensors(path)
     tensors = {name: x for name, x in tensors.items() if not name.endswith("." + COUNTER)}

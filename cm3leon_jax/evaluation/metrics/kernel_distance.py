@@ -5,7 +5,7 @@ of the mean kernels within each set, minus twice the mean kernel between the set
 computed in blocks, so memory does not depend on the number of rows.
 """
 
-# n rows of the first set, m rows of the second, d numbers in a row.
+# n rows of the first set, m rows of the second set, d numbers in a row.
 
 from collections.abc import Callable, Iterator
 
@@ -16,10 +16,10 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
 
 SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.
-SCALE = 1000.0  # CMMD is the MMD^2 times this.
-BLOCK = 1024  # Rows per block.
+SCALE = 1000.0  # CMMD is MMD^2 times this factor.
+BLOCK = 1024  # Number of rows per block.
 
-# Computes the kernel of all pairs of rows of two blocks: [n, d], [m, d] -> [n, m].
+# A function of this type computes the kernel of each pair of rows: [n, d], [m, d] -> [n, m].
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -37,11 +37,11 @@ def kid(
   draws the same subsets.
 
   Args:
-    first: [n, d] features. The name KID implies features of Inception.
+    first: [n, d] features. The result may be called KID only if the features are from Inception.
     second: [m, d] features.
     num_subsets: number of random subsets of each set. A subset is drawn without replacement.
-    subset_size: rows of a subset. If a set has fewer rows, subsets have the size of the smaller
-      set.
+    subset_size: number of rows of a subset. If a set has fewer rows, subsets have as many rows as
+      the smaller set.
 
   Returns:
     {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard
@@ -91,12 +91,12 @@ def cmmd(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
   Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation"
   (2024). As in the code of the authors, the estimate is biased, because it includes pairs of a row
   with itself. The bias falls as 1 / n, so compare only distances of equally many images. The result
-  is never negative; rounding errors below 0 become 0. The code of the authors computes in float32,
-  which rounds the result by about 1e-4.
+  is never negative, because rounding errors below 0 become 0. The code of the authors computes in
+  float32, so its results have rounding errors of about 1e-4.
 
   Args:
-    first: [n, d] features of any norm. The name CMMD implies features of CLIP ViT-L/14 at 336
-      pixels.
+    first: [n, d] features of any norm. The result may be called CMMD only if the features are from
+      CLIP ViT-L/14 at 336 pixels.
     second: [m, d] features.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Computes mean and covariance of features in one pass, and the Frechet distance between two sets.
+"""Computes means and covariances of features in one pass, and Frechet distances between two sets.
 
 Features are rows of numbers, one row per image, from any model that embeds images.
 """
@@ -27,10 +27,10 @@ class Moments:
     moments.add([[1, 3]])
     count = 3, mean = [1, 1], covariance() = [[1, 0], [0, 3]]
 
-  The sum of squares is taken about the current mean and corrected when the mean changes (Chan,
-  Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
-  1979). So features far from 0 do not lose digits, and batch sizes do not matter. Memory is d x d
-  numbers for any number of rows.
+  The squared differences from the current mean are summed, and the sum is corrected when the mean
+  changes (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+  Variances", 1979). Therefore features far from 0 do not lose digits, and the result does not
+  depend on the batch sizes. Memory is d x d numbers for any number of rows.
 
   Attributes:
     count: n.
@@ -98,13 +98,13 @@ class Moments:
     return self.scatter / (self.count - 1)
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes an .npz file for `load`, atomically."""
+    """Writes atomically an .npz file that `load` reads."""
     with replacing(path) as file:
       np.savez(file, **{name: getattr(self, name) for name in FIELDS})
 
   @classmethod
   def load(cls, path: epath.PathLike) -> "Moments":
-    """Reads a file of `save`.
+    """Reads a file that `save` wrote.
 
     If the remaining rows are then added, the result is bitwise equal to a run without interruption.
 
@@ -193,8 +193,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """Returns F [d, r] with F F^T = covariance.
 
-  With fewer than d + 1 rows, or with linearly dependent columns, some eigenvalues are only rounding
-  errors. They are dropped, because their square roots (about 1e-8) would add up.
+  If there are fewer than d + 1 rows, or if columns are linearly dependent, some eigenvalues consist
+  of rounding errors. They are dropped, because their square roots (about 1e-8) would add up.
   """
   values, vectors = np.linalg.eigh(covariance)  # Eigenvalues are in ascending order.
   kept = values > len(values) * np.finfo(np.float64).eps * values[-1]

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics.moments import two_sets
 
-BLOCK = 1024  # Rows per block.
+BLOCK = 1024  # Number of rows per block.
 
 
 def precision_recall(
   generated: npt.ArrayLike, real: npt.ArrayLike, neighbors: int = 3
 ) -> dict[str, float]:
-  """Computes the share of generated rows near real rows, and of real rows near generated rows.
+  """Computes precision and recall: shares of rows that are near rows of the other set.
 
     generated = [[0], [1], [9]], with the balls -1 to 1, 0 to 2 and 1 to 17, neighbors = 1
     real = [[2], [4.5], [5]], with the balls -0.5 to 4.5, 4 to 5 and 4.5 to 5.5
@@ -38,7 +38,8 @@ def precision_recall(
   if neighbors < 1:
     raise UserError(f"neighbors is {neighbors}; it must be at least 1.")
   generated, real = two_sets(generated, real, at_least=neighbors + 1)
-  center = real.mean(axis=0, dtype=np.float64)  # Distances of rows far from 0 would lose digits.
+  # Rows are centered, because distances between rows far from 0 would lose digits.
+  center = real.mean(axis=0, dtype=np.float64)
   return {
     "precision": _share_inside(generated, real, _radii(real, neighbors, center), center),
     "recall": _share_inside(real, generated, _radii(generated, neighbors, center), center),
@@ -75,7 +76,7 @@ def _share_inside(
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Returns |x - y|^2, [n, m]; exactly 0 for copies, so that balls of radius 0 contain them."""
+  """Computes |x - y|^2, [n, m]. It is exactly 0 for copies, so balls of radius 0 contain them."""
   lengths = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("md,md->m", y, y)
   distances = lengths - 2 * (x @ y.T)
   distances[distances <= x.shape[1] * np.finfo(np.float64).eps * lengths] = 0.0

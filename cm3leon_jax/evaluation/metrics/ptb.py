@@ -4,16 +4,16 @@ Published BLEU and CIDEr of captions are computed on the tokens of pycocoevalcap
 runs the PTBTokenizer of Stanford CoreNLP 3.4.1 in Java and removes a list of punctuation. This
 module returns the same tokens without Java. Its rules were inferred from the program's output.
 
-The rules are matched against the shape of a caption, which has one sign for each character:
+The rules are matched against the shape of a caption, a text with one sign for each character:
 
   caption = "Zoë’s ½ © 😀"
   shape   = "Zoé’s ½ § \0"
 
-There are known differences, which usual captions do not show: accents as entities (`&eacute;`), web
-addresses that are not separated from other words, several numbers that look like a telephone
-number, and scripts whose vowel signs CoreNLP drops. CoreNLP also reads all captions as one text.
-There, a last word "No." keeps its period if the next caption begins with a number, and a last word
-"b." loses its period if the next caption begins with "A". This module reads each caption
+The tokens are known to differ for texts that are rare in captions: accents as entities
+(`&eacute;`), web addresses that are not separated from other words, several numbers that look like
+a telephone number, and scripts whose vowel signs CoreNLP drops. CoreNLP also reads all captions as
+one text. In it, a last word "No." keeps its period if the next caption begins with a number, and a
+last word "b." loses its period if the next caption begins with "A". This module reads each caption
 separately.
 """
 
@@ -21,7 +21,8 @@ from collections.abc import Iterator
 import re
 import unicodedata
 
-# pycocoevalcap also lists brackets as -LRB-. They stay, because its tokens are in lower case.
+# pycocoevalcap also lists brackets, in upper case ("-LRB-"). Its tokens are in lower case, so it
+# does not remove brackets.
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 
 # Signs in a shape: a non-ASCII letter or mark, a non-ASCII digit, a symbol that is a token, and a
@@ -57,7 +58,7 @@ ABBREVIATIONS = (
   "|sen|sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|sys|tel|tenn|thu|thurs|treas|tue|tues"
   "|univ|va|vs|vt|wed|wis|wisc|wm|wyo"
 )
-# These are abbreviations only if they are capitalized. In lower case they are words: "I am ill."
+# These words are abbreviations only if they are capitalized: "Ill." is, but "ill." is a word.
 CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 # An initial before one of these words ends a sentence: "She chose plan b. He chose A."
 STARTS = (
@@ -85,8 +86,8 @@ MAIL = rf"{PLAIN}[^\s\"<>|(){{}}\0@]*@[^\s\"<>|(){{}}\0.]+(?:\.[^\s\"<>|(){{}}\0
 EYES = r"[<>]?[:;=][-o']?"
 FACE = r"[-^x=~<>']"
 
-# Group 1 of a rule is the token. The rest of the rule must follow the token in the text. The rule
-# with the longest whole match wins. If matches are equally long, the first rule wins.
+# Group 1 of a rule matches the token. The rest of the rule matches what must follow the token. The
+# rule with the longest whole match wins. If matches are equally long, the first rule wins.
 RULES = (
   # Markup and addresses.
   rf"(<[/!?]?{NAME}(?: +{NAME}(?:={VALUE})?)* *[/?]?>|<!--[^<>]*-->)",
@@ -108,7 +109,7 @@ RULES = (
   rf"((?i:gim|lem))(?i:me)(?!{W})",
   rf"((?i:more))'[nN](?!{W})",
   r"('[tT])(?i:is|was)",
-  # Words, also with periods before commas, and words without a space between two sentences.
+  # Words, words with a period before a comma, and words that are joined by a period or a slash.
   rf"({WORD}(?:-{WORD})*)",
   rf"({WORD}(?:-{WORD})*\.)[,;:]",
   rf"({L}{W}*(?:[.!?]{L}{W}*)+)",
@@ -154,15 +155,15 @@ def tokenize(caption: str) -> list[str]:
     tokenize("A dog's bowl isn't empty (yet)...") =
       ["a", "dog", "'s", "bowl", "is", "n't", "empty", "-lrb-", "yet", "-rrb-"]
 
-  CoreNLP makes one token with a non-breaking space from a fraction such as "5 1/2". The metrics
-  split tokens at spaces, so this function returns two tokens.
+  From a fraction such as "5 1/2", CoreNLP makes one token with a non-breaking space. The metrics
+  split this token at the space, so this function returns two tokens.
   """
   tokens = [token for token in _lex(caption) if token not in REMOVED]
   return " ".join(tokens).split()
 
 
 def _lex(caption: str) -> Iterator[str]:
-  """Yields the tokens of a caption, including punctuation. Quotes become "'", dashes "-"."""
+  """Yields the tokens of a caption, including punctuation. Changes quotes to "'", dashes to "-"."""
   text = ENTITY.sub(lambda match: ENTITIES[match[1].lower()], caption)
   text = text.replace("\u00ad", "")  # This is the soft hyphen.
   shape = text.translate(SHAPES)
@@ -188,12 +189,12 @@ def _normalize(token: str) -> str:
     return "--" if token[0] == "-" else "..."
   if re.fullmatch(r"’(?:s|d|m|ll|re|ve)|n[’‘]t", token):
     token = token.replace("’", "'").replace("‘", "`")
-  # In emoticons, only round brackets are spelled as names.
+  # In emoticons, only round brackets are replaced by names such as "-lrb-".
   return token.replace("(", "-lrb-").replace(")", "-rrb-")
 
 
 class _Shapes(dict):
-  """Maps each character to its sign in a shape. A sign is computed when it is first needed."""
+  """Maps characters to their signs in a shape. A sign is computed when it is first needed."""
 
   def __missing__(self, code: int) -> str:
     self[code] = _sign(chr(code))
@@ -216,7 +217,7 @@ def _sign(char: str) -> str:
     return UNKNOWN
   if category[0] == "L" or "\u02c2" <= char <= "\u02ff":
     return LETTER
-  if category[0] == "M" and char < "\u0e50":  # CoreNLP keeps only a part of the later marks.
+  if category[0] == "M" and char < "\u0e50":  # CoreNLP does not keep all marks of later scripts.
     return LETTER
   if category == "Nd":
     return DIGIT

@@ -1,4 +1,4 @@
-"""Reads, checks and digests published weights of feature extractors (safetensors files)."""
+"""Reads published weights of feature extractors from safetensors files, and checks them."""
 
 from collections.abc import Mapping
 import hashlib
@@ -25,7 +25,7 @@ def is_pickle(path: epath.PathLike) -> bool:
   with path.open("rb") as file:
     start = file.read(9)
   # A safetensors file begins with the length of its header, in eight bytes. If the length is 640,
-  # they are also the first bytes of a pickle of protocol 2.
+  # the file begins with the same bytes as a pickle of protocol 2.
   if start[8:9] == b"{":
     pickled = False
   else:

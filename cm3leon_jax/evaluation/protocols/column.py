@@ -1,8 +1,8 @@
-"""Defines the input of a metric: the samples of a column, and what they are compared with.
+"""Defines the input of a metric: the samples of a column, and the data to compare them with.
 
-The result of a metric has `value` and, if it can be computed, a 95% interval `low` and `high`. It
-may also have `values` (one per example) or `resamples`, which allow a paired comparison of two
-evaluations.
+The result of a metric has `value` and, if an interval can be computed, the bounds `low` and `high`
+of a 95% interval. It may also have `values` (one per example) or `resamples`. Both allow a paired
+comparison of two evaluations.
 """
 
 # n examples, E width of embeddings, C candidates.
@@ -22,19 +22,19 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ColumnSamples:
-  """Samples of a column, and what they are compared with.
+  """Samples of a column, and the data to compare them with.
 
   Attributes:
-    lines: JSON line of the best sample of each example, without codes.
+    lines: JSON values of the best sample of each example, without codes.
     groups: [n] the group of each example, for intervals.
     images: generated images; None for texts.
     reference: real images; None for texts.
-    captions: [n, E] embeddings of the prompts by the CLIP for scores, or None.
+    captions: [n, E] embeddings of the prompts by the CLIP model for scores, or None.
     likelihoods: [n] log p(caption | image) - log p(caption) by the model, in nats, or None.
-    agreements: [n] probability that the model answers "yes" if it is asked whether the image shows
+    agreements: [n] probability that the model answers "yes" to the question whether the image shows
       its caption, or None.
     candidates: [C] log-probabilities of the candidates of each example, in nats, or None.
-    verdicts: [n] whether each image is judged wholly right, or None.
+    verdicts: [n] whether the judge finds each image wholly right, or None.
   """
 
   name: str
@@ -53,14 +53,14 @@ class ColumnSamples:
 
 
 def present(value: T | None) -> T:
-  """Returns an input of a metric; raises ValueError if it is None, because `needs` lacks it."""
+  """Returns an input of a metric. Raises ValueError for None: `Metric.needs` lacks the input."""
   if value is None:
     raise ValueError("a metric reads an input that its `Metric.needs` does not name.")
   return value
 
 
 def mean(values: Sequence[float | None], column: ColumnSamples) -> dict:
-  """Averages one number per example. Ignores None; the `value` is None if all numbers are None."""
+  """Averages one number per example, except None. If all are None, the `value` is None."""
   places = [i for i, value in enumerate(values) if value is not None]
   if not places:
     return {"value": None, "samples": 0}

@@ -12,20 +12,20 @@ from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 
-# Both evaluations must be equal in these fields. They may differ in other fields.
+# Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")
 NETWORKS = ("extractor", "scorer")  # None if no metric uses the network.
 
 
 def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:
-  """Computes the differences second - first of all metrics that both evaluations have.
+  """Computes second - first for each metric that both evaluations have.
 
   Means over examples are compared example by example, so that the difficulty of an example cancels.
   Their intervals resample groups of examples. Frechet distances and BLEU are compared resample by
   resample, because both evaluations draw the same groups. Other distances have no interval.
 
   Returns {"column", "metric", "first", "second", "difference", "low", "high"} per column and
-  metric. The last two are None if there is no interval.
+  metric. `low` and `high` are None if there is no interval.
 
   Raises:
     UserError: a folder has no results, or the protocol, data or networks differ.
@@ -74,7 +74,7 @@ def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
 def paired(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Returns the mean difference over the examples that have both values, and its interval."""
+  """Computes the mean difference over the examples with both values, and its interval."""
   both = ~np.isnan(first) & ~np.isnan(second)
   if not both.any():
     return {}
@@ -86,10 +86,10 @@ def paired(
 def resampled(
   first: np.ndarray, second: np.ndarray, groups: np.ndarray, difference: float, num_resamples: int
 ) -> dict[str, Any]:
-  """Returns the interval of a difference from two values of each resample.
+  """Computes the interval of a difference from the values of both evaluations in each resample.
 
-  The percentiles are moved by `difference` minus the mean difference of the resamples, because
-  resamples have a larger bias (see `frechet_interval`).
+  Resamples have a larger bias (see `frechet_interval`). Therefore `difference` minus the mean
+  difference of the resamples is added to the percentiles.
   """
   if len(first) != len(second):
     return {}

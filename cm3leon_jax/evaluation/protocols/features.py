@@ -1,10 +1,10 @@
 """Computes the inputs of image metrics: features, embeddings and codes.
 
-They are computed in parts of PART images, and each part is a file. Memory holds the pixels of one
-part. The processes of a job share the parts. Parts that exist are not computed again.
+They are computed in parts of PART images, and each part is a file. Memory holds the pixels of only
+one part. The parts are divided among the processes of a job. Existing parts are not computed again.
 """
 
-# n images, H height, W width, D width of features, E of embeddings, I codes of an image.
+# n images, H height, W width, D width of features, E width of embeddings, I codes of an image.
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -32,7 +32,7 @@ class Images:
 
   Attributes:
     features: [n, D] float32 from the extractor for distances, or None.
-    embeddings: [n, E] float32 of norm 1 from the CLIP for scores, or None.
+    embeddings: [n, E] float32 of norm 1 from the CLIP model for scores, or None.
     codes: [n, I] image codes, or None.
     groups: [n] the group of each image.
   """
@@ -68,7 +68,7 @@ class Networks:
   identity: dict
 
   def images(self, name: str, groups: Sequence[str], load: Callable) -> Images:
-    """Computes `needs` for a set of images, or loads parts that were computed before.
+    """Computes `needs` for a set of images. Parts that were computed before are loaded.
 
     `load` maps (start, stop) to (pixels [stop - start, H, W, 3] uint8, their codes or None).
     """
@@ -76,7 +76,7 @@ class Networks:
     stem += f"-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
     starts = range(0, len(groups), PART)
     paths = [self.folder / stem / f"part_{start // PART:05d}.npz" for start in starts]
-    # The caller's mesh has the devices of all processes, but one process computes a part.
+    # The caller's mesh has the devices of all processes, but each part is computed by one process.
     devices = jax.local_devices()[:1]
     local = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=devices)
     with distributed.together(), jax.set_mesh(local):

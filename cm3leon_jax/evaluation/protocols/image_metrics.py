@@ -17,7 +17,7 @@ def frechet_distance(column: ColumnSamples) -> dict:
 
 
 def kernel(column: ColumnSamples) -> dict:
-  """Computes the kernel distance (KID). `std` is the spread of its subsets, not an error bar."""
+  """Computes the kernel distance KID. `std` is the spread over subsets, not a standard error."""
   made, real = present(column.images), present(column.reference)
   found = kernel_distance.kid(present(made.features), present(real.features), seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made.groups)}
@@ -31,7 +31,7 @@ def precision(column: ColumnSamples) -> dict:
 
 
 def cmmd(column: ColumnSamples) -> dict:
-  """Computes CMMD. The numbers of the paper use features of CLIP ViT-L/14 at 336 pixels."""
+  """Computes CMMD. The figures of its paper use features of CLIP ViT-L/14 at 336 pixels."""
   made, real = present(column.images), present(column.reference)
   return {
     "value": kernel_distance.cmmd(present(made.features), present(real.features)),
@@ -60,12 +60,12 @@ def clip_score(column: ColumnSamples) -> dict:
 
 
 def likelihood(column: ColumnSamples) -> dict:
-  """Averages log p(caption | image) - log p(caption) by the model itself, in nats."""
+  """Averages log p(caption | image) - log p(caption), in nats, under the evaluated model."""
   return mean(present(column.likelihoods).tolist(), column)
 
 
 def vqa_score(column: ColumnSamples) -> dict:
-  """Averages the probability of "yes" if the model is asked whether an image shows its caption.
+  """Averages the probability of "yes" to the question whether an image shows its caption.
 
   This is VQAScore (Lin et al. 2024) with the decoder of the run. The decoder must have been tuned
   on questions with the answers yes and no.
@@ -74,7 +74,7 @@ def vqa_score(column: ColumnSamples) -> dict:
 
 
 def copy_rate(column: ColumnSamples) -> dict:
-  """Averages the percentage of codes that the best neighbor has at the same positions."""
+  """Averages the percentage of positions at which sample and best neighbor have the same code."""
   copied = [line["copied"] for line in column.lines]
   return mean([None if share is None else 100 * share for share in copied], column)
 

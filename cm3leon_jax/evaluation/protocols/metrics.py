@@ -16,7 +16,7 @@ class Metric:
   Attributes:
     compute: computes the result from a column, see `protocols.column`.
     task: "image" or "text".
-    needs: inputs to compute first: "features", "embeddings" or "codes" of `Images`, and
+    needs: inputs that must be computed first: "features", "embeddings" or "codes" of `Images`, and
       "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
     higher_is_better: whether larger values are better; None if no direction is better.
   """

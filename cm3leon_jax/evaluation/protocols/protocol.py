@@ -1,7 +1,8 @@
 """Defines a protocol: the data, the columns, the metrics, and published figures of other models.
 
 A protocol is one document of a YAML file (docs/protocols.md). A file may have several documents,
-one for each data set. A column is one way to generate: retrieval, sampler and number of samples.
+one for each data set. A column is one way to generate: how many documents are retrieved, which
+sampler is used, and how many samples are generated.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from cm3leon_jax.files.json_files import plain
 from cm3leon_jax.generation.tasks import MASK, slug
 
 HELDOUT = "heldout"  # Data format of the held-out pairs of the run.
-FIELDS = ("prompt", "caption", "history")  # Fields of templates.
+FIELDS = ("prompt", "caption", "history")  # Fields that a template may contain.
 TASKS = {"image": "{prompt}", "text": MASK}  # Name -> default template.
 # Round of a dialog, in the paper's format for questions (CM3Leon, table 5).
 ROUND = "Question: {} Answer: {}."
@@ -162,7 +163,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
 
 
 def parse(text: str, where: str) -> tuple[Protocol, ...]:
-  """Parses the protocols in the YAML of a file. Messages use `where` as the name of the file."""
+  """Parses the YAML text of a protocol file. Messages use `where` as the name of the file."""
   documents = [values for _, values in yaml_documents.parse(text, where)]
   if not documents:
     raise UserError(f"{where} is empty; it must have the fields of a protocol, one per line.")
@@ -192,7 +193,7 @@ def _parse_one(values: Any, where: str) -> Protocol:
 
 
 def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
-  """Returns the sampling settings of a column: the settings of the run with its changes.
+  """Returns the sampling settings of a column: the settings of the run, changed by the column.
 
   Raises:
     UserError: a field of the column is not in `config.sampling` or is out of range.
@@ -205,7 +206,7 @@ def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
 
 
 def stem(column: str) -> str:
-  """Returns a file name for a column; different columns have different file names."""
+  """Returns a file name for a column. Different columns get different file names."""
   return f"{slug(column)}-{digest(column)[:6]}"
 
 

@@ -18,7 +18,7 @@ RESULTS = "results.json"
 
 
 def git_revision() -> str | None:
-  """Returns the git commit of this code, with "+" if files were changed; None outside of git."""
+  """Returns the git commit of this code, with "+" if files were changed. None without git."""
   folder = cm3leon_jax.__path__[0]
 
   def git(*arguments: str) -> str:
@@ -44,7 +44,7 @@ def fingerprint(evaluated: Evaluated) -> str:
 
 
 def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
-  """Writes results.json with the numbers, data and code version; returns its content."""
+  """Writes results.json with the figures, data and code version, and returns its content."""
   result = {
     **about,
     "title": job.protocol.title,
@@ -67,7 +67,7 @@ def write(job: ProtocolRun, about: dict, measured: dict) -> dict:
 
 
 def describe(result: dict) -> str:
-  """Formats results as text, with one line for each column, control and published model."""
+  """Formats results as text, with a line for each column, each control and each published model."""
   lines = [f"{result['title']}: {result['examples']} examples"]
   for name, column in result["columns"].items():
     apart = column["divergence"]

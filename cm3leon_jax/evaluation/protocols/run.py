@@ -36,7 +36,7 @@ REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Names of controls.
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolRun:
-  """Protocol, with the model, data and networks that it runs on.
+  """Protocol, with the model, data and networks that it uses.
 
   Attributes:
     metrics: names in `METRICS`, already checked.
@@ -85,7 +85,7 @@ class ProtocolRun:
     )
 
   def column(self, name: str, **fields: Any) -> ColumnSamples:
-    """Makes the input of metrics. `lines` and `examples` are empty by default."""
+    """Makes an input for metrics. `lines` and `examples` are empty by default."""
     fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
     return ColumnSamples(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
 
@@ -171,7 +171,7 @@ def _column(
 
 
 def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes a JSON value per line, with all processes together, or reads parts that exist."""
+  """Computes a JSON value per line in parts, which processes share. Existing parts are read."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
@@ -204,7 +204,7 @@ def _agreements(
 ) -> list[float]:
   """Computes p(yes) / (p(yes) + p(no)) for the question whether each image shows its caption.
 
-  `prompts`, indexed by row, replace the captions if they are given.
+  If `prompts` are given, they replace the captions. Their index is the row of an example.
   """
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
@@ -226,7 +226,7 @@ def _candidates(job: ProtocolRun, part: list[dict]) -> list[list[float]]:
 
 
 def embed_captions(job: ProtocolRun) -> np.ndarray:
-  """Embeds the captions of all examples with the CLIP for scores: [n, E] of norm 1."""
+  """Embeds the captions of all examples with the CLIP model for scores: [n, E] of norm 1."""
   prompts = [example.prompt or "" for example in job.evaluated.examples]
   tokens = [job.scorer.encode(text) for text in prompts]
   rows = [job.scorer.embed_texts(tokens[i : i + PART]) for i in range(0, len(tokens), PART)]
@@ -234,12 +234,13 @@ def embed_captions(job: ProtocolRun) -> np.ndarray:
 
 
 def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
-  """Measures controls, for which good or bad values are expected.
+  """Measures controls: data for which metrics must have good values, or bad values.
 
-  Distances: between two halves of the real images, split by groups, which differ only by chance;
-  and between noise and real images. CLIP scores: of real images, and of samples with the captions
-  of other examples. VQAScore: of samples with the captions of other examples. Texts: with the texts
-  of other examples, and with candidates in random order.
+  - Distances: two halves of the real images, split by groups, which differ only by chance (good),
+    and noise compared with real images (bad).
+  - CLIP scores: real images (good), and samples with the captions of other examples (bad).
+  - VQAScore: samples with the captions of other examples (bad).
+  - Texts: the texts of other examples (bad), and candidates in random order (bad).
   """
   rng = np.random.default_rng(job.protocol.seed)
   shuffled = others(len(job.groups), rng)
@@ -283,7 +284,7 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
 
 
 def others(count: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random permutation of `count` > 1 indices that moves every index."""
+  """Returns a random permutation of `count` > 1 indices in which every index moves."""
   order, result = rng.permutation(count), np.empty(count, int)
   result[order] = np.roll(order, 1)
   return result

@@ -1,8 +1,8 @@
 """Generates the samples of a protocol part by part, and reads them.
 
-A part is a file with the samples of PART examples. Parts that exist are not generated again, so a
+A part is a file with the samples of PART examples. Existing parts are not generated again, so a
 command may be killed at any time. Memory holds one part, so a protocol may have any number of
-examples. Images are stored as their codes.
+examples. Images are stored as codes.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-PART = 64  # Examples per part.
+PART = 64  # Number of examples per part.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Evaluated:
 
   Attributes:
     rows: index of the held-out document of each example; None if the examples are from files.
-    facts: facts that the caption of each example states; {} if they are unknown.
+    facts: facts that the caption of each example states. {} if the facts are unknown.
   """
 
   examples: list[Example]
@@ -68,8 +68,8 @@ def open_evaluated(
   """Chooses the examples of a protocol by its seed.
 
   `data` is the folder of the evaluation files and their images. It is None if the protocol uses
-  held-out pairs, which are read from `workdir`. If `allow_outside`, the files may name images
-  outside of `data`.
+  held-out pairs, which are read from `workdir`. If `allow_outside` is True, the files may name
+  images outside of `data`.
 
   Raises:
     UserError: a file is absent or wrong, an image does not exist or is not in `data`, there are too
@@ -104,7 +104,7 @@ def open_evaluated(
 
 
 def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
-  """Chooses held-out pairs with `strata.choose` if all have facts, otherwise evenly spaced."""
+  """Chooses held-out pairs: by `strata.choose` if all have facts, otherwise at even distances."""
   store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
   images = {pair.key: str(pair.image) for pair in reader.read_pairs(workdir / "raw", "heldout")}
   facts = [store[i].facts for i in range(len(store))]
@@ -130,12 +130,12 @@ def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Eva
 def tasks_of(
   protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir: epath.PathLike
 ) -> dict[str, list[Task]]:
-  """Makes a task for each column and example; maps the name of a column to its tasks."""
+  """Makes a task for each example in each column. Maps the name of a column to its tasks."""
   result: dict[str, list[Task]] = {}
   for column in protocol.columns:
     sampling = protocol_lib.sampling_of(column, pipeline.settings.sampling)
     if protocol.task == "image" and evaluated.rows is not None and not protocol.template:
-      columns = [(column.retrieve, sampling)]  # Uses stored neighbors, so needs no search.
+      columns = [(column.retrieve, sampling)]  # Stored neighbors are used, so no search is needed.
       rows = tasks_of_rows(pipeline.layout, workdir, evaluated.rows, protocol.seed, columns)
       result[column.name] = list(rows)
       continue
@@ -174,7 +174,7 @@ def generate(
   """
   folder = epath.Path(folder)
   for of_column in tasks.values():
-    for task in of_column:  # Find prompts that do not fit before anything is generated.
+    for task in of_column:  # Prompts that do not fit are found before anything is generated.
       task.validate()
       task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}
@@ -200,7 +200,7 @@ def generate(
 
 
 def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
-  """Loads the given image of a task: its center square, resized to the images of the model."""
+  """Loads the given image of a task and resizes its center square to the model's resolution."""
   if not task.image:
     return task
   pixels: dict[str, Any] = {"image": reader.load_image(task.image, pipeline.layout.resolution)}
@@ -208,7 +208,7 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
 
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
-  """Returns the file of the part that begins with example `start`."""
+  """Returns the path of the part that begins with example `start`."""
   return (
     epath.Path(folder) / "samples" / protocol_lib.stem(column) / f"part_{start // PART:05d}.jsonl"
   )
@@ -233,7 +233,7 @@ def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dic
 
 
 def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | None:
-  """Returns the share of codes that the best neighbor has at the same positions, or None."""
+  """Returns the share of positions at which the best neighbor has the same code, or None."""
   images = [s for d in sample.neighbors[:1] for s in d.segments if s.is_image]
   if not images:
     return None
@@ -241,13 +241,13 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
-  """Returns the line of the best sample of each example in the part that begins with `start`."""
+  """Reads, for each example of the part that begins with `start`, the line of the best sample."""
   lines = read_json_lines(part_path(folder, column, start), {"row": int})
   return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
-  """Yields the line of the best sample of each of `count` examples, without its codes."""
+  """Yields the line of the best sample of each of `count` examples, without the codes."""
   for start in range(0, count, PART):
     for line in read_part(folder, column, start):
       line.pop("codes", None)

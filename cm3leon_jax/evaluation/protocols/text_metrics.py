@@ -1,4 +1,4 @@
-"""Computes metrics of captions and answers, scaled by 100 as in papers."""
+"""Computes metrics of captions and answers. They are multiplied by 100, as in papers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def cider(column: ColumnSamples) -> dict:
 
 
 def bleu4(column: ColumnSamples) -> dict:
-  """Computes BLEU-4 of all captions as one corpus, times 100. The interval resamples groups."""
+  """Computes BLEU-4 of all captions as one corpus, times 100. Its interval resamples groups."""
   counts = caption_metrics.bleu_counts(*_tokens(column))
   _, places = np.unique(np.asarray(column.groups), return_inverse=True)
   of_groups = np.zeros((places.max() + 1, counts.shape[1]))

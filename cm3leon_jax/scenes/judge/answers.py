@@ -1,4 +1,4 @@
-"""Judges answers to instructions over `scenes`: texts by their content, images by their facts."""
+"""Judges answers to instructions about scenes: texts by their content, images by their facts."""
 
 # B records, H height, W width.
 
@@ -28,11 +28,11 @@ def is_right(record: Record, answer: str) -> bool:
   """Returns whether an answer to a record of a text task is right.
 
     "How many stars are there?": "two", "Two." and "2" are right
-    "Is there a cat?": only the first word counts, "Yes, there is." is "yes"
+    "Is there a cat?": only the first word counts, so "Yes, there is." is the same as "yes"
 
-  `answers.normalize` normalizes answers before the comparison. A caption may differ from the
-  caption of the record. It is right if the image shows every object, color, place and relation that
-  the caption names, and exactly as many objects as it names.
+  `answers.normalize` normalizes answers before the comparison. A generated caption may differ from
+  the caption of the record. It is right if the image shows every object, color, place and relation
+  that the caption names, and exactly as many objects as the caption names.
   """
   if record.facts["task"] == "describe":
     clauses = caption_clauses.parse(answer)
@@ -43,7 +43,7 @@ def is_right(record: Record, answer: str) -> bool:
 
 
 def shown_objects(record: Record) -> list[Found]:
-  """Returns the objects that the image of a record truly shows."""
+  """Returns the objects that the image of a record really shows."""
   return [
     Found(x["class"], x["color"], x["place"], 1.0, tuple(x["box"])) for x in record.facts["objects"]
   ]
@@ -56,9 +56,10 @@ def judge_images(
 
   `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled.
 
-  Returns B verdicts. `holds` has two more kinds of facts, and `correct` implies both. `kept` (edits
-  and `complete`): all facts still hold that the instruction does not touch or that the given half
-  shows. `instruction` (edits): the objects that the instruction names are as it asks.
+  Returns B verdicts. `holds` has two more kinds of facts, and a correct image satisfies both:
+  - `kept`. For edits, all facts hold that the instruction does not touch. For `complete`, all facts
+    hold that the given half shows.
+  - `instruction`, only for edits. The objects that the instruction names are as it asks.
   """
   found = judge.find_objects(images, style)
   return [judge_objects(record, objects) for record, objects in zip(records, found)]
@@ -81,7 +82,7 @@ def judge_objects(record: Record, found: Sequence[Found]) -> SceneVerdict:
 
 
 def _show(found: Sequence[Found], facts: Sequence[dict]) -> bool:
-  """Returns whether objects show facts, each with some of `class`, `color` and `place`."""
+  """Returns whether objects show all facts. A fact has some of `class`, `color` and `place`."""
   things = [{"class": thing.name, "color": thing.color, "place": thing.place} for thing in found]
   for fields in {tuple(sorted(fact)) for fact in facts}:
     wanted = Counter(_values(fact, fields) for fact in facts if tuple(sorted(fact)) == fields)
@@ -95,9 +96,10 @@ def _values(fact: dict, fields: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def majority_answers(records: Sequence[Record]) -> dict[str, str]:
-  """Returns the most frequent true answer of each text task; ties are broken alphabetically.
+  """Returns the most frequent true answer of each text task. Ties are broken alphabetically.
 
-  A model that ignores both image and question can reach its share of right answers.
+  A model can always give this answer, so the answer's frequency is the accuracy of a model that
+  ignores both image and question.
   """
   counts: dict[str, Counter[str]] = {}
   for record in records:
@@ -107,11 +109,11 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
 
 
 def any_object_answer(record: Record) -> str | None:
-  """Answers a question from the objects of the image, ignoring which object it asks for.
+  """Answers a question from the objects of the image, but ignores which object is asked for.
 
-  For `color`, the answer is the color of some object. For `relation`, it is some object that the
-  question does not name. For `count`, it is the number of all objects. The key of the record
-  selects the object. Returns None for other tasks.
+  For `color`, the answer is the color of an arbitrary object. For `relation`, it is an arbitrary
+  object that the question does not name. The key of the record selects the object. For `count`, the
+  answer is the number of all objects. Returns None for other tasks.
   """
   task, objects = record.facts["task"], record.facts["objects"]
   if task == "count":

@@ -1,8 +1,8 @@
 """Computes baselines for judged images from the training scenes of a run.
 
-The caption of a held-out scene may also occur in training, with another image: "two hearts"
-describes many scenes. Therefore tables of judged images state for each caption whether training has
-its words, its claims, or an image that the judge would accept.
+The caption of a held-out scene may also occur in training with another image, because captions such
+as "two hearts" describe many scenes. Therefore each caption is looked up: does training have the
+same words, the same claims, or an image that the judge would accept for the caption?
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ class Known(NamedTuple):
   Attributes:
     caption: a training caption has the same words.
     claims: a training caption makes the same claims, in any words.
-    image: some training image is right for the caption, so an ideal lookup would succeed.
+    image: a training image is right for the caption, so an ideal lookup would succeed.
   """
 
   caption: bool
@@ -39,7 +39,7 @@ class TrainingScenes:
   def __init__(self, records: Iterable[tuple[str, dict]]):
     """Reads records: pairs of a caption and the field `facts` of its document."""
     self._captions, self._claims = set(), set()
-    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # Keyed by objects and their counts.
+    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # Keys: objects with their counts.
     for caption, facts in records:
       self._captions.add(caption)
       self._claims.add(claims_of(facts["include"]))
@@ -90,6 +90,6 @@ def claims_of(include: list[dict]) -> tuple:
 
 
 def _drawn(facts_key: str) -> list[Found]:
-  """Returns the objects of a scene as an error-free judge would find them."""
+  """Returns the objects of a scene, as a judge without errors would find them."""
   placed = Scene.parse(facts_key).objects
   return [Found(p.object, p.color, p.place, 1.0, (0, 0, 1, 1)) for p in placed]

@@ -1,8 +1,8 @@
-"""Parses captions of `scenes` into clauses, in order to check generated captions.
+"""Parses captions of scenes into clauses, in order to check generated captions.
 
-The grammar accepts the wordings of `captions` and free combinations of their parts: objects with an
-article or number and a color, places, relations, and words that claim nothing. A caption with any
-other word is rejected, so an invented object is never overlooked.
+The grammar accepts the wordings of `captions` and free combinations of their parts. Parts are
+objects (with an article or a number, and optionally a color), places, relations, and words that
+claim nothing. A caption with any other word is rejected, so an invented object is never overlooked.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def parse(caption: str) -> list[dict] | None:
 
 
 def _moved(clause: dict, places: int) -> dict:
-  """Adds `places` to the index of the clause that `position` refers to."""
+  """Adds `places` to the index in the field `position` of a clause."""
   if "position" not in clause:
     return clause
   relation, reference = clause["position"]
@@ -94,7 +94,7 @@ def _next_part(words: Sequence[str]) -> _Part | None:
 
 @functools.cache
 def _phrases() -> dict[str, _Part]:
-  """Maps all phrases that do not name an object to their parts."""
+  """Maps each phrase that does not name an object to its part."""
   phrases = [
     *((phrase, "place", place) for phrase, place in _PLACES.items()),
     *((phrase, "relation", relation) for phrase, relation in _RELATIONS.items()),
@@ -144,7 +144,7 @@ def _object(words: Sequence[str]) -> _Part | None:
 
 
 def _claims(parts: Sequence[_Part]) -> list[dict] | None:
-  """Lists the clauses of the parts between two "and"; `position` is an index into this list."""
+  """Lists the clauses of the parts between two "and". `position` has indices into this list."""
   match [part.kind for part in parts]:
     case ["object"]:
       return [parts[0].value]

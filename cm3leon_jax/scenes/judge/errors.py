@@ -19,12 +19,12 @@ def measure(
 ) -> dict:
   """Judges images with their own captions and with captions in which one fact is changed.
 
-  `images` are [B, H, W, 3] uint8, true images of `facts`, which are from B documents. `seed`
+  `facts` are the facts of B documents. `images` are their true images, [B, H, W, 3] uint8. `seed`
   selects the changes.
 
-  Returns {"images": B, "real": share judged fully correct, "changed": {kind of fact: {"captions":
-  number, "right": share judged fully correct}}, "changed_right": that share over all kinds}. "real"
-  should be 1, and the other shares 0.
+  Returns {"images": B, "real": share, "changed": {kind of fact: {"captions": number of captions,
+  "right": share}}, "changed_right": share over all kinds}. Shares count the images that are judged
+  fully correct. A judge without errors has a share of 1 for "real" and 0 for changed captions.
   """
   rng = np.random.default_rng(seed)
   found = judge.find_objects(images, style)
@@ -59,7 +59,7 @@ def describe(errors: dict) -> str:
 def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
   """Changes one fact of a caption, separately for each kind of fact that the caption names.
 
-  Returns kind of fact -> facts in which one entry of `include` no longer fits the image.
+  Returns kind of fact -> changed facts. In them, one entry of `include` no longer fits the image.
   """
   names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]

@@ -1,4 +1,4 @@
-"""Checks the facts of a caption of `scenes` against the objects that an image shows."""
+"""Checks the facts of a caption against the objects that an image of a scene shows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import itertools
 
 from cm3leon_jax.scenes.captions import relations
 
-UNKNOWN = "unknown"  # An object without a clear shape, or a color outside the palette.
+UNKNOWN = "unknown"  # Name of an object without a clear shape, or of a color outside the palette.
 FACTS = ("object", "color", "count", "place")
 
 
@@ -19,7 +19,7 @@ class Found:
     name, color: as in captions, or `UNKNOWN`.
     place: one of `world.PLACES`.
     score: correlation with the best-matching silhouette, at most 1.
-    box: left, top, right, bottom of the ink in pixels; right and bottom are exclusive.
+    box: left, top, right, bottom of the ink in pixels. Right and bottom are exclusive.
   """
 
   name: str
@@ -35,11 +35,12 @@ class SceneVerdict:
 
   Attributes:
     correct: whether the image shows exactly what the caption says and nothing else.
-    reason: one line per error; "" if there is no error.
+    reason: one line per error, or "" if there is no error.
     found: objects that the image shows, in the order of the places.
     holds: kind of fact -> whether all facts of this kind hold. A kind that the caption does not
-      name is absent. `object`: the names found equal the names in the caption. `count`: the total
-      number of objects is right. `color` and `place`: see `check`. `place` includes relations.
+      name is absent. `object` holds if the image and the caption have the same names. `count` holds
+      if the total number of objects is right. For `color` and `place`, which includes relations,
+      see `check`.
   """
 
   correct: bool
@@ -51,11 +52,11 @@ class SceneVerdict:
 def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
   """Compares found objects with the clauses of a caption, in GenEval's layout.
 
-  Each object of the caption is compared with a found object of its name. Among several found
-  objects of this name, the best fit by color, place and relations is used. If the number of found
-  objects is right, a found object with another name stands in for a missing one, so that its color
-  and place are still judged. A clause has "class" and "count", and "color", "place" and "position"
-  where the caption states them. "position" is [relation, index of the other clause].
+  Each object of the caption is compared with a found object of the same name. If there are several,
+  the assignment with the fewest errors in color, place and relations is used. If the number of
+  found objects is right, a missing object is compared with a found object of another name, so that
+  color and place are still judged. A clause has "class" and "count". It also has "color", "place"
+  and "position" if the caption states them. "position" is [relation, index of the other clause].
   """
   slots = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
   filled = [*found, *[None] * (len(slots) - len(found))]
@@ -87,9 +88,10 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 def _wrong_facts(
   clauses: Sequence[dict], slots: list[int], chosen: Sequence[Found | None], any_name: bool
 ) -> dict[str, list]:
-  """Lists the errors if the objects `chosen` fill the slots of the clauses.
+  """Lists the errors for one assignment, which gives the objects `chosen` to clauses.
 
-  Without `any_name`, an object whose name differs from its clause counts as missing.
+  `slots` has the index of the clause of each chosen object. If `any_name` is False, an object whose
+  name differs from the name in its clause counts as missing.
   """
   wrong: dict[str, list] = {"name": [], "color": [], "place": []}
   groups: list[list[Found | None]] = [[] for _ in clauses]

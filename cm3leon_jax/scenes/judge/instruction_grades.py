@@ -1,4 +1,4 @@
-"""Judges answers to instructions over `scenes`, and computes baseline answers without a model."""
+"""Judges answers to instructions about scenes, and computes baseline answers without a model."""
 
 # n records, H height, W width.
 
@@ -42,9 +42,10 @@ def judge_images(
 def guesses(records: Sequence[Record]) -> dict[str, list[str]]:
   """Computes baseline answers to questions of one task.
 
-  Returns {"majority": the most frequent answer, for every record; "any object": an answer from the
-  image that ignores the question (`answers.any_object_answer`), or the most frequent answer if
-  there is none}. {} if the task is not a question.
+  Returns a dict with two lists of answers, or {} if the task is not a question:
+  - "majority" has the most frequent true answer for every record.
+  - "any object" has the results of `answers.any_object_answer`, which ignores the object that a
+    question asks for. If a result is None or "", the most frequent true answer replaces it.
   """
   name = records[0].facts["task"]
   if name not in QUESTIONS:

@@ -1,8 +1,8 @@
-"""Judges images of the source `scenes`: finds their objects and checks the facts of a caption.
+"""Judges images of the source `scenes`: finds the objects and checks the facts of a caption.
 
-An image has four places; the pixels of a place are a cell. For a cell with ink, the judge finds the
+An image has four places. The pixels of a place are a cell. For a cell with ink, the judge finds the
 palette color that fits the ink best, and the object of the world whose silhouette correlates best
-with it. Ink without a clear color or shape is an unknown object, which makes an image wrong.
+with the ink. Ink without a clear color or shape is an unknown object, which makes an image wrong.
 `benchmarks/scene_judge.py` prints the error rates from which the thresholds below were chosen.
 """
 
@@ -22,18 +22,19 @@ from cm3leon_jax.scenes.config import COLORS, Style
 from cm3leon_jax.scenes.drawings import CELL, SIDE
 from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
 
-# Least correlation of a known object. After blur, blotches and color errors (PSNR 16 dB), 99% of
-# objects score 0.90 or more. Of half icons and blots, 8% score more than 0.85, and at most 2% do so
-# as the object of the caption.
+# Smallest correlation at which an object is known. With blur, blotches and color errors (PSNR
+# 16 dB), 99% of objects still have a correlation of 0.90 or more. 8% of half icons and blots have a
+# correlation above 0.85 with some object, and at most 2% with the object that the caption names.
 MIN_SCORE = 0.85
-# Least share of a cell's ink to which the color of the object is the nearest color. At 0.65, 4% of
-# two-colored icons are given one of their colors. At 0.75, 5% of true icons with the errors above
-# are given no color.
+# Smallest share of a cell's ink that must be nearer to the chosen color than to other colors. With
+# 0.65, 4% of two-colored icons get one of their colors. With 0.75, 5% of true icons with the errors
+# above get no color.
 MIN_COLOR_SHARE = 0.7
-# Least ink of an object, in pixels: 4% of a cell. Less is a speck; objects have at least 15%.
+# Smallest ink of an object in pixels, which is 4% of a cell. Less ink is a speck: the ink of true
+# objects covers at least 15% of a cell.
 MIN_INK = 23
-FAINT = 0.25  # Opacity below which a pixel counts as background.
-SOLID = 0.5  # Opacity above which the color of a pixel is compared.
+FAINT = 0.25  # A pixel with a lower opacity counts as background.
+SOLID = 0.5  # The color of a pixel is compared only if its opacity is higher.
 MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
 BLURS = (0.0, 0.7)  # Standard deviations of the blur of silhouettes, in pixels.
 CHUNK = 32  # Number of images that are judged together.
@@ -52,7 +53,7 @@ def find_objects(
 
 
 def opacities(images: np.ndarray) -> np.ndarray:
-  """Returns the opacity of the best color of each place, [B, 4, CELL, CELL] fp32."""
+  """Returns the opacities of the color that fits each place best, [B, 4, CELL, CELL] fp32."""
   return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
 
 
@@ -82,15 +83,15 @@ def judge_all(
 ) -> list[SceneVerdict]:
   """Judges images by the facts of their captions.
 
-  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. Only `include` is read from
-  the facts (docs/scenes.md).
+  `images` are [B, H, W, 3] uint8. Sizes other than 48 x 48 are scaled. Of the facts, only the field
+  `include` is read (docs/scenes.md).
   """
   found = find_objects(images, style)
   return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
 
 
 def judge(image: npt.ArrayLike, facts: dict) -> SceneVerdict:
-  """Judges one image, [H, W, 3] uint8, by the facts of its caption, see `judge_all`."""
+  """Judges one image, [H, W, 3] uint8, by the facts of a caption, see `judge_all`."""
   return judge_all(np.asarray(image)[None], [facts])[0]
 
 
@@ -107,7 +108,7 @@ def _cells(images: npt.ArrayLike) -> np.ndarray:
 
 @functools.cache
 def _palette() -> tuple[tuple[str, ...], np.ndarray]:
-  """Returns the names of the colors, and their differences from white, [C, 3] fp32."""
+  """Returns the names of the colors, and the difference of each color from white, [C, 3] fp32."""
   values = 1 - np.array(list(COLORS.values()), np.float32) / 255
   return tuple(COLORS), values
 
@@ -116,15 +117,15 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   """Fits one color of the palette to the ink of each cell.
 
   A pixel is modeled as white * (1 - opacity) + color * opacity. For each color and pixel, the
-  opacity minimizes the squared error. The color of a cell has the least total error. Returns [N,
-  24, 24] fp32 opacities of the chosen colors, and N color names. A name is `UNKNOWN` if other
-  colors are nearer to many solid pixels, or no pixel is solid.
+  opacity with the smallest squared error is computed. The color with the smallest total error is
+  chosen for the cell. Returns the opacities of the chosen colors, [N, 24, 24] fp32, and N color
+  names. A name is `UNKNOWN` if other colors are nearer to many solid pixels, or no pixel is solid.
   """
   names, palette = _palette()
   opacity, errors = _explain(cells, palette)
   best = errors.sum(1).argmin(1)
   own = np.take_along_axis(opacity, best[:, None, None], 2)[..., 0]
-  # Chroma is noisier than ink in a lossy image, so average 3 x 3 pixels for the color of a pixel.
+  # In a lossy image, color is noisier than ink, so the color of a pixel is a mean of 3 x 3 pixels.
   nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)), palette)[1].argmin(2)
   solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
   agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
@@ -134,14 +135,14 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _explain(cells: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Fits every color to every pixel: opacity and squared error, [N, P, C] fp32 each."""
+  """Fits every color to every pixel. Returns opacities and squared errors, [N, P, C] fp32 each."""
   ink = cells.reshape(len(cells), -1, 1, 3)
   opacity = np.clip((ink * palette).sum(-1) / (palette**2).sum(-1), 0, 1)
   return opacity, ((ink - opacity[..., None] * palette) ** 2).sum(-1)
 
 
 def _unit(pixels: np.ndarray) -> np.ndarray:
-  """Centers and scales [..., 24, 24] to mean 0 and norm 1, as [..., P] fp32."""
+  """Flattens cells [..., 24, 24] to [..., P] fp32, and scales each to mean 0 and norm 1."""
   flat = pixels.reshape(*pixels.shape[:-2], -1)
   flat = flat - flat.mean(-1, keepdims=True)
   return flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-6)
@@ -149,7 +150,7 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
-  """Returns the names of all M objects, and one array of silhouettes per blur, [M, P] fp32."""
+  """Returns the names of all M objects and, for each blur, their silhouettes, [M, P] fp32."""
   icons = world.ICONS
   drawn = np.stack([drawings.ink(icon, style) for icon in icons.values()]) / np.float32(255)
   return tuple(icons), [_unit(ndimage.gaussian_filter(drawn, (0, b, b))) for b in BLURS]
@@ -158,7 +159,7 @@ def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
 def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
   """Finds the silhouette that correlates best with each cell, over all shifts and blurs.
 
-  Returns the names of the objects in N cells [N, 24, 24], and their [N] fp32 correlations.
+  `opacity` is [N, 24, 24]. Returns N names of objects, and [N] fp32 correlations.
   """
   names, banks = _silhouettes(style)
   if not len(opacity):

@@ -1,4 +1,4 @@
-"""Generates images for held-out captions of `scenes`, judges them and writes the results."""
+"""Generates images for held-out captions of scenes, judges the images and writes the results."""
 
 # n scenes, H height, W width.
 
@@ -48,27 +48,27 @@ def evaluate(
   folder: epath.PathLike,
   bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
 ) -> dict[str, dict]:
-  """Generates and judges images; writes them, scenes.json, scenes_results.jsonl and scenes.png.
+  """Generates and judges images. Writes them, scenes.json, scenes_results.jsonl and scenes.png.
 
-  The real images, drawn from their facts, and their reconstructions by the image tokenizer are
-  judged as well. They are upper bounds for the samples.
+  For comparison, the real images (drawn from the facts) and their reconstructions by the image
+  tokenizer are also judged. Their shares are upper bounds for the samples.
 
   Args:
     pipeline: pipeline of the run, with its mesh set.
     tasks: result of `strata.heldout_captions`.
-    workdir: its training documents are searched for the baseline `lookup`.
+    workdir: folder of the run. The baseline `lookup` searches its training documents.
     bundled: generates one image per caption with the bundled model. It is called with the captions
-      of scenes.png, where its images are shown next to the images of the run.
+      of scenes.png, which shows the result next to the images of the run.
 
   Returns:
     A dict with these entries:
     - "judge": result of `errors.measure`.
     - "tables": {title: result of `table.table`}. Titles are "real images", "reconstructions", and
-      one per guidance weight, e.g. "guidance 1.5".
-    - "gain", if one of several weights is 1: the title of the best other weight as "title", with
-      its `table.gain` over weight 1.
-    - "bundled", with `bundled`: {"images": number of captions in scenes.png, "right": {title of a
-      weight or "bundled model": number of correct images}}.
+      a title per guidance weight, e.g. "guidance 1.5".
+    - "gain", if one of several weights is 1: `table.gain` of the best other weight over weight 1,
+      and the title of the best other weight as "title".
+    - "bundled", if `bundled` is given: {"images": number of captions in scenes.png, "right": {title
+      of a weight or "bundled model": number of correct images}}.
   """
   folder, seed = epath.Path(folder), pipeline.settings.seed
   style = pipeline.settings.scenes.style
@@ -107,12 +107,12 @@ def _task_of(sample: Sample) -> HeldoutCaption:
 
 
 def metadata(task: HeldoutCaption) -> dict:
-  """Returns the line of GenEval's metadata for a task."""
+  """Returns the fields of a task's line in GenEval's metadata."""
   return scene_table.geneval_metadata(task.prompt, task.document.facts)
 
 
 def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequence[Judged]) -> None:
-  """Writes the image of each sample and a line of GenEval's results for it."""
+  """Writes the image of each sample, and GenEval's results with a line per sample."""
   lines = []
   for sample, one in zip(samples, judged):
     name = f"scenes/{sample.task.file_stem}.png"
@@ -133,7 +133,7 @@ def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
 def _judge(
   tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style, known: Sequence[Known | None]
 ) -> list[Judged]:
-  """Judges one image, [H, W, 3] uint8, per task. `known` becomes a field of the results."""
+  """Judges one image, [H, W, 3] uint8, per task. `known` has one entry per task, see `Judged`."""
   facts = [task.document.facts for task in tasks]
   verdicts = scenes.judge_all(images, facts, style)
   return [
@@ -149,10 +149,10 @@ def _write_sheet(
   judged: dict[str, list[Judged]],
   bundled: Callable[[list[str]], list[np.ndarray]] | None,
 ) -> dict[str, dict]:
-  """Writes the sheet of scenes, which the seed chooses evenly from the categories.
+  """Writes the sheet of scenes. The seed chooses the scenes evenly from the categories.
 
   `by_weight` and `judged` map the title of a guidance weight to the samples and judged images of n
-  scenes. Returns the entry "bundled" of the result of `evaluate`, or {} without `bundled`.
+  scenes. Returns the entry "bundled" of the result of `evaluate`, or {} if `bundled` is None.
   """
   every = next(iter(by_weight.values()))
   tags = [_task_of(sample).document.facts["tag"] for sample in every]
@@ -178,7 +178,7 @@ def _write_sheet(
 def _sheet_scenes(
   pipeline: Pipeline, samples: Sequence[Sample], columns: dict[str, list[tuple[np.ndarray, bool]]]
 ) -> list[SheetScene]:
-  """Returns the scenes of n samples, each with one image and its verdict per column."""
+  """Returns the scenes of n samples. Each scene has, per column, an image and its verdict."""
   images = iter(images_of(pipeline, [d for sample in samples for d in sample.neighbors]))
   return [
     SheetScene(
@@ -192,9 +192,9 @@ def _sheet_scenes(
 
 
 def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
-  """Chooses up to `count` random indices: one of each tag, then a second one of each tag, etc.
+  """Chooses up to `count` random indices: one index of each tag, then another of each tag, etc.
 
-  spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3.
+  spread(["a", "a", "a", "b"], 3, seed) has index 3, and two of the indices 0, 1 and 2.
   """
   seen: Counter[str] = Counter()
   turns: dict[int, int] = {}
@@ -205,9 +205,9 @@ def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
 
 
 def best_guidance(tables: dict[str, dict]) -> str:
-  """Returns the title of the guidance weight with the most correct images, the first in a tie.
+  """Returns the title of the guidance weight with the most correct images.
 
-  `tables` is the entry "tables" of the result of `evaluate`.
+  In a tie, it is the first title. `tables` is the entry "tables" of the result of `evaluate`.
   """
   weights = [title for title in tables if title not in (REAL, RECONSTRUCTED)]
   return max(weights, key=lambda title: tables[title]["all"]["correct"]["share"])
@@ -233,11 +233,11 @@ def overview(result: dict) -> dict:
 
     - "judge": main shares of `errors.measure`.
     - Each title of `result["tables"]`: the shares over all images of the table.
-    - "best": shares at the best guidance weight, with their intervals. "title": the weight.
-      "correct", "color", "count", "place": over all images. "scene" (a kind of held-out scenes),
-      "new_claims" (captions whose claims no training caption makes), "single_object" (a category):
-      correct share of these images. "lookup": {"scene", "new_claims": share of these captions for
-      which some training image is right}.
+    - "best": shares at the best guidance weight, with their intervals. "title" is the title of the
+      weight. "correct", "color", "count" and "place" are shares of all images. "scene" (a reason
+      for holding out), "new_claims" (captions whose claims no training caption makes) and
+      "single_object" (a category) are the shares of correct images among these images. "lookup":
+      {"scene", "new_claims": share of these captions for which a training image is right}.
     - "gain", "bundled": as in `result`.
   """
   tables = result["tables"]

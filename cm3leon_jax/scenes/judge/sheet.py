@@ -1,4 +1,4 @@
-"""Renders judged scenes as one image with captions, originals, neighbors and marked samples."""
+"""Renders a sheet of judged scenes: captions, originals, neighbors and marked samples."""
 
 # H height, W width.
 
@@ -15,7 +15,7 @@ SIDE = 144  # Side of an image on the sheet in pixels, three times the side of a
 FRAME = 5
 BADGE = 34  # Diameter of a mark, which is drawn on the lower right corner of the frame.
 FONT, TITLE_FONT, LINE = 23, 19, 29  # Font sizes and line height.
-# Space around the sheet, between images, between scenes of a row, and between rows.
+# Space at the border of the sheet, between images, between scenes of a row, and between rows.
 MARGIN, GAP, BETWEEN, BELOW = 20, 18, 44, 28
 TITLE_GAP = 8
 CAPTION_LINES = 2
@@ -29,7 +29,7 @@ class SheetScene:
   Attributes:
     original: [H, W, 3] uint8, the image that the caption describes.
     neighbors: [H, W, 3] uint8 each, images of the retrieved documents before the caption.
-    samples: title -> (image, [H, W, 3] uint8; whether the judge finds it correct). All scenes have
+    samples: title -> (image [H, W, 3] uint8, whether the judge finds it correct). All scenes have
       the same titles.
   """
 
@@ -40,9 +40,9 @@ class SheetScene:
 
 
 def render(scenes: Sequence[SheetScene]) -> Image.Image:
-  """Lays out scenes in rows. Each has a caption above its original, neighbors and samples.
+  """Lays out scenes in rows. A scene has its caption above the original, neighbors and samples.
 
-  Images are scaled to `SIDE`. Right samples get a check mark and a green frame; wrong samples get a
+  Images are scaled to `SIDE`. Right samples get a check mark and a green frame. Wrong samples get a
   cross and a red frame. There must be at least one scene.
   """
   neighbors = max(len(scene.neighbors) for scene in scenes)
@@ -87,7 +87,7 @@ def _cells(
 
 
 def _place(sheet: Image.Image, image: np.ndarray, right: bool | None, at: tuple[int, int]) -> None:
-  """Draws an image and its frame with the upper left corner `at`, and a mark if `right` is set."""
+  """Draws an image and its frame at the upper left corner `at`. Marks it if `right` is set."""
   x, y, side = *at, SIDE + 2 * FRAME
   color, width = (FAINT, 1) if right is None else (RIGHT if right else WRONG, FRAME)
   scaled = Image.fromarray(np.asarray(image)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
@@ -101,7 +101,10 @@ def _place(sheet: Image.Image, image: np.ndarray, right: bool | None, at: tuple[
 
 @functools.cache
 def _badge(right: bool) -> Image.Image:
-  """Draws a white check on a green disc, or a white cross on a red one: RGBA, BADGE pixels."""
+  """Draws a white check on a green disc, or a white cross on a red disc.
+
+  The image is RGBA and has BADGE pixels a side.
+  """
   large = 8 * BADGE
 
   def points(*shares: float) -> list[float]:
@@ -119,7 +122,7 @@ def _badge(right: bool) -> Image.Image:
 
 
 def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-  """Breaks a text into lines of `width` pixels; "..." marks a text cut after `CAPTION_LINES`."""
+  """Breaks a text into lines of `width` pixels. After `CAPTION_LINES`, it is cut with "..."."""
   lines = [""]
   for word in text.split():
     longer = f"{lines[-1]} {word}".strip()

@@ -30,8 +30,8 @@ class Judged:
   """Image with the verdict of the judge.
 
   Attributes:
-    concept: images of one concept show the same scene; "" means that no other image shows it.
-    known: whether training has the words, the claims and an image of the caption; None if unknown.
+    concept: images of one concept show the same scene. "" means that no other image shows it.
+    known: whether training has the words, the claims and an image of the caption. None if unknown.
   """
 
   prompt: str
@@ -42,7 +42,7 @@ class Judged:
 
   @property
   def parts(self) -> list[str]:
-    """Rows of the entry "parts" of a table in which the image counts."""
+    """Names of the rows that count the image, in the entry "parts" of a table."""
     kind, found = self.facts["heldout"], []
     if self.known is not None and kind == "scene":
       found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
@@ -61,9 +61,9 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     - `images`: the number of images.
     - `more`, `fewer`: shares of images with more or fewer objects than their captions name.
     - `correct`, `object`, `color`, `count`, `place`: {share, low, high, groups, effective_groups}
-      over the images whose captions name such a fact. Absent if there are none.
-    - `lookup`: the same dict for captions for which some training image is right
-      (`baselines.Known.image`).
+      over the images whose captions name such a fact. Absent if there are no such images.
+    - `lookup`: a dict with the same fields, for the share of captions for which a training image is
+      right (`baselines.Known.image`).
   """
 
   def row(some: Sequence[Judged]) -> dict:
@@ -89,7 +89,7 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
 
 
 def _extra_objects(one: Judged) -> int:
-  """Returns the number of objects of an image minus the number that its caption names."""
+  """Returns the number of objects in an image minus the number of objects in its caption."""
   return len(one.verdict.found) - sum(clause["count"] for clause in one.facts["include"])
 
 
@@ -114,7 +114,7 @@ def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
 def _mean_share(
   judged: Sequence[Judged], values: npt.ArrayLike, num_resamples: int, seed: int
 ) -> dict:
-  """Computes the mean of `values`, one per image, with its interval: {share, low, high, ...}."""
+  """Averages one value per image. Returns {share, low, high, groups, effective_groups}."""
   groups = [one.concept or f"image {i}" for i, one in enumerate(judged)]
   values = np.asarray(values, np.float64)
   interval = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
@@ -124,9 +124,9 @@ def _mean_share(
 def gain(
   judged: Sequence[Judged], base: Sequence[Judged], num_resamples: int, seed: int = 0
 ) -> dict:
-  """Computes the gain in the share of correct images over other samples for the same captions.
+  """Computes the share of correct images in `judged` minus the share in `base`.
 
-  `base` has the same captions in the same order. Returns {share, low, high, groups,
+  Both have images for the same captions in the same order. Returns {share, low, high, groups,
   effective_groups} of the paired difference.
   """
   values = [one.verdict.correct - other.verdict.correct for one, other in zip(judged, base)]
@@ -151,20 +151,20 @@ def describe(tables: dict[str, dict]) -> str:
 
 
 def rows(table: dict) -> list[tuple[str, dict]]:
-  """Returns the labeled rows of a table: all, categories, reasons for holding out, parts."""
+  """Returns (label, row) for each row of a table: all, categories, held-out reasons, parts."""
   kinds = {**table["heldout"], **table.get("parts", {})}.items()
   labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
   return [("all", table["all"]), *table["tag"].items(), *labeled]
 
 
 def geneval_metadata(prompt: str, facts: dict) -> dict:
-  """Returns a line of GenEval's evaluation_metadata.jsonl for a caption and its facts."""
+  """Returns the fields of a caption's line in GenEval's evaluation_metadata.jsonl."""
   fields = {name: facts[name] for name in ("tag", "include", "exclude") if name in facts}
   return {**fields, "prompt": prompt}
 
 
 def geneval_result(filename: str, one: Judged) -> dict:
-  """Returns a line of GenEval's results for an image (evaluate_images.py of djghosh13/geneval).
+  """Returns the fields of an image's line in GenEval's results (written by evaluate_images.py).
 
   `details` is a JSON text: class -> boxes of the found objects, each with its score.
   """
