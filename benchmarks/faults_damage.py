@@ -198,7 +198,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues like `decoder.train`; returns the arguments step, same and message of `judge`."""
+    """Continues like `decoder.train`; returns `step`, `same` and `message` for `judge`."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
@@ -251,7 +251,7 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
     write_json(root / "control.json", _control(trainer, made, copy, np.random.default_rng(seed)))
     for i in range(len(read_json_lines(log)), count):
       rng, kind = np.random.default_rng([seed, i]), KINDS[i % len(KINDS)]
-      copy = root / f"copy_{i}"  # New name: threads of a failed save may recreate the old folder.
+      copy = root / f"copy_{i}"  # A new name: threads of a failed save may recreate the old folder.
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(made, copy)
       result = _one(trainer, copy, kind, rng)

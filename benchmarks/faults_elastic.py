@@ -251,7 +251,7 @@ def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
     "stops": stops,
     "same_steps": same_steps,
     "largest_difference": max(abs(found[step] - expected[step]) for step in shared),
-    "control": min(later),  # Difference to the next step's loss; must exceed the tolerance.
+    "control": min(later),  # Least difference between losses of neighboring steps.
   }
 
 

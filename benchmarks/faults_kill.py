@@ -190,7 +190,7 @@ def control(root: pathlib.Path, known: Reference) -> dict:
 
 
 def _shift_rows(folder: pathlib.Path) -> None:
-  """Deletes all checkpoints but the newest, and makes it continue one row later."""
+  """Replaces the checkpoints of a run by a copy of the newest, which continues one row later."""
   import jax
 
   from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -214,7 +214,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, then killed runs until there are `count` kills in total."""
+  """Yields the results of the control and of killed runs, until `count` kills have happened."""
   known = reference(root)
   path = root / "control.json"
   if not path.exists():

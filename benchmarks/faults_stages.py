@@ -188,7 +188,7 @@ def control(root: pathlib.Path, known: dict) -> dict:
 
 
 def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: dict) -> dict:
-  """Kills a stage up to `KILLS` times, then lets it finish; returns moments and differing files."""
+  """Kills a stage up to `KILLS` times, then lets it finish; returns kills and differing files."""
   stage, moments = STAGES[name], []
   workdir = new_workdir(root, stage, "killed")
   for _ in range(KILLS):
@@ -206,7 +206,7 @@ def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: d
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, then runs of the stages in turn, until each was killed `count` times."""
+  """Yields the result of the control, then of runs in which each stage is killed `count` times."""
   root = root / "stages"
   root.mkdir(parents=True, exist_ok=True)
   known = reference(root)

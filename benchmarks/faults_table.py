@@ -1,7 +1,7 @@
 """Formats the numbers of `benchmarks.faults` as a table, and lists failures among them."""
 
 NONE = "-"
-TOLERANCE = 1e-5  # Maximum difference between losses of a step on different meshes.
+TOLERANCE = 1e-5  # Tolerated difference between the losses of a step on different meshes.
 
 
 def kill_failures(summary: dict) -> list[str]:

@@ -46,7 +46,7 @@ def read_yaml() -> None:
 
 
 def check(where: str, values: dict | records.Rejected) -> None:
-  """Converts values to records of each kind, and serializes valid records, as ingestion does."""
+  """Does what ingestion does: converts values to records of each kind, serializes valid records."""
   if isinstance(values, records.Rejected):
     return
   for kind in records.KINDS.values():

@@ -11,8 +11,8 @@ import httpx
 from benchmarks.golden_digests import of_value
 
 START_SECONDS = 900.0
-logging.getLogger("httpx").setLevel(logging.WARNING)  # It logs each request.
-CHANGING = ("created", "id")  # Fields of an answer with times and random names.
+logging.getLogger("httpx").setLevel(logging.WARNING)  # The server logs each request.
+CHANGING = ("created", "id")  # Fields of an answer that hold times and random names.
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""Measures offline stages on one machine: records ingested, encoded and embedded per second.
+"""Measures how many records the offline stages ingest, encode and embed per second on one machine.
 
   python -m benchmarks.offline
 
@@ -45,7 +45,7 @@ VIT_B32 = checkpoint.HFCLIPConfig(
 
 
 def report(what: str, count: int, run, unit: str) -> None:
-  """Prints median and range of the rate of `run()`, which processes `count` items."""
+  """Prints median and range of items per second; one call of `run()` processes `count` items."""
   run()
   rates = []
   for _ in range(_REPEATS.value):

@@ -1,4 +1,4 @@
-"""Measures the peak memory of an evaluation with a protocol for several numbers of images.
+"""Measures the peak memory of an evaluation with a protocol, for different numbers of images.
 
   python -m benchmarks.protocol_memory --config=ml_configs/scenes.py --workdir=workdir/scenes
 

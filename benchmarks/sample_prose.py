@@ -1,9 +1,9 @@
-"""Draws random pieces of the project's prose for a reader to judge.
+"""Draws random pieces of the project's prose, which a reader then judges.
 
   python -m benchmarks.sample_prose --seed=7
 
 Prints docstrings, comments, messages and paragraphs of the pages, each with its place. Choose the
-seed after the prose is written. The reader marks each piece that needs a second reading.
+seed only after the prose is written. The reader marks each piece that needs a second reading.
 """
 
 import ast
