@@ -1,4 +1,4 @@
-"""Part `kill` of `benchmarks.faults`: SIGKILL at random moments of training and later commands.
+"""Part `kill` of `benchmarks.faults`: sends SIGKILL at random moments of three commands.
 
 A run consists of `cm3leon train`, `evaluate` and `export`, and has a compilation cache for itself.
 The benchmark kills its processes a few times and starts them again until the run is finished. Then
@@ -117,7 +117,7 @@ def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[b
 def _kill_once(
   folder: pathlib.Path, command: str, rng: np.random.Generator, known: Reference
 ) -> dict | None:
-  """Starts a command and kills it; returns what was hit, or None if the command ended before."""
+  """Starts a command and kills it; returns what the kill hit, or None if the command had ended."""
   after_step, delay = _moment(rng, command, known)
   start = max(faults_run.sealed_steps(folder), default=0)
   process = faults_run.Process.command(folder, command)

@@ -156,7 +156,7 @@ class Process:
     self._process.terminate()
 
   def kill(self) -> str | None:
-    """Kills the process with SIGKILL; returns its stacks, or None if it had already ended."""
+    """Kills the process with SIGKILL; returns its threads' stacks, None if it had already ended."""
     stacks, killed = self.folder / STACKS, {-signal.SIGKILL, -signal.SIGUSR1}
     if stacks.exists() and self._process.is_alive():
       # Writing stacks while other threads run may itself end the process.
@@ -181,7 +181,7 @@ class Process:
 
 
 def finish(process: Process, code: int = 0) -> float:
-  """Waits for a process; returns its seconds. Raises RuntimeError for another exit code."""
+  """Waits for a process; returns its run time in seconds. Raises RuntimeError if it failed."""
   found = process.wait()
   if found != code:
     raise RuntimeError(f"{process.folder}: exit code {found}, not {code}:\n{process.log[-3000:]}")

@@ -75,7 +75,7 @@ class Place:
     return result.stdout
 
   def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
-    """Runs a command with a variant of golden_config.py; "" takes the settings of the run."""
+    """Runs a command with a variant of golden_config.py; "" means the settings of the run."""
     config = [f"--config={CONFIG}:{variant}"] if variant else []
     self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
 

@@ -16,7 +16,7 @@ CHANGING = ("created", "id")  # Fields of an answer that hold times and random n
 
 
 class Server:
-  """A process of `cm3leon serve` that is ready inside the context and ends with it."""
+  """Process of `cm3leon serve`, which is ready inside the context and ends with the context."""
 
   def __init__(self, command: list[str], folder: pathlib.Path, environment: dict[str, str]):
     with socket.socket() as free:

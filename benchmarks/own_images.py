@@ -182,7 +182,7 @@ def template(shape: str) -> np.ndarray:
 
 
 def seen(image: Image.Image) -> tuple[str, str]:
-  """Returns the color and the shape in an image; empty strings if there is no shape.
+  """Returns the color and the shape in an image; an empty string for each that is not found.
 
   The color is the most frequent among the pixels that are near a color of COLORS. A mask has large
   values where a pixel is nearer to this color than to the color of the border. The shape is the
@@ -213,13 +213,13 @@ def shares(images: list[Image.Image], facts: list[Fact]) -> dict[str, float]:
 
 
 def nearest_caption(caption: str, others: list[str]) -> int:
-  """Returns the index of the first caption that shares the largest part of its words."""
+  """Returns the index of the caption with the largest share of common words."""
   words = set(caption.split())
   return int(np.argmax([len(words & set(o.split())) / len(words | set(o.split())) for o in others]))
 
 
 def judge(workdir: pathlib.Path, count: int) -> dict:
-  """Generates and judges images for captions without a training image; writes judged.json."""
+  """Generates and judges images for captions outside the training data; writes judged.json."""
   training = reader.read_pairs(workdir / "raw", "train")
   captions = [pair.caption for pair in training]
   known = {(f.color, f.shape) for f in all_facts() if f.caption in captions}

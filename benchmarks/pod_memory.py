@@ -1,4 +1,4 @@
-"""Compiles train steps for TPU slices; prints memory and least time for docs/scaling.md's tables.
+"""Compiles train steps for TPU slices; prints the memory and times in tables of docs/scaling.md.
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes

@@ -97,7 +97,7 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
 
 
 def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in a running batch; admits to all free slots in every second turn, else to one."""
+  """Generates in a running batch; every second turn fills all free slots, the others fill one."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)

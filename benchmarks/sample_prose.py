@@ -72,7 +72,7 @@ def main(_) -> None:
     print(f"[{number}] {place}\n{text}\n")
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
   flags.DEFINE_integer("seed", None, "Seed of the draw.", required=True)
   flags.DEFINE_integer("count", 40, "Number of pieces.", lower_bound=1)
   app.run(main)
