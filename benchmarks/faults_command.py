@@ -30,7 +30,7 @@ REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults: each once, then each with COUNTS above 1, and so on."""
+  """Returns the kinds of `count` faults. A kind with n in COUNTS is in the first n rounds."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )

@@ -166,7 +166,7 @@ def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
 
 
 def loader_schedule(root: pathlib.Path, seed: int, number: int, expected: dict) -> dict:
-  """Reads the rows of a schedule. As a control, reads the last segment of number 0 one row late."""
+  """Reads the rows of a schedule. As a control, schedule 0 reads its last segment one row late."""
   workdir, next_row, found = new_workdir(root, f"loader_{number:02d}"), 0, {}
   segments = schedule(seed, number)
   for segment in segments:

@@ -90,9 +90,9 @@ class Scaling:
   def fields(self, size: Size, condition: str, seed: int) -> dict:
     """Returns the config fields of a run.
 
-    The feed-forward width scales with the width. Let w be the width divided by the config's width.
-    Layers start at the config's `init_std` / sqrt(w). The learning rate is the learning rate of the
-    config times w^`learning_rate_power`. Let N be the number of parameters by
+    The feed-forward width scales with the width. Let w be the width divided by the width in the
+    config. Layers start at the config's `init_std` / sqrt(w). The learning rate is the learning
+    rate of the config times w^`learning_rate_power`. Let N be the number of parameters by
     `flops.matmul_params`, and M this number for the predicted size. A run has
     `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, including padding.
     """

@@ -1,4 +1,4 @@
-"""Power laws of held-out bits against training FLOPs, and the ratio of FLOPs at equal bits."""
+"""Fits power laws of held-out bits to training FLOPs; computes the ratio of FLOPs at equal bits."""
 
 # P sizes of decoders, R resamples, S seeds, n documents.
 

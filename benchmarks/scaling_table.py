@@ -52,7 +52,7 @@ def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> di
 
 
 def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
-  """Resamples documents, equally for all conditions, and seeds: condition -> means [R, P]."""
+  """Resamples seeds, and the same documents for all conditions: condition -> means [R, P]."""
   keys = [(condition, size) for condition, of in points.items() for size in of]
   if not keys or not len(groups):
     return {}
@@ -65,7 +65,7 @@ def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
 
 
 def _levels(of: dict, means: np.ndarray) -> list[dict]:
-  """Returns for each size the mean, the interval over documents and seeds, and the seeds' means."""
+  """Returns, for each size, the mean, its interval over documents and seeds, and seed means."""
   ends = [fit.interval(column) for column in means.T]
   return [
     {
@@ -192,7 +192,7 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
 
 
 def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
-  """Computes `fit.ratio` at the best bits of both conditions, with intervals; [] without laws."""
+  """Computes `fit.ratio` at each condition's best bits, with intervals; [] if there are no laws."""
   if {*laws} != {"neighbors", "without"} or None in (laws["neighbors"][0], laws["without"][0]):
     return []
   flops = [_flops(about, of) for of in points.values()]

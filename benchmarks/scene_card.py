@@ -1,4 +1,4 @@
-"""Measures what a model of `scenes` draws, and compares it with its training scenes.
+"""Measures how often a model of `scenes` draws what captions ask for, by kind of caption.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 
@@ -101,7 +101,7 @@ def _one(group: str, placed: Placed) -> Asked:
 
 
 def rare(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields the rare objects that training never shows, in a color that is not in the bank.
+  """Yields each rare object that training never shows, in a color that the bank does not show.
 
   The bank shows each of these objects at all four places, so also at the requested place.
   """
@@ -144,7 +144,7 @@ def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
 
 
 def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Draws an image for each caption: [n, H, W, 3] uint8, and the concepts of first neighbors."""
+  """Draws an image for each caption; returns [n, H, W, 3] uint8 and first neighbors' concepts."""
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors

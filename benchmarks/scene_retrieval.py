@@ -179,7 +179,7 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
 
 
 def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | None]:
-  """Measures the share of its neighbor's ink that each image repeats at the same positions.
+  """Measures, for each image, which share of its neighbor's ink it repeats at the same positions.
 
   Ink means all codes except the most frequent code of the neighbor's image, the background. An
   image without a neighbor has None instead of a share.

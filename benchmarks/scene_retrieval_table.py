@@ -39,7 +39,7 @@ def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
 
 
 def _difference(first: dict, second: dict, concepts) -> dict:
-  """Computes first minus second, averaged over common seeds, with intervals like `_level`.
+  """Computes `first` minus `second`, averaged over their common seeds, with intervals.
 
   `relative` is the difference divided by the mean of `second`, or None if that mean is 0. `seeds`
   is Student's t interval over the seeds.

@@ -79,7 +79,7 @@ def is_clear(name: str) -> bool:
 
 
 def unseen(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields a scene of each rare object that training never shows, in a color not in the bank."""
+  """Yields a scene of each rare object that training never shows, in a color new to the bank."""
   for name in world.rare_objects(config):
     if world.is_heldout_rare(name) and world.rare_color(name) in config.colors:
       yield Placed(name, world.rare_color(name), world.rare_place(name))
@@ -165,7 +165,7 @@ def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]
 
 
 def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
-  """Returns whether images show one object, at the requested place and in the requested color."""
+  """Returns whether images show only one object, at the requested place, in the requested color."""
   return [
     [(x.place, x.color) for x in objects] == [(one.placed.place, one.placed.color)]
     for objects, one in zip(judge.find_objects(images), asked)

@@ -46,9 +46,9 @@ ARMS = {
 # These values are from the variant `long`; the values of the demo suit a tenth of these steps.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
-SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Inputs of the stages `vqgan` to `train`.
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that `vqgan` to `train` read.
 CORES = 2  # A minute means 60 seconds of CPU time on each core.
-ROUNDS, STEPS = 7, 6  # Rounds of timing in which the arms take turns, and steps per turn.
+ROUNDS, STEPS = 7, 6  # Number of timing rounds (the arms take turns), and of steps per turn.
 SCORED = 400  # Maximum number of held-out images whose bits are measured.
 
 

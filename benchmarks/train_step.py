@@ -44,7 +44,7 @@ _STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two untimed steps
 
 
 def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
-  """Measures peak FLOP/s: the fastest of `repeats` [size, size] products on one device."""
+  """Measures peak FLOP/s on one device: the fastest of `repeats` [size, size] matrix products."""
   a = jnp.ones((size, size), dtype)
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
