@@ -180,7 +180,7 @@ def parse_fields(texts: Sequence[str]) -> dict:
 
 
 def describe(scaling: Scaling, size: Size) -> dict:
-  """Returns parameters, steps, tokens and training FLOPs of a size, including neighbors."""
+  """Returns the number of parameters, steps, tokens and training FLOPs of a size."""
   settings = scaling.settings(scaling.fields(size, "neighbors", 0))
   length = settings.data.sequence_length
   tokens = settings.train.steps * settings.train.global_batch_size * length

@@ -67,7 +67,7 @@ def _row(cells) -> str:
 
 
 def _cell(level: dict) -> str:
-  """Formats a share: mean, interval unless there is only one object, and the shares of runs."""
+  """Formats a share: its mean, its interval if there are several objects, and a share per run."""
   text = f"{level['mean']:.1%}"
   if level["low"] is not None:
     text += f" [{level['low']:.1%}, {level['high']:.1%}]"

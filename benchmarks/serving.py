@@ -198,7 +198,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients after the first bytes of a stream; returns the samples still running."""
+  """Disconnects clients after the first bytes of a stream; returns what still runs after that."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:
