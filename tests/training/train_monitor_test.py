@@ -59,7 +59,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   lines = [
     line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
   ]
-  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  # Saves at steps 4 and 8, evaluations at steps 5 and 8, and the end.
   assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]
   for before, line in itertools.pairwise(lines):
     assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))

@@ -44,7 +44,7 @@ def wait_until(condition):
 
 
 def refusal(held, kind) -> Exception:
-  """Waits until a step may not begin; returns the reason."""
+  """Waits until the lease refuses a step; returns the reason."""
   with pytest.raises(kind) as error:
     wait_until(lambda: held.ready(2))
   return error.value
@@ -82,7 +82,7 @@ def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypa
 
 
 def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # Which `sleep` refuses.
+  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # `sleep` refuses such a value.
   with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
     pass
   assert not (tmp_path / lease.NAME).exists()

@@ -34,7 +34,7 @@ def adamw_by_hand(gradients, decay_mask):
     decay_mask: [n], 1 where weights decay.
 
   Returns:
-    [steps, n] updates of parameters that stay 2, at learning rate 1.
+    [steps, n] updates of parameters that are always 2, at learning rate 1.
   """
   b1, b2, eps, decay, clip = 0.9, 0.95, 1e-8, 0.1, 1.0
   m = v = np.zeros(gradients.shape[1])
@@ -109,7 +109,7 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
 
 
 def test_the_average_is_the_recursion_of_its_documentation():
-  """In float64; decays are 1/10, 2/11, 3/12, ... up to 0.5, which step 8 reaches."""
+  """Computes in float64. Decays are 1/10, 2/11, 3/12, ... up to 0.5, which step 8 reaches."""
   params = np.random.default_rng(0).normal(size=(12, 5))
   average, found = params[0] * 3, {"a": jnp.asarray(params[0] * 3, jnp.float32)}
   for step, new in enumerate(params):
@@ -136,9 +136,9 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
     assert np.all(np.abs(values / (0.2 * max(shape[1:]) ** 0.5) - 1) < 0.35), name
     assert np.vdot(updates[name], gradients[name]) < 0
     raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
-    assert raw.max() / raw.min() > 3  # The gradients are far from orthogonal.
+    assert raw.max() / raw.min() > 3  # The gradients themselves are far from orthogonal.
   embed = updates["embed"] * -jnp.sign(gradients["embed"])
-  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # Adam's first step.
+  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # This is Adam's first step.
 
 
 def test_muon_decays_what_adamw_decays():

@@ -32,7 +32,7 @@ def product_flops(jaxpr, times=1):
 
 
 def traced_flops(config, batch, length):
-  """FLOPs of the products of one forward and backward pass, as traced."""
+  """Returns the FLOPs of the matrix products in a traced forward and backward pass."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     ints = shard(jnp.ones((batch, length), jnp.int32), "batch", "length")
     data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
@@ -108,7 +108,7 @@ def test_no_peak_is_guessed(kind):
 
 
 def test_utilization_by_hand():
-  """Two v5e that do 78.8 TFLOP/s of the model's together: a fifth of their peak."""
+  """Two v5e chips compute 78.8 model TFLOP/s together, which is a fifth of their peak."""
   assert flops.utilization(78.8e12, 2, flops.device_peak("TPU v5 lite")) == pytest.approx(0.2)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     assert flops.mesh_peak() is None

@@ -9,7 +9,7 @@ from cm3leon_jax.training.watch import goodput
 
 
 class Clock:
-  """A clock that stands still between the seconds that a test lets pass."""
+  """Fake clock, which a test advances."""
 
   now = 10.0
 
@@ -87,7 +87,7 @@ def test_goodput_is_the_share_of_steps():
 
 
 def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
-  """A start logged its times at step 4 and at 8, and was killed 7 s after the latter."""
+  """A start logged its times at steps 4 and 8, and was killed 7 s after step 8."""
   logged = goodput.to_line({**dict.fromkeys(goodput.PHASES, 0.0), "step": 30.0, "save": 2.0})
   lines = [
     {"step": 4, "time": 100.0, **logged},
@@ -101,6 +101,6 @@ def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
     "save": 2.0,
     "lost": 7.0,
   }
-  assert goodput.earlier(lines, 4)["lost"] == 27.0  # The checkpoint of step 8 was not whole.
+  assert goodput.earlier(lines, 4)["lost"] == 27.0  # The checkpoint of step 8 was incomplete.
   assert goodput.earlier(lines[:2], 8)["lost"] == 0.0
   assert goodput.earlier([{"step": 1, "loss": 1.0, "time": 3.0}], 1) == {}

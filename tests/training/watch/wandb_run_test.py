@@ -13,7 +13,7 @@ from cm3leon_jax.training.watch.wandb_run import WandbRun
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Whatever the stand-in is called with, in order."""
+  """Records the calls of the fake module with their arguments, in order."""
   found = []
   run = types.SimpleNamespace(
     log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished")
