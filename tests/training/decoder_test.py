@@ -46,7 +46,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert losses(tmp_path) == losses(whole[0])
   lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
   (event,) = [line for line in lines if line.get("event") == "resumed"]
-  assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
+  assert event["from_step"] in (4, 8)  # Step 8 counts if its save was complete.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
@@ -92,7 +92,7 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
-  """They replace the parameters and start the average; optimizer and learning rate are new."""
+  """They replace the parameters and start the average. Optimizer and learning rate start anew."""
   given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
   first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
   run(tmp_path, loader, steps=1, **first)
@@ -141,7 +141,7 @@ def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_a_device_set_the_passes(loader, tmp_path):
-  """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
+  """On one device, 8 rows become 4 micro-batches of 2 rows, exactly as if the config said so."""
   run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
   run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
   assert losses(tmp_path / "rows") == losses(tmp_path / "passes")

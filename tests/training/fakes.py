@@ -26,7 +26,7 @@ class FakeStop(StopSignal):
 
 
 class FakeMonitor(Monitor):
-  """Notes calls in `events`; `skipped` steps in a row were skipped, `logged` is in the log."""
+  """Records calls in `events`. `skipped` is the number of skipped steps in a row."""
 
   def __init__(self, skipped=0, logged=()):
     self.events, self.skipped, self.logged = [], skipped, dict(logged)

@@ -22,12 +22,12 @@ from tests.data.stores import VOCAB
 from tests.models.tiny import SIZES, mesh_of
 
 MODEL = ModelConfig(vocab_size=VOCAB.size, max_positions=128, loss_chunk=32, **SIZES)
-STEPS, LENGTH = 12, 64  # Seed of a run, seed of its rows.
+STEPS, LENGTH = 12, 64  # Steps of a run, length of its rows.
 
 
 @functools.cache
 def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
-  """Compiled once for all runs, however short: compilation takes most of the time.
+  """Compiles the steps once for all runs, because compilation takes most of the time.
 
   The learning rate schedule is the schedule of a run of `STEPS` steps.
   """

@@ -139,7 +139,7 @@ def test_a_row_names_the_source_of_each_slot(sources):
 
 
 def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True, **fields):
-  """Trains as a tuning does: from random parameters, which it evaluates first."""
+  """Trains like instruction tuning: evaluates the given (here random) parameters first."""
   config = TrainConfig(
     **{
       "steps": STEPS, "global_batch_size": 8, "eval_every": 4, "eval_batches": 1,
@@ -203,7 +203,7 @@ def heldout_steps(folder):
 
 @pytest.mark.slow
 def test_a_step_without_a_source_has_no_value_of_it(sources, tmp_path):
-  """Also with --debug_nans: no division by its weight, 0, is compiled."""
+  """Also holds with --debug_nans: no program divides by the weight of the source, which is 0."""
   rare = [dataclasses.replace(s, share=x) for s, x in zip(sources, (0.96, 0.02, 0.02))]
   with jax.debug_nans(True):
     tune(tmp_path, loader_of(rare), steps=3, global_batch_size=1)

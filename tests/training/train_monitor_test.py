@@ -16,7 +16,7 @@ from tests.training.watch.traces_test import traced_steps
 
 @pytest.mark.slow
 def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
-  """In the grid of step 8: the endpoint is open as long as the run trains."""
+  """Reads while the grid of step 8 is made, because the endpoint is open only during training."""
   port, found = free_port(), []
 
   def scrape(*_):

@@ -98,7 +98,7 @@ def crashed(loader, tmp_path_factory):
 def test_a_log_that_is_not_as_it_was_written_is_named_and_the_run_goes_on(
   whole, crashed, loader, tmp_path, capsys, damage, sentence
 ):
-  """The lines up to the checkpoint of step 8 have a digest; a run does not depend on them."""
+  """The lines up to the checkpoint of step 8 have a digest. A run can continue without them."""
   folder = shutil.copytree(crashed, tmp_path / "run")
   damage(folder / "metrics" / "metrics.jsonl")
   capsys.readouterr()

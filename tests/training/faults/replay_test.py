@@ -1,4 +1,4 @@
-"""Bits that flip on a device are found, and the device named; without one there is no alarm."""
+"""Tests that flipped bits are found and their device is named, without false alarms."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def flipped(x, place: int, rng):
 
 
 def test_a_flipped_bit_changes_one_number_of_a_digest():
-  """Of any array, on any device, replicas included; and equal arrays have equal digests."""
+  """Flips a bit of any array on any device, also in a replica. Equal arrays have equal digests."""
   mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(1)
   with jax.set_mesh(mesh):
     tree = tree_on(mesh)
@@ -176,7 +176,7 @@ def test_two_of_three_name_the_device_of_the_third():
 
 
 def test_on_two_devices_an_error_that_repeats_is_no_majority():
-  """Device 0 is always wrong, in shard 0, shard 1 and shard 0: two computations agree on it."""
+  """Device 0 is always wrong, in shards 0, 1 and 0, so two computations agree on shard 0."""
   wrong, other = (
     {stage: numbers_of(*x) for stage in checked_step.STAGES} for x in ((5, 8), (7, 4))
   )
@@ -187,8 +187,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
     None, True, False, (),
   )  # fmt: skip
-  # Two computations that agree on different devices are believed. With a single device, there are
-  # no others.
+  # Two results that agree are believed if different devices computed them, or if only one exists.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
   alone = [{stage: numbers_of(x) for stage in checked_step.STAGES} for x in (5, 7, 5)]
@@ -210,7 +209,7 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
     assert (found["found"], found["named"]) == (True, True), found
     of_state = kind in ("parameters", "moments")
     assert found["recovered"] is (None if of_state else True)
-    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas differ, too.
+    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas also differ.
 
 
 def test_no_flip_is_no_alarm(trainer):

@@ -153,7 +153,7 @@ def stop_after(loader, folder, step, **options):
 
 @pytest.mark.slow
 def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
-  """Steps 6 to 9 read rows 40 to 71, a bad one each; step 5 is the first after checkpoint 4."""
+  """Steps 6 to 9 read rows 40 to 71, each a bad row. Step 5 is the first after checkpoint 4."""
   loader.bad = range(40, 72, 8)
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader)
@@ -176,7 +176,7 @@ def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader,
 
 @pytest.mark.slow
 def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
-  """Step 12 reads rows 88 to 95, one of them bad; the state is that of step 11."""
+  """Step 12 reads rows 88 to 95, of which one is bad, so the state of step 11 is saved."""
   loader.bad = range(90, 91)
   assert run(tmp_path, loader)["steps"] == STEPS
   assert skipped_steps(tmp_path) == [12]
@@ -195,7 +195,7 @@ def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
 
 
 def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
-  """The NaN is of a position that no row reaches, so loss and gradient do not show it."""
+  """The NaN belongs to a position that no row reaches, so loss and gradient do not show it."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(MODEL, jax.random.key(0))
     last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1
@@ -222,7 +222,7 @@ def test_wrong_flags_are_refused(resume_from, skip_rows):
 
 
 def test_rows_that_the_checkpoint_has_read_are_refused():
-  """The checkpoint says how many, whatever the size of its batches was."""
+  """The checkpoint stores the number of rows that were read, for any batch size."""
   done = [GoBack(1, range(10, 12))]
   with refused(UserError):
     skipped_rows.check(GoBack(4, range(33, 40)), done, 32)

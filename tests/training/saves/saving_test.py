@@ -1,4 +1,4 @@
-"""When a run of the decoder saves; `skipped_rows_test` has runs that do."""
+"""Tests when a decoder training saves. `skipped_rows_test` has real trainings."""
 
 import jax.numpy as jnp
 import pytest

@@ -110,7 +110,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
-  """Negatives are those of the whole batch: of one pair a device alone the loss would be 0."""
+  """Negatives are from the whole batch. With only the pair on each device, the loss would be 0."""
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   losses = []
   for devices in (1, 8):

@@ -89,7 +89,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   kill_in_step_11(tmp_path)
   rest = Examples()
   np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert len(rest.rows) == 2  # Steps 10 and 11: the state of step 10 was kept.
+  assert len(rest.rows) == 2  # Only steps 10 and 11 run again.
   lines = read_json_lines(tmp_path / "metrics.jsonl")
   assert [line["step"] for line in lines] == [10, 10, 12]
   assert lines[1]["event"] == "resumed"

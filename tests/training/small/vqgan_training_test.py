@@ -84,7 +84,7 @@ def whole(images, tmp_path_factory):
 def test_resume_equals_uninterrupted(images, whole, tmp_path):
   with pytest.raises(Killed):
     train(KilledAfter(images, 11), tmp_path)
-  rest = KilledAfter(images, 2)  # Steps 10 and 11: nothing before the last state is done again.
+  rest = KilledAfter(images, 2)  # Only steps 10 and 11 run again.
   _assert_same(train(rest, tmp_path).params, whole[0])
   other = train(images, tmp_path / "other", seed=1).params
   with pytest.raises(AssertionError):
@@ -215,7 +215,7 @@ def test_discriminator_learns_to_tell_apart(images):
 
 
 def test_generator_loss_is_the_oracle(images):
-  """Four terms in fp64, and where their gradients go (van den Oord et al. 2017, section 3.2)."""
+  """Tests four terms in fp64 and their gradients (van den Oord et al. 2017, section 3.2)."""
   weights = {"l1_weight": 0.5, "l2_weight": 0.9, "codebook_weight": 0.7, "commitment_weight": 0.3}
   config, x = dataclasses.replace(CONFIG, **weights), vqgan.to_float(images)
   params = vqgan_training.init_state(CONFIG, NUM_CODES, 0)["params"]
@@ -337,7 +337,7 @@ def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   ],
 )
 def test_shipped_configs_train_as_before_the_choice_of_a_quantizer(module, variant, losses_before):
-  """Losses of the first steps, noted when the nearest code was the only quantizer."""
+  """Compares the first losses with losses from when the nearest code was the only quantizer."""
   settings = settings_from_config(module.get_config(variant))
   config = settings.vqgan
   shape = (config.batch_size, config.resolution, config.resolution, 3)

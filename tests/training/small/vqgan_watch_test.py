@@ -83,7 +83,7 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
   assert board.closed
   sheet = np.asarray(Image.open(tmp_path / vqgan_watch.GRID))
   np.testing.assert_array_equal(sheet, np.asarray(board.sheets[steps]))
-  assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images, gaps.
+  assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images and gaps.
   decoded = tokenizer.decode(tokenizer.encode(images[:3]))
   for i, (image, reconstruction) in enumerate(zip(images, decoded)):
     column = sheet[:, 4 + i * 132 :][:, :128]
@@ -223,7 +223,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
       for part in ("params", "ema", "opt_state.0.mu", "opt_state.0.nu"):
         assert state[f"{part}.codebook.table"] == table
         assert state[f"{part}.decoder.conv_out.kernel"] == kernel
-      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 192 numbers; 8 divides none.
+      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 8 does not divide.
       assert state["discriminator.layers.1.kernel"] == (4, 4, 4, 8 // devices)
     assert len(states) == 5
     states.clear()

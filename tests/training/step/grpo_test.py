@@ -122,7 +122,7 @@ def test_rows_are_padded_on_the_left():
 
 
 def naive_loss(params, model, rollout, reference, kl_weight, temperature):
-  """The definition: logits of all ids of each stream, combined, image codes alone kept."""
+  """Follows the definition: combines logits of all ids of the streams, keeps only image codes."""
 
   def policy_of(params):
     logits = model_logits(model, params, *rollout[:3])[:, -IMAGE:]

@@ -48,7 +48,7 @@ def test_chunked_and_sharded_equals_plain_fp64(arrays, shape, chunk):
 
 
 def test_large_logits_and_z_loss(arrays):
-  """Logits of up to 900, whose exponentials overflow in fp32; z_loss adds z_loss x log(Z)^2."""
+  """Exponentials of logits of up to 900 overflow in fp32. z_loss adds z_loss x log(Z)^2."""
   hidden, table, targets, weights = arrays
   hidden = 50 * hidden
   with jax.set_mesh(mesh_of(1, 2, 2)):

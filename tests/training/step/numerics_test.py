@@ -96,7 +96,7 @@ def test_a_poisoned_advantage_leaves_no_trace():
 
 
 def test_spikes_by_hand(monkeypatch):
-  """The mean of the norms 3, 4, 5 and 4 is 4: above 3 x 4 is a spike, which does not move it."""
+  """The mean of the norms 3, 4, 5 and 4 is 4. A norm above 3 x 4 is a spike and is left out."""
   monkeypatch.setattr(numerics, "SETTLED", 4)
   watch = numerics.watch_norm(3.0)
   state = watch.init(None)

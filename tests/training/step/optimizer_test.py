@@ -27,7 +27,7 @@ def test_warm_up_takes_at_most_half_of_a_short_run():
 
 
 def adamw_by_hand(gradients, decay_mask):
-  """AdamW (Loshchilov & Hutter 2019, algorithm 2) after clipping, in float64, with OPT's numbers.
+  """Computes AdamW (Loshchilov & Hutter 2019, algorithm 2) after clipping, in float64, as in OPT.
 
   Args:
     gradients: [steps, n].
@@ -48,7 +48,7 @@ def adamw_by_hand(gradients, decay_mask):
 
 
 def test_the_default_updates_are_those_of_adamw_by_hand():
-  """Gradients within and far beyond the bound of clipping, and elements as small as 1e-5."""
+  """Gradient norms are below and far above the clipping norm; some elements are only 1e-5."""
   config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
   optimizer = create_optimizer(config, 100)
   gradients = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_the_average_is_the_recursion_of_its_documentation():
 
 
 def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
-  """Each matrix of the stack, read with its heads side by side; the rest is AdamW's."""
+  """Covers each layer's matrix, with its heads concatenated. AdamW updates all other arrays."""
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
   gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}

@@ -41,7 +41,7 @@ def marked_batch(seed=0):
 
 
 def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
-  """Returns [T, 4] losses and gradient norms, the state, and the first step's sums by source."""
+  """Returns [T, 4] losses and gradient norms, the state, and the sums by source in step 1."""
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
     state = init_state(config, optimizer, jax.random.key(0))
@@ -64,7 +64,7 @@ def reference():
 
 
 def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
-  """Written with all logits and jax.grad; the update itself would hide a gradient's scale."""
+  """Uses all logits and jax.grad. Comparing updates would hide the scale of a gradient."""
   batch = make_batch(0)
   weights, targets = batch["loss_weights"], batch["targets"]
 
@@ -221,7 +221,7 @@ def bfloat16_gradient(shape, family):
   ],
 )
 def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
-  """Compares with a step that reads each copy of the row once, and whose gradients are summed here.
+  """Compares with a step that reads each copy of the row once; the test sums these gradients.
 
   In `opt`, a copy's row also gets a gradient as a row of the output table. The step in which no
   input is a copy gives this gradient.
@@ -241,7 +241,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
 
 
 def array_shapes(jaxpr):
-  """Shapes of all arrays of a jaxpr, whose text has types like f32[8@fsdp,64512@(tensor,fsdp)]."""
+  """Returns all array shapes in a jaxpr, from types like f32[8@fsdp,64512@(tensor,fsdp)]."""
   text = re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr))
   return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d[\d,]*)", text)}
 
@@ -275,7 +275,7 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
   rows = V // shape[2]  # Share of the vocabulary on a device of `tensor` during the loss.
-  D = config.model.width  # Equal to the sequence length: tables and their gradient are no logits.
+  D = config.model.width  # D is L, but tables and their gradients are not logits.
   tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab

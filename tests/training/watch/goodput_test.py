@@ -63,7 +63,7 @@ def test_compiling_counts_as_such_wherever_it_happens():
 
 
 def test_a_trace_within_a_trace_counts_once(watch, clock):
-  """The inner event comes first, 0.2 s until 11; the outer took 0.9 s until 11.5; another: 13."""
+  """The inner trace ends at 11 s after 0.2 s, the outer at 11.5 s after 0.9 s, another at 13 s."""
   for clock.now, duration in ((11.0, 0.2), (11.5, 0.9), (13.0, 0.3)):
     jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", duration)
   assert watch.seconds()["compile"] == pytest.approx(1.2)

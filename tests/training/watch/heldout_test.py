@@ -1,4 +1,4 @@
-"""The held-out loss of training: the document's own targets after neighbors of its caption."""
+"""Tests the held-out loss: on targets of the document, after neighbors of its caption."""
 
 import dataclasses
 

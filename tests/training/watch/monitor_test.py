@@ -130,8 +130,8 @@ def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path,
   printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
   assert [x.split(" | ", 4)[-1] for x in printed] == [
     "- tokens/s/device | MFU - | - left",
-    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 in 8 s, on 2 devices.
-    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12 are 6 steps in 9 s.
+    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 steps in 8 s, 2 devices.
+    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12: 6 steps in 9 s.
   ]
 
 
@@ -207,7 +207,7 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
     2: 1, 3: 1, 4: 0, 5: 1, 6: 1, 7: 1,
   }  # fmt: skip
   assert [step for step, line in steps.items() if "loss" in line] == [4]
-  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # Of the second step that was taken.
+  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # From the second step that was taken.
   printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [line.partition("/")[0] for line in printed if line.endswith(" | skipped")] == [
     f"step {i}" for i in (2, 3, 5, 6, 7)
