@@ -97,7 +97,7 @@ def test_warnings(counts, expected):
 
 
 def test_every_reason_has_words():
-  """A reason without words would end a command after its work is done."""
+  """A reason without a text would make a command fail after it has done its work."""
   folder = pathlib.Path(summary.__file__).parents[1]
   text = "".join(path.read_text() for path in folder.rglob("*.py"))
   text = text.replace('where.split(", line")[0]', "file")
