@@ -124,7 +124,7 @@ def test_a_whole_shard_of_other_documents_is_found(tmp_path):
 
 def prepare(folder, **fields) -> pathlib.Path:
   """Prepares a shard of noise, whose images have crops; returns the raw folder."""
-  if not (folder / "in").exists():  # If they were written again, its files would count as changed.
+  if not (folder / "in").exists():  # Rewritten images would count as changed.
     (folder / "in").mkdir()
     for i in range(6):
       pixels = np.random.default_rng(i).integers(0, 256, (30, 30, 3), np.uint8)

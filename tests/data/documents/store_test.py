@@ -172,7 +172,7 @@ def flip(path, position, bit=0):
 
 
 def write_stage(root, number=7):
-  """A finished stage `documents` with the store `train_pairs` of two shards; its folder."""
+  """Writes a finished stage `documents` with a store of two shards; returns the stage's folder."""
   made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
   folder = root / "documents"
   with stages.once(folder, {}, files=table.STAGES["documents"].files):

@@ -54,7 +54,7 @@ def test_a_scribble_is_a_thick_outline(side):
 
 
 def test_a_scribble_leaves_out_details():
-  """Noise has edges everywhere; a scribble of a noisy square is that of the square."""
+  """Noise has edges everywhere, but scribbles of the square with and without noise are equal."""
   noise = np.random.default_rng(0).integers(-90, 90, (256, 256, 3))
   noisy = np.clip(square(256).astype(int) + noise, 0, 255).astype(np.uint8)
   clean, drawn = scribble(square(256)), scribble(noisy)

@@ -260,7 +260,7 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
 
 
 def test_a_sample_may_fill_the_row(encoder, tmp_path):
-  """As many tokens as a row has room for are right, of a span as of the last image."""
+  """A sample may have as many tokens as a row can hold, in a span or in the last image."""
   base, tokenizer = encoder
   save_image(tmp_path / "asked/a.png")
   write_lines(tmp_path / "asked/train.jsonl", line())

@@ -125,7 +125,7 @@ def test_spans_reach_every_content_token_and_both_lengths_of_span():
 
 
 def covered_most(bounds, low, high):
-  """The span of two points: the tokens in [low, high) of the segment with most of them there."""
+  """Returns the span of two points: tokens in [low, high) of the segment that has most of them."""
   parts = [[t for t in range(start, end) if low <= t < high] for start, end in bounds]
   longest = max(parts, key=len)
   return ((longest[0], longest[-1] + 1),) if longest else ()

@@ -181,7 +181,7 @@ def test_neighbor_weight_reaches_the_rows(tmp_path):
 
 @pytest.mark.parametrize(("after", "alone"), [(0.8, 0.8), (0.8, 0.0), (0.0, 0.8)])
 def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alone):
-  """Neighbors weigh 0.25 here, so that their codes can be told from the document's."""
+  """Codes of neighbors have the weight 0.25 here, to distinguish them from the document's codes."""
   sources = make_sources(tmp_path)
   fields = {"neighbor_loss_weight": 0.25, "text_share": 0.3, "sequence_length": 256}
   whole = RowLoader(make_plan(sources, **fields), VOCAB)
@@ -201,11 +201,11 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
       mine = row["segment_ids"] == segment
       has_neighbors = bool((row["loss_weights"][mine] == 0.25).any())
       shares[has_neighbors].append(hidden[own & mine].mean())
-    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # The same again.
+    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # Repeats exactly.
   for has_neighbors, most in ((True, after), (False, alone)):
     assert len(shares[has_neighbors]) > 9
     assert np.mean(shares[has_neighbors]) == pytest.approx(most / 2, abs=0.1)
-    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # One share for all gives less.
+    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # Equal shares give less.
 
 
 NUM_ROWS = 150
@@ -293,7 +293,7 @@ class HostSharding:
 
 @pytest.mark.parametrize("phases", [(1,), (2,), (4,), (4, 2), (1, 4, 2)])
 def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
-  """The number of hosts changes between phases; each host plans from the starts of host 0."""
+  """The number of hosts changes between phases. Each host plans from starts that host 0 wrote."""
   sources, batches_in_all = make_sources(tmp_path), 36
   sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
   read, placed = [], Counter()

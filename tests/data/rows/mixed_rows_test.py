@@ -74,7 +74,7 @@ def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
 def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
   sources, rows, first_row, tmp_path
 ):
-  """From the starts of the windows that the run wrote before; no earlier window is planned."""
+  """Windows start where the run wrote that they start, so no earlier window is planned."""
   path = tmp_path / "plan.jsonl"
   before = open_loader(sources, path, writes=True)
   for i in range(first_row):

@@ -57,7 +57,7 @@ def cost(path) -> tuple[int, list[str]]:
 
 
 def test_a_long_row_of_csv(tmp_path):
-  """It took twice its length."""
+  """Regression: reading took twice the length in memory."""
   (tmp_path / "a.png").write_bytes(encoded("png"))
   with (tmp_path / "metadata.csv").open("w") as file:
     file.write('file_name,text\na.png,one\na.png,"' + "x" * LONG)
@@ -87,7 +87,7 @@ def test_a_row_of_csv_over_many_lines_is_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_long_header_of_a_tar(tmp_path, kind):
-  """It took twice its length."""
+  """Regression: reading took twice the length in memory."""
   write_tar(tmp_path / "a.tar", sample(1))
   info = tarfile.TarInfo("long")
   info.type, info.size = kind, LONG
@@ -315,7 +315,7 @@ def source(request, tmp_path_factory):
 )
 @example(changes=[(0, b"\xff\xfe\x00")], cut=3_000)
 @example(changes=[(0, b"\x1f\x8b\x08")], cut=3_000)
-@example(changes=[(124, b"\x80\xff\xff\xff\xff\xff")], cut=3_000)  # The size of a member, base 256.
+@example(changes=[(124, b"\x80\xff\xff\xff\xff\xff")], cut=3_000)  # A member's size in base 256.
 @example(changes=[(156, b"S")], cut=3_000)  # This member is sparse.
 @example(changes=[], cut=0)
 @settings(max_examples=60, deadline=None)

@@ -365,7 +365,7 @@ def test_in_a_bucket_only_names_of_the_same_folder_are_right():
 
 
 def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
-  """The folder of a file in the current one is "", and "~" of a name then began the path."""
+  """Regression: a file in the current folder has the folder "", so "~" in a name began the path."""
   monkeypatch.setenv("HOME", str(root.parent / "outside"))
   monkeypatch.chdir(root)
   for folder in ("", "."):

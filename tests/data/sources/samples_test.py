@@ -85,7 +85,7 @@ def test_a_folder_and_a_tar_make_equal_records(tmp_path):
 
 
 def test_the_first_caption_that_is_not_blank_is_taken(folder, tmp_path):
-  """.txt, then .caption, then .json; others that differ by more than white space are counted."""
+  """The order is .txt, .caption, .json. Captions that differ in more than white space count."""
   write(
     folder, a_jpg=jpeg(1), a_txt="of txt", a_caption="of caption",
     a_json=OF_JSON, b_jpg=jpeg(2), b_caption="of caption", b_json=OF_JSON, c_jpg=jpeg(3), c_txt="",
