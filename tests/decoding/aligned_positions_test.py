@@ -30,7 +30,7 @@ def aligned_requests():
 
 
 def scored(model, params, prompt, ids):
-  """[G, K] log-probabilities of every code in the place of each of `ids`, by evaluation."""
+  """Returns [G, K] log-probabilities of all codes at the place of each of `ids`, by evaluation."""
   codes = VOCAB.image_ids(np.arange(VOCAB.image_size))
   starts = [np.concatenate([prompt, ids[:i]]) for i in range(len(ids))]
   samples = [np.append(start, code).astype(np.int32) for start in starts for code in codes]
@@ -63,6 +63,6 @@ def test_aligned_positions_are_those_of_training(kind, monkeypatch):
     found = expected(model, request, ids)
     np.testing.assert_array_equal(codes, found.argmax(axis=-1))
     np.testing.assert_allclose(log_probs, chosen(found, codes), atol=1e-4)
-    # Control: plain positions.
+    # Negative control: plain positions.
     plain = expected(dataclasses.replace(model, align_images=False), request, ids)
     assert np.abs(log_probs - chosen(plain, codes)).max() > 0.01

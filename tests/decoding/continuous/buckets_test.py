@@ -81,7 +81,7 @@ def test_a_request_takes_the_usual_bucket_if_its_cache_holds_prompt_and_text(gen
   assert engine._bucket(text(5, left + 1), MIXTURE) == largest(usual, generator.config)
 
 
-BEFORE = POSITIONS - IMAGE - 3  # Words of a prompt for an image.
+BEFORE = POSITIONS - IMAGE - 3  # Number of words in a prompt for an image.
 EXTREMES = {
   1: [text(POSITIONS - 9, 7), text(1, POSITIONS - 9), text(60, 60)],
   2: [image(BEFORE), box(BEFORE - IMAGE - 3, 1), image(1)],
