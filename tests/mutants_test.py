@@ -129,7 +129,7 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   [
     (("not slow", True), mutants.KILLED, False),
     (("slow", True), mutants.KILLED, True),
-    (("slow", True, False), mutants.INVALID, True),  # A slow test that fails without a mutant, too.
+    (("slow", True, False), mutants.INVALID, True),  # This slow test also fails without a mutant.
     ((), mutants.SURVIVES, True),
   ],
 )

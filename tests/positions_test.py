@@ -1,4 +1,4 @@
-"""Tests that positions are relative to the images of a sample, and rise by one within a unit."""
+"""Tests that positions count from the images of a sample, and increase by one within a unit."""
 
 import itertools
 

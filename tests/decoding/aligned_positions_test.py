@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def aligned_requests():
-  """Requests of two streams after neighbors, whose captions have unequal lengths."""
+  """Returns requests of two streams. Their neighbors have captions of unequal lengths."""
   neighbors, other = [(B, CODES), (A, OTHER)], [(A, OTHER)]
   image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
   segments = [(A,), (Hole(codes=2), OTHER[2:])]
@@ -43,7 +43,7 @@ def scored(model, params, prompt, ids):
   "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
 )
 def test_aligned_positions_are_those_of_training(kind, monkeypatch):
-  """Greedy codes and their log_probs equal those of `bits.score_samples` on the whole sample."""
+  """Greedy codes and log_probs equal the scores of `bits.score_samples` on the whole sample."""
   if kind == "shared":
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)

@@ -63,7 +63,7 @@ def test_shared_prefixes(prompts, lengths):
 
 
 def test_tokens_at_other_positions_are_not_shared():
-  """Two aligned prompts after one neighbor: only its tokens stand at the same positions."""
+  """Two aligned prompts have the same neighbor; only its tokens have the same positions."""
   neighbor = [*pairs([1, 5, 6, 7], -1)]
   long, short, other = ([*neighbor, *pairs([8, 8, 8, 9], -n)] for n in (4, 3, 4))
   other[-1] = pairs([7], 7)[0]
@@ -83,7 +83,7 @@ def test_tokens_at_other_positions_are_not_shared():
 
 
 def test_positions_of_a_prompt_are_those_of_training():
-  """Where codes follow, they are those of the finished sample; else they count on."""
+  """Before codes, positions equal the positions in the finished sample; otherwise they continue."""
   caption, neighbor = np.array([20, 21, 22]), ([30], CODES)
   image = request.text_to_image(VOCAB, IMAGE, caption, [neighbor])
   hole = request.infill(VOCAB, IMAGE, [(caption,), (request.Hole(codes=2), CODES[2:])], [neighbor])
@@ -168,7 +168,7 @@ def test_equal_prompts_are_read_once():
 
 
 def test_a_stream_of_short_prompts_needs_few_entries():
-  """Two streams; a prompt with a shared beginning, whose entries are the first, needs all."""
+  """There are two streams. A prompt whose prefix is shared needs all entries from the first on."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
   made = plain_arrays([other, short, other[:6], short])
   assert made.prefixes is not None

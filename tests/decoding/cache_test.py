@@ -34,7 +34,7 @@ def causal():
 
 
 def filled(k, v, capacity: int = T, dtype: str = "compute"):
-  """The first layer's cache after a write of four tokens and two of one."""
+  """Returns the first layer's cache after a write of four tokens and two writes of one token."""
   layer = cache_lib.empty(CONFIG, R, capacity, dtype)[0]
   for start, stop in ((0, 4), (4, 5), (5, 6)):
     layer = layer.write(start, k[:, start:stop], v[:, start:stop])
@@ -65,7 +65,7 @@ def test_rows_are_copied_and_entries_added_at_the_end(qkv):
 
 def test_int8_is_near(qkv):
   q, k, v = qkv
-  k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5  # Scales of a token's own.
+  k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5  # Scales per token.
   expected = np.asarray(masked_attention(q, k, v, causal()))
   layer = filled(k, v, dtype="int8")
   assert layer.keys.dtype == jnp.int8

@@ -32,7 +32,7 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images of at most so many tokens; document_segments returns the whole document."""
+  """The number of tokens is limited; document_segments returns the whole document."""
   segment, length = "(t+|i{6})", 24
   cases = [
     (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),

@@ -103,7 +103,7 @@ def guided_by(sampling, request, ids, streams):
 
 
 def test_guidance_grows_over_the_codes(generator, params):
-  """Each code has the weights of its place in the image, and the end those of the last code."""
+  """Each code has the weights of its place in the image. The end has weights of the last code."""
   sampling = dataclasses.replace(MIXTURE, method="top_p", guidance=5.0, guidance_schedule="linear")
   requests, model = guided_requests(), generator.config.model
   for request, result in zip(requests, generator.generate(requests, SEEDS, sampling=sampling)):

@@ -1,4 +1,4 @@
-"""The grammar admits every legal token and no other, compared with regular expressions."""
+"""Tests that the grammar allows exactly the legal tokens, given by regular expressions."""
 
 # B rows, V vocabulary, T steps.
 

@@ -118,7 +118,7 @@ def test_weights_of_the_streams():
 
 @st.composite
 def documents(draw):
-  """(segments, the same with holes, answers of the holes): texts and images, up to two holes."""
+  """Returns (segments, the segments with up to two holes, the answers for the holes)."""
   texts = st.lists(st.integers(8, 263), min_size=1, max_size=5)
   images = st.lists(st.integers(264, 319), min_size=IMAGE, max_size=IMAGE)
   segments = draw(st.lists(st.one_of(texts, images), min_size=1, max_size=4))

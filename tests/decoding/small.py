@@ -56,7 +56,7 @@ def guided_requests():
 
 
 def plain_requests():
-  """Requests of one stream: an image, texts in the middle, documents; seven tokens at most."""
+  """Returns requests of one stream, at most seven tokens each: an image, infills, documents."""
   return [
     request_lib.unconditional(VOCAB, IMAGE),
     request_lib.infill(VOCAB, IMAGE, [(A, Hole(most_text=6), B), (CODES,)]),

@@ -93,7 +93,7 @@ USUAL = {1: plain_requests, 2: guided_requests, 3: edits}
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_samples_of_the_largest_bucket_are_those_of_generate(generator, streams):
-  """The longest prompts, the longest texts, the most candidates; each beside a short one."""
+  """Covers the longest prompts and texts and the most candidates, each next to a short request."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   engine.warm(USUAL[streams]()[0])
   cases = cases_of(generator, [EXTREMES[streams]], [MIXTURE, MOST])

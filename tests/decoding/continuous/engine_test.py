@@ -1,4 +1,4 @@
-"""A sample is that of `Generator.generate`, whatever is admitted or removed beside it."""
+"""Tests that samples equal `Generator.generate`, whatever else is admitted or removed."""
 
 import copy
 import dataclasses
@@ -49,7 +49,7 @@ LONG = request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)
 
 
 def cases_of(generator, groups, samplings=SAMPLINGS):
-  """(request, seed, sampling, expected result) of lists of requests, which share their batches."""
+  """Returns (request, seed, sampling, expected result) for lists of requests that share batches."""
   cases = []
   for requests, (i, sampling) in itertools.product(groups, enumerate(samplings)):
     seeds = [SEEDS[0] + n + 20 * i for n in range(len(requests))]
@@ -320,7 +320,7 @@ def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
-  """A request that finds all batches active gets one, though others refill them for ever."""
+  """A request that finds all batches active gets a batch, although others refill them forever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []

@@ -52,7 +52,7 @@ def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k
 
 
 def test_candidates_bound_the_sort():
-  """Only the selection of candidates works on the whole vocabulary; without others no CD-K."""
+  """Only the selection of candidates uses the whole vocabulary. CD-K is left out if unused."""
   logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
 
   def program(candidates, *others):
@@ -68,7 +68,7 @@ def test_candidates_bound_the_sort():
 
 
 def exact_top(temperature=1.0, top_k=0, top_p=1.0):
-  """Distribution of one sample in float64, independent of the code, like the next two."""
+  """Computes one sample's distribution in float64 without the code, like the next two functions."""
   p = np.exp(GUIDED.astype(np.float64) / temperature)
   order = np.argsort(-p)[: top_k or VOCABULARY]
   p_kept = p[order] / p[order].sum()
@@ -108,7 +108,7 @@ MIXTURE = {  # Rows alternate: image tokens of a mixture, and text tokens.
 
 
 def counts(rows: RowSettings, number: int) -> np.ndarray:
-  """Histograms [number, V] of a batch in which every `number`-th row has the same setting."""
+  """Returns [number, V] histograms of a batch in which every `number`-th row has one setting."""
 
   def repeat(row):
     return np.tile(row, (len(CASES) * DRAWS, 1))

@@ -34,7 +34,7 @@ def kept(probabilities, top_k, top_p, candidates=0):
     (0, 0.39, [1]),
     (0, 0.41, [1, 3]),  # The ids before 3 have probability 0.4.
     (0, 0.75, [1, 2, 3]),
-    (3, 0.6, [1, 3]),  # The docstring's example: after top-k, 2 has 0.78 before it.
+    (3, 0.6, [1, 3]),  # From the docstring: after top-k, ids before 2 have 0.78.
     (3, 0.8, [1, 2, 3]),
     (9, 1e-6, [1]),
   ],
