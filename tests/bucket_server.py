@@ -47,7 +47,7 @@ class Server:
     """Returns environment variables that make the libraries of a process use this server."""
     return {
       "STORAGE_EMULATOR_HOST": self.url,
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs would ask Google for the kind.
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # Else gcsfs would ask Google for the kind.
       "GOOGLE_CLOUD_PROJECT": "tests",
       "TENSORSTORE_GCS_HTTP_URL": self.url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
@@ -158,7 +158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.answer(200, self.buckets.list(found[1], query))
     elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and has(found[1]):
       self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
-    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, which the C++ client uses.
+    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # The C++ client uses this API.
       self.object(found[1], found[2], {**query, "alt": "media"})
     else:
       self.refuse(404)

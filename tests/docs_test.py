@@ -1,4 +1,4 @@
-"""Tests that the documentation builds, names only what exists, and has valid metadata files."""
+"""Tests that the documentation builds and names only existing things; tests metadata files."""
 
 import collections
 import dataclasses

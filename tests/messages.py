@@ -35,7 +35,7 @@ ATTRIBUTE = "messages"  # Key of the sentences in the output of an xdist worker.
 
 @dataclasses.dataclass
 class _Running:
-  """The running test: its key, its stored sentences (None: not compared), and its errors so far."""
+  """Running test: its key, its stored sentences (None: not compared), and its errors so far."""
 
   key: str
   stored: list[str] | None
@@ -79,7 +79,7 @@ def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
 
 
 def check_sentence(sentence: str) -> None:
-  """Expects the stored sentence, e.g. in an answer of a server or in part of an output."""
+  """Expects that `text`, e.g. an answer of a server, equals the stored sentence."""
   _require_test()
   _compare(_without_machine(sentence, _base))
 

@@ -134,7 +134,7 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   ],
 )
 def test_slow_tests_run_where_no_other_notices(tree, monkeypatch, failing, verdict, slow):
-  """`failing`: marks of failing tests with a mutant, and False if they also fail without it."""
+  """`failing`: marks of tests that fail with a mutant, and False if they also fail without it."""
 
   def pytest_ends(command, cwd, **_):
     mutated = (cwd / CM3).read_text() != (mutants.ROOT / CM3).read_text()

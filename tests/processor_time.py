@@ -61,7 +61,7 @@ class Counter:
 
 
 class Judge:
-  """Collects the seconds, prints the slowest tests, and fails the session over a limit."""
+  """Collects the seconds, prints the slowest tests, and fails the session if a test is too slow."""
 
   def __init__(self, warn: float, fail: float):
     self.warn, self.fail = warn, fail

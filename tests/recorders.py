@@ -10,7 +10,7 @@ from cm3leon_jax.planning import hardware, launchers
 
 ROOT = pathlib.Path(__file__).parents[1]
 POD = ROOT / "launch" / "pod"
-PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # Also has shellcheck and hadolint.
+PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # shellcheck and hadolint are here, too.
 MISTAKE = 2  # Exit code of every command after a mistake of the user.
 FLAGS = [
   "--config=ml_configs/cm3leon_7b.py:paper",

@@ -109,7 +109,7 @@ def test_batches_of_drafts(generator, task):
 @pytest.mark.parametrize("of_shard", [1, 4])
 @pytest.mark.parametrize("task", STREAMS)
 def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
-  """One request is admitted, then to all slots; the steps are of all slots, or of the first one."""
+  """One slot is filled, then all slots. Steps are for all slots or for the first slot."""
   bucket = bucket_of(REQUESTS[task], MIXTURE, generator)
   slots = of_shard * batch_shards()
   batch = RunningBatch(bucket, generator, slots, chunk=3, shards=batch_shards())

@@ -80,7 +80,7 @@ def chosen(log_probs, ids):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_streams_equal_separate_passes(generator, params, guidance):
-  """log_probs equal those of two separate uncached passes; 1 is the conditional model alone."""
+  """log_probs equal two separate uncached passes. Guidance 1 uses only the conditional pass."""
   sampling = dataclasses.replace(generator.config.sampling, guidance=guidance)
   results = generator.generate(guided_requests(), SEEDS, sampling=sampling)
   for request, result in zip(guided_requests(), results):

@@ -46,7 +46,7 @@ PARTS, ROWS = 8, 4096  # Number of rows for all plans, and for each call of the 
 
 
 def documents(image: int):
-  """Regular expressions of what may follow in a document, by where its prompt ends."""
+  """Returns regular expressions of what may follow in a document, by where its prompt ends."""
   segment = rf"(t+|i{{{image}}})"
   return {
     SEGMENT_START: rf"{segment}(b{segment})*e",
@@ -224,7 +224,7 @@ def test_ten_thousand_random_runs():
 
 
 def test_what_may_follow_an_image():
-  """codes_done counts codes of a part or a document's image; in_image: only codes may come."""
+  """codes_done counts codes of a part or an image; in_image means that only codes may follow."""
   grammar = Grammar(VOCAB, 3)
   plan = rows_of([(Part(CODES, 2), Part(EOSS)), (Part(DOCUMENT, 9, SEGMENT_START),)])
   state, found = start(grammar, plan), []

@@ -101,7 +101,7 @@ def test_document():
 
 
 def test_weights_of_the_streams():
-  """One row for each code of an image and one for what is no code, weighed like the last code."""
+  """Each code of an image has a row. Other tokens have one row, with the last code's weights."""
   sampling = SamplingConfig(
     guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5
   )

@@ -1,4 +1,4 @@
-"""Tests programs compiled for TPU without a TPU: train step, evaluation, families, decoder."""
+"""Tests programs that are compiled for TPU without a TPU: train step, evaluation, decoder."""
 
 import re
 

@@ -310,7 +310,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
 
 
 def write_facts(folder, heldout, other):
-  """Writes a raw folder of two records: a held-out one with facts, and `other`."""
+  """Writes a raw folder of two records: a held-out record with facts, and `other`."""
   source = folder / "in"
   source.mkdir(parents=True)
   Image.new("RGB", (48, 48)).save(source / "a.png")

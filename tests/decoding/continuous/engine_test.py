@@ -85,7 +85,7 @@ def long_case(all_cases):
 
 
 def is_case(update, case) -> bool:
-  """Whether an update has the first tokens of the expected result, all if it is finished."""
+  """Returns whether an update has the first tokens of the expected result, or all at its end."""
   expected, count = case[3], len(update.result.tokens)
   return np.array_equal(update.result.tokens, expected.tokens[: None if update.finished else count])
 
