@@ -43,7 +43,7 @@ def test_bytes_that_a_policy_keeps():
 
 
 def test_search_sorts_candidates_that_fit_by_cost(monkeypatch):
-  """Costs are made up: `full` takes 2 us per token, others 1, which fit only batches of 1 and 2."""
+  """Costs are invented: `full` takes 2 us per token; others take 1 us, but fit only 1 or 2 rows."""
   monkeypatch.setattr(search_lib, "create_mesh", lambda config, devices: config)
   tried = []
 

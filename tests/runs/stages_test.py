@@ -200,7 +200,7 @@ def test_differences_literal():
 def test_a_field_that_was_added_since_and_is_off_does_not_differ():
   old = {"a": {"b": 1, "d": 1}}
   assert stages.differences(old, {"a": {"b": 1, "c": 0.0, "d": 1}, "e": ""}) == []
-  # But a field that existed, had a value other than off, and changed does differ.
+  # But a field that the old settings have, and that is off now, does differ.
   assert stages.differences(old, {"a": {"b": 0, "d": 1}}) == ["a.b: 1 -> 0"]
 
 

@@ -68,7 +68,7 @@ def last_image(record) -> np.ndarray:
 
 
 def shown(record, image="image"):
-  """Finds the name, color and box of each object of an image by the judge, which reads pixels."""
+  """Returns name, color and box of each object that the judge finds in the pixels of an image."""
   return [(x.name, x.color, x.box) for x in find_objects(record.images[image][None])[0]]
 
 
@@ -92,7 +92,7 @@ def test_records_of_literal_scenes():
     asked = questions.ask_count(scene, 2, rng)
     assert (word_of(asked.question), asked.answer) == ("key", "two")
     assert questions.ask_count(scene, 3, rng) is None
-    # Two keys are below the bell, so no question may refer to "the key".
+    # Two keys are below the bell, so no question may relate another object to a key.
     assert "right of the bell" in questions.ask_relation(scene, rng).question
   apart = Scene.parse("red bell top left, blue key bottom right")
   asked = {questions.ask_relation(apart, rng).question for _ in range(200)}

@@ -55,7 +55,7 @@ def prepare(config, folder, raw=RAW):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Makes a raw folder of FEW scenes in parts of 200; returns it with the stage's summary."""
+  """Makes a raw folder of FEW scenes in parts of 200; returns it and the summary of the stage."""
   out = tmp_path_factory.mktemp("raw")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scenes, "PART_RECORDS", 200)
