@@ -40,7 +40,7 @@ class Fault:
     kind: one of `KINDS`.
     steps: steps of the checkpoints before the fault, newest first.
     hit: number of damaged checkpoints, counted from the newest.
-    names: texts; a message names the fault if it contains one of them.
+    names: texts of which a message must contain at least one to name the fault.
   """
 
   kind: str
@@ -50,7 +50,7 @@ class Fault:
 
   @property
   def good(self) -> int | None:
-    """The newest step whose checkpoint is whole, or None."""
+    """Newest step whose checkpoint is whole, or None."""
     return next(iter(self.steps[self.hit :]), None)
 
 

@@ -34,7 +34,8 @@ IMPORTED = (
   "torch",  # `launch.export` compares its result with transformers, if installed.
   "transformers",
 )
-# All processes of a part inherit it. Programs of tiny models compile for longer than they run.
+# All processes of a part inherit these variables. Programs of tiny models take longer to compile
+# than to run.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

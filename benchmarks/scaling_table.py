@@ -1,6 +1,6 @@
 """Summarizes the runs of `scaling`: laws, predictions, ratios of FLOPs, tables and a plot."""
 
-# n held-out documents, m of which are judged. P sizes, R resamples.
+# n held-out documents, of which m are judged. P sizes, R resamples.
 
 import os
 

@@ -156,7 +156,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
 
 
 def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]:
-  """Returns whether, among drawings of all objects in `style`, the requested object fits best."""
+  """Returns whether each image fits the requested object best, among drawings in `style`."""
   found = judge.find_objects(images, style, min_score=0)
   return [
     any((x.name, x.place) == (one.placed.object, one.placed.place) for x in objects)

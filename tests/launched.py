@@ -102,7 +102,7 @@ def launch(name: str, *flags: str, **options):
 
 
 def cm3leon(*flags: str, **options):
-  """Runs the console script, see `run`."""
+  """Runs the console script `cm3leon`, see `run`."""
   return run("cm3leon_jax.__main__", ["cm3leon", *map(str, flags)], **options)
 
 

@@ -1,4 +1,4 @@
-"""Tests that Ray workers, one of them killed, write the same bytes as a single process."""
+"""Tests that Ray workers write the same bytes as a single process, even if a worker is killed."""
 
 import dataclasses
 import json

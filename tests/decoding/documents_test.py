@@ -68,7 +68,7 @@ def test_infill_of_text_and_image(plain_generator):
   """One document has holes of both kinds; the content around the holes is unchanged."""
   segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
   request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
-  # With documents, so that plans in the batch differ.
+  # Documents are in the same batch, so that plans differ.
   [result, *_] = plain_generator.generate(
     [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
   )

@@ -171,7 +171,7 @@ def test_a_request_does_not_depend_on_its_batch(generator, plain_generator, kind
   together = generator.generate(requests, SEEDS)
   alone = [generator.generate([r], [seed])[0] for r, seed in zip(requests, SEEDS)]
   same(together, alone)
-  # In a mixture, samples with an odd seed, if they have a stream to contrast with.
+  # Samples with odd seeds use contrastive decoding if they have a stream to contrast with.
   assert [r.contrastive for r in together] == [kind == "guided" and seed % 2 == 1 for seed in SEEDS]
   assert differ(generator.generate(requests, SEEDS[::-1]), alone)
 

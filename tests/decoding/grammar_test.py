@@ -42,7 +42,7 @@ CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
 }
 LETTERS = np.array([letter for letter, ids in CLASSES.items() for _ in ids])
 FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
-PARTS, ROWS = 8, 4096  # Number of rows for all plans, and for each call of the exhaustive test.
+PARTS, ROWS = 8, 4096  # Numbers of rows: for all plans, and for a call of the exhaustive test.
 
 
 def documents(image: int):

@@ -365,7 +365,7 @@ def test_prose_is_wrapped_and_the_rest_stays():
     f"| {words} |\n{code}\n"
   )
   assert model_card.wrapped(f"{line[:-4]}`aa b`\n") == f"{line[:-5]}\n`aa b`\n"
-  for mark in ("-", "#", "1."):  # At the start of a line, it would be Markdown.
+  for mark in ("-", "#", "1."):  # At the start of a line, this text would be Markdown.
     assert model_card.wrapped(f"{line} {mark} a\n") == f"{line} {mark} a\n"
 
 

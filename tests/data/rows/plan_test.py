@@ -133,7 +133,7 @@ def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
 
 
 def store_of(documents) -> LengthStore:
-  """documents: for each document, (length, is_image) of each segment."""
+  """Makes a store; `documents` has (length, is_image) of each segment of each document."""
   segments = [s for document in documents for s in document]
   lengths, is_image = (
     np.array([n for n, _ in segments], np.int32),

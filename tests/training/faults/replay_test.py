@@ -237,7 +237,7 @@ def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch
     states.clear()
     found = trainer.trial("gradients", np.random.default_rng([5, seed]))
     assert (len(states), found["recovered"]) == (3, True)
-  assert 0 < len(gone) < 4  # Only if the first computation was wrong. It runs second.
+  assert 0 < len(gone) < 4  # If the first computation, which runs second, was wrong.
   assert all(all(deleted) for deleted in gone)
 
 

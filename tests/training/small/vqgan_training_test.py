@@ -204,7 +204,7 @@ def test_usage_counts_every_code(images):
 
 
 def test_discriminator_learns_to_tell_apart(images):
-  """With fixed reconstructions, its hinge loss falls from 2 (chance) towards 0."""
+  """With fixed reconstructions, the discriminator's hinge loss falls from 2 (chance) towards 0."""
   params, x = _discriminator(0), vqgan.to_float(images)
   y = x + 0.5 * jax.random.normal(jax.random.key(0), x.shape)
   step = jax.jit(jax.value_and_grad(lambda p: discriminator.hinge_loss(p, CONFIG, x, y)))
