@@ -39,7 +39,7 @@ def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
 
 
 def clocks() -> np.ndarray:
-  """Returns wall-clock seconds and the processor seconds of this process."""
+  """Returns the wall-clock time and the processor time of this process in seconds."""
   return np.array([time.perf_counter(), time.process_time()])
 
 

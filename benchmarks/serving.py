@@ -45,7 +45,7 @@ def prompt(i: int) -> str:
 
 
 def seconds_of(pid: int) -> np.ndarray:
-  """Returns wall-clock seconds and the processor seconds of a process."""
+  """Returns the wall-clock time and the processor time of a process in seconds."""
   with open(f"/proc/{pid}/stat") as file:
     fields = file.read().rpartition(")")[2].split()
   ticks = int(fields[11]) + int(fields[12])  # utime and stime, see proc(5).

@@ -39,7 +39,7 @@ def imported(source, workdir, settings):
 
 
 def losses_of(params, settings) -> np.ndarray:
-  """Returns losses of SAMPLES in nats, with logits of the source's text ids only."""
+  """Returns the losses of SAMPLES in nats, computed only from logits of the source's text ids."""
   vocab, losses = settings.vocab, []
   model = dataclasses.replace(settings.model, attention="plain")
   for sample in SAMPLES:

@@ -1,7 +1,7 @@
 """Tests, in separate processes, that the launches in the documentation compile for their slices.
 
 The commands `cm3leon plan` and `cm3leon aot_compile` are read from pages and docstrings, so the
-tests follow every change of them.
+tests always use the documented commands.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ def test_what_a_tar_may_hold(tmp_path):
   assert reasons(formats.read(formats.parts(str(path))[0])) == expected
   config = RawConfig(source=str(path), resolution=4, max_rejected=0.5)
   ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
-  assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}  # Nothing is written at "..".
+  assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}  # No file is written at "..".
 
 
 def test_a_large_member_is_passed_over(tmp_path, monkeypatch):
