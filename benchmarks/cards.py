@@ -1,18 +1,20 @@
-r"""Compiles the config cards in docs/cards/: the memory and FLOPs of each size on each slice.
+r"""Compiles the config cards in docs/cards/: memory and FLOPs of each model size on each TPU slice.
 
-  python -m benchmarks.cards                          # every missing card, and the pages
-  python -m benchmarks.cards --size=7b --again        # all cards of a size
+  python -m benchmarks.cards                          # compiles missing cards, writes the pages
+  python -m benchmarks.cards --size=7b --again        # compiles all cards of a size
   python -m benchmarks.cards --card=7b/v5e-256/train --again
   python -m benchmarks.cards --size=350m --slice=v5e-256 --check
 
-A card has a command of `cm3leon aot_compile` for a shipped config, its numbers, the compiler's
-version and the date. Each card is written when it is finished, so a stopped run continues. A card
-takes one to several minutes on two CPU cores, and needs no TPU.
+A card has a command of `cm3leon aot_compile` for a shipped config, the numbers that the command
+prints, the version of the compiler and the date. Each card is written as soon as it is finished, so
+a stopped command continues where it stopped. A card takes one to several minutes on two CPU cores,
+and needs no TPU.
 
---check compiles cards again, compares memory of arguments and temporaries, FLOPs and collectives,
-and writes nothing to docs/. The exit code is 1 if a number differs, or if a card is from another
-compiler than the installed one. A stopped check continues: workdir/cards_checked.json lists the
-cards that this code and this compiler have passed.
+--check compiles cards again and writes nothing to docs/. It compares the memory of arguments and
+temporaries, the FLOPs and the collectives with the stored cards. The exit code is 1 if a number
+differs, or if a card was made with another compiler version than the installed version. A stopped
+check continues: workdir/cards_checked.json lists the cards that this code and this compiler have
+passed.
 """
 
 from collections.abc import Iterator
@@ -50,12 +52,12 @@ _CHECK = flags.DEFINE_bool(
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Devices for the programs of a card.
+  """Devices that the program of a card is compiled for.
 
   Attributes:
     topology: value of --topology for `cm3leon aot_compile`.
     slices: number of slices.
-    fsdp: sizes of fsdp and fsdp_inner on a slice; they follow the torus.
+    fsdp: sizes of the axes fsdp and fsdp_inner on a slice, chosen after the shape of its torus.
     tensor: size of the tensor axis of the decoder; the remaining devices are replicas.
   """
 
@@ -84,7 +86,7 @@ class Card:
 
   @property
   def name(self) -> str:
-    """Name of the card in the file of its size."""
+    """Name of the card in the JSON file of its model size."""
     return f"{self.where}/{self.program}"
 
   @property
@@ -109,7 +111,7 @@ CARDS = [Card(size, where, program) for where in SLICES for size in SIZES for pr
 
 
 def compiler() -> str:
-  """Returns the versions of packages that the numbers depend on."""
+  """Returns the versions of the packages that affect the numbers."""
   return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
@@ -130,13 +132,13 @@ def measure(card: Card) -> dict:
 
 
 def stored(size: str) -> dict[str, dict]:
-  """Returns name -> numbers of the existing cards of a size."""
+  """Returns the stored cards of a model size: name -> numbers."""
   path = FOLDER / f"cm3leon_{size}.json"
   return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(size: str, cards: dict[str, dict]) -> None:
-  """Writes the cards of a size and their page."""
+  """Writes the cards of a model size and their page."""
   FOLDER.mkdir(parents=True, exist_ok=True)
   named = {
     card.name: cards[card.name] for card in CARDS if card.size == size and card.name in cards
@@ -174,7 +176,7 @@ The commands in this order, to be written after `cm3leon aot_compile`:
 
 
 def page(size: str, cards: dict[str, dict]) -> str:
-  """Returns the page of a size as Markdown."""
+  """Returns the page of a model size as Markdown."""
   parts = [HEADER.format(size=size, prompts=PROMPTS)]
   if cards:
     parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
@@ -234,10 +236,10 @@ def source_digest() -> str:
 
 
 def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
-  """Compiles cards again. Prints and returns a sentence for each card that differs from the stored.
+  """Compiles cards again. Prints and returns a sentence for each card that changed.
 
   Args:
-    cards: cards to check; cards that are not stored are skipped.
+    cards: cards to check; a card that is not stored is skipped.
     checked: file with the cards that this code and compiler have passed.
   """
   key = f"{source_digest()}, {compiler()}"

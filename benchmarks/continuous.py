@@ -1,10 +1,10 @@
-"""Compares continuous batching with batches that start together, on a bundled model, in turns.
+"""Compares the speed of continuous batching and of batches that start together, on a bundled model.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.continuous
 
-Generates images of `scenes`, without and with retrieved documents, 8 at a time. "In step" refills
-all slots of the running batch together, as in a batch that starts together. "Out of step" ends one
-sample and admits the next every few steps.
+Generates images with the model `scenes`, 8 at a time, without and with retrieved documents. The two
+ways take turns. "In step" refills all slots of the running batch together, so all samples start
+together. "Out of step" ends one sample and admits the next every few steps.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved docu
 
 
 def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
-  """Returns requests for rare objects, which the bank contains."""
+  """Returns requests for images of rare objects. The bank shows these objects."""
   names = sorted(RARE)
   tasks = [TextToImage(f"a green {names[i % len(names)]}", retrieve=retrieve) for i in range(count)]
   pipeline = model.pipeline
@@ -39,7 +39,7 @@ def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
 
 
 def clocks() -> np.ndarray:
-  """Returns wall-clock seconds and the processor seconds of this process."""
+  """Returns the wall-clock time and the processor time of this process in seconds."""
   return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -49,16 +49,17 @@ def run_batch(
   apart: bool,
   finished: Callable[[int, np.ndarray], None],
 ) -> np.ndarray:
-  """Generates as many images as there are requests, from a queue that never ends.
+  """Generates one image per request, while a queue without end keeps the slots full.
 
   Args:
-    engine: generator without requests; it has none after the call, either.
-    requests: requests whose seeds are their indices.
-    apart: whether to fill the slots one by one, a chunk apart, before the clocks start.
+    engine: generator that holds no requests, before and after the call.
+    requests: requests; the seed of each is its index in the list.
+    apart: whether to fill one slot per chunk before the clocks start, so that samples end at
+      different times.
     finished: called with the index of a request and its tokens.
 
   Returns:
-    Seconds of both clocks, see `clocks`.
+    Number of seconds on both clocks, see `clocks`.
   """
   numbers, places, count = itertools.count(), {}, 0
 
@@ -67,7 +68,7 @@ def run_batch(
     places[engine.admit(requests[i], i)] = i
 
   def can_admit() -> bool:
-    # As in a queue: if the next request has no free slot, all later requests wait, too.
+    # As in a queue: while the next request waits for a free slot, all later requests wait, too.
     return engine.can_admit(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):
@@ -106,7 +107,7 @@ def measure(model: CM3Leon, requests: list[Request]) -> str:
 
     for engine in (in_step, out_of_step):
       seconds[-1].append(run_batch(engine, requests, engine is out_of_step, finished))
-  seconds = np.array(seconds[1:])  # The first run compiles.
+  seconds = np.array(seconds[1:])  # The first run compiles, so it is not timed.
   cells = []
   for i, wall in enumerate(seconds[:, :, 0].T):
     rates, ratios = count / wall, np.median(seconds[:, 0] / seconds[:, i], axis=0)

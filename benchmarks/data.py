@@ -1,4 +1,4 @@
-"""Measures the data path in processor seconds of all threads, so rates are per core.
+"""Measures the speed of the data path per core: times are processor seconds of all threads.
 
 python -m benchmarks.data --part=plan
 python -m benchmarks.data --part=pipeline
@@ -33,13 +33,13 @@ _REPETITIONS = flags.DEFINE_integer(
 
 VOCAB = VocabLayout(num_special=256, text_size=56_320, image_size=8_192)
 CODES = (256, 1_024)
-CAPTION = (8, 40)  # Range of caption tokens, half-open.
-TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal tokens: median 273, 0.7% above 4,095.
+CAPTION = (8, 40)  # Half-open range of the number of tokens per caption.
+TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal length: median 273, 0.7% above 4,095.
 
 
 @dataclasses.dataclass
 class LengthStore:
-  """Only the lengths of a `DocumentStore`.
+  """Stand-in for a `DocumentStore` that knows only the lengths of its documents.
 
   Attributes: offsets [n + 1] int64, lengths [S] int32, is_image [S].
   """
@@ -58,13 +58,13 @@ class LengthStore:
 
 
 def text_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples [n] log-normal lengths."""
+  """Samples the lengths of n texts from a log-normal distribution."""
   mu = np.log(TEXT_MEAN) - TEXT_SIGMA**2 / 2
   return np.ceil(rng.lognormal(mu, TEXT_SIGMA, documents)).astype(np.int32)
 
 
 def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """Samples candidates of n documents: [n, 4] int32; every twentieth document has only one."""
+  """Samples neighbor candidates: [n, 4] int32; every twentieth document has only one candidate."""
   neighbors = rng.integers(0, documents, (documents, 4), dtype=np.int32)
   neighbors[::20, 1:] = -1
   return neighbors
@@ -73,7 +73,7 @@ def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
 def synthetic_sources(
   documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
 ) -> list[RowSource]:
-  """Creates pairs (a caption and `codes` codes) and texts with realistic lengths but no tokens."""
+  """Creates pairs (a caption and `codes` codes) and texts of realistic lengths, without tokens."""
   rng = np.random.default_rng(seed)
   offsets, lengths = (
     np.arange(documents + 1, dtype=np.int64),
@@ -117,7 +117,7 @@ def written_sources(
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:
-  """Prints median and range of the rates of `action(repetition) -> amount`; returns the median."""
+  """Prints median and range of `action(repetition)` divided by its time; returns the median."""
   rates = []
   for i in range(repetitions):
     start = time.process_time()
@@ -142,7 +142,7 @@ def peak_mib(action) -> float:
 
 
 def measure_plan(documents: int, repetitions: int) -> None:
-  """Measures planning of whole windows with the default config: rates, rows, memory."""
+  """Measures how fast whole windows are planned with the default config, and the peak memory."""
   config = DataConfig()
   for codes in CODES:
     sources = synthetic_sources(documents, codes)
@@ -177,7 +177,7 @@ def measure_plan(documents: int, repetitions: int) -> None:
 
 
 def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) -> None:
-  """Measures rows of tokens in one thread: read from the page cache, joined, masked, packed."""
+  """Measures how fast one thread reads (from the page cache), joins, masks and packs rows."""
   for codes in CODES:
     with tempfile.TemporaryDirectory() as folder:
       sources = written_sources(pathlib.Path(folder), documents, codes)
@@ -196,7 +196,7 @@ def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) 
 
 
 def read_rows(loader: RowLoader, first: int, rows: int) -> int:
-  """Reads `rows` rows of the first window; returns the number of slots that they fill."""
+  """Reads `rows` rows of the first window; returns the number of tokens, with padding, in them."""
   count = len(loader.plan.window(0))
   return sum(int((loader[i % count]["segment_ids"] > 0).sum()) for i in range(first, first + rows))
 

@@ -1,11 +1,11 @@
-"""Compares guided decoding of this project and its peers in turns, and with the bandwidth floor.
+"""Compares the speed of guided decoding in this project, in its peers, and at the bandwidth floor.
 
-  OMP_WAIT_POLICY=passive python -m benchmarks.decode     # also torch, transformers; extra [dev]
-  python -m benchmarks.decode --peers=false --weight_dtype=int8
+  OMP_WAIT_POLICY=passive python -m benchmarks.decode     # also torch and transformers (extra
+  [dev]) python -m benchmarks.decode --peers=false --weight_dtype=int8
 
-Settings: 4 prompts of 32 tokens (3 for the unconditional stream), 256 new tokens, guidance 3, top-k
-256, top-p 0.9, fp32. The floor of a step is the time to read the weights and the filled cache once,
-at the bandwidth of a plain read.
+The decoders take turns. Settings: 4 prompts of 32 tokens (3 tokens in the unconditional stream),
+256 new tokens, guidance 3, top-k 256, top-p 0.9, fp32. The bandwidth floor of a step is the time of
+a plain read of the weights and of the filled part of the cache.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
 
 
 def ours(params, image_head: bool) -> peers_lib.Peer:
-  """Returns this project's decoder; `image_head` as in GeneratorConfig."""
+  """Returns this project's decoder; for `image_head`, see `GeneratorConfig`."""
   options = {
     "weight_dtype": _WEIGHT_DTYPE.value,
     "cache_dtype": _CACHE_DTYPE.value,
@@ -59,7 +59,8 @@ def ours(params, image_head: bool) -> peers_lib.Peer:
 
 
 def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
-  """Measures bytes/s of a plain read: the fastest of `repeats` sums of an array."""
+  """Measures the bandwidth of a plain read in bytes/s: the fastest of `repeats` sums of an
+  array."""
   array = jnp.ones((int(gib * 2**28),), jnp.float32)
   total, seconds = jax.jit(jnp.sum), []
   for _ in range(repeats):
@@ -70,7 +71,8 @@ def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
 
 
 def step_bytes(params, image_head: bool, prompts) -> float:
-  """Counts the bytes that an average step must read: fp32 weights, and the half-filled cache."""
+  """Counts the bytes that an average step must read: fp32 weights, and a cache that is half
+  full."""
   block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
   head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
   unconditional = len(request_lib.unconditional_prompt(VOCAB))
@@ -79,7 +81,8 @@ def step_bytes(params, image_head: bool, prompts) -> float:
 
 
 def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
-  """Measures a prefill; returns its median seconds and the number of tokens that it reads."""
+  """Measures a prefill; returns its median time in seconds and the number of tokens that it
+  reads."""
   made = params_lib.prepare(params, config=MODEL, vocab=VOCAB)
   requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
   config, seconds = GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions), []

@@ -1,9 +1,11 @@
-"""Guided decoding in torch and transformers, fp32 on a CPU: the peers of `benchmarks.decode`.
+"""Decodes with guidance in torch and transformers, in fp32 on a CPU: the peers in
+`benchmarks.decode`.
 
-All peers read the same weights in the layout of `cm3leon_jax.export.huggingface`. They compute
-logits of the whole vocabulary for each token; this project's decoder computes only logits of image
-ids. Waiting torch threads spin, which costs milliseconds per matrix product when another process
-uses a core. `OMP_WAIT_POLICY=passive` prevents this, and must be set before torch is imported.
+All peers read the same weights in the layout of `cm3leon_jax.export.huggingface`. They compute the
+logits of the whole vocabulary for each token. This project's decoder computes only the logits of
+image ids. Waiting torch threads spin, which costs milliseconds per matrix product when another
+process uses a core. `OMP_WAIT_POLICY=passive` prevents this, and must be set before torch is
+imported.
 """
 
 # B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
@@ -39,17 +41,18 @@ MODEL = ModelConfig(
   remat_policy="none",
 )
 
-# Methods for products with weights in the torch loop. "linear": F.linear. "transposed": the
+# Ways in which the torch loop multiplies by weights. "linear": F.linear. "transposed": the
 # transposed product, up to twice as fast for few rows. "packed": weights in the layout of oneDNN,
-# as torch.compile does with frozen weights (its operators have no public name).
+# which torch.compile also uses for frozen weights (the operators have no public name).
 PRODUCTS = ("linear", "transposed", "packed")
 
-# A function (B prompts of int32 ids, seed) -> [B, I] ids.
+# Function of B prompts (int32 ids) and a seed, which returns [B, I] ids.
 Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
-  """Samples all parameters on the host, including residual outputs, so that logits are not tiny."""
+  """Samples all parameters on the host. Residual outputs are not zero, so that logits are not
+  tiny."""
   rng = np.random.default_rng(seed)
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -93,7 +96,7 @@ class TorchDecoder:
 
     Args:
       tokens: [R, L] int64.
-      positions: [R, L] int64, index within the sample.
+      positions: [R, L] int64, index of each token within its sample.
       mask: [R, 1, L or 1, slot + L] fp32, added to the scores.
       cache: result of `empty_cache`, written in place.
       slot: first slot to write.
@@ -117,7 +120,8 @@ class TorchDecoder:
 
 
 def _linear(weight, product: str, rows: int):
-  """Returns the function [R, in] -> [R, out] for an [out, in] weight, with one of `PRODUCTS`."""
+  """Returns a function [R, in] -> [R, out] that multiplies by an [out, in] weight, as in
+  `PRODUCTS`."""
   if product == "packed":
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -127,7 +131,7 @@ def _linear(weight, product: str, rows: int):
 
 
 def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads prompts on the left: ([R, slots] int32 ids, [R, slots] bool, False for padding)."""
+  """Pads prompts on the left; returns [R, slots] int32 ids and a bool mask, False for padding."""
   tokens, valid = (
     np.full((len(prompts), slots), pad, np.int32),
     np.zeros((len(prompts), slots), bool),
@@ -139,7 +143,8 @@ def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.nd
 
 
 def sample_ids(logits, sampling: SamplingConfig, generator):
-  """Samples [B] ids from [R, V] logits, conditional rows first: guidance, top-k, then top-p."""
+  """Samples [B] ids from [R, V] logits with guidance, top-k, then top-p. Conditional rows are
+  first."""
   conditional, unconditional = logits.chunk(2)
   guided = torch.lerp(unconditional, conditional, sampling.guidance) / sampling.temperature
   values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
@@ -167,10 +172,10 @@ def torch_loop(
     tensors: result of `opt_arrays`.
     config: config of the model, family `opt`.
     vocab: layout of the ids.
-    new_tokens: I, sampled for every prompt; no token ends a sample earlier.
+    new_tokens: I, the number of tokens sampled for every prompt; no token ends a sample early.
     sampling: settings of the sampler; top_k at least 1.
     product: one of `PRODUCTS`.
-    batch: number of prompts that the packed layout is optimized for; other numbers work, too.
+    batch: number of prompts that the "packed" layout is optimized for; other numbers work, too.
   """
   model = TorchDecoder(tensors, config, product, 2 * batch)
 
@@ -212,7 +217,7 @@ def transformers_generate(
   new_tokens: int,
   sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
 ) -> Peer:
-  """Returns `OPTForCausalLM.generate` with its own guidance, which runs the streams in turn.
+  """Returns `OPTForCausalLM.generate` with its own guidance, which runs one stream after the other.
 
   `sdpa` with a static cache is a few percent faster than eager attention or a growing cache. The
   cache of the unconditional stream always grows.
@@ -220,7 +225,7 @@ def transformers_generate(
   Args:
     folder: folder of `huggingface.export`.
     vocab: layout of the ids.
-    new_tokens: I; no sample ends earlier.
+    new_tokens: I, the number of tokens sampled for every prompt; no sample ends early.
     sampling: settings of the sampler; top_k at least 1.
   """
   import transformers
@@ -257,7 +262,8 @@ def transformers_generate(
 def rates(
   peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
 ) -> dict[str, list[float]]:
-  """Measures tokens/s of `runs` runs after an untimed run; the peers take turns."""
+  """Measures the tokens/s of each peer in `runs` runs, after an untimed run. The peers take
+  turns."""
   measured = {name: [] for name in peers}
   for seed in range(runs + 1):
     for name, peer in peers.items():

@@ -1,9 +1,9 @@
-"""Measures bf16 and int8 in decoding on a finished run: held-out bits, log-probabilities and speed.
+"""Measures how bf16 and int8 change the decoding of a finished run: bits, log-probabilities, speed.
 
   python -m benchmarks.decode_precision --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-The decoder reads held-out captions and their images through its own cache. Then it generates images
-for the same captions. All numbers are for image codes.
+The decoder reads held-out captions and their images through its cache, which gives the held-out
+bits. Then it generates images for the same captions. All numbers count only image codes.
 """
 
 # R rows, L length, V vocabulary.
@@ -45,7 +45,7 @@ ROWS = 16
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_dtype):
-  """Scores [R, L] ids at [R, L] positions, padded on the right, through a cache.
+  """Scores [R, L] ids at [R, L] positions through a cache. Rows are padded on the right.
 
   Returns:
     [R, L, V] fp32 log-probabilities of the next id at each position; the first ids are image codes.
@@ -75,7 +75,8 @@ def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_d
 def code_log_probs(
   params, config, cache_dtype: str, samples, vocab
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns [codes] log-probabilities of the image codes, and [codes, V] of all ids there."""
+  """Returns log-probabilities: [codes] of the image codes, and [codes, V] of all ids at their
+  places."""
   length, right, every = max(map(len, samples)), [], []
   for start in range(0, len(samples), ROWS):
     part = samples[start : start + ROWS]
@@ -113,7 +114,7 @@ def main(settings, workdir) -> None:
       prepared = params_lib.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
       right, every = code_log_probs(prepared, config, cache_dtype, samples, vocab)
       base = (right, every) if base is None else base
-      # Only ids with a probability above 0.1% in the first variant.
+      # Only ids that have a probability above 0.1% in the first variant.
       change = np.abs(every - base[1])[base[1] > np.log(1e-3)]
       options = {
         "weight_dtype": weight_dtype,

@@ -1,8 +1,8 @@
-"""Measures steps per image and speed of speculative Jacobi decoding on a finished run.
+"""Measures speculative Jacobi decoding on a finished run: its steps per image and its speed.
 
   python -m benchmarks.decode_steps --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-A batch generates images for held-out captions until its slowest image is complete.
+A batch of images for held-out captions runs until its slowest image is complete.
 """
 
 import time

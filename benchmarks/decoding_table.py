@@ -1,8 +1,8 @@
-"""Compares samplers on a trained run: the decoding table of the tutorial, and guidance weights.
+"""Compares samplers and guidance weights on a trained run, for the decoding table of the tutorial.
 
   python -m benchmarks.decoding_table --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-Runs the columns of a protocol, and the column "top-p, top-k and guidance" at each of
+Evaluates the columns of a protocol, and the column "top-p, top-k and guidance" at each of
 --guidance_weights. The default of --protocol is scenes_decoding; tutorial_decoding has the
 tutorial's columns, on MS-COCO. Writes table.md and plot.png next to results.json and report.html.
 Skips finished parts.
@@ -25,7 +25,7 @@ _GUIDANCE = flags.DEFINE_list(
   "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Guidance weights to plot."
 )
 DEFAULT = "scenes_decoding"
-BASE = "top-p, top-k and guidance"  # Column that is run at each guidance weight.
+BASE = "top-p, top-k and guidance"  # Column that is evaluated at each guidance weight.
 
 
 def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
@@ -50,7 +50,8 @@ def title(weight: float) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns a Markdown table with a row per column of the protocol, and published distances."""
+  """Returns a Markdown table with a row for each column of the protocol, and with published
+  distances."""
   names = result["metrics"]
   published = {row["column"]: row for row in result["protocol"]["published"]}
   sources = sorted({f"{row['model']}, {row['source']}" for row in published.values()})

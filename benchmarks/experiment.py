@@ -1,4 +1,4 @@
-"""Shared parts of experiments with several trainings: conditions, stage commands, run folders."""
+"""Shares conditions, stage commands and run folders between experiments with several trainings."""
 
 from collections.abc import Callable, Iterable, Sequence
 import os
@@ -20,10 +20,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def chosen_conditions(
   argv: Sequence[str], asked: Sequence[str], known: Iterable[str], flag: str = "conditions"
 ) -> list[str]:
-  """Returns the requested conditions, in the order of the known conditions.
+  """Returns the conditions that a flag requests, in the order of the known conditions.
 
   Args:
-    argv: arguments that are left after parsing flags; only the command itself is allowed.
+    argv: arguments that remain after the flags are parsed; only the name of the command may remain.
     asked: conditions that the flag lists.
     known: all conditions.
     flag: name of the flag, for messages.
@@ -70,7 +70,7 @@ def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -
 
 
 def write_results(workdir: pathlib.Path, result: dict, markdown: str) -> None:
-  """Writes results.json and table.md, and replaces earlier ones."""
+  """Writes results.json and table.md, and replaces earlier files."""
   write_json(workdir / "results.json", result)
   (workdir / "table.md").write_text(markdown, encoding="utf-8")
 
@@ -87,13 +87,15 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
-  """Returns the result of `measure` for a trained run, and calls `measure` only once.
+  """Returns the result of `measure` for a trained run. Stores the result, so `measure` runs only
+  once.
 
   Args:
     run: folder of a run whose training is finished.
     inputs: inputs of the measurement other than the training; if they change, the run is measured
       again.
-    measure: returns plain values. The seconds of the training are added.
+    measure: function that returns plain values. The training time in seconds is added to the
+      values.
   """
   trained = stages.require(run, "train")
   about = {"train": trained["id"], **inputs}

@@ -1,12 +1,12 @@
-"""Measures the peak memory of launch.export with layers of CM3Leon-7B, for few layers.
+"""Measures the peak memory of launch.export for a few layers of CM3Leon-7B.
 
   python -m benchmarks.export_memory
   python -m benchmarks.export_memory --layers=2,4 --formats=hf,orbax --folder=/scratch
 
 For each number of layers, writes a run with a checkpoint of random parameters to a temporary folder
-(4 layers: 4 GB, and as much for the export). Then `launch.export` exports the run in a separate
-process. If memory does not grow with the number of layers, the peak is also the peak at 32 layers.
-Otherwise the growth is added for each further layer.
+(4 layers need 4 GB, and the export needs as much again). Then `launch.export` exports the run in a
+separate process. If memory does not grow with the number of layers, the peak is also the peak at 32
+layers. Otherwise, the growth per layer is added for each further layer.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def settings_of(layers: int) -> Settings:
 
 
 def make_run(folder: epath.Path, settings: Settings) -> None:
-  """Writes the folders of a run that launch.export reads."""
+  """Writes the folders that launch.export reads from a run."""
   for stage in table.TOKENIZERS:
     (folder / stage).mkdir(parents=True)
     for name in bundles.FILES[stage]:
@@ -59,7 +59,7 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   rng = np.random.default_rng(0)
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
-  # Random values, because zeros would be compressed to nothing.
+  # Values are random, because zeros would be compressed to almost nothing.
   params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), types)
   with Checkpoints(folder / "train", keep=2) as checkpoints:
     checkpoints.save({"params": params}, 1, next_row=0)
@@ -76,7 +76,7 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
 def export(
   run: epath.Path, output: epath.Path, layers: int, *arguments: str
 ) -> tuple[float, float]:
-  """Runs launch.export; returns the peak memory of its process in GiB, and its seconds."""
+  """Runs launch.export; returns the peak memory of its process in GiB, and its time in seconds."""
   command = [sys.executable, "-m", "launch.export", "--config=cm3leon_7b"]
   command += [f"--config.model.num_layers={layers}", f"--workdir={run}", f"--output={output}"]
   command += arguments
@@ -90,7 +90,7 @@ def export(
 
 
 def at_all_layers(peaks: Sequence[tuple[int, float]]) -> float:
-  """Extrapolates peaks to all layers from (layers, peak), in ascending order.
+  """Extrapolates the peak to all layers from pairs (layers, peak), in ascending order.
 
   at_all_layers([(2, 3.0), (4, 3.1)])  # 0.05 GiB a layer
   4.5
@@ -106,7 +106,8 @@ def main(_) -> None:
   with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
     for layers in map(int, _LAYERS.value):
       run = epath.Path(name) / f"run{layers}"
-      # In a separate process: until exec, Linux counts a parent's memory as its child's.
+      # A separate process runs it, because Linux counts a parent's memory as its child's until
+      # exec.
       with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(make_run, run, settings_of(layers)).result()
       for layout, found in peaks.items():

@@ -1,18 +1,18 @@
-"""Causes real faults, and measures whether a run loses anything.
+"""Causes real faults, and measures whether a run loses any work or data.
 
   python -m benchmarks.faults --workdir=workdir/faults
   python -m benchmarks.faults --part=kill --count=25
 
 Parts:
   kill: SIGKILL at random moments of a training.
-  damage: damage to checkpoints, in process.
+  damage: damage to checkpoints, which this process restores.
   command: damage to checkpoints before `cm3leon train` starts, and full disks.
   elastic: a changing number of processes.
   replay: bit flips on a device.
   stages: SIGKILL in each of the other stages.
 
-Finished results stay in the workdir, so each part can be stopped and continued. Writes results.json
-and table.md there. The exit code is 1 if a run lost anything or a fault had no message. Guide:
+Finished results stay in the workdir, so a stopped part continues there. Writes results.json
+and table.md there. The exit code is 1 if a run lost anything or if no message named a fault. Guide:
 docs/reliability.md.
 """
 
@@ -42,9 +42,9 @@ class Part:
 
   Attributes:
     count: default number of faults.
-    measure: (folder, seed, count) -> results, one after the other; existing results are read.
-    summarize: results -> numbers.
-    failures: numbers -> a sentence for each failure.
+    measure: function (folder, seed, count) that yields results; it reads results that exist.
+    summarize: function that computes numbers from results.
+    failures: function that returns a sentence for each failure in the numbers.
   """
 
   count: int
@@ -71,8 +71,8 @@ def run(name: str, folder: pathlib.Path, seed: int, count: int, minutes: float) 
   Args:
     name: name of the part.
     folder: folder of the benchmark.
-    seed: seed of all random choices.
-    count: number of faults; 0: the default of the part.
+    seed: seed from which all random choices are drawn.
+    count: number of faults; 0 means the default of the part.
     minutes: minutes after which no new fault begins.
   """
   part, start, results = PARTS[name], time.monotonic(), []

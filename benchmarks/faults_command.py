@@ -1,7 +1,8 @@
-"""Part `command` of `benchmarks.faults`: `cm3leon train` after damage to the workdir of its run.
+"""Part `command` of `benchmarks.faults`: starts `cm3leon train` after damage to its workdir.
 
-The training was killed after its third checkpoint. It must reach the losses, held-out losses and
-sample grids of a run that was never killed, or refuse with exit code 2 and not change the workdir.
+The training was killed after its third checkpoint. The next start must reach the losses, held-out
+losses and sample grids of a run that was never killed, or refuse with exit code 2 without changing
+the workdir.
 """
 
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ COUNTS = {
 }  # fmt: skip
 KEPT = 3
 FLAGS = (f"--config.train.keep_checkpoints={KEPT}",)
-PARTS = ("losses", "heldout", "rows", "samples")  # Parts of a result that come from training.
+PARTS = ("losses", "heldout", "rows", "samples")  # Parts of a result that training writes.
 DISK_ERRORS = ("File too large", "EFBIG", "No space left", "RESOURCE_EXHAUSTED")
 REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults: each once, then each with COUNTS above 1, and so on."""
+  """Returns the kinds of `count` faults. A kind with n in COUNTS is in the first n rounds."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )
@@ -48,21 +49,21 @@ def prepare(root: pathlib.Path) -> pathlib.Path:
     process.kill()
     sealed = {f"{step}" for step in faults_run.sealed_steps(folder)}
     for path in (folder / "train" / "checkpoints").iterdir():
-      if path.name not in sealed:  # Left by the save that the kill interrupted.
+      if path.name not in sealed:  # The save that the kill interrupted left this folder.
         shutil.rmtree(path)
     write_json(root / "killed.json", {})
   return folder
 
 
 def _seen(folder: pathlib.Path) -> dict:
-  """Returns name -> size of the files that a refused start must not change."""
+  """Returns the files that a refused start must not change: name -> size."""
   train = folder / "train"
   files = [path for path in train.rglob("*") if path.is_file() and path.name != "lease.json"]
   return {str(path.relative_to(train)): path.stat().st_size for path in files}
 
 
 def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expected: dict) -> dict:
-  """Runs the command after a fault, and judges it."""
+  """Runs the command after a fault, and judges its result."""
   before = _seen(folder)
   process = faults_run.Process.command(folder, "train", *FLAGS, *flags)
   resumed = faults_kill.seconds_to_step(folder, process, fault.good or 0)
@@ -78,7 +79,7 @@ def _damaged(folder: pathlib.Path, fault: Fault, flags: tuple[str, ...], expecte
 
 
 def _full_disk(folder: pathlib.Path, rng: np.random.Generator, expected: dict) -> dict:
-  """Runs the command on a full disk, then on a disk with room, and judges both."""
+  """Runs the command on a full disk, then on a disk with room, and judges both results."""
   largest = max(path.stat().st_size for path in faults_damage.files_of(folder / "train"))
   most = int(200 * (largest / 200) ** rng.random())
   process = faults_run.Process.command(folder, "train", *FLAGS, most_bytes=most)

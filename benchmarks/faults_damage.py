@@ -2,7 +2,8 @@
 
 `damage(folder, kind, rng)` damages the three checkpoints of a copied run. `judge` compares the
 result with the requirement: the run goes back to the newest whole checkpoint and names the damaged
-one, or refuses to start. A run must never start from step 0, and never from arrays that differ from
+  checkpoint, or the run refuses to start. A run must never start from step 0, and never from arrays
+  that differ from
 the saved arrays.
 """
 
@@ -22,7 +23,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Steps of the checkpoints.
-MORE = 40  # Step that is saved on a full disk.
+MORE = 40  # Step whose checkpoint is saved on a full disk.
 AT_ONCE = 125  # Faults per process.
 KINDS = (
   "bit flip", "truncation", "file missing", "half an upload", "surplus file", "digests missing",
@@ -33,13 +34,13 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """A fault that was caused.
+  """Fault that the benchmark caused.
 
   Attributes:
     kind: one of `KINDS`.
     steps: steps of the checkpoints before the fault, newest first.
     hit: number of damaged checkpoints, counted from the newest.
-    names: a message names the fault if it contains one of these texts.
+    names: texts of which a message must contain at least one to name the fault.
   """
 
   kind: str
@@ -49,7 +50,7 @@ class Fault:
 
   @property
   def good(self) -> int | None:
-    """The newest step whose checkpoint is whole, or None."""
+    """Newest step whose checkpoint is whole, or None."""
     return next(iter(self.steps[self.hit :]), None)
 
 
@@ -71,7 +72,7 @@ def truncate(path: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def stop_upload(folder: pathlib.Path, rng: np.random.Generator) -> None:
-  """Removes some files of a folder, and truncates the last remaining file."""
+  """Removes the last files of a folder, and truncates the last file that remains."""
   files = files_of(folder)
   kept = int(rng.integers(1, len(files)))
   truncate(files[kept - 1], rng)
@@ -89,7 +90,7 @@ def _damage_file(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
-  """Damages the checkpoints of a training; handles all kinds except "disk full while saving"."""
+  """Damages the checkpoints of a training in a way other than "disk full while saving"."""
   steps = sorted((int(p.name) for p in (train / "checkpoints").iterdir()), reverse=True)
   folders = [train / "checkpoints" / f"{step}" for step in steps]
   newest, digests = folders[0], train / "checkpoints.digests"
@@ -134,7 +135,7 @@ def damage(train: pathlib.Path, kind: str, rng: np.random.Generator) -> Fault:
 
 @contextlib.contextmanager
 def full_disk(most_bytes: int):
-  """Makes files fail to grow over `most_bytes` while the body runs, also in C++ libraries."""
+  """Makes writes beyond `most_bytes` of a file fail while the body runs, also in C++ libraries."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
   try:
@@ -149,8 +150,8 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
   Args:
     fault: the fault that was caused.
     step: step that the run continues from; None if it refused to start.
-    same: whether the arrays and the next row equal those saved at this step.
-    message: output of the run.
+    same: whether the arrays and the next row equal the arrays and the row saved at this step.
+    message: text that the run printed.
 
   Returns:
     "outcome": "went back", "refused", "harmless" (the newest checkpoint was restored as saved) or
@@ -171,7 +172,7 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
 
 
 class Trainer:
-  """A tiny training in this process that continues from checkpoints."""
+  """Tiny training in this process, which continues from checkpoints."""
 
   def __init__(self, folder: pathlib.Path):
     """Saves the checkpoints of `STEPS` to `folder`."""
@@ -197,7 +198,7 @@ class Trainer:
     (folder / "metrics" / "metrics.jsonl").write_text("".join(lines))
 
   def resume(self, folder: pathlib.Path, checked: bool = True) -> tuple[int | None, bool, str]:
-    """Continues like `decoder.train`; returns the arguments step, same and message of `judge`."""
+    """Continues like `decoder.train`; returns `step`, `same` and `message` for `judge`."""
     import jax
 
     from cm3leon_jax.training.config import TrainConfig
@@ -232,13 +233,13 @@ class Trainer:
       try:
         checkpoints.save(state, MORE, next_row=8 * MORE)
         checkpoints.wait()
-      except Exception:  # An error of Orbax, TensorStore or the disk.
+      except Exception:  # The error may be from Orbax, from TensorStore or from the disk.
         return True
     return False
 
 
 def trials(root: pathlib.Path, seed: int, count: int) -> None:
-  """Causes faults in process and appends the results to trials.jsonl; continues a stopped call."""
+  """Causes faults in this process; appends results to trials.jsonl. Continues a stopped call."""
   import jax
 
   from tests.models.tiny import mesh_of
@@ -250,7 +251,7 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
     write_json(root / "control.json", _control(trainer, made, copy, np.random.default_rng(seed)))
     for i in range(len(read_json_lines(log)), count):
       rng, kind = np.random.default_rng([seed, i]), KINDS[i % len(KINDS)]
-      copy = root / f"copy_{i}"  # New name: threads of a failed save may recreate the old folder.
+      copy = root / f"copy_{i}"  # A new name: threads of a failed save may recreate the old folder.
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(made, copy)
       result = _one(trainer, copy, kind, rng)
@@ -262,13 +263,13 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
 def _one(trainer: Trainer, folder: pathlib.Path, kind: str, rng: np.random.Generator) -> dict:
   if kind != "disk full while saving":
     return judge(damage(folder, kind, rng), *trainer.resume(folder))
-  noticed = trainer.fill_disk(folder, rng)  # False: the disk had room for all files.
+  noticed = trainer.fill_disk(folder, rng)  # False means that the disk had room for all files.
   fault = Fault(kind, (MORE, *STEPS[::-1]), int(noticed), ())
   return {**judge(fault, *trainer.resume(folder)), "named": noticed}
 
 
 def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> dict:
-  """Flips bits in arrays and restores without digests; the wrong arrays must be noticed."""
+  """Flips bits in arrays and restores without digests. The comparison must notice wrong arrays."""
   wrong = 0
   for _ in range(10):
     shutil.rmtree(copy, ignore_errors=True)
@@ -276,13 +277,13 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
     largest = max(files_of(copy / "checkpoints" / f"{max(STEPS)}"), key=lambda p: p.stat().st_size)
     flip_bit(largest, rng)
     fault = Fault("bit flip", STEPS[::-1], 1, ())
-    with contextlib.suppress(ValueError):  # TensorStore notices some flips.
+    with contextlib.suppress(ValueError):  # TensorStore itself notices some flips.
       wrong += judge(fault, *trainer.resume(copy, checked=False))["outcome"] == "wrong"
   return {"trials": 10, "wrong": wrong}
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, then the results of `count` faults in process."""
+  """Yields the result of the control, then the results of `count` faults in this process."""
   root, log = root / "damage", root / "damage" / "trials.jsonl"
   for first in range(0, count, AT_ONCE):
     end = min(first + AT_ONCE, count)
@@ -294,7 +295,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts outcomes by kind of fault."""
+  """Counts the outcomes for each kind of fault."""
   control, *results = results
   kinds = {}
   for kind in dict.fromkeys(result["kind"] for result in results):

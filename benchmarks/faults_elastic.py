@@ -1,9 +1,10 @@
-"""Part `elastic` of `benchmarks.faults`: a run whose number of processes changes.
+"""Part `elastic` of `benchmarks.faults`: changes the number of processes of a run.
 
-Loader schedules: 1 to 4 real processes with random meshes read the rows of a run as training does,
-but do not train. Every row must be read, and must equal the row that a single process reads.
-Training schedules: real trainings are stopped and continued by other processes, and their losses
-are compared.
+Loader schedules: 1 to 4 real processes with random meshes read the rows of a run in the same way as
+  training, but do not train. Every row must be read, and must equal the row that a single process
+  reads.
+Training schedules: real trainings are stopped, and a different number of processes continues them.
+  Their losses are compared with a training in one process.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from benchmarks.faults_run import Process
 from cm3leon_jax.files.json_files import read_json, write_json
 
 CONFIG = f"{faults_run.CONFIG}:elastic"
-BATCH = 12  # Rows; 1, 2, 3 and 4 processes can split them.
+BATCH = 12  # Rows per batch, which 1, 2, 3 or 4 processes can split.
 # Processes -> (devices per process, sizes of data, fsdp and tensor over all devices).
 MESHES = {
   1: ((1, (1, 1, 1)), (2, (2, 1, 1)), (2, (1, 1, 2)), (4, (1, 2, 2))),
@@ -39,7 +40,7 @@ TRAIN_SCHEDULES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a run with the same processes.
+  """Part of a run in which the number of processes stays the same.
 
   Attributes:
     processes: number of processes.
@@ -55,13 +56,13 @@ class Segment:
 
   @property
   def flags(self) -> tuple[str, ...]:
-    """Flags that set the mesh."""
+    """Command-line flags that set the mesh."""
     sizes = zip(("data", "fsdp", "tensor"), self.mesh)
     return tuple(f"--config.mesh.{axis}={size}" for axis, size in sizes)
 
 
 def schedule(seed: int, number: int) -> list[Segment]:
-  """Draws 4 to 8 segments; number 0 has the process counts of `DOWN_AND_UP`."""
+  """Draws 4 to 8 segments; schedule 0 has the numbers of processes in `DOWN_AND_UP`."""
   rng = np.random.default_rng([seed, number])
   counts = DOWN_AND_UP if number == 0 else rng.integers(1, 5, rng.integers(4, 9)).tolist()
   segments = []
@@ -72,14 +73,14 @@ def schedule(seed: int, number: int) -> list[Segment]:
 
 
 def free_port() -> int:
-  """Returns a free port."""
+  """Returns a free port number."""
   with contextlib.closing(socket.socket()) as s:
     s.bind(("localhost", 0))
     return s.getsockname()[1]
 
 
 def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
-  """Hashes all fields of the rows that this process holds of a batch.
+  """Hashes all fields of the rows of a batch that this process holds.
 
   Returns:
     Row -> hash; several hashes if the devices of this process have different copies of the row.
@@ -98,7 +99,7 @@ def row_hashes(batch: dict, first_row: int) -> dict[int, str]:
 
 
 def read_rows(workdir, out, segment: Segment, address: str, process: int, next_row: int) -> None:
-  """Reads the batches of a segment in one of its processes, and writes the hashes to `out`."""
+  """Reads the batches of a segment in one of its processes, and writes their hashes to `out`."""
   import jax
   from jax.sharding import NamedSharding
 
@@ -125,7 +126,7 @@ def read_rows(workdir, out, segment: Segment, address: str, process: int, next_r
 
 
 def read_segment(root: pathlib.Path, workdir, segment: Segment, next_row: int) -> dict[int, str]:
-  """Reads a segment in its processes.
+  """Starts the processes of a segment, and collects the hashes that they write.
 
   Returns:
     Row -> hash; several hashes if the processes read different rows.
@@ -154,7 +155,7 @@ def new_workdir(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
-  """Counts rows: read, lost, surplus, and different from the rows that a single process reads."""
+  """Counts the rows that were read, lost, surplus, or unequal to the rows of a single process."""
   shared = found.keys() & expected.keys()
   return {
     "rows": len(found),
@@ -165,7 +166,7 @@ def compare(found: dict[int, str], expected: dict[int, str]) -> dict[str, int]:
 
 
 def loader_schedule(root: pathlib.Path, seed: int, number: int, expected: dict) -> dict:
-  """Reads the rows of a schedule. As a control, reads the last segment of number 0 one row late."""
+  """Reads the rows of a schedule. As a control, schedule 0 reads its last segment one row late."""
   workdir, next_row, found = new_workdir(root, f"loader_{number:02d}"), 0, {}
   segments = schedule(seed, number)
   for segment in segments:
@@ -205,7 +206,7 @@ def losses_of(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def train_segment(root: pathlib.Path, segment: Segment, until: int | None) -> None:
-  """Trains in the processes of a segment; stops them with SIGTERM once step `until` is logged."""
+  """Trains in the processes of a segment; stops them with SIGTERM when step `until` is logged."""
   address, processes = f"localhost:{free_port()}", []
   for i in range(segment.processes):
     join: tuple[str, ...] = ()
@@ -250,7 +251,7 @@ def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
     "stops": stops,
     "same_steps": same_steps,
     "largest_difference": max(abs(found[step] - expected[step]) for step in shared),
-    "control": min(later),  # Difference to the next step's loss; must exceed the tolerance.
+    "control": min(later),  # Least difference between losses of neighboring steps.
   }
 
 
@@ -272,7 +273,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Sums the rows, and takes the largest differences of losses."""
+  """Sums the counts of rows, and takes the largest differences between losses."""
   loader = [result for result in results if "rows" in result]
   trained = [result for result in results if "largest_difference" in result]
   totals = {name: sum(r[name] for r in loader) for name in ("rows", "lost", "surplus", "different")}

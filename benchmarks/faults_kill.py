@@ -1,8 +1,9 @@
-"""Part `kill` of `benchmarks.faults`: SIGKILL at random moments of training and later commands.
+"""Part `kill` of `benchmarks.faults`: sends SIGKILL at random moments of three commands.
 
-A run is `cm3leon train`, `evaluate` and `export` with its own compilation cache. Its processes are
-killed a few times and started again until the run is finished. Then its losses, held-out losses,
-sample grids, evaluation and export must equal those of a run that was never killed.
+A run consists of `cm3leon train`, `evaluate` and `export`, and has a compilation cache for itself.
+The benchmark kills its processes a few times and starts them again until the run is finished. Then
+its losses, held-out losses, sample grids, evaluation and export must equal those of a run that was
+never killed.
 """
 
 from collections.abc import Iterator
@@ -18,19 +19,19 @@ from benchmarks import experiment, faults_run
 from cm3leon_jax.files.json_files import read_json, write_json
 
 SHARED = ("documents", "neighbors", "text_tokenizer", "vqgan")
-# Command -> maximum number of kills per run; a command that ends early is killed less often.
+# Maximum number of kills per run. A command that ends before its kill is killed less often.
 KILLS = {"train": 12, "evaluate": 1, "export": 1}
 STARTS = 60  # Maximum number of starts of a command.
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """A run that was never killed.
+  """Results of a run that was never killed.
 
   Attributes:
     result: see `faults_run.result_of`.
-    seconds: command -> its seconds.
-    before_steps: seconds of the training before its first step was logged.
+    seconds: time of each command in seconds.
+    before_steps: time of the training in seconds before its first step was logged.
   """
 
   result: dict
@@ -48,8 +49,8 @@ def new_run(root: pathlib.Path, name: str) -> pathlib.Path:
 def reference(root: pathlib.Path) -> Reference:
   """Runs all commands in two runs without a kill, unless this is already done.
 
-  The second run finds its programs in the compilation cache, like a restarted run, so its times
-  are used. Raises RuntimeError if the results of the two runs differ.
+  The second run finds its programs in the compilation cache, as a restarted run does. Therefore the
+  times of the second run are used. Raises RuntimeError if the results of the two runs differ.
   """
   path = root / "reference.json"
   if not path.exists():
@@ -83,7 +84,8 @@ def seconds_to_step(
   """Waits until this start of a training has logged a step after `after`.
 
   Returns:
-    Seconds since the process started; None if it ended before, or ran for `limit` seconds.
+    Number of seconds since the process started; None if it ended before such a step, or ran for
+    `limit` seconds.
   """
   path = folder / "train" / "metrics" / "metrics.jsonl"
   # An earlier start may have logged such steps, too. This start removes them when it opens the log.
@@ -99,10 +101,10 @@ def seconds_to_step(
 
 
 def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[bool, float]:
-  """Draws the moment of a kill: seconds after the start of the process, or after its first step.
+  """Draws the moment of a kill: a time after the start of the process, or after its first step.
 
-  Half of the kills of a training come before its first step. The other half come within half of
-  the duration of all steps, so that a training is killed several times before it ends.
+  Half of the kills of a training happen before its first step. The other kills happen within half
+  of the time that all steps take, so that a training is killed several times before it ends.
   """
   after_step, share = bool(rng.random() < 0.5), float(rng.random())
   if command != "train":
@@ -115,7 +117,7 @@ def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[b
 def _kill_once(
   folder: pathlib.Path, command: str, rng: np.random.Generator, known: Reference
 ) -> dict | None:
-  """Starts a command and kills it; returns what was hit, or None if the command ended before."""
+  """Starts a command and kills it; returns what the kill hit, or None if the command had ended."""
   after_step, delay = _moment(rng, command, known)
   start = max(faults_run.sealed_steps(folder), default=0)
   process = faults_run.Process.command(folder, command)
@@ -142,7 +144,7 @@ def _kill_once(
 
 
 def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Reference) -> dict:
-  """Runs all commands with up to `most` kills; returns the kills and the differing results."""
+  """Runs all commands with up to `most` kills; returns the kills and the results that differ."""
   rng, folder = np.random.default_rng([seed, run]), new_run(root, f"run_{run:03d}")
   kills: list[dict] = []
   for command, quota in KILLS.items():
@@ -174,7 +176,7 @@ def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Refere
 
 
 def control(root: pathlib.Path, known: Reference) -> dict:
-  """Continues a killed run one row late; its result must differ."""
+  """Continues a killed run one row late; the result of the run must differ."""
   folder = new_run(root, "control")
   process = faults_run.Process.command(folder, "train")
   while len(faults_run.sealed_steps(folder)) < 2 and process.wait(faults_run.POLL_SECONDS) is None:
@@ -188,7 +190,7 @@ def control(root: pathlib.Path, known: Reference) -> dict:
 
 
 def _shift_rows(folder: pathlib.Path) -> None:
-  """Replaces the checkpoints of a run with its newest checkpoint, with the next row plus 1."""
+  """Replaces the checkpoints of a run by a copy of the newest, which continues one row later."""
   import jax
 
   from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -212,7 +214,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, then killed runs until there are `count` kills in total."""
+  """Yields the results of the control and of killed runs, until `count` kills have happened."""
   known = reference(root)
   path = root / "control.json"
   if not path.exists():
@@ -230,7 +232,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts the kills by phase, and the steps and seconds that they cost."""
+  """Counts the kills in each phase, and the steps and seconds that the kills cost."""
   first, *runs = runs
   kills = [kill for run in runs for kill in run["kills"]]
   phases: dict[str, int] = {}
@@ -256,7 +258,7 @@ def summarize(runs: list[dict]) -> dict:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-  """Returns median, least and most of the values; {} for no values."""
+  """Returns median, minimum and maximum of the values; {} if there are no values."""
   if not values:
     return {}
   return {"median": statistics.median(values), "least": min(values), "most": max(values)}

@@ -1,12 +1,13 @@
-"""Part `replay` of `benchmarks.faults`: bit flips in a training with `train.replay_every`.
+"""Part `replay` of `benchmarks.faults`: flips bits in a training with `train.replay_every`.
 
 One bit flips at one of three places:
 - in a parameter or an optimizer moment on one device, after a step and before a checked step;
-- in one replica of such an array, with unchecked steps before the checked step;
+- in one replica of such an array, some unchecked steps before the checked step;
 - in a gradient or an update on one device, during one of the computations of a checked step.
 
-Leaf, device, element, bit and computation are random. The flip must be found, and the message must
-name only this device, or both devices of two replicas. Steps without a flip must report nothing.
+The array, device, element, bit and computation are random. The checked step must find the flip, and
+its message must name only this device. If there are two replicas, the message may name both
+devices. Steps without a flip must report nothing.
 """
 
 from collections.abc import Iterator
@@ -25,13 +26,13 @@ from cm3leon_jax.files.json_files import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")
-# Kind -> pattern of the names of arrays in which a bit flips between steps.
+# Kinds of flips between steps -> pattern of the names of the arrays in which a bit flips.
 OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
 EVERY = 5  # `replay_every` in trials with one replica or without a flip.
-# (Sizes of data, fsdp and tensor for 8 devices, passes of a step).
+# (Sizes of the axes data, fsdp and tensor for 8 devices, number of micro-batches of a step).
 MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
 DEVICES = 8
-CLEAN = 40  # Trials per mesh without a flip.
+CLEAN = 40  # Number of trials without a flip for each mesh.
 NONE = (-1, 0, 0)  # Array -1: no bit flips.
 
 
@@ -68,7 +69,7 @@ def flipped(tree, fault):
 
 
 def flip_on_device(x, device, element: int, bit: int):
-  """Returns an array with a bit flipped on one device, possibly in one replica of several."""
+  """Returns an array with a bit flipped on one device, even if other devices hold replicas."""
   import jax
 
   held = []
@@ -83,14 +84,14 @@ def flip_on_device(x, device, element: int, bit: int):
 
 
 class Trainer:
-  """A tiny training on 8 devices of this process, with bit flips."""
+  """Tiny training on 8 devices of this process, with bit flips."""
 
   def __init__(self, shape: tuple[int, int, int], passes: int, layers: int = 3):
     """Compiles the steps of the training.
 
     Args:
       shape: sizes of data, fsdp and tensor.
-      passes: micro-batches of a step.
+      passes: number of micro-batches of a step.
       layers: number of layers of the decoder.
     """
     import jax
@@ -115,7 +116,7 @@ class Trainer:
     self._flips: list[tuple] = []
 
   def _checked(self, state, batch, num_sources=0):
-    """Runs one computation of a checked step, with the next of the planned flips."""
+    """Runs one computation of a checked step, with the next planned flip."""
     import jax
 
     del num_sources
@@ -139,12 +140,12 @@ class Trainer:
     }
 
   def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
-    """Runs steps, the last of which is checked, and flips a bit, or no bit for kind "none".
+    """Runs steps, of which the last is checked. Flips a bit, unless the kind is "none".
 
     Returns:
       "kind"; "where": place of the flip; "found"; "named": whether the sentence names only the
-      affected device; "recovered": whether the final state equals a run without a flip bit for bit,
-      None if the run stopped; "sentence": the printed sentence.
+      affected device; "recovered": whether the final state equals the state of a run without a flip
+      bit for bit, or None if the run stopped; "sentence": the printed sentence.
     """
     import jax
 
@@ -216,7 +217,7 @@ class Trainer:
     return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
 
   def _run(self, state, batches: list):
-    """Returns the state after steps without flips; a checked step computes the last."""
+    """Returns the state after steps without flips; the last step is a checked step."""
     import jax
 
     state = _copy(state)
@@ -227,9 +228,10 @@ class Trainer:
 
 
 def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients, updates):
-  """Runs a checked step with bit flips in gradients and updates, see `flipped`.
+  """Runs a checked step with a bit flip in its gradients or updates, see `flipped`.
 
-  A gradient flips before anything reads it, an update after the optimizer has computed it.
+  The bit of a gradient flips before anything reads the gradient. The bit of an update flips after
+  the optimizer has computed the update.
   """
   import optax
 
@@ -264,7 +266,7 @@ def _copy(tree):
 
 
 def _same(a, b) -> bool:
-  """Returns whether this process's shards of two trees are equal bit for bit."""
+  """Returns whether the shards of two trees in this process are equal bit for bit."""
   import jax
 
   def content(tree) -> list[bytes]:
@@ -275,7 +277,7 @@ def _same(a, b) -> bool:
 
 
 def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
-  """Runs `CLEAN` trials without a flip and `count` with one on a mesh; appends results to a log."""
+  """Runs `CLEAN` trials without a flip and `count` trials with a flip; appends results to a log."""
   log = root / f"mesh_{number}.jsonl"
   trainer = Trainer(*MESHES[number])
   kinds = (*KINDS, *(REPLICAS if trainer.mesh.shape["data"] > 1 else ()))
@@ -299,12 +301,12 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(results: list[dict]) -> dict:
-  """Counts the results by kind of flip."""
+  """Counts the results for each kind of flip."""
   kinds = {}
   for kind in (*KINDS, *REPLICAS):
     of_kind = [result for result in results if result["kind"] == kind]
     ended = [result["recovered"] for result in of_kind]
-    # Unchecked steps may round a flip away. Then no difference is left to find.
+    # Unchecked steps may round a flip away. Then the checked step has no difference to find.
     vanished = sum(not r["found"] and r["recovered"] is True for r in of_kind)
     vanished = vanished if kind in REPLICAS else 0
     kinds[kind] = {

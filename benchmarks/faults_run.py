@@ -1,8 +1,9 @@
-"""Runs commands for `benchmarks.faults` in processes that can be killed, and reads their results.
+"""Runs the commands of `benchmarks.faults` in processes that can be killed, and reads results.
 
-A command runs in a process that is forked from a process with the imported libraries, so that a
-start takes a second. Otherwise it is like `python -m launch.NAME`. Before a kill, the process
-writes the stacks of its threads, and `phase_of` finds the interrupted phase in them.
+A command runs in a process that is forked from a process that has imported the libraries, so that a
+start takes only a second. Otherwise, the process equals `python -m launch.NAME`. Before a kill, the
+process writes the stacks of its threads. In the stacks, `phase_of` finds the phase that the kill
+interrupted.
 """
 
 import contextlib
@@ -30,26 +31,27 @@ IMPORTED = (
   "cm3leon_jax.evaluation.likelihood.bits",
   "cm3leon_jax.training.decoder",
   "tests.launch.stages_before",
-  "torch",  # `launch.export` compares with it, if it is installed.
+  "torch",  # `launch.export` compares its result with transformers, if installed.
   "transformers",
 )
-# All processes of a part inherit it. Programs of tiny models compile for longer than they run.
+# All processes of a part inherit these variables. Programs of tiny models take longer to compile
+# than to run.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-# Without it, XLA may start collectives in different orders on the devices, which then deadlock.
+# Without this flag, XLA may start collectives in different orders on the devices, which deadlocks.
 XLA_FLAGS = (
   "--xla_force_host_platform_device_count={devices}"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Files of an export with its time, its duration, or the name of the run.
+# Files of an export that hold its time, its duration, or the name of the run.
 NAMED = (DONE, "README.md", "training_data.json")
 LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
 POLL_SECONDS = 0.01
 STACK_SECONDS = 0.5  # Maximum time for a process to write its stacks.
-# (File, function, phase): phase of a main thread in this function. The first match counts.
+# (File, function, phase of a main thread that is in this function). The first match counts.
 PHASES = (
   ("training/decoder.py", "restore_or_init", "restore"),
   ("training/watch/heldout.py", "evaluate", "evaluate"),
@@ -60,7 +62,7 @@ PHASES = (
 
 
 def forkserver():
-  """Returns the context for processes, which all have the environment `ENVIRONMENT`."""
+  """Returns the context that forks processes with the environment `ENVIRONMENT`."""
   os.environ.update(ENVIRONMENT)
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(IMPORTED))
@@ -77,7 +79,7 @@ def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None
   os.dup2(log.fileno(), 2)
   os.environ["XLA_FLAGS"] = XLA_FLAGS.format(devices=devices)
   jax.config.update("jax_compilation_cache_dir", str(folder / CACHE))
-  if most_bytes is not None:  # Larger files fail as on a full disk, also in C++.
+  if most_bytes is not None:  # Writes beyond this size fail as on a full disk, also in C++.
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
 
@@ -101,17 +103,17 @@ def _leaving():
 
   try:
     yield
-  finally:  # Processes of `multiprocessing` skip `atexit` functions.
+  finally:  # Processes of `multiprocessing` do not call `atexit` functions.
     if jax.distributed.is_initialized():
       jax.distributed.shutdown()
 
 
 class Process:
-  """A process with a folder for its log and stacks.
+  """Process with a folder for its log and the stacks of its threads.
 
   Attributes:
     folder: folder of `LOG`, `STACKS` and `CACHE`.
-    started: start time from `time.monotonic`.
+    started: time of the start, from `time.monotonic`.
   """
 
   def __init__(self, folder: pathlib.Path, target, arguments: tuple):
@@ -126,7 +128,7 @@ class Process:
   def command(
     cls, folder, name: str, *flags: str, workdir=None, config=CONFIG, devices=1, most_bytes=None
   ) -> "Process":
-    """Starts `launch.NAME` on `workdir`, which is `folder` by default.
+    """Starts `launch.NAME` on `workdir`, whose default is `folder`.
 
     Args:
       folder: folder of the process.
@@ -135,7 +137,7 @@ class Process:
       workdir: folder of the run.
       config: config of the run.
       devices: number of fake devices.
-      most_bytes: size above which every file fails to grow; None: no limit.
+      most_bytes: maximum size of a file, beyond which writes fail; None means no limit.
     """
     arguments = [f"--config={config}", f"--workdir={workdir or folder}", *flags]
     return cls(folder, _run_command, (name, arguments, devices, most_bytes))
@@ -155,7 +157,7 @@ class Process:
     self._process.terminate()
 
   def kill(self) -> str | None:
-    """Kills the process with SIGKILL; returns its stacks, or None if it had already ended."""
+    """Kills the process with SIGKILL; returns its threads' stacks, None if it had already ended."""
     stacks, killed = self.folder / STACKS, {-signal.SIGKILL, -signal.SIGUSR1}
     if stacks.exists() and self._process.is_alive():
       # Writing stacks while other threads run may itself end the process.
@@ -180,7 +182,7 @@ class Process:
 
 
 def finish(process: Process, code: int = 0) -> float:
-  """Waits for a process; returns its seconds. Raises RuntimeError for another exit code."""
+  """Waits for a process; returns its run time in seconds. Raises RuntimeError if it failed."""
   found = process.wait()
   if found != code:
     raise RuntimeError(f"{process.folder}: exit code {found}, not {code}:\n{process.log[-3000:]}")
@@ -188,10 +190,10 @@ def finish(process: Process, code: int = 0) -> float:
 
 
 def phase_of(stacks: str) -> str:
-  """Returns the phase of the main thread, whose stack is the last of the stacks of all threads.
+  """Returns the phase of the main thread, whose stack is the last in the file.
 
-  `PHASES` defines most phases. The others are "compile" if JAX traces or compiles, "step" during a
-  step, and "start" before the first step.
+  `PHASES` defines most phases. The other phases are "compile" while JAX traces or compiles, "step"
+  during a step, and "start" before the first step.
   """
   main = re.split(r"^(?:Current t|T)hread .*$", stacks, flags=re.MULTILINE)[-1]
   frames = re.findall(r'File "(.*)", line \d+ in (.*)', main)
@@ -204,7 +206,7 @@ def phase_of(stacks: str) -> str:
 
 
 def make_workdir(root: pathlib.Path, config: str) -> None:
-  """Writes the results of the stages before training, in a separate process."""
+  """Runs the stages before training in a separate process."""
   finish(Process.function(root, _make_workdir, root, config))
 
 
@@ -218,7 +220,7 @@ def _make_workdir(root: pathlib.Path, config: str) -> None:
 
 
 def settings_of(config: str):
-  """Returns the settings of a config "FILE" or "FILE:VARIANT"."""
+  """Returns the settings of a config, given as "FILE" or "FILE:VARIANT"."""
   from benchmarks import faults_config
   from cm3leon_jax.settings import settings_from_config
 
@@ -226,17 +228,17 @@ def settings_of(config: str):
 
 
 def logged(workdir: pathlib.Path) -> list[dict]:
-  """Returns the lines of a run's log of metrics."""
+  """Returns the lines of the metrics log of a run."""
   return read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
 
 
 def last_step(workdir: pathlib.Path) -> int:
-  """Returns the last step in a run's log; 0 without steps."""
+  """Returns the last step in the metrics log of a run; 0 if there is none."""
   return max((line["step"] for line in logged(workdir) if "loss" in line), default=0)
 
 
 def sealed_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of the checkpoints with digests, in ascending order."""
+  """Returns the steps of the checkpoints that have digests, in ascending order."""
   train = workdir / "train"
   found = [path.stem for path in (train / "checkpoints.digests").glob("*.json")]
   return sorted(int(step) for step in found if (train / "checkpoints" / step).exists())
@@ -250,9 +252,9 @@ def unfinished_save(workdir: pathlib.Path) -> bool:
 
 
 def result_of(workdir: pathlib.Path) -> dict:
-  """Returns everything that a run must reproduce bit for bit, without times and rates.
+  """Returns all results that a run must reproduce bit for bit; times and rates are left out.
 
-  Losses and held-out losses are lists, so that a step that is logged twice is a difference.
+  Losses and held-out losses are lists, so that a step that is logged twice counts as a difference.
   """
   losses, heldout = [], []
   for line in logged(workdir):

@@ -1,4 +1,4 @@
-"""Part `stages` of `benchmarks.faults`: SIGKILL at random moments of all other stages of a run.
+"""Part `stages` of `benchmarks.faults`: sends SIGKILL at random moments of all other stages.
 
 Each stage runs in a new folder with links to the results that it reads. Its process is killed up to
 three times and started again with the same command. Then every file and every logged number must
@@ -24,22 +24,23 @@ CONFIG = f"{faults_run.CONFIG}:stages"
 TASKS = f"{faults_run.CONFIG}:tasks"
 PAIRS, LISTS, SIDE = 240, 4, 8
 KILLS = 3  # Maximum number of kills per run of a stage.
-# Folders of the part: raw data, and a whole run that is never killed.
+# Folders of this part: the raw data, and a whole run that is never killed.
 SOURCE, WHOLE = "source", "whole"
 # Fields of logs and summaries that differ in every run.
 TIMES = ("time", "seconds", "tokens_per_second", "mfu", "machine")
-# Files and folders that differ in every run. The metrics cover the parameters of checkpoints.
+# Files and folders that differ in every run. Parameters of checkpoints are compared by their
+# metrics.
 LEFT_OUT = ("checkpoints", "checkpoints.digests", "lease.json", "metrics.digest.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A stage to kill.
+  """Stage to kill.
 
   Attributes:
     command: name of the command.
     folder: folder of the result in the workdir.
-    reads: folders of the workdir that are links to folders of the whole run.
+    reads: folders of the workdir that the stage reads; they are links to the whole run.
     config: file and variant.
     flags: more flags; {root} stands for the folder of the part.
   """
@@ -136,7 +137,7 @@ def _without_times(value):
 
 
 def reference(root: pathlib.Path) -> dict[str, dict]:
-  """Runs all stages twice without a kill, unless done; returns results and seconds of the second.
+  """Runs all stages twice without a kill, unless done; returns results and times of the second run.
 
   Raises RuntimeError if the two runs of a stage differ.
   """
@@ -145,7 +146,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
     write_source(root / SOURCE)
     known = {}
     for name, stage in STAGES.items():
-      if stage.command == "import_weights":  # It and `reinforce` start from these results.
+      if stage.command == "import_weights":  # This stage and `reinforce` start from these results.
         for command in ("train", "export"):
           process = faults_run.Process.command(
             root / "process", command, workdir=root / WHOLE, config=CONFIG
@@ -178,7 +179,7 @@ def differing(found: dict, expected: dict) -> list[str]:
 
 
 def control(root: pathlib.Path, known: dict) -> dict:
-  """Trains the image tokenizer with another seed; the result must differ."""
+  """Trains the image tokenizer with another seed as a control; the result must differ."""
   stage = STAGES["train_vqgan"]
   workdir = new_workdir(root, stage, "control")
   faults_run.finish(start(root, stage, workdir, "--config.seed=1"))
@@ -187,7 +188,7 @@ def control(root: pathlib.Path, known: dict) -> dict:
 
 
 def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: dict) -> dict:
-  """Kills a stage up to `KILLS` times, then lets it finish; returns moments and differing files."""
+  """Kills a stage up to `KILLS` times, then lets it finish; returns kills and differing files."""
   stage, moments = STAGES[name], []
   workdir = new_workdir(root, stage, "killed")
   for _ in range(KILLS):
@@ -205,7 +206,7 @@ def killed_run(root: pathlib.Path, name: str, rng: np.random.Generator, known: d
 
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
-  """Yields the control, then runs of the stages in turn, until each was killed `count` times."""
+  """Yields the result of the control, then of runs in which each stage is killed `count` times."""
   root = root / "stages"
   root.mkdir(parents=True, exist_ok=True)
   known = reference(root)
@@ -227,7 +228,7 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 
 
 def summarize(runs: list[dict]) -> dict:
-  """Counts for every stage the kills, and the runs that equal a run without a kill."""
+  """Counts, for every stage, the kills and the runs whose results equal a run without a kill."""
   stages: dict[str, dict] = {}
   first, *runs = runs
   for run in runs:

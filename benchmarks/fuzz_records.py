@@ -1,9 +1,10 @@
-"""Fuzzes the readers of untrusted files, guided by coverage, until a time limit.
+"""Tests the readers of untrusted files with random inputs, guided by coverage, until a time limit.
 
   pip install -e '.[fuzz]'
   python -m benchmarks.fuzz_records tar -max_total_time=600
 
-Readers: csv, json, tar, yaml. Other arguments go to libFuzzer, e.g. a folder of initial files. An
+Readers: csv, json, tar, yaml. All other arguments are passed to libFuzzer, e.g. a folder of initial
+  files. An
 error that the project does not handle ends the fuzzing and writes the input to `crash-*`. Add the
 input to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
 """
@@ -45,7 +46,7 @@ def read_yaml() -> None:
 
 
 def check(where: str, values: dict | records.Rejected) -> None:
-  """Converts values to records of each kind, and serializes valid records, as ingestion does."""
+  """Does what ingestion does: converts values to records of each kind, serializes valid records."""
   if isinstance(values, records.Rejected):
     return
   for kind in records.KINDS.values():

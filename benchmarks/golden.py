@@ -1,19 +1,19 @@
-r"""Compares results of a commit and the working tree, to check that moving code changes nothing.
+r"""Compares the results of a commit and of the working tree, to check that a refactoring is exact.
 
-  python -m benchmarks.golden --against=COMMIT          # about 10 minutes for each, on two cores
+  python -m benchmarks.golden --against=COMMIT          # about 10 minutes per version, on two cores
   python -m benchmarks.golden --against=COMMIT --parts=bundled,rows
 
 Needs the extras [demo,dev].
 
-Checks COMMIT out and runs both versions in turn on this machine: tiny runs of every stage, training
-of 20 steps and learning from rewards, training rows, samples of every task in batches and from a
-server, every export, the bundled models, and continued runs of COMMIT (`benchmarks/golden_run.py`).
-Compares losses and token ids exactly, and files by digest. Texts for people (pages, cards,
-messages) are not compared. Prints a row per part with the names of the first differing values. The
-exit code is 1 if a value differs.
+Checks COMMIT out and runs both versions on this machine, one after the other. Each version runs
+every stage on tiny data, trains 20 steps, learns from rewards, reads training rows, samples every
+task in batches and from a server, writes every export, samples the bundled models, and continues
+runs of COMMIT (`benchmarks/golden_run.py`). The command compares losses and token ids exactly, and
+files by digest. Texts for people (pages, cards, messages) are not compared. Prints a row per part
+with the names of the first differing values. The exit code is 1 if a value differs.
 
-A part also runs the parts that it reads. --folder keeps the results of COMMIT. Later comparisons
-reuse them while the files `benchmarks/golden*.py` are unchanged.
+A part also runs the parts whose results it reads. --folder keeps the results of COMMIT. Later
+comparisons reuse these results while the files `benchmarks/golden*.py` are unchanged.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from absl import app, flags
 from benchmarks import golden_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHOWN = 8  # Maximum number of differing values that are named per part.
+SHOWN = 8  # Maximum number of differing values that the table names for each part.
 
 
 def git(*arguments: str) -> str:
@@ -56,7 +56,7 @@ def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def own_digest() -> str:
-  """Returns a digest of the files that define what is run and compared."""
+  """Returns a digest of the files that define what this command runs and compares."""
   files = sorted(pathlib.Path(__file__).parent.glob("golden*.py"))
   return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
@@ -76,7 +76,7 @@ def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> di
 
 
 def changes(old: dict, new: dict) -> list[str]:
-  """Returns the names of values that differ or that only one side has.
+  """Returns the names of the values that differ, or that only one of the two versions has.
 
   changes({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) = ["b", "c"]
   """

@@ -1,4 +1,4 @@
-"""Tiny runs for `benchmarks.golden`: --config=golden_config.py:VARIANT, with 20 training steps.
+"""Defines runs of 20 steps for `benchmarks.golden`: --config=golden_config.py:VARIANT.
 
 `opt` is a run of the paper's family on scenes, with a neighbor before each pair. `modern` trains on
 pairs, texts and interleaved documents from a folder, in bfloat16 on eight devices, with every

@@ -1,4 +1,4 @@
-"""Digests of the results of a run, without values that differ between two runs of the same code."""
+"""Computes digests of the results of a run, without values that differ from run to run."""
 
 from collections.abc import Iterator
 import hashlib
@@ -8,20 +8,20 @@ import pathlib
 import re
 from typing import Any
 
-# Not compared: files for people, and files with times and machines. Checkpoints are not compared,
-# either, because their parameters affect exports, later losses and samples.
+# Files that are not compared: pages for people, and files with times or names of machines.
+# Checkpoints are not compared because exports, later losses and samples depend on their parameters.
 TEXTS = (".md", ".html", ".log", ".txt")
 SKIPPED_FILES = (
   *("contact_sheet.png", "digests.json", "export.json", "lease.json", "metrics.digest.json"),
   *("metrics.jsonl", "plan.jsonl", "summary.json", "train/config.json"),
 )
 SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "params", "state")
-# Suffix of a folder name of samples: a digest of their inputs, which include ids of stages.
+# Suffix in the folder names of samples: a digest of their inputs, which include ids of stages.
 OF_ITS_RUN = re.compile(r"-[0-9a-f]{8}(?=/)")
 # Fields of JSON files with times, machines, names of config fields, or ids of stages. Some ids
 # depend on the time.
 VOLATILE = ("config", "id", "inputs", "seconds", "time")
-# Files that are compared as they are, because their ids are token ids.
+# Files in which no field is omitted, because their ids are token ids.
 VERBATIM = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -41,7 +41,7 @@ def of_value(value: Any) -> str:
 
 
 def of_folder(folder: pathlib.Path) -> dict[str, str]:
-  """Returns relative name -> digest of all files in a folder, including subfolders."""
+  """Returns the digests of all files in a folder and its subfolders: relative name -> digest."""
   names = {path: os.fspath(path.relative_to(folder)) for path in _files(folder)}
   return {OF_ITS_RUN.sub("", name): of_file(path) for path, name in names.items()}
 

@@ -1,7 +1,8 @@
 """Runs commands, a script and a server for `benchmarks.golden`, with the package of a commit.
 
-The parts use only what users use: commands, files, the HTTP server, the Python API. So they run
-with every layout of the package. Only `golden_rows.py` uses internals, to open the rows of a run.
+The parts use only interfaces for users: commands, files, the HTTP server, the Python API. Therefore
+  they run with every layout of the package. Only `golden_rows.py` uses internals, to open the rows
+  of a run.
 """
 
 from collections.abc import Callable, Collection
@@ -24,7 +25,7 @@ EXPORTS = {
   "opt": (("hf",), ("hf", "--quantize=int8"), ("orbax",), ("stablehlo",)),
   "modern": (("hf",), ("hf", "--merge_ema=False", "--dtype=bfloat16"), ("stablehlo",)),
 }
-# Script that prints digests of two samples of a model.
+# This script prints digests of two samples of a model.
 LOAD = """
 import hashlib, json, sys
 from cm3leon_jax import CM3Leon
@@ -36,13 +37,13 @@ EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_opt_3", "expo
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A folder in which the package of one checkout runs.
+  """Folder in which the package of one checkout runs.
 
   Attributes:
     checkout: root of the source tree with the package.
     folder: current folder of the commands. All paths are relative to it, so that no result depends
       on its location.
-    before: folder of the commit, whose runs `earlier` copies.
+    before: folder of the commit's results, from which `earlier` copies runs.
     cache: folder of compiled programs.
   """
 
@@ -53,7 +54,7 @@ class Place:
 
   @property
   def environment(self) -> dict[str, str]:
-    """Environment variables of the processes."""
+    """Environment variables of the processes that run in this folder."""
     return {
       **os.environ,
       "PYTHONPATH": os.fspath(self.checkout),
@@ -62,7 +63,7 @@ class Place:
     }
 
   def python(self, *arguments: str, devices: int = 1) -> str:
-    """Runs Python in the folder and returns its output; exits if Python fails."""
+    """Runs Python in the folder and returns what it prints; exits if Python fails."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**self.environment, "XLA_FLAGS": flags}
     command = [sys.executable, *arguments]
@@ -74,7 +75,7 @@ class Place:
     return result.stdout
 
   def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
-    """Runs a command with a variant of golden_config.py; "" takes the settings of the run."""
+    """Runs a command with a variant of golden_config.py; "" means the settings of the run."""
     config = [f"--config={CONFIG}:{variant}"] if variant else []
     self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
 
@@ -82,7 +83,7 @@ class Place:
     return golden_digests.of_folder(self.folder / folder)
 
   def losses(self, workdir: str) -> dict:
-    """Returns step -> values that training logged for it, without times."""
+    """Returns the values that training logged for each step, without times: step -> values."""
     lines = (self.folder / workdir / "train" / "metrics" / "metrics.jsonl").read_text()
     return {
       f"{i}: step {line.get('step')}": {k: v for k, v in line.items() if not _is_time(k)}
@@ -122,7 +123,7 @@ def rewards(place: Place) -> dict:
 
 
 def rows(place: Place) -> dict:
-  """Reads the first rows of three mixtures: pairs; also texts and documents; also instructions."""
+  """Reads the first rows of three mixtures: pairs; with texts and documents; with instructions."""
   found = {}
   for run in ("opt", "modern", "tuned"):
     # -P: otherwise modules next to the script, such as `tokenizers`, would hide packages.
@@ -143,7 +144,7 @@ def tasks(place: Place) -> dict:
 
 
 def served(place: Place) -> dict:
-  """Sends requests to a server of `tuned`, all in parallel, and returns digests of the answers."""
+  """Sends all requests in parallel to a server of `tuned`, and returns digests of the answers."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--workdir=tuned", "--slots=3"]
   with golden_server.Server(command, place.folder, place.environment) as server:
     requests = golden_data.http_requests(place.folder)
@@ -153,7 +154,7 @@ def served(place: Place) -> dict:
 
 
 def exports(place: Place) -> dict:
-  """Writes exports in every serving format, and a bundle."""
+  """Writes an export in every serving format, and a bundle."""
   found = {}
   for run, choices in EXPORTS.items():
     for i, (name, *flags) in enumerate(choices):
@@ -176,7 +177,7 @@ def bundled(place: Place) -> dict:
 
 
 def earlier(place: Place) -> dict:
-  """Continues, grades and reads runs, exports and bundles of the commit."""
+  """Continues and evaluates runs of the commit, and reads exports and bundles of the commit."""
   place = dataclasses.replace(place, folder=place.folder / "earlier")
   prepare(place)
   for name in ("opt", "modern", "tuned", *EXPORTED):
@@ -197,7 +198,7 @@ def earlier(place: Place) -> dict:
   return found
 
 
-# Part -> parts whose results it reads.
+# Part -> parts whose results this part reads.
 NEEDS = {
   "tuned": ("modern",),
   "rewards": ("tuned",),
@@ -227,7 +228,7 @@ def with_needed(names: Collection[str]) -> list[str]:
 
 
 def prepare(place: Place) -> None:
-  """Creates the folder again, with the config and files that the commands read."""
+  """Deletes and creates the folder, with the config and the files that the commands read."""
   shutil.rmtree(place.folder, ignore_errors=True)
   place.folder.mkdir(parents=True)
   shutil.copy(HERE / CONFIG, place.folder)

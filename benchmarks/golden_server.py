@@ -11,12 +11,12 @@ import httpx
 from benchmarks.golden_digests import of_value
 
 START_SECONDS = 900.0
-logging.getLogger("httpx").setLevel(logging.WARNING)  # It logs each request.
-CHANGING = ("created", "id")  # Fields of an answer with times and random names.
+logging.getLogger("httpx").setLevel(logging.WARNING)  # The server logs each request.
+CHANGING = ("created", "id")  # Fields of an answer that hold times and random names.
 
 
 class Server:
-  """A process of `cm3leon serve` that is ready inside the context and ends with it."""
+  """Process of `cm3leon serve`, which is ready inside the context and ends with the context."""
 
   def __init__(self, command: list[str], folder: pathlib.Path, environment: dict[str, str]):
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Measures offline stages on one machine: records ingested, encoded and embedded per second.
+"""Measures how many records the offline stages ingest, encode and embed per second on one machine.
 
   python -m benchmarks.offline
 
@@ -45,7 +45,7 @@ VIT_B32 = checkpoint.HFCLIPConfig(
 
 
 def report(what: str, count: int, run, unit: str) -> None:
-  """Prints median and range of the rate of `run()`, which processes `count` items."""
+  """Prints median and range of items per second; one call of `run()` processes `count` items."""
   run()
   rates = []
   for _ in range(_REPEATS.value):
@@ -76,7 +76,7 @@ def write_tar(path: epath.Path, count: int) -> None:
 
 
 def ingestion(folder: epath.Path) -> list:
-  """Measures ingestion from a tar to a raw shard of 256-pixel images; returns its pairs."""
+  """Measures ingestion from a tar to a raw shard of 256-pixel images; returns the pairs."""
   config = RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
   (folder / "in").mkdir()
   write_tar(folder / "in" / "00000.tar", _RECORDS.value)
@@ -94,7 +94,7 @@ def ingestion(folder: epath.Path) -> list:
 
 
 def encoding(folder: epath.Path, pairs: list) -> None:
-  """Measures images -> codes with the VQGAN of the 7B config, and captions -> ids."""
+  """Measures encoding: images to codes with the VQGAN of the 7B config, and captions to ids."""
   settings = settings_from_config(cm3leon_7b.get_config())
   paths = [pair.image for pair in pairs]
 

@@ -1,10 +1,11 @@
-"""Measures in turns whether continuous batching could replace the loop of `Generator`.
+"""Measures whether continuous batching could replace the decoding loop of `Generator`.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.one_loop
 
 Continuous batching admits all requests of a batch and steps until all are finished. `generate`
-reads equal prefixes of prompts once and lets its caches grow. Parameters are random, so candidates
-are nearly equally likely, and rounding changes tokens of long samples.
+reads equal prefixes of prompts only once, and its caches grow as needed. The two ways take turns.
+Parameters are random, so candidates are nearly equally likely, and rounding changes tokens of long
+samples.
 """
 
 import time
@@ -46,7 +47,7 @@ def requests_of(tokens: int, equal: bool, codes: int, samples: int):
 
 
 def clocks() -> np.ndarray:
-  """Returns wall-clock seconds and the processor seconds of this process."""
+  """Returns the wall-clock time and the processor time of this process in seconds."""
   return np.array([time.perf_counter(), time.process_time()])
 
 

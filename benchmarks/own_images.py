@@ -1,13 +1,13 @@
-"""Writes images of one colored shape each as a user's own folder, and judges generated images.
+"""Writes images of one colored shape each in a folder like a user's, and judges generated images.
 
   python -m benchmarks.own_images make --folder=my_images
   cm3leon run --config=own --config.raw.source=my_images/sidecars --workdir=workdir/own
   python -m benchmarks.own_images judge --workdir=workdir/own
 
-`make` writes the same 290 pairs and ten mistakes three times: as sidecar files, as a tar and as
-JSONL. `judge` generates images for 50 captions without a training image, and measures how many show
-the color and the shape of their caption. It writes judged.json and judged.png to the workdir, and
-the first lines of report.html. docs/own_images.md is the tutorial.
+`make` writes the same 290 correct pairs and ten mistakes in three formats: sidecar files, a tar and
+  JSONL. `judge` generates images for 50 captions that are not in the training data. It measures how
+  many images show the color and the shape of their caption. It writes judged.json and judged.png to
+  the workdir, and adds the first lines of report.html. docs/own_images.md is the tutorial.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from cm3leon_jax.reports import report
 # H height, W width.
 
 SIDE = 256  # Pixels.
-PAIRS = 290  # Without the ten mistakes.
-NEAR = 75  # A pixel counts for a color up to this RGB distance.
-CELLS = 24  # Side of a mask that is compared with a template.
+PAIRS = 290  # Not counting the ten mistakes.
+NEAR = 75  # A pixel has a color if its RGB distance to the color is at most this.
+CELLS = 24  # Side, in cells, of a mask that is compared with a template.
 AIMS = {"color": 0.6, "shape": 0.4}
 COLORS = {
   "red": (214, 38, 40),
@@ -54,7 +54,7 @@ WORDINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-  """The content of an image, and the wording of its caption."""
+  """Content of an image, and wording of its caption."""
 
   color: str
   shape: str
@@ -86,7 +86,7 @@ def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 
 def background(generator: np.random.Generator) -> Image.Image:
-  """Draws a background like an unfocused photo: a gradient of two pale colors, blotches, grain."""
+  """Draws a background like an unfocused photo: a gradient of two pale colors, spots and noise."""
   first, second = generator.uniform(120, 225, (2, 1)) + generator.uniform(-18, 18, (2, 3))
   angle = generator.uniform(0, 2 * np.pi)
   ys, xs = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
@@ -124,7 +124,7 @@ def encoded(image: Image.Image, kind: str = "jpeg") -> bytes:
 
 
 def mistakes() -> list[tuple[str, dict[str, bytes]]]:
-  """Returns ten incorrect samples: (name, suffix -> content)."""
+  """Returns ten incorrect samples, each as its name and a dict: file suffix -> content."""
   image = draw(Fact("red", "disc", "left", 0), 9_999)
   jpeg, png, caption = encoded(image), encoded(image, "png"), b"a red disc at the left"
   return [
@@ -182,11 +182,11 @@ def template(shape: str) -> np.ndarray:
 
 
 def seen(image: Image.Image) -> tuple[str, str]:
-  """Returns the color and the shape in an image; empty if there is none.
+  """Returns the color and the shape in an image; an empty string for each that is not found.
 
-  Among pixels near a color of COLORS, the most frequent color counts. A mask has large values where
-  a pixel is nearer to this color than to the color of the border. The shape is the template with
-  the highest correlation to the mask, which is cut out around its values above 0.5.
+  The color is the most frequent among the pixels that are near a color of COLORS. A mask has large
+  values where a pixel is nearer to this color than to the color of the border. The shape is the
+  template with the highest correlation to the mask, which is cut out around its values above 0.5.
   """
   pixels = np.asarray(image.convert("RGB"), np.float32)
   distance = np.linalg.norm(pixels[:, :, None] - np.array(list(COLORS.values())), axis=-1)
@@ -197,7 +197,7 @@ def seen(image: Image.Image) -> tuple[str, str]:
   border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
   other = np.linalg.norm(pixels - border, axis=-1)
   mask = other / (other + distance[..., color] + 1e-6)
-  if not (mask > 0.5).any():  # The border has the same color.
+  if not (mask > 0.5).any():  # The border has the color of the shape.
     return list(COLORS)[color], ""
   (top, bottom), (left, right) = (np.percentile(axis, (1, 99)) for axis in np.nonzero(mask > 0.5))
   found = cells(Image.fromarray(mask.astype(np.float32)), (left, top, right + 1, bottom + 1))
@@ -206,20 +206,20 @@ def seen(image: Image.Image) -> tuple[str, str]:
 
 
 def shares(images: list[Image.Image], facts: list[Fact]) -> dict[str, float]:
-  """Returns the shares of images with the color, the shape, and both, of their captions."""
+  """Returns the shares of images that show the color, the shape, or both of their captions."""
   right = np.array([[c == f.color, s == f.shape] for (c, s), f in zip(map(seen, images), facts)])
   color, shape = right.mean(0)
   return {"color": float(color), "shape": float(shape), "both": float(right.all(1).mean())}
 
 
 def nearest_caption(caption: str, others: list[str]) -> int:
-  """Returns the index of the first caption that shares the largest part of its words."""
+  """Returns the index of the caption with the largest share of common words."""
   words = set(caption.split())
   return int(np.argmax([len(words & set(o.split())) / len(words | set(o.split())) for o in others]))
 
 
 def judge(workdir: pathlib.Path, count: int) -> dict:
-  """Generates and judges images for captions without a training image; writes judged.json."""
+  """Generates and judges images for captions outside the training data; writes judged.json."""
   training = reader.read_pairs(workdir / "raw", "train")
   captions = [pair.caption for pair in training]
   known = {(f.color, f.shape) for f in all_facts() if f.caption in captions}
@@ -249,7 +249,7 @@ def judge(workdir: pathlib.Path, count: int) -> dict:
 
 
 def sheet(images: list[Image.Image], captions: list[str], columns: int = 5) -> Image.Image:
-  """Lays out images with their captions below, in rows of `columns`."""
+  """Lays out images in rows of `columns` images, each with its caption below."""
   cell = (230, 150)
   made = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(images) // columns)), "white")
   for i, (image, caption) in enumerate(zip(images, captions)):

@@ -1,4 +1,4 @@
-"""Compiles train steps for TPU slices; prints memory and least time for docs/scaling.md's tables.
+"""Compiles train steps for TPU slices; prints the memory and times in tables of docs/scaling.md.
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes
@@ -39,7 +39,7 @@ SIZES = [
   ("760m", "v5p-256", 16, "minimal"),
   ("760m", "v5p-8", 16, "minimal"),
 ]
-# Instruction tuning: the same, and the passes that 512 rows take.
+# Instruction tuning: the same fields, and the number of micro-batches for 512 rows.
 TUNING = [
   ("7b", "v5p-256", 4, "full", 1),
   ("7b", "v5e-256", 2, "full", 1),
@@ -59,7 +59,7 @@ TUNING = [
 def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> dict:
   """Returns the report of a train step; if the command fails, prints its error and exits.
 
-  With `passes` it is a step of instruction tuning with the batch of its config.
+  If `passes` is given, the step is a step of instruction tuning with the batch size of its config.
   """
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:

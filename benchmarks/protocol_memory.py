@@ -1,4 +1,4 @@
-"""Measures the peak memory of an evaluation with a protocol for several numbers of images.
+"""Measures the peak memory of an evaluation with a protocol, for different numbers of images.
 
   python -m benchmarks.protocol_memory --config=ml_configs/scenes.py --workdir=workdir/scenes
 
@@ -63,7 +63,7 @@ def main(settings, workdir: epath.Path) -> None:
     write_images(folder / "data", max(counts), settings.vqgan.resolution)
     (folder / "memory.yaml").write_text(PROTOCOL)
     (folder / "run").mkdir()
-    for path in workdir.iterdir():  # Links, so that results are written to the copy.
+    for path in workdir.iterdir():  # Stages are links; results are written to the copy.
       if path.name != "evaluations":
         os.symlink(os.path.realpath(path), folder / "run" / path.name)
     for count in counts:

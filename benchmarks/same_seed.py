@@ -1,12 +1,12 @@
-"""Counts how often a sample of one seed changes when other samples are decoded with it.
+"""Counts how often a sample changes, at the same seed, when other samples are decoded with it.
 
   python -m benchmarks.same_seed --tokens=20000
 
 Samples every task of a bundled model from flat distributions (no top-k or top-p, temperature 1.5):
 each sample alone, in a batch, in a running batch that admits samples at any time, and in both over
-8 (fake) devices. The ids should be equal. Matrix products of other shapes round differently, which
-changes logits by 1e-6 in float32 and by 1e-2 in bfloat16. Prints a row per task and way. With
---dtype=float32 the exit code is 1 if a token differs.
+8 (fake) devices. The ids of a sample should be equal in all four ways. But matrix products of other
+shapes round differently, which changes logits by 1e-6 in float32 and by 1e-2 in bfloat16. Prints a
+row per task and way. With --dtype=float32 the exit code is 1 if a token differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,11 +37,11 @@ FLAT = {
   "temperature": 1.5, "top_k": 0, "top_p": 1.0,
   "text_temperature": 1.5, "text_top_k": 0, "text_top_p": 1.0,
 }  # fmt: skip
-LENGTH = 24  # Tokens of a text.
+LENGTH = 24  # Number of tokens of a text.
 
 
 def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
-  """Returns kind of task -> function that creates the i-th task."""
+  """Returns a function for each kind of task, which creates the i-th task of the kind."""
   settings = model.pipeline.settings
   sampling = dataclasses.replace(settings.sampling, **FLAT)
   config = dataclasses.replace(settings.scenes, heldout=700)
@@ -84,7 +84,7 @@ def requests_of(model: CM3Leon, tasks: Sequence[Task]) -> list[Request]:
 
 
 def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
-  """Generates in batches of `size`; returns the ids of each request."""
+  """Generates samples in batches of `size`; returns the ids of each request."""
   found = []
   with jax.set_mesh(model.mesh):
     for start in range(0, len(requests), size):
@@ -97,14 +97,14 @@ def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
 
 
 def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
-  """Generates in a running batch; admits to all free slots in every second turn, else to one."""
+  """Generates in a running batch; every second turn fills all free slots, the others fill one."""
   found: dict[int, np.ndarray] = {}
   with jax.set_mesh(model.mesh):
     engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
     while following is not None or engine.active:
-      most = slots if next(turn) % 2 else 1  # Mixes samples of different age.
+      most = slots if next(turn) % 2 else 1  # Samples of different age share the batch.
       while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
         places[engine.admit(request, i, sampling)] = i
@@ -134,14 +134,14 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, i
 def measure(
   one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int, size: int
 ) -> dict:
-  """Compares the ways for one kind of task: way -> (differing samples, tokens, samples).
+  """Compares the ways for one kind of task; returns way -> (differing samples, tokens, samples).
 
   Args:
     one: the model on 1 device.
     eight: the same model on 8 devices.
     make: creates the i-th task.
     tokens: minimum number of tokens.
-    size: samples of a batch, and slots of a running batch.
+    size: number of samples of a batch, and of slots of a running batch.
   """
   alone: list[np.ndarray] = []
   requests: list[Request] = []

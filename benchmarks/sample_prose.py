@@ -1,9 +1,9 @@
-"""Draws random pieces of the project's prose for a reader to judge.
+"""Draws random pieces of the project's prose, which a reader then judges.
 
   python -m benchmarks.sample_prose --seed=7
 
 Prints docstrings, comments, messages and paragraphs of the pages, each with its place. Choose the
-seed after the prose is written. The reader marks each piece that needs a second reading.
+seed only after the prose is written. The reader marks each piece that needs a second reading.
 """
 
 import ast
@@ -72,7 +72,7 @@ def main(_) -> None:
     print(f"[{number}] {place}\n{text}\n")
 
 
-if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
   flags.DEFINE_integer("seed", None, "Seed of the draw.", required=True)
   flags.DEFINE_integer("count", 40, "Number of pieces.", lower_bound=1)
   app.run(main)

@@ -1,15 +1,15 @@
-r"""Measures how much a save, or a checked step, slows the step loop down, at the size of the demo.
+r"""Measures how much a save or a checked step slows the training loop down, at the demo's size.
 
   python -m benchmarks.save_cost
   python -m benchmarks.save_cost --replay_every=200
 
-Runs blocks of `--block` steps on random tokens; every second block begins with a save. The cost is
-the time for which the save stops the loop, plus the time by which steps are slower until the
-checkpoint is sealed. It is printed as a share of the time between two checkpoints of the config.
+Runs blocks of `--block` steps on random tokens; every second block begins with a save. The cost of
+a save is the time for which it stops the loop, plus the time that steps lose until the checkpoint
+is sealed. The cost is printed as a share of the time between two checkpoints of the config.
 
-With `--replay_every` the last step of each block is checked (`train.replay_every`). The cost is the
-extra time of this step and of the step before, which leaves a fingerprint. It is printed as a share
-of the time of `--replay_every` steps.
+With `--replay_every`, the last step of each block is checked (`train.replay_every`). The cost of
+the check is the extra time of this step, and of the step before, which computes a fingerprint. The
+cost is printed as a share of the time of `--replay_every` steps.
 """
 
 import dataclasses
@@ -54,8 +54,9 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
   """Runs `2 * blocks` blocks of steps.
 
   Returns:
-    For every block: `save`, seconds that the save stopped the loop (0 without a save), and seconds
-    of its steps: `in_flight` before the checkpoint was sealed, and `alone` for the other steps.
+    Times in seconds. For every block, `save` is the time for which the save stopped the loop (0
+    without a save). `in_flight` has the times of steps before the checkpoint was sealed, and
+    `alone` the times of the other steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   take_step = functools.partial(steps.train, num_sources=0)
@@ -85,7 +86,7 @@ def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, l
   """Runs blocks of steps; the last step of each block is checked.
 
   Returns:
-    Seconds of ordinary steps, of steps before a checked step, and of checked steps.
+    Times in seconds of ordinary steps, of steps before a checked step, and of checked steps.
   """
   steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
   config = dataclasses.replace(settings.train, replay_every=every)
@@ -120,7 +121,7 @@ def print_replay(found: tuple[list, list, list], every: int) -> None:
 
 
 def spread(values: list[float]) -> str:
-  """Formats median and 10th to 90th percentile of seconds."""
+  """Formats the median and the 10th to 90th percentile of times in seconds."""
   low, middle, high = 1e3 * np.percentile(values, [10, 50, 90]) if values else [0, 0, 0]
   return f"median {middle:.1f} ms (10th to 90th percentile {low:.1f} to {high:.1f})"
 

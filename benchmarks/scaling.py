@@ -1,11 +1,12 @@
-"""Measures bits and judged images against training FLOPs, with and without retrieval, on `scenes`.
+"""Measures how held-out bits and images improve with training FLOPs, with and without retrieval.
 
   python -m benchmarks.scaling --workdir=workdir/scaling
 
-Trains decoders of four sizes with and without a neighbor, with equal tokens per parameter. Fits
-power laws, writes their predictions for a fifth size to predictions.json, and only then trains this
-size. Writes results.json, table.md and plot.png to the workdir after every run. Finished parts are
-skipped, so the command can be stopped at any time. Method: docs/scaling_laws.md.
+Trains decoders of four sizes on `scenes`, with and without a neighbor, with equal tokens per
+parameter. Fits power laws, writes their predictions for a fifth size to predictions.json, and only
+then trains the fifth size. Writes results.json, table.md and plot.png to the workdir after every
+run. Finished parts are skipped, so the command can be stopped at any time and started again.
+Method: docs/scaling_laws.md.
 """
 
 import ast
@@ -40,7 +41,7 @@ SUBSETS = {**scene_retrieval.SUBSETS, "pair": ("pair",), "objects": ("objects",)
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Size:
-  """Size of a decoder; `Scaling.fields` derives the other fields of the config from it."""
+  """Size of a decoder; `Scaling.fields` derives the other fields of the config from the size."""
 
   width: int
   layers: int
@@ -56,13 +57,15 @@ class Scaling:
 
   Attributes:
     workdir: folder of all runs.
-    sizes: sizes for the fits.
+    sizes: sizes whose runs the laws are fitted to.
     predicted: size that is predicted before it is trained.
     conditions: keys of `CONDITIONS`.
-    seeds: seeds of every size and condition.
-    tokens_per_parameter: training tokens per parameter in matrix products, for the predicted size.
-    tokens_power: training tokens are proportional to parameters to this power.
-    learning_rate_power: the learning rate is proportional to width to this power.
+    seeds: seeds; each size and condition is trained with every seed.
+    tokens_per_parameter: number of training tokens per parameter in matrix products, for the
+      predicted size.
+    tokens_power: the number of training tokens is proportional to (number of parameters) ^ this
+      power.
+    learning_rate_power: the learning rate is proportional to width ^ this power.
     judged: maximum number of judged scenes per subset.
     given: config fields that the user changes.
   """
@@ -87,11 +90,11 @@ class Scaling:
   def fields(self, size: Size, condition: str, seed: int) -> dict:
     """Returns the config fields of a run.
 
-    The feed-forward width scales with the width. Let w be the width divided by the config's width.
-    Layers start at the config's `init_std` / sqrt(w). The learning rate is the config's times
-    w^`learning_rate_power`. Let N be the parameters by `flops.matmul_params`, and M those of the
-    predicted size. A run has `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, including
-    padding.
+    The feed-forward width scales with the width. Let w be the width divided by the width in the
+    config. Layers start at the config's `init_std` / sqrt(w). The learning rate is the learning
+    rate of the config times w^`learning_rate_power`. Let N be the number of parameters by
+    `flops.matmul_params`, and M this number for the predicted size. A run has
+    `tokens_per_parameter` x M x (N / M)^`tokens_power` tokens, including padding.
     """
     base = self.settings(self.shared_fields())
     fields = {**self.size_fields(base, size), "seed": seed}
@@ -128,12 +131,12 @@ class Scaling:
     return settings_from_config(config)
 
   def folder(self, size: Size, condition: str, seed: int) -> pathlib.Path:
-    """Returns the folder of a run; runs with other steps have other folders."""
+    """Returns the folder of a run; runs with different numbers of steps have different folders."""
     steps = self.fields(size, condition, seed)["train.steps"]
     return self.workdir / f"{size}_steps_{steps}" / f"{condition}_seed_{seed}"
 
   def planned(self, sizes: Iterable[Size]) -> list[tuple[int, Size, str]]:
-    """Returns (seed, size, condition) of the runs of `sizes`, in order."""
+    """Returns (seed, size, condition) of each run of `sizes`, in the order of the runs."""
     return [(s, size, name) for s in self.seeds for size in sizes for name in self.conditions]
 
   def command(self, name: str, workdir: pathlib.Path, fields: dict) -> None:
@@ -142,7 +145,7 @@ class Scaling:
 
 
 def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
-  """Parses sizes WIDTH or WIDTHxLAYERSxHEADS; missing numbers come from the config.
+  """Parses sizes WIDTH or WIDTHxLAYERSxHEADS; missing numbers are taken from the config.
 
   parse_sizes(["64", "96x6x3"]) = (Size(64, 4, 2), Size(96, 6, 3))
 
@@ -177,7 +180,7 @@ def parse_fields(texts: Sequence[str]) -> dict:
 
 
 def describe(scaling: Scaling, size: Size) -> dict:
-  """Returns parameters, steps, tokens and training FLOPs of a size, including neighbors."""
+  """Returns the number of parameters, steps, tokens and training FLOPs of a size."""
   settings = scaling.settings(scaling.fields(size, "neighbors", 0))
   length = settings.data.sequence_length
   tokens = settings.train.steps * settings.train.global_batch_size * length
@@ -192,10 +195,11 @@ def describe(scaling: Scaling, size: Size) -> dict:
 
 
 def measure(settings: Settings, run: pathlib.Path, corpus, condition: str, judged: int) -> dict:
-  """Scores and judges a trained decoder; with retrieval, after the true neighbors.
+  """Scores and judges a trained decoder. With retrieval, each document follows its true neighbor.
 
   Returns:
-    bits [n] of each image of `corpus`; right [m] for each scene of `scene_retrieval.chosen`.
+    "bits", [n] for the images of `corpus`, and "right", [m] for the scenes of
+    `scene_retrieval.chosen`.
   """
   places, count = scene_retrieval.chosen(corpus, judged), int(condition == "neighbors")
   with jax.set_mesh(create_mesh(settings.mesh)):
@@ -221,16 +225,16 @@ def run_one(scaling: Scaling, size: Size, condition: str, seed: int, corpus) -> 
 
 
 def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: bool) -> dict:
-  """Writes predictions once, before their size is trained.
+  """Writes predictions only once, before the predicted size is trained.
 
   Args:
     path: path of predictions.json.
-    made_of: inputs of the predictions; equal inputs give equal predictions.
+    made_of: inputs that the predictions are computed from; equal inputs give equal predictions.
     predictions: plain values.
     started: whether a training of the predicted size has begun.
 
   Returns:
-    The predictions in the file, which are the first that were written.
+    The predictions in the file, which are the predictions of the first call.
 
   Raises:
     UserError: the file was made from other inputs, or the training began before it was written.
@@ -248,7 +252,7 @@ def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: 
 
 
 def predict(scaling: Scaling, about: dict, runs: list[dict]) -> dict:
-  """Fits the runs and predicts the fifth size, see `predict_once`."""
+  """Fits laws to the runs and predicts the bits of the fifth size, see `predict_once`."""
   folders = [scaling.folder(size, c, s) for s, size, c in scaling.planned([scaling.predicted])]
   of = {
     str(scaling.folder(size, c, s).relative_to(scaling.workdir)): stages.require(

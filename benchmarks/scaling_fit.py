@@ -1,4 +1,4 @@
-"""Power laws of held-out bits against training FLOPs, and the ratio of FLOPs at equal bits."""
+"""Fits power laws of held-out bits to training FLOPs; computes the ratio of FLOPs at equal bits."""
 
 # P sizes of decoders, R resamples, S seeds, n documents.
 
@@ -9,7 +9,7 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1_000
-LEAST_SIZES = 3  # For a law without a floor; a floor needs one size more.
+LEAST_SIZES = 3  # Minimum for a law without a floor; a law with a floor needs one more size.
 FLOOR_STEPS = 200
 FLOOR_GAIN = 0.005  # A floor must improve the prediction of the largest size by this share.
 
@@ -18,12 +18,12 @@ FLOOR_GAIN = 0.005  # A floor must improve the prediction of the largest size by
 class Law:
   """bits = floor + scale x (FLOPs / reference) ^ -exponent, for one or many laws at a time.
 
-    floor 1, scale 4, exponent 0.5, reference 100: 5 bits at 100 FLOPs, 3 bits at 400
+    With floor 1, scale 4, exponent 0.5, reference 100: 5 bits at 100 FLOPs, 3 bits at 400 FLOPs
 
   Attributes:
-    reference: FLOPs.
-    floor, scale, exponent: [...] arrays of one shape. Bits rise with FLOPs if the exponent is
-      negative.
+    reference: number of FLOPs at which the power is 1.
+    floor, scale, exponent: arrays of the same shape [...]. If the exponent is negative, bits rise
+      with FLOPs.
   """
 
   reference: float
@@ -38,8 +38,9 @@ class Law:
   def flops(self, bits) -> np.ndarray:
     """Computes the FLOPs that reach `bits`.
 
-    The result is inf if the law never reaches so few bits. A law that does not fall counts as its
-    bits at the reference: the result is 0 if these are few enough, else inf.
+    The result is inf if the law never reaches so few bits. A law that does not fall is taken as
+    constant, with its bits at the reference. Then the result is 0 if these bits are at most `bits`,
+    else inf.
     """
     above = np.asarray(bits, np.float64) - self.floor
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -54,19 +55,19 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(flops, bits, with_floor: bool = False) -> Law:
-  """Fits laws with least squares of log bits.
+  """Fits laws by least squares in log bits.
 
-  Without a floor, the law is a line in log bits and log FLOPs. With a floor, a grid of floors is
-  refined three times. Each floor has a line in log(bits - floor), and the floor with the least
-  squared error of log bits is taken. The grid includes a floor of 0.
+  Without a floor, the law is a line in log bits and log FLOPs. With a floor, the fit searches a
+  grid of floors, which is refined three times. For each floor, it fits a line in log(bits - floor).
+  The best floor has the smallest squared error in log bits. The grid includes a floor of 0.
 
   Args:
-    flops: [P], one per size.
+    flops: [P], training FLOPs of each size.
     bits: [..., P].
     with_floor: whether to fit a floor.
 
   Returns:
-    Law with arrays [...].
+    A `Law` whose arrays have the shape [...].
   """
   logs, y = np.log(np.asarray(flops, np.float64)), np.asarray(bits, np.float64)
   reference = float(np.exp(logs.mean()))
@@ -88,10 +89,11 @@ def fit(flops, bits, with_floor: bool = False) -> Law:
 
 
 def needs_floor(flops, bits) -> bool:
-  """Returns whether a law with a floor predicts the largest size from the others clearly better.
+  """Returns whether a floor clearly improves the prediction of the largest size from the others.
 
-  `FLOOR_GAIN` defines "clearly". Three sizes fit three parameters without a residual, so noise
-  could produce a floor. Therefore three sizes get no floor, and neither do bits that rise.
+  `FLOOR_GAIN` defines "clearly". The three parameters of a law with a floor fit three sizes
+  exactly, so noise could produce a floor. Therefore the result is False for three sizes. It is also
+  False if the bits rise.
 
   Args:
     flops: [P], ascending.
@@ -108,16 +110,16 @@ def needs_floor(flops, bits) -> bool:
 
 
 def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, count: int):
-  """Resamples groups of documents, equally for all sizes, and the seeds of each size.
+  """Resamples the groups of documents (the same groups for all sizes) and the seeds of each size.
 
   Args:
     values: P arrays [S, n]; sizes may have different numbers of seeds.
-    groups: [n] names; documents of a group are taken together.
+    groups: [n] name of each document's group; all documents of a group are taken together.
     rng: random generator.
     count: R.
 
   Returns:
-    [R, P] means over the taken documents and seeds.
+    [R, P] means over the resampled documents and seeds.
   """
   _, places = np.unique(np.asarray(groups), return_inverse=True)
   number = places.max() + 1
@@ -131,7 +133,7 @@ def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-  """Returns the ends of the middle 95% of resamples; an end may be infinite."""
+  """Returns the bounds of the middle 95% of resamples; a bound may be infinite."""
   tail = (1 - LEVEL) / 2
   low, high = np.quantile(values, (tail, 1 - tail), method="inverted_cdf")
   return float(low), float(high)
@@ -140,19 +142,19 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) -> dict:
   """Compares the FLOPs that both conditions need for the best bits of one condition.
 
-  The ratio is FLOPs without retrieval / FLOPs with retrieval; above 1, retrieval saves compute. The
-  best bits come from the law at an end of the measured range, which is the upper end if the law
-  falls. If the law rises, the lower end has the best bits, but the ratio still counts the FLOPs of
-  the upper end.
+  The ratio is FLOPs without retrieval / FLOPs with retrieval. If it is above 1, retrieval saves
+  compute. The best bits are the value of the law at the upper end of the measured range if the law
+  falls. If the law rises, the best bits are at the lower end, but the ratio still counts the FLOPs
+  at the upper end.
 
   Args:
-    without: law, or laws, without retrieval.
-    neighbors: the same number of laws with retrieval.
+    without: one or many laws without retrieval.
+    neighbors: equally many laws with retrieval.
     measured: smallest and largest FLOPs of the runs.
-    of: condition with the best bits, "without" or "neighbors".
+    of: condition whose best bits are used, "without" or "neighbors".
 
   Returns:
-    {"bits", "flops_without", "flops_neighbors", "ratio"}, arrays.
+    A dict of arrays: "bits", "flops_without", "flops_neighbors" and "ratio".
   """
   own = without if of == "without" else neighbors
   level = np.minimum(own.bits(measured[0]), own.bits(measured[1]))

@@ -1,6 +1,6 @@
 """Summarizes the runs of `scaling`: laws, predictions, ratios of FLOPs, tables and a plot."""
 
-# n held-out documents, m of which are judged. P sizes, R resamples.
+# n held-out documents, of which m are judged. P sizes, R resamples.
 
 import os
 
@@ -15,7 +15,7 @@ COLORS = {"neighbors": "tab:blue", "without": "tab:gray"}
 
 
 def plan(sizes: list[dict]) -> str:
-  """Returns a table of the results of `scaling.describe`."""
+  """Returns the results of `scaling.describe` as a table."""
   lines = [
     _row(("size", "parameters", "learning rate", "steps", "tokens", "FLOPs")),
     _row(["---"] * 6),
@@ -37,7 +37,7 @@ def plan(sizes: list[dict]) -> str:
 
 
 def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict]:
-  """Returns condition -> size -> seeds, and values [S, n] of the documents in `mask`."""
+  """Returns condition -> size -> (seeds, values [S, n] of the documents in `mask`)."""
   found: dict[str, dict] = {}
   for condition in about["labels"]:
     for size in about["sizes"]:
@@ -52,7 +52,7 @@ def _points(about: dict, runs: list[dict], measure: str, mask: np.ndarray) -> di
 
 
 def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
-  """Resamples documents, equally for all conditions, and seeds: condition -> means [R, P]."""
+  """Resamples seeds, and the same documents for all conditions: condition -> means [R, P]."""
   keys = [(condition, size) for condition, of in points.items() for size in of]
   if not keys or not len(groups):
     return {}
@@ -65,7 +65,7 @@ def _resampled(points: dict[str, dict], groups) -> dict[str, np.ndarray]:
 
 
 def _levels(of: dict, means: np.ndarray) -> list[dict]:
-  """Returns for each size the mean, the interval over documents and seeds, and the seeds' means."""
+  """Returns, for each size, the mean, its interval over documents and seeds, and seed means."""
   ends = [fit.interval(column) for column in means.T]
   return [
     {
@@ -80,7 +80,7 @@ def _levels(of: dict, means: np.ndarray) -> list[dict]:
 
 
 def _law(flops: list[float], levels: list[dict], means: np.ndarray):
-  """Fits the law of a series; returns plain values, the law, and the laws of the resamples.
+  """Fits a law to a series; returns plain values, the law, and the laws of the resamples.
 
   All three are None if there are too few sizes.
   """
@@ -102,7 +102,7 @@ def _law(flops: list[float], levels: list[dict], means: np.ndarray):
 
 
 def _flops(about: dict, of: dict) -> list[float]:
-  """Returns the FLOPs of a run for each size in `of`."""
+  """Returns the training FLOPs for each size in `of`."""
   by_size = {s["size"]: s["flops"] for s in about["sizes"]}
   return [by_size[size] for size in of]
 
@@ -114,9 +114,10 @@ def _masks(about: dict) -> dict[str, np.ndarray]:
 
 
 def predictions(about: dict, runs: list[dict]) -> dict:
-  """Predicts the bits of the size that is not in `runs`, for all images and conditions.
+  """Predicts the bits of the size that is not in `runs`, for each subset of images and condition.
 
-  `fit.needs_floor` selects the law. The bits of both laws are also returned.
+  `fit.needs_floor` decides whether the law has a floor. The bits with and without a floor are
+  returned, too.
 
   Args:
     about: see `summarize`.
@@ -152,7 +153,7 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
   Args:
     about: `subsets` and `concepts` [n]; `judged`, [m] indices into them; `labels`, condition ->
       name in the tables; `sizes`, results of `scaling.describe`, ascending; `predicted`, the size
-      that was predicted.
+      whose bits are predicted.
     runs: results of `scaling.run_one`.
     predicted: content of predictions.json, or None before it is written.
   """
@@ -191,7 +192,7 @@ def summarize(about: dict, runs: list[dict], predicted: dict | None) -> dict:
 
 
 def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
-  """Computes `fit.ratio` at the best bits of both conditions, with intervals; [] without laws."""
+  """Computes `fit.ratio` at each condition's best bits, with intervals; [] if there are no laws."""
   if {*laws} != {"neighbors", "without"} or None in (laws["neighbors"][0], laws["without"][0]):
     return []
   flops = [_flops(about, of) for of in points.values()]
@@ -208,7 +209,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
     low, high = fit.interval(many)
     beyond = fit.bound(point[f"flops_{other}"], measured)
     rows.append({"best_of": of, **point, "low": low, "high": high, "beyond": beyond})
-    if beyond:  # The end of the range bounds the ratio.
+    if beyond:  # The ratio at the end of the range is a bound.
       end = measured[0] if beyond == "below" else measured[1]
       ends = (measured[1], end) if of == "without" else (end, measured[1])
       rows[-1]["bound"] = ends[0] / ends[1]
@@ -216,7 +217,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
 
 
 def _errors(name: str, series: dict, about: dict, predicted: dict | None) -> dict[str, dict]:
-  """Returns condition -> prediction and, after the run, the measured bits and the error."""
+  """Returns condition -> prediction; after the run also the measured bits and the error."""
   result = {}
   for condition, of in series.items():
     row = (predicted or {"series": {}})["series"].get(f"{name}/{condition}")
@@ -235,7 +236,7 @@ def _row(cells) -> str:
 
 
 def _cell(levels: dict[str, dict], size: str, form: str) -> str:
-  """Formats mean and interval of a size; "-" before its run."""
+  """Formats the mean and the interval of a size; "-" if the size is not trained yet."""
   level = levels.get(size)
   if level is None:
     return "-"
@@ -322,21 +323,21 @@ def _times(ratio: float) -> str:
 
 
 def describe_ratio(row: dict) -> str:
-  """Formats a ratio, with a measured bound if the ratio is extrapolated.
+  """Formats a ratio; for an extrapolated ratio, begins with the bound that was measured.
 
   "2.10x", "more than 4.00x (extrapolated: 9.30x)", "less than 1.00x (extrapolated: 0.31x)". "never"
   means that the law without retrieval never reaches the bits.
   """
   if not row["beyond"]:
     return _times(row["ratio"])
-  # FLOPs with retrieval are in the denominator.
+  # The FLOPs with retrieval are the denominator.
   more = (row["beyond"] == "below") == (row["best_of"] == "without")
   side = "more than" if more else "less than"
   return f"{side} {row['bound']:.2f}x (extrapolated: {_times(row['ratio'])})"
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Plots bits and shares of right images against FLOPs; rings are predictions, lines are laws."""
+  """Plots bits and shares of right images over FLOPs. Rings are predictions, lines are laws."""
   flops = {s["size"]: s["flops"] for s in result["sizes"]}
   figure = Figure(figsize=(4.4 * len(result["images"]), 6.4), layout="constrained")
   axes = figure.subplots(2, len(result["images"]), squeeze=False)

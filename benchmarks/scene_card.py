@@ -1,12 +1,12 @@
-"""Measures what a model of `scenes` draws, and compares it with its training scenes.
+"""Measures how often a model of `scenes` draws what captions ask for, by kind of caption.
 
   python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
 
 The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
-table.md, which the card of the bundled model quotes. rare.png has images of rare objects that the
-judge called right, next to the true icons. examples.png has the object in the middle of the
-ranking. All samples use the settings that the model stores. Nothing is trained, and nothing is
-chosen by the results. Takes about 10 minutes on two cores.
+table.md, whose numbers are in the card of the bundled model. rare.png shows images of rare objects
+that the judge called right, next to the true icons. examples.png shows images of the object in the
+middle of the ranking. All samples use the settings that the model stores. The command trains
+nothing and chooses nothing by the results. Takes about 10 minutes on two cores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,31 +35,31 @@ from cm3leon_jax.scenes.judge.baselines import TrainingScenes
 from cm3leon_jax.scenes.judge.facts import check
 from cm3leon_jax.scenes.world import PLACES, Placed, Scene
 
-# Set of captions -> number of captions.
+# Name of a set of captions -> number of captions in the set.
 COUNTS = {
   "new claims": 300,
   "claims of training": 225,
   "objects never together": 150,
   "color named": 150,
   "no color named": 150,
-  "rare": 1_000_000,  # All rare objects.
+  "rare": 1_000_000,  # Images of all rare objects.
   "rare elsewhere": 150,
 }
-STRICT = 0.90  # Score for a clear shape; the judge itself uses `MIN_SCORE`.
-SHOWN = 48  # Images in rare.png.
+STRICT = 0.90  # Minimum score of a clear shape; the judge itself uses `MIN_SCORE`.
+SHOWN = 48  # Number of images in rare.png.
 BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A caption, and what an image for it must show.
+  """Caption, and what an image of the caption must show.
 
   Attributes:
     group: set of captions, see `COUNTS`.
     caption: the prompt.
-    facts: facts in the format of a document.
+    facts: facts about the image, in the format of a document's facts.
     concept: captions of the same concept are not independent.
-    placed: the object, if the caption is about one rare object, else None.
+    placed: the object and its place if the caption is about one rare object, else None.
   """
 
   group: str
@@ -81,7 +81,7 @@ def group_of(pair, known) -> str:
 
 
 def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]) -> list[Asked]:
-  """Returns the first held-out captions of common objects of each set, in the world's order."""
+  """Returns the first held-out captions of common objects for each set, in the world's order."""
   config = dataclasses.replace(config, heldout=config.heldout * 4)
   asked: dict[str, list[Asked]] = {group: [] for group in counts if "rare" not in group}
   for i in range(config.heldout):
@@ -101,7 +101,7 @@ def _one(group: str, placed: Placed) -> Asked:
 
 
 def rare(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields the rare objects that training never shows, in a color that is not in the bank.
+  """Yields each rare object that training never shows, in a color that the bank does not show.
 
   The bank shows each of these objects at all four places, so also at the requested place.
   """
@@ -111,9 +111,9 @@ def rare(config: ScenesConfig) -> Iterator[Asked]:
 
 
 def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
-  """Yields rare objects that one training scene shows, at another place.
+  """Yields each rare object that exactly one training scene shows, at another place.
 
-  Training and bank show neither this place nor this color of the object.
+  Neither the training scenes nor the bank show the object at this place or in this color.
   """
   bank = _bank_of(config)
   for name in world.rare_objects(config):
@@ -130,7 +130,7 @@ def _order(name: str) -> Callable[[str], float]:
 
 
 def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
-  """Returns object -> placed objects that the bank shows of it."""
+  """Returns how the bank shows each object: object -> its placed objects."""
   found: dict[str, list[Placed]] = {}
   for scene in world.bank_scenes(config)[: config.bank]:
     found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
@@ -144,14 +144,14 @@ def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
 
 
 def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
-  """Draws an image for each caption: [n, H, W, 3] uint8, and the concepts of first neighbors."""
+  """Draws an image for each caption; returns [n, H, W, 3] uint8 and first neighbors' concepts."""
   samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
   neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
   return np.stack([np.asarray(sample.image) for sample in samples]), neighbors
 
 
 def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dict]:
-  """Judges images; for a rare object, also its place, and whether its shape is clear."""
+  """Judges images; for a rare object, also whether its place is right and its shape is clear."""
   everything = judging.find_objects(images)
   strict = judging.find_objects(images, min_score=STRICT)
   results = []
@@ -174,7 +174,7 @@ def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dic
 
 
 def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
-  """Draws each rare object `count` times, and orders the objects by the share of right images."""
+  """Draws each rare object `count` times, and sorts the objects by their share of right images."""
   shares = np.zeros(len(asked))
   for i in range(count):
     images, _ = draw(model, asked, seed + 1_000 * (i + 1))
@@ -185,10 +185,10 @@ def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> li
 
 
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
-  """Computes the bits of the image of each rare object after four neighbors, and after none: [n].
+  """Computes the bits [n] of images of rare objects after each of four neighbors, and without one.
 
-  The neighbor shows this object or another, at the place of the image or at the next place. Its
-  color differs from the color of the image.
+  The neighbor shows the same or another object, at the same place as the image or at the next
+  place. The color of the neighbor differs from the color of the image.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
   placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
@@ -243,7 +243,7 @@ def sheets(
   count: int,
   seed: int,
 ) -> dict:
-  """Writes rare.png and examples.png; returns the ranking from `count` images of each object."""
+  """Writes rare.png and examples.png; returns the ranking by `count` images of each object."""
   right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
   cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
   rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.evaluation.intervals import mean_interval
 
-# Document before the image of a rare object -> name in the table.
+# Kind of document before the image of a rare object -> name in the table.
 NEIGHBORS = {
   "own": "its own document, at the same place",
   "own elsewhere": "its own document, at another place",
@@ -33,10 +33,11 @@ def _level(values, concepts: Sequence[str]) -> dict:
 
 
 def row(results: list[dict], concepts: Sequence[str]) -> dict:
-  """Computes the shares of a set of captions.
+  """Computes the shares of captions in a set for which each measure is true.
 
   Args:
-    results: for each of n captions, measure -> whether it holds; all have the same measures.
+    results: for each of n captions, measure -> whether it is true; all captions have the same
+      measures.
     concepts: [n]; captions of the same concept are not independent.
   """
   shares = {name: _level([one[name] for one in results], concepts) for name in results[0]}
@@ -44,7 +45,7 @@ def row(results: list[dict], concepts: Sequence[str]) -> dict:
 
 
 def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
-  """Computes the mean bits per code after each neighbor, and the difference to no neighbor."""
+  """Computes the mean bits per code after each neighbor, and the difference to bits without one."""
   rows = {}
   for condition, values in scored.items():
     rows[condition] = _level(values, concepts)

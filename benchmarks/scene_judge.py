@@ -1,10 +1,10 @@
-"""Prints how often the judge of scenes errs: on original, degraded and wrong images.
+"""Prints how often the judge of scenes errs on original, degraded and wrong images.
 
   python -m benchmarks.scene_judge --images=700
 
-The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. The columns are the
-shares of images judged wholly right, under their own captions and with one changed fact of a kind;
-and the score that 99% of the objects exceed.
+The thresholds of cm3leon_jax/scenes/judge/judge.py are chosen by these numbers. The first columns
+are shares of images that are judged wholly right: with their captions, and with captions in which
+one fact of a kind is changed. The last column is the score that 99% of the objects exceed.
 """
 
 import io
@@ -30,8 +30,8 @@ _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the
 _SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of their degradation.")
 
 CONFIG = ScenesConfig(rare_objects=len(RARE))
-# Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in steps of
-# 255 for the others. "color" is the largest error of each channel of an object's color.
+# Name -> changes of an image. Strengths are standard deviations: in pixels for blur, in 1/255 of
+# the range for the others. "color" is the largest error of each channel of an object's color.
 DEGRADED = {
   "as rendered": {},
   "blur 0.8": {"blur": 0.8},
@@ -48,7 +48,7 @@ DEGRADED = {
 
 
 def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
-  """Returns scenes of all categories in turn, and their facts."""
+  """Returns scenes and their facts; the scenes go through all categories in turn."""
   rng, made, facts = random.Random(seed), [], []
   for i in range(count):
     category = CATEGORIES[i % len(CATEGORIES)]
@@ -61,7 +61,7 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
 
 
 def degraded(images: np.ndarray, rng: np.random.Generator, **strength) -> np.ndarray:
-  """Degrades images in the ways that a lossy image tokenizer may, see DEGRADED.
+  """Degrades images in ways in which a lossy image tokenizer may degrade them, see DEGRADED.
 
   Args:
     images: [n, H, W, 3] uint8.
@@ -69,7 +69,7 @@ def degraded(images: np.ndarray, rng: np.random.Generator, **strength) -> np.nda
     **strength: strength of each change.
   """
   pixels = images.astype(np.float64)
-  if "color" in strength:  # Changes the color of ink, but not white.
+  if "color" in strength:  # Changes the color of the ink, but not of the white background.
     ink = (255 - pixels).max(-1, keepdims=True) / 255
     pixels += ink * rng.uniform(-1, 1, (len(images), 1, 1, 3)) * strength["color"]
   if "off" in strength:
@@ -98,7 +98,7 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """Returns images that do not show a scene of one object, one for each kind of mistake.
+  """Returns an image for each kind of mistake that a drawing of a scene with one object may have.
 
   Args:
     scene: a scene with one object.
@@ -136,10 +136,11 @@ def wrong_images(scene: Scene, rng: np.random.Generator) -> dict[str, np.ndarray
 
 
 def measure_wrong(count: int, seed: int) -> dict[str, dict[str, float]]:
-  """Judges wrong images under the captions of their scenes; half of the scenes have rare objects.
+  """Judges wrong images by the captions of their scenes; half of the scenes have rare objects.
 
   Returns:
-    kind -> {"right": share judged right, "recognized": share in which an object is recognized}.
+    kind -> {"right": share of images judged right, "recognized": share of images in which an object
+    is recognized}.
   """
   rng, made, facts = np.random.default_rng(seed), {}, []
   for i in range(count):

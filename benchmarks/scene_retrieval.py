@@ -1,11 +1,12 @@
-"""Measures how much a retrieved neighbor helps a small decoder on `scenes`, in bits and images.
+"""Measures how much a retrieved neighbor helps a small decoder on `scenes`: bits and right images.
 
   python -m benchmarks.scene_retrieval --workdir=workdir/scene_retrieval
 
-Trains the tokenizers and a CLIP once, then decoders with and without neighbors, with several seeds
-each. Scores every decoder on held-out scenes after true, shuffled and no neighbors, and judges its
-samples. Writes results.json and table.md to the workdir. Finished parts are skipped, so the command
-can be stopped at any time. Method: docs/retrieval_ablation.md.
+Trains the tokenizers and a CLIP model once, then decoders with and without neighbors, each with
+several seeds. Scores every decoder on held-out scenes after true neighbors, after shuffled
+neighbors and without neighbors, and judges its samples. Writes results.json and table.md to the
+workdir. Finished parts are skipped, so the command can be stopped at any time and started again.
+Method: docs/retrieval_ablation.md.
 """
 
 import dataclasses
@@ -53,8 +54,9 @@ class Experiment:
 
   Attributes:
     workdir: folder of all runs.
-    steps: training steps with neighbors, and without neighbors on equally many tokens.
-    heldout: number of held-out scenes.
+    steps: number of training steps with neighbors, and of steps without neighbors on equally many
+      tokens.
+    heldout: number of scenes that are held out.
     judged: maximum number of judged scenes per subset.
   """
 
@@ -88,15 +90,15 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Held-out documents of the subsets, and their neighbors by caption.
+  """Held-out documents of the subsets, and the neighbors that their captions retrieve.
 
   Attributes:
-    bank: documents that neighbors come from.
+    bank: documents among which neighbors are retrieved.
     heldout: store of the held-out documents.
     rows: [n] indices into `heldout`.
     subsets: [n] name of each document's subset.
     concepts: [n] the object of a rare scene, or the facts of a common scene.
-    neighbors: [n] index in the bank of the best neighbor, -1 if there is none for the caption.
+    neighbors: [n] index in the bank of the best neighbor, -1 if the caption retrieves no neighbor.
     shuffled: [n] index in the bank of the best neighbor of another scene in the subset with other
       objects; -1 where `neighbors` is -1.
   """
@@ -177,10 +179,10 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
 
 
 def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | None]:
-  """Measures the share of its neighbor's ink that each image repeats at the same positions.
+  """Measures, for each image, which share of its neighbor's ink it repeats at the same positions.
 
-  Ink means all codes except the most frequent code of the neighbor's image, the background. The
-  share is None for an image without a neighbor.
+  Ink means all codes except the most frequent code of the neighbor's image, the background. An
+  image without a neighbor has None instead of a share.
   """
   shares: list[float | None] = []
   for place, image in zip(places, codes):
@@ -195,7 +197,7 @@ def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | No
 
 
 def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) -> dict:
-  """Judges the neighbors as if they were samples, and measures how much originals share with them.
+  """Judges neighbors as if they were samples, and measures the share of their ink in the originals.
 
   Only captions with a neighbor are used.
   """
@@ -218,7 +220,7 @@ def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) ->
 
 
 def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int = 0) -> int:
-  """Counts the documents in the rows of training, or the rows that hold `documents` documents.
+  """Counts the documents in the training rows, or the rows that hold `documents` documents.
 
   Neighbors are not counted.
   """
@@ -237,7 +239,7 @@ def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int 
 
 
 def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
-  """Returns the config fields of a run."""
+  """Returns the config fields that a run changes."""
   overrides = experiment.overrides(seed=seed)
   if condition == "neighbors":
     return overrides

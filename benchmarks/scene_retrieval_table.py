@@ -27,7 +27,7 @@ def _values(runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict[
 
 
 def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
-  """Computes the mean, its interval over concepts, and the mean of each seed."""
+  """Computes the mean over all seeds, its interval over concepts, and the mean of each seed."""
   mean = np.mean(list(by_seed.values()), axis=0)
   interval = mean_interval(mean, np.ones(len(mean)), list(concepts))
   return {
@@ -39,10 +39,10 @@ def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
 
 
 def _difference(first: dict, second: dict, concepts) -> dict:
-  """Computes first minus second, averaged over common seeds, with intervals like `_level`.
+  """Computes `first` minus `second`, averaged over their common seeds, with intervals.
 
   `relative` is the difference divided by the mean of `second`, or None if that mean is 0. `seeds`
-  is Student's t over the seeds.
+  is Student's t interval over the seeds.
   """
   common = sorted(first.keys() & second.keys())
   result = _level({seed: first[seed] - second[seed] for seed in common}, concepts)
@@ -55,8 +55,9 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `subsets`, `concepts` and `found` (whether there is a neighbor), [n]; `judged`, [m]
-      indices into them; `image_codes`; `copier`, lists over the judged documents with a neighbor.
+    about: `subsets`, `concepts` and `found` (whether the document has a neighbor), [n]; `judged`,
+      [m] indices into them; `image_codes`; `copier`, lists with a value for each judged document
+      that has a neighbor.
     runs: results of `scene_retrieval.run_one`.
     labels: condition -> name in the table.
   """
@@ -109,7 +110,7 @@ def _row(cells) -> str:
 
 
 def _ends(ends, scale: float, form: str) -> str:
-  """Formats an interval; "-" without ends, for a single concept or seed."""
+  """Formats an interval; "-" if it has no bounds because there is a single concept or seed."""
   if ends is None or None in ends:
     return "-"
   return f"[{format(ends[0] / scale, form)}, {format(ends[1] / scale, form)}]"

@@ -1,12 +1,12 @@
-"""Measures whether samples of a decoder take the style of the bank, which training never saw.
+"""Measures whether samples of a decoder take the style of a bank whose style training never saw.
 
   python -m benchmarks.scene_style --run=workdir/scenes --workdir=workdir/scene_style
 
-Writes a second bank with outlined icons, using the tokenizers and the CLIP of the run. Then the
-same decoder draws the same captions after neighbors from its usual bank and from the second bank.
-Nothing is trained, and no caption names a style. Writes results.json, table.md and samples.png to
-the workdir. --run=A,B measures several runs with the same tokenizers. Method:
-docs/retrieval_ablation.md.
+Writes a second bank with outlined icons, using the tokenizers and the CLIP model of the run. Then
+the decoder of the run draws each caption twice: after neighbors from its usual bank, and after
+neighbors from the second bank. Nothing is trained, and no caption names a style. Writes
+results.json, table.md and samples.png to the workdir. --run=A,B measures several runs with the same
+tokenizers. Method: docs/retrieval_ablation.md.
 """
 
 import collections
@@ -56,15 +56,16 @@ GROUPS = {
   "once": "rare, in one training scene",
   "common": "common, in another combination",
 }
-# Thin icons look alike in both styles. With 0.7, the classifier is right on 99% of reconstructions.
+# Thin icons look alike in both styles. With a limit of 0.7, the classifier is right on 99% of
+# reconstructions.
 MOST_KEPT = 0.7  # Maximum share of its ink that an outlined icon may keep.
-LEAST_INK = 0.25  # With a smaller share of the outlined drawing's ink, an image counts as blank.
-SHOWN = 16  # Captions in samples.png.
+LEAST_INK = 0.25  # An image with a smaller share of the outlined drawing's ink counts as blank.
+SHOWN = 16  # Number of captions in samples.png.
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A caption, and the one object that it describes."""
+  """Caption, and the one object that the caption describes."""
 
   group: str
   placed: Placed
@@ -78,14 +79,14 @@ def is_clear(name: str) -> bool:
 
 
 def unseen(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields a scene of each rare object that training never shows, in a color not in the bank."""
+  """Yields a scene of each rare object that training never shows, in a color new to the bank."""
   for name in world.rare_objects(config):
     if world.is_heldout_rare(name) and world.rare_color(name) in config.colors:
       yield Placed(name, world.rare_color(name), world.rare_place(name))
 
 
 def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]:
-  """Yields a scene of each rare object with one training scene, in a color shown nowhere else.
+  """Yields a scene of each rare object with one training scene, in a color that is not shown.
 
   Args:
     config: configuration of the world.
@@ -103,7 +104,7 @@ def once(config: ScenesConfig, trained: collections.Counter) -> Iterator[Placed]
 
 
 def common(config: ScenesConfig) -> Iterator[Placed]:
-  """Yields held-out scenes of one common object that training shows in the same color."""
+  """Yields held-out scenes with one common object, which training shows in the same color."""
   for name in config.objects:
     for color in config.colors:
       for place in PLACES:
@@ -113,10 +114,10 @@ def common(config: ScenesConfig) -> Iterator[Placed]:
 
 
 def ask(config: ScenesConfig, trained: collections.Counter, most: int) -> list[Asked]:
-  """Selects up to `most` scenes of each group, and describes them.
+  """Selects up to `most` scenes of each group, and writes their captions.
 
   Raises:
-    UserError: there is no scene.
+    UserError: no scene can be selected.
   """
   rng, asked = random.Random(0), []
   found = {"unseen": unseen(config), "once": once(config, trained), "common": common(config)}
@@ -136,10 +137,10 @@ def draw(asked: list[Asked], style: str) -> np.ndarray:
 
 
 def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
-  """Returns the style of each image: the nearer one of two drawings of the requested object.
+  """Returns the style of each image: the style in which a drawing of the object is nearer.
 
-  Compares ink, regardless of color, at the place with the most ink. The nearer drawing has the
-  smaller squared error. An image with almost no ink has neither style.
+  Compares the ink at the place with the most ink, regardless of color. The nearer drawing is the
+  drawing with the smaller squared error. An image with almost no ink has neither style.
 
   Args:
     images: [n, H, W, 3] uint8.
@@ -155,7 +156,7 @@ def classify(images: np.ndarray, asked: list[Asked]) -> list[str]:
 
 
 def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]:
-  """Returns whether the best fitting drawing in `style` is the requested object."""
+  """Returns whether each image fits the requested object best, among drawings in `style`."""
   found = judge.find_objects(images, style, min_score=0)
   return [
     any((x.name, x.place) == (one.placed.object, one.placed.place) for x in objects)
@@ -164,7 +165,7 @@ def recognized(images: np.ndarray, asked: list[Asked], style: str) -> list[bool]
 
 
 def colored(images: np.ndarray, asked: list[Asked]) -> list[bool]:
-  """Returns whether images show one object, at the requested place and in the requested color."""
+  """Returns whether images show only one object, at the requested place, in the requested color."""
   return [
     [(x.place, x.color) for x in objects] == [(one.placed.place, one.placed.color)]
     for objects, one in zip(judge.find_objects(images), asked)
@@ -185,16 +186,17 @@ def check_classifier(tokenizer: ImageTokenizer, asked: list[Asked]) -> dict:
 
 
 def cells_of(codes: np.ndarray) -> np.ndarray:
-  """Cuts codes [n, I] into the codes of the four places: [n, 4, I / 4]."""
+  """Splits the codes [n, I] of images into the codes of the four places: [n, 4, I / 4]."""
   side = round(codes.shape[1] ** 0.5)
   cells = codes.reshape(len(codes), 2, side // 2, 2, side // 2).swapaxes(2, 3)
   return cells.reshape(len(codes), len(PLACES), -1)
 
 
 def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
-  """Measures how much of images training has seen: shares of their codes and of their drawings.
+  """Measures which shares of the codes and of the drawings in images are also in training images.
 
-  A drawing is all codes of a place. The most frequent code is the background and is not counted.
+  A drawing consists of all codes of a place. The most frequent code is the background and does not
+  count.
 
   Args:
     codes: [n, I] codes of images.
@@ -223,7 +225,7 @@ def overrides_of(settings: Settings) -> dict:
 
 
 def prepare_bank(settings: Settings, run: pathlib.Path, bank: pathlib.Path) -> None:
-  """Writes the outlined bank with the tokenizers and the CLIP of a run, unless it is finished.
+  """Writes the outlined bank with a run's tokenizers and CLIP model, unless the bank is finished.
 
   Raises:
     UserError: `bank` belongs to another run.
@@ -268,7 +270,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
 
 
 def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, list[bool]]:
-  """Returns measure -> value for each caption, for samples after the bank in `style`."""
+  """Returns measure -> values for the captions; the samples followed the bank in `style`."""
   images = np.stack([sample.segments[0] for sample in samples])
   named = classify(images, asked)
   return {
@@ -304,7 +306,7 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
   """Returns the settings of runs.
 
   Raises:
-    UserError: a run has other tokenizers, another CLIP or another bank than the first run.
+    UserError: a run has other tokenizers, another CLIP model or another bank than the first run.
   """
   read = [settings_of_run(run) for run in runs]
   names = ("raw", *stage_table.TOKENIZERS, "documents", "neighbors", *stage_table.own_clip(read[0]))

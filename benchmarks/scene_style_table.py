@@ -16,7 +16,7 @@ TITLES = {
 
 
 def _level(by_run: list[np.ndarray], objects: np.ndarray) -> dict:
-  """Computes the mean over runs, its interval over objects, and the mean of each run."""
+  """Computes the mean over all runs, its interval over objects, and the mean of each run."""
   mean = np.mean(by_run, axis=0)
   interval = mean_interval(mean, np.ones(len(mean)), list(objects))
   by_seed = [float(values.mean()) for values in by_run]
@@ -27,8 +27,8 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `groups` and `objects` [n], `known`, and `classifier`: style -> measure -> [n].
-    runs: `run`, `seed` and `banks`: style of the bank -> measure -> [n].
+    about: `groups` and `objects` ([n] each), `known`, and `classifier`, style -> measure -> [n].
+    runs: for each run, `run`, `seed` and `banks`, style of the bank -> measure -> [n].
     labels: group -> name in the table.
   """
   groups, objects = np.array(about["groups"]), np.array(about["objects"])
@@ -67,7 +67,7 @@ def _row(cells) -> str:
 
 
 def _cell(level: dict) -> str:
-  """Formats a share: mean, interval unless there is only one object, and the shares of runs."""
+  """Formats a share: its mean, its interval if there are several objects, and a share per run."""
   text = f"{level['mean']:.1%}"
   if level["low"] is not None:
     text += f" [{level['low']:.1%}, {level['high']:.1%}]"

@@ -1,10 +1,11 @@
-"""Measures neighbor search: ScaNN against exact search, the size of an index, selection rules.
+"""Measures neighbor search: ScaNN and exact search, the size of an index, and selection rules.
 
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
-Vectors are random, 512 wide, and clustered like embeddings: there are n / 100 centers, and a vector
-has a cosine of about 0.7 to its center. ScaNN and exact search use all cores. Their rates are
-printed per second and per processor second. The selection rules use one thread.
+The n vectors are random, have 512 dimensions, and form clusters like embeddings: there are n / 100
+  centers, and a vector has a cosine of about 0.7 to its center. ScaNN and exact search use all
+  cores. Their rates are printed per second of wall-clock time and per second of processor time. The
+  selection rules use one thread.
 """
 
 import time
@@ -32,7 +33,7 @@ WIDTH = 512
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:
-  """Samples clustered vectors [count, WIDTH] of norm 1."""
+  """Samples [count, WIDTH] vectors of norm 1 that form clusters."""
   rng = np.random.default_rng(seed)
   centers = rng.standard_normal((max(1, count // 100), WIDTH), np.float32)
   vectors = centers[rng.integers(0, len(centers), count)]
@@ -41,7 +42,7 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
 
 
 def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
-  """Returns queries per second and per processor second, after a warm-up.
+  """Returns the queries per second of wall-clock time and of processor time, after a warm-up.
 
   Both have the format `median (smallest to largest)`.
   """
@@ -59,7 +60,7 @@ def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
 
 
 def measure(count: int) -> None:
-  """Prints size, recall and rates of indices of `count` vectors."""
+  """Prints the size, recall and search rates of indices of `count` vectors."""
   vectors = clustered(count)
   rng = np.random.default_rng(1)
   queries = vectors[rng.integers(0, count, _QUERIES.value)]
@@ -84,7 +85,7 @@ def measure(count: int) -> None:
 
 
 def measure_selection(count: int = 20_000) -> None:
-  """Prints the number of documents with 2 x 64 candidates that one thread prunes per second."""
+  """Prints for how many documents per second one thread selects from 2 x 64 candidates each."""
   texts, images = clustered(count), clustered(count, seed=1)
   folder = epath.Path(_FOLDER.value) / "selection"
   numbers = np.arange(count, dtype=np.uint64) + 1

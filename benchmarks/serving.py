@@ -1,16 +1,16 @@
-"""Measures launch.serve under load: images/s, latencies, memory, disconnecting clients.
+"""Measures launch.serve under load: images/s, latencies, memory, and clients that disconnect.
 
   OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
 Starts the server as a user does, and sends requests over HTTP.
-`full`: all clients request images without a pause, in turns with `CM3Leon.generate` on the same
-prompts in this process. `generate` retrieves and scores like the server, in batches of --slots. The
-ratio of a turn is given in wall-clock time and in processor time of the two processes; the latter
-depends less on other work of the machine.
-`mixed`: images, streams, edits, infills, captions and answers with Poisson arrivals, by the server
-and then by a server that decodes one sample at a time (--slots=1).
+`full`: all clients request images without a pause. In turns with the server, `CM3Leon.generate` in
+  this process generates images for the same prompts. `generate` retrieves and scores like the
+  server, in batches of --slots. The ratio of a turn is printed for wall-clock time and for
+  processor time of the two processes. Processor time depends less on other work on the machine.
+`mixed`: images, streams, edits, infills, captions and answers are requested with Poisson arrivals,
+  from the server and then from a server that decodes one sample at a time (--slots=1).
 `killed`: clients that disconnect in the middle of a stream.
-Both processes compute: a GPU needs XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Both processes compute. On a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ def prompt(i: int) -> str:
 
 
 def seconds_of(pid: int) -> np.ndarray:
-  """Returns wall-clock seconds and the processor seconds of a process."""
+  """Returns the wall-clock time and the processor time of a process in seconds."""
   with open(f"/proc/{pid}/stat") as file:
     fields = file.read().rpartition(")")[2].split()
   ticks = int(fields[11]) + int(fields[12])  # utime and stime, see proc(5).
@@ -53,7 +53,7 @@ def seconds_of(pid: int) -> np.ndarray:
 
 
 def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
-  """Generates an image for each number; returns the seconds of both clocks."""
+  """Generates an image for each number; returns the seconds of both clocks, see `seconds_of`."""
   start = seconds_of(os.getpid())
   model.generate([prompt(i) for i in numbers])
   return seconds_of(os.getpid()) - start
@@ -83,7 +83,7 @@ def resident_mib(pid: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """The image for requests: a PNG file of `side` x `side` pixels."""
+  """Image that is sent with requests: a PNG file of `side` x `side` pixels."""
 
   png: bytes
   side: int
@@ -120,7 +120,7 @@ async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> Non
 
 
 async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients: int):
-  """Lets all clients request images without a pause.
+  """Lets all clients request images without a pause between requests.
 
   Returns:
     (seconds of both clocks, errors).
@@ -141,9 +141,9 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients
 
 
 def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
-  """Compares the server with `generate`, in turns of `each` images."""
+  """Compares the server with `generate`; they take turns of `each` images."""
   image = given_image(model.generate(prompt(0))[0].image)
-  offline(model, range(each))  # Compiles.
+  offline(model, range(each))  # The first call compiles.
   seconds, errors, memory = [], [], [resident_mib(pid)]
   for turn in range(turns):
     numbers = range(turn * each, (turn + 1) * each)
@@ -198,7 +198,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients after the first bytes of a stream; returns what the server still runs."""
+  """Disconnects clients after the first bytes of a stream; returns what still runs after that."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

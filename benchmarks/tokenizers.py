@@ -1,11 +1,11 @@
-"""Compares quantizers of the image tokenizer at equal time, by PSNR, perplexity and bits per pixel.
+"""Compares quantizers of the image tokenizer after equal training time: PSNR, perplexity, bits.
 
   python -m benchmarks.tokenizers --workdir=workdir/tokenizers
 
 Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
-small decoder on the codes of each tokenizer. Prepares shared data once. Writes results.json and
-table.md after every run. Finished parts are skipped and a training continues from its last
-checkpoint, so the command can be stopped or killed at any time. Method: docs/vqgan.md.
+small decoder on the codes of each tokenizer. Prepares the shared data only once. Writes
+results.json and table.md after every run. Finished parts are skipped and a training continues from
+its last checkpoint, so the command can be stopped or killed at any time. Method: docs/vqgan.md.
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# Values from the variant `long`; the demo's values suit a tenth of these steps.
+# These values are from the variant `long`; the values of the demo suit a tenth of these steps.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
-SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Inputs of the stages `vqgan` to `train`.
-CORES = 2  # A minute is 60 seconds of CPU time of each core.
-ROUNDS, STEPS = 7, 6  # Rounds of timing in which the arms take turns, and steps per turn.
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that `vqgan` to `train` read.
+CORES = 2  # A minute means 60 seconds of CPU time on each core.
+ROUNDS, STEPS = 7, 6  # Number of timing rounds (the arms take turns), and of steps per turn.
 SCORED = 400  # Maximum number of held-out images whose bits are measured.
 
 
@@ -58,9 +58,9 @@ class Experiment:
 
   Attributes:
     workdir: folder of all comparisons.
-    codes: size of the codebook; 0: the config's.
-    minutes: training time of a tokenizer.
-    decoder_minutes: training time of a decoder; 0: no decoder is trained.
+    codes: size of the codebook; 0 means the size in the config.
+    minutes: training time of a tokenizer in minutes.
+    decoder_minutes: training time of a decoder in minutes; with 0, no decoder is trained.
     given: config fields that the user changes.
   """
 
@@ -72,17 +72,17 @@ class Experiment:
 
   @property
   def shared(self) -> pathlib.Path:
-    """Folder of the stages that all runs share."""
+    """Folder of the stages whose results all runs share."""
     return self.workdir / f"scenes_{self._config().vocab.image_size}" / "shared"
 
   @property
   def shared_stages(self) -> tuple[str, ...]:
-    """Stages that run once for all runs, in order."""
+    """Stages that run only once for all runs, in their order."""
     return SHARED if self.decoder_minutes else stage_table.STAGES["vqgan"].reads
 
   @property
   def folder(self) -> pathlib.Path:
-    """Folder of the runs with these minutes."""
+    """Folder of the runs with these training times."""
     return self.shared.parent / f"minutes_{self.minutes:g}_{self.decoder_minutes:g}"
 
   def _config(self):
@@ -174,12 +174,12 @@ def decoder_steps(settings: Settings) -> Callable[[int], None]:
 
 
 def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: int) -> dict:
-  """Measures the median CPU seconds per step of each runner; runners take turns in every round.
+  """Measures the median CPU seconds per step of each runner. Runners take turns in every round.
 
-  CPU time is used, because other work on the machine increases the wall-clock time.
+  CPU time is used because other work on the machine increases wall-clock time.
   """
   for take in runners.values():
-    take(2)  # Compiles.
+    take(2)  # The first call compiles.
   found: dict[str, list[float]] = {name: [] for name in runners}
   for _ in range(rounds):
     for name, take in runners.items():
@@ -190,10 +190,11 @@ def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: i
 
 
 def plan_steps(experiment: Experiment) -> dict:
-  """Returns the numbers of steps that take the given minutes, measured once and kept in steps.json.
+  """Returns how many steps take the given minutes. Measures once, and stores them in steps.json.
 
   Returns:
-    `cpu_seconds` per step and `steps`, by arm; "decoder" is for the decoders of all arms.
+    `cpu_seconds` (per step) and `steps`, each by arm. The key "decoder" is for the decoders of all
+    arms.
   """
   path = experiment.folder / "steps.json"
   if path.exists():
@@ -214,7 +215,7 @@ def plan_steps(experiment: Experiment) -> dict:
 
 
 def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
-  """Computes the bits of the codes of held-out images after their captions, per pixel."""
+  """Computes the bits per pixel of the codes of held-out images, which follow their captions."""
   store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
   rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
   documents = [store[int(i)] for i in rows]
@@ -229,14 +230,14 @@ def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
 
 
 def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
-  """Returns the held-out images of all runs, uint8 [n, H, W, 3]."""
+  """Returns the held-out images, which all runs share: uint8 [n, H, W, 3]."""
   raw, resolution = epath.Path(experiment.shared) / "raw", settings.vqgan.resolution
   images = reader.open_images(raw, "heldout", resolution)
   return images[np.arange(len(images))]
 
 
 def commonest_square(images: np.ndarray, side: int) -> float:
-  """Computes the share of the most common square among all squares that a code represents.
+  """Computes the share of the most common square; each code of an image represents a square.
 
   Args:
     images: uint8 [n, H, W, 3].
@@ -287,7 +288,7 @@ def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) 
 
 def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   """Prepares the data, runs all arms and seeds, and writes the results after each run."""
-  # FSQ does not support every number of codes; check all arms before hours of training.
+  # FSQ does not support every number of codes, so all arms are checked before hours of training.
   settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
   for name in experiment.shared_stages:
     command = stage_table.STAGES[name].command
@@ -303,7 +304,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     "decoder_minutes": experiment.decoder_minutes,
     **plan,
   }
-  if vqgan.local_codes:  # Otherwise equal squares may have several codes.
+  if vqgan.local_codes:  # Otherwise, equal squares may have different codes.
     heldout = heldout_images(experiment, settings["restarts"])
     about["commonest_square"] = commonest_square(heldout, vqgan.downsample)
   for number, (seed, arm) in enumerate(planned, 1):

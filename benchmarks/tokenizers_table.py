@@ -1,4 +1,4 @@
-"""Summarizes the runs of `benchmarks.tokenizers`: means, spreads, differences, and a table."""
+"""Summarizes the runs of `benchmarks.tokenizers` in a table of means, spreads and differences."""
 
 import pathlib
 import textwrap
@@ -26,14 +26,16 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 
   Args:
     about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`; `steps` and
-      `cpu_seconds` by arm; `commonest_square` (its share) if equal squares have one code.
+      `cpu_seconds` by arm; `commonest_square` (the share of the most common square) if equal
+      squares have one code.
     runs: results of `tokenizers.run_one`.
     labels: arm -> name in the table.
 
   Returns:
     `about`, `runs`, `perplexity_bound` (with a `commonest_square`), and by arm: `mean`, `lowest`
-    and `highest` of each measure over the seeds, and `difference` to `BASE`: mean over the common
-    seeds and 95% interval with Student's t. `used` is the share of all codes in 1,024 training
+    and `highest` of each measure over the seeds, and `difference` to `BASE`: the mean over the
+      seeds of both arms, and its 95% interval with Student's t. `used` is the share of all codes in
+      1,024 training
     images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
@@ -63,9 +65,10 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
 
 
 def perplexity_bound(share: float, codes: int) -> float:
-  """Returns the largest perplexity of K codes if one code has a given share of all positions.
+  """Returns the largest possible perplexity of K codes if one code has a given share of positions.
 
-  All other codes are then equally frequent: exp(H), H = -p log p - (1 - p) log((1 - p) / (K - 1)).
+  At this perplexity, exp(H), all other codes are equally frequent. H = -p log p - (1 - p) log((1 -
+  p) / (K - 1)).
   """
   rest = 1 - share
   entropy = -share * np.log(share) - (rest * np.log(rest / (codes - 1)) if rest else 0.0)
@@ -78,7 +81,7 @@ def _difference(own: dict, base: dict, name: str) -> dict:
 
 
 def _level(level: dict, text: str) -> str:
-  """Formats a mean; adds lowest and highest of the seeds unless they look equal."""
+  """Formats a mean; adds the lowest and highest value of the seeds if they look different."""
   mean, low, high = (text.format(level[key]) for key in ("mean", "lowest", "highest"))
   return mean if low == high else f"{mean} ({low} to {high})"
 
@@ -95,7 +98,7 @@ def _gap(difference: dict | None, text: str) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns the result of `summarize` as a Markdown table, a row per arm."""
+  """Returns the result of `summarize` as a Markdown table with a row for each arm."""
   arms = result["arms"]
   names = [name for name in MEASURES if any(name in arm["measures"] for arm in arms.values())]
   gaps = [name for name in COMPARED if name in names]
@@ -133,7 +136,7 @@ def _row(cells) -> str:
 
 
 def write_page(path: pathlib.Path, result: dict) -> None:
-  """Replaces the table of the result's source and codes in a page, between two markers.
+  """Replaces, in a page, the table for the source and codes of the result, between two markers.
 
   Raises:
     UserError: the page lacks a marker.

@@ -1,4 +1,4 @@
-r"""Measures a train step: seconds, tokens/s, and model FLOPs relative to the measured matrix peak.
+r"""Measures the time, tokens/s, and share of the measured peak FLOP/s of a train step.
 
   python -m benchmarks.train_step
   python -m benchmarks.train_step --layers=24 --width=1024 --heads=16 --mlp_width=4096 --rows=8 \
@@ -44,7 +44,7 @@ _STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two untimed steps
 
 
 def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
-  """Measures peak FLOP/s: the fastest of `repeats` [size, size] products on one device."""
+  """Measures peak FLOP/s on one device: the fastest of `repeats` [size, size] matrix products."""
   a = jnp.ones((size, size), dtype)
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
@@ -57,7 +57,7 @@ def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
 
 
 def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list[float]:
-  """Measures the seconds of `steps` train steps on random tokens."""
+  """Measures the time in seconds of each of `steps` train steps on random tokens."""
   optimizer = create_optimizer(OptimizerConfig(), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]

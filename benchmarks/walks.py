@@ -1,4 +1,4 @@
-"""Counts the files that a call enters, and the calls from a lower room to a room above it.
+"""Counts the files that a call enters, and the calls from a lower layer ("room") to a higher room.
 
   python -m benchmarks.walks --way=load
   python -m benchmarks.walks --way=generate --files
@@ -6,9 +6,9 @@
 
 A file is entered when one of its functions runs, in any thread. Code that runs only during the
 import of a module does not count. A climb is a pair of files from two rooms, in which the file of
-the lower room calls a function of the upper room. The table in docs/design.md orders the rooms from
-bottom to top. Its base and the sections of the config form one room. `api.py` and `commands/` are
-above all rooms.
+the lower room calls a function of the upper room. The table in docs/design.md lists the rooms from
+bottom to top. The base in this table and the sections of the config form one room. `api.py` and
+`commands/` are above all rooms.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def rooms() -> list[str]:
 
 
 def base() -> set[str]:
-  """Returns the packages and modules of the base, the lowest room."""
+  """Returns the packages and modules of the base, which is the lowest room."""
   sentence = re.search(r"The base is (.*?)\.\n", _table(), re.DOTALL)
   assert sentence, "docs/design.md does not say what the base is"
   return set(re.findall(r"`(\w+)`", sentence[1]))
@@ -55,7 +55,7 @@ def room_of(file: str) -> str:
 
 
 class Walk:
-  """Records the calls between files of the package while it is active."""
+  """Records the calls between files of the package while the context is active."""
 
   def __init__(self):
     self.files: dict[str, None] = {}
@@ -82,7 +82,7 @@ class Walk:
       self.pairs[caller.f_code.co_filename.removeprefix(PACKAGE), file] = None
 
   def climbs(self) -> list[tuple[str, str]]:
-    """Returns the pairs (caller, callee) of files that are climbs."""
+    """Returns the climbs, as pairs (file of the caller, file of the function that it calls)."""
     order = {room: place for place, room in enumerate(rooms())}
 
     def height(file: str) -> int:
@@ -140,7 +140,7 @@ def measure(way: str, workdir: str) -> Walk:
 
 
 def main() -> None:
-  # The walked command defines absl flags, so this script uses argparse.
+  # The recorded command defines absl flags, so this script uses argparse.
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--way", choices=WAYS, default="load", help="what is called")
   parser.add_argument("--workdir", help="run whose rows are read")

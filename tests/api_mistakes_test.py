@@ -1,4 +1,4 @@
-"""Tests that a mistake in the arguments of a Python call gives one sentence."""
+"""Tests that a mistake in the arguments of a Python call raises an error with one sentence."""
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
   ],
 )
 def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
-  monkeypatch.setattr(reading, "load_params", None)  # Fails if anything is read.
+  monkeypatch.setattr(reading, "load_params", None)  # This fails if any file is read.
   with refused(UserError):
     CM3Leon.load(run, **options)
 

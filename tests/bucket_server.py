@@ -1,7 +1,7 @@
-"""Serves GCS buckets on this machine, with the parts of the JSON API that our libraries use.
+"""Serves fake GCS buckets on this machine, with the parts of the JSON API that our libraries use.
 
 Its clients are gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
-make it answer slowly, with errors, or not at all.
+make the server answer slowly, with errors, or not at all.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ OBJECT = re.compile(r"^(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/(.+)$")
 
 
 class Server:
-  """Serves buckets from memory. A bucket exists while it holds an object.
+  """Serves GCS buckets from memory. A bucket exists while it holds an object.
 
   Attributes:
-    objects: (bucket, name) -> (content, generation).
+    objects: stored objects, (bucket, name) -> (content, generation).
     requests: (method, path with its query) of each request.
     fault: called with the method and the path before a request is answered. It may wait, or return
       the status of the answer.
@@ -47,7 +47,7 @@ class Server:
     """Returns environment variables that make the libraries of a process use this server."""
     return {
       "STORAGE_EMULATOR_HOST": self.url,
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs would ask Google for the kind.
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # Else gcsfs would ask Google for the kind.
       "GOOGLE_CLOUD_PROJECT": "tests",
       "TENSORSTORE_GCS_HTTP_URL": self.url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
@@ -106,12 +106,12 @@ class Server:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers one connection from the buckets of a `Server`."""
+  """Answers the requests of one connection from the buckets of a `Server`."""
 
   protocol_version = "HTTP/1.1"
 
   def __init__(self, buckets: Server, *connection):
-    self.buckets = buckets  # First, because `super().__init__` handles the connection.
+    self.buckets = buckets  # This must be first, because `super().__init__` handles the connection.
     super().__init__(*connection)
 
   def log_message(self, *_):
@@ -158,7 +158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.answer(200, self.buckets.list(found[1], query))
     elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and has(found[1]):
       self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
-    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, which the C++ client uses.
+    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # The C++ client uses this API.
       self.object(found[1], found[2], {**query, "alt": "media"})
     else:
       self.refuse(404)

@@ -24,7 +24,7 @@ def model():
 
 
 def heldout(reason):
-  """Returns 32 pairs of scenes that are held out for `reason`."""
+  """Returns 32 pairs of scenes that are held out for the reason `reason`."""
   pairs = [source.pair(ScenesConfig(rare_objects=1_550), "heldout", i) for i in range(300)]
   pairs = [pair for pair in pairs if pair.facts["heldout"] == reason]
   assert len(pairs) >= 32
@@ -155,7 +155,7 @@ def test_the_tuned_one_edits_new_scenes(tuned):
 
   assert share_of_right(after) >= 0.5
   assert share_of_right(before) == 0
-  # Generated images come out of the tokenizer.
+  # Generated images are decoded by the tokenizer.
   tokenizer = tuned.pipeline.image_tokenizer
   drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
   edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])

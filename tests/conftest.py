@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-  # Compiling a program in several threads takes more processor time.
+  # Compiling one program in several threads takes more processor time in total.
   " --xla_cpu_parallel_codegen_split_count=1"
   # The newer fusion emitters take more than twice as long; jaxlib 0.12 has no others.
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -41,7 +41,8 @@ import pytest
 
 pytest_plugins = ["tests.messages", "tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing creates many objects, but few reference cycles. Rare garbage collection saves 12%.
+# Tracing creates many objects, but few reference cycles. Less frequent garbage collection saves 12%
+# of the time.
 gc.set_threshold(200_000, 50, 100)
 CHECKED = [
   f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "tokenizers", "training")
@@ -91,15 +92,15 @@ def _short_waits():
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_maps():
-  """Discards compiled programs after a module if the process has many memory maps."""
+  """Discards compiled programs after a test module if the process has many memory maps."""
   yield
   if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
 
 
-# Properties of a machine for which a test may be skipped. A skip for another reason, such as a
-# missing package, would hide tests, so it fails the session.
+# Reasons for which a test may be skipped: properties of a machine. A skip for another reason, such
+# as a missing package, would hide tests, so it fails the session.
 SKIPS = (
   "an option of Linux",
   "needs systemd-analyze",
@@ -130,7 +131,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def optimized():
-  """Lets XLA optimize the programs of a test with long computations."""
+  """Makes XLA optimize the programs of a test, because its computations are long."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)

@@ -1,4 +1,4 @@
-"""Tests that damaged files of a workdir are named in one sentence, and that no file runs code."""
+"""Tests that a message names damaged files of a workdir, and that reading a file runs no code."""
 
 import ast
 import json
@@ -73,7 +73,7 @@ def run_shards(folder):
   return list(shards.run_shards(Job(), {"a": {"b": 1}}, folder, runner, "shards"))
 
 
-# File -> function that reads it, given its folder.
+# File name -> function that reads the file, given its folder.
 READERS = {
   "documents/done.json": lambda root: stages.require(root, "documents"),
   "raw/done.json": lambda root: stages.once(root / "raw", {"a": 1}).__enter__(),
@@ -137,13 +137,13 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
       read()
     assert f"metrics.jsonl, {sentence}" in str(error.value)
     assert "Delete this line" in str(error.value) or "delete this line" in str(error.value)
-  log.write_bytes(b"\n".join(LINES) + b"\n{")  # A kill cut the last line.
+  log.write_bytes(b"\n".join(LINES) + b"\n{")  # The last line is incomplete, as after a kill.
   assert len(read_json_lines(log)) == 3
 
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
-  """Applies to files of earlier versions. In files with digests, the bad line is named."""
+  """This applies to files without digests. In files with digests, a message names the line."""
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)

@@ -123,7 +123,7 @@ def test_a_missing_cluster_is_a_user_error():
   assert f"UserError: {reason}" in result.stderr
 
 
-# A process that waits in native code runs its signal handlers only afterwards.
+# A process that waits in native code runs its signal handlers only after the wait.
 WAITS = """
 import signal, sys, time
 from cm3leon_jax import distributed
@@ -158,7 +158,7 @@ def test_processes_that_are_asked_to_stop_while_they_wait_all_end_with_its_code(
   assert [job.returncode for job in jobs] == [INTERRUPTED] * 2, found
 
 
-# The signal comes just before the steps and stops them. Then the process outlives its own limit.
+# The signal arrives just before the steps and stops them. Then the process runs past its own limit.
 TAKEN_OVER = """
 import signal, sys, time
 import jax

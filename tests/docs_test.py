@@ -1,4 +1,4 @@
-"""Tests that the documentation builds, names only what exists, and has valid metadata files."""
+"""Tests that the documentation builds and names only existing things; tests metadata files."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ SOURCES = {
   for path in (ROOT / folder).rglob("*.*")
   if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service", ".jinja")
 }
-EXAMPLES = {"path/own.py", "my_tuning.py"}  # Example names of a user's files.
+EXAMPLES = {"path/own.py", "my_tuning.py"}  # Names that examples use for a user's files.
 
 
 def flags_in(*files: str) -> set[str]:
@@ -37,7 +37,7 @@ def flags_in(*files: str) -> set[str]:
 
 
 def unknown_names(text: str) -> list[str]:
-  """Returns commands, flags, config fields, files and module members that do not exist."""
+  """Returns names of commands, flags, config fields, files and module members that do not exist."""
   unknown = []
   text = text.replace("\\\n", " ").replace("\n$G", "\ncm3leon generate")
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")

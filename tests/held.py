@@ -1,4 +1,4 @@
-"""Starts another job that holds the lease of a folder."""
+"""Starts a process that holds the lease of a folder, like another job."""
 
 from collections.abc import Iterator
 import contextlib

@@ -66,10 +66,10 @@ MODULES = {
 
 
 def in_order(graph: grimp.ImportGraph) -> list[str]:
-  """Returns the modules, each after its imports. Raises CycleError."""
+  """Returns the modules, each after its imports. Raises CycleError if there is a cycle."""
   imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
   for names in imports.values():
-    names.discard("cm3leon_jax")  # Imported for its version.
+    names.discard("cm3leon_jax")  # This module is imported only for its version.
   return list(graphlib.TopologicalSorter(imports).static_order())
 
 
@@ -82,7 +82,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_a_folder_has_at_most_15_files_of_its_own():
-  """`commands` is exempt, because it has one file per command."""
+  """The folder `commands` is exempt, because it has one file per command."""
   folders = {path.parent for path in MODULES.values()} - {PACKAGE / "commands"}
   sizes = {
     str(f.relative_to(PACKAGE)): len({*f.glob("*.py")} - {f / "__init__.py"}) for f in folders

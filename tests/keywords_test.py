@@ -1,4 +1,4 @@
-"""Tests that keyword types match the fields that are read, and that mypy rejects wrong keywords."""
+"""Tests that types of keyword arguments match the fields, and that mypy rejects wrong keywords."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs commands as a user would, but forked from a process that has imported their libraries.
+"""Runs commands as a user does, but in a fork of a process that has imported their libraries.
 
 Otherwise a command that refuses its flags would spend nearly all of its time on imports.
 """
@@ -25,7 +25,7 @@ SERVER = "from tests.launched import serve; serve()"
 
 
 class Server:
-  """The process that has imported modules, and from which commands are forked."""
+  """Process that has imported modules, and from which commands are forked."""
 
   running: ClassVar[list["Server"]] = []
 
@@ -37,7 +37,7 @@ class Server:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      start_new_session=True,  # So that `killpg` also ends the forked processes.
+      start_new_session=True,  # With a separate group, `killpg` also ends the forked processes.
     )
     self.pid = self._process.pid
     self.running.append(self)
@@ -63,7 +63,7 @@ class Server:
 
 @functools.cache
 def server(imported: tuple[str, ...]) -> Server:
-  """Returns the server with these imported modules."""
+  """Returns the server that has imported these modules."""
   return Server(imported)
 
 
@@ -76,7 +76,7 @@ def run(
     module: name of the module.
     argv: name of the program and its arguments.
     cwd: current folder of the program.
-    missing: modules that appear not to be installed.
+    missing: modules that seem not to be installed.
     imported: slow modules that are imported once, before the program starts.
     timeout: in seconds.
     **environment: variables that differ from the variables of this process. Variables that JAX
@@ -102,7 +102,7 @@ def launch(name: str, *flags: str, **options):
 
 
 def cm3leon(*flags: str, **options):
-  """Runs the console script, see `run`."""
+  """Runs the console script `cm3leon`, see `run`."""
   return run("cm3leon_jax.__main__", ["cm3leon", *map(str, flags)], **options)
 
 

@@ -1,4 +1,4 @@
-"""Compares error messages with the sentences stored in messages.json; a flag renews them.
+"""Compares error messages with the sentences in messages.json; a flag renews the file.
 
   def test_a_negative_width_is_refused():
     with refused(FieldError, path=("width",)) as error:
@@ -30,12 +30,12 @@ from cm3leon_jax.config import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "messages.json"
 HEX = re.compile(r"(?<![\w])(?=\d*[a-f])[0-9a-f]{12,}(?!\w)")
-ATTRIBUTE = "messages"  # Key in the output of an xdist worker.
+ATTRIBUTE = "messages"  # Key of the sentences in the output of an xdist worker.
 
 
 @dataclasses.dataclass
 class _Running:
-  """The running test: its key, its stored sentences (None: not compared), and its errors so far."""
+  """Running test: its key, its stored sentences (None: not compared), and its errors so far."""
 
   key: str
   stored: list[str] | None
@@ -54,7 +54,7 @@ def _know_base(tmp_path_factory):
 
 @contextlib.contextmanager
 def refused(kind: type[BaseException], **facts: Any) -> Iterator[pytest.ExceptionInfo]:
-  """Expects an error of class `kind` with attributes `facts` and the stored sentence.
+  """Expects an error of the class `kind` with the attributes `facts` and the stored sentence.
 
   Yields:
     The result of `pytest.raises`; after the block, its `value` is the error.
@@ -79,7 +79,7 @@ def check_refused(result: subprocess.CompletedProcess, code: int = 2) -> None:
 
 
 def check_sentence(sentence: str) -> None:
-  """Expects the stored sentence, e.g. in an answer of a server or in part of an output."""
+  """Expects that `text`, e.g. an answer of a server, equals the stored sentence."""
   _require_test()
   _compare(_without_machine(sentence, _base))
 
@@ -163,7 +163,7 @@ def _key(item: pytest.Item) -> str:
 
 
 class Keeper:
-  """Gives each test its stored sentences; with --renew-messages, writes the new sentences."""
+  """Passes each test its stored sentences; with --renew-messages, writes the new sentences."""
 
   def __init__(self, config: pytest.Config):
     self._config, self._renew = config, config.getoption("renew_messages")
@@ -172,7 +172,7 @@ class Keeper:
     self._met: dict[str, list[str]] = {}  # Key of a passed test -> its sentences.
     self._gone: set[str] = set()  # Keys of tests that no longer exist.
 
-  @pytest.hookimpl(tryfirst=True)  # Runs before tests are deselected.
+  @pytest.hookimpl(tryfirst=True)  # This runs before tests are deselected.
   def pytest_collection_modifyitems(self, config, items):
     if any("::" in name for name in config.args) or config.getoption("lf", False):
       return  # Some tests of a file may not be collected.

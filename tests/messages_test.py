@@ -51,7 +51,7 @@ LIVING = {key: sentences for key, sentences in STORED.items() if not key.endswit
 
 @pytest.fixture
 def session(tmp_path):
-  """Runs CASES with stored sentences; returns exit code, output and sentences stored then."""
+  """Runs CASES with stored sentences; returns exit code, output, and newly stored sentences."""
   (tmp_path / "tests").mkdir()
   file = tmp_path / "tests/messages.json"
 

@@ -4,12 +4,11 @@
   python -m tests.mutants --part=2/4         # every fourth mutant, starting with the second
   python -m tests.mutants --only=adam        # mutants whose name contains "adam"
 
-A mutant replaces one text of one file in a copy of the tree. Only the tests that claim to notice it
-run, and tests marked `slow` only if no other test notices it. A mutant that no test notices
-survives, which shows a gap in the tests. A mutant that cannot be imported proves nothing about the
-tests, so it counts as invalid, not as killed.
-`mutants_test.py` runs the same list in a test marked `slow`. Its other tests check that each mutant
-can be made and that its tests exist.
+A mutant replaces one text of one file in a copy of the tree. Only the tests that are listed for the
+mutant run. Tests marked `slow` run only if no other test notices the mutant. A mutant that no test
+notices survives, which shows a gap in the tests. A mutant that cannot be imported proves nothing
+about the tests, so it counts as invalid, not as killed. `mutants_test.py` runs the same list in a
+test marked `slow`. Its other tests check that each mutant can be made and that its tests exist.
 """
 
 import argparse
@@ -38,7 +37,7 @@ NOT_A_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalEr
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Result of running the tests of a mutant.
+  """Outcome of the tests of a mutant.
 
   Attributes:
     verdict: KILLED, SURVIVES or INVALID.
@@ -54,7 +53,7 @@ class Outcome:
 
 
 def mutated(mutant: Mutant, text: str) -> str:
-  """Applies a mutant. Raises ValueError unless it matches `text` once and the result compiles."""
+  """Applies a mutant. Raises ValueError unless it occurs once in `text` and the result compiles."""
   if text.count(mutant.old) != 1:
     raise ValueError(
       f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times, not "
@@ -76,7 +75,7 @@ def judge(code: int, output: str) -> tuple[str, str]:
   """
   if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
     return SURVIVES, ""
-  summary = output.rpartition("short test summary info")[2]  # Logs before it have similar lines.
+  summary = output.rpartition("short test summary info")[2]  # Earlier logs have similar lines.
   lines = [line for line in summary.splitlines() if line.startswith(("FAILED ", "ERROR "))]
   if code != 1 or not lines:
     return INVALID, f"pytest ended with {code}: {' '.join(lines) or output[-400:]}"
@@ -125,13 +124,13 @@ def run(
     mutant: None for the unchanged tree.
     tests: files or node ids.
     timeout: in seconds.
-    slow: whether to run only tests marked `slow`, or only the others.
+    slow: whether to run only the tests marked `slow` (True), or only the other tests (False).
   """
   start, marks = time.monotonic(), "slow" if slow else "not slow"
   options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
   command = [sys.executable, "-m", "pytest", *options, *tests]
   environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts the lines of its summary.
-  # Half of the time of a small test is compiling Python, including the libraries.
+  # Compiling Python code, also of the libraries, takes half of the time of a small test.
   environment["PYTHONPYCACHEPREFIX"] = str(root.parent / "bytecode")
   environment.pop("PYTHONDONTWRITEBYTECODE", None)
   with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
@@ -161,7 +160,7 @@ def noticed(root: pathlib.Path, mutant: Mutant) -> Outcome:
 
 
 def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
-  """Returns every n-th mutant, starting with the k-th, for `which` = "k/n"."""
+  """Returns every n-th mutant, starting with the k-th; `which` is "k/n"."""
   number, parts = map(int, which.split("/"))
   return list(mutants[number - 1 :: parts])
 

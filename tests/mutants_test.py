@@ -129,12 +129,12 @@ def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
   [
     (("not slow", True), mutants.KILLED, False),
     (("slow", True), mutants.KILLED, True),
-    (("slow", True, False), mutants.INVALID, True),  # A slow test that fails without a mutant, too.
+    (("slow", True, False), mutants.INVALID, True),  # This slow test also fails without a mutant.
     ((), mutants.SURVIVES, True),
   ],
 )
 def test_slow_tests_run_where_no_other_notices(tree, monkeypatch, failing, verdict, slow):
-  """`failing`: marks of failing tests with a mutant, and False if they also fail without it."""
+  """`failing`: marks of tests that fail with a mutant, and False if they also fail without it."""
 
   def pytest_ends(command, cwd, **_):
     mutated = (cwd / CM3).read_text() != (mutants.ROOT / CM3).read_text()

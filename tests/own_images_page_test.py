@@ -15,7 +15,7 @@ from benchmarks import own_images
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "own_images.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-# Text of the page -> smaller values for the test.
+# Text of the page -> text with smaller values for the test.
 SMALLER = {"--config=own ": "--config=own:0.1 ", "own.get_config()": 'own.get_config("0.1")'}
 SMALLER |= {'"steps": 500, "checkpoint_every": 100': '"steps": 10, "checkpoint_every": 5'}
 PORT = "8080"
@@ -28,7 +28,7 @@ def test_every_block_of_the_page_is_run_or_shows_a_folder():
 
 
 def shell(folder, command):
-  """Starts a block in a shell whose `cm3leon` and `python` are those of the tests."""
+  """Starts a block in a shell that uses the tests' `cm3leon` and `python`."""
   run = f'"{sys.executable}" -m cm3leon_jax'
   functions = f'cm3leon() {{ {run} "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
   if command.startswith("cm3leon serve"):  # `exec`, so that a signal reaches the server.

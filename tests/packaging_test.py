@@ -34,7 +34,7 @@ def build(source, target) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  """Builds the wheel from a copy without build outputs."""
+  """Builds the wheel from a copy of the tree without build outputs."""
   source = tmp_path_factory.mktemp("source")
   for name in ("cm3leon_jax", "examples", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -172,7 +172,7 @@ def test_the_layout_of_the_project():
 
 
 def test_the_wheel_is_tried_only_on_a_python_that_is_there():
-  """A missing Python causes a message and a failure, not a skip."""
+  """A missing Python version causes a message and a failure, not a skip."""
   result = subprocess.run(
     ["bash", ROOT / ".ci" / "wheel.sh", "python3.99"], capture_output=True, text=True, check=False
   )

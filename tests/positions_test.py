@@ -1,4 +1,4 @@
-"""Tests that positions are relative to the images of a sample, and rise by one within a unit."""
+"""Tests that positions count from the images of a sample, and increase by one within a unit."""
 
 import itertools
 
@@ -66,7 +66,7 @@ some_seeds = st.integers(0, 2**16)
 
 @given(st.integers(1, 6), st.booleans(), st.integers(0, 3), some_seeds)
 def test_without_neighbors_positions_differ_by_a_constant(words, whole_segments, num_spans, seed):
-  """Relative positions are unaffected in a pair, including its spans, and in a text."""
+  """Positions in a pair (also with spans) and in a text increase by one at each token."""
   rng = np.random.default_rng(seed)
   for kinds in ([(False, words), (True, 4)], [(False, words)]):
     sample = join([document(kinds, rng)], VOCAB)
@@ -88,7 +88,7 @@ def test_images_of_pairs_stand_at_the_same_positions(words, seed):
 
 @given(st.lists(some_kinds, min_size=1, max_size=3), st.integers(0, 3), some_seeds)
 def test_no_position_is_larger_than_the_index(documents, num_spans, seed):
-  """The first position is at least minus the length, and positions in a unit rise by one."""
+  """The first position is at least minus the length. Positions increase by one within a unit."""
   rng = np.random.default_rng(seed)
   sample = join([document(kinds, rng) for kinds in documents], VOCAB)
   lengths = [4 if i else n for kinds in documents for i, n in kinds]

@@ -15,7 +15,7 @@ import pytest
 from tests import launched
 
 SHOWN = 15  # Number of rows in the summary.
-PROPERTY = "processor seconds"  # (seconds of the test, fixture -> seconds) in a report.
+PROPERTY = "processor seconds"  # Field of a report: (seconds of the test, fixture -> seconds).
 
 
 def now() -> float:
@@ -29,11 +29,11 @@ def now() -> float:
 
 
 class Counter:
-  """Counts in the process that runs tests, and adds the seconds to each test's report."""
+  """Counts in the process that runs the tests, and adds the seconds to the report of each test."""
 
   def __init__(self):
     self._start = 0.0
-    self._shared: dict[str, float] = {}  # Fixture that this test set up -> seconds.
+    self._shared: dict[str, float] = {}  # Name of a fixture that this test set up -> seconds.
 
   @pytest.hookimpl(wrapper=True)
   def pytest_fixture_setup(self, fixturedef):
@@ -61,7 +61,7 @@ class Counter:
 
 
 class Judge:
-  """Collects the seconds, prints the slowest tests, and fails the session over a limit."""
+  """Collects the seconds, prints the slowest tests, and fails the session if a test is too slow."""
 
   def __init__(self, warn: float, fail: float):
     self.warn, self.fail = warn, fail
@@ -77,7 +77,7 @@ class Judge:
           self.fixtures[fixture] = self.fixtures.get(fixture, 0.0) + seconds
 
   def over(self, limit: float) -> list[str]:
-    """Returns the tests over a limit in seconds, slowest first."""
+    """Returns the tests that take more than `limit` seconds, slowest first."""
     found = [name for name, seconds in self.tests.items() if seconds > limit]
     return sorted(found, key=lambda name: -self.tests[name])
 

@@ -1,4 +1,4 @@
-"""Tests that Ray workers, one of them killed, write the same bytes as a single process."""
+"""Tests that Ray workers write the same bytes as a single process, even if a worker is killed."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
 SHARDS = 6
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray itself warns.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray prints warnings.
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def ray_address():
 
 
 class Letters:
-  """A text tokenizer with a token per character."""
+  """Fake text tokenizer with a token per character."""
 
   def encode_batch(self, texts):
     return [np.array([ord(c) + 8 for c in text], np.int32) for text in texts]
 
 
 class Corners:
-  """An image tokenizer whose codes are corner pixels; the first `kill_at` kills the process."""
+  """Fake image tokenizer whose codes are corner pixels; the first `kill_at` kills the process."""
 
   def __init__(self, mark: str = "", kill_at: int = -1):
     self.mark, self.kill_at = pathlib.Path(mark), kill_at
@@ -67,7 +67,7 @@ class Load:
 @pytest.fixture
 def raw(tmp_path):
   images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
-  images[13, 0, 0] = 255  # The fourth of six shards.
+  images[13, 0, 0] = 255  # This is the fourth of six shards.
   splits = ["train", "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
@@ -134,7 +134,7 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
     json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")
   ) == list(range(12))
   before = log(tmp_path)
-  run(tmp_path, job)  # Nothing is left to do.
+  run(tmp_path, job)  # No shard remains to be done.
   assert log(tmp_path) == before
 
 

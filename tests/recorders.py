@@ -1,4 +1,4 @@
-"""Runs the scripts of a job with recorders that replace gcloud, xpk, srun and others."""
+"""Runs the scripts of a job with programs that record calls, in place of gcloud, xpk, srun etc."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ from cm3leon_jax.planning import hardware, launchers
 
 ROOT = pathlib.Path(__file__).parents[1]
 POD = ROOT / "launch" / "pod"
-PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # Also has shellcheck and hadolint.
-MISTAKE = 2  # Exit code of every command for a user's mistake.
+PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # shellcheck and hadolint are here, too.
+MISTAKE = 2  # Exit code of every command after a mistake of the user.
 FLAGS = [
   "--config=ml_configs/cm3leon_7b.py:paper",
   "--workdir=gs://bucket/7b",
@@ -32,7 +32,7 @@ class Recorders:
   def add(self, name: str, then: str = "") -> None:
     """Adds a program that records its call and then runs the bash code `then`."""
     program = self._programs / name
-    # One write per call, so that parallel calls do not mix.
+    # Each call is one write, so that parallel calls do not mix.
     record = f"call=$(printf '%s\\037' '{name}' \"$@\")\nprintf '%s\\n' \"$call\" >>'{self._log}'"
     program.write_text(f"#!/usr/bin/env bash\n{record}\n{then}\n")
     program.chmod(0o755)

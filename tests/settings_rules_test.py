@@ -1,4 +1,4 @@
-"""Tests rules that involve several fields, and unknown fields."""
+"""Tests the rules for several fields together, and the refusal of unknown fields."""
 
 import pytest
 

@@ -20,7 +20,7 @@ from tests.messages import refused
 
 
 def settings_with(**fields) -> Settings:
-  """Returns the defaults with other values of `fields`, e.g. `train__steps=3`."""
+  """Returns the default settings with other values for `fields`, e.g. `train__steps=3`."""
   config = default_config().to_dict()
   for name, value in fields.items():
     section, _, field = name.partition("__")
@@ -41,7 +41,7 @@ def schemas() -> dict[tuple[str, str], dict]:
 
 
 SCHEMAS = schemas()
-# Type -> value of another type. Only an int is converted, to a float.
+# Type -> value of another type. Only an int is converted: to a float.
 OTHER_TYPE = {"string": 3, "boolean": 1, "integer": "3", "number": "3", "array": 3}
 
 
@@ -107,7 +107,7 @@ INTEGERS = [field for field, schema in SCHEMAS.items() if schema.get("type") == 
 
 @pytest.mark.parametrize(("section", "field"), INTEGERS)
 def test_the_largest_whole_number_takes_no_time(section, field):
-  """Regression: `vqgan.discriminator_layers` of 2^70 hung."""
+  """Regression: the check of `vqgan.discriminator_layers` = 2^70 did not end."""
   with refused(FieldError, path=(field,)):
     settings_with(**{f"{section}__{field}": 2**70})
   begin = time.process_time()

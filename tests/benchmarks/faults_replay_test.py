@@ -55,7 +55,7 @@ def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
   for process in processes:
     faults_run.finish(process)
   results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-  # The last three agree, too, although the processes see them differently.
+  # The last three verdicts agree, too, although the processes read different fingerprints.
   assert results[0] == results[1]
   *results, changed, apart = results[0]
   assert "step 5 reads: step, params.blocks.down" in changed["sentence"]

@@ -1,4 +1,4 @@
-"""Tests what `benchmarks.faults` counts and compares; the slow tests cause the faults."""
+"""Tests the counts and comparisons of `benchmarks.faults`; only the slow tests cause faults."""
 
 import faulthandler
 import json

@@ -38,7 +38,7 @@ def small(tmp_path, **changes):
 def trained(tmp_path, monkeypatch):
   """Replaces trainings by laws and skips slow plots; returns the runs in order.
 
-  Each run says whether a prediction existed before it.
+  Each run records whether a prediction existed before the run.
   """
   order = []
 
@@ -201,7 +201,7 @@ def test_the_first_prediction_stays(tmp_path):
   again = scaling.predict_once(path, {"runs": 1}, {"series": 2}, started=True)
   assert again == first
   assert first["series"] == 1
-  write_json(path, {**first, "series": 3})  # Control: the file counts.
+  write_json(path, {**first, "series": 3})  # Control: the predictions in the file are used.
   assert scaling.predict_once(path, {"runs": 1}, {"series": 1}, started=True)["series"] == 3
 
 

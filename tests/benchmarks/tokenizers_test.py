@@ -59,7 +59,7 @@ def test_the_commonest_square_bounds_the_perplexity():
   bound = tokenizers_table.perplexity_bound
   assert bound(1.0, 8) == 1
   assert bound(1 / 8, 8) == pytest.approx(8)
-  # 1 bit says whether it is the first of 5; half of the cases need 2 more bits: 2 bits.
+  # 1 bit says whether the code is the first of 5; half of the codes need 2 more bits: 2 bits.
   assert bound(0.5, 5) == pytest.approx(4)
   codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
   assert vqgan_training.perplexity(codes, 5) == pytest.approx(4)

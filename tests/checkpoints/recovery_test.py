@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes back to; two processes of a run decide the same."""
+"""Tests which checkpoint a run goes back to, and that two processes of a run agree on it."""
 
 import os
 import shutil
@@ -17,8 +17,8 @@ from tests.distributed_test import free_port
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 
-# Saves steps 1 to 5, damages 5, unseals 4, leaves digests of 7, and goes back to what is whole,
-# then to step 2.
+# This program saves steps 1 to 5, damages 5, unseals 4, and leaves digests of 7. Then it goes back
+# to the newest whole checkpoint, then to step 2.
 PROCESS = """
 import pathlib, sys
 import numpy as np
@@ -98,7 +98,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
-  # Of a process that this job does not have.
+  # These digests are from a process that this job does not have.
   (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   recovery.discard_unsealed(checkpoints)
@@ -111,7 +111,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
 
 @pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
 def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
-  """None: a file of the checkpoint is damaged; else its digests are."""
+  """None means that a file of the checkpoint is damaged; otherwise its digests are damaged."""
   if digests is None:
     flip(largest_file(saved / "checkpoints" / "2"))
   else:
@@ -125,14 +125,14 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
   assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
+    checkpoints.save(fresh(3), 2, next_row=99)  # The checkpoint is written again.
     checkpoints.wait()
   assert recovery.newest_whole(checkpoints) == 2
   checkpoints.close()
 
 
 def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
-  """Neither of a checkpoint that is deleted nor of one that is gone."""
+  """No digests remain, either of a deleted checkpoint or of a checkpoint that does not exist."""
   shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     recovery.go_back(checkpoints, 1)
@@ -168,7 +168,7 @@ def test_checkpoints_without_digests_are_kept_and_refused(saved):
 
 
 def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
-  """Damaged checkpoints are deleted; the errors of gcsfs are OSErrors, as those of a disk are."""
+  """Damaged checkpoints are deleted. Errors of gcsfs are OSErrors, like errors of a disk."""
   aiohttp = pytest.importorskip("aiohttp")
   checkpoints = checkpoint.Checkpoints(saved, 2)
   steps = checkpoints.sealed()
@@ -184,7 +184,7 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
 
 
 def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeypatch):
-  """As gcsfs raises an error whose text has the word "invalid"."""
+  """The fake raises an error like gcsfs, whose text has the word "invalid"."""
   path_type = type(epath.Path(saved))
   read = path_type.read_text
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny decoder, and damage to them."""
+"""Saves checkpoints of a tiny decoder, and damages them."""
 
 import jax
 

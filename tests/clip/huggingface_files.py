@@ -15,7 +15,7 @@ CAPTIONS = ["red", "A  red, red APPLE!", "größe ♥", "a caption that is too l
 
 
 def write_tokenizer(folder):
-  """Writes a tokenizer of all bytes (also with </w>), three merges, and start and end tokens."""
+  """Writes a tokenizer with all bytes (also with </w>), three merges, and start and end tokens."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   merges = ["r e", "re d</w>", "p p"]
   words = (

@@ -31,7 +31,7 @@ from tests.data.raw_folder import write_raw
 from tests.launched import run
 from tests.messages import refused
 
-TOLERANCE = 1e-5  # fp32, embeddings of norm 1.
+TOLERANCE = 1e-5  # Tolerance in fp32, for embeddings of norm 1.
 KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}
 NORMALIZE = (
   (0.48145466, 0.4578275, 0.40821073),
@@ -169,7 +169,7 @@ def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
     np.testing.assert_allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
 
 
-# A module, so that `tests.launched` can run it.
+# This is a module, so that `tests.launched` can run it.
 WITHOUT_TORCH = """
 import sys
 import numpy as np
@@ -183,7 +183,7 @@ print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).sh
 @pytest.mark.slow
 def test_it_needs_no_torch(folder, tmp_path):
   (tmp_path / "without_torch.py").write_text(WITHOUT_TORCH)
-  missing = ("torch", "torchvision")  # These must not be imported.
+  missing = ("torch", "torchvision")  # These packages must not be imported.
   done = run("without_torch", ["without_torch", str(folder)], cwd=tmp_path, missing=missing)
   assert done.stdout.endswith("(1, 24) (2, 24)\n"), done.stderr
 

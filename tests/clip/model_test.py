@@ -138,5 +138,5 @@ def test_images_of_another_size_are_refused():
 
 
 def test_no_parameter_has_a_weak_type():
-  # The first update makes weak types strong, so the train step would be compiled twice.
+  # The first update turns weak types into strong types, so the train step would compile twice.
   assert not [value for value in jax.tree.leaves(make().params) if value.weak_type]

@@ -1,4 +1,4 @@
-"""Tests that mistakes in the command line end in one sentence before JAX is imported."""
+"""Tests that a mistake in the command line causes one sentence, before JAX is imported."""
 
 import json
 import os

@@ -116,7 +116,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
   check_refused(result)
 
 
-# Runs a command that uses devices, without JAX_PLATFORMS.
+# This program runs a command that uses devices, without JAX_PLATFORMS.
 DEVICES = """
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.common import use_mesh
@@ -232,7 +232,7 @@ def test_every_config_of_the_demo_takes_minutes():
 
 def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / "old-python"
-  old.write_text("#!/bin/sh\nexit 1\n")  # The version check fails.
+  old.write_text("#!/bin/sh\nexit 1\n")  # Here, the version check fails.
   old.chmod(0o755)
   result = run("bash", "-c", f'source "{ROOT}/launch/venv.sh"; find_python', PYTHON=str(old))
   check_refused(result)

@@ -119,7 +119,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   run(settings)
   assert "finished already, skipped" in capsys.readouterr().out
   warmer = dataclasses.replace(settings.sampling, temperature=0.5)
-  run(dataclasses.replace(settings, sampling=warmer))  # Needs new samples.
+  run(dataclasses.replace(settings, sampling=warmer))  # This needs new samples.
   assert "skipped" not in capsys.readouterr().out
 
 
@@ -252,7 +252,7 @@ def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, r
   run(settings_of(), export="geneval", prompts=str(path))
   (folder,) = (made / "geneval").glob("my-prompts-*")
   found = []
-  # Walks through the folder as GenEval's evaluate_images.py does.
+  # This reads the folder like evaluate_images.py of GenEval.
   for sub in sorted(x for x in folder.iterdir() if x.is_dir() and x.name.isdigit()):
     metadata = json.loads((sub / "metadata.jsonl").read_text())
     images = sorted(x.name for x in (sub / "samples").iterdir())

@@ -46,7 +46,7 @@ def write_store(folder, n, vocab, seed):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Writes what the evaluation reads: NaN parameters and an untrained decoder as their average."""
+  """Writes the files that an evaluation reads; parameters are NaN, their average is untrained."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()

@@ -35,7 +35,7 @@ class Killed(Exception):
 
 
 class Kill:
-  """Raises Killed after `left` opens for writing, moves or removals of files below a folder."""
+  """Raises `Killed` after `left` operations below a folder: opens for writing, moves, removals."""
 
   def __init__(self):
     self.folder, self.left = "", -1
@@ -215,7 +215,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
 
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
 def kill_at_any_write(exported_before, tmp_path):
-  """Returns the states that kills leave: (has weights, is finished, step of the bundle)."""
+  """Returns the states after kills: (weights exist, the export is finished, step of the bundle)."""
   # Both folders have the same name, because the export records it.
   kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
   shutil.copytree(exported_before, whole)

@@ -131,7 +131,7 @@ def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file,
 
 
 class Loads(Exception):
-  """Raised where the model would be read."""
+  """Error that is raised when a command would read the model."""
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, monkeypatch):

@@ -146,7 +146,7 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
 
 
 def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monkeypatch, capsys):
-  """The config of the tuning may differ in VQGAN sizes, which are unused, but not in the grid."""
+  """The config of the tuning may have other VQGAN sizes, which are unused, but not another grid."""
   run, tuned = tmp_path / "run", tmp_path / "tuned"
   run.mkdir()
   write_data(run)

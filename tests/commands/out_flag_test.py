@@ -99,7 +99,7 @@ def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path
   (folder,) = (tmp_path / "prompts").glob("a-red-bell-*")
   assert f"generate: results in {folder.relative_to(tmp_path)}, " in done.stdout
   (file,) = folder.glob("000_*.png")
-  # The image shows a red bell on white, so red has the largest mean.
+  # The image shows a red bell on white, so the red channel has the largest mean.
   red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))
   assert red > max(green, blue) + 5
   assert names(installed) == before

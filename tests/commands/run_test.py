@@ -63,7 +63,7 @@ def test_the_time_left_follows_from_the_stages_that_ended():
 
 @pytest.fixture
 def started(monkeypatch):
-  """Replaces each command of a run by two printed lines; returns the calls."""
+  """Replaces each command of a run by a fake that prints two lines; returns the calls."""
   calls = []
 
   def start(self, command, flags, show):

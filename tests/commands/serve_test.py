@@ -27,7 +27,7 @@ from tests.messages import check_refused
   ],
 )
 def test_buckets_may_have_their_name_of_before(given, printed, warnings):
-  """Runs in a new process, because commands define flags of the same names."""
+  """The test runs a new process, because commands define flags with the same names."""
   code = f"""
 from absl import flags
 from cm3leon_jax.commands import serve

@@ -26,7 +26,7 @@ from tests.tokenizers.vqgan_test import LOCAL
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-  """Fake tokenizer that keeps odd images and blanks even ones."""
+  """Fake tokenizer that keeps odd images and makes even images blank."""
 
   config: VQGANConfig
 

@@ -1,4 +1,4 @@
-"""Tests that messages about flags and sources of strangers are safe to print in a terminal."""
+"""Tests that messages about untrusted flags and sources are safe to print in a terminal."""
 
 import json
 import sys
@@ -109,7 +109,7 @@ def test_any_yaml_is_read_or_one_sentence(name):
 
 
 def test_a_command_prints_no_control_character_of_a_source(tmp_path):
-  """The command exits with code 2 and one line; a file lists what is wrong with each record."""
+  """The command exits with code 2 and prints one line. A file lists the errors of each record."""
   source, workdir = tmp_path / "set", tmp_path / "run"
   source.mkdir()
   lines = [

@@ -143,7 +143,7 @@ def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and
     for scene in scene_world.bank_scenes(world)[: world.bank]
     for placed in scene.objects
   )
-  assert len(counts) == common + len(names)  # Each has one color.
+  assert len(counts) == common + len(names)  # Each image has one color.
   assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: common + heldout}
 
 

@@ -1,4 +1,4 @@
-"""Makes files of public evaluations, in the formats of their releases, with few entries."""
+"""Makes files with few entries in the formats of public releases of evaluations."""
 
 import json
 

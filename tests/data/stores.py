@@ -1,4 +1,4 @@
-"""Small document stores that several tests read."""
+"""Makes small document stores that several tests read."""
 
 from array_record.python import array_record_module
 import numpy as np
@@ -14,7 +14,7 @@ IMAGE_TOKENS = 16
 
 
 def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[RowSource]:
-  """Pairs with 4 random candidates each, and texts of up to 300 tokens."""
+  """Makes pairs with 4 random candidates each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
 
   def text(n):
@@ -41,7 +41,7 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
 
 
 def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
-  """Two tasks with half of the slots each: answers within a text, and edits of an image."""
+  """Makes two tasks, each with half of the tokens: answers within a text, and edits of an image."""
   rng = np.random.default_rng(seed)
 
   def text(n):
@@ -68,7 +68,7 @@ def make_instructions(folder, count=30, seed=0) -> list[RowSource]:
 
 
 def damage_record(path, record: int) -> None:
-  """Flips a bit of a shard so that one record cannot be read, and all others can."""
+  """Flips a bit of a shard so that only one record cannot be read."""
   whole = path.read_bytes()
 
   def unreadable(i: int) -> bool:

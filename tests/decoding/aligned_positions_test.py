@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def aligned_requests():
-  """Requests of two streams after neighbors, whose captions have unequal lengths."""
+  """Returns requests of two streams. Their neighbors have captions of unequal lengths."""
   neighbors, other = [(B, CODES), (A, OTHER)], [(A, OTHER)]
   image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
   segments = [(A,), (Hole(codes=2), OTHER[2:])]
@@ -30,7 +30,7 @@ def aligned_requests():
 
 
 def scored(model, params, prompt, ids):
-  """[G, K] log-probabilities of every code in the place of each of `ids`, by evaluation."""
+  """Returns [G, K] log-probabilities of all codes at the place of each of `ids`, by evaluation."""
   codes = VOCAB.image_ids(np.arange(VOCAB.image_size))
   starts = [np.concatenate([prompt, ids[:i]]) for i in range(len(ids))]
   samples = [np.append(start, code).astype(np.int32) for start in starts for code in codes]
@@ -43,7 +43,7 @@ def scored(model, params, prompt, ids):
   "kind", ["apart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shared", "edits"))]
 )
 def test_aligned_positions_are_those_of_training(kind, monkeypatch):
-  """Greedy codes and their log_probs equal those of `bits.score_samples` on the whole sample."""
+  """Greedy codes and log_probs equal the scores of `bits.score_samples` on the whole sample."""
   if kind == "shared":
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)
@@ -63,6 +63,6 @@ def test_aligned_positions_are_those_of_training(kind, monkeypatch):
     found = expected(model, request, ids)
     np.testing.assert_array_equal(codes, found.argmax(axis=-1))
     np.testing.assert_allclose(log_probs, chosen(found, codes), atol=1e-4)
-    # Control: plain positions.
+    # Negative control: plain positions.
     plain = expected(dataclasses.replace(model, align_images=False), request, ids)
     assert np.abs(log_probs - chosen(plain, codes)).max() > 0.01

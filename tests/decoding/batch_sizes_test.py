@@ -1,6 +1,6 @@
-"""Programs of small batches: 1, 2, 3 and 8 samples of every task, on one device and on 8.
+"""Traces programs of small batches: 1, 2, 3 and 8 samples of every task, on one device and on 8.
 
-They are traced, not run: jax checks the shardings of an explicit mesh while it traces.
+The programs are not run, because JAX checks the shardings of an explicit mesh during tracing.
 """
 
 # B samples, S guidance streams, R = B x S rows.
@@ -22,7 +22,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.mesh import abstract, batch_shards
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
 
-ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Samples, or prompts, of a device: rows of its program.
+ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Samples or prompts on a device: rows of its program.
 SIZES = (1, 2, 3, 8)
 MESHES = {"one device": (1, 1, 1), "8 shards of the batch": (1, 8, 1)}
 REQUESTS = {
@@ -36,7 +36,7 @@ REQUESTS = {
   "answer": request_lib.infill(VOCAB, IMAGE, [(A, Hole(most_text=6)), (CODES,)]),
   "document": request_lib.document(VOCAB, IMAGE, [A, CODES], 7),
 }
-STREAMS = ("unconditional", "image", "edit")  # Tasks of one, two and three streams.
+STREAMS = ("unconditional", "image", "edit")  # Tasks with one, two and three streams.
 TASKS = [
   name if name in STREAMS else pytest.param(name, marks=pytest.mark.slow) for name in REQUESTS
 ]
@@ -49,12 +49,12 @@ def generator(request):
 
 
 def typed(tree):
-  """Shape, dtype and split of each array, such as "int32[8@(data,fsdp,fsdp_inner),7]"."""
+  """Returns shape, dtype and sharding of each array, e.g. "int32[8@(data,fsdp,fsdp_inner),7]"."""
   return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
 
 
 def types_of(generator, request, size: int, **fields):
-  """Returns (static arguments, types of (params, Prompts, Control)) of a batch of one request."""
+  """Returns (static arguments, types of (params, Prompts, Control)) for a batch of one request."""
   config = dataclasses.replace(generator.config, **fields)
   batch, static = config.batch([request] * size, range(size))
   types = generator.params, batch.prompts, batch.control
@@ -62,12 +62,12 @@ def types_of(generator, request, size: int, **fields):
 
 
 def batches_of(generator, request, **fields):
-  """Yields what `types_of` returns, once for batches of the same shapes."""
+  """Yields the results of `types_of`, once for batches of the same shapes."""
   seen = []
   for size in SIZES:
     static, types = types_of(generator, request, size, **fields)
-    # A batch has the rows of its samples, a power of two on each device, and no others; equal
-    # prompts are read once on each device.
+    # A batch has only as many rows as its samples need, rounded up to a power of two on each
+    # device. Each device reads equal prompts once.
     shards, streams = batch_shards(), len(request.streams)
     _, prompts, control = types
     assert control.seeds.shape == (shards * ROWS[-(-size // shards)],)
@@ -79,7 +79,7 @@ def batches_of(generator, request, **fields):
 
 
 def prefilled(static, params, prompts, control):
-  """Types of the state before the first step."""
+  """Returns the types of the state before the first step."""
   prefill = compile_lib.prefill_function(static)
   return jax.eval_shape(prefill, params.model, prompts, control.plan)
 
@@ -109,7 +109,7 @@ def test_batches_of_drafts(generator, task):
 @pytest.mark.parametrize("of_shard", [1, 4])
 @pytest.mark.parametrize("task", STREAMS)
 def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
-  """One request is admitted, then to all slots; the steps are of all slots, or of the first one."""
+  """One slot is filled, then all slots. Steps are for all slots or for the first slot."""
   bucket = bucket_of(REQUESTS[task], MIXTURE, generator)
   slots = of_shard * batch_shards()
   batch = RunningBatch(bucket, generator, slots, chunk=3, shards=batch_shards())

@@ -1,4 +1,4 @@
-"""Generators of random weights on one device."""
+"""Defines fixtures: generators with random weights on one device."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def generator(params):
 
 @pytest.fixture(scope="session")
 def plain_generator(params):
-  """Its programs are smaller, since the whole head is computed always."""
+  """Returns a generator with smaller programs, which always compute the whole head."""
   with on_mesh():
     return small_generator(params=params, sampling=MIXTURE, batch_size=4, image_head=False)
 

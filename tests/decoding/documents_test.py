@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_stops_when_all_samples_are_over(plain_generator):
-  """Documents that could have 24 tokens, and end with the first: steps after it are not made."""
+  """Documents could have 24 tokens, but end with the first token. No later steps are computed."""
   starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
   requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
   stopped = set()
@@ -32,7 +32,7 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images of at most so many tokens; document_segments returns the whole document."""
+  """The number of tokens is limited; document_segments returns the whole document."""
   segment, length = "(t+|i{6})", 24
   cases = [
     (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
@@ -55,7 +55,7 @@ def test_documents_obey_their_format_and_length(plain_generator):
       assert len(text) <= length
       seen |= set(re.findall(r"i{6}|b|t", text))
       segments = document_segments(VOCAB, request, result.tokens)
-      # Joined again they are the prompt and what followed.
+      # Joined, the segments equal the prompt and the generated tokens.
       whole = np.concatenate([request.streams[0], result.tokens])
       joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
       np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
@@ -65,10 +65,10 @@ def test_documents_obey_their_format_and_length(plain_generator):
 
 
 def test_infill_of_text_and_image(plain_generator):
-  """Holes of both kinds in one document; what stands around them stays."""
+  """One document has holes of both kinds; the content around the holes is unchanged."""
   segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
   request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
-  # Beside documents: a batch of unlike plans.
+  # Documents are in the same batch, so that plans differ.
   [result, *_] = plain_generator.generate(
     [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
   )

@@ -1,6 +1,6 @@
-"""A Generator equals plain passes: guided, batched, padded, shared, sharded, grown, stopped."""
+"""Tests that a Generator equals plain passes: guided, batched, padded, shared, sharded, stopped."""
 
-# S guidance streams, G tokens that are generated.
+# S guidance streams, G generated tokens.
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def differ(found, expected) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def walk(grammar, plan, ids):
-  """[G, V] bool: what was legal before each of ids [G]."""
+  """Returns [G, V] bool: the ids that were legal at the place of each of ids [G]."""
 
   plan = shard(plan, "batch", None, None)
 
@@ -69,7 +69,7 @@ def walk(grammar, plan, ids):
 
 
 def legal_log_probs(request, ids, logits):
-  """[G, V] of guided [G, V] logits, among what is legal."""
+  """Returns [G, V] log-probabilities of guided [G, V] logits among the legal ids."""
   legal = np.asarray(walk(Grammar(VOCAB, IMAGE), plan_array([request.plan]), ids))
   return np.asarray(jax.nn.log_softmax(np.where(legal, logits, -np.inf), axis=-1))
 
@@ -80,7 +80,7 @@ def chosen(log_probs, ids):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_streams_equal_separate_passes(generator, params, guidance):
-  """log_probs equal those of two separate uncached passes; 1 is the conditional model alone."""
+  """log_probs equal two separate uncached passes. Guidance 1 uses only the conditional pass."""
   sampling = dataclasses.replace(generator.config.sampling, guidance=guidance)
   results = generator.generate(guided_requests(), SEEDS, sampling=sampling)
   for request, result in zip(guided_requests(), results):
@@ -96,14 +96,14 @@ def test_streams_equal_separate_passes(generator, params, guidance):
 
 
 def guided_by(sampling, request, ids, streams):
-  """[G, V] legal log-probabilities of logits [S, G, V], with the weights of each code's place."""
+  """Returns [G, V] log-probabilities of legal ids for [S, G, V] logits, with weights by place."""
   weights, is_image = request.guidance_weights(sampling, IMAGE), VOCAB.is_image(ids)
   of_tokens = weights[np.where(is_image, np.cumsum(is_image) - 1, -1)]
   return legal_log_probs(request, ids, np.einsum("GS,SGV->GV", of_tokens, streams))
 
 
 def test_guidance_grows_over_the_codes(generator, params):
-  """Each code has the weights of its place in the image, and the end those of the last code."""
+  """Each code has the weights of its place in the image. The end has weights of the last code."""
   sampling = dataclasses.replace(MIXTURE, method="top_p", guidance=5.0, guidance_schedule="linear")
   requests, model = guided_requests(), generator.config.model
   for request, result in zip(requests, generator.generate(requests, SEEDS, sampling=sampling)):
@@ -150,7 +150,7 @@ def edits():
 
 
 def test_edit_equals_the_formula_on_separate_passes(generator, params):
-  """u + s_img (i - u) + s_txt (f - i), and greedy takes the best of it."""
+  """Greedy decoding takes the best id of u + s_img (i - u) + s_txt (f - i)."""
   sampling = dataclasses.replace(GREEDY, image_guidance=1.5, edit_guidance=7.5)
   for request, result in zip(edits(), generator.generate(edits(), SEEDS[:2], sampling=sampling)):
     f, i, u = (
@@ -165,13 +165,13 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
 
 @pytest.mark.parametrize("kind", ["guided", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_request_does_not_depend_on_its_batch(generator, plain_generator, kind):
-  """Unequal prompts and unlike plans together and one at a time."""
+  """Requests with different prompts and plans run together, and one at a time."""
   generator = plain_generator if kind == "plain" else generator
   requests = plain_requests() if kind == "plain" else guided_requests()
   together = generator.generate(requests, SEEDS)
   alone = [generator.generate([r], [seed])[0] for r, seed in zip(requests, SEEDS)]
   same(together, alone)
-  # Of a mixture those with an odd seed, if there is a stream to contrast with.
+  # Samples with odd seeds use contrastive decoding if they have a stream to contrast with.
   assert [r.contrastive for r in together] == [kind == "guided" and seed % 2 == 1 for seed in SEEDS]
   assert differ(generator.generate(requests, SEEDS[::-1]), alone)
 
@@ -249,7 +249,7 @@ def test_without_a_head_for_images_alone(on_one_device, plain_generator):
 
 @pytest.fixture
 def grown(plain_generator, monkeypatch):
-  """Makes caches for two tokens; lists by how many entries they grow."""
+  """Makes caches for two tokens; returns a list to which each growth is appended, in entries."""
   grown, plain = [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "CAPACITY", 2)
@@ -280,7 +280,7 @@ def test_a_cache_that_grows_equals_plain_passes(plain_generator, params, grown):
 
 @pytest.mark.slow
 def test_growth_of_the_cache_changes_nothing(plain_generator, request):
-  """Documents of at most 24 tokens, from a cache with room for two."""
+  """Documents have at most 24 tokens; the cache begins with a capacity of two."""
   generate = functools.partial(
     plain_generator.generate, documents(24), SEEDS[:2], sampling=ANYTHING
   )
@@ -302,7 +302,7 @@ def test_rooms_double():
 
 @pytest.mark.slow
 def test_int8_in_all_places(params):
-  """It runs, and generated ids are about as probable as an exact pass says."""
+  """Generated ids are about as probable as in an exact pass."""
   generator = small_generator(
     params=params, weight_dtype="int8", cache_dtype="int8", image_head=False
   )
@@ -316,7 +316,7 @@ def test_int8_in_all_places(params):
 
 
 def test_no_step_makes_a_nan(generator, plain_generator):
-  """Neither rows of padding, nor samples that are over while others go on, nor illegal ids."""
+  """Padding rows, finished samples in a running batch, and illegal ids do not produce NaN."""
   broken = copy.copy(generator)
   broken.params = generator.params._replace(head=generator.params.head * np.nan)
   with jax.debug_nans(True):
@@ -324,7 +324,7 @@ def test_no_step_makes_a_nan(generator, plain_generator):
       plain_requests(), SEEDS
     )
     assert all(np.isfinite(r.log_probs).all() for r in results)
-    # Control: one that is there is found.
+    # Negative control: a NaN is found.
     with pytest.raises(Exception, match="nan"):
       broken.generate(guided_requests(), SEEDS)
 
@@ -337,13 +337,13 @@ def test_other_numbers_do_not_compile_again(generator, caplog):
     )
     assert differ(generator.generate(guided_requests(), SEEDS, sampling=other), first)
     assert "Compiling jit" not in caplog.text
-    # Control: another number of candidates.
+    # Negative control: another number of candidates.
     generator.generate(guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, top_k=19))
     assert "Compiling jit" in caplog.text
 
 
 def test_batches_come_in_order(plain_generator):
-  """Batches have at most batch_size samples and one number of streams; samples keep their order."""
+  """Batches have at most batch_size samples with equally many streams; samples keep their order."""
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=3)
   requests, reported = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []

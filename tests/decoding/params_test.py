@@ -39,7 +39,7 @@ def test_the_compute_dtype_and_no_image_head():
 
 
 def test_int8_literals():
-  """Every output has a scale of its own: its largest entry / 127."""
+  """Every output has its own scale, which is its largest entry / 127."""
   w = jnp.array([[127.0, 0.5], [-64.0, -2.54]])
   made = params_lib.quantized(w, (0,))
   np.testing.assert_array_equal(made.values, [[127, 25], [-64, -127]])
@@ -53,7 +53,7 @@ def test_int8_literals():
 
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_int8_is_near(family):
-  """Each matrix is off by at most half a step of its scale; there is a scale for each output."""
+  """The error of a matrix is at most half a step of its scale. Each output has a scale."""
   with on_mesh():
     config = model_config(family)
     params = random_params(config)
@@ -68,7 +68,7 @@ def test_int8_is_near(family):
         assert made.scale.shape == tuple(1 if i in summed else n for i, n in enumerate(w.shape))
         off = np.abs(np.asarray(params_lib.dequantized(made, "float32")) - np.asarray(w))
         assert (off <= 0.501 * np.asarray(made.scale)).all()
-        assert off.max() > 0.4 * np.asarray(made.scale).min()  # Control: it is rounded.
+        assert off.max() > 0.4 * np.asarray(made.scale).min()  # Control: rounded values.
 
 
 def test_the_head_is_split_where_it_divides():

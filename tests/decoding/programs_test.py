@@ -1,4 +1,4 @@
-"""Programs compile once for each kind of arguments, and again for another layout of parameters."""
+"""Tests that programs compile once per kind of arguments, and again for other parameter layouts."""
 
 import functools
 

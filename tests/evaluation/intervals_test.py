@@ -5,7 +5,8 @@ import pytest
 
 from cm3leon_jax.evaluation import intervals
 
-# Documents per held-out concept. Few concepts have many variants; many concepts have one document.
+# Number of documents per held-out concept: a few concepts have many variants, many have one
+# document.
 SIZES = np.array([18] * 4 + [12] * 2 + [6] * 6 + [1] * 40)
 GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 

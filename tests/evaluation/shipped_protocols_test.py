@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 
 
 def tiny(protocol):
-  """Returns the protocol with all examples, the run's image size and the run's CLIP.
+  """Returns the protocol with all examples, and with the image size and CLIP model of the run.
 
   The images of this run are not drawings, so they are not judged.
   """
@@ -104,8 +104,8 @@ def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, d
 @pytest.mark.parametrize(
   ("name", "needs_data", "fields"),
   [
-    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # Needs 256 pixels.
-    ("cm3leon_table1", True, {}),  # Inception needs its weights.
+    ("cm3leon_table1", True, {"metrics": ("clip_score",)}),  # This protocol needs 256 pixels.
+    ("cm3leon_table1", True, {}),  # Inception needs its published weights.
     ("scenes_decoding", False, {"metrics": ("clip_score",)}),  # Asks for more examples than exist.
   ],
 )

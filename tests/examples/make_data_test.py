@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def make(folder, *flags):
   script = ROOT / "examples" / "openmoji" / "make_data.py"
   command = [sys.executable, str(script), str(folder), *flags]
-  # As in a shell, sys.path begins with the folder of the script.
+  # As after a start from a shell, sys.path begins with the folder of the script.
   environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
   result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   return result.stdout

@@ -12,7 +12,7 @@ from tests.generation.run import SETTINGS, save_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Returns a run whose averaged parameters are `random_params`, and whose last ones are NaN."""
+  """Returns a run whose averaged parameters are `random_params`; its last parameters are NaN."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   save_run(root)
   return root

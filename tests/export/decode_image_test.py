@@ -25,7 +25,7 @@ from tests.messages import refused
 torch = pytest.importorskip("torch")
 from cm3leon_jax.export import decode_image  # noqa: E402
 
-K = 30  # Number of codes: FSQ with 6 x 5 levels, one even and one odd.
+K = 30  # Number of codes of FSQ with 6 x 5 levels (an even and an odd number).
 TOLERANCE = 1e-4  # fp32 pixels in [-1, 1].
 PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
 PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}

@@ -86,7 +86,7 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
   assert layouts.config_of(described)["model"]["align_images"] is True
   assert layouts.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
   model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
-  with torch.no_grad():  # Without position_ids, and with shifted position_ids.
+  with torch.no_grad():  # Logits are computed without position_ids, and with shifted position_ids.
     plain = [model(torch.from_numpy(x).long()[None]).logits[0].numpy() for x in (alone, after)]
     ids = positions_of(after, VOCAB, True) + 17
     tokens, ids = (torch.from_numpy(x).long()[None] for x in (after, ids))

@@ -1,4 +1,4 @@
-"""Requests to a bucket that never answer, in processes of their own: variables are read once."""
+"""Tests unanswered requests to a GCS bucket, in new processes: each reads variables only once."""
 
 import contextlib
 import io as io_lib
@@ -49,7 +49,7 @@ def server():
 
 
 def run(server, code):
-  """Starts a process, with no time-outs that commands of other tests have set in this one."""
+  """Starts a process without the time-outs that other tests have set in this process."""
   env = {name: value for name, value in os.environ.items() if "TENSORSTORE_CURL" not in name}
   env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
   pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -64,7 +64,7 @@ print(load_image("gs://bucket/image.png", None).shape)
 
 
 def test_the_bytes_of_an_image_take_one_request(server):
-  """And not one for each few kilobytes, as gcsfs would ask for them."""
+  """There is only one request. By default, gcsfs would send a request for each few kilobytes."""
   pytest.importorskip("gcsfs")
   noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
   file = io_lib.BytesIO()
@@ -77,7 +77,7 @@ def test_the_bytes_of_an_image_take_one_request(server):
 
 @pytest.mark.slow
 def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
-  """As long as the connection lives, TensorStore would wait without the time-out."""
+  """Without the time-out, TensorStore would wait as long as the connection is open."""
   asked, stop = [], threading.Event()
 
   def fault(method, path):
@@ -95,8 +95,8 @@ def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
 
 @pytest.mark.slow
 def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
-  """And a file that another process writes is seen, although its folder was listed before."""
-  pytest.importorskip("gcsfs")  # Of the extra [data].
+  """A file that another process writes is also seen, although its folder was listed before."""
+  pytest.importorskip("gcsfs")  # This package is in the extra [data].
   asked, stop = [], threading.Event()
 
   def fault(method, path):
@@ -118,7 +118,7 @@ def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   assert output == "['file', 'other'] True\n", errors
 
 
-# What TensorStore says once its tries, here two, are over.
+# TensorStore's message after its last try, here the second.
 GIVES_UP = """
 retries = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
 kvstore = {"driver": "gcs", "bucket": "bucket", "path": "file"}
@@ -177,7 +177,7 @@ def test_a_host_that_cannot_be_resolved_is_said(server):
 
 
 def test_the_errors_of_the_clients_are_known():
-  """As they were raised by a server that answered with 503, with 403, and not at all."""
+  """The errors are from a server that answered with 503, with 403, and not at all."""
   aiohttp, retry = pytest.importorskip("aiohttp"), pytest.importorskip("gcsfs.retry")
   exceptions = pytest.importorskip("google.api_core.exceptions")
   gone = "a GCS bucket did not answer, or answered with errors, until the last try"
@@ -256,7 +256,7 @@ print(sealing.files_below(epath.Path("gs://bucket/step")))
 
 @pytest.mark.slow
 def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
-  """`is_dir` would say so, and the checkpoint would count as damaged."""
+  """Otherwise `is_dir` would return False, and the checkpoint would count as damaged."""
   pytest.importorskip("gcsfs")
   server.put("bucket", "step/state/array", b"", None)
   output, errors = run(server, FILES_BELOW).communicate(timeout=300)
@@ -266,7 +266,7 @@ def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
   assert (output, errors.splitlines()[-2]) == ("", "OSError: Forbidden: b/bucket/o"), errors
 
 
-# A command that meets an error, as gcsfs raises it.
+# This command gets an error like the errors of gcsfs.
 COMMAND = """
 import gcsfs.retry, pathlib
 from cm3leon_jax.commands import common
@@ -310,7 +310,7 @@ def test_a_command_ends_with_one_sentence_and_is_started_again_if_that_may_help(
 
 @pytest.mark.slow
 def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
-  """Half a minute of errors: gcsfs repeats a request 6 times."""
+  """The errors last half a minute, because gcsfs repeats a request 6 times."""
   server.fault = lambda method, path: 503
   code = "from cm3leon_jax.commands import prepare_data as stage\nstage.common.run(stage.main)"
   flags = ["--config=scenes", "--workdir=gs://bucket/run", "--config.raw.source=gs://bucket/in"]

@@ -12,7 +12,7 @@ NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-  """Writes each shard's name, and one more line into a log for every time that it is done."""
+  """Writes the name of each shard, and appends a line to a log each time a shard is written."""
 
   folder: str
   wrong: str = ""

@@ -50,7 +50,7 @@ def text_to_image(prompt, **fields):
 
 
 def prepare(pipeline, *tasks):
-  """Returns the request and the neighbors of each task."""
+  """Returns the requests and the neighbors of tasks."""
   given = check_tasks(pipeline.layout, tasks, pipeline.bank)
   found = pipeline.retrieve(tasks)
   return list(zip(pipeline.requests(tasks, given, found), found))

@@ -1,4 +1,4 @@
-"""Tests that prompts made from a task's template equal what training reads before the answer."""
+"""Tests that prompts from a task's template equal the tokens before the answer in training."""
 
 import dataclasses
 import pathlib
@@ -53,7 +53,7 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
   assert choose_template(task, record.key) == template
   sample = sample_of(task, record, layout.encode)
   layout = dataclasses.replace(layout, positions=4_096)
-  # A user writes the line of an optional text, or leaves it out.
+  # A user writes the line with an optional text, or leaves the line out.
   asked = dataclasses.replace(task, templates=(template.replace("?}", "}"),))
   request = prompt_of(asked, record).to_request(layout, CODES)
   prompt = request.streams[0]

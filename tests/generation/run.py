@@ -1,4 +1,4 @@
-"""Makes a tiny run as before generation, with random weights and no raw data."""
+"""Makes a tiny run that is ready for generation, with random weights and without raw data."""
 
 import contextlib
 import dataclasses

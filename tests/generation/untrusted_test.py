@@ -1,4 +1,4 @@
-"""Tests that prompt files and calls of strangers make a task or end in one clear sentence."""
+"""Tests that untrusted prompt files and calls give a task or one clear sentence."""
 
 # B rows, V ids.
 
@@ -41,7 +41,7 @@ FOUND = {
 
 
 def made(make):
-  """Returns what `make` returns, or None if it raises a UserError that a terminal may print."""
+  """Returns the result of `make`, or None if `make` raises a UserError that is safe to print."""
   error = None
   try:
     return make()
@@ -193,7 +193,7 @@ def walk(plan, rng) -> np.ndarray:
 @example(fields={"task": "question", "prompt": "{0} {x}", "image": "a.png"}, seed=0)
 @settings(max_examples=60, deadline=None)
 def test_any_request_ends_and_what_it_generates_is_read(layout, fields, seed):
-  """For any request, random legal tokens reach an end and make an answer."""
+  """For any request, random legal tokens reach an end and can be read as an answer."""
   fields, rng = dict(fields), np.random.default_rng(seed)
   common = {"sampling": SamplingConfig(method=fields.pop("method", "top_p")), "where": "here"}
   if "seed" in fields:

@@ -20,7 +20,7 @@ from tests.generation.run import make_config
 from tests.importing import published
 from tests.models.tiny import mesh_of, random_params
 
-TOLERANCE = 1e-4  # Nats per token, fp32; losses are about 7.
+TOLERANCE = 1e-4  # Tolerance in nats per token, in fp32; losses are about 7.
 SAMPLES = np.random.default_rng(0).integers(0, published.TOKENS, (2, 24)).astype(np.int32)
 QWEN3 = {"family": "modern", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "head_size": 12}
 QWEN3 |= {"rope_base": 1e6}
@@ -39,7 +39,7 @@ def imported(source, workdir, settings):
 
 
 def losses_of(params, settings) -> np.ndarray:
-  """Returns losses of SAMPLES in nats, with logits of the source's text ids only."""
+  """Returns the losses of SAMPLES in nats, computed only from logits of the source's text ids."""
   vocab, losses = settings.vocab, []
   model = dataclasses.replace(settings.model, attention="plain")
   for sample in SAMPLES:

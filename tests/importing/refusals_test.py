@@ -31,7 +31,7 @@ def altered(folder, target, config=(), tensors=()) -> pathlib.Path:
 
 
 def refuses(settings, source) -> None:
-  """Plans an import, which must be refused."""
+  """Plans an import and expects a refusal."""
   with refused(UserError):
     importer.plan(settings, str(source))
 

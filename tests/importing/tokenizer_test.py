@@ -140,7 +140,7 @@ def test_other_tokenizers_are_refused(change, tmp_path):
 
 
 def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
-  """`tokenizers` panics then, and a panic is not an `Exception`."""
+  """Then the package `tokenizers` panics, and a panic is not an `Exception`."""
   published.save_tokenizer(tmp_path)
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text()) | {"pre_tokenizer": split_by("(a+)+$")}

@@ -1,4 +1,4 @@
-"""Tests runs in a GCS bucket over HTTP, with slow and failing answers and a bucket that fails.
+"""Tests runs in a GCS bucket over HTTP, with slow answers, errors, and a bucket that stops working.
 
 The requests are real; `tests/bucket_server.py` is the server.
 """
@@ -25,7 +25,7 @@ from tests.distributed_test import free_port
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
-pytest.importorskip("gcsfs")  # Part of the extra [data].
+pytest.importorskip("gcsfs")  # This package is in the extra [data].
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = ROOT / "ml_configs" / "base.py"

@@ -1,4 +1,4 @@
-"""Tests that no process of a job waits forever for another that hangs, stops, dies or ends."""
+"""Tests that no process of a job waits forever for a process that hangs, stops, dies or ends."""
 
 import os
 import pathlib

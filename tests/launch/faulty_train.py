@@ -2,8 +2,9 @@
 
 FAULT=KIND:PROCESS:BATCHES makes a process hang (`stuck`) or raise an error (`error`) after
 BATCHES batches. `late:PROCESS:0` hangs before the first step. With
-`error_unsealed:PROCESS:BATCHES`, no other process digests what it saved. HEARTBEAT_SECONDS,
-SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS replace the constants of the modules.
+`error_unsealed:PROCESS:BATCHES`, the other processes do not digest their saved files.
+HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS replace the constants of the
+modules.
 """
 
 import os

@@ -30,7 +30,7 @@ import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
 """
-# Also sends itself SIGTERM after the training has returned.
+# This program also sends itself SIGTERM after the training has returned.
 START_AND_STOP = """
 from cm3leon_jax.commands import run_start
 run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)

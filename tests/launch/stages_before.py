@@ -1,4 +1,4 @@
-"""Makes a workdir like the stages before training, from made-up arrays."""
+"""Makes a workdir like the stages before training do, from invented arrays."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""A tiny decoder whose outputs are not tiny, and helpers to run it on a mesh."""
+"""Defines a tiny decoder whose outputs are not tiny, and helpers to run the decoder on a mesh."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ def mesh_of(*shape):
 
 
 def random_params(config, seed=0):
-  """Random weights that are not tiny, not even residual outputs, on the current mesh."""
+  """Returns random parameters on the current mesh; even residual outputs are not tiny."""
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   return jax.device_put(random_arrays(types, seed), shardings(types, jax.sharding.get_mesh()))
 
 
 def random_arrays(types, seed=0):
-  """Random fp32 arrays in place of a tree of parameters; no program is compiled for them."""
+  """Returns random fp32 arrays in the structure of parameters, without compiling a program."""
   rng = np.random.default_rng(seed)
 
   def make(path, x):
@@ -38,7 +38,7 @@ def random_arrays(types, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def model_logits(config, params, tokens, positions, segment_ids):
-  """[B, L] arrays -> [B, L, V] logits on the current mesh."""
+  """Computes [B, L, V] logits from [B, L] arrays on the current mesh."""
   tokens, positions, segment_ids = (
     shard(jnp.asarray(x), "batch", "length") for x in (tokens, positions, segment_ids)
   )

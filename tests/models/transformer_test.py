@@ -25,16 +25,16 @@ def config_of(family, **fields):
 
 @FAMILIES
 def test_no_gradient_reaches_a_later_token(family):
-  """Causality: the logits at t do not depend on the embedding of a token after t."""
+  """Tests causality: the logits at t do not depend on the embedding of a token after t."""
   config = config_of(family)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config)
-    tokens = np.arange(L, dtype=np.int32)[None]  # Every position has a token of its own.
+    tokens = np.arange(L, dtype=np.int32)[None]  # Every position has a different token.
     t = 5
     at_t = np.zeros((1, L, 1), np.float32)
     at_t[0, t] = 1
-    # Only columns that are no input token: rows of the tied table then get their gradient through
-    # the input alone.
+    # Only columns of ids that are not input tokens are used. Then rows of the tied table get a
+    # gradient only through the input.
     unused = (np.arange(config.vocab_size) >= L).astype(np.float32)[None, None]
 
     def square(p):
@@ -61,7 +61,7 @@ def test_packed_samples_do_not_see_each_other(family):
 
 
 def test_logits_of_a_pair_do_not_depend_on_the_alignment():
-  """Rotary positions are relative; a neighbor's caption of another length is another distance."""
+  """Rotary positions are relative. A longer caption of a neighbor would change distances."""
   vocab = VocabLayout(num_special=8, text_size=264, image_size=16)
   config = config_of("modern", vocab_size=vocab.size, align_images=True)
   code, word = vocab.text_size, vocab.num_special
@@ -162,7 +162,7 @@ def test_sharded_equals_one_device(family, shape):
 
 
 def test_opt_starts_with_equal_logits_up_to_the_tied_table():
-  """Residual outputs start at 0, so every layer is the identity, and depth changes nothing."""
+  """Residual outputs start at 0, so every layer is the identity, and the depth has no effect."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     deep = model_logits(
       CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
@@ -176,7 +176,7 @@ def test_opt_starts_with_equal_logits_up_to_the_tied_table():
 
 
 def test_positions_of_opt_start_at_the_papers_spread():
-  """0.0002, a truncated normal cut at 3 sigma (CM3Leon, section 2.3)."""
+  """The initializer is a normal with sigma 0.0002, truncated at 3 sigma (CM3Leon, section 2.3)."""
   config = config_of("opt", max_positions=512)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     positions = np.asarray(transformer.init_params(config, jax.random.key(0))["positions"])
@@ -230,11 +230,11 @@ def test_logits_of_bfloat16_are_fp32():
   with jax.set_mesh(mesh_of(1, 1, 1)):
     found = transformer.logits(hidden, table.at[:, 0].set(1 + 2**-7))
   assert found.dtype == jnp.float32
-  assert (np.asarray(found) == 8 + 2**-7).all()  # Not a number of bfloat16.
+  assert (np.asarray(found) == 8 + 2**-7).all()  # bfloat16 cannot represent this number.
 
 
 def plain_logits(config, params, tokens, positions):
-  """[L, V] logits of one sample by NumPy in fp64, layer by layer; `modern`, or `opt` with ReLU."""
+  """Computes [L, V] logits of a sample in NumPy in fp64; for `modern`, or for `opt` with ReLU."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   modern, head = config.family == "modern", config.head_dim
 

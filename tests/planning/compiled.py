@@ -1,6 +1,6 @@
 """Runs `cm3leon aot_compile` in a new process, because a process cannot unload libtpu.
 
-The slow tests are spread over several files so that no file takes more than 15 minutes.
+The slow tests are in several files, so that no file takes more than 15 minutes.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 
 def run_command(*flags: str) -> subprocess.CompletedProcess:
   command = [sys.executable, "-m", "launch.aot_compile", *flags]
-  # Plans need optimized programs.
+  # Memory plans need optimized programs.
   environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
   return subprocess.run(
     command, capture_output=True, text=True, timeout=900, env=environment, check=False

@@ -1,7 +1,7 @@
-"""Tests that the launches in the documents compile for their slices, in separate processes.
+"""Tests, in separate processes, that the launches in the documentation compile for their slices.
 
-The commands `cm3leon plan` and `cm3leon aot_compile` are read from pages and docstrings, so that
-they cannot drift.
+The commands `cm3leon plan` and `cm3leon aot_compile` are read from pages and docstrings, so the
+tests always use the documented commands.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ GPU_GIB = 0.75 * 79.65  # JAX uses three quarters of the 80 GB of an A100 or H10
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """A job that a page plans or compiles.
+  """Job that a page plans or compiles.
 
   Attributes:
     topology: chip and shape (v5e:16x16), or GPUs and their number (h100-64).
@@ -71,7 +71,8 @@ class Launch:
 def commands(text: str) -> list[str]:
   """Returns the commands of a page or docstring, including commands within a sentence.
 
-  Continued lines are joined. Searches are left out: they take hours and have their own tests.
+  Continued lines are joined. Searches are left out, because they take hours and have their own
+  tests.
   """
   text = re.sub(r"\\\n\s*", " ", text)
   found = [line for line in text.split("\n") if re.match(f" *{COMMAND}", line)]
@@ -101,7 +102,7 @@ def launch_of(line: str) -> Launch:
     topology = f"{topology.partition('-')[0]}:{SLICES[topology]}"
   flags = tuple(word for word in words if word.startswith("--config"))
   config, *fields = flags
-  if not config.endswith(".py") and "/" not in config:  # A name for `cm3leon`.
+  if not config.endswith(".py") and "/" not in config:  # Another name for `cm3leon`.
     config = config.replace("=", "=ml_configs/") + ".py"
   if re.search(COMMAND, line)[1] == "plan" and not any("config.mesh" in flag for flag in flags):
     fields += mesh_flags(topology, slices)

@@ -137,7 +137,7 @@ def test_a_flag_that_a_file_does_not_follow_is_named():
 
 @pytest.mark.parametrize(("topology", "slices"), [("v5e-256", 1), ("h100-64", 1)])
 def test_every_file_says_what_it_needs(topology, slices):
-  """Only files that copy a checkout to the hosts may name a part of it."""
+  """Only files that copy a checkout to the hosts may name a part of the checkout."""
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.PodJob("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
@@ -149,7 +149,7 @@ def test_every_file_says_what_it_needs(topology, slices):
     assert of_checkout == ("a checkout of the repository" in head[0]), name
 
 
-# The folder of --out.
+# This is the folder of --out.
 
 NUMBERS = {"tokens": 1}
 

@@ -6,7 +6,8 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import mesh_of
 
-# Imitates XLA:TPU: a loop of 3 with a product fused as a convolution, and an async gather.
+# Imitates XLA:TPU: a loop of 3 iterations with a product fused as a convolution, and an
+# asynchronous gather.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -102,7 +103,7 @@ def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
 
 
 def test_padding_of_a_convolution_does_not_count():
-  """Heads are a window of 32 with 31 of padding; each output head uses one head of the kernel."""
+  """Heads are a window of 32 with padding of 31. Each output head uses one head of the kernel."""
   window = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
   line = f"  %c = bf16[4,16,32,8]{{3,2,1,0}} convolution(%l, %r), {window}"
   head = "ENTRY %m (l: bf16[4,16,64,1], r: bf16[64,32,8,1]) -> bf16[4,16,32,8] {\n"
@@ -124,7 +125,7 @@ def test_attention_kernels_count_half_a_square_for_each_product(rows):
 
 
 def test_a_cpu_program_is_read():
-  """XLA:CPU prints dots. Scans 5 products with rows sharded over the mesh, then all-reduces."""
+  """XLA:CPU prints dots. The program scans 5 products of sharded rows, then all-reduces."""
 
   def loop(x, w):
     y, _ = jax.lax.scan(
@@ -145,7 +146,7 @@ def test_a_cpu_program_is_read():
 
 
 def test_traffic_counts_only_parts_that_are_read_or_replaced_in_main_memory():
-  """Updates a cache in place, reads a row of a table, and prefetches weights."""
+  """The program updates a cache in place, reads a row of a table, and prefetches weights."""
   text = """%put (p0: bf16[8,64,4], p1: bf16[8,1,4], p2: s32[]) -> bf16[8,64,4] {
   %p0 = bf16[8,64,4]{2,1,0} parameter(0)
   %p1 = bf16[8,1,4]{2,1,0} parameter(1)

@@ -1,4 +1,4 @@
-"""Tests the scripts that `cm3leon plan` writes, with recorders in place of gcloud, xpk and srun."""
+"""Tests scripts that `cm3leon plan` writes, with fake gcloud, xpk and srun that record calls."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def recorders(tmp_path):
   return Recorders(tmp_path)
 
 
-# The written scripts.
+# Tests of all written scripts.
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
     assert not [text for text in texts if re.search(r"WANDB_API_KEY[=:] *[\w'\"]{3}", text)]
 
 
-# XPK.
+# Tests of XPK.
 
 
 def test_xpk_gets_the_flags_whole(recorders, tmp_path):
@@ -128,7 +128,7 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   assert found.read_text().strip() == (KEY if readable else "absent")
 
 
-# SLURM.
+# Tests of SLURM.
 
 
 def submit(recorders, tmp_path, status, *arguments, **environment):
@@ -198,7 +198,7 @@ def test_slurm_asks_for_what_is_given_and_for_nothing_else(tmp_path):
 
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
   options = sbatch_options(write(tmp_path, "h100-64"))
-  # Options in sbatch's manual.
+  # Options that the manual of sbatch lists.
   assert options.keys() == {
     "job-name", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "exclusive",
     "time", "output", "open-mode", "requeue", "signal", "export",
@@ -207,7 +207,7 @@ def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_pa
   assert (options["nodes"], options["gpus-per-node"], options["ntasks-per-node"]) == ("8",) * 3
 
 
-# Ray.
+# Tests of Ray.
 
 RAY = {"RAY_ADDRESS": "http://head:8265", "HOSTS": "3", "HOST_CPUS": "96"}
 OFFLINE = ["prepare_data", "train_text_tokenizer", "encode_documents", "build_neighbors"]
@@ -256,7 +256,7 @@ def test_ray_gets_no_flag_of_the_training_and_uploads_no_shipped_config(recorder
   ]
 
 
-# Mistakes.
+# Tests of mistakes.
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Defines types of the manifests that `cm3leon plan` writes, after their tools' definitions."""
+"""Defines types for manifests that `cm3leon plan` writes, after the definitions of their tools."""
 
 from kubernetes import client
 import pydantic
 
-# Types of the custom resource jobset.x-k8s.io/v1alpha2, kubernetes-sigs/jobset 0.13.
+# Types of the custom resource jobset.x-k8s.io/v1alpha2, from kubernetes-sigs/jobset 0.13.
 RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
 
 

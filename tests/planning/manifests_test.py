@@ -41,7 +41,7 @@ def manifest():
 ALL = {
   "queue": "tpus",
   "service_account": "trainer",
-  "reservation": "yes",  # Unquoted, it is true in YAML 1.1.
+  "reservation": "yes",  # Without quotes, this is true in YAML 1.1.
   "priority": "high",
   "cpus": 40,
   "memory_gib": 100,
@@ -65,7 +65,7 @@ CHECKS = {
   "gke_jobset.yaml": validate,
   "gke_monitoring.yaml": lambda value: PodMonitoring.model_validate(value, **STRICT),
 }
-# Mappings with arbitrary keys.
+# These mappings have arbitrary keys.
 FREE = {"labels", "annotations", "nodeSelector", "matchLabels", "limits", "requests"}
 
 

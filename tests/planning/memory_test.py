@@ -1,4 +1,4 @@
-"""Tests the memory estimate against the compiler's numbers in docs/scaling.md, and the refusal."""
+"""Tests the memory estimate against the compiler's numbers in docs/scaling.md, and its refusals."""
 
 import dataclasses
 import importlib
@@ -63,7 +63,7 @@ def estimated(settings) -> memory.Memory:
 
 
 def documented() -> list[tuple]:
-  """Returns (name, settings, the compiler's GiB) for the steps of docs/scaling.md."""
+  """Returns (name, settings, GiB by the compiler) for the train steps of docs/scaling.md."""
   text = PAGE.read_text()
   tuning = text.index("### Instruction tuning")
   cases = []
@@ -94,7 +94,7 @@ def test_the_estimate_is_near_the_compilers_numbers_of_every_documented_step():
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
 )
 def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
-  """The small arrays of a head or a width are not sharded."""
+  """Small arrays, with the size of a head or of the width, are not sharded."""
   model = dataclasses.replace(SETTINGS.model, family=family, head_size=head_size)
   settings = dataclasses.replace(
     SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
@@ -120,7 +120,7 @@ def test_more_rows_kept_values_and_passes_take_more():
   ]
   assert by_policy == sorted(by_policy)
   assert total(2) < total(4) < total(8)
-  assert total(batch=1_024) < total()  # One pass needs no sum of gradients.
+  assert total(batch=1_024) < total()  # A single micro-batch needs no sum of gradients.
   assert total(mesh=(1, 16, 2, 8)) != total()
   # Replicas split the batch but not the parameters.
   assert total(mesh=(16, 16, 1, 1), batch=1_024) > total(batch=1_024)
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   few = MeshConfig(fsdp=4).over(4)
   with refused(UserError):
     memory.check(settings, few, limit)
-  with refused(UserError):  # `tensor` cannot split one device.
+  with refused(UserError):  # The axis `tensor` cannot split one device.
     memory.check(settings, MeshConfig(fsdp=1).over(1), limit)
   assert str(memory.Memory(1, 1_500 * GIB, 0, 0, 0, 0)).startswith("1,500.00 GiB (state 1,500.00, ")
 
@@ -198,7 +198,7 @@ def update_of(config: str, mesh: tuple, images: int, policy: str, family: str = 
 
 
 def test_the_estimate_of_an_update_is_near_the_compilers_numbers():
-  """Prompts have 896 slots, as in the compiled programs."""
+  """Prompts have 896 tokens, as in the compiled programs."""
   errors = []
   for config, sizes, images, policy, gib in UPDATE.findall(PAGE.read_text()):
     mesh = tuple(map(int, sizes.split(" x ")))

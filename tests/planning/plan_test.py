@@ -1,4 +1,4 @@
-"""Tests what the plan of a run chooses, counts and refuses."""
+"""Tests the choices, numbers and refusals of a run's plan."""
 
 import dataclasses
 import json
@@ -155,7 +155,7 @@ def test_half_the_utilization_takes_twice_the_time():
   assert "an assumption" not in plan.table(half, "run")
 
 
-# The command.
+# Tests of the command.
 
 
 def test_flags_of_the_config_are_taken_from_the_command_line():

@@ -44,7 +44,7 @@ def settings_of():
 
 @pytest.fixture
 def lowered(monkeypatch):
-  """Collects all lowered programs: prefill and steps."""
+  """Collects all programs that are lowered: prefill and steps."""
   found, steps, before = [], compile_lib.lower_steps, compile_lib.jit_before
 
   def lower_steps(*args):
@@ -92,7 +92,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
 
 
 def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
-  """The average is an argument of the train step, and stays in memory during an evaluation."""
+  """The average is an argument of the train step, and remains in memory during an evaluation."""
   mesh, train = mesh_of(1, 4, 1, 2), dataclasses.replace(SETTINGS.train, global_batch_size=8)
   arguments, rest = [], []
   for decay in (0.0, 0.999):
@@ -108,7 +108,7 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
 
 @pytest.mark.parametrize("replay_share", [0.0, 0.4])
 def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
-  """Sums cover all sources of the run's rows, in training and in evaluation."""
+  """The sums cover all sources of the run's rows, in training and in evaluation."""
   config = tiny_instruct_config.get_config()
   config.instructions.replay_share = replay_share
   first, second = config.instructions.own_tasks

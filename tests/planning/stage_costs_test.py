@@ -13,14 +13,14 @@ PAIRS = 1_400_000_000
 
 @pytest.fixture(scope="module")
 def of_7b():
-  """Returns settings of the page's example and the plan on its chips."""
+  """Returns the settings of the page's example and the plan for its chips."""
   config = settings("cm3leon_7b", retrieval={"index_rows": 100_000_000}, data={"text_share": 0.0})
   return config, plan.make(config, hardware.load("v5e-256"), 0.4, 0.25)
 
 
 @pytest.fixture(scope="module")
 def small(of_7b):
-  """Uses a small image tokenizer and a small CLIP instead."""
+  """Uses a small image tokenizer and a small CLIP model instead."""
   tokenizer = {"encoder_blocks": (0,) * 4, "decoder_blocks": (0,) * 4}
   clip = {"image_layers": 1, "text_layers": 1}
   return settings("cm3leon_7b", vqgan=tokenizer, clip=clip, data={"text_share": 0.0}), of_7b[1]

@@ -1,4 +1,4 @@
-"""Tests programs compiled for TPU without a TPU: train step, evaluation, families, decoder."""
+"""Tests programs that are compiled for TPU without a TPU: train step, evaluation, decoder."""
 
 import re
 
@@ -68,7 +68,7 @@ def test_a_program_that_does_not_fit_is_reported_in_one_sentence():
 
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e-8", 8), ("v5p-8", 4)])
 def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path, topology, tensor):
-  """With 64 prompts, two streams and 1,152 positions, little more than weights and cache moves."""
+  """For 64 prompts, two streams and 1,152 positions, a step moves little but weights and cache."""
   flags = [f"--topology={topology}", f"--config.mesh.tensor={tensor}", "--program=decode"]
   reports = aot_compile(tmp_path, "--config=ml_configs/cm3leon_7b.py", *flags)
   step, prefill = reports["decode"], reports["prefill"]

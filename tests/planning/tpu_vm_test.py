@@ -24,7 +24,7 @@ def recorders(tmp_path):
 
 
 def one_host(recorders):
-  """Lets gcloud use this machine: scp copies to its home, ssh runs the command there."""
+  """Makes gcloud use this machine as the host: scp copies to its home, ssh runs commands there."""
   recorders.add(
     "gcloud",
     'case "$4" in scp) cp -p "$5" "$HOME/cm3leon_jax.tar.gz" ;;\n'
@@ -38,7 +38,7 @@ def one_host(recorders):
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # As in launch/venv.sh.
+  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # This is as in launch/venv.sh.
   stamp = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest() + "\n"
   (venv / "installed-tpu,data,monitoring").write_text(stamp)
   return venv
@@ -158,7 +158,7 @@ def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorder
     "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
     "--reservation=july", f"--service-account={account}",
   ])  # fmt: skip
-  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # A Kubernetes account.
+  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # This is a Kubernetes account.
   assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
   assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
 
@@ -175,7 +175,7 @@ def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
 
 
 def watched(recorders, tmp_path, states, services=(), created=()):
-  """Runs `watch` with given states of the request and the service, and exit codes of `create`.
+  """Runs `watch` with fake states of the request and the service, and fake exit codes of `create`.
 
   The file `left` lists the temporary folders that exist when `watch` reads a state.
   """
@@ -209,9 +209,9 @@ ASKS = ("create", "delete")
 
 @pytest.mark.slow
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
-  """The request waits, is made, trains, is preempted, is made again, trains and ends.
+  """The request waits, gets a slice, trains, is preempted, gets a slice again, trains and ends.
 
-  Failed tries are counted from the last slice that was made.
+  Failed tries are counted from the last slice that the request got.
   """
   states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
   states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]

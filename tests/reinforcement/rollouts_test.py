@@ -116,7 +116,7 @@ def test_only_scenes_are_judged():
 
 
 def test_clip_scores_captions_alone(layout):
-  """An edit has no caption, so its samples have no score."""
+  """An edit does not have a caption, so its samples do not get a score."""
   records = [p.record for p in rollouts.read_prompts(settings_of(), layout, "train", 2)]
   samples = [Scored(0.25), Scored(None)]
   assert rewards.clip_scores(records[:1], samples[:1]).tolist() == [0.25]
@@ -166,14 +166,14 @@ def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """The part of a Sample that CLIP's reward reads."""
+  """Part of a `Sample` that the CLIP reward reads."""
 
   clip_score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOf:
-  """The part of a Sample that the judge reads."""
+  """Part of a `Sample` that the judge reads."""
 
   segments: tuple
 

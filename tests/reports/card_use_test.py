@@ -59,7 +59,7 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   ]
 )
 def with_published(request, run, monkeypatch):
-  """Replaces the run's tokenizer by a tiny published one."""
+  """Replaces the run's image tokenizer by a tiny published tokenizer."""
   config = dataclasses.replace(published.FAMILIES[request.param], **TINY)
   monkeypatch.setitem(published.FAMILIES, request.param, config)
   rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
 
-STEP = 7  # The step of `save_run`.
+STEP = 7  # This is the step of `save_run`.
 ALIGNED = dataclasses.replace(
   SETTINGS, model=dataclasses.replace(SETTINGS.model, family="modern", align_images=True)
 )
@@ -173,7 +173,7 @@ def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
 
 @pytest.fixture
 def measured(run, tmp_path):
-  """Copies what the card reads of a run, and adds data, figures and a base."""
+  """Copies the files of a run that the card reads, and adds data, figures and a base model."""
   root = epath.Path(tmp_path / "copy")
   for name in ("export", "vqgan", "train"):
     (root / name).mkdir(parents=True)
@@ -365,12 +365,12 @@ def test_prose_is_wrapped_and_the_rest_stays():
     f"| {words} |\n{code}\n"
   )
   assert model_card.wrapped(f"{line[:-4]}`aa b`\n") == f"{line[:-5]}\n`aa b`\n"
-  for mark in ("-", "#", "1."):  # At the start of a line, it would be Markdown.
+  for mark in ("-", "#", "1."):  # At the start of a line, this text would be Markdown.
     assert model_card.wrapped(f"{line} {mark} a\n") == f"{line} {mark} a\n"
 
 
 def test_a_card_names_only_what_the_folder_has(measured):
-  """Another format has no snippet for `transformers` and no script."""
+  """The card of another format has neither a snippet for `transformers` nor a script."""
   root, _ = measured
   assert "decode_image" in write_card(root)
   for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):

@@ -49,7 +49,7 @@ def test_exact_search_in_literals():
 
 def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
   vectors, queries = clustered
-  vectors = vectors[:333]  # A multiple of neither 8 devices nor the block size.
+  vectors = vectors[:333]  # This number is a multiple of neither 8 (devices) nor the block size.
   expected = index.ExactIndex(vectors, jax.devices()[:1]).search(queries[:9], 20)
   monkeypatch.setattr(index, "BLOCK", 16)
   for devices in (jax.devices(), jax.devices()[:3]):

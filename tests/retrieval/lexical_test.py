@@ -31,7 +31,7 @@ CAPTIONS = [f"a {color} {thing} at the left" for thing in OBJECTS for color in C
 
 
 class BlindCLIP:
-  """A CLIP with equal embeddings for all captions and images."""
+  """Fake CLIP model with equal embeddings for all captions and images."""
 
   resolution = WIDTH
 

@@ -68,7 +68,7 @@ def last_image(record) -> np.ndarray:
 
 
 def shown(record, image="image"):
-  """Finds the name, color and box of each object of an image by the judge, which reads pixels."""
+  """Returns name, color and box of each object that the judge finds in the pixels of an image."""
   return [(x.name, x.color, x.box) for x in find_objects(record.images[image][None])[0]]
 
 
@@ -92,7 +92,7 @@ def test_records_of_literal_scenes():
     asked = questions.ask_count(scene, 2, rng)
     assert (word_of(asked.question), asked.answer) == ("key", "two")
     assert questions.ask_count(scene, 3, rng) is None
-    # Two keys are below the bell, so no question may start from one of them.
+    # Two keys are below the bell, so no question may relate another object to a key.
     assert "right of the bell" in questions.ask_relation(scene, rng).question
   apart = Scene.parse("red bell top left, blue key bottom right")
   asked = {questions.ask_relation(apart, rng).question for _ in range(200)}
@@ -109,7 +109,7 @@ def test_no_answer_is_given_to_an_ambiguous_question():
   beside = Scene.parse("red bell top left, blue cat bottom left, red key top right")
   for _ in range(100):
     asked = questions.ask_relation(beside, rng)
-    assert not re.search("left of the key", asked.question)  # Ambiguous: both bell and cat.
+    assert not re.search("left of the key", asked.question)  # This is ambiguous: both bell and cat.
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -152,7 +152,7 @@ def test_images_have_the_style_of_the_config():
 
 @pytest.mark.slow
 def test_answers_follow_from_the_pixels(made):
-  """Uses the judge's objects and their boxes, and no code that makes questions."""
+  """Uses the objects and boxes that the judge finds, and none of the code that makes questions."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}
   some = {key: records[:50] for key, records in made.items()}  # The judge is slow.
   for split in ("train", "heldout"):
@@ -239,7 +239,7 @@ def test_the_wording_varies(task, made):
 
 
 def trained_parts(scene: Scene) -> set:
-  """Lists the parts of a scene that training may not show: pairs, couples and rare objects."""
+  """Lists the parts of a scene that training must not show: pairs, couples and rare objects."""
   found = set()
   for x in scene.objects:
     if x.object in COMMON and HELDOUT_COLOR[x.object] == x.color:
@@ -303,7 +303,7 @@ def test_half_of_the_edits_in_training_show_rare_objects(task, made):
   rare = [any(x.object in RARE for x in objects) for objects in scenes_of["train"]]
   assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
   assert not any(x.object in RARE for objects in scenes_of["heldout"] for x in objects)
-  for objects in scenes_of["train"]:  # Two unknown names could not be told apart.
+  for objects in scenes_of["train"]:  # Two unknown names could not be distinguished.
     several = len({x.object for x in objects if x.object in RARE}) > 1
     assert not several or task == "mirror"
 

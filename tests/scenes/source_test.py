@@ -55,7 +55,7 @@ def prepare(config, folder, raw=RAW):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Makes a raw folder of FEW scenes in parts of 200; returns it with the stage's summary."""
+  """Makes a raw folder of FEW scenes in parts of 200; returns it and the summary of the stage."""
   out = tmp_path_factory.mktemp("raw")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scenes, "PART_RECORDS", 200)
@@ -310,7 +310,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
 
 
 def write_facts(folder, heldout, other):
-  """Writes a raw folder of two records: a held-out one with facts, and `other`."""
+  """Writes a raw folder of two records: a held-out record with facts, and `other`."""
   source = folder / "in"
   source.mkdir(parents=True)
   Image.new("RGB", (48, 48)).save(source / "a.png")

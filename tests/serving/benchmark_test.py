@@ -12,7 +12,7 @@ from tests.serving.live import image
 
 
 def answers(live) -> dict[tuple[str, str], int]:
-  """Returns (endpoint, status) -> number of answers."""
+  """Counts the answers: (endpoint, status) -> number of answers."""
   pattern = r'requests_total\{endpoint="(.*)",status="(.*)"\} (\d+)'
   found = re.findall(pattern, live.http.get("/metrics").text)
   return {(endpoint, status): int(count) for endpoint, status, count in found}

@@ -102,7 +102,7 @@ def refusal(cls, body: bytes) -> ApiError | None:
 
 
 def bodies(least: int, most: int):
-  """Draws shape, item, approximate bytes, and whether to add a wide character."""
+  """Draws a shape, an item, an approximate size in bytes, and whether to add a wide character."""
   return st.tuples(
     st.sampled_from(SHAPES), st.sampled_from(ITEMS), st.integers(least, most), st.booleans()
   )
@@ -131,7 +131,7 @@ def read_described() -> None:
     body = made(globals()[shape], *rest)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    (PROC / "clear_refs").write_text("5")  # Resets VmHWM.
+    (PROC / "clear_refs").write_text("5")  # This resets VmHWM.
     before = resident("VmRSS")
     error = refusal(CLASSES[path], body)
     print(json.dumps([len(body), resident("VmHWM") - before, error and error.status]), flush=True)
@@ -140,7 +140,7 @@ def read_described() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is of Linux")
 def test_bodies_of_the_largest_size_take_four_times_their_memory():
-  """Measures the memory of the process, including memory that tracemalloc cannot see."""
+  """Measures the memory of the process, because tracemalloc does not see all memory."""
   program = "from tests.serving import bodies_test; bodies_test.read_described()"
   with subprocess.Popen(
     [sys.executable, "-c", program],

@@ -17,7 +17,7 @@ EDIT = {"prompt": "make it blue", "seed": "1"}
 
 
 class Decoder:
-  """Decodes when told to; counts decoded images, and images decoded in parallel."""
+  """Fake decoder that waits for a signal; counts decoded images, and images decoded in parallel."""
 
   def __init__(self):
     self.may_go, self.lock = threading.Event(), threading.Lock()

@@ -59,7 +59,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, sl
     received += opened.recv(4096)
   assert live.gauge("requests_active") == 1
   assert live.gauge("samples_running") == engine.slots
-  assert live.gauge("requests_waiting") == 1  # Some of its samples have no slot yet.
+  assert live.gauge("requests_waiting") == 1  # Some samples of the job have no slot yet.
   opened.close()
   live.wait_for("requests_active", 0, seconds=5)
   assert live.gauge("samples_running") == 0
@@ -85,7 +85,7 @@ def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
   monkeypatch.setattr(engine._generator, "step", lambda: time.sleep(0.6) or step())
   with Live(engine, LIMITS, unread_seconds=1) as live:
     before = live.gauge("samples_total")
-    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # The minimum.
+    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # This is the minimum.
     with contextlib.closing(send(live, {**BODY, "n": 8, "stream": True}, receive_buffer=1)):
       live.wait_for("requests_active", 1)
       live.wait_for("requests_active", 0)
@@ -215,7 +215,7 @@ def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
 
 
 def test_samples_of_jobs_take_turns(engine):
-  """Four jobs of four samples fill all slots; a fifth job's sample gets the next free slot."""
+  """Four jobs of four samples fill all slots. A sample of the fifth job gets the next free slot."""
   sampling = engine.pipeline.settings.sampling
   task = TextToImage("a red apple", retrieve=0, sampling=sampling)
   large = [job(dataclasses.replace(task, seed=seed), 4) for seed in range(4)]
@@ -283,7 +283,7 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
   pipeline = copy.copy(model.pipeline)
   pipeline.bank = tmp_path
-  pipeline.__dict__.pop("documents", None)  # Drops documents that were opened before.
+  pipeline.__dict__.pop("documents", None)  # This drops documents that were opened before.
   asked, events, ended = job(TextToImage("a", retrieve=1))
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()

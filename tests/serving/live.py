@@ -17,7 +17,7 @@ from cm3leon_jax.serving.web.server import configured, listen
 
 
 class Live:
-  """A server on a free port of 127.0.0.1.
+  """Server on a free port of 127.0.0.1.
 
   Attributes:
     url: address without a final slash.
@@ -96,7 +96,7 @@ def error(answer: httpx.Response) -> tuple[int, str]:
 
 
 def events(answer: httpx.Response) -> list[dict]:
-  """Returns the data of server-sent events."""
+  """Returns the data of the server-sent events in an answer."""
   lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
   return [json.loads(line.removeprefix("data: ")) for line in lines]
 

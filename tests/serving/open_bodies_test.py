@@ -67,7 +67,7 @@ def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
       "the server holds 100,000 bytes of other requests: try again in 30 s.",
     )
     assert answer.headers["retry-after"] == "30"
-    assert live.generate(**BODY).status_code == 200  # A small body without an image.
+    assert live.generate(**BODY).status_code == 200  # This is a small body without an image.
     assert live.generate(**BODY, user="a" * (SMALL - 500)).status_code == 200
     first.sendall(large[-1:])
     assert first.recv(64).startswith(b"HTTP/1.1 200")

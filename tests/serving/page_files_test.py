@@ -7,7 +7,7 @@ import pytest
 
 PAGE = importlib.resources.files("cm3leon_jax.serving") / "page"
 SCRIPTS = ("app.js", "canvas.js")
-# These parse a string as HTML or as a program.
+# These functions parse a string as HTML or as a program.
 PARSERS = re.compile(
   r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|srcdoc"
   r"|setHTML|\beval\b|\bFunction\(|set(?:Timeout|Interval)\(\s*[\"'`]|javascript:|\.on[a-z]+\s*=(?!\s*\()"

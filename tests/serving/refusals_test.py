@@ -252,7 +252,7 @@ def raw(live, text: str) -> str:
   ],
 )
 def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status):
-  """Otherwise a web page could rebind its host name to 127.0.0.1 and read answers."""
+  """Otherwise, a web page could rebind its host name to 127.0.0.1 and read answers."""
   line = raw(live, f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n")
   assert line.split()[1] == str(status)
 

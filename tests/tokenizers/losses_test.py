@@ -34,7 +34,7 @@ def test_multiscale_loss_literals():
 
 
 def test_gradient_loss_literals():
-  """A constant error costs nothing; a ramp of 2 per row costs (2 + 0) / 2."""
+  """The loss of a constant error is 0; the loss of a ramp of 2 per row is (2 + 0) / 2."""
   x = jnp.zeros((1, 8, 8, 3))
   assert float(losses.gradient_loss(x, x + 0.7)) == 0
   ramp = jnp.broadcast_to(2.0 * jnp.arange(8).reshape(1, 8, 1, 1), x.shape)
@@ -74,7 +74,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
 
   found = adaptive(CONFIG, judge)
   np.testing.assert_allclose(found, rebuilt / (convincing + 1e-4), rtol=1e-4)
-  deaf = jax.tree.map(jnp.zeros_like, judge)  # This judge has a gradient of 0.
+  deaf = jax.tree.map(jnp.zeros_like, judge)  # This discriminator has a gradient of 0.
   np.testing.assert_allclose(adaptive(CONFIG, deaf), min(1e4, rebuilt / 1e-4), rtol=1e-4)
   assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), judge) == 1
 

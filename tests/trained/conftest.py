@@ -1,3 +1,3 @@
-"""Shares the run of the tests of exports."""
+"""Shares the fixture of a run with the tests of exports."""
 
 from tests.export.conftest import run  # noqa: F401

@@ -28,7 +28,7 @@ def settings_with(**train_fields):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Makes stores of both splits and neighbors, as of the stages before training."""
+  """Makes stores of both splits and neighbors, like the stages before training."""
   sources = make_sources(tmp_path / "made")
   documents, neighbors = tmp_path / "documents", tmp_path / "neighbors"
   documents.mkdir()

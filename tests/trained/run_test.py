@@ -64,7 +64,7 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
   sampling = dataclasses.replace(stored.sampling, temperature=0.125)
   asked = dataclasses.replace(stored, sampling=sampling, retrieval=SETTINGS.retrieval)
   assert Run.open("scenes", asked).settings == dataclasses.replace(stored, sampling=sampling)
-  other = settings_from_config(scenes.get_config())  # Of the demo's model, which is smaller.
+  other = settings_from_config(scenes.get_config())  # The demo's model is smaller.
   with refused(UserError):
     Run.open("scenes", other)
 

@@ -1,4 +1,4 @@
-"""Rows, a run that nothing interrupts, and checkpoints to damage."""
+"""Defines fixtures: rows, a run without interruptions, and checkpoints that tests damage."""
 
 import pytest
 

@@ -41,18 +41,18 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   """A run that is killed in step 11 repeats the steps after its checkpoint, then continues."""
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
-  assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
+  assert max(losses(tmp_path)) == 11  # A step is logged before anything reads its state.
   run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
   lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
   (event,) = [line for line in lines if line.get("event") == "resumed"]
-  assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
+  assert event["from_step"] in (4, 8)  # Step 8 counts if its save was complete.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
-  """No checkpoint of the step may count before its grid is written."""
+  """A checkpoint of the step must not count before the grid of the step is written."""
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(4, tmp_path), sample_every=4)
   seen = []
@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp
 
 @pytest.mark.slow
 def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
-  """The held-out losses and the samples are those of the average."""
+  """The held-out losses and the samples are computed with the average."""
   seen = {}
 
   def sample_grid(params, step):
@@ -92,7 +92,7 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
-  """They replace the parameters and start the average; optimizer and learning rate are new."""
+  """They replace the parameters and start the average. Optimizer and learning rate start anew."""
   given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
   first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
   run(tmp_path, loader, steps=1, **first)
@@ -130,7 +130,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_
     with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
       run(tmp_path, loader)
     assert not (tmp_path / "metrics").exists()
-  run(tmp_path, loader)  # The other one is gone, and is not waited for.
+  run(tmp_path, loader)  # The other process is gone, so this process does not wait for it.
   assert losses(tmp_path) == losses(whole[0])
 
 
@@ -141,7 +141,7 @@ def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_a_device_set_the_passes(loader, tmp_path):
-  """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
+  """On one device, 8 rows become 4 micro-batches of 2 rows, exactly as if the config said so."""
   run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
   run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
   assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
@@ -152,13 +152,13 @@ def test_rows_of_a_device_set_the_passes(loader, tmp_path):
 def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp_path):
   with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = run(tmp_path, loader, steps=4, eval_every=3)
-    assert evaluate.call_count == 2  # At steps 3 and 4.
+    assert evaluate.call_count == 2  # Steps 3 and 4.
     lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
     last = [line for line in lines if "heldout_loss" in line][-1]
     assert {name: summary[name] for name in last if name != "step"} == {
       name: x for name, x in last.items() if name != "step"
     }
-    again = run(tmp_path, loader, steps=4)  # Nothing is left to train.
+    again = run(tmp_path, loader, steps=4)  # No steps remain to be trained.
     assert evaluate.call_count == 3
   assert again == summary
 
@@ -171,7 +171,7 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
-  """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
+  """The parameters are 1e37 after step 2. Without the flag, step 3 has the first wrong metrics."""
   message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
   with pytest.raises(UserError, match=message):
     run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)

@@ -1,4 +1,4 @@
-"""Reads event files as TensorBoard does: a start hides older events from its first step on."""
+"""Reads event files as TensorBoard does: a new start hides older events of its steps."""
 
 import struct
 
@@ -7,7 +7,7 @@ from tensorboardX.proto import event_pb2
 
 
 def read(folder):
-  """{tag: {step: [values]}} of all event files in `folder`, in the order of their writing."""
+  """Returns {tag: {step: [values]}} of all event files in `folder`, in the order of writing."""
   found = {}
   for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
     for event in _events(path.read_bytes()):

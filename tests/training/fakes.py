@@ -1,4 +1,4 @@
-"""Stand-ins for what the hooks of a training need, which note what they are asked to do."""
+"""Provides fakes of the objects that training hooks use. The fakes record the calls."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from cm3leon_jax.training.watch.monitor import Monitor
 
 
 class FakeState(TrainState):
-  """A state of a step, with names in place of parameters."""
+  """Fake training state, with names in place of parameters."""
 
   eval_params = "average"
 
@@ -19,14 +19,14 @@ class FakeState(TrainState):
 
 
 class FakeStop(StopSignal):
-  """A signal that was received, with the exit code, or none."""
+  """Fake of a received signal, with the exit code; or of no signal."""
 
   def __init__(self, code=None):
     self.code = code
 
 
 class FakeMonitor(Monitor):
-  """Notes calls in `events`; `skipped` steps in a row were skipped, `logged` is in the log."""
+  """Records calls in `events`. `skipped` is the number of skipped steps in a row."""
 
   def __init__(self, skipped=0, logged=()):
     self.events, self.skipped, self.logged = [], skipped, dict(logged)
@@ -68,7 +68,7 @@ class FakeMonitor(Monitor):
 
 
 class FakeCheckpoints(Checkpoints):
-  """Notes what is saved; a save in flight fails with an error, or none does."""
+  """Records what is saved. A save in flight fails if `error` is given."""
 
   def __init__(self, failure=None):
     self.saves, self.closed, self.failure = [], False, failure
@@ -85,7 +85,7 @@ class FakeCheckpoints(Checkpoints):
 
 
 class Noting(Hook):
-  """A hook that notes its calls; it stops after a step."""
+  """Hook that records its calls and stops the run after a given step."""
 
   def __init__(self, name, events, stop_after=None):
     self.name, self.events, self.stop_after = name, events, stop_after

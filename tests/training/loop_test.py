@@ -1,4 +1,4 @@
-"""The loop of all trainings, on numbers."""
+"""Tests the loop that all trainings share, with numbers as states and batches."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from tests.training.fakes import Noting
 
 
 def add(events):
-  """A step function that adds its batch to the state."""
+  """Adds the batch to the state, as a step function."""
 
   def take_step(state, batch):
     events.append(("step", state, batch))

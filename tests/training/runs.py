@@ -1,4 +1,4 @@
-"""A tiny run of the trainer, and a crash in the middle of it."""
+"""Runs a tiny training, and crashes it in the middle."""
 
 import functools
 import time
@@ -22,14 +22,14 @@ from tests.data.stores import VOCAB
 from tests.models.tiny import SIZES, mesh_of
 
 MODEL = ModelConfig(vocab_size=VOCAB.size, max_positions=128, loss_chunk=32, **SIZES)
-STEPS, LENGTH = 12, 64  # Of a run, of its rows.
+STEPS, LENGTH = 12, 64  # Steps of a run, length of its rows.
 
 
 @functools.cache
 def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
-  """Compiled once for all runs, however short: compilation takes most of the time.
+  """Compiles the steps once for all runs, because compilation takes most of the time.
 
-  The learning rate is that of a run of `STEPS` steps.
+  The learning rate schedule is the schedule of a run of `STEPS` steps.
   """
   config = TrainConfig(
     steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
@@ -52,7 +52,7 @@ def run(
   go_back=None,
   **fields,
 ):
-  """Trains; with `fresh` the steps are compiled again, as in a new process."""
+  """Trains. With `fresh`, the steps are compiled again, as in a new process."""
   usual = {"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1}
   config = TrainConfig(**{**usual, "checkpoint_every": 4, **fields})
   optimizer = OptimizerConfig(
@@ -89,11 +89,11 @@ def losses(folder):
 
 
 class Crash(Exception):
-  """Stands for a machine that goes away in the middle of a step."""
+  """Simulates a machine that fails in the middle of a step."""
 
 
 def crash_at(step, folder):
-  """Crashes in `step` after the last save: its thread would outlive the crash, unlike a process."""
+  """Crashes in `step` after the last save ends, because its thread would survive this crash."""
 
   def crash(_, at):
     if at == step:
@@ -105,7 +105,7 @@ def crash_at(step, folder):
 
 
 def arrays(folder):
-  """The parameters of the last checkpoint, and the average that is loaded from it."""
+  """Returns the parameters of the last checkpoint, and the average that is loaded from it."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     optimizer = create_optimizer(OptimizerConfig(), STEPS)
     init = functools.partial(init_state, MODEL, optimizer, jax.random.key(0), averaged=True)

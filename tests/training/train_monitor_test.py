@@ -16,7 +16,7 @@ from tests.training.watch.traces_test import traced_steps
 
 @pytest.mark.slow
 def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
-  """In the grid of step 8: the endpoint is open as long as the run trains."""
+  """Reads while the grid of step 8 is made, because the endpoint is open only during training."""
   port, found = free_port(), []
 
   def scrape(*_):
@@ -59,7 +59,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   lines = [
     line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
   ]
-  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  # Saves at steps 4 and 8, evaluations at steps 5 and 8, and the end.
   assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]
   for before, line in itertools.pairwise(lines):
     assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))
@@ -67,7 +67,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   total = sum(x for name, x in lines[-1].items() if name.endswith("_seconds"))
   assert lines[-1]["goodput"] == pytest.approx(lines[-1]["step_seconds"] / total, abs=1e-3)
   printed = re.search(r"train: goodput (.*)% of (\d+) s: steps", capsys.readouterr().out)
-  assert float(printed[1]) == pytest.approx(100 * lines[-1]["goodput"], abs=0.06)  # Both rounded.
+  assert float(printed[1]) == pytest.approx(100 * lines[-1]["goodput"], abs=0.06)  # Rounded values.
   assert int(printed[2]) == pytest.approx(total, abs=0.51)
 
 

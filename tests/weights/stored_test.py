@@ -26,7 +26,7 @@ def save(folder, params, ema=None, split_layers=True):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """A checkpoint of 8 devices with an average, and both trees."""
+  """Saves a checkpoint from 8 devices with an average; returns it and both trees of parameters."""
   folder = tmp_path_factory.mktemp("train")
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params, ema = random_params(CONFIG, seed=1), random_params(CONFIG, seed=2)
@@ -65,7 +65,7 @@ def test_each_layer_has_chunks_of_its_own(saved):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
-  """Its chunks span all layers, unless two replicas each write half of them."""
+  """Chunks of that version span all layers, unless two replicas each write half of them."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(dataclasses.replace(CONFIG, num_layers=3))
     save(tmp_path, params, split_layers=False)

@@ -65,7 +65,7 @@ def test_the_limit_of_the_psnr_is_an_argument(tmp_path):
   psnr = {pair.heldout: -pair.noise for pair in leaks.check(raw, 2, 0.0).nearest}
   assert psnr["noisy"] > psnr["shifted"] > 0
   assert leaks.check(raw, 2, 0.0).leaked == 2
-  assert leaks.check(raw, 2, 100.0).leaked == 1  # Its hash is the same.
+  assert leaks.check(raw, 2, 100.0).leaked == 1  # The hash of this image is the same.
 
 
 def test_without_heldout_images_nothing_leaks(tmp_path):

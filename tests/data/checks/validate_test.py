@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
     except UserError as error:
       assert "000000.array_record" in str(error)  # noqa: PT017
       noticed += 1
-    else:  # The file's own signatures may be off: nobody reads them.
+    else:  # The signatures in the file itself may be wrong, because no program reads them.
       store = DocumentStore(tmp_path, VOCAB)
       for i, original in enumerate(originals):
         same(original, store[i])
@@ -97,13 +97,13 @@ def test_lengths_of_other_documents_are_refused(tmp_path, others):
 @pytest.mark.parametrize("has_digests", [True, False])
 @pytest.mark.parametrize("field", ["offsets", "lengths", "is_image", "groups", "concepts"])
 def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests):
-  """Also in a store without digests, where the document is named, too."""
+  """The array is also found in a store without digests, where the document is named, too."""
   folder = write_stage(tmp_path)
   if not has_digests:
     (tmp_path / "documents" / stages.DONE).unlink()
   assert validate_store(DocumentStore(folder, VOCAB))["documents"] == 7
   values = np.load(folder / f"{field}.npy")
-  place = 5 if field in ("offsets", "groups", "concepts") else 10  # Of document 5.
+  place = 5 if field in ("offsets", "groups", "concepts") else 10  # This is in document 5.
   values[place] = not values[place] if field == "is_image" else values[place] + 1
   np.save(folder / f"{field}.npy", values)
   with refused(UserError):
@@ -111,7 +111,7 @@ def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests)
 
 
 def test_a_whole_shard_of_other_documents_is_found(tmp_path):
-  """It has right checksums and the same size, so that only its digest shows it."""
+  """The shard has correct checksums and the same size, so only its digest shows the change."""
   folder = write_stage(tmp_path)
   index = json.loads((folder / "index.json").read_text())
   other = [document(f"x{i}", text(*range(8, 9 + i)), image(301 + i)) for i in range(3)]
@@ -124,7 +124,7 @@ def test_a_whole_shard_of_other_documents_is_found(tmp_path):
 
 def prepare(folder, **fields) -> pathlib.Path:
   """Prepares a shard of noise, whose images have crops; returns the raw folder."""
-  if not (folder / "in").exists():  # Written anew, its files would count as changed.
+  if not (folder / "in").exists():  # Rewritten images would count as changed.
     (folder / "in").mkdir()
     for i in range(6):
       pixels = np.random.default_rng(i).integers(0, 256, (30, 30, 3), np.uint8)
@@ -137,7 +137,7 @@ def prepare(folder, **fields) -> pathlib.Path:
 
 
 def forget_digests(raw, name="000000"):
-  """Leaves of a shard what an earlier version wrote."""
+  """Leaves only the files of a shard that an earlier version wrote."""
   (raw / name / reader.IMAGE_DIGESTS).unlink()
   record = read_json(raw / "done" / f"{name}.json")
   del record["summary"]["files"][reader.IMAGE_DIGESTS]
@@ -146,7 +146,7 @@ def forget_digests(raw, name="000000"):
 
 @pytest.mark.parametrize("jpeg_quality", [0, 90])
 def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_quality):
-  """Of crops that were added, too; most decode to another image."""
+  """This includes images of added crops. Most flipped images decode to another image."""
   raw = prepare(tmp_path, jpeg_quality=jpeg_quality)
   validate_raw(raw, 2)
   images = sorted((raw / "000000" / "images").iterdir())
@@ -174,7 +174,7 @@ def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path
     change()
     with refused(UserError):
       validate_raw(raw, 2)
-    shutil.rmtree(raw / "000000")  # As the sentence says.
+    shutil.rmtree(raw / "000000")  # Does what the message says.
     prepare(tmp_path)
     assert {path.name: path.read_bytes() for path in (first, second)} == before
     validate_raw(raw, 2)
@@ -202,6 +202,6 @@ def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path,
   sentence = "but 1 of the shards, from an earlier version, have no image digests"
   assert capsys.readouterr().out.count(sentence) == 1
   record = (raw / "done" / "000000.json").read_bytes()
-  prepare(tmp_path)  # The same command does not make it again.
+  prepare(tmp_path)  # The same command does not write the shard again.
   assert (raw / "done" / "000000.json").read_bytes() == record
   assert reader.read_pairs(raw, "train") == pairs

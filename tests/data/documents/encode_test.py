@@ -32,7 +32,7 @@ CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray
 
 
 class BrightnessTokenizer:
-  """Images of 8x8 as four codes, one per quarter: its brightness in `levels` steps."""
+  """Encodes 8x8 images as four codes: the brightness of each quarter in `levels` steps."""
 
   def __init__(self, levels):
     self.levels = levels
@@ -92,7 +92,7 @@ def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
       document = store[i]
       caption, image = document.segments
       assert (document.key, document.group, document.license) == (pair.key, pair.group, "CC0-1.0")
-      assert document.concept == pair.concept == pair.group  # The default of a pair's concept.
+      assert document.concept == pair.concept == pair.group  # A pair's concept by default.
       assert (caption.is_image, image.is_image) == (False, True)
       assert text_tokenizer.decode(caption.tokens) == pair.caption
       expected = image_tokenizer.encode(reader.load_image(pair.image, 8)[None])[0]
@@ -149,7 +149,7 @@ def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
 
 
 def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_tokenizer, tmp_path):
-  """What the message at a damaged file says to do must not strand a run."""
+  """A user who follows the message about a damaged file must still have a usable run."""
   folder, ids = tmp_path / "documents", []
   for lost in ("", "000000.array_record", "000000.npz", "lengths.npy", "index.json"):
     if lost:
@@ -168,14 +168,14 @@ def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path)
 
 
 def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
-  """As of an image tokenizer whose parameters are NaN. Two codes are enough."""
+  """An image tokenizer whose parameters are NaN has only one code. Two codes are accepted."""
   with refused(UserError):
     encode(raw, text_tokenizer, tmp_path, levels=1)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
 
 
 def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
-  """As an earlier version left it: now its stage does not finish."""
+  """An earlier version left such a tokenizer. Now the stage of the tokenizer does not finish."""
   config = tiny_config()
   params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
   params["encoder"] = jax.tree.map(lambda x: x * np.nan, params["encoder"])

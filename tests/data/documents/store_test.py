@@ -172,7 +172,7 @@ def flip(path, position, bit=0):
 
 
 def write_stage(root, number=7):
-  """A finished stage `documents` with the store `train_pairs` of two shards; its folder."""
+  """Writes a finished stage `documents` with a store of two shards; returns the stage's folder."""
   made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
   folder = root / "documents"
   with stages.once(folder, {}, files=table.STAGES["documents"].files):
@@ -223,7 +223,7 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_record_of_other_lengths_is_named(tmp_path):
-  """Of an earlier version, without digests: the shard is whole, and of other documents."""
+  """A store of an earlier version has no digests. The shard is whole but of other documents."""
   folder = write_stage(tmp_path)
   index = json.loads((folder / "index.json").read_text())
   del index["files"]

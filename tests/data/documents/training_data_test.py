@@ -14,7 +14,7 @@ PAIR = {"key": "a", "caption": "a", "split": "train", "attribution": "b"}
 
 
 def make_run(folder, license_="", init_from=""):
-  """Writes what is read of a run: its raw data, if they have a license, and what it began from."""
+  """Writes the parts of a run that are read: raw data (with a license) and its starting point."""
   if license_:
     write_raw(folder / "raw", [{**PAIR, "license": license_}] * 2, [make_image(None, 0)] * 2)
   start = {"source": init_from, "step": None, "digest": "0"} if init_from else None

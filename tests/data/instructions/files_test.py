@@ -28,7 +28,7 @@ def read(root, name, split=None, **release):
 
 
 def files_of(name):
-  """Files that a split of the format reads, apart from the many of InstructPix2Pix."""
+  """Returns the files that a split of the format reads, without the many of InstructPix2Pix."""
   unread = ("train_split.json", "test_split.json")
   return [f for f in RELEASES[name] if f not in unread and not f.endswith("prompt.json")]
 
@@ -91,7 +91,7 @@ def test_vqa_has_the_most_frequent_answer_and_all_of_them_as_facts(tmp_path):
 
 def test_vizwiz_unanswerable_questions_say_so(tmp_path):
   soap, color = read(tmp_path, "vizwiz")
-  # Two equally frequent answers: the first counts.
+  # Two answers are equally frequent, so the first counts.
   assert soap.texts == {"question": "What is this?", "answer": "soap"}
   assert color.texts["answer"] == "unanswerable"
   content = copy.deepcopy(RELEASES["vizwiz"]["Annotations/val.json"])
@@ -103,7 +103,7 @@ def test_vizwiz_unanswerable_questions_say_so(tmp_path):
 
 
 def test_textvqa_blank_answers_do_not_count(tmp_path):
-  brand, year = read(tmp_path, "textvqa")  # The third question has blank answers only.
+  brand, year = read(tmp_path, "textvqa")  # The third question has only blank answers.
   assert brand == Record(
     key="34602",
     group="003a8ae2ef43b901",
@@ -208,7 +208,7 @@ def test_localized_narratives_one_record_a_caption(tmp_path):
   ],
 )
 def test_the_large_files_of_localized_narratives(tmp_path, split, image_id, files, image):
-  """All files of a split are read in order; the one of the captions alone is preferred."""
+  """All files of a split are read in order. A file that has only captions is preferred."""
   start = split.replace("images_train", "images_train_v6")
   shards = [f"-{i:05d}-of-{files:05d}" for i in range(files)] if files > 1 else [""]
   names = [f"{start}_localized_narratives{shard}.jsonl" for shard in shards]

@@ -29,7 +29,7 @@ def test_one_record_a_caption_with_the_objects_of_its_image(tmp_path):
     texts={"caption": "A bottle.", "objects": "bottle at location (199, 130) -> (204, 150)"},
     images={"image": f"{tmp_path}/val2017/000000000008.jpg"},
   )
-  # The larger object first: of the car 9.5 columns are in the square.
+  # The larger object is first. Of the car, 9.5 columns are in the square.
   objects = "bottle at location (0, 64) -> (128, 96), car at location (244, 0) -> (256, 256)"
   assert by_bottle.texts == {"caption": "A car by a bottle.", "objects": objects}
   assert (by_bottle.key, car.key) == ("7/0", "7/1")
@@ -44,7 +44,7 @@ def test_the_release_may_have_its_files_without_a_folder(tmp_path):
 
 @pytest.mark.parametrize("size", [(400, 200), (200, 400), (301, 200), (64, 64)])
 def test_a_location_is_where_the_object_is_in_the_image_that_is_read(tmp_path, size):
-  """A white box on black, read as images of instructions are, lies at its location."""
+  """Reads a white box on black like the images of instructions; the box is at its location."""
   width, height = size
   left, top = width // 2 - 20, height // 2 - 10
   pixels = np.zeros((height, width, 3), np.uint8)
@@ -62,7 +62,7 @@ def test_boxes_are_clipped_and_those_outside_are_none():
   assert grounding.square_box((0, 0, 400, 200), 400, 200) == (0, 0, 256, 256)
   assert grounding.square_box((0, 0, 100, 200), 400, 200) is None
   assert grounding.square_box((0, 301, 200, 90), 200, 400) is None
-  assert grounding.square_box((150, 50, 0.1, 25), 400, 200) is None  # Less than a pixel.
+  assert grounding.square_box((150, 50, 0.1, 25), 400, 200) is None  # Is less than a pixel.
 
 
 def test_the_largest_objects_come_first_and_the_others_are_left_out():
@@ -75,7 +75,7 @@ def test_the_largest_objects_come_first_and_the_others_are_left_out():
   assert grounding.describe_objects([]) == ""
 
 
-# A change of the instances, and the message after the file's name.
+# Each case is a change of the instances, and the message after the name of the file.
 WRONG = [
   lambda c: c.pop("categories"),
   lambda c: c["categories"].append(c["categories"][0]),

@@ -115,7 +115,7 @@ def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, t
   (document,) = DocumentStore(tmp_path / "store", SETTINGS.vocab)
   read = [stores.square_pixels(records[0].images[x], 8) for x in ("edges", "depth", "image")]
   np.testing.assert_array_equal(read[0], canny_edges(read[2]))
-  assert np.abs(read[1].astype(int) - depth).mean() < 60  # Compressed.
+  assert np.abs(read[1].astype(int) - depth).mean() < 60  # The file is compressed.
   assert np.abs(read[2].astype(int) - pixels).mean() < 60
   for segment, image in zip(document.segments, read, strict=True):
     codes = encoder.image_tokenizer.encode(image[None])[0]
@@ -152,7 +152,7 @@ def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
 def test_computed_maps_need_opencv_and_other_tasks_do_not(tmp_path, monkeypatch):
   write_lines(tmp_path / "asked/train.jsonl", line())
   write(tmp_path / "coco", RELEASES["coco_2017"])
-  monkeypatch.setitem(sys.modules, "cv2", None)  # As if it were not installed.
+  monkeypatch.setitem(sys.modules, "cv2", None)  # Hides the module, as if it were not installed.
   assert len(open_task(tmp_path, ASK)) == 1
   with pytest.raises(UserError, match=r"task draw: .* need OpenCV.* 'opencv-python-headless>="):
     open_task(tmp_path, DRAW)
@@ -247,7 +247,7 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   )
   store = DocumentStore(tmp_path / "store", SETTINGS.vocab)
   texts = [tokenizer.decode(document.segments[0].tokens) for document in store]
-  # The line without a context is left out. White space of records is single spaces.
+  # The line without a context is left out. White space in records becomes single spaces.
   assert texts == [
     "Question: how many?\nAnswer: two.",
     "Question: how many?\nContext: Two birds fly.\nAnswer: two birds.",
@@ -260,12 +260,12 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
 
 
 def test_a_sample_may_fill_the_row(encoder, tmp_path):
-  """As many tokens as a row has room for are right, of a span as of the last image."""
+  """A sample may have as many tokens as a row can hold, in a span or in the last image."""
   base, tokenizer = encoder
   save_image(tmp_path / "asked/a.png")
   write_lines(tmp_path / "asked/train.jsonl", line())
   size = len(tokenizer.encode("Question: how many?\nAnswer: two.")) + 16
-  for target, more in (("answer", 3 + 3), ("image", 3)):  # </s>, <break>, </s>; of a span 3 more.
+  for target, more in (("answer", 3 + 3), ("image", 3)):  # </s>, <break>, </s>; a span has 3 more.
     task = make_task({**ASK, "target": target})
     for room, rejects in ((size + more, 0), (size + more - 1, 1)):
       encoder = stores.RecordEncoder(base.encode, base.image_tokenizer, base.vocab, room - 1)

@@ -25,7 +25,7 @@ def test_tasks_of_a_file_and_own_ones_together(tmp_path):
 
 def test_only_some_tasks_may_be_trained():
   config = InstructionsConfig(tasks="scenes", only=("count", "draw"))
-  assert [task.name for task in load_tasks(config)] == ["draw", "count"]  # In the table's order.
+  assert [task.name for task in load_tasks(config)] == ["draw", "count"]  # In table order.
   with refused(UserError):
     load_tasks(InstructionsConfig(tasks="scenes", only=("cuont",)))
 
@@ -41,7 +41,7 @@ def test_a_file_that_is_not_there_is_named_with_the_tables_of_the_package(tmp_pa
 
 
 def second(**lines):
-  """A second task, with other lines in place of some: its name is in line 5, its target in 7."""
+  """Returns a second task with some lines replaced. Line 5 has its name, line 7 its target."""
   fields = {
     "name": "second",
     "format": "vqa_v2",

@@ -6,7 +6,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
 from tests.messages import refused
 
-# 30 images; image i has 1 + i % 5 examples.
+# There are 30 images; image i has 1 + i % 5 examples.
 EXAMPLES = [Example(f"{i}/{j}", str(i)) for i in range(30) for j in range(1 + i % 5)]
 
 
@@ -43,12 +43,12 @@ def test_a_choice_depends_on_seed_and_names_alone():
   assert keys(choose(EXAMPLES, 20, seed=1)) == chosen[:20]
   other = keys(choose(EXAMPLES, 40, seed=2))
   assert set(other[:10]) != set(chosen[:10])
-  # Not the first example of each image.
+  # The choice is not always the first example of an image.
   assert {key.split("/")[1] for key in chosen[:30]} >= {"0", "1", "2"}
 
 
 def test_images_with_many_examples_are_not_chosen_more_often():
-  """Of 400 choices of 6 images, each image is in about 80; 5 sigma are 40."""
+  """In 400 choices of 6 images, each image is chosen about 80 times; 5 sigma are 40."""
   used = collections.Counter(e.group for seed in range(400) for e in choose(EXAMPLES, 6, seed=seed))
   assert all(40 <= used[str(i)] <= 120 for i in range(30))
 

@@ -53,7 +53,7 @@ def test_vqa_v2(tmp_path):
     answer_type="other",
   )
   assert (mats.group, mats.answer_type, mats.references) == ("42", "number", ("1",) * 10)
-  assert dog.references == ("yes", "") * 5  # Each annotator counts, even a silent one.
+  assert dog.references == ("yes", "") * 5  # Each annotator counts, even with no words.
   assert dog.image.endswith("COCO_val2014_000000185565.jpg")
 
 
@@ -143,7 +143,7 @@ def test_files_of_other_formats_are_refused(tmp_path, name):
         read(tmp_path, name, **{file: content})
 
 
-# Format, number of its file, a change of the content, and the message after the file's name.
+# (format, number of its file, change of the content, message after the name of the file).
 WRONG = [
   ("coco_2014", 0, lambda c: c["images"].append(c["images"][0])),
   ("coco_2014", 0, lambda c: c["annotations"].pop(1)),

@@ -1,4 +1,4 @@
-"""What is said about images that cannot be decoded is the same in each run, in all readers."""
+"""Tests that messages about broken images are the same in each run and in all readers."""
 
 import json
 import re
@@ -21,14 +21,14 @@ ADDRESS = re.compile("0x[0-9a-fA-F]{6,}")
 
 
 class FromLibrary(OSError):
-  """An error like PIL's, whose text has the address of what it was given."""
+  """Error like an error of PIL, whose text has the memory address of its argument."""
 
   def __str__(self):
     return f"cannot identify image file {self.args[0]!r} <bound method f of {object()!r}>"
 
 
 def sources_of(folder, data: bytes) -> list:
-  """Writes an image, with a caption, as each kind of source has it."""
+  """Writes an image with a caption in the format of each kind of source."""
   pairs = [("x.jpg", data), ("x.txt", b"a red heart")]
   beside = folder / "beside"
   beside.mkdir()

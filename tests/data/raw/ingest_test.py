@@ -31,7 +31,7 @@ def red(key, **fields) -> dict:
 
 @pytest.fixture
 def source(tmp_path):
-  """A folder of 40 pairs and 2 texts; function to replace line `i` of pairs.jsonl."""
+  """Writes 40 pairs and 2 texts; returns a function that replaces line `i` of pairs.jsonl."""
   folder = tmp_path / "source"
   folder.mkdir()
   (folder / "red.png").write_bytes(png(RED))

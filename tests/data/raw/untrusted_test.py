@@ -1,4 +1,4 @@
-"""Records from strangers are read or rejected: no other error, no hang, no large memory."""
+"""Tests that untrusted records are read or rejected, without other errors, hangs or much memory."""
 
 import csv
 import dataclasses
@@ -84,7 +84,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
   buffer = io.BytesIO()
   Image.new("1", (6_000, 6_000)).save(buffer, "png")
   assert len(buffer.getvalue()) < 10_000
-  monkeypatch.setattr(Image.Image, "convert", None)  # Decoding would be an error.
+  monkeypatch.setattr(Image.Image, "convert", None)  # Decoding the image would raise an error.
   with pytest.raises(UserError, match=r"has 36,000,000 pixels; the maximum is 33,554,432\.$"):
     reader.load_image(buffer.getvalue(), 8)
 
@@ -97,7 +97,7 @@ def test_an_image_of_many_bytes_is_refused(tmp_path):
 
 
 def test_large_images_are_read_one_at_a_time(monkeypatch):
-  """The lock is not held by small ones."""
+  """Small images do not take the lock."""
   monkeypatch.setattr(reader, "LARGE", 600)
   small, large = encoded("png"), encoded("png", (30, 30))
   with reader._ONE_LARGE_IMAGE:
@@ -121,8 +121,8 @@ class Entered:
     self.seen.append("out")
 
 
-# Prints what it took to read large images on 8 threads and keep the errors, in MiB, and their
-# number.
+# Reads large images on 8 threads and keeps the errors. Prints the memory that this took in MiB, and
+# the number of errors.
 READ_LARGE = """
 from concurrent import futures
 import pathlib, resource, sys
@@ -148,7 +148,7 @@ print(peak() - before, sum(isinstance(x, UserError) for x in found))
 @pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
-  """One takes 200 MiB. On 8 threads they took 680 MiB, and damaged ones 980 MiB."""
+  """One takes 200 MiB. Regression: on 8 threads, images took 680 MiB, damaged images 980 MiB."""
   path = tmp_path / "a.png"
   Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
   if is_damaged:
@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def reasons(items) -> list[str]:
-  """Returns the reason of each rejected record, and the key of each right one."""
+  """Returns the reason for each rejected record, and the key of each valid record."""
   return [item.reason if isinstance(item, Rejected) else item.key for item in items]
 
 
@@ -204,7 +204,7 @@ CSV = "file_name,text\n"
     (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
-    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # Python's own limit is less.
+    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # The limit of Python is lower.
   ],
 )
 def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
@@ -237,14 +237,14 @@ def test_a_column_that_is_no_field_is_not_read(tmp_path):
   table = pa.table({"image": images, "caption": ["a", "b", "c"], "date": dates})
   parquet.write_table(table, tmp_path / "a.parquet")
   found = reasons(read(tmp_path / "a.parquet"))
-  assert found == [f"a.parquet/{i}" for i in range(3)]  # A date out of range is an error.
+  assert found == [f"a.parquet/{i}" for i in range(3)]  # A date out of range raises an error.
 
 
 def test_a_damaged_parquet_file_stops_nothing(tmp_path):
   table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
   parquet.write_table(table, tmp_path / "a.parquet")
   data, rng, found = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0), set()
-  footer = int.from_bytes(data[-8:-4], "little") + 8  # Its names, types and places of columns.
+  footer = int.from_bytes(data[-8:-4], "little") + 8  # The names, types and places of the columns.
   for _ in range(300):
     damaged = bytearray(data)
     damaged[-int(rng.integers(1, footer))] ^= 1 << int(rng.integers(8))

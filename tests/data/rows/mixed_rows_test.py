@@ -21,7 +21,7 @@ CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-  """Two tasks whose samples lack something now and then, and pairs and texts beside them."""
+  """Returns two tasks in which some samples lack a part, and pairs and texts."""
   root = tmp_path_factory.mktemp("stores")
   tasks = [
     dataclasses.replace(
@@ -58,7 +58,7 @@ def test_rows_hold_all_sources(rows):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
-  """Each process plans for itself."""
+  """Each process computes its plan without the other processes."""
   sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
   shape, read = (B, CONFIG.sequence_length), []
   for host in range(hosts):
@@ -74,7 +74,7 @@ def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
 def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
   sources, rows, first_row, tmp_path
 ):
-  """From the starts of the windows that the run wrote before; no earlier window is planned."""
+  """Windows start where the run wrote that they start, so no earlier window is planned."""
   path = tmp_path / "plan.jsonl"
   before = open_loader(sources, path, writes=True)
   for i in range(first_row):

@@ -30,7 +30,7 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
   if not plan.dropped and plan.length <= length:
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
-  if plan.spans:  # All spans fit: an infill is never cut.
+  if plan.spans:  # All spans fit, because an infill is never cut.
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
 
@@ -53,7 +53,7 @@ def test_fixed_picks_k_of_all_candidates_in_every_order():
   plans = [plan_pair(5, seed) for seed in range(1_000)]
   counts = Counter(p.neighbors for p in plans)
   assert set(counts) == set(itertools.permutations(range(5), 2))
-  assert min(counts.values()) > 20  # 50 are expected of each.
+  assert min(counts.values()) > 20  # About 50 of each are expected.
   assert all((p.missing, p.crowded_out) == (0, 0) for p in plans)
 
 
@@ -63,7 +63,7 @@ def test_paper_picks_three_of_the_first_four_candidates_in_every_order():
     for seed in range(1_000)
   )
   assert set(counts) == set(itertools.permutations(range(4), 3))
-  assert min(counts.values()) > 15  # 42 are expected of each.
+  assert min(counts.values()) > 15  # About 42 of each are expected.
 
 
 def test_uniform_picks_any_number_up_to_k():
@@ -102,7 +102,7 @@ def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
 
 
 def span_plans(lengths, is_image, number=4_000, **fields):
-  """Plans of one document without candidates, a generator each."""
+  """Returns plans of one document without candidates, each with another random generator."""
   config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
   return [
     plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
@@ -111,7 +111,7 @@ def span_plans(lengths, is_image, number=4_000, **fields):
 
 
 def test_the_number_of_spans_is_poisson():
-  """A sample of 30 segments has room for up to 29 whole ones, so that every span is kept."""
+  """A sample of 30 segments has room for up to 29 whole segments, so every span is kept."""
   plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
   counts = Counter(len(plan.spans) for plan in plans)
   for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
@@ -125,7 +125,7 @@ def test_spans_are_whole_segments_at_the_configured_rate(rate):
   masked = [plan for plan in plans if len(plan.spans) == 1]
   whole = np.mean([plan.spans[0] in bounds for plan in masked])
   assert len(masked) > 1_000
-  # A free span may happen to be a whole segment: both of its points beyond the ends of it.
+  # A free span may be a whole segment by chance, if both of its points are outside the segment.
   assert rate - 0.05 < whole < rate + (1 - rate) * 0.25 + 0.05
 
 

@@ -1,4 +1,4 @@
-"""Every format gives the same records, and says which of them are wrong."""
+"""Tests that every format gives the same records, and reports which records are wrong."""
 
 import io
 import json
@@ -170,7 +170,7 @@ def test_absent_and_unknown_sources_are_refused(tmp_path):
 
 
 def test_sources_need_not_be_on_a_disk(tmp_path):
-  """fsspec's file system in memory stands for a bucket."""
+  """The memory file system of fsspec stands for a GCS bucket."""
   fs = fsspec.filesystem("memory")
   fs.pipe("/bucket/tars/0.tar", b"")
   with (

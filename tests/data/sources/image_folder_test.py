@@ -30,7 +30,7 @@ from tests.messages import refused
 
 DRAWN = {"scenes": ScenesTasks(ScenesConfig())}
 
-SUFFIX = "_0.jpg"  # InstructPix2Pix adds it to the name of a seed, and "_1.jpg".
+SUFFIX = "_0.jpg"  # InstructPix2Pix adds this text to the name of a seed, and "_1.jpg".
 
 
 def write(root, file, *lines) -> None:
@@ -163,7 +163,7 @@ def column(name):
 
 
 def maps(root, name, allow_outside):
-  """The map of an image is a file of the same name in a folder that the task names."""
+  """Tests maps: the map of an image is a file of the same name in a folder that the task names."""
   write(root, "train.jsonl", {"texts": {"q": "what?"}, "images": {"image": name}})
   task = {"name": "draw", "format": "jsonl", "train": "train", "maps": {"edges": "depth"}}
   task |= {"templates": ("{edges} <break> {q} <break> {image}",), "target": "image"}
@@ -176,11 +176,11 @@ def maps(root, name, allow_outside):
 
 
 def reader(write_one, opened, *names):
-  """Returns what writes a file of a format and opens it by the names of format and split."""
+  """Returns a function that writes a file of a format, and opens it by the format and split."""
   return functools.partial(write_one, functools.partial(opened, *names))
 
 
-# Name -> the folder that it joins names to, and the reader.
+# Name -> (folder in which it looks for names, reader).
 READERS = {
   "jsonl": ("", lines),
   "maps": ("", maps),
@@ -206,8 +206,9 @@ READERS = {
   "a.jsonl": ("", functools.partial(raw, "a.jsonl", interleaved)),
   "parquet": ("", functools.partial(raw, "a.parquet", column)),
 }
-PREFIXED = ("textvqa", "narratives")  # An absolute path is one in the folder there.
-# {out}: an image beside the folder; {up}: the way from the reader's folder to the one beside it.
+PREFIXED = ("textvqa", "narratives")  # An absolute path is read as a path in that folder.
+# {out} is an image next to the folder. {up} is the path from the reader's folder to the folder next
+# to it.
 ESCAPES = {
   "up": "{up}/outside/a_0.jpg",
   "into and up": "x/{up}/../outside/a_0.jpg",
@@ -277,7 +278,7 @@ def test_an_image_outside_of_the_folder_is_refused(root, reader, escape):
   assert "is not in" in message
   assert message.startswith(("task draw: ", str(root)))
   assert message.endswith(".")
-  # The sentence is the same whether or not there is such a file.
+  # The message is the same whether or not such a file exists.
   (root.parent / "outside" / "a_0.jpg").unlink()
   assert made(read, root, name) == ([], message)
 
@@ -338,7 +339,7 @@ def test_the_subset_of_vqa_is_a_folder_in_the_folder(root, subset, opened):
 
 
 def test_a_folder_of_images_apart_from_the_file_counts(root):
-  """Inside of it is right; the folder of the file is then outside."""
+  """Names inside this folder are accepted. The folder of the file is then outside."""
   fill(root, "")
   outside = root.parent / "outside"
   write(root, "train.jsonl", {"images": {"image": str(outside / "a_0.jpg")}})
@@ -364,7 +365,7 @@ def test_in_a_bucket_only_names_of_the_same_folder_are_right():
 
 
 def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
-  """The folder of a file in the current one is "", and "~" of a name then began the path."""
+  """Regression: a file in the current folder has the folder "", so "~" in a name began the path."""
   monkeypatch.setenv("HOME", str(root.parent / "outside"))
   monkeypatch.chdir(root)
   for folder in ("", "."):
@@ -372,7 +373,7 @@ def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
       ImageFolder(folder).find("~/a_0.jpg", "f")
     assert ImageFolder(folder).find("a_0.jpg", "f") == "a_0.jpg"
   monkeypatch.setenv("HOME", str(root.parent))
-  assert ImageFolder("~/set").find("a_0.jpg", "f") == "~/set/a_0.jpg"  # The user's own "~".
+  assert ImageFolder("~/set").find("a_0.jpg", "f") == "~/set/a_0.jpg"  # The user gave this "~".
 
 
 PARTS = ["..", ".", "", "a", "link", "~", "/", "file:", "http:", "gs:", "b_0.jpg", "\0", "\ud800"]
@@ -383,7 +384,7 @@ PARTS = ["..", ".", "", "a", "link", "~", "/", "file:", "http:", "gs:", "b_0.jpg
 @example("a/link/../../b_0.jpg")
 @settings(max_examples=400, deadline=None)
 def test_any_name_is_in_the_folder_or_refused(tmp_path_factory, name):
-  """What is opened is the path that was checked."""
+  """The path that is opened is the path that was checked."""
   root = tmp_path_factory.getbasetemp() / "any" / "set"
   (root / "a").mkdir(parents=True, exist_ok=True)
   if not (root / "a" / "link").exists():

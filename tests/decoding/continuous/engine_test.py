@@ -1,4 +1,4 @@
-"""A sample is that of `Generator.generate`, whatever is admitted or removed beside it."""
+"""Tests that samples equal `Generator.generate`, whatever else is admitted or removed."""
 
 import copy
 import dataclasses
@@ -32,23 +32,24 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Guided rows (even seeds) and contrastive ones of one batch, with numbers of their own.
+# Guided rows (even seeds) and contrastive rows of one batch, each with different settings.
 SAMPLINGS = [
   MIXTURE,
   dataclasses.replace(MIXTURE, temperature=0.7, top_p=0.5, guidance=5.0, contrastive_alpha=0.1),
   dataclasses.replace(MIXTURE, top_k=5, text_top_k=7, text_temperature=3.0, edit_guidance=2.0),
 ]
 
-# Of log_probs, by the number of streams: guidance weighs logits by 3 and -2, or by 7.5 and -6.
+# Tolerance of log_probs, by number of streams: guidance multiplies logits by 3 and -2, or by 7.5
+# and -6.
 ROUNDING = {1: 1e-5, 2: 3e-5, 3: 1e-4}
 
 
-# A prompt that takes a wider bucket.
+# This prompt needs a wider bucket.
 LONG = request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)
 
 
 def cases_of(generator, groups, samplings=SAMPLINGS):
-  """(request, seed, sampling, expected result) of lists of requests, which share their batches."""
+  """Returns (request, seed, sampling, expected result) for lists of requests that share batches."""
   cases = []
   for requests, (i, sampling) in itertools.product(groups, enumerate(samplings)):
     seeds = [SEEDS[0] + n + 20 * i for n in range(len(requests))]
@@ -59,7 +60,7 @@ def cases_of(generator, groups, samplings=SAMPLINGS):
 
 @pytest.fixture(scope="module")
 def generator(plain_generator):
-  """The one of smaller programs."""
+  """Returns the generator with smaller programs."""
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=8)
   return generator
@@ -67,14 +68,14 @@ def generator(plain_generator):
 
 @pytest.fixture(scope="module")
 def all_cases(generator):
-  """Samples of one and two streams, and long ones of one stream, which share its batches."""
+  """Returns samples of one and two streams, and long samples of one stream, which share batches."""
   with on_mesh():
     return cases_of(generator, [[*plain_requests(), LONG], guided_requests()])
 
 
 @pytest.fixture(scope="module")
 def cases(all_cases):
-  """Samples of one and two streams: two buckets."""
+  """Returns samples of one and two streams, which need two buckets."""
   return [case for case in all_cases if case[0] is not LONG]
 
 
@@ -84,7 +85,7 @@ def long_case(all_cases):
 
 
 def is_case(update, case) -> bool:
-  """Whether an update has the first tokens of the expected result, all if it is finished."""
+  """Returns whether an update has the first tokens of the expected result, or all at its end."""
   expected, count = case[3], len(update.result.tokens)
   return np.array_equal(update.result.tokens, expected.tokens[: None if update.finished else count])
 
@@ -100,7 +101,7 @@ def check(update, case):
 
 
 def run(engine, cases, rng, removed=0.1, check=check):
-  """Admits cases at random chunks and removes some; returns the number of finished ones."""
+  """Admits cases at random chunks and removes some; returns the number of finished cases."""
   waiting, running, finished = [cases[i] for i in rng.permutation(len(cases))], {}, 0
   while waiting or engine.active:
     for case in [c for c in waiting if rng.random() < 0.4 and engine.can_admit(c[0], c[2])]:
@@ -128,13 +129,13 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
     engine.admit(*three[:3])
   assert {u.ticket for u in engine.step()} == {first, second}
   engine.remove(first)
-  engine.remove(first)  # It is gone already.
+  engine.remove(first)  # The sample has already left the batch.
   third = engine.admit(*three[:3])
   updates = engine.step()
   assert {u.ticket for u in updates} == {second, third}
   engine.remove(third)
   fourth = engine.admit(*four[:3])
-  engine.remove(fourth)  # It never began.
+  engine.remove(fourth)  # This request never began.
   while engine.active:
     updates = engine.step()
     assert [u.ticket for u in updates] == [second]
@@ -144,14 +145,14 @@ def test_a_removed_sample_frees_its_slot_at_once(generator, cases):
 
 def run_often(engine, cases):
   finished = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
-  assert all(len(cases) / 3 < n < len(cases) for n in finished)  # Some were removed.
+  assert all(len(cases) / 3 < n < len(cases) for n in finished)  # Some samples were removed.
   assert run(engine, cases, np.random.default_rng(5), removed=0) == len(cases)
 
 
 def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   run_often(engine, cases)
-  # The rings of a batch turned more than once: every entry was the next one.
+  # The ring buffers of a batch went around more than once, so writing began at every entry.
   assert len(engine._batches) == 2
 
 
@@ -190,7 +191,7 @@ def seeds_of_other_slots(monkeypatch):
 
 
 def entries_of_the_last_sample(monkeypatch):
-  """A slot still sees the entries that others or its last sample wrote."""
+  """Breaks a part: a slot still sees entries that other samples or its last sample wrote."""
   plain = state_lib._put
 
   def put(into, x, slots):
@@ -219,7 +220,7 @@ def compiled_again(generator, *names):
   ],
 )
 def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):
-  """Control: with each part broken, samples differ."""
+  """Negative control: with any of the parts broken, samples differ."""
   damage(monkeypatch)
   broken = compiled_again(generator, program)
   plain, same = [case for case in cases if len(case[0].streams) == 1], []
@@ -233,7 +234,7 @@ def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program)
 
 
 def few_at_once(generator, cases, **options):
-  """Runs the cases of one stream, mostly one or two at once, in a batch of eight slots."""
+  """Runs the cases of one stream in a batch of eight slots, usually one or two at the same time."""
   plain = [case for case in cases if len(case[0].streams) == 1]
   engine, used = ContinuousGenerator(generator, slots=8, chunk=3), []
   waiting, running, rng = list(plain), {}, np.random.default_rng(0)
@@ -252,7 +253,7 @@ def few_at_once(generator, cases, **options):
 
 @pytest.mark.slow
 def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
-  """Samples pass from the steps of the first slots to those of all slots, and back."""
+  """Samples change from steps of only the first slots to steps of all slots, and back."""
   used = few_at_once(generator, cases)
   assert set(used) == {True, False}
   assert used.index(False) < len(used) - used[::-1].index(True)
@@ -263,7 +264,7 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   "lost", ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))]
 )
 def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
-  """Control: of the steps of the first slots, one part is not put back into the state."""
+  """Negative control: steps of the first slots do not write one part back to the state."""
   plain, same = state_lib._with_first_slots, []
 
   def put(whole, first):
@@ -296,12 +297,12 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
   long = long_case
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   tickets = {engine.admit(*case[:3]): case for case in (long, *short)}
-  # Two in the long one's batch; the others, for which it has no slot, in one of their own.
+  # Two requests are in the batch of the long request. The others do not fit and get another batch.
   assert [batch.bucket.static.widths for batch in engine._batches] == [(64,), (32,)]
   while engine.active:
     for update in engine.step():
       check(update, tickets[update.ticket])
-  # An idle batch admits no other bucket, and a long request does not fit a short one.
+  # An idle batch does not admit other buckets, and a long request does not fit a short batch.
   assert engine.can_admit(long[0], long[2])
   tickets = {engine.admit(*case[:3]): case for case in (*short[:2], long)}
   assert [sum(map(bool, batch.slots)) for batch in engine._batches] in ([1, 2], [2, 1])
@@ -311,7 +312,7 @@ def test_a_short_request_is_admitted_to_an_active_batch_of_longer_ones(generator
 
 
 def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
-  """Else it would read a long cache by itself."""
+  """Otherwise, the short request would read a long cache, and for only one sample."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   engine.remove(engine.admit(LONG, SEEDS[0]))
   engine.admit(plain_requests()[0], SEEDS[0])
@@ -319,7 +320,7 @@ def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
-  """A request that finds all batches active gets one, though others refill them for ever."""
+  """A request that finds all batches active gets a batch, although others refill them forever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []

@@ -32,7 +32,7 @@ def test_each_prompt_may_have_its_own_weights():
   np.testing.assert_array_equal(together[3], logits[2, 3])
   assert np.any(
     together[1] != combine_streams(logits, weights[2])[1]
-  )  # Negative control: another prompt's.
+  )  # Negative control: the logits of another prompt.
 
 
 def test_prompts_split_over_devices():
@@ -82,7 +82,7 @@ def test_editing_weights():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_weights_are_the_formulas(schedule):
-  """u + alpha (c - u), and u + s_img (i - u) + s_txt (f - i), in float64."""
+  """The formulas are u + alpha (c - u) and u + s_img (i - u) + s_txt (f - i), in float64."""
   f, i, u = RNG.normal(size=(3, 2, 6))
   alpha, image = (scheduled(guidance, schedule, 7) for guidance in (5.0, 1.5))
   two, three = text_to_image_weights(5.0, schedule, 7), editing_weights(1.5, 5.0, schedule, 7)
@@ -96,5 +96,5 @@ def test_weights_are_the_formulas(schedule):
     np.testing.assert_allclose(weighed[1], expected, atol=2e-5)
     if (
       schedule == "constant" or step
-    ):  # Negative control; where the schedule is 0, any two guidances agree.
+    ):  # Negative control. Where the schedule is 0, all guidance weights agree.
       assert np.abs(weighed[1] - (u + alpha[step] * (i - u) + image[step] * (f - i))).max() > 1e-2

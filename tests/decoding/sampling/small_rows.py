@@ -1,4 +1,4 @@
-"""Settings of rows, and CD-K's scores in float64, for the tests of several modules."""
+"""Makes settings of rows, and computes scores of CD-K in float64, for several test files."""
 
 import functools
 
@@ -19,12 +19,12 @@ def sample_top_p(guided, keys, rows, candidates):
 
 
 def contrastive_uses(flags) -> dict:
-  """Returns the uses of rows of which those with a flag use CD-K, and the others top-p."""
+  """Returns the methods of rows: rows with a flag use CD-K, the others use top-p."""
   return {other.name: jnp.zeros_like(flags) for other in OTHERS} | {"contrastive": flags}
 
 
 def rows_of(*settings) -> RowSettings:
-  """Makes RowSettings of rows, each of them made by `top` or `cdk`."""
+  """Joins rows, each made by `top` or `cdk`, to `RowSettings`."""
   dtypes = (np.float32, np.int32, np.float32, bool, np.float32, np.float32)
   columns = [np.array(column, dtype) for column, dtype in zip(zip(*settings), dtypes)]
   temperature, top_k, top_p, contrastive, alpha, amateur_temperature = columns

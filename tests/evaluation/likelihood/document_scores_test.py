@@ -76,7 +76,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass(scorer, align_images):
     document("pair", 5, -16),
     document("mixed", 3, -16, 4, -16),
     document("image", -16),
-    document("long", 100),  # Needs another row length.
+    document("long", 100),  # This needs another row length.
   ]
   neighbors = [(), (document("n", 4, -16), document("m", 6, -16)), (), (), ()]
   together = dataclasses.replace(scorer, find=lambda _: neighbors).score(documents)
@@ -219,7 +219,7 @@ def test_perplexity_is_that_of_all_tokens_of_a_modality():
   assert text["bits"] == pytest.approx(2)
   assert text["perplexity"] == pytest.approx(4)
   assert text["log_prob"] == pytest.approx(-6 * np.log(2))
-  assert (text["low"], text["high"]) == pytest.approx((1, 4))  # One document at each end.
+  assert (text["low"], text["high"]) == pytest.approx((1, 4))  # One document is at each end.
   assert (text["perplexity_low"], text["perplexity_high"]) == pytest.approx((2, 16))
   assert (image["documents"], image["bits"], image["perplexity"]) == pytest.approx((1, 3, 8))
   assert [image[f"{p}{end}"] for p in ("", "perplexity_") for end in ("low", "high")] == [None] * 4
@@ -267,7 +267,7 @@ def test_pairs_have_neighbors_and_none_is_its_own(workdir, layout):
 
 @dataclasses.dataclass(frozen=True)
 class Dying:
-  """Scores some parts, then stops like a killed command."""
+  """Scorer that scores some parts, then stops like a killed command."""
 
   scorer: Scorer
   parts: int

@@ -201,7 +201,7 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
 
 
 def stored(folder, sizes, config=None):
-  """Writes the store of a finished stage. Negative segment sizes are images."""
+  """Writes the store of a finished stage. Segments with negative sizes are images."""
 
   def segment(n):
     return Segment(n < 0, np.full(abs(n), VOCAB.text_size if n < 0 else 40, np.int32))

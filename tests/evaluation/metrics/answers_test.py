@@ -20,7 +20,7 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
   ("answer", "normalized"),
   [
     ("The two dogs, arent they?", "2 dogs aren't they"),
-    # Space.
+    # Spaces.
     ("  red\n", "red"),
     ("red\tball", "red ball"),
     ("red\n\nball   x", "red ball x"),
@@ -37,17 +37,17 @@ ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), 
     ("<b>`x`\\y", "b x y"),
     ('"stop"', "stop"),
     ("what?yes!no", "what yes no"),
-    # A sign that touches a space anywhere in the answer vanishes everywhere.
+    # A sign that is next to a space anywhere in the answer is removed everywhere.
     ("red, blue", "red blue"),
     ("red,blue, green", "redblue green"),
     ("yes - no-one", "yes noone"),
     ("yes -no-one", "yes noone"),
-    # Each sign is treated separately.
+    # Each kind of sign is treated separately.
     ("yes - t-shirt/hat", "yes tshirt hat"),
     # The end of an answer does not count as a space.
     ("really?", "really"),
     ("re?ally?", "re ally"),
-    # A comma between digits makes all signs vanish.
+    # If there is a comma between digits, all signs are removed.
     ("1,000", "1000"),
     ("1,000-2,000", "10002000"),
     ("1,000 black/white", "1000 blackwhite"),
@@ -126,7 +126,7 @@ def test_accuracies_are_those_of_the_docstring():
     ("yes.", ["yes"] * 10, 0),
     ("two", ["2"] * 10, 0),
     ("t-shirt", ["t-shirt"] * 10, 1),
-    # Only spaces around them are removed.
+    # Only spaces around the answers are removed.
     (" yes\n", ["yes"] * 10, 1),
     ("yes", ["yes", "yes "] * 5, 1),
     # One different answer turns normalization on, even if it normalizes to the same.

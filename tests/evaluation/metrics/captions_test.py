@@ -40,7 +40,7 @@ def sample(seed: int, images: int = 60):
 
 
 def official(candidates, references):
-  """Runs pycocoevalcap: BLEU [N] of the set, [n, N] of images; CIDEr of the set, [n] of images."""
+  """Runs pycocoevalcap; returns BLEU [N] of the set, [n, N] of images, CIDEr of both."""
   texts = {i: [" ".join(caption)] for i, caption in enumerate(candidates)}
   others = {i: [" ".join(one) for one in some] for i, some in enumerate(references)}
   bleu, bleus = Bleu(4).compute_score(others, texts, verbose=0)

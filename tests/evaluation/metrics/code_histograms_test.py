@@ -41,7 +41,7 @@ def test_codes_of_thirty_thousand_images_are_streamed_without_being_held():
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert counts.sum() == 30_000 * 64
-  assert peak < 0.3 * 30_000 * 64 * 2  # The codes in uint16 would take more.
+  assert peak < 0.3 * 30_000 * 64 * 2  # The codes in uint16 would take more memory.
 
 
 @given(COUNTS, COUNTS)

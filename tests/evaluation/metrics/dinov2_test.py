@@ -14,7 +14,7 @@ from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from tests.messages import refused
 
 torch = pytest.importorskip("torch")
-TOLERANCE = 1e-5  # Features have order 1.
+TOLERANCE = 1e-5  # Tolerance; features are of the order of 1.
 WIDTH, SHORTEST, SIDE = 16, 20, 14
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published folders have this layout.
@@ -65,7 +65,7 @@ def some_images(n):
 
 
 def preprocessed(image):
-  """Resizes the shorter side from 25 to 20 pixels and crops 14 x 14 of 20 x 32."""
+  """Resizes the shorter side from 25 to 20 pixels, and crops 14 x 14 pixels from 20 x 32."""
   image = Image.fromarray(image).resize((32, SHORTEST), Image.Resampling.BICUBIC)
   pixels = np.asarray(image.crop((9, 3, 9 + SIDE, 3 + SIDE)), np.float32) / 255
   return ((pixels - MEAN) / DEVIATION).transpose(2, 0, 1).astype(np.float32)

@@ -6,7 +6,7 @@ from cm3leon_jax.evaluation.metrics.frechet_interval import _distance_of_few, fr
 from cm3leon_jax.evaluation.metrics.moments import Moments, frechet_distance
 from tests.messages import refused
 
-SIZE = 4  # Rows per group.
+SIZE = 4  # Number of rows per group.
 
 
 def moments_of(rows):
@@ -28,8 +28,8 @@ def sample_sets(rng, num_groups, width, is_equal=False, is_paired=False):
 def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, with_rows=False):
   """Returns the shares of intervals that contain the expected distance.
 
-  Controls: `not_corrected` keeps the bias, `limit` compares the interval less its bias with the
-  distance of 20,000 groups, and `of_rows` takes each row as a group.
+  Negative controls: `not_corrected` keeps the bias. `limit` compares the interval without its bias
+    with the distance of 20,000 groups. `of_rows` treats each row as a group.
   """
   rng = np.random.default_rng(0)
 

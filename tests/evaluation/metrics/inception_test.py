@@ -72,13 +72,13 @@ def state(tensors):
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
   threads = torch.get_num_threads()
-  torch.set_num_threads(1)  # More threads are slower.
+  torch.set_num_threads(1)  # With more threads, torch is slower.
   yield
   torch.set_num_threads(threads)
 
 
 def without_download(module, state, make):
-  """Calls `make` with `state` in place of downloaded weights."""
+  """Calls `make`, which gets `state` in place of downloaded weights."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: state)
     return make()

@@ -17,7 +17,7 @@ SHAPES = {"a.weight": (2, 3), "b": (3,)}
 
 
 class Trap:
-  """Fails the test when it is unpickled."""
+  """Object that fails the test when it is unpickled."""
 
   def __reduce__(self):
     return pytest.fail, ("the file was unpickled",)

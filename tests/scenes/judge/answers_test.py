@@ -90,7 +90,7 @@ def test_a_caption_may_name_other_facts_of_the_image():
   ):
     assert is_right(one, caption)
   for caption in (
-    "a bell",  # One object too few, and too many.
+    "a bell",  # One object too few, and one too many.
     "two bells and a key",
     "a bell and a key and a cat",
     "a blue bell and a key",
@@ -129,7 +129,7 @@ def test_images_of_other_records_are_wrong(task, made, found):
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)
 def test_images_with_one_fact_changed_are_wrong(task, made, found):
-  """Changes facts instead of images: one class, color, place, number or relation."""
+  """The test changes facts instead of images: one class, color, place, number or relation."""
   rng, judged = np.random.default_rng(0), 0
   for one, objects in zip(made[task], found[task]):
     for facts in changed_facts(one.facts, rng).values():
@@ -187,7 +187,7 @@ def test_a_surplus_object_makes_a_faithful_edit_wrong(made):
 
 
 def test_a_completion_keeps_the_given_half(made):
-  """The caption may allow a scene that the given half rules out."""
+  """The caption may allow a scene that does not fit the given half."""
   one = next(
     one
     for one in made["complete"]

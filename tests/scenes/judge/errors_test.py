@@ -1,4 +1,4 @@
-"""Tests the captions with a wrong fact; `scenes_test` measures how they are judged."""
+"""Tests how captions with a wrong fact are made; `scenes_test` measures how they are judged."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@ RELATED = [
 
 
 def found(*texts):
-  """Makes found objects from the texts of `Placed`."""
+  """Makes objects, as the judge finds them, from the texts of `Placed`."""
   scene = Scene.parse(", ".join(texts)) if texts else Scene(())
   return [Found(x.object, x.color, x.place, 1.0, (0, 0, 1, 1)) for x in scene.objects]
 

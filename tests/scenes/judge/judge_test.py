@@ -32,7 +32,7 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
   ]
   for thing, placed in zip(things, SCENE.objects):
     assert thing.score == pytest.approx(1, abs=1e-5)
-    assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # Edges are faint.
+    assert np.abs(np.array(thing.box) - drawings.box(placed)).max() <= 1  # The edges are faint.
 
 
 @pytest.mark.parametrize("style", ["filled", pytest.param("outlined", marks=pytest.mark.slow)])

@@ -34,5 +34,5 @@ def test_images_are_encoded_outside_of_the_event_loop(streamed, monkeypatch):
     return await answer.whole(events())
 
   asyncio.run(take())
-  assert len(threads) == (4 if streamed else 2)  # Images and neighbors.
+  assert len(threads) == (4 if streamed else 2)  # Both images and neighbors are encoded.
   assert threading.get_ident() not in threads

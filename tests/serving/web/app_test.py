@@ -141,7 +141,7 @@ def test_a_text_streams_in_pieces_that_make_the_whole(live):
     assert own[0]["delta"]["role"] == "assistant"
     text = "".join(c["delta"].get("content", "") for c in own)
     assert text == choice["message"]["content"]
-    assert len(own) > 4  # Several pieces of text.
+    assert len(own) > 4  # The content has several pieces of text.
     assert own[-1]["finish_reason"] == choice["finish_reason"]
 
 

@@ -16,7 +16,7 @@ MINUTE = 60.0
 
 
 class Loop:
-  """A training loop whose clock stands still between the seconds that a test lets pass."""
+  """Training loop with a fake clock, which a test advances."""
 
   def __init__(self, folder, minutes=1.0):
     self.now, self.ended = 100.0, []
@@ -27,7 +27,7 @@ class Loop:
     self.step, self.seconds_of_data = 0, 0.0
 
   def wait(self, seconds):
-    """Lets time pass while the watch looks, as its thread does."""
+    """Advances the clock and runs the checks that the watch's thread would run."""
     for _ in range(round(seconds)):
       self.now += 1
       self.watch.look()
@@ -66,7 +66,7 @@ def test_a_run_without_a_step_for_longer_prints_where_it_stands_and_ends(loop, c
     "error: no progress for 1.02 minutes (train.hang_minutes): process 0 of 1 on "
   )
   assert "is at step 8, steps. Its threads:\n" in err
-  assert "hang_watch_test.py" in err  # A stack.
+  assert "hang_watch_test.py" in err  # A stack trace.
   assert "in test_a_run_without_a_step_for_longer" in err
   assert err.endswith("error: the job ends with exit code 1: the same command continues it.\n")
 
@@ -155,7 +155,7 @@ def test_the_process_that_has_not_arrived_is_named():
 
 @pytest.fixture
 def two(monkeypatch):
-  """Lets the watch of this process take itself for one of two; returns what sets which."""
+  """Makes the watch act as one of two processes; returns a function that sets which process."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.0)
   return lambda i: monkeypatch.setattr(jax, "process_index", lambda: i)
@@ -178,7 +178,7 @@ def test_processes_write_where_they_stand_only_while_nothing_goes_on(loop, two, 
 def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
   loop, two, monkeypatch, process, seconds
 ):
-  """A process that ends earlier ends the others with an error, before they say who was late."""
+  """If a process ended earlier, the others would be ended before they name the late process."""
   two(process)
   monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.3)
   loop.steps(4)
@@ -198,7 +198,7 @@ def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
 def test_the_first_process_names_the_late_one_and_prints_its_stacks(
   loop, two, tmp_path, capfd, start, sentence
 ):
-  """Reports of an earlier start do not count."""
+  """Reports of an earlier start are ignored."""
   path = tmp_path / hang_watch.FOLDER / "1.json"
   path.parent.mkdir()
   two(0)

@@ -1,4 +1,4 @@
-"""Two jobs never train in one folder, and a job that was killed keeps no other one out for long."""
+"""Tests that two jobs never train in one folder, and that a killed job blocks it only briefly."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def wait_until(condition):
 
 
 def refusal(held, kind) -> Exception:
-  """Waits until a step may not begin; returns the reason."""
+  """Waits until the lease refuses a step; returns the reason."""
   with pytest.raises(kind) as error:
     wait_until(lambda: held.ready(2))
   return error.value
@@ -65,7 +65,7 @@ def test_a_lease_lives_as_long_as_its_job(tmp_path):
 
 @pytest.mark.parametrize("error", [SystemExit(75), TryAgain("process 1 failed")])
 def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypatch, error):
-  """At the end of the start, the processes of a job exchange whether one was asked to stop."""
+  """At the end of the start, the processes of a job share whether one was asked to stop."""
   held = []
 
   def gather(_):
@@ -82,7 +82,7 @@ def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypa
 
 
 def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
-  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # Which `sleep` refuses.
+  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # `sleep` refuses such a value.
   with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
     pass
   assert not (tmp_path / lease.NAME).exists()
@@ -222,4 +222,4 @@ def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
     hold(tmp_path)
 
     assert str(refusal(held, UserError)).startswith("process 7 on elsewhere took ")
-  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # It is not ours.
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # Another job's.

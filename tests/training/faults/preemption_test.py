@@ -30,14 +30,14 @@ def test_the_hook_stops_after_the_step_in_which_a_signal_came():
     stop.after(1, None, {})
     assert (stop.code, stop.stops()) == (None, False)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert not stop.stops()  # All hooks of a step see the same.
+    assert not stop.stops()  # All hooks of a step must see the same value.
     stop.after(2, None, {})
     assert (stop.code, stop.stops()) == (INTERRUPTED, True)
 
 
 @pytest.fixture
 def foreground():
-  """SIGINT as a program in the foreground has it, wherever the tests run."""
+  """Handles SIGINT as a program in the foreground does, even if the tests run in the background."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)

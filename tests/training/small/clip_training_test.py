@@ -41,7 +41,7 @@ def train(config, data, folder, seed, devices=1):
 
 
 def oracle_loss(images, texts, scale, concepts):
-  """The loss of Radford et al., row by row in fp64."""
+  """Computes the loss of Radford et al. row by row in fp64."""
   logits = scale * images.astype(np.float64) @ texts.astype(np.float64).T
   total = 0.0
   for matrix in (logits, logits.T):
@@ -61,7 +61,7 @@ def test_loss_is_the_oracle():
   np.testing.assert_allclose(loss, oracle_loss(images, texts, 10.0, concepts), rtol=1e-5)
   assert (
     abs(loss - oracle_loss(images, texts, 10.0, np.arange(6))) > 1e-2
-  )  # negative control: concepts ignored
+  )  # Negative control: concepts are ignored.
   assert np.isfinite(jax.grad(train_clip.contrastive_loss)(images, texts, 10.0, concepts)).all()
 
 
@@ -101,7 +101,7 @@ def test_training_learns_its_pairs(tmp_path):
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
   whole = train(TINY, some_data(), tmp_path, 1)
   checkpoints = tmp_path / trainer.FOLDER / checkpoint.FOLDER
-  shutil.rmtree(checkpoints / "6")  # The state of step 3 stays, as after a kill.
+  shutil.rmtree(checkpoints / "6")  # The state of step 3 remains, as after a kill.
   continued = train(TINY, some_data(), tmp_path, 1)
   other = train(TINY, some_data(), tmp_path / "other", 2)
   jax.tree.map(np.testing.assert_array_equal, whole.params, continued.params)
@@ -110,7 +110,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
-  """Negatives are those of the whole batch: of one pair a device alone the loss would be 0."""
+  """Negatives are from the whole batch. With only the pair on each device, the loss would be 0."""
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   losses = []
   for devices in (1, 8):
@@ -124,7 +124,7 @@ def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_temperature_is_bounded():
-  """Radford et al. 2021, section 2.5: logits are scaled by at most 100."""
+  """Logits are scaled by at most 100 (Radford et al. 2021, section 2.5)."""
   params = clip_lib.init_params(TINY, TEXT_SIZE, jax.random.key(0))
   opt_state, batch = train_clip.make_optimizer(TINY).init(params), some_data()[np.arange(8)]
   losses = []
@@ -202,7 +202,7 @@ def run_stage(root, config=TINY):
 
 @pytest.mark.slow
 def test_a_clip_that_is_refused_is_trained_again_with_another_rate(tmp_path):
-  """All held-out images are alike, so that no rate finds any."""
+  """All held-out images are equal, so retrieval fails at every learning rate."""
   images = some_data(16).images
   images[9:] = images[9]
   write_pairs(tmp_path / "raw", ["train"] * 9 + ["heldout"] * 7, images, num_shards=1)

@@ -27,12 +27,12 @@ class Config:
 
 
 class Killed(Exception):
-  """Stands for a kill in the middle of training."""
+  """Simulates a kill in the middle of training."""
 
 
 @dataclasses.dataclass
 class Examples:
-  """20 examples; the read after `reads_left` others dies. Remembers the rows that were read."""
+  """20 examples. Dies at the read after `reads_left` reads. Records the rows that were read."""
 
   reads_left: int = 1_000
   seed: int = 0
@@ -89,7 +89,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   kill_in_step_11(tmp_path)
   rest = Examples()
   np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
-  assert len(rest.rows) == 2  # Steps 10 and 11: the state of step 10 was kept.
+  assert len(rest.rows) == 2  # Only steps 10 and 11 run again.
   lines = read_json_lines(tmp_path / "metrics.jsonl")
   assert [line["step"] for line in lines] == [10, 10, 12]
   assert lines[1]["event"] == "resumed"
@@ -137,7 +137,7 @@ def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkey
 
   class Taken(Examples):
     def __getitem__(self, rows):
-      if len(self.rows) == 3:  # Before step 3, and so before the first save, of step 5.
+      if len(self.rows) == 3:  # The kill is before step 3, so before the first save at step 5.
         write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
       return super().__getitem__(rows)
 
@@ -254,8 +254,8 @@ def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   ("shape", "spec"),
   [
     ((3, 3, 128, 64), P(None, None, FSDP, None)),
-    ((256, 256), P(FSDP, None)),  # The first of equals.
-    ((65_538, 8), P(None, FSDP)),  # 4 does not divide the largest.
+    ((256, 256), P(FSDP, None)),  # The first of equal losses counts.
+    ((65_538, 8), P(None, FSDP)),  # The largest dimension is not divisible by 4.
     ((8, 8_191), P()),
     ((65_537,), P()),
     ((), P()),
@@ -337,7 +337,7 @@ def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(tmp_path, check
 
 
 def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
-  """Its loss is of before that step."""
+  """The loss of a step is computed before its update."""
   with refused(UserError):
     train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
 
@@ -349,4 +349,4 @@ def test_an_epoch_visits_every_example_once():
   assert (epochs[0] != epochs[1]).any()
   assert (trainer.batch_rows(0, 20, 5, 8) != rows[0]).any()
   literal = np.random.default_rng([7, 1]).permutation(20)[5:10]
-  np.testing.assert_array_equal(rows[5], literal)  # The order of published runs stays.
+  np.testing.assert_array_equal(rows[5], literal)  # Published runs depend on this order.

@@ -1,4 +1,4 @@
-"""The alarm at a collapse, the grid, the average of parameters: in real trainings."""
+"""Tests, in real trainings, the alarm at a codebook collapse, the grid, and averaged parameters."""
 
 import dataclasses
 import re
@@ -83,11 +83,11 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
   assert board.closed
   sheet = np.asarray(Image.open(tmp_path / vqgan_watch.GRID))
   np.testing.assert_array_equal(sheet, np.asarray(board.sheets[steps]))
-  assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images, gaps.
+  assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images and gaps.
   decoded = tokenizer.decode(tokenizer.encode(images[:3]))
   for i, (image, reconstruction) in enumerate(zip(images, decoded)):
     column = sheet[:, 4 + i * 132 :][:, :128]
-    np.testing.assert_array_equal(column[20:148:8, ::8], image)  # Enlarged eightfold.
+    np.testing.assert_array_equal(column[20:148:8, ::8], image)  # Images are enlarged eightfold.
     np.testing.assert_array_equal(column[172:300:8, ::8], reconstruction)
   titles = [np.asarray(sheet)[152:172] for sheet in board.sheets.values()]
   assert (titles[0] != titles[1]).any()
@@ -95,12 +95,12 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
 
 
 def test_alarm_in_literals():
-  """A batch has 1,024 codes; the bound is 51.2. Perplexity alone is no sign."""
+  """A batch has 1,024 codes, so the bound is 51.2. A low perplexity is not enough for an alarm."""
   alarm = Alarm(dataclasses.replace(HEALTHY, quantizer="fsq"), NUM_CODES, "delete it.")
   assert [alarm.check(step, 20.0, 51.0) is None for step in (10, 50, 100)] == [True] * 3
   line = alarm.check(110, 20.0, 51.0)
   assert line.endswith("Lower config.vqgan.learning_rate (it is 0.003); delete it.")
-  assert alarm.check(120, 20.0, 51.0) is None  # Once is enough.
+  assert alarm.check(120, 20.0, 51.0) is None  # The alarm is printed only once.
   assert alarm.check(130, 1.1, 52.0) is None
   assert [alarm.check(step, 20.0, 51.0) is None for step in (140, 230, 240)] == [True, True, False]
 
@@ -147,7 +147,7 @@ def test_a_restarted_code_restarts_in_the_average(images):
   state = vqgan_training.init_state(config, NUM_CODES, 0)
   state = vqgan_training.restart_dead_codes(state, images[:64], config, jax.random.key(0))
   params, average = state["params"]["codebook"], state["ema"]["codebook"]
-  np.testing.assert_array_equal(params["table"], average["table"])  # All were dead.
+  np.testing.assert_array_equal(params["table"], average["table"])  # All codes were dead.
 
 
 class Killed(Exception):
@@ -193,10 +193,10 @@ def named(tree):
 
 @pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
-  """With an average of the parameters, an adaptive discriminator and all pixel losses.
+  """Uses an average of the parameters, an adaptive discriminator weight and all pixel losses.
 
-  Kernels, codebook, their moments and averages are split over the devices. There are few codes:
-  of many, two are equally near to some encoding up to rounding.
+  Kernels, codebook, and their moments and averages are sharded over the devices. The codebook is
+  small, because with many codes two of them would be equally near to some encoding up to rounding.
   """
   monkeypatch.setattr(trainer, "LOG_EVERY", 1)
   monkeypatch.setattr(trainer, "SPLIT_FROM", 128)
@@ -223,7 +223,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
       for part in ("params", "ema", "opt_state.0.mu", "opt_state.0.nu"):
         assert state[f"{part}.codebook.table"] == table
         assert state[f"{part}.decoder.conv_out.kernel"] == kernel
-      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 192 numbers; 8 divides none.
+      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 8 does not divide.
       assert state["discriminator.layers.1.kernel"] == (4, 4, 4, 8 // devices)
     assert len(states) == 5
     states.clear()

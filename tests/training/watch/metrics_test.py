@@ -16,7 +16,7 @@ def test_a_resumed_run_replaces_later_lines_and_compares_their_losses(tmp_path):
     log.write(step, {"loss": loss})
   log = MetricsLog(tmp_path, resumed_at=1)
   log.write(2, {"loss": 3.0})
-  log.write(3, {"loss": 2.5000000000000004})  # The next float: one bit differs.
+  log.write(3, {"loss": 2.5000000000000004})  # The next float differs in one bit.
   log.write(4, {"loss": 2.0})
   lines = read_json_lines(log.path)
   assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -72,7 +72,7 @@ def test_processes_that_do_not_write_leave_the_file_alone(tmp_path):
 
 
 class Bucket(MemoryFileSystem):
-  """Objects that can be written, read, renamed and deleted, but not appended to."""
+  """Fake GCS bucket: objects can be written, read, renamed and deleted, but not appended to."""
 
   def _open(self, path, mode="rb", **kwargs):
     if "a" in mode:
@@ -109,7 +109,7 @@ def test_in_a_bucket_the_file_is_written_anew(bucket, monkeypatch):
 
 
 def write_log(folder, **options):
-  """Logs steps 1 to 6, the last two after a checkpoint of step 4."""
+  """Logs steps 1 to 6; a checkpoint of step 4 is saved before the last two."""
   log = MetricsLog(folder, **options)
   for step in range(1, 7):
     log.write(step, {"loss": 8.0 - step})
@@ -119,7 +119,7 @@ def write_log(folder, **options):
   return log.path
 
 
-# What happens to the log -> what is said.
+# Change of the log -> printed message.
 CHANGES = {
   "missing": (lambda path: path.unlink(), "is missing"),
   "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
@@ -144,7 +144,7 @@ def change(path, lines):
 @pytest.mark.parametrize("digest", ["beside it", "elsewhere", "none"])
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how, digest):
-  """Without a digest, as of an earlier version, only that lines are missing at the end."""
+  """Without a digest, as in an earlier version, only missing lines at the end are noticed."""
   options = {"digest_folder": tmp_path / "other"} if digest == "elsewhere" else {}
   path = write_log(tmp_path, **options)
   assert capsys.readouterr().out == ""
@@ -166,7 +166,7 @@ def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how
 
 
 def test_a_log_as_it_was_written_says_nothing(tmp_path, capsys):
-  """Also with lines after the digest, after a kill, and after a rollback."""
+  """This also holds with lines after the digest, after a kill, and after a rollback."""
   path = write_log(tmp_path)
   with path.open("a") as file:
     file.write('{"step": 7, "lo')

@@ -39,7 +39,7 @@ def make_monitor(
 
 
 def follow(monitor, steps, **changed):
-  """Lets the monitor see some steps, the metrics of each as the step function would return them."""
+  """Passes the metrics of some steps to the monitor, as the step function would return them."""
   metrics = {name: jnp.float32(x) for name, x in {**VALUES, **changed}.items()}
   dispatch = Dispatch(monitor)
   with monitor:
@@ -63,7 +63,7 @@ def test_a_line_by_hand():
 
 
 def test_rates_by_hand():
-  """2 TFLOPs in 0.5 s on two devices of 10 TFLOP/s: a fifth of what they could do."""
+  """2 TFLOPs in 0.5 s on two devices of 10 TFLOP/s are a fifth of their peak."""
   assert dataclasses.replace(RATES, peak=1e13).of(weight=1_000.0, seconds=0.5) == {
     "tokens_per_second": 2_000.0,
     "mfu": 0.2,
@@ -72,7 +72,7 @@ def test_rates_by_hand():
 
 
 class Device:
-  """A device that computes while the host goes on, and the clock of both; seconds."""
+  """Fake device that computes while the host continues, and the clock of both in seconds."""
 
   def __init__(self):
     self.now = self._free = 0.0
@@ -81,18 +81,18 @@ class Device:
     return self.now
 
   def start(self, seconds: float) -> dict:
-    """Starts a step and returns its metrics, which are there when it is done."""
+    """Starts a step and returns its metrics, which are available when the step is finished."""
     self._free = max(self.now, self._free) + seconds
     return {name: Metric(self, value, self._free) for name, value in VALUES.items()}
 
   def wait(self, left: float = 0.0) -> None:
-    """Waits until so much of the work that was started is left."""
+    """Waits until only `left` seconds of the started work remain."""
     self.now = max(self.now, self._free - left)
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A number that is there at a time; who reads it waits, as for a jax.Array."""
+  """Number that becomes available at a given time; reading it waits, as for a jax.Array."""
 
   device: Device
   value: float
@@ -107,9 +107,9 @@ class Metric:
 
 
 def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path, capsys):
-  """Steps of 1 s; every 3rd is checked, takes 2.5 s, and returns when it is done.
+  """Steps take 1 s. Every third step is checked, takes 2.5 s, and returns when it is finished.
 
-  The call of the step before a checked one waits for half of it.
+  The call of the step before a checked step waits for half of its computation.
   """
   device, rates = Device(), dataclasses.replace(RATES, peak=1e13)
   fields = {"steps": 12, "log_every": 6, "replay_every": 3}
@@ -130,14 +130,14 @@ def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path,
   printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
   assert [x.split(" | ", 4)[-1] for x in printed] == [
     "- tokens/s/device | MFU - | - left",
-    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 in 8 s, on 2 devices.
-    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12: 6 in 9 s.
+    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 steps in 8 s, 2 devices.
+    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12: 6 steps in 9 s.
   ]
 
 
 @pytest.mark.parametrize("blocks", [(), (3, 6), (3, 4), (1, 2), range(1, 9)])
 def test_rates_add_up_to_the_wall_time_whichever_steps_block(tmp_path, blocks):
-  """Also if it is not known before that a step returns when it is done; each takes 1 s."""
+  """The monitor need not know in advance which steps block. Each step takes 1 s."""
   device = Device()
   monitor = make_monitor(tmp_path, clock=device.clock, steps=8)
   with monitor:
@@ -177,10 +177,10 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
     assert logged() == []
     monitor.after(2, None, metrics)
     assert logged() == [1]
-    with monitor.phase("save", 2):  # Needs the state of step 2.
+    with monitor.phase("save", 2):  # This needs the state of step 2.
       assert logged() == [1, 2]
   lines = read_json_lines(tmp_path / "metrics.jsonl")
-  assert "tokens_per_second" not in lines[0]  # How the report knows a start.
+  assert "tokens_per_second" not in lines[0]  # The report recognizes a start by this.
   assert "tokens_per_second" in lines[1]
   assert lines[2]["step"] == 2
   assert "save_seconds" in lines[2]
@@ -193,10 +193,10 @@ def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
 
 
 def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
-  """Each is printed and logged, without numbers that JSON does not have."""
+  """Each skipped step is printed and logged, without numbers that JSON cannot represent."""
   monitor, nan = make_monitor(tmp_path, max_skipped=2, log_every=100, steps=99), float("nan")
   follow(monitor, range(2, 4), loss=nan, skipped=1.0)
-  follow(monitor, [4], skipped=0.0)  # The count starts again.
+  follow(monitor, [4], skipped=0.0)  # The count of steps in a row starts again.
   with refused(TooManySkippedError) as stop:
     follow(monitor, range(5, 9), loss=nan, grad_norm=float("inf"), skipped=1.0)
   assert stop.value.steps == range(5, 8)
@@ -207,7 +207,7 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
     2: 1, 3: 1, 4: 0, 5: 1, 6: 1, 7: 1,
   }  # fmt: skip
   assert [step for step, line in steps.items() if "loss" in line] == [4]
-  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # Of the second step that was taken.
+  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # From the second step that was taken.
   printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [line.partition("/")[0] for line in printed if line.endswith(" | skipped")] == [
     f"step {i}" for i in (2, 3, 5, 6, 7)
@@ -220,7 +220,7 @@ def test_without_a_step_to_spare_the_first_one_stops_the_run(tmp_path):
 
 
 def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
-  """Here the metrics are always there at once."""
+  """In this test, the metrics are always available immediately."""
   monitor = make_monitor(tmp_path)
   dispatch = Dispatch(monitor)
   metrics = jax.block_until_ready({name: jnp.float32(x) for name, x in VALUES.items()})
@@ -236,6 +236,6 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
       pass
   seconds = time.perf_counter() - start
   line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
-  # Waits count as such, and no second counts twice.
+  # Waits count as waiting, and no second counts twice.
   assert line["data_seconds"] >= 0.06
   assert line["data_seconds"] + line["step_seconds"] <= seconds + 0.01

@@ -36,7 +36,7 @@ def test_a_resumed_run_hides_what_the_killed_one_wrote_beyond_its_checkpoint(tmp
   board.close()
   assert (
     len(list(tmp_path.iterdir())) == 2
-  )  # Started in the same second, still no file is written over.
+  )  # The second start is in the same second, but it overwrites no file.
   assert events.read(tmp_path)["train/loss"] == {
     1: [1],
     2: [2],

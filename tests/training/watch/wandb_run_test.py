@@ -1,4 +1,4 @@
-"""Calls of a stand-in for wandb; docs/monitoring.md says what was tried with the real one."""
+"""Tests calls of a fake wandb. docs/monitoring.md lists what was tried with the real wandb."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ from cm3leon_jax.training.watch.wandb_run import WandbRun
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Whatever the stand-in is called with, in order."""
+  """Records the calls of the fake module with their arguments, in order."""
   found = []
   run = types.SimpleNamespace(
     log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished")
@@ -27,7 +27,7 @@ def calls(monkeypatch):
 
 
 def test_every_start_continues_the_same_run(calls, tmp_path):
-  """The first start names it after the folder of the run; people may then change the name."""
+  """The first start names the run after its folder. Later starts do not change its name."""
   folder = tmp_path / "7b" / "train"
   for steps in (1, 2):
     WandbRun(folder, "cats", {"train": {"steps": steps}}).close()
