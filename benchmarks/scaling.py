@@ -243,8 +243,9 @@ def predict_once(path: pathlib.Path, made_of: dict, predictions: dict, started: 
     stages.check_same_config(path, read_json(path)["made_of"], made_of)
   elif started:
     raise UserError(
-      f"the predicted size has been trained, but {path} does not exist: a prediction must be older "
-      "than its run. Use another --workdir, or delete the runs of that size."
+      f"this size has already been trained, but its prediction {path} was never written: a "
+      "prediction must be made before the run. Use another --workdir, or delete the runs of this "
+      "size."
     )
   else:
     write_json(path, {"made_of": made_of, "time": time.strftime("%F %T %z"), **predictions})

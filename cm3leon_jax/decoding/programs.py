@@ -257,5 +257,5 @@ class Programs:
 
 @functools.cache
 def programs_of(mesh: jax.sharding.Mesh) -> Programs:
-  """Returns the programs of a mesh. All generators on the mesh share them."""
+  """Returns the compiled programs for a mesh. All generators on the mesh share them."""
   return Programs(mesh)

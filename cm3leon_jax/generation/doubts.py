@@ -13,7 +13,7 @@ from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
 SHOWN = 10_000  # Only this many characters of a prompt are checked.
-READ_MARKS = (InfillText, Instruct)  # Tasks that interpret marks in prompts.
+READ_MARKS = (InfillText, Instruct)  # Tasks in whose prompts <mask>, <image> or <break> is special.
 
 
 def doubts(

@@ -173,7 +173,7 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
-  """Computes the bytes of moments and averages. Muon keeps one moment per matrix, Adam two."""
+  """Computes the bytes of the moments and the average. Muon keeps one moment, Adam keeps two."""
   first = ITEMSIZE[config.first_moment_dtype]
   second = params - matrices if config.name == "muon" else params
   return first * params + 4 * second + (4 * params if config.ema_decay else 0)

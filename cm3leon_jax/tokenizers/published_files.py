@@ -246,7 +246,7 @@ def read(source: epath.PathLike, family: Family) -> Read:
 
 
 def is_own(source: epath.PathLike) -> bool:
-  """Returns whether a folder is image_tokenizer/ of an export or vqgan/ of a run."""
+  """Returns whether a folder is the image_tokenizer/ of an export or the vqgan/ of a run."""
   path = epath.Path(source) / CONFIG
   stored = read_foreign_json(path, {}) if path.exists() else {}
   return "vqgan" in stored or published.SECTION in stored

@@ -58,7 +58,7 @@ def test_a_mistake_is_reported_in_one_sentence(fields):
 
 def test_every_task_has_a_name_of_its_own_and_documents_its_fields():
   assert len({cls.name for cls in TASKS}) == len(TASKS)
-  assert all(cls.__doc__ and not cls.__doc__.startswith(cls.__name__) for cls in TASKS)
+  assert all(cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") for cls in TASKS)
 
 
 def test_prompts_and_images_are_paired():

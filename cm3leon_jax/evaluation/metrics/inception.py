@@ -235,12 +235,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the pixels before and after each of `SIDE` positions, and the weights of the latter.
+  """Returns, for each of `SIDE` positions, the pixels before and after it and a weight.
 
-  The weight of the pixel before a position is 1 minus the weight of the pixel after the position.
+  This is the weight of the pixel after the position. The pixel before it weighs 1 minus that.
   "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures
-  positions from the centers of pixels. Both compute in float32, and neither smooths an image that
-  it shrinks.
+  positions from the centers of pixels. Both compute in float32. Neither applies antialiasing when
+  it shrinks an image.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":

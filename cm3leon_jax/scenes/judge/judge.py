@@ -36,7 +36,7 @@ MIN_INK = 23
 FAINT = 0.25  # A pixel with a lower opacity counts as background.
 SOLID = 0.5  # The color of a pixel is compared only if its opacity is higher.
 MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
-BLURS = (0.0, 0.7)  # Standard deviations of the blur of silhouettes, in pixels.
+BLURS = (0.0, 0.7)  # Standard deviations, in pixels, of the blurs applied to silhouettes.
 CHUNK = 32  # Number of images that are judged together.
 
 

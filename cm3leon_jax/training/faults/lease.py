@@ -30,10 +30,10 @@ class Lease(Hook):
   """Reserves a folder for this job inside a `with` block. Process 0 acts for all processes.
 
   lease.json has the id of the job that holds the lease, and a number that grows with every
-  heartbeat. A job that finds this file reads it repeatedly. If the number grows, the job refuses to
-  start. If the number does not grow for EXPIRE_SECONDS, or if the holder was a process of the same
-  machine that has ended, the job takes the lease. A job that has lost its lease, or could not renew
-  it for EXPIRE_SECONDS, stops before its next step.
+  heartbeat. A job that finds this file reads it repeatedly. If the number grows, the job refuses
+  to start. If the number does not grow for EXPIRE_SECONDS, or if the holder was a process on the
+  same machine and has ended since, the job takes the lease. A job that has lost its lease, or
+  could not renew it for EXPIRE_SECONDS, stops before its next step.
   """
 
   def __init__(self, folder: epath.PathLike):
