@@ -112,7 +112,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
   first = launch("import_weights", *flags, f"--workdir={tmp_path}")
   assert first.returncode == 2
   assert first.stderr.count("\n") == 1
-  needed = first.stderr.split("which needs ")[1].split()
+  needed = first.stderr.split("add the flags ")[1].split()
   again = launch("import_weights", *flags, f"--workdir={tmp_path}", *needed)
   assert again.returncode == 0, again.stderr
   lines = again.stdout.splitlines()
