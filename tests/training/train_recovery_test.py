@@ -90,7 +90,7 @@ def crashed(loader, tmp_path_factory):
     ),
     pytest.param(
       lambda log: (log.parent / "metrics.digest.json").unlink(),
-      "is of an earlier version",
+      "is from an earlier version",
       marks=pytest.mark.slow,
     ),
   ],
