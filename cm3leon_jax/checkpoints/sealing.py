@@ -132,7 +132,7 @@ class Save:
     share: future that is done when this process has written the digests of its share of the files.
     sealed: future that is done when the checkpoint is sealed. On processes other than 0, it is done
       directly after `share`.
-    ending: event that tells process 0 to stop waiting for the digests of the other processes.
+    ending: event; once it is set, process 0 no longer waits for digests of other processes.
   """
 
   def __init__(self, step: int, run: Callable[["Save"], None]):

@@ -113,8 +113,8 @@ def restore_or_init(
   state, next row).
 
   Raises:
-    UserError: all checkpoints are damaged, or there is no checkpoint although the log has so many
-      steps that one must have been saved.
+    UserError: all checkpoints are damaged, or none is left although the log shows that the run
+      passed a step at which it saves.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)

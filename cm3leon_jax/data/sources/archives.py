@@ -57,7 +57,8 @@ def tar_samples(
     # "r:" refuses compressed tars, because a small file could become a thousand times as large.
     with (
       fs.open(file, "rb") as stream,
-      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]  # tarfile calls only seek, tell, read.
+      # tarfile calls only the methods `seek`, `tell` and `read`.
+      tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar,  # type: ignore[call-overload]
     ):
       stem = ""
       sample: dict[str, bytes] = {}

@@ -24,7 +24,7 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
   """Checks the log of a run without checkpoints. All processes must call it.
 
   Raises:
-    UserError: the log has so many steps that a checkpoint must have been saved.
+    UserError: the log shows that the run passed a step at which it saves.
   """
   with distributed.together():
     lines = read_json_lines(folder / "metrics" / LOG, FIELDS) if distributed.is_first() else []
