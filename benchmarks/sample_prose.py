@@ -2,8 +2,9 @@
 
   python -m benchmarks.sample_prose --seed=7
 
-Prints docstrings, comments, messages and paragraphs of the pages, each with its place. Choose the
-seed only after the prose is written. The reader marks each piece that needs a second reading.
+Prints docstrings, comments, messages and paragraphs of the pages, each with its place, the line of
+code that it explains, or the header of its table. Choose the seed only after the prose is written.
+The reader marks each piece that needs a second reading.
 """
 
 import ast
@@ -14,62 +15,80 @@ import random
 import re
 import subprocess
 import tokenize
+from typing import NamedTuple
 
 from absl import app, flags
 
 ROOT = pathlib.Path(__file__).parents[1]
-GENERATED = ("docs/config.md", "docs/cards/", "CHANGELOG.md")
+GENERATED = ("docs/config.md", "docs/instruction_tasks.md", "docs/cards/", "CHANGELOG.md")
 WORDS = 5  # Shorter pieces are names or lists of letters.
 
 
-def of_python(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Yields (line, text) of docstrings, comments and messages of a file."""
-  source = path.read_text(encoding="utf-8")
+class Piece(NamedTuple):
+  """A piece of prose, and the line of code or the header of the table that it belongs to."""
+
+  place: str
+  text: str
+  context: str = ""
+
+
+def of_python(name: str) -> Iterator[Piece]:
+  """Yields the docstrings, comments and messages of a file."""
+  source = (ROOT / name).read_text(encoding="utf-8")
+  lines = source.splitlines()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
       if isinstance(node.value.value, str):
-        yield node.lineno, node.value.value
+        context = lines[node.lineno - 2] if node.lineno > 1 else ""
+        yield Piece(f"{name}:{node.lineno}", node.value.value, context)
     elif (
       isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error") and node.args
     ):
-      yield node.lineno, ast.unparse(node.args[0])
+      yield Piece(f"{name}:{node.lineno}", ast.unparse(node.args[0]))
   block: list[str] = []
   for token in tokenize.generate_tokens(io.StringIO(source).readline):
     if token.type == tokenize.COMMENT:
       block.append(token.string.lstrip("# "))
     elif token.type != tokenize.NL and block:
-      yield token.start[0], " ".join(block)
+      yield Piece(f"{name}:{token.start[0]}", " ".join(block), token.line)
       block = []
 
 
-def of_page(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Yields (line, text) of paragraphs, list items and table rows of a page, without code blocks."""
-  line, in_code = 1, False
-  for paragraph in re.split(r"(\n\s*\n|\n(?=[-|] ))", path.read_text(encoding="utf-8")):
+def of_page(name: str) -> Iterator[Piece]:
+  """Yields the paragraphs, list items and table rows of a page, without code blocks."""
+  line, in_code, header = 1, False, ""
+  page = (ROOT / name).read_text(encoding="utf-8")
+  for paragraph in re.split(r"(\n\s*\n|\n(?=[-|] )|\n(?=\|-))", page):
     in_code ^= paragraph.count("```") % 2 == 1
-    if paragraph.strip() and not in_code and "```" not in paragraph:
-      yield line, paragraph
+    is_row = paragraph.startswith("|")
+    if not is_row and paragraph.strip():
+      header = ""
+    elif is_row and not header:
+      header = paragraph
+    elif is_row and not paragraph.startswith("|-"):
+      yield Piece(f"{name}:{line}", paragraph, header)
+    if not is_row and not in_code and "```" not in paragraph:
+      yield Piece(f"{name}:{line}", paragraph)
     line += paragraph.count("\n")
 
 
-def pieces() -> list[tuple[str, str]]:
-  """Returns (place, text) of all pieces of prose in tracked files."""
-  found = []
+def pieces() -> list[Piece]:
+  """Returns all pieces of prose in tracked files."""
+  found: list[Piece] = []
   tracked = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
   )
   for name in tracked.stdout.split():
-    if name.startswith(GENERATED) or not name.endswith((".py", ".md")):
-      continue
-    read = of_python if name.endswith(".py") else of_page
-    found += [(f"{name}:{line}", text.strip()) for line, text in read(ROOT / name)]
-  return [(place, text) for place, text in found if len(text.split()) >= WORDS]
+    if not name.startswith(GENERATED) and name.endswith((".py", ".md")):
+      found += of_python(name) if name.endswith(".py") else of_page(name)
+  return [piece for piece in found if len(piece.text.split()) >= WORDS]
 
 
 def main(_) -> None:
   chosen = random.Random(flags.FLAGS.seed).sample(pieces(), flags.FLAGS.count)
-  for number, (place, text) in enumerate(chosen, 1):
-    print(f"[{number}] {place}\n{text}\n")
+  for number, piece in enumerate(chosen, 1):
+    print(f"[{number}] {piece.place}\n{piece.text.strip()}")
+    print(f"  at: {piece.context.strip()}\n" if piece.context else "")
 
 
 if __name__ == "__main__":  # Flags defined here do not exist in tests that import it.
