@@ -22,7 +22,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after a run that compiles.", 1)
+_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each way, after a run that compiles.", 1)
 _CASES = flags.DEFINE_list("cases", None, "Indices of the cases (default: all).")
 _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
