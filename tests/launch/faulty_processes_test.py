@@ -36,7 +36,7 @@ def start(workdir):
 
   def start(*flags, processes=2, **environment):
     port, jobs = free_port(), []
-    axis = "fsdp" if processes == 2 else "data"  # 3 cannot split the parameters.
+    axis = "fsdp" if processes == 2 else "data"  # 3 processes cannot split the parameters.
     for i in range(processes):
       command = [
         sys.executable, "-m", "tests.launch.faulty_train", "--config=tests/launch/tiny_config.py",

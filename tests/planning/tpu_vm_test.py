@@ -38,7 +38,7 @@ def one_host(recorders):
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # This is as in launch/venv.sh.
+  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # The list in launch/venv.sh.
   stamp = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest() + "\n"
   (venv / "installed-tpu,data,monitoring").write_text(stamp)
   return venv

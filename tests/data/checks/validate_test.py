@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
     except UserError as error:
       assert "000000.array_record" in str(error)  # noqa: PT017
       noticed += 1
-    else:  # The signatures in the file itself may be wrong, because no program reads them.
+    else:  # The flip is in a signature of the file, which no reader checks.
       store = DocumentStore(tmp_path, VOCAB)
       for i, original in enumerate(originals):
         same(original, store[i])

@@ -28,7 +28,7 @@ def read(root, name, split=None, **release):
 
 
 def files_of(name):
-  """Returns the files that a split of the format reads, without the many of InstructPix2Pix."""
+  """Returns the files that a split of the format reads, except the prompts of InstructPix2Pix."""
   unread = ("train_split.json", "test_split.json")
   return [f for f in RELEASES[name] if f not in unread and not f.endswith("prompt.json")]
 

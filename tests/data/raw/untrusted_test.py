@@ -204,7 +204,7 @@ CSV = "file_name,text\n"
     (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
-    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # The limit of Python is lower.
+    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # Python's default limit is 131,072.
   ],
 )
 def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
@@ -244,7 +244,8 @@ def test_a_damaged_parquet_file_stops_nothing(tmp_path):
   table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
   parquet.write_table(table, tmp_path / "a.parquet")
   data, rng, found = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0), set()
-  footer = int.from_bytes(data[-8:-4], "little") + 8  # The names, types and places of the columns.
+  # The footer holds the names, types and offsets of the columns. Its length precedes "PAR1".
+  footer = int.from_bytes(data[-8:-4], "little") + 8
   for _ in range(300):
     damaged = bytearray(data)
     damaged[-int(rng.integers(1, footer))] ^= 1 << int(rng.integers(8))

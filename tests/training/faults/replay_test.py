@@ -121,7 +121,8 @@ def test_moved_arrays_are_the_same_on_other_devices(shape):
       np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
       np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
       buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
-      assert not buffers[0] & buffers[1]  # A copy, because both are donated, one after the other.
+      # `moved` makes a copy, because steps donate the tree and the copy, one after the other.
+      assert not buffers[0] & buffers[1]
 
 
 def test_three_assignments_have_every_shard_on_three_devices():
@@ -209,7 +210,7 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
     assert (found["found"], found["named"]) == (True, True), found
     of_state = kind in ("parameters", "moments")
     assert found["recovered"] is (None if of_state else True)
-    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas also differ.
+    assert (" has changed on " in found["sentence"]) is of_state
 
 
 def test_no_flip_is_no_alarm(trainer):
@@ -237,7 +238,7 @@ def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch
     states.clear()
     found = trainer.trial("gradients", np.random.default_rng([5, seed]))
     assert (len(states), found["recovered"]) == (3, True)
-  assert 0 < len(gone) < 4  # If the first computation, which runs second, was wrong.
+  assert 0 < len(gone) < 4  # A state is copied back only if the first computation was wrong.
   assert all(all(deleted) for deleted in gone)
 
 
