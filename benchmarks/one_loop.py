@@ -83,7 +83,7 @@ def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
     found = in_engine(engine, requests)
     seconds.append((middle - start, clocks() - middle))
     differ += sum(not np.array_equal(*pair) for pair in zip(expected, found))
-  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles.
+  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles: not counted.
   ratios = others / own
   cells = [f"{np.median(x[:, 0]):.3f} s" for x in (own, others)]
   for of_clock in ratios.T:

@@ -200,7 +200,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients after the first bytes of a stream; returns what still runs after that."""
+  """Disconnects clients after the first bytes of a stream; returns the work that still runs."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

@@ -228,7 +228,7 @@ def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
 
 @pytest.mark.parametrize("saves", [0, 1, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
-  """This holds at any moment of the loop. The save in flight is finished first."""
+  """The bucket fails at any moment of the loop. The run first finishes the save in flight."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
 
   def run():

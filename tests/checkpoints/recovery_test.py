@@ -98,7 +98,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
-  # These digests are from a process that this job does not have.
+  # Digests of a second process, which this job does not have.
   (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   recovery.discard_unsealed(checkpoints)

@@ -119,7 +119,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   run(settings)
   assert "finished already, skipped" in capsys.readouterr().out
   warmer = dataclasses.replace(settings.sampling, temperature=0.5)
-  run(dataclasses.replace(settings, sampling=warmer))  # This needs new samples.
+  run(dataclasses.replace(settings, sampling=warmer))  # Another temperature needs new samples.
   assert "skipped" not in capsys.readouterr().out
 
 

@@ -303,7 +303,7 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
-  assert "The records include all splits" not in card  # The stage left no counts.
+  assert "The records include all splits" not in card  # The stage `raw` stored no counts.
   numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
   done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
   card = write_card(root)

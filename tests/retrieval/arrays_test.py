@@ -153,7 +153,7 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
 
 
 def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, small_files):
-  """Only a row count that is too large is harmless, because a killed writer also leaves it."""
+  """Only too large a row count is harmless, because a killed writer also leaves such a count."""
   ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
   write_ids(tmp_path / "a", ids)
   path = tmp_path / "a" / arrays.METADATA

@@ -106,7 +106,7 @@ def test_networks_of_training_are_left_out(tmp_path):
 
 
 def test_a_folder_of_amused_and_its_sizes(tmp_path):
-  """Besides these weights, the folder has weights in another precision."""
+  """The folder also has weights in another precision, which are not read."""
   config = dataclasses.replace(published_files.FAMILIES["amused"], widths=(8, 8, 4), groups=2)
   shapes = published_files.tensor_shapes(config, NUM_CODES)
   tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}

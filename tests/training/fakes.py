@@ -19,7 +19,7 @@ class FakeState(TrainState):
 
 
 class FakeStop(StopSignal):
-  """Fake of a received signal, with the exit code; or of no signal."""
+  """Fake stop signal: received, with this exit code, or not received if `code` is None."""
 
   def __init__(self, code=None):
     self.code = code

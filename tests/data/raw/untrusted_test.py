@@ -148,7 +148,7 @@ print(peak() - before, sum(isinstance(x, UserError) for x in found))
 @pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
-  """One takes 200 MiB. Regression: on 8 threads, images took 680 MiB, damaged images 980 MiB."""
+  """An image takes 200 MiB. Regression: 8 threads took 680 MiB, or 980 MiB if it is damaged."""
   path = tmp_path / "a.png"
   Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
   if is_damaged:
