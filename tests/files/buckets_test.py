@@ -1,4 +1,4 @@
-"""Tests unanswered requests to a GCS bucket, in new processes: each reads variables only once."""
+"""Tests unanswered requests to a GCS bucket, in new processes, which read other time-outs."""
 
 import contextlib
 import io as io_lib

@@ -79,7 +79,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
 def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
   step = engine._generator.step
   monkeypatch.setattr(engine._generator, "step", lambda: time.sleep(0.6) or step())

@@ -68,7 +68,7 @@ class FakeMonitor(Monitor):
 
 
 class FakeCheckpoints(Checkpoints):
-  """Records what is saved. A save in flight fails if `error` is given."""
+  """Records the saves. `failure` is the error of the save in flight, or None."""
 
   def __init__(self, failure=None):
     self.saves, self.closed, self.failure = [], False, failure

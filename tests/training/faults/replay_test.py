@@ -188,7 +188,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
     None, True, False, (),
   )  # fmt: skip
-  # Two results that agree are believed if different devices computed them, or if only one exists.
+  # Two equal results are right if different devices computed them, or if there is only one device.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
   alone = [{stage: numbers_of(x) for stage in checked_step.STAGES} for x in (5, 7, 5)]
@@ -264,7 +264,7 @@ NO_STEPS = Steps(*[pytest.fail] * 4)  # None of these functions is called.
 
 
 def wrong_replay(step=0, **fields):
-  """Makes a `Replay` on 4 devices whose computations find what a test wants."""
+  """Makes a `Replay` on 4 devices that can judge and report, but not run steps."""
   mesh = mesh_of(1, 4, 1)
   config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
   return Replay(NO_STEPS, config, step, mesh)

@@ -24,7 +24,7 @@ from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash
 
 
 class Poisoned(RowLoader):
-  """Rows of which some have an infinite loss weight, as in a damaged store."""
+  """Loader whose rows `bad` have an infinite loss weight, as in a damaged store."""
 
   bad: range = range(0)
 
