@@ -117,7 +117,7 @@ def written_sources(
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:
-  """Measures how many units `action(i)`, which returns their number, processes per second.
+  """Measures the units per second of `action(i)`, which returns its number of units.
 
   Prints median and range of the repetitions; returns the median.
   """

@@ -158,8 +158,7 @@ def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   assert at_best["rare"][0]["ratio"] == pytest.approx(5)
   assert at_best["common"][1]["ratio"] == pytest.approx(1 / 3)
   assert all(row["low"] <= row["ratio"] <= row["high"] for row in at_best["rare"])
-  # A ratio compares two numbers of FLOPs. The larger one exceeds the largest run if it belongs to
-  # the other condition.
+  # For the best bits of the better condition, the other condition needs more FLOPs than any run.
   assert [row["beyond"] for row in at_best["rare"]] == [None, "above"]
   assert [row["beyond"] for row in at_best["common"]] == ["above", None]
   assert read_json(tmp_path / "results.json")["images"]["rare"]["documents"] == 6

@@ -191,7 +191,7 @@ def test_a_folder_of_another_model_is_refused_by_what_it_holds(config, family, t
 
 
 def test_a_whole_chameleon_is_no_other_model(tmp_path):
-  """Its config.json has the model_type of its decoder."""
+  """config.json of the whole model has the model_type of its decoder."""
   tensors = {f"model.vqmodel.{name}": x for name, x in some_tensors("chameleon").items()}
   save_file(tensors, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_text('{"model_type": "chameleon"}')

@@ -320,7 +320,7 @@ def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
-  """A request that finds all batches active gets a batch, although others refill them forever."""
+  """A request gets a batch even if other requests refill all active batches forever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []
