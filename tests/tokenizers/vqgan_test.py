@@ -130,7 +130,7 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
 
   assert largest(through["encoder"]["conv_in"]) > 1e-6
   assert largest(through["codebook"]) == 0  # Codes learn only from the codebook loss.
-  assert largest(cut["encoder"]) == 0  # No straight-through term.
+  assert largest(cut["encoder"]) == 0  # `cut` has no straight-through term.
 
 
 def test_reconstruction_is_decoded_codes(tokenizer, images):
