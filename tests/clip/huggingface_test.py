@@ -131,7 +131,7 @@ def test_eight_devices_embed_as_one(folder):
   images, one, eight = some_images(70), load(folder), load(folder, devices=8)
   texts = [one.encode(f"{i} apples") for i in range(70)]
   assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
-  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # The mesh of generation.
+  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # A mesh that generation may use.
     np.testing.assert_allclose(eight.embed_images(images), one.embed_images(images), atol=1e-6)
     np.testing.assert_allclose(eight.embed_texts(texts), one.embed_texts(texts), atol=1e-6)
     few = eight.in_batches(3)

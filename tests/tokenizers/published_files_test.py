@@ -269,7 +269,7 @@ def test_diffusers_reads_what_is_written(tokenizer, tmp_path):
     expected = model.decode(flat, force_not_quantize=True, shape=(1, 3, 4, 2)).sample
   decoded = published.decode_pixels(tokenizer.config, NUM_CODES, tokenizer.params, codes)
   np.testing.assert_allclose(decoded, expected.permute(0, 2, 3, 1), atol=1e-4, rtol=0)
-  # Importing the result changes nothing.
+  # A second import, of the result, changes nothing.
   found = published_files.read(tmp_path / "out", "amused")
   assert_read(found, tensors)
   assert found.tokenizer.config == tokenizer.config

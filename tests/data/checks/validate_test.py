@@ -174,7 +174,7 @@ def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path
     change()
     with refused(UserError):
       validate_raw(raw, 2)
-    shutil.rmtree(raw / "000000")  # Does what the message says.
+    shutil.rmtree(raw / "000000")  # The message says: delete the shard.
     prepare(tmp_path)
     assert {path.name: path.read_bytes() for path in (first, second)} == before
     validate_raw(raw, 2)

@@ -201,7 +201,7 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
       mine = row["segment_ids"] == segment
       has_neighbors = bool((row["loss_weights"][mine] == 0.25).any())
       shares[has_neighbors].append(hidden[own & mine].mean())
-    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # Repeats exactly.
+    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # A row is reproducible.
   for has_neighbors, most in ((True, after), (False, alone)):
     assert len(shares[has_neighbors]) > 9
     assert np.mean(shares[has_neighbors]) == pytest.approx(most / 2, abs=0.1)

@@ -119,7 +119,7 @@ def write_log(folder, **options):
   return log.path
 
 
-# Change of the log -> printed message.
+# Name of a change of the log -> (function that makes it, part of the printed message).
 CHANGES = {
   "missing": (lambda path: path.unlink(), "is missing"),
   "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
