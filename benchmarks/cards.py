@@ -57,7 +57,7 @@ class Slice:
   Attributes:
     topology: value of --topology for `cm3leon aot_compile`.
     slices: number of slices.
-    fsdp: sizes of the axes fsdp and fsdp_inner on a slice, chosen after the shape of its torus.
+    fsdp: sizes of the axes fsdp and fsdp_inner on a slice, which follow the shape of its torus.
     tensor: size of the tensor axis of the decoder; the remaining devices are replicas.
   """
 

@@ -49,7 +49,7 @@ def run_batch(
   apart: bool,
   finished: Callable[[int, np.ndarray], None],
 ) -> np.ndarray:
-  """Generates one image per request, while a queue without end keeps the slots full.
+  """Generates one image per request, while an endless queue keeps the slots full.
 
   Args:
     engine: generator that holds no requests, before and after the call.
@@ -68,7 +68,7 @@ def run_batch(
     places[engine.admit(requests[i], i)] = i
 
   def can_admit() -> bool:
-    # As in a queue: while the next request waits for a free slot, all later requests wait, too.
+    # While the next request waits for a free slot, all later requests wait, as in a queue.
     return engine.can_admit(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):

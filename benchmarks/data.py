@@ -117,7 +117,10 @@ def written_sources(
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:
-  """Prints median and range of `action(repetition)` divided by its time; returns the median."""
+  """Measures the units per second of `action(i)`, which returns its number of units.
+
+  Prints median and range of the repetitions; returns the median.
+  """
   rates = []
   for i in range(repetitions):
     start = time.process_time()

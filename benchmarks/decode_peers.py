@@ -1,11 +1,10 @@
-"""Decodes with guidance in torch and transformers, in fp32 on a CPU: the peers in
-`benchmarks.decode`.
+"""Decodes with guidance in torch and transformers, in fp32 on a CPU.
 
-All peers read the same weights in the layout of `cm3leon_jax.export.huggingface`. They compute the
-logits of the whole vocabulary for each token. This project's decoder computes only the logits of
-image ids. Waiting torch threads spin, which costs milliseconds per matrix product when another
-process uses a core. `OMP_WAIT_POLICY=passive` prevents this, and must be set before torch is
-imported.
+These decoders are the peers in `benchmarks.decode`. All peers read the same weights in the layout
+of `cm3leon_jax.export.huggingface`. They compute the logits of the whole vocabulary for each token.
+This project's decoder computes only the logits of image ids. Waiting torch threads spin, which
+costs milliseconds per matrix product when another process uses a core. `OMP_WAIT_POLICY=passive`
+prevents this, and must be set before torch is imported.
 """
 
 # B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
@@ -51,8 +50,7 @@ Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
-  """Samples all parameters on the host. Residual outputs are not zero, so that logits are not
-  tiny."""
+  """Samples all parameters on the host. Residual outputs are random, so logits are not tiny."""
   rng = np.random.default_rng(seed)
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -120,8 +118,7 @@ class TorchDecoder:
 
 
 def _linear(weight, product: str, rows: int):
-  """Returns a function [R, in] -> [R, out] that multiplies by an [out, in] weight, as in
-  `PRODUCTS`."""
+  """Returns a function [R, in] -> [R, out] that multiplies by `weight` [out, in] by `product`."""
   if product == "packed":
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -143,8 +140,7 @@ def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.nd
 
 
 def sample_ids(logits, sampling: SamplingConfig, generator):
-  """Samples [B] ids from [R, V] logits with guidance, top-k, then top-p. Conditional rows are
-  first."""
+  """Samples [B] ids from [R, V] logits (conditional rows first): guidance, top-k, then top-p."""
   conditional, unconditional = logits.chunk(2)
   guided = torch.lerp(unconditional, conditional, sampling.guidance) / sampling.temperature
   values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
@@ -262,8 +258,7 @@ def transformers_generate(
 def rates(
   peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
 ) -> dict[str, list[float]]:
-  """Measures the tokens/s of each peer in `runs` runs, after an untimed run. The peers take
-  turns."""
+  """Measures the tokens/s of each peer in `runs` runs after an untimed run; peers take turns."""
   measured = {name: [] for name in peers}
   for seed in range(runs + 1):
     for name, peer in peers.items():

@@ -75,8 +75,7 @@ def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_d
 def code_log_probs(
   params, config, cache_dtype: str, samples, vocab
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns log-probabilities: [codes] of the image codes, and [codes, V] of all ids at their
-  places."""
+  """Returns log-probabilities of the image codes [codes], and of all ids there [codes, V]."""
   length, right, every = max(map(len, samples)), [], []
   for start in range(0, len(samples), ROWS):
     part = samples[start : start + ROWS]
@@ -114,7 +113,7 @@ def main(settings, workdir) -> None:
       prepared = params_lib.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
       right, every = code_log_probs(prepared, config, cache_dtype, samples, vocab)
       base = (right, every) if base is None else base
-      # Only ids that have a probability above 0.1% in the first variant.
+      # Compare only ids that have a probability above 0.1% in the first variant.
       change = np.abs(every - base[1])[base[1] > np.log(1e-3)]
       options = {
         "weight_dtype": weight_dtype,

@@ -50,8 +50,7 @@ def title(weight: float) -> str:
 
 
 def markdown(result: dict) -> str:
-  """Returns a Markdown table with a row for each column of the protocol, and with published
-  distances."""
+  """Returns a Markdown table: a row for each column of the protocol, and published distances."""
   names = result["metrics"]
   published = {row["column"]: row for row in result["protocol"]["published"]}
   sources = sorted({f"{row['model']}, {row['source']}" for row in published.values()})

@@ -1,4 +1,4 @@
-"""Shares conditions, stage commands and run folders between experiments with several trainings."""
+"""Parses conditions, runs stages and stores results, for experiments with several trainings."""
 
 from collections.abc import Callable, Iterable, Sequence
 import os
@@ -87,8 +87,7 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
-  """Returns the result of `measure` for a trained run. Stores the result, so `measure` runs only
-  once.
+  """Returns the result of `measure` for a trained run, which is measured once and then stored.
 
   Args:
     run: folder of a run whose training is finished.

@@ -106,8 +106,8 @@ def main(_) -> None:
   with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
     for layers in map(int, _LAYERS.value):
       run = epath.Path(name) / f"run{layers}"
-      # A separate process runs it, because Linux counts a parent's memory as its child's until
-      # exec.
+      # Write the run in a separate process: Linux counts the memory of a parent for its child, too,
+      # until the child calls exec.
       with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(make_run, run, settings_of(layers)).result()
       for layout, found in peaks.items():

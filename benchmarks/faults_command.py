@@ -24,13 +24,14 @@ COUNTS = {
 }  # fmt: skip
 KEPT = 3
 FLAGS = (f"--config.train.keep_checkpoints={KEPT}",)
-PARTS = ("losses", "heldout", "rows", "samples")  # Parts of a result that training writes.
+# Keys of `faults_run.result_of` whose values the training determines.
+PARTS = ("losses", "heldout", "rows", "samples")
 DISK_ERRORS = ("File too large", "EFBIG", "No space left", "RESOURCE_EXHAUSTED")
 REFUSED = 2
 
 
 def order(count: int) -> list[str]:
-  """Returns the kinds of `count` faults. A kind with n in COUNTS is in the first n rounds."""
+  """Returns the kinds of `count` faults, in rounds; COUNTS has the number of rounds of a kind."""
   rounds = itertools.chain.from_iterable(
     [kind for kind, most in COUNTS.items() if most > i] for i in range(max(COUNTS.values()))
   )
@@ -49,7 +50,7 @@ def prepare(root: pathlib.Path) -> pathlib.Path:
     process.kill()
     sealed = {f"{step}" for step in faults_run.sealed_steps(folder)}
     for path in (folder / "train" / "checkpoints").iterdir():
-      if path.name not in sealed:  # The save that the kill interrupted left this folder.
+      if path.name not in sealed:  # The kill interrupted the save of this checkpoint.
         shutil.rmtree(path)
     write_json(root / "killed.json", {})
   return folder

@@ -2,9 +2,8 @@
 
 `damage(folder, kind, rng)` damages the three checkpoints of a copied run. `judge` compares the
 result with the requirement: the run goes back to the newest whole checkpoint and names the damaged
-  checkpoint, or the run refuses to start. A run must never start from step 0, and never from arrays
-  that differ from
-the saved arrays.
+checkpoint, or the run refuses to start. A run must never start from step 0, and never from arrays
+that differ from the saved arrays.
 """
 
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from cm3leon_jax.files.json_files import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Steps of the checkpoints.
 MORE = 40  # Step whose checkpoint is saved on a full disk.
-AT_ONCE = 125  # Faults per process.
+AT_ONCE = 125  # Number of faults that one process causes.
 KINDS = (
   "bit flip", "truncation", "file missing", "half an upload", "surplus file", "digests missing",
   "digests damaged", "two newest damaged", "two newest gone", "all damaged", "all digests gone",
@@ -211,7 +210,7 @@ class Trainer:
         if checked:
           config = TrainConfig(checkpoint_every=10)
           step, state, row = restore_or_init(folder, checkpoints, self._steps, config)
-        else:  # Negative control.
+        else:  # Negative control: the newest checkpoint is restored unchecked.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)
           state, row = checkpoints.restore(types, step, checked=True)

@@ -1,10 +1,10 @@
 """Part `elastic` of `benchmarks.faults`: changes the number of processes of a run.
 
-Loader schedules: 1 to 4 real processes with random meshes read the rows of a run in the same way as
-  training, but do not train. Every row must be read, and must equal the row that a single process
-  reads.
-Training schedules: real trainings are stopped, and a different number of processes continues them.
-  Their losses are compared with a training in one process.
+- Loader schedules: 1 to 4 real processes with random meshes read the rows of a run in the same way
+  as training, but do not train. Every row must be read, and must equal the row that a single
+  process reads.
+- Training schedules: real trainings are stopped, and a different number of processes continues
+  them. Their losses are compared with a training in one process.
 """
 
 from collections.abc import Iterator
@@ -251,7 +251,7 @@ def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
     "stops": stops,
     "same_steps": same_steps,
     "largest_difference": max(abs(found[step] - expected[step]) for step in shared),
-    "control": min(later),  # Least difference between losses of neighboring steps.
+    "control": min(later),  # Smallest difference between the losses of consecutive steps.
   }
 
 

@@ -26,7 +26,7 @@ from cm3leon_jax.files.json_files import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")
-# Kinds of flips between steps -> pattern of the names of the arrays in which a bit flips.
+# Kind of a flip between steps -> pattern of the names of the arrays in which a bit flips.
 OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
 EVERY = 5  # `replay_every` in trials with one replica or without a flip.
 # (Sizes of the axes data, fsdp and tensor for 8 devices, number of micro-batches of a step).
@@ -155,7 +155,8 @@ class Trainer:
     device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
     element, bit = int(rng.integers(2**31)), int(rng.integers(32))
     steps = 2 if kind in KINDS else EVERY
-    # A flip after the last unchecked step would be found by its fingerprint, so flip earlier.
+    # The step before a checked step computes a fingerprint, which would show a flip after it. So
+    # flip earlier.
     flips_after = 1 + int(rng.integers(EVERY - 2)) if kind in REPLICAS else 1
     config = dataclasses.replace(
       self._config, replay_every=steps, replay_tolerance=replay_tolerance

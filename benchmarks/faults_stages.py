@@ -123,7 +123,7 @@ def result_of(folder: pathlib.Path) -> dict:
     elif path.name == DONE:
       found[f"{name}"] = _without_times(read_json(path))
       if not found[f"{name}"]["files"]:
-        del found[f"{name}"]["id"]  # Without files, the id depends on the time.
+        del found[f"{name}"]["id"]  # The id of a stage without files depends on the time.
     else:
       found[f"{name}"] = digest(path)
   return found
@@ -146,7 +146,7 @@ def reference(root: pathlib.Path) -> dict[str, dict]:
     write_source(root / SOURCE)
     known = {}
     for name, stage in STAGES.items():
-      if stage.command == "import_weights":  # This stage and `reinforce` start from these results.
+      if stage.command == "import_weights":  # `import_weights` and `reinforce` read an export.
         for command in ("train", "export"):
           process = faults_run.Process.command(
             root / "process", command, workdir=root / WHOLE, config=CONFIG

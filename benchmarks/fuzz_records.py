@@ -4,9 +4,8 @@
   python -m benchmarks.fuzz_records tar -max_total_time=600
 
 Readers: csv, json, tar, yaml. All other arguments are passed to libFuzzer, e.g. a folder of initial
-  files. An
-error that the project does not handle ends the fuzzing and writes the input to `crash-*`. Add the
-input to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
+files. An error that the project does not handle ends the fuzzing and writes the input to `crash-*`.
+Add the input to tests/data/sources/archive_bounds_test.py or tests/commands/untrusted_test.py.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ def read_yaml() -> None:
 
 
 def check(where: str, values: dict | records.Rejected) -> None:
-  """Does what ingestion does: converts values to records of each kind, serializes valid records."""
+  """Converts values to records of each kind and serializes valid records, like ingestion."""
   if isinstance(values, records.Rejected):
     return
   for kind in records.KINDS.values():

@@ -76,7 +76,7 @@ def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> di
 
 
 def changes(old: dict, new: dict) -> list[str]:
-  """Returns the names of the values that differ, or that only one of the two versions has.
+  """Returns the names of values that differ, or that only one of the two versions has.
 
   changes({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) = ["b", "c"]
   """

@@ -1,8 +1,8 @@
 """Runs commands, a script and a server for `benchmarks.golden`, with the package of a commit.
 
 The parts use only interfaces for users: commands, files, the HTTP server, the Python API. Therefore
-  they run with every layout of the package. Only `golden_rows.py` uses internals, to open the rows
-  of a run.
+they run with every layout of the package. Only `golden_rows.py` uses internals, to open the rows of
+a run.
 """
 
 from collections.abc import Callable, Collection

@@ -22,7 +22,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after a run that compiles.", 1)
+_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each way, after a run that compiles.", 1)
 _CASES = flags.DEFINE_list("cases", None, "Indices of the cases (default: all).")
 _WIDTH = flags.DEFINE_integer("width", 128, "Width of the decoder.", 32)
 
@@ -83,7 +83,7 @@ def measure(tokens: int, equal: bool, codes: int, samples: int) -> str:
     found = in_engine(engine, requests)
     seconds.append((middle - start, clocks() - middle))
     differ += sum(not np.array_equal(*pair) for pair in zip(expected, found))
-  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles.
+  own, others = np.moveaxis(np.array(seconds[1:]), 1, 0)  # The first run compiles: not counted.
   ratios = others / own
   cells = [f"{np.median(x[:, 0]):.3f} s" for x in (own, others)]
   for of_clock in ratios.T:

@@ -5,9 +5,9 @@
   python -m benchmarks.own_images judge --workdir=workdir/own
 
 `make` writes the same 290 correct pairs and ten mistakes in three formats: sidecar files, a tar and
-  JSONL. `judge` generates images for 50 captions that are not in the training data. It measures how
-  many images show the color and the shape of their caption. It writes judged.json and judged.png to
-  the workdir, and adds the first lines of report.html. docs/own_images.md is the tutorial.
+JSONL. `judge` generates images for 50 captions that are not in the training data. It measures how
+many images show the color and the shape of their caption. It writes judged.json and judged.png to
+the workdir, and adds the first lines of report.html. docs/own_images.md is the tutorial.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ def encoded(image: Image.Image, kind: str = "jpeg") -> bytes:
 
 
 def mistakes() -> list[tuple[str, dict[str, bytes]]]:
-  """Returns ten incorrect samples, each as its name and a dict: file suffix -> content."""
+  """Returns ten incorrect pairs: (name, content of its files by suffix)."""
   image = draw(Fact("red", "disc", "left", 0), 9_999)
   jpeg, png, caption = encoded(image), encoded(image, "png"), b"a red disc at the left"
   return [

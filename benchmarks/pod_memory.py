@@ -39,7 +39,7 @@ SIZES = [
   ("760m", "v5p-256", 16, "minimal"),
   ("760m", "v5p-8", 16, "minimal"),
 ]
-# Instruction tuning: the same fields, and the number of micro-batches for 512 rows.
+# Instruction tuning with 512 rows: (size, slice, rows per device, remat policy, micro-batches).
 TUNING = [
   ("7b", "v5p-256", 4, "full", 1),
   ("7b", "v5e-256", 2, "full", 1),

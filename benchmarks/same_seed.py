@@ -3,10 +3,10 @@
   python -m benchmarks.same_seed --tokens=20000
 
 Samples every task of a bundled model from flat distributions (no top-k or top-p, temperature 1.5):
-each sample alone, in a batch, in a running batch that admits samples at any time, and in both over
-8 (fake) devices. The ids of a sample should be equal in all four ways. But matrix products of other
-shapes round differently, which changes logits by 1e-6 in float32 and by 1e-2 in bfloat16. Prints a
-row per task and way. With --dtype=float32 the exit code is 1 if a token differs.
+each sample alone, in a batch, in a running batch that admits samples at any time, and in both kinds
+of batches over 8 (fake) devices. The ids of a sample should always be the same. But matrix products
+of other shapes round differently, which changes logits by 1e-6 in float32 and by 1e-2 in bfloat16.
+Prints a row per task and way. With --dtype=float32 the exit code is 1 if a token differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def running_batches(model: CM3Leon, requests, sampling, slots: int) -> list[np.n
     waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
     following = next(waiting, None)
     while following is not None or engine.active:
-      most = slots if next(turn) % 2 else 1  # Samples of different age share the batch.
+      most = slots if next(turn) % 2 else 1  # So samples at different tokens share the batch.
       while following is not None and most and engine.can_admit(following[1], sampling):
         i, request = following
         places[engine.admit(request, i, sampling)] = i

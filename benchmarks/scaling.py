@@ -34,8 +34,8 @@ from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}
-# Reasons why scenes are held out. The mean covers all of them. Only the first two are also judged,
-# and reported separately.
+# Subset of the held-out scenes -> reasons why its scenes are held out. The mean covers all subsets.
+# Only the first two subsets are also judged, and reported separately.
 SUBSETS = {**scene_retrieval.SUBSETS, "pair": ("pair",), "objects": ("objects",)}
 
 

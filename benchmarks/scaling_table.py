@@ -196,7 +196,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
   if {*laws} != {"neighbors", "without"} or None in (laws["neighbors"][0], laws["without"][0]):
     return []
   flops = [_flops(about, of) for of in points.values()]
-  # Both conditions have runs at both ends.
+  # The range in which both conditions have runs.
   measured = max(min(f) for f in flops), min(max(f) for f in flops)
   rows = []
   for of in ("without", "neighbors"):
@@ -209,7 +209,7 @@ def _ratios(about: dict, points: dict[str, dict], laws: dict) -> list[dict]:
     low, high = fit.interval(many)
     beyond = fit.bound(point[f"flops_{other}"], measured)
     rows.append({"best_of": of, **point, "low": low, "high": high, "beyond": beyond})
-    if beyond:  # The ratio at the end of the range is a bound.
+    if beyond:  # Outside the range of the runs: the ratio at the end of the range is a bound.
       end = measured[0] if beyond == "below" else measured[1]
       ends = (measured[1], end) if of == "without" else (end, measured[1])
       rows[-1]["bound"] = ends[0] / ends[1]
@@ -330,7 +330,7 @@ def describe_ratio(row: dict) -> str:
   """
   if not row["beyond"]:
     return _times(row["ratio"])
-  # The FLOPs with retrieval are the denominator.
+  # The ratio is FLOPs without / with retrieval; `beyond` is about the FLOPs of the other condition.
   more = (row["beyond"] == "below") == (row["best_of"] == "without")
   side = "more than" if more else "less than"
   return f"{side} {row['bound']:.2f}x (extrapolated: {_times(row['ratio'])})"

@@ -57,7 +57,7 @@ class Asked:
   Attributes:
     group: set of captions, see `COUNTS`.
     caption: the prompt.
-    facts: facts about the image, in the format of a document's facts.
+    facts: facts that the image must show, in the format of a document's facts.
     concept: captions of the same concept are not independent.
     placed: the object and its place if the caption is about one rare object, else None.
   """

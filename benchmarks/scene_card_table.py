@@ -45,7 +45,7 @@ def row(results: list[dict], concepts: Sequence[str]) -> dict:
 
 
 def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
-  """Computes the mean bits per code after each neighbor, and the difference to bits without one."""
+  """Computes mean bits per code after each neighbor, and the difference to bits without it."""
   rows = {}
   for condition, values in scored.items():
     rows[condition] = _level(values, concepts)

@@ -136,7 +136,11 @@ def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -
 
 
 def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> list[float]:
-  """Scores each image after its neighbor ("true"), another's ("shuffled") or none ("none")."""
+  """Computes the bits of each image; `condition` chooses the document before it.
+
+  "true": the best neighbor of its caption; "shuffled": the best neighbor of another scene; "none":
+  no document.
+  """
   before = {"true": corpus.neighbors, "shuffled": corpus.shuffled}.get(condition)
   samples, masks = [], []
   for n, row in enumerate(corpus.rows):

@@ -270,7 +270,7 @@ def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Ask
 
 
 def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, list[bool]]:
-  """Returns measure -> values for the captions; the samples followed the bank in `style`."""
+  """Returns measure -> values for the captions; the samples' neighbors are in `style`."""
   images = np.stack([sample.segments[0] for sample in samples])
   named = classify(images, asked)
   return {

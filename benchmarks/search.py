@@ -3,9 +3,9 @@
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
 The n vectors are random, have 512 dimensions, and form clusters like embeddings: there are n / 100
-  centers, and a vector has a cosine of about 0.7 to its center. ScaNN and exact search use all
-  cores. Their rates are printed per second of wall-clock time and per second of processor time. The
-  selection rules use one thread.
+centers, and a vector has a cosine of about 0.7 to its center. ScaNN and exact search use all cores.
+Their rates are printed per second of wall-clock time and per second of processor time. The
+selection rules use one thread.
 """
 
 import time

@@ -2,14 +2,16 @@
 
   OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
-Starts the server as a user does, and sends requests over HTTP.
-`full`: all clients request images without a pause. In turns with the server, `CM3Leon.generate` in
-  this process generates images for the same prompts. `generate` retrieves and scores like the
-  server, in batches of --slots. The ratio of a turn is printed for wall-clock time and for
-  processor time of the two processes. Processor time depends less on other work on the machine.
-`mixed`: images, streams, edits, infills, captions and answers are requested with Poisson arrivals,
-  from the server and then from a server that decodes one sample at a time (--slots=1).
-`killed`: clients that disconnect in the middle of a stream.
+Starts the server as a user does, and sends requests over HTTP. There are three loads:
+- `full`: all clients request images without a pause. The server takes turns with
+  `CM3Leon.generate` in this process, which draws images for the same prompts. `generate` retrieves
+  and scores like the server, in batches of --slots. The ratio of a turn is printed for wall-clock
+  time and for processor time of the two processes. Processor time depends less on other work on
+  the machine.
+- `mixed`: images, streams, edits, infills, captions and answers are requested with Poisson
+  arrivals, from the server and then from a server that decodes one sample at a time (--slots=1).
+- `killed`: clients disconnect in the middle of a stream.
+
 Both processes compute. On a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
@@ -198,7 +200,7 @@ async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
 
 
 async def killed(url: str, count: int) -> dict:
-  """Disconnects clients after the first bytes of a stream; returns what still runs after that."""
+  """Disconnects clients after the first bytes of a stream; returns the work that still runs."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def leave(i: int) -> int:

@@ -43,7 +43,8 @@ ARMS = {
   "restarts": "nearest code, dead codes restart",
   "fsq": "FSQ",
 }
-# These values are from the variant `long`; the values of the demo suit a tenth of these steps.
+# Fields whose values are those of the variant `long`, because the trainings here are ten times as
+# long as the demo's.
 TUNED = ("learning_rate", "l1_weight")
 LONGER = {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED}
 SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # Stages that `vqgan` to `train` read.

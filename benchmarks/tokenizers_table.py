@@ -32,11 +32,10 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
     labels: arm -> name in the table.
 
   Returns:
-    `about`, `runs`, `perplexity_bound` (with a `commonest_square`), and by arm: `mean`, `lowest`
-    and `highest` of each measure over the seeds, and `difference` to `BASE`: the mean over the
-      seeds of both arms, and its 95% interval with Student's t. `used` is the share of all codes in
-      1,024 training
-    images.
+    `about`, `runs`, `perplexity_bound` (only if there is a `commonest_square`), and for each arm:
+    `mean`, `lowest` and `highest` of each measure over the seeds, and `difference` to `BASE`: its
+    mean over the common seeds and its 95% interval with Student's t. The measure `used` is the
+    share of all codes that occur in 1,024 training images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
   of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}

@@ -35,7 +35,7 @@ _LENGTH = flags.DEFINE_integer("length", 512, "Tokens per row.")
 _FAMILY = flags.DEFINE_enum("family", "opt", ["opt", "modern"], "Family of the decoder.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.")
 _REMAT = flags.DEFINE_enum(
-  "remat_policy", "none", REMAT_POLICIES, "Values that the backward pass recomputes."
+  "remat_policy", "none", REMAT_POLICIES, "Which values the backward pass recomputes."
 )
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation of attention.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens per row in a chunk of logits.")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
   ],
 )
 def test_wrong_options_of_load(run, options, monkeypatch):  # noqa: F811
-  monkeypatch.setattr(reading, "load_params", None)  # This fails if any file is read.
+  monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
   with refused(UserError):
     CM3Leon.load(run, **options)
 

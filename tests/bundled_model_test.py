@@ -84,7 +84,7 @@ def test_its_images_show_what_captions_of_new_scenes_say(model):
   facts = [pair.facts for pair in pairs]
   samples = model.generate([pair.caption for pair in pairs], seed=0)
   assert right(samples, facts) >= 0.85
-  # Negative control: each image with the next caption, which only a vague caption fits.
+  # Negative control: the image is judged by the next caption, which fits only if it is vague.
   assert right(samples, facts[1:] + facts[:1]) <= 0.1
 
 

@@ -102,7 +102,7 @@ def _few_maps():
 # Reasons for which a test may be skipped: properties of a machine. A skip for another reason, such
 # as a missing package, would hide tests, so it fails the session.
 SKIPS = (
-  "an option of Linux",
+  "needs Linux",
   "needs systemd-analyze",
   "this machine has an accelerator",
   "torch without oneDNN",

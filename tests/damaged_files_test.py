@@ -143,7 +143,7 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
-  """This applies to files without digests. In files with digests, a message names the line."""
+  """Applies to a file without digests. If a file has digests, a message names the bad line."""
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)

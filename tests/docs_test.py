@@ -73,7 +73,7 @@ def unknown_names(text: str) -> list[str]:
   package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))
-    exists = exists or re.search(rf"\bdef {name}\b", package)  # `variable.method`
+    exists = exists or re.search(rf"\bdef {name}\b", package)  # `module` may be a variable.
     if name not in SUFFIXES and not exists:
       unknown.append(f"{module}.{name}")
   return unknown

@@ -122,7 +122,7 @@ def same_everywhere(error: BaseException, base: pathlib.Path) -> str:
   """
   sentence = str(error)
   for said in _said_by_libraries(error):
-    if len(said := str(UserError(said)).strip()) > 8:  # UserError changes a quoted text.
+    if len(said := str(UserError(said)).strip()) > 8:  # As UserError quotes it.
       sentence = sentence.replace(said, "CAUSE")
   return _without_machine(sentence, base)
 

@@ -43,7 +43,8 @@ def test_a_filled_module_computes_what_its_parameters_say_under_jit_too():
     return parameters.fill(*skeleton, params)(x)
 
   np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)
-  doubled = jax.tree.map(lambda x: 2 * x, params)  # This doubles the factor and the layers.
+  doubled = jax.tree.map(lambda x: 2 * x, params)
+  # The module multiplies the sum of its layers by its factor, and both are twice as large.
   np.testing.assert_allclose(jax.jit(compute)(doubled), 4 * make()(x), rtol=1e-6)
   np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)  # The skeleton is unchanged.
 
@@ -89,4 +90,4 @@ def test_an_index_names_files_of_its_folder_only(place, tmp_path):
   with refused(UserError):
     parameters.files_of_index(path)
   with refused(UserError):
-    find_files(tmp_path)  # These settings are for an image tokenizer.
+    find_files(tmp_path)  # The reader of published image tokenizers refuses the index, too.

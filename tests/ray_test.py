@@ -67,7 +67,7 @@ class Load:
 @pytest.fixture
 def raw(tmp_path):
   images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
-  images[13, 0, 0] = 255  # This is the fourth of six shards.
+  images[13, 0, 0] = 255  # An image of the fourth of six shards.
   splits = ["train", "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
@@ -126,15 +126,13 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
     name: name for name in NAMES
   }
   assert (tmp_path / "killed").exists()
-  assert (
-    log(tmp_path).count("05") == 2
-  )  # Negative control: the worker was killed during this shard.
+  assert log(tmp_path).count("05") == 2  # The worker was killed while it wrote this shard.
   assert len(set((tmp_path / "opened").read_text().split())) >= 2
   assert sorted(
     json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")
   ) == list(range(12))
   before = log(tmp_path)
-  run(tmp_path, job)  # No shard remains to be done.
+  run(tmp_path, job)  # All shards are finished.
   assert log(tmp_path) == before
 
 

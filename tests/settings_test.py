@@ -149,7 +149,7 @@ def test_describe_lists_every_field_and_marks_what_is_not_the_default():
 def test_the_page_of_all_fields_is_current():
   path = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
   assert path.read_text(encoding="utf-8") == config_reference.page(), (
-    "docs/config.md is old: python -m cm3leon_jax.reports.config_reference"
+    "docs/config.md is outdated: python -m cm3leon_jax.reports.config_reference"
   )
 
 

@@ -14,7 +14,7 @@ STORED = [card for card in cards.CARDS if card.name in cards.stored(card.size)]
 def test_the_page_shows_every_card_that_is_stored(size):
   stored = cards.stored(size)
   page = (cards.FOLDER / f"cm3leon_{size}.md").read_text()
-  assert page == cards.page(size, stored), "python -m benchmarks.cards writes the pages"
+  assert page == cards.page(size, stored), "the page is outdated: run python -m benchmarks.cards"
   for card in cards.CARDS:
     if card.size == size and card.name in stored:
       assert stored[card.name]["command"] == " ".join(card.command), card.name

@@ -45,7 +45,7 @@ def prompts():
 
 
 def uncached(folder, prompt, guidance):
-  """Returns ids [I] of the largest guided logits without a cache, and their smallest lead."""
+  """Returns greedy ids [I] without a cache, and the smallest lead of their guided logits."""
   import torch
   import transformers
 

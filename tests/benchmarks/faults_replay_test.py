@@ -13,7 +13,7 @@ compute = Replay._compute
 
 
 def misread(stage):
-  """Computes like a process whose copy of the first device's fingerprints is damaged."""
+  """Returns a `Replay._compute` that flips a bit in the fingerprint of a stage."""
 
   def computed(self, number, *args):
     state, metrics, prints = compute(self, number, *args)
@@ -27,7 +27,7 @@ def misread(stage):
 
 
 def trials_of_process(out, address, process):
-  """Makes trials as one of two processes with the same flips."""
+  """Runs the trials of one of two processes; both draw the same flips."""
   from cm3leon_jax import distributed
 
   distributed.initialize(address, 2, process, 120)
@@ -55,7 +55,7 @@ def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
   for process in processes:
     faults_run.finish(process)
   results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-  # The last three verdicts agree, too, although the processes read different fingerprints.
+  # The processes agree in every trial, also where one of them read a damaged fingerprint.
   assert results[0] == results[1]
   *results, changed, apart = results[0]
   assert "step 5 reads: step, params.blocks.down" in changed["sentence"]

@@ -111,7 +111,7 @@ def test_results_differ_in_the_last_bit_of_a_loss_and_not_in_times(tmp_path):
   ("hit", "step", "same", "outcome", "lost"),
   [
     (1, 20, True, "went back", 10),
-    (1, 20, False, "wrong", 10),  # The arrays differ from the saved ones.
+    (1, 20, False, "wrong", 10),  # The arrays differ from the saved arrays.
     (1, 30, True, "harmless", 0),
     (1, 30, False, "wrong", 0),
     (1, 10, True, "wrong", 20),  # More steps were lost than necessary.

@@ -81,7 +81,7 @@ def test_the_ratio_of_bits_that_are_never_reached():
   rising, neighbors = law(0, 8, -0.1), law(0, 8, 0.5)
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "neighbors")
   assert (found["bits"], found["ratio"]) == (2, np.inf)
-  # The smallest run has its best bits; the largest run is not better.
+  # The bits rise without neighbors: the smallest run has the best bits, 8.
   found = scaling_fit.ratio(rising, neighbors, (1e12, 16e12), "without")
   assert (found["bits"], found["ratio"]) == (8, 16)
 

@@ -125,7 +125,7 @@ def test_tokens_may_grow_more_slowly_than_parameters(tmp_path):
     for p in (0.0, 0.5, 1.0)
   )
   assert equal == [3_120, 3_120]
-  assert proportional == [3_120, 972]  # 331,776 of 1,064,960 parameters.
+  assert proportional == [3_120, 972]  # The sizes have 1,064,960 and 331,776 parameters.
   assert root == [3_120, 1_742]
 
 
@@ -158,7 +158,7 @@ def test_the_fifth_size_is_predicted_before_it_is_trained(tmp_path, trained):
   assert at_best["rare"][0]["ratio"] == pytest.approx(5)
   assert at_best["common"][1]["ratio"] == pytest.approx(1 / 3)
   assert all(row["low"] <= row["ratio"] <= row["high"] for row in at_best["rare"])
-  # Only one side of each ratio is within the measured range, a factor of 13.8 in FLOPs.
+  # For the best bits of the better condition, the other condition needs more FLOPs than any run.
   assert [row["beyond"] for row in at_best["rare"]] == [None, "above"]
   assert [row["beyond"] for row in at_best["common"]] == ["above", None]
   assert read_json(tmp_path / "results.json")["images"]["rare"]["documents"] == 6

@@ -228,7 +228,7 @@ def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
 
 @pytest.mark.parametrize("saves", [0, 1, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
-  """This holds at any moment of the loop. The save in flight is finished first."""
+  """The bucket fails at any moment of the loop. The run first finishes the save in flight."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
 
   def run():
@@ -244,7 +244,8 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
   lost = UserError("another job took the lease")
-  check = mock.Mock(side_effect=[None, lost, lost])  # Before a save, before the save is sealed, ...
+  # The lease is lost after the first save begins and before the save is sealed.
+  check = mock.Mock(side_effect=[None, lost, lost])
   checkpoints = checkpoint.Checkpoints(tmp_path, 2, check=check)
   checkpoints.save(small(1), 1, next_row=1)
   with pytest.raises(UserError, match="another job"):

@@ -98,7 +98,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
-  # These digests are from a process that this job does not have.
+  # Digests of a second process, which this job does not have.
   (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   recovery.discard_unsealed(checkpoints)
@@ -111,7 +111,7 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
 
 @pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
 def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
-  """None means that a file of the checkpoint is damaged; otherwise its digests are damaged."""
+  """If `digests` is None, a file of the checkpoint is damaged; otherwise its digests are."""
   if digests is None:
     flip(largest_file(saved / "checkpoints" / "2"))
   else:

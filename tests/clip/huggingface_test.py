@@ -33,10 +33,10 @@ from tests.messages import refused
 
 TOLERANCE = 1e-5  # Tolerance in fp32, for embeddings of norm 1.
 KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}
-NORMALIZE = (
+NORMALIZE = (  # Mean and standard deviation of the color channels.
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
-)  # Mean and standard deviation.
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -92,7 +92,7 @@ def test_captions_equal_torch(checkpoint):
   )
   ids = [clip.encode(caption) for caption in CAPTIONS]
   np.testing.assert_array_equal(clip.pad_texts(ids), padded["input_ids"])
-  assert ids[0].tolist() == [513]  # `red</w>`
+  assert ids[0].tolist() == [513]  # The token `red</w>`.
   expected, _ = torch_embeddings(
     model, padded["input_ids"], np.zeros((1, 3, SIDE, SIDE), np.float32)
   )
@@ -131,7 +131,7 @@ def test_eight_devices_embed_as_one(folder):
   images, one, eight = some_images(70), load(folder), load(folder, devices=8)
   texts = [one.encode(f"{i} apples") for i in range(70)]
   assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
-  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # The mesh of generation.
+  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # A mesh that generation may use.
     np.testing.assert_allclose(eight.embed_images(images), one.embed_images(images), atol=1e-6)
     np.testing.assert_allclose(eight.embed_texts(texts), one.embed_texts(texts), atol=1e-6)
     few = eight.in_batches(3)

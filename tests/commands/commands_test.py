@@ -232,7 +232,7 @@ def test_every_config_of_the_demo_takes_minutes():
 
 def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / "old-python"
-  old.write_text("#!/bin/sh\nexit 1\n")  # Here, the version check fails.
+  old.write_text("#!/bin/sh\nexit 1\n")  # Python's check of its version exits with 1.
   old.chmod(0o755)
   result = run("bash", "-c", f'source "{ROOT}/launch/venv.sh"; find_python', PYTHON=str(old))
   check_refused(result)

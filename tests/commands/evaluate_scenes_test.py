@@ -109,7 +109,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   assert result["gain"]["title"] == "guidance 2.5"
   assert result["gain"]["share"] == 0
   summary = read_json(folder / "metrics.json")
-  assert summary["scenes"]["best"]["title"] == "guidance 1"  # The first of equal results.
+  assert summary["scenes"]["best"]["title"] == "guidance 1"  # The first of equal columns.
   assert summary["scenes"]["best"]["correct"]["groups"] == 10
   assert summary["scenes"]["real images"]["correct"] == 1
   assert summary["documents"] == 4
@@ -119,7 +119,7 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   run(settings)
   assert "finished already, skipped" in capsys.readouterr().out
   warmer = dataclasses.replace(settings.sampling, temperature=0.5)
-  run(dataclasses.replace(settings, sampling=warmer))  # This needs new samples.
+  run(dataclasses.replace(settings, sampling=warmer))  # Another temperature needs new samples.
   assert "skipped" not in capsys.readouterr().out
 
 
@@ -227,7 +227,7 @@ def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, mo
   }
   monkeypatch.setattr(evaluate, "_images_of", lambda model, seed, texts: [real[t] for t in texts])
   (bundled / bundles.FILE).write_text((bundled / bundles.FILE).read_text() + " ")
-  run(settings)  # The bundled model has changed.
+  run(settings)  # The file of the bundled model has changed, so the run evaluates it again.
   found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
   assert found["right"] == {"guidance 1": 0, "guidance 2": 0, "bundled model": 12}
 

@@ -90,7 +90,7 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
-  # Only the caption retrieves neighbors. The other neighbors are -1.
+  # The caption has two neighbors; the neighbors of the image are -1 and do not count.
   assert found["mean_neighbors"]["true"] == 2.0
   assert found["image"]["tokens"] == 16
   # An untrained decoder spreads its probability evenly over the whole vocabulary.

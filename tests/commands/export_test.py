@@ -87,7 +87,7 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   assert found.keys() == expected.keys()
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)
-  # Each stage of `save_run` took a second.
+  # `save_run` stores a duration of one second for each stage.
   cost = {"train_seconds": 1.0, "other_seconds": 5.0, "machine": None}
   assert bundles.about(tmp_path / "bundle")["cost"] == cost
 

@@ -145,7 +145,8 @@ def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys, 
   printed = capsys.readouterr().out
   assert "generate: warning: this model was not trained to edit images by instructions" in printed
   assert "occurred in training" not in printed
-  texts = workdir / "documents" / "train_texts"  # Only this store has every token.
+  # Without this store, some tokens never occurred in training.
+  texts = workdir / "documents" / "train_texts"
   texts.rename(workdir / "texts")
   try:
     warn(task="unconditional", retrieve=["0"])

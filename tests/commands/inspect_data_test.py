@@ -144,7 +144,6 @@ def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("damage", "needs_digests"),
   [
-    # In this test both splits are the same folder.
     (lambda at: change_array(at / "documents/train_pairs/lengths.npy", 20), False),
     (lambda at: change_array(at / "documents/heldout_texts/groups.npy", 3), False),
     (lambda at: next((at / "neighbors/train/images").rglob("c/*/*")).unlink(), False),

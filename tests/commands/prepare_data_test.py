@@ -33,7 +33,7 @@ def test_data_that_the_config_needs_is_enough():
   check_enough(PAIRS, text_share=0.0)
   check_enough(PAIRS | TEXTS, text_share=0.3)
   check_enough(TEXTS, text_share=1.0)
-  check_enough({}, tasks="scenes")  # A tuning need not replay data.
+  check_enough({}, tasks="scenes")  # Instruction tuning needs neither pairs nor texts.
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_store_is_scored_after_neighbors(run, workdir):
 def test_mistakes_end_the_command_before_any_work(
   run, workdir, file, tmp_path, monkeypatch, documents, retrieve
 ):
-  monkeypatch.setattr(reading, "load_params", None)  # Fails if parameters are read.
+  monkeypatch.setattr(reading, "load_params", None)  # Reading parameters would fail.
   names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
   names["texts"].write_text('{"text": "red apple"}\n')
   names["wrong"].write_text('{"text"\n')

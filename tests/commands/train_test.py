@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   assert rates[5] > 0.04
   stored = read_json(root / "train" / "config.json")
   assert stored["changes"] == [{"step": 4, "fields": [f"{name}: 0.001 -> 0.5"]}]
-  start(0.5, 5)  # The flag is no longer needed.
+  start(0.5, 5)  # The stored config has the new rate, so `allow_changed` is no longer needed.
   assert "finished already" in capsys.readouterr().out
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 

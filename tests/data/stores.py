@@ -83,7 +83,7 @@ def damage_record(path, record: int) -> None:
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     if unreadable(record) and not any(unreadable(i) for i in range(count) if i != record):
       return
-  raise AssertionError(f"no bit of {path} is of record {record} alone")
+  raise AssertionError(f"no bit of {path} belongs only to record {record}")
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:

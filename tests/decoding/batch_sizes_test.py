@@ -22,7 +22,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.mesh import abstract, batch_shards
 from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
 
-ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Samples or prompts on a device: rows of its program.
+ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Number of samples on a device -> rows of its program.
 SIZES = (1, 2, 3, 8)
 MESHES = {"one device": (1, 1, 1), "8 shards of the batch": (1, 8, 1)}
 REQUESTS = {

@@ -159,7 +159,7 @@ def test_every_row_can_be_put_together(some, shards):
 
 
 def test_equal_prompts_are_read_once():
-  """These are samples of one request, and prompts that differ only in the last token."""
+  """Covers samples of one request, and prompts that differ only in the last token."""
   made = plain_arrays([[1, 2], [1, 2], [1, 3], [7, 2]])
   assert made.prefixes is None
   assert made.row.tolist() == [0, 0, 0, 1]

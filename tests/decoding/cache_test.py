@@ -65,7 +65,8 @@ def test_rows_are_copied_and_entries_added_at_the_end(qkv):
 
 def test_int8_is_near(qkv):
   q, k, v = qkv
-  k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5  # Scales per token.
+  # The keys of tokens have different scales.
+  k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5
   expected = np.asarray(masked_attention(q, k, v, causal()))
   layer = filled(k, v, dtype="int8")
   assert layer.keys.dtype == jnp.int8

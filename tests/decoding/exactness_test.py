@@ -91,7 +91,7 @@ def check(model, count: int, guidance: float):
   expected, expected_log_probs = theirs(folder, requests, count, guidance)
   assert ids.shape == (len(PROMPTS), count)
   np.testing.assert_array_equal(ids, expected)
-  np.testing.assert_allclose(log_probs, expected_log_probs, atol=2e-6)  # Ours are fp32.
+  np.testing.assert_allclose(log_probs, expected_log_probs, atol=2e-6)  # `log_probs` are fp32.
   # Negative controls: rows differ, do not repeat one code, and depend on guidance.
   assert len({tuple(row) for row in ids.tolist()}) == len(PROMPTS)
   assert min(len(set(row)) for row in ids.tolist()) > 5

@@ -324,7 +324,7 @@ def test_no_step_makes_a_nan(generator, plain_generator):
       plain_requests(), SEEDS
     )
     assert all(np.isfinite(r.log_probs).all() for r in results)
-    # Negative control: a NaN is found.
+    # Negative control: the check finds a NaN.
     with pytest.raises(Exception, match="nan"):
       broken.generate(guided_requests(), SEEDS)
 

@@ -42,7 +42,7 @@ CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
 }
 LETTERS = np.array([letter for letter, ids in CLASSES.items() for _ in ids])
 FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
-PARTS, ROWS = 8, 4096  # Numbers of rows: for all plans, and for a call of the exhaustive test.
+PARTS, ROWS = 8, 4096  # Parts to which plans are padded, and rows to which calls are padded.
 
 
 def documents(image: int):
@@ -91,7 +91,7 @@ def mesh():
 
 
 def rows_of(plans):
-  """Returns plan_array with a fixed width, so that all tests share compiled programs."""
+  """Returns `plan_array` of plans padded to PARTS parts, so that tests share compiled programs."""
   return plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan))) for plan in plans])
 
 

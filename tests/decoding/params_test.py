@@ -68,7 +68,7 @@ def test_int8_is_near(family):
         assert made.scale.shape == tuple(1 if i in summed else n for i, n in enumerate(w.shape))
         off = np.abs(np.asarray(params_lib.dequantized(made, "float32")) - np.asarray(w))
         assert (off <= 0.501 * np.asarray(made.scale)).all()
-        assert off.max() > 0.4 * np.asarray(made.scale).min()  # Control: rounded values.
+        assert off.max() > 0.4 * np.asarray(made.scale).min()  # Control: values are rounded.
 
 
 def test_the_head_is_split_where_it_divides():

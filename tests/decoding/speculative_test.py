@@ -70,7 +70,7 @@ def test_drafts_hold_as_often_as_the_distributions_overlap():
   assert abs((holds >= 1).mean() - overlap[0]) < 0.02
   assert abs((holds == 2).mean() - overlap.prod()) < 0.02
   np.testing.assert_array_equal(tokens[holds >= 1, 0], drafts[holds >= 1, 0])
-  assert not (holds[drafts[:, 0] == 3] > 0).any()  # The probability is 0 at these codes.
+  assert not (holds[drafts[:, 0] == 3] > 0).any()  # P[0] of code 3 is 0.
 
 
 def test_equal_distributions_hold_all():

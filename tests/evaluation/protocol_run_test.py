@@ -220,7 +220,7 @@ def test_paired_differences_cancel_what_both_find_hard():
 def test_differences_of_equal_resamples_cancel_what_they_share():
   rng = np.random.default_rng(0)
   shared = rng.normal(5, 1, 100)
-  # The resamples differ by 0.6, but the values only by 0.1.
+  # The metric on all data differs by 0.1. Its resamples differ by 0.6, because they are biased.
   other = shared + 0.6 + 0.01 * rng.normal(size=100)
   found = compare.resampled(shared, other, np.arange(100), 0.1, 0)
   assert 0.07 < found["low"] < 0.1 < found["high"] < 0.13

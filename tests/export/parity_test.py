@@ -74,7 +74,7 @@ class Rotary(torch.nn.Module):
 
 
 def use_fp64_throughout(model):
-  """Replaces the two parts of Qwen3 that always compute in fp32."""
+  """Replaces the norms and rotary positions of Qwen3, which always compute in fp32."""
   config = model.config
   model.model.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
   for module in list(model.modules()):
@@ -260,7 +260,7 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
-  """Saved on 8 devices, then read without a mesh and exported to one or several files."""
+  """Saves a checkpoint on 8 devices, reads it without a mesh, and exports it to 1 or more files."""
   config = dataclasses.replace(MODELS[name], vocab_size=96, max_positions=32, num_layers=3)
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(config)

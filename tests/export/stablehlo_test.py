@@ -34,7 +34,7 @@ from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
 SEEDS = [3, 4, 5]
-MOST = 7  # Maximum tokens of a description.
+MOST = 7  # Maximum number of tokens of a description.
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
 PACKAGES += ("tokenizers",)
 ALONE = """
@@ -75,7 +75,7 @@ def served(run, folder, tmp_path_factory):
   for name in PACKAGES:
     package = pathlib.Path(importlib.util.find_spec(name).origin).parent
     (site / name).symlink_to(package)
-  [(_, command)] = snippets((folder / "README.md").read_text())  # The model card's command.
+  [(_, command)] = snippets((folder / "README.md").read_text())  # The command in the model card.
   python, *command = shlex.split(command)
   ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
   arguments = [str(site), *map(json.dumps, (CAPTIONS, SEEDS, MOST, ids)), *command]

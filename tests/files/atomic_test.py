@@ -29,7 +29,7 @@ def test_a_file_about_which_a_disk_does_not_answer_is_not_absent(tmp_path, monke
   assert atomic.exists(path)
   for absent in (tmp_path / "y", path / "below a file", tmp_path / ("long" * 999), "null\0byte"):
     assert not atomic.exists(absent)
-  assert digests.digest(tmp_path) is None  # This is a folder.
+  assert digests.digest(tmp_path) is None  # A folder has no digest.
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

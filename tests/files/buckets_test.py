@@ -1,4 +1,4 @@
-"""Tests unanswered requests to a GCS bucket, in new processes: each reads variables only once."""
+"""Tests unanswered requests to a GCS bucket, in new processes, which read other time-outs."""
 
 import contextlib
 import io as io_lib
@@ -182,7 +182,8 @@ def test_the_errors_of_the_clients_are_known():
   exceptions = pytest.importorskip("google.api_core.exceptions")
   gone = "a GCS bucket did not answer, or answered with errors, until the last try"
   forbidden = "a GCS bucket may not be read or written by this account"
-  exhausted = RuntimeError("Retry policy exhausted, with a last message of 503")  # ArrayRecord.
+  # The error of ArrayRecord.
+  exhausted = RuntimeError("Retry policy exhausted, with a last message of 503")
   for error, reason in (
     (
       retry.HttpError({"code": 503, "message": "status 503"}),

@@ -61,7 +61,7 @@ def randomize(model, seed: int = 0) -> None:
 
 
 def _save(model, folder: pathlib.Path, **options):
-  """Writes and reads a model, because `to(float16)` also rounded its rotary frequencies."""
+  """Writes a model and reads it again, which undoes the rounding of its rotary frequencies."""
   with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # No progress bars.
     model.save_pretrained(folder, **options)
     return type(model).from_pretrained(folder, dtype="float32").eval()

@@ -65,7 +65,8 @@ def test_a_run_begins_with_what_was_imported_and_remembers_it(
   for name in ("embed", "head"):
     before, after = (np.asarray(tree[name]) for tree in (start, trained))
     assert 0 < np.abs(after - before).max() < 10 * STEPS * 1e-3
-    codes = slice(settings.vocab.text_size, None)  # Equal rows must become different.
+    # All codes start with the same row, and training makes the rows different.
+    codes = slice(settings.vocab.text_size, None)
     assert np.ptp(before[codes], axis=0).max() == 0
     seen = np.unique(after[codes].round(7), axis=0)
     assert len(seen) > 60

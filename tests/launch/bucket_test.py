@@ -184,7 +184,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   output = (tmp_path / "0.log").read_text()
   print("seconds until it ended:", round(time.monotonic() - begin))
   print(output)
-  assert job.returncode == TryAgain.exit_code, output  # Launchers restart the job.
+  assert job.returncode == TryAgain.exit_code, output  # Launchers restart a job with this code.
   [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
   assert "gs://bucket/run/train" in sentence
   assert "503" in sentence

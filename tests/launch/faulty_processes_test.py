@@ -36,7 +36,7 @@ def start(workdir):
 
   def start(*flags, processes=2, **environment):
     port, jobs = free_port(), []
-    axis = "fsdp" if processes == 2 else "data"  # 3 cannot split the parameters.
+    axis = "fsdp" if processes == 2 else "data"  # 3 processes cannot split the parameters.
     for i in range(processes):
       command = [
         sys.executable, "-m", "tests.launch.faulty_train", "--config=tests/launch/tiny_config.py",
@@ -106,7 +106,7 @@ def test_the_others_of_a_killed_process_end_in_time(start, workdir):
   jobs[1].send_signal(signal.SIGKILL)
   bound = distributed.HEARTBEAT_SECONDS + distributed.SHUTDOWN_SECONDS
   print("seconds after SIGKILL:", round(seconds_to_end(jobs[0], bound), 1), jobs[0].returncode)
-  assert jobs[0].returncode not in (0, 2, 75)  # Launchers restart the job.
+  assert jobs[0].returncode not in (0, 2, 75)  # Launchers restart a job with another code.
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_process_that_was_asked_to_stop_waits_for_a_late_one_a_bounded_time(st
   print("seconds after SIGTERM:", seconds, [job.returncode for job in jobs])
   assert jobs[0].returncode == INTERRUPTED
   assert STOPPED_EARLY in log(workdir, 0)
-  assert jobs[1].returncode not in (0, 2)  # Launchers restart the job.
+  assert jobs[1].returncode not in (0, 2)  # Launchers restart a job with another code.
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def launch_of(line: str) -> Launch:
     topology = f"{topology.partition('-')[0]}:{SLICES[topology]}"
   flags = tuple(word for word in words if word.startswith("--config"))
   config, *fields = flags
-  if not config.endswith(".py") and "/" not in config:  # Another name for `cm3leon`.
+  if not config.endswith(".py") and "/" not in config:  # The name of a shipped config.
     config = config.replace("=", "=ml_configs/") + ".py"
   if re.search(COMMAND, line)[1] == "plan" and not any("config.mesh" in flag for flag in flags):
     fields += mesh_flags(topology, slices)

@@ -149,8 +149,6 @@ def test_every_file_says_what_it_needs(topology, slices):
     assert of_checkout == ("a checkout of the repository" in head[0]), name
 
 
-# This is the folder of --out.
-
 NUMBERS = {"tokens": 1}
 
 

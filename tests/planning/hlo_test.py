@@ -103,7 +103,7 @@ def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
 
 
 def test_padding_of_a_convolution_does_not_count():
-  """Heads are a window of 32 with padding of 31. Each output head uses one head of the kernel."""
+  """XLA writes 32 heads as a window with padding of 31; an output uses one place of the window."""
   window = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
   line = f"  %c = bf16[4,16,32,8]{{3,2,1,0}} convolution(%l, %r), {window}"
   head = "ENTRY %m (l: bf16[4,16,64,1], r: bf16[64,32,8,1]) -> bf16[4,16,32,8] {\n"

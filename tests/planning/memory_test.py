@@ -240,7 +240,7 @@ def test_an_update_that_does_not_fit_names_the_flags_that_fit():
 def test_learning_from_rewards_refuses_before_it_reads_a_stage(tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
-  with refused(UserError):  # CPU memory is not checked.
+  with refused(UserError):  # On the CPU, memory is not checked, so the missing stage is refused.
     reinforce_command.main(settings, workdir, "elsewhere")
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):
@@ -260,7 +260,7 @@ def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():
 
 def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys):
   workdir = epath.Path(tmp_path)
-  with refused(UserError):  # CPU memory is not checked.
+  with refused(UserError):  # On the CPU, memory is not checked, so the missing stage is refused.
     train_command.main(SETTINGS, workdir)
   monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
   with refused(UserError):

@@ -36,7 +36,7 @@ def settings_of():
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)
   sections = {"vqgan": vqgan, "data": data, "sampling": sampling}
-  settings = object.__new__(Settings)  # Skips the checks, since these sections do not fit others.
+  settings = object.__new__(Settings)  # Skips the checks, which the fake sections would fail.
   for name, section in {"model": model_config(), "vocab": VOCAB, **sections}.items():
     object.__setattr__(settings, name, section)
   return settings

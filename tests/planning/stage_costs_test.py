@@ -20,7 +20,7 @@ def of_7b():
 
 @pytest.fixture(scope="module")
 def small(of_7b):
-  """Uses a small image tokenizer and a small CLIP model instead."""
+  """Returns settings with a small image tokenizer and CLIP model, and the plan of `of_7b`."""
   tokenizer = {"encoder_blocks": (0,) * 4, "decoder_blocks": (0,) * 4}
   clip = {"image_layers": 1, "text_layers": 1}
   return settings("cm3leon_7b", vqgan=tokenizer, clip=clip, data={"text_share": 0.0}), of_7b[1]
@@ -112,7 +112,7 @@ def test_what_trains_on_one_host_is_named_with_its_remedy(small, costs):
 def test_pairs_are_those_of_a_pass_unless_they_are_given(small):
   config, made = small
   pairs = stage_costs.pairs_of_a_pass(config)
-  assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # Each has two neighbors.
+  assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # A pair has two neighbors.
   costs = [stage_costs.Cost("a", 10.4, 0.0, "x"), stage_costs.Cost("b", 1.2, 2_000.0, "y")]
   lines = stage_costs.table(costs, made, 1_000, True).splitlines()
   assert lines[:3] == [

@@ -38,7 +38,7 @@ def one_host(recorders):
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # This is as in launch/venv.sh.
+  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # The list in launch/venv.sh.
   stamp = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest() + "\n"
   (venv / "installed-tpu,data,monitoring").write_text(stamp)
   return venv
@@ -158,7 +158,8 @@ def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorder
     "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
     "--reservation=july", f"--service-account={account}",
   ])  # fmt: skip
-  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # This is a Kubernetes account.
+  # A name without an `@` is a Kubernetes account, which a TPU VM does not have.
+  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"
   assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
   assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
 

@@ -166,14 +166,14 @@ def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Part of a `Sample` that the CLIP reward reads."""
+  """Stand-in for a `Sample`, with the field that the CLIP reward reads."""
 
   clip_score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOf:
-  """Part of a `Sample` that the judge reads."""
+  """Stand-in for a `Sample`, with the field that the judge reads."""
 
   segments: tuple
 

@@ -41,7 +41,7 @@ def views_of(loader, scores=None):
 
 
 def kind_of(view) -> str:
-  """Returns the task of a sample, or what the sample lacks."""
+  """Returns the task of a sample, "pair", or the name of what was dropped from the sample."""
   task = view.origin.task
   if task is None:
     return "pair"

@@ -20,7 +20,7 @@ def named(table, name):
 
 def test_the_page_is_current():
   assert reference.page(PAGE) == PAGE, (
-    "docs/instruction_tasks.md is old: python -m cm3leon_jax.reports.instruction_reference"
+    "docs/instruction_tasks.md is outdated: python -m cm3leon_jax.reports.instruction_reference"
   )
 
 

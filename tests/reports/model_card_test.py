@@ -29,7 +29,7 @@ from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets
 
-STEP = 7  # This is the step of `save_run`.
+STEP = 7  # Step of the checkpoint that `save_run` writes.
 ALIGNED = dataclasses.replace(
   SETTINGS, model=dataclasses.replace(SETTINGS.model, family="modern", align_images=True)
 )
@@ -145,7 +145,7 @@ def test_greedy_guided_codes_are_those_of_this_project(run, folder):
 def test_the_header_is_what_the_hub_reads(run):
   card = huggingface_hub.ModelCard.load(run / "export" / "README.md")
   fields = card.data.to_dict()
-  assert fields["license"] == "other"  # The data are unknown.
+  assert fields["license"] == "other"  # The run does not record its data.
   assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
   assert {"cm3leon", "text-to-image"} <= set(fields["tags"])
   vocab = SETTINGS.vocab
@@ -303,7 +303,7 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
-  assert "The records include all splits" not in card  # The stage left no counts.
+  assert "The records include all splits" not in card  # The stage `raw` stored no counts.
   numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
   done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
   card = write_card(root)

@@ -56,7 +56,7 @@ def test_page_escapes_captions_and_reports_the_restart(run):
   assert "“disc &lt;6&gt; &amp; more”" in run[2]
   assert "The trainer stopped after step 30 and continued with step 31" in run[2]
   assert "CC-BY-SA-4.0" in run[2]
-  assert "CC-BY-SA-4.0:\n  A. Painter. Recon" in run[2]  # Listed once, not per source file.
+  assert "CC-BY-SA-4.0:\n  A. Painter. Recon" in run[2]  # Authors are listed once.
 
 
 def test_figures_take_the_colors_of_the_page(run):

@@ -17,9 +17,8 @@ def rows():
 
 
 def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
-  monkeypatch.setattr(
-    arrays, "READ_BYTES", 7 * 6 * 2
-  )  # Chunks of 7 rows and files of 14; the appends cross their borders.
+  # The appends below cross the borders of chunks of 7 rows and of files of 14 rows.
+  monkeypatch.setattr(arrays, "READ_BYTES", 7 * 6 * 2)
   monkeypatch.setattr(arrays, "FILE_BYTES", 14 * 6 * 2)
   store = ArrayStore.create(tmp_path / "a", (6,), np.float16)
   assert store[:].shape == (0, 6)
@@ -34,7 +33,7 @@ def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
       opened[np.array([49, 0, 7, 7])], rows[[49, 0, 7, 7]].astype(np.float16)
     )
   files = [p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file()]
-  assert len(files) == 4  # of 14 rows
+  assert len(files) == 4  # 50 rows in files of 14.
 
 
 def test_an_append_that_was_killed_is_not_read_and_can_be_made_again(tmp_path, rows, monkeypatch):
@@ -153,7 +152,7 @@ def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
 
 
 def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, small_files):
-  """Only a row count that is too large is harmless, because a killed writer also leaves it."""
+  """Only too large a row count is harmless, because a killed writer also leaves such a count."""
   ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
   write_ids(tmp_path / "a", ids)
   path = tmp_path / "a" / arrays.METADATA

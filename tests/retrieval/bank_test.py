@@ -234,7 +234,7 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   summary = build(tmp_path, config=config)
   assert summary["backend"] == "scann"
   ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")
-  monkeypatch.setattr(index.ScannIndex, "build", None)  # Fails if the index is built again.
+  monkeypatch.setattr(index.ScannIndex, "build", None)  # Building an index would fail.
   assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
 

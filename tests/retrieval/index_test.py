@@ -34,9 +34,8 @@ def test_exact_search_is_the_oracle(clustered):
   assert scores.dtype == np.float32
   np.testing.assert_array_equal(ids, oracle(vectors, queries, 5))
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-6)
-  assert (
-    index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5
-  )  # negative control
+  # Negative control: other queries.
+  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5
 
 
 def test_exact_search_in_literals():
@@ -90,9 +89,8 @@ def test_scann_agrees_with_exact_search(clustered, tmp_path, monkeypatch):
   scann = index.ScannIndex.build(vectors)
   ids, scores = scann.search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
-  assert (
-    index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5
-  )  # negative control
+  # Negative control: other queries.
+  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
   monkeypatch.chdir(tmp_path)
   scann.save("relative")

@@ -222,7 +222,7 @@ def test_a_rare_word_decides_where_clip_is_blind(tmp_path):
     found[config] = [pairs[i].caption for i in ids if i >= 0]
   assert found[HYBRID][0] == "a white zeppelin at the right"
   assert found[HYBRID][1].startswith("a red")
-  assert found[PLAIN] == [p.caption for p in pairs]  # negative control: the order of the bank
+  assert found[PLAIN] == [p.caption for p in pairs]  # Negative control: the order of the bank.
 
 
 def test_finished_work_is_kept_and_another_weight_embeds_again(tmp_path, monkeypatch):

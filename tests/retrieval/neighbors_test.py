@@ -43,19 +43,19 @@ def test_sides_alternate_best_first():
 
 def test_similar_to_the_query_is_skipped():
   assert select([[0, 1, 3], [5, 6]]) == ([1, 5, 3, 6], {"similar_to_query": 1})
-  assert select([[0, 1], [5, 6]], limit=0.99)[0] == [0, 5, 1, 6]  # negative control
+  assert select([[0, 1], [5, 6]], limit=0.99)[0] == [0, 5, 1, 6]  # Negative control.
 
 
 def test_unlike_the_query_is_skipped():
   """The cosine of 50 degrees is 0.64, and the cosine of 80 degrees is 0.17."""
   assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.5) == ([1, 2], {"unlike_query": 3})
   assert select([[3, 4], [6, 5]], least=0.5) == ([], {"unlike_query": 4})
-  assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.1)[0] == [1, 3]  # negative control
+  assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.1)[0] == [1, 3]  # Negative control.
 
 
 def test_similar_to_a_kept_one_is_skipped():
   assert select([[1, 2, 3], [4, 6]]) == ([1, 4, 6], {"similar_to_kept": 2})
-  assert select([[1, 2, 3], [4, 6]], limit=0.997)[0] == [1, 4, 2, 6]  # negative control
+  assert select([[1, 2, 3], [4, 6]], limit=0.997)[0] == [1, 4, 2, 6]  # Negative control.
 
 
 def test_a_candidate_of_both_sides_is_kept_once():

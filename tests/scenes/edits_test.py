@@ -25,7 +25,7 @@ def test_edits_that_change_nothing_or_are_ambiguous_are_left_out():
     swapped = edits.mirror(both, CONFIG, rng)
     assert swapped is None or "top" in swapped.instruction
     added = edits.add(both, CONFIG, rng)
-    assert added is None or "the bell" not in added.instruction  # This edit is ambiguous.
+    assert added is None or "the bell" not in added.instruction  # "The bell" could be either bell.
 
 
 def test_an_object_is_added_in_the_row_or_column_of_the_other_if_it_is_free():

@@ -39,6 +39,7 @@ from tests.messages import refused
 
 CONFIG = ScenesConfig(rare_objects=100)
 SINGULARS = {many: name for name, many in PLURALS.items()}
+# Relation -> whether it holds between the boxes a and b, (left, top, right, bottom) each.
 SIDES = {
   "left of": lambda a, b: a[2] <= b[0],
   "right of": lambda a, b: a[0] >= b[2],
@@ -46,7 +47,7 @@ SIDES = {
   "over": lambda a, b: a[3] <= b[1],
   "below": lambda a, b: a[1] >= b[3],
   "under": lambda a, b: a[1] >= b[3],
-}  # A box is (left, top, right, bottom).
+}
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +304,8 @@ def test_half_of_the_edits_in_training_show_rare_objects(task, made):
   rare = [any(x.object in RARE for x in objects) for objects in scenes_of["train"]]
   assert abs(np.mean(rare) - 0.5) < 4 * 0.5 / len(rare) ** 0.5
   assert not any(x.object in RARE for objects in scenes_of["heldout"] for x in objects)
-  for objects in scenes_of["train"]:  # Two unknown names could not be distinguished.
+  # Two rare objects have new names that an edit could not tell apart.
+  for objects in scenes_of["train"]:
     several = len({x.object for x in objects if x.object in RARE}) > 1
     assert not several or task == "mirror"
 
@@ -339,7 +341,7 @@ def test_locations_are_boxes_of_ink(made):
       x0, y0, x1, y1 = map(int, box)
       ink = (one.images["image"] != 255).any(-1)[y0:y1, x0:x1]
       for line in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
-        assert line.any()  # The box is tight.
+        assert line.any()  # Ink touches each side of the box.
       covered[y0:y1, x0:x1] = True
       names.append(name)
     assert names == [x.object for x in Scene.parse(one.group).objects]

@@ -108,7 +108,7 @@ def test_a_scene_is_held_out_for_the_first_reason():
 
 
 def test_shares_of_the_splits():
-  """Of the scenes that are not held out for a part, 10% are held out as scenes."""
+  """Of the scenes without a held-out object or pair, 10% are held out as whole scenes."""
   splits = [world.split_of_scene(scene) for scene in some_scenes("two_object", 4_000)]
   shares = {name: splits.count(name) / 4_000 for name in set(splits)}
   assert shares["pair"] == pytest.approx(1 - (7 / 8) ** 2, abs=0.02)

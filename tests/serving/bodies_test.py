@@ -138,7 +138,7 @@ def read_described() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_bodies_of_the_largest_size_take_four_times_their_memory():
   """Measures the memory of the process, because tracemalloc does not see all memory."""
   program = "from tests.serving import bodies_test; bodies_test.read_described()"

@@ -79,13 +79,13 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
 def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
   step = engine._generator.step
   monkeypatch.setattr(engine._generator, "step", lambda: time.sleep(0.6) or step())
   with Live(engine, LIMITS, unread_seconds=1) as live:
     before = live.gauge("samples_total")
-    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # This is the minimum.
+    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # Linux uses its minimum.
     with contextlib.closing(send(live, {**BODY, "n": 8, "stream": True}, receive_buffer=1)):
       live.wait_for("requests_active", 1)
       live.wait_for("requests_active", 0)
@@ -283,7 +283,7 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
   pipeline = copy.copy(model.pipeline)
   pipeline.bank = tmp_path
-  pipeline.__dict__.pop("documents", None)  # This drops documents that were opened before.
+  pipeline.__dict__.pop("documents", None)  # Drop the cached documents of the other bank.
   asked, events, ended = job(TextToImage("a", retrieve=1))
   Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()

@@ -21,14 +21,14 @@ def images():
 
 
 def test_multiscale_loss_literals():
-  """A checkerboard of -1 and 1 has no error at coarser scales; a constant has it at all scales."""
+  """At coarser scales, the error of a checkerboard of -1 and 1 vanishes; a constant error stays."""
   x = jnp.zeros((1, 8, 8, 1))
   checkerboard = (jnp.indices((8, 8)).sum(0) % 2 * 2.0 - 1)[None, :, :, None]
   assert float(losses.multiscale_loss(x, checkerboard)) == 0
   assert float(losses.multiscale_loss(x, x + 0.5)) == pytest.approx(0.5)
   stripes = jnp.repeat(jnp.array([1.0, -1.0, 1.0, -1.0]), 2).reshape(1, 8, 1, 1)
   stripes = jnp.broadcast_to(stripes, x.shape)
-  assert float(losses.multiscale_loss(x, stripes)) == pytest.approx(1 / 3)  # Only at 2 pixels.
+  assert float(losses.multiscale_loss(x, stripes)) == pytest.approx(1 / 3)  # At 1 of 3 scales.
   odd = jnp.ones((1, 6, 6, 1))
   assert float(losses.multiscale_loss(0 * odd, odd)) == pytest.approx(1)  # 3 x 3 cannot be halved.
 

@@ -62,7 +62,7 @@ LOCAL = dataclasses.replace(
   ("config", "own_alone"), [(LOCAL, True), (dataclasses.replace(LOCAL, local_codes=False), False)]
 )
 def test_a_local_code_depends_on_its_own_square_alone(config, own_alone, images):
-  """Changes all pixels outside of one square. Only without `local`, its encoding changes."""
+  """Changes all pixels outside of a square. A local code of the square stays the same."""
   model = vqgan.bind(config, NUM_CODES, _init(config))
   changed = np.copy(images[::-1])
   changed[:, 4:8, 8:12] = images[:, 4:8, 8:12]
@@ -130,7 +130,7 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
 
   assert largest(through["encoder"]["conv_in"]) > 1e-6
   assert largest(through["codebook"]) == 0  # Codes learn only from the codebook loss.
-  assert largest(cut["encoder"]) == 0  # No straight-through term.
+  assert largest(cut["encoder"]) == 0  # `cut` has no straight-through term.
 
 
 def test_reconstruction_is_decoded_codes(tokenizer, images):

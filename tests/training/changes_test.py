@@ -71,5 +71,5 @@ def test_an_average_may_change_its_rate_but_neither_begin_nor_end():
   assert check(name, stored=average, optimizer__ema_decay=0.99)
   for allowed in ((), (name,)):
     with refused(UserError) as error:
-      check(*allowed, stored=average)  # The default is 0.
+      check(*allowed, stored=average)  # The default `ema_decay` of 0 ends the average.
     assert "--allow_changed=" not in str(error.value)

@@ -92,7 +92,7 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
 def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
   whole, loader, tmp_path
 ):
-  """They replace the parameters and start the average. Optimizer and learning rate start anew."""
+  """The average starts from the given parameters. Optimizer and learning rate start anew."""
   given = mock.Mock(side_effect=lambda: reading.load_params(whole[0], MODEL)[0])
   first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
   run(tmp_path, loader, steps=1, **first)

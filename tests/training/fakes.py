@@ -19,7 +19,7 @@ class FakeState(TrainState):
 
 
 class FakeStop(StopSignal):
-  """Fake of a received signal, with the exit code; or of no signal."""
+  """Fake stop signal: received, with this exit code, or not received if `code` is None."""
 
   def __init__(self, code=None):
     self.code = code
@@ -68,7 +68,7 @@ class FakeMonitor(Monitor):
 
 
 class FakeCheckpoints(Checkpoints):
-  """Records what is saved. A save in flight fails if `error` is given."""
+  """Records the saves. `failure` is the error of the save in flight, or None."""
 
   def __init__(self, failure=None):
     self.saves, self.closed, self.failure = [], False, failure

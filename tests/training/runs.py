@@ -93,7 +93,7 @@ class Crash(Exception):
 
 
 def crash_at(step, folder):
-  """Crashes in `step` after the last save ends, because its thread would survive this crash."""
+  """Crashes in `step` after the last save, whose thread would survive the crash, has ended."""
 
   def crash(_, at):
     if at == step:

@@ -260,7 +260,7 @@ def test_the_summary_has_the_losses_before_and_after(whole):
 
 @pytest.mark.parametrize("killed_in", [1, 5])
 def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
-  """Killed before its first checkpoint it evaluates again, with the same result; later it reads."""
+  """A run without a checkpoint evaluates step 0 again; a run with one reads the stored losses."""
   with pytest.raises(Crash):
     tune(tmp_path, loader, sample_grid=crash_at(killed_in, tmp_path), sample_every=1)
   time.sleep(1)  # Without this, an event file of the same second and process would be overwritten.
@@ -296,7 +296,7 @@ def test_the_line_of_before_and_after():
     "train: held-out loss before -> after: count 5.000 -> 0.500, pairs 1.000 -> 1.250 "
     "nats per target"
   )
-  # Fewer rows, in which a source is missing; then rows of both sources; then another run length.
+  # The line names only the sources that both evaluations have.
   del after["heldout_loss/count"]
   assert change_line(before, {**after, "steps": 3, "heldout_before": before}) == (
     "train: held-out loss before -> after: pairs 1.000 -> 1.250 nats per target"

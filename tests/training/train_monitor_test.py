@@ -67,7 +67,7 @@ def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   total = sum(x for name, x in lines[-1].items() if name.endswith("_seconds"))
   assert lines[-1]["goodput"] == pytest.approx(lines[-1]["step_seconds"] / total, abs=1e-3)
   printed = re.search(r"train: goodput (.*)% of (\d+) s: steps", capsys.readouterr().out)
-  assert float(printed[1]) == pytest.approx(100 * lines[-1]["goodput"], abs=0.06)  # Rounded values.
+  assert float(printed[1]) == pytest.approx(100 * lines[-1]["goodput"], abs=0.06)  # 1 decimal.
   assert int(printed[2]) == pytest.approx(total, abs=0.51)
 
 

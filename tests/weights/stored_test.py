@@ -65,7 +65,7 @@ def test_each_layer_has_chunks_of_its_own(saved):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
-  """Chunks of that version span all layers, unless two replicas each write half of them."""
+  """In an earlier version, a chunk spans all layers, or half of them if two replicas write."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params = random_params(dataclasses.replace(CONFIG, num_layers=3))
     save(tmp_path, params, split_layers=False)

@@ -24,7 +24,7 @@ def some():
 
 @pytest.mark.parametrize("dtype", tensor_files.DTYPES)
 def test_the_library_reads_what_was_written(tmp_path, dtype):
-  arrays = {name: x.T * 50 for name, x in some().items()}  # This array is not contiguous.
+  arrays = {name: x.T * 50 for name, x in some().items()}  # The arrays are not contiguous.
   files = tensor_files.write(tmp_path, tensors_of(arrays, dtype))
   assert files == ["model.safetensors"]
   kind = tensor_files.DTYPES[dtype][1]

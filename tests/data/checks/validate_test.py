@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
     except UserError as error:
       assert "000000.array_record" in str(error)  # noqa: PT017
       noticed += 1
-    else:  # The signatures in the file itself may be wrong, because no program reads them.
+    else:  # The flip is in a signature of the file, which no reader checks.
       store = DocumentStore(tmp_path, VOCAB)
       for i, original in enumerate(originals):
         same(original, store[i])
@@ -103,7 +103,7 @@ def test_a_damaged_joined_array_is_found_and_named(tmp_path, field, has_digests)
     (tmp_path / "documents" / stages.DONE).unlink()
   assert validate_store(DocumentStore(folder, VOCAB))["documents"] == 7
   values = np.load(folder / f"{field}.npy")
-  place = 5 if field in ("offsets", "groups", "concepts") else 10  # This is in document 5.
+  place = 5 if field in ("offsets", "groups", "concepts") else 10  # A place in document 5.
   values[place] = not values[place] if field == "is_image" else values[place] + 1
   np.save(folder / f"{field}.npy", values)
   with refused(UserError):
@@ -146,7 +146,7 @@ def forget_digests(raw, name="000000"):
 
 @pytest.mark.parametrize("jpeg_quality", [0, 90])
 def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_quality):
-  """This includes images of added crops. Most flipped images decode to another image."""
+  """Covers images of added crops, too. Most images with a flipped bit decode to another image."""
   raw = prepare(tmp_path, jpeg_quality=jpeg_quality)
   validate_raw(raw, 2)
   images = sorted((raw / "000000" / "images").iterdir())
@@ -174,7 +174,7 @@ def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path
     change()
     with refused(UserError):
       validate_raw(raw, 2)
-    shutil.rmtree(raw / "000000")  # Does what the message says.
+    shutil.rmtree(raw / "000000")  # The message says: delete the shard.
     prepare(tmp_path)
     assert {path.name: path.read_bytes() for path in (first, second)} == before
     validate_raw(raw, 2)

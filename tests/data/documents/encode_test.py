@@ -92,7 +92,7 @@ def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
       document = store[i]
       caption, image = document.segments
       assert (document.key, document.group, document.license) == (pair.key, pair.group, "CC0-1.0")
-      assert document.concept == pair.concept == pair.group  # A pair's concept by default.
+      assert document.concept == pair.concept == pair.group  # The default concept is the group.
       assert (caption.is_image, image.is_image) == (False, True)
       assert text_tokenizer.decode(caption.tokens) == pair.caption
       expected = image_tokenizer.encode(reader.load_image(pair.image, 8)[None])[0]

@@ -223,7 +223,7 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_record_of_other_lengths_is_named(tmp_path):
-  """A store of an earlier version has no digests. The shard is whole but of other documents."""
+  """The store has no digests, like stores of earlier versions. Its shard has other documents."""
   folder = write_stage(tmp_path)
   index = json.loads((folder / "index.json").read_text())
   del index["files"]

@@ -34,7 +34,7 @@ def test_own_tasks_of_a_python_config():
 
 def test_settings_with_own_tasks_are_stored_and_read_again():
   settings = settings_with(own_tasks=(DRAW,))
-  stored = json.loads(json.dumps(dataclasses.asdict(settings)))  # Like train/config.json.
+  stored = json.loads(json.dumps(dataclasses.asdict(settings)))  # As in train/config.json.
   assert settings_from_stored(stored) == settings
 
 

@@ -28,7 +28,7 @@ def read(root, name, split=None, **release):
 
 
 def files_of(name):
-  """Returns the files that a split of the format reads, without the many of InstructPix2Pix."""
+  """Returns the files that a split of the format reads, except the prompts of InstructPix2Pix."""
   unread = ("train_split.json", "test_split.json")
   return [f for f in RELEASES[name] if f not in unread and not f.endswith("prompt.json")]
 
@@ -163,7 +163,7 @@ def test_instruct_pix2pix_one_record_a_seed(tmp_path):
 def test_instruct_pix2pix_splits_are_parts_of_the_list(tmp_path, count, sizes):
   names = [f"{i:07d}" for i in range(count)]
   write(tmp_path, {f"{name}/prompt.json": prompt("ice") for name in names})
-  write(tmp_path, {"seeds.json": [[name, [5]] for name in names]})  # A seed may be a number.
+  write(tmp_path, {"seeds.json": [[name, [5]] for name in names]})  # A seed may be an integer.
   parts = [list(open_records("instruct_pix2pix", tmp_path, s)) for s in ("train", "val", "test")]
   assert tuple(map(len, parts)) == sizes
   assert [r.key for part in parts for r in part] == [f"{name}/5" for name in names]

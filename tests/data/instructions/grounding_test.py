@@ -62,7 +62,7 @@ def test_boxes_are_clipped_and_those_outside_are_none():
   assert grounding.square_box((0, 0, 400, 200), 400, 200) == (0, 0, 256, 256)
   assert grounding.square_box((0, 0, 100, 200), 400, 200) is None
   assert grounding.square_box((0, 301, 200, 90), 200, 400) is None
-  assert grounding.square_box((150, 50, 0.1, 25), 400, 200) is None  # Is less than a pixel.
+  assert grounding.square_box((150, 50, 0.1, 25), 400, 200) is None  # Narrower than a pixel.
 
 
 def test_the_largest_objects_come_first_and_the_others_are_left_out():

@@ -25,7 +25,7 @@ def test_tasks_of_a_file_and_own_ones_together(tmp_path):
 
 def test_only_some_tasks_may_be_trained():
   config = InstructionsConfig(tasks="scenes", only=("count", "draw"))
-  assert [task.name for task in load_tasks(config)] == ["draw", "count"]  # In table order.
+  assert [task.name for task in load_tasks(config)] == ["draw", "count"]  # In the file's order.
   with refused(UserError):
     load_tasks(InstructionsConfig(tasks="scenes", only=("cuont",)))
 

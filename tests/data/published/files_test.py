@@ -53,7 +53,7 @@ def test_vqa_v2(tmp_path):
     answer_type="other",
   )
   assert (mats.group, mats.answer_type, mats.references) == ("42", "number", ("1",) * 10)
-  assert dog.references == ("yes", "") * 5  # Each annotator counts, even with no words.
+  assert dog.references == ("yes", "") * 5  # An empty answer counts, too.
   assert dog.image.endswith("COCO_val2014_000000185565.jpg")
 
 

@@ -148,7 +148,7 @@ print(peak() - before, sum(isinstance(x, UserError) for x in found))
 @pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_images_on_many_threads_take_the_memory_of_one(tmp_path, is_damaged):
-  """One takes 200 MiB. Regression: on 8 threads, images took 680 MiB, damaged images 980 MiB."""
+  """An image takes 200 MiB. Regression: 8 threads took 680 MiB, or 980 MiB if it is damaged."""
   path = tmp_path / "a.png"
   Image.new("RGBA", (4_000, 4_000), (9, 8, 7, 128)).save(path, compress_level=1)
   if is_damaged:
@@ -204,7 +204,7 @@ CSV = "file_name,text\n"
     (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
     (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
-    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # The limit of Python is lower.
+    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # Python's default limit is 131,072.
   ],
 )
 def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
@@ -244,7 +244,8 @@ def test_a_damaged_parquet_file_stops_nothing(tmp_path):
   table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
   parquet.write_table(table, tmp_path / "a.parquet")
   data, rng, found = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0), set()
-  footer = int.from_bytes(data[-8:-4], "little") + 8  # The names, types and places of the columns.
+  # The footer holds the names, types and offsets of the columns. Its length precedes "PAR1".
+  footer = int.from_bytes(data[-8:-4], "little") + 8
   for _ in range(300):
     damaged = bytearray(data)
     damaged[-int(rng.integers(1, footer))] ^= 1 << int(rng.integers(8))

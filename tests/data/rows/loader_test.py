@@ -194,18 +194,18 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
       np.testing.assert_array_equal(row[name], partly[name])
     hidden = row["inputs"] != partly["inputs"]
     assert (partly["inputs"][hidden] == VOCAB.unk).all()
-    # Each input is the target of the place before it.
+    # The loss weight of an input token is stored at the slot before it, which predicts the token.
     own = VOCAB.is_image(row["inputs"]) & (np.roll(row["loss_weights"], 1) == 1)
     assert not (hidden & ~own).any()
     for segment in set(row["segment_ids"][own].tolist()):
       mine = row["segment_ids"] == segment
       has_neighbors = bool((row["loss_weights"][mine] == 0.25).any())
       shares[has_neighbors].append(hidden[own & mine].mean())
-    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # Repeats exactly.
+    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # A row is reproducible.
   for has_neighbors, most in ((True, after), (False, alone)):
     assert len(shares[has_neighbors]) > 9
     assert np.mean(shares[has_neighbors]) == pytest.approx(most / 2, abs=0.1)
-    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # Equal shares give less.
+    assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # The share is drawn per sample.
 
 
 NUM_ROWS = 150

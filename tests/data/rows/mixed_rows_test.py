@@ -21,7 +21,7 @@ CONFIG = DataConfig(sequence_length=128, pack_window=32, code_dropout=0.5)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-  """Returns two tasks in which some samples lack a part, and pairs and texts."""
+  """Returns sources of pairs, of texts, and of two tasks with dropped instructions and contexts."""
   root = tmp_path_factory.mktemp("stores")
   tasks = [
     dataclasses.replace(
@@ -74,7 +74,7 @@ def test_any_number_of_processes_reads_the_same_rows(sources, rows, hosts):
 def test_a_run_that_continues_at_a_row_reads_the_rows_that_it_would_have_read(
   sources, rows, first_row, tmp_path
 ):
-  """Windows start where the run wrote that they start, so no earlier window is planned."""
+  """The run stored the starts of its windows, so no earlier window is planned again."""
   path = tmp_path / "plan.jsonl"
   before = open_loader(sources, path, writes=True)
   for i in range(first_row):

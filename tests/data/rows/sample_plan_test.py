@@ -145,7 +145,7 @@ def test_a_conditioning_drop_leaves_nothing_but_an_image():
 
   assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
   assert not plan([4], [False]).dropped
-  assert not plan([4, 16, 4], [False, True, False]).dropped, "no image at its end"
+  assert not plan([4, 16, 4], [False, True, False]).dropped, "the sample does not end with an image"
 
 
 def test_paper_sampling_needs_three_neighbors():

@@ -316,7 +316,7 @@ def source(request, tmp_path_factory):
 @example(changes=[(0, b"\xff\xfe\x00")], cut=3_000)
 @example(changes=[(0, b"\x1f\x8b\x08")], cut=3_000)
 @example(changes=[(124, b"\x80\xff\xff\xff\xff\xff")], cut=3_000)  # A member's size in base 256.
-@example(changes=[(156, b"S")], cut=3_000)  # This member is sparse.
+@example(changes=[(156, b"S")], cut=3_000)  # A sparse member.
 @example(changes=[], cut=0)
 @settings(max_examples=60, deadline=None)
 def test_a_damaged_source_gives_records_or_says_what_is_wrong(source, changes, cut):

@@ -180,7 +180,7 @@ def reader(write_one, opened, *names):
   return functools.partial(write_one, functools.partial(opened, *names))
 
 
-# Name -> (folder in which it looks for names, reader).
+# Format -> (folder in which the reader looks for images, reader).
 READERS = {
   "jsonl": ("", lines),
   "maps": ("", maps),
@@ -206,9 +206,10 @@ READERS = {
   "a.jsonl": ("", functools.partial(raw, "a.jsonl", interleaved)),
   "parquet": ("", functools.partial(raw, "a.parquet", column)),
 }
-PREFIXED = ("textvqa", "narratives")  # An absolute path is read as a path in that folder.
-# {out} is an image next to the folder. {up} is the path from the reader's folder to the folder next
-# to it.
+# Readers that append an absolute path to their folder instead of refusing it.
+PREFIXED = ("textvqa", "narratives")
+# Names that a reader refuses. {root} is the root, {out} an image outside of the root, and {up} the
+# path from the folder of the reader to the parent of the root.
 ESCAPES = {
   "up": "{up}/outside/a_0.jpg",
   "into and up": "x/{up}/../outside/a_0.jpg",

@@ -147,7 +147,7 @@ def test_a_mistyped_suffix_of_an_image_does_not_make_a_text_of_its_caption(folde
   )
   write(folder, d_jpg=jpeg(3), d_txt="four", e_md=b"# notes", e_txt="a text of its own")
   counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
-  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # These are of a and d.
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # The pairs of a and d.
   assert counts["rejected_unknown_suffix"] == 2
   assert counts["train_texts"] + counts["heldout_texts"] == 1
 

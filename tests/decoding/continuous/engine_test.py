@@ -191,7 +191,7 @@ def seeds_of_other_slots(monkeypatch):
 
 
 def entries_of_the_last_sample(monkeypatch):
-  """Breaks a part: a slot still sees entries that other samples or its last sample wrote."""
+  """Makes a slot see cache entries that earlier samples of the slot or other slots wrote."""
   plain = state_lib._put
 
   def put(into, x, slots):
@@ -201,7 +201,7 @@ def entries_of_the_last_sample(monkeypatch):
 
 
 def compiled_again(generator, *names):
-  """Returns a generator that compiles the programs of these names again, and no others."""
+  """Returns a copy of the generator that compiles the programs with these names again."""
   programs = Programs(generator.programs.mesh)
   of_before = generator.programs.compiled.items()
   programs.compiled = {key: made for key, made in of_before if key[0][0] not in names}
@@ -220,7 +220,7 @@ def compiled_again(generator, *names):
   ],
 )
 def test_a_broken_batch_is_found(generator, cases, monkeypatch, damage, program):
-  """Negative control: with any of the parts broken, samples differ."""
+  """Negative control: with any of these mistakes in a program, samples differ."""
   damage(monkeypatch)
   broken = compiled_again(generator, program)
   plain, same = [case for case in cases if len(case[0].streams) == 1], []
@@ -264,7 +264,7 @@ def test_few_samples_are_made_by_the_steps_of_the_first_slots(generator, cases):
   "lost", ["cache", *(pytest.param(name, marks=pytest.mark.slow) for name in ("counts", "ids"))]
 )
 def test_a_part_of_the_first_slots_that_is_lost_is_found(generator, cases, monkeypatch, lost):
-  """Negative control: steps of the first slots do not write one part back to the state."""
+  """Negative control: steps of the first slots lose one array of the state."""
   plain, same = state_lib._with_first_slots, []
 
   def put(whole, first):
@@ -320,7 +320,7 @@ def test_a_short_request_leaves_an_idle_batch_of_longer_ones_alone(generator):
 
 
 def test_batches_take_turns_and_are_bounded(generator, cases, long_case):
-  """A request that finds all batches active gets a batch, although others refill them forever."""
+  """A request gets a batch even if other requests refill all active batches forever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, buckets=2)
   of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2)}
   other, tickets, chunks = long_case, {}, []

@@ -30,9 +30,8 @@ def test_each_prompt_may_have_its_own_weights():
     np.testing.assert_array_equal(together[row], combine_streams(logits, weights[row])[row])
   np.testing.assert_array_equal(together[0], logits[0, 0])
   np.testing.assert_array_equal(together[3], logits[2, 3])
-  assert np.any(
-    together[1] != combine_streams(logits, weights[2])[1]
-  )  # Negative control: the logits of another prompt.
+  # Negative control: the weights of another prompt.
+  assert np.any(together[1] != combine_streams(logits, weights[2])[1])
 
 
 def test_prompts_split_over_devices():
@@ -94,7 +93,6 @@ def test_weights_are_the_formulas(schedule):
     np.testing.assert_allclose(weighed[0], u + alpha[step] * (f - u), atol=2e-5)
     expected = u + image[step] * (i - u) + alpha[step] * (f - i)
     np.testing.assert_allclose(weighed[1], expected, atol=2e-5)
-    if (
-      schedule == "constant" or step
-    ):  # Negative control. Where the schedule is 0, all guidance weights agree.
+    # Negative control: exchanged weights. At the first code of a growing schedule, both are 1.
+    if schedule == "constant" or step:
       assert np.abs(weighed[1] - (u + alpha[step] * (i - u) + image[step] * (f - i))).max() > 1e-2

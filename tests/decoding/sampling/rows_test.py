@@ -68,7 +68,7 @@ def test_candidates_bound_the_sort():
 
 
 def exact_top(temperature=1.0, top_k=0, top_p=1.0):
-  """Computes one sample's distribution in float64 without the code, like the next two functions."""
+  """Computes the distribution of one sample in NumPy in float64, without the package."""
   p = np.exp(GUIDED.astype(np.float64) / temperature)
   order = np.argsort(-p)[: top_k or VOCABULARY]
   p_kept = p[order] / p[order].sum()
@@ -92,7 +92,7 @@ CASES = {
     top(0.8, 6, 0.9),
     exact_top(0.8, 6, 0.9),
     exact_top(0.8, 6),
-  ),  # Top-p, then top-k.
+  ),
   "CD-K": (cdk(), exact_cdk(), exact_cdk(k=1)),
   "CD-K, alpha": (cdk(alpha=0.2), exact_cdk(alpha=0.2), exact_cdk(alpha=0.5)),
   "CD-K, temperature": (cdk(1.2), exact_cdk(1.2), exact_cdk(1.0)),

@@ -32,7 +32,7 @@ def kept(probabilities, top_k, top_p, candidates=0):
     (3, 1.0, [1, 2, 3]),
     (1, 1.0, [1]),
     (0, 0.39, [1]),
-    (0, 0.41, [1, 3]),  # The ids before 3 have probability 0.4.
+    (0, 0.41, [1, 3]),  # Id 1 alone has probability 0.4.
     (0, 0.75, [1, 2, 3]),
     (3, 0.6, [1, 3]),  # From the docstring: after top-k, ids before 2 have 0.78.
     (3, 0.8, [1, 2, 3]),

@@ -49,7 +49,7 @@ def test_files_have_the_shares_and_the_page_shows_examples_and_the_worst(records
     assert table["after"]["right"]["share"] == 18 / COUNT
     assert table["after"]["right"]["low"] < 18 / COUNT < table["after"]["right"]["high"]
     assert result["gains"][name]["share"] == pytest.approx(12 / COUNT)
-  assert result["means"] == {}  # Not all questions and edits were asked.
+  assert result["means"] == {}  # A mean needs answers of all tasks of a kind.
   lines = read_json_lines(tmp_path / "grades" / files.ANSWERS)
   assert len(lines) == 2 * 2 * COUNT
   shown = instruction_section.read(tmp_path, lambda path: path.exists() and str(path))

@@ -219,7 +219,7 @@ def test_perplexity_is_that_of_all_tokens_of_a_modality():
   assert text["bits"] == pytest.approx(2)
   assert text["perplexity"] == pytest.approx(4)
   assert text["log_prob"] == pytest.approx(-6 * np.log(2))
-  assert (text["low"], text["high"]) == pytest.approx((1, 4))  # One document is at each end.
+  assert (text["low"], text["high"]) == pytest.approx((1, 4))  # The bits of the two documents.
   assert (text["perplexity_low"], text["perplexity_high"]) == pytest.approx((2, 16))
   assert (image["documents"], image["bits"], image["perplexity"]) == pytest.approx((1, 3, 8))
   assert [image[f"{p}{end}"] for p in ("", "perplexity_") for end in ("low", "high")] == [None] * 4

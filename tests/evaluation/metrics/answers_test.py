@@ -129,7 +129,7 @@ def test_accuracies_are_those_of_the_docstring():
     # Only spaces around the answers are removed.
     (" yes\n", ["yes"] * 10, 1),
     ("yes", ["yes", "yes "] * 5, 1),
-    # One different answer turns normalization on, even if it normalizes to the same.
+    # Answers that are not unanimous are normalized, even if they are equal after that.
     ("Yes", ["yes"] * 9 + ["no"], 1),
     ("Yes", ["yes"] * 9 + ["Yes"], 1),
     ("two", ["2"] * 9 + ["3"], 1),

@@ -69,7 +69,7 @@ def test_the_clip_of_the_run(tmp_path):
   assert extractor.identity["image"] == {"encoder": "vit", "resolution": 16}
   with refused(UserError):
     extractor(some_images(1, 16, 20))
-  # Another training has another identity.
+  # Other parameters in the same folder have another identity.
   CLIP(TINY, 32, init_params(TINY, 32, jax.random.key(1))).save(tmp_path / "clip")
   assert load_clip("", tmp_path).identity["tensors"] != extractor.identity["tensors"]
 

@@ -29,7 +29,7 @@ def coverage(num_groups, width, is_equal=False, simulations=200, resamples=60, w
   """Returns the shares of intervals that contain the expected distance.
 
   Negative controls: `not_corrected` keeps the bias. `limit` compares the interval without its bias
-    with the distance of 20,000 groups. `of_rows` treats each row as a group.
+  with the distance of 20,000 groups. `of_rows` treats each row as a group.
   """
   rng = np.random.default_rng(0)
 

@@ -205,7 +205,7 @@ def test_a_batch_is_padded_and_shared_by_devices(networks, loaded):
   images = some_images(24, 24, 3)
   features = networks["tf1"].embed_images(images)
   assert error(loaded.embed_images(images), features) < TOLERANCE
-  order = [2, 0, 1]  # Puts another image into the last batch.
+  order = [2, 0, 1]  # With this order, another image is in the last batch.
   assert error(networks["tf1"].embed_images(images[order]), features[order]) < TOLERANCE
   assert loaded.embed_images(images[:0]).shape == (0, inception.WIDTH)
 

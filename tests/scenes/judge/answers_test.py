@@ -124,7 +124,7 @@ def test_true_images_are_right_and_hold_all_facts(task, made, found):
 def test_images_of_other_records_are_wrong(task, made, found):
   others = [*found[task][1:], found[task][0]]
   right = [judge_objects(one, objects).correct for one, objects in zip(made[task], others)]
-  assert np.mean(right) <= 0.01  # Two scenes may be equal.
+  assert np.mean(right) <= 0.01  # Neighboring records may show equal scenes.
 
 
 @pytest.mark.parametrize("task", IMAGE_TASKS)

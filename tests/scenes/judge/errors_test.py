@@ -1,4 +1,4 @@
-"""Tests how captions with a wrong fact are made; `scenes_test` measures how they are judged."""
+"""Tests how captions with a wrong fact are made; `judge_test` tests how the judge grades them."""
 
 import numpy as np
 

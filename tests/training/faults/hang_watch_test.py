@@ -178,7 +178,7 @@ def test_processes_write_where_they_stand_only_while_nothing_goes_on(loop, two, 
 def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
   loop, two, monkeypatch, process, seconds
 ):
-  """If a process ended earlier, the others would be ended before they name the late process."""
+  """If a process ended earlier, JAX would end the other processes before they name the late one."""
   two(process)
   monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.3)
   loop.steps(4)

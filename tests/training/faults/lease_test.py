@@ -222,4 +222,4 @@ def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
     hold(tmp_path)
 
     assert str(refusal(held, UserError)).startswith("process 7 on elsewhere took ")
-  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # Another job's.
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # Of the other job.

@@ -121,7 +121,8 @@ def test_moved_arrays_are_the_same_on_other_devices(shape):
       np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
       np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
       buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
-      assert not buffers[0] & buffers[1]  # A copy, because both are donated, one after the other.
+      # `moved` makes a copy, because steps donate the tree and the copy, one after the other.
+      assert not buffers[0] & buffers[1]
 
 
 def test_three_assignments_have_every_shard_on_three_devices():
@@ -187,7 +188,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
     None, True, False, (),
   )  # fmt: skip
-  # Two results that agree are believed if different devices computed them, or if only one exists.
+  # Two equal results are right if different devices computed them, or if there is only one device.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
   alone = [{stage: numbers_of(x) for stage in checked_step.STAGES} for x in (5, 7, 5)]
@@ -209,7 +210,7 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
     assert (found["found"], found["named"]) == (True, True), found
     of_state = kind in ("parameters", "moments")
     assert found["recovered"] is (None if of_state else True)
-    assert (" has changed on " in found["sentence"]) is of_state  # Its replicas also differ.
+    assert (" has changed on " in found["sentence"]) is of_state
 
 
 def test_no_flip_is_no_alarm(trainer):
@@ -237,7 +238,7 @@ def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch
     states.clear()
     found = trainer.trial("gradients", np.random.default_rng([5, seed]))
     assert (len(states), found["recovered"]) == (3, True)
-  assert 0 < len(gone) < 4  # If the first computation, which runs second, was wrong.
+  assert 0 < len(gone) < 4  # A state is copied back only if the first computation was wrong.
   assert all(all(deleted) for deleted in gone)
 
 
@@ -263,7 +264,7 @@ NO_STEPS = Steps(*[pytest.fail] * 4)  # None of these functions is called.
 
 
 def wrong_replay(step=0, **fields):
-  """Makes a `Replay` on 4 devices whose computations find what a test wants."""
+  """Makes a `Replay` on 4 devices that can judge and report, but not run steps."""
   mesh = mesh_of(1, 4, 1)
   config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
   return Replay(NO_STEPS, config, step, mesh)

@@ -24,7 +24,7 @@ from tests.training.runs import LENGTH, MODEL, STEPS, Crash, assert_equal, crash
 
 
 class Poisoned(RowLoader):
-  """Rows of which some have an infinite loss weight, as in a damaged store."""
+  """Loader whose rows `bad` have an infinite loss weight, as in a damaged store."""
 
   bad: range = range(0)
 
@@ -158,7 +158,7 @@ def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader,
   whole, folder = tmp_path / "whole", tmp_path / "run"
   run(whole, loader)
   assert skipped_steps(whole) == [6, 7, 8, 9]
-  assert sealed(whole) == [4, 12]  # The checkpoint is not of step 8.
+  assert sealed(whole) == [4, 12]  # The skipped step 8 is not saved.
   stop_after(loader, folder, 5)
   assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
   assert sealed(folder) == [4, 6]

@@ -282,7 +282,7 @@ def update_wide(state, batch):
 
 
 def train_wide(folder, devices, reads_left=1_000):
-  """Returns the state of a linear model with one large array, and how it lay before each step."""
+  """Trains a linear model; returns its state, and the shard shapes of its arrays in each step."""
   layouts = []
 
   def init():

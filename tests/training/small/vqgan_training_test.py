@@ -51,7 +51,7 @@ class Killed(Exception):
 
 @dataclasses.dataclass
 class KilledAfter:
-  """Images of which the given read raises `Killed`."""
+  """Images that raise `Killed` when they are read after `reads_left` reads."""
 
   images: np.ndarray
   reads_left: int

@@ -223,7 +223,7 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
       for part in ("params", "ema", "opt_state.0.mu", "opt_state.0.nu"):
         assert state[f"{part}.codebook.table"] == table
         assert state[f"{part}.decoder.conv_out.kernel"] == kernel
-      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 8 does not divide.
+      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 8 divides no dimension.
       assert state["discriminator.layers.1.kernel"] == (4, 4, 4, 8 // devices)
     assert len(states) == 5
     states.clear()

@@ -86,7 +86,7 @@ def test_log_probs_are_those_of_the_decoder(family, shape):
   rollout = rollout_of(family, codes=codes)
   found = chosen(log_probs(family, shape, rollout), codes)
   np.testing.assert_allclose(found, expected, atol=2e-5)
-  # Without guidance, the distribution is different.
+  # Negative control: without guidance, the log-probabilities differ.
   plain = rollout._replace(guidance=np.tile(np.float32([1, 0]), (8, IMAGE, 1)))
   assert np.abs(chosen(log_probs(family, shape, plain), codes) - expected).max() > 0.05
 

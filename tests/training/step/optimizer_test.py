@@ -138,7 +138,7 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw(
     raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
     assert raw.max() / raw.min() > 3  # The gradients themselves are far from orthogonal.
   embed = updates["embed"] * -jnp.sign(gradients["embed"])
-  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # This is Adam's first step.
+  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # Adam's first updates have one size.
 
 
 def test_muon_decays_what_adamw_decays():

@@ -162,7 +162,7 @@ def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
   assert abs(run((1, 1, 1), 1, **{**fields, "z_loss": 0.0})[0][2, 3] / expected[2, 3] - 1) > 1e-3, (
-    "the gradient's norm"
+    "z-loss must change the norm of the gradient"
   )
 
 
@@ -279,7 +279,7 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
   tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab
-  assert not [s for s in with_vocab if L in s], "an array of full vocabulary x full sequence"
+  assert not [s for s in with_vocab if L in s], "an array has full vocabulary x full sequence"
   tokens = B // (shape[0] * shape[1]) * ModelConfig().loss_chunk  # 1/16 of the logits on a device.
   assert max(int(np.prod(s)) // rows for s in with_vocab) == tokens
 

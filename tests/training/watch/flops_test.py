@@ -46,7 +46,7 @@ def traced_flops(config, batch, length):
 @pytest.mark.parametrize("family", ["opt", "modern"])
 @pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
 def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
-  """Only the products with keys after the query in a block differ: the definition omits them."""
+  """The definition omits keys after the query; the traced blocks also multiply by such keys."""
   config = ModelConfig(
     family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
     max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32, head_size=head_size,

@@ -117,13 +117,15 @@ def test_the_image_loss_is_that_of_evaluation_on_the_same_documents(settings, wo
   assert metrics["image"]["tokens"] == 16 * HELDOUT
   expected = metrics["image"]["true"]["bits"]
   assert found["heldout_image_loss"] / np.log(2) == pytest.approx(expected, rel=1e-5)
-  assert metrics["image"]["none"]["bits"] != pytest.approx(expected, rel=1e-4), "neighbors matter"
+  assert metrics["image"]["none"]["bits"] != pytest.approx(expected, rel=1e-4), (
+    "neighbors must matter"
+  )
   scored = dataclasses.replace(settings.data.for_heldout(), neighbor_loss_weight=1.0)
   plan = RowPlan(rows.plan.sources, scored, VOCAB.num_masks, settings.seed)
   with_neighbors, _ = losses(RowLoader(plan, VOCAB), count)
   assert with_neighbors["heldout_image_loss"] != pytest.approx(
     found["heldout_image_loss"], rel=1e-4
-  ), "they would be counted"
+  ), "the loss must count only targets of the document"
 
 
 def test_neighbors_are_those_of_the_caption_alone(settings, workdir):

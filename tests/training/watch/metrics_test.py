@@ -119,7 +119,7 @@ def write_log(folder, **options):
   return log.path
 
 
-# Change of the log -> printed message.
+# Name of a change of the log -> (function that makes it, part of the printed message).
 CHANGES = {
   "missing": (lambda path: path.unlink(), "is missing"),
   "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
@@ -166,7 +166,7 @@ def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how
 
 
 def test_a_log_as_it_was_written_says_nothing(tmp_path, capsys):
-  """This also holds with lines after the digest, after a kill, and after a rollback."""
+  """Covers a log with lines after the digest, a log after a kill, and a log after a rollback."""
   path = write_log(tmp_path)
   with path.open("a") as file:
     file.write('{"step": 7, "lo')

@@ -177,10 +177,10 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
     assert logged() == []
     monitor.after(2, None, metrics)
     assert logged() == [1]
-    with monitor.phase("save", 2):  # This needs the state of step 2.
+    with monitor.phase("save", 2):  # A save of step 2 waits until the step is finished.
       assert logged() == [1, 2]
   lines = read_json_lines(tmp_path / "metrics.jsonl")
-  assert "tokens_per_second" not in lines[0]  # The report recognizes a start by this.
+  assert "tokens_per_second" not in lines[0]  # The report finds starts by lines without this field.
   assert "tokens_per_second" in lines[1]
   assert lines[2]["step"] == 2
   assert "save_seconds" in lines[2]
@@ -207,7 +207,8 @@ def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
     2: 1, 3: 1, 4: 0, 5: 1, 6: 1, 7: 1,
   }  # fmt: skip
   assert [step for step, line in steps.items() if "loss" in line] == [4]
-  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # From the second step that was taken.
+  # The rate of the second step that was not skipped.
+  assert steps[4]["learning_rate"] == pytest.approx(1e-3)
   printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [line.partition("/")[0] for line in printed if line.endswith(" | skipped")] == [
     f"step {i}" for i in (2, 3, 5, 6, 7)
