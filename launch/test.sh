@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv demo,dev
-# If this variable is set, each test process compiles the package and the tests again.
+# With this variable, each test process would compile the package and the tests again.
 unset PYTHONDONTWRITEBYTECODE
 cd "$root"
 

@@ -35,8 +35,8 @@ fingerprint() {
     pyproject.toml requirements.txt constraints.txt)
 }
 
-# make_venv EXTRA: installs the project, unless pyproject.toml and the tested versions have not changed since the last
-# installation.
+# make_venv EXTRA: creates .venv if it is missing, and installs the project if pyproject.toml or the tested versions have
+# changed since the last installation.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then

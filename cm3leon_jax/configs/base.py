@@ -1,9 +1,10 @@
-"""Defines the values that the three CM3Leon sizes share. The default variant is for the tutorial.
+"""Defines the values that the three CM3Leon sizes share, in two variants.
 
-The variant `:paper` uses the paper's values. The stages `vqgan` and `clip` of these sizes train on
-one host. `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon
-import_vqgan --source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no
-training. docs/scaling.md lists the steps, and docs/config.md describes every field.
+The default variant has 256 codes per image. The variant `:paper` has the paper's values, among them
+1,024 codes per image. The stages `vqgan` and `clip` of these sizes train on one host. `cm3leon
+plan` prints how long they take. A published image tokenizer (`cm3leon import_vqgan
+--source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no training.
+docs/scaling.md lists the steps, and docs/config.md describes every field.
 """
 
 from collections.abc import Sequence

@@ -70,7 +70,7 @@ def _set_decoder(config: ml_collections.ConfigDict) -> None:
   config.model.update({"codebook_start": 0.5, "tied_start": True})
   config.optimizer.update({"name": "muon", "learning_rate": 2e-3, "warmup_steps": 50})
   config.optimizer.update({"weight_decay": 0.05, "ema_decay": 0.99})
-  # This was the best of nine settings. The captions that it was chosen on are not in the reported
-  # figures.
+  # These values were the best of nine settings. The captions that chose the values are not in the
+  # reported figures.
   config.sampling.update({"temperature": 0.2, "guidance": 1.0})
   config.train.update({"global_batch_size": 2, "eval_batches": 8, "log_every": 50})

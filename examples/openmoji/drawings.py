@@ -68,11 +68,11 @@ _VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """One SVG.
+  """An SVG file of OpenMoji.
 
   Attributes:
     code: code points in hexadecimal, joined by '-', as in the name of the file.
-    concept: shared by its variants, see `concept` and `unite_concepts`.
+    concept: name that all variants of the drawing share, see `concept` and `unite_concepts`.
   """
 
   code: str
