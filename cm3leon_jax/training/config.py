@@ -1,11 +1,12 @@
 """Defines the config sections `train`, `optimizer` and `reinforce`."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config import STRICT, UserError
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -106,6 +107,32 @@ class TrainConfig:
   def micro_batch_size(self) -> int:
     """Rows of a micro-batch over all devices. Valid after `on_mesh` has set the accumulation."""
     return self.global_batch_size // self.gradient_accumulation_steps
+
+
+def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
+  """Replaces `rows_per_device`, if it is set, by the number of micro-batches on a mesh.
+
+  For `shards`, see `mesh.batch_shards`.
+
+    on_mesh(TrainConfig(global_batch_size=8_192, rows_per_device=4), 256)
+    TrainConfig(global_batch_size=8_192, gradient_accumulation_steps=8, rows_per_device=0)
+
+  Raises:
+    UserError: the mesh cannot split the batch.
+  """
+  rows, name = config.gradient_accumulation_steps, "gradient_accumulation_steps"
+  if config.rows_per_device:
+    rows, name = config.rows_per_device, "rows_per_device"
+  parts = shards * rows
+  if config.global_batch_size % parts:
+    raise UserError(
+      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
+      f"mesh.fsdp_inner x train.{name} = {shards} x {rows} = {parts} must divide it."
+    )
+  if not config.rows_per_device:
+    return config
+  steps = config.global_batch_size // parts
+  return dataclasses.replace(config, gradient_accumulation_steps=steps, rows_per_device=0)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -19,7 +19,7 @@ import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 
 FOLDER = "hang"

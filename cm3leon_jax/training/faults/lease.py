@@ -15,7 +15,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0

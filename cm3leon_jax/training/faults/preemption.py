@@ -14,7 +14,7 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 
 # Signals and their exit codes. All processes agree on the largest index, so that SIGTERM overrides
 # Ctrl-C.

@@ -5,7 +5,7 @@ from typing import Any
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.numerics import check_finite
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
@@ -39,6 +39,7 @@ class Saves(Hook):
     self.saved = int(state.step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
+    """See `Hook`. Raises TryAgain if the save in flight could not be written."""
     self.next_row += self._config.global_batch_size
     last = step == self._config.steps or self._stop.code is not None
     if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
@@ -48,6 +49,7 @@ class Saves(Hook):
         loss = losses["heldout_loss"] if losses else None
         self._checkpoints.save(state, step, self.next_row, loss)
       self.saved = step
+    self._checkpoints.check_save()
 
   def end(self, state: TrainState) -> None:
     with self._monitor.phase("save", int(state.step)):

@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 import numpy as np
-from tqdm.auto import tqdm
 
 from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -34,9 +33,7 @@ from cm3leon_jax.runs.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.loop import run_steps
-from cm3leon_jax.training.saves.failed_saves import FailedSaves
-from cm3leon_jax.training.small.lines import Lines, ShownLines
-from cm3leon_jax.training.small.saves import ShownSaves, SmallSaves
+from cm3leon_jax.training.small.hooks import Lines, SmallSaves
 from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
@@ -116,18 +113,16 @@ def train(training: SmallTraining) -> dict:
       stack.callback(watch.close)
     steps = range(done + 1, config.steps + 1)
     bar = progress_bar(steps, name, config.steps, initial=done, unit="step")
-    lines = Lines(log, LOG_EVERY, config.steps, name, training.remedy)
-    saves = SmallSaves(checkpoints, log, stop, name, config, training.remedy, done)
-    hooks = [
-      lease,
-      stop,
-      lines,
-      *([ShownLines(lines, watch.log)] if watch is not None else []),
-      ShownLines(lines, functools.partial(_show, bar)),
-      saves,
-      *([ShownSaves(saves, watch.save)] if watch is not None else []),
-      FailedSaves(checkpoints),
-    ]
+
+    def show(step: int, values: dict[str, float]) -> None:
+      if watch is not None:
+        watch.log(step, values)
+      bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
+
+    lines = Lines(log, LOG_EVERY, config.steps, name, training.remedy, show)
+    show_saved = None if watch is None else watch.save
+    saves = SmallSaves(checkpoints, log, stop, name, config, training.remedy, done, show_saved)
+    hooks = [lease, stop, lines, saves]
     batches = _batches(training, done, NamedSharding(mesh, spec("batch")))
     state = run_steps(bar, lambda state, batch: training.step(state, *batch), state, batches, hooks)
     check_end(saves.saved, config.steps, folder, stop.code, saves.saved)
@@ -139,12 +134,6 @@ def _batches(training: SmallTraining, first: int, split: NamedSharding) -> Itera
   for i in itertools.count(first):
     rows = batch_rows(i, len(training.examples), training.config.batch_size, training.seed)
     yield jax.device_put(training.examples[rows], split), i
-
-
-def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
-  """Shows the metrics of a step next to the progress bar when the bar is next drawn."""
-  del step  # The bar counts steps itself.
-  bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
 
 
 def _mesh() -> Mesh:

@@ -11,7 +11,7 @@ import numpy as np
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step import loss
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
@@ -20,9 +20,9 @@ class FakeLosses(HeldoutLosses):
     self.losses = losses
 
 
-def make(**fakes):
+def make(failure=None, **fakes):
   fakes = {"monitor": FakeMonitor(), "stop": FakeStop(), "heldout": FakeLosses(), **fakes}
-  return Saves(FakeCheckpoints(), CONFIG, next_row=100, **fakes)
+  return Saves(FakeCheckpoints(failure), CONFIG, next_row=100, **fakes)
 
 
 def saved(hook, steps):
@@ -78,3 +78,8 @@ def test_the_end_waits_for_the_last_save():
   hook.end(FakeState(10))
   assert hook._checkpoints.closed
   assert hook._monitor.events == ["save 10", "end"]
+
+
+def test_a_save_that_has_failed_ends_the_training():
+  with pytest.raises(TryAgain, match="disk full"):
+    saved(make(TryAgain("disk full")), [1])

@@ -10,13 +10,13 @@ import pytest
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.numerics import TooManySkippedError
-from cm3leon_jax.training.watch.dispatch import Dispatch
 from cm3leon_jax.training.watch.flops import Rates
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from cm3leon_jax.training.watch.monitor import Monitor, step_line
+from cm3leon_jax.training.watch.monitor import Dispatch, Monitor, step_line
 from cm3leon_jax.training.watch.traces import Profiler
 from tests.messages import refused
+from tests.training.fakes import FakeMonitor
 
 VALUES = {
   "loss": 3.4123,
@@ -239,3 +239,24 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   # Waits count as waiting, and no second counts twice.
   assert line["data_seconds"] >= 0.06
   assert line["data_seconds"] + line["step_seconds"] <= seconds + 0.01
+
+
+def test_the_wait_ends_with_the_batch_and_the_trace_with_the_dispatch():
+  monitor = FakeMonitor()
+  dispatch = Dispatch(monitor)
+  for step in (1, 2):
+    dispatch.before(step)
+    dispatch.ready(step)
+    monitor.events.append("step")
+    dispatch.after(step, None, {})
+  one = ["traced 1", "data", "end of data", "step", "end of trace"]
+  assert monitor.events == [*one, "traced 2", *one[1:]]
+
+
+def test_an_error_ends_the_trace_and_counts_no_wait():
+  monitor = FakeMonitor()
+  dispatch = Dispatch(monitor)
+  dispatch.before(1)
+  with pytest.raises(ZeroDivisionError), dispatch:
+    raise ZeroDivisionError
+  assert monitor.events == ["traced 1", "data", "end of trace"]

@@ -1,11 +1,11 @@
-"""Samples grids of images while a run trains."""
+"""Shows grids of samples and histograms of the parameters while a run trains."""
 
 from collections.abc import Callable
 
 from PIL import Image
 
 from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
 
@@ -32,3 +32,14 @@ class SampleGrids(Hook):
     if step % self._config.sample_every == 0 or step == self._config.steps:
       with self._monitor.phase("sample", step):
         self._monitor.samples(step, self._sample_grid(state.eval_params, step))
+
+
+class Histograms(Hook):
+  """Shows a histogram of each parameter every `every` steps; 0: never."""
+
+  def __init__(self, every: int, monitor: Monitor):
+    self._every, self._monitor = every, monitor
+
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
+    if self._every and step % self._every == 0:
+      self._monitor.histograms(step, state.params)
