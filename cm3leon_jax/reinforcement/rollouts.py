@@ -185,8 +185,7 @@ class Rollouts:
     """
     prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
-    rewards = self._rewards(prompts, samples)
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    codes, rewards = self._score(prompts, samples)
     values = grpo.advantages(rewards)
     rollout = _rollout(pipeline, requests, codes, values, self.sampling)
     return rollout, {
@@ -202,8 +201,7 @@ class Rollouts:
     reward, spread, and `by_prompt`, the mean reward of each prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
-    rewards = self._rewards(prompts, samples)
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    codes, rewards = self._score(prompts, samples)
     of_task = np.array([prompt.task.name for prompt in prompts])
     result = {}
     for name in ("all", *dict.fromkeys(of_task.tolist())):
@@ -229,11 +227,14 @@ class Rollouts:
     samples = pipeline.generate(tasks, self.settings.reinforce.samples, given=given)
     return samples, requests, pipeline
 
-  def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-    """Scores samples; returns [N, G] fp32."""
+  def _score(
+    self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of samples, int32 [N, G, I], and their rewards, fp32 [N, G]."""
+    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
     records = [prompt.record for prompt, group in zip(prompts, samples) for _ in group]
     rewards = self.reward(records, list(itertools.chain(*samples)))
-    return rewards.reshape(len(samples), -1)
+    return codes, rewards.reshape(len(samples), -1)
 
 
 def _rollout(

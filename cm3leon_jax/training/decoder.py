@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 from etils import epath
@@ -32,11 +33,10 @@ from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.step.optimizer import learning_rate_schedule
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
-from cm3leon_jax.training.watch import flops
+from cm3leon_jax.training.watch import flops, heldout
 from cm3leon_jax.training.watch.boards import open_boards
 from cm3leon_jax.training.watch.displays import Histograms, SampleGrids
 from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
-from cm3leon_jax.training.watch.heldout import HeldoutLosses, evaluator
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from cm3leon_jax.training.watch.monitor import Dispatch, Monitor
 from cm3leon_jax.training.watch.traces import Profiler
@@ -118,7 +118,7 @@ def restore_or_init(
   recovery.discard_unsealed(checkpoints)
   newest = checkpoints.newest() if newest is None else newest
   if newest is not None:
-    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
+    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
   check_log(folder, config.checkpoint_every)
   state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
@@ -205,7 +205,8 @@ def train(
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
     )
-    heldout_losses = evaluator(steps, training.heldout, config, sharding)
+    rows = heldout.heldout_batches(training.heldout, config, sharding)
+    evaluate = functools.partial(heldout.evaluate, steps, rows, training.heldout.source_names)
     take_step, batches = objective.begin(
       replaying(steps, config, state), next_row, config.global_batch_size, sharding
     )
@@ -215,7 +216,9 @@ def train(
       monitor = open_monitor(training, newest, watch)
     explained = explaining(objective, done, next_row, config.global_batch_size)
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
-      losses = HeldoutLosses(heldout_losses, config, monitor, stop, training.evaluate_start, newest)
+      losses = heldout.HeldoutLosses(
+        evaluate, config, monitor, stop, training.evaluate_start, newest
+      )
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [
         dispatch,
@@ -232,5 +235,5 @@ def train(
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If there was no step left to train, the losses are not computed yet.
-  found = losses.losses or heldout_losses(state.eval_params)
+  found = losses.losses or evaluate(state.eval_params)
   return _summary(state, saves.next_row, found, losses.at_start)

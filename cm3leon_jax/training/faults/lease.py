@@ -61,10 +61,17 @@ class Lease(Hook):
 
   def _start(self) -> None:
     try:
-      self._take()
+      first = self._read()
+      if first and not _is_gone(first):
+        self._wait_for(first)
+      self._write()
+      time.sleep(SETTLE_SECONDS)
+      found = self._read()
     except OSError as error:
       kind = UserError if buckets.refuses(error) else TryAgain
       raise kind(f"{self._path} cannot be read or written ({error}).") from error
+    if found.get("token") != self._token:
+      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
@@ -119,15 +126,6 @@ class Lease(Hook):
     except UserError:
       return {}
     return found if isinstance(found, dict) else {}
-
-  def _take(self) -> None:
-    first = self._read()
-    if first and not _is_gone(first):
-      self._wait_for(first)
-    self._write()
-    time.sleep(SETTLE_SECONDS)
-    if (found := self._read()).get("token") != self._token:
-      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
 
   def _wait_for(self, first: dict) -> None:
     print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)

@@ -67,19 +67,12 @@ class StopSignal(Hook):
       signal.signal(number, handler)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. It calls `stopping` once, so a later signal takes effect at the next step."""
-    self.code = self.stopping()
+    """See `Hook`. Sets `code`; a later signal takes effect at the next step."""
+    agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
+    self.code = CODES[agreed - 1] if agreed else None
 
   def stops(self) -> bool:
     return self.code is not None
-
-  def stopping(self) -> int | None:
-    """Returns the exit code with which to stop after this step; None: continue.
-
-    All processes call it once per step and get the same result.
-    """
-    agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
-    return CODES[agreed - 1] if agreed else None
 
   def _largest_of_all(self) -> int:
     mine = np.full(self._shape, self._received, np.int32)

@@ -21,11 +21,12 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.assignment import assignments, moved, moved_back
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
+  different_replicas,
   equal,
   fingerprint_of,
+  first_replicas,
   names_of,
 )
-from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import STAGES, Steps, is_checked
 

@@ -205,7 +205,7 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> t
   print(f"{name}: continues from step {newest}.", flush=True)
   types = jax.eval_shape(init)
   types = jax.tree.map(lambda x, s: x.update(sharding=s), types, _shardings(types))
-  state, _ = checkpoints.restore(types, newest, checked=True)
+  state, _ = checkpoints.restore(types, newest)
   return state, newest
 
 
@@ -247,9 +247,7 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
 
 def delete_checkpoints(folder: epath.PathLike) -> None:
   """Deletes the checkpoints in `folder`, if there are any. Called after the stage is finished."""
-  training = epath.Path(folder) / FOLDER
-  if training.exists():
-    training.rmtree()
+  (epath.Path(folder) / FOLDER).rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager

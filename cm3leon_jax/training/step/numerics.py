@@ -1,5 +1,6 @@
 """Skips and counts steps with a spike or a non-finite number. Too many such steps end the run."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -110,17 +111,19 @@ class TooManySkippedError(UserError):
     self.steps = steps
 
 
+@dataclasses.dataclass
 class SkipCounter:
   """Counts skipped steps.
 
   Attributes:
     most: number of consecutive skipped steps that is allowed.
-    in_a_row: number of consecutive skipped steps up to the newest step. It is 0 when the trainer
-      starts.
+    total: number of all skipped steps, including those of earlier starts.
+    in_a_row: number of consecutive skipped steps of this start, up to the newest step.
   """
 
-  def __init__(self, most: int, total: int = 0):
-    self.most, self.total, self.in_a_row = most, total, 0
+  most: int
+  total: int = 0
+  in_a_row: int = 0
 
   def add(self, step: int, values: dict[str, float]) -> None:
     """Counts a step. `values` holds loss, grad_norm and skipped (0 or 1).

@@ -1,6 +1,7 @@
 """Shows grids of samples and histograms of the parameters while a run trains."""
 
 from collections.abc import Callable
+import dataclasses
 
 from PIL import Image
 
@@ -10,28 +11,24 @@ from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.monitor import Monitor
 
 
+@dataclasses.dataclass
 class SampleGrids(Hook):
-  """Makes a grid of samples every `sample_every` steps and after the last step of the run."""
+  """Makes a grid of samples every `sample_every` steps and after the last step of the run.
 
-  def __init__(
-    self,
-    config: TrainConfig,
-    monitor: Monitor,
-    sample_grid: Callable[[dict, int], Image.Image | None] | None = None,
-  ):
-    """Creates the hook.
+  `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, no grids are
+  made.
+  """
 
-    `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, grids are
-    not made.
-    """
-    self._config, self._monitor, self._sample_grid = config, monitor, sample_grid
+  config: TrainConfig
+  monitor: Monitor
+  sample_grid: Callable[[dict, int], Image.Image | None] | None
 
   def after(self, step: int, state: TrainState, metrics: dict) -> None:
-    if self._sample_grid is None:
+    if self.sample_grid is None:
       return
-    if step % self._config.sample_every == 0 or step == self._config.steps:
-      with self._monitor.phase("sample", step):
-        self._monitor.samples(step, self._sample_grid(state.eval_params, step))
+    if step % self.config.sample_every == 0 or step == self.config.steps:
+      with self.monitor.phase("sample", step):
+        self.monitor.samples(step, self.sample_grid(state.eval_params, step))
 
 
 class Histograms(Hook):

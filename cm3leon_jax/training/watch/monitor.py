@@ -182,7 +182,7 @@ class Monitor(Hook):
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Keeps the metrics of `step` and logs the metrics of the previous step."""
     ended = self._in_steps() if _is_done(metrics) else None
-    self._flush(halved=ended is not None)
+    self.flush(halved=ended is not None)
     self._pending = (step, metrics, ended)
     if self._profiler.ends_with(step):
       self.flush()
@@ -243,16 +243,12 @@ class Monitor(Hook):
     self.flush()
     return self._skips.in_a_row
 
-  def flush(self) -> None:
-    """Waits for the last dispatched step and logs it.
+  def flush(self, halved: bool = False) -> None:
+    """Waits for the last dispatched step and logs it. `halved` is described in `_add_rates`.
 
     Raises:
       TooManySkippedError: see `SkipCounter`.
     """
-    self._flush()
-
-  def _flush(self, halved: bool = False) -> None:
-    """Implements `flush`. `halved` is described in `_add_rates`."""
     if self._pending is None:
       return
     (step, metrics, ended), self._pending = self._pending, None

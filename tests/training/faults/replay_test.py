@@ -19,13 +19,14 @@ from cm3leon_jax.training.faults import replay
 from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
+  different_replicas,
   equal,
   fingerprint,
   fingerprint_of,
+  first_replicas,
   names_of,
 )
 from cm3leon_jax.training.faults.replay import Replay, judge, replaying
-from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
 from cm3leon_jax.training.steps import STAGES, Steps
 from tests.messages import refused
 from tests.models.tiny import mesh_of

@@ -21,7 +21,7 @@ def test_grids_are_made_every_few_steps_and_of_the_last_one():
 
 def test_without_a_function_there_are_no_grids():
   monitor = FakeMonitor()
-  SampleGrids(CONFIG, monitor).after(7, FakeState(7), {})
+  SampleGrids(CONFIG, monitor, None).after(7, FakeState(7), {})
   assert monitor.events == []
 
 
