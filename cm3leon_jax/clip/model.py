@@ -24,7 +24,7 @@ from cm3leon_jax.clip.config import HEAD_DIM, CLIPConfig
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
-from cm3leon_jax.tokenizers.vqgan import in_batches
+from cm3leon_jax.tokenizers.vqgan import in_batches, to_float
 from cm3leon_jax.vocab import VocabLayout
 
 EMBED_BATCH = 128
@@ -191,13 +191,6 @@ def init_params(config: CLIPConfig, text_size: int, key: Key[Array, ""]) -> dict
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
   """Returns the module with the parameters `params`. It can be called inside jitted functions."""
   return parameters.fill(*_structure(config, text_size), params)
-
-
-def to_float(
-  images: UInt8[Array | np.ndarray, "B H W 3"],
-) -> Float32[Array | np.ndarray, "B H W 3"]:
-  """Converts pixels from 0 to 255 into numbers from -1 (black) to 1 (white)."""
-  return images.astype(jnp.float32) / 127.5 - 1
 
 
 def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:

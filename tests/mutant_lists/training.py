@@ -78,8 +78,8 @@ TRAINING = mutants_of(
   ),
   (
     "average_of_a_skipped_step_moves",
-    "numerics.select(sound, (params, opt_state, ema), old)",
-    "(*numerics.select(sound, (params, opt_state), old[:2]), ema)",
+    "jax.tree.map(functools.partial(jax.lax.select, sound), (params, opt_state, ema), old)",
+    "(*jax.tree.map(functools.partial(jax.lax.select, sound), (params, opt_state), old[:2]), ema)",
   ),
   NUMERICS,
   f"{NUMERICS_TEST}::test_spikes_by_hand",

@@ -38,6 +38,7 @@ class Lease(Hook):
 
   def __init__(self, folder: epath.PathLike):
     self._folder = epath.Path(folder)
+    self._path = self._folder / NAME
     self._token, self._beats, self._lost = secrets.token_hex(8), 0, ""
     self._renewed = 0.0
     self._stop, self._renewing = threading.Event(), threading.Lock()
@@ -109,10 +110,6 @@ class Lease(Hook):
   def ready(self, step: int) -> None:
     """See `Hook`. Raises the errors of `check`."""
     self.check(now=False)
-
-  @property
-  def _path(self) -> epath.Path:
-    return self._folder / NAME
 
   def _write(self) -> None:
     self._beats += 1

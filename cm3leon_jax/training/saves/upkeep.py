@@ -52,19 +52,14 @@ def require(folder: epath.Path) -> None:
 
 def entries(checkpoints: Checkpoints) -> list[Entry]:
   """Lists all checkpoints that are complete on disk, sorted by step."""
-  run = checkpoints.folder.parent
-  losses = _heldout_losses(run)
-  sealed = set(checkpoints.sealed())
-  return [
-    Entry(
-      step,
-      float((checkpoints.folder / str(step)).stat().mtime),
-      _size(checkpoints.folder / str(step)),
-      step in sealed,
-      losses.get(step, {}),
-    )
-    for step in checkpoints.steps()
-  ]
+  losses, sealed = _heldout_losses(checkpoints.folder.parent), set(checkpoints.sealed())
+  found = []
+  for step in checkpoints.steps():
+    path = checkpoints.folder / str(step)
+    size = sum((path / name).stat().length for name in files_below(path))
+    time = float(path.stat().mtime)
+    found.append(Entry(step, time, size, step in sealed, losses.get(step, {})))
+  return found
 
 
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
@@ -244,10 +239,6 @@ def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
       names = {kind: f"heldout_{kind}loss" for kind in MODALITIES}
       found[line["step"]] = {kind: line[name] for kind, name in names.items() if name in line}
   return found
-
-
-def _size(folder: epath.Path) -> int:
-  return sum((folder / name).stat().length for name in files_below(folder))
 
 
 def _checkpoints(steps: Sequence[int]) -> str:

@@ -78,12 +78,6 @@ class SmallTraining:
     section = {field: value for field, value in fields.items() if field != "checkpoint_every"}
     return {self.name: section, **self.about, "seed": self.seed, "examples": len(self.examples)}
 
-  @property
-  def remedy(self) -> str:
-    """Part of a message: what the user can do if a number is not finite."""
-    checkpoints = epath.Path(self.folder) / FOLDER
-    return f"lower config.{self.name}.learning_rate and delete {checkpoints} to start again."
-
 
 def train(training: SmallTraining) -> dict:
   """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
@@ -109,6 +103,7 @@ def train(training: SmallTraining) -> dict:
     state, done = _restore(name, checkpoints, training.init)
     log = MetricsLog(folder, done or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
     stop = stack.enter_context(StopSignal(mesh))
+    remedy = f"lower config.{name}.learning_rate and delete {folder / FOLDER} to start again."
     if watch is not None:
       stack.callback(watch.close)
     steps = range(done + 1, config.steps + 1)
@@ -119,9 +114,9 @@ def train(training: SmallTraining) -> dict:
         watch.log(step, values)
       bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
 
-    lines = Lines(log, LOG_EVERY, config.steps, name, training.remedy, show)
+    lines = Lines(log, LOG_EVERY, config.steps, name, remedy, show)
     show_saved = None if watch is None else watch.save
-    saves = SmallSaves(checkpoints, log, stop, name, config, training.remedy, done, show_saved)
+    saves = SmallSaves(checkpoints, log, stop, name, config, remedy, done, show_saved)
     hooks = [lease, stop, lines, saves]
     batches = _batches(training, done, NamedSharding(mesh, spec("batch")))
     state = run_steps(bar, lambda state, batch: training.step(state, *batch), state, batches, hooks)

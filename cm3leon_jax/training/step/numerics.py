@@ -62,16 +62,6 @@ def is_sound(
   return jnp.isfinite(value) & jnp.isfinite(norm) & ~spike
 
 
-def select(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """Returns the tree `new` if `sound`, else the tree `old`, which has the same types.
-
-  Arrays are selected element by element. The compiler fuses the selection into the computation of
-  `new`, so that arrays are not copied and `old` may be donated. A `jax.lax.cond` would need memory
-  for both trees.
-  """
-  return jax.tree.map(lambda x, y: jax.lax.select(sound, x, y), new, old)
-
-
 @jax.jit
 def _finite(leaves: list) -> list:
   return [jnp.isfinite(x).all() for x in leaves]
