@@ -28,7 +28,8 @@ from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
-# Such a run waits this long for the digests of other processes, which may be dead.
+# A run that ends with an error waits this long for the digests of other processes, which may be
+# dead.
 PEER_SECONDS = 60.0
 
 
@@ -254,7 +255,7 @@ class Checkpoints:
         path.unlink()
 
   def restore(self, state: PyTree, step: int) -> tuple[Any, int]:
-    """Restores a checkpoint without a comparison with its digests; for this, see `damage`.
+    """Restores a checkpoint. Its files are not compared with their digests; see `damage`.
 
     `state` is a state on the current mesh, or only the shapes, dtypes and shardings of its arrays.
     Returns the restored state and the next row of the data to read.

@@ -44,6 +44,7 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
   `losses` maps the steps that have a held-out loss to this loss. For the other arguments, see
   `policy`.
   """
+  # These are the attributes of a checkpoint that Orbax's policies read.
   metrics = {step: {METRIC: loss} for step, loss in losses.items()}
   found = [
     types.SimpleNamespace(step=step, metrics=metrics.get(step), time=datetime.datetime.min)

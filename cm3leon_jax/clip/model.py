@@ -1,7 +1,4 @@
-"""Defines CLIP, which embeds images and captions in one space.
-
-Source: Radford et al. 2021, arXiv 2103.00020.
-"""
+"""Defines CLIP (Radford et al. 2021, arXiv 2103.00020): joint embeddings of images and captions."""
 
 # B batch, L length, D width of a layer, E width of embeddings, H height, W width, C channels,
 # h height and w width of the grid of patches.

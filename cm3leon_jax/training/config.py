@@ -168,7 +168,7 @@ class OptimizerConfig:
   decay_embeddings: bool = True
   """Whether weight decay acts on the embedding tables of tokens and positions."""
   clip_norm: PositiveFloat = 1.0
-  """Gradients are scaled down to this global norm if theirs is larger."""
+  """Largest global norm of the gradients. Larger gradients are scaled down to it."""
   skip_above: NonNegativeFloat = 0.0
   """Skips a step whose gradient norm is above `skip_above` x the moving average of earlier norms,
   e.g. 10; 0 disables it. Steps with a NaN or an infinity are always skipped."""
@@ -201,8 +201,8 @@ class ReinforceConfig:
   temperature: PositiveFloat = 1.0
   """Divides the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
-  """Weight in the loss of KL(initial policy || policy), in nats per code. It keeps likely what the
-  initial model draws, so that samples stay diverse and held-out images stay likely."""
+  """Weight in the loss of KL(initial policy || policy), in nats per code. This term
+  keeps the policy close to the initial model, so that samples stay diverse."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""

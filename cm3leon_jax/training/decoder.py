@@ -35,10 +35,9 @@ from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
 from cm3leon_jax.training.watch import flops, heldout
 from cm3leon_jax.training.watch.boards import open_boards
-from cm3leon_jax.training.watch.displays import Histograms, SampleGrids
 from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
 from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
-from cm3leon_jax.training.watch.monitor import Dispatch, Monitor
+from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids
 from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
 
@@ -123,7 +122,7 @@ def restore_or_init(
   state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
     params = initial_params()
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both get donated.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
     state = dataclasses.replace(state, params=params, ema=ema)
   return None, state, 0
 

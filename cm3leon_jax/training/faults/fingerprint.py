@@ -1,8 +1,8 @@
 """Computes fingerprints: a few numbers per array and device, which reveal silent errors.
 
-Devices that hold the same shard of an array are replicas and must hold the same numbers. Each
-device adds the same update to its replica, so an error in one replica persists. If the step is
-computed again, it reads the wrong numbers again, so only a comparison of the replicas reveals them.
+Several devices may hold replicas of one shard, which must be equal. Each device adds the same
+update to its replica, so an error in one replica persists. If the step is computed again, it reads
+the wrong numbers again, so only a comparison of the replicas reveals the error.
 """
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.

@@ -68,17 +68,16 @@ class StopSignal(Hook):
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Sets `code`; a later signal takes effect at the next step."""
-    agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
+    agreed = self._received
+    if jax.process_count() > 1:
+      mine = np.full(self._shape, self._received, np.int32)
+      flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
+      before, self._pending = self._pending, _largest(flags)
+      agreed = 0 if before is None else int(before)
     self.code = CODES[agreed - 1] if agreed else None
 
   def stops(self) -> bool:
     return self.code is not None
-
-  def _largest_of_all(self) -> int:
-    mine = np.full(self._shape, self._received, np.int32)
-    flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
-    before, self._pending = self._pending, _largest(flags)
-    return 0 if before is None else int(before)
 
 
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:

@@ -72,10 +72,7 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
   for entry in found:
     when = datetime.datetime.fromtimestamp(entry.time, datetime.UTC)
     state = states.get(entry.step, "sealed" if entry.sealed else "not sealed")
-    losses = [
-      f"{kind.strip('_') or 'loss'} {x:.3f}".removeprefix("loss ")
-      for kind, x in entry.losses.items()
-    ]
+    losses = [f"{kind.replace('_', ' ')}{x:.3f}" for kind, x in entry.losses.items()]
     lines.append(
       f"{entry.step:>10,}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
       f"{' '.join(losses) or '-'}"
@@ -211,9 +208,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     newer = [s for s in checkpoints.steps() if s > step]
     if not newer:
       return [f"Step {step:,} is the newest: nothing to remove."]
-    removed, continues = "removed", "continues"
-    if dry_run:
-      removed, continues = "would remove", "would continue"
+    removed = "would remove" if dry_run else "removed"
     sentences = []
     if (folder / DONE).exists():
       if not dry_run:
@@ -229,7 +224,10 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     if (last := cut_log(folder / "metrics", step, dry_run)) > step:
       lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
       sentences.append(f"{removed} {lines} from metrics/{LOG}.")
-  return [*sentences, f"cm3leon train {continues} from step {step:,}."]
+  return [
+    *sentences,
+    f"cm3leon train {'would continue' if dry_run else 'continues'} from step {step:,}.",
+  ]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:

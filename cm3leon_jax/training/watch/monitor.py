@@ -1,7 +1,8 @@
 """Prints and logs a run while it trains: metrics, rates, goodput, held-out losses and traces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import datetime
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.step.numerics import SkipCounter, finite_values
+from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import is_checked
 from cm3leon_jax.training.watch import flops
 from cm3leon_jax.training.watch.boards import Board
@@ -181,7 +183,8 @@ class Monitor(Hook):
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Keeps the metrics of `step` and logs the metrics of the previous step."""
-    ended = self._in_steps() if _is_done(metrics) else None
+    done = all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
+    ended = self._in_steps() if done else None
     self.flush(halved=ended is not None)
     self._pending = (step, metrics, ended)
     if self._profiler.ends_with(step):
@@ -317,15 +320,10 @@ class Monitor(Hook):
       print(text, flush=True)
 
 
-def _is_done(metrics: dict) -> bool:
-  """Returns whether the step that computes these metrics has finished."""
-  return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
-
-
 class Dispatch(Hook):
   """Measures the wait for each batch, and traces the chosen steps until they are dispatched.
 
-  It is a context manager around the loop, so that an error in the loop also ends the traced step.
+  It is a context manager around the loop, so that the trace of a step also ends after an error.
   """
 
   def __init__(self, monitor: Monitor):
@@ -347,3 +345,34 @@ class Dispatch(Hook):
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
     self._traced.close()
+
+
+@dataclasses.dataclass
+class SampleGrids(Hook):
+  """Makes a grid of samples every `sample_every` steps and after the last step of the run.
+
+  `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, no grids are
+  made.
+  """
+
+  config: TrainConfig
+  monitor: Monitor
+  sample_grid: Callable[[dict, int], Image.Image | None] | None
+
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
+    if self.sample_grid is None:
+      return
+    if step % self.config.sample_every == 0 or step == self.config.steps:
+      with self.monitor.phase("sample", step):
+        self.monitor.samples(step, self.sample_grid(state.eval_params, step))
+
+
+class Histograms(Hook):
+  """Shows a histogram of each parameter every `every` steps; 0: never."""
+
+  def __init__(self, every: int, monitor: Monitor):
+    self._every, self._monitor = every, monitor
+
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
+    if self._every and step % self._every == 0:
+      self._monitor.histograms(step, state.params)
