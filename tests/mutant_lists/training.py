@@ -51,7 +51,7 @@ TRAINING = mutants_of(
   ("planned_without_sources", 'num_sources=num_sources(settings, "train")', "num_sources=0"),
   "cm3leon_jax/training/watch/heldout.py",
   f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
-  ("step_0_is_lost", "self._monitor.logged_heldout(0)", "{}"),
+  ("step_0_is_lost", "self.monitor.logged_heldout(0)", "{}"),
   "cm3leon_jax/training/step/optimizer.py",
   ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
   ("adam_b1_half", "    config.b1,", "    0.5,"),
