@@ -213,7 +213,7 @@ class Trainer:
         else:  # Negative control: the newest checkpoint is restored unchecked.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)
-          state, row = checkpoints.restore(types, step, checked=True)
+          state, row = checkpoints.restore(types, step)
         if step is None:
           return 0, False, printed.getvalue()
       except UserError as error:

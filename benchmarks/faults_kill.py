@@ -203,6 +203,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
     init = compile_steps(*sections, settings.seed).init
     old = Checkpoints(train, keep=2)
     step = old.newest()
+    old.check(step)
     state, next_row = old.restore(jax.eval_shape(init), step)
     old.close()
     new = Checkpoints(folder / "shifted", keep=2)

@@ -236,9 +236,9 @@ def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients
   """
   import optax
 
-  from cm3leon_jax.training.faults.checked_step import checked_step
   from cm3leon_jax.training.step.optimizer import create_optimizer
   from cm3leon_jax.training.step.state import train_step
+  from cm3leon_jax.training.steps import checked_step
 
   optimizer = create_optimizer(optimizer_config, config.steps)
 

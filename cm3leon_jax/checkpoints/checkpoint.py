@@ -28,7 +28,8 @@ from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
-# Such a run waits this long for the digests of other processes, which may be dead.
+# A run that ends with an error waits this long for the digests of other processes, which may be
+# dead.
 PEER_SECONDS = 60.0
 
 
@@ -214,20 +215,19 @@ class Checkpoints:
     found = sealing.digests(self.folder / str(save.step))
     write_json(self._part(save.step, jax.process_index()), found)
 
-  def _all_parts(self, save: sealing.Save) -> bool:
-    """Waits for the digests of all processes. Returns False if `save.ending` is set before."""
-    parts = {self._part(save.step, i).name for i in range(jax.process_count())}
-    while not parts <= {path.name for path in self.digest_folder.iterdir()}:
-      if save.ending.wait(0.2):
-        return False
-    return True
-
   def _merge(self, save: sealing.Save) -> None:
-    """Merges the digests of all processes into one file, which seals the checkpoint."""
-    if not distributed.is_first() or not self._all_parts(save):
+    """Merges the digests of all processes into one file, which seals the checkpoint.
+
+    Waits for these digests. If `save.ending` is set before, nothing is sealed.
+    """
+    if not distributed.is_first():
       return
-    self._check()
     parts = [self._part(save.step, i) for i in range(jax.process_count())]
+    names = {part.name for part in parts}
+    while not names <= {path.name for path in self.digest_folder.iterdir()}:
+      if save.ending.wait(0.2):
+        return
+    self._check()
     digests = {name: value for part in parts for name, value in read_json(part).items()}
     write_json(self._digest_path(save.step), digests)
     self._good = save.step
@@ -254,18 +254,12 @@ class Checkpoints:
       if step.isdecimal() and of(int(step)):  # The file system may add files with other names.
         path.unlink()
 
-  def restore(self, state: PyTree, step: int, checked: bool = False) -> tuple[Any, int]:
-    """Restores a checkpoint. Returns its state and the next row of the data to read.
+  def restore(self, state: PyTree, step: int) -> tuple[Any, int]:
+    """Restores a checkpoint. Its files are not compared with their digests; see `damage`.
 
-    Args:
-      state: a state on the current mesh, or only the shapes, dtypes and shardings of its arrays.
-      checked: whether the files were already compared with their digests.
-
-    Raises:
-      UserError: a file of the checkpoint is damaged or missing.
+    `state` is a state on the current mesh, or only the shapes, dtypes and shardings of its arrays.
+    Returns the restored state and the next row of the data to read.
     """
-    if not checked:
-      self.check(step)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(abstract(state, jax.sharding.get_mesh())),
       data=ocp.args.JsonRestore(),
@@ -347,7 +341,7 @@ class Checkpoints:
         save.share.result(FINISH_SECONDS)
         save.sealed.result(PEER_SECONDS)
       save.ending.set()
-      save.join(FINISH_SECONDS)
+      save.thread.join(FINISH_SECONDS)
     if not self._closed:
       self._closed = True
       with contextlib.suppress(Exception):  # A failed save raises its error again.

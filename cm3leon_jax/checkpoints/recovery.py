@@ -101,12 +101,6 @@ def check_target(checkpoints: Checkpoints, step: int) -> None:
     raise UserError(f"{damage}; {remedy}.")
 
 
-def go_back(checkpoints: Checkpoints, step: int) -> None:
-  """Deletes all checkpoints after `step`. Raises the errors of `check_target`."""
-  check_target(checkpoints, step)
-  checkpoints.delete_after(step)
-
-
 def listed(steps: Sequence[int]) -> str:
   """Formats steps, e.g. "1,596, 1,600"."""
   return ", ".join(f"{step:,}" for step in steps)

@@ -1,9 +1,9 @@
 """Decides which checkpoints to keep, by their age, their step and their held-out loss."""
 
 from collections.abc import Mapping
-import dataclasses
 import datetime
 import math
+import types
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
@@ -36,15 +36,6 @@ def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservat
   return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
-@dataclasses.dataclass
-class _Checkpoint:
-  """The attributes of a checkpoint that Orbax's policies read."""
-
-  step: int
-  metrics: dict[str, float] | None
-  time: datetime.datetime = datetime.datetime.min
-
-
 def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, best: int) -> set:
   """Returns the steps that `policy` keeps.
 
@@ -53,8 +44,11 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
   `losses` maps the steps that have a held-out loss to this loss. For the other arguments, see
   `policy`.
   """
+  # These are the attributes of a checkpoint that Orbax's policies read.
+  metrics = {step: {METRIC: loss} for step, loss in losses.items()}
   found = [
-    _Checkpoint(step, {METRIC: losses[step]} if step in losses else None) for step in sorted(steps)
+    types.SimpleNamespace(step=step, metrics=metrics.get(step), time=datetime.datetime.min)
+    for step in sorted(steps)
   ]
   decisions = policy(last, every, best).should_preserve(
     found, context=checkpoint_managers.PreservationContext()

@@ -40,12 +40,8 @@ def steps_in(folder: epath.Path) -> set[int]:
       paths = list(folder.iterdir())
     except FileNotFoundError:
       return set()
-    return {int(p.name) for p in paths if p.name == _plain(p.name) and _is_folder(p)}
-
-
-def _plain(name: str) -> str:
-  """Returns `name` without leading zeros, as Orbax writes steps, or "" if it is not a number."""
-  return str(int(name)) if name.isdecimal() else ""
+    numbers = [p for p in paths if p.name.isdecimal() and p.name == str(int(p.name))]
+    return {int(p.name) for p in numbers if _is_folder(p)}
 
 
 def _is_folder(path: epath.Path) -> bool:
@@ -140,9 +136,5 @@ class Save:
     self.share: futures.Future[None] = futures.Future()
     self.sealed: futures.Future[None] = futures.Future()
     self.ending = threading.Event()
-    self._thread = threading.Thread(target=run, args=(self,), name=f"seal-{step}", daemon=True)
-    self._thread.start()
-
-  def join(self, seconds: float) -> None:
-    """Waits at most `seconds` for the thread to end."""
-    self._thread.join(seconds)
+    self.thread = threading.Thread(target=run, args=(self,), name=f"seal-{step}", daemon=True)
+    self.thread.start()

@@ -1,13 +1,9 @@
-"""Defines CLIP, which embeds images and captions in one space.
-
-Source: Radford et al. 2021, arXiv 2103.00020.
-"""
+"""Defines CLIP (Radford et al. 2021, arXiv 2103.00020): joint embeddings of images and captions."""
 
 # B batch, L length, D width of a layer, E width of embeddings, H height, W width, C channels,
 # h height and w width of the grid of patches.
 
 from collections.abc import Callable, Sequence
-import copy
 import dataclasses
 import functools
 import itertools
@@ -25,6 +21,7 @@ from cm3leon_jax.clip.config import HEAD_DIM, CLIPConfig
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
+from cm3leon_jax.tokenizers.vqgan import in_batches, to_float
 from cm3leon_jax.vocab import VocabLayout
 
 EMBED_BATCH = 128
@@ -193,13 +190,6 @@ def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
   return parameters.fill(*_structure(config, text_size), params)
 
 
-def to_float(
-  images: UInt8[Array | np.ndarray, "B H W 3"],
-) -> Float32[Array | np.ndarray, "B H W 3"]:
-  """Converts pixels from 0 to 255 into numbers from -1 (black) to 1 (white)."""
-  return images.astype(jnp.float32) / 127.5 - 1
-
-
 def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
   """Truncates or pads captions to `length` tokens. Raises UserError if a caption is empty."""
   tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
@@ -224,27 +214,21 @@ def _embed_texts(
   return bind(config, text_size, params).embed_texts(tokens)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class CLIP:
   """Trained CLIP. All batches have one shape, so no embedding depends on the other rows.
 
-  `batch_size` is the number of rows of a batch. The last batch is padded.
+  Attributes:
+    encode: converts a caption to the int32 ids of CLIP's tokenizer; None: no caller encodes
+      captions.
+    batch_size: number of rows of a batch. The last batch is padded.
   """
 
-  batch_size = EMBED_BATCH
-
-  def __init__(
-    self,
-    config: CLIPConfig,
-    text_size: int,
-    params: dict,
-    encode: Callable[[str], np.ndarray] | None = None,
-  ):
-    """Makes a model from parameters.
-
-    `encode` converts a caption to the int32 ids of CLIP's tokenizer. It may be None if no caller
-    encodes captions.
-    """
-    self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
+  config: CLIPConfig
+  text_size: int
+  params: dict
+  encode: Callable[[str], np.ndarray] | None = None
+  batch_size: int = EMBED_BATCH
 
   @property
   def resolution(self) -> int:
@@ -253,9 +237,7 @@ class CLIP:
 
   def in_batches(self, size: int) -> "CLIP":
     """Returns this model with batches of at most `size` rows, for callers with few rows."""
-    found = copy.copy(self)
-    found.batch_size = min(size, self.batch_size)
-    return found
+    return dataclasses.replace(self, batch_size=min(size, self.batch_size))
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json."""
@@ -301,14 +283,8 @@ class CLIP:
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
   def _batched(self, embed: Callable[..., Array], rows: np.ndarray) -> np.ndarray:
-    out = np.zeros((len(rows), self.config.embed_dim), np.float32)
-    for start in range(0, len(rows), self.batch_size):
-      batch = rows[start : start + self.batch_size]
-      padded = np.pad(batch, ((0, self.batch_size - len(batch)),) + ((0, 0),) * (rows.ndim - 1))
-      out[start : start + len(batch)] = np.asarray(
-        embed(self.config, self.text_size, self.params, padded)
-      )[: len(batch)]
-    return out
+    embed = functools.partial(embed, self.config, self.text_size, self.params)
+    return in_batches(embed, rows, self.batch_size)
 
 
 @runtime_checkable

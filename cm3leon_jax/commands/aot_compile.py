@@ -80,7 +80,7 @@ def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
 def _on_mesh(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
   """Returns the settings with the gradient accumulation that the mesh requires."""
   from cm3leon_jax.mesh import BATCH
-  from cm3leon_jax.training.step.accumulation import on_mesh
+  from cm3leon_jax.training.config import on_mesh
 
   train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in BATCH))
   return dataclasses.replace(settings, train=train)

@@ -21,8 +21,7 @@ from cm3leon_jax.models.config import ModelConfig, RematPolicy
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import OptimizerConfig
-from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.config import OptimizerConfig, on_mesh
 from cm3leon_jax.training.step.grpo import BUCKET
 
 GIB = 2**30

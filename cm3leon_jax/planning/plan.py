@@ -11,8 +11,7 @@ from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.hardware import Hardware, peak_of
 from cm3leon_jax.planning.search import meshes
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.config import TrainConfig, on_mesh
 from cm3leon_jax.training.steps import compile_steps
 from cm3leon_jax.training.watch.flops import model_flops
 

@@ -21,8 +21,8 @@ from cm3leon_jax.decoding.programs import Lowered, lower_batch
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import Settings
+from cm3leon_jax.training.config import on_mesh
 from cm3leon_jax.training.step import grpo
-from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
 

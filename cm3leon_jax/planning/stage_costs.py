@@ -138,7 +138,7 @@ def clip_flops(settings: Settings) -> tuple[float, float]:
   text = jax.ShapeDtypeStruct((1, config.text_length), jnp.int32)
 
   def embed_image(params: dict, x: Array) -> Array:
-    return clip_lib.bind(config, size, params).embed_images(clip_lib.to_float(x))
+    return clip_lib.bind(config, size, params).embed_images(vqgan.to_float(x))
 
   def embed_text(params: dict, x: Array) -> Array:
     return clip_lib.bind(config, size, params).embed_texts(x)

@@ -95,38 +95,29 @@ def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
   return float(np.mean([codes[:, a] != codes[:, b] for a, b in pairs]))
 
 
+@dataclasses.dataclass
 class Rollouts:
   """Objective of a run that trains on samples of the policy, see `training.objective.Objective`.
 
   A step samples images for its prompts with the current parameters, scores the samples, and takes
   one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a resumed
   run uses the same prompts and seeds.
+
+  Attributes:
+    prompts: the steps use them in this order, and begin again after the last prompt.
+    pipeline_of: returns a pipeline that samples with the given parameters.
+    reference: parameters that the policy must stay close to, on the current mesh.
   """
 
+  settings: Settings
+  prompts: Sequence[Prompt]
+  pipeline_of: Callable[[dict], Pipeline]
+  reward: Reward
+  reference: dict
   names = ()
 
-  def __init__(
-    self,
-    settings: Settings,
-    prompts: Sequence[Prompt],
-    pipeline_of: Callable[[dict], Pipeline],
-    reward: Reward,
-    reference: dict,
-  ):
-    """Creates the objective.
-
-    Args:
-      prompts: the steps use them in this order, and begin again after the last prompt.
-      pipeline_of: returns a pipeline that samples with the given parameters.
-      reference: parameters that the policy must stay close to, on the current mesh.
-
-    Raises:
-      UserError: `train.global_batch_size` is not a multiple of `reinforce.samples`, or a step has
-        several micro-batches.
-    """
-    self.settings, self.prompts, self.reward = settings, prompts, reward
-    self._pipeline_of, self._reference = pipeline_of, reference
-    train, group = settings.train, settings.reinforce.samples
+  def __post_init__(self) -> None:
+    train, group = self.settings.train, self.settings.reinforce.samples
     if train.global_batch_size % group or train.gradient_accumulation_steps > 1:
       raise UserError(
         f"config.train.global_batch_size is {train.global_batch_size} with "
@@ -164,7 +155,7 @@ class Rollouts:
 
     def take_step(state: TrainState, numbers: range) -> tuple[TrainState, dict[str, Any]]:
       rollout, scores = self.draw(state.params, numbers)
-      state, metrics = update(state, self._reference, grpo.place(rollout))
+      state, metrics = update(state, self.reference, grpo.place(rollout))
       return state, {**metrics, **scores}
 
     group = settings.reinforce.samples
@@ -185,8 +176,7 @@ class Rollouts:
     """
     prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
-    rewards = self._rewards(prompts, samples)
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    codes, rewards = self._score(prompts, samples)
     values = grpo.advantages(rewards)
     rollout = _rollout(pipeline, requests, codes, values, self.sampling)
     return rollout, {
@@ -202,8 +192,7 @@ class Rollouts:
     reward, spread, and `by_prompt`, the mean reward of each prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
-    rewards = self._rewards(prompts, samples)
-    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    codes, rewards = self._score(prompts, samples)
     of_task = np.array([prompt.task.name for prompt in prompts])
     result = {}
     for name in ("all", *dict.fromkeys(of_task.tolist())):
@@ -219,7 +208,7 @@ class Rollouts:
     self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: SamplingConfig
   ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
     """Draws `reinforce.samples` samples per prompt. The prompt's number determines their seed."""
-    pipeline, base = self._pipeline_of(params), self.settings.seed * 1_000_003
+    pipeline, base = self.pipeline_of(params), self.settings.seed * 1_000_003
     tasks = [
       prompt_of(prompt.task, prompt.record, seed=(base + number) % 2**32, sampling=sampling)
       for prompt, number in zip(prompts, numbers, strict=True)
@@ -229,11 +218,14 @@ class Rollouts:
     samples = pipeline.generate(tasks, self.settings.reinforce.samples, given=given)
     return samples, requests, pipeline
 
-  def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
-    """Scores samples; returns [N, G] fp32."""
+  def _score(
+    self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of samples, int32 [N, G, I], and their rewards, fp32 [N, G]."""
+    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
     records = [prompt.record for prompt, group in zip(prompts, samples) for _ in group]
     rewards = self.reward(records, list(itertools.chain(*samples)))
-    return rewards.reshape(len(samples), -1)
+    return codes, rewards.reshape(len(samples), -1)
 
 
 def _rollout(

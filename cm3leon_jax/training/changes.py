@@ -60,7 +60,9 @@ def check_changes(
   sentences, others = [], []
   for change in differences(stored, plain(config)):
     name = change.partition(":")[0]
-    if name == "optimizer.ema_decay" and not _both_average(stored, config):
+    if name == "optimizer.ema_decay" and not all(
+      fields["optimizer"].get("ema_decay") for fields in (stored, config)
+    ):
       if name in allowed:
         raise UserError(_refusal(name))
       others.append(name)
@@ -77,10 +79,6 @@ def check_changes(
   if others:
     check_same_config(folder, stored, config)
   return sentences
-
-
-def _both_average(stored: dict, config: dict) -> bool:
-  return bool(stored["optimizer"].get("ema_decay") and config["optimizer"].get("ema_decay"))
 
 
 def _refusal(name: str) -> str:

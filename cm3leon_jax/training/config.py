@@ -1,11 +1,12 @@
 """Defines the config sections `train`, `optimizer` and `reinforce`."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax.config import STRICT
+from cm3leon_jax.config import STRICT, UserError
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -108,6 +109,32 @@ class TrainConfig:
     return self.global_batch_size // self.gradient_accumulation_steps
 
 
+def on_mesh(config: TrainConfig, shards: int) -> TrainConfig:
+  """Replaces `rows_per_device`, if it is set, by the number of micro-batches on a mesh.
+
+  For `shards`, see `mesh.batch_shards`.
+
+    on_mesh(TrainConfig(global_batch_size=8_192, rows_per_device=4), 256)
+    TrainConfig(global_batch_size=8_192, gradient_accumulation_steps=8, rows_per_device=0)
+
+  Raises:
+    UserError: the mesh cannot split the batch.
+  """
+  rows, name = config.gradient_accumulation_steps, "gradient_accumulation_steps"
+  if config.rows_per_device:
+    rows, name = config.rows_per_device, "rows_per_device"
+  parts = shards * rows
+  if config.global_batch_size % parts:
+    raise UserError(
+      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
+      f"mesh.fsdp_inner x train.{name} = {shards} x {rows} = {parts} must divide it."
+    )
+  if not config.rows_per_device:
+    return config
+  steps = config.global_batch_size // parts
+  return dataclasses.replace(config, gradient_accumulation_steps=steps, rows_per_device=0)
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
   """The optimizer and its learning rate schedule.
@@ -141,7 +168,7 @@ class OptimizerConfig:
   decay_embeddings: bool = True
   """Whether weight decay acts on the embedding tables of tokens and positions."""
   clip_norm: PositiveFloat = 1.0
-  """Gradients are scaled down to this global norm if theirs is larger."""
+  """Largest global norm of the gradients. Larger gradients are scaled down to it."""
   skip_above: NonNegativeFloat = 0.0
   """Skips a step whose gradient norm is above `skip_above` x the moving average of earlier norms,
   e.g. 10; 0 disables it. Steps with a NaN or an infinity are always skipped."""
@@ -174,8 +201,8 @@ class ReinforceConfig:
   temperature: PositiveFloat = 1.0
   """Divides the guided logits when samples are drawn for training; top-k and top-p are off."""
   kl_weight: NonNegativeFloat = 0.05
-  """Weight in the loss of KL(initial policy || policy), in nats per code. It keeps likely what the
-  initial model draws, so that samples stay diverse and held-out images stay likely."""
+  """Weight in the loss of KL(initial policy || policy), in nats per code. This term
+  keeps the policy close to the initial model, so that samples stay diverse."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Number of held-out prompts whose samples are scored before the first and after the last
   step."""

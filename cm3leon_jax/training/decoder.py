@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 from etils import epath
@@ -19,29 +20,25 @@ from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.config import OptimizerConfig, TrainConfig
+from cm3leon_jax.training.config import OptimizerConfig, TrainConfig, on_mesh
 from cm3leon_jax.training.faults import skipped_rows
 from cm3leon_jax.training.faults.hang_watch import HangWatch
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.faults.replay import replaying
 from cm3leon_jax.training.faults.skipped_rows import GoBack
-from cm3leon_jax.training.faults.skipped_steps import explaining
 from cm3leon_jax.training.loop import run_steps
-from cm3leon_jax.training.objective import Objective
-from cm3leon_jax.training.saves.failed_saves import FailedSaves
+from cm3leon_jax.training.objective import Objective, explaining
 from cm3leon_jax.training.saves.saving import Saves
-from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.step.optimizer import learning_rate_schedule
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.steps import Steps, compile_steps
-from cm3leon_jax.training.watch.dispatch import Dispatch
-from cm3leon_jax.training.watch.goodput import Stopwatch
-from cm3leon_jax.training.watch.heldout import HeldoutLosses, evaluator
-from cm3leon_jax.training.watch.histograms import Histograms
-from cm3leon_jax.training.watch.metrics import check_log
-from cm3leon_jax.training.watch.monitor import Monitor, open_monitor
-from cm3leon_jax.training.watch.samples import SampleGrids
+from cm3leon_jax.training.watch import flops, heldout
+from cm3leon_jax.training.watch.boards import open_boards
+from cm3leon_jax.training.watch.goodput import Stopwatch, earlier
+from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
+from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids
+from cm3leon_jax.training.watch.traces import Profiler
 from cm3leon_jax.vocab import VocabLayout
 
 
@@ -120,30 +117,52 @@ def restore_or_init(
   recovery.discard_unsealed(checkpoints)
   newest = checkpoints.newest() if newest is None else newest
   if newest is not None:
-    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
+    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
   check_log(folder, config.checkpoint_every)
   state = steps.init()  # The initial state of the optimizer does not depend on the parameters.
   if initial_params is not None:
     params = initial_params()
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both get donated.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
     state = dataclasses.replace(state, params=params, ema=ema)
   return None, state, 0
 
 
-def _open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch) -> Monitor:
-  config, objective = training.config, training.objective
-  with distributed.together():
-    return open_monitor(
-      training.folder,
-      training.model,
-      config,
-      learning_rate_schedule(training.optimizer, config.steps),
-      objective.length,
-      newest,
-      watch,
-      training.profile_steps,
-      objective.names,
+def open_monitor(training: DecoderTraining, newest: int | None, watch: Stopwatch) -> Monitor:
+  """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
+
+  `newest` is the step of the restored checkpoint, or None. `watch` was started together with the
+  trainer.
+  """
+  folder, config, objective = training.folder, training.config, training.objective
+  log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
+  watch.add({} if newest is None else earlier(log.before, newest))
+  skipped = sum(int(x.get("skipped", 0)) for x in log.before if x["step"] <= (newest or 0))
+  devices = jax.sharding.get_mesh().devices
+  kind = devices.flat[0].device_kind
+  tokens = config.global_batch_size * objective.length
+  rates = flops.Rates(
+    flops.model_flops(training.model, tokens, objective.length),
+    devices.size,
+    config.peak_flops or flops.device_peak(kind),
+  )
+  first = 0 if newest is None else newest + 1  # Step 0 is the evaluation before the first step.
+  boards = open_boards(folder, config, first, watch) if log.enabled else []
+  traced = training.profile_steps
+  if traced and (newest or 0) >= traced[-1]:
+    distributed.print_once(
+      f"train: the run is already at step {newest:,}, beyond the steps to trace; "
+      "there will be no trace."
     )
+  peak = "of unknown peak, so no MFU (train.peak_flops sets one)"
+  if rates.peak:
+    peak = f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
+  distributed.print_once(
+    f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, "
+    f"{devices.size} x {kind} {peak}."
+  )
+  schedule = learning_rate_schedule(training.optimizer, config.steps)
+  profiler = Profiler(folder / "profile", traced)
+  return Monitor(log, watch, rates, schedule, config, profiler, boards, objective.names, skipped)
 
 
 def _summary(state: TrainState, next_row: int, losses: dict, before: dict) -> dict:
@@ -185,16 +204,20 @@ def train(
     newest, state, next_row = restore_or_init(
       folder, checkpoints, steps, config, training.initial_params
     )
-    heldout_losses = evaluator(steps, training.heldout, config, sharding)
+    rows = heldout.heldout_batches(training.heldout, config, sharding)
+    evaluate = functools.partial(heldout.evaluate, steps, rows, training.heldout.source_names)
     take_step, batches = objective.begin(
       replaying(steps, config, state), next_row, config.global_batch_size, sharding
     )
     done = int(state.step)
     hang.continue_after(done)
-    monitor = _open_monitor(training, newest, watch)
+    with distributed.together():
+      monitor = open_monitor(training, newest, watch)
     explained = explaining(objective, done, next_row, config.global_batch_size)
     with StopSignal(sharding.mesh) as stop, explained, monitor, Dispatch(monitor) as dispatch:
-      losses = HeldoutLosses(heldout_losses, config, monitor, stop, training.evaluate_start, newest)
+      losses = heldout.HeldoutLosses(
+        evaluate, config, monitor, stop, training.evaluate_start, newest
+      )
       saves = Saves(checkpoints, config, monitor, stop, losses, next_row)
       hooks = [
         dispatch,
@@ -207,10 +230,9 @@ def train(
         SampleGrids(config, monitor, training.sample_grid),
         saves,
         Histograms(config.histogram_every, monitor),
-        FailedSaves(checkpoints),
       ]
       state = run_steps(range(done + 1, config.steps + 1), take_step, state, batches, hooks)
   check_end(int(state.step), config.steps, folder, stop.code, saves.saved)
   # If there was no step left to train, the losses are not computed yet.
-  found = losses.losses or heldout_losses(state.eval_params)
+  found = losses.losses or evaluate(state.eval_params)
   return _summary(state, saves.next_row, found, losses.at_start)

@@ -3,14 +3,17 @@
 # B rows of a step.
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 from typing import Protocol, runtime_checkable
 
 from jax.sharding import NamedSharding
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.loader import RowLoader, batches
 from cm3leon_jax.training.faults.skipped_rows import Remaining
+from cm3leon_jax.training.step.numerics import TooManySkippedError
 from cm3leon_jax.training.steps import Steps
 
 
@@ -80,3 +83,24 @@ class RowObjective:
       f"and `cm3leon train --resume_from=STEP --skip_rows={first}:{last}` continues without them "
       "from an earlier checkpoint"
     )
+
+
+@contextlib.contextmanager
+def explaining(objective: Objective, done: int, next_row: int, batch_size: int) -> Iterator[None]:
+  """Extends a TooManySkippedError of the body by the rows that the skipped steps had read.
+
+  `done` is the number of steps before this start, and `next_row` is the first row of this start.
+
+  Raises:
+    UserError: in place of a TooManySkippedError.
+  """
+  try:
+    yield
+  except TooManySkippedError as error:
+    first = next_row + (error.steps[0] - 1 - done) * batch_size
+    what = objective.explain(range(first, first + len(error.steps) * batch_size))
+    raise UserError(
+      f"{error}: {what}; or lower optimizer.learning_rate in a new --workdir; with --debug_nans "
+      "the same command continues from the last checkpoint and stops at the operation that makes "
+      "the first NaN."
+    ) from error

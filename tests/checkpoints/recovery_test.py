@@ -43,7 +43,8 @@ with Checkpoints(folder, keep=9) as checkpoints:
   recovery.discard_unsealed(checkpoints)
   found.append(checkpoints.steps())
   distributed.print_once(sorted(path.stem for path in digests.iterdir()))
-  recovery.go_back(checkpoints, 2)
+  recovery.check_target(checkpoints, 2)
+  checkpoints.delete_after(2)
   found += [checkpoints.steps(), recovery.newest_whole(checkpoints)]
   print(found)
 """
@@ -135,7 +136,8 @@ def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
   """No digests remain, either of a deleted checkpoint or of a checkpoint that does not exist."""
   shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    recovery.go_back(checkpoints, 1)
+    recovery.check_target(checkpoints, 1)
+    checkpoints.delete_after(1)
   assert on_disk(saved) == [[1], [1]]
 
 
@@ -144,7 +146,7 @@ def test_a_step_to_go_back_to_must_be_sealed(saved):
   with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
     for step in (1, 9):
       with refused(UserError):
-        recovery.go_back(checkpoints, step)
+        recovery.check_target(checkpoints, step)
   assert on_disk(saved) == [[1, 2], [2]]
 
 

@@ -35,7 +35,7 @@ WATCHING = mutants_of(
   ),
   f"{REPLAY_TEST}::test_different_replicas_start_again_unless_a_checkpoint_may_hold_them",
   ("the_newest_checkpoint_is_sound", "if newest < since:", "if newest < since + 1:"),
-  "cm3leon_jax/training/faults/replicas.py",
+  "cm3leon_jax/training/faults/fingerprint.py",
   f"{REPLAY_TEST}::test_replicas_of_a_shard_by_hand",
   ("the_first_replica_is_right", "alone[replicas] |= equal", "alone[replicas] &= equal"),
   "cm3leon_jax/training/faults/replay.py",

@@ -8,7 +8,7 @@ from cm3leon_jax.planning import search as search_lib
 from cm3leon_jax.planning.search import Candidate, kept_bytes, meshes, search
 from cm3leon_jax.planning.topology import CHIPS, Topology
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.config import on_mesh
 from tests.messages import refused
 
 POD = Topology("v5e:16x16", CHIPS["v5e"], (16, 16), 1, tuple(range(256)))

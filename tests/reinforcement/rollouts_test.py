@@ -184,9 +184,9 @@ def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(object
     first, second = itertools.islice(data, 2)
     _, later = objective.begin(None, BATCH, BATCH, None)
     assert (first, second, next(later)) == (range(4), range(4, 8), range(4, 8))
-    one, numbers = objective.draw(objective._reference, second)
-    again, _ = objective.draw(objective._reference, second)
-    other, _ = objective.draw(objective._reference, first)
+    one, numbers = objective.draw(objective.reference, second)
+    again, _ = objective.draw(objective.reference, second)
+    other, _ = objective.draw(objective.reference, first)
   jax.tree.map(np.testing.assert_array_equal, one, again)
   assert not np.array_equal(one.codes, other.codes)
   assert numbers.keys() == {"reward", "reward_std", "spread"}
@@ -207,7 +207,7 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
   settings = objective.settings
   optimizer = create_optimizer(settings.optimizer, settings.train.steps)
   with one_device():
-    params = jax.tree.map(jnp.copy, objective._reference)
+    params = jax.tree.map(jnp.copy, objective.reference)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     take_step, data = objective.begin(None, 0, BATCH, None)
     found = []
@@ -215,7 +215,7 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
       state, metrics = take_step(state, next(data))
       found.append(float(metrics["reward"]))
     heldout = rollouts.read_prompts(settings, layout, "heldout", 4)
-    before, after = (objective.measure(p, heldout) for p in (objective._reference, state.params))
+    before, after = (objective.measure(p, heldout) for p in (objective.reference, state.params))
   assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
   assert list(after) == ["all", *NAMES]
   assert after["all"]["reward"] > before["all"]["reward"] + 0.1
@@ -234,13 +234,13 @@ def test_streams_without_weight_are_left_out(objective):
   )
   with one_device():
     samples, requests, pipeline = objective._sample(
-      objective._reference, objective.prompts[:2], range(2), sampling
+      objective.reference, objective.prompts[:2], range(2), sampling
     )
     codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
     made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
     fixed = SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
     compute = jax.jit(functools.partial(grpo.guided_log_probs, *fixed))
-    found = np.asarray(compute(objective._reference, grpo.place(made)))
+    found = np.asarray(compute(objective.reference, grpo.place(made)))
   assert made.guidance.shape == (2 * GROUP, 16, 2)
   assert made.guidance[0, 0].tolist() == [1, 0]
   assert made.guidance[-1, 0].tolist() == [1.25, -0.25]

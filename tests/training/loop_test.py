@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from cm3leon_jax.training.hooks import Hook
-from cm3leon_jax.training.loop import run_steps
+from cm3leon_jax.training.loop import Hook, run_steps
 from tests.training.fakes import Noting
 
 

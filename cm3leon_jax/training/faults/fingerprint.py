@@ -1,4 +1,9 @@
-"""Computes fingerprints: a few numbers per array and device, which reveal silent errors."""
+"""Computes fingerprints: a few numbers per array and device, which reveal silent errors.
+
+Several devices may hold replicas of one shard, which must be equal. Each device adds the same
+update to its replica, so an error in one replica persists. If the step is computed again, it reads
+the wrong numbers again, so only a comparison of the replicas reveals the error.
+"""
 
 # D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
 
@@ -8,7 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, PyTree, UInt32
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float32, Int, PyTree, UInt32
 import numpy as np
 
 from cm3leon_jax.mesh import AXES
@@ -104,3 +110,45 @@ def names_of(tree: PyTree) -> list[str]:
 
 
 fingerprint_of: Callable = jax.jit(fingerprint)
+
+
+def first_replicas(tree: PyTree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
+  """Returns, for each device and array, the place of the first device that holds the same shard.
+
+  One array, sharded over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
+  """
+  devices, columns = mesh.devices.flatten().tolist(), []
+  for x in jax.tree.leaves(tree):
+    indices = x.sharding.devices_indices_map(x.shape)
+    first: dict[tuple, int] = {}
+    parts = [tuple((s.start, s.stop) for s in indices[device]) for device in devices]
+    columns.append([first.setdefault(part, place) for place, part in enumerate(parts)])
+  return np.array(columns).T
+
+
+def different_replicas(
+  found: Fingerprint, first: Int[np.ndarray, "D N"], tolerance: float = 0.0
+) -> tuple[list[int], list[int]]:
+  """Compares the replicas of each shard.
+
+    digests of an array that is replicated on 5 devices: [7 7 5 7 7] -> device 2
+    of an array with two shards, each on 2 of 4 devices: [7 8 7 9] -> devices 1 and 3
+    of an array that is replicated on 4 devices: [7 7 5 5] -> all four devices
+
+  `found` has numpy arrays, and `first` is the result of `first_replicas`. For `tolerance`, see
+  `fingerprint.equal`. Returns the numbers of the arrays whose replicas differ, and places of
+  devices. A device is listed if its replica is not equal to any other replica. If there is no such
+  device, all devices with the differing shards are listed. Both lists are empty if all replicas are
+  equal.
+  """
+  of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
+  differ = ~equal(found, of_first, tolerance)
+  alone, concerned = np.zeros(len(first), bool), np.zeros(len(first), bool)
+  arrays = np.flatnonzero(differ.any(0)).tolist()
+  for i in arrays:
+    for place in np.unique(first[differ[:, i], i]):
+      replicas = np.flatnonzero(first[:, i] == place)
+      a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
+      concerned[replicas] = True
+      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each replica is equal to itself.
+  return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

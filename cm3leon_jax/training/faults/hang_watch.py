@@ -19,7 +19,7 @@ import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
 
 FOLDER = "hang"
@@ -129,15 +129,8 @@ class HangWatch(Hook):
     self._reading = True
 
   def ready(self, step: int) -> None:
+    """See `Hook`. Measures the previous step without the time of phases other than steps."""
     self._reading = False
-    self._sign = self._clock()
-    self._begin_step(step)
-
-  def after(self, step: int, state: Any, metrics: dict) -> None:
-    self._sign = self._clock()
-
-  def _begin_step(self, step: int) -> None:
-    """Counts a step, and measures the previous step without the time of other phases."""
     seconds = self._stopwatch.seconds()
     before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
     if self._taken >= COMPILED:
@@ -146,9 +139,8 @@ class HangWatch(Hook):
     self._taken += 1
     self._sign = self._clock()
 
-  def _idle(self) -> float:
-    """Returns the number of seconds since the loop last made progress."""
-    return min(self._clock() - self._sign, self._stopwatch.standing()[1])
+  def after(self, step: int, state: Any, metrics: dict) -> None:
+    self._sign = self._clock()
 
   def _doing(self) -> str:
     phase = self._stopwatch.standing()[0]
@@ -166,12 +158,15 @@ class HangWatch(Hook):
     self._looked = now
     base = max(self._allowed, LONGEST * self._longest)
     steady = self._doing() in ("step", "data") and self._taken >= COMPILED
-    limit, idle = base if steady else SLOW * base, self._idle()
+    limit = base if steady else SLOW * base
+    idle = min(self._clock() - self._sign, self._stopwatch.standing()[1])
     if idle > limit:
       self._give_up(idle)
     elif idle > base / 2 and not self._reported:
       self._reported = True
-      self._write_report(idle)
+      if jax.process_count() > 1:
+        report = {**self._report(idle), "stacks": stacks()}
+        _within(FILE_SECONDS, lambda: write_json(self._path(), report))
     elif idle <= base / 2 and self._reported:
       self._reported = self._warned = False
       _within(FILE_SECONDS, lambda: self._path().unlink(missing_ok=True))
@@ -194,11 +189,6 @@ class HangWatch(Hook):
       "doing": self._doing(),
       "seconds": round(idle, 1),
     }
-
-  def _write_report(self, idle: float) -> None:
-    if jax.process_count() > 1:
-      report = {**self._report(idle), "stacks": stacks()}
-      _within(FILE_SECONDS, lambda: write_json(self._path(), report))
 
   def _read_report(self, process: int) -> dict | None:
     with contextlib.suppress(UserError):  # The report is missing or incomplete.

@@ -15,7 +15,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files import buckets
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0
@@ -38,6 +38,7 @@ class Lease(Hook):
 
   def __init__(self, folder: epath.PathLike):
     self._folder = epath.Path(folder)
+    self._path = self._folder / NAME
     self._token, self._beats, self._lost = secrets.token_hex(8), 0, ""
     self._renewed = 0.0
     self._stop, self._renewing = threading.Event(), threading.Lock()
@@ -61,10 +62,17 @@ class Lease(Hook):
 
   def _start(self) -> None:
     try:
-      self._take()
+      first = self._read()
+      if first and not _is_gone(first):
+        self._wait_for(first)
+      self._write()
+      time.sleep(SETTLE_SECONDS)
+      found = self._read()
     except OSError as error:
       kind = UserError if buckets.refuses(error) else TryAgain
       raise kind(f"{self._path} cannot be read or written ({error}).") from error
+    if found.get("token") != self._token:
+      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
     self._thread.start()
 
   def __exit__(self, *_: object) -> None:
@@ -103,10 +111,6 @@ class Lease(Hook):
     """See `Hook`. Raises the errors of `check`."""
     self.check(now=False)
 
-  @property
-  def _path(self) -> epath.Path:
-    return self._folder / NAME
-
   def _write(self) -> None:
     self._beats += 1
     write_json(self._path, {"token": self._token, "beats": self._beats, **_this_process()})
@@ -119,15 +123,6 @@ class Lease(Hook):
     except UserError:
       return {}
     return found if isinstance(found, dict) else {}
-
-  def _take(self) -> None:
-    first = self._read()
-    if first and not _is_gone(first):
-      self._wait_for(first)
-    self._write()
-    time.sleep(SETTLE_SECONDS)
-    if (found := self._read()).get("token") != self._token:
-      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
 
   def _wait_for(self, first: dict) -> None:
     print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)

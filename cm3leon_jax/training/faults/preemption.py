@@ -14,7 +14,7 @@ import numpy as np
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 
 # Signals and their exit codes. All processes agree on the largest index, so that SIGTERM overrides
 # Ctrl-C.
@@ -67,25 +67,17 @@ class StopSignal(Hook):
       signal.signal(number, handler)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    """See `Hook`. It calls `stopping` once, so a later signal takes effect at the next step."""
-    self.code = self.stopping()
+    """See `Hook`. Sets `code`; a later signal takes effect at the next step."""
+    agreed = self._received
+    if jax.process_count() > 1:
+      mine = np.full(self._shape, self._received, np.int32)
+      flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
+      before, self._pending = self._pending, _largest(flags)
+      agreed = 0 if before is None else int(before)
+    self.code = CODES[agreed - 1] if agreed else None
 
   def stops(self) -> bool:
     return self.code is not None
-
-  def stopping(self) -> int | None:
-    """Returns the exit code with which to stop after this step; None: continue.
-
-    All processes call it once per step and get the same result.
-    """
-    agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
-    return CODES[agreed - 1] if agreed else None
-
-  def _largest_of_all(self) -> int:
-    mine = np.full(self._shape, self._received, np.int32)
-    flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
-    before, self._pending = self._pending, _largest(flags)
-    return 0 if before is None else int(before)
 
 
 def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:

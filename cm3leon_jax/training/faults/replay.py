@@ -19,16 +19,16 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.assignment import assignments, moved, moved_back
-from cm3leon_jax.training.faults.checked_step import STAGES, is_checked
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
+  different_replicas,
   equal,
   fingerprint_of,
+  first_replicas,
   names_of,
 )
-from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
 from cm3leon_jax.training.step.state import TrainState
-from cm3leon_jax.training.steps import Steps
+from cm3leon_jax.training.steps import STAGES, Steps, is_checked
 
 MOST = 2  # Number of faults in one start that ends the run. Healthy devices produce none.
 Fingerprints: TypeAlias = dict[str, Fingerprint]

@@ -128,7 +128,8 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
   Raises:
     UserError: there is no such checkpoint, or it is damaged.
   """
-  recovery.go_back(checkpoints, back.step)
+  recovery.check_target(checkpoints, back.step)
+  checkpoints.delete_after(back.step)
   with distributed.together():
     if distributed.is_first():
       log = MetricsLog(folder / "metrics", back.step)

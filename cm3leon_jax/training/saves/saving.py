@@ -1,11 +1,12 @@
 """Decides when a run of the decoder saves, and checks the state before saving."""
 
+import dataclasses
 from typing import Any
 
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.faults.preemption import StopSignal
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.numerics import check_finite
 from cm3leon_jax.training.step.state import TrainState
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
@@ -14,44 +15,45 @@ from cm3leon_jax.training.watch.monitor import Monitor
 REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints are unchanged."
 
 
+@dataclasses.dataclass
 class Saves(Hook):
   """Saves every `checkpoint_every` steps, after the last step, and at SIGTERM and Ctrl-C.
 
-  `saved` is the step of the newest checkpoint, or 0. `next_row` is the first row that no step has
-  read yet.
+  Attributes:
+    checkpoints: receives the state; closed at the end.
+    stop: must precede this hook in the list of hooks.
+    heldout: provides the losses by which the best checkpoints are chosen; must precede this hook.
+    next_row: first row that no step has read yet.
+    saved: step of the newest checkpoint, or 0.
   """
 
-  def __init__(
-    self, checkpoints: Checkpoints, config: TrainConfig, monitor: Monitor, stop: StopSignal,
-    heldout: HeldoutLosses, next_row: int,
-  ):  # fmt: skip
-    """Creates the hook, which closes `checkpoints` at the end of training.
-
-    `stop` and `heldout` must precede this hook in the list of hooks. `heldout` provides the losses
-    by which the best checkpoints are chosen. `next_row` is the position in the data before the
-    first step.
-    """
-    self._checkpoints, self._config, self._monitor = checkpoints, config, monitor
-    self._stop, self._heldout = stop, heldout
-    self.saved, self.next_row = 0, next_row
+  checkpoints: Checkpoints
+  config: TrainConfig
+  monitor: Monitor
+  stop: StopSignal
+  heldout: HeldoutLosses
+  next_row: int
+  saved: int = 0
 
   def begin(self, state: TrainState) -> None:
     self.saved = int(state.step)
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
-    self.next_row += self._config.global_batch_size
-    last = step == self._config.steps or self._stop.code is not None
-    if (last or step % self._config.checkpoint_every == 0) and self._must_save(step):
-      with self._monitor.phase("save", step):
+    """See `Hook`. Raises TryAgain if the save in flight could not be written."""
+    self.next_row += self.config.global_batch_size
+    last = step == self.config.steps or self.stop.code is not None
+    if (last or step % self.config.checkpoint_every == 0) and self._must_save(step):
+      with self.monitor.phase("save", step):
         check_finite(state, f"checkpoint {step}", REMEDY)
-        losses = self._heldout.losses  # With `keep_best`, these are the losses of this step.
+        losses = self.heldout.losses  # With `keep_best`, these are the losses of this step.
         loss = losses["heldout_loss"] if losses else None
-        self._checkpoints.save(state, step, self.next_row, loss)
+        self.checkpoints.save(state, step, self.next_row, loss)
       self.saved = step
+    self.checkpoints.check_save()
 
   def end(self, state: TrainState) -> None:
-    with self._monitor.phase("save", int(state.step)):
-      self._checkpoints.close()
+    with self.monitor.phase("save", int(state.step)):
+      self.checkpoints.close()
 
   def _must_save(self, step: int) -> bool:
     """Returns whether to save at a step where a checkpoint is due.
@@ -60,6 +62,6 @@ class Saves(Hook):
     are two exceptions: the last step of the run, and a signal to stop after a step that was taken
     since the newest checkpoint.
     """
-    skipped, code = self._monitor.skipped_in_a_row(), self._stop.code
+    skipped, code = self.monitor.skipped_in_a_row(), self.stop.code
     taken = code is not None and skipped < step - self.saved
-    return step == self._config.steps or not skipped or taken
+    return step == self.config.steps or not skipped or taken

@@ -52,19 +52,14 @@ def require(folder: epath.Path) -> None:
 
 def entries(checkpoints: Checkpoints) -> list[Entry]:
   """Lists all checkpoints that are complete on disk, sorted by step."""
-  run = checkpoints.folder.parent
-  losses = _heldout_losses(run)
-  sealed = set(checkpoints.sealed())
-  return [
-    Entry(
-      step,
-      float((checkpoints.folder / str(step)).stat().mtime),
-      _size(checkpoints.folder / str(step)),
-      step in sealed,
-      losses.get(step, {}),
-    )
-    for step in checkpoints.steps()
-  ]
+  losses, sealed = _heldout_losses(checkpoints.folder.parent), set(checkpoints.sealed())
+  found = []
+  for step in checkpoints.steps():
+    path = checkpoints.folder / str(step)
+    size = sum((path / name).stat().length for name in files_below(path))
+    time = float(path.stat().mtime)
+    found.append(Entry(step, time, size, step in sealed, losses.get(step, {})))
+  return found
 
 
 def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
@@ -77,10 +72,7 @@ def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
   for entry in found:
     when = datetime.datetime.fromtimestamp(entry.time, datetime.UTC)
     state = states.get(entry.step, "sealed" if entry.sealed else "not sealed")
-    losses = [
-      f"{kind.strip('_') or 'loss'} {x:.3f}".removeprefix("loss ")
-      for kind, x in entry.losses.items()
-    ]
+    losses = [f"{kind.replace('_', ' ')}{x:.3f}" for kind, x in entry.losses.items()]
     lines.append(
       f"{entry.step:>10,}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
       f"{' '.join(losses) or '-'}"
@@ -216,9 +208,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     newer = [s for s in checkpoints.steps() if s > step]
     if not newer:
       return [f"Step {step:,} is the newest: nothing to remove."]
-    removed, continues = "removed", "continues"
-    if dry_run:
-      removed, continues = "would remove", "would continue"
+    removed = "would remove" if dry_run else "removed"
     sentences = []
     if (folder / DONE).exists():
       if not dry_run:
@@ -234,7 +224,10 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     if (last := cut_log(folder / "metrics", step, dry_run)) > step:
       lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
       sentences.append(f"{removed} {lines} from metrics/{LOG}.")
-  return [*sentences, f"cm3leon train {continues} from step {step:,}."]
+  return [
+    *sentences,
+    f"cm3leon train {'would continue' if dry_run else 'continues'} from step {step:,}.",
+  ]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
@@ -244,10 +237,6 @@ def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
       names = {kind: f"heldout_{kind}loss" for kind in MODALITIES}
       found[line["step"]] = {kind: line[name] for kind, name in names.items() if name in line}
   return found
-
-
-def _size(folder: epath.Path) -> int:
-  return sum((folder / name).stat().length for name in files_below(folder))
 
 
 def _checkpoints(steps: Sequence[int]) -> str:

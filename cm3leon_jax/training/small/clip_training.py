@@ -22,6 +22,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents.store import group_id
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import RawPair
+from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.small import trainer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -151,7 +152,7 @@ def train_step(
 
   def loss_fn(params: dict) -> Float[Array, ""]:
     model = clip_lib.bind(config, text_size, params)
-    x, t = augment(clip_lib.to_float(images), tokens, key, config)
+    x, t = augment(to_float(images), tokens, key, config)
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
     return contrastive_loss(model.embed_images(x), model.embed_texts(t), scale, concepts)
 

@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 import numpy as np
-from tqdm.auto import tqdm
 
 from cm3leon_jax.checkpoints import recovery
 from cm3leon_jax.checkpoints.checkpoint import Checkpoints
@@ -34,9 +33,7 @@ from cm3leon_jax.runs.stages import DONE, check_same_config, differences
 from cm3leon_jax.training.faults.lease import Lease
 from cm3leon_jax.training.faults.preemption import StopSignal, check_end
 from cm3leon_jax.training.loop import run_steps
-from cm3leon_jax.training.saves.failed_saves import FailedSaves
-from cm3leon_jax.training.small.lines import Lines, ShownLines
-from cm3leon_jax.training.small.saves import ShownSaves, SmallSaves
+from cm3leon_jax.training.small.hooks import Lines, SmallSaves
 from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
@@ -81,12 +78,6 @@ class SmallTraining:
     section = {field: value for field, value in fields.items() if field != "checkpoint_every"}
     return {self.name: section, **self.about, "seed": self.seed, "examples": len(self.examples)}
 
-  @property
-  def remedy(self) -> str:
-    """Part of a message: what the user can do if a number is not finite."""
-    checkpoints = epath.Path(self.folder) / FOLDER
-    return f"lower config.{self.name}.learning_rate and delete {checkpoints} to start again."
-
 
 def train(training: SmallTraining) -> dict:
   """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
@@ -112,22 +103,21 @@ def train(training: SmallTraining) -> dict:
     state, done = _restore(name, checkpoints, training.init)
     log = MetricsLog(folder, done or None, digest_folder=folder / FOLDER, every=LOG_EVERY)
     stop = stack.enter_context(StopSignal(mesh))
+    remedy = f"lower config.{name}.learning_rate and delete {folder / FOLDER} to start again."
     if watch is not None:
       stack.callback(watch.close)
     steps = range(done + 1, config.steps + 1)
     bar = progress_bar(steps, name, config.steps, initial=done, unit="step")
-    lines = Lines(log, LOG_EVERY, config.steps, name, training.remedy)
-    saves = SmallSaves(checkpoints, log, stop, name, config, training.remedy, done)
-    hooks = [
-      lease,
-      stop,
-      lines,
-      *([ShownLines(lines, watch.log)] if watch is not None else []),
-      ShownLines(lines, functools.partial(_show, bar)),
-      saves,
-      *([ShownSaves(saves, watch.save)] if watch is not None else []),
-      FailedSaves(checkpoints),
-    ]
+
+    def show(step: int, values: dict[str, float]) -> None:
+      if watch is not None:
+        watch.log(step, values)
+      bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
+
+    lines = Lines(log, LOG_EVERY, config.steps, name, remedy, show)
+    show_saved = None if watch is None else watch.save
+    saves = SmallSaves(checkpoints, log, stop, name, config, remedy, done, show_saved)
+    hooks = [lease, stop, lines, saves]
     batches = _batches(training, done, NamedSharding(mesh, spec("batch")))
     state = run_steps(bar, lambda state, batch: training.step(state, *batch), state, batches, hooks)
     check_end(saves.saved, config.steps, folder, stop.code, saves.saved)
@@ -139,12 +129,6 @@ def _batches(training: SmallTraining, first: int, split: NamedSharding) -> Itera
   for i in itertools.count(first):
     rows = batch_rows(i, len(training.examples), training.config.batch_size, training.seed)
     yield jax.device_put(training.examples[rows], split), i
-
-
-def _show(bar: tqdm, step: int, values: dict[str, float]) -> None:
-  """Shows the metrics of a step next to the progress bar when the bar is next drawn."""
-  del step  # The bar counts steps itself.
-  bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
 
 
 def _mesh() -> Mesh:
@@ -216,7 +200,7 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], dict]) -> t
   print(f"{name}: continues from step {newest}.", flush=True)
   types = jax.eval_shape(init)
   types = jax.tree.map(lambda x, s: x.update(sharding=s), types, _shardings(types))
-  state, _ = checkpoints.restore(types, newest, checked=True)
+  state, _ = checkpoints.restore(types, newest)
   return state, newest
 
 
@@ -258,9 +242,7 @@ def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
 
 def delete_checkpoints(folder: epath.PathLike) -> None:
   """Deletes the checkpoints in `folder`, if there are any. Called after the stage is finished."""
-  training = epath.Path(folder) / FOLDER
-  if training.exists():
-    training.rmtree()
+  (epath.Path(folder) / FOLDER).rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager

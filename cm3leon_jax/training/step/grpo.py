@@ -1,11 +1,9 @@
 """Optimizes a policy over image codes by group-relative rewards (GRPO, Shao et al. 2024).
 
-The paper is arXiv:2402.03300.
-
-The samples of one prompt form a group. A sample's advantage is its reward minus the group mean,
-divided by the group's standard deviation. The policy is the distribution that codes are sampled
-from: the combined guidance streams, restricted to image codes. Each batch of samples is used for
-one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
+The samples of one prompt form a group (arXiv:2402.03300). A sample's advantage is its reward minus
+the group mean, divided by the group's standard deviation. The policy is the distribution that codes
+are sampled from: the combined guidance streams, restricted to image codes. Each batch of samples is
+used for one step only, so the probability ratio to the sampling policy is 1 and needs no clipping.
 """
 
 # B samples, S guidance streams, R = B x S rows, P prompt slots, I codes of an image,

@@ -58,16 +58,7 @@ def weighted_nll(
   Returns:
     The sum, and nll in nats. Only the sum has a gradient.
   """
-  (nll, log_z), _ = _over_mesh(hidden, table, targets, weights, chunk, z_loss, False)
-  return _value(nll, log_z, weights, z_loss)
-
-
-def _forward(
-  hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids, weights: Values,
-  chunk: int, z_loss: float,
-) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
-  (nll, log_z), gradients = _over_mesh(hidden, table, targets, weights, chunk, z_loss, True)
-  return _value(nll, log_z, weights, z_loss), gradients
+  return _over_mesh(False, hidden, table, targets, weights, chunk, z_loss)[0]
 
 
 def _backward(
@@ -77,35 +68,32 @@ def _backward(
   return by_hidden, by_table, None, None
 
 
-weighted_nll.defvjp(_forward, _backward)
-
-
-def _value(nll: Values, log_z: Values, weights: Values, z_loss: float) -> tuple[Scalar, Values]:
-  return jnp.sum(weights * (nll + z_loss * log_z**2)), nll
-
-
 def _divisor(n: int, most: int) -> int:
   """Returns the largest divisor of n up to `most`."""
   return max(d for d in range(1, min(most, n) + 1) if n % d == 0)
 
 
 def _over_mesh(
-  hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids, weights: Values,
-  chunk: int, z_loss: float, gradients: bool,
-) -> tuple[tuple[Values, Values], Gradients | None]:  # fmt: skip
+  gradients: bool, hidden: Float[Array, "B L D"], table: Float[Array, "V D"], targets: Ids,
+  weights: Values, chunk: int, z_loss: float,
+) -> tuple[tuple[Scalar, Values], Gradients | None]:  # fmt: skip
   """Runs `_on_device` on every device's shard of the tokens and of the table.
 
-  Returns (nll, log Z), each [B, L] fp32, and the `Gradients` or None.
+  Returns what `weighted_nll` returns, and the `Gradients` or None.
   """
   C = _divisor(hidden.shape[1], chunk)
   tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
   states = spec("batch", "length", "act")
-  return jax.shard_map(
+  (nll, log_z), found = jax.shard_map(
     functools.partial(_on_device, C, z_loss, gradients),
     in_specs=(states, rows, tokens, tokens),
     out_specs=((tokens, tokens), Gradients(states, rows) if gradients else None),
     check_vma=False,
   )(hidden, table, targets, weights)
+  return (jnp.sum(weights * (nll + z_loss * log_z**2)), nll), found
+
+
+weighted_nll.defvjp(functools.partial(_over_mesh, True), _backward)
 
 
 def _on_device(

@@ -1,5 +1,6 @@
 """Skips and counts steps with a spike or a non-finite number. Too many such steps end the run."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -61,16 +62,6 @@ def is_sound(
   return jnp.isfinite(value) & jnp.isfinite(norm) & ~spike
 
 
-def select(sound: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """Returns the tree `new` if `sound`, else the tree `old`, which has the same types.
-
-  Arrays are selected element by element. The compiler fuses the selection into the computation of
-  `new`, so that arrays are not copied and `old` may be donated. A `jax.lax.cond` would need memory
-  for both trees.
-  """
-  return jax.tree.map(lambda x, y: jax.lax.select(sound, x, y), new, old)
-
-
 @jax.jit
 def _finite(leaves: list) -> list:
   return [jnp.isfinite(x).all() for x in leaves]
@@ -110,17 +101,19 @@ class TooManySkippedError(UserError):
     self.steps = steps
 
 
+@dataclasses.dataclass
 class SkipCounter:
   """Counts skipped steps.
 
   Attributes:
     most: number of consecutive skipped steps that is allowed.
-    in_a_row: number of consecutive skipped steps up to the newest step. It is 0 when the trainer
-      starts.
+    total: number of all skipped steps, including those of earlier starts.
+    in_a_row: number of consecutive skipped steps of this start, up to the newest step.
   """
 
-  def __init__(self, most: int, total: int = 0):
-    self.most, self.total, self.in_a_row = most, total, 0
+  most: int
+  total: int = 0
+  in_a_row: int = 0
 
   def add(self, step: int, values: dict[str, float]) -> None:
     """Counts a step. `values` holds loss, grad_norm and skipped (0 or 1).

@@ -127,7 +127,9 @@ def apply_gradients(
     ema = update_average(ema, params, ema_decay, state.step)
   sound = numerics.is_sound(value, norm, opt_state)
   old = (state.params, state.opt_state, state.ema)
-  new = numerics.select(sound, (params, opt_state, ema), old)
+  # The compiler fuses the selection into the computation of the new arrays, so that no array is
+  # copied and the old ones may be donated. A `jax.lax.cond` would need memory for both.
+  new = jax.tree.map(functools.partial(jax.lax.select, sound), (params, opt_state, ema), old)
   metrics = {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.float32)}
   return TrainState(state.step + 1, *new), metrics
 

@@ -4,43 +4,27 @@
 
 import dataclasses
 
-import jax
-
 from cm3leon_jax.models.config import ModelConfig
 
-# JAX's name of a device kind -> (peak of dense bfloat16 matmuls of one device in FLOP/s, source).
+# JAX's name of a device kind -> peak of dense bfloat16 matmuls of one device, in FLOP/s.
 # A kind matches the first entry that is equal to it or to its first words, so longer names precede
-# shorter ones.
-PEAKS = {
-  "TPU v4 lite": (None, "for inference only; without this entry it would count as a v4"),
-  "TPU v4": (275e12, "docs.cloud.google.com/tpu/docs/v4"),
-  "TPU v5 lite": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
-  "TPU v5e": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
-  "TPU v5p": (459e12, "docs.cloud.google.com/tpu/docs/v5p"),
-  "TPU v5": (459e12, "docs.cloud.google.com/tpu/docs/v5p"),
-  "TPU v6 lite": (918e12, "docs.cloud.google.com/tpu/docs/v6e"),
-  "TPU v6e": (918e12, "docs.cloud.google.com/tpu/docs/v6e"),
-  "NVIDIA A100": (312e12, "NVIDIA A100 data sheet: 312 TFLOPS without sparsity"),
-  "NVIDIA H100 PCIe": (
-    756.5e12,
-    "NVIDIA H100 data sheet: 1,513 TFLOPS with sparsity, which doubles it",
-  ),
-  "NVIDIA H100 NVL": (
-    835.5e12,
-    "NVIDIA H100 data sheet: 1,671 TFLOPS with sparsity, which doubles it",
-  ),
-  "NVIDIA H100": (
-    989.5e12,
-    "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it",
-  ),
-  "NVIDIA H200 NVL": (
-    835.5e12,
-    "NVIDIA H200 data sheet: 1,671 TFLOPS with sparsity, which doubles it",
-  ),
-  "NVIDIA H200": (
-    989.5e12,
-    "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it",
-  ),
+# shorter ones. Sources: docs.cloud.google.com/tpu/docs/ for TPUs, and NVIDIA's data sheets, where
+# those of H100 and H200 list twice these numbers, with sparsity.
+PEAKS: dict[str, float | None] = {
+  "TPU v4 lite": None,  # For inference only; without this entry it would count as a v4.
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100 PCIe": 756.5e12,
+  "NVIDIA H100 NVL": 835.5e12,
+  "NVIDIA H100": 989.5e12,  # SXM.
+  "NVIDIA H200 NVL": 835.5e12,
+  "NVIDIA H200": 989.5e12,  # SXM.
 }
 
 
@@ -81,20 +65,10 @@ def device_peak(device_kind: str) -> float | None:
 
   Returns None for a CPU and for other kinds that are not in the table; a peak is never guessed.
   """
-  for name, (peak, _) in PEAKS.items():
+  for name, peak in PEAKS.items():
     if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-")):
       return peak
   return None
-
-
-def utilization(flops_per_second: float, devices: int, peak: float | None) -> float | None:
-  """Computes MFU: model FLOP/s as a share of `devices` x `peak`; None if `peak` is None."""
-  return flops_per_second / (devices * peak) if peak else None
-
-
-def mesh_peak(given: float = 0.0) -> float | None:
-  """Returns `given` if it is positive, else `device_peak` of the devices of the current mesh."""
-  return given or device_peak(jax.sharding.get_mesh().devices.flat[0].device_kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +90,7 @@ class Rates:
     `weight` is the sum of the loss weights, which counts the tokens. `seconds` is the total time of
     the steps.
     """
-    mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)
-    return {
-      "tokens_per_second": round(weight / seconds, 1),
-      **({} if mfu is None else {"mfu": round(mfu, 4)}),
-    }
+    rates = {"tokens_per_second": round(weight / seconds, 1)}
+    if self.peak:
+      rates["mfu"] = round(steps * self.flops / seconds / (self.devices * self.peak), 4)
+    return rates

@@ -130,10 +130,11 @@ class MetricsLog:
     if resumed_at is not None and not self._expected:
       self._text += self._resume_event(resumed_at)  # No step has a loss to compare.
     self._appends = "://" not in os.fspath(self.path)
-    if enabled and resumed_at is not None:
+    if not enabled:
+      return
+    if resumed_at is not None:
       self._warn_of_difference(resumed_at, every)
-    if enabled:  # The digest describes the log before this start.
-      self._digest_path.unlink(missing_ok=True)
+    self._digest_path.unlink(missing_ok=True)  # The digest describes the log before this start.
     self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
@@ -193,8 +194,6 @@ class MetricsLog:
       )
 
   def _rewrite(self) -> None:
-    if not self.enabled:
-      return
     start = time.monotonic()
     with replacing(self.path, "w") as f:
       f.write(self._text)

@@ -1,25 +1,25 @@
 """Prints and logs a run while it trains: metrics, rates, goodput, held-out losses and traces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import datetime
 import time
 from typing import Any
 
-from etils import epath
 import jax
 import optax
 from PIL import Image
 
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.faults.checked_step import is_checked
-from cm3leon_jax.training.hooks import Hook
+from cm3leon_jax.training.loop import Hook
 from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.step.numerics import SkipCounter, finite_values
+from cm3leon_jax.training.step.state import TrainState
+from cm3leon_jax.training.steps import is_checked
 from cm3leon_jax.training.watch import flops
-from cm3leon_jax.training.watch.boards import Board, open_boards
-from cm3leon_jax.training.watch.goodput import Stopwatch, describe, earlier, goodput, to_line
+from cm3leon_jax.training.watch.boards import Board
+from cm3leon_jax.training.watch.goodput import Stopwatch, describe, goodput, to_line
 from cm3leon_jax.training.watch.metrics import MetricsLog
 from cm3leon_jax.training.watch.tensorboard_board import named_histograms
 from cm3leon_jax.training.watch.traces import Profiler
@@ -183,8 +183,9 @@ class Monitor(Hook):
 
   def after(self, step: int, state: Any, metrics: dict) -> None:
     """See `Hook`. Keeps the metrics of `step` and logs the metrics of the previous step."""
-    ended = self._in_steps() if _is_done(metrics) else None
-    self._flush(halved=ended is not None)
+    done = all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
+    ended = self._in_steps() if done else None
+    self.flush(halved=ended is not None)
     self._pending = (step, metrics, ended)
     if self._profiler.ends_with(step):
       self.flush()
@@ -245,16 +246,12 @@ class Monitor(Hook):
     self.flush()
     return self._skips.in_a_row
 
-  def flush(self) -> None:
-    """Waits for the last dispatched step and logs it.
+  def flush(self, halved: bool = False) -> None:
+    """Waits for the last dispatched step and logs it. `halved` is described in `_add_rates`.
 
     Raises:
       TooManySkippedError: see `SkipCounter`.
     """
-    self._flush()
-
-  def _flush(self, halved: bool = False) -> None:
-    """Implements `flush`. `halved` is described in `_add_rates`."""
     if self._pending is None:
       return
     (step, metrics, ended), self._pending = self._pending, None
@@ -323,55 +320,59 @@ class Monitor(Hook):
       print(text, flush=True)
 
 
-def _is_done(metrics: dict) -> bool:
-  """Returns whether the step that computes these metrics has finished."""
-  return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
+class Dispatch(Hook):
+  """Measures the wait for each batch, and traces the chosen steps until they are dispatched.
 
-
-def open_monitor(
-  folder: epath.Path, model: ModelConfig, config: TrainConfig, schedule: optax.Schedule,
-  sequence_length: int, newest: int | None, watch: Stopwatch, profile_steps: range,
-  sources: Sequence[str] = (),
-) -> Monitor:  # fmt: skip
-  """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
-
-  Args:
-    folder: receives metrics/, tensorboard/ and profile/.
-    schedule: learning rate as a function of the step.
-    newest: step of the restored checkpoint; None: a new run.
-    watch: a Stopwatch that was started together with the trainer.
-    profile_steps: steps to trace, see `traces.parse_steps`.
-    sources: see `Monitor`.
+  It is a context manager around the loop, so that the trace of a step also ends after an error.
   """
-  log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
-  watch.add({} if newest is None else earlier(log.before, newest))
-  skipped = sum(int(x.get("skipped", 0)) for x in log.before if x["step"] <= (newest or 0))
-  devices = jax.sharding.get_mesh().devices
-  tokens = config.global_batch_size * sequence_length
-  rates = flops.Rates(
-    flops.model_flops(model, tokens, sequence_length),
-    devices.size,
-    flops.mesh_peak(config.peak_flops),
-  )
-  first = 0 if newest is None else newest + 1  # Step 0 is the evaluation before the first step.
-  boards = open_boards(folder, config, first, watch) if log.enabled else []
-  if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
-    print(
-      f"train: the run is already at step {newest:,}, beyond the steps to trace; "
-      "there will be no trace.",
-      flush=True,
-    )
-  if log.enabled:
-    kind = devices.flat[0].device_kind
-    peak = (
-      f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
-      if rates.peak
-      else "of unknown peak, so no MFU (train.peak_flops sets one)"
-    )
-    print(
-      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, "
-      f"{devices.size} x {kind} {peak}.",
-      flush=True,
-    )
-  profiler = Profiler(folder / "profile", profile_steps)
-  return Monitor(log, watch, rates, schedule, config, profiler, boards, sources, skipped)
+
+  def __init__(self, monitor: Monitor):
+    self._monitor = monitor
+    self._traced, self._wait = contextlib.ExitStack(), contextlib.ExitStack()
+
+  def __enter__(self) -> "Dispatch":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._traced.close()
+
+  def before(self, step: int) -> None:
+    self._traced.enter_context(self._monitor.traced(step))
+    self._wait.enter_context(self._monitor.overlapped("data"))
+
+  def ready(self, step: int) -> None:
+    self._wait.close()
+
+  def after(self, step: int, state: Any, metrics: dict) -> None:
+    self._traced.close()
+
+
+@dataclasses.dataclass
+class SampleGrids(Hook):
+  """Makes a grid of samples every `sample_every` steps and after the last step of the run.
+
+  `sample_grid` maps (params, step) to a PIL image or None. If `sample_grid` is None, no grids are
+  made.
+  """
+
+  config: TrainConfig
+  monitor: Monitor
+  sample_grid: Callable[[dict, int], Image.Image | None] | None
+
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
+    if self.sample_grid is None:
+      return
+    if step % self.config.sample_every == 0 or step == self.config.steps:
+      with self.monitor.phase("sample", step):
+        self.monitor.samples(step, self.sample_grid(state.eval_params, step))
+
+
+class Histograms(Hook):
+  """Shows a histogram of each parameter every `every` steps; 0: never."""
+
+  def __init__(self, every: int, monitor: Monitor):
+    self._every, self._monitor = every, monitor
+
+  def after(self, step: int, state: TrainState, metrics: dict) -> None:
+    if self._every and step % self._every == 0:
+      self._monitor.histograms(step, state.params)

@@ -70,7 +70,7 @@ class Prometheus:
     """Does nothing: Prometheus stores only numbers."""
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """Does nothing, for the same reason as `samples`."""
+    """Does nothing: Prometheus stores only numbers."""
 
   def flush(self) -> None:
     """Does nothing, because no values are buffered."""

@@ -48,7 +48,7 @@ def curves(values: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-  """Writes event files. A folder in a GCS bucket needs google-cloud-storage, a part of gcsfs."""
+  """Writes event files. A folder in a GCS bucket needs google-cloud-storage, as does gcsfs."""
 
   def __init__(self, folder: epath.PathLike, first_step: int, settings: dict | None = None):
     """Opens an event file.

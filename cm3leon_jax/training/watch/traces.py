@@ -32,7 +32,8 @@ def parse_steps(text: str, steps: int) -> range:
       f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, "
       f"with 1 <= FIRST <= LAST <= train.steps = {steps}."
     )
-  # libtpu's profiler is loaded even on other devices. If its version is not jax's, it crashes.
+  # JAX loads libtpu's profiler on other devices, too. The profiler crashes if libtpu's version does
+  # not fit jax.
   platforms = (jax.config.jax_platforms or "tpu").split(",")
   if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
     backend = jax.default_backend()

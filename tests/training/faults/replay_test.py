@@ -15,18 +15,19 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.faults import checked_step, replay
+from cm3leon_jax.training.faults import replay
 from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
 from cm3leon_jax.training.faults.fingerprint import (
   Fingerprint,
+  different_replicas,
   equal,
   fingerprint,
   fingerprint_of,
+  first_replicas,
   names_of,
 )
 from cm3leon_jax.training.faults.replay import Replay, judge, replaying
-from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
-from cm3leon_jax.training.steps import Steps
+from cm3leon_jax.training.steps import STAGES, Steps
 from tests.messages import refused
 from tests.models.tiny import mesh_of
 from tests.training import runs
@@ -154,7 +155,7 @@ def test_two_of_three_name_the_device_of_the_third():
   assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
 
   def of(*digests, **others):
-    stages = {stage: numbers_of(7, 8, 9) for stage in checked_step.STAGES}
+    stages = {stage: numbers_of(7, 8, 9) for stage in STAGES}
     others = {stage: numbers_of(*x) for stage, x in others.items()}
     return {**stages, "gradients": numbers_of(*digests), **others}
 
@@ -178,9 +179,7 @@ def test_two_of_three_name_the_device_of_the_third():
 
 def test_on_two_devices_an_error_that_repeats_is_no_majority():
   """Device 0 is always wrong, in shards 0, 1 and 0, so two computations agree on shard 0."""
-  wrong, other = (
-    {stage: numbers_of(*x) for stage in checked_step.STAGES} for x in ((5, 8), (7, 4))
-  )
+  wrong, other = ({stage: numbers_of(*x) for stage in STAGES} for x in ((5, 8), (7, 4)))
   found = judge((wrong, other, wrong), meshes_of(2))
   assert found == replay.Verdict((1,), False, True, "read", (0,), ())
   assert found.majority is None
@@ -191,7 +190,7 @@ def test_on_two_devices_an_error_that_repeats_is_no_majority():
   # Two equal results are right if different devices computed them, or if there is only one device.
   assert judge((wrong, other, other), meshes_of(2)).majority == 2
   assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
-  alone = [{stage: numbers_of(x) for stage in checked_step.STAGES} for x in (5, 7, 5)]
+  alone = [{stage: numbers_of(x) for stage in STAGES} for x in (5, 7, 5)]
   assert judge(alone, meshes_of(1)).majority == 0
 
 

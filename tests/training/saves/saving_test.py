@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.saves.saving import Saves
 from cm3leon_jax.training.watch.heldout import HeldoutLosses
@@ -20,16 +20,16 @@ class FakeLosses(HeldoutLosses):
     self.losses = losses
 
 
-def make(**fakes):
+def make(failure=None, **fakes):
   fakes = {"monitor": FakeMonitor(), "stop": FakeStop(), "heldout": FakeLosses(), **fakes}
-  return Saves(FakeCheckpoints(), CONFIG, next_row=100, **fakes)
+  return Saves(FakeCheckpoints(failure), CONFIG, next_row=100, **fakes)
 
 
 def saved(hook, steps):
   hook.begin(FakeState(steps[0] - 1))
   for step in steps:
     hook.after(step, {"w": jnp.ones(2)}, {})
-  return hook._checkpoints.saves
+  return hook.checkpoints.saves
 
 
 def test_it_saves_every_few_steps_and_at_the_end():
@@ -37,7 +37,7 @@ def test_it_saves_every_few_steps_and_at_the_end():
   hook = make(heldout=FakeLosses({"heldout_loss": 0.5}))
   assert saved(hook, range(3, 11)) == [(4, 116, 0.5), (8, 148, 0.5), (10, 164, 0.5)]
   assert (hook.saved, hook.next_row) == (10, 164)
-  assert hook._monitor.events == ["save 4", "end", "save 8", "end", "save 10", "end"]
+  assert hook.monitor.events == ["save 4", "end", "save 8", "end", "save 10", "end"]
   assert saved(make(), [4]) == [(4, 108, None)]
 
 
@@ -61,7 +61,7 @@ def test_while_steps_are_skipped_nothing_is_saved_but_what_a_run_ends_with(
   hook = make(monitor=FakeMonitor(skipped=skipped), stop=FakeStop(code))
   hook.begin(FakeState(4))
   hook.after(step, {"w": jnp.ones(2)}, {})
-  assert bool(hook._checkpoints.saves) == expected
+  assert bool(hook.checkpoints.saves) == expected
 
 
 def test_a_state_that_is_not_finite_is_not_saved():
@@ -69,12 +69,17 @@ def test_a_state_that_is_not_finite_is_not_saved():
   hook.begin(FakeState(3))
   with refused(UserError):
     hook.after(4, {"w": jnp.array([1.0, jnp.nan])}, {})
-  assert hook._checkpoints.saves == []
+  assert hook.checkpoints.saves == []
   assert hook.saved == 3
 
 
 def test_the_end_waits_for_the_last_save():
   hook = make()
   hook.end(FakeState(10))
-  assert hook._checkpoints.closed
-  assert hook._monitor.events == ["save 10", "end"]
+  assert hook.checkpoints.closed
+  assert hook.monitor.events == ["save 10", "end"]
+
+
+def test_a_save_that_has_failed_ends_the_training():
+  with pytest.raises(TryAgain, match="disk full"):
+    saved(make(TryAgain("disk full")), [1])

@@ -14,6 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.runs import stages
+from cm3leon_jax.tokenizers.vqgan import to_float
 from cm3leon_jax.training.small import clip_training as train_clip
 from cm3leon_jax.training.small import trainer
 from tests.data.raw_folder import write_raw
@@ -67,7 +68,7 @@ def test_loss_is_the_oracle():
 def test_augmentation_keeps_shape_and_a_token():
   data = some_data()
   config = dataclasses.replace(TINY, shift=0.25, text_dropout=0.95)
-  images = clip_lib.to_float(data.images)
+  images = to_float(data.images)
   x, tokens = train_clip.augment(images, data.tokens, jax.random.key(0), config)
   assert x.shape == images.shape
   assert (np.asarray(tokens) != 0).any(1).all()

@@ -104,12 +104,10 @@ def test_peaks_of_known_devices(kind, peak):
 )
 def test_no_peak_is_guessed(kind):
   assert flops.device_peak(kind) is None
-  assert flops.utilization(1e12, 1, flops.device_peak(kind)) is None
+  assert set(flops.Rates(1e12, 1, flops.device_peak(kind)).of(8.0, 2.0)) == {"tokens_per_second"}
 
 
 def test_utilization_by_hand():
   """Two v5e chips compute 78.8 model TFLOP/s together, which is a fifth of their peak."""
-  assert flops.utilization(78.8e12, 2, flops.device_peak("TPU v5 lite")) == pytest.approx(0.2)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    assert flops.mesh_peak() is None
-    assert flops.mesh_peak(5e12) == 5e12
+  rates = flops.Rates(39.4e12, 2, flops.device_peak("TPU v5 lite"))
+  assert rates.of(8.0, 1.0, steps=2) == {"tokens_per_second": 8.0, "mfu": 0.2}

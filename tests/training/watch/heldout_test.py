@@ -71,7 +71,7 @@ def losses(settings, mesh):
   def measure(rows, count, **fields):
     train = dataclasses.replace(settings.train, global_batch_size=count, **fields)
     found = heldout_batches(rows, train, sharding)
-    return evaluate(steps, params, found), [batch["inputs"].shape[0] for batch in found]
+    return evaluate(steps, found, (), params), [batch["inputs"].shape[0] for batch in found]
 
   return measure
 

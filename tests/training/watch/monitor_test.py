@@ -10,13 +10,13 @@ import pytest
 from cm3leon_jax.files.json_files import read_json_lines
 from cm3leon_jax.training.config import TrainConfig
 from cm3leon_jax.training.step.numerics import TooManySkippedError
-from cm3leon_jax.training.watch.dispatch import Dispatch
 from cm3leon_jax.training.watch.flops import Rates
 from cm3leon_jax.training.watch.goodput import Stopwatch
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from cm3leon_jax.training.watch.monitor import Monitor, step_line
+from cm3leon_jax.training.watch.monitor import Dispatch, Histograms, Monitor, SampleGrids, step_line
 from cm3leon_jax.training.watch.traces import Profiler
 from tests.messages import refused
+from tests.training.fakes import FakeMonitor, FakeState
 
 VALUES = {
   "loss": 3.4123,
@@ -25,6 +25,7 @@ VALUES = {
   "grad_norm": 0.8712,
   "weight": 1_000.0,
 }
+GRIDS = TrainConfig(steps=7, sample_every=3)
 RATES = Rates(flops=2e12, devices=2, peak=None)
 
 
@@ -240,3 +241,51 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   # Waits count as waiting, and no second counts twice.
   assert line["data_seconds"] >= 0.06
   assert line["data_seconds"] + line["step_seconds"] <= seconds + 0.01
+
+
+def test_the_wait_ends_with_the_batch_and_the_trace_with_the_dispatch():
+  monitor = FakeMonitor()
+  dispatch = Dispatch(monitor)
+  for step in (1, 2):
+    dispatch.before(step)
+    dispatch.ready(step)
+    monitor.events.append("step")
+    dispatch.after(step, None, {})
+  one = ["traced 1", "data", "end of data", "step", "end of trace"]
+  assert monitor.events == [*one, "traced 2", *one[1:]]
+
+
+def test_an_error_ends_the_trace_and_counts_no_wait():
+  monitor = FakeMonitor()
+  dispatch = Dispatch(monitor)
+  dispatch.before(1)
+  with pytest.raises(ZeroDivisionError), dispatch:
+    raise ZeroDivisionError
+  assert monitor.events == ["traced 1", "data", "end of trace"]
+
+
+def test_grids_are_made_every_few_steps_and_of_the_last_one():
+  monitor = FakeMonitor()
+  hook = SampleGrids(GRIDS, monitor, lambda params, step: f"grid of the {params}, {step}")
+  for step in range(1, 8):
+    hook.after(step, FakeState(step), {})
+  assert monitor.events == [
+    part
+    for step in (3, 6, 7)
+    for part in (f"sample {step}", (step, f"grid of the average, {step}"), "end")
+  ]
+
+
+def test_without_a_function_there_are_no_grids():
+  monitor = FakeMonitor()
+  SampleGrids(GRIDS, monitor, None).after(7, FakeState(7), {})
+  assert monitor.events == []
+
+
+@pytest.mark.parametrize(("every", "shown"), [(0, []), (2, [2, 4]), (5, [5])])
+def test_histograms_are_those_of_the_parameters_every_few_steps(every, shown):
+  monitor = FakeMonitor()
+  hook = Histograms(every, monitor)
+  for step in range(1, 6):
+    hook.after(step, FakeState(step), {})
+  assert monitor.events == [(step, "params") for step in shown]

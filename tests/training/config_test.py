@@ -1,8 +1,7 @@
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.training.config import TrainConfig
-from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.config import TrainConfig, on_mesh
 from tests.messages import refused
 
 
