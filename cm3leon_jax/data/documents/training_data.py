@@ -7,13 +7,12 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.data.sources import origins as origins_lib
+from cm3leon_jax.data.sources.records import ORIGIN_FIELDS, origin_counts
 from cm3leon_jax.files.json_files import lacks, read_json, write_json
 from cm3leon_jax.runs import stages
 
 FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
 IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.
-ORIGIN = (*origins_lib.FIELDS, "records")
 
 
 def collect(
@@ -56,7 +55,7 @@ def _raw_origins(folder: epath.Path) -> list[dict]:
   raw = folder / "raw"
   if not (raw / reader.INDEX).exists():
     return []
-  return origins_lib.most_common(reader.read_index(raw)["origins"])
+  return origin_counts(reader.read_index(raw)["origins"])
 
 
 def _instruction_origins(folder: epath.Path) -> list[dict]:
@@ -68,7 +67,7 @@ def _instruction_origins(folder: epath.Path) -> list[dict]:
     return []
   records = sum(x["documents"] for x in stored["summary"].values() if "documents" in x)
   fields = ("instructions", epath.Path(root).name, "", "")
-  return [{**dict(zip(origins_lib.FIELDS, fields)), "records": records}]
+  return [{**dict(zip(ORIGIN_FIELDS, fields)), "records": records}]
 
 
 def _name(folder: epath.Path) -> str:
@@ -88,7 +87,8 @@ def read(folder: epath.PathLike) -> dict[str, list[dict]]:
     stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
   if lack := lacks(stored, {"runs": list, "origins": list}):
     raise UserError(f"{path} is damaged: {lack}.")
-  for name, fields in (("runs", {"name", "known"}), ("origins", {"run", *ORIGIN})):
+  needed = {"runs": {"name", "known"}, "origins": {"run", "records", *ORIGIN_FIELDS}}
+  for name, fields in needed.items():
     for entry in stored[name]:
       if not isinstance(entry, dict) or not fields <= set(entry):
         raise UserError(f"{path} is damaged: an entry of '{name}' must have {sorted(fields)}.")

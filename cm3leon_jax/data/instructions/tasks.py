@@ -42,7 +42,7 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
     for name, mark in empty:
       if not mark:
         raise RecordError(
-          "empty", f"record {record.key} has an empty {name}, which task {task.name} requires."
+          f"record {record.key} has an empty {name}, which task {task.name} requires."
         )
     if not empty:
       kept.append(line)

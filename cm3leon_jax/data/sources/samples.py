@@ -189,10 +189,9 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
         fields = json.loads(text) if preferred == "json" else None
       except UnicodeDecodeError as error:
         message = f"{where}: its .{suffix} is not UTF-8 ({error}); save it as UTF-8."
-        raise RecordError("malformed_record", message) from error
+        raise RecordError(message) from error
       except (ValueError, RecursionError) as error:
-        message = f"{where}: its .{suffix} is not valid JSON ({error})."
-        raise RecordError("malformed_record", message) from error
+        raise RecordError(f"{where}: its .{suffix} is not valid JSON ({error}).") from error
       if preferred != "json":
         captions[suffix] = text
         continue
