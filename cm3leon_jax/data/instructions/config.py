@@ -38,6 +38,19 @@ class Format:
   images: tuple[str, ...] = ("image",)
 
 
+# Split of Localized Narratives -> prefix of file names, number of files, image path for an id.
+NARRATIVES = {
+  "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
+  "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
+  "open_images_test": ("open_images_test", 1, "test/{}.jpg"),
+  "coco_train": ("coco_train", 4, "train2017/{:0>12}.jpg"),
+  "coco_val": ("coco_val", 1, "val2017/{:0>12}.jpg"),
+  "flickr30k_train": ("flickr30k_train", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_val": ("flickr30k_val", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_test": ("flickr30k_test", 1, "flickr30k-images/{}.jpg"),
+  "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
+  "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
+}
 FORMATS = {
   "coco_2014": Format(("train", "val"), ("caption",)),
   "coco_2017": Format(("train", "val"), ("caption",)),
@@ -47,21 +60,7 @@ FORMATS = {
   "ok_vqa": Format(("train", "val"), ("question", "answer")),
   "vizwiz": Format(("train", "val"), ("question", "answer")),
   "flickr30k": Format(("train", "val", "test"), ("caption",)),
-  "localized_narratives": Format(
-    (
-      "open_images_train",
-      "open_images_validation",
-      "open_images_test",
-      "coco_train",
-      "coco_val",
-      "flickr30k_train",
-      "flickr30k_val",
-      "flickr30k_test",
-      "ade20k_train",
-      "ade20k_validation",
-    ),
-    ("caption",),
-  ),
+  "localized_narratives": Format(tuple(NARRATIVES), ("caption",)),
   "textvqa": Format(("train", "val"), ("question", "answer")),
   "scienceqa": Format(
     ("train", "val", "test"),

@@ -11,7 +11,6 @@ from cm3leon_jax.data.published.examples import caption_prompts
 from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
 SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
 MOST_OBJECTS = 8  # Maximum number per image. A location takes about 20 tokens.
 
@@ -36,11 +35,6 @@ def read_coco_objects(
     captions: caption file of the same split, see `files.read_coco`.
     images: parent folder of `folder`.
     folder: name of the folder with the images of this split.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, an object has an unknown image or category,
-      the size of an image is invalid, or an image with a caption is not in `instances`. The message
-      names the file and the id.
   """
   objects = _objects_by_image(instances)
   for example in caption_prompts(files.read_coco(captions, images, folder)):

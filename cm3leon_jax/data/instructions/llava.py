@@ -10,19 +10,8 @@ from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.releases import field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-# Split (also the name of its file) -> folder of the images.
-LLAVA = {
-  "llava_instruct_150k": "train2017",
-  "llava_instruct_80k": "train2017",
-  "conversation_58k": "train2017",
-  "detail_23k": "train2017",
-  "complex_reasoning_77k": "train2017",
-  "llava_v1_5_mix665k": "",
-}
-IMAGE_MARK = "<image>"
 
-
-def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Record]:
+def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Record]:
   """Yields one record per answer in the conversations of LLaVA about images.
 
     human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
@@ -34,13 +23,14 @@ def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterat
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: parent folder of `folder`.
-    folder: folder to which the image names in `file` are relative. "" means `images` itself.
+    images: parent folder of train2017/, in which the images are. The images of the split
+      "llava_v1_5_mix665k" are in `images` itself.
 
   Raises:
     UserError: the format is wrong, a conversation has no answer, or "human" and "gpt" do not
       alternate. The message names the file and the entry.
   """
+  folder = "" if split == "llava_v1_5_mix665k" else "train2017"
   for number, entry in enumerate(load_json(file, list), 1):
     where = f"{file}, entry {number}"
     if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
@@ -64,7 +54,7 @@ def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
     speaker, expected = field_of(turn, "from", str, place), ("human", "gpt")[number % 2]
     if speaker != expected:
       raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
-    values.append(field_of(turn, "value", str, place).replace(IMAGE_MARK, "").strip())
+    values.append(field_of(turn, "value", str, place).replace("<image>", "").strip())
   if len(values) < 2:
     raise UserError(f"{where} has no answer; it must have at least one turn from 'gpt'.")
   return list(zip(values[::2], values[1::2]))

@@ -5,15 +5,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import FORMATS
-from cm3leon_jax.data.instructions.files import (
-  CAPTIONS,
-  NARRATIVES,
-  PIX2PIX,
-  QUESTIONS,
-  open_records,
-)
-from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS
-from cm3leon_jax.data.instructions.llava import LLAVA
+from cm3leon_jax.data.instructions.files import CAPTIONS, PIX2PIX, QUESTIONS, open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
@@ -232,8 +224,5 @@ def test_the_table_has_the_formats_of_captions_and_questions():
   for name in CAPTIONS + QUESTIONS:
     assert FORMATS[name].splits == EVALUATION_SPLITS[name]
     assert FORMATS[name].texts == (("caption",) if name in CAPTIONS else ("question", "answer"))
-  assert FORMATS["localized_narratives"].splits == tuple(NARRATIVES)
   assert FORMATS["instruct_pix2pix"].splits == tuple(PIX2PIX)
-  assert FORMATS["coco_objects"].splits == OBJECT_SPLITS
-  assert FORMATS["llava"].splits == tuple(LLAVA)
   assert set(FORMATS) == set(RELEASES)
