@@ -32,7 +32,9 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
     with path.open("rb") as f, np.load(f) as file:
       arrays = dict(file)
   except Exception as error:  # Damaged archives raise many kinds of errors.
-    raise UserError(f"{path} cannot be read ({error}): {again(folder, path)}.") from error
+    raise UserError(
+      f"{path} cannot be read ({error}): {stages.again(folder.parent, path)}."
+    ) from error
   check_version(path, int(arrays["schema_version"]))
   check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
   return arrays
@@ -77,7 +79,7 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
   """Raises BadRecord if a shard file is missing or damaged. `content` includes its digest."""
   if wrong := damage(folder / file, expected, content):
-    raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+    raise BadRecord(f"{folder / file} {wrong}: {stages.again(folder.parent, folder / file)}.")
 
 
 def encode_again(path: epath.PathLike) -> str:
@@ -86,11 +88,6 @@ def encode_again(path: epath.PathLike) -> str:
   folder = folders[0] if folders else epath.Path("documents")
   command = table.STAGES[folder.name].command
   return f"delete the folder {folder} and run `cm3leon {command}` again"
-
-
-def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Returns the end of an error message, which says how to replace a damaged file of a store."""
-  return stages.again(folder.parent, damaged)
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:

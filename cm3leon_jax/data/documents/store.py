@@ -22,7 +22,6 @@ from cm3leon_jax.data.documents.shard_files import (
   RECORDS,
   SCHEMA_VERSION,
   BadRecord,
-  again,
   check_shard_file,
   check_version,
   check_vocab,
@@ -81,8 +80,7 @@ def encode_document(document: Document) -> bytes:
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
   ]
-  names = ("key", "source", "license", "attribution", "group", "concept", "facts")
-  fields = {name: getattr(document, name) for name in names}
+  fields = {name: value for name, value in vars(document).items() if name != "segments"}
   return msgpack.packb({**fields, "segments": segments})
 
 
@@ -241,11 +239,12 @@ class DocumentStore:
     self.files: dict[str, dict] = index.get("files", {})
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
-    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == self._end:
+    end = int(self.offsets[-1])
+    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == end:
       raise UserError(
         f"{self.folder} has {index['documents']} documents in {INDEX}, but offsets of {len(self)} "
-        f"documents with {self._end} segments, and {len(self.lengths)} lengths: "
-        f"{again(self.folder, self.folder / INDEX)}."
+        f"documents with {end} segments, and {len(self.lengths)} lengths: "
+        f"{stages.again(self.folder.parent, self.folder / INDEX)}."
       )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
@@ -262,16 +261,18 @@ class DocumentStore:
     return self._map("token_counts")
 
   def _map(self, field: str) -> np.ndarray:
+    """Maps a local array into memory. Reads an array in a GCS bucket completely."""
     path = self.folder / f"{field}.npy"
     stages.check_files(path)
     try:
-      return _map_array(path)
+      if "://" not in str(path):
+        return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
+      with path.open("rb") as f:
+        return np.load(f)
     except (ValueError, OSError, EOFError) as error:
-      raise UserError(f"{path} cannot be read ({error}): {again(self.folder, path)}.") from error
-
-  @property
-  def _end(self) -> int:
-    return int(self.offsets[-1])
+      raise UserError(
+        f"{path} cannot be read ({error}): {stages.again(self.folder.parent, path)}."
+      ) from error
 
   @property
   def parts(self) -> tuple["DocumentStore", ...]:
@@ -308,7 +309,7 @@ class DocumentStore:
       path = self.folder / f"{name}{RECORDS}"
       raise BadRecord(
         f"{path}, record {record} (document {i} of the store) cannot be read ({error}): "
-        f"{again(self.folder, path)}."
+        f"{stages.again(self.folder.parent, path)}."
       ) from error
     return document
 
@@ -361,14 +362,6 @@ class Bank:
     """Returns `DocumentStore.segment_lengths` of document i."""
     store, i = self._locate(i)
     return store.segment_lengths(i)
-
-
-def _map_array(path: epath.Path) -> np.ndarray:
-  """Maps a local NumPy file into memory. Reads a NumPy file in a GCS bucket completely."""
-  if "://" not in str(path):
-    return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
-  with path.open("rb") as f:
-    return np.load(f)
 
 
 def first_documents(

@@ -8,7 +8,7 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.records import ORIGIN_FIELDS, origin_counts
-from cm3leon_jax.files.json_files import lacks, read_json, write_json
+from cm3leon_jax.files.json_files import lacks, read_json
 from cm3leon_jax.runs import stages
 
 FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
@@ -78,7 +78,7 @@ def _name(folder: epath.Path) -> str:
 
 
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:
-  """Reads the file that `write` wrote. Raises UserError if the file is missing or damaged."""
+  """Reads `FILE`, the result of `collect`. Raises UserError if the file is missing or damaged."""
   path = epath.Path(folder) / FILE
   stored = read_json(path)
   if isinstance(stored, list):  # An earlier version of the code wrote the file.
@@ -93,12 +93,3 @@ def read(folder: epath.PathLike) -> dict[str, list[dict]]:
       if not isinstance(entry, dict) or not fields <= set(entry):
         raise UserError(f"{path} is damaged: an entry of '{name}' must have {sorted(fields)}.")
   return stored
-
-
-def write(
-  folder: epath.PathLike,
-  workdir: epath.PathLike,
-  locate: Callable[[str], epath.PathLike] = epath.Path,
-) -> None:
-  """Writes the result of `collect` to `folder`, which is an export or a bundle."""
-  write_json(epath.Path(folder) / FILE, collect(workdir, locate))

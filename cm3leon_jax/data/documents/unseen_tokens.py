@@ -9,7 +9,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
@@ -57,8 +57,3 @@ def _counts(path: epath.Path, size: int) -> np.ndarray:
   except (ValueError, OSError, EOFError) as error:
     where = stages.again(path.parents[1], path)
     raise UserError(f"{path} cannot be read ({error}): {where}.") from error
-
-
-def write(folder: epath.PathLike, ids: frozenset[int]) -> None:
-  """Writes the result of `find` to `folder`, which is a bundle."""
-  write_json(epath.Path(folder) / FILE, {"ids": sorted(ids)})

@@ -2,16 +2,17 @@
 
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
-(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and the
-formats of `grounding`, `lines` and `llava`. The files are listed in docs/data_formats.md. The
-readers strip white space at both ends of texts. They skip records with a blank caption or answer.
-They raise UserError if a file has the wrong format, an id occurs twice, or an entry lacks what
-belongs to it. The message names the file and the line or id.
+(Pont-Tuset et al. 2020); LLaVA (Liu et al. 2023); the captions, questions and paragraphs of
+`data.published.files`; and the formats of `grounding` and `lines`. The files are listed in
+docs/data_formats.md. The readers strip white space at both ends of texts. They skip records with a
+blank caption or answer. They raise UserError if a file has the wrong format, an id occurs twice, or
+an entry lacks what belongs to it. The message names the file and the line or id.
 """
 
 import collections
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 import os
 import posixpath
 
@@ -21,7 +22,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import FORMATS, NARRATIVES
 from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
-from cm3leon_jax.data.instructions.llava import read_llava
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published import files as evaluation_files
 from cm3leon_jax.data.published.examples import Example, caption_prompts
@@ -66,10 +66,7 @@ def open_records(
   """
   check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
   images = image_folder(root if images is None else images)
-
-  def file(*names: str) -> epath.Path:
-    return find_file(root, names, name, split)
-
+  file = functools.partial(find_file, root, name, split)
   if name in CAPTIONS:
     return caption_records(evaluation_files.open_examples(name, root, split, images))
   if name in QUESTIONS:
@@ -285,3 +282,52 @@ def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
       raise UserError(f"{where}, folder {folder}, has a seed twice; list each seed once.")
     folders[folder] = seeds
   return folders
+
+
+def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Record]:
+  """Yields one record per answer in the conversations of LLaVA about images.
+
+    human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
+    become two records. 3/0 has the instruction "What is it?" and the answer "A bus."; 3/1 has the
+    instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?", the answer "Red."
+
+  Ignores the field `id`, which is not unique. Skips conversations without an image. Skips the last
+  question of a conversation if it has no answer.
+
+  Args:
+    file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
+    images: parent folder of train2017/, in which the images are. The images of the split
+      "llava_v1_5_mix665k" are in `images` itself.
+
+  Raises:
+    UserError: the format is wrong, a conversation has no answer, or "human" and "gpt" do not
+      alternate. The message names the file and the entry.
+  """
+  folder = "" if split == "llava_v1_5_mix665k" else "train2017"
+  for number, entry in enumerate(load_json(file, list), 1):
+    where = f"{file}, entry {number}"
+    if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
+      continue
+    name = field_of(entry, "image", str, where)
+    path = images.find(posixpath.join(folder, name), where)
+    history = ""
+    for place, (question, answer) in enumerate(_exchanges(entry, where)):
+      instruction = f"{history}Human: {question}" if history else question
+      if answer:
+        texts = {"instruction": instruction, "answer": answer}
+        yield Record(f"{number}/{place}", name, texts, {"image": path})
+      history += f"Human: {question}\nAssistant: {answer}\n"
+
+
+def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
+  """Returns the (question, answer) pairs of a conversation without "<image>"."""
+  values = []
+  for number, turn in enumerate(field_of(entry, "conversations", list, where)):
+    place = f"{where}, turn {number + 1}"
+    speaker, expected = field_of(turn, "from", str, place), ("human", "gpt")[number % 2]
+    if speaker != expected:
+      raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
+    values.append(field_of(turn, "value", str, place).replace("<image>", "").strip())
+  if len(values) < 2:
+    raise UserError(f"{where} has no answer; it must have at least one turn from 'gpt'.")
+  return list(zip(values[::2], values[1::2]))

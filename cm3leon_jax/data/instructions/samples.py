@@ -151,14 +151,12 @@ def build_instruction(
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
   """
-  kept = [
-    s.tokens for i, s in enumerate(document.segments) if i >= plan.first and i != plan.skipped
-  ]
   parts: list = [[vocab.eos]]
   if plan.masked:
     parts += [[vocab.mask(0)], [vocab.brk]]
-  for tokens in kept:
-    parts += [tokens, [vocab.brk]]
+  for i, segment in enumerate(document.segments):
+    if i >= plan.first and i != plan.skipped:
+      parts += [segment.tokens, [vocab.brk]]
   joined = np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
   tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)
   if len(tokens) != plan.length:

@@ -77,7 +77,10 @@ def write_store(
       rejected += len(wrong)
       if found:
         names.append(f"{number:06d}")
-        documents = (_document(record, one) for record, one in found)
+        documents = (
+          Document(r.key, one.segments, "", "", "", r.group, r.group, dict(r.facts))
+          for r, one in found
+        )
         write_shard(folder, names[-1], documents, encoder.vocab)
         targets += [(one.start, one.stop) for _, one in found]
   if not targets and not rejected:
@@ -204,9 +207,3 @@ def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
       return image
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
   return reader.load_image(image, side)
-
-
-def _document(record: Record, one: Instruction) -> Document:
-  return Document(
-    record.key, one.segments, "", "", "", record.group, record.group, dict(record.facts)
-  )

@@ -10,6 +10,7 @@ such as its image, its captions or its answers. The message names the file and t
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import posixpath
 from typing import Any
 
@@ -67,10 +68,7 @@ def open_examples(
   """
   check_split(name, split, SPLITS)
   images = image_folder(root if images is None else images)
-
-  def file(*names: str) -> epath.Path:
-    return find_file(root, names, name, split)
-
+  file = functools.partial(find_file, root, name, split)
   match name:
     case "coco_2014" | "coco_2017":
       year = name.removeprefix("coco_")

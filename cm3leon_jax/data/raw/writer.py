@@ -149,21 +149,16 @@ class _Writer:
         file = item.source if isinstance(image, bytes) else image
         rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
         return rejected, b"", [], []
-      pixels = Image.fromarray(array)
+      pixels, buffer = Image.fromarray(array), io.BytesIO()
       sizes.append(size)
       digest.update(pixels.tobytes())
-      encoded = self._encoded(pixels)
-      files.append(f"{hashlib.sha256(encoded).hexdigest()}  {name}\n")
-      (self.folder / name).write_bytes(encoded)
+      if quality := self.config.jpeg_quality:
+        pixels.save(buffer, "jpeg", quality=quality, subsampling=0)
+      else:
+        pixels.save(buffer, "png")
+      files.append(f"{hashlib.sha256(buffer.getvalue()).hexdigest()}  {name}\n")
+      (self.folder / name).write_bytes(buffer.getvalue())
     return with_images(item, names), digest.digest(), sizes, files
-
-  def _encoded(self, pixels: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    if self.config.jpeg_quality:
-      pixels.save(buffer, "jpeg", quality=self.config.jpeg_quality, subsampling=0)
-    else:
-      pixels.save(buffer, "png")
-    return buffer.getvalue()
 
   def _put(
     self, item: Record | Rejected | None, digest: bytes, sizes: list[tuple[int, int]]

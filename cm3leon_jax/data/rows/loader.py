@@ -80,9 +80,7 @@ def build_sample(
   """
   if plan.dropped:
     image = document.segments[-1].tokens
-    tokens = np.concatenate([[vocab.eos, vocab.mask(0), vocab.brk], image, [vocab.eos]]).astype(
-      np.int32
-    )
+    tokens = np.r_[vocab.eos, vocab.mask(0), vocab.brk, image, vocab.eos].astype(np.int32)
     weights = np.ones(len(tokens), np.float32)
     weights[:3] = 0
     tokens, weights = tokens[: plan.length], weights[: plan.length]

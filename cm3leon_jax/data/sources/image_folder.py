@@ -41,17 +41,14 @@ class ImageFolder:
     Raises:
       UserError: the path is outside the folder.
     """
-    path = self._join(name)
+    path = name
+    if URL not in name and not posixpath.isabs(name):
+      start, folder = _split(self.path)
+      path = start + posixpath.normpath(posixpath.join(folder, name))
     if not self.allow_outside and not self._holds(path):
       folder = "the current folder" if self.path in ("", ".") else self.path
       raise UserError(f"{where}: {noun} '{name}' is not in {folder}; {self.remedy}")
     return path
-
-  def _join(self, name: str) -> str:
-    if URL in name or posixpath.isabs(name):
-      return name
-    start, folder = _split(self.path)
-    return start + posixpath.normpath(posixpath.join(folder, name))
 
   def _holds(self, path: str) -> bool:
     try:

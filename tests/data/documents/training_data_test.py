@@ -32,7 +32,7 @@ def test_data_of_all_runs_before_are_listed_through_exports(tmp_path):
   second = make_run(epath.Path(tmp_path / "second"), "CC0-1.0", str(first))
   export = epath.Path(tmp_path / "export")
   export.mkdir()
-  training_data.write(export, second)
+  write_json(export / training_data.FILE, training_data.collect(second))
   third = make_run(epath.Path(tmp_path / "third"), "", str(export))
   found = training_data.collect(third)
   assert licenses(found) == [("second", "CC0-1.0", 2), ("first", "MIT", 2)]
