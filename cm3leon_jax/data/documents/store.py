@@ -302,7 +302,10 @@ class DocumentStore:
     name, record = self._names[shard], int(i) - (int(self._ends[shard - 1]) if shard else 0)
     try:
       document = decode_document(self._reader(name).read([record])[0])
-      self._check_lengths(i, document)
+      found = [len(segment.tokens) for segment in document.segments]
+      expected = self.segment_lengths(i)[0].tolist()
+      if found != expected:
+        raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
     except BadRecord:
       raise
     except Exception as error:  # Damaged records raise many kinds of errors.
@@ -312,12 +315,6 @@ class DocumentStore:
         f"{stages.again(self.folder.parent, path)}."
       ) from error
     return document
-
-  def _check_lengths(self, i: int, document: Document) -> None:
-    found = [len(segment.tokens) for segment in document.segments]
-    expected = self.segment_lengths(i)[0].tolist()
-    if found != expected:
-      raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `lengths` and `is_image` of the segments of document i."""

@@ -41,21 +41,15 @@ def collect(
     if (folder / FILE).exists() and not path.exists():  # The file includes all earlier runs.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
-    found = _raw_origins(folder) + _instruction_origins(folder)
+    has_raw = (folder / "raw" / reader.INDEX).exists()
+    found = origin_counts(reader.read_index(folder / "raw")["origins"]) if has_raw else []
+    found += _instruction_origins(folder)
     runs.append({"name": _name(folder), "known": bool(found)})
     origins += [{"run": folder.name, **origin} for origin in found]
     run = read_json(path, {"run": dict})["run"] if path.exists() else {}
     start = run.get("init_from")
     folder = epath.Path(locate(start["source"])) if start else folder
   return {"runs": runs, "origins": origins}
-
-
-def _raw_origins(folder: epath.Path) -> list[dict]:
-  """Returns the origins of captioned images and texts. The most common origins are first."""
-  raw = folder / "raw"
-  if not (raw / reader.INDEX).exists():
-    return []
-  return origin_counts(reader.read_index(raw)["origins"])
 
 
 def _instruction_origins(folder: epath.Path) -> list[dict]:

@@ -182,7 +182,9 @@ class RowLoader:
       at = 0
       for placement, sample in zip(placements, samples):
         most = config.code_dropout if sample.has_source else config.code_dropout_alone
-        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
+        rng = self.plan.code_generator(*placement[:3])
+        share = most * rng.random()  # Random, so that some samples keep whole images.
+        hidden = sample.own_codes & (rng.random(len(sample.own_codes)) < share)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
     if self.mark_sources:
@@ -245,15 +247,6 @@ class RowLoader:
     return build_sample(
       document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
     )
-
-
-def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-  """Chooses the codes that the decoder reads as `<unk>`: True for these codes, [T] bool.
-
-  The share of hidden codes is uniform in [0, `most`], so that some samples keep whole images.
-  """
-  share = most * rng.random()
-  return own_codes & (rng.random(len(own_codes)) < share)
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:

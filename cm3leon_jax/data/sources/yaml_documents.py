@@ -34,7 +34,12 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
   """
   try:
     nodes = list(yaml.compose_all(text, yaml.SafeLoader))
-    _check_size(nodes, where)
+    sizes: dict[int, int] = {}
+    if sum(_size(node, sizes) for node in nodes) > MOST_VALUES:
+      raise UserError(
+        f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that "
+        "they name: write fewer."
+      )
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
     raise
@@ -42,17 +47,6 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{where}, line {mark.line + 1}," if mark else where
     raise UserError(f"{where} is not valid YAML ({problem or short(str(error))}).") from error
-
-
-def _check_size(nodes: list[yaml.Node], where: str) -> None:
-  """Raises UserError if the documents have too many values or a value contains itself."""
-  sizes: dict[int, int] = {}
-  total = sum(_size(node, sizes) for node in nodes)
-  if total > MOST_VALUES:
-    raise UserError(
-      f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that they "
-      "name: write fewer."
-    )
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
