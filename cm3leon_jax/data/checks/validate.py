@@ -99,11 +99,7 @@ def validate_store(store: DocumentStore) -> dict[str, int]:
 
 
 def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
-  """Validates all stores of the stage `documents` and prints their counts.
-
-  Raises:
-    UserError: see `validate_store`.
-  """
+  """Applies `validate_store` to all stores of the stage `documents` and prints their counts."""
   names = [f"{split}_{kind}" for split in SPLITS for kind in KINDS]
   for path in [epath.Path(folder) / name for name in names]:
     if not path.exists():
@@ -150,10 +146,8 @@ def _validate_images(shard: epath.Path, num_threads: int) -> int:
 def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:
   """Compares the joined arrays of a store with the arrays of shard `name`.
 
-  `before` holds the numbers of documents and segments in all earlier shards.
-
-  Raises:
-    UserError: an array differs. The message names the file and the first document that differs.
+  `before` holds the numbers of documents and segments in all earlier shards. Raises UserError with
+  the name of the file and the first document that differs.
   """
   arrays = read_lengths(store.folder, name, store.vocab)
   first, start = before["documents"], before["segments"]

@@ -62,10 +62,8 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
   """Returns the size and the SHA-256 digest of both files of a shard.
 
   `stored` has the size and the digest of the record file when it was written. None means that an
-  earlier version of the code wrote the file.
-
-  Raises:
-    UserError: the size of the record file changed after it was written.
+  earlier version of the code wrote the file. Raises UserError if the size of the record file
+  changed after it was written.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
   if stored is None:

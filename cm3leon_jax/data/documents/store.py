@@ -103,8 +103,7 @@ def write_shard(
 ) -> int:
   """Writes a shard of the store in `folder` atomically. Returns the number of documents.
 
-  Raises:
-    UserError: a document is invalid, see `check_document`.
+  Raises UserError if a document is invalid, see `check_document`.
   """
   folder = epath.Path(folder)
   lengths, is_image, counts, groups, concepts = [], [], [], [], []

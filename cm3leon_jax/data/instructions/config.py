@@ -182,11 +182,7 @@ class InstructionTask:
 
 
 def make_task(values: Any) -> InstructionTask:
-  """Builds a task from a mapping of its fields and checks it against its format.
-
-  Raises:
-    FieldError: a field is invalid. The message names the field.
-  """
+  """Builds a task from a mapping of its fields. Raises FieldError if a field is invalid."""
   if not isinstance(values, InstructionTask):
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
       raise FieldError("a task must be a mapping of fields, the first of which is `name: ...`.")

@@ -22,9 +22,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import FORMATS, NARRATIVES
 from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
-from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.records import Record, caption_records
 from cm3leon_jax.data.published import files as evaluation_files
-from cm3leon_jax.data.published.examples import Example, caption_prompts
+from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.releases import (
   check_split,
   entries_by_id,
@@ -101,15 +101,6 @@ def open_records(
       return read_llava(file(f"{split}.json"), images, split)
 
 
-def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields one record per caption. Its key is as in `caption_prompts`."""
-  for example in caption_prompts(examples):
-    assert example.prompt is not None
-    assert example.image is not None
-    texts = {"caption": example.prompt}
-    yield Record(example.key, example.group, texts, {"image": example.image})
-
-
 def question_records(examples: Iterable[Example]) -> Iterator[Record]:
   """Yields one record per question. Its answer is the most frequent answer of the annotators.
 
@@ -164,9 +155,8 @@ def read_narratives(
 def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]:
   """Yields each question of TextVQA with its annotators' answers.
 
-  Args:
-    file: {"data": [{question_id, image_id, question, answers: [text]}]}.
-    images: parent folder of train_images/, which holds the images of both splits.
+  `file` has {"data": [{question_id, image_id, question, answers: [text]}]}. The folder
+  train_images/ holds the images of both splits.
   """
   entries = field_of(load_json(file), "data", list, file)
   for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():

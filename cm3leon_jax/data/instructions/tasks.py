@@ -112,9 +112,6 @@ def _check_place(
   """Checks that a target image is the last segment and that dropping segments is possible.
 
   `target` is a half-open range, and `end` is the index after the last token of the last segment.
-
-  Raises:
-    UserError: a check fails. The message names the task.
   """
   is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
   if not is_last:

@@ -3,9 +3,12 @@
 COCO captions (Chen et al. 2015) and their split by Karpathy and Fei-Fei (2015); VQA v2 (Goyal et
 al. 2017); OK-VQA (Marino et al. 2019); VizWiz (Gurari et al. 2018); image paragraphs of Visual
 Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). The files are listed in
-docs/data_formats.md. The readers do not change the texts. Metrics normalize them. The readers raise
-UserError if a file has the wrong format, an id occurs twice, or an entry lacks what belongs to it,
-such as its image, its captions or its answers. The message names the file and the id.
+docs/data_formats.md. The readers do not change the texts. Metrics normalize them.
+
+In all readers, `images` is the parent folder of the release's image folders, and `folder` is the
+image folder of the file. The readers raise UserError if a file has the wrong format, an id occurs
+twice, or an entry lacks what belongs to it, such as its image, its captions or its answers. The
+message names the file and the id.
 """
 
 from collections.abc import Iterator
@@ -93,10 +96,7 @@ def open_examples(
 def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each image with all its captions, from a file of COCO, e.g. captions_val2014.json.
 
-  Args:
-    file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
-    images: parent folder of `folder`.
-    folder: name of the folder with the images of this file.
+  `file` has {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
   """
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
@@ -122,11 +122,10 @@ def read_karpathy(
 
   Args:
     file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}. The file of
-      Flickr30k has neither `cocoid` nor `filepath`, and file names are the ids.
-    images: parent folder of the folders whose names are in `filepath`, or of `folder`.
+      Flickr30k has neither `cocoid` nor `filepath`; the ids of its images are their file names.
     split: "train", "restval" (only COCO), "val" or "test". Models usually train on "train" and
       "restval".
-    folder: folder with the images of Flickr30k. "" means COCO.
+    folder: image folder of Flickr30k. "" means COCO, whose entries name the folder in `filepath`.
   """
   listed = field_of(load_json(file), "images", list, file)
   id_field, kind = ("filename", str) if folder else ("cocoid", int)
@@ -162,7 +161,6 @@ def read_vqa(
     annotations: file with {"annotations": [{question_id, question_type, answer_type, answers:
       [{answer}]}]}. The field `raw_answer` of OK-VQA is ignored, because the metric of OK-VQA
       compares `answer`.
-    images: parent folder of the folder whose name is `data_subtype`.
   """
   content = load_json(questions)
   subset = field_of(content, "data_subtype", str, questions)
@@ -194,10 +192,7 @@ def read_vqa(
 def read_vizwiz(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each question of VizWiz with the answers of its annotators.
 
-  Args:
-    file: [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
-    images: parent folder of `folder`.
-    folder: name of the folder with the images of this file.
+  `file` has [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
   """
   for image, entry in entries_by_id(load_json(file, list), "image", str, str(file)).items():
     where = f"{file}, image {image}"
@@ -218,12 +213,8 @@ def read_paragraphs(
   """Yields each image of a split with its paragraph.
 
   Some images occur twice in the released file. The reader uses the first paragraph of an image, as
-  in the usual preprocessing for caption metrics.
-
-  Args:
-    file: [{image_id, paragraph, url}]. `url` ends with the folder and the name of the image.
-    split: file with a list of image ids.
-    images: parent folder of VG_100K/ and VG_100K_2/.
+  in the usual preprocessing for caption metrics. `file` has [{image_id, paragraph, url}]. A `url`
+  ends with the folder and the name of the image. The file `split` has a list of image ids.
   """
   entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
@@ -259,7 +250,6 @@ def read_visdial(
       `answer_options` are indices into the lists of texts. `gt_index` is an index into
       `answer_options`.
     dense: file with [{image_id, round_id, gt_relevance}]. Round ids begin at 1.
-    images: parent folder of the folder VisualDialog_val2018/.
   """
   data = field_of(load_json(dialogs), "data", dict, dialogs)
   where = f"{dialogs}, data"

@@ -93,11 +93,7 @@ def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of type `cls` in one split of shard `name`. Images are full paths.
-
-  Raises:
-    UserError: the record file is missing or damaged.
-  """
+  """Reads the records of type `cls` in one split of shard `name`. Images are full paths."""
   described, file = described_files(folder, name), f"{kind_of(cls)}.jsonl"
   folder = epath.Path(folder) / name
   if file in described:

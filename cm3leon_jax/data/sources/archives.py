@@ -172,7 +172,12 @@ def _row(
   long = {} if longest_caption is None else _long_captions(columns, longest_caption)
   try:
     row = {name: column[0].as_py() for name, column in columns.items() if name not in long}
-    values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
+    values = renamed(row)
+    image = values.get("image")
+    if isinstance(image, dict):
+      image = image.get("bytes") or image.get("path")
+    values |= {"image": image, "key": key_of(values, f"{posixpath.basename(file)}/{number}")}
+    values = {name: value for name, value in values.items() if value is not None}
     if long and longest_caption is not None and "image" in values:
       names = (name for name in ALIASES["caption"] if name in long or row.get(name) is not None)
       if (name := next(names)) in long:
@@ -200,13 +205,3 @@ def _long_captions(columns: dict, longest: int) -> dict[str, int]:
     if pa.types.is_string(columns[name].type) or pa.types.is_large_string(columns[name].type)
   }
   return {name: length for name, length in lengths.items() if length > longest}
-
-
-def _parquet_values(row: dict, key: str) -> dict:
-  values = renamed(row)
-  image = values.get("image")
-  if isinstance(image, dict):
-    image = image.get("bytes") or image.get("path")
-  values["image"] = image
-  values["key"] = key_of(values, key)
-  return {k: v for k, v in values.items() if v is not None}

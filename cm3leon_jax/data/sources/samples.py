@@ -175,11 +175,7 @@ def sample_records(
 
 
 def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json file, and captions by suffix, the preferred one first.
-
-  Raises:
-    RecordError: a file is not UTF-8, or the .json file is not JSON.
-  """
+  """Returns the fields of the .json file, and captions by suffix, the preferred one first."""
   about, captions = {}, {}
   for preferred in CAPTION_SUFFIXES:
     for suffix in [s for s in sample if s.lower() == preferred]:

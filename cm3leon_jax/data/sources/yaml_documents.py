@@ -13,11 +13,7 @@ MOST_VALUES = 2**17  # Maximum per file. An alias of a value counts like the val
 
 
 def read(path: epath.PathLike) -> str:
-  """Reads the text of a YAML file.
-
-  Raises:
-    UserError: the file is not a regular file, is larger than MOST_BYTES, or is not UTF-8.
-  """
+  """Reads a YAML file. Raises UserError if it is no regular file, is too large or is not UTF-8."""
   check_foreign(path, MOST_BYTES)
   try:
     return epath.Path(path).read_text(encoding="utf-8")
