@@ -124,7 +124,7 @@ class ArrayStore:
       raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
 
   def read_all(self) -> np.ndarray:
-    """Reads all rows. Raises UserError if a row is damaged or their digest is not as recorded."""
+    """Reads all rows. Raises UserError if a row is damaged or the rows differ from their digest."""
     rows = self[:]
     if self._digest and _digest_of([rows]) != self._digest:
       raise UserError(f"{self.path} was changed after its rows were written: {self._again()}.")

@@ -23,7 +23,7 @@ from cm3leon_jax.runs import stages
 
 EXACT_BELOW = 1_000  # Number of vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
-LARGE = 100_000  # From this number of vectors, `ScannIndex` uses two leaves per vector, and 8 bits.
+LARGE = 100_000  # From this size on, `ScannIndex` uses two leaves per vector, and 8-bit vectors.
 EXACT_ROWS = 1_000_000  # Number of vectors that exact search holds in memory at a time.
 BLOCK = 65_536  # Number of vectors that a device multiplies with a batch of queries at a time.
 
@@ -167,10 +167,10 @@ class ScannIndex:
       return cls(_scann().load_searcher(local), count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `ExactIndex.search`, except for equal scores."""
+    """See `ExactIndex.search`. Equal scores may have any order."""
     n = self._count
-    # This call is also used for a single query, because ScaNN's call for a single query quantizes
-    # differently. This call also uses all cores.
+    # A batch even for a single query, because ScaNN's call for one query quantizes differently. The
+    # batched call also uses all cores.
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
@@ -236,7 +236,7 @@ class BlockIndex:
     return ScannIndex.load(self._block_folder(block), stop - start)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `ExactIndex.search`, except for equal scores."""
+    """See `ExactIndex.search`. Equal scores may have any order."""
     best = np.full((len(queries), 0), -1, np.int32), np.zeros((len(queries), 0), np.float32)
     for block, (start, _) in enumerate(self.blocks):
       ids, scores = self._load(block).search(queries, k)

@@ -28,9 +28,9 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
-QUERY_SHARE = 20  # In a pass over all indices, index_rows / QUERY_SHARE documents are the queries.
+QUERY_SHARE = 20  # A shard of the search has index_rows / QUERY_SHARE documents as queries.
 READ_ROWS = 2**16  # Number of rows that `validate_neighbors` reads at a time.
-SELECT_BATCH = 1_024  # Number of documents for which the candidates' embeddings are in memory.
+SELECT_BATCH = 1_024  # Number of documents whose candidates are in memory at a time.
 
 
 def select_neighbors(
@@ -94,7 +94,7 @@ class Retriever:
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
 
   def __len__(self) -> int:
-    """Number of documents that can be found."""
+    """Returns the number of documents that can be found."""
     return len(self.bank) - self.first
 
   def search(self, queries: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ class _IndexJob:
 class _SearchJob:
   """Job of `shards.run_shards` that finds the neighbors of blocks of documents.
 
-  `blocks` maps the name of a block to its split, its first row and the row after its last.
+  `blocks` maps the name of a block to its split, its first row and the row after its last row.
   """
 
   folder: str
@@ -329,7 +329,7 @@ def load_neighbors(
     text_only: whether to read the neighbors that were found by caption only. They exist only for
       held-out pairs.
     array: "ids" or "scores".
-    bank: number of documents in the bank, with which ids are checked. None checks no ids.
+    bank: number of documents in the bank, to check the ids. None skips the check.
 
   Raises:
     UserError: the neighbors are absent or damaged, or an id is not in the bank.

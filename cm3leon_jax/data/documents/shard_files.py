@@ -75,7 +75,7 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
 
 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
-  """Raises BadRecord if a shard file is missing or damaged. `content` includes its digest."""
+  """Raises BadRecord if a shard file is missing or damaged. `content` also checks its digest."""
   if wrong := damage(folder / file, expected, content):
     raise BadRecord(f"{folder / file} {wrong}: {stages.again(folder.parent, folder / file)}.")
 
@@ -89,7 +89,7 @@ def encode_again(path: epath.PathLike) -> str:
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists `folders` once. Returns a function: name of a shard -> all folders have its files."""
+  """Lists `folders`. Returns a function that says whether all of them have the files of a shard."""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

@@ -43,7 +43,7 @@ ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts"
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A text or image: token ids of the shared vocabulary, [T] int32. Has no `<break>` and `</s>`."""
+  """A text or image: ids of the shared vocabulary, [T] int32, without `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -135,7 +135,7 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Most counts of a small shard are 0.
+    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
   return len(counts)
 
 
@@ -160,7 +160,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
     files |= describe_shard(folder, name, shards[-1].pop("records", None))
-    token_counts += shards[-1].pop("token_counts")  # All counts would need much memory.
+    token_counts += shards[-1].pop("token_counts")  # Too large to keep for all shards.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])
     for field in ("counts", "lengths", "is_image", "groups", "concepts")

@@ -99,7 +99,7 @@ def split_template(template: str) -> list[str]:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionTask:
-  """A task of instruction tuning. The key of a record selects a template uniformly."""
+  """A task of instruction tuning. The key of a record selects its template."""
 
   name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
   """Unique name."""

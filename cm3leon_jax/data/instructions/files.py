@@ -34,7 +34,7 @@ from cm3leon_jax.data.published.releases import (
   read_json_lines,
   text_list,
 )
-from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 # Split of InstructPix2Pix -> its part of seeds.json, as a range in twentieths (released code).
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
@@ -46,7 +46,7 @@ def open_records(
   name: str,
   root: epath.PathLike,
   split: str,
-  images: epath.PathLike | ImageFolder | None = None,
+  images: ImageFolder | None = None,
 ) -> Iterator[Record]:
   """Yields the records of a split, in the order of its file.
 
@@ -61,11 +61,11 @@ def open_records(
     images: parent folder of the release's image folders, e.g. `train_images/`. None means `root`.
 
   Raises:
-    UserError: the name or split is unknown, or a file does not exist. During iteration: see the
-      module, or an image is outside the image folder.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file is
+      wrong (see the module), or an image is outside the image folder.
   """
   check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
-  images = image_folder(root if images is None else images)
+  images = images or ImageFolder(os.fspath(root))
   file = functools.partial(find_file, root, name, split)
   if name in CAPTIONS:
     return caption_records(evaluation_files.open_examples(name, root, split, images))
@@ -286,8 +286,8 @@ def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterato
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: parent folder of train2017/, in which the images are. The images of the split
-      "llava_v1_5_mix665k" are in `images` itself.
+    images: parent folder of train2017/, which holds the images. In the split
+      "llava_v1_5_mix665k", image names are relative to `images` itself.
 
   Raises:
     UserError: the format is wrong, a conversation has no answer, or "human" and "gpt" do not

@@ -12,7 +12,7 @@ from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_js
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
-MOST_OBJECTS = 8  # Maximum number per image. A location takes about 20 tokens.
+MOST_OBJECTS = 8  # Maximum number of objects in a text. A location takes about 20 tokens.
 
 Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 

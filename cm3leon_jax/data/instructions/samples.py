@@ -111,7 +111,8 @@ def plan_instruction(
 
   A target image that is the last segment is predicted in its place, like the image of a caption.
   Any other target becomes a CM3 span that the model infills. Samples omit segments only before such
-  an image; a span would have no context left. The instruction is the segment before the image.
+  an image, because a span would have no context left. The instruction is the segment before the
+  image.
 
   Args:
     lengths: segment lengths without `<break>` and `</s>`.

@@ -36,7 +36,7 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    positions: maximum number of predicted tokens per sample, which is the slots of a row.
+    positions: maximum number of predicted tokens per sample: the number of slots of a row.
     redrawn: share of records whose given images are encoded twice, see `InstructionsConfig`.
   """
 
@@ -121,7 +121,7 @@ def _encode(
     lengths = [len(segment.tokens) for segment in one.segments]
     is_image = [segment.is_image for segment in one.segments]
     rng, span = np.random.default_rng(0), (one.start, one.stop)
-    size = plan_instruction(lengths, is_image, span, rng, Drops()).length  # Omits nothing.
+    size = plan_instruction(lengths, is_image, span, rng, Drops()).length  # Of the whole sample.
     most = encoder.positions + 1
     if size > most:
       target = one.stop - one.start

@@ -6,7 +6,7 @@ Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). The files are liste
 docs/data_formats.md. The readers do not change the texts. Metrics normalize them.
 
 In all readers, `images` is the parent folder of the release's image folders, and `folder` is the
-image folder of the file. The readers raise UserError if a file has the wrong format, an id occurs
+image folder of a file. The readers raise UserError if a file has the wrong format, an id occurs
 twice, or an entry lacks what belongs to it, such as its image, its captions or its answers. The
 message names the file and the id.
 """
@@ -14,6 +14,7 @@ message names the file and the id.
 from collections.abc import Iterator
 import dataclasses
 import functools
+import os
 import posixpath
 from typing import Any
 
@@ -29,7 +30,7 @@ from cm3leon_jax.data.published.releases import (
   load_json,
   texts_of,
 )
-from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 # Format name -> splits with published references.
 SPLITS = {
@@ -51,7 +52,7 @@ def open_examples(
   name: str,
   root: epath.PathLike,
   split: str,
-  images: epath.PathLike | ImageFolder | None = None,
+  images: ImageFolder | None = None,
 ) -> Iterator[Example]:
   """Yields the examples of a split, in the order of its file.
 
@@ -66,11 +67,11 @@ def open_examples(
     images: parent folder of the release's image folders, e.g. `val2014/`. None means `root`.
 
   Raises:
-    UserError: the name or split is unknown, or a file does not exist. During iteration: see the
-      module, or an image is outside the image folder.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file is
+      wrong (see the module), or an image is outside the image folder.
   """
   check_split(name, split, SPLITS)
-  images = image_folder(root if images is None else images)
+  images = images or ImageFolder(os.fspath(root))
   file = functools.partial(find_file, root, name, split)
   match name:
     case "coco_2014" | "coco_2017":
@@ -146,7 +147,7 @@ def read_karpathy(
     name = field_of(entry, "filename", str, where)
     texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
     path = images.find(posixpath.join(inner, name), where)
-    key = posixpath.splitext(str(image_id))[0]  # Localized Narratives use the same ids.
+    key = posixpath.splitext(str(image_id))[0]  # The image id of Localized Narratives.
     yield Example(key, key, path, references=texts)
 
 

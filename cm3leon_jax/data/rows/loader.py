@@ -109,7 +109,7 @@ def pack_row(
   vocab: VocabLayout,
   align_images: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Packs samples into one row, one after another. Samples do not predict each other.
+  """Packs samples into one row, one after another. No slot predicts a token of another sample.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
     inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
@@ -250,7 +250,7 @@ class RowLoader:
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Returns the rows of a [B, L] batch of which devices of this process hold at least a part."""
+  """Returns the rows of a [B, L] batch that devices of this process hold, wholly or in part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 

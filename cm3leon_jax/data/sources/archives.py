@@ -126,7 +126,10 @@ def parquet_rows(
         end, total = number + rows, 0
         # One row at a time, because a dictionary repeats its full value in every row.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
-          row = _plain_columns(batch)
+          row = {
+            name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+            for name, column in zip(batch.schema.names, batch.columns)
+          }
           total += sum(column.nbytes for column in row.values())
           if total > MAX_GROUP:
             message = (
@@ -154,14 +157,6 @@ def _columns(group: Any) -> tuple[list[str], int, int]:
       columns.append(column.path_in_schema)
       size += column.total_uncompressed_size
   return columns, size, group.num_rows
-
-
-def _plain_columns(batch: Any) -> dict[str, Any]:
-  """Returns the columns of a batch by name. Decodes Parquet dictionaries to values."""
-  return {
-    name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
-    for name, column in zip(batch.schema.names, batch.columns)
-  }
 
 
 def _row(

@@ -5,8 +5,6 @@ import functools
 import os
 import posixpath
 
-from etils import epath
-
 from cm3leon_jax.config import UserError
 
 URL = "://"
@@ -60,11 +58,6 @@ class ImageFolder:
   def _inside(self) -> str:
     """Returns the prefix that all paths in the folder have."""
     return _resolve(self.path).rstrip("/") + "/"
-
-
-def image_folder(path: epath.PathLike | ImageFolder) -> ImageFolder:
-  """Converts a path to an `ImageFolder`. Does not change an `ImageFolder`."""
-  return path if isinstance(path, ImageFolder) else ImageFolder(os.fspath(path))
 
 
 def _resolve(path: str) -> str:

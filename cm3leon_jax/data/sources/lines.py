@@ -72,7 +72,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 class _RowLines:
-  """The lines of a CSV file. Raises csv.Error if a row has more than MAX_ROW characters.
+  """Iterates over the lines of a CSV file. Raises csv.Error if a row exceeds MAX_ROW characters.
 
   Attributes:
     used: number of characters of the current row. The caller sets it to 0 when a row ends.

@@ -83,7 +83,7 @@ class RawInterleaved:
 
 Record = RawPair | RawText | RawInterleaved
 T = TypeVar("T", bound=Record)
-# With the suffix .jsonl, the names are file names.
+# Name of a kind -> class of its records. The file of a kind is NAME.jsonl.
 KINDS: dict[str, type[Record]] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
@@ -277,7 +277,7 @@ def key_of(values: Mapping, default: Any) -> Any:
 
 
 def origin_counts(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin. Merges origins after the first MOST_ORIGINS by kind, license.
+  """Sums the records of each origin. Merges all but MOST_ORIGINS origins by kind and license.
 
   An origin is a dict of `ORIGIN_FIELDS` and "records", the number of its records.
   """

@@ -8,6 +8,7 @@ from cm3leon_jax.data.instructions.config import FORMATS
 from cm3leon_jax.data.instructions.files import CAPTIONS, PIX2PIX, QUESTIONS, open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
 from tests.messages import refused
 
@@ -41,7 +42,7 @@ def test_records_have_the_texts_and_images_of_the_table_and_different_keys(tmp_p
 @pytest.mark.parametrize("name", FORMATS)
 def test_images_may_be_apart_from_the_files(tmp_path, name):
   write(tmp_path, RELEASES[name])
-  apart = open_records(name, tmp_path, split_of(name), images="gs://bucket/{images}")
+  apart = open_records(name, tmp_path, split_of(name), ImageFolder("gs://bucket/{images}"))
   beside = open_records(name, tmp_path, split_of(name))
   for record, other in zip(apart, beside, strict=True):
     for image, path in record.images.items():
