@@ -28,6 +28,8 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
+# Split -> arrays of the results. The arrays text_* have neighbors that the caption alone found.
+RESULTS = {"train": ("ids", "scores"), "heldout": ("ids", "scores", "text_ids", "text_scores")}
 QUERY_SHARE = 20  # A shard of the search has index_rows / QUERY_SHARE documents as queries.
 READ_ROWS = 2**16  # Number of rows that `validate_neighbors` reads at a time.
 SELECT_BATCH = 1_024  # Number of documents whose candidates are in memory at a time.
@@ -271,7 +273,7 @@ def _search(
 ) -> dict:
   """Finds and writes the neighbors of a split's `count` pairs. Returns figures for the report."""
   path = epath.Path(folder)
-  names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
+  names = RESULTS[split]
   kept, row = True, (2 * config.kept_per_side,)
   for name in names:
     dtype = np.int32 if name.endswith("ids") else np.float32
@@ -370,12 +372,11 @@ def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str,
   folder, documents = epath.Path(workdir) / "neighbors", epath.Path(workdir) / "documents"
   stages.check_files(folder)
   bank, arrays, neighbors = len(Bank(documents, vocab)), 0, 0
-  for split in ("train", "heldout"):
+  for split in RESULTS:
     pairs = len(DocumentStore(documents / f"{split}_pairs", vocab))
     for name in ARRAYS:
       _read_array(folder / split / name, bank if split == "train" else pairs)
-    names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
-    for name in names:
+    for name in RESULTS[split]:
       path = folder / f"{split}_pairs" / name
       values = _read_array(path, pairs).read_all()
       if name.endswith("ids"):
@@ -384,7 +385,7 @@ def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str,
       elif not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise UserError(f"{path}, row {row} is not finite: run `cm3leon build_neighbors`.")
-    arrays += len(ARRAYS) + len(names)
+    arrays += len(ARRAYS) + len(RESULTS[split])
   return {"documents": bank, "arrays": arrays, "neighbors": neighbors}
 
 
