@@ -273,9 +273,8 @@ def _search(
 ) -> dict:
   """Finds and writes the neighbors of a split's `count` pairs. Returns figures for the report."""
   path = epath.Path(folder)
-  names = RESULTS[split]
   kept, row = True, (2 * config.kept_per_side,)
-  for name in names:
+  for name in RESULTS[split]:
     dtype = np.int32 if name.endswith("ids") else np.float32
     kept &= ArrayStore.prepare(path / f"{split}_pairs" / name, row, dtype, count)
   size = max(1, config.index_rows // QUERY_SHARE)
@@ -288,7 +287,7 @@ def _search(
   total: collections.Counter[str] = collections.Counter()
   for _, numbers in run_shards(job, shards, done, runner, f"neighbors {split}"):
     total.update(numbers)
-  for name in names:
+  for name in RESULTS[split]:
     ArrayStore(path / f"{split}_pairs" / name).commit(digest=True)
   looked_at = total["kept"] + sum(total[reason] for reason in REASONS)
   return {
@@ -363,11 +362,8 @@ def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
 def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str, int]:
   """Reads all arrays of a finished stage, and checks that all ids are in the bank.
 
-  Returns the number of documents in the bank, the number of arrays, and the number of neighbors.
-
-  Raises:
-    UserError: a file is absent, damaged or wrong. The message names the file and, if possible, the
-      row.
+  Returns the numbers of documents in the bank, of arrays, and of neighbors. Raises UserError if a
+  file is absent, damaged or wrong. The message names the file and, if possible, the row.
   """
   folder, documents = epath.Path(workdir) / "neighbors", epath.Path(workdir) / "documents"
   stages.check_files(folder)
