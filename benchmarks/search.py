@@ -41,7 +41,7 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
   return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
+def rates(search: index.ExactIndex | index.ScannIndex, queries: np.ndarray, repeats: int) -> str:
   """Returns the queries per second of wall-clock time and of processor time, after a warm-up.
 
   Both have the format `median (smallest to largest)`.

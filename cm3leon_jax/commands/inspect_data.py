@@ -96,7 +96,7 @@ def validate(settings: Settings, workdir: epath.Path) -> None:
   from cm3leon_jax.data.instructions.samples import read_targets
   from cm3leon_jax.data.instructions.sources import store_name
   from cm3leon_jax.data.instructions.task_files import load_tasks
-  from cm3leon_jax.retrieval.validate import validate_neighbors
+  from cm3leon_jax.retrieval.neighbors import validate_neighbors
   from cm3leon_jax.trained.rows import replay_share
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()

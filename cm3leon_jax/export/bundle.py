@@ -62,7 +62,7 @@ def write(
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
-  training_data.write(folder, workdir, bundles.folder_of)
+  write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   names.append(training_data.FILE)
   names += _write_unseen(folder, run)
@@ -163,7 +163,7 @@ def _write_unseen(folder: epath.Path, run: Run) -> list[str]:
   unseen = unseen_in(run)
   if unseen is None:
     return []
-  unseen_tokens.write(folder, unseen)
+  write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
   return [unseen_tokens.FILE]
 
 

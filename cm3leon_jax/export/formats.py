@@ -70,7 +70,8 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.trained.folder, bundles.folder_of)
+  learned = training_data.collect(run.trained.folder, bundles.folder_of)
+  write_json(folder / training_data.FILE, learned)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
   write_json(folder / ABOUT, about)

@@ -67,7 +67,13 @@ class ArrayStore:
     (path / INDEX).unlink(missing_ok=True)
     read = max(1, READ_BYTES // row_bytes)
     file = read * max(1, FILE_BYTES // (read * row_bytes))
-    spec = {**_spec(path), "metadata": _metadata((file, *row_shape), (read, *row_shape))}
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": (read, *row_shape), "codecs": checked, "index_codecs": checked}
+    metadata = {
+      "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (file, *row_shape)}},
+      "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    spec = {**_spec(path), "metadata": metadata}
     shape = (0, *row_shape)
     ts.open(spec, create=True, delete_existing=True, dtype=np.dtype(dtype), shape=shape).result()
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
@@ -103,9 +109,7 @@ class ArrayStore:
   def __getitem__(self, rows: slice | npt.ArrayLike) -> np.ndarray:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
-    Raises:
-      UserError: a row is lost or damaged. The message names the store and the first rows that are
-        lost or damaged.
+    Raises UserError if a row is lost or damaged. The message names the first such rows.
     """
     if isinstance(rows, slice):
       rows = slice(*rows.indices(self._rows))
@@ -120,11 +124,7 @@ class ArrayStore:
       raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
 
   def read_all(self) -> np.ndarray:
-    """Reads all rows. If index.json has their digest, checks the rows against it.
-
-    Raises:
-      UserError: a row is lost or damaged, or the rows belong to another array.
-    """
+    """Reads all rows. Raises UserError if a row is damaged or the rows differ from their digest."""
     rows = self[:]
     if self._digest and _digest_of([rows]) != self._digest:
       raise UserError(f"{self.path} was changed after its rows were written: {self._again()}.")
@@ -159,10 +159,8 @@ class ArrayStore:
   def commit(self, digest: bool = False) -> None:
     """Commits all rows of the store. All rows must have been written.
 
-    If `digest` is True, it also reads all rows and records their digest.
-
-    Raises:
-      UserError: a row to digest was not written or is damaged.
+    With `digest`, it also reads all rows and records their digest. It then raises UserError if a
+    row was not written or is damaged.
     """
     self._rows = self._array.shape[0]
     index = {"schema_version": SCHEMA_VERSION, "rows": self._rows}
@@ -187,16 +185,6 @@ def _spec(path: epath.Path) -> dict:
   # Chunks of zeros are also written, so that every missing chunk is an error.
   zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
   return {"driver": "zarr3", "kvstore": f"{place}/", **zeros}
-
-
-def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
-  """Returns zarr metadata, with checksums, for files and chunks of the given shapes."""
-  checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-  sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
-  return {
-    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
-    "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-  }
 
 
 def _digest_of_metadata(path: epath.Path) -> str:

@@ -1,4 +1,4 @@
-"""Config section for retrieval."""
+"""Defines the config section of retrieval: embeddings, search and selection of neighbors."""
 
 from typing import Annotated, Literal
 
@@ -40,8 +40,8 @@ class RetrievalConfig:
   """Whether training documents can be neighbors. If False, only the split `bank` is searched."""
   query_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
   """Share of the caption's tokens that are dropped if a training document is the query (paper:
-  20%). With `lexical_weight`, the same share of words is dropped instead, for both parts of the
-  query."""
+  20%). With `lexical_weight`, the same share of words is dropped instead, for CLIP and for the
+  lexical part."""
   lexical_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Weight of shared words in the similarity of two captions or documents. Rare words count most.
   The remaining weight is CLIP's; 0 uses only CLIP, as in the paper. Words are runs of letters and

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import functools
 import tempfile
 import types
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 import jax
@@ -23,27 +23,13 @@ from cm3leon_jax.runs import stages
 
 EXACT_BELOW = 1_000  # Number of vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
-LARGE = 100_000  # From this number of vectors, `ScannIndex` uses two leaves per vector, and 8 bits.
+LARGE = 100_000  # From this size on, `ScannIndex` uses two leaves per vector, and 8-bit vectors.
 EXACT_ROWS = 1_000_000  # Number of vectors that exact search holds in memory at a time.
 BLOCK = 65_536  # Number of vectors that a device multiplies with a batch of queries at a time.
 
 
 Found: TypeAlias = tuple[Float[Array, "q _"], Int32[Array, "q _"]]  # Scores and ids.
 ASSETS = "scann_assets.pbtxt"  # File of a ScaNN index that lists its other files.
-
-
-class Index(Protocol):
-  """Interface of all search indices."""
-
-  backend: str
-
-  def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds, for each of the queries [q, E], the k vectors with the largest inner products.
-
-    Returns ids [q, k] int32, padded with -1, and inner products [q, k] float32, padded with -inf.
-    The best vector is first.
-    """
-    ...
 
 
 class ExactIndex:
@@ -71,7 +57,11 @@ class ExactIndex:
     self._top_k = functools.partial(_exact_top_k, mesh, self._count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`. Equal scores are ordered by id."""
+    """Finds, for each of the queries [q, E], the k vectors with the largest inner products.
+
+    Returns ids [q, k] int32, padded with -1, and inner products [q, k] float32, padded with -inf.
+    The best vector is first. Equal scores are ordered by id.
+    """
     queries = _matrix(queries, "queries")
     kept = min(k, self._count)
     ids, scores = [np.zeros((0, kept), np.int32)], [np.zeros((0, kept), np.float32)]
@@ -177,10 +167,10 @@ class ScannIndex:
       return cls(_scann().load_searcher(local), count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`."""
+    """See `ExactIndex.search`. Equal scores may have any order."""
     n = self._count
-    # This call is also used for a single query, because ScaNN's call for a single query quantizes
-    # differently. This call also uses all cores.
+    # A batch even for a single query, because ScaNN's call for one query quantizes differently. The
+    # batched call also uses all cores.
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
@@ -239,14 +229,14 @@ class BlockIndex:
   def _block_folder(self, block: int) -> epath.Path:
     return self._folder / f"{block:06d}"
 
-  def _open(self, block: int) -> Index:
+  def _open(self, block: int) -> ExactIndex | ScannIndex:
     start, stop = self.blocks[block]
     if self.backend == "exact":
       return ExactIndex(self._documents[start:stop], query_batch=self._query_batch)
     return ScannIndex.load(self._block_folder(block), stop - start)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`."""
+    """See `ExactIndex.search`. Equal scores may have any order."""
     best = np.full((len(queries), 0), -1, np.int32), np.zeros((len(queries), 0), np.float32)
     for block, (start, _) in enumerate(self.blocks):
       ids, scores = self._load(block).search(queries, k)

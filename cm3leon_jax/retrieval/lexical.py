@@ -123,11 +123,7 @@ class Lexical:
 
 
 def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
-  """Loads the lexical part of the bank in `folder`.
-
-  Raises:
-    UserError: the bank was embedded with another weight or width.
-  """
+  """Loads the lexical part of a bank. Raises UserError if the bank has another weight or width."""
   path = epath.Path(folder) / FILE
   if not weight and not path.exists():
     return Lexical()

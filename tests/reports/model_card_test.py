@@ -39,7 +39,7 @@ def write_card(run, config=SETTINGS, step=STEP) -> str:
   """Writes the files of the export next to the decoder; returns the card."""
   folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
   image_tokenizer.write(folder, Run(run, config))
-  training_data.write(folder, run)
+  write_json(folder / training_data.FILE, training_data.collect(run))
   model_card.write(folder, Run(run, config), step, numbers)
   return (folder / "README.md").read_text()
 

@@ -80,8 +80,7 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
   """Computes the distances between hashes of two sets, [N, M].
 
   The distance is the number of differing bits, divided by the number of bits that are set in at
-  least one of the two hashes.
-  If no bit is set in either hash, as for images without texture, the distance is 1.
+  least one of the two hashes. If no bit is set, as for images without texture, the distance is 1.
   """
   x, y = (np.unpackbits(f.hashes, axis=1).astype(np.float32) for f in (a, b))
   both = x @ y.T

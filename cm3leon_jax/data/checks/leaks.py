@@ -48,6 +48,8 @@ class LeakReport:
   """Result of a leak check.
 
   Attributes:
+    heldout, train: numbers of compared images.
+    pairs: number of near pairs.
     leaked: number of held-out images with a near training image.
     nearest: at most SHOWN pairs. Near duplicates are first, then the most similar other pairs.
   """

@@ -38,17 +38,18 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
   """
   folder = epath.Path(folder)
   arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
+  remedy = encode_again(path)
   if not path.exists():
-    raise UserError(f"{path} is missing: {encode_again(path)}.")
+    raise UserError(f"{path} is missing: {remedy}.")
   try:
     reader = array_record_module.ArrayRecordReader(str(path))
     count = reader.num_records()
   except (OSError, ValueError, IndexError, RuntimeError) as error:
-    raise UserError(f"{path} cannot be read ({error}): {encode_again(path)}.") from error
+    raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
   if count != len(arrays["counts"]):
     raise UserError(
       f"{path} holds {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
-      f"{encode_again(path)}."
+      f"{remedy}."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)
   for i in range(count):
@@ -56,26 +57,19 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
       document = decode_document(reader.read([i])[0])
       check_document(document, vocab)
     except Exception as error:  # Damaged records raise many kinds of errors.
-      message = f"{path}, record {i} is damaged or invalid ({error}): {encode_again(path)}."
-      raise UserError(message) from error
+      raise UserError(f"{path}, record {i} is damaged or invalid ({error}): {remedy}.") from error
     where = f"{path}, record {i} ('{document.key}')"
     segments = slice(at, at + int(arrays["counts"][i]))
     expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
     if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
-      raise UserError(
-        f"{where} has segment lengths that differ from {name}{LENGTHS}: {encode_again(path)}."
-      )
+      raise UserError(f"{where} has segment lengths that differ from {name}{LENGTHS}: {remedy}.")
     for field in ("group", "concept"):
       if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
-        raise UserError(
-          f"{where} has a {field} that differs from {name}{LENGTHS}: {encode_again(path)}."
-        )
+        raise UserError(f"{where} has a {field} that differs from {name}{LENGTHS}: {remedy}.")
     add_tokens(token_counts, document)
     at = segments.stop
   if not np.array_equal(token_counts, arrays["token_counts"]):
-    raise UserError(
-      f"{path} has token counts that differ from {name}{LENGTHS}: {encode_again(path)}."
-    )
+    raise UserError(f"{path} has token counts that differ from {name}{LENGTHS}: {remedy}.")
   return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
 
 
@@ -105,11 +99,7 @@ def validate_store(store: DocumentStore) -> dict[str, int]:
 
 
 def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
-  """Validates all stores of the stage `documents` and prints their counts.
-
-  Raises:
-    UserError: see `validate_store`.
-  """
+  """Applies `validate_store` to all stores of the stage `documents` and prints their counts."""
   names = [f"{split}_{kind}" for split in SPLITS for kind in KINDS]
   for path in [epath.Path(folder) / name for name in names]:
     if not path.exists():
@@ -156,10 +146,8 @@ def _validate_images(shard: epath.Path, num_threads: int) -> int:
 def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:
   """Compares the joined arrays of a store with the arrays of shard `name`.
 
-  `before` holds the numbers of documents and segments in all earlier shards.
-
-  Raises:
-    UserError: an array differs. The message names the file and the first document that differs.
+  `before` holds the numbers of documents and segments in all earlier shards. Raises UserError with
+  the name of the file and the first document that differs.
   """
   arrays = read_lengths(store.folder, name, store.vocab)
   first, start = before["documents"], before["segments"]

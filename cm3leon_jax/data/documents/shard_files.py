@@ -32,7 +32,9 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
     with path.open("rb") as f, np.load(f) as file:
       arrays = dict(file)
   except Exception as error:  # Damaged archives raise many kinds of errors.
-    raise UserError(f"{path} cannot be read ({error}): {again(folder, path)}.") from error
+    raise UserError(
+      f"{path} cannot be read ({error}): {stages.again(folder.parent, path)}."
+    ) from error
   check_version(path, int(arrays["schema_version"]))
   check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
   return arrays
@@ -60,10 +62,8 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
   """Returns the size and the SHA-256 digest of both files of a shard.
 
   `stored` has the size and the digest of the record file when it was written. None means that an
-  earlier version of the code wrote the file.
-
-  Raises:
-    UserError: the size of the record file changed after it was written.
+  earlier version of the code wrote the file. Raises UserError if the size of the record file
+  changed after it was written.
   """
   records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
   if stored is None:
@@ -75,9 +75,9 @@ def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> 
 
 
 def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
-  """Raises BadRecord if a shard file is missing or damaged. `content` includes its digest."""
+  """Raises BadRecord if a shard file is missing or damaged. `content` also checks its digest."""
   if wrong := damage(folder / file, expected, content):
-    raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+    raise BadRecord(f"{folder / file} {wrong}: {stages.again(folder.parent, folder / file)}.")
 
 
 def encode_again(path: epath.PathLike) -> str:
@@ -88,13 +88,8 @@ def encode_again(path: epath.PathLike) -> str:
   return f"delete the folder {folder} and run `cm3leon {command}` again"
 
 
-def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Returns the end of an error message, which says how to replace a damaged file of a store."""
-  return stages.again(folder.parent, damaged)
-
-
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists `folders` once. Returns a function: name of a shard -> all folders have its files."""
+  """Lists `folders`. Returns a function that says whether all of them have the files of a shard."""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

@@ -22,7 +22,6 @@ from cm3leon_jax.data.documents.shard_files import (
   RECORDS,
   SCHEMA_VERSION,
   BadRecord,
-  again,
   check_shard_file,
   check_version,
   check_vocab,
@@ -44,7 +43,7 @@ ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts"
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A text or image: token ids of the shared vocabulary, [T] int32. Has no `<break>` and `</s>`."""
+  """A text or image: ids of the shared vocabulary, [T] int32, without `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -81,8 +80,7 @@ def encode_document(document: Document) -> bytes:
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
   ]
-  names = ("key", "source", "license", "attribution", "group", "concept", "facts")
-  fields = {name: getattr(document, name) for name in names}
+  fields = {name: value for name, value in vars(document).items() if name != "segments"}
   return msgpack.packb({**fields, "segments": segments})
 
 
@@ -105,8 +103,7 @@ def write_shard(
 ) -> int:
   """Writes a shard of the store in `folder` atomically. Returns the number of documents.
 
-  Raises:
-    UserError: a document is invalid, see `check_document`.
+  Raises UserError if a document is invalid, see `check_document`.
   """
   folder = epath.Path(folder)
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
@@ -138,7 +135,7 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Most counts of a small shard are 0.
+    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
   return len(counts)
 
 
@@ -163,7 +160,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
     files |= describe_shard(folder, name, shards[-1].pop("records", None))
-    token_counts += shards[-1].pop("token_counts")  # All counts would need much memory.
+    token_counts += shards[-1].pop("token_counts")  # Too large to keep for all shards.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])
     for field in ("counts", "lengths", "is_image", "groups", "concepts")
@@ -241,11 +238,12 @@ class DocumentStore:
     self.files: dict[str, dict] = index.get("files", {})
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
-    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == self._end:
+    end = int(self.offsets[-1])
+    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == end:
       raise UserError(
         f"{self.folder} has {index['documents']} documents in {INDEX}, but offsets of {len(self)} "
-        f"documents with {self._end} segments, and {len(self.lengths)} lengths: "
-        f"{again(self.folder, self.folder / INDEX)}."
+        f"documents with {end} segments, and {len(self.lengths)} lengths: "
+        f"{stages.again(self.folder.parent, self.folder / INDEX)}."
       )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
@@ -262,16 +260,18 @@ class DocumentStore:
     return self._map("token_counts")
 
   def _map(self, field: str) -> np.ndarray:
+    """Maps a local array into memory. Reads an array in a GCS bucket completely."""
     path = self.folder / f"{field}.npy"
     stages.check_files(path)
     try:
-      return _map_array(path)
+      if "://" not in str(path):
+        return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
+      with path.open("rb") as f:
+        return np.load(f)
     except (ValueError, OSError, EOFError) as error:
-      raise UserError(f"{path} cannot be read ({error}): {again(self.folder, path)}.") from error
-
-  @property
-  def _end(self) -> int:
-    return int(self.offsets[-1])
+      raise UserError(
+        f"{path} cannot be read ({error}): {stages.again(self.folder.parent, path)}."
+      ) from error
 
   @property
   def parts(self) -> tuple["DocumentStore", ...]:
@@ -301,22 +301,19 @@ class DocumentStore:
     name, record = self._names[shard], int(i) - (int(self._ends[shard - 1]) if shard else 0)
     try:
       document = decode_document(self._reader(name).read([record])[0])
-      self._check_lengths(i, document)
+      found = [len(segment.tokens) for segment in document.segments]
+      expected = self.segment_lengths(i)[0].tolist()
+      if found != expected:
+        raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
     except BadRecord:
       raise
     except Exception as error:  # Damaged records raise many kinds of errors.
       path = self.folder / f"{name}{RECORDS}"
       raise BadRecord(
         f"{path}, record {record} (document {i} of the store) cannot be read ({error}): "
-        f"{again(self.folder, path)}."
+        f"{stages.again(self.folder.parent, path)}."
       ) from error
     return document
-
-  def _check_lengths(self, i: int, document: Document) -> None:
-    found = [len(segment.tokens) for segment in document.segments]
-    expected = self.segment_lengths(i)[0].tolist()
-    if found != expected:
-      raise ValueError(f"its segments have {found} tokens, but lengths.npy says {expected}")
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `lengths` and `is_image` of the segments of document i."""
@@ -361,14 +358,6 @@ class Bank:
     """Returns `DocumentStore.segment_lengths` of document i."""
     store, i = self._locate(i)
     return store.segment_lengths(i)
-
-
-def _map_array(path: epath.Path) -> np.ndarray:
-  """Maps a local NumPy file into memory. Reads a NumPy file in a GCS bucket completely."""
-  if "://" not in str(path):
-    return np.asarray(np.load(path, mmap_mode="r"))  # Faster to index than np.memmap.
-  with path.open("rb") as f:
-    return np.load(f)
 
 
 def first_documents(

@@ -7,13 +7,12 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import reader
-from cm3leon_jax.data.sources import origins as origins_lib
-from cm3leon_jax.files.json_files import lacks, read_json, write_json
+from cm3leon_jax.data.sources.records import ORIGIN_FIELDS, origin_counts
+from cm3leon_jax.files.json_files import lacks, read_json
 from cm3leon_jax.runs import stages
 
 FILE = "training_data.json"  # Name of the file in an export or bundle, and in runs that import it.
 IMPORTED = "imported_from"  # Field in the summary that `cm3leon import_weights` writes.
-ORIGIN = (*origins_lib.FIELDS, "records")
 
 
 def collect(
@@ -42,21 +41,15 @@ def collect(
     if (folder / FILE).exists() and not path.exists():  # The file includes all earlier runs.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
-    found = _raw_origins(folder) + _instruction_origins(folder)
+    has_raw = (folder / "raw" / reader.INDEX).exists()
+    found = origin_counts(reader.read_index(folder / "raw")["origins"]) if has_raw else []
+    found += _instruction_origins(folder)
     runs.append({"name": _name(folder), "known": bool(found)})
     origins += [{"run": folder.name, **origin} for origin in found]
     run = read_json(path, {"run": dict})["run"] if path.exists() else {}
     start = run.get("init_from")
     folder = epath.Path(locate(start["source"])) if start else folder
   return {"runs": runs, "origins": origins}
-
-
-def _raw_origins(folder: epath.Path) -> list[dict]:
-  """Returns the origins of captioned images and texts. The most common origins are first."""
-  raw = folder / "raw"
-  if not (raw / reader.INDEX).exists():
-    return []
-  return origins_lib.most_common(reader.read_index(raw)["origins"])
 
 
 def _instruction_origins(folder: epath.Path) -> list[dict]:
@@ -68,7 +61,7 @@ def _instruction_origins(folder: epath.Path) -> list[dict]:
     return []
   records = sum(x["documents"] for x in stored["summary"].values() if "documents" in x)
   fields = ("instructions", epath.Path(root).name, "", "")
-  return [{**dict(zip(origins_lib.FIELDS, fields)), "records": records}]
+  return [{**dict(zip(ORIGIN_FIELDS, fields)), "records": records}]
 
 
 def _name(folder: epath.Path) -> str:
@@ -79,7 +72,7 @@ def _name(folder: epath.Path) -> str:
 
 
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:
-  """Reads the file that `write` wrote. Raises UserError if the file is missing or damaged."""
+  """Reads `FILE`, the result of `collect`. Raises UserError if the file is missing or damaged."""
   path = epath.Path(folder) / FILE
   stored = read_json(path)
   if isinstance(stored, list):  # An earlier version of the code wrote the file.
@@ -88,17 +81,9 @@ def read(folder: epath.PathLike) -> dict[str, list[dict]]:
     stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
   if lack := lacks(stored, {"runs": list, "origins": list}):
     raise UserError(f"{path} is damaged: {lack}.")
-  for name, fields in (("runs", {"name", "known"}), ("origins", {"run", *ORIGIN})):
+  needed = {"runs": {"name", "known"}, "origins": {"run", "records", *ORIGIN_FIELDS}}
+  for name, fields in needed.items():
     for entry in stored[name]:
       if not isinstance(entry, dict) or not fields <= set(entry):
         raise UserError(f"{path} is damaged: an entry of '{name}' must have {sorted(fields)}.")
   return stored
-
-
-def write(
-  folder: epath.PathLike,
-  workdir: epath.PathLike,
-  locate: Callable[[str], epath.PathLike] = epath.Path,
-) -> None:
-  """Writes the result of `collect` to `folder`, which is an export or a bundle."""
-  write_json(epath.Path(folder) / FILE, collect(workdir, locate))

@@ -9,7 +9,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.json_files import read_json, write_json
+from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
@@ -40,25 +40,16 @@ def find(
     return None
   counts = np.zeros(vocab.size, np.int64)
   for store in stores:
-    counts += _counts(store / "token_counts.npy", vocab.size)
+    file = store / "token_counts.npy"
+    stages.check_files(file)
+    try:
+      with file.open("rb") as stream:
+        counts += np.load(stream)
+    except (ValueError, OSError, EOFError) as error:
+      where = stages.again(store.parent, file)
+      raise UserError(f"{file} cannot be read ({error}): {where}.") from error
   texts = counts[vocab.num_special : vocab.text_size]
   found = frozenset(int(i) + vocab.num_special for i in np.flatnonzero(texts == 0))
   start = read_json(path, {"run": dict})["run"].get("init_from")
   before = find(locate(start["source"]), vocab, locate) if start else found
   return None if before is None else found & before
-
-
-def _counts(path: epath.Path, size: int) -> np.ndarray:
-  """Reads the number of occurrences of each id from a store without opening the store."""
-  stages.check_files(path)
-  try:
-    with path.open("rb") as file:
-      return np.broadcast_to(np.load(file), (size,))
-  except (ValueError, OSError, EOFError) as error:
-    where = stages.again(path.parents[1], path)
-    raise UserError(f"{path} cannot be read ({error}): {where}.") from error
-
-
-def write(folder: epath.PathLike, ids: frozenset[int]) -> None:
-  """Writes the result of `find` to `folder`, which is a bundle."""
-  write_json(epath.Path(folder) / FILE, {"ids": sorted(ids)})

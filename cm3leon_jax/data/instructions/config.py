@@ -38,6 +38,19 @@ class Format:
   images: tuple[str, ...] = ("image",)
 
 
+# Split of Localized Narratives -> prefix of file names, number of files, image path for an id.
+NARRATIVES = {
+  "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
+  "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
+  "open_images_test": ("open_images_test", 1, "test/{}.jpg"),
+  "coco_train": ("coco_train", 4, "train2017/{:0>12}.jpg"),
+  "coco_val": ("coco_val", 1, "val2017/{:0>12}.jpg"),
+  "flickr30k_train": ("flickr30k_train", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_val": ("flickr30k_val", 1, "flickr30k-images/{}.jpg"),
+  "flickr30k_test": ("flickr30k_test", 1, "flickr30k-images/{}.jpg"),
+  "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
+  "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
+}
 FORMATS = {
   "coco_2014": Format(("train", "val"), ("caption",)),
   "coco_2017": Format(("train", "val"), ("caption",)),
@@ -47,21 +60,7 @@ FORMATS = {
   "ok_vqa": Format(("train", "val"), ("question", "answer")),
   "vizwiz": Format(("train", "val"), ("question", "answer")),
   "flickr30k": Format(("train", "val", "test"), ("caption",)),
-  "localized_narratives": Format(
-    (
-      "open_images_train",
-      "open_images_validation",
-      "open_images_test",
-      "coco_train",
-      "coco_val",
-      "flickr30k_train",
-      "flickr30k_val",
-      "flickr30k_test",
-      "ade20k_train",
-      "ade20k_validation",
-    ),
-    ("caption",),
-  ),
+  "localized_narratives": Format(tuple(NARRATIVES), ("caption",)),
   "textvqa": Format(("train", "val"), ("question", "answer")),
   "scienceqa": Format(
     ("train", "val", "test"),
@@ -100,7 +99,7 @@ def split_template(template: str) -> list[str]:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class InstructionTask:
-  """A task of instruction tuning. The key of a record selects a template uniformly."""
+  """A task of instruction tuning. The key of a record selects its template."""
 
   name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
   """Unique name."""
@@ -183,11 +182,7 @@ class InstructionTask:
 
 
 def make_task(values: Any) -> InstructionTask:
-  """Builds a task from a mapping of its fields and checks it against its format.
-
-  Raises:
-    FieldError: a field is invalid. The message names the field.
-  """
+  """Builds a task from a mapping of its fields. Raises FieldError if a field is invalid."""
   if not isinstance(values, InstructionTask):
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
       raise FieldError("a task must be a mapping of fields, the first of which is `name: ...`.")

@@ -14,11 +14,7 @@ LOW, HIGH = 100, 200  # Hysteresis thresholds, as in most examples of ControlNet
 
 
 def load_opencv() -> types.ModuleType:
-  """Imports OpenCV, which belongs to an extra because only tasks with computed maps need it.
-
-  Raises:
-    UserError: OpenCV is not installed.
-  """
+  """Imports OpenCV, which only tasks with computed maps need. Raises UserError if it is absent."""
   try:
     import cv2
   except ImportError as error:

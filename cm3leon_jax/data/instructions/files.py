@@ -2,27 +2,29 @@
 
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
-(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `data.published.files`; and the
-formats of `grounding`, `lines` and `llava`. The files are listed in docs/data_formats.md. The
-reader strips white space at both ends of texts. It skips records with a blank caption or answer.
+(Pont-Tuset et al. 2020); LLaVA (Liu et al. 2023); the captions, questions and paragraphs of
+`data.published.files`; and the formats of `grounding` and `lines`. The files are listed in
+docs/data_formats.md. The readers strip white space at both ends of texts. They skip records with a
+blank caption or answer. They raise UserError if a file has the wrong format, an id occurs twice, or
+an entry lacks what belongs to it. The message names the file and the line or id.
 """
 
 import collections
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 import os
 import posixpath
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.config import FORMATS
+from cm3leon_jax.data.instructions.config import FORMATS, NARRATIVES
 from cm3leon_jax.data.instructions.grounding import read_coco_objects
 from cm3leon_jax.data.instructions.lines import read_lines
-from cm3leon_jax.data.instructions.llava import LLAVA, read_llava
-from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.records import Record, caption_records
 from cm3leon_jax.data.published import files as evaluation_files
-from cm3leon_jax.data.published.examples import Example, caption_prompts
+from cm3leon_jax.data.published.examples import Example
 from cm3leon_jax.data.published.releases import (
   check_split,
   entries_by_id,
@@ -31,28 +33,11 @@ from cm3leon_jax.data.published.releases import (
   load_json,
   read_json_lines,
   text_list,
-  texts_of,
 )
-from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-# Split of Localized Narratives -> prefix of file names, number of files, image path for an id.
-NARRATIVES = {
-  "open_images_train": ("open_images_train_v6", 10, "train/{}.jpg"),
-  "open_images_validation": ("open_images_validation", 1, "validation/{}.jpg"),
-  "open_images_test": ("open_images_test", 1, "test/{}.jpg"),
-  "coco_train": ("coco_train", 4, "train2017/{:0>12}.jpg"),
-  "coco_val": ("coco_val", 1, "val2017/{:0>12}.jpg"),
-  "flickr30k_train": ("flickr30k_train", 1, "flickr30k-images/{}.jpg"),
-  "flickr30k_val": ("flickr30k_val", 1, "flickr30k-images/{}.jpg"),
-  "flickr30k_test": ("flickr30k_test", 1, "flickr30k-images/{}.jpg"),
-  "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
-  "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
-}
 # Split of InstructPix2Pix -> its part of seeds.json, as a range in twentieths (released code).
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
-UNANSWERABLE = "unanswerable"  # The answer to an unanswerable question in VizWiz.
-
-
 CAPTIONS = ("coco_2014", "coco_2017", "coco_karpathy", "vg_paragraphs")
 QUESTIONS = ("vqa_v2", "ok_vqa", "vizwiz")
 
@@ -61,7 +46,7 @@ def open_records(
   name: str,
   root: epath.PathLike,
   split: str,
-  images: epath.PathLike | ImageFolder | None = None,
+  images: ImageFolder | None = None,
 ) -> Iterator[Record]:
   """Yields the records of a split, in the order of its file.
 
@@ -76,23 +61,22 @@ def open_records(
     images: parent folder of the release's image folders, e.g. `train_images/`. None means `root`.
 
   Raises:
-    UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
-      the wrong format, a record is invalid, or an image is outside the image folder. The message
-      names the file and the line or id.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file is
+      wrong (see the module), or an image is outside the image folder.
   """
   check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
-  images = image_folder(root if images is None else images)
-
-  def file(*names: str) -> epath.Path:
-    return find_file(root, names, name, split)
-
+  images = images or ImageFolder(os.fspath(root))
+  file = functools.partial(find_file, root, name, split)
   if name in CAPTIONS:
     return caption_records(evaluation_files.open_examples(name, root, split, images))
   if name in QUESTIONS:
     return question_records(evaluation_files.open_examples(name, root, split, images))
   match name:
     case "flickr30k":
-      return caption_records(read_flickr30k(file("dataset_flickr30k.json"), images, split))
+      captions = file("dataset_flickr30k.json")
+      return caption_records(
+        evaluation_files.read_karpathy(captions, images, split, "flickr30k-images")
+      )
     case "localized_narratives":
       start, count, image = NARRATIVES[split]
       shards = [f"-{i:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [""]
@@ -114,16 +98,7 @@ def open_records(
     case "jsonl":
       return read_lines(file(f"{split}.jsonl"), images)
     case _:
-      return read_llava(file(f"{split}.json"), images, LLAVA[split])
-
-
-def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
-  """Yields one record per caption. Its key is as in `caption_prompts`."""
-  for example in caption_prompts(examples):
-    assert example.prompt is not None
-    assert example.image is not None
-    texts = {"caption": example.prompt}
-    yield Record(example.key, example.group, texts, {"image": example.image})
+      return read_llava(file(f"{split}.json"), images, split)
 
 
 def question_records(examples: Iterable[Example]) -> Iterator[Record]:
@@ -140,7 +115,7 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
       continue
     answer = collections.Counter(given).most_common(1)[0][0]
     if example.answerable is False:
-      answer = UNANSWERABLE
+      answer = "unanswerable"
     assert example.prompt is not None
     assert example.image is not None
     yield Record(
@@ -150,26 +125,6 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
       images={"image": example.image},
       facts={"answers": list(example.references)},
     )
-
-
-def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split with all its captions, from dataset_flickr30k.json.
-
-  Args:
-    file: {"images": [{filename, split, sentences: [{raw}]}]}.
-    images: parent folder of flickr30k-images/.
-    split: "train", "val" or "test".
-
-  Raises:
-    UserError: the format is wrong, an image occurs twice, an image has no captions, or the split
-      has no image. The message names the file and the image.
-  """
-  for name, entry in evaluation_files.karpathy_split(file, split, "filename", str).items():
-    where = f"{file}, image {name}"
-    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
-    key = posixpath.splitext(name)[0]  # The image id, which Localized Narratives also uses.
-    path = images.find(posixpath.join("flickr30k-images", name), where)
-    yield Example(key, key, path, references=texts)
 
 
 def read_narratives(
@@ -184,9 +139,6 @@ def read_narratives(
   Args:
     files: JSONL files with {image_id, caption} per line. Other fields, such as traces, are ignored.
     image: format string that makes a path in `images` from an id, e.g. "val2017/{:0>12}.jpg".
-
-  Raises:
-    UserError: a line is not JSON or has the wrong format. The message names the file and the line.
   """
   seen: collections.Counter[str] = collections.Counter()
   for file in files:
@@ -203,13 +155,8 @@ def read_narratives(
 def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]:
   """Yields each question of TextVQA with its annotators' answers.
 
-  Args:
-    file: {"data": [{question_id, image_id, question, answers: [text]}]}.
-    images: parent folder of train_images/, which holds the images of both splits.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, or a question has no answers. The message
-      names the file and the id.
+  `file` has {"data": [{question_id, image_id, question, answers: [text]}]}. The folder
+  train_images/ holds the images of both splits.
   """
   entries = field_of(load_json(file), "data", list, file)
   for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():
@@ -242,10 +189,6 @@ def read_scienceqa(
     splits: file with {split: [id]}.
     images: folder that holds images/SPLIT/ID/.
     split: "train", "val" or "test".
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice in the split, an id has no problem, or an
-      answer is not an index into `choices`. The message names the file and the id.
   """
   content = load_json(problems)
   seen = set()
@@ -291,10 +234,6 @@ def read_instruct_pix2pix(
       {input, edit, output}.
     images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).
-
-  Raises:
-    UserError: the format is wrong, a folder or seed occurs twice, or a folder does not exist next
-      to `seeds`. The message names the file and the entry or folder.
   """
   folders = _seeds_by_folder(seeds)
   start, stop = (len(folders) * twentieths // 20 for twentieths in PIX2PIX[split])
@@ -333,3 +272,52 @@ def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
       raise UserError(f"{where}, folder {folder}, has a seed twice; list each seed once.")
     folders[folder] = seeds
   return folders
+
+
+def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Record]:
+  """Yields one record per answer in the conversations of LLaVA about images.
+
+    human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
+    become two records. 3/0 has the instruction "What is it?" and the answer "A bus."; 3/1 has the
+    instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?", the answer "Red."
+
+  Ignores the field `id`, which is not unique. Skips conversations without an image. Skips the last
+  question of a conversation if it has no answer.
+
+  Args:
+    file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
+    images: parent folder of train2017/, which holds the images. In the split
+      "llava_v1_5_mix665k", image names are relative to `images` itself.
+
+  Raises:
+    UserError: the format is wrong, a conversation has no answer, or "human" and "gpt" do not
+      alternate. The message names the file and the entry.
+  """
+  folder = "" if split == "llava_v1_5_mix665k" else "train2017"
+  for number, entry in enumerate(load_json(file, list), 1):
+    where = f"{file}, entry {number}"
+    if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
+      continue
+    name = field_of(entry, "image", str, where)
+    path = images.find(posixpath.join(folder, name), where)
+    history = ""
+    for place, (question, answer) in enumerate(_exchanges(entry, where)):
+      instruction = f"{history}Human: {question}" if history else question
+      if answer:
+        texts = {"instruction": instruction, "answer": answer}
+        yield Record(f"{number}/{place}", name, texts, {"image": path})
+      history += f"Human: {question}\nAssistant: {answer}\n"
+
+
+def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
+  """Returns the (question, answer) pairs of a conversation without "<image>"."""
+  values = []
+  for number, turn in enumerate(field_of(entry, "conversations", list, where)):
+    place = f"{where}, turn {number + 1}"
+    speaker, expected = field_of(turn, "from", str, place), ("human", "gpt")[number % 2]
+    if speaker != expected:
+      raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
+    values.append(field_of(turn, "value", str, place).replace("<image>", "").strip())
+  if len(values) < 2:
+    raise UserError(f"{where} has no answer; it must have at least one turn from 'gpt'.")
+  return list(zip(values[::2], values[1::2]))

@@ -1,19 +1,18 @@
 """Reads captions with object boxes. Describes the boxes as text, as in CM3Leon's figure 15."""
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.instructions.records import Record
+from cm3leon_jax.data.instructions.records import Record, caption_records
 from cm3leon_jax.data.published import files
-from cm3leon_jax.data.published.examples import caption_prompts
 from cm3leon_jax.data.published.releases import entries_by_id, field_of, load_json
 from cm3leon_jax.data.sources.image_folder import ImageFolder
 
-OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
 SIDE = 256  # Image side for locations, in pixels. It is the same for every resolution of a run.
-MOST_OBJECTS = 8  # Maximum number per image. A location takes about 20 tokens.
+MOST_OBJECTS = 8  # Maximum number of objects in a text. A location takes about 20 tokens.
 
 Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 
@@ -33,27 +32,18 @@ def read_coco_objects(
   Args:
     instances: file with {"images": [{id, width, height}], "categories": [{id, name}],
       "annotations": [{image_id, category_id, bbox: [left, top, width, height], iscrowd: 0 or 1}]}.
-    captions: caption file of the same split, see `files.read_coco`.
-    images: parent folder of `folder`.
-    folder: name of the folder with the images of this split.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, an object has an unknown image or category,
-      the size of an image is invalid, or an image with a caption is not in `instances`. The message
-      names the file and the id.
+    captions: caption file of the same split.
+    images, folder: as in `files.read_coco`.
   """
   objects = _objects_by_image(instances)
-  for example in caption_prompts(files.read_coco(captions, images, folder)):
-    if int(example.group) not in objects:
+  for record in caption_records(files.read_coco(captions, images, folder)):
+    if int(record.group) not in objects:
       raise UserError(
-        f"{captions}, image {example.group}, is not in {instances}; give two files of the same "
+        f"{captions}, image {record.group}, is not in {instances}; give two files of the same "
         "split."
       )
-    if listed := objects[int(example.group)]:
-      assert example.prompt is not None
-      assert example.image is not None
-      texts = {"caption": example.prompt, "objects": listed}
-      yield Record(example.key, example.group, texts, {"image": example.image})
+    if listed := objects[int(record.group)]:
+      yield dataclasses.replace(record, texts={**record.texts, "objects": listed})
 
 
 def _objects_by_image(file: epath.PathLike) -> dict[int, str]:

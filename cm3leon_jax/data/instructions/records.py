@@ -1,12 +1,13 @@
 """Defines records of instruction data. A template joins the texts and images of a record."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
 
 from cm3leon_jax.data.instructions.edges import ImageMap
+from cm3leon_jax.data.published.examples import Example, caption_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,15 @@ class Record:
   texts: Mapping[str, str]
   images: Mapping[str, str | np.ndarray | ImageMap]
   facts: Mapping = dataclasses.field(default_factory=dict)
+
+
+def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
+  """Yields one record per caption. Its key is as in `caption_prompts`."""
+  for example in caption_prompts(examples):
+    assert example.prompt is not None
+    assert example.image is not None
+    texts = {"caption": example.prompt}
+    yield Record(example.key, example.group, texts, {"image": example.image})
 
 
 class DrawnTasks(Protocol):

@@ -111,7 +111,8 @@ def plan_instruction(
 
   A target image that is the last segment is predicted in its place, like the image of a caption.
   Any other target becomes a CM3 span that the model infills. Samples omit segments only before such
-  an image; a span would have no context left. The instruction is the segment before the image.
+  an image, because a span would have no context left. The instruction is the segment before the
+  image.
 
   Args:
     lengths: segment lengths without `<break>` and `</s>`.
@@ -151,14 +152,12 @@ def build_instruction(
   Raises:
     ValueError: the length differs from the plan, because the store changed after planning.
   """
-  kept = [
-    s.tokens for i, s in enumerate(document.segments) if i >= plan.first and i != plan.skipped
-  ]
   parts: list = [[vocab.eos]]
   if plan.masked:
     parts += [[vocab.mask(0)], [vocab.brk]]
-  for tokens in kept:
-    parts += [tokens, [vocab.brk]]
+  for i, segment in enumerate(document.segments):
+    if i >= plan.first and i != plan.skipped:
+      parts += [segment.tokens, [vocab.brk]]
   joined = np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
   tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)
   if len(tokens) != plan.length:

@@ -58,7 +58,12 @@ def open_task(
     name, number = task.heldout, task.heldout_records
   try:
     _check_maps(task, config.root)
-    found = _records(task, name, number, config, drawn)
+    if world := worlds.world_of_format(task.format):
+      found = drawn[world].records(task.format.partition("/")[2], name, number)
+    else:
+      root = posixpath.join(config.root, task.root)
+      images = _image_folder(config, task.images or task.root)
+      found = files.open_records(task.format, root, name, images)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config)
   except UserError as error:
@@ -75,20 +80,6 @@ def _check_maps(task: InstructionTask, root: str) -> None:
         f"its map '{field}' is '{kind}'; it must be one of {', '.join(MAPS)}, or a folder, but "
         f"{epath.Path(root, kind)} does not exist."
       )
-
-
-def _records(
-  task: InstructionTask,
-  split: str,
-  number: int,
-  config: InstructionsConfig,
-  drawn: Mapping[str, DrawnTasks],
-) -> Iterator[Record]:
-  if not (world := worlds.world_of_format(task.format)):
-    root = posixpath.join(config.root, task.root)
-    images = _image_folder(config, task.images or task.root)
-    return files.open_records(task.format, root, split, images)
-  return drawn[world].records(task.format.partition("/")[2], split, number)
 
 
 def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
@@ -128,7 +119,7 @@ class InstructionJob:
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
     drawn: name of a world -> its tasks, whose records have the format WORLD/TASK.
-    positions: maximum number of predicted tokens per sample, which is the slots of a row.
+    positions: maximum number of predicted tokens per sample: the number of slots of a row.
   """
 
   workdir: str
@@ -146,13 +137,15 @@ class InstructionJob:
       text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
     )
     training = dataclasses.replace(encoder, redrawn=self.config.redrawn)
-    return lambda name: self._write(name, training if name.startswith("train_") else encoder)
+    folder = epath.Path(self.workdir) / "instructions"
 
-  def _write(self, name: str, encoder: RecordEncoder) -> dict:
-    split, _, task_name = name.partition("_")
-    [task] = [task for task in self.tasks if task.name == task_name]
-    records = open_task(task, split, self.config, self.drawn)
-    return write_store(epath.Path(self.workdir) / "instructions" / name, task, records, encoder)
+    def encode(name: str) -> dict:
+      split, _, task_name = name.partition("_")
+      [task] = [task for task in self.tasks if task.name == task_name]
+      records = open_task(task, split, self.config, self.drawn)
+      return write_store(folder / name, task, records, training if split == "train" else encoder)
+
+    return encode
 
 
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Iterable
 from concurrent import futures
 import dataclasses
-import functools
 import itertools
 import json
 import random
@@ -37,7 +36,7 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    positions: maximum number of predicted tokens per sample, which is the slots of a row.
+    positions: maximum number of predicted tokens per sample: the number of slots of a row.
     redrawn: share of records whose given images are encoded twice, see `InstructionsConfig`.
   """
 
@@ -77,7 +76,10 @@ def write_store(
       rejected += len(wrong)
       if found:
         names.append(f"{number:06d}")
-        documents = (_document(record, one) for record, one in found)
+        documents = (
+          Document(r.key, one.segments, "", "", "", r.group, r.group, dict(r.facts))
+          for r, one in found
+        )
         write_shard(folder, names[-1], documents, encoder.vocab)
         targets += [(one.start, one.stop) for _, one in found]
   if not targets and not rejected:
@@ -116,7 +118,11 @@ def _encode(
     except RecordError as error:
       wrong[i] = str(error)
       continue
-    size, most = _sample_length(one), encoder.positions + 1
+    lengths = [len(segment.tokens) for segment in one.segments]
+    is_image = [segment.is_image for segment in one.segments]
+    rng, span = np.random.default_rng(0), (one.start, one.stop)
+    size = plan_instruction(lengths, is_image, span, rng, Drops()).length  # Of the whole sample.
+    most = encoder.positions + 1
     if size > most:
       target = one.stop - one.start
       wrong[i] = (
@@ -147,14 +153,6 @@ def _encode_images(
   return codes
 
 
-def _sample_length(one: Instruction) -> int:
-  """Returns the number of tokens of the longest sample of a document, which omits nothing."""
-  lengths = [len(segment.tokens) for segment in one.segments]
-  is_image = [segment.is_image for segment in one.segments]
-  rng = np.random.default_rng(0)
-  return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
-
-
 def _read_images(
   task: InstructionTask, records: list[Record], encoder: RecordEncoder
 ) -> tuple[list[tuple[int, str, np.ndarray]], dict[int, str]]:
@@ -163,7 +161,15 @@ def _read_images(
   Returns (record index, field, pixels) of each image, and error messages by record index.
   """
   named = {field for template in task.templates for field in fields_of(template)}
-  read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
+  side = encoder.image_tokenizer.config.resolution
+
+  def read(record: Record) -> list[tuple[str, np.ndarray]] | str:
+    try:
+      given = [(field, image) for field, image in record.images.items() if field in named]
+      return [(field, square_pixels(image, side)) for field, image in given]
+    except UserError as error:
+      return str(error)
+
   with futures.ThreadPoolExecutor(encoder.num_threads) as pool:
     results = list(pool.map(read, records))
   found, wrong = [], {}
@@ -173,18 +179,6 @@ def _read_images(
     else:
       found += [(i, field, pixels) for field, pixels in result]
   return found, wrong
-
-
-def _read_record(named: set[str], side: int, record: Record) -> list[tuple[str, np.ndarray]] | str:
-  """Returns (field, pixels) of each image whose field is in `named`, or an error message."""
-  try:
-    return [
-      (field, square_pixels(image, side))
-      for field, image in record.images.items()
-      if field in named
-    ]
-  except UserError as error:
-    return str(error)
 
 
 def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
@@ -204,9 +198,3 @@ def square_pixels(image: str | np.ndarray | ImageMap, side: int) -> np.ndarray:
       return image
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
   return reader.load_image(image, side)
-
-
-def _document(record: Record, one: Instruction) -> Document:
-  return Document(
-    record.key, one.segments, "", "", "", record.group, record.group, dict(record.facts)
-  )

@@ -10,6 +10,8 @@ from cm3leon_jax.config import FieldError, UserError
 from cm3leon_jax.data.instructions.config import InstructionsConfig, InstructionTask, make_task
 from cm3leon_jax.data.sources import yaml_documents
 
+TASKS = importlib.resources.files("cm3leon_jax") / "data" / "tasks"
+
 
 def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
   """Returns the tasks that a config selects.
@@ -31,8 +33,7 @@ def load_tasks(config: InstructionsConfig) -> tuple[InstructionTask, ...]:
 
 def shipped() -> list[str]:
   """Returns the names of the task tables in the package."""
-  folder = importlib.resources.files("cm3leon_jax") / "data" / "tasks"
-  return sorted(x.name.removesuffix(".yaml") for x in folder.iterdir() if x.name.endswith(".yaml"))
+  return sorted(x.name.removesuffix(".yaml") for x in TASKS.iterdir() if x.name.endswith(".yaml"))
 
 
 def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
@@ -43,8 +44,7 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
       the file and the line.
   """
   if name_or_path in shipped():
-    path = importlib.resources.files("cm3leon_jax") / "data" / "tasks" / f"{name_or_path}.yaml"
-    return parse_tasks(path.read_text(), name_or_path)
+    return parse_tasks((TASKS / f"{name_or_path}.yaml").read_text(), name_or_path)
   path = epath.Path(name_or_path)
   if not path.exists() or path.is_dir():
     raise UserError(

@@ -42,7 +42,7 @@ def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str
     for name, mark in empty:
       if not mark:
         raise RecordError(
-          "empty", f"record {record.key} has an empty {name}, which task {task.name} requires."
+          f"record {record.key} has an empty {name}, which task {task.name} requires."
         )
     if not empty:
       kept.append(line)
@@ -112,9 +112,6 @@ def _check_place(
   """Checks that a target image is the last segment and that dropping segments is possible.
 
   `target` is a half-open range, and `end` is the index after the last token of the last segment.
-
-  Raises:
-    UserError: a check fails. The message names the task.
   """
   is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
   if not is_last:

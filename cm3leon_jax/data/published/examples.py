@@ -69,8 +69,8 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
     keys of the examples in choose(examples, 3): b/0 a/2 a/1
 
   The choice depends on the seed, the keys and the groups, but not on the order of the examples. A
-  smaller choice is a prefix of a larger one. Each image is equally likely, whatever its
-  number of examples is. All keys must differ.
+  smaller choice is a prefix of a larger one. Each image is equally likely, whatever its number of
+  examples is. All keys must differ.
 
   Raises:
     UserError: `count` is negative or exceeds the number of examples.

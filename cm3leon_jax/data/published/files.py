@@ -3,11 +3,18 @@
 COCO captions (Chen et al. 2015) and their split by Karpathy and Fei-Fei (2015); VQA v2 (Goyal et
 al. 2017); OK-VQA (Marino et al. 2019); VizWiz (Gurari et al. 2018); image paragraphs of Visual
 Genome (Krause et al. 2017); VisDial v1.0 (Das et al. 2017). The files are listed in
-docs/data_formats.md. The reader does not change the texts. Metrics normalize them.
+docs/data_formats.md. The readers do not change the texts. Metrics normalize them.
+
+In all readers, `images` is the parent folder of the release's image folders, and `folder` is the
+image folder of a file. The readers raise UserError if a file has the wrong format, an id occurs
+twice, or an entry lacks what belongs to it, such as its image, its captions or its answers. The
+message names the file and the id.
 """
 
 from collections.abc import Iterator
 import dataclasses
+import functools
+import os
 import posixpath
 from typing import Any
 
@@ -23,7 +30,7 @@ from cm3leon_jax.data.published.releases import (
   load_json,
   texts_of,
 )
-from cm3leon_jax.data.sources.image_folder import ImageFolder, image_folder
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 
 # Format name -> splits with published references.
 SPLITS = {
@@ -45,7 +52,7 @@ def open_examples(
   name: str,
   root: epath.PathLike,
   split: str,
-  images: epath.PathLike | ImageFolder | None = None,
+  images: ImageFolder | None = None,
 ) -> Iterator[Example]:
   """Yields the examples of a split, in the order of its file.
 
@@ -60,16 +67,12 @@ def open_examples(
     images: parent folder of the release's image folders, e.g. `val2014/`. None means `root`.
 
   Raises:
-    UserError: the name or split is unknown, or a file does not exist. During iteration: a file has
-      the wrong format, a record is invalid, or an image is outside the image folder. The message
-      names the file and the id.
+    UserError: the name or split is unknown, or a file does not exist. During iteration: a file is
+      wrong (see the module), or an image is outside the image folder.
   """
   check_split(name, split, SPLITS)
-  images = image_folder(root if images is None else images)
-
-  def file(*names: str) -> epath.Path:
-    return find_file(root, names, name, split)
-
+  images = images or ImageFolder(os.fspath(root))
+  file = functools.partial(find_file, root, name, split)
   match name:
     case "coco_2014" | "coco_2017":
       year = name.removeprefix("coco_")
@@ -94,14 +97,7 @@ def open_examples(
 def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each image with all its captions, from a file of COCO, e.g. captions_val2014.json.
 
-  Args:
-    file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
-    images: parent folder of `folder`.
-    folder: name of the folder with the images of this file.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, an image has no captions, or a caption has
-      no image. The message names the file and the id.
+  `file` has {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
   """
   content = load_json(file)
   listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
@@ -120,34 +116,20 @@ def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterato
     yield Example(str(image_id), str(image_id), path, references=texts)
 
 
-def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
-  """Yields each image of a split with all its captions, from dataset_coco.json.
+def read_karpathy(
+  file: epath.PathLike, images: ImageFolder, split: str, folder: str = ""
+) -> Iterator[Example]:
+  """Yields each image of a split with all its captions, from a file of Karpathy and Fei-Fei.
 
   Args:
-    file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}.
-    images: parent folder of the folders whose names are in `filepath`.
-    split: "train", "restval", "val" or "test". Models usually train on "train" and "restval".
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, an image has no captions, or the split has
-      no image. The message names the file and the id.
-  """
-  chosen = karpathy_split(file, split, "cocoid", int)
-  for image_id, entry in chosen.items():
-    where = f"{file}, image {image_id}"
-    folder, name = (field_of(entry, field, str, where) for field in ("filepath", "filename"))
-    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
-    path = images.find(posixpath.join(folder, name), where)
-    yield Example(str(image_id), str(image_id), path, references=texts)
-
-
-def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) -> dict:
-  """Returns a dict of the image entries of one split of a Karpathy file. Keys are `id_field`.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, or the split has no image.
+    file: {"images": [{cocoid, filepath, filename, split, sentences: [{raw}]}]}. The file of
+      Flickr30k has neither `cocoid` nor `filepath`; the ids of its images are their file names.
+    split: "train", "restval" (only COCO), "val" or "test". Models usually train on "train" and
+      "restval".
+    folder: image folder of Flickr30k. "" means COCO, whose entries name the folder in `filepath`.
   """
   listed = field_of(load_json(file), "images", list, file)
+  id_field, kind = ("filename", str) if folder else ("cocoid", int)
   entries = entries_by_id(listed, id_field, kind, f"{file}, images")
   chosen = {
     image_id: entry
@@ -159,7 +141,14 @@ def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) 
     raise UserError(
       f"{file} has no image in split '{split}'; its splits are {', '.join(found) or 'none'}."
     )
-  return chosen
+  for image_id, entry in chosen.items():
+    where = f"{file}, image {image_id}"
+    inner = folder or field_of(entry, "filepath", str, where)
+    name = field_of(entry, "filename", str, where)
+    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
+    path = images.find(posixpath.join(inner, name), where)
+    key = posixpath.splitext(str(image_id))[0]  # The image id of Localized Narratives.
+    yield Example(key, key, path, references=texts)
 
 
 def read_vqa(
@@ -173,11 +162,6 @@ def read_vqa(
     annotations: file with {"annotations": [{question_id, question_type, answer_type, answers:
       [{answer}]}]}. The field `raw_answer` of OK-VQA is ignored, because the metric of OK-VQA
       compares `answer`.
-    images: parent folder of the folder whose name is `data_subtype`.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, or a question has no annotation or no
-      answers. The message names the file and the id.
   """
   content = load_json(questions)
   subset = field_of(content, "data_subtype", str, questions)
@@ -209,14 +193,7 @@ def read_vqa(
 def read_vizwiz(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each question of VizWiz with the answers of its annotators.
 
-  Args:
-    file: [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
-    images: parent folder of `folder`.
-    folder: name of the folder with the images of this file.
-
-  Raises:
-    UserError: the format is wrong, an image occurs twice, or a question has no answers. The
-      message names the file and the image.
+  `file` has [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
   """
   for image, entry in entries_by_id(load_json(file, list), "image", str, str(file)).items():
     where = f"{file}, image {image}"
@@ -237,16 +214,8 @@ def read_paragraphs(
   """Yields each image of a split with its paragraph.
 
   Some images occur twice in the released file. The reader uses the first paragraph of an image, as
-  in the usual preprocessing for caption metrics.
-
-  Args:
-    file: [{image_id, paragraph, url}]. `url` ends with the folder and the name of the image.
-    split: file with a list of image ids.
-    images: parent folder of VG_100K/ and VG_100K_2/.
-
-  Raises:
-    UserError: the format is wrong, an image occurs twice in the split, an image has no paragraph,
-      or a `url` names another folder. The message names the file and the id.
+  in the usual preprocessing for caption metrics. `file` has [{image_id, paragraph, url}]. A `url`
+  ends with the folder and the name of the image. The file `split` has a list of image ids.
   """
   entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
@@ -282,12 +251,6 @@ def read_visdial(
       `answer_options` are indices into the lists of texts. `gt_index` is an index into
       `answer_options`.
     dense: file with [{image_id, round_id, gt_relevance}]. Round ids begin at 1.
-    images: parent folder of the folder VisualDialog_val2018/.
-
-  Raises:
-    UserError: the format is wrong, an id occurs twice, a round has no dialog, an index is out of
-      range, or a round has more or fewer judgments than candidates. The message names the file and
-      the id.
   """
   data = field_of(load_json(dialogs), "data", dict, dialogs)
   where = f"{dialogs}, data"

@@ -22,7 +22,7 @@ def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) ->
     )
 
 
-def find_file(root: epath.PathLike, names: tuple[str, ...], name: str, split: str) -> epath.Path:
+def find_file(root: epath.PathLike, name: str, split: str, *names: str) -> epath.Path:
   """Returns the first file in `names` that exists in `root`. Raises UserError if none exists."""
   found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
   if found is None:

@@ -66,7 +66,7 @@ def counts_of(
   num_special: int,
   config: TextTokenizerConfig,
 ) -> Counts:
-  """Computes the largest text vocabulary that the texts can fill. Copies the other counts.
+  """Computes the largest text vocabulary that the texts can fill. Copies the counts of `summary`.
 
   `summary` is the result of `ingest.prepare`.
   """

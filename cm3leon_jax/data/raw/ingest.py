@@ -1,10 +1,9 @@
 """Converts a source into a raw folder of checked records and square images."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
 
 from etils import epath
 import numpy as np
@@ -13,16 +12,47 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import INDEX, SCHEMA_VERSION, load_with_size
-from cm3leon_jax.data.raw.writer import FILES, REJECTED, Load, write_shard
-from cm3leon_jax.data.sources import formats, origins
+from cm3leon_jax.data.raw.writer import FILES, REJECTED, write_shard
+from cm3leon_jax.data.sources import formats
 from cm3leon_jax.data.sources.drawn import DrawnSource
-from cm3leon_jax.data.sources.records import KINDS, SPLITS
-from cm3leon_jax.data.sources.rejections import Rejections
+from cm3leon_jax.data.sources.records import KINDS, NOTES, SPLITS, origin_counts
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.files.shards import Runner, run_shards
 
 SUMMARY_VERSION = 3  # Version of the summaries. Shards of other versions are written again.
+CHECK_FROM = 10_000  # After this many records, the share is checked after every shard.
+
+
+class Rejections:
+  """Counts rejected records over shards. Raises UserError if their share is above `most`."""
+
+  def __init__(self, most: float, path: epath.Path):
+    self._most, self._path = most, path
+    self._seen, self._first = 0, ""
+    self._reasons: collections.Counter[str] = collections.Counter()
+
+  def add(self, summary: dict) -> None:
+    """Adds the counts of a shard. Calls `check` after at least CHECK_FROM records."""
+    wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
+    self._reasons.update(wrong)
+    counts = summary["counts"]
+    self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)
+    self._seen += sum(wrong.values())
+    self._first = self._first or summary["first"]
+    if self._seen >= CHECK_FROM:
+      self.check()
+
+  def check(self) -> None:
+    """Raises UserError if too many records are rejected."""
+    rejected = self._reasons.total()
+    if rejected > self._most * self._seen:
+      counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
+      raise UserError(
+        f"{rejected} of {self._seen} records are invalid ({counts}), more than "
+        f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them: "
+        f"fix them, or raise max_rejected. The first: {self._first}"
+      )
 
 
 def parts_of(config: RawConfig, drawn: DrawnSource | None = None) -> list[formats.SourcePart]:
@@ -64,18 +94,20 @@ def prepare(
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
   made = _write_shards(config, named, folder, runner, drawn)
-  total = _sum(m["counts"] for m in made.values())
-  more = _sum(m["more"] for m in made.values())
+  total: collections.Counter[str] = collections.Counter()
+  more: collections.Counter[str] = collections.Counter()
+  for m in made.values():
+    total.update(m["counts"])
+    more.update(m["more"])
   _check_some(config, total, more)
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
-  listed = origins.most_common(origin for m in made.values() for origin in m["origins"])
+  listed = origin_counts(origin for m in made.values() for origin in m["origins"])
   write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
   )
-  if drawn is not None:
-    more = {**drawn.numbers(), **dict(sorted(more.items()))}
   statistics = raw_statistics.merged(m["statistics"] for m in made.values())
-  return {"shards": len(made), **total, **statistics, **more}
+  numbers = {**drawn.numbers(), **dict(sorted(more.items()))} if drawn is not None else more
+  return {"shards": len(made), **total, **statistics, **numbers}
 
 
 def _write_shards(
@@ -138,13 +170,6 @@ def _identity(config: RawConfig, part: formats.SourcePart, drawn: DrawnSource | 
   return {**kept, "part": part.identity(), "summary_version": SUMMARY_VERSION}
 
 
-def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  total: dict[str, int] = {}
-  for shard in counts:
-    total |= {name: total.get(name, 0) + count for name, count in shard.items()}
-  return total
-
-
 @dataclasses.dataclass(frozen=True)
 class _Ingest:
   """The job by which `prepare` writes shards. `parts` maps shard names to parts of the source."""
@@ -162,19 +187,14 @@ class _Ingest:
     if self.drawn is not None:
       pairs = list(self.drawn.read(part))
       numbers = dict(collections.Counter(map(self.drawn.number_of, pairs)))
-      load = _with_own_size(self.drawn.load)
-      return write_shard(self.config, folder, pairs, load, numbers, len(pairs))
+      return write_shard(self.config, folder, pairs, self._draw, numbers, len(pairs))
     load = functools.partial(load_with_size, crop=self.config.crop)
     limits = self.config.allow_outside, self.config.max_caption_characters
     items = formats.read(part, *limits)
     return write_shard(self.config, folder, items, load)
 
-
-def _with_own_size(draw: Callable[[Any, int], np.ndarray]) -> Load:
-  """Adapts `draw` to the type `Load`: the result returns drawn pixels and their size."""
-
-  def load(image: str | bytes, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
-    pixels = draw(image, resolution)
+  def _draw(self, image: str, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Draws an image. Returns its pixels and its size."""
+    assert self.drawn is not None
+    pixels = self.drawn.load(image, resolution)
     return pixels, (pixels.shape[1], pixels.shape[0])
-
-  return load

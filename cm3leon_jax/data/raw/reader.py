@@ -93,11 +93,7 @@ def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of type `cls` in one split of shard `name`. Images are full paths.
-
-  Raises:
-    UserError: the record file is missing or damaged.
-  """
+  """Reads the records of type `cls` in one split of shard `name`. Images are full paths."""
   described, file = described_files(folder, name), f"{kind_of(cls)}.jsonl"
   folder = epath.Path(folder) / name
   if file in described:
@@ -173,11 +169,11 @@ def load_with_size(
   try:
     with open_image(image, name) as file:
       return _decode(file, name, resolution, crop)
-  except UserError as error:
-    _clear_frames(error)
-    raise
   except Exception as error:  # Decoders raise many kinds of errors for damaged files.
-    _clear_frames(error)
+    for cause in causes(error):  # Frames of an error that is kept would keep the image, too.
+      traceback.clear_frames(cause.__traceback__)
+    if isinstance(error, UserError):
+      raise
     unknown = isinstance(error, UnidentifiedImageError)  # Its message contains no file name.
     why = "its content has another format" if unknown else error
     raise UserError(
@@ -204,9 +200,18 @@ def _decode(
 def _upright_square(
   opened: Image.Image, resolution: int | None, crop: str
 ) -> tuple[np.ndarray, tuple[int, int]]:
-  upright = ImageOps.exif_transpose(opened).convert("RGBA")
+  """Turns an image upright and puts it on white. Scales it to a square if `resolution` is set."""
+  pixels = ImageOps.exif_transpose(opened).convert("RGBA")
   del opened  # Frees its pixels, and its decoder, which may need as much memory.
-  return _square(upright, resolution, crop), upright.size
+  size = pixels.size
+  pixels = Image.alpha_composite(Image.new("RGBA", size, "white"), pixels).convert("RGB")
+  if resolution and size != (resolution, resolution):
+    squares: dict[str, Callable[..., Image.Image]] = {
+      "center": ImageOps.fit,
+      "pad": functools.partial(ImageOps.pad, color="white"),
+    }
+    pixels = squares[crop](pixels, (resolution, resolution), Image.Resampling.LANCZOS)
+  return np.asarray(pixels), size
 
 
 @contextlib.contextmanager
@@ -221,12 +226,6 @@ def _one_at_a_time() -> Iterator[None]:
     _trim_memory()
     yield
     _trim_memory()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-  """Clears the frames of an error. Otherwise, an error that is kept would keep the image, too."""
-  for found in causes(error):
-    traceback.clear_frames(found.__traceback__)
 
 
 def _trim_memory() -> None:
@@ -250,18 +249,6 @@ def open_image(image: str | bytes | epath.Path, name: str) -> IO[bytes]:
     raise UserError(f"image {name} has {size:,} bytes; the maximum is {MAX_BYTES:,}.")
   # The default cache of gcsfs would read the file in many small requests.
   return file or fs.open(path, "rb", cache_type="readahead")
-
-
-def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:
-  """Puts an RGBA image on white. Scales the image to a square if `resolution` is not None."""
-  pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
-  if resolution and pixels.size != (resolution, resolution):
-    squares: dict[str, Callable[..., Image.Image]] = {
-      "center": ImageOps.fit,
-      "pad": functools.partial(ImageOps.pad, color="white"),
-    }
-    pixels = squares[crop](pixels, (resolution, resolution), Image.Resampling.LANCZOS)
-  return np.asarray(pixels)
 
 
 def load_images(

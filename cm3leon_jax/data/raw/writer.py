@@ -19,10 +19,10 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import summary as raw_statistics
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.raw.reader import IMAGE_DIGESTS, kind_of
-from cm3leon_jax.data.sources import origins
 from cm3leon_jax.data.sources.records import (
   KINDS,
   NOTES,
+  ORIGIN_FIELDS,
   SPLITS,
   RawPair,
   Record,
@@ -30,6 +30,7 @@ from cm3leon_jax.data.sources.records import (
   batches,
   images_of,
   long_caption,
+  origin_counts,
   with_images,
 )
 from cm3leon_jax.data.sources.splits import split_of
@@ -148,21 +149,16 @@ class _Writer:
         file = item.source if isinstance(image, bytes) else image
         rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
         return rejected, b"", [], []
-      pixels = Image.fromarray(array)
+      pixels, buffer = Image.fromarray(array), io.BytesIO()
       sizes.append(size)
       digest.update(pixels.tobytes())
-      encoded = self._encoded(pixels)
-      files.append(f"{hashlib.sha256(encoded).hexdigest()}  {name}\n")
-      (self.folder / name).write_bytes(encoded)
+      if quality := self.config.jpeg_quality:
+        pixels.save(buffer, "jpeg", quality=quality, subsampling=0)
+      else:
+        pixels.save(buffer, "png")
+      files.append(f"{hashlib.sha256(buffer.getvalue()).hexdigest()}  {name}\n")
+      (self.folder / name).write_bytes(buffer.getvalue())
     return with_images(item, names), digest.digest(), sizes, files
-
-  def _encoded(self, pixels: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    if self.config.jpeg_quality:
-      pixels.save(buffer, "jpeg", quality=self.config.jpeg_quality, subsampling=0)
-    else:
-      pixels.save(buffer, "png")
-    return buffer.getvalue()
 
   def _put(
     self, item: Record | Rejected | None, digest: bytes, sizes: list[tuple[int, int]]
@@ -198,8 +194,8 @@ class _Writer:
       more = {**more, "other_licenses": self._other_licenses}
     for reason, n in self._reasons.items():
       more = more | {reason if reason in NOTES else raw_statistics.REJECTED + reason: n}
-    listed = origins.most_common(
-      {**dict(zip(origins.FIELDS, origin)), "records": n} for origin, n in self._origins.items()
+    listed = origin_counts(
+      {**dict(zip(ORIGIN_FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )
     summary = {"origins": listed, "counts": counts, "more": more}
     summary["statistics"] = self._statistics

@@ -80,9 +80,7 @@ def build_sample(
   """
   if plan.dropped:
     image = document.segments[-1].tokens
-    tokens = np.concatenate([[vocab.eos, vocab.mask(0), vocab.brk], image, [vocab.eos]]).astype(
-      np.int32
-    )
+    tokens = np.r_[vocab.eos, vocab.mask(0), vocab.brk, image, vocab.eos].astype(np.int32)
     weights = np.ones(len(tokens), np.float32)
     weights[:3] = 0
     tokens, weights = tokens[: plan.length], weights[: plan.length]
@@ -111,7 +109,7 @@ def pack_row(
   vocab: VocabLayout,
   align_images: bool = False,
 ) -> dict[str, np.ndarray]:
-  """Packs samples into one row, one after another. Samples do not predict each other.
+  """Packs samples into one row, one after another. No slot predicts a token of another sample.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
     inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
@@ -184,7 +182,9 @@ class RowLoader:
       at = 0
       for placement, sample in zip(placements, samples):
         most = config.code_dropout if sample.has_source else config.code_dropout_alone
-        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
+        rng = self.plan.code_generator(*placement[:3])
+        share = most * rng.random()  # Random, so that some samples keep whole images.
+        hidden = sample.own_codes & (rng.random(len(sample.own_codes)) < share)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
     if self.mark_sources:
@@ -249,17 +249,8 @@ class RowLoader:
     )
 
 
-def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-  """Chooses the codes that the decoder reads as `<unk>`: True for these codes, [T] bool.
-
-  The share of hidden codes is uniform in [0, `most`], so that some samples keep whole images.
-  """
-  share = most * rng.random()
-  return own_codes & (rng.random(len(own_codes)) < share)
-
-
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Returns the rows of a [B, L] batch of which devices of this process hold at least a part."""
+  """Returns the rows of a [B, L] batch that devices of this process hold, wholly or in part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 

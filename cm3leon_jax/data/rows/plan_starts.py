@@ -92,11 +92,7 @@ class WindowStarts:
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Adds the start of the next window, or compares `start` with the start of a known window.
-
-    Raises:
-      UserError: the known start is not `start`.
-    """
+    """Adds the start of the next window. Raises UserError if another start of `window` is known."""
     if window < len(self._starts):
       if self._starts[window] != start:
         raise UserError(
@@ -123,31 +119,21 @@ class WindowStarts:
       )
     lines = text[len(self._header) :].split("\n")
     incomplete = lines.pop()  # "" if the last line is complete.
-    if any('"digest"' in line for line in lines):
-      self._read_lines(lines)
-      self._whole = not incomplete
-    else:
-      self._read_earlier(lines)
-
-  def _read_lines(self, lines: list[str]) -> None:
+    digested = any('"digest"' in line for line in lines)
     for number, line in enumerate(lines, 2):
       found = _start_of(line, len(self), len(self._starts[0].taken))
       if found is not None:
         self._append(found[0])
-      if found is None or found[1] != self._digests[-1]:
+      if digested and (found is None or found[1] != self._digests[-1]):
         raise UserError(
           f"{self._path}, line {number} changed after the run wrote it: restore the file from a "
           "copy, or delete this line and all later lines; the run plans their windows again."
         )
-
-  def _read_earlier(self, lines: list[str]) -> None:
-    """Reads lines without digests up to the first damaged line."""
-    for line in lines:
-      found = _start_of(line, len(self), len(self._starts[0].taken))
       if found is None:
         break
-      self._append(found[0])
-    if self._writes and len(self) > 1:
+    if digested:
+      self._whole = not incomplete
+    elif self._writes and len(self) > 1:
       print(
         f"{self._path} is from an earlier version, without digests of its {len(self) - 1} lines: "
         "they are read without a check, and get digests now.",

@@ -61,7 +61,7 @@ def plan_sample(
   config: DataConfig,
   max_spans: int,
 ) -> SamplePlan:
-  """Makes the random choices that decide the length of a sample. Planner and loader repeat them.
+  """Makes the random choices that decide the length of a sample, for the planner and the loader.
 
     lengths = [4, 16], candidates = [[4, 16], [4, 16]], two neighbors picked, two spans wanted
     sequence_length 1,000: document, two neighbors and spans

@@ -126,7 +126,10 @@ def parquet_rows(
         end, total = number + rows, 0
         # One row at a time, because a dictionary repeats its full value in every row.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
-          row = _plain_columns(batch)
+          row = {
+            name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+            for name, column in zip(batch.schema.names, batch.columns)
+          }
           total += sum(column.nbytes for column in row.values())
           if total > MAX_GROUP:
             message = (
@@ -156,14 +159,6 @@ def _columns(group: Any) -> tuple[list[str], int, int]:
   return columns, size, group.num_rows
 
 
-def _plain_columns(batch: Any) -> dict[str, Any]:
-  """Returns the columns of a batch by name. Decodes Parquet dictionaries to values."""
-  return {
-    name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
-    for name, column in zip(batch.schema.names, batch.columns)
-  }
-
-
 def _row(
   columns: dict, file: str, number: int, images: Callable, longest_caption: int | None
 ) -> Record | Rejected:
@@ -172,7 +167,12 @@ def _row(
   long = {} if longest_caption is None else _long_captions(columns, longest_caption)
   try:
     row = {name: column[0].as_py() for name, column in columns.items() if name not in long}
-    values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
+    values = renamed(row)
+    image = values.get("image")
+    if isinstance(image, dict):
+      image = image.get("bytes") or image.get("path")
+    values |= {"image": image, "key": key_of(values, f"{posixpath.basename(file)}/{number}")}
+    values = {name: value for name, value in values.items() if value is not None}
     if long and longest_caption is not None and "image" in values:
       names = (name for name in ALIASES["caption"] if name in long or row.get(name) is not None)
       if (name := next(names)) in long:
@@ -200,13 +200,3 @@ def _long_captions(columns: dict, longest: int) -> dict[str, int]:
     if pa.types.is_string(columns[name].type) or pa.types.is_large_string(columns[name].type)
   }
   return {name: length for name, length in lengths.items() if length > longest}
-
-
-def _parquet_values(row: dict, key: str) -> dict:
-  values = renamed(row)
-  image = values.get("image")
-  if isinstance(image, dict):
-    image = image.get("bytes") or image.get("path")
-  values["image"] = image
-  values["key"] = key_of(values, key)
-  return {k: v for k, v in values.items() if v is not None}

@@ -68,11 +68,7 @@ class DrawnSource(Protocol):
 
 
 def load_drawings(source: str, module: str) -> ModuleType:
-  """Imports a module with the drawings of a source.
-
-  Raises:
-    UserError: the package of the module is not installed.
-  """
+  """Imports a module with the drawings of a source. Raises UserError if it is not installed."""
   try:
     return importlib.import_module(module)
   except ImportError as error:

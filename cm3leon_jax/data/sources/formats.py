@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files of one format. If `beside` has all files, skips caption files and lists."""
+  """Groups files of one format. Skips caption files and lists if `beside` has all other files."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -280,7 +280,7 @@ def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
 def _folder(
   fs: fsspec.AbstractFileSystem, path: str, images: Callable
 ) -> Iterator[Record | Rejected]:
-  """Yields the records of a folder with lists.
+  """Yields the records of a folder that has at least one of the files `LISTS`.
 
   The order is: the list of captions (JSONL or CSV), texts.jsonl, interleaved.jsonl, and then images
   that are in no list but have a caption file.

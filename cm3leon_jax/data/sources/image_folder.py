@@ -5,8 +5,6 @@ import functools
 import os
 import posixpath
 
-from etils import epath
-
 from cm3leon_jax.config import UserError
 
 URL = "://"
@@ -41,17 +39,14 @@ class ImageFolder:
     Raises:
       UserError: the path is outside the folder.
     """
-    path = self._join(name)
+    path = name
+    if URL not in name and not posixpath.isabs(name):
+      start, folder = _split(self.path)
+      path = start + posixpath.normpath(posixpath.join(folder, name))
     if not self.allow_outside and not self._holds(path):
       folder = "the current folder" if self.path in ("", ".") else self.path
       raise UserError(f"{where}: {noun} '{name}' is not in {folder}; {self.remedy}")
     return path
-
-  def _join(self, name: str) -> str:
-    if URL in name or posixpath.isabs(name):
-      return name
-    start, folder = _split(self.path)
-    return start + posixpath.normpath(posixpath.join(folder, name))
 
   def _holds(self, path: str) -> bool:
     try:
@@ -63,11 +58,6 @@ class ImageFolder:
   def _inside(self) -> str:
     """Returns the prefix that all paths in the folder have."""
     return _resolve(self.path).rstrip("/") + "/"
-
-
-def image_folder(path: epath.PathLike | ImageFolder) -> ImageFolder:
-  """Converts a path to an `ImageFolder`. Does not change an `ImageFolder`."""
-  return path if isinstance(path, ImageFolder) else ImageFolder(os.fspath(path))
 
 
 def _resolve(path: str) -> str:

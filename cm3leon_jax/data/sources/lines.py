@@ -33,7 +33,7 @@ def bounded_lines(raw: IO[bytes], file: object) -> Iterator[tuple[str, bytes | R
         while line and not line.endswith(b"\n"):
           line = stream.readline(MAX_LINE)
         message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
-        yield where, RecordError("malformed_record", message)
+        yield where, RecordError(message)
       elif line.strip():
         yield where, line
 
@@ -68,13 +68,11 @@ def _decode(data: bytes, where: str) -> str:
   try:
     return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise RecordError(
-      "malformed_record", f"{where} is not UTF-8 ({error}); save it as UTF-8."
-    ) from error
+    raise RecordError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
 
 
 class _RowLines:
-  """The lines of a CSV file. Raises csv.Error if a row has more than MAX_ROW characters.
+  """Iterates over the lines of a CSV file. Raises csv.Error if a row exceeds MAX_ROW characters.
 
   Attributes:
     used: number of characters of the current row. The caller sets it to 0 when a row ends.
@@ -117,8 +115,9 @@ def whole_file(fs: fsspec.AbstractFileSystem, file: str) -> bytes:
   with fs.open(file, "rb") as stream:
     data = stream.read(MAX_LINE + 1)
   if len(data) > MAX_LINE:
-    message = f"{file} has more than {MAX_LINE:,} bytes: split it, or convert it to JSON lines."
-    raise RecordError("malformed_record", message)
+    raise RecordError(
+      f"{file} has more than {MAX_LINE:,} bytes: split it, or convert it to JSON lines."
+    )
   return data
 
 

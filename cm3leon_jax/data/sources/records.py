@@ -1,11 +1,12 @@
 """Defines and checks raw records: captioned images, texts and interleaved documents."""
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
 from typing import Any, TypeVar
 
-from cm3leon_jax.config import without_addresses
+from cm3leon_jax.config import short, without_addresses
 
 MAX_DEPTH = 50  # Maximum nesting depth of `facts`.
 # Field -> names of the field in other tools. The first name that a record has is used.
@@ -18,6 +19,8 @@ ALIASES = {
   "key": ("key", "id"),
 }
 SPLITS = ("train", "heldout", "bank")  # "bank": records that are only retrieved.
+ORIGIN_FIELDS = ("kind", "source", "license", "attribution")
+MOST_ORIGINS = 100  # Maximum number of origins that are listed separately.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class RawInterleaved:
 
 Record = RawPair | RawText | RawInterleaved
 T = TypeVar("T", bound=Record)
-# With the suffix .jsonl, the names are file names.
+# Name of a kind -> class of its records. The file of a kind is NAME.jsonl.
 KINDS: dict[str, type[Record]] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
@@ -136,7 +139,7 @@ class Rejected:
 class RecordError(ValueError):
   """Error in one record, with the reason and a message for the user."""
 
-  def __init__(self, reason: str, message: str):
+  def __init__(self, message: str, reason: str = "malformed_record"):
     super().__init__(without_addresses(message))
     self.reason = reason
 
@@ -164,19 +167,16 @@ def make_record(cls: type[T], values: Mapping, where: str) -> T:
     where = f"{where}, key '{values['key']}'"
   for name in required:
     if name not in values:
-      raise RecordError(
-        "malformed_record", f"{where} has no field '{name}'; it must have {', '.join(required)}."
-      )
+      raise RecordError(f"{where} has no field '{name}'; it must have {', '.join(required)}.")
   if "segments" in values:
     values["segments"] = _checked_segments(values["segments"], where)
   for name, value in values.items():
     if name != "segments":
       _check_value(name, value, name in required, where)
   if values.get("split", "train") not in ("", *SPLITS):
-    message = (
+    raise RecordError(
       f"{where}: split is '{values['split']}'; it must be 'train', 'heldout' or 'bank', or absent."
     )
-    raise RecordError("malformed_record", message)
   return cls(**values)
 
 
@@ -185,28 +185,25 @@ def _check_value(name: str, value: Any, required: bool, where: str) -> None:
     return
   if name == "facts":
     if not isinstance(value, dict):
-      raise RecordError(
-        "malformed_record", f"{where}: field 'facts' is {_short(value)}; it must be a JSON object."
-      )
+      raise RecordError(f"{where}: field 'facts' is {short(value)}; it must be a JSON object.")
     if _depth(value) > MAX_DEPTH:
-      message = f"{where}: field 'facts' has more than {MAX_DEPTH} levels."
-      raise RecordError("malformed_record", message)
+      raise RecordError(f"{where}: field 'facts' has more than {MAX_DEPTH} levels.")
     try:
-      text = json.dumps(value, ensure_ascii=False)
+      value = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-      message = f"{where}: field 'facts' is not JSON ({error})."
-      raise RecordError("malformed_record", message) from error
-    _check_unicode(name, text, where)
-    return
-  if not isinstance(value, str):
-    raise RecordError(
-      "malformed_record", f"{where}: field '{name}' is {_short(value)}; it must be a string."
-    )
-  if required and not value.strip():
+      raise RecordError(f"{where}: field 'facts' is not JSON ({error}).") from error
+  elif not isinstance(value, str):
+    raise RecordError(f"{where}: field '{name}' is {short(value)}; it must be a string.")
+  elif required and not value.strip():
     reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
     message = f"{where}: field '{name}' is empty; give it a text, or remove the record."
-    raise RecordError(reason, message)
-  _check_unicode(name, value, where)
+    raise RecordError(message, reason)
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    raise RecordError(
+      f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode."
+    ) from error
 
 
 def _depth(value: Any) -> int:
@@ -219,28 +216,12 @@ def _depth(value: Any) -> int:
   return depth
 
 
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _check_unicode(name: str, value: str, where: str) -> None:
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    message = f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode."
-    raise RecordError("malformed_record", message) from error
-
-
 def _checked_segments(segments: Any, where: str) -> tuple[dict, ...]:
   if not isinstance(segments, list | tuple) or not segments:
-    raise RecordError(
-      "malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one."
-    )
+    raise RecordError(f"{where}: 'segments' must be a list of texts and images, at least one.")
   for i, segment in enumerate(segments):
     if not isinstance(segment, dict) or list(segment) not in (["text"], ["image"]):
-      message = f'{where}: segment {i} must be {{"text": ...}} or {{"image": ...}}.'
-      raise RecordError("malformed_record", message)
+      raise RecordError(f'{where}: segment {i} must be {{"text": ...}} or {{"image": ...}}.')
     ((name, value),) = segment.items()
     _check_value(name, value, True, f"{where}, segment {i}")
   return tuple(segments)
@@ -251,13 +232,13 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:  # Numbers of 5,000 digits also raise ValueError.
-    message = f"{where} is not valid JSON ({error}); every line must be one JSON object."
-    raise RecordError("malformed_record", message) from error
+    raise RecordError(
+      f"{where} is not valid JSON ({error}); every line must be one JSON object."
+    ) from error
   if not isinstance(record, dict):
     kind = type(record).__name__
     fields = f", with {', '.join(required)}" if required else ""
-    message = f"{where} is {kind}; every line must be one JSON object{fields}."
-    raise RecordError("malformed_record", message)
+    raise RecordError(f"{where} is {kind}; every line must be one JSON object{fields}.")
   return record
 
 
@@ -293,3 +274,21 @@ def key_of(values: Mapping, default: Any) -> Any:
   if key is None or key == "":
     return default
   return key if isinstance(key, bool | list | dict) else str(key)
+
+
+def origin_counts(origins: Iterable[dict]) -> list[dict]:
+  """Sums the records of each origin. Merges all but MOST_ORIGINS origins by kind and license.
+
+  An origin is a dict of `ORIGIN_FIELDS` and "records", the number of its records.
+  """
+  counts: collections.Counter[tuple] = collections.Counter()
+  for origin in origins:
+    counts[tuple(origin[field] for field in ORIGIN_FIELDS)] += origin["records"]
+  kept = counts.most_common(MOST_ORIGINS)
+  others: collections.Counter[tuple] = collections.Counter()
+  for (kind, _, license_, _), records in counts.most_common()[MOST_ORIGINS:]:
+    others[kind, "others", license_, "others"] += records
+  return [
+    {**dict(zip(ORIGIN_FIELDS, origin)), "records": records}
+    for origin, records in [*kept, *others.most_common()]
+  ]

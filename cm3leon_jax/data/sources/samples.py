@@ -175,11 +175,7 @@ def sample_records(
 
 
 def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json file, and captions by suffix, the preferred one first.
-
-  Raises:
-    RecordError: a file is not UTF-8, or the .json file is not JSON.
-  """
+  """Returns the fields of the .json file, and captions by suffix, the preferred one first."""
   about, captions = {}, {}
   for preferred in CAPTION_SUFFIXES:
     for suffix in [s for s in sample if s.lower() == preferred]:
@@ -189,10 +185,9 @@ def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict
         fields = json.loads(text) if preferred == "json" else None
       except UnicodeDecodeError as error:
         message = f"{where}: its .{suffix} is not UTF-8 ({error}); save it as UTF-8."
-        raise RecordError("malformed_record", message) from error
+        raise RecordError(message) from error
       except (ValueError, RecursionError) as error:
-        message = f"{where}: its .{suffix} is not valid JSON ({error})."
-        raise RecordError("malformed_record", message) from error
+        raise RecordError(f"{where}: its .{suffix} is not valid JSON ({error}).") from error
       if preferred != "json":
         captions[suffix] = text
         continue

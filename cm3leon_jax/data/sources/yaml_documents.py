@@ -13,11 +13,7 @@ MOST_VALUES = 2**17  # Maximum per file. An alias of a value counts like the val
 
 
 def read(path: epath.PathLike) -> str:
-  """Reads the text of a YAML file.
-
-  Raises:
-    UserError: the file is not a regular file, is larger than MOST_BYTES, or is not UTF-8.
-  """
+  """Reads a YAML file. Raises UserError if it is no regular file, is too large or is not UTF-8."""
   check_foreign(path, MOST_BYTES)
   try:
     return epath.Path(path).read_text(encoding="utf-8")
@@ -34,7 +30,12 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
   """
   try:
     nodes = list(yaml.compose_all(text, yaml.SafeLoader))
-    _check_size(nodes, where)
+    sizes: dict[int, int] = {}
+    if sum(_size(node, sizes) for node in nodes) > MOST_VALUES:
+      raise UserError(
+        f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that "
+        "they name: write fewer."
+      )
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
     raise
@@ -42,17 +43,6 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{where}, line {mark.line + 1}," if mark else where
     raise UserError(f"{where} is not valid YAML ({problem or short(str(error))}).") from error
-
-
-def _check_size(nodes: list[yaml.Node], where: str) -> None:
-  """Raises UserError if the documents have too many values or a value contains itself."""
-  sizes: dict[int, int] = {}
-  total = sum(_size(node, sizes) for node in nodes)
-  if total > MOST_VALUES:
-    raise UserError(
-      f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that they "
-      "name: write fewer."
-    )
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -3,6 +3,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import training_data
+from cm3leon_jax.data.sources import records
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
@@ -31,7 +32,7 @@ def test_data_of_all_runs_before_are_listed_through_exports(tmp_path):
   second = make_run(epath.Path(tmp_path / "second"), "CC0-1.0", str(first))
   export = epath.Path(tmp_path / "export")
   export.mkdir()
-  training_data.write(export, second)
+  write_json(export / training_data.FILE, training_data.collect(second))
   third = make_run(epath.Path(tmp_path / "third"), "", str(export))
   found = training_data.collect(third)
   assert licenses(found) == [("second", "CC0-1.0", 2), ("first", "MIT", 2)]
@@ -56,7 +57,7 @@ def test_imported_weights_have_the_name_of_their_source(tmp_path):
 
 
 def test_a_list_of_an_earlier_version_is_read(tmp_path):
-  origin = dict.fromkeys(training_data.ORIGIN, "a")
+  origin = dict.fromkeys((*records.ORIGIN_FIELDS, "records"), "a")
   write_json(epath.Path(tmp_path) / "old" / training_data.FILE, [origin])
   assert training_data.read(tmp_path / "old") == {
     "runs": [{"name": "old", "known": True}],

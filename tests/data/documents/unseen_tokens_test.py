@@ -40,7 +40,7 @@ def test_it_is_not_known_of_what_began_from_an_unknown_model_or_has_no_stores(tm
 
 
 def test_a_bundle_has_it_in_a_file(tmp_path):
-  unseen_tokens.write(tmp_path, frozenset([FIRST + 7, FIRST]))
+  write_json(tmp_path / unseen_tokens.FILE, {"ids": [FIRST, FIRST + 7]})
   assert unseen_tokens.find(tmp_path, VOCAB) == {FIRST, FIRST + 7}
 
 

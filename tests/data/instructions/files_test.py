@@ -5,17 +5,10 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.config import FORMATS
-from cm3leon_jax.data.instructions.files import (
-  CAPTIONS,
-  NARRATIVES,
-  PIX2PIX,
-  QUESTIONS,
-  open_records,
-)
-from cm3leon_jax.data.instructions.grounding import OBJECT_SPLITS
-from cm3leon_jax.data.instructions.llava import LLAVA
+from cm3leon_jax.data.instructions.files import CAPTIONS, PIX2PIX, QUESTIONS, open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.published.files import SPLITS as EVALUATION_SPLITS
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.data.instruction_releases import RELEASES, json_lines, narrative, prompt, split_of, write
 from tests.messages import refused
 
@@ -49,7 +42,7 @@ def test_records_have_the_texts_and_images_of_the_table_and_different_keys(tmp_p
 @pytest.mark.parametrize("name", FORMATS)
 def test_images_may_be_apart_from_the_files(tmp_path, name):
   write(tmp_path, RELEASES[name])
-  apart = open_records(name, tmp_path, split_of(name), images="gs://bucket/{images}")
+  apart = open_records(name, tmp_path, split_of(name), ImageFolder("gs://bucket/{images}"))
   beside = open_records(name, tmp_path, split_of(name))
   for record, other in zip(apart, beside, strict=True):
     for image, path in record.images.items():
@@ -232,8 +225,5 @@ def test_the_table_has_the_formats_of_captions_and_questions():
   for name in CAPTIONS + QUESTIONS:
     assert FORMATS[name].splits == EVALUATION_SPLITS[name]
     assert FORMATS[name].texts == (("caption",) if name in CAPTIONS else ("question", "answer"))
-  assert FORMATS["localized_narratives"].splits == tuple(NARRATIVES)
   assert FORMATS["instruct_pix2pix"].splits == tuple(PIX2PIX)
-  assert FORMATS["coco_objects"].splits == OBJECT_SPLITS
-  assert FORMATS["llava"].splits == tuple(LLAVA)
   assert set(FORMATS) == set(RELEASES)

@@ -6,6 +6,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instructions.files import open_records
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.data.sources import lines as source_lines
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.messages import refused
 
 RIGHT = {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}}
@@ -30,7 +31,7 @@ def test_a_line_is_a_record(tmp_path):
 
 def test_several_images_and_their_paths(tmp_path):
   images = {"before": "a.png", "after": "/images/b.png", "mask": "x/c.png"}
-  (record,) = read(tmp_path, {"images": images}, images="/images")
+  (record,) = read(tmp_path, {"images": images}, images=ImageFolder("/images"))
   assert record.images == {**images, "before": "/images/a.png", "mask": "/images/x/c.png"}
   assert record.group == "a.png"
   assert record.texts == {}

@@ -5,6 +5,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.published.examples import Example, caption_prompts, check_images, choose
 from cm3leon_jax.data.published.files import SPLITS, open_examples
+from cm3leon_jax.data.sources.image_folder import ImageFolder
 from tests.data.releases import DENSE, RELEASES, write
 from tests.messages import refused
 
@@ -105,7 +106,7 @@ def test_annotations_may_stand_beside_the_images_or_apart_from_them(tmp_path):
   for name, file in (("coco_2014", "captions_val2014.json"), ("vizwiz", "val.json")):
     (content,) = RELEASES[name].values()
     write(tmp_path / name, {file: content})
-    examples = list(open_examples(name, tmp_path / name, "val", images="gs://bucket/images"))
+    examples = list(open_examples(name, tmp_path / name, "val", ImageFolder("gs://bucket/images")))
     assert all(e.image.startswith("gs://bucket/images/val") for e in examples)
 
 

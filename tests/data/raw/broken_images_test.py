@@ -66,7 +66,7 @@ def test_no_reader_prints_the_address_of_an_object(tmp_path, monkeypatch):
 
 
 def test_no_rejected_record_has_the_address_of_an_object():
-  for error in (FromLibrary(object()), RecordError("wrong", f"{FromLibrary(object())}")):
+  for error in (FromLibrary(object()), RecordError(f"{FromLibrary(object())}")):
     line = json.dumps(vars(Rejected("file", "key", "wrong", f"it cannot be read ({error}).")))
     assert "<object object>" in line
     assert not ADDRESS.search(line)

@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources import formats
-from cm3leon_jax.data.sources import origins as origins_lib
+from cm3leon_jax.data.sources import records as records_lib
 from cm3leon_jax.data.sources.records import SPLITS, RawInterleaved
 from cm3leon_jax.data.sources.splits import split_of
 from cm3leon_jax.files.shards import Runner
@@ -168,8 +168,8 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
   assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
   assert sum(origin["records"] for origin in origins) == 42
-  monkeypatch.setattr(origins_lib, "MOST", 1)
-  few = origins_lib.most_common(origins)
+  monkeypatch.setattr(records_lib, "MOST_ORIGINS", 1)
+  few = records_lib.origin_counts(origins)
   others = {**ada, "source": "others", "attribution": "others", "records": 5}
   assert few[:2] == [origins[0], others]
 

@@ -166,12 +166,14 @@ REPEATED = 100_000  # Number of characters of a text that a dictionary repeats.
 @pytest.fixture
 def characters(monkeypatch):
   """Counts the characters of all texts that become fields of records."""
-  seen, check = [], records._check_unicode
-  monkeypatch.setattr(
-    records,
-    "_check_unicode",
-    lambda name, value, where: seen.append(len(value)) or check(name, value, where),
-  )
+  seen, check = [], records._check_value
+
+  def counted(name, value, *others):
+    if isinstance(value, str):
+      seen.append(len(value))
+    check(name, value, *others)
+
+  monkeypatch.setattr(records, "_check_value", counted)
   return seen
 
 

@@ -344,11 +344,11 @@ def test_a_folder_of_images_apart_from_the_file_counts(root):
   fill(root, "")
   outside = root.parent / "outside"
   write(root, "train.jsonl", {"images": {"image": str(outside / "a_0.jpg")}})
-  [record] = open_records("jsonl", root, "train", images=outside)
+  [record] = open_records("jsonl", root, "train", ImageFolder(str(outside)))
   assert record.images == {"image": str(outside / "a_0.jpg")}
   write(root, "train.jsonl", {"images": {"image": str(root / "a_0.jpg")}})
   with refused(UserError):
-    list(open_records("jsonl", root, "train", images=outside))
+    list(open_records("jsonl", root, "train", ImageFolder(str(outside))))
 
 
 def test_in_a_bucket_only_names_of_the_same_folder_are_right():

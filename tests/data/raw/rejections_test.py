@@ -1,5 +1,5 @@
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.sources.rejections import CHECK_FROM, Rejections
+from cm3leon_jax.data.raw.ingest import CHECK_FROM, Rejections
 from tests.messages import refused
 
 
