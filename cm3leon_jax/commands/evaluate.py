@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag, protocol_flags
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common, protocol_flags
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.digests import digest
@@ -75,7 +75,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
-    out_flag.OUT,
+    OUT,
     ALLOW_OUTSIDE,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
@@ -138,7 +138,7 @@ def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
-    out_flag.OUT,
+    OUT,
     ALLOW_OUTSIDE,
   )
   options = evaluate_protocol.Options(*(flag.value for flag in flags_of))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.commands import common, out_flag
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import results_folder
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import table
 
@@ -41,7 +42,7 @@ class Options:
     weights: file or folder with the weights of the feature extractor.
     clip: folder of a Hugging Face CLIP for scores; None: the CLIP of the run.
     before: whether to measure the parameters that the run began from.
-    out: folder of the results; None: the default of `out_flag`.
+    out: folder of the results; None: the default of --out.
     allow_outside: whether evaluation files may name images outside `data`.
   """
 
@@ -250,7 +251,7 @@ def _make_run(
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  root, name = out_flag.results_folder(trained, options.out) / FOLDER, slug(about["name"])
+  root, name = results_folder(trained, options.out) / FOLDER, slug(about["name"])
   job = ProtocolRun(
     protocol=protocol,
     metrics=names,

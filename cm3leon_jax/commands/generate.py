@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
@@ -351,7 +351,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   given = check_tasks(layout, tasks, bank)
   if given:
     config["images"] = _digests(given)
-  folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
+  folder = _folder(results_folder(trained, OUT.value), tasks, config)
   for sentence in doubts(tasks, layout, settings, unseen_in(trained)):
     print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):

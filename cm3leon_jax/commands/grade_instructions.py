@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from absl import flags
+from etils import epath
+
 from cm3leon_jax.commands import common
-from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
   from collections.abc import Callable
 
-  from etils import epath
-
   from cm3leon_jax.evaluation.world import Answer, World
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
+
+RECORDS = flags.DEFINE_integer("records", 100, "Held-out records per task.", lower_bound=2)
 
 
 def _models(run: Run) -> dict[str, Callable[[], dict]]:

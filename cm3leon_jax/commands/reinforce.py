@@ -19,9 +19,8 @@ import functools
 from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common, run_start
-from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
+from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:

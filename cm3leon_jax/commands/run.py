@@ -18,8 +18,8 @@ import time
 from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.commands.stage_process import StageProcesses, width
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages, table

@@ -1,4 +1,4 @@
-"""Decides whether a run begins, continues or is finished, and writes its config."""
+"""Decides for train and reinforce whether a run begins, continues or is finished."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import os
 from typing import TYPE_CHECKING
+
+from absl import flags
+from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import exists
@@ -15,10 +18,21 @@ from cm3leon_jax.runs import stages
 if TYPE_CHECKING:
   from collections.abc import Sequence
 
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
+
+ALLOW_CHANGED = flags.DEFINE_list(
+  "allow_changed",
+  [],
+  "Config fields whose values may differ from the values at the start of the run, e.g. "
+  "optimizer.learning_rate. The command prints the consequences, and train/config.json lists the "
+  "changes.",
+)
+SKIP_MEMORY_CHECK = flags.DEFINE_bool(
+  "skip_memory_check",
+  False,
+  "Start even if the estimate of a step's memory exceeds the memory of a device.",
+)
 
 
 def begin(

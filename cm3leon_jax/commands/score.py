@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json, write_json
@@ -89,9 +89,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   }
   distributed.check_same_config(identity)
   digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-  folder = (
-    out_flag.results_folder(trained, out_flag.OUT.value) / "scores" / f"{slug(path.stem)}-{digest}"
-  )
+  folder = results_folder(trained, OUT.value) / "scores" / f"{slug(path.stem)}-{digest}"
   first = distributed.is_first()
   once = stages.once(folder, identity, writes=first, together=distributed.together)
   with once as summary, common.use_mesh(settings):

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from cm3leon_jax.commands import common, run_start
-from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
+from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 if TYPE_CHECKING:
   from collections.abc import Callable, Sequence

@@ -1,7 +1,4 @@
-"""Defines --out for the commands that write results to the workdir of a run.
-
-A bundle has no workdir.
-"""
+"""Defines --out and --allow_outside: where results are written, and which files lines may name."""
 
 from __future__ import annotations
 
@@ -20,7 +17,14 @@ OUT = flags.DEFINE_string(
   None,
   "Folder in which the results folder is created. Default: the workdir of a run, or the current "
   "folder for a bundle.",
-  allow_override=True,  # Other commands define this flag, and tests import them in one process.
+  allow_override=True,  # Other commands define these flags, and tests import them in one process.
+)
+ALLOW_OUTSIDE = flags.DEFINE_bool(
+  "allow_outside",
+  False,
+  "Whether lines may name URLs, or images outside the folder of their file. Set it only for files "
+  "that you trust, since a line can name any file on this machine.",
+  allow_override=True,
 )
 
 
