@@ -212,10 +212,7 @@ def main(settings: Settings) -> None:
     if _BATCH.value:
       rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
       train = dataclasses.replace(
-        settings.train,
-        global_batch_size=rows,
-        gradient_accumulation_steps=1,
-        rows_per_device=0,
+        settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
       )
       settings = dataclasses.replace(settings, train=train)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())

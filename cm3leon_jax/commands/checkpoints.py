@@ -62,11 +62,8 @@ def _check_flags(action: str) -> None:
   """Raises UserError if the action does not take a flag that is given."""
   for name, takers in TAKEN_BY.items():
     if flags.FLAGS[name].present and action not in takers:
-      raise UserError(f"--{name} is given, but {action} does not take it: {_only(takers)}.")
-
-
-def _only(actions: tuple[str, ...]) -> str:
-  return f"only {' and '.join(actions)} {'does' if len(actions) == 1 else 'do'}"
+      only = f"only {' and '.join(takers)} {'does' if len(takers) == 1 else 'do'}"
+      raise UserError(f"--{name} is given, but {action} does not take it: {only}.")
 
 
 def _step() -> int:

@@ -146,10 +146,7 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   if "features" in needs:
     extractor = _extractor(protocol, settings, trained.stages, options.weights)
   read = _stages(settings, protocol, needs, options)
-  about = {
-    "name": "/".join(filter(None, [name, protocol.name])),
-    "inputs": ids(trained, read),
-  }
+  about = {"name": "/".join(filter(None, [name, protocol.name])), "inputs": ids(trained, read)}
   if options.before:
     about["parameters"] = "before"
   with common.use_mesh(settings):

@@ -58,9 +58,7 @@ _MERGE_EMA = flags.DEFINE_bool(
   "Default: the average, if the run keeps one (optimizer.ema_decay).",
 )
 _BUNDLE = flags.DEFINE_string(
-  "bundle",
-  "",
-  "Folder of a bundle to write, with everything that sampling needs.",
+  "bundle", "", "Folder of a bundle to write, with everything that sampling needs."
 )
 _BASE = flags.DEFINE_string(
   "base",

@@ -215,5 +215,6 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, common.follows_data()), prepares=True
+    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    prepares=True,
   )

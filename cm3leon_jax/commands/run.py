@@ -13,6 +13,7 @@ the decoder starts from its parameters.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.stage_process import StageProcesses, width
+from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages, table
 
@@ -112,7 +113,8 @@ class _Lines:
       self.clear()
       print(f"  {line}", flush=True)
     elif self._draws:
-      sys.stdout.write(f"\r\x1b[2K{(self._head + line)[: width() - 1]}")
+      width = shutil.get_terminal_size().columns
+      sys.stdout.write(f"\r\x1b[2K{(self._head + line)[: width - 1]}")
       sys.stdout.flush()
 
   def clear(self) -> None:
@@ -148,6 +150,5 @@ def _recorded(workdir: epath.Path, folder: str) -> float:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value),
-    prepares=True,
+    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value), prepares=True
   )

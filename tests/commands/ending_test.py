@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
 import sys, threading, time
 from absl import flags
-from cm3leon_jax.commands import ending
+from cm3leon_jax.commands import common
 
 class Waiting(threading.Thread):
   def run(self):
@@ -22,7 +22,7 @@ def main(_):
     raise KeyboardInterrupt
   sys.exit(int(sys.argv[2]))
 
-ending.run_app(main, flags.FLAGS)
+common.run_app(main, flags.FLAGS)
 """
 
 
