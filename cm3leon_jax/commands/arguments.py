@@ -132,10 +132,7 @@ def check_places() -> None:
 def parse(argv: list[str], config: bool) -> list[str]:
   """Parses all flags except the config's. Returns the program name and the non-flag arguments.
 
-  `config` says whether the command takes a config.
-
-  Raises:
-    UserError: a flag is unknown, or its value is wrong.
+  `config` says whether the command takes a config. Raises UserError for a wrong flag or value.
   """
   _, others = split(argv[1:])
   try:

@@ -282,7 +282,7 @@ def _reporting() -> Iterator[None]:
       if buckets.refuses(error):
         _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")
       _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
-    if accelerators.is_absent(error):
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
     if reason := disk_errors.failure(error):
       _fail(reason, TryAgain.exit_code)

@@ -33,18 +33,7 @@ NOT_OF_SAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Command-line options that override or complete a protocol.
-
-  Attributes:
-    metrics: names of metrics that replace the protocol's metrics, unless empty.
-    examples: number of examples that replaces the protocol's number, unless None.
-    data: folder with the evaluation files.
-    weights: file or folder with the weights of the feature extractor.
-    clip: folder of a Hugging Face CLIP for scores; None: the CLIP of the run.
-    before: whether to measure the parameters that the run began from.
-    out: folder of the results; None: the default of --out.
-    allow_outside: whether evaluation files may name images outside `data`.
-  """
+  """Values of the flags that override or complete a protocol; `weights` is --extractor."""
 
   metrics: Sequence[str] = ()
   examples: int | None = None
@@ -174,13 +163,7 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 
 
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
-  """Loads the parameters of a run and their step.
-
-  With `before`, loads the parameters that the run began from, with step 0.
-
-  Raises:
-    UserError: with `before`, the run began from random parameters.
-  """
+  """Loads parameters and their step. With `before`, the parameters that the run began from."""
   from cm3leon_jax.trained import initial
 
   if not before:
@@ -270,11 +253,7 @@ def _make_run(
 def _extractor(
   protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
 ) -> Extractor:
-  """Loads the feature extractor of a protocol.
-
-  Raises:
-    UserError: the protocol names no extractor, or the weights are absent or of another network.
-  """
+  """Loads the feature extractor of a protocol. Raises UserError for absent or wrong weights."""
   from cm3leon_jax.evaluation.metrics import extractors
 
   network, _, resize = protocol.extractor.partition("_")
@@ -306,11 +285,7 @@ def _extractor(
 
 
 def compare(folders: list[str]) -> None:
-  """Prints the differences between two evaluations, with paired intervals.
-
-  Raises:
-    UserError: `folders` does not name two evaluations, or they are not comparable.
-  """
+  """Prints the differences between two comparable evaluations, with paired intervals."""
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 
   if len(folders) != 2:

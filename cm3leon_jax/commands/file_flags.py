@@ -29,11 +29,7 @@ ALLOW_OUTSIDE = flags.DEFINE_bool(
 
 
 def results_folder(trained: Run, out: str | None) -> epath.Path:
-  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder.
-
-  Raises:
-    UserError: `out` is a file.
-  """
+  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder."""
   default = epath.Path() if trained.kind == "bundle" else trained.folder
   if out is not None and epath.Path(out).exists() and not epath.Path(out).is_dir():
     raise UserError(f"--out is {out}, which is a file: name a folder.")

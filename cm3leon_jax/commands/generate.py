@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import itertools
-import json
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -30,6 +29,7 @@ from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
@@ -137,10 +137,7 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(trained: Run, seed: int) -> list[Task]:
-  """Returns the tasks that flags describe, or [] for held-out captions.
-
-  Raises UserError for wrong flags.
-  """
+  """Returns the tasks that flags describe, or [] for held-out captions. Checks these flags."""
   from cm3leon_jax.generation import prompt_file
 
   settings = trained.settings
@@ -199,10 +196,7 @@ def _check_rank(tasks: Sequence[Task]) -> None:
 
 
 def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the folder of the bank to retrieve from, or None if there is no bank.
-
-  Raises UserError if --bank has other tokenizers or another CLIP.
-  """
+  """Returns the folder of the bank, or None. Checks the tokenizers and the CLIP of --bank."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -274,7 +268,7 @@ def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path
 
   if not tasks:
     return root / "samples"
-  digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+  digest = digest_of_json(config)[:8]
   for folder in sorted((root / "prompts").glob(f"*-{digest}")):
     return folder  # The folder keeps its name if the prompt file is renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
@@ -295,10 +289,7 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
 
 
 def _describe_divergence(mean: float) -> str:
-  """Describes how much prompts change the distributions of image codes.
-
-  A value near 0 shows that prompts do not reach the model.
-  """
+  """Describes how much prompts change the distributions of image codes, in nats per code."""
   if mean < LEAST_DIVERGENCE:
     return (
       "warning: the model draws almost the same with and without these prompts (mean KL divergence "

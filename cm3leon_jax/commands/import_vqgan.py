@@ -31,13 +31,6 @@ _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as
 _FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights belong to.")
 
 
-def _check_flags(source: str, family: str | None, own: bool) -> None:
-  if not source:
-    raise UserError("name the file or folder with the weights: --source=amused-256")
-  if family is None and not own:
-    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
-
-
 def _check_folder(folder: epath.Path) -> None:
   """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
   from cm3leon_jax.tokenizers import vqgan
@@ -54,8 +47,10 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   from cm3leon_jax.files.digests import digest
   from cm3leon_jax.tokenizers import published_files
 
-  own = bool(source) and family is None and published_files.is_own(source)
-  _check_flags(source, family, own)
+  if not source:
+    raise UserError("name the file or folder with the weights: --source=amused-256")
+  if family is None and not published_files.is_own(source):
+    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if family is None:

@@ -51,11 +51,7 @@ def drawn_source(settings: Settings) -> DrawnSource | None:
 
 
 def check_leaks(settings: Settings, workdir: epath.Path) -> None:
-  """Prints the most similar held-out and training images.
-
-  Raises:
-    UserError: a held-out image is a near duplicate of a training image.
-  """
+  """Prints the most similar held-out and training images. Raises UserError for near duplicates."""
   from cm3leon_jax.data.checks import duplicates, leaks
 
   stages.require(workdir, "raw")
@@ -76,11 +72,7 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
 
 
 def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
-  """Prints the number of held-out scenes that show only facts which training scenes show, too.
-
-  Raises:
-    UserError: there is such a held-out scene.
-  """
+  """Prints how many held-out scenes show only facts of training scenes. Raises UserError for any."""
   stages.require(workdir, "raw")
   report = drawn.leaks(workdir / "raw")
   kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())

@@ -14,8 +14,6 @@ folder for a bundle, or in --out. docs/evaluation.md explains both files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -25,8 +23,9 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
@@ -88,16 +87,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     "seed": settings.seed,
   }
   distributed.check_same_config(identity)
-  digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-  folder = results_folder(trained, OUT.value) / "scores" / f"{slug(path.stem)}-{digest}"
-  first = distributed.is_first()
-  once = stages.once(folder, identity, writes=first, together=distributed.together)
-  with once as summary, common.use_mesh(settings):
+  name = f"{slug(path.stem)}-{digest_of_json(identity)[:8]}"
+  folder = results_folder(trained, OUT.value) / "scores" / name
+  with distributed.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
       summary.update(_score(trained, documents, checked, folder, retrieve))
-      if first:
+      if distributed.is_first():
         write_json(folder / document_scores.SUMMARY, summary)
-  if first:
+  if distributed.is_first():
     scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
     print(f"score: {document_scores.describe(read_json(folder / name))}.")
     print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)

@@ -88,10 +88,7 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 
 
 def _token() -> str:
-  """Returns the token that requests must contain, or "".
-
-  Raises UserError if the token is invalid or its file cannot be read.
-  """
+  """Returns the token that requests must contain, or "". Raises UserError for an invalid token."""
   if _TOKEN_FILE.value is None:
     token = os.environ.get(TOKEN, "")
     where = TOKEN

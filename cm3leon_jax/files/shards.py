@@ -94,11 +94,10 @@ def run_shards(
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]
   yield from finished
-  results = (
-    _ray(job, folder, pending, runner)
-    if runner.kind == "ray" and pending
-    else _local(job, folder, pending)
-  )
+  if runner.kind == "ray" and pending:
+    results = _ray(job, folder, pending, runner)
+  else:
+    results = map(_result, map(_Worker(job, folder), pending))
   with progress_bar(total=len(shards), initial=len(finished), desc=bar, unit="shard") as progress:
     for name, summary in results:
       progress.update()
@@ -148,12 +147,6 @@ def _result(row: dict) -> tuple[str, dict]:
   if row["error"]:
     raise UserError(row["error"])
   return row["shard"], json.loads(row["summary"])
-
-
-def _local(job: ShardJob, folder: epath.Path, rows: list[dict]) -> Results:
-  worker = _Worker(job, folder)
-  for row in rows:
-    yield _result(worker(row))
 
 
 def _ray(job: ShardJob, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:

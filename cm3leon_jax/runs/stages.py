@@ -312,11 +312,7 @@ def _not_finite(summary: dict, where: str = "") -> list[str]:
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
-  """Returns whether a finished stage had the same inputs as `config`.
-
-  Raises:
-    UserError: another part of the config differs.
-  """
+  """Returns whether a finished stage had these inputs. Raises UserError for another config."""
   stored = read_json(folder / DONE, {"config": dict})["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
