@@ -72,7 +72,7 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
 
 
 def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
-  """Prints how many held-out scenes show only facts of training scenes. Raises UserError for any."""
+  """Raises UserError if training scenes show all facts of a held-out scene. Prints the counts."""
   stages.require(workdir, "raw")
   report = drawn.leaks(workdir / "raw")
   kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
