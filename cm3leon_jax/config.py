@@ -182,9 +182,6 @@ def _sentence(error: dict, cls: type, where: str) -> str:
   _, should, rule = error["msg"].partition(" should ")
   if not should:
     return f"{field}: {error['msg']}."
-  for long, brief in (
-    ("greater than or equal to", "at least"),
-    ("less than or equal to", "at most"),
-  ):
-    rule = rule.replace(long, brief)
+  rule = rule.replace("greater than or equal to", "at least")
+  rule = rule.replace("less than or equal to", "at most")
   return f"{field} is {short(error['input'])}; it must {rule}."

@@ -14,20 +14,14 @@ prune and rollback do not ask for confirmation. They fail while another job trai
 and wait up to 90 s if a job was killed on another host. --dry_run prints what they would remove.
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
-
-if TYPE_CHECKING:
-  from etils import epath
-
 
 ACTIONS = ("list", "verify", "prune", "rollback")
 _STEP = flags.DEFINE_string("step", None, "rollback: step to return to, e.g. 1600 or 1,600.")

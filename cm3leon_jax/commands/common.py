@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
@@ -34,8 +34,6 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.runs.table import STAGES
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   import jax
 
   from cm3leon_jax.settings import Settings

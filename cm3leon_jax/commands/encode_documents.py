@@ -10,13 +10,12 @@ import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
 
 _VALIDATE = flags.DEFINE_bool(

@@ -15,7 +15,7 @@ current folder for a bundle, or in --out. docs/generating.md shows every task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import itertools
@@ -33,8 +33,6 @@ from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   from cm3leon_jax.decoding.config import SamplingConfig
   from cm3leon_jax.generation.tasks import Task
   from cm3leon_jax.settings import Settings

@@ -11,6 +11,7 @@ the tokenizer's reconstruction of the true image. For tasks in other formats, us
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,8 +22,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   from cm3leon_jax.data.instructions.tasks import InstructionTask
   from cm3leon_jax.evaluation.world import Answer, World
   from cm3leon_jax.settings import Settings

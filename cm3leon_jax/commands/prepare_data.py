@@ -13,6 +13,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
@@ -20,8 +21,6 @@ from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.data.sources.drawn import DrawnSource
   from cm3leon_jax.data.sources.formats import SourcePart
   from cm3leon_jax.files.shards import Runner

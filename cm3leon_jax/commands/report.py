@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
@@ -15,8 +16,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
 
 

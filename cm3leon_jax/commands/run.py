@@ -46,19 +46,15 @@ def commands(settings: Settings, given: bool) -> dict[str, str]:
 
   With `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
-  names = table.order(settings, given)
-  if "grades" in names and not _are_judged(settings):
-    names.remove("grades")
-  copied = {"copy_tokenizers": ""} if given else {}
-  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
-
-
-def _are_judged(settings: Settings) -> bool:
-  """Returns whether at least one instruction task has answers that can be judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 
-  return any(map(of_answers, load_tasks(settings.instructions)))
+  names = table.order(settings, given)
+  # Grades need a task whose answers can be judged exactly.
+  if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
+    names.remove("grades")
+  copied = {"copy_tokenizers": ""} if given else {}
+  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
 
 
 def passed_on(argv: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from typing import TYPE_CHECKING
@@ -15,8 +16,6 @@ from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Sequence
-
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
 

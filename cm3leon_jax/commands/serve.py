@@ -10,23 +10,17 @@ request. It keeps compiled programs for the next start (--cache_dir). docs/servi
 requests.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import ipaddress
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import extras
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-
-if TYPE_CHECKING:
-  from etils import epath
-
 
 TOKEN = "CM3LEON_TOKEN"
 NEEDED = ("starlette", "uvicorn", "python_multipart")

@@ -15,21 +15,19 @@ left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common, run_start
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 if TYPE_CHECKING:
-  from collections.abc import Callable, Sequence
-
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
   from cm3leon_jax.trained.run import Run
