@@ -32,7 +32,8 @@ RULES = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.
-  # Rows of stored embedding tables. If `tensor` were last, a gather would need two more permutes.
+  # Rows of stored embedding tables. With `tensor` last, a gather would need two more collective
+  # permutes.
   "vocab_stored": ("tensor", *FSDP),
   "largest": FSDP,  # The largest axis of each array of a small model; see `trainer.layout`.
 }

@@ -53,7 +53,7 @@ TAKEN_BY = {
 
 
 def _check_flags(action: str) -> None:
-  """Raises UserError if the action does not take a flag that is given."""
+  """Raises UserError if a flag is given that the action does not take."""
   for name, takers in TAKEN_BY.items():
     if flags.FLAGS[name].present and action not in takers:
       only = f"only {' and '.join(takers)} {'does' if len(takers) == 1 else 'do'}"

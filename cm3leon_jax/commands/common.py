@@ -73,7 +73,7 @@ NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _instead(stage: str) -> str:
-  """Returns the end of an error message. It names what a pod uses instead of a one-host stage."""
+  """Returns what a pod uses instead of a stage that trains on one host, as the end of a message."""
   if not stage:
     return ""
   return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
@@ -205,7 +205,7 @@ def _parse_flags(
     if of_config and not re.match(r"--?config(=|$)", of_config[0]):
       name = of_config[0].partition("=")[0]
       raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
-    # A missing config is reported first, by `_settings`.
+    # If the config is missing, `_settings` reports that instead of a wrong --workdir.
     needs_config = config is True and not of_config
     if workdir and not needs_config and not _PRINT_CONFIG.value:
       arguments.check_workdir(os.fspath(_folder()), begins, config is not True)

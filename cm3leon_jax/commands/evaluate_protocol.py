@@ -163,7 +163,7 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 
 
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
-  """Loads parameters and their step. With `before`, the parameters that the run began from."""
+  """Loads the newest parameters, or with `before` the run's first ones. Also returns their step."""
   from cm3leon_jax.trained import initial
 
   if not before:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
-SAMPLES = 4
+SAMPLES = 4  # Number of held-out documents on which logits are compared.
 # Number of parameters up to which logits are compared. The comparison loads the decoder twice.
 COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}

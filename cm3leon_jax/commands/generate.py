@@ -234,7 +234,7 @@ def _identity(
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
 ) -> dict:
-  """Returns what the samples depend on. Raises UserError if a needed stage is not finished."""
+  """Returns everything that the samples depend on. Checks that the stages it reads are finished."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings

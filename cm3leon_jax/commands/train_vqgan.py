@@ -71,13 +71,13 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   return perceptual.make_params(tensors), {"perceptual": published_weights.digest(tensors)}
 
 
-def _open_boards(folder: epath.Path, shown: bool, first_step: int) -> list:
-  """Opens the TensorBoard log at the first step. Returns [] if it is not shown."""
+def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
+  """Opens the TensorBoard log. Returns [] if it is disabled or tensorboardX is not installed."""
   from cm3leon_jax.training.watch.boards import Board
   from cm3leon_jax.training.watch.tensorboard_board import FOLDER, TensorBoard
 
   # If tensorboardX is missing, only the decoder's training prints a warning.
-  if not shown or not importlib.util.find_spec("tensorboardX"):
+  if not enabled or not importlib.util.find_spec("tensorboardX"):
     return []
   make = functools.partial(TensorBoard, folder / FOLDER, first_step)
   return [Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]

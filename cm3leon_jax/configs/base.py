@@ -1,9 +1,10 @@
-"""Defines the values that the three CM3Leon sizes share. The default variant is for the tutorial.
+"""Defines the values that the three CM3Leon sizes share, and the values that the demos share.
 
-The variant `:paper` uses the paper's values. The stages `vqgan` and `clip` of these sizes train on
-one host. `cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon
-import_vqgan --source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no
-training. docs/scaling.md lists the steps, and docs/config.md describes every field.
+The default variant has the values of the tutorial that this project started from. The variant
+`:paper` has the paper's values. The stages `vqgan` and `clip` of these sizes train on one host.
+`cm3leon plan` prints how long they take. A published image tokenizer (`cm3leon import_vqgan
+--source=FOLDER`) and a published CLIP (`--config.retrieval.clip=FOLDER`) need no training.
+docs/scaling.md lists the steps, and docs/config.md describes every field.
 """
 
 from collections.abc import Sequence
@@ -76,8 +77,8 @@ def small_config() -> ml_collections.ConfigDict:
   config.model.update(family="modern", num_layers=4, width=128, num_heads=2, mlp_width=352)
   config.model.update(max_positions=512, init_std=0.034, embed_std=0.25, dtype="float32")
   config.model.update(remat_policy="none", loss_chunk=512, unroll_layers=True)
-  # `align_images` gives a neighbor's image the same positions. `codebook_start` gives codes of one
-  # shape in two colors similar embeddings from the start.
+  # `align_images` gives the images of neighbor and document the same positions. `codebook_start`
+  # gives codes of one shape in two colors similar embeddings from the start.
   config.model.update(align_images=True, codebook_start=0.5, tied_start=True)
   config.optimizer.update(name="muon", warmup_steps=50, weight_decay=0.05, ema_decay=0.99)
   config.train.update(global_batch_size=2, log_every=50)

@@ -33,8 +33,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.vqgan.learning_rate = 5e-3
   config.clip.shift = 0.1
   config.optimizer.learning_rate = 2e-3
-  # This was the best of nine settings. The captions that it was chosen on are not in the reported
-  # figures.
+  # The best of nine settings. The reported figures exclude the captions that chose it.
   config.sampling.update(temperature=0.2, guidance=1.0)
   config.train.eval_batches = 8
   for kind, names in FOLLOW.items():

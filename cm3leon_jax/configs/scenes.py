@@ -54,7 +54,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
 
 def _lengthen(config: ml_collections.ConfigDict) -> None:
   config.scenes.update(train=80_000)
-  config.vqgan.update(learning_rate=5e-3, l1_weight=0.5)  # As for the bundled model.
+  config.vqgan.update(learning_rate=5e-3, l1_weight=0.5)  # The values of the bundled model.
   config.model.update(width=192, num_heads=3, mlp_width=448)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998)
   config.evaluation.update(scenes=600, scene_guidance=(1.0, 1.25, 1.5, 2.0))

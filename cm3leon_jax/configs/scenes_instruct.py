@@ -34,7 +34,7 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
     rate = 2e-3 if variant == "long" else 1e-3
     config.optimizer.update(learning_rate=rate, warmup_steps=100, ema_decay=0.998)
   else:
-    config.instructions.update(max_records=3_000)  # These few steps do not need more.
+    config.instructions.update(max_records=3_000)  # A short training does not need more.
   if variant == "redrawn":
     config.scenes.update(seed=1)  # Draws records that `long` has not seen.
     config.instructions.update(max_records=8_000, redrawn=0.5)

@@ -88,7 +88,7 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
 
 
 def intervals(steps: int) -> dict[str, int]:
-  """Returns how often, in steps, a short training of `steps` steps saves, evaluates and samples."""
+  """Returns after how many steps a training of `steps` steps saves, evaluates and samples."""
   every = {"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)}
   return {"checkpoint_every": min(400, max(5, steps // 12)), **every}
 

@@ -90,8 +90,8 @@ def id_of(files: Mapping[str, dict]) -> str:
 def _check_id(folder: epath.Path, about: dict) -> None:
   """Raises UserError if the id in a stage's done.json does not match the files it describes.
 
-  The id is not checked if done.json describes no files. That is so for a stage without such files,
-  and if an earlier version wrote done.json.
+  The id is not checked if done.json describes no files, because no other stage opens files of this
+  stage, or because an earlier version wrote done.json.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
   if files and not _are_descriptions(files):
