@@ -201,7 +201,7 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   return jax.tree.map(place, tree)
 
 
-def batch_shards() -> int:
-  """Returns the number of devices over which the current mesh shards a batch."""
-  shape = jax.sharding.get_abstract_mesh().shape
+def batch_shards(mesh: jax.sharding.Mesh | None = None) -> int:
+  """Returns the number of devices over which `mesh` (default: the current mesh) shards a batch."""
+  shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
   return math.prod(shape[axis] for axis in BATCH)

@@ -69,17 +69,29 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   for flag in PROTOCOL_OPTIONS:
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
-  by_protocol = _is_given(protocol_flags.COMPARE) or protocol_flags.PROTOCOL.value is not None
-  if by_protocol and (_EXPORT.value is not None or _LAST_PARAMS.value):
-    raise UserError("--protocol and --compare take neither --export nor --last_params.")
-  if by_protocol:
-    _by_protocol(settings, workdir)
+  compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
+  if compares or protocol is not None:
+    if _EXPORT.value is not None or _LAST_PARAMS.value:
+      raise UserError("--protocol and --compare take neither --export nor --last_params.")
+    from cm3leon_jax.commands import evaluate_protocol
+
+    if compares:
+      evaluate_protocol.compare(protocol_flags.COMPARE.value)
+      return
+    options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
+    evaluate_protocol.run_all(settings, workdir, protocol, options)
     return
   import jax
 
   from cm3leon_jax.evaluation.world import of_source
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained.run import Run
 
-  _check_run(workdir)
+  if bundles.is_bundle(bundles.folder_of(workdir)):
+    raise UserError(
+      f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
+      "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
+    )
   if jax.distributed.is_initialized():
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
@@ -91,37 +103,12 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   if settings.evaluation.scenes:
     inputs = {"sampling": digest_of_json(dataclasses.asdict(settings.sampling))}
     if world := of_source(settings):
-      from cm3leon_jax.trained import bundles
-
       inputs["bundled"] = digest(bundles.folder_of(world.bundled) / bundles.FILE)
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      from cm3leon_jax.trained.run import Run
-
       _evaluate(Run(workdir, settings), folder, summary)
-
-
-def _check_run(workdir: epath.Path) -> None:
-  """Raises UserError if `workdir` is a bundle."""
-  from cm3leon_jax.trained import bundles
-
-  if bundles.is_bundle(bundles.folder_of(workdir)):
-    raise UserError(
-      f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
-      "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
-    )
-
-
-def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.commands import evaluate_protocol
-
-  if _is_given(protocol_flags.COMPARE):
-    evaluate_protocol.compare(protocol_flags.COMPARE.value)
-    return
-  options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
-  evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)
 
 
 def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:

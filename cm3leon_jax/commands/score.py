@@ -59,7 +59,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
-  inputs = ids(trained, _stages_read(settings, retrieve))
+  retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
+  inputs = ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
   layout, raw = PromptLayout.of(trained), settings.raw
   tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
   documents = given_documents.open_documents(
@@ -110,11 +111,6 @@ def _number_of_neighbors(settings: Settings) -> int:
       f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be retrieved."
     )
   return number
-
-
-def _stages_read(settings: Settings, retrieve: int) -> list[str]:
-  retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
-  return list(dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
 
 
 def _score(

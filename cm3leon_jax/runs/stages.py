@@ -219,12 +219,10 @@ def stage(
   name: str,
   settings: Settings,
   more_inputs: Mapping[str, str] | None = None,
-  **options: Any,
 ) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
   """Runs the body unless the stage `name` of `table.STAGES` is finished, see `once`.
 
-  `more_inputs` has digests of other data that the stage reads, besides other stages. `options` are
-  options of `once`.
+  `more_inputs` has digests of other data that the stage reads, besides other stages.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
@@ -236,7 +234,7 @@ def stage(
   """
   config = run_config(settings, workdir, name, more_inputs)
   files, varying = STAGES[name].files, STAGES[name].varying
-  return once(epath.Path(workdir) / name, config, files=files, varying=varying, **options)
+  return once(epath.Path(workdir) / name, config, files=files, varying=varying)
 
 
 @contextlib.contextmanager
