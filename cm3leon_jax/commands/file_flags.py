@@ -1,4 +1,4 @@
-"""Defines --out and --allow_outside: where results are written, and which files lines may name."""
+"""Defines --out and --allow_outside, for commands that read a user's files and write results."""
 
 from __future__ import annotations
 

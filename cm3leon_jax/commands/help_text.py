@@ -34,24 +34,24 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
   """Returns the text of --help."""
   modules = flags.FLAGS.flags_by_module_dict()
 
-  def of(module: str) -> list[flags.Flag]:
+  def flags_of(module: str) -> list[flags.Flag]:
     return modules.get(f"cm3leon_jax.commands.{module}", [])
 
-  common = of("common")
+  common = flags_of("common")
   processes = [flag for flag in common if flag.name in PROCESSES]
   absent = set() if workdir else {"workdir"}
   absent |= set() if config else {"config", "print_config"}
   run = [flag for flag in common if flag not in processes and flag.name not in absent]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
-    "Start": of("init_from_flag") + of("run_start"),
-    "Grades": of("grade_instructions"),
-    "Prompts": of("prompt_flags"),
-    "Protocols": of("protocol_flags"),
-    "Files": of("file_flags"),
-    "Retrieval": of("retrieve_flag"),
+    "Start": flags_of("init_from_flag") + flags_of("run_start"),
+    "Grades": flags_of("grade_instructions"),
+    "Prompts": flags_of("prompt_flags"),
+    "Protocols": flags_of("protocol_flags"),
+    "Files": flags_of("file_flags"),
+    "Retrieval": flags_of("retrieve_flag"),
     "The run": run,
-    "Processing of shards": of("sharded"),
+    "Processing of shards": flags_of("sharded"),
     "Jobs of several processes": processes if several_processes else [],
   }
   parts = [docstring.strip()]
