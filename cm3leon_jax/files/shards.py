@@ -36,9 +36,9 @@ class Runner:
 
   def __post_init__(self) -> None:
     if self.kind not in RUNNERS:
-      raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
+      raise UserError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
-      raise ValueError(
+      raise UserError(
         f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; "
         "both must be positive."
       )
