@@ -2,22 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cm3leon_jax.config import UserError
+
 if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.config import UserError
 
 __version__ = "0.2.0"
 __all__ = ["CM3Leon", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a public name at its first use, so that `import cm3leon_jax` is fast."""
+  """Imports `CM3Leon` at its first use, so that `import cm3leon_jax` is fast."""
   if name == "CM3Leon":
     from cm3leon_jax.api import CM3Leon
 
     return CM3Leon
-  if name == "UserError":
-    from cm3leon_jax.config import UserError
-
-    return UserError
   raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -39,8 +39,3 @@ def check_platforms() -> None:
         f"JAX_PLATFORMS is {value}, but JAX's plugin for {platform.strip()} is not installed: "
         f"{' or '.join(map(extras.install, names))}, or unset JAX_PLATFORMS."
       )
-
-
-def is_absent(error: Exception) -> bool:
-  """Returns whether JAX raised `error` because it cannot use a platform in JAX_PLATFORMS."""
-  return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)

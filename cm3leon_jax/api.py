@@ -360,9 +360,9 @@ class CM3Leon:
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters in the dtype of training. Only `score` uses them; its first call loads them."""
-    from cm3leon_jax import loading
+    from cm3leon_jax.trained.run import Run
 
-    return loading.params_of(self.workdir, self.step)
+    return Run.open(self.workdir, exports=True).params(self.step)[0]
 
   def _in_mesh(self) -> Any:
     import jax

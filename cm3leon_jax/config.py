@@ -55,13 +55,13 @@ def printable(text: str) -> str:
   return "".join(c if c.isprintable() else " " for c in text)
 
 
-def short(value: Any, most: int = 80) -> str:
-  """Returns `repr(value)`, cut to `most` characters. If `repr` fails, returns a description."""
+def short(value: Any) -> str:
+  """Returns `repr(value)`, cut to 80 characters. If `repr` fails, returns a description."""
   try:
     text = without_addresses(repr(value))
   except (ValueError, RecursionError):  # An int with too many digits, or deeply nested values.
     text = f"a {type(value).__name__} too long to show"
-  return text if len(text) <= most else f"{text[:most]}..."
+  return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -182,9 +182,6 @@ def _sentence(error: dict, cls: type, where: str) -> str:
   _, should, rule = error["msg"].partition(" should ")
   if not should:
     return f"{field}: {error['msg']}."
-  for long, brief in (
-    ("greater than or equal to", "at least"),
-    ("less than or equal to", "at most"),
-  ):
-    rule = rule.replace(long, brief)
+  rule = rule.replace("greater than or equal to", "at least")
+  rule = rule.replace("less than or equal to", "at most")
   return f"{field} is {short(error['input'])}; it must {rule}."

@@ -12,6 +12,7 @@ import time
 import types
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -255,6 +256,13 @@ def together() -> Iterator[None]:
     raise failure
   if first:
     raise (TryAgain if again else UserError)(first) from failure
+
+
+def once(
+  folder: epath.PathLike, config: dict, redo: bool = False
+) -> contextlib.AbstractContextManager[dict | None]:
+  """Calls `stages.once` in all processes of the job; process 0 writes done.json."""
+  return stages.once(folder, config, redo, writes=is_first(), together=together)
 
 
 def check_same_config(config: dict) -> None:

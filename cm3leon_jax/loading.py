@@ -84,11 +84,7 @@ def shows_progress(given: bool | None) -> bool:
 def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh for the model. At most one of `devices` and `mesh` may be given.
-
-  Raises:
-    UserError: both are given, or one has a wrong value.
-  """
+  """Returns the mesh for the model. Raises UserError for two arguments or a wrong argument."""
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
   if devices is None:
@@ -140,11 +136,6 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
     f"{installed.get(workdir, workdir)!r}, step {step}, {transformer.count_params(types):,} "
     f"parameters, images of {side} x {side}, {config.dtype} on {mesh.size} {kind}"
   )
-
-
-def params_of(workdir: str, step: int) -> dict:
-  """Loads the parameters again, in the dtype of training, onto the current mesh."""
-  return Run.open(workdir, exports=True).params(step)[0]
 
 
 def write_bundle(

@@ -32,7 +32,8 @@ RULES = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",  # Logits, and the output table while it is used.
-  # Rows of stored embedding tables. If `tensor` were last, a gather would need two more permutes.
+  # Rows of stored embedding tables. With `tensor` last, a gather would need two more collective
+  # permutes.
   "vocab_stored": ("tensor", *FSDP),
   "largest": FSDP,  # The largest axis of each array of a small model; see `trainer.layout`.
 }
@@ -200,7 +201,7 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   return jax.tree.map(place, tree)
 
 
-def batch_shards() -> int:
-  """Returns the number of devices over which the current mesh shards a batch."""
-  shape = jax.sharding.get_abstract_mesh().shape
+def batch_shards(mesh: jax.sharding.Mesh | None = None) -> int:
+  """Returns the number of devices over which `mesh` (default: the current mesh) shards a batch."""
+  shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
   return math.prod(shape[axis] for axis in BATCH)

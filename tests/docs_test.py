@@ -43,8 +43,8 @@ def unknown_names(text: str) -> list[str]:
   text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|\bcm3leon[ \n]([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in COMMANDS]
-  shared = ("allow_changed_flag", "common", "init_from_flag", "prompt_flags", "protocol_flags")
-  shared += ("records_flag", "retrieve_flag", "sharded")
+  shared = ("common", "grade_instructions", "init_from_flag", "prompt_flags", "protocol_flags")
+  shared += ("retrieve_flag", "run_start", "sharded")
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
   for module, rest in re.findall(
     r"\b(cm3leon [a-z_]+|(?<=python -m )benchmarks\.\w+)([^`\n]*)", text

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -75,15 +74,6 @@ def _mesh(settings: Settings, topology: Topology) -> jax.sharding.Mesh:
     return create_mesh(settings.mesh, topology.devices)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-
-
-def _on_mesh(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
-  """Returns the settings with the gradient accumulation that the mesh requires."""
-  from cm3leon_jax.mesh import BATCH
-  from cm3leon_jax.training.config import on_mesh
-
-  train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in BATCH))
-  return dataclasses.replace(settings, train=train)
 
 
 def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
@@ -145,21 +135,13 @@ def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, lengt
   }
 
 
-def _decode_batch(mesh: jax.sharding.Mesh) -> int:
-  from cm3leon_jax.mesh import BATCH
-
-  shards = math.prod(mesh.shape[axis] for axis in BATCH)
-  return _DECODE_BATCH.value or max(64, shards)
-
-
 def _decode_reports(
-  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh
+  topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompts: int
 ) -> dict[str, dict]:
   """Reports the costs of the prefill, and of one decode step with a full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
-  prompts = _decode_batch(mesh)
   decoder = programs.guided_decoder(settings, mesh, prompts, _DECODE_POSITIONS.value)
   first, last = decoder.lowered.steps
   before, seconds = compile_for(first, topology)
@@ -199,8 +181,10 @@ def _search(settings: Settings, topology: Topology) -> list[dict]:
 
 
 def main(settings: Settings) -> None:
+  from cm3leon_jax.mesh import batch_shards
   from cm3leon_jax.planning import topology as topology_lib
   from cm3leon_jax.planning.report import table
+  from cm3leon_jax.training.config import on_mesh
 
   topology_lib.prepare()
   topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
@@ -212,10 +196,7 @@ def main(settings: Settings) -> None:
     if _BATCH.value:
       rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
       train = dataclasses.replace(
-        settings.train,
-        global_batch_size=rows,
-        gradient_accumulation_steps=1,
-        rows_per_device=0,
+        settings.train, global_batch_size=rows, gradient_accumulation_steps=1, rows_per_device=0
       )
       settings = dataclasses.replace(settings, train=train)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
@@ -223,7 +204,8 @@ def main(settings: Settings) -> None:
     devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
     where = f"{slices}{topology.name}, {devices}; {shape}"
     if _PROGRAM.value in ("train", "evaluate", "all"):
-      settings = _on_mesh(settings, mesh)
+      train = on_mesh(settings.train, batch_shards(mesh))
+      settings = dataclasses.replace(settings, train=train)
     train, length = settings.train, settings.data.sequence_length
     if _PROGRAM.value in ("train", "all"):
       passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
@@ -241,8 +223,9 @@ def main(settings: Settings) -> None:
       reports["reinforce"] = _reinforce_report(topology, settings, mesh, prompt)
       print(table(title, reports["reinforce"]), flush=True)
     if _PROGRAM.value in ("decode", "all"):
-      reports |= _decode_reports(topology, settings, mesh)
-      batch = f"{_decode_batch(mesh)} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+      prompts = _DECODE_BATCH.value or max(64, batch_shards(mesh))
+      reports |= _decode_reports(topology, settings, mesh, prompts)
+      batch = f"{prompts} prompts of two streams, {_DECODE_POSITIONS.value} positions"
       print(table(f"decode step on {where}; {batch}", reports["decode"]))
       print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
   if _JSON.value:

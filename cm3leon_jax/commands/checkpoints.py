@@ -14,20 +14,14 @@ prune and rollback do not ask for confirmation. They fail while another job trai
 and wait up to 90 s if a job was killed on another host. --dry_run prints what they would remove.
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.json_files import read_json
-
-if TYPE_CHECKING:
-  from etils import epath
-
 
 ACTIONS = ("list", "verify", "prune", "rollback")
 _STEP = flags.DEFINE_string("step", None, "rollback: step to return to, e.g. 1600 or 1,600.")
@@ -59,14 +53,11 @@ TAKEN_BY = {
 
 
 def _check_flags(action: str) -> None:
-  """Raises UserError if the action does not take a flag that is given."""
+  """Raises UserError if a flag is given that the action does not take."""
   for name, takers in TAKEN_BY.items():
     if flags.FLAGS[name].present and action not in takers:
-      raise UserError(f"--{name} is given, but {action} does not take it: {_only(takers)}.")
-
-
-def _only(actions: tuple[str, ...]) -> str:
-  return f"only {' and '.join(actions)} {'does' if len(actions) == 1 else 'do'}"
+      only = f"only {' and '.join(takers)} {'does' if len(takers) == 1 else 'do'}"
+      raise UserError(f"--{name} is given, but {action} does not take it: {only}.")
 
 
 def _step() -> int:

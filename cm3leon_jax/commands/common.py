@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
@@ -11,21 +11,15 @@ import os
 import re
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, NoReturn
 
-from absl import flags, logging
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import (
-  arguments,
-  bucket_paths,
-  config_file,
-  ending,
-  flag_errors,
-  help_text,
-)
+from cm3leon_jax.commands import arguments, bucket_paths, config_file, help_text
 from cm3leon_jax.config import (
   CTRL_C,
   INTERRUPTED,
@@ -40,8 +34,6 @@ from cm3leon_jax.runs import from_data
 from cm3leon_jax.runs.table import STAGES
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   import jax
 
   from cm3leon_jax.settings import Settings
@@ -76,12 +68,12 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # errno values of a full or failing disk. Other OSErrors may come from transformers, which raises
 # OSError if it cannot load a model.
-NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+NOT_WRITTEN = (*disk_errors.FULL, errno.EIO)
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _instead(stage: str) -> str:
-  """Returns the end of an error message. It names what a pod uses instead of a one-host stage."""
+  """Returns what a pod uses instead of a stage that trains on one host, as the end of a message."""
   if not stage:
     return ""
   return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
@@ -187,11 +179,6 @@ def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
   sys.exit(code)
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-  """Returns the UserError that absl wrapped in another exception, or None."""
-  return next((found for found in causes(error) if isinstance(found, UserError)), None)
-
-
 def _parse_flags(
   workdir: bool | None,
   begins: bool,
@@ -218,7 +205,7 @@ def _parse_flags(
     if of_config and not re.match(r"--?config(=|$)", of_config[0]):
       name = of_config[0].partition("=")[0]
       raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
-    # A missing config is reported first, by `_settings`.
+    # If the config is missing, `_settings` reports that instead of a wrong --workdir.
     needs_config = config is True and not of_config
     if workdir and not needs_config and not _PRINT_CONFIG.value:
       arguments.check_workdir(os.fspath(_folder()), begins, config is not True)
@@ -229,7 +216,8 @@ def _parse_flags(
   except (AttributeError, KeyError):
     _fail(config_file.unknown_field(config_file.config_fields(_PARSER.config), of_config))
   except flags.Error as error:
-    _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
+    mistakes = [str(found) for found in causes(error) if isinstance(found, UserError)]
+    _fail(mistakes[0] if mistakes else arguments.wrong_value(error))
 
 
 def _settings(optional: bool, prepares: bool) -> Settings:
@@ -259,16 +247,6 @@ def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Setti
   from cm3leon_jax.settings import settings_from_config
 
   return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares))
-
-
-def follows_data() -> bool:
-  """Returns whether some fields of --config are computed from the data."""
-  return bool(from_data.missing(_CONFIG.value))
-
-
-def given_fields() -> set[str]:
-  """Returns the names of the config fields that were set by flags, e.g. "model.width"."""
-  return set(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def _folder() -> epath.Path:
@@ -302,13 +280,40 @@ def _reporting() -> Iterator[None]:
       if buckets.refuses(error):
         _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")
       _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
-    if accelerators.is_absent(error):
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
     if reason := disk_errors.failure(error):
       _fail(reason, TryAgain.exit_code)
     if not isinstance(error, UserError):
       raise
     _fail(str(error), error.exit_code)
+
+
+def _end_at_once(code: int) -> NoReturn:
+  """Ends the process without waiting for its threads."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def run_app(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
+  """Runs an absl app. Reports Ctrl-C in one sentence, and does not wait for Orbax's threads."""
+  try:
+    app.run(main, flags_parser=parse)
+  except KeyboardInterrupt:
+    print(
+      "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
+    )
+    _end_at_once(CTRL_C)  # XLA may still run, and its threads would crash while Python exits.
+  except SystemExit as end:
+    # If a save fails at its start, Orbax's threads wait ten minutes for signals that never arrive.
+    if (
+      isinstance(end.code, int)
+      and end.code
+      and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+    ):
+      _end_at_once(end.code)
+    raise
 
 
 def run(
@@ -370,4 +375,4 @@ def run(
   parse = functools.partial(
     _parse_flags, workdir, begins or prepares, several_processes, config, actions
   )
-  ending.run_app(checked, parse)
+  run_app(checked, parse)

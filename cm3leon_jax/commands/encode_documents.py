@@ -10,13 +10,12 @@ import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
 
 _VALIDATE = flags.DEFINE_bool(
@@ -24,23 +23,13 @@ _VALIDATE = flags.DEFINE_bool(
 )
 
 
-def validate(settings: Settings, workdir: epath.Path) -> None:
-  """Checks every record of the document stores and prints their counts.
-
-  Raises:
-    UserError: a record is wrong.
-  """
-  from cm3leon_jax.data.checks.validate import validate_documents
-
-  stages.require(workdir, "documents")
-  validate_documents(workdir / "documents", settings.vocab)
-
-
 def main(settings: Settings, workdir: epath.Path) -> None:
+  from cm3leon_jax.data.checks.validate import validate_documents
   from cm3leon_jax.data.documents import encode
 
   if _VALIDATE.value:
-    validate(settings, workdir)
+    stages.require(workdir, "documents")
+    validate_documents(workdir / "documents", settings.vocab)
     return
   with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:

@@ -25,25 +25,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag, protocol_flags
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common, protocol_flags
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
-from cm3leon_jax.files.digests import digest
+from cm3leon_jax.files.digests import digest, digest_of_json
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.clip.huggingface import HFCLIP
-  from cm3leon_jax.clip.model import CLIP
   from cm3leon_jax.evaluation.world import World
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.settings import Settings
@@ -62,35 +58,40 @@ _LAST_PARAMS = flags.DEFINE_bool(
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
 EXPORT_SAMPLES = 4  # The number of samples per prompt that GenEval uses.
+# Flags that need --protocol, in the order of the fields of `evaluate_protocol.Options`.
+PROTOCOL_OPTIONS = (*protocol_flags.OPTIONS, OUT, ALLOW_OUTSIDE)
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
   for flag in (PROMPTS, SAMPLES):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
-  for flag in (
-    protocol_flags.METRICS,
-    protocol_flags.EXAMPLES,
-    protocol_flags.DATA,
-    protocol_flags.EXTRACTOR,
-    protocol_flags.CLIP,
-    protocol_flags.BEFORE,
-    out_flag.OUT,
-    ALLOW_OUTSIDE,
-  ):
+  for flag in PROTOCOL_OPTIONS:
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add e.g. --protocol=scenes.")
-  by_protocol = _is_given(protocol_flags.COMPARE) or protocol_flags.PROTOCOL.value is not None
-  if by_protocol and (_EXPORT.value is not None or _LAST_PARAMS.value):
-    raise UserError("--protocol and --compare take neither --export nor --last_params.")
-  if by_protocol:
-    _by_protocol(settings, workdir)
+  compares, protocol = _is_given(protocol_flags.COMPARE), protocol_flags.PROTOCOL.value
+  if compares or protocol is not None:
+    if _EXPORT.value is not None or _LAST_PARAMS.value:
+      raise UserError("--protocol and --compare take neither --export nor --last_params.")
+    from cm3leon_jax.commands import evaluate_protocol
+
+    if compares:
+      evaluate_protocol.compare(protocol_flags.COMPARE.value)
+      return
+    options = evaluate_protocol.Options(*(flag.value for flag in PROTOCOL_OPTIONS))
+    evaluate_protocol.run_all(settings, workdir, protocol, options)
     return
   import jax
 
   from cm3leon_jax.evaluation.world import of_source
+  from cm3leon_jax.trained import bundles
+  from cm3leon_jax.trained.run import Run
 
-  _check_run(workdir)
+  if bundles.is_bundle(bundles.folder_of(workdir)):
+    raise UserError(
+      f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
+      "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
+    )
   if jax.distributed.is_initialized():
     raise UserError("cm3leon evaluate runs in several processes only with --protocol: add it.")
   if _EXPORT.value is not None:
@@ -100,49 +101,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     return
   inputs: dict[str, Any] = {}
   if settings.evaluation.scenes:
-    inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
+    inputs = {"sampling": digest_of_json(dataclasses.asdict(settings.sampling))}
     if world := of_source(settings):
-      from cm3leon_jax.trained import bundles
-
       inputs["bundled"] = digest(bundles.folder_of(world.bundled) / bundles.FILE)
   folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
   config = stages.run_config(settings, workdir, "evaluation", inputs)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      from cm3leon_jax.trained.run import Run
-
       _evaluate(Run(workdir, settings), folder, summary)
-
-
-def _check_run(workdir: epath.Path) -> None:
-  """Raises UserError if `workdir` is a bundle."""
-  from cm3leon_jax.trained import bundles
-
-  if bundles.is_bundle(bundles.folder_of(workdir)):
-    raise UserError(
-      f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
-      "--protocol=FILE --data=FOLDER, or give the workdir of a run in --workdir."
-    )
-
-
-def _by_protocol(settings: Settings, workdir: epath.Path) -> None:
-  from cm3leon_jax.commands import evaluate_protocol
-
-  if _is_given(protocol_flags.COMPARE):
-    evaluate_protocol.compare(protocol_flags.COMPARE.value)
-    return
-  flags_of = (
-    protocol_flags.METRICS,
-    protocol_flags.EXAMPLES,
-    protocol_flags.DATA,
-    protocol_flags.EXTRACTOR,
-    protocol_flags.CLIP,
-    protocol_flags.BEFORE,
-    out_flag.OUT,
-    ALLOW_OUTSIDE,
-  )
-  options = evaluate_protocol.Options(*(flag.value for flag in flags_of))
-  evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)
 
 
 def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
@@ -151,6 +117,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.likelihood import bits
   from cm3leon_jax.evaluation.world import of_facts
+  from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.retrieval import neighbors
 
   settings, workdir = run.settings, run.folder
@@ -160,7 +127,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   if config.scenes:  # Prepare the samples first, so that a mistake ends the command early.
     world = of_facts(settings)
     world.check_installed()
-    pipeline = _pipeline(run, params)
+    pipeline = Pipeline.load(run, params, None, batch_size=config.batch_size)
     tasks = strata.heldout_captions(pipeline, workdir, config.scene_guidance)
   documents = workdir / "documents"
   bank = Bank(documents, settings.vocab)
@@ -202,41 +169,28 @@ def _images_of(model: CM3Leon, seed: int, captions: list[str]) -> list:
 
 def _about(model: CM3Leon, world: World) -> dict:
   """Describes a bundled model: its sampling settings, its size and the cost of its training."""
-  import jax
-
-  from cm3leon_jax.models import transformer
+  from cm3leon_jax.planning.programs import count_params
   from cm3leon_jax.trained import bundles
 
   settings = model.pipeline.settings
-  with jax.set_mesh(model.mesh):
-    types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
   return {
     "guidance": settings.sampling.guidance,
     "neighbors": model.pipeline.usual_retrieve,
     "step": model.step,
-    "parameters": transformer.count_params(types),
+    "parameters": count_params(settings, model.mesh),
     **world.about(settings),
     **bundles.about(model.workdir),
   }
-
-
-def _pipeline(run: Run, params: dict, clip: CLIP | HFCLIP | None = None) -> Pipeline:
-  from cm3leon_jax.generation.pipeline import Pipeline
-
-  return Pipeline.load(run, params, clip, batch_size=run.settings.evaluation.batch_size)
 
 
 def _is_given(flag: flags.FlagHolder) -> bool:
   return not flags.FLAGS[flag.name].using_default_value
 
 
-def _digest(value: object) -> str:
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 def _export(settings: Settings, workdir: epath.Path) -> None:
   """Generates images for prompts or held-out scenes, in the folder layout that GenEval reads."""
   from cm3leon_jax.evaluation import geneval
+  from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.trained.run import Run
 
@@ -246,12 +200,13 @@ def _export(settings: Settings, workdir: epath.Path) -> None:
   prompts = geneval.read_prompts(path) if path else []
   identity = _export_identity(settings, workdir, prompts, samples)
   stem = slug(epath.Path(path).stem) if path else "heldout"
-  folder = workdir / "geneval" / f"{stem}-{_digest(identity)[:8]}"
+  folder = workdir / "geneval" / f"{stem}-{digest_of_json(identity)[:8]}"
   with stages.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
       params, step = run.params()
       retrieves = prompts and config.scene_neighbors
-      pipeline = _pipeline(run, params, run.clip if retrieves else None)
+      clip = run.clip if retrieves else None
+      pipeline = Pipeline.load(run, params, clip, batch_size=config.batch_size)
       if prompts:
         tasks = geneval.prompt_tasks(prompts, settings, path)
       else:
@@ -284,7 +239,7 @@ def _export_identity(
   return {
     "inputs": stages.ids(settings, workdir, read),
     "sampling": dataclasses.asdict(settings.sampling),
-    "prompts": _digest(prompts),
+    "prompts": digest_of_json(prompts),
     "samples": samples,
     "scenes": config.scenes,
     "neighbors": config.scene_neighbors,

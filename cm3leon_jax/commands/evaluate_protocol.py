@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.commands import common, out_flag
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import results_folder
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import table
 
@@ -32,18 +33,7 @@ NOT_OF_SAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Command-line options that override or complete a protocol.
-
-  Attributes:
-    metrics: names of metrics that replace the protocol's metrics, unless empty.
-    examples: number of examples that replaces the protocol's number, unless None.
-    data: folder with the evaluation files.
-    weights: file or folder with the weights of the feature extractor.
-    clip: folder of a Hugging Face CLIP for scores; None: the CLIP of the run.
-    before: whether to measure the parameters that the run began from.
-    out: folder of the results; None: the default of `out_flag`.
-    allow_outside: whether evaluation files may name images outside `data`.
-  """
+  """Values of the flags that override or complete a protocol; `weights` is --extractor."""
 
   metrics: Sequence[str] = ()
   examples: int | None = None
@@ -145,10 +135,7 @@ def run(trained: Run, name: str, protocol: Protocol, options: Options) -> tuple[
   if "features" in needs:
     extractor = _extractor(protocol, settings, trained.stages, options.weights)
   read = _stages(settings, protocol, needs, options)
-  about = {
-    "name": "/".join(filter(None, [name, protocol.name])),
-    "inputs": ids(trained, read),
-  }
+  about = {"name": "/".join(filter(None, [name, protocol.name])), "inputs": ids(trained, read)}
   if options.before:
     about["parameters"] = "before"
   with common.use_mesh(settings):
@@ -176,13 +163,7 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 
 
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
-  """Loads the parameters of a run and their step.
-
-  With `before`, loads the parameters that the run began from, with step 0.
-
-  Raises:
-    UserError: with `before`, the run began from random parameters.
-  """
+  """Loads the newest parameters, or with `before` the run's first ones. Also returns their step."""
   from cm3leon_jax.trained import initial
 
   if not before:
@@ -250,7 +231,7 @@ def _make_run(
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  root, name = out_flag.results_folder(trained, options.out) / FOLDER, slug(about["name"])
+  root, name = results_folder(trained, options.out) / FOLDER, slug(about["name"])
   job = ProtocolRun(
     protocol=protocol,
     metrics=names,
@@ -272,11 +253,7 @@ def _make_run(
 def _extractor(
   protocol: Protocol, settings: Settings, workdir: epath.Path, weights: str | None
 ) -> Extractor:
-  """Loads the feature extractor of a protocol.
-
-  Raises:
-    UserError: the protocol names no extractor, or the weights are absent or of another network.
-  """
+  """Loads the feature extractor of a protocol. Raises UserError for absent or wrong weights."""
   from cm3leon_jax.evaluation.metrics import extractors
 
   network, _, resize = protocol.extractor.partition("_")
@@ -308,11 +285,7 @@ def _extractor(
 
 
 def compare(folders: list[str]) -> None:
-  """Prints the differences between two evaluations, with paired intervals.
-
-  Raises:
-    UserError: `folders` does not name two evaluations, or they are not comparable.
-  """
+  """Prints the differences between two comparable evaluations, with paired intervals."""
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 
   if len(folders) != 2:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
 
-SAMPLES = 4
+SAMPLES = 4  # Number of held-out documents on which logits are compared.
 # Number of parameters up to which logits are compared. The comparison loads the decoder twice.
 COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}
@@ -58,23 +58,13 @@ _MERGE_EMA = flags.DEFINE_bool(
   "Default: the average, if the run keeps one (optimizer.ema_decay).",
 )
 _BUNDLE = flags.DEFINE_string(
-  "bundle",
-  "",
-  "Folder of a bundle to write, with everything that sampling needs.",
+  "bundle", "", "Folder of a bundle to write, with everything that sampling needs."
 )
 _BASE = flags.DEFINE_string(
   "base",
   "",
   "Bundle that has the tokenizers and CLIP of this run, so that --bundle leaves them out.",
 )
-
-
-def _write_bundle(trained: Run, folder: str, base: str) -> None:
-  from cm3leon_jax import loading
-
-  with common.use_mesh(trained.settings):
-    step, numbers = loading.write_bundle(trained, folder, base)
-  print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 
 def main(
@@ -87,6 +77,7 @@ def main(
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, but --bundle is not given: --base applies only to bundles.")
+  from cm3leon_jax import loading
   from cm3leon_jax.trained.run import Run
 
   trained = Run.open(workdir, settings)
@@ -96,7 +87,10 @@ def main(
   with common.writing("export"):
     _export(trained, choice, output or "export" * (trained.kind == "bundle"))
     if bundle_folder:
-      _write_bundle(trained, bundle_folder, base)
+      with common.use_mesh(trained.settings):
+        step, numbers = loading.write_bundle(trained, bundle_folder, base)
+      size = f"{numbers['bytes'] / 1e6:.1f} MB"
+      print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
 
 def _export(trained: Run, choice: choices.Choice, output: str) -> None:
@@ -139,7 +133,7 @@ def _write(
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
   transformers = "architecture" in numbers
   if transformers or choice.format in formats.COMPUTING:
-    checked, sentences = _check(folder, run, transformers, trained)
+    checked, sentences = _check(folder, run, transformers)
     numbers |= checked
     parts += sentences
     if transformers and settings.model.align_images:
@@ -154,7 +148,7 @@ def _write(
 
 
 def _check(
-  folder: epath.Path, run: choices.TrainedRun, transformers: bool, trained: Run
+  folder: epath.Path, run: choices.TrainedRun, transformers: bool
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
@@ -169,9 +163,9 @@ def _check(
   from cm3leon_jax.export import huggingface
   from cm3leon_jax.weights import int8
 
+  trained, settings, choice = run.trained, run.settings, run.choice
   if trained.kind == "bundle":
     return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers
-  settings, choice = run.settings, run.choice
   rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
   if not (transformers or rounds):
     return {}, []

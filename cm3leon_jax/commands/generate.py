@@ -15,26 +15,24 @@ current folder for a bundle, or in --out. docs/generating.md shows every task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import itertools
-import json
 from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   from cm3leon_jax.decoding.config import SamplingConfig
   from cm3leon_jax.generation.tasks import Task
   from cm3leon_jax.settings import Settings
@@ -137,10 +135,7 @@ def _columns(settings: Settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(trained: Run, seed: int) -> list[Task]:
-  """Returns the tasks that flags describe, or [] for held-out captions.
-
-  Raises UserError for wrong flags.
-  """
+  """Returns the tasks that flags describe, or [] for held-out captions. Checks these flags."""
   from cm3leon_jax.generation import prompt_file
 
   settings = trained.settings
@@ -199,10 +194,7 @@ def _check_rank(tasks: Sequence[Task]) -> None:
 
 
 def _bank(trained: Run, heldout: bool) -> epath.Path | None:
-  """Returns the folder of the bank to retrieve from, or None if there is no bank.
-
-  Raises UserError if --bank has other tokenizers or another CLIP.
-  """
+  """Returns the folder of the bank, or None. Checks the tokenizers and the CLIP of --bank."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -242,7 +234,7 @@ def _identity(
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
 ) -> dict:
-  """Returns what the samples depend on. Raises UserError if a needed stage is not finished."""
+  """Returns everything that the samples depend on. Checks that the stages it reads are finished."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -274,7 +266,7 @@ def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path
 
   if not tasks:
     return root / "samples"
-  digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+  digest = digest_of_json(config)[:8]
   for folder in sorted((root / "prompts").glob(f"*-{digest}")):
     return folder  # The folder keeps its name if the prompt file is renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
@@ -295,10 +287,7 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
 
 
 def _describe_divergence(mean: float) -> str:
-  """Describes how much prompts change the distributions of image codes.
-
-  A value near 0 shows that prompts do not reach the model.
-  """
+  """Describes how much prompts change the distributions of image codes, in nats per code."""
   if mean < LEAST_DIVERGENCE:
     return (
       "warning: the model draws almost the same with and without these prompts (mean KL divergence "
@@ -351,7 +340,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   given = check_tasks(layout, tasks, bank)
   if given:
     config["images"] = _digests(given)
-  folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
+  folder = _folder(results_folder(trained, OUT.value), tasks, config)
   for sentence in doubts(tasks, layout, settings, unseen_in(trained)):
     print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):

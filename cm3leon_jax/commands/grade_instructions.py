@@ -11,21 +11,23 @@ the tokenizer's reconstruction of the true image. For tasks in other formats, us
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from absl import flags
+from etils import epath
+
 from cm3leon_jax.commands import common
-from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
-  from etils import epath
-
+  from cm3leon_jax.data.instructions.tasks import InstructionTask
   from cm3leon_jax.evaluation.world import Answer, World
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.run import Run
+
+RECORDS = flags.DEFINE_integer("records", 100, "Held-out records per task.", lower_bound=2)
 
 
 def _models(run: Run) -> dict[str, Callable[[], dict]]:
@@ -39,50 +41,44 @@ def _models(run: Run) -> dict[str, Callable[[], dict]]:
   }
 
 
-def _judges(settings: Settings) -> dict[str, World]:
-  """Returns task name -> world that judges the answers of the task exactly.
-
-  Raises:
-    UserError: no task has answers that can be judged exactly.
-  """
+def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
+  """Returns the tasks whose answers a world judges exactly. Raises UserError if there are none."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 
   tasks = load_tasks(settings.instructions)
-  judges = {task.name: world for task in tasks if (world := of_answers(task))}
-  if not judges:
+  judged = [(task, world) for task in tasks if (world := of_answers(task))]
+  if not judged:
     raise UserError(
       "no task of config.instructions has answers that can be judged exactly, as tasks of "
       "scenes/... have: evaluate the run with a protocol, "
       "`cm3leon evaluate --protocol=cm3leon_table2`."
     )
-  return judges
+  return judged
 
 
-def _grade(run: Run, judges: dict[str, World], count: int) -> dict[str, dict[str, list[Answer]]]:
-  """Returns task name -> column title -> graded answers, for the tasks of `judges`."""
-  from cm3leon_jax.data.instructions.task_files import load_tasks
+def _grade(
+  run: Run, judged: list[tuple[InstructionTask, World]], count: int
+) -> dict[str, dict[str, list[Answer]]]:
+  """Returns task name -> column title -> graded answers."""
   from cm3leon_jax.evaluation.grades import answers as grades
   from cm3leon_jax.generation.pipeline import Pipeline
 
   settings = run.settings
-  tasks = [task for task in load_tasks(settings.instructions) if task.name in judges]
-  records = {task.name: grades.heldout_records(task, settings, count) for task in tasks}
+  records = {task.name: grades.heldout_records(task, settings, count) for task, _ in judged}
   retrieve = settings.evaluation.scene_neighbors if (run.folder / "neighbors").exists() else 0
   clip = run.clip if retrieve else None
-  answers: dict[str, dict[str, list[Answer]]] = {task.name: {} for task in tasks}
+  answers: dict[str, dict[str, list[Answer]]] = {name: {} for name in records}
   for title, load in _models(run).items():
-    size = settings.evaluation.batch_size
-    pipeline = Pipeline.load(run, load(), clip, batch_size=size)
-    for task in tasks:
-      world, asked = judges[task.name], records[task.name]
-      found = grades.answer_all(world, pipeline, task, asked, retrieve)
+    pipeline = Pipeline.load(run, load(), clip, batch_size=settings.evaluation.batch_size)
+    for task, world in judged:
+      found = grades.answer_all(world, pipeline, task, records[task.name], retrieve)
       answers[task.name][title] = found
       right = sum(answer.right for answer in found)
       print(f"{title}: {task.name} {right} of {len(found)} right", flush=True)
-  for task in tasks:
+  for task, world in judged:
     answers[task.name] |= grades.without_model(
-      judges[task.name], task, records[task.name], pipeline.image_tokenizer, settings
+      world, task, records[task.name], pipeline.image_tokenizer, settings
     )
   return answers
 
@@ -95,9 +91,9 @@ def main(settings: Settings, workdir: epath.Path, count: int) -> None:
   with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
     if summary is None:
       return
-    judges = _judges(settings)
-    answers = _grade(Run(workdir, settings), judges, count)
-    kinds = {kind: of for world in judges.values() for kind, of in world.kinds.items()}
+    judged = _judged_tasks(settings)
+    answers = _grade(Run(workdir, settings), judged, count)
+    kinds = {kind: of for _, world in judged for kind, of in world.kinds.items()}
     result = files.write(workdir / "grades", answers, settings, kinds)
     summary.update(result)
     print(files.describe(result))

@@ -33,21 +33,25 @@ def _flag(flag: flags.Flag) -> str:
 def page(docstring: str, workdir: bool, several_processes: bool, config: bool = True) -> str:
   """Returns the text of --help."""
   modules = flags.FLAGS.flags_by_module_dict()
-  common = modules["cm3leon_jax.commands.common"]
+
+  def flags_of(module: str) -> list[flags.Flag]:
+    return modules.get(f"cm3leon_jax.commands.{module}", [])
+
+  common = flags_of("common")
   processes = [flag for flag in common if flag.name in PROCESSES]
   absent = set() if workdir else {"workdir"}
   absent |= set() if config else {"config", "print_config"}
   run = [flag for flag in common if flag not in processes and flag.name not in absent]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
-    "Start": modules.get("cm3leon_jax.commands.init_from_flag", []),
-    "Grades": modules.get("cm3leon_jax.commands.records_flag", []),
-    "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
-    "Protocols": modules.get("cm3leon_jax.commands.protocol_flags", []),
-    "Results": modules.get("cm3leon_jax.commands.out_flag", []),
-    "Retrieval": modules.get("cm3leon_jax.commands.retrieve_flag", []),
+    "Start": flags_of("init_from_flag") + flags_of("run_start"),
+    "Grades": flags_of("grade_instructions"),
+    "Prompts": flags_of("prompt_flags"),
+    "Protocols": flags_of("protocol_flags"),
+    "Files": flags_of("file_flags"),
+    "Retrieval": flags_of("retrieve_flag"),
     "The run": run,
-    "Processing of shards": modules.get("cm3leon_jax.commands.sharded", []),
+    "Processing of shards": flags_of("sharded"),
     "Jobs of several processes": processes if several_processes else [],
   }
   parts = [docstring.strip()]

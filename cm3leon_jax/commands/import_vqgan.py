@@ -15,27 +15,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.tokenizers.published import Family
 
 FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
 _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
 _FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights belong to.")
-
-
-def _check_flags(source: str, family: str | None, own: bool) -> None:
-  if not source:
-    raise UserError("name the file or folder with the weights: --source=amused-256")
-  if family is None and not own:
-    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
 
 
 def _check_folder(folder: epath.Path) -> None:
@@ -54,8 +46,10 @@ def main(settings: Settings, workdir: epath.Path, source: str, family: Family | 
   from cm3leon_jax.files.digests import digest
   from cm3leon_jax.tokenizers import published_files
 
-  own = bool(source) and family is None and published_files.is_own(source)
-  _check_flags(source, family, own)
+  if not source:
+    raise UserError("name the file or folder with the weights: --source=amused-256")
+  if family is None and not published_files.is_own(source):
+    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
   folder = workdir / "vqgan"
   _check_folder(folder)
   if family is None:

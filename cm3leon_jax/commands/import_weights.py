@@ -16,13 +16,13 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
+from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
 
 _SOURCE = flags.DEFINE_string(
@@ -58,6 +58,8 @@ def main(settings: Settings, workdir: epath.Path, source: str, given: Collection
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields()),
+    lambda settings, workdir: main(
+      settings, workdir, _SOURCE.value, config_flags.get_override_values(flags.FLAGS["config"])
+    ),
     begins=True,
   )

@@ -58,10 +58,7 @@ _SAVE_BANDWIDTH = flags.DEFINE_float(
   "save_bandwidth", 0.25, "Write bandwidth of a host to storage, in GB/s.", lower_bound=1e-3
 )
 _OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "Folder for plan.json and the launcher files; requires --workdir.",
-  **_SHARED,
+  "out", None, "Folder for plan.json and the launcher files; requires --workdir.", **_SHARED
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the run (default: name of the config).")
 _IMAGE = flags.DEFINE_string(
@@ -74,9 +71,7 @@ _QUEUE = flags.DEFINE_string(
   "queue", "", "Name of an existing LocalQueue of Kueue in which the GKE job waits."
 )
 _SECRET = flags.DEFINE_string(
-  "secret",
-  "",
-  "Kubernetes secret with the key WANDB_API_KEY; it may be absent (default: cm3leon).",
+  "secret", "", "Kubernetes secret with the key WANDB_API_KEY; it may be absent (default: cm3leon)."
 )
 _ACCOUNT = flags.DEFINE_string(
   "service_account",

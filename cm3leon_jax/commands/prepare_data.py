@@ -13,6 +13,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import worlds
 from cm3leon_jax.commands import common, sharded
@@ -20,8 +21,6 @@ from cm3leon_jax.config import UserError, printable
 from cm3leon_jax.runs import from_data, stages
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.data.sources.drawn import DrawnSource
   from cm3leon_jax.data.sources.formats import SourcePart
   from cm3leon_jax.files.shards import Runner
@@ -51,11 +50,7 @@ def drawn_source(settings: Settings) -> DrawnSource | None:
 
 
 def check_leaks(settings: Settings, workdir: epath.Path) -> None:
-  """Prints the most similar held-out and training images.
-
-  Raises:
-    UserError: a held-out image is a near duplicate of a training image.
-  """
+  """Prints the most similar held-out and training images. Raises UserError for near duplicates."""
   from cm3leon_jax.data.checks import duplicates, leaks
 
   stages.require(workdir, "raw")
@@ -76,11 +71,7 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
 
 
 def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
-  """Prints the number of held-out scenes that show only facts which training scenes show, too.
-
-  Raises:
-    UserError: there is such a held-out scene.
-  """
+  """Raises UserError if training scenes show all facts of a held-out scene. Prints the counts."""
   stages.require(workdir, "raw")
   report = drawn.leaks(workdir / "raw")
   kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
@@ -215,5 +206,6 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, common.follows_data()), prepares=True
+    lambda settings, workdir: main(settings, workdir, bool(from_data.missing(flags.FLAGS.config))),
+    prepares=True,
   )

@@ -19,9 +19,8 @@ import functools
 from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common, run_start
-from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
+from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 
-def _objective(run: Run, reference: dict) -> Rollouts:
+def _objective(run: Run, reference: dict) -> tuple[Rollouts, list]:
+  """Returns the objective and the held-out prompts."""
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rewards, rollouts
@@ -52,15 +52,9 @@ def _objective(run: Run, reference: dict) -> Rollouts:
     clip=run.clip if settings.reinforce.reward == "clip" else None,
     batch_size=settings.train.global_batch_size,
   )
-  return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference)
-
-
-def _heldout_prompts(run: Run) -> list:
-  from cm3leon_jax.generation.tasks import PromptLayout
-  from cm3leon_jax.reinforcement import rollouts
-
-  layout, count = PromptLayout.of(run), run.settings.reinforce.heldout_prompts
-  return rollouts.read_prompts(run.settings, layout, "heldout", count)
+  count = settings.reinforce.heldout_prompts
+  heldout = rollouts.read_prompts(settings, layout, "heldout", count)
+  return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference), heldout
 
 
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
@@ -69,14 +63,20 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
   Returns `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the
   reward with a 95% interval over prompts.
   """
-  from cm3leon_jax import distributed
+  import numpy as np
 
+  from cm3leon_jax import distributed
+  from cm3leon_jax.evaluation.intervals import mean_interval
+
+  resamples, seed = run.settings.evaluation.num_resamples, run.settings.seed
   params, _ = run.params()
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
   gains = {}
   for task, first in before.items():
-    gains[task] = _gain(first.pop("by_prompt"), after[task].pop("by_prompt"), run.settings)
+    change = np.subtract(after[task].pop("by_prompt"), first.pop("by_prompt"))
+    names = [str(i) for i in range(len(change))]
+    gains[task] = mean_interval(change, np.ones(len(change)), names, resamples, seed)
     shown = ", ".join(
       f"{name} {value:.3f} -> {after[task][name]:.3f}" for name, value in first.items()
     )
@@ -87,17 +87,6 @@ def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> di
       f"the reward changed by {gains[task]['mean']:+.3f}{interval}"
     )
   return {"scores_before": before, "scores": after, "gains": gains}
-
-
-def _gain(before: list[float], after: list[float], settings: Settings) -> dict:
-  """Computes the mean change of the reward, with its interval over prompts."""
-  import numpy as np
-
-  from cm3leon_jax.evaluation.intervals import mean_interval
-
-  change, names = np.subtract(after, before), [str(i) for i in range(len(before))]
-  resamples = settings.evaluation.num_resamples
-  return mean_interval(change, np.ones(len(change)), names, resamples, settings.seed)
 
 
 def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
@@ -118,11 +107,7 @@ def _check(settings: Settings, workdir: epath.Path, init_from: str) -> None:
 def _begin(
   settings: Settings, workdir: epath.Path, init_from: str, allowed: Sequence[str]
 ) -> tuple[dict, Weights]:
-  """Returns the run's config and the parameters that it starts from, see `run_start.begin`.
-
-  Raises:
-    UserError: the workdir has another run, or a run that started from random parameters.
-  """
+  """Calls `run_start.begin`. Raises UserError also if the run started from random parameters."""
   more = {"reinforce": dataclasses.asdict(settings.reinforce)}
   config, start = run_start.begin(settings, workdir, init_from, more, allowed)
   if start is None:
@@ -160,8 +145,8 @@ def main(
     memory.check_devices(settings, mesh, memory.check_update)
   config, start = _begin(settings, workdir, init_from, allow_changed)
   folder = workdir / "train"
-  redo = run_start.goes_on(folder, config, settings.train.steps, bool(allow_changed))
-  stage = run_start.stage(folder, config, redo)
+  redo = run_start.goes_on(folder, config, settings.train.steps, allow_changed)
+  stage = distributed.once(folder, config, redo)
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
       run_start.print_more(folder, "reinforce")
@@ -172,8 +157,7 @@ def main(
     reference = jax.tree.map(
       lambda x: x.astype(settings.model.dtype), initial.load(start, settings)
     )
-    objective = _objective(run, reference)
-    prompts = _heldout_prompts(run)
+    objective, prompts = _objective(run, reference)
     run_start.write_config(settings, workdir, config)
     training = DecoderTraining.of(
       settings,

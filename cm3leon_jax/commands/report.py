@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax.commands import common
@@ -15,17 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
-
-
-def _interval(interval: dict | None) -> str:
-  from cm3leon_jax.reports import report
-
-  if interval is None:
-    return ""
-  return f" [{report.show(interval['low'])}, {report.show(interval['high'])}]"
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -47,7 +38,10 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     }[line["met"]]
     note = f", {line['note']}" if line["note"] else ""
     target = f" ({line['relation']}{report.show(line['target'])}{note}: {verdict})"
-    print(f"{line['title']}: {report.show(line['value'])}{_interval(line['interval'])}{target}")
+    interval = ""
+    if found := line["interval"]:
+      interval = f" [{report.show(found['low'])}, {report.show(found['high'])}]"
+    print(f"{line['title']}: {report.show(line['value'])}{interval}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
     print(describe_clip_score(row))
   print(f"report: {workdir / 'report.html'}")

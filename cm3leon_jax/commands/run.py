@@ -13,14 +13,15 @@ the decoder starts from its parameters.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.grade_instructions import RECORDS
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.records_flag import RECORDS
-from cm3leon_jax.commands.stage_process import StageProcesses, width
+from cm3leon_jax.commands.stage_process import StageProcesses
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages, table
 
@@ -45,19 +46,15 @@ def commands(settings: Settings, given: bool) -> dict[str, str]:
 
   With `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
-  names = table.order(settings, given)
-  if "grades" in names and not _are_judged(settings):
-    names.remove("grades")
-  copied = {"copy_tokenizers": ""} if given else {}
-  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
-
-
-def _are_judged(settings: Settings) -> bool:
-  """Returns whether at least one instruction task has answers that can be judged exactly."""
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
 
-  return any(map(of_answers, load_tasks(settings.instructions)))
+  names = table.order(settings, given)
+  # Grades need a task whose answers can be judged exactly.
+  if "grades" in names and not any(map(of_answers, load_tasks(settings.instructions))):
+    names.remove("grades")
+  copied = {"copy_tokenizers": ""} if given else {}
+  return {**copied, **{table.STAGES[n].command: n for n in names}, "report": ""}
 
 
 def passed_on(argv: list[str]) -> list[str]:
@@ -112,7 +109,8 @@ class _Lines:
       self.clear()
       print(f"  {line}", flush=True)
     elif self._draws:
-      sys.stdout.write(f"\r\x1b[2K{(self._head + line)[: width() - 1]}")
+      width = shutil.get_terminal_size().columns
+      sys.stdout.write(f"\r\x1b[2K{(self._head + line)[: width - 1]}")
       sys.stdout.flush()
 
   def clear(self) -> None:
@@ -148,6 +146,5 @@ def _recorded(workdir: epath.Path, folder: str) -> float:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value),
-    prepares=True,
+    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, RECORDS.value), prepares=True
   )

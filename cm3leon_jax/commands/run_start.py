@@ -1,11 +1,14 @@
-"""Decides whether a run begins, continues or is finished, and writes its config."""
+"""Decides for train and reinforce whether a run begins, continues or is finished."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 import dataclasses
 import os
 from typing import TYPE_CHECKING
+
+from absl import flags
+from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.files.atomic import exists
@@ -13,12 +16,21 @@ from cm3leon_jax.files.json_files import plain, read_json, write_json
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Sequence
-
-  from etils import epath
-
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
+
+ALLOW_CHANGED = flags.DEFINE_list(
+  "allow_changed",
+  [],
+  "Config fields whose values may differ from the values at the start of the run, e.g. "
+  "optimizer.learning_rate. The command prints the consequences, and train/config.json lists the "
+  "changes.",
+)
+SKIP_MEMORY_CHECK = flags.DEFINE_bool(
+  "skip_memory_check",
+  False,
+  "Start even if the estimate of a step's memory exceeds the memory of a device.",
+)
 
 
 def begin(
@@ -65,20 +77,14 @@ def begin(
       "--init_from=RUN tunes a trained model."
     )
   with distributed.together():
-    changed = []
-    if stored is not None:
-      changed = check_changes(path.parent, stored, config, allowed)
+    changed = check_changes(path.parent, stored, config, allowed) if stored is not None else []
   for change in changed:
     distributed.print_once(f"train: continues with {change}.")
   return config, start
 
 
 def check_no_checkpoints(path: epath.Path) -> None:
-  """Checks that a folder without its config file, `path`, has no checkpoints.
-
-  Raises:
-    UserError: there are checkpoints, and their run is unknown.
-  """
+  """Raises UserError if a folder without `path`, the config file of its run, has checkpoints."""
   from cm3leon_jax.checkpoints import reading
 
   if reading.any_in(path.parent):
@@ -120,11 +126,11 @@ def write_config(
       )
 
 
-def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False) -> bool:
+def goes_on(folder: epath.Path, config: dict, steps: int, allowed: Sequence[str]) -> bool:
   """Returns whether a finished run must continue, because it has fewer than `steps` steps.
 
-  `folder` is train/ in the workdir, and `config` is the dict that `begin` returned. With `changes`,
-  config fields of a finished run may differ; `begin` has checked them.
+  `folder` is train/ in the workdir, and `config` is the dict that `begin` returned. `allowed` names
+  the fields that may differ from the config of the run; `begin` has checked them.
 
   Raises:
     UserError: config fields differ, but no step is left to train.
@@ -135,24 +141,13 @@ def goes_on(folder: epath.Path, config: dict, steps: int, changes: bool = False)
   stored = read_json(done, {"config": dict, "summary": dict})
   trained = stored["summary"].get("steps", 0)
   redo = trained < steps
-  changed = stages.differences(stored["config"], plain(config)) if changes else []
+  changed = stages.differences(stored["config"], plain(config)) if allowed else []
   if changed and not redo:
     raise UserError(
       f"{folder} is finished at step {trained}, so nothing would be trained "
       f"with {'; '.join(changed)}: raise config.train.steps, which is {steps}."
     )
   return redo
-
-
-def stage(
-  folder: epath.Path, config: dict, redo: bool
-) -> contextlib.AbstractContextManager[dict | None]:
-  """Calls `stages.once` for a job with several processes."""
-  from cm3leon_jax import distributed
-
-  return stages.once(
-    folder, config, redo, writes=distributed.is_first(), together=distributed.together
-  )
 
 
 def print_more(folder: epath.Path, command: str = "train") -> None:

@@ -14,19 +14,18 @@ folder for a bundle, or in --out. docs/evaluation.md explains both files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, out_flag
-from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.file_flags import ALLOW_OUTSIDE, OUT, results_folder
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.digests import digest_of_json
 from cm3leon_jax.files.json_files import read_json, write_json
-from cm3leon_jax.runs import stages, table
+from cm3leon_jax.runs import table
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.likelihood.document_scores import Search
@@ -60,7 +59,8 @@ def main(settings: Settings, workdir: epath.Path) -> None:
   retrieve = _number_of_neighbors(settings)
   if retrieve and trained.bank is None:
     raise UserError(f"--retrieve is {retrieve}, but {trained.folder} has no bank: leave it out.")
-  inputs = ids(trained, _stages_read(settings, retrieve))
+  retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
+  inputs = ids(trained, dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
   layout, raw = PromptLayout.of(trained), settings.raw
   tokenizers = {name: inputs[name] for name in table.TOKENIZERS}
   documents = given_documents.open_documents(
@@ -88,18 +88,14 @@ def main(settings: Settings, workdir: epath.Path) -> None:
     "seed": settings.seed,
   }
   distributed.check_same_config(identity)
-  digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-  folder = (
-    out_flag.results_folder(trained, out_flag.OUT.value) / "scores" / f"{slug(path.stem)}-{digest}"
-  )
-  first = distributed.is_first()
-  once = stages.once(folder, identity, writes=first, together=distributed.together)
-  with once as summary, common.use_mesh(settings):
+  name = f"{slug(path.stem)}-{digest_of_json(identity)[:8]}"
+  folder = results_folder(trained, OUT.value) / "scores" / name
+  with distributed.once(folder, identity) as summary, common.use_mesh(settings):
     if summary is not None:
       summary.update(_score(trained, documents, checked, folder, retrieve))
-      if first:
+      if distributed.is_first():
         write_json(folder / document_scores.SUMMARY, summary)
-  if first:
+  if distributed.is_first():
     scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
     print(f"score: {document_scores.describe(read_json(folder / name))}.")
     print(f"score: each token is in {scores}, all numbers in {name} in that folder.", flush=True)
@@ -115,11 +111,6 @@ def _number_of_neighbors(settings: Settings) -> int:
       f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be retrieved."
     )
   return number
-
-
-def _stages_read(settings: Settings, retrieve: int) -> list[str]:
-  retrieval = ["documents", "neighbors", *table.own_clip(settings)] if retrieve else []
-  return list(dict.fromkeys([*table.TOKENIZERS, "train", *retrieval]))
 
 
 def _score(

@@ -10,23 +10,17 @@ request. It keeps compiled programs for the next start (--cache_dir). docs/servi
 requests.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import ipaddress
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import extras
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-
-if TYPE_CHECKING:
-  from etils import epath
-
 
 TOKEN = "CM3LEON_TOKEN"
 NEEDED = ("starlette", "uvicorn", "python_multipart")
@@ -88,10 +82,7 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 
 
 def _token() -> str:
-  """Returns the token that requests must contain, or "".
-
-  Raises UserError if the token is invalid or its file cannot be read.
-  """
+  """Returns the token that requests must contain, or "". Raises UserError for an invalid token."""
   if _TOKEN_FILE.value is None:
     token = os.environ.get(TOKEN, "")
     where = TOKEN

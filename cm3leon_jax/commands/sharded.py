@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.files import shards
 from cm3leon_jax.runs import stages
 
@@ -46,10 +45,7 @@ def stage(
   """
   from cm3leon_jax.training.faults.lease import Lease  # A late import, because it imports JAX.
 
-  try:
-    runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   body = stages.stage(workdir, name, settings, more_inputs)
   # Take the lease first, because the stage deletes and writes files in the folder.
   with Lease(workdir / name) as lease, body as summary:

@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Callable
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +102,3 @@ def _fail(command: str, code: int, lines: list[str], log: epath.Path) -> None:
     raise StageEnded(f"{command} {what}; {log} has its output.", 128 - code)
   print("\n".join(lines), file=sys.stderr)
   raise StageEnded(f"{command} ended with exit code {code}; {log} has its full output.", code)
-
-
-def width() -> int:
-  """Returns the width of the terminal in characters."""
-  return shutil.get_terminal_size().columns

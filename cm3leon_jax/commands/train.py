@@ -15,29 +15,23 @@ left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax.commands import common, run_start
-from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
+from cm3leon_jax.commands.run_start import ALLOW_CHANGED, SKIP_MEMORY_CHECK
 
 if TYPE_CHECKING:
-  from collections.abc import Callable, Sequence
-
-  from etils import epath
-
-  from cm3leon_jax.data.rows.loader import RowLoader
   from cm3leon_jax.settings import Settings
   from cm3leon_jax.trained.initial import Weights
   from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.decoder import DecoderTraining
   from cm3leon_jax.training.faults.skipped_rows import GoBack
-  from cm3leon_jax.training.objective import RowObjective
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
@@ -74,35 +68,8 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
   )
 
 
-def _training(
-  run: Run,
-  start: Weights | None,
-  rows: RowObjective,
-  heldout: RowLoader,
-  grid: Callable | None,
-  traced: range,
-) -> DecoderTraining:
-  """Describes the training of a run. `start` is None for random parameters."""
-  from cm3leon_jax.training.decoder import DecoderTraining
-
-  return DecoderTraining.of(
-    run.settings,
-    folder=run.folder / "train",
-    objective=rows,
-    heldout=heldout,
-    sample_grid=grid,
-    profile_steps=traced,
-    initial_params=_initial_params(run, start),
-    evaluate_start=start is not None,
-  )
-
-
 def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
-  """Returns the rows that the run leaves out, and `back` (None if the run already went back).
-
-  Raises:
-    UserError: the run cannot go back as `back` requests.
-  """
+  """Returns the rows that the run leaves out, and `back` (None if the run already went back)."""
   from cm3leon_jax import distributed
   from cm3leon_jax.checkpoints import reading
   from cm3leon_jax.training.faults import skipped_rows
@@ -134,7 +101,7 @@ def main(
   from cm3leon_jax.planning import memory
   from cm3leon_jax.trained import rows
   from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.training.decoder import train
+  from cm3leon_jax.training.decoder import DecoderTraining, train
   from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.objective import RowObjective
   from cm3leon_jax.training.watch.traces import parse_steps
@@ -150,13 +117,10 @@ def main(
   config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
   left_out, back = _left_out(folder, back)
-  redo = back is not None or run_start.goes_on(
-    folder, config, settings.train.steps, bool(allow_changed)
-  )
-  # Use a context manager: jax.config.update loses the setting after tracing logsumexp and some
-  # other functions (jax 0.10.2).
+  redo = back is not None or run_start.goes_on(folder, config, settings.train.steps, allow_changed)
+  # `jax.config.update` would lose the setting when logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
-  stage = run_start.stage(folder, config, redo)
+  stage = distributed.once(folder, config, redo)
   # Take the lease first, because the stage deletes and writes files in the folder.
   with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
     if summary is None:
@@ -172,8 +136,11 @@ def main(
       generate_grid = None  # A grid needs the captions of held-out documents.
       if rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(run, folder / "samples")
-    objective = RowObjective(loader, left_out)
-    training = _training(run, start, objective, heldout, generate_grid, traced)
+    training = DecoderTraining.of(
+      settings, folder=folder, objective=RowObjective(loader, left_out), heldout=heldout,
+      sample_grid=generate_grid, profile_steps=traced, initial_params=_initial_params(run, start),
+      evaluate_start=start is not None,
+    )  # fmt: skip
     result = train(training, lease, back)
     summary.update(result, machine=run_start.machine())
     _print_losses(result)

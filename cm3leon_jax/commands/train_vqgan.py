@@ -21,8 +21,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.runs import stages
 
 if TYPE_CHECKING:
-  from collections.abc import Callable
-
   from etils import epath
 
   from cm3leon_jax.settings import Settings
@@ -61,11 +59,7 @@ def _check_import(folder: epath.Path) -> None:
 
 
 def _features(path: str) -> tuple[dict | None, dict[str, str]]:
-  """Reads the network of `vqgan.perceptual`, and returns it with its digest, an input of the stage.
-
-  Raises:
-    UserError: the file is absent or damaged, or has other tensors, see `published_weights`.
-  """
+  """Reads the network of `vqgan.perceptual`. Returns it with its digest, an input of the stage."""
   if not path:
     return None, {}
   from cm3leon_jax.evaluation.metrics import published_weights
@@ -77,20 +71,16 @@ def _features(path: str) -> tuple[dict | None, dict[str, str]]:
   return perceptual.make_params(tensors), {"perceptual": published_weights.digest(tensors)}
 
 
-def _boards(folder: epath.Path, enabled: bool) -> Callable[[int], list]:
-  """Returns a function that opens the TensorBoard log, given the number of the first step."""
+def _open_boards(folder: epath.Path, enabled: bool, first_step: int) -> list:
+  """Opens the TensorBoard log. Returns [] if it is disabled or tensorboardX is not installed."""
+  from cm3leon_jax.training.watch.boards import Board
+  from cm3leon_jax.training.watch.tensorboard_board import FOLDER, TensorBoard
 
-  def open_boards(first_step: int) -> list:
-    from cm3leon_jax.training.watch.boards import Board
-    from cm3leon_jax.training.watch.tensorboard_board import FOLDER, TensorBoard
-
-    instead = "set --config.train.tensorboard=False"
-    make = functools.partial(TensorBoard, folder / FOLDER, first_step)
-    # If tensorboardX is missing, only the decoder's training prints a warning.
-    shows = enabled and importlib.util.find_spec("tensorboardX")
-    return [Board("TensorBoard", make, instead, "train_vqgan")] if shows else []
-
-  return open_boards
+  # If tensorboardX is missing, only the decoder's training prints a warning.
+  if not enabled or not importlib.util.find_spec("tensorboardX"):
+    return []
+  make = functools.partial(TensorBoard, folder / FOLDER, first_step)
+  return [Board("TensorBoard", make, "set --config.train.tensorboard=False", "train_vqgan")]
 
 
 def main(settings: Settings, workdir: epath.Path) -> None:
@@ -119,7 +109,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
           workdir / "vqgan",
           {**stages.inputs(settings, workdir, "vqgan"), **digests},
           features,
-          _boards(workdir / "vqgan", settings.train.tensorboard),
+          functools.partial(_open_boards, workdir / "vqgan", settings.train.tensorboard),
         )
       )
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")

@@ -13,6 +13,6 @@ from cm3leon_jax.configs import base
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config = base.get_config(variant, learning_rate=1.2e-4, tokens=2.4e12)
-  config.model.update({"num_layers": 32, "width": 4_096, "num_heads": 32, "mlp_width": 16_384})
-  config.train.update({"rows_per_device": 4})
+  config.model.update(num_layers=32, width=4_096, num_heads=32, mlp_width=16_384)
+  config.train.update(rows_per_device=4)
   return config

@@ -14,6 +14,7 @@ in these records look as if the model had drawn them.
 import ml_collections
 
 from cm3leon_jax.configs import base, scenes
+from cm3leon_jax.runs import from_data
 
 STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 
@@ -21,21 +22,20 @@ STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
   config = scenes.get_config("long")  # The config of the bundled model.
-  config.scenes.update({"train": 8_000})  # Only a few of these scenes are read, as replay.
-  config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})
+  config.scenes.update(train=8_000)  # Only a few of these scenes are read, as replay.
+  config.instructions.update(tasks="scenes", loss_on="target", replay_share=0.1)
   steps = {"long": LONG_STEPS, "redrawn": REDRAWN_STEPS}.get(variant, round(STEPS * scale))
-  config.optimizer.update({"learning_rate": 2.5e-3, "warmup_steps": 50, "ema_decay": 0.99})
+  config.optimizer.update(learning_rate=2.5e-3, warmup_steps=50, ema_decay=0.99)
   # Text is decoded greedily. Edits use almost no guidance.
-  config.sampling.update({"text_top_k": 1, "image_guidance": 1.0, "edit_guidance": 1.25})
-  config.train.update({"steps": max(10, steps), "global_batch_size": 4, "eval_batches": 16})
-  config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
-  config.train.update({"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)})
+  config.sampling.update(text_top_k=1, image_guidance=1.0, edit_guidance=1.25)
+  config.train.update(steps=max(10, steps), global_batch_size=4, eval_batches=16)
+  config.train.update(from_data.intervals(steps))
   if variant in ("long", "redrawn"):
     rate = 2e-3 if variant == "long" else 1e-3
-    config.optimizer.update({"learning_rate": rate, "warmup_steps": 100, "ema_decay": 0.998})
+    config.optimizer.update(learning_rate=rate, warmup_steps=100, ema_decay=0.998)
   else:
-    config.instructions.update({"max_records": 3_000})  # These few steps do not need more.
+    config.instructions.update(max_records=3_000)  # A short training does not need more.
   if variant == "redrawn":
-    config.scenes.update({"seed": 1})  # Draws records that `long` has not seen.
-    config.instructions.update({"max_records": 8_000, "redrawn": 0.5})
+    config.scenes.update(seed=1)  # Draws records that `long` has not seen.
+    config.instructions.update(max_records=8_000, redrawn=0.5)
   return config

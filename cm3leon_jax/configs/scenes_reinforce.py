@@ -18,15 +18,15 @@ def get_config(variant: str = "30") -> ml_collections.ConfigDict:
   steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
   # Only the held-out records of the run's tasks are read as rows.
-  config.instructions.update({"max_records": 50, "replay_share": 0.0})
-  config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 10})
-  config.optimizer.update({"weight_decay": 0.0, "ema_decay": 0.9})
-  config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
-  config.train.update({"eval_every": max(2, steps // 2), "eval_batches": 2})
-  config.train.update({"checkpoint_every": max(2, steps // 10)})
+  config.instructions.update(max_records=50, replay_share=0.0)
+  config.optimizer.update(name="adamw", learning_rate=3e-4, warmup_steps=10)
+  config.optimizer.update(weight_decay=0.0, ema_decay=0.9)
+  config.train.update(steps=steps, global_batch_size=64, log_every=5)
+  config.train.update(eval_every=max(2, steps // 2), eval_batches=2)
+  config.train.update(checkpoint_every=max(2, steps // 10))
   # Training samples at the temperature at which users sample. At a higher temperature, samples fail
   # in ways that users never see.
   temperature = config.sampling.temperature
-  config.reinforce.update({"tasks": ("draw",), "samples": 8, "temperature": temperature})
-  config.reinforce.update({"heldout_prompts": 100, "kl_weight": 0.1})
+  config.reinforce.update(tasks=("draw",), samples=8, temperature=temperature)
+  config.reinforce.update(heldout_prompts=100, kl_weight=0.1)
   return config

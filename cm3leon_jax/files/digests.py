@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -23,6 +25,11 @@ def digest(path: epath.PathLike) -> str | None:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except (FileNotFoundError, IsADirectoryError):
     return None
+
+
+def digest_of_json(value: Any) -> str:
+  """Returns the SHA-256 of a value as JSON. The order of fields matters."""
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def describe(path: epath.PathLike) -> dict:

@@ -36,9 +36,9 @@ class Runner:
 
   def __post_init__(self) -> None:
     if self.kind not in RUNNERS:
-      raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
+      raise UserError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
-      raise ValueError(
+      raise UserError(
         f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; "
         "both must be positive."
       )
@@ -94,11 +94,10 @@ def run_shards(
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]
   yield from finished
-  results = (
-    _ray(job, folder, pending, runner)
-    if runner.kind == "ray" and pending
-    else _local(job, folder, pending)
-  )
+  if runner.kind == "ray" and pending:
+    results = _ray(job, folder, pending, runner)
+  else:
+    results = map(_result, map(_Worker(job, folder), pending))
   with progress_bar(total=len(shards), initial=len(finished), desc=bar, unit="shard") as progress:
     for name, summary in results:
       progress.update()
@@ -148,12 +147,6 @@ def _result(row: dict) -> tuple[str, dict]:
   if row["error"]:
     raise UserError(row["error"])
   return row["shard"], json.loads(row["summary"])
-
-
-def _local(job: ShardJob, folder: epath.Path, rows: list[dict]) -> Results:
-  worker = _Worker(job, folder)
-  for row in rows:
-    yield _result(worker(row))
 
 
 def _ray(job: ShardJob, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:

@@ -84,9 +84,13 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
     pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2
     steps = share * seconds / (step * pixels)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
-  steps = int(result["train.steps"])
-  result |= {"train.checkpoint_every": min(400, max(5, steps // 12))}
-  return result | {"train.eval_every": max(5, steps // 8), "train.sample_every": max(5, steps // 3)}
+  return result | {f"train.{k}": v for k, v in intervals(int(result["train.steps"])).items()}
+
+
+def intervals(steps: int) -> dict[str, int]:
+  """Returns after how many steps a training of `steps` steps saves, evaluates and samples."""
+  every = {"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)}
+  return {"checkpoint_every": min(400, max(5, steps // 12)), **every}
 
 
 def _text_share(counts: Counts) -> float:

@@ -90,8 +90,8 @@ def id_of(files: Mapping[str, dict]) -> str:
 def _check_id(folder: epath.Path, about: dict) -> None:
   """Raises UserError if the id in a stage's done.json does not match the files it describes.
 
-  The id is not checked if done.json describes no files. That is so for a stage without such files,
-  and if an earlier version wrote done.json.
+  The id is not checked if done.json describes no files, because no other stage opens files of this
+  stage, or because an earlier version wrote done.json.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
   if files and not _are_descriptions(files):
@@ -219,12 +219,10 @@ def stage(
   name: str,
   settings: Settings,
   more_inputs: Mapping[str, str] | None = None,
-  **options: Any,
 ) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
   """Runs the body unless the stage `name` of `table.STAGES` is finished, see `once`.
 
-  `more_inputs` has digests of other data that the stage reads, besides other stages. `options` are
-  options of `once`.
+  `more_inputs` has digests of other data that the stage reads, besides other stages.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
@@ -236,7 +234,7 @@ def stage(
   """
   config = run_config(settings, workdir, name, more_inputs)
   files, varying = STAGES[name].files, STAGES[name].varying
-  return once(epath.Path(workdir) / name, config, files=files, varying=varying, **options)
+  return once(epath.Path(workdir) / name, config, files=files, varying=varying)
 
 
 @contextlib.contextmanager
@@ -312,11 +310,7 @@ def _not_finite(summary: dict, where: str = "") -> list[str]:
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
-  """Returns whether a finished stage had the same inputs as `config`.
-
-  Raises:
-    UserError: another part of the config differs.
-  """
+  """Returns whether a finished stage had these inputs. Raises UserError for another config."""
   stored = read_json(folder / DONE, {"config": dict})["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})

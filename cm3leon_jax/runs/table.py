@@ -111,8 +111,8 @@ STAGES = {
   "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
-# Fields that may differ between two runs although `same` names their section. Some fields affect
-# only how a stage computes or how long it trains. Only other stages read the other fields.
+# Fields that may differ between two runs although `same` names their section. They affect only how
+# the stage computes or how long it trains, or only other stages read them.
 FREE = frozenset(
   {
     "raw.num_threads",

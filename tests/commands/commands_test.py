@@ -74,6 +74,8 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   assert (f"  {SHARDS}" in page) == (
     name in ("prepare_data", "encode_documents", "encode_instructions", "build_neighbors")
   )
+  assert ("  --allow_changed=VALUE" in page) == (name in ("train", "reinforce"))
+  assert ("  --[no]allow_outside" in page) == (name in ("evaluate", "generate", "score"))
   assert ("  --[no]validate" in page) == (name in ("encode_documents", "inspect_data"))
   assert max(len(line) for line in page if line.startswith("      ")) <= 100
   assert "--pdb" not in text

@@ -1,5 +1,6 @@
 import errno
 import os
+import pathlib
 
 import jax
 import pytest
@@ -7,7 +8,29 @@ import pytest
 from cm3leon_jax.commands import common, config_file
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.settings import settings_from_config
+from tests.launched import python
 from tests.messages import refused
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = """
+import sys, threading, time
+from absl import flags
+from cm3leon_jax.commands import common
+
+class Waiting(threading.Thread):
+  def run(self):
+    time.sleep(120)
+
+Waiting.__module__ = sys.argv[1]
+Waiting(daemon=sys.argv[1] == "none").start()
+
+def main(_):
+  if sys.argv[2] == "interrupt":
+    raise KeyboardInterrupt
+  sys.exit(int(sys.argv[2]))
+
+common.run_app(main, flags.FLAGS)
+"""
 
 
 @pytest.mark.parametrize(
@@ -71,3 +94,18 @@ def test_a_disk_that_libraries_cannot_write_is_one_sentence_and_no_bucket(error,
   assert capsys.readouterr().err.startswith(sentence)
   with pytest.raises(type(error)), common._reporting():
     raise type(error)(str(error).replace(READ_ONLY, "another reason"))
+
+
+@pytest.mark.parametrize(
+  ("module", "end", "code", "sentence"),
+  [
+    ("orbax.checkpoint", "75", 75, ""),
+    ("none", "3", 3, ""),
+    ("other", "interrupt", 130, "error: interrupted by Ctrl-C; finished stages and checkpoints"),
+  ],
+)
+def test_a_command_ends_with_its_code(module, end, code, sentence):
+  result = python(SCRIPT, module, end, cwd=ROOT, timeout=60)
+  assert result.returncode == code
+  assert result.stderr.startswith(sentence)
+  assert bool(result.stderr) == bool(sentence)

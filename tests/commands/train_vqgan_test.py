@@ -109,9 +109,9 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
 
 
 def test_no_board_is_opened_and_nothing_printed_without_tensorboard(tmp_path, monkeypatch, capsys):
-  (board,) = command._boards(tmp_path, True)(0)
+  (board,) = command._open_boards(tmp_path, True, 0)
   # The thread of the board must write before the module is removed.
   board.close()
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert command._boards(tmp_path, True)(0) == []
+  assert command._open_boards(tmp_path, True, 0) == []
   assert capsys.readouterr().out == ""

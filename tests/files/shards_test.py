@@ -90,7 +90,7 @@ def test_what_may_succeed_later_stays_so(tmp_path):
 
 
 def test_a_runner_is_checked():
-  with refused(ValueError):
+  with refused(UserError):
     Runner("slurm")
-  with refused(ValueError):
+  with refused(UserError):
     Runner(workers=0)

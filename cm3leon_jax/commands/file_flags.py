@@ -1,7 +1,4 @@
-"""Defines --out for the commands that write results to the workdir of a run.
-
-A bundle has no workdir.
-"""
+"""Defines --out and --allow_outside, for commands that read a user's files and write results."""
 
 from __future__ import annotations
 
@@ -20,16 +17,19 @@ OUT = flags.DEFINE_string(
   None,
   "Folder in which the results folder is created. Default: the workdir of a run, or the current "
   "folder for a bundle.",
-  allow_override=True,  # Other commands define this flag, and tests import them in one process.
+  allow_override=True,  # Other commands define these flags, and tests import them in one process.
+)
+ALLOW_OUTSIDE = flags.DEFINE_bool(
+  "allow_outside",
+  False,
+  "Whether lines may name URLs, or images outside the folder of their file. Set it only for files "
+  "that you trust, since a line can name any file on this machine.",
+  allow_override=True,
 )
 
 
 def results_folder(trained: Run, out: str | None) -> epath.Path:
-  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder.
-
-  Raises:
-    UserError: `out` is a file.
-  """
+  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder."""
   default = epath.Path() if trained.kind == "bundle" else trained.folder
   if out is not None and epath.Path(out).exists() and not epath.Path(out).is_dir():
     raise UserError(f"--out is {out}, which is a file: name a folder.")
