@@ -24,6 +24,7 @@ from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run, unseen_in
+from cm3leon_jax.weights import layouts
 
 
 def write(
@@ -57,7 +58,7 @@ def write(
     )
   folder = epath.Path(folder)
   _check_target(folder)
-  huggingface.check(settings.model)
+  layouts.layout_of(settings.model).check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)

@@ -69,7 +69,7 @@ def plan(settings: Settings, source: str) -> Import:
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
   """Returns the tensors of an export of this project. They need no conversion."""
-  shapes = layouts.shapes_of(layouts.layout_of(config), config)
+  shapes = layouts.shapes_of(config)
   source.check_names(shapes)
   for name, shape in shapes.items():
     source.check_shape(name, shape)

@@ -8,7 +8,7 @@ import pytest
 
 from cm3leon_jax import parameters
 from cm3leon_jax.checkpoints import reading
-from cm3leon_jax.export import choices, formats
+from cm3leon_jax.export import formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def write(run, folder, **choice) -> str:
   params = reading.open_params(run / "train")
-  about = choices.TrainedRun(Run(run, SETTINGS), params, choices.Choice(**choice))
+  about = formats.TrainedRun(Run(run, SETTINGS), params, formats.Choice(**choice))
   numbers = formats.write(folder, about)
   model_card.write(folder, Run(run, SETTINGS), STEP, numbers)
   return (folder / "README.md").read_text()

@@ -106,11 +106,6 @@ def _task_of(sample: Sample) -> HeldoutCaption:
   return sample.task
 
 
-def metadata(task: HeldoutCaption) -> dict:
-  """Returns the fields of a task's line in GenEval's metadata."""
-  return scene_table.geneval_metadata(task.prompt, task.document.facts)
-
-
 def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequence[Judged]) -> None:
   """Writes the image of each sample, and GenEval's results with a line per sample."""
   lines = []
