@@ -12,8 +12,8 @@ from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
+from cm3leon_jax.importing.qwen3 import Tables
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
-from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.models.config import FAMILIES, ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings

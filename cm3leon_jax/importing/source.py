@@ -84,10 +84,6 @@ class SourceCheckpoint:
         f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
       )
 
-  def are_equal(self, first: str, second: str) -> bool:
-    """Returns whether two tensors have equal values."""
-    return np.array_equal(self.tensors.read(first), self.tensors.read(second))
-
   def check_names(self, expected: Collection[str]) -> None:
     """Raises UserError if the checkpoint has tensors that are not in `expected`."""
     surplus = [name for name in self.tensors.names if name not in expected]

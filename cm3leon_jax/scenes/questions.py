@@ -3,6 +3,7 @@
 The functions return None instead of a question that has several right answers or none.
 """
 
+from collections import Counter
 import dataclasses
 import itertools
 import random
@@ -58,10 +59,7 @@ class SceneQuestion:
 
 def counts_of(scene: Scene) -> dict[str, int]:
   """Counts the objects of each name. The names are in the order of the places."""
-  counts: dict[str, int] = {}
-  for placed in scene.objects:
-    counts[placed.object] = counts.get(placed.object, 0) + 1
-  return counts
+  return dict(Counter(placed.object for placed in scene.objects))
 
 
 def named(name: str, number: int) -> str:

@@ -22,6 +22,7 @@ from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import Description, describe, describe_plainly, relations
 from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesConfig
 from cm3leon_jax.scenes.drawings import SIDE, box, render
+from cm3leon_jax.scenes.questions import counts_of
 from cm3leon_jax.scenes.world import KINDS, Scene
 
 NAME = "scenes"  # Value of `raw.source`, and prefix of the keys of records.
@@ -119,9 +120,6 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
 
 def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
   """Returns the field `facts` of a record, see docs/scenes.md."""
-  counts: dict[str, int] = {}
-  for placed in scene.objects:
-    counts[placed.object] = counts.get(placed.object, 0) + 1
   return {
     "tag": category,
     "heldout": kind,
@@ -131,7 +129,7 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
       {"class": placed.object, "color": placed.color, "place": placed.place, "box": box(placed)}
       for placed in scene.objects
     ],
-    "counts": counts,
+    "counts": counts_of(scene),
     "relations": [
       [a.object, relation, b.object]
       for a, b in itertools.permutations(scene.objects, 2)

@@ -22,18 +22,9 @@ KINDS = ("scene", "pair", "objects", "rare")  # Reasons for which a scene is hel
 HELDOUT_SCENES = 0.1  # Held-out share of the scenes of which all parts occur in training.
 HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
-
-
-def _heldout_colors() -> dict[str, str]:
-  """Assigns each common object the color in which training never shows it.
-
-  All colors are assigned equally often.
-  """
-  ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
-  return dict(zip(ordered, itertools.cycle(COLORS)))
-
-
-HELDOUT_COLOR = _heldout_colors()
+# Common object -> the color in which training never shows it. Each color has equally many objects.
+_ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
+HELDOUT_COLOR = dict(zip(_ordered, itertools.cycle(COLORS)))
 
 
 @functools.cache

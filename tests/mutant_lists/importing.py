@@ -3,7 +3,7 @@
 from tests.mutant_lists.mutant import mutants_of
 
 QWEN3 = "cm3leon_jax/importing/qwen3.py"
-TABLES, SOURCE = "cm3leon_jax/importing/tables.py", "cm3leon_jax/importing/source.py"
+SOURCE = "cm3leon_jax/importing/source.py"
 PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/trained/initial.py"
 IMPORTER_TEST = "tests/importing/importer_test.py"
 REFUSALS_TEST, TRAINING_TEST = (
@@ -31,7 +31,7 @@ IMPORTING = mutants_of(
     "slice(part.start * head_size, part.stop * head_size)",
     "slice(0, (part.stop - part.start) * head_size)",
   ),
-  TABLES,
+  QWEN3,
   f"{IMPORTER_TEST}::test_new_rows_are_the_mean_and_the_end_of_text",
   ("new_rows_are_the_sum", "table.mean(0, ", "table.sum(0, "),
   SOURCE,
