@@ -19,11 +19,8 @@ from cm3leon_jax.models.config import ROPE_BASE
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.tensor_files import Tensor
 
-ALLOWED = {
-  "hidden_act": ("silu", None),
-  "rms_norm_eps": (1e-6, None),
-  "use_sliding_window": (False, None),
-}
+# Fields of config.json with the only value that they may have. They may also be absent.
+REQUIRED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
 HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
 
@@ -81,8 +78,10 @@ def model_fields(source: SourceCheckpoint) -> dict:
   Raises:
     UserError: the family `modern` cannot represent its decoder.
   """
-  source.require(ALLOWED)
   path = source.folder / CONFIG
+  for name, value in REQUIRED.items():
+    if (found := source.described.get(name)) not in (value, None):
+      raise UserError(f"{path}: {name} is {short(found)}; only {value!r} can be imported exactly.")
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(
       f"{path}: layer_types has attention other than 'full_attention', which cannot be imported."
@@ -161,7 +160,11 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   names = {f"model.layers.{i}.{name}" for i in range(fields["num_layers"]) for name in shapes}
   biases = [name for name in source.tensors.names if f"{name.removesuffix('bias')}weight" in names]
   for name in biases:
-    source.check_zero(name, "the family `modern` has no biases")
+    if largest := float(np.abs(source.tensors.read(name)).max(initial=0.0)):
+      raise UserError(
+        f"{source.folder}: tensor '{name}' has values up to {largest:.3g}, but the family `modern` "
+        "has no biases: this checkpoint cannot be imported exactly."
+      )
   source.check_names({*names, *biases, EMBED, HEAD, "model.norm.weight"})
   read, head = source.tensors.read, EMBED if is_tied(source) else HEAD
   if head == EMBED and HEAD in source.tensors and not np.array_equal(read(HEAD), read(EMBED)):

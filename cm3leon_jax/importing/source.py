@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 from etils import epath
-import numpy as np
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.digests import digest
@@ -36,18 +35,6 @@ class SourceCheckpoint:
     """Whether `cm3leon export` wrote the checkpoint, so that it has this project's vocabulary."""
     return OWN in self.described
 
-  def require(self, allowed: Mapping[str, Collection]) -> None:
-    """Raises UserError if a field of config.json has a value that is not allowed.
-
-    The value None in `allowed` means that the field may be absent.
-    """
-    for name, values in allowed.items():
-      if (found := self.described.get(name)) not in values:
-        shown = " or ".join(repr(value) for value in values if value is not None)
-        raise UserError(
-          f"{self.folder / CONFIG}: {name} is {short(found)}; only {shown} can be imported exactly."
-        )
-
   def size(self, name: str, default: int) -> int:
     """Returns a positive whole number of config.json; raises UserError for other values."""
     found = self.described.get(name)
@@ -68,14 +55,6 @@ class SourceCheckpoint:
         f"{self.folder / CONFIG}: {name} is {short(found)}; it must be of type {NAMES[kind]}."
       )
     return found
-
-  def check_zero(self, name: str, reason: str) -> None:
-    """Raises UserError, which names the largest value, unless all values of a tensor are 0."""
-    if largest := float(np.abs(self.tensors.read(name)).max(initial=0.0)):
-      raise UserError(
-        f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, but {reason}: this "
-        "checkpoint cannot be imported exactly."
-      )
 
   def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError if a tensor is missing or has another shape."""

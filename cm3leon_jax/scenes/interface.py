@@ -12,7 +12,6 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.evaluation.headlines import Headline
 from cm3leon_jax.evaluation.world import Answer, JudgedSamples, World
 from cm3leon_jax.scenes import headlines, source
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, ScenesTasks
@@ -32,6 +31,7 @@ class ScenesWorld:
   caption = "a green bell to the left of a blue key"
   bundled = "scenes"
   check_installed = staticmethod(source.check_installed)
+  headlines = staticmethod(headlines.headlines)
 
   @property
   def kinds(self) -> dict[str, tuple[str, ...]]:
@@ -111,9 +111,6 @@ class ScenesWorld:
 
   def about(self, settings: Settings) -> dict[str, Any]:
     return {"training_scenes": settings.scenes.train}
-
-  def headlines(self, summary: dict[str, Any]) -> tuple[Headline, ...]:
-    return headlines.headlines(summary)
 
   def rows(self, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     from cm3leon_jax.scenes.judge import table as tables

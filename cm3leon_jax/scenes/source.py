@@ -92,11 +92,7 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order.
-
-  Raises:
-    UserError: the category has no scene to hold out or no scene to train on.
-  """
+  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order."""
   number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
