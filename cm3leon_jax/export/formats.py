@@ -27,11 +27,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.weights.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {
-  "hf": "huggingface",
-  "orbax": "orbax_checkpoint",
-  "stablehlo": "stablehlo",
-}
+FORMATS = {"hf": "huggingface", "orbax": "orbax_checkpoint", "stablehlo": "stablehlo"}
 QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 DTYPES = ("float32", "bfloat16", "float16")

@@ -176,7 +176,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`. Writing a weight computes it, in the way of `prepare`."""
+  """Lists the weights of `weight_types`. Each is computed as in `prepare` when it is written."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"

@@ -41,10 +41,7 @@ class Tables:
   def tensor(self, name: str, width: int, read: Callable[[], np.ndarray]) -> Tensor:
     """Returns the tensor of a table; `read` reads the source's table."""
     return Tensor(
-      name,
-      (self.vocab.size, width),
-      "float32",
-      lambda: extend(read(), self.vocab, self.end),
+      name, (self.vocab.size, width), "float32", lambda: extend(read(), self.vocab, self.end)
     )
 
 

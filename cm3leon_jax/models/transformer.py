@@ -302,10 +302,7 @@ def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
 
 
 def params_from_codebook(
-  config: ModelConfig,
-  text_size: int,
-  codebook: Float[np.ndarray, "C d"],
-  key: Key[Array, ""],
+  config: ModelConfig, text_size: int, codebook: Float[np.ndarray, "C d"], key: Key[Array, ""]
 ) -> dict:
   """Initializes parameters on the current mesh, with embeddings of image codes from the codebook.
 

@@ -1,6 +1,7 @@
 """Implements `evaluation.world.World` for the world `scenes`.
 
-Most commands need only records. Therefore modules for images and models are imported in methods.
+Most commands need only records. Therefore `samples`, which imports the decoder, and `table`, which
+imports statistics, are imported in methods.
 """
 
 from __future__ import annotations
@@ -70,10 +71,7 @@ class ScenesWorld:
     return found
 
   def judge_answer_images(
-    self,
-    records: Sequence[Record],
-    images: Sequence[np.ndarray] | np.ndarray,
-    settings: Settings,
+    self, records: Sequence[Record], images: Sequence[np.ndarray] | np.ndarray, settings: Settings
   ) -> list[Answer]:
     verdicts = answers.judge_images(records, np.stack([*images]), settings.scenes.style)
     found = []

@@ -206,7 +206,7 @@ class ScenesSource:
 
     - Training or the bank shows a scene with equal facts.
     - The scene is held out for its objects with their colors, or for its pairs of objects, and
-      training and the bank together show all of them.
+      training and the bank together show all these objects or pairs.
     - The scene is held out for a rare object, and training shows the object, or the bank shows the
       object in the color of the scene. The bank may show the object in other colors.
     """

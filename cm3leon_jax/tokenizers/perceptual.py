@@ -93,9 +93,8 @@ def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
 def distance(params: dict, x: Pixels, y: Pixels) -> Float32[Array, " B"]:
   """Computes the sum over stages of the mean squared distance between normalized features.
 
-  With the learned layers of LPIPS, the result is LPIPS. Without them, all channels have equal
-  weights.
-  `params` is the result of `make_params`, and pixels are in [-1, 1].
+  With the learned layers of LPIPS, the result is LPIPS. Without these layers, all channels have
+  equal weights. `params` is the result of `make_params`, and pixels are in [-1, 1].
   """
   total = jnp.zeros(len(x), jnp.float32)
   for number, pair in enumerate(zip(activations(params, x), activations(params, y))):

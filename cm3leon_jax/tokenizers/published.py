@@ -52,8 +52,8 @@ class PublishedConfig:
   middle_attention: bool = False
   """Whether there is attention between the two residual blocks at the lowest resolution."""
   gumbel: bool = False
-  """Whether a code is the largest of K logits (Gumbel softmax without noise) instead of the
-  nearest."""
+  """Whether a code is the index of the largest of K logits (Gumbel softmax without noise) instead
+  of the nearest vector."""
   lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
   """Value of black: 0 for pixels in [0, 1], -1 for pixels in [-1, 1]."""
 
@@ -304,10 +304,7 @@ def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(
-  config: PublishedConfig,
-  num_codes: int,
-  params: dict,
-  images: Images,
+  config: PublishedConfig, num_codes: int, params: dict, images: Images
 ) -> Int32[Array, "B h w"]:
   """Encodes images to codes. H and W can be any multiples of `config.downsample`."""
   with jax.default_matmul_precision("highest"):

@@ -56,7 +56,7 @@ class Read:
   Attributes:
     tokenizer: tokenizer at its family's first resolution.
     files: files with its tensors.
-    num_left: number of tensors in the files that are not of the tokenizer.
+    num_left: number of tensors in the files that do not belong to the tokenizer.
   """
 
   tokenizer: ImageTokenizer

@@ -38,8 +38,8 @@ class Layout:
     prefix: prefix of the names of its tensors.
     tables: name of our parameter -> name of the tensor, for parameters outside the layers, in the
       order in which files store them.
-    products: the same names for the feed-forward matrices of a layer.
-    scales: the same names for the norms of a layer that have a scale.
+    products: our name -> tensor's name inside a layer, for the feed-forward matrices.
+    scales: our name -> tensor's name inside a layer, for the norms that have a scale.
     out: name, inside a layer, of the output projection of attention.
     first_position: row of the position table for position 0.
     check: raises UserError if the layout cannot represent a decoder.
@@ -149,11 +149,7 @@ LAYOUTS = {
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     prefix="model",
-    tables={
-      "embed": "model.embed_tokens",
-      "final_norm.scale": "model.norm",
-      "head": "lm_head",
-    },
+    tables={"embed": "model.embed_tokens", "final_norm.scale": "model.norm", "head": "lm_head"},
     products={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     scales={
       "q_norm": "self_attn.q_norm",

@@ -27,8 +27,8 @@ from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
 # correlation above 0.85 with some object, and at most 2% with the object that the caption names.
 MIN_SCORE = 0.85
 # Smallest share of a cell's ink that must be nearer to the chosen color than to other colors. With
-# 0.65, 4% of two-colored icons get one of their colors. With 0.75, 5% of true icons with the errors
-# above get no color.
+# 0.65, 4% of two-colored icons get one of their colors. With 0.75, 5% of true icons with blur,
+# blotches and color errors get no color.
 MIN_COLOR_SHARE = 0.7
 # Smallest ink of an object in pixels, which is 4% of a cell. Less ink is a speck: the ink of true
 # objects covers at least 15% of a cell.

@@ -29,7 +29,8 @@ from cm3leon_jax.scenes.judge.sheet import SheetScene
 from cm3leon_jax.scenes.judge.table import Judged
 from cm3leon_jax.scenes.world import Placed, Scene
 
-REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of upper bounds for samples.
+# Titles of the two tables whose shares are upper bounds for the samples.
+REAL, RECONSTRUCTED = "real images", "reconstructions"
 UNGUIDED = "guidance 1"
 BUNDLED = "bundled model"
 SHEET_SCENES = 12
