@@ -46,7 +46,7 @@ class SourceCheckpoint:
     return value
 
   def part(self, name: str, kind: type) -> Any:
-    """Returns an object or list of config.json, empty if absent; raises UserError for other types."""
+    """Returns an object or list of config.json, empty if absent; refuses another type."""
     found = self.described.get(name)
     if found is None:
       return kind()
