@@ -46,7 +46,8 @@ def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
   sampling = dataclasses.replace(settings.sampling, **FLAT)
   config = dataclasses.replace(settings.scenes, heldout=700)
   pairs = [source.pair(config, "heldout", i) for i in range(64)]
-  images = [source.load(pair.image, source.SIDE) for pair in pairs]
+  drawn = source.ScenesSource(config)
+  images = [drawn.load(pair.image, source.SIDE) for pair in pairs]
   names = sorted(RARE)
 
   def of(kind, **fields):

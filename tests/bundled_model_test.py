@@ -113,7 +113,8 @@ def tuned():
 
 def records_of(tasks):
   config = ScenesConfig(rare_objects=1_550)
-  return [x for task in tasks for x in instructions.records(config, task, "heldout", EACH)]
+  drawn = instructions.ScenesTasks(config)
+  return [x for task in tasks for x in drawn.records(task, "heldout", EACH)]
 
 
 def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():

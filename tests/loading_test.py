@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import export
-from cm3leon_jax.export import choices
+from cm3leon_jax.export import formats
 from cm3leon_jax.files import progress
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -17,7 +17,7 @@ from tests.generation.run import SETTINGS
 from tests.messages import refused
 
 PROMPT = "red apple"
-WRITTEN = {"hf": choices.Choice(), "orbax": choices.Choice("orbax")}
+WRITTEN = {"hf": formats.Choice(), "orbax": formats.Choice("orbax")}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_an_export_generates_what_its_run_does(model, exports, name):
 
 def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
   other = tmp_path / "int8"
-  export.main(SETTINGS, run, choice=choices.Choice(quantize="int8"), output=str(other))
+  export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
   with refused(UserError):
     CM3Leon.load(other)
   about = exports / "orbax" / kinds.ABOUT

@@ -99,9 +99,9 @@ def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
   # A train step takes 6 FLOPs per parameter and token. The forward pass takes 2 of them.
   numbers["model_flops"] /= 3
-  evaluation = programs.evaluation(settings, mesh)
-  report = {**numbers, **compile_report(evaluation.step, topology)}
-  rest = evaluation.rest_bytes / GIB
+  step, rest_bytes = programs.evaluation(settings, mesh)
+  report = {**numbers, **compile_report(step, topology)}
+  rest = rest_bytes / GIB
   report["rest_gib"] = rest
   total = f"{report['sum_gib'] + rest:.2f} GiB in total"
   report["floor"] = {"rest of the state": f"{rest:.2f} GiB; {total}"}
@@ -142,23 +142,24 @@ def _decode_reports(
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
-  decoder = programs.guided_decoder(settings, mesh, prompts, _DECODE_POSITIONS.value)
-  first, last = decoder.lowered.steps
+  positions = _DECODE_POSITIONS.value
+  lowered, weights, cache = programs.guided_decoder(settings, mesh, prompts, positions)
+  first, last = lowered.steps
   before, seconds = compile_for(first, topology)
   compiled = before
   if last is not first:
     compiled, seconds = compile_for(last, topology)
   step = report(compiled, seconds, topology)
-  step["slots"] = [seen.shape[1] for seen in decoder.lowered.state.seen]
-  floor, bandwidth = decoder.weight_bytes + decoder.cache_bytes, topology.chip.hbm_bandwidth
+  step["slots"] = [seen.shape[1] for seen in lowered.state.seen]
+  floor, bandwidth = weights + cache, topology.chip.hbm_bandwidth
   step["floor_bytes"] = floor
   rate = prompts * bandwidth / floor
   step["floor"] = {
     "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
-    f"{decoder.weight_bytes / GIB:.3f} weights, {decoder.cache_bytes / GIB:.3f} cache",
+    f"{weights / GIB:.3f} weights, {cache / GIB:.3f} cache",
     "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {rate:,.0f} tokens/s",
   }
-  return {"decode": step, "prefill": compile_report(decoder.lowered.prefill(before), topology)}
+  return {"decode": step, "prefill": compile_report(lowered.prefill(before), topology)}
 
 
 def _search(settings: Settings, topology: Topology) -> list[dict]:

@@ -25,7 +25,7 @@ from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, formats
+from cm3leon_jax.export import formats
 from cm3leon_jax.runs import stages, table
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ SAMPLES = 4  # Number of held-out documents on which logits are compared.
 # Number of parameters up to which logits are compared. The comparison loads the decoder twice.
 COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}
-DEFAULT = choices.Choice()
+DEFAULT = formats.Choice()
 _FORMAT = flags.DEFINE_enum(
   "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
 )
@@ -47,7 +47,7 @@ _OUTPUT = flags.DEFINE_string(
   "Folder of the export. Default: export/ in the workdir of a run, as a stage of the run, or "
   "export/ in the current folder for a bundle.",
 )
-_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(choices.DTYPES), "Dtype of the weights.")
+_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(formats.DTYPES), "Dtype of the weights.")
 _QUANTIZE = flags.DEFINE_enum(
   "quantize", None, ["int8"], "Store the matrices of the layers as int8, one scale per channel."
 )
@@ -72,7 +72,7 @@ def main(
   workdir: epath.Path,
   bundle_folder: str = "",
   base: str = "",
-  choice: choices.Choice = DEFAULT,
+  choice: formats.Choice = DEFAULT,
   output: str = "",
 ) -> None:
   if base and not bundle_folder:
@@ -93,7 +93,7 @@ def main(
       print(f"export: bundle of step {step}, {size}, in {bundle_folder}.", flush=True)
 
 
-def _export(trained: Run, choice: choices.Choice, output: str) -> None:
+def _export(trained: Run, choice: formats.Choice, output: str) -> None:
   from cm3leon_jax.trained.run import ids
 
   settings, workdir = trained.settings, trained.folder
@@ -116,7 +116,7 @@ def _export(trained: Run, choice: choices.Choice, output: str) -> None:
 
 
 def _write(
-  folder: epath.Path, place: epath.Path, trained: Run, choice: choices.Choice
+  folder: epath.Path, place: epath.Path, trained: Run, choice: formats.Choice
 ) -> tuple[dict, str]:
   """Writes an export to `folder`, which is later moved to `place`.
 
@@ -127,7 +127,7 @@ def _write(
   from cm3leon_jax.trained.run import open_params
 
   settings, stored = trained.settings, open_params(trained, choice.average)
-  run = choices.TrainedRun(trained, stored, choice)
+  run = formats.TrainedRun(trained, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
@@ -148,7 +148,7 @@ def _write(
 
 
 def _check(
-  folder: epath.Path, run: choices.TrainedRun, transformers: bool
+  folder: epath.Path, run: formats.TrainedRun, transformers: bool
 ) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
@@ -223,7 +223,7 @@ def _heldout_bits(settings: Settings, heldout: DocumentStore, params: dict) -> d
 
 
 def _run(settings: Settings, workdir: epath.Path) -> None:
-  choice = choices.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
+  choice = formats.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
   main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value)
 
 

@@ -204,7 +204,7 @@ def main(settings: Settings) -> None:
     launchers.check(job)
   plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
   pairs = _PAIRS.value or stage_costs.pairs_of_a_pass(settings)
-  costs = stage_costs.estimate(settings, plan, pairs)
+  costs = list(stage_costs.estimate(settings, plan, pairs))
   costs_table = stage_costs.table(costs, plan, pairs, bool(_PAIRS.value))
   tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{costs_table}"
   if not _OUT.value:

@@ -54,7 +54,7 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
   """Returns a function that creates the first parameters of a run; None if they are random."""
   import jax
 
-  from cm3leon_jax.models.start import params_from_codebook
+  from cm3leon_jax.models.transformer import params_from_codebook
   from cm3leon_jax.trained import initial
 
   settings = run.settings

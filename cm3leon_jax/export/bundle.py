@@ -24,6 +24,7 @@ from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained import bundles
 from cm3leon_jax.trained.run import Run, unseen_in
+from cm3leon_jax.weights import layouts
 
 
 def write(
@@ -57,7 +58,7 @@ def write(
     )
   folder = epath.Path(folder)
   _check_target(folder)
-  huggingface.check(settings.model)
+  layouts.layout_of(settings.model).check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   _begin(folder)
@@ -65,7 +66,9 @@ def write(
   write_json(folder / training_data.FILE, training_data.collect(workdir, bundles.folder_of))
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   names.append(training_data.FILE)
-  names += _write_unseen(folder, run)
+  if (unseen := unseen_in(run)) is not None:
+    write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
+    names.append(unseen_tokens.FILE)
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -135,12 +138,7 @@ def _begin(folder: epath.Path) -> None:
 
 
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
-  """Returns name and digest of the bundle `base`, and its settings.
-
-  Raises:
-    UserError: `base` is not a bundle with its own tokenizers and CLIP, or they differ from the
-      tokenizers and CLIP of the run.
-  """
+  """Returns name and digest of the bundle `base`, and its settings."""
   folder = bundles.folder_of(base)
   if not bundles.is_bundle(folder) or bundles.stages_folder(folder) != folder:
     raise UserError(
@@ -156,15 +154,6 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
           "that `cm3leon copy_tokenizers` copied from, or omit --base."
         )
   return {"name": base, "digest": str(digest(folder / bundles.FILE))}, settings
-
-
-def _write_unseen(folder: epath.Path, run: Run) -> list[str]:
-  """Writes the tokens that training never showed, if they are known; returns the file names."""
-  unseen = unseen_in(run)
-  if unseen is None:
-    return []
-  write_json(folder / unseen_tokens.FILE, {"ids": sorted(unseen)})
-  return [unseen_tokens.FILE]
 
 
 def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:

@@ -1,9 +1,8 @@
 """Lists the formats of `cm3leon export`, and writes an export.
 
-A format is a module of this package with two functions. `check(config)` raises UserError if the
-format cannot represent a part of the decoder, and names this part. `write(folder, run) -> numbers`
-writes the weights last, so that an unfinished export has no weights. `write` of this module writes
-all other files before that. `trained.kinds.kind_of` must recognize each format by its files.
+A format is a module of this package whose function `write(folder, run) -> numbers` writes the
+weights last, so that an unfinished export has no weights. `write` of this module writes all other
+files before that. `trained.kinds.kind_of` must recognize each format by its files.
 """
 
 from __future__ import annotations
@@ -13,28 +12,64 @@ import contextlib
 import dataclasses
 import importlib
 import os
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.choices import Choice, TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import plain, write_json
 from cm3leon_jax.trained.kinds import ABOUT
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.trained.run import Run
+  from cm3leon_jax.weights.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {
-  "hf": "huggingface",
-  "orbax": "orbax_checkpoint",
-  "stablehlo": "stablehlo",
-}
+FORMATS = {"hf": "huggingface", "orbax": "orbax_checkpoint", "stablehlo": "stablehlo"}
 QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A user's choices for an export.
+
+  Attributes:
+    format: a key of `FORMATS`.
+    dtype: dtype of the weights, one of `DTYPES`.
+    quantize: "int8", or "" for no quantization.
+    average: whether to write the moving average of the parameters; None: if the run keeps one.
+  """
+
+  format: str = "hf"
+  dtype: str = "float32"
+  quantize: str = ""
+  average: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+  """A trained run and the user's choices, as the formats read them.
+
+  `params` are read from disk when they are needed.
+  """
+
+  trained: Run
+  params: StoredParams
+  choice: Choice
+
+  @property
+  def settings(self) -> Settings:
+    """Settings of the run."""
+    return self.trained.settings
+
+  @property
+  def text_tokenizer(self) -> epath.Path:
+    """Folder of the text tokenizer."""
+    return self.trained.stages / "text_tokenizer"
 
 
 def check(choice: Choice, settings: Settings) -> None:
@@ -49,11 +84,10 @@ def check(choice: Choice, settings: Settings) -> None:
       f"--dtype is float16, but with --format={choice.format} the decoder also computes in this "
       "dtype: choose float32 or bfloat16."
     )
-  _module(choice).check(settings.model)
+  if choice.format == "hf":
+    from cm3leon_jax.weights import layouts
 
-
-def _module(choice: Choice) -> ModuleType:
-  return importlib.import_module(f"cm3leon_jax.export.{FORMATS[choice.format]}")
+    layouts.layout_of(settings.model).check(settings.model)
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -76,7 +110,8 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
   write_json(folder / ABOUT, about)
   numbers = image_tokenizer.write(folder, run.trained)
-  return {**numbers, **_module(run.choice).write(folder, run)}
+  module = importlib.import_module(f"cm3leon_jax.export.{FORMATS[run.choice.format]}")
+  return {**numbers, **module.write(folder, run)}
 
 
 def clear(folder: epath.PathLike) -> None:
@@ -107,7 +142,8 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
       "or omit --output to export to the workdir."
     )
   folder = absolute(folder)
-  if folder.exists() and not is_replaceable(folder):
+  is_export = (folder / ABOUT).exists()
+  if folder.exists() and not (is_export or (folder.is_dir() and not any(folder.iterdir()))):
     raise UserError(
       f"--output is {folder}, which exists and is not a folder that cm3leon export wrote: name "
       "another folder."
@@ -129,10 +165,3 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
   partial.rename(folder)
   if old.exists():
     old.rmtree()
-
-
-def is_replaceable(folder: epath.Path) -> bool:
-  """Returns whether a folder is empty or an export."""
-  if not folder.is_dir():
-    return False
-  return (folder / ABOUT).exists() or not any(folder.iterdir())

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 import numpy as np
 
-from cm3leon_jax.export.choices import TrainedRun
+from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
@@ -32,11 +32,6 @@ from cm3leon_jax.weights.stored import StoredParams, of_tree
 from cm3leon_jax.weights.tensor_files import Tensor
 
 WEIGHTS = tensor_files.WEIGHTS
-
-
-def check(config: ModelConfig) -> None:
-  """Raises UserError if the Hugging Face model lacks a part of the decoder."""
-  layouts.layout_of(config).check(config)
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -54,9 +49,10 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
 
 
 def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of the Hugging Face model; raises UserError, see `check`."""
-  check(config)
-  return layouts.tensors_of(layouts.layout_of(config), params, dtype)
+  """Lists the tensors of the Hugging Face model; raises UserError for an unsupported decoder."""
+  layout = layouts.layout_of(config)
+  layout.check(config)
+  return layouts.tensors_of(layout, params, dtype)
 
 
 def export(

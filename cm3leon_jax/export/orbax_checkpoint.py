@@ -13,19 +13,14 @@ from etils import epath
 import tensorstore
 
 from cm3leon_jax.checkpoints import sealing
-from cm3leon_jax.export.choices import TrainedRun
+from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.runs import table
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.trained import kinds, orbax_export
+from cm3leon_jax.trained import exported, kinds
 from cm3leon_jax.weights import stored
 from cm3leon_jax.weights.tensor_files import DTYPES, convert
-
-
-def check(config: ModelConfig) -> None:
-  """Accepts every decoder."""
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -36,9 +31,9 @@ def write(folder: epath.PathLike, run: TrainedRun) -> dict:
   identity = table.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
-    _write_array(folder / orbax_export.FOLDER, params, name, run.choice.dtype)
-  write_json(folder / orbax_export.FOLDER / "_METADATA", _metadata(params))
-  write_json(folder / kinds.DIGESTS, sealing.digests(folder / orbax_export.FOLDER))
+    _write_array(folder / exported.ORBAX, params, name, run.choice.dtype)
+  write_json(folder / exported.ORBAX / "_METADATA", _metadata(params))
+  write_json(folder / kinds.DIGESTS, sealing.digests(folder / exported.ORBAX))
   size = params.count * DTYPES[run.choice.dtype][1].itemsize
   return {"parameters": params.count, "bytes": size}
 

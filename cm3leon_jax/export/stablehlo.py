@@ -10,16 +10,13 @@ written last.
 
 # b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
 import importlib.resources
-import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 from flax import traverse_util
@@ -29,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import cm3leon_jax
-from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.params import prepare, prepare_layer
+from cm3leon_jax.export import formats
+from cm3leon_jax.export.formats import TrainedRun
 from cm3leon_jax.export.serving_functions import (
   IMAGE_SETTINGS,
   TEXT_SETTINGS,
@@ -43,32 +41,20 @@ from cm3leon_jax.export.serving_functions import (
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
-from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.mesh import MeshConfig, create_mesh, unsplit
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.weights import tensor_files
+from cm3leon_jax.trained.run import Run
+from cm3leon_jax.weights import stored, tensor_files
+from cm3leon_jax.weights.stored import StoredParams
 from cm3leon_jax.weights.tensor_files import Tensor
-
-if TYPE_CHECKING:
-  from cm3leon_jax.export.choices import TrainedRun
-  from cm3leon_jax.settings import Settings
-  from cm3leon_jax.weights.stored import StoredParams
 
 MANIFEST = "manifest.json"
 SERVED = ("artifacts.py", "serve_example.py")  # Files of served/ that each export contains.
 PLATFORMS = ("cpu", "cuda", "tpu")
 KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Kinds of parts of a plan.
 BLOCKS = "blocks."
-
-
-def check(config: ModelConfig) -> None:
-  """Raises UserError if `flatbuffers`, which `jax.export` needs to write, is not installed."""
-  if not importlib.util.find_spec("flatbuffers"):
-    raise UserError(
-      "jax.export needs the package flatbuffers to write artifacts, and it is not installed: "
-      "pip install flatbuffers."
-    )
 
 
 def write(folder: epath.PathLike, run: TrainedRun) -> dict:
@@ -97,14 +83,9 @@ def write_model(
     UserError: `source` was not trained, a file is damaged, or the format cannot represent the
       model, see `formats.check`.
   """
-  from cm3leon_jax.export import choices, formats
-  from cm3leon_jax.mesh import MeshConfig, create_mesh
-  from cm3leon_jax.trained.run import Run
-  from cm3leon_jax.weights import stored
-
   trained = Run.open(source)
   settings = trained.settings
-  formats.check(choices.Choice(format="stablehlo", dtype=dtype), settings)
+  formats.check(formats.Choice(format="stablehlo", dtype=dtype), settings)
   settings = dataclasses.replace(settings, model=settings.model.computing_in(dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     params = stored.of_tree(trained.params()[0])
@@ -195,7 +176,7 @@ def weight_types(
 def weight_tensors(
   params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
 ) -> list[Tensor]:
-  """Lists the weights of `weight_types`. Writing a weight computes it, in the way of `prepare`."""
+  """Lists the weights of `weight_types`. Each is computed as in `prepare` when it is written."""
   config, vocab = settings.model, settings.vocab
   types = weight_types(params, settings, image_tokenizer, weight_dtype)
   table = "embed" if config.traits.tied else "head"

@@ -12,19 +12,12 @@ from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import qwen3, tokenizer
+from cm3leon_jax.importing.qwen3 import Tables
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint, open_source
-from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.models.config import FAMILIES, ModelConfig
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.tokenizers.text import (
-  IMPORTED,
-  TOKENIZER,
-  TextTokenizer,
-  copy_files,
-  save_tokenizer,
-  was_imported,
-)
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained import initial
 from cm3leon_jax.weights import layouts, tensor_files
 from cm3leon_jax.weights.tensor_files import Tensor
@@ -69,7 +62,7 @@ def plan(settings: Settings, source: str) -> Import:
 
 def _own_tensors(source: SourceCheckpoint, config: ModelConfig) -> list[Tensor]:
   """Returns the tensors of an export of this project. They need no conversion."""
-  shapes = layouts.shapes_of(layouts.layout_of(config), config)
+  shapes = layouts.shapes_of(config)
   source.check_names(shapes)
   for name, shape in shapes.items():
     source.check_shape(name, shape)
@@ -148,8 +141,8 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.remove(folder)
       described = layouts.hf_config(settings.model, settings.vocab)
       write_json(folder / CONFIG, described)
-      if (workdir / TEXT / TOKENIZER).exists():
-        copy_files(workdir / TEXT, folder)
+      if (workdir / TEXT / text.TOKENIZER).exists():
+        text.copy_files(workdir / TEXT, folder)
       if (found.source.folder / training_data.FILE).exists():
         write_json(folder / training_data.FILE, training_data.read(found.source.folder))
       tensor_files.write(folder, found.tensors)
@@ -170,16 +163,16 @@ def _write_tokenizer(
       f"{source.folder} has no tokenizer: it must have been trained with the one in {workdir}."
     ]
   done = folder / stages.DONE
-  same = digest(folder / TOKENIZER) == digest(source.folder / TOKENIZER)
+  same = digest(folder / text.TOKENIZER) == digest(source.folder / text.TOKENIZER)
   if source.is_own and same and done.exists():
     return []
-  if done.exists() and not was_imported(folder):
+  if done.exists() and not text.was_imported(folder):
     raise UserError(
       f"{folder} was trained, and its ids differ from {source.folder}: use another --workdir, or "
       "delete that folder."
     )
-  config = table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
-  config["command"] = IMPORTED
+  config = table.identity(settings, TEXT) | {"inputs": {text.IMPORTED: digests["tokenizer"]}}
+  config["command"] = text.IMPORTED
   notes: list[str] = []
   with stages.once(folder, config, files=table.STAGES[TEXT].files) as summary:
     if summary is not None:
@@ -194,10 +187,10 @@ def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> li
   if not found.source.is_own:
     described = tokenizer.read_tokenizer(source, found.tables.rows)
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
-    save_tokenizer(made, vocab, settings.text_tokenizer, folder)
+    text.save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
-  TextTokenizer(source, vocab)  # The constructor checks the ids.
-  copy_files(source, folder)
+  text.TextTokenizer(source, vocab)  # The constructor checks the ids.
+  text.copy_files(source, folder)
   return ["copied without changes"]
 
 

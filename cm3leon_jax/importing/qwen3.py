@@ -1,8 +1,13 @@
-"""Imports Qwen3ForCausalLM as the family `modern`."""
+"""Imports Qwen3ForCausalLM as the family `modern`, with enlarged token tables.
 
-# N query heads, G key and value heads, H head size, D width, A width of all query heads.
+In a table, the special tokens are before the source's ids, and the image codes are after them.
+"""
+
+# N query heads, G key and value heads, H head size, D width, A width of all query heads, S ids of
+# the source, V ids of the vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import functools
 
 from jaxtyping import Float
@@ -10,17 +15,58 @@ import numpy as np
 
 from cm3leon_jax.config import SIZES, UserError, short
 from cm3leon_jax.importing.source import CONFIG, SourceCheckpoint
-from cm3leon_jax.importing.tables import Tables
 from cm3leon_jax.models.config import ROPE_BASE
+from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.weights.tensor_files import Tensor
 
-ALLOWED = {
-  "hidden_act": ("silu", None),
-  "rms_norm_eps": (1e-6, None),
-  "use_sliding_window": (False, None),
-}
+# Fields of config.json with the only value that they may have. They may also be absent.
+REQUIRED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
 HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+  """Describes how token tables are changed to fit a vocabulary.
+
+  Attributes:
+    rows: number of rows of the source's tables.
+    end: the source's end-of-text id, whose row `</s>` gets; None if the source has no such id.
+  """
+
+  vocab: VocabLayout
+  rows: int
+  end: int | None = None
+
+  def tensor(self, name: str, width: int, read: Callable[[], np.ndarray]) -> Tensor:
+    """Returns the tensor of a table; `read` reads the source's table."""
+    return Tensor(
+      name, (self.vocab.size, width), "float32", lambda: extend(read(), self.vocab, self.end)
+    )
+
+
+def extend(
+  table: Float[np.ndarray, "S D"], vocab: VocabLayout, end: int | None
+) -> Float[np.ndarray, "V D"]:
+  """Copies the rows of a table to the text ids; other ids get the mean of all rows.
+
+    table = [a b c], num_special = 6, two image codes, end = 2, m = (a + b + c) / 3
+    result = [m c m m m m a b c m m]
+
+  Equal rows become different in training, because tokens in different contexts get different
+  gradients.
+
+  Args:
+    table: row i belongs to the source's id i, which becomes `vocab.num_special` + i.
+    vocab: layout with `text_size` = `num_special` + S.
+    end: the source's end-of-text id, whose row is copied to `</s>`; None: `</s>` gets the mean.
+  """
+  result = np.empty((vocab.size, table.shape[1]), table.dtype)
+  result[:] = table.mean(0, dtype=np.float64)
+  result[vocab.num_special : vocab.text_size] = table
+  if end is not None:
+    result[vocab.eos] = table[end]
+  return result
 
 
 def model_fields(source: SourceCheckpoint) -> dict:
@@ -29,8 +75,10 @@ def model_fields(source: SourceCheckpoint) -> dict:
   Raises:
     UserError: the family `modern` cannot represent its decoder.
   """
-  source.require(ALLOWED)
   path = source.folder / CONFIG
+  for name, value in REQUIRED.items():
+    if (found := source.described.get(name)) not in (value, None):
+      raise UserError(f"{path}: {name} is {short(found)}; only {value!r} can be imported exactly.")
   if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(
       f"{path}: layer_types has attention other than 'full_attention', which cannot be imported."
@@ -109,12 +157,18 @@ def tensors(source: SourceCheckpoint, fields: dict, tables: Tables) -> list[Tens
   names = {f"model.layers.{i}.{name}" for i in range(fields["num_layers"]) for name in shapes}
   biases = [name for name in source.tensors.names if f"{name.removesuffix('bias')}weight" in names]
   for name in biases:
-    source.check_zero(name, "the family `modern` has no biases")
+    if largest := float(np.abs(source.tensors.read(name)).max(initial=0.0)):
+      raise UserError(
+        f"{source.folder}: tensor '{name}' has values up to {largest:.3g}, but the family `modern` "
+        "has no biases: this checkpoint cannot be imported exactly."
+      )
   source.check_names({*names, *biases, EMBED, HEAD, "model.norm.weight"})
-  if is_tied(source) and HEAD in source.tensors:
-    _check_tied(source)
-  head = EMBED if is_tied(source) else HEAD
-  read = source.tensors.read
+  read, head = source.tensors.read, EMBED if is_tied(source) else HEAD
+  if head == EMBED and HEAD in source.tensors and not np.array_equal(read(HEAD), read(EMBED)):
+    raise UserError(
+      f"{source.folder}: tensor '{HEAD}' differs from '{EMBED}', but {CONFIG} has "
+      "tie_word_embeddings: set this field to false if the model has two tables."
+    )
   for name in (EMBED, head):
     source.check_shape(name, (tables.rows, width))
   source.check_shape("model.norm.weight", (width,))
@@ -167,12 +221,3 @@ def _layer(
 
 def _repeated(read: Callable[[], np.ndarray], groups: int, times: int) -> np.ndarray:
   return repeat_heads(read(), groups, times)
-
-
-def _check_tied(source: SourceCheckpoint) -> None:
-  """Raises UserError if output and input table differ although config.json ties them."""
-  if not source.are_equal(HEAD, EMBED):
-    raise UserError(
-      f"{source.folder}: tensor '{HEAD}' differs from '{EMBED}', but {CONFIG} has "
-      "tie_word_embeddings: set this field to false if the model has two tables."
-    )

@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 from etils import epath
-import numpy as np
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.files.digests import digest
@@ -36,18 +35,6 @@ class SourceCheckpoint:
     """Whether `cm3leon export` wrote the checkpoint, so that it has this project's vocabulary."""
     return OWN in self.described
 
-  def require(self, allowed: Mapping[str, Collection]) -> None:
-    """Raises UserError if a field of config.json has a value that is not allowed.
-
-    The value None in `allowed` means that the field may be absent.
-    """
-    for name, values in allowed.items():
-      if (found := self.described.get(name)) not in values:
-        shown = " or ".join(repr(value) for value in values if value is not None)
-        raise UserError(
-          f"{self.folder / CONFIG}: {name} is {short(found)}; only {shown} can be imported exactly."
-        )
-
   def size(self, name: str, default: int) -> int:
     """Returns a positive whole number of config.json; raises UserError for other values."""
     found = self.described.get(name)
@@ -59,7 +46,7 @@ class SourceCheckpoint:
     return value
 
   def part(self, name: str, kind: type) -> Any:
-    """Returns an object or list of config.json, empty if absent; raises UserError for others."""
+    """Returns an object or list of config.json, empty if absent; refuses another type."""
     found = self.described.get(name)
     if found is None:
       return kind()
@@ -69,24 +56,12 @@ class SourceCheckpoint:
       )
     return found
 
-  def check_zero(self, name: str, reason: str) -> None:
-    """Raises UserError, which names the largest value, unless all values of a tensor are 0."""
-    if largest := float(np.abs(self.tensors.read(name)).max(initial=0.0)):
-      raise UserError(
-        f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, but {reason}: this "
-        "checkpoint cannot be imported exactly."
-      )
-
   def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError if a tensor is missing or has another shape."""
     if (found := self.tensors.shape(name)) != shape:
       raise UserError(
         f"{self.folder}: tensor '{name}' has shape {list(found)}; {CONFIG} requires {list(shape)}."
       )
-
-  def are_equal(self, first: str, second: str) -> bool:
-    """Returns whether two tensors have equal values."""
-    return np.array_equal(self.tensors.read(first), self.tensors.read(second))
 
   def check_names(self, expected: Collection[str]) -> None:
     """Raises UserError if the checkpoint has tensors that are not in `expected`."""

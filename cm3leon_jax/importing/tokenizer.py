@@ -150,7 +150,7 @@ def rewrite(
     UserError: the tokenizer does not decode the ids of a text to the same text.
   """
   tokens, special = tokens_of(described), vocab.special_tokens()
-  names = {i: _renamed(name, special) for i, name in tokens.items()}
+  names = {i: f"<source:{name}>" if name in special else name for i, name in tokens.items()}
   unused = {i: f"<unused:{i}>" for i in range(rows) if i not in names}
   new = dict(enumerate(special)) | {vocab.num_special + i: s for i, s in (names | unused).items()}
   added = [vocab.num_special + int(token["id"]) for token in described["added_tokens"]]
@@ -182,10 +182,6 @@ def rewrite(
   if unused:
     notes.append(f"{len(unused)} rows have no token")
   return made, notes
-
-
-def _renamed(name: str, special: list[str]) -> str:
-  return f"<source:{name}>" if name in special else name
 
 
 def _add_no_space(part: dict) -> None:

@@ -17,6 +17,7 @@ from cm3leon_jax.mesh import spec
 
 BLOCK = 256  # Number of queries in one block of `causal_attention`.
 Heads: TypeAlias = Float[Array, "B L N H"]
+PerHead: TypeAlias = Float[Array, "B N L H"]
 Ids: TypeAlias = Int32[Array, "B L"]
 
 
@@ -78,31 +79,15 @@ def splash_attention(
   sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
   blocks = splash.BlockSizes(**dict.fromkeys(sizes, block))
 
-  def local(
-    q: Float[Array, "B N L H"],
-    k: Float[Array, "B N L H"],
-    v: Float[Array, "B N L H"],
-    segment_ids: Ids,
-  ) -> Float[Array, "B N L H"]:
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1])
-    kernel = splash.make_splash_mha(
-      mask=mask,
-      head_shards=1,
-      q_seq_shards=1,
+  def local(q: PerHead, k: PerHead, v: PerHead, segment_ids: Ids) -> PerHead:
+    kernel = splash.make_splash_mha_single_device(
+      splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1]),
       block_sizes=blocks,
       residual_checkpoint_name="attention",
       interpret=interpret,
     )
-
-    def row(
-      q: Float[Array, "N L H"],
-      k: Float[Array, "N L H"],
-      v: Float[Array, "N L H"],
-      s: Int32[Array, " L"],
-    ) -> Float[Array, "N L H"]:
-      return kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
-
-    return jax.vmap(row)(q * scale, k, v, segment_ids)
+    ids = splash.SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(kernel)(q * scale, k, v, ids)
 
   return _per_shard(local, q, k, v, segment_ids)
 
@@ -117,12 +102,7 @@ def triton_attention(
   # jax 0.12 warns about this import, so it is done only when the kernel is used.
   from jax.experimental.pallas.ops.gpu import attention as gpu
 
-  def local(
-    q: Float[Array, "B N L H"],
-    k: Float[Array, "B N L H"],
-    v: Float[Array, "B N L H"],
-    segment_ids: Ids,
-  ) -> Float[Array, "B N L H"]:
+  def local(q: PerHead, k: PerHead, v: PerHead, segment_ids: Ids) -> PerHead:
     rows_first = (x.swapaxes(1, 2) for x in (q, k, v))
     out = gpu.mha(
       *rows_first, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret

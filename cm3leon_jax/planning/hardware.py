@@ -16,14 +16,6 @@ GPU_FRACTION = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu:
-  """A GPU model: its name in JAX and its memory (GiB, from nvidia-smi)."""
-
-  device_kind: str
-  memory: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Tpu:
   """A TPU generation.
 
@@ -64,10 +56,11 @@ TPUS = {
     {1: (44, 176), 4: (180, 720), 8: (180, 1440)},
   ),
 }
+# GPU model -> (its name in JAX, its memory in GiB by nvidia-smi).
 GPUS = {
-  "a100": Gpu("NVIDIA A100-SXM4-80GB", 80.0),
-  "h100": Gpu("NVIDIA H100 80GB HBM3", 79.65),
-  "h200": Gpu("NVIDIA H200", 140.4),
+  "a100": ("NVIDIA A100-SXM4-80GB", 80.0),
+  "h100": ("NVIDIA H100 80GB HBM3", 79.65),
+  "h200": ("NVIDIA H200", 140.4),
 }
 
 
@@ -187,11 +180,9 @@ def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
       f"--topology is '{name}': the number of GPUs must be at most {GPUS_PER_HOST}, the GPUs of "
       f"one host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
     )
-  gpu = GPUS[chip]
-  memory = gpu.memory * GPU_FRACTION
-  return Hardware(
-    name, chip, "gpu", gpu.device_kind, memory, (per_host,), count // per_host, per_host
-  )
+  kind, memory = GPUS[chip]
+  usable = memory * GPU_FRACTION
+  return Hardware(name, chip, "gpu", kind, usable, (per_host,), count // per_host, per_host)
 
 
 def peak_of(device_kind: str) -> float:

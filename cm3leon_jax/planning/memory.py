@@ -315,7 +315,7 @@ def check(
 def check_update(
   settings: Settings, shape: Mapping[str, int], limit: int, platform: str = "tpu"
 ) -> Memory:
-  """Does the same as `check` for an update, and returns its `estimate_update`."""
+  """Checks that an update fits, and returns its `estimate_update`; see `check`."""
   del platform  # Updates use no attention kernel.
   memory = estimate_update(settings, shape)
   if memory.total <= limit:

@@ -1,26 +1,18 @@
 """Writes the files of a plan into a folder and replaces the files of an earlier plan."""
 
 from collections.abc import Mapping
-import hashlib
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import read_json, write_json
 
 NUMBERS = "plan.json"
 
 
-def _digest(content: bytes) -> str:
-  return hashlib.sha256(content).hexdigest()
-
-
 def _written(folder: epath.Path) -> dict[str, str]:
-  """Reads name -> digest of the files that the last plan wrote; {} without such a plan.
-
-  Raises:
-    UserError: plan.json does not list these files.
-  """
+  """Reads name -> digest of the files that the last plan wrote; {} without such a plan."""
   path = folder / NUMBERS
   if not path.exists():
     return {}
@@ -44,9 +36,8 @@ def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
   written = _written(folder)
   there = [name for name in sorted({*texts, *written}) if (folder / name).exists()]
   for name in there:
-    content = (folder / name).read_bytes()
-    same = name in texts and content == texts[name].encode()
-    if not same and _digest(content) != written.get(name):
+    same = name in texts and (folder / name).read_bytes() == texts[name].encode()
+    if not same and digest(folder / name) != written.get(name):
       raise UserError(
         f"{folder / name} was changed after `cm3leon plan` wrote it, or is not from a plan, and "
         "would be lost: move it away, or give another --out."
@@ -69,6 +60,6 @@ def write(folder: epath.Path, texts: Mapping[str, str], numbers: Mapping) -> lis
     (folder / name).write_bytes(text.encode())
   for name in surplus:
     (folder / name).unlink()
-  digests = {name: _digest(text.encode()) for name, text in texts.items()}
+  digests = {name: digest(folder / name) for name in texts}
   write_json(folder / NUMBERS, {**numbers, "files": digests})
   return surplus

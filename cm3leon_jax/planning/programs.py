@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,19 +86,15 @@ def policy_step(settings: Settings, mesh: jax.sharding.Mesh, prompt: int) -> jax
     return step.lower(state, reference, rollout)
 
 
-class Evaluation(NamedTuple):
-  """The program for the held-out loss of one micro-batch.
+def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, int]:
+  """Lowers the held-out loss of one micro-batch that `cm3leon train` computes on `mesh`.
 
-  `rest_bytes` is the size, in bytes per device, of the state that stays in memory although the
+  Returns the program, and the bytes per device of the state that stays in memory although the
   program does not read it: the optimizer state, and the parameters if their average is evaluated.
+
+  Raises:
+    UserError: see `train_step`.
   """
-
-  step: jax.stages.Lowered
-  rest_bytes: int
-
-
-def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
-  """Lowers the held-out loss that `cm3leon train` computes on `mesh`. Raises like `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     rows = on_mesh(settings.train, batch_shards()).micro_batch_size
@@ -108,7 +103,7 @@ def evaluation(settings: Settings, mesh: jax.sharding.Mesh) -> Evaluation:
     count = num_sources(settings, "heldout")
     evaluate: jax.stages.Wrapped = steps.evaluate
     lowered = evaluate.lower(state.eval_params, batch, num_sources=count)
-    return Evaluation(lowered, _local_bytes(rest))
+    return lowered, _local_bytes(rest)
 
 
 def _steps(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[Steps, TrainState]:
@@ -142,28 +137,17 @@ def num_sources(settings: Settings, split: str) -> int:
   return count
 
 
-class DecodePrograms(NamedTuple):
-  """The programs that `Generator` runs for a batch.
-
-  Attributes:
-    weight_bytes: bytes of the parameters that a device reads per step: the blocks and the image
-      rows of the output table.
-    cache_bytes: bytes per device of the last and largest cache.
-  """
-
-  lowered: Lowered
-  weight_bytes: int
-  cache_bytes: int
-
-
 def guided_decoder(
   settings: Settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
-) -> DecodePrograms:
+) -> tuple[Lowered, int, int]:
   """Lowers the programs of `Generator` for text-to-image prompts with two guidance streams.
 
   Parameters are in the compute dtype, as on a server. `prompts` is B, the number of prompts.
   `positions` is the number of positions of a sample. The prompt takes all positions that the image
   leaves.
+
+  Returns the programs; the bytes of the parameters that a device reads per step, which are the
+  blocks and the image rows of the output table; and the bytes per device of the largest cache.
 
   Raises:
     UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.
@@ -189,7 +173,7 @@ def guided_decoder(
     params = _decode_params(settings, mesh)
     lowered = lower_batch(mesh, params, batch, static)
   weights = _local_bytes((params.model["blocks"], params.image_head))
-  return DecodePrograms(lowered, weights, _local_bytes(lowered.state.cache))
+  return lowered, weights, _local_bytes(lowered.state.cache)
 
 
 def _decode_params(settings: Settings, mesh: jax.sharding.Mesh) -> DecodeParams:

@@ -2,7 +2,8 @@
 
   export WANDB_API_KEY="$(python -m cm3leon_jax.planning.secret projects/PROJECT/secrets/NAME)"
 
-It reads the secret as the service account of the machine, so it works only on Google Cloud.
+This command reads the secret as the service account of the machine, which exists only on Google
+Cloud.
 """
 
 import base64

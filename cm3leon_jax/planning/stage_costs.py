@@ -50,12 +50,8 @@ def pairs_of_a_pass(settings: Settings) -> int:
   return round(tokens * share / (document * (1 + settings.data.num_neighbors)))
 
 
-def estimate(settings: Settings, plan: Plan, pairs: int) -> list[Cost]:
+def estimate(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   """Estimates the costs of all stages up to training, in the order in which the stages run."""
-  return list(_costs(settings, plan, pairs))
-
-
-def _costs(settings: Settings, plan: Plan, pairs: int) -> Iterator[Cost]:
   hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
   train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
   if settings.instructions.any:

@@ -19,32 +19,28 @@ SIDE = 2 * CELL
 
 
 @functools.cache
-def _icons() -> Any:
-  """Imports the icon font on first use. Reports and exports of other data do not need it."""
+def _font() -> tuple[Any, ImageFont.FreeTypeFont]:
+  """Loads the glyphs by name, and the icon font. Reports and exports of other data need neither."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:
     raise UserError(
       f"the icons of `scenes` are not installed ({error}): {extras.install('demo')}."
     ) from error
-  return MDI7
+  return MDI7, ImageFont.truetype(str(MDI7.__font_file__), CELL)
 
 
 @functools.cache
-def _font(cell: int) -> ImageFont.FreeTypeFont:
-  return ImageFont.truetype(str(_icons().__font_file__), cell)
-
-
-@functools.cache
-def alpha(icon: str, cell: int = CELL) -> np.ndarray:
-  """Renders the ink of an icon: [cell, cell] uint8, where 255 is full ink.
+def alpha(icon: str) -> np.ndarray:
+  """Renders the ink of an icon: [CELL, CELL] uint8, where 255 is full ink.
 
   `icon` is its name in Material Design Icons 7.
   """
-  glyph = getattr(_icons(), icon).rpartition(".")[2]
-  image = Image.new("L", (cell, cell))
-  middle = (cell / 2, cell / 2)
-  ImageDraw.Draw(image).text(middle, glyph, font=_font(cell), fill=255, anchor="mm")
+  glyphs, font = _font()
+  glyph = getattr(glyphs, icon).rpartition(".")[2]
+  image = Image.new("L", (CELL, CELL))
+  middle = (CELL / 2, CELL / 2)
+  ImageDraw.Draw(image).text(middle, glyph, font=font, fill=255, anchor="mm")
   ink = np.array(image)
   ink.flags.writeable = False  # The array is cached, so callers must not change it.
   return ink
@@ -73,10 +69,10 @@ def outline(filled: np.ndarray) -> np.ndarray:
   return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
 
 
-def corner(place: str, cell: int = CELL) -> tuple[int, int]:
+def corner(place: str) -> tuple[int, int]:
   """Returns the left and the top coordinate of a place, in pixels."""
   row, column = divmod(PLACES.index(place), 2)
-  return column * cell, row * cell
+  return column * CELL, row * CELL
 
 
 def render(scene: Scene, style: Style = "filled") -> np.ndarray:

@@ -6,6 +6,7 @@ training scenes before and after an edit, so an edit with a held-out result is d
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import random
 from typing import TypeVar
 
@@ -53,9 +54,20 @@ RARE_EDITS = 0.5
 TRIES = 10_000  # Largest number of scenes that are drawn for a record. Then an error is raised.
 
 
-def records(config: ScenesConfig, task: str, split: Split, number: int) -> Iterator[Record]:
-  """Yields the first `number` records of a task, see `record`."""
-  return (record(config, task, split, index) for index in range(number))
+@dataclasses.dataclass(frozen=True)
+class ScenesTasks:
+  """Implements `data.instructions.records.DrawnTasks` for the tasks `scenes/TASK`."""
+
+  config: ScenesConfig
+
+  def records(self, task: str, split: Split, number: int) -> Iterator[Record]:
+    """Yields the first `number` records of a task, see `record`."""
+    return (record(self.config, task, split, index) for index in range(number))
+
+  def identity(self) -> dict:
+    """Returns the section `scenes` without `train` and `bank`, which do not affect the tasks."""
+    fields = dataclasses.asdict(self.config)
+    return {name: value for name, value in fields.items() if name not in ("train", "bank")}
 
 
 def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:

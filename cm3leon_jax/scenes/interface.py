@@ -1,6 +1,7 @@
 """Implements `evaluation.world.World` for the world `scenes`.
 
-Most commands need only records. Therefore modules for images and models are imported in methods.
+Most commands need only records. Therefore `samples`, which imports the decoder, and `table`, which
+imports statistics, are imported in methods.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.evaluation.headlines import Headline
 from cm3leon_jax.evaluation.world import Answer, JudgedSamples, World
-from cm3leon_jax.scenes import headlines, instructions, source
+from cm3leon_jax.scenes import headlines, source
+from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, ScenesTasks
+from cm3leon_jax.scenes.judge import answers, judge
 from cm3leon_jax.scenes.source import ScenesSource
-from cm3leon_jax.scenes.tasks import ScenesTasks
 from cm3leon_jax.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ class ScenesWorld:
   name = source.NAME
   caption = "a green bell to the left of a blue key"
   bundled = "scenes"
+  check_installed = staticmethod(source.check_installed)
+  headlines = staticmethod(headlines.headlines)
 
   @property
   def kinds(self) -> dict[str, tuple[str, ...]]:
-    return {"questions": instructions.QUESTIONS, "edits": tuple(instructions.EDITS)}
+    return {"questions": QUESTIONS, "edits": tuple(EDITS)}
 
   @property
   def sheet_size(self) -> int:
@@ -47,9 +50,6 @@ class ScenesWorld:
 
     return table.COLUMNS
 
-  def check_installed(self) -> None:
-    source.check_installed()
-
   def source(self, settings: Settings) -> ScenesSource:
     return ScenesSource(settings.scenes)
 
@@ -59,30 +59,35 @@ class ScenesWorld:
   def judge_images(
     self, images: np.ndarray, facts: Sequence[dict], settings: Settings
   ) -> list[bool]:
-    from cm3leon_jax.scenes.judge import judge
-
     verdicts = judge.judge_all(images, facts, settings.scenes.style)
     return [bool(verdict.correct) for verdict in verdicts]
 
   def judge_answer_texts(self, records: Sequence[Record], texts: Sequence[str]) -> list[Answer]:
-    from cm3leon_jax.scenes.judge import instruction_grades
-
-    return instruction_grades.judge_texts(records, texts)
+    found = []
+    for record, text in zip(records, texts, strict=True):
+      right = answers.is_right(record, text)
+      reason = "" if right else f"right: {answers.answer_of(record)}"
+      found.append(Answer(record, "", None, text, right, reason))
+    return found
 
   def judge_answer_images(
-    self,
-    records: Sequence[Record],
-    images: Sequence[np.ndarray] | np.ndarray,
-    settings: Settings,
+    self, records: Sequence[Record], images: Sequence[np.ndarray] | np.ndarray, settings: Settings
   ) -> list[Answer]:
-    from cm3leon_jax.scenes.judge import instruction_grades
-
-    return instruction_grades.judge_images(records, images, settings.scenes.style)
+    verdicts = answers.judge_images(records, np.stack([*images]), settings.scenes.style)
+    found = []
+    for record, image, v in zip(records, images, verdicts):
+      true = np.asarray(record.images["after" if record.facts["task"] in EDITS else "image"])
+      kept = v.holds.get("kept")
+      found.append(Answer(record, "", None, image, v.correct, v.reason, kept, true))
+    return found
 
   def guesses(self, records: Sequence[Record]) -> dict[str, list[str]]:
-    from cm3leon_jax.scenes.judge import instruction_grades
-
-    return instruction_grades.guesses(records)
+    task = records[0].facts["task"]
+    if task not in QUESTIONS:
+      return {}
+    majority = answers.majority_answers(records)[task]
+    blind = [answers.any_object_answer(record) or majority for record in records]
+    return {"majority": [majority] * len(records), "any object": blind}
 
   def evaluate(
     self,
@@ -98,15 +103,12 @@ class ScenesWorld:
     return JudgedSamples(samples.overview(result), samples.describe(result))
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:
-    from cm3leon_jax.scenes.judge import samples
+    from cm3leon_jax.scenes.judge import table
 
-    return samples.metadata(task)
+    return table.geneval_metadata(task.prompt, task.document.facts)
 
   def about(self, settings: Settings) -> dict[str, Any]:
     return {"training_scenes": settings.scenes.train}
-
-  def headlines(self, summary: dict[str, Any]) -> tuple[Headline, ...]:
-    return headlines.headlines(summary)
 
   def rows(self, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     from cm3leon_jax.scenes.judge import table as tables

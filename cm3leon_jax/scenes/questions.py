@@ -3,22 +3,16 @@
 The functions return None instead of a question that has several right answers or none.
 """
 
+from collections import Counter
 import dataclasses
 import itertools
 import random
 
-from cm3leon_jax.scenes.captions import (
-  NUMBERS,
-  PLURAL_WORDS,
-  RELATIONS,
-  plural,
-  relations,
-  with_article,
-)
+from cm3leon_jax.scenes import captions
 from cm3leon_jax.scenes.config import COMMON
 from cm3leon_jax.scenes.world import Scene, is_heldout_objects
 
-NUMBER_WORDS = {1: "one", **NUMBERS}
+NUMBER_WORDS = {1: "one", **captions.NUMBERS}
 
 # {x}, {y}: objects without an article. {xs}: an object in the plural. {an_x}: an object with the
 # indefinite article. {is}, {Is}: "is" or "are". {does}: "does" or "do". {relation}: e.g. "left of".
@@ -58,15 +52,12 @@ class SceneQuestion:
 
 def counts_of(scene: Scene) -> dict[str, int]:
   """Counts the objects of each name. The names are in the order of the places."""
-  counts: dict[str, int] = {}
-  for placed in scene.objects:
-    counts[placed.object] = counts.get(placed.object, 0) + 1
-  return counts
+  return dict(Counter(placed.object for placed in scene.objects))
 
 
 def named(name: str, number: int) -> str:
   """Returns the singular or plural of a name, without an article: named("bell", 2) = "bells"."""
-  return name if number == 1 else plural(name)
+  return name if number == 1 else captions.plural(name)
 
 
 def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | None:
@@ -78,7 +69,7 @@ def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | 
   if not names:
     return None
   name = rng.choice(names)
-  return SceneQuestion(rng.choice(_COUNT).format(xs=plural(name)), NUMBER_WORDS[number])
+  return SceneQuestion(rng.choice(_COUNT).format(xs=captions.plural(name)), NUMBER_WORDS[number])
 
 
 def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
@@ -94,7 +85,7 @@ def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
     return None
   name = rng.choice(names)
   number = counts_of(scene)[name]
-  many = number > 1 or name in PLURAL_WORDS
+  many = number > 1 or name in captions.PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "does": "do" if many else "does"}
   question = rng.choice(_COLOR).format(x=named(name, number), **verbs)
   return SceneQuestion(question, *colors[name])
@@ -102,8 +93,8 @@ def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
 
 def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
   """Asks whether the scene shows an object with a given name: "Is there a cat?" -> "no"."""
-  verb = "Are" if name in PLURAL_WORDS else "Is"
-  question = rng.choice(_EXISTS).format(an_x=with_article(name), Is=verb)
+  verb = "Are" if name in captions.PLURAL_WORDS else "Is"
+  question = rng.choice(_EXISTS).format(an_x=captions.with_article(name), Is=verb)
   return SceneQuestion(question, "yes" if name in counts_of(scene) else "no")
 
 
@@ -127,12 +118,12 @@ def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
   """
   counts = counts_of(scene)
   known = []
-  for y, relation in itertools.product(scene.objects, RELATIONS):
-    there = [x for x in scene.objects if relation in relations(x.place, y.place)]
+  for y, relation in itertools.product(scene.objects, captions.RELATIONS):
+    there = [x for x in scene.objects if relation in captions.relations(x.place, y.place)]
     if counts[y.object] == 1 and len(there) == 1:
       known.append((relation, y.object, there[0].object))
   if not known:
     return None
   relation, name, answer = rng.choice(known)
-  phrase = rng.choice(RELATIONS[relation])
+  phrase = rng.choice(captions.RELATIONS[relation])
   return SceneQuestion(rng.choice(_RELATION).format(relation=phrase, y=name), answer)

@@ -4,6 +4,7 @@ A record depends only on the config, its split and its index, so any number of r
 in any order.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 import itertools
@@ -13,30 +14,27 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw import reader
 from cm3leon_jax.data.sources.drawn import FactLeakReport, check_license, load_drawings
 from cm3leon_jax.data.sources.formats import SourcePart
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.scenes import world
 from cm3leon_jax.scenes.captions import Description, describe, describe_plainly, relations
-from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesConfig, Style
+from cm3leon_jax.scenes.config import CATEGORIES, COMMON, TWO_OBJECTS, ScenesConfig
 from cm3leon_jax.scenes.drawings import SIDE, box, render
+from cm3leon_jax.scenes.questions import counts_of
 from cm3leon_jax.scenes.world import KINDS, Scene
 
 NAME = "scenes"  # Value of `raw.source`, and prefix of the keys of records.
 SOURCE = "https://pictogrammers.com/library/mdi"
 LICENSE = "Apache-2.0"
 ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
+SHOWN = 20  # Number of leaked scenes that the report names.
 PART_RECORDS = 2_000  # Number of records per part. A part becomes a raw shard.
 
 
-def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
-  """Renders the image of a record, [H, W, 3] uint8. `facts_key` is the record's field `image`."""
-  del resolution  # `ScenesSource.parts` checks it.
-  return render(Scene.parse(facts_key), style)
-
-
 def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
-  """Returns record `index` of a split. `load` renders the image from the field `image`."""
+  """Returns record `index` of a split. `ScenesSource.load` renders the image of a record."""
   rng = random.Random(f"{config.seed}/{split}/{index}")
   if split == "train":
     category, scene = _train_scene(config, rng)
@@ -94,11 +92,7 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order.
-
-  Raises:
-    UserError: the category has no scene to hold out or no scene to train on.
-  """
+  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order."""
   number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
@@ -122,9 +116,6 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
 
 def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
   """Returns the field `facts` of a record, see docs/scenes.md."""
-  counts: dict[str, int] = {}
-  for placed in scene.objects:
-    counts[placed.object] = counts.get(placed.object, 0) + 1
   return {
     "tag": category,
     "heldout": kind,
@@ -134,7 +125,7 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
       {"class": placed.object, "color": placed.color, "place": placed.place, "box": box(placed)}
       for placed in scene.objects
     ],
-    "counts": counts,
+    "counts": counts_of(scene),
     "relations": [
       [a.object, relation, b.object]
       for a, b in itertools.permutations(scene.objects, 2)
@@ -196,8 +187,9 @@ class ScenesSource:
     return [pair(self.config, split, index) for index in range(int(start), int(end))]
 
   def load(self, image: str, resolution: int) -> np.ndarray:
-    """Renders the image of a record: [H, W, 3] uint8."""
-    return load(image, resolution, self.config.style)
+    """Renders the image of a record, [H, W, 3] uint8. `image` is the record's field `image`."""
+    del resolution  # `parts` checks it.
+    return render(Scene.parse(image), self.config.style)
 
   def number_of(self, pair: RawPair) -> str:
     """Returns the name of the counter that counts a record, e.g. "train_colors"."""
@@ -208,7 +200,54 @@ class ScenesSource:
     return {"distinct_scenes": world.number_of_scenes(self.config)}
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
-    """Finds leaked held-out scenes, see `leaks.check`."""
-    from cm3leon_jax.scenes import leaks  # Its imports are not needed to make records.
+    """Compares the facts of held-out pairs in a raw folder with the facts of its training pairs.
 
-    return leaks.check(folder)
+    A scene has leaked in each of these cases:
+
+    - Training or the bank shows a scene with equal facts.
+    - The scene is held out for its objects with their colors, or for its pairs of objects, and
+      training and the bank together show all these objects or pairs.
+    - The scene is held out for a rare object, and training shows the object, or the bank shows the
+      object in the color of the scene. The bank may show the object in other colors.
+    """
+    heldout = list(_pairs(folder, "heldout"))
+    seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    train = 0
+    for pair in _pairs(folder, "train"):
+      train += 1
+      for kind in KINDS:
+        seen[kind] |= _shown(pair.facts, kind)
+    leaked, first = dict.fromkeys(KINDS, 0), []
+    in_bank = set()
+    for pair in _pairs(folder, "bank"):
+      in_bank |= _shown(pair.facts, "pair")
+      for kind in set(KINDS) - {"rare"}:
+        seen[kind] |= _shown(pair.facts, kind)
+    for pair in heldout:
+      kind = pair.facts["heldout"]
+      if kind == "rare" and _shown(pair.facts, "pair") & in_bank:
+        leaked[kind] += 1
+        first.append(f"heldout '{pair.key}' (rare, in the bank): {pair.concept}")
+      elif _shown(pair.facts, "scene") <= seen["scene"] or _shown(pair.facts, kind) <= seen[kind]:
+        leaked[kind] += 1
+        first.append(f"heldout '{pair.key}' ({kind}): {pair.concept}")
+    return FactLeakReport(len(heldout), train, leaked, first[:SHOWN])
+
+
+def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
+  for name in reader.shards(folder):
+    yield from reader.read_shard(folder, name, RawPair, split)
+
+
+def _shown(facts: dict, kind: str) -> set:
+  """Returns the facts to compare for a scene that is held out for `kind`, e.g. "pair"."""
+  objects = facts["objects"]
+  match kind:
+    case "scene":
+      return {tuple(sorted((o["class"], o["color"], o["place"]) for o in objects))}
+    case "pair":
+      return {(o["class"], o["color"]) for o in objects}
+    case "objects":
+      return set(itertools.combinations(sorted(o["class"] for o in objects), 2))
+    case _:
+      return {o["class"] for o in objects}

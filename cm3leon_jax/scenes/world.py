@@ -19,21 +19,12 @@ ICONS = {**RARE, **COMMON}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("scene", "pair", "objects", "rare")  # Reasons for which a scene is held out.
 
-HELDOUT_SCENES = 0.1  # Held-out share of the scenes of which all parts occur in training.
+HELDOUT_SCENES = 0.1  # Held-out share of the scenes whose colored objects and pairs are trained.
 HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
-
-
-def _heldout_colors() -> dict[str, str]:
-  """Assigns each common object the color in which training never shows it.
-
-  All colors are assigned equally often.
-  """
-  ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
-  return dict(zip(ordered, itertools.cycle(COLORS)))
-
-
-HELDOUT_COLOR = _heldout_colors()
+# Common object -> the color in which training never shows it. Each color has equally many objects.
+_ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
+HELDOUT_COLOR = dict(zip(_ordered, itertools.cycle(COLORS)))
 
 
 @functools.cache
@@ -48,7 +39,7 @@ def rare_color(name: str) -> str:
 
 @functools.cache
 def bank_color(name: str) -> str:
-  """Returns a color of a common object. Only the bank shows it in this color as the only object."""
+  """Returns the color in which no split except the bank shows a common object alone."""
   known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
   return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
 

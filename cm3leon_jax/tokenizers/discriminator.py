@@ -9,11 +9,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, PyTree
-import numpy as np
 
 from cm3leon_jax import parameters
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import Pixels
 
 MAX_ADAPTIVE = 1e4  # Largest ratio of the two norms (Esser et al. 2021, published code).
 
@@ -28,7 +28,7 @@ class Discriminator(nnx.Module):
     )
     self.conv_out = vqgan.conv(widths[-1], 1, 3, rngs)
 
-  def __call__(self, x: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w"]:
+  def __call__(self, x: Pixels) -> Float[Array, "B h w"]:
     for i, layer in enumerate(self.layers):
       x = layer(x)
       x = nnx.leaky_relu(vqgan.normalize(x) if i else x, 0.2)
@@ -45,19 +45,12 @@ def init_params(config: VQGANConfig, key: Key[Array, ""]) -> dict:
   return parameters.random(_structure(config)[1], key)
 
 
-def judge(
-  config: VQGANConfig, params: dict, x: Float[Array | np.ndarray, "B H W 3"]
-) -> Float[Array, "B h w"]:
+def judge(config: VQGANConfig, params: dict, x: Pixels) -> Float[Array, "B h w"]:
   """Applies the discriminator: pixels [B, H, W, 3] -> scores [B, h, w]."""
   return parameters.fill(*_structure(config), params)(x)
 
 
-def hinge_loss(
-  params: dict,
-  config: VQGANConfig,
-  x: Float[Array | np.ndarray, "B H W 3"],
-  y: Float[Array | np.ndarray, "B H W 3"],
-) -> Float32[Array, ""]:
+def hinge_loss(params: dict, config: VQGANConfig, x: Pixels, y: Pixels) -> Float32[Array, ""]:
   """Computes the hinge loss of scores for images x and reconstructions y, [B, H, W, 3].
 
   Scores of x above 1, and scores of y below -1, add nothing.
@@ -70,7 +63,7 @@ def hinge_loss(
 def adaptive_weight(
   last_layer: Callable[[PyTree], Array],
   params: PyTree,
-  y: Float[Array | np.ndarray, "B H W 3"],
+  y: Pixels,
   reconstruction_loss: Callable[[Array], Array],
   adversarial_loss: Callable[[Array], Array],
 ) -> Float32[Array, ""]:

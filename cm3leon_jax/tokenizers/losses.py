@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PyTree
-import numpy as np
 
 from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
 from cm3leon_jax.tokenizers.config import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import Channels, Pixels
 
 SCALES = 3  # Number of scales of `multiscale_loss`: squares of 2, 4 and 8 pixels.
 
@@ -32,9 +32,7 @@ class Outputs(NamedTuple):
   adaptive: jax.Array
 
 
-def multiscale_loss(
-  x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
-) -> Float32[Array, ""] | float:
+def multiscale_loss(x: Channels, y: Channels) -> Float32[Array, ""] | float:
   """Computes the mean absolute error of means over squares with sides of 2, 4 and 8 pixels.
 
   Omits a scale if the image cannot be divided into its squares.
@@ -49,9 +47,7 @@ def multiscale_loss(
   return sum(losses) / max(len(losses), 1)
 
 
-def gradient_loss(
-  x: Float[Array | np.ndarray, "B H W C"], y: Float[Array | np.ndarray, "B H W C"]
-) -> Float32[Array, ""]:
+def gradient_loss(x: Channels, y: Channels) -> Float32[Array, ""]:
   """Computes the mean absolute error of differences between neighbors, vertical and horizontal."""
   error = y - x
   return (
@@ -60,10 +56,7 @@ def gradient_loss(
 
 
 def reconstruction_loss(
-  config: VQGANConfig,
-  x: Float[Array | np.ndarray, "B H W 3"],
-  y: Float[Array | np.ndarray, "B H W 3"],
-  features: dict | None = None,
+  config: VQGANConfig, x: Pixels, y: Pixels, features: dict | None = None
 ) -> Float32[Array, ""]:
   """Computes the weighted sum of all losses that compare images x with reconstructions y.
 
@@ -86,7 +79,7 @@ def generator_loss(
   discriminator: dict | None,
   config: VQGANConfig,
   num_codes: int,
-  x: Float[Array | np.ndarray, "B H W 3"],
+  x: Pixels,
   features: dict | None = None,
 ) -> tuple[Float32[Array, ""], Outputs]:
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
@@ -100,7 +93,7 @@ def generator_loss(
     decoder = {**params["decoder"], "conv_out": layer}
     return vqgan.bind(config, num_codes, {**params, "decoder": decoder}).decoder.last(hidden)
 
-  def rebuilt(y: Float[Array | np.ndarray, "B H W 3"]) -> Float32[Array, ""]:
+  def rebuilt(y: Pixels) -> Float32[Array, ""]:
     return reconstruction_loss(config, x, y, features)
 
   y = last_layer(params["decoder"]["conv_out"])
@@ -108,7 +101,7 @@ def generator_loss(
   loss += quantizers.loss(config.quantizer, config.codebook_weight, config.commitment_weight, z, q)
   if discriminator is not None:
 
-    def not_convincing(y: Float[Array | np.ndarray, "B H W 3"]) -> Float32[Array, ""]:
+    def not_convincing(y: Pixels) -> Float32[Array, ""]:
       return -discriminator_lib.judge(config, discriminator, y).mean()
 
     if config.adversarial_adaptive:

@@ -7,6 +7,7 @@ must name a file that contains them.
 # B batch, H height, W width, C channels of a layer.
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 from jax import lax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
+Pixels: TypeAlias = Float[Array | np.ndarray, "B H W 3"]
 NETWORK = "VGG16 with the tensor names of torchvision"
 # For each stage: index in `features` -> (input channels, output channels). A pool follows each
 # stage. The distance compares the outputs of the five stages before their pools.
@@ -71,9 +73,7 @@ def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
   return params
 
 
-def activations(
-  params: dict, x: Float[Array | np.ndarray, "B H W 3"]
-) -> list[Float[Array, "B _ _ _"]]:
+def activations(params: dict, x: Pixels) -> list[Float[Array, "B _ _ _"]]:
   """Computes the outputs of the five stages, before their pools, for pixels in [-1, 1]."""
   shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
   x, found = (x - shift) / scale, []
@@ -90,14 +90,11 @@ def activations(
   return found
 
 
-def distance(
-  params: dict, x: Float[Array | np.ndarray, "B H W 3"], y: Float[Array | np.ndarray, "B H W 3"]
-) -> Float32[Array, " B"]:
+def distance(params: dict, x: Pixels, y: Pixels) -> Float32[Array, " B"]:
   """Computes the sum over stages of the mean squared distance between normalized features.
 
-  With the learned layers of LPIPS, the result is LPIPS. Without them, all channels have equal
-  weights.
-  `params` is the result of `make_params`, and pixels are in [-1, 1].
+  With the learned layers of LPIPS, the result is LPIPS. Without these layers, all channels have
+  equal weights. `params` is the result of `make_params`, and pixels are in [-1, 1].
   """
   total = jnp.zeros(len(x), jnp.float32)
   for number, pair in enumerate(zip(activations(params, x), activations(params, y))):

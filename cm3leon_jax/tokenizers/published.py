@@ -10,7 +10,7 @@ Modules and parameters have the names of taming's state dict.
 
 import functools
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from flax import nnx
 import jax
@@ -25,6 +25,8 @@ from cm3leon_jax.config import STRICT
 
 SECTION = "published"  # Section of config.json with a PublishedConfig.
 Family = Literal["amused", "taming_gumbel_f8", "chameleon"]
+Images: TypeAlias = UInt8[Array | np.ndarray, "B H W 3"]
+Codes: TypeAlias = Int32[Array | np.ndarray, "B h w"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -50,8 +52,8 @@ class PublishedConfig:
   middle_attention: bool = False
   """Whether there is attention between the two residual blocks at the lowest resolution."""
   gumbel: bool = False
-  """Whether a code is the largest of K logits (Gumbel softmax without noise) instead of the
-  nearest."""
+  """Whether a code is the index of the largest of K logits (Gumbel softmax without noise) instead
+  of the nearest vector."""
   lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
   """Value of black: 0 for pixels in [0, 1], -1 for pixels in [-1, 1]."""
 
@@ -302,10 +304,7 @@ def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(
-  config: PublishedConfig,
-  num_codes: int,
-  params: dict,
-  images: UInt8[Array | np.ndarray, "B H W 3"],
+  config: PublishedConfig, num_codes: int, params: dict, images: Images
 ) -> Int32[Array, "B h w"]:
   """Encodes images to codes. H and W can be any multiples of `config.downsample`."""
   with jax.default_matmul_precision("highest"):
@@ -316,7 +315,7 @@ def encode(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode_pixels(
-  config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
+  config: PublishedConfig, num_codes: int, params: dict, codes: Codes
 ) -> Float32[Array, "B H W 3"]:
   """Decodes codes to pixels that are not clipped. Clipped pixels are in [`lowest_pixel`, 1]."""
   with jax.default_matmul_precision("highest"):
@@ -325,7 +324,7 @@ def decode_pixels(
 
 
 def decode(
-  config: PublishedConfig, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B h w"]
+  config: PublishedConfig, num_codes: int, params: dict, codes: Codes
 ) -> UInt8[Array, "B H W 3"]:
   """Decodes codes to images."""
   low, pixels = config.lowest_pixel, decode_pixels(config, num_codes, params, codes)

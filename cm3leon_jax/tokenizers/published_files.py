@@ -1,6 +1,5 @@
 """Reads published image tokenizers from safetensors, and writes them with published names."""
 
-from collections.abc import Collection
 import dataclasses
 import functools
 import os
@@ -57,7 +56,7 @@ class Read:
   Attributes:
     tokenizer: tokenizer at its family's first resolution.
     files: files with its tensors.
-    num_left: number of tensors in the files that are not of the tokenizer.
+    num_left: number of tensors in the files that do not belong to the tokenizer.
   """
 
   tokenizer: ImageTokenizer
@@ -99,16 +98,10 @@ def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[in
   }
 
 
-def _config_of(tokenizer: ImageTokenizer) -> PublishedConfig:
-  """Returns the config of a published tokenizer; raises TypeError for another tokenizer."""
-  if not isinstance(tokenizer.config, PublishedConfig):
-    raise TypeError("the image tokenizer is not a published one.")
-  return tokenizer.config
-
-
 def to_tensors(tokenizer: ImageTokenizer) -> dict[str, np.ndarray]:
   """Returns the parameters of a published tokenizer under their published names."""
-  config = _config_of(tokenizer)
+  config = tokenizer.config
+  assert isinstance(config, PublishedConfig)
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   return {
     published_name(name, config): np.ascontiguousarray(
@@ -169,7 +162,8 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.P
   """
   expected = tensor_shapes(config, num_codes)
   if missing := [name for name in expected if name not in found]:
-    others = [f for f in FAMILIES if f != config.family and _has_names(found, f)]
+    names = {family: tensor_shapes(other, NUM_CODES).keys() for family, other in FAMILIES.items()}
+    others = [f for f in FAMILIES if f != config.family and names[f] <= found.keys()]
     if others:
       hint = f"its tensors have the names of --family={others[0]}."
     elif not any(name.startswith("decoder.") for name in found):
@@ -194,10 +188,6 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.P
         f"{source}: tensor '{name}' has shape {list(found[name][1])}; for --family={config.family} "
         f"it must be {list(shape)}."
       )
-
-
-def _has_names(found: Collection[str], family: Family) -> bool:
-  return set(tensor_shapes(FAMILIES[family], NUM_CODES)) <= set(found)
 
 
 def read(source: epath.PathLike, family: Family) -> Read:
@@ -335,7 +325,8 @@ def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
   Uses `save_diffusers` for `amused`. Writes config.json last. Returns the name of the file with the
   tensors.
   """
-  folder, config = epath.Path(folder), _config_of(tokenizer)
+  folder, config = epath.Path(folder), tokenizer.config
+  assert isinstance(config, PublishedConfig)
   if config.family == "amused":
     save_diffusers(folder, tokenizer)
     return DIFFUSERS

@@ -1,6 +1,6 @@
 """Finds the safetensors files of a published image tokenizer.
 
-It never opens a pickle, because a pickle can run any code.
+This module never opens a pickle, because a pickle can run any code.
 """
 
 from collections.abc import Collection

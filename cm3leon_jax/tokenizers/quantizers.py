@@ -6,6 +6,8 @@ finds the index of the nearest code. `__call__` looks up the vectors of codes by
 
 # N encodings, E code width, K codes, L levels of a channel.
 
+from typing import TypeAlias
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,15 +16,15 @@ import numpy as np
 
 from cm3leon_jax.tokenizers.config import Quantizer, check_levels, levels_of
 
+Vectors: TypeAlias = Float[Array | np.ndarray, "*B E"]
 
-def l2_normalize(x: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
+
+def l2_normalize(x: Vectors) -> Float[Array, "*B E"]:
   """Scales vectors along the last axis to norm 1."""
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 
-def straight_through(
-  z: Float[Array | np.ndarray, "*B E"], q: Float[Array | np.ndarray, "*B E"]
-) -> Float[Array, "*B E"]:
+def straight_through(z: Vectors, q: Vectors) -> Float[Array, "*B E"]:
   """Returns the value of q with the gradient of z."""
   return z + jax.lax.stop_gradient(q - z)
 
@@ -40,11 +42,11 @@ class Codebook(nnx.Module):
     """Returns all codes, [K, E]."""
     return l2_normalize(self.table[...])
 
-  def prepare(self, encodings: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
+  def prepare(self, encodings: Vectors) -> Float[Array, "*B E"]:
     """Scales encodings [..., E] to norm 1."""
     return l2_normalize(encodings)
 
-  def nearest(self, z: Float[Array | np.ndarray, "*B E"]) -> Int32[Array, "*B"]:
+  def nearest(self, z: Vectors) -> Int32[Array, "*B"]:
     """Finds the nearest code of vectors of norm 1: [..., E] -> int32 [...]."""
     products = jnp.matmul(z, self.vectors().T, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(products, -1).astype(jnp.int32)
@@ -65,7 +67,7 @@ class FSQ(nnx.Module):
     check_levels(num_codes, code_dim)
     self.levels = levels_of(num_codes)
 
-  def prepare(self, encodings: Float[Array | np.ndarray, "*B E"]) -> Float[Array, "*B E"]:
+  def prepare(self, encodings: Vectors) -> Float[Array, "*B E"]:
     """Squashes encodings [..., E]. The codes of channel i are multiples of 1 / (L_i // 2)."""
     levels = self._levels(encodings.ndim)
     half = (levels - 1) * (1 + 1e-3) / 2  # A bit larger, so that the outermost levels are reached.
@@ -74,13 +76,13 @@ class FSQ(nnx.Module):
     squashed = jnp.tanh(encodings + shift) * np.float32(half) - np.float32(offset)
     return squashed / np.float32(levels // 2)
 
-  def nearest(self, z: Float[Array | np.ndarray, "*B E"]) -> Int32[Array, "*B"]:
+  def nearest(self, z: Vectors) -> Int32[Array, "*B"]:
     """Rounds squashed encodings to codes: [..., E] -> int32 [...]."""
     levels = self._levels(z.ndim)
     digits = jnp.round(z * np.float32(levels // 2)).astype(jnp.int32) + levels // 2
     return jnp.sum(digits * self._strides(z.ndim), -1).astype(jnp.int32)
 
-  def __call__(self, indices: Int[Array | np.ndarray, "*B"]) -> Float[Array | np.ndarray, "*B E"]:
+  def __call__(self, indices: Int[Array | np.ndarray, "*B"]) -> Vectors:
     """Looks up codes: int32 [...] -> [..., E] in [-1, 1]."""
     levels = self._levels(indices.ndim + 1)
     digits = indices[..., None] // self._strides(indices.ndim + 1) % levels
@@ -106,11 +108,7 @@ def make(kind: Quantizer, num_codes: int, code_dim: int, rngs: nnx.Rngs) -> Code
 
 
 def loss(
-  kind: Quantizer,
-  codebook_weight: float,
-  commitment_weight: float,
-  z: Float[Array | np.ndarray, "*B E"],
-  q: Float[Array | np.ndarray, "*B E"],
+  kind: Quantizer, codebook_weight: float, commitment_weight: float, z: Vectors, q: Vectors
 ) -> Float32[Array, ""] | float:
   """Computes the weighted sum of codebook loss and commitment loss.
 
@@ -124,5 +122,5 @@ def loss(
   return codebook_weight * _squared(q - stop(z)) + commitment_weight * _squared(z - stop(q))
 
 
-def _squared(x: Float[Array | np.ndarray, "*B E"]) -> Float[Array, ""]:
+def _squared(x: Vectors) -> Float[Array, ""]:
   return jnp.mean(jnp.sum(x * x, -1))

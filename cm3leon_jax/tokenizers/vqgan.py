@@ -11,6 +11,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
+from typing import TypeAlias
 
 from etils import epath
 from flax import nnx
@@ -28,10 +29,15 @@ from cm3leon_jax.tokenizers.config import VQGANConfig
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
+Config: TypeAlias = VQGANConfig | published.PublishedConfig
+Pixels: TypeAlias = Float[Array | np.ndarray, "B H W 3"]
+Channels: TypeAlias = Float[Array | np.ndarray, "B H W C"]
+Encodings: TypeAlias = Float[Array, "B h w E"]
+Indices: TypeAlias = Int32[Array, "B h w"]
 
 
 def space_to_depth(
-  x: Float[Array | np.ndarray, "B H W C"], factor: int
+  x: Channels, factor: int
 ) -> Float[Array | np.ndarray, "B H//{factor} W//{factor} C*{factor}**2"]:
   """Folds squares of pixels into channels.
 
@@ -43,7 +49,7 @@ def space_to_depth(
 
 
 def depth_to_space(
-  x: Float[Array | np.ndarray, "B H W C"], factor: int
+  x: Channels, factor: int
 ) -> Float[Array | np.ndarray, "B H*{factor} W*{factor} C//{factor}**2"]:
   """Inverts `space_to_depth`."""
   b, h, w, c = x.shape
@@ -51,9 +57,7 @@ def depth_to_space(
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
 
-def normalize(
-  x: Float[Array | np.ndarray, "B H W C"], local: bool = False
-) -> Float[Array, "B H W C"]:
+def normalize(x: Channels, local: bool = False) -> Float[Array, "B H W C"]:
   """Normalizes to mean 0 and variance 1: over each image, or over each position if `local`."""
   axes = 3 if local else (1, 2, 3)
   x = x - x.mean(axes, keepdims=True)
@@ -92,7 +96,7 @@ class Encoder(nnx.Module):
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
 
-  def __call__(self, x: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B h w E"]:
+  def __call__(self, x: Pixels) -> Float[Array, "B h w E"]:
     x = self.conv_in(space_to_depth(x, self.stem))
     for i, blocks in enumerate(self.levels):
       if i:
@@ -142,11 +146,7 @@ class VQGAN(nnx.Module):
     self.codebook = quantizers.make(config.quantizer, num_codes, config.code_dim, rngs)
     self.decoder = Decoder(config, rngs)
 
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W 3"]
-  ) -> tuple[
-    Float[Array, "B H W 3"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
-  ]:
+  def __call__(self, x: Pixels) -> tuple[Float[Array, "B H W 3"], Encodings, Encodings, Indices]:
     """Reconstructs pixels. The encodings get the gradient of the codes (straight-through).
 
     `x` is [B, H, W, 3] in [-1, 1]. Returns the reconstruction [B, H, W, 3]; the prepared encodings
@@ -155,11 +155,7 @@ class VQGAN(nnx.Module):
     hidden, *codes = self.hidden(x)
     return self.decoder.last(hidden), *codes
 
-  def hidden(
-    self, x: Float[Array | np.ndarray, "B H W 3"]
-  ) -> tuple[
-    Float[Array, "B _ _ D"], Float[Array, "B h w E"], Float[Array, "B h w E"], Int32[Array, "B h w"]
-  ]:
+  def hidden(self, x: Pixels) -> tuple[Float[Array, "B _ _ D"], Encodings, Encodings, Indices]:
     """Computes the results of `__call__`, with `Decoder.hidden` instead of the reconstruction."""
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
@@ -194,10 +190,7 @@ def to_uint8(pixels: Float[Array | np.ndarray, "*B"]) -> UInt8[Array, "*B"]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(
-  config: VQGANConfig | published.PublishedConfig,
-  num_codes: int,
-  params: dict,
-  images: UInt8[Array | np.ndarray, "B H W 3"],
+  config: Config, num_codes: int, params: dict, images: UInt8[Array | np.ndarray, "B H W 3"]
 ) -> Int32[Array, "B T"]:
   """Encodes images to codes in raster order."""
   if isinstance(config, published.PublishedConfig):
@@ -209,10 +202,7 @@ def encode(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode(
-  config: VQGANConfig | published.PublishedConfig,
-  num_codes: int,
-  params: dict,
-  codes: Int32[Array | np.ndarray, "B T"],
+  config: Config, num_codes: int, params: dict, codes: Int32[Array | np.ndarray, "B T"]
 ) -> UInt8[Array, "B H W 3"]:
   """Decodes codes in raster order to images."""
   side = config.resolution // config.downsample
@@ -252,7 +242,7 @@ class ImageTokenizer:
   It has `num_codes` (K) codes and processes `batch_size` images at a time.
   """
 
-  config: VQGANConfig | published.PublishedConfig
+  config: Config
   num_codes: int
   params: dict
   batch_size: int = 64

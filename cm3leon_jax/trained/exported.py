@@ -3,22 +3,32 @@
 import os
 
 from etils import epath
+import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
+from cm3leon_jax.checkpoints import sealing
 from cm3leon_jax.config import UserError
+from cm3leon_jax.files.atomic import absolute
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_from_stored
-from cm3leon_jax.trained import bundles, orbax_export
-from cm3leon_jax.trained.kinds import ABOUT, IMAGES, KINDS, kind_of
+from cm3leon_jax.trained import bundles
+from cm3leon_jax.trained.kinds import ABOUT, DIGESTS, IMAGES, KINDS, kind_of
 from cm3leon_jax.weights import placed
 from cm3leon_jax.weights.stored_tensors import StoredTensors
+
+ORBAX = "params"  # Folder with the parameters in an export in the format orbax.
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
   """Returns whether `cm3leon export` wrote the folder `source` and the folder is not a bundle."""
   folder = bundles.folder_of(source)
   return (folder / ABOUT).exists() and not bundles.is_bundle(folder)
+
+
+def is_orbax(folder: epath.PathLike) -> bool:
+  """Returns whether a folder is a complete export in the format orbax."""
+  return (epath.Path(folder) / DIGESTS).exists()
 
 
 def read(folder: epath.Path) -> tuple[Settings, int]:
@@ -56,8 +66,12 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> dict:
     UserError: a file is absent or damaged.
   """
   folder = epath.Path(folder)
-  if orbax_export.exists(folder):
-    return orbax_export.load(folder, placed.types_of(config))
+  if is_orbax(folder):
+    params = absolute(folder) / ORBAX
+    if damage := sealing.damage(params, read_json(folder / DIGESTS, {})):
+      raise UserError(f"{damage}: run `cm3leon export` again.")
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(os.fspath(params), placed.types_of(config))
   with distributed.together():
     try:
       return placed.load(StoredTensors(folder), config)

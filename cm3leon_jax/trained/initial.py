@@ -16,7 +16,7 @@ from cm3leon_jax.files.digests import digest
 from cm3leon_jax.files.json_files import plain, read_json
 from cm3leon_jax.runs import stages, table
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.trained import bundles, exported, kinds, orbax_export
+from cm3leon_jax.trained import bundles, exported, kinds
 from cm3leon_jax.weights import layouts, stored_tensors, tensor_files
 
 IMAGE_TOKENIZER = f"{kinds.IMAGES}/params.safetensors"  # File in an exported model.
@@ -119,7 +119,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
-  elif orbax_export.exists(folder):
+  elif exported.is_orbax(folder):
     described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
@@ -139,7 +139,7 @@ def find(settings: Settings, source: str, step: int | None = None) -> Weights:
     )
   if run.exists():
     return Weights(source, *reading.identify(folder / "train", step))
-  if orbax_export.exists(folder):
+  if exported.is_orbax(folder):
     return Weights(source, None, digest(folder / kinds.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
 

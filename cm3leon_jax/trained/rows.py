@@ -1,17 +1,18 @@
 """Opens the training and held-out rows of a run from the folders of its stages."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
+from etils import epath
 
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-
-if TYPE_CHECKING:
-  from etils import epath
-
-  from cm3leon_jax.data.rows.loader import RowLoader
-  from cm3leon_jax.data.rows.plan import RowPlan, RowSource
-  from cm3leon_jax.settings import Settings
+from cm3leon_jax.data.documents.store import Bank, DocumentStore
+from cm3leon_jax.data.instructions.rows import instruction_sources
+from cm3leon_jax.data.rows.loader import RowLoader
+from cm3leon_jax.data.rows.plan import RowPlan, RowSource
+from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.settings import Settings
 
 
 def open_rows(
@@ -29,10 +30,6 @@ def open_rows(
     UserError: a document store is empty, the neighbors do not match the documents, a task has the
       name of a document source, or the training documents together are shorter than a batch.
   """
-  from cm3leon_jax.data.instructions.rows import instruction_sources
-  from cm3leon_jax.data.rows.loader import RowLoader
-  from cm3leon_jax.data.rows.plan import RowPlan
-
   share = replay_share(settings, split)
   of_instructions = (settings.instructions, workdir / "instructions", settings.vocab)
   sources = instruction_sources(*of_instructions, split, 1 - share)
@@ -80,10 +77,6 @@ def document_sources(
   Raises:
     UserError: see `open_rows`.
   """
-  from cm3leon_jax.data.documents.store import Bank, DocumentStore
-  from cm3leon_jax.data.rows.plan import RowSource
-  from cm3leon_jax.retrieval.neighbors import load_neighbors
-
   documents, data = workdir / "documents", settings.data
 
   def store(name: str) -> DocumentStore:
@@ -115,9 +108,6 @@ def document_sources(
 
 def look_at_rows(plan: RowPlan) -> dict[str, Any]:
   """Prints and returns statistics of the plan's first window. Warns if no neighbor ever fits."""
-  from cm3leon_jax import distributed
-  from cm3leon_jax.data.rows.plan_statistics import describe, plan_statistics, room_for_neighbors
-
   for source in plan.sources:
     has_neighbors = source.share > 0 and source.bank is not None
     if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):

@@ -51,10 +51,7 @@ class Run:
 
   @classmethod
   def open(
-    cls,
-    source: str | os.PathLike[str],
-    settings: Settings | None = None,
-    exports: bool = False,
+    cls, source: str | os.PathLike[str], settings: Settings | None = None, exports: bool = False
   ) -> "Run":
     """Opens a run, a bundle or an export.
 

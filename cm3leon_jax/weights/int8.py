@@ -120,9 +120,8 @@ def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
 
 def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
   """Rounds the matrices of all layers to int8. Their last axes are the outputs, see `Block`."""
-  sizes = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}
-  inputs = sizes[name] if name in sizes else x.shape[1]
-  matrices = x.reshape(-1, inputs, x.size // (x.shape[0] * inputs * (3 if name == "qkv" else 1)))
+  inputs = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}.get(name) or x.shape[1]
+  matrices = x.reshape(x.shape[0] * (3 if name == "qkv" else 1), inputs, -1)
   result = np.empty_like(matrices)
   for i, matrix in enumerate(matrices):
     values, scale = quantize(matrix.T, dtype)

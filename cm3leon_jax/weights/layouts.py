@@ -38,8 +38,8 @@ class Layout:
     prefix: prefix of the names of its tensors.
     tables: name of our parameter -> name of the tensor, for parameters outside the layers, in the
       order in which files store them.
-    products: the same names for the feed-forward matrices of a layer.
-    scales: the same names for the norms of a layer that have a scale.
+    products: our name -> tensor's name inside a layer, for the feed-forward matrices.
+    scales: our name -> tensor's name inside a layer, for the norms that have a scale.
     out: name, inside a layer, of the output projection of attention.
     first_position: row of the position table for position 0.
     check: raises UserError if the layout cannot represent a decoder.
@@ -105,10 +105,6 @@ def _check_opt(config: ModelConfig) -> None:
     )
 
 
-def _check_qwen3(config: ModelConfig) -> None:
-  """Does nothing, because the layout can represent every decoder."""
-
-
 def _describe_qwen3(config: ModelConfig) -> dict:
   return {
     "hidden_act": "silu",
@@ -153,11 +149,7 @@ LAYOUTS = {
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     prefix="model",
-    tables={
-      "embed": "model.embed_tokens",
-      "final_norm.scale": "model.norm",
-      "head": "lm_head",
-    },
+    tables={"embed": "model.embed_tokens", "final_norm.scale": "model.norm", "head": "lm_head"},
     products={name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     scales={
       "q_norm": "self_attn.q_norm",
@@ -167,7 +159,7 @@ LAYOUTS = {
     },
     out="self_attn.o_proj",
     first_position=0,
-    check=_check_qwen3,
+    check=lambda config: None,  # The layout can represent every decoder.
     describe=_describe_qwen3,
     read_fields=_fields_of_qwen3,
   ),
@@ -214,8 +206,9 @@ def _table(layout: Layout, params: StoredParams, name: str, dtype: str) -> Tenso
   return Tensor(theirs, (rows + layout.first_position, width), dtype, positions)
 
 
-def shapes_of(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns name -> shape for the tensors that `tensors_of` lists."""
+  layout = layout_of(config)
   D, F, H = config.width, config.mlp_width, config.head_dim
   rows = {"positions": config.max_positions + layout.first_position}
   tables = {
@@ -276,8 +269,13 @@ def config_of(described: dict) -> dict[str, dict]:
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
-def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the fields of config.json that describe ids. They are the same for every layout."""
+def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
+  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
+
+  If an engine's default positions are not correct, `cm3leon.position_ids` explains which positions
+  to pass.
+  """
+  layout = layout_of(config)
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
   own["align_images"] = config.align_images
   if config.align_images:
@@ -289,18 +287,6 @@ def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "eos_token_id": vocab.eos,
     "dtype": "float32",
     "cm3leon": own,
-  }
-
-
-def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
-
-  If an engine's default positions are not correct, `cm3leon.position_ids` explains which positions
-  to pass.
-  """
-  layout = layout_of(config)
-  return {
-    **ids_config(config, vocab),
     "hidden_size": config.width,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,

@@ -20,16 +20,6 @@ from cm3leon_jax.weights.stored_tensors import StoredTensors
 Index = tuple[slice, ...]
 
 
-def check_shapes(tensors: StoredTensors, config: ModelConfig) -> None:
-  """Raises UserError with the tensor's name if a tensor is absent or has a wrong shape."""
-  for name, shape in layouts.shapes_of(layouts.layout_of(config), config).items():
-    if (found := tensors.shape(name)) != shape:
-      raise UserError(
-        f"{tensors.folder}: tensor '{name}' has the shape {list(found)}; by its config.json it "
-        f"must be {list(shape)}."
-      )
-
-
 def types_of(config: ModelConfig) -> dict:
   """Returns shapes, dtypes and shardings of the parameters on the current mesh."""
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -42,7 +32,12 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
   Raises:
     UserError: a tensor is absent, has a wrong shape, or has values that are not finite.
   """
-  check_shapes(tensors, config)
+  for tensor, shape in layouts.shapes_of(config).items():
+    if (found := tensors.shape(tensor)) != shape:
+      raise UserError(
+        f"{tensors.folder}: tensor '{tensor}' has the shape {list(found)}; by its config.json it "
+        f"must be {list(shape)}."
+      )
   types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}
   for name, kind in types.items():

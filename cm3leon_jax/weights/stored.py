@@ -59,12 +59,6 @@ def of_tree(params: dict, step: int = 0, averaged: bool = False) -> StoredParams
   return StoredParams(step, averaged, shapes, read)
 
 
-def tree_of(params: StoredParams) -> dict:
-  """Reads all parameters into host memory."""
-  flat = {name: params.read(name) for name in params.shapes}
-  return traverse_util.unflatten_dict(flat, sep=".")
-
-
 def save_args(state: PyTree) -> Any:
   """Returns Orbax's arguments for saving. Each layer of stacked parameters gets separate chunks."""
 

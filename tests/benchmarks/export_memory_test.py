@@ -3,7 +3,7 @@ import pytest
 
 from benchmarks import export_memory
 from cm3leon_jax.commands import export
-from cm3leon_jax.export import choices
+from cm3leon_jax.export import formats
 from tests.generation.run import SETTINGS
 
 
@@ -20,6 +20,6 @@ def test_settings_are_those_of_seven_billion_but_for_the_layers():
 
 def test_its_run_is_one_that_the_command_exports(tmp_path):
   export_memory.make_run(epath.Path(tmp_path) / "run", SETTINGS)
-  choice, output = choices.Choice(format="orbax"), str(tmp_path / "output")
+  choice, output = formats.Choice(format="orbax"), str(tmp_path / "output")
   export.main(SETTINGS, epath.Path(tmp_path) / "run", choice=choice, output=output)
   assert (tmp_path / "output" / "README.md").exists()

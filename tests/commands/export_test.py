@@ -16,7 +16,7 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.export import bundle, choices, formats, huggingface
+from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.runs import stages
@@ -111,7 +111,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
   pytest.importorskip("torch")
   settings, root = gelu
   output = tmp_path / "out"
-  choice = choices.Choice(dtype=dtype)
+  choice = formats.Choice(dtype=dtype)
   export.main(settings, root, choice=choice, output=str(output))
   message = capsys.readouterr().out
   assert "export: OPTForCausalLM, " in message
@@ -127,7 +127,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
 def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
   pytest.importorskip("compressed_tensors")
   settings, root = gelu
-  choice = choices.Choice(quantize="int8")
+  choice = formats.Choice(quantize="int8")
   export.main(settings, root, choice=choice, output=str(tmp_path / "out"))
   message = capsys.readouterr().out
   before, after = map(
@@ -140,8 +140,8 @@ def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
 
 def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu, capsys):
   settings, root = gelu
-  orbax = choices.Choice("orbax")
-  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (choices.Choice(), "OPTFor")):
+  orbax = formats.Choice("orbax")
+  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (formats.Choice(), "OPTFor")):
     export.main(settings, root, choice=choice)
     assert expected in capsys.readouterr().out
   assert (root / "export" / huggingface.WEIGHTS).exists()
@@ -152,7 +152,7 @@ def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu,
 def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
   """The last parameters are NaN (see `save_run`), and NaN is refused."""
   settings, root = gelu
-  choice, output = choices.Choice(average=False), str(tmp_path / "out")
+  choice, output = formats.Choice(average=False), str(tmp_path / "out")
   with refused(UserError):
     export.main(settings, root, choice=choice, output=output)
   assert not (tmp_path / "out").exists()
@@ -161,8 +161,8 @@ def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
 def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(exported_before):
   before = contents(exported_before / "export")
   for settings, choice in (
-    (with_model(SETTINGS, query_key_norm=True), choices.Choice()),
-    (SETTINGS, choices.Choice("orbax", quantize="int8")),
+    (with_model(SETTINGS, query_key_norm=True), formats.Choice()),
+    (SETTINGS, formats.Choice("orbax", quantize="int8")),
   ):
     with refused(UserError):
       export.main(settings, exported_before, choice=choice)
@@ -186,7 +186,7 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
 
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
-  orbax, output = choices.Choice("orbax"), tmp_path / "out"
+  orbax, output = formats.Choice("orbax"), tmp_path / "out"
   output.mkdir()
   export.main(settings, root, choice=orbax, output=str(output))
   before = contents(output)
@@ -203,7 +203,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
     with pytest.raises(Killed):
       export.main(settings, root, choice=orbax, output=str(output))
   assert contents(output) == before
-  export.main(settings, root, choice=choices.Choice("orbax", "float16"), output=str(output))
+  export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   (output / kinds.ABOUT).unlink()

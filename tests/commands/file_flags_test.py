@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.commands import common, evaluate, export, generate, score
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle, choices
+from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.trained import bundles
@@ -168,7 +168,7 @@ def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call
   with refused(UserError):
     call(export, bundled, "b")
   with refused(UserError):
-    call(export, bundled, "", "", choices.Choice(average=True))
+    call(export, bundled, "", "", formats.Choice(average=True))
 
 
 def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):

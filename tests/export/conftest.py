@@ -6,7 +6,7 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.commands import export
-from cm3leon_jax.export import choices
+from cm3leon_jax.export import formats
 from tests.generation.run import SETTINGS, save_run
 
 
@@ -22,5 +22,5 @@ def run(tmp_path_factory):
 def folder(run, tmp_path_factory):
   """Returns a copy, at another path, of the folder that the command writes."""
   output = tmp_path_factory.mktemp("exported") / "output"
-  export.main(SETTINGS, run, choice=choices.Choice(format="stablehlo"), output=str(output))
+  export.main(SETTINGS, run, choice=formats.Choice(format="stablehlo"), output=str(output))
   return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")

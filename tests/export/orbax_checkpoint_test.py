@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, orbax_checkpoint
+from cm3leon_jax.export import formats, orbax_checkpoint
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained import initial
 from cm3leon_jax.trained.run import Run
@@ -22,8 +22,8 @@ def exported(request, run, tmp_path):
   settings = dataclasses.replace(SETTINGS, model=model)
   with one_device():
     params = jax.device_get(random_params(model))
-  choice = choices.Choice(format="orbax")
-  of_run = choices.TrainedRun(Run(run, settings), stored.of_tree(params), choice)
+  choice = formats.Choice(format="orbax")
+  of_run = formats.TrainedRun(Run(run, settings), stored.of_tree(params), choice)
   numbers = orbax_checkpoint.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
   return settings, params, tmp_path / "out", of_run

@@ -21,7 +21,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.export import choices, formats, stablehlo
+from cm3leon_jax.export import formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
@@ -181,27 +181,21 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(stablehlo.jax.export, "export", fail)
-  choice = choices.Choice(format="stablehlo")
+  choice = formats.Choice(format="stablehlo")
   params = reading.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
-    stablehlo.write(target, choices.TrainedRun(Run(run, SETTINGS), params, choice))
+    stablehlo.write(target, formats.TrainedRun(Run(run, SETTINGS), params, choice))
   assert not (target / stablehlo.MANIFEST).exists()
 
 
 def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
-  choice = choices.Choice(format="stablehlo", dtype="float16")
+  choice = formats.Choice(format="stablehlo", dtype="float16")
   with refused(UserError):
     formats.check(choice, SETTINGS)
   with refused(UserError):
     stablehlo.write_model(tmp_path / "earlier", run, "float16")
   assert not (tmp_path / "earlier").exists()
   formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
-
-
-def test_a_missing_flatbuffers_is_named(monkeypatch):
-  monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
-  with refused(UserError):
-    formats.check(choices.Choice(format="stablehlo"), SETTINGS)
 
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])

@@ -10,7 +10,7 @@ from cm3leon_jax.data.documents import training_data
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.importing import importer, qwen3
-from cm3leon_jax.importing.tables import extend
+from cm3leon_jax.importing.qwen3 import extend
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.trained import initial
 from cm3leon_jax.vocab import VocabLayout

@@ -3,6 +3,7 @@
 import functools
 import math
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,11 @@ def random_arrays(types, seed=0):
     return rng.normal(mean, 0.2, x.shape).astype(np.float32)
 
   return jax.tree.map_with_path(make, types)
+
+
+def tree_of(params):
+  """Reads all parameters of a `stored.StoredParams` into host memory."""
+  return traverse_util.unflatten_dict({name: params.read(name) for name in params.shapes}, sep=".")
 
 
 @functools.partial(jax.jit, static_argnums=0)

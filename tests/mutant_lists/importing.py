@@ -3,7 +3,6 @@
 from tests.mutant_lists.mutant import mutants_of
 
 QWEN3 = "cm3leon_jax/importing/qwen3.py"
-TABLES, SOURCE = "cm3leon_jax/importing/tables.py", "cm3leon_jax/importing/source.py"
 PLACED, WEIGHTS = "cm3leon_jax/weights/placed.py", "cm3leon_jax/trained/initial.py"
 IMPORTER_TEST = "tests/importing/importer_test.py"
 REFUSALS_TEST, TRAINING_TEST = (
@@ -31,10 +30,10 @@ IMPORTING = mutants_of(
     "slice(part.start * head_size, part.stop * head_size)",
     "slice(0, (part.stop - part.start) * head_size)",
   ),
-  TABLES,
+  QWEN3,
   f"{IMPORTER_TEST}::test_new_rows_are_the_mean_and_the_end_of_text",
   ("new_rows_are_the_sum", "table.mean(0, ", "table.sum(0, "),
-  SOURCE,
+  QWEN3,
   f"{REFUSALS_TEST}::test_a_qwen3_that_is_not_ours_is_refused",
   ("one_zero_is_enough", ".max(initial=0.0)", ".min(initial=0.0)"),
   "cm3leon_jax/importing/tokenizer.py",

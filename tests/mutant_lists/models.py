@@ -18,7 +18,7 @@ MODELS = mutants_of(
   f"{ATTENTION_TEST}::test_scores_of_bfloat16_are_summed_in_fp32",
   ("scores_in_the_compute_dtype", ", preferred_element_type=wide(q.dtype)", ""),
   f"{ATTENTION_TEST}::test_the_kernels_equal_plain_attention_and_so_do_their_gradients",
-  ("splash_without_scale", "(q * scale, k, v, segment_ids)", "(q, k, v, segment_ids)"),
+  ("splash_without_scale", "(q * scale, k, v, ids)", "(q, k, v, ids)"),
   ("triton_without_segments", "*rows_first, segment_ids, sm", "*rows_first, None, sm"),
   f"{TRANSFORMER_TEST}::test_packed_samples_do_not_see_each_other",
   (
@@ -65,7 +65,6 @@ MODELS = mutants_of(
   ("the_second_norm_is_left_out", 'h = apply_norm(scale("norm2"), x)', "h = x"),
   ("the_gate_is_the_value", "up * jax.nn.silu(gate)", "gate * jax.nn.silu(up)"),
   ("rotary_base_of_the_config_ignored", "positions, config.rotary_base)", "positions)"),
-  "cm3leon_jax/models/start.py",
   "tests/models/start_test.py::test_only_codes_change_and_codes_that_look_alike_are_near",
   ("variance_of_codes_shrinks", "math.sqrt(share) * std * rows", "share * std * rows"),
   ("texts_look_like_codes", "((text_size, 0), (0, 0))", "((0, text_size), (0, 0))"),

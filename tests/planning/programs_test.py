@@ -68,11 +68,11 @@ def lowered(monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_the_programs_are_those_of_a_generator(lowered, shape):
   settings, mesh = settings_of(), mesh_of(*shape)
-  decoder = programs.guided_decoder(settings, mesh, PROMPTS, 16)
-  first, last = decoder.lowered.steps
+  programs_of_decoder, _, _ = programs.guided_decoder(settings, mesh, PROMPTS, 16)
+  first, last = programs_of_decoder.steps
   assert first.as_text() != last.as_text()  # The cache has grown in between.
   planned = {first.as_text(), last.as_text()}
-  prefill = decoder.lowered.prefill(first.compile()).as_text()
+  prefill = programs_of_decoder.prefill(first.compile()).as_text()
   lowered.clear()
   words = 16 - IMAGE - 1 - 2
   captions = np.random.default_rng(1).integers(8, 264, (PROMPTS, words))
@@ -100,7 +100,7 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
     settings = dataclasses.replace(SETTINGS, train=train, optimizer=optimizer)
     state, _ = programs.train_step(settings, mesh).args_info[0]
     arguments.append(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)))
-    rest.append(programs.evaluation(settings, mesh).rest_bytes)
+    rest.append(programs.evaluation(settings, mesh)[1])
   parameters = programs.count_params(SETTINGS, mesh)
   assert arguments[1] - arguments[0] == 4 * parameters
   assert rest[1] - rest[0] == 4 * parameters / 8
@@ -119,7 +119,7 @@ def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
   names = {split: loader.source_names for split, loader in rows.items()}
   assert names["heldout"] == names["train"][1:]
   assert len(names["train"]) == (4 if replay_share else 2)
-  planned = programs.train_step(settings, mesh), programs.evaluation(settings, mesh).step
+  planned = programs.train_step(settings, mesh), programs.evaluation(settings, mesh)[0]
   with jax.set_mesh(mesh):
     steps = compile_steps(
       settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed

@@ -8,13 +8,13 @@ import pytest
 
 from cm3leon_jax import parameters
 from cm3leon_jax.checkpoints import reading
-from cm3leon_jax.export import choices, formats
+from cm3leon_jax.export import formats
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.trained.run import Run
-from cm3leon_jax.weights import stored
 from tests.generation.run import SETTINGS, save_run
+from tests.models.tiny import tree_of
 from tests.reports.snippets import execute, snippets
 
 K, STEP = SETTINGS.vocab.image_size, 7
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def write(run, folder, **choice) -> str:
   params = reading.open_params(run / "train")
-  about = choices.TrainedRun(Run(run, SETTINGS), params, choices.Choice(**choice))
+  about = formats.TrainedRun(Run(run, SETTINGS), params, formats.Choice(**choice))
   numbers = formats.write(folder, about)
   model_card.write(folder, Run(run, SETTINGS), STEP, numbers)
   return (folder / "README.md").read_text()
@@ -42,7 +42,7 @@ def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
   found = snippets(card)
   assert [language for language, _ in found] == ["python"]
   params = execute(found)["params"]
-  expected = stored.tree_of(reading.open_params(run / "train"))
+  expected = tree_of(reading.open_params(run / "train"))
   rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), expected)
   jax.tree.map(np.testing.assert_array_equal, params, rounded)
   assert "stored as bfloat16, " in card

@@ -5,7 +5,7 @@ import pytest
 
 from cm3leon_jax.scenes import edits
 from cm3leon_jax.scenes.config import COLORS, RARE, ScenesConfig
-from cm3leon_jax.scenes.instructions import EDITS, may_be_edited, records
+from cm3leon_jax.scenes.instructions import EDITS, ScenesTasks, may_be_edited
 from cm3leon_jax.scenes.world import HELDOUT_COLOR, Placed, Scene, is_heldout_rare, split_of_scene
 
 CONFIG = ScenesConfig(rare_objects=100)
@@ -47,7 +47,7 @@ def test_an_object_is_added_in_the_row_or_column_of_the_other_if_it_is_free():
 def test_edits_of_training_scenes_would_leak_if_none_was_dropped(task):
   """Negative control: shows that the test above can fail."""
   rng, leaks = random.Random(0), 0
-  for one in records(CONFIG, "count", "train", 400):
+  for one in ScenesTasks(CONFIG).records("count", "train", 400):
     edit = EDITS[task](Scene.parse(one.group), CONFIG, rng)
     leaks += edit is not None and bool(split_of_scene(edit.target) != "train")
   assert leaks >= 10

@@ -17,10 +17,10 @@ from cm3leon_jax.scenes.instructions import (
   HIDDEN,
   QUESTIONS,
   TASKS,
+  ScenesTasks,
   located,
   may_be_trained,
   record,
-  records,
 )
 from cm3leon_jax.scenes.judge.judge import find_objects
 from cm3leon_jax.scenes.world import (
@@ -54,7 +54,7 @@ SIDES = {
 def made():
   """Returns the first 200 records of each task and split."""
   return {
-    (task, split): list(records(CONFIG, task, split, 200))
+    (task, split): list(ScenesTasks(CONFIG).records(task, split, 200))
     for task in TASKS
     for split in ("train", "heldout")
   }
@@ -219,7 +219,7 @@ def test_answers_are_balanced(made):
 def test_the_name_alone_does_not_say_whether_an_object_is_there():
   asked = collections.defaultdict(list)
   few = ScenesConfig(objects=tuple(COMMON)[:12], rare_objects=10)
-  for one in records(few, "exists", "train", 3_000):
+  for one in ScenesTasks(few).records("exists", "train", 3_000):
     asked[word_of(one.texts["question"])].append(one.texts["answer"] == "yes")
   common = [asked[name] for name in few.objects]
   assert min(map(len, common)) > 100

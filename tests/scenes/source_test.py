@@ -15,7 +15,7 @@ from cm3leon_jax.data.raw import ingest, reader
 from cm3leon_jax.data.raw.config import RawConfig
 from cm3leon_jax.data.sources.records import SPLITS, RawPair
 from cm3leon_jax.files.shards import Runner
-from cm3leon_jax.scenes import drawings, leaks
+from cm3leon_jax.scenes import drawings
 from cm3leon_jax.scenes import source as scenes
 from cm3leon_jax.scenes.config import CATEGORIES, COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.source import ScenesSource
@@ -34,6 +34,7 @@ from tests.messages import refused
 
 RAW = RawConfig(source="scenes", resolution=48)
 FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
+SOURCE = ScenesSource(FEW)
 
 
 class Letters:
@@ -201,7 +202,7 @@ def test_relations_are_all_that_hold(folder):
 
 
 def test_training_shows_nothing_that_is_held_out(folder):
-  report = leaks.check(folder[0])
+  report = SOURCE.leaks(folder[0])
   assert (report.heldout, report.train) == (140, 500)
   assert report.leaked == {"scene": 0, "pair": 0, "objects": 0, "rare": 0}
   train, heldout = (reader.read_pairs(folder[0], split) for split in SPLITS[:2])
@@ -262,7 +263,7 @@ def test_a_held_out_scene_in_the_bank_is_a_leak(folder, tmp_path):
   for kind in ("scene", "pair", "objects"):
     facts = next(pair.facts for pair in pairs if pair.facts["heldout"] == kind)
     bank = {"split": "bank", "facts": {**facts, "heldout": ""}}
-    assert leaks.check(write_facts(tmp_path / kind, facts, bank)).leaked[kind] == 1
+    assert SOURCE.leaks(write_facts(tmp_path / kind, facts, bank)).leaked[kind] == 1
 
 
 def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
@@ -272,7 +273,7 @@ def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
   other = {**elsewhere, "color": "white"}
   for shown, leaked in ((elsewhere, 1), (other, 0)):
     bank = {"split": "bank", "facts": {**facts, "heldout": "", "objects": [shown]}}
-    report = leaks.check(write_facts(tmp_path / shown["color"], facts, bank))
+    report = SOURCE.leaks(write_facts(tmp_path / shown["color"], facts, bank))
     assert report.leaked["rare"] == leaked
     assert report.first == ["heldout 'h' (rare, in the bank): h"][:leaked]
 
@@ -304,7 +305,7 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
     for o in objects:
       o["color"] = "white"
   train = {"split": "train", "facts": {**facts, "heldout": "", "objects": objects}}
-  report = leaks.check(write_facts(tmp_path, facts, train))
+  report = SOURCE.leaks(write_facts(tmp_path, facts, train))
   assert report.leaked == {**dict.fromkeys(report.leaked, 0), kind: 1}
   assert report.first == [f"heldout 'h' ({kind}): h"]
 

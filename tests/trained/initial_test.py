@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, huggingface
+from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.files.json_files import write_json
 from cm3leon_jax.runs import table
 from cm3leon_jax.trained import initial
@@ -93,7 +93,7 @@ def test_an_export_with_other_numbers_is_refused_by_its_name(run, tmp_path):
   settings = with_model()
   with one_device():
     params = stored.of_tree(jax.device_get(random_params(settings.model)))
-  about = choices.TrainedRun(Run(run, settings), params, choices.Choice(quantize="int8"))
+  about = formats.TrainedRun(Run(run, settings), params, formats.Choice(quantize="int8"))
   huggingface.write(tmp_path, about)
   with refused(UserError):
     initial.find(settings, str(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
-from cm3leon_jax.export import choices
+from cm3leon_jax.export import formats
 from cm3leon_jax.files.json_files import read_json, write_json
 from cm3leon_jax.runs import stages
 from cm3leon_jax.settings import settings_from_config
@@ -72,7 +72,7 @@ def test_the_config_of_a_bundle_may_set_what_its_files_do_not_decide():
 @pytest.mark.parametrize("name", ["hf", "orbax"])
 def test_an_export_is_opened_where_it_will_do(run, tmp_path, name):
   folder = tmp_path / name
-  export.main(SETTINGS, run, choice=choices.Choice(name), output=str(folder))
+  export.main(SETTINGS, run, choice=formats.Choice(name), output=str(folder))
   opened = Run.open(folder, exports=True)
   assert (opened.settings, opened.kind, opened.step, opened.bank) == (SETTINGS, "export", 7, None)
   with one_device():

@@ -6,7 +6,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import choices, formats, huggingface
+from cm3leon_jax.export import formats, huggingface
 from cm3leon_jax.tokenizers import text
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.weights import int8, stored
@@ -52,11 +52,11 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
   positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
   with one_device():
     params = jax.device_get(random_params(config))
-    choice = choices.Choice(quantize="int8")
+    choice = formats.Choice(quantize="int8")
     (tmp_path / "text_tokenizer").mkdir()
     for name in text.FILES:
       (tmp_path / "text_tokenizer" / name).write_text("{}")
-    run = choices.TrainedRun(Run(tmp_path, settings), stored.of_tree(params), choice)
+    run = formats.TrainedRun(Run(tmp_path, settings), stored.of_tree(params), choice)
     numbers = huggingface.write(tmp_path / "out", run)
     exact, rounded = (
       np.asarray(model_logits(config, tree, tokens, positions, np.ones_like(tokens)))
@@ -77,7 +77,7 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
 
 
 def test_other_formats_refuse_it_by_name():
-  choice = choices.Choice(format="orbax", quantize="int8")
+  choice = formats.Choice(format="orbax", quantize="int8")
   with refused(UserError):
     formats.check(choice, SETTINGS)
   formats.check(dataclasses.replace(choice, quantize=""), SETTINGS)

@@ -12,7 +12,7 @@ from cm3leon_jax.checkpoints import checkpoint, reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.weights import stored
 from tests.messages import refused
-from tests.models.tiny import CONFIG, mesh_of, random_params
+from tests.models.tiny import CONFIG, mesh_of, random_params, tree_of
 
 
 def save(folder, params, ema=None, split_layers=True):
@@ -41,7 +41,7 @@ def test_all_parameters_are_read_as_they_were(saved):
     found = reading.open_params(saved.folder, average=average)
     assert (found.step, found.averaged) == (3, average is not False)
     assert found.count == sum(x.size for x in jax.tree.leaves(expected))
-    jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), expected)
+    jax.tree.map(np.testing.assert_array_equal, tree_of(found), expected)
 
 
 def test_a_slice_is_that_of_the_whole_array(saved):
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
   shapes = [e["array_metadata"]["chunk_shape"] for e in json.loads(text)["array_metadatas"]]
   assert 3 in {shape[0] for shape in shapes if shape}
   found = reading.open_params(tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), jax.device_get(params))
+  jax.tree.map(np.testing.assert_array_equal, tree_of(found), jax.device_get(params))
   for average in (True, False):
     with refused(UserError):
       reading.open_params(tmp_path, average=average)

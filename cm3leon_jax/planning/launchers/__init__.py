@@ -213,7 +213,7 @@ def _of_one_host(hardware: Hardware) -> bool:
 
 
 def keys(job: PodJob) -> list[str]:
-  """Returns a sentence for each of `files`, which says how the Weights & Biases key reaches it."""
+  """Returns a sentence for each written file, which says how it gets the Weights & Biases key."""
   secret = job.secret or KUBERNETES_SECRET
   return [
     f"{name}: WANDB_API_KEY comes {KEYS[name].format(secret=secret)}."

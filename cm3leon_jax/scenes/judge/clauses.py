@@ -61,7 +61,8 @@ def parse(caption: str) -> list[dict] | None:
   words = re.findall(r"[a-z0-9]+|,", caption.lower())
   groups: list[list[_Part]] = [[]]
   while words:
-    part = _next_part(words)
+    parts = [part for part in (_phrase(words), _object(words)) if part]
+    part = max(parts, key=lambda part: part.words, default=None)
     if part is None:
       return None
     words = words[part.words :]
@@ -84,12 +85,6 @@ def _moved(clause: dict, places: int) -> dict:
     return clause
   relation, reference = clause["position"]
   return {**clause, "position": [relation, reference + places]}
-
-
-def _next_part(words: Sequence[str]) -> _Part | None:
-  """Reads the longest part at the start of `words`."""
-  found = [part for part in (_phrase(words), _object(words)) if part]
-  return max(found, key=lambda part: part.words, default=None)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from cm3leon_jax.scenes.judge.facts import UNKNOWN, Found, SceneVerdict, check
 # correlation above 0.85 with some object, and at most 2% with the object that the caption names.
 MIN_SCORE = 0.85
 # Smallest share of a cell's ink that must be nearer to the chosen color than to other colors. With
-# 0.65, 4% of two-colored icons get one of their colors. With 0.75, 5% of true icons with the errors
-# above get no color.
+# 0.65, 4% of two-colored icons get one of their colors. With 0.75, 5% of true icons with blur,
+# blotches and color errors get no color.
 MIN_COLOR_SHARE = 0.7
 # Smallest ink of an object in pixels, which is 4% of a cell. Less ink is a speck: the ink of true
 # objects covers at least 15% of a cell.
@@ -37,6 +37,7 @@ FAINT = 0.25  # A pixel with a lower opacity counts as background.
 SOLID = 0.5  # The color of a pixel is compared only if its opacity is higher.
 MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
 BLURS = (0.0, 0.7)  # Standard deviations, in pixels, of the blurs applied to silhouettes.
+PALETTE = 1 - np.array(list(COLORS.values()), np.float32) / 255  # [C, 3], difference from white.
 CHUNK = 32  # Number of images that are judged together.
 
 
@@ -106,13 +107,6 @@ def _cells(images: npt.ArrayLike) -> np.ndarray:
   return cells.reshape(-1, CELL, CELL, 3)
 
 
-@functools.cache
-def _palette() -> tuple[tuple[str, ...], np.ndarray]:
-  """Returns the names of the colors, and the difference of each color from white, [C, 3] fp32."""
-  values = 1 - np.array(list(COLORS.values()), np.float32) / 255
-  return tuple(COLORS), values
-
-
 def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   """Fits one color of the palette to the ink of each cell.
 
@@ -121,12 +115,12 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   chosen for the cell. Returns the opacities of the chosen colors, [N, 24, 24] fp32, and N color
   names. A name is `UNKNOWN` if other colors are nearer to many solid pixels, or no pixel is solid.
   """
-  names, palette = _palette()
-  opacity, errors = _explain(cells, palette)
+  names = tuple(COLORS)
+  opacity, errors = _explain(cells)
   best = errors.sum(1).argmin(1)
   own = np.take_along_axis(opacity, best[:, None, None], 2)[..., 0]
   # In a lossy image, color is noisier than ink, so the color of a pixel is a mean of 3 x 3 pixels.
-  nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)), palette)[1].argmin(2)
+  nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)))[1].argmin(2)
   solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
   agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
   clear = (all_solid > 0) & (agreeing >= MIN_COLOR_SHARE * all_solid)
@@ -134,11 +128,11 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   return own.reshape(cells.shape[:3]), found
 
 
-def _explain(cells: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _explain(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Fits every color to every pixel. Returns opacities and squared errors, [N, P, C] fp32 each."""
   ink = cells.reshape(len(cells), -1, 1, 3)
-  opacity = np.clip((ink * palette).sum(-1) / (palette**2).sum(-1), 0, 1)
-  return opacity, ((ink - opacity[..., None] * palette) ** 2).sum(-1)
+  opacity = np.clip((ink * PALETTE).sum(-1) / (PALETTE**2).sum(-1), 0, 1)
+  return opacity, ((ink - opacity[..., None] * PALETTE) ** 2).sum(-1)
 
 
 def _unit(pixels: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ from cm3leon_jax.scenes.judge.sheet import SheetScene
 from cm3leon_jax.scenes.judge.table import Judged
 from cm3leon_jax.scenes.world import Placed, Scene
 
-REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of upper bounds for samples.
+# Titles of the two tables whose shares are upper bounds for the samples.
+REAL, RECONSTRUCTED = "real images", "reconstructions"
 UNGUIDED = "guidance 1"
 BUNDLED = "bundled model"
 SHEET_SCENES = 12
@@ -104,11 +105,6 @@ def _task_of(sample: Sample) -> HeldoutCaption:
   """Returns the held-out caption that a sample was generated for."""
   assert isinstance(sample.task, HeldoutCaption)
   return sample.task
-
-
-def metadata(task: HeldoutCaption) -> dict:
-  """Returns the fields of a task's line in GenEval's metadata."""
-  return scene_table.geneval_metadata(task.prompt, task.document.facts)
 
 
 def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequence[Judged]) -> None:

@@ -14,7 +14,7 @@ ACROSS = 2  # Number of scenes per row.
 SIDE = 144  # Side of an image on the sheet in pixels, three times the side of a `scenes` image.
 FRAME = 5
 BADGE = 34  # Diameter of a mark, which is drawn on the lower right corner of the frame.
-FONT, TITLE_FONT, LINE = 23, 19, 29  # Font sizes and line height.
+FONT, TITLE_FONT, LINE = 23, 19, 29  # Font sizes and line height in pixels.
 # Space at the border of the sheet, between images, between scenes of a row, and between rows.
 MARGIN, GAP, BETWEEN, BELOW = 20, 18, 44, 28
 TITLE_GAP = 8

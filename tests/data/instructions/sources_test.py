@@ -13,7 +13,7 @@ from cm3leon_jax.data.instructions.config import make_task
 from cm3leon_jax.data.instructions.edges import ImageMap, canny_edges, scribble
 from cm3leon_jax.data.instructions.samples import read_targets
 from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.tasks import ScenesTasks
+from cm3leon_jax.scenes.instructions import ScenesTasks
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

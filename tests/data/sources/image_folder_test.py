@@ -24,7 +24,7 @@ from cm3leon_jax.evaluation.likelihood.given_documents import DocumentFile
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.scenes.config import ScenesConfig
-from cm3leon_jax.scenes.tasks import ScenesTasks
+from cm3leon_jax.scenes.instructions import ScenesTasks
 from tests.data.stores import IMAGE_TOKENS, VOCAB
 from tests.messages import refused
 

@@ -7,7 +7,7 @@ import pytest
 from cm3leon_jax.data.instructions.records import Record
 from cm3leon_jax.scenes.config import COLORS, COMMON, ScenesConfig
 from cm3leon_jax.scenes.drawings import render
-from cm3leon_jax.scenes.instructions import EDITS, TASKS, TEXT_TASKS, record, records
+from cm3leon_jax.scenes.instructions import EDITS, TASKS, TEXT_TASKS, ScenesTasks, record
 from cm3leon_jax.scenes.judge.answers import (
   answer_of,
   any_object_answer,
@@ -31,7 +31,8 @@ def made(request):
 
 
 def of_both_splits(task: str, count: int) -> list[Record]:
-  return [*records(CONFIG, task, "train", count), *records(CONFIG, task, "heldout", count)]
+  tasks = ScenesTasks(CONFIG)
+  return [*tasks.records(task, "train", count), *tasks.records(task, "heldout", count)]
 
 
 @pytest.fixture(scope="module")

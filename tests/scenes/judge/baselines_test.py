@@ -70,10 +70,11 @@ def test_other_claims_are_not_equal():
 @pytest.mark.slow
 def test_a_lookup_agrees_with_the_judge_of_the_rendered_training_images():
   config = ScenesConfig(train=400, heldout=140, rare_objects=20)
-  source.ScenesSource(config).parts((), 48)
+  scenes = source.ScenesSource(config)
+  scenes.parts((), 48)
   trained = TrainingScenes.of_config(config)
   images = {pair.image: None for pair in (source.pair(config, "train", i) for i in range(400))}
-  found = judging.find_objects(np.stack([source.load(key, 48) for key in images]))
+  found = judging.find_objects(np.stack([scenes.load(key, 48) for key in images]))
   heldout = [source.pair(config, "heldout", i) for i in range(140)]
   known = [trained.known(pair.caption, pair.facts).image for pair in heldout]
   judged = [
