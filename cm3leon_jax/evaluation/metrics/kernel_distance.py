@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics.moments import two_sets
+from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.
 SCALE = 1000.0  # CMMD is MMD^2 times this factor.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics.moments import two_sets
+from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 BLOCK = 1024  # Number of rows per block.
 

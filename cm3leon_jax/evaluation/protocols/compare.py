@@ -88,16 +88,15 @@ def resampled(
 ) -> dict[str, Any]:
   """Computes the interval of a difference from the values of both evaluations in each resample.
 
-  Resamples have a larger bias (see `frechet_interval`). Therefore `difference` minus the mean
+  Resamples have a larger bias (see `frechet_distance`). Therefore `difference` minus the mean
   difference of the resamples is added to the percentiles.
   """
   if len(first) != len(second):
     return {}
   apart = second - first - (np.mean(second - first) - difference)
   sizes = np.unique(groups, return_counts=True)[1]
-  level = intervals.percentile_level(sizes.sum() ** 2 / (sizes**2).sum())
-  low, high = np.quantile(apart, [(1 - level) / 2, (1 + level) / 2])
-  return {"low": float(low), "high": float(high)}
+  low, high = intervals.percentiles(apart, intervals.effective_number(sizes))
+  return {"low": low, "high": high}
 
 
 def describe(rows: list[dict]) -> str:
