@@ -1,6 +1,5 @@
 """Collects the measured figures of a trained model, and how each figure was measured."""
 
-from collections.abc import Iterator
 import dataclasses
 
 from etils import epath
@@ -37,19 +36,11 @@ class Table:
   rows: tuple[tuple[str, ...], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
-  """All figures of a trained model.
-
-  `missing` has sentences about measurements that are missing or belong to other parameters.
-  """
-
-  tables: tuple[Table, ...]
-  missing: tuple[str, ...]
-
-
-def collect(run: Run, step: int, summary: dict) -> Figures:
+def collect(run: Run, step: int, summary: dict) -> dict[str, list]:
   """Collects the figures in a workdir that were measured with the parameters of a step.
+
+  Returns {"tables": tables of figures, "missing": sentences about measurements that are missing or
+  belong to other parameters}.
 
   Raises:
     UserError: a file is damaged.
@@ -88,7 +79,7 @@ def collect(run: Run, step: int, summary: dict) -> Figures:
       "`cm3leon evaluate --protocol` (the field's metrics: FID, CMMD, CLIP score, CIDEr, VQA "
       "accuracy)."
     )
-  return Figures(tuple(tables), tuple(missing))
+  return {"tables": tables, "missing": missing}
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
@@ -180,8 +171,11 @@ def _grades(workdir: epath.Path) -> Table:
 
 def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
   """Returns one table per protocol, and the number of results that belong to other parameters."""
+  fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
+  fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
   tables, others = [], 0
-  for result in _results(workdir):
+  for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
+    result = read_json(path, fields)
     same = result["inputs"].get("train") == stages.require(workdir, "train")["id"]
     if not same or result["step"] != step or "parameters" in result:
       others += 1
@@ -210,11 +204,3 @@ def _how_by_protocol(result: dict) -> str:
   if result.get("git"):
     parts.append(f"commit {result['git'][:12]}")
   return f"{', '.join(parts)}, on {result['device']}."
-
-
-def _results(workdir: epath.Path) -> Iterator[dict]:
-  """Yields the results of all protocols, sorted by name."""
-  fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
-  fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
-  for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
-    yield read_json(path, fields)

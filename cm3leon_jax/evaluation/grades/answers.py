@@ -137,11 +137,8 @@ def means(
     if len(some) < len(members):
       continue
     titles = [title for title in some[0] if all(title in table for table in some)]
-    result[kind] = {
-      title: float(np.mean([table[title]["right"]["share"] for table in some])) for title in titles
-    }
-    if all("kept" in table[title] for table in some for title in titles):
-      result[f"{kind}, kept"] = {
-        title: float(np.mean([table[title]["kept"]["share"] for table in some])) for title in titles
-      }
+    for measure, label in (("right", kind), ("kept", f"{kind}, kept")):
+      if all(measure in table[title] for table in some for title in titles):
+        shares = {title: [table[title][measure]["share"] for table in some] for title in titles}
+        result[label] = {title: float(np.mean(shares[title])) for title in titles}
   return result

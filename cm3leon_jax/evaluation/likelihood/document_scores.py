@@ -6,7 +6,7 @@ continue after the last finished part, and memory does not grow with the number 
 
 # T tokens of a sample: </s>, the neighbors, the document, </s>.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 from typing import Any, SupportsFloat
@@ -234,17 +234,12 @@ def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
   """Concatenates the parts into scores.jsonl, and removes them."""
   totals = Totals()
   with replacing(folder / SCORES, "w") as file:
-    for line in _lines(files):
-      file.write(line)
-      totals.add(json.loads(line))
+    for path in files:
+      for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        file.write(line)
+        totals.add(json.loads(line))
   (folder / PARTS).rmtree()
   return totals
-
-
-def _lines(files: Sequence[epath.Path]) -> Iterator[str]:
-  for path in files:
-    with path.open("r", encoding="utf-8") as file:
-      yield from file
 
 
 class Totals:

@@ -91,9 +91,9 @@ def clip_identity(clip: CLIP | HFCLIP) -> dict:
   return {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
 
 
-def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:
+def load_dinov2(folder: epath.PathLike) -> Extractor:
   """Loads a DINOv2 from a Hugging Face folder. See `DINOv2.load` for arguments and errors."""
-  network = DINOv2.load(folder, device)
+  network = DINOv2.load(folder)
   # Settings that cannot be read from the weights.
   names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
   identity = {

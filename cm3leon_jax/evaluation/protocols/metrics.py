@@ -43,10 +43,7 @@ METRICS = {
   "code_distance": _distance(image_metrics.code_distance, "code distance (bits)", "codes"),
   "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
   "likelihood": Metric(
-    image_metrics.likelihood,
-    "log p(caption | image) - log p(caption)",
-    "image",
-    ("likelihoods",),
+    image_metrics.likelihood, "log p(caption | image) - log p(caption)", "image", ("likelihoods",)
   ),
   "vqa_score": Metric(image_metrics.vqa_score, "VQAScore", "image", ("agreements",)),
   "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),

@@ -149,11 +149,13 @@ def _task(
   protocol: Protocol, column: Column, sampling: SamplingConfig, row: int, example: Example
 ) -> Task:
   common: dict[str, Any] = {
+    "prompt": protocol.text_of(example),
     "retrieve": column.retrieve,
     "sampling": sampling,
     "seed": protocol.seed + row,
+    "row": row,
+    "where": f"example {example.key}",
   }
-  common |= {"prompt": protocol.text_of(example), "row": row, "where": f"example {example.key}"}
   if protocol.task == "image":
     return TextToImage(**common)
   assert example.image is not None
