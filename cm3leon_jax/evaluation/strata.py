@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 
 from etils import epath
 import numpy as np
@@ -33,8 +34,8 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
       "facts: lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
     )
   ordered = [groups[key] for key in sorted(groups)]
-  rounds = [[group[i] for group in ordered if i < len(group)] for i in range(count)]
-  return [i for one_round in rounds for i in one_round][:count]
+  rounds = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
+  return [i for i in rounds if i is not None][:count]
 
 
 def heldout_captions(

@@ -44,10 +44,10 @@ class ColumnSamples:
   images: Images | None = None
   reference: Images | None = None
   captions: np.ndarray | None = None
-  likelihoods: np.ndarray | None = None
-  agreements: np.ndarray | None = None
-  candidates: list[np.ndarray] | None = None
-  verdicts: np.ndarray | None = None
+  likelihoods: list[float] | None = None
+  agreements: list[float] | None = None
+  candidates: list[list[float]] | None = None
+  verdicts: list[bool] | None = None
   seed: int = 0
   num_resamples: int = intervals.NUM_RESAMPLES
 

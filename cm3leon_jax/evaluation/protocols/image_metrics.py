@@ -63,7 +63,7 @@ def clip_score(column: ColumnSamples) -> dict:
 
 def likelihood(column: ColumnSamples) -> dict:
   """Averages log p(caption | image) - log p(caption), in nats, under the evaluated model."""
-  return mean(present(column.likelihoods).tolist(), column)
+  return mean(present(column.likelihoods), column)
 
 
 def vqa_score(column: ColumnSamples) -> dict:
@@ -72,7 +72,7 @@ def vqa_score(column: ColumnSamples) -> dict:
   This is VQAScore (Lin et al. 2024) with the decoder of the run. The decoder must have been tuned
   on questions with the answers yes and no.
   """
-  return mean(present(column.agreements).tolist(), column)
+  return mean(present(column.agreements), column)
 
 
 def copy_rate(column: ColumnSamples) -> dict:
@@ -83,4 +83,4 @@ def copy_rate(column: ColumnSamples) -> dict:
 
 def judged(column: ColumnSamples) -> dict:
   """Computes the percentage of images that show exactly what their captions say."""
-  return mean((100 * present(column.verdicts)).astype(float).tolist(), column)
+  return mean([100.0 * right for right in present(column.verdicts)], column)

@@ -146,19 +146,14 @@ def _column(
       return job.pipeline.image_tokenizer.decode(codes), codes
 
     images = job.networks.images(f"column {name}", job.groups, load)
-  of_parts: dict[str, Callable[[list[dict]], list]] = {
-    "verdicts": functools.partial(_judge, job),
-    "likelihoods": functools.partial(_likelihoods, job),
-    "agreements": functools.partial(_agreements, job),
-    "candidates": functools.partial(_candidates, job),
+  of_parts = {
+    "verdicts": _judge,
+    "likelihoods": _likelihoods,
+    "agreements": _agreements,
+    "candidates": _candidates,
   }
-  computed: dict[str, Any] = {
-    need: _in_parts(job, name, need, compute)
-    for need, compute in of_parts.items()
-    if need in job.needs
-  }
-  for need in {"verdicts", "likelihoods", "agreements"} & set(computed):
-    computed[need] = np.array(computed[need])
+  needs = job.needs & set(of_parts)
+  computed: dict[str, Any] = {n: _in_parts(job, name, n, of_parts[n]) for n in sorted(needs)}
   return job.column(
     name,
     lines=lines,
@@ -177,7 +172,7 @@ def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
   todo = [start for start, path in paths.items() if not path.exists()]
   for start in progress_bar(todo, desc=need, unit="part", disable=not distributed.is_first()):
-    values = compute(samples_lib.read_part(job.samples, name, start))
+    values = compute(job, samples_lib.read_part(job.samples, name, start))
     if distributed.is_first():
       write_json(paths[start], values)
   with distributed.together():
@@ -272,8 +267,8 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
     measure(SHUFFLED, column, ["clip_score"])
   if "vqa_score" in job.metrics:
     prompts = [first.lines[i]["prompt"] for i in shuffled]
-    compute = functools.partial(_agreements, job, prompts=prompts)
-    found = np.array(_in_parts(job, first.name, "agreements_shuffled", compute))
+    compute = functools.partial(_agreements, prompts=prompts)
+    found = _in_parts(job, first.name, "agreements_shuffled", compute)
     measure(SHUFFLED, dataclasses.replace(first, agreements=found), ["vqa_score"])
   if job.protocol.task == "text":
     fields: dict[str, Any] = {"lines": [first.lines[i] for i in shuffled]}
