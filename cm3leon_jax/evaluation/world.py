@@ -60,6 +60,7 @@ class World(Protocol):
 
   Attributes:
     name: key in `worlds.MODULES`. Files and figures of the evaluation also have this name.
+    caption: example of a caption, for model cards.
     bundled: name of the model in the package that was trained on this world.
   """
 

@@ -1,7 +1,5 @@
 """Writes the page of an evaluation: numbers, random examples and the worst examples."""
 
-# n examples, H height, W width of an image.
-
 from collections.abc import Sequence
 
 import numpy as np

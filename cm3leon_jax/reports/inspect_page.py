@@ -90,7 +90,7 @@ class PageDecoder:
   images: dict[bytes, np.ndarray]
 
   def text(self, ids: np.ndarray, begins: bool) -> str:
-    """Decodes text. If a text `begins` here, the space that starts every encoding is removed."""
+    """Decodes ids of a text. If the text `begins` with them, removes the space that starts it."""
     if begins:
       return self.text_tokenizer.decode(ids)
     return self.text_tokenizer.decode([*self.text_tokenizer.encode("a"), *ids])[1:]
@@ -172,7 +172,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the item of a segment and marks its masked parts; a sentinel for a dropped segment."""
+  """Returns the item of a segment, with masked parts marked; a sentinel for a dropped segment."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":

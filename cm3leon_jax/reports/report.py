@@ -121,7 +121,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
       for i, restart in enumerate(summary_lib.restarts(metrics)):
         dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
         axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
-      first = held[:1] if at[:1] == [0] else []  # The loss before tuning is the highest.
+      first = held[:1] if at[:1] == [0] else []  # The held-out loss before tuning, the highest.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)

@@ -95,11 +95,7 @@ class RowView:
 
 
 def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placement) -> Origin:
-  """Looks up the documents of a sample in the plan and the stores.
-
-  `scores` are [n, C] float32 similarities of the candidates of each pair; None if the run has no
-  neighbors.
-  """
+  """Looks up the documents of a sample in the plan and the stores. For `scores`, see `read_row`."""
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
   index, start = loader.plan.units[source].locate(unit)

@@ -1,9 +1,8 @@
-"""Reads documents that shall be scored, from a JSONL file or from the folder of a document store.
+"""Reads the documents to score, from a JSONL file or from the folder of a document store.
 
-All documents are checked before the first document is scored. Then they are read in parts.
+All documents are checked before the first document is scored. To score them, documents are read
+again in parts.
 """
-
-# N documents of a block, S segments of these documents.
 
 from collections.abc import Collection, Iterator
 import dataclasses

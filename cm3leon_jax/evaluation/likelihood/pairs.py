@@ -1,6 +1,6 @@
 """Computes log-probabilities of a text, of an image given a text, and of a text given an image."""
 
-# T tokens of a text, I tokens of an image.
+# n pairs, I codes of an image.
 
 from collections.abc import Sequence
 import dataclasses

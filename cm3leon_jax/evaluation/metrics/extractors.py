@@ -23,7 +23,7 @@ from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
 from cm3leon_jax.files.json_files import plain
 
-# Settings of a `transformers` image processor. They affect the features.
+# Settings of a `transformers` image processor that affect the features.
 PREPROCESSING = (
   "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
   "rescale_factor", "do_normalize", "image_mean", "image_std",

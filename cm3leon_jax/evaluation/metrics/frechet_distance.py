@@ -2,14 +2,15 @@
 
 The distance of n rows is biased upward, because means and covariances are estimates. A resample
 estimates them a second time, so its distance is biased twice. The percentiles of the resamples can
-even be larger than the distance itself. Therefore they are moved down by `bias`, which is the mean
-distance of the resamples minus the distance. The interval thus belongs to the reported distance,
-which is biased. It shows how this distance varies if other groups are chosen, in equal number.
+even be larger than the distance itself. Therefore the percentiles are moved down by `bias`, which
+is the mean distance of the resamples minus the distance. The interval thus belongs to the reported
+distance, which is biased. The interval shows how this distance varies if other groups are chosen,
+in equal number.
 
-The interval is too wide where the bias dominates. This happens if the distributions are equal, or
-if there are few groups compared with the width d of the features. To estimate the distance of
-infinitely many rows, subtract `bias` from `distance`, `low` and `high`. This needs at least 20 d
-groups. With fewer groups, `bias` is too small. With fewer than d groups, it is far too small.
+The bias dominates, and the interval is too wide, if the distributions are equal, or if there are
+few groups compared with the width d of the features. To estimate the distance of infinitely many
+rows, subtract `bias` from `distance`, `low` and `high`. This estimate needs at least 20 d groups.
+With fewer groups, `bias` is too small. With fewer than d groups, `bias` is far too small.
 """
 
 # n rows of the measured images, m rows of the reference, d numbers in a row, r rows of a factor.
@@ -153,9 +154,9 @@ def frechet_distance(
 def _mean_and_factor(rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean of [n, d] rows, and F, [r, d], with F^T F = their unbiased covariance.
 
-  If n < d, the rows of F are the centered rows, scaled. Otherwise they are the eigenvectors of the
-  covariance, scaled. If columns are linearly dependent, some eigenvalues are rounding errors. They
-  are dropped, because their square roots (about 1e-8) would add up.
+  If n < d, the rows of F are the centered rows, scaled. Otherwise the rows of F are eigenvectors of
+  the covariance, scaled. If columns are linearly dependent, some eigenvalues are rounding errors.
+  Such eigenvalues are dropped, because their square roots (about 1e-8) would add up.
   """
   total, width = counts.sum(), rows.shape[1]
   mean = sum((own @ x for x, own in _blocks(rows, counts)), np.zeros(width)) / total

@@ -31,7 +31,8 @@ CLASSES = 1008
 EPSILON = 1e-3
 ROWS_PER_DEVICE = 32
 Resize = Literal["tf1", "torch"]
-# Last part of the names of torch's batch counters, which inference ignores and some files lack.
+# Last part of the name of a batch counter of torch. Inference ignores counters, and some files lack
+# them.
 COUNTER = "num_batches_tracked"
 
 
@@ -229,12 +230,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns, for each of `SIDE` positions, the pixels before and after it and a weight.
+  """Returns the pixel before and the pixel after each of `SIDE` positions, and a weight.
 
-  This is the weight of the pixel after the position. The pixel before it weighs 1 minus that.
-  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures
-  positions from the centers of pixels. Both compute in float32. Neither applies antialiasing when
-  it shrinks an image.
+  The weight belongs to the pixel after the position. The pixel before the position has the weight
+  1 minus this weight. "tf1" measures positions from the corners of pixels, which shifts the image.
+  "torch" measures positions from the centers of pixels. Both methods compute in float32, and
+  neither method applies antialiasing when it shrinks an image.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":

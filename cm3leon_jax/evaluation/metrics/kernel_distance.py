@@ -45,8 +45,8 @@ def kid(
 
   Returns:
     {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard
-    deviation over the subsets. It is not the error of the mean, because subsets share rows. It is
-    about 0 if a subset is the whole set.
+    deviation over the subsets. `std` is not the error of the mean, because subsets share rows. If a
+    subset is the whole set, `std` is about 0.
 
   Raises:
     UserError: a set has fewer than 2 rows, or the sets differ in width.

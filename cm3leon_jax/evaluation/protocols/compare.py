@@ -14,7 +14,8 @@ from cm3leon_jax.runs import stages
 
 # Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")
-NETWORKS = ("extractor", "scorer")  # None if no metric uses the network.
+# These fields must also be equal, unless one of them is None because no metric uses the network.
+NETWORKS = ("extractor", "scorer")
 
 
 def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:

@@ -15,9 +15,11 @@ class Metric:
 
   Attributes:
     compute: computes the result from a column, see `protocols.column`.
+    title: name in tables, with the unit.
     task: "image" or "text".
     needs: inputs that must be computed first: "features", "embeddings" or "codes" of `Images`, and
       "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
+    least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
   """
 

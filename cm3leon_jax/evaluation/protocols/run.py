@@ -166,7 +166,7 @@ def _column(
 
 
 def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes a JSON value per line in parts, which processes share. Existing parts are read."""
+  """Computes a JSON value per line, part by part. Each part is a file; existing files are read."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
@@ -199,7 +199,7 @@ def _agreements(
 ) -> list[float]:
   """Computes p(yes) / (p(yes) + p(no)) for the question whether each image shows its caption.
 
-  If `prompts` are given, they replace the captions. Their index is the row of an example.
+  If `prompts` are given, they replace the captions; `prompts[i]` belongs to the example of row i.
   """
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]

@@ -1,4 +1,4 @@
-"""Computes metrics of captions and answers. They are multiplied by 100, as in papers."""
+"""Computes metrics of captions and answers. All values are multiplied by 100, as in papers."""
 
 from collections.abc import Sequence
 from typing import Any
