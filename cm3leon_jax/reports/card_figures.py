@@ -7,7 +7,7 @@ from etils import epath
 from cm3leon_jax import worlds
 from cm3leon_jax.evaluation.intervals import describe_share
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.results import RESULTS, number
+from cm3leon_jax.evaluation.protocols.results import RESULTS, number, with_interval
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
@@ -91,14 +91,6 @@ def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
   )
 
 
-def interval(value: float, found: dict) -> str:
-  """Formats a figure with its 95% interval: "1.02 [0.97, 1.08]"."""
-  text = number(value)
-  if found.get("low") is None:
-    return text
-  return f"{text} [{number(found['low'])}, {number(found['high'])}]"
-
-
 def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
   """Returns the table of a stage, or None if it has no figures."""
   paths = {line.title: line.path for line in summary_lib.headlines(summary)}
@@ -106,7 +98,7 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
   for line in summary["headlines"]:
     if paths[line["title"]].partition(".")[0] != name or line["value"] is None:
       continue
-    row = (line["title"], interval(line["value"], line["interval"] or {}))
+    row = (line["title"], with_interval(line["value"], line["interval"] or {}))
     if row not in rows:  # One figure may have several targets.
       rows.append(row)
   if name == "train":
@@ -185,7 +177,9 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
     rows = []
     for name, column in result["columns"].items():
       cells = [column["metrics"].get(metric) for metric in metrics]
-      shown = ("-" if x is None or x["value"] is None else interval(x["value"], x) for x in cells)
+      shown = [
+        "-" if x is None or x["value"] is None else with_interval(x["value"], x) for x in cells
+      ]
       rows.append((name, *shown))
     tables.append(
       Table(result["title"], _how_by_protocol(result), ("column", *titles), tuple(rows))

@@ -49,7 +49,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
         f"{first} and {second} differ in {field}{where}: evaluations can be compared only if "
         "their protocol, data, extractor and CLIP are the same."
       )
-  values = [_values(folder) for folder in (first, second)]
+  values = [read_values(folder) for folder in (first, second)]
   rows: list[dict[str, Any]] = []
   for column, of_column in results[0]["columns"].items():
     for metric, found in of_column["metrics"].items():
@@ -67,7 +67,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   return rows
 
 
-def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
+def read_values(folder: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads the values of examples and of resamples of an evaluation."""
   with (epath.Path(folder) / VALUES).open("rb") as file, np.load(file) as stored:
     return {name: stored[name] for name in stored.files}
 

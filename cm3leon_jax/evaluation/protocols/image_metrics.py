@@ -45,7 +45,7 @@ def code_distance(column: ColumnSamples) -> dict:
   """Computes the Jensen-Shannon divergence of image code frequencies, in bits."""
   sets = [present(present(images).codes) for images in (column.images, column.reference)]
   size = 1 + max(int(codes.max()) for codes in sets)
-  made, real = (code_histograms.count_codes([codes], size) for codes in sets)
+  made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
   return {
     "value": code_histograms.jensen_shannon_bits(made, real),
     "total_variation": code_histograms.total_variation(made, real),
