@@ -134,8 +134,7 @@ def _column(
   job: ProtocolRun, name: str, reference: Images | None, captions: np.ndarray | None
 ) -> ColumnSamples:
   """Reads the samples of a column and computes the inputs of metrics."""
-  with distributed.together():  # All processes wait until the first one has written the samples.
-    pass
+  distributed.gather(None)  # Wait until the first process has written the samples.
   lines = list(samples_lib.read_lines(job.samples, name, len(job.groups)))
   images = None
   if job.networks.needs:
@@ -175,8 +174,7 @@ def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list
     values = compute(job, samples_lib.read_part(job.samples, name, start))
     if distributed.is_first():
       write_json(paths[start], values)
-  with distributed.together():
-    pass
+  distributed.gather(None)
   return [value for path in paths.values() for value in read_json(path)]
 
 
