@@ -25,15 +25,10 @@ def write(job: ProtocolRun, result: dict) -> None:
   for name, worst in _worst(job, result).items():
     title = f"Worst by {METRICS[name].title}, column {result['protocol']['columns'][0]['name']}"
     sections.append({"title": title, "rows": _rows(job, worst)})
-  page = (
-    page_environment()
-    .get_template("evaluation.html.jinja")
-    .render(
-      result=result,
-      metrics={name: METRICS[name].title for name in result["metrics"]},
-      sections=sections,
-      page_title=result["name"],
-    )
+  template = page_environment().get_template("evaluation.html.jinja")
+  metrics = {name: METRICS[name].title for name in result["metrics"]}
+  page = template.render(
+    result=result, metrics=metrics, sections=sections, page_title=result["name"]
   )
   with replacing(job.folder / PAGE, "w") as file:
     file.write(page)
