@@ -140,11 +140,11 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   if config.scenes:
     bundled = _load_bundled(settings)
     generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
-    judged = world.evaluate(pipeline, tasks, workdir, folder, generate)
-    summary[world.name] = judged.overview
+    overview, text = world.evaluate(pipeline, tasks, workdir, folder, generate)
+    summary[world.name] = overview
     if bundled:
       summary[world.name]["bundled"] |= _about(bundled, world)
-    print(judged.text)
+    print(text)
     print(f"evaluate: samples are in {folder / f'{world.name}.png'}", flush=True)
   write_json(folder / "metrics.json", summary)
 

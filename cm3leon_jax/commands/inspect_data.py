@@ -74,11 +74,12 @@ def write_page(
     folder, by_caption = workdir / "neighbors", split == "heldout"
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   try:
-    rows = row_contents.read_rows(loader, scores, numbers)
+    rows = [row_contents.read_row(loader, scores, number) for number in numbers]
   except ValueError as error:
     raise UserError(f"the rows differ from their plan: {error}") from error
   decoder = inspect_page.make_decoder(rows, settings.vocab, run.text, run.images)
-  inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
+  with atomic.replacing(out, "w") as file:
+    file.write(inspect_page.render(rows, loader.plan, decoder, config_name, split))
   used = f"{inspect_page.fill(rows):.1%} of their positions used"
   samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)

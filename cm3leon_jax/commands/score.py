@@ -124,10 +124,9 @@ def _score(
   from cm3leon_jax.evaluation.likelihood import bits, document_scores
 
   settings = trained.settings
-  config, find = settings.evaluation, document_scores.no_neighbors
+  config = settings.evaluation
   bits.check_batch(config)
-  if retrieve:
-    find = _search(trained, documents.layout, retrieve)
+  find = _search(trained, documents.layout, retrieve) if retrieve else None
   params, step = trained.params()
   sizes = (documents.layout.positions, config.batch_size)
   scorer = document_scores.Scorer(params, settings.model, settings.vocab, *sizes, find)

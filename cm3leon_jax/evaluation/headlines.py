@@ -10,8 +10,7 @@ class Headline:
   Attributes:
     title: what is measured, with its unit.
     path: dotted path of the figure in the summary.
-    better: how a good figure compares with the target: ">=", "<=", ">" or "<". "" if there is no
-      target.
+    better: how a good figure compares with the target: ">=", "<=", ">" or "<".
     target: a number, or the dotted path of a number in the summary.
     note: what the target is, e.g. "chance". If the note is "" and the whole interval of the figure
       must meet the target, the report writes "whole interval" instead.
@@ -19,8 +18,8 @@ class Headline:
 
   title: str
   path: str
-  better: str = ""
-  target: float | str = ""
+  better: str
+  target: float | str
   note: str = ""
 
 

@@ -30,8 +30,7 @@ def mean_interval(
 
   A percentile interval over few groups is too narrow. Therefore its level is raised (expanded
   percentile interval: Hesterberg, "What Teachers Should Know About the Bootstrap", 2015). The level
-  depends on Kish's effective number of groups, sum(w)^2 / sum(w^2), where w are the weights of the
-  groups. This number is G if all groups have the same weight.
+  depends on the effective number of groups.
 
   Args:
     sums: [n] a number for each sample, or the paired difference of two numbers.
@@ -46,7 +45,7 @@ def mean_interval(
   _, places = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.bincount(places, np.asarray(sums, np.float64))
   weights = np.bincount(places, np.asarray(weights, np.float64))
-  effective = float(weights.sum() ** 2 / (weights**2).sum())
+  effective = effective_number(weights)
   result = {"mean": float(_ratio(sums, weights)), "low": None, "high": None}
   if len(sums) > 1:
     bootstrap = stats.bootstrap(
@@ -67,6 +66,18 @@ def mean_interval(
 
 def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
   return sums.sum(axis) / weights.sum(axis)
+
+
+def effective_number(weights: np.ndarray) -> float:
+  """Returns Kish's effective number of groups. It is G if all G groups have the same weight."""
+  return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def percentiles(resamples: np.ndarray, effective: float) -> tuple[float, float]:
+  """Returns the expanded 95% percentile interval of a statistic from its values in resamples."""
+  level = percentile_level(effective)
+  low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
 
 
 def percentile_level(n: float) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 
 from etils import epath
 import numpy as np
@@ -13,10 +14,11 @@ from cm3leon_jax.generation.pipeline import Pipeline
 
 
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
-  """Chooses documents in turn from strata: the pairs of a category and a reason for holding out.
+  """Chooses documents in turn from strata.
 
-  `facts` has the field `facts` of every held-out document, {} if they are unknown. Returns `count`
-  indices into `facts`. The first documents of the choice are spread over the strata like all.
+  A stratum has the documents of one category that are held out for one reason. `facts` has the
+  field `facts` of every held-out document, {} if the facts are unknown. Returns `count` indices
+  into `facts`. The first indices, however many, are spread evenly over the strata.
 
   Raises:
     UserError: fewer than `count` documents have facts.
@@ -33,8 +35,8 @@ def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
       "facts: lower config.evaluation.scenes, or prepare data with config.raw.source = 'scenes'."
     )
   ordered = [groups[key] for key in sorted(groups)]
-  rounds = [[group[i] for group in ordered if i < len(group)] for i in range(count)]
-  return [i for one_round in rounds for i in one_round][:count]
+  rounds = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
+  return [i for i in rounds if i is not None][:count]
 
 
 def heldout_captions(
@@ -44,7 +46,7 @@ def heldout_captions(
 
   All captions at the first weight precede all captions at the next weight. `evaluation.scenes`
   captions are chosen by the seed (see `choose`). 0 chooses all captions. The document stores and
-  neighbors of `workdir` are read. `weights` are guidance weights, of which duplicates are ignored.
+  neighbors of `workdir` are read. `weights` are guidance weights. Duplicate weights are ignored.
 
   Raises:
     UserError: too few held-out documents have facts.

@@ -55,25 +55,12 @@ class Answer:
   score: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgedSamples:
-  """Results of judging images for held-out captions.
-
-  Attributes:
-    overview: main shares of right images. The stage records them, and `World.headlines` reads them.
-      The report shows its entries "best" and "bundled".
-    text: all shares, formatted for printing.
-  """
-
-  overview: dict[str, Any]
-  text: str
-
-
 class World(Protocol):
   """Source of records that also judges generated samples and describes them in reports.
 
   Attributes:
     name: key in `worlds.MODULES`. Files and figures of the evaluation also have this name.
+    caption: example of a caption, for model cards.
     bundled: name of the model in the package that was trained on this world.
   """
 
@@ -134,13 +121,17 @@ class World(Protocol):
     workdir: epath.PathLike,
     folder: epath.PathLike,
     bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
-  ) -> JudgedSamples:
+  ) -> tuple[dict[str, Any], str]:
     """Generates and judges an image for each task. Writes NAME.json and the sample sheet NAME.png.
 
     The field "tables" of NAME.json maps titles to tables (see `rows`). There is one table for each
     guidance weight, and the table "reconstructions". `tasks` is the result of
     `strata.heldout_captions`. The training documents in `workdir` are also read. `bundled`
     generates images for the captions of the sheet with the bundled model.
+
+    Returns (overview, text). `overview` has the main shares of right images. The stage records it,
+    and `headlines` reads it. The report shows its entries "best" and "bundled". `text` has all
+    shares, formatted for printing.
     """
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Collects the measured figures of a trained model, and how each figure was measured."""
 
-from collections.abc import Iterator
 import dataclasses
 
 from etils import epath
@@ -8,7 +7,7 @@ from etils import epath
 from cm3leon_jax import worlds
 from cm3leon_jax.evaluation.intervals import describe_share
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.results import RESULTS, number
+from cm3leon_jax.evaluation.protocols.results import RESULTS, number, with_interval
 from cm3leon_jax.files.json_files import read_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
@@ -37,19 +36,11 @@ class Table:
   rows: tuple[tuple[str, ...], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
-  """All figures of a trained model.
-
-  `missing` has sentences about measurements that are missing or belong to other parameters.
-  """
-
-  tables: tuple[Table, ...]
-  missing: tuple[str, ...]
-
-
-def collect(run: Run, step: int, summary: dict) -> Figures:
+def collect(run: Run, step: int, summary: dict) -> dict[str, list]:
   """Collects the figures in a workdir that were measured with the parameters of a step.
+
+  Returns {"tables": tables of figures, "missing": sentences about measurements that are missing or
+  belong to other parameters}.
 
   Raises:
     UserError: a file is damaged.
@@ -88,7 +79,7 @@ def collect(run: Run, step: int, summary: dict) -> Figures:
       "`cm3leon evaluate --protocol` (the field's metrics: FID, CMMD, CLIP score, CIDEr, VQA "
       "accuracy)."
     )
-  return Figures(tuple(tables), tuple(missing))
+  return {"tables": tables, "missing": missing}
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
@@ -100,14 +91,6 @@ def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
   )
 
 
-def interval(value: float, found: dict) -> str:
-  """Formats a figure with its 95% interval: "1.02 [0.97, 1.08]"."""
-  text = number(value)
-  if found.get("low") is None:
-    return text
-  return f"{text} [{number(found['low'])}, {number(found['high'])}]"
-
-
 def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
   """Returns the table of a stage, or None if it has no figures."""
   paths = {line.title: line.path for line in summary_lib.headlines(summary)}
@@ -115,7 +98,7 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
   for line in summary["headlines"]:
     if paths[line["title"]].partition(".")[0] != name or line["value"] is None:
       continue
-    row = (line["title"], interval(line["value"], line["interval"] or {}))
+    row = (line["title"], with_interval(line["value"], line["interval"] or {}))
     if row not in rows:  # One figure may have several targets.
       rows.append(row)
   if name == "train":
@@ -180,8 +163,11 @@ def _grades(workdir: epath.Path) -> Table:
 
 def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
   """Returns one table per protocol, and the number of results that belong to other parameters."""
+  fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
+  fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
   tables, others = [], 0
-  for result in _results(workdir):
+  for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
+    result = read_json(path, fields)
     same = result["inputs"].get("train") == stages.require(workdir, "train")["id"]
     if not same or result["step"] != step or "parameters" in result:
       others += 1
@@ -191,7 +177,9 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
     rows = []
     for name, column in result["columns"].items():
       cells = [column["metrics"].get(metric) for metric in metrics]
-      shown = ("-" if x is None or x["value"] is None else interval(x["value"], x) for x in cells)
+      shown = [
+        "-" if x is None or x["value"] is None else with_interval(x["value"], x) for x in cells
+      ]
       rows.append((name, *shown))
     tables.append(
       Table(result["title"], _how_by_protocol(result), ("column", *titles), tuple(rows))
@@ -210,11 +198,3 @@ def _how_by_protocol(result: dict) -> str:
   if result.get("git"):
     parts.append(f"commit {result['git'][:12]}")
   return f"{', '.join(parts)}, on {result['device']}."
-
-
-def _results(workdir: epath.Path) -> Iterator[dict]:
-  """Yields the results of all protocols, sorted by name."""
-  fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
-  fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
-  for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
-    yield read_json(path, fields)

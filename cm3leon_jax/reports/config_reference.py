@@ -25,16 +25,7 @@ sections.
 
 `seed` (int, >= 0, default `0`): {seed}
 """
-SECTION = """
-## {name}
-
-{text}
-
-{table}"""
 SHOWN = 10  # Names of a default tuple that are listed.
-TABLE = """| field | values | default | meaning |
-|---|---|---|---|
-"""
 BOUNDS = {
   "minimum": ">=",
   "exclusiveMinimum": ">",
@@ -52,13 +43,13 @@ def page() -> str:
   parts = [HEADER.format(seed=_one_line(seed))]
   for name, cls in SECTIONS.items():
     text = _one_line(pydantic.TypeAdapter(cls).json_schema())
-    parts.append(SECTION.format(name=name, text=text, table=table(cls)))
+    parts.append(f"\n## {name}\n\n{text}\n\n{table(cls)}")
   return "".join(parts)
 
 
 def table(cls: type) -> str:
   """Returns a Markdown table of the fields of a dataclass."""
-  rows = [TABLE]
+  rows = ["| field | values | default | meaning |\n|---|---|---|---|\n"]
   properties = pydantic.TypeAdapter(cls).json_schema()["properties"]
   for field in dataclasses.fields(cls):
     about = properties[field.name]

@@ -1,15 +1,14 @@
 """Writes the page of an evaluation: numbers, random examples and the worst examples."""
 
-# n examples, H height, W width of an image.
-
 from collections.abc import Sequence
 
 import numpy as np
 
 from cm3leon_jax.data.raw import reader
 from cm3leon_jax.evaluation.protocols import samples
+from cm3leon_jax.evaluation.protocols.compare import read_values
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.run import VALUES, ProtocolRun
+from cm3leon_jax.evaluation.protocols.run import ProtocolRun
 from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri
 
@@ -26,15 +25,10 @@ def write(job: ProtocolRun, result: dict) -> None:
   for name, worst in _worst(job, result).items():
     title = f"Worst by {METRICS[name].title}, column {result['protocol']['columns'][0]['name']}"
     sections.append({"title": title, "rows": _rows(job, worst)})
-  page = (
-    page_environment()
-    .get_template("evaluation.html.jinja")
-    .render(
-      result=result,
-      metrics={name: METRICS[name].title for name in result["metrics"]},
-      sections=sections,
-      page_title=result["name"],
-    )
+  template = page_environment().get_template("evaluation.html.jinja")
+  metrics = {name: METRICS[name].title for name in result["metrics"]}
+  page = template.render(
+    result=result, metrics=metrics, sections=sections, page_title=result["name"]
   )
   with replacing(job.folder / PAGE, "w") as file:
     file.write(page)
@@ -42,13 +36,10 @@ def write(job: ProtocolRun, result: dict) -> None:
 
 def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
   """Returns the worst examples of the first column by each metric with values per example."""
-  first = job.protocol.columns[0].name
-  with (job.folder / VALUES).open("rb") as file, np.load(file) as stored:
-    keys = {n: f"{first}/{n}/values" for n in job.metrics}
-    values = {n: stored[key] for n, key in keys.items() if key in stored.files}
-  worst = {}
-  for name, of_examples in values.items():
-    if METRICS[name].higher_is_better is not None:
+  values, worst = read_values(job.folder), {}
+  for name in job.metrics:
+    of_examples = values.get(f"{job.protocol.columns[0].name}/{name}/values")
+    if of_examples is not None and METRICS[name].higher_is_better is not None:
       order = np.argsort(of_examples, kind="stable")
       order = order if METRICS[name].higher_is_better else order[::-1]
       worst[name] = [int(i) for i in order if not np.isnan(of_examples[i])][:NUM_EXAMPLES]

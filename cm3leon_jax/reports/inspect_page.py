@@ -12,7 +12,6 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.rows.plan import RowPlan
-from cm3leon_jax.files.atomic import replacing
 from cm3leon_jax.reports.report import page_environment, png_uri, show
 from cm3leon_jax.reports.ribbon import ribbon
 from cm3leon_jax.reports.row_contents import RowView, SampleView
@@ -91,7 +90,7 @@ class PageDecoder:
   images: dict[bytes, np.ndarray]
 
   def text(self, ids: np.ndarray, begins: bool) -> str:
-    """Decodes text. If a text `begins` here, the space that starts every encoding is removed."""
+    """Decodes ids of a text. If the text `begins` with them, removes the space that starts it."""
     if begins:
       return self.text_tokenizer.decode(ids)
     return self.text_tokenizer.decode([*self.text_tokenizer.encode("a"), *ids])[1:]
@@ -173,7 +172,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the item of a segment and marks its masked parts; a sentinel for a dropped segment."""
+  """Returns the item of a segment, with masked parts marked; a sentinel for a dropped segment."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
@@ -236,14 +235,8 @@ def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
 
 
 def _box(role: str, title: str, span: int = NO_SPAN, **fields: Any) -> dict[str, Any]:
-  return {
-    "kind": "box",
-    "role": role,
-    "title": title,
-    "span": span,
-    "facts": [],
-    "items": [],
-  } | fields
+  box = {"kind": "box", "role": role, "title": title, "span": span, "facts": [], "items": []}
+  return box | fields
 
 
 def document_box(view: SampleView, segment: int) -> dict:
@@ -259,11 +252,15 @@ def document_box(view: SampleView, segment: int) -> dict:
   return _box(role, view.owner_name(segment), owner=owner, facts=facts)
 
 
-def remarks(view: SampleView) -> list[str]:
-  """Returns facts about a sample of documents that the blocks of the sample do not show."""
+def remarks(view: SampleView, decoder: PageDecoder) -> list[str]:
+  """Returns facts about a sample that the blocks of the sample do not show."""
   result, origin = [], view.origin
   if origin.task is not None:
-    return []
+    if view.dropped:
+      return ["Everything before the target dropped: <mask:0> replaces it, and no infill follows."]
+    left_out = [origin.document.segments[i].tokens for i in origin.task.left_out(origin.document)]
+    texts = [decoder.text(tokens, begins=True) for tokens in left_out]
+    return [f"Instruction dropped: “{text}” is omitted." for text in texts]
   tokens = len(origin.document.segments[0].tokens)
   if view.dropped:
     result.append(
@@ -278,19 +275,6 @@ def remarks(view: SampleView) -> list[str]:
   if view.missing:
     result.append(f"The row was full: the last {count_of(view.missing, 'token')} were cut off.")
   return result
-
-
-def task_remarks(view: SampleView, decoder: PageDecoder) -> list[str]:
-  """Returns remarks about what was dropped from an instruction sample."""
-  task, document = view.origin.task, view.origin.document
-  if task is None:
-    return []
-  if view.dropped:
-    return ["Everything before the target dropped: <mask:0> replaces it, and no infill follows."]
-  texts = [document.segments[i] for i in task.left_out(document)]
-  return [
-    f"Instruction dropped: “{decoder.text(text.tokens, begins=True)}” is omitted." for text in texts
-  ]
 
 
 def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
@@ -315,7 +299,7 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
     "key": document.key,
     "segment_id": sample.segment_id,
     "facts": facts,
-    "remarks": [*task_remarks(view, decoder), *remarks(view)],
+    "remarks": remarks(view, decoder),
     "blocks": sample_blocks(view, decoder),
   }
 
@@ -372,9 +356,3 @@ def check_writable(out: epath.PathLike) -> None:
       f"--out is {out}, which cannot be written ({error.strerror}: {error.filename}): "
       "name a file in a writable folder."
     ) from error
-
-
-def write(out: epath.PathLike, html: str) -> None:
-  """Writes the page atomically."""
-  with replacing(out, "w") as file:
-    file.write(html)

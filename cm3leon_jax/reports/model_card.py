@@ -4,7 +4,6 @@ The card shows the figures that the workdir has, states how each was measured, a
 measurements. Its code snippets run in the folder of the export.
 """
 
-import importlib.resources
 import json
 import math
 import re
@@ -196,9 +195,8 @@ def _wrapped(prose: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-  folder = importlib.resources.files(__package__)
   environment = jinja2.Environment(
-    loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    loader=jinja2.PackageLoader(__package__, ""),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -2,7 +2,6 @@
 
 import base64
 import datetime
-import importlib.resources
 import io
 import re
 from typing import Any
@@ -83,14 +82,8 @@ def to_svg(figure: Figure) -> str:
   figure.savefig(
     buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
   )
-  svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
-  svg = re.sub(
-    r"(<svg[^>]*?) width=\"[^\"]*\" height=\"[^\"]*\"|(<svg[^>]*?) height=\"[^\"]*\"",
-    r"\1\2",
-    svg,
-    count=1,
-  )
-  svg = re.sub(r" width=\"[\d.]+pt\"", "", svg, count=1)
+  _, tag, content = re.split(r"(<svg[^>]*>)", buffer.getvalue(), maxsplit=1)
+  svg = re.sub(r" (width|height)=\"[^\"]*\"", "", tag) + content
   svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
   for color, css in CSS_COLORS.items():
     svg = svg.replace(color, css)
@@ -128,7 +121,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
       for i, restart in enumerate(summary_lib.restarts(metrics)):
         dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
         axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
-      first = held[:1] if at[:1] == [0] else []  # The loss before tuning is the highest.
+      first = held[:1] if at[:1] == [0] else []  # The held-out loss before tuning, the highest.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
@@ -279,14 +272,13 @@ def page_environment() -> jinja2.Environment:
 
   Pages show untrusted texts, so HTML is escaped and control characters are made visible (`inert`).
   """
-  folder = importlib.resources.files(__package__)
   environment = jinja2.Environment(
     autoescape=True,
     finalize=inert,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
-    loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text()),
+    loader=jinja2.PackageLoader(__package__, ""),
   )
   environment.filters["show"] = show
   return environment

@@ -2,7 +2,6 @@
 
 # L slots of a row, n documents, C candidates of each.
 
-from collections.abc import Iterable
 import dataclasses
 
 import numpy as np
@@ -96,11 +95,7 @@ class RowView:
 
 
 def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placement) -> Origin:
-  """Looks up the documents of a sample in the plan and the stores.
-
-  `scores` are [n, C] float32 similarities of the candidates of each pair; None if the run has no
-  neighbors.
-  """
+  """Looks up the documents of a sample in the plan and the stores. For `scores`, see `read_row`."""
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
   index, start = loader.plan.units[source].locate(unit)
@@ -128,22 +123,15 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   return Origin(document, neighbors, pass_, start, len(text))
 
 
-def read_rows(
-  loader: RowLoader, scores: np.ndarray | None, numbers: Iterable[int]
-) -> list[RowView]:
-  """Reads rows and checks every sample against its documents.
+def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowView:
+  """Reads a row and checks every sample against its documents.
 
   `scores` are [n, C] float32 similarities of the candidates of each pair (`load_neighbors`); None
   if the run has no neighbors.
 
   Raises:
-    ValueError: a row does not have its planned samples. The message names the row and the sample.
+    ValueError: the row does not have its planned samples. The message names the row and the sample.
   """
-  return [read_row(loader, scores, number) for number in numbers]
-
-
-def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowView:
-  """Reads and checks one row, see `read_rows`."""
   row, placements = loader[number], loader.plan.row(number)
   try:
     samples = row_parts.split_row(row, loader.vocab, loader.align_images)

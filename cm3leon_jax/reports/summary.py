@@ -1,6 +1,7 @@
 """Collects the numbers of a run, and compares its headline figures with their targets."""
 
 import itertools
+import operator
 from typing import Any
 
 from etils import epath
@@ -15,7 +16,7 @@ from cm3leon_jax.files.json_files import lacks, plain, read_json, read_json_line
 from cm3leon_jax.runs import stages, table
 
 JUDGED = "judged"  # Name of a JSON file of the workdir and of a section of the summary.
-
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 # fmt: off
 HEADLINES = (
@@ -63,7 +64,7 @@ def judge(summary: dict, headline: Headline) -> dict:
 
   Returns {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low,
   high and groups (`intervals.mean_interval`), or is None. `value` is None if the stage has not run.
-  `met` is None if there is no value or no target.
+  `met` is None if the summary lacks the value or the target.
   """
   value = lookup(summary, headline.path)
   target = lookup(summary, headline.target) if isinstance(headline.target, str) else headline.target
@@ -72,16 +73,14 @@ def judge(summary: dict, headline: Headline) -> dict:
   if parent.get("low") is not None:
     names = ("low", "high", "groups", "effective_groups")
     interval = {name: parent[name] for name in names if name in parent}
-  if value is not None and target is not None and headline.better:
+  if value is not None and target is not None:
     worst = value if interval is None else interval["high" if "<" in headline.better else "low"]
-    met = {">=": worst >= target, "<=": worst <= target, ">": worst > target, "<": worst < target}[
-      headline.better
-    ]
+    met = COMPARISONS[headline.better](worst, target)
   return {
     "title": headline.title,
     "value": value,
     "interval": interval,
-    "relation": f"{headline.better} " if headline.better else "",
+    "relation": f"{headline.better} ",
     "target": target,
     "note": headline.note or ("whole interval" if interval and met is not None else ""),
     "met": met,

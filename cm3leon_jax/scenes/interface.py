@@ -13,7 +13,8 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.evaluation.world import Answer, JudgedSamples, World
+from cm3leon_jax.evaluation.headlines import Headline
+from cm3leon_jax.evaluation.world import Answer, World
 from cm3leon_jax.scenes import headlines, source
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, ScenesTasks
 from cm3leon_jax.scenes.judge import answers, judge
@@ -96,11 +97,11 @@ class ScenesWorld:
     workdir: epath.PathLike,
     folder: epath.PathLike,
     bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
-  ) -> JudgedSamples:
+  ) -> tuple[dict[str, Any], str]:
     from cm3leon_jax.scenes.judge import samples
 
     result = samples.evaluate(pipeline, tasks, workdir, folder, bundled)
-    return JudgedSamples(samples.overview(result), samples.describe(result))
+    return samples.overview(result), samples.describe(result)
 
   def geneval_metadata(self, task: HeldoutCaption) -> dict[str, Any]:
     from cm3leon_jax.scenes.judge import table

@@ -11,7 +11,8 @@ from cm3leon_jax.checkpoints import reading
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw.reader import load_image
 from cm3leon_jax.evaluation.likelihood.answer_scores import score_answers
-from cm3leon_jax.evaluation.metrics import extractors, moments
+from cm3leon_jax.evaluation.metrics import extractors
+from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_distance
 from cm3leon_jax.evaluation.protocols import compare, results
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import run as run_lib
@@ -114,12 +115,9 @@ def test_distances_are_those_of_the_decoded_images(done):
   codes = np.array([line["codes"] for line in lines])
   features = job.extractor(job.pipeline.image_tokenizer.decode(codes))
   real = job.extractor(np.stack([load_image(e.image, 8) for e in job.evaluated.examples]))
-  sets = [moments.Moments(features.shape[1]) for _ in range(2)]
-  for one, rows in zip(sets, (features, real)):
-    one.add(rows)
   found = result["columns"]["one document"]["metrics"]["frechet_distance"]["value"]
-  assert found == pytest.approx(moments.frechet_distance(*sets), rel=1e-6)
-  assert found != pytest.approx(moments.frechet_distance(sets[0], sets[0]), abs=1e-3)
+  assert found == pytest.approx(frechet_distance((features, real)), rel=1e-6)
+  assert found != pytest.approx(frechet_distance((features, features)), abs=1e-3)
 
 
 def test_the_best_of_several_samples_counts(done):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.data.published.examples import Example
-from cm3leon_jax.evaluation.metrics import captions
+from cm3leon_jax.evaluation.metrics import captions, ptb
 from cm3leon_jax.evaluation.protocols import text_metrics
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples
 
@@ -34,11 +34,13 @@ def test_captions_of_people_score_higher_than_those_of_other_images():
 
 def test_values_are_those_of_the_metrics_times_100():
   texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
-  scores = captions.score(texts, REFERENCES)
-  assert text_metrics.cider(column(texts))["value"] == pytest.approx(100 * scores.cider)
+  tokens = [[ptb.tokenize(text) for text in some] for some in (texts, *REFERENCES)]
+  ciders = captions.cider(tokens[0], tokens[1:])
+  bleu = captions.bleu(captions.bleu_counts(tokens[0], tokens[1:]).sum(0))
+  assert text_metrics.cider(column(texts))["value"] == pytest.approx(100 * ciders.mean())
   found = text_metrics.cider(column(texts))["values"]
-  np.testing.assert_allclose(found, 100 * scores.ciders)
-  assert text_metrics.bleu4(column(texts))["value"] == pytest.approx(100 * scores.bleu[-1])
+  np.testing.assert_allclose(found, 100 * ciders)
+  assert text_metrics.bleu4(column(texts))["value"] == pytest.approx(100 * bleu[-1])
 
 
 def test_the_interval_of_bleu_resamples_groups():

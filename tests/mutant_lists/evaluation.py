@@ -3,10 +3,9 @@
 from tests.mutant_lists.mutant import mutants_of
 
 EVALUATION = mutants_of(
-  "cm3leon_jax/evaluation/metrics/moments.py",
-  ("moments_forget_the_shift", "(self.count * count / total)", "0.0"),
-  "cm3leon_jax/evaluation/metrics/frechet_interval.py",
-  ("frechet_bias_not_corrected", "[tail, 1 - tail]) - bias", "[tail, 1 - tail])"),
+  "cm3leon_jax/evaluation/metrics/frechet_distance.py",
+  ("covariances_around_zero", "((x - mean) * np.sqrt", "(x * np.sqrt"),
+  ("frechet_bias_not_corrected", "(end - bias for end in", "(end for end in"),
   "cm3leon_jax/evaluation/metrics/kernel_distance.py",
   ("kernel_of_a_row_with_itself_counts", "np.fill_diagonal(own, 0.0)", "pass"),
   "cm3leon_jax/evaluation/metrics/precision_recall.py",

@@ -37,7 +37,8 @@ def plan_of(stores, loss_on="all", loss_weight=1.0, pairs=0.0) -> RowPlan:
 
 
 def views_of(loader, scores=None):
-  return [v for row in row_contents.read_rows(loader, scores, ROWS) for v in row.samples]
+  rows = (row_contents.read_row(loader, scores, number) for number in ROWS)
+  return [view for row in rows for view in row.samples]
 
 
 def kind_of(view) -> str:
@@ -90,7 +91,7 @@ def one_sample(stores, kind, **fields):
 
 
 def read(plan, number, change):
-  return row_contents.read_rows(Changed(plan, change), None, [number])
+  return row_contents.read_row(Changed(plan, change), None, number)
 
 
 @pytest.mark.parametrize("kind", ["answers", "edits", "no instruction", "nothing before"])
@@ -165,7 +166,7 @@ def test_wrong_marks_of_sources_are_refused(stores):
   loader = Changed(plan, lambda row: row.update(sources=1 + (row["sources"] == 1)))
   loader.mark_sources = True
   with refused(ValueError):
-    row_contents.read_rows(loader, None, [0])
+    row_contents.read_row(loader, None, 0)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def shown(stores, request):
   result = {}
   for kind in ("answers", "edits", "no instruction", "nothing before"):
     plan, number, view = one_sample(stores, kind)
-    rows = row_contents.read_rows(pipeline.RowLoader(plan, VOCAB), None, [number])
+    rows = [row_contents.read_row(pipeline.RowLoader(plan, VOCAB), None, number)]
     decoder = inspect_page.make_decoder(rows, VOCAB, *tokenizers)
     html = inspect_page.render(rows, plan, decoder, "c.py", "train")
     result[kind] = view, inspect_page.sample_context(view, decoder), html, decoder

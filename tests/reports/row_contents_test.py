@@ -22,7 +22,7 @@ def scores(sources):
 
 
 def views_of(loader, scores, count):
-  rows = row_contents.read_rows(loader, scores, range(count))
+  rows = [row_contents.read_row(loader, scores, number) for number in range(count)]
   return [view for row in rows for view in row.samples]
 
 
@@ -58,9 +58,7 @@ def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
   number = next(i for i in range(40) if (loader[i]["positions"] < 0).any())
   aligned = loader[number]["positions"]
   with refused(ValueError):
-    row_contents.read_rows(
-      Changed(plan, lambda row: row.update(positions=aligned)), scores, [number]
-    )
+    row_contents.read_row(Changed(plan, lambda row: row.update(positions=aligned)), scores, number)
 
 
 class Changed(RowLoader):
@@ -98,9 +96,9 @@ def test_a_row_without_its_planned_samples_is_refused(sources, scores, change):
     for i in range(60)
     if len(plan.row(i)) > 1 and VOCAB.is_image(RowLoader(plan, VOCAB)[i]["inputs"]).any()
   )
-  assert row_contents.read_rows(RowLoader(plan, VOCAB), scores, [number])
+  assert row_contents.read_row(RowLoader(plan, VOCAB), scores, number)
   with refused(ValueError):
-    row_contents.read_rows(Changed(plan, change), scores, [number])
+    row_contents.read_row(Changed(plan, change), scores, number)
 
 
 def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_path):
@@ -111,4 +109,4 @@ def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_p
   broken = Changed(plan, lambda changed: changed.update(row))
   broken.plan = make_plan(replaced)
   with refused(ValueError):
-    row_contents.read_rows(broken, scores, [0])
+    row_contents.read_row(broken, scores, 0)

@@ -1,7 +1,5 @@
 """Grades answers to held-out instructions, by a model or by a baseline, with a world's judge."""
 
-# n records, H height, W width.
-
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
@@ -70,9 +68,9 @@ def without_model(
   """Judges answers that need no model: baselines that a model should beat, and an upper bound.
 
   Returns:
-    Title -> judged answers. For questions, these are the `guesses` of the world. For tasks that
-    answer with an image, "copy" is the given image unchanged, if an image is given. "tokenizer" is
-    the true image as the image tokenizer reconstructs it. No model can beat "tokenizer".
+    Title -> judged answers. Questions have the `guesses` of the world. Tasks that answer with an
+    image have "copy", the given image unchanged, if an image is given, and "tokenizer", the true
+    image as the image tokenizer reconstructs it. No model can beat "tokenizer".
   """
   if task.target in records[0].texts:
     guesses = world.guesses(records).items()
@@ -137,11 +135,8 @@ def means(
     if len(some) < len(members):
       continue
     titles = [title for title in some[0] if all(title in table for table in some)]
-    result[kind] = {
-      title: float(np.mean([table[title]["right"]["share"] for table in some])) for title in titles
-    }
-    if all("kept" in table[title] for table in some for title in titles):
-      result[f"{kind}, kept"] = {
-        title: float(np.mean([table[title]["kept"]["share"] for table in some])) for title in titles
-      }
+    for measure, label in (("right", kind), ("kept", f"{kind}, kept")):
+      if all(measure in table[title] for table in some for title in titles):
+        shares = {title: [table[title][measure]["share"] for table in some] for title in titles}
+        result[label] = {title: float(np.mean(shares[title])) for title in titles}
   return result

@@ -16,14 +16,8 @@ from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.settings import Settings
 
 GRADES, ANSWERS = "grades.json", "answers.jsonl"
-TITLES = (
-  "before",
-  "after",
-  "majority",
-  "any object",
-  "copy",
-  "tokenizer",
-)  # Titles of columns, in the order in which tables show them.
+# Titles of columns, in the order in which tables show them.
+TITLES = ("before", "after", "majority", "any object", "copy", "tokenizer")
 EXAMPLES = 4  # Number of random examples, and of wrong examples, per task.
 
 

@@ -53,7 +53,7 @@ def score_answers(
     before, after = text_pieces(layout.encode, text)
     for answer in of_question:
       hole = layout.encode(answer)
-      samples.append(_sample(layout, before, hole, after, image, text))
+      samples.append(_sample(layout, (before, hole, after), image, text))
       lengths.append(len(hole) + 1)
   size = rounded(min(len(samples), pipeline.generator.config.batch_size), batch_shards())
   scored = bits.score_samples(params, pipeline.settings.model, samples, layout.vocab, size)
@@ -62,17 +62,13 @@ def score_answers(
 
 
 def _sample(
-  layout: PromptLayout,
-  before: np.ndarray,
-  hole: np.ndarray,
-  after: np.ndarray,
-  image: np.ndarray,
-  text: str,
+  layout: PromptLayout, pieces: Sequence[np.ndarray], image: np.ndarray, text: str
 ) -> np.ndarray:
-  """Makes the sample of a question in which the answer is the masked span."""
+  """Makes the sample of a question. `pieces` are the ids before, in and after the masked span."""
+  before, hole, _ = pieces
   if not len(hole):
     raise UserError(f"an answer to '{text.replace(MASK, '?')}' is empty: give at least one word.")
-  words = np.concatenate([before, hole, after]).astype(np.int32)
+  words = np.concatenate(pieces).astype(np.int32)
   document = Document("", (Segment(False, words), Segment(True, image)), "", "", "")
   sample, start = rows.join([document], layout.vocab), 1 + len(before)
   if (needed := len(sample) + OVERHEAD) > layout.positions + 1:

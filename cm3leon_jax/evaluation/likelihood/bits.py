@@ -180,9 +180,10 @@ def _samples(
   vocab: VocabLayout,
   seed: int,
 ) -> tuple[list[Document], list[str], dict[str, list[np.ndarray]], dict[str, list[int]]]:
-  """Chooses documents. Returns documents, concepts, and per condition the samples and the counts.
+  """Chooses held-out documents, and makes a sample of each document under each condition.
 
-  A sample is a document after its neighbors. A count is the number of these neighbors.
+  A sample is a document after its neighbors. Returns the documents, their concepts, and for each
+  condition the samples and their numbers of neighbors.
   """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])

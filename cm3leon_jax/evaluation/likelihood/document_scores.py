@@ -6,7 +6,7 @@ continue after the last finished part, and memory does not grow with the number 
 
 # T tokens of a sample: </s>, the neighbors, the document, </s>.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 from typing import Any, SupportsFloat
@@ -37,11 +37,6 @@ MAX_GROUPS = 10_000  # Largest number of groups of an interval. If there are mor
 DIGITS = 6  # Number of decimals with which log-probabilities are written.
 
 
-def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
-  """Returns an empty tuple of neighbors for each document."""
-  return [() for _ in documents]
-
-
 @dataclasses.dataclass(frozen=True)
 class Search:
   """Finds up to `count` neighbors of a pair by its text, as at inference. Excludes the pair."""
@@ -54,7 +49,7 @@ class Search:
 
   def __call__(self, documents: Sequence[Document]) -> list[tuple[Document, ...]]:
     """Returns the neighbors of each document, best first. Only pairs have neighbors."""
-    found = no_neighbors(documents)
+    found: list[tuple[Document, ...]] = [()] * len(documents)
     pairs = [i for i, document in enumerate(documents) if is_pair(document)]
     if not pairs:
       return found
@@ -84,7 +79,7 @@ class Scorer:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     positions: number of slots of a row in training.
     batch_size: rows in a batch, see `bits.check_batch`.
-    find: returns the neighbors of each document, best first.
+    find: returns the neighbors of each document, best first. None: documents have no neighbors.
   """
 
   params: dict
@@ -92,11 +87,11 @@ class Scorer:
   vocab: VocabLayout
   positions: int
   batch_size: int
-  find: Callable[[Sequence[Document]], list[tuple[Document, ...]]] = no_neighbors
+  find: Callable[[Sequence[Document]], list[tuple[Document, ...]]] | None = None
 
   def score(self, documents: Sequence[Document]) -> list[dict]:
     """Returns the fields of each document's line in scores.jsonl, see `line_of`."""
-    found = self.find(documents)
+    found = [()] * len(documents) if self.find is None else self.find(documents)
     kept = [
       bits.fit_neighbors(document, neighbors, self.positions)
       for document, neighbors in zip(documents, found)
@@ -234,17 +229,12 @@ def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
   """Concatenates the parts into scores.jsonl, and removes them."""
   totals = Totals()
   with replacing(folder / SCORES, "w") as file:
-    for line in _lines(files):
-      file.write(line)
-      totals.add(json.loads(line))
+    for path in files:
+      for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        file.write(line)
+        totals.add(json.loads(line))
   (folder / PARTS).rmtree()
   return totals
-
-
-def _lines(files: Sequence[epath.Path]) -> Iterator[str]:
-  for path in files:
-    with path.open("r", encoding="utf-8") as file:
-      yield from file
 
 
 class Totals:

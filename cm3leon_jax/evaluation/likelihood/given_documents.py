@@ -1,9 +1,8 @@
-"""Reads documents that shall be scored, from a JSONL file or from the folder of a document store.
+"""Reads the documents to score, from a JSONL file or from the folder of a document store.
 
-All documents are checked before the first document is scored. Then they are read in parts.
+All documents are checked before the first document is scored. To score them, documents are read
+again in parts.
 """
-
-# N documents of a block, S segments of these documents.
 
 from collections.abc import Collection, Iterator
 import dataclasses
@@ -272,19 +271,16 @@ def read_record(line: str, where: str, key: str) -> Record:
     cls = next((kinds[name] for name in kinds if name in values), None)
     if cls is None:
       raise UserError(f"{where} has no {', no '.join(FORMS)}: it must have one of these.")
+    form = next(name for name in kinds if kinds[name] is cls)
     known = [field.name for field in dataclasses.fields(cls)]
     for name in values:
       if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"it may have {', '.join(known)}."
-        raise UserError(f"{where}: field '{name}' is unknown next to '{_form(cls)}': {hint}")
+        raise UserError(f"{where}: field '{name}' is unknown next to '{form}': {hint}")
     return make_record(cls, {**values, "key": values.get("key") or key}, where)
   except RecordError as error:
     raise UserError(str(error)) from error
-
-
-def _form(cls: type) -> str:
-  return {RawText: "text", RawPair: "image", RawInterleaved: "segments"}[cls]
 
 
 def _check_slots(where: str, slots: int, positions: int) -> None:

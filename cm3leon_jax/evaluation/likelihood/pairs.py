@@ -1,6 +1,6 @@
 """Computes log-probabilities of a text, of an image given a text, and of a text given an image."""
 
-# T tokens of a text, I tokens of an image.
+# n pairs, I codes of an image.
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,7 +18,6 @@ from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GivenImage, PromptLayout
 from cm3leon_jax.mesh import batch_shards
-from cm3leon_jax.vocab import VocabLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,10 @@ def score_codes(
     kept = bits.fit_neighbors(documents[-1], found, layout.positions)
     plain.append(rows.join([*kept, documents[-1]], vocab))
     kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD)
-    masked.append(_masked(rows.join([*kept, documents[-1]], vocab), segments, vocab))
+    sample = rows.join([*kept, documents[-1]], vocab)
+    stop = len(sample) - len(image) - 2  # <break> follows the text, and </s> follows the image.
+    span = (stop - len(segments[0].tokens), stop)
+    masked.append(apply_cm3_mask(sample, [span], vocab))
   size = rounded(min(len(texts), pipeline.generator.config.batch_size), batch_shards())
   scored = bits.score_samples(params, pipeline.settings.model, [*plain, *masked], vocab, size)
   nats = [-np.log(2) * x for x in scored]
@@ -94,13 +96,6 @@ def score_codes(
     sums = (float(text.sum()), image_sum, span_sum)
     scores.append(PairScore(*sums, len(text), layout.image_tokens))
   return scores
-
-
-def _masked(sample: np.ndarray, segments: Sequence[Segment], vocab: VocabLayout) -> np.ndarray:
-  """Masks the text of the last pair in a joined sample, as a CM3 span."""
-  text, image = (len(segment.tokens) for segment in segments)
-  stop = len(sample) - image - 2
-  return apply_cm3_mask(sample, [(stop - text, stop)], vocab)
 
 
 def _check_length(text: int, layout: PromptLayout) -> None:

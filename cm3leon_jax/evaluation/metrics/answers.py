@@ -36,17 +36,12 @@ CONTRACTIONS = (
 )
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-  """Returns the spellings of a contraction that lack one apostrophe.
-
-  _without_one_apostrophe("he'd've") = ["hed've", "he'dve"]
-  """
-  places = [i for i, char in enumerate(word) if char == "'"]
-  return [word[:i] + word[i + 1 :] for i in places]
-
-
+# Spellings of contractions that lack one apostrophe, such as "hed've" and "he'dve" for "he'd've".
 SPELLINGS = {
-  wrong: word for word in CONTRACTIONS.split() for wrong in _without_one_apostrophe(word)
+  word[:i] + word[i + 1 :]: word
+  for word in CONTRACTIONS.split()
+  for i, char in enumerate(word)
+  if char == "'"
 } | {"somebody'd": "somebodyd"}  # The official table has this spelling.
 
 
@@ -117,24 +112,20 @@ def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) 
   return np.array(values, np.float64)
 
 
-def exact_matches(
-  candidates: Sequence[str], answers: Sequence[Sequence[str]], strict: bool = False
-) -> np.ndarray:
+def exact_matches(candidates: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
   """Returns 1 for each candidate that equals an answer of a person, and 0 for the others.
 
     exact_matches(["Two."], [["2", "three"]]) = [1.0]
-    exact_matches(["Two."], [["2", "three"]], strict=True) = [0.0]
 
-  If `strict` is False, all answers are normalized, even if the people agree. Returns [n] fp64,
-  whose mean is the share of exact matches.
+  All answers are normalized, even if the people agree. Returns [n] fp64, whose mean is the share of
+  exact matches.
 
   Raises:
     UserError: the numbers of candidates and questions differ, or a question has no answers.
   """
   _check(candidates, answers)
-  change = str if strict else normalize
   pairs = zip(candidates, answers)
-  return np.array([change(one) in map(change, given) for one, given in pairs], np.float64)
+  return np.array([normalize(one) in map(normalize, given) for one, given in pairs], np.float64)
 
 
 def ndcg(scores: npt.ArrayLike, relevance: npt.ArrayLike) -> np.ndarray:

@@ -8,13 +8,11 @@ tokens from `ptb.tokenize`.
 
 from collections import Counter
 from collections.abc import Sequence
-import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics import ptb
 
 Caption = Sequence[str]
 Grams = list[Counter]
@@ -24,36 +22,6 @@ N = 4
 # 1e-4, not 0, if no n-gram of N words matches in the whole set.
 TINY, SMALL = 1e-15, 1e-9
 SIGMA = 6.0
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionScores:
-  """Scores of the captions of n images.
-
-  Attributes:
-    bleu: [N] fp64, BLEU-1 to BLEU-4 of the set, each from 0 to 1.
-    cider: CIDEr-D of the set, from 0 to 10. Papers report this number times 100.
-    bleu_counts: [n, 2N + 1] int64, result of `bleu_counts`.
-    ciders: [n] fp64, result of `cider`.
-  """
-
-  bleu: np.ndarray
-  cider: float
-  bleu_counts: np.ndarray
-  ciders: np.ndarray
-
-
-def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-  """Tokenizes captions and computes their BLEU and CIDEr.
-
-  Raises:
-    UserError: there are no images, captions and images differ in number, or an image has no
-      references.
-  """
-  candidates = [ptb.tokenize(caption) for caption in captions]
-  tokens = [[ptb.tokenize(text) for text in texts] for texts in references]
-  counts, ciders = bleu_counts(candidates, tokens), cider(candidates, tokens)
-  return CaptionScores(bleu(counts.sum(0)), float(ciders.mean()), counts, ciders)
 
 
 def bleu_counts(

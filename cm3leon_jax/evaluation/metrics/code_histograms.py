@@ -8,8 +8,6 @@ the image tokenizer.
 
 # C number of codes in the codebook of the tokenizer.
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 from scipy import special
@@ -17,34 +15,8 @@ from scipy import special
 from cm3leon_jax.config import UserError
 
 
-def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
-  """Counts how often each code occurs in batches of images.
-
-    batches = [[[0, 2], [2, 2]], [[3, 0]]], num_codes = 4
-    result = [2, 0, 3, 1]
-
-  Counts of several hosts or parts can be added. Codes are integer arrays of any shape. They have
-  the ids of the tokenizer (0 to C - 1), not the ids of the vocabulary. Returns [C] int64.
-
-  Raises:
-    UserError: a code is not an integer or is out of range.
-  """
-  counts = np.zeros(num_codes, np.int64)
-  for batch in batches:
-    codes = np.asarray(batch).ravel()
-    if not np.issubdtype(codes.dtype, np.integer):
-      raise UserError(f"image codes are {codes.dtype}; they must be integers.")
-    wrong = codes[(codes < 0) | (codes >= num_codes)]
-    if len(wrong):
-      raise UserError(
-        f"image code {wrong[0]} is out of range: the image tokenizer has {num_codes} codes."
-      )
-    counts += np.bincount(codes.astype(np.int64), minlength=num_codes)
-  return counts
-
-
 def jensen_shannon_bits(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-  """Returns the Jensen-Shannon divergence of two histograms in bits.
+  """Returns the Jensen-Shannon divergence of two histograms of codes, [C] counts each, in bits.
 
     first = [3, 1], second = [1, 3]
     result = H(1/2, 1/2) - (H(3/4, 1/4) + H(1/4, 3/4)) / 2 = 1 - 0.811 = 0.189 bits

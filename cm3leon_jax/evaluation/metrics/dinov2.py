@@ -24,18 +24,13 @@ class DINOv2:
   For `digest`, see `published_weights.digest`.
   """
 
-  def __init__(self, model: Any, processor: Any, digest: str, device: str = "cpu"):
-    """Puts a `transformers.Dinov2Model` on a torch device."""
-    self._model = model.eval().to(device)
-    self.processor, self.digest, self._device = processor, digest, device
-
-  @property
-  def config(self) -> Any:
-    """The model's `transformers.Dinov2Config`."""
-    return self._model.config
+  def __init__(self, model: Any, processor: Any, digest: str):
+    """Wraps a `transformers.Dinov2Model`."""
+    self._model, self.config = model.eval(), model.config
+    self.processor, self.digest = processor, digest
 
   @classmethod
-  def load(cls, folder: epath.PathLike, device: str = "cpu") -> "DINOv2":
+  def load(cls, folder: epath.PathLike) -> "DINOv2":
     """Reads config.json, model.safetensors and preprocessor_config.json.
 
     Raises:
@@ -57,7 +52,7 @@ class DINOv2:
     if (kind := read_foreign_json(folder / CONFIG, {}).get("model_type")) != "dinov2":
       raise UserError(f"{folder / CONFIG}: model_type is '{kind}'; it must be 'dinov2'.")
     digest = published_weights.digest(published_weights.read_tensors(folder / WEIGHTS))
-    return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
+    return cls(_read_model(folder, torch.float32), _read_processor(folder), digest)
 
   def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
     """Computes the features of images of any size: the normalized outputs at the CLS token."""
@@ -67,8 +62,8 @@ class DINOv2:
     for start in range(0, len(images), BATCH):
       pixels = preprocess(self.processor, images[start : start + BATCH])
       with torch.inference_mode():
-        tokens = self._model(pixel_values=torch.from_numpy(pixels).to(self._device))
-      out[start : start + len(pixels)] = tokens.last_hidden_state[:, 0].cpu().numpy()
+        tokens = self._model(pixel_values=torch.from_numpy(pixels))
+      out[start : start + len(pixels)] = tokens.last_hidden_state[:, 0].numpy()
     return out
 
 

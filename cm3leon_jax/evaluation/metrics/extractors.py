@@ -23,7 +23,7 @@ from cm3leon_jax.evaluation.metrics.dinov2 import DINOv2
 from cm3leon_jax.evaluation.metrics.inception import NETWORK, WIDTH, Inception, Resize
 from cm3leon_jax.files.json_files import plain
 
-# Settings of a `transformers` image processor. They affect the features.
+# Settings of a `transformers` image processor that affect the features.
 PREPROCESSING = (
   "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
   "rescale_factor", "do_normalize", "image_mean", "image_std",
@@ -91,9 +91,9 @@ def clip_identity(clip: CLIP | HFCLIP) -> dict:
   return {"network": "clip", "tensors": published_weights.digest(tensors), **rest}
 
 
-def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:
+def load_dinov2(folder: epath.PathLike) -> Extractor:
   """Loads a DINOv2 from a Hugging Face folder. See `DINOv2.load` for arguments and errors."""
-  network = DINOv2.load(folder, device)
+  network = DINOv2.load(folder)
   # Settings that cannot be read from the weights.
   names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
   identity = {

@@ -9,9 +9,11 @@ and of torchvision: its average pools do not count padding, its last block uses 
 # B batch, H height, W width, C channels, D width of the features.
 
 from collections.abc import Sequence
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 from etils import epath
+from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ CLASSES = 1008
 EPSILON = 1e-3
 ROWS_PER_DEVICE = 32
 Resize = Literal["tf1", "torch"]
-# Last part of the names of torch's batch counters, which inference ignores and some files lack.
+# Last part of the name of a batch counter of torch. Inference ignores counters, and some files lack
+# them.
 COUNTER = "num_batches_tracked"
 
 
@@ -192,20 +195,11 @@ def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
 
 def _pool(x: Array, kind: str) -> Array:
   """Applies a 3 x 3 pool. A mean counts only positions inside the image."""
-  window = (1, 3, 3, 1)
-  if kind == HALVE:
-    return lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 2, 2, 1), "VALID")
+  if kind == MEAN:
+    return nnx.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
   if kind == MAX:
-    return lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 1, 1, 1), "SAME")
-  total = lax.reduce_window(x, 0.0, lax.add, window, (1, 1, 1, 1), "SAME")
-  rows, columns = (_window_counts(size) for size in x.shape[1:3])
-  return total / (rows[:, None] * columns)[None, :, :, None]
-
-
-def _window_counts(size: int) -> np.ndarray:
-  """Counts how many of `size` positions are in the window of each position: [2 3 3 2] for 4."""
-  places = np.arange(size, dtype=np.float32)
-  return np.minimum(places + 1, size - 1) - np.maximum(places - 1, 0) + 1
+    return nnx.max_pool(x, (3, 3), padding="SAME")
+  return nnx.max_pool(x, (3, 3), (2, 2), padding="VALID")
 
 
 def _run(steps: list, params: dict, x: Array) -> Array:
@@ -226,6 +220,7 @@ def _run(steps: list, params: dict, x: Array) -> Array:
   return x
 
 
+@jax.jit
 def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array, "B D"]:
   """Computes the features of the FID: the output of the last block, averaged over 8 x 8 positions.
 
@@ -235,12 +230,12 @@ def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array,
 
 
 def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns, for each of `SIDE` positions, the pixels before and after it and a weight.
+  """Returns the pixel before and the pixel after each of `SIDE` positions, and a weight.
 
-  This is the weight of the pixel after the position. The pixel before it weighs 1 minus that.
-  "tf1" measures positions from the corners of pixels, which shifts the image. "torch" measures
-  positions from the centers of pixels. Both compute in float32. Neither applies antialiasing when
-  it shrinks an image.
+  The weight belongs to the pixel after the position. The pixel before the position has the weight
+  1 minus this weight. "tf1" measures positions from the corners of pixels, which shifts the image.
+  "torch" measures positions from the centers of pixels. Both methods compute in float32, and
+  neither method applies antialiasing when it shrinks an image.
   """
   places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
   if resize == "tf1":
@@ -251,6 +246,7 @@ def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.nd
   return before, np.minimum(before + 1, size - 1), places - before
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Array, "B 299 299 3"]:
   """Resizes images bilinearly and scales their pixels to about [-1, 1].
 
@@ -265,10 +261,6 @@ def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Ar
     low, high = (jnp.take(x, places, axis) for places in (before, after))
     x = low + (high - low) * weight
   return (x - 128) / 128 if resize == "tf1" else x / 127.5 - 1
-
-
-_resize_images = jax.jit(resize_images, static_argnums=1)
-_pool3 = jax.jit(pool3)
 
 
 class Inception:
@@ -319,7 +311,7 @@ class Inception:
       batch = images[start : start + self._size]
       padded = np.pad(batch, ((0, self._size - len(batch)), (0, 0), (0, 0), (0, 0)))
       with jax.set_mesh(self.mesh):  # The caller's mesh has other axes.
-        pixels = _resize_images(jax.device_put(padded, sharding), self.resize)
-        features = _pool3(self._params, pixels)
+        pixels = resize_images(jax.device_put(padded, sharding), self.resize)
+        features = pool3(self._params, pixels)
       out[start : start + len(batch)] = np.asarray(features)[: len(batch)]
     return out

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics.moments import two_sets
+from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 SIGMA = 10.0  # Width of the Gaussian kernel of CMMD.
 SCALE = 1000.0  # CMMD is MMD^2 times this factor.
@@ -45,8 +45,8 @@ def kid(
 
   Returns:
     {"mean", "std", "subset_size"}. `subset_size` is the size that was used. `std` is the standard
-    deviation over the subsets. It is not the error of the mean, because subsets share rows. It is
-    about 0 if a subset is the whole set.
+    deviation over the subsets. `std` is not the error of the mean, because subsets share rows. If a
+    subset is the whole set, `std` is about 0.
 
   Raises:
     UserError: a set has fewer than 2 rows, or the sets differ in width.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics.moments import two_sets
+from cm3leon_jax.evaluation.metrics.feature_sets import two_sets
 
 BLOCK = 1024  # Number of rows per block.
 
@@ -27,10 +27,10 @@ def precision_recall(
 
   The ball around a row reaches to its k-th nearest neighbor in the same set, not counting the row
   itself. The border is part of the ball. Precision is the share of generated rows that are in the
-  ball of any real row. It measures quality. Recall is the share of real rows that are in the ball
-  of any generated row. It measures variety. Source: Kynkaanniemi et al., "Improved Precision and
-  Recall Metric for Assessing Generative Models" (2019), with k = 3. Both values depend on the
-  numbers of rows, so compare only values of equally many rows. `neighbors` is k.
+  ball of any real row, which measures quality. Recall is the share of real rows that are in the
+  ball of any generated row, which measures variety. Both values depend on the numbers of rows, so
+  compare only values of equally many rows. `neighbors` is k. Source: Kynkaanniemi et al., "Improved
+  Precision and Recall Metric for Assessing Generative Models" (2019), with k = 3.
 
   Raises:
     UserError: a set has k or fewer rows, or the sets differ in width.

@@ -18,6 +18,7 @@ separately.
 """
 
 from collections.abc import Iterator
+import functools
 import re
 import unicodedata
 
@@ -166,7 +167,7 @@ def _lex(caption: str) -> Iterator[str]:
   """Yields the tokens of a caption, including punctuation. Changes quotes to "'", dashes to "-"."""
   text = ENTITY.sub(lambda match: ENTITIES[match[1].lower()], caption)
   text = text.replace("\u00ad", "")  # This is the soft hyphen.
-  shape = text.translate(SHAPES)
+  shape = "".join(map(_sign, text))
   start = 0
   while start < len(shape):
     if shape[start] in (" ", UNKNOWN):
@@ -193,17 +194,7 @@ def _normalize(token: str) -> str:
   return token.replace("(", "-lrb-").replace(")", "-rrb-")
 
 
-class _Shapes(dict):
-  """Maps characters to their signs in a shape. A sign is computed when it is first needed."""
-
-  def __missing__(self, code: int) -> str:
-    self[code] = _sign(chr(code))
-    return self[code]
-
-
-SHAPES = _Shapes()
-
-
+@functools.cache
 def _sign(char: str) -> str:
   """Returns the sign of a character in a shape."""
   if char.isspace():

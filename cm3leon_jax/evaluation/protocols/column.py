@@ -1,8 +1,8 @@
 """Defines the input of a metric: the samples of a column, and the data to compare them with.
 
 The result of a metric has `value` and, if an interval can be computed, the bounds `low` and `high`
-of a 95% interval. It may also have `values` (one per example) or `resamples`. Both allow a paired
-comparison of two evaluations.
+of a 95% interval. The result may also have `values` (one per example) or `resamples`, which allow a
+paired comparison of two evaluations.
 """
 
 # n examples, E width of embeddings, C candidates.
@@ -44,10 +44,10 @@ class ColumnSamples:
   images: Images | None = None
   reference: Images | None = None
   captions: np.ndarray | None = None
-  likelihoods: np.ndarray | None = None
-  agreements: np.ndarray | None = None
-  candidates: list[np.ndarray] | None = None
-  verdicts: np.ndarray | None = None
+  likelihoods: list[float] | None = None
+  agreements: list[float] | None = None
+  candidates: list[list[float]] | None = None
+  verdicts: list[bool] | None = None
   seed: int = 0
   num_resamples: int = intervals.NUM_RESAMPLES
 

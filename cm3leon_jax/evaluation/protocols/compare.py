@@ -14,7 +14,8 @@ from cm3leon_jax.runs import stages
 
 # Both evaluations must have equal values in these fields. Other fields may differ.
 SAME = ("protocol", "data")
-NETWORKS = ("extractor", "scorer")  # None if no metric uses the network.
+# These fields must also be equal, unless one of them is None because no metric uses the network.
+NETWORKS = ("extractor", "scorer")
 
 
 def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:
@@ -48,7 +49,7 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
         f"{first} and {second} differ in {field}{where}: evaluations can be compared only if "
         "their protocol, data, extractor and CLIP are the same."
       )
-  values = [_values(folder) for folder in (first, second)]
+  values = [read_values(folder) for folder in (first, second)]
   rows: list[dict[str, Any]] = []
   for column, of_column in results[0]["columns"].items():
     for metric, found in of_column["metrics"].items():
@@ -66,7 +67,8 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   return rows
 
 
-def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
+def read_values(folder: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads the values of examples and of resamples of an evaluation."""
   with (epath.Path(folder) / VALUES).open("rb") as file, np.load(file) as stored:
     return {name: stored[name] for name in stored.files}
 
@@ -88,16 +90,15 @@ def resampled(
 ) -> dict[str, Any]:
   """Computes the interval of a difference from the values of both evaluations in each resample.
 
-  Resamples have a larger bias (see `frechet_interval`). Therefore `difference` minus the mean
+  Resamples have a larger bias (see `frechet_distance`). Therefore `difference` minus the mean
   difference of the resamples is added to the percentiles.
   """
   if len(first) != len(second):
     return {}
   apart = second - first - (np.mean(second - first) - difference)
   sizes = np.unique(groups, return_counts=True)[1]
-  level = intervals.percentile_level(sizes.sum() ** 2 / (sizes**2).sum())
-  low, high = np.quantile(apart, [(1 - level) / 2, (1 + level) / 2])
-  return {"low": float(low), "high": float(high)}
+  low, high = intervals.percentiles(apart, intervals.effective_number(sizes))
+  return {"low": low, "high": high}
 
 
 def describe(rows: list[dict]) -> str:

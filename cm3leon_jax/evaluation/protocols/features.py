@@ -1,7 +1,7 @@
 """Computes the inputs of image metrics: features, embeddings and codes.
 
-They are computed in parts of PART images, and each part is a file. Memory holds the pixels of only
-one part. The parts are divided among the processes of a job. Existing parts are not computed again.
+The inputs are computed in parts of PART images, and each part is a file. Memory holds the pixels of
+only one part. The processes of a job share the parts. Existing parts are not computed again.
 """
 
 # n images, H height, W width, D width of features, E width of embeddings, I codes of an image.

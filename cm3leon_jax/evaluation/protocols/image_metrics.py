@@ -3,47 +3,49 @@
 import numpy as np
 
 from cm3leon_jax.evaluation.metrics import code_histograms, kernel_distance
-from cm3leon_jax.evaluation.metrics.frechet_interval import frechet_interval
+from cm3leon_jax.evaluation.metrics.frechet_distance import frechet_interval
 from cm3leon_jax.evaluation.metrics.precision_recall import precision_recall as shares_inside
 from cm3leon_jax.evaluation.protocols.column import ColumnSamples, mean, present
 
 
+def _features(column: ColumnSamples) -> list[np.ndarray]:
+  """Returns the features of the samples, and of the real images."""
+  return [present(present(images).features) for images in (column.images, column.reference)]
+
+
 def frechet_distance(column: ColumnSamples) -> dict:
   """Computes the Frechet distance between features of the samples and of the real images."""
-  made, real = present(column.images), present(column.reference)
-  features = present(made.features), present(real.features)
-  found = frechet_interval(features[0], made.groups, features[1], real.groups, seed=column.seed)
-  return {"value": found.pop("distance"), **found, "samples": len(made.groups)}
+  groups = present(column.images).groups, present(column.reference).groups
+  made, real = _features(column)
+  found = frechet_interval(made, groups[0], real, groups[1], seed=column.seed)
+  return {"value": found.pop("distance"), **found, "samples": len(made)}
 
 
 def kernel(column: ColumnSamples) -> dict:
   """Computes the kernel distance KID. `std` is the spread over subsets, not a standard error."""
-  made, real = present(column.images), present(column.reference)
-  found = kernel_distance.kid(present(made.features), present(real.features), seed=column.seed)
-  return {"value": found["mean"], **found, "samples": len(made.groups)}
+  made, real = _features(column)
+  found = kernel_distance.kid(made, real, seed=column.seed)
+  return {"value": found["mean"], **found, "samples": len(made)}
 
 
 def precision(column: ColumnSamples) -> dict:
   """Computes improved precision. The result also has `recall`."""
-  made, real = present(column.images), present(column.reference)
-  found = shares_inside(present(made.features), present(real.features))
-  return {"value": found["precision"], "recall": found["recall"], "samples": len(made.groups)}
+  made, real = _features(column)
+  found = shares_inside(made, real)
+  return {"value": found["precision"], "recall": found["recall"], "samples": len(made)}
 
 
 def cmmd(column: ColumnSamples) -> dict:
   """Computes CMMD. The figures of its paper use features of CLIP ViT-L/14 at 336 pixels."""
-  made, real = present(column.images), present(column.reference)
-  return {
-    "value": kernel_distance.cmmd(present(made.features), present(real.features)),
-    "samples": len(made.groups),
-  }
+  made, real = _features(column)
+  return {"value": kernel_distance.cmmd(made, real), "samples": len(made)}
 
 
 def code_distance(column: ColumnSamples) -> dict:
   """Computes the Jensen-Shannon divergence of image code frequencies, in bits."""
   sets = [present(present(images).codes) for images in (column.images, column.reference)]
   size = 1 + max(int(codes.max()) for codes in sets)
-  made, real = (code_histograms.count_codes([codes], size) for codes in sets)
+  made, real = (np.bincount(codes.ravel(), minlength=size) for codes in sets)
   return {
     "value": code_histograms.jensen_shannon_bits(made, real),
     "total_variation": code_histograms.total_variation(made, real),
@@ -61,7 +63,7 @@ def clip_score(column: ColumnSamples) -> dict:
 
 def likelihood(column: ColumnSamples) -> dict:
   """Averages log p(caption | image) - log p(caption), in nats, under the evaluated model."""
-  return mean(present(column.likelihoods).tolist(), column)
+  return mean(present(column.likelihoods), column)
 
 
 def vqa_score(column: ColumnSamples) -> dict:
@@ -70,7 +72,7 @@ def vqa_score(column: ColumnSamples) -> dict:
   This is VQAScore (Lin et al. 2024) with the decoder of the run. The decoder must have been tuned
   on questions with the answers yes and no.
   """
-  return mean(present(column.agreements).tolist(), column)
+  return mean(present(column.agreements), column)
 
 
 def copy_rate(column: ColumnSamples) -> dict:
@@ -81,4 +83,4 @@ def copy_rate(column: ColumnSamples) -> dict:
 
 def judged(column: ColumnSamples) -> dict:
   """Computes the percentage of images that show exactly what their captions say."""
-  return mean((100 * present(column.verdicts)).astype(float).tolist(), column)
+  return mean([100.0 * right for right in present(column.verdicts)], column)

@@ -15,9 +15,11 @@ class Metric:
 
   Attributes:
     compute: computes the result from a column, see `protocols.column`.
+    title: name in tables, with the unit.
     task: "image" or "text".
     needs: inputs that must be computed first: "features", "embeddings" or "codes" of `Images`, and
       "likelihoods", "agreements", "candidates" or "verdicts" of `ColumnSamples`.
+    least: smallest number of samples.
     higher_is_better: whether larger values are better; None if no direction is better.
   """
 
@@ -43,10 +45,7 @@ METRICS = {
   "code_distance": _distance(image_metrics.code_distance, "code distance (bits)", "codes"),
   "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
   "likelihood": Metric(
-    image_metrics.likelihood,
-    "log p(caption | image) - log p(caption)",
-    "image",
-    ("likelihoods",),
+    image_metrics.likelihood, "log p(caption | image) - log p(caption)", "image", ("likelihoods",)
   ),
   "vqa_score": Metric(image_metrics.vqa_score, "VQAScore", "image", ("agreements",)),
   "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),

@@ -88,14 +88,19 @@ def number(value: float) -> str:
   return "0" if abs(value) < 1e-9 else f"{value:.4g}"
 
 
+def with_interval(value: float, found: dict) -> str:
+  """Formats a figure with its 95% interval: "1.02 [0.97, 1.08]"."""
+  text = number(value)
+  if found.get("low") is None:
+    return text
+  return f"{text} [{number(found['low'])}, {number(found['high'])}]"
+
+
 def _numbers(measured: dict[str, dict]) -> str:
   cells = []
   for name, found in measured.items():
-    interval = ""
-    if found.get("low") is not None:
-      interval = f" [{number(found['low'])}, {number(found['high'])}]"
-    value = "none" if found["value"] is None else number(found["value"])
-    cells.append(f"{METRICS[name].title} {value}{interval}")
+    value = "none" if found["value"] is None else with_interval(found["value"], found)
+    cells.append(f"{METRICS[name].title} {value}")
     if "recall" in found:
       cells.append(f"recall {found['recall']:.4g}")
   return ", ".join(cells)

@@ -134,8 +134,7 @@ def _column(
   job: ProtocolRun, name: str, reference: Images | None, captions: np.ndarray | None
 ) -> ColumnSamples:
   """Reads the samples of a column and computes the inputs of metrics."""
-  with distributed.together():  # All processes wait until the first one has written the samples.
-    pass
+  distributed.gather(None)  # Wait until the first process has written the samples.
   lines = list(samples_lib.read_lines(job.samples, name, len(job.groups)))
   images = None
   if job.networks.needs:
@@ -146,19 +145,14 @@ def _column(
       return job.pipeline.image_tokenizer.decode(codes), codes
 
     images = job.networks.images(f"column {name}", job.groups, load)
-  of_parts: dict[str, Callable[[list[dict]], list]] = {
-    "verdicts": functools.partial(_judge, job),
-    "likelihoods": functools.partial(_likelihoods, job),
-    "agreements": functools.partial(_agreements, job),
-    "candidates": functools.partial(_candidates, job),
+  of_parts = {
+    "verdicts": _judge,
+    "likelihoods": _likelihoods,
+    "agreements": _agreements,
+    "candidates": _candidates,
   }
-  computed: dict[str, Any] = {
-    need: _in_parts(job, name, need, compute)
-    for need, compute in of_parts.items()
-    if need in job.needs
-  }
-  for need in {"verdicts", "likelihoods", "agreements"} & set(computed):
-    computed[need] = np.array(computed[need])
+  needs = job.needs & set(of_parts)
+  computed: dict[str, Any] = {n: _in_parts(job, name, n, of_parts[n]) for n in sorted(needs)}
   return job.column(
     name,
     lines=lines,
@@ -171,17 +165,16 @@ def _column(
 
 
 def _in_parts(job: ProtocolRun, name: str, need: str, compute: Callable) -> list:
-  """Computes a JSON value per line in parts, which processes share. Existing parts are read."""
+  """Computes a JSON value per line, part by part. Each part is a file; existing files are read."""
   folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
   todo = [start for start, path in paths.items() if not path.exists()]
   for start in progress_bar(todo, desc=need, unit="part", disable=not distributed.is_first()):
-    values = compute(samples_lib.read_part(job.samples, name, start))
+    values = compute(job, samples_lib.read_part(job.samples, name, start))
     if distributed.is_first():
       write_json(paths[start], values)
-  with distributed.together():
-    pass
+  distributed.gather(None)
   return [value for path in paths.values() for value in read_json(path)]
 
 
@@ -204,7 +197,7 @@ def _agreements(
 ) -> list[float]:
   """Computes p(yes) / (p(yes) + p(no)) for the question whether each image shows its caption.
 
-  If `prompts` are given, they replace the captions. Their index is the row of an example.
+  If `prompts` are given, they replace the captions; `prompts[i]` belongs to the example of row i.
   """
   codes = np.array([line["codes"] for line in part])
   shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
@@ -272,8 +265,8 @@ def _controls(job: ProtocolRun, first: ColumnSamples) -> dict[str, dict]:
     measure(SHUFFLED, column, ["clip_score"])
   if "vqa_score" in job.metrics:
     prompts = [first.lines[i]["prompt"] for i in shuffled]
-    compute = functools.partial(_agreements, job, prompts=prompts)
-    found = np.array(_in_parts(job, first.name, "agreements_shuffled", compute))
+    compute = functools.partial(_agreements, prompts=prompts)
+    found = _in_parts(job, first.name, "agreements_shuffled", compute)
     measure(SHUFFLED, dataclasses.replace(first, agreements=found), ["vqa_score"])
   if job.protocol.task == "text":
     fields: dict[str, Any] = {"lines": [first.lines[i] for i in shuffled]}

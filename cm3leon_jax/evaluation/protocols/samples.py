@@ -67,9 +67,9 @@ def open_evaluated(
 ) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
-  `data` is the folder of the evaluation files and their images. It is None if the protocol uses
-  held-out pairs, which are read from `workdir`. If `allow_outside` is True, the files may name
-  images outside of `data`.
+  `data` is the folder of the evaluation files and their images. If the protocol uses held-out
+  pairs, which are read from `workdir`, `data` is None. If `allow_outside` is True, the files may
+  name images outside of `data`.
 
   Raises:
     UserError: a file is absent or wrong, an image does not exist or is not in `data`, there are too
@@ -149,11 +149,13 @@ def _task(
   protocol: Protocol, column: Column, sampling: SamplingConfig, row: int, example: Example
 ) -> Task:
   common: dict[str, Any] = {
+    "prompt": protocol.text_of(example),
     "retrieve": column.retrieve,
     "sampling": sampling,
     "seed": protocol.seed + row,
+    "row": row,
+    "where": f"example {example.key}",
   }
-  common |= {"prompt": protocol.text_of(example), "row": row, "where": f"example {example.key}"}
   if protocol.task == "image":
     return TextToImage(**common)
   assert example.image is not None
@@ -174,7 +176,7 @@ def generate(
   """
   folder = epath.Path(folder)
   for of_column in tasks.values():
-    for task in of_column:  # Prompts that do not fit are found before anything is generated.
+    for task in of_column:  # Refuse prompts that do not fit before anything is generated.
       task.validate()
       task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}

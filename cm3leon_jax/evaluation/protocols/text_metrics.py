@@ -1,4 +1,4 @@
-"""Computes metrics of captions and answers. They are multiplied by 100, as in papers."""
+"""Computes metrics of captions and answers. All values are multiplied by 100, as in papers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,10 +35,9 @@ def bleu4(column: ColumnSamples) -> dict:
     rng = np.random.default_rng(column.seed)
     drawn = rng.multinomial(size, np.full(size, 1 / size), BLEU_RESAMPLES) @ of_groups
     resamples = 100 * caption_metrics.bleu(drawn)[:, -1]
-    images = np.bincount(places)
-    level = intervals.percentile_level(images.sum() ** 2 / (images**2).sum())
-    low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
-    result |= {"low": float(low), "high": float(high), "resamples": resamples}
+    effective = intervals.effective_number(np.bincount(places))
+    low, high = intervals.percentiles(resamples, effective)
+    result |= {"low": low, "high": high, "resamples": resamples}
   return result
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.metrics import captions as caption_metrics
+from cm3leon_jax.evaluation.metrics import ptb
 from tests.evaluation.ptb_captions import CAPTIONS
 from tests.messages import refused
 
@@ -85,11 +86,13 @@ def test_texts_are_tokenized_and_scored_as_by_pycocoevalcap():
   expected = [tokens.split() for _, tokens in candidates]
   others = [[tokens.split() for _, tokens in image] for image in images]
   bleu, bleus, cider, ciders = official(expected, others)
-  found = caption_metrics.score(captions, references)
-  np.testing.assert_allclose(found.bleu, bleu, rtol=1e-9, atol=1e-9)
-  np.testing.assert_allclose(caption_metrics.bleu(found.bleu_counts), bleus, rtol=1e-9, atol=1e-9)
-  np.testing.assert_allclose(found.ciders, ciders, rtol=1e-9, atol=1e-9)
-  assert found.cider == pytest.approx(cider, **EXACT)
+  tokens = [[ptb.tokenize(text) for text in texts] for texts in (captions, *references)]
+  counts = caption_metrics.bleu_counts(tokens[0], tokens[1:])
+  np.testing.assert_allclose(caption_metrics.bleu(counts.sum(0)), bleu, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(caption_metrics.bleu(counts), bleus, rtol=1e-9, atol=1e-9)
+  found = caption_metrics.cider(tokens[0], tokens[1:])
+  np.testing.assert_allclose(found, ciders, rtol=1e-9, atol=1e-9)
+  assert found.mean() == pytest.approx(cider, **EXACT)
 
 
 def test_the_counts_and_scores_are_those_of_the_docstrings():
@@ -168,8 +171,10 @@ def test_ngrams_of_all_images_weigh_nothing():
 
 
 @pytest.mark.parametrize(
-  ("captions", "references"), [(["a"], [["a"], ["b"]]), ([], []), (["a", "b"], [["a"], []])]
+  ("captions", "references"),
+  [([["a"]], [[["a"]], [["b"]]]), ([], []), ([["a"], ["b"]], [[["a"]], []])],
 )
-def test_wrong_inputs_are_named(captions, references):
+@pytest.mark.parametrize("metric", [caption_metrics.bleu_counts, caption_metrics.cider])
+def test_wrong_inputs_are_named(metric, captions, references):
   with refused(UserError):
-    caption_metrics.score(captions, references)
+    metric(captions, references)

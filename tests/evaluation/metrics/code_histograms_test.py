@@ -1,5 +1,3 @@
-import tracemalloc
-
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -8,11 +6,7 @@ import pytest
 from scipy.spatial import distance
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.metrics.code_histograms import (
-  count_codes,
-  jensen_shannon_bits,
-  total_variation,
-)
+from cm3leon_jax.evaluation.metrics.code_histograms import jensen_shannon_bits, total_variation
 from tests.messages import refused
 
 DISTANCES = [jensen_shannon_bits, total_variation]
@@ -20,28 +14,8 @@ COUNTS = hnp.arrays(np.int64, 6, elements=st.integers(0, 10**6)).filter(lambda x
 
 
 def test_values_are_those_of_the_docstrings():
-  counts = count_codes([np.array([[0, 2], [2, 2]]), np.array([[3, 0]])], 4)
-  assert counts.tolist() == [2, 0, 3, 1]
-  assert counts.dtype == np.int64
   assert jensen_shannon_bits([3, 1], [1, 3]) == pytest.approx(0.189, abs=5e-4)
   assert total_variation([3, 1], [1, 3]) == 0.5
-
-
-@given(st.lists(st.integers(0, 6), max_size=30), st.integers(1, 7))
-def test_batches_of_any_sizes_give_the_same_counts(codes, size):
-  codes = np.array(codes, np.uint16)
-  batches = (codes[start : start + size] for start in range(0, len(codes), size))
-  assert np.array_equal(count_codes(batches, 7), np.bincount(codes, minlength=7))
-
-
-def test_codes_of_thirty_thousand_images_are_streamed_without_being_held():
-  rng = np.random.default_rng(0)
-  tracemalloc.start()
-  counts = count_codes((rng.integers(0, 512, (500, 64), np.uint16) for _ in range(60)), 512)
-  peak = tracemalloc.get_traced_memory()[1]
-  tracemalloc.stop()
-  assert counts.sum() == 30_000 * 64
-  assert peak < 0.3 * 30_000 * 64 * 2  # The codes in uint16 would take more memory.
 
 
 @given(COUNTS, COUNTS)
@@ -91,14 +65,8 @@ def test_samples_of_one_distribution_differ_by_the_chance_of_the_docstring():
 
 def test_arrangement_is_not_seen():
   codes = np.random.default_rng(0).integers(0, 32, (10, 8, 8))
-  counts = [count_codes([x], 32) for x in (codes, codes[:, ::-1].swapaxes(1, 2))]
+  counts = [np.bincount(x.ravel(), minlength=32) for x in (codes, codes[:, ::-1].swapaxes(1, 2))]
   assert [measure(*counts) for measure in DISTANCES] == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("codes", [[1, 4], [-1, 2], [0.0, 1.0]])
-def test_what_is_no_code_is_refused(codes):
-  with refused(UserError):
-    count_codes([np.array(codes)], 4)
 
 
 @pytest.mark.parametrize("measure", DISTANCES)
