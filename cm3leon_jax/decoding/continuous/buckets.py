@@ -9,7 +9,7 @@ from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.programs import Static
+from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import Sampler
 
