@@ -148,10 +148,6 @@ def _codes_first(batch: Batch) -> int:
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
 
 
-def _ignore(steps: int) -> None:
-  """Does nothing. It is the default of `progress`."""
-
-
 class Generator:
   """Generates samples for requests.
 
@@ -187,7 +183,7 @@ class Generator:
     seeds: Sequence[int],
     samples: int = 1,
     sampling: SamplingConfig | None = None,
-    progress: Callable[[int], None] = _ignore,
+    progress: Callable[[int], None] = lambda steps: None,
   ) -> Iterator[list[Result]]:
     """Yields the results of each batch, in the order of the requests.
 

@@ -11,6 +11,7 @@ import numpy as np
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   EDITING,
@@ -21,7 +22,6 @@ from cm3leon_jax.generation.tasks import (
   GivenImage,
   PromptLayout,
   Task,
-  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -38,14 +38,8 @@ class ImageTask(Task):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    return {"file": files[0], "codes": codes[0].tolist()}
+  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
+    return {"file": files[0], "codes": sample.codes[0].tolist()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +53,7 @@ class TextToImage(ImageTask):
 
   name = "text_to_image"
   required = ("prompt",)
+  is_scored = True
   settings = (*GUIDANCE, *IMAGE_SETTINGS)
   prompt: str = ""
   retrieve: int = 2
@@ -71,10 +66,6 @@ class TextToImage(ImageTask):
     return request.text_to_image(
       layout.vocab, layout.image_tokens, self._caption(layout), neighbors, self.keep_neighbors
     )
-
-  @property
-  def is_scored(self) -> bool:
-    return True
 
   @property
   def settings_label(self) -> str:

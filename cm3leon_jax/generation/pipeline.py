@@ -327,7 +327,7 @@ class Pipeline:
     for i, sample in enumerate(samples):
       if clip is not None and sample.task.is_scored:
         assert clip.encode is not None
-        image, text = sample.task.clip_pair(sample.given, sample.segments)
+        image, text = sample.task.clip_pair(sample)
         if len(ids := clip.encode(text)):
           pairs[i] = (image, ids)
     if clip is not None and pairs:

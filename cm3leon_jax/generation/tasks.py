@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,9 @@ from cm3leon_jax.decoding.sampling.methods import (
 )
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
+
+if TYPE_CHECKING:
+  from cm3leon_jax.generation.sample import Sample
 
 GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].
 TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or its pixels.
@@ -244,16 +247,9 @@ class Task:
     """Whether CLIP can score a sample. CLIP needs a caption and an image."""
     return False
 
-  def clip_pair(
-    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
-  ) -> tuple[np.ndarray, str]:
-    """Returns the image and the caption that CLIP compares. Call it only if `is_scored`.
-
-    Images are [H, W, 3] uint8. `given` is the input image, or None.
-    """
-    image = segments[0]
-    assert not isinstance(image, str)
-    return image, self.prompt
+  def clip_pair(self, sample: "Sample") -> tuple[np.ndarray, str]:
+    """Returns the [H, W, 3] uint8 image and the caption that CLIP compares, if `is_scored`."""
+    return sample.segments[0], self.prompt
 
   @property
   def label(self) -> str:
@@ -270,13 +266,7 @@ class Task:
     """Start of the names of the image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
+  def record(self, sample: "Sample", files: list[str]) -> dict[str, Any]:
     """Returns the fields of results.jsonl for a sample's answer: texts, codes and files."""
     raise NotImplementedError
 

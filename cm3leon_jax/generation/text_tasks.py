@@ -1,6 +1,6 @@
 """Defines tasks that write text: captions, answers, infilled texts and interleaved documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   IMAGE,
@@ -17,7 +18,6 @@ from cm3leon_jax.generation.tasks import (
   GivenImage,
   PromptLayout,
   Task,
-  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -67,14 +67,8 @@ class TextTask(Task):
     shown: list[Any] = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
     return ("\n".join(shown),), tuple(filled)
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    return {"text": segments[0], "filled": list(filled)}
+  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
+    return {"text": sample.segments[0], "filled": list(sample.filled)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +77,15 @@ class Caption(TextTask):
 
   name = "caption"
   required = ("image",)
+  is_scored = True
   image: GivenImage = ""
 
   def _text(self) -> str:
     return MASK
 
-  @property
-  def is_scored(self) -> bool:
-    return True
-
-  def clip_pair(
-    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
-  ) -> tuple[np.ndarray, str]:
-    caption = segments[0]
-    assert given is not None
-    assert isinstance(caption, str)
-    return given, caption
+  def clip_pair(self, sample: Sample) -> tuple[np.ndarray, str]:
+    assert sample.given is not None
+    return sample.given, sample.segments[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +166,8 @@ class Interleaved(Task):
     segments = document_segments(layout.vocab, request, ids)
     return tuple(decode_segment(layout, segment) for segment in segments), ()
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    lines = [s if isinstance(s, str) else "<image>" for s in segments]
+  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
+    lines = [s if isinstance(s, str) else IMAGE for s in sample.segments]
     return {"files": files, "text": "\n".join(lines)}
 
 

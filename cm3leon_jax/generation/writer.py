@@ -77,7 +77,7 @@ def record(sample: Sample, files: list[str]) -> dict:
     "retrieve": task.retrieve,
     "keep_neighbors": task.keep_neighbors,
     "neighbors": [{name: getattr(d, name) for name in ORIGIN} for d in sample.neighbors],
-    **task.record(sample.segments, sample.codes, sample.filled, files),
+    **task.record(sample, files),
     "tokens": sample.tokens.tolist(),
     "log_probs": [round(float(p), 4) for p in sample.log_probs],
     "log_prob": float(sample.log_probs.sum(dtype=np.float64)),
