@@ -17,12 +17,11 @@ from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError, internal, queue_full, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
-from cm3leon_jax.serving.opening import open_jobs
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, open_jobs
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
@@ -140,16 +139,14 @@ class Engine:
   @property
   def active(self) -> int:
     """Number of jobs that are not answered yet, plus reserved places."""
-    begun = len({id(o) for o in list(self._open)} | self._running_jobs())
+    running = {id(opened) for opened, _ in list(self._running.values())}
+    begun = len({id(o) for o in list(self._open)} | running)
     return len(self._places) + len(self._incoming) + begun
 
   @property
   def running(self) -> int:
     """Number of samples that have a slot."""
     return len(self._running)
-
-  def _running_jobs(self) -> set[int]:
-    return {id(o) for o, _ in list(self._running.values())}
 
   def _seconds_to_wait(self) -> int:
     """Estimates from the measured rate in how many seconds the queue has room again."""
@@ -354,16 +351,12 @@ class Engine:
         self._fail(parts[0][0], internal())
 
   def _finish(self, finished: Sequence[_Part]) -> None:
-    for (opened, _, _), sample in zip(finished, self._samples(finished), strict=True):
-      opened.job.deliver(Finished(sample))
-
-  def _samples(self, finished: Sequence[_Part]) -> list[Sample]:
     opened = [found for found, _, _ in finished]
     results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
     given: dict = {}
     for found in opened:
       given |= found.given
-    return self.pipeline.samples(
+    samples = self.pipeline.samples(
       range(len(finished)),
       results,
       [found.job.task for found in opened],
@@ -371,12 +364,14 @@ class Engine:
       given,
       [found.neighbors for found in opened],
     )
+    for found, sample in zip(opened, samples, strict=True):
+      found.job.deliver(Finished(sample))
 
   def _show(self, parts: Sequence[_Part]) -> None:
     """Delivers new rows of images and new texts."""
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
-      if not partial.makes_image(opened.job.task):
+      if not isinstance(opened.job.task, ImageTask):
         opened.job.deliver(
           Progress(index, text=partial.text(opened.job.task, layout, update.result.tokens))
         )

@@ -39,6 +39,7 @@ class Body(pydantic.BaseModel):
   Attributes:
     ignored: fields of the OpenAI API that have no effect here.
     words: words of task errors -> words for this body; see `tasks.refused`.
+    settings: fields that are settings of `SamplingConfig`.
     model: name of the served model; may be absent.
     seed: seed of the first sample. Without it, the server uses a random seed.
     stream: whether to answer with server-sent events.
@@ -47,6 +48,7 @@ class Body(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
   ignored: ClassVar[tuple[str, ...]] = NO_MEANING
   words: ClassVar[Mapping[str, str]] = {}
+  settings: ClassVar[tuple[str, ...]] = ()
 
   model: str | None = None
   n: Annotated[int, Field(ge=1)] = 1
@@ -59,7 +61,7 @@ class Body(pydantic.BaseModel):
 
   def sampling(self) -> dict[str, Any]:
     """Returns the sampling settings that the body has."""
-    raise NotImplementedError
+    return {name: value for name in self.settings if (value := getattr(self, name)) is not None}
 
 
 class ImageBody(Body):
@@ -68,6 +70,9 @@ class ImageBody(Body):
   ignored: ClassVar[tuple[str, ...]] = (
     *NO_MEANING,
     *("quality", "style", "moderation", "input_fidelity", "output_compression"),
+  )
+  settings: ClassVar[tuple[str, ...]] = (
+    *("guidance", "guidance_schedule", "temperature", "top_k", "top_p"),
   )
 
   prompt: str = ""
@@ -78,11 +83,6 @@ class ImageBody(Body):
   partial_images: Annotated[int, Field(ge=0, le=1_000)] | None = None
   guidance: Weight | None = None
   guidance_schedule: Schedule | None = None
-
-  def sampling(self) -> dict[str, Any]:
-    """Returns the sampling settings that the body has."""
-    names = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
-    return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Generation(ImageBody):
@@ -105,14 +105,11 @@ class EditBody(ImageBody):
   `box` is the box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
 
+  settings: ClassVar[tuple[str, ...]] = (*ImageBody.settings, "image_guidance", "edit_guidance")
+
   box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None
   image_guidance: Weight | None = None
   edit_guidance: Weight | None = None
-
-  def sampling(self) -> dict[str, Any]:
-    names = ("image_guidance", "edit_guidance")
-    given = {name: value for name in names if (value := getattr(self, name)) is not None}
-    return super().sampling() | given
 
 
 class ImageUrl(pydantic.BaseModel):

@@ -22,8 +22,8 @@ from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving import partial, schemas, tasks, uploads
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
-from cm3leon_jax.serving.jobs import Event, Finished, Job
-from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer, failure
+from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
+from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
 from cm3leon_jax.serving.web.limits import Guard, Limits
 from cm3leon_jax.serving.web.metrics import CONTENT_TYPE, Metrics
 from cm3leon_jax.serving.web.streams import EventStream, unless_gone
@@ -213,8 +213,8 @@ class Server:
       remaining = body.n
       while remaining:
         event = await self._in_time(request, queue.get())
-        if (wrong := failure(event)) is not None:
-          raise wrong
+        if isinstance(event, Failed):
+          raise event.error
         remaining -= isinstance(event, Finished)
         request.state.made.add(task, event)
         yield event

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import hmac
 import ipaddress
-import json
 import re
 import time
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cm3leon_jax.serving.errors import ApiError
@@ -119,7 +119,8 @@ class Guard:
       try:
         self._check(scope["path"], headers)
       except ApiError as error:
-        return await refuse(error, answered)
+        response = JSONResponse(error.body(), error.status, error.headers)
+        return await response(scope, receive, answered)
       await self._app(scope, limited, answered)
     finally:
       self._held -= held
@@ -168,13 +169,3 @@ class Guard:
       code="too_many_bodies",
       headers={"Retry-After": seconds},
     )
-
-
-async def refuse(error: ApiError, send: Send) -> None:
-  """Sends an error as the response."""
-  body = json.dumps(error.body()).encode()
-  headers = {"content-type": "application/json", "content-length": str(len(body))}
-  headers |= {name.lower(): value for name, value in error.headers.items()}
-  pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-  await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-  await send({"type": "http.response.body", "body": body})
