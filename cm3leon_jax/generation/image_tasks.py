@@ -4,14 +4,12 @@
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   EDITING,
@@ -37,9 +35,6 @@ class ImageTask(Task):
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
-
-  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
-    return {"file": files[0], "codes": sample.codes[0].tolist()}
 
 
 @dataclasses.dataclass(frozen=True)

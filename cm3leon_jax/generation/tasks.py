@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -29,9 +29,6 @@ from cm3leon_jax.decoding.sampling.methods import (
 )
 from cm3leon_jax.trained.run import Run
 from cm3leon_jax.vocab import VocabLayout
-
-if TYPE_CHECKING:
-  from cm3leon_jax.generation.sample import Sample
 
 GivenImage: TypeAlias = str | Image.Image | np.ndarray  # A path, or uint8 [H, W, 3].
 TextOrImage: TypeAlias = str | np.ndarray  # A text, or an image: its codes or its pixels.
@@ -244,12 +241,8 @@ class Task:
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample. CLIP needs a caption and an image."""
+    """Whether CLIP can score a sample; see `Pipeline.samples`."""
     return False
-
-  def clip_pair(self, sample: "Sample") -> tuple[np.ndarray, str]:
-    """Returns the [H, W, 3] uint8 image and the caption that CLIP compares, if `is_scored`."""
-    return sample.segments[0], self.prompt
 
   @property
   def label(self) -> str:
@@ -265,10 +258,6 @@ class Task:
   def file_stem(self) -> str:
     """Start of the names of the image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
-
-  def record(self, sample: "Sample", files: list[str]) -> dict[str, Any]:
-    """Returns the fields of results.jsonl for a sample's answer: texts, codes and files."""
-    raise NotImplementedError
 
 
 def split_prompt(task: Task) -> list[str]:

@@ -9,7 +9,6 @@ import numpy as np
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.decoding.sampling.top_p import TEXT_SETTINGS
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import (
   ALONE_SETTINGS,
   IMAGE,
@@ -67,9 +66,6 @@ class TextTask(Task):
     shown: list[Any] = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
     return ("\n".join(shown),), tuple(filled)
 
-  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
-    return {"text": sample.segments[0], "filled": list(sample.filled)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Caption(TextTask):
@@ -82,10 +78,6 @@ class Caption(TextTask):
 
   def _text(self) -> str:
     return MASK
-
-  def clip_pair(self, sample: Sample) -> tuple[np.ndarray, str]:
-    assert sample.given is not None
-    return sample.given, sample.segments[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +157,6 @@ class Interleaved(Task):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     segments = document_segments(layout.vocab, request, ids)
     return tuple(decode_segment(layout, segment) for segment in segments), ()
-
-  def record(self, sample: Sample, files: list[str]) -> dict[str, Any]:
-    lines = [s if isinstance(s, str) else IMAGE for s in sample.segments]
-    return {"files": files, "text": "\n".join(lines)}
 
 
 def _with_holes(

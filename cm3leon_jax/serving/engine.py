@@ -20,7 +20,7 @@ from cm3leon_jax.decoding.result import sample_seed
 from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.serving import partial
-from cm3leon_jax.serving.errors import ApiError, internal, queue_full, stopping
+from cm3leon_jax.serving.errors import ApiError, internal, stopping
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, open_jobs
 from cm3leon_jax.serving.tasks import refused
 
@@ -121,7 +121,9 @@ class Engine:
     if self._closing or self.failure is not None:
       raise stopping()
     if self.waiting >= self.queue_limit:
-      raise queue_full(self.queue_limit, self._seconds_to_wait())
+      seconds = self._seconds_to_wait()
+      message = f"{self.queue_limit} requests are already waiting: try again in {seconds} s."
+      raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
   def cancel(self, job: Job) -> None:
     """Cancels a job. It leaves the queue immediately, and its slots before the next chunk."""

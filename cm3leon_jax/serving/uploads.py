@@ -107,16 +107,13 @@ def box_of_mask(
       "mask",
     )
   hole = alpha.point(lambda value: 255 if value == 0 else 0)
-  if has_alpha and (found := _cut(hole, resolution).getbbox()) is not None:
+  # Crop the mask as `reader.load_image` crops its image. Pixels stay black or white.
+  hole = ImageOps.fit(hole, (resolution, resolution), Image.Resampling.NEAREST)
+  if has_alpha and (found := hole.getbbox()) is not None:
     return found
   raise refusal(
     "mask has no fully transparent pixel: make the area to fill in transparent.", "mask"
   )
-
-
-def _cut(mask: Image.Image, resolution: int) -> Image.Image:
-  """Crops a mask as `reader.load_image` crops its image. Pixels stay black or white."""
-  return ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST)
 
 
 def png(image: np.ndarray) -> str:
