@@ -101,10 +101,9 @@ class GeneratorConfig:
     repeated until the batch has the size that `batch.rounded` returns.
     """
     sampling, methods = sampling or self.sampling, methods or [TOP_P] * len(requests)
-    devices = batch_shards()
+    devices, align_images = batch_shards(), self.model.align_images
     rows = [i % len(requests) for i in range(batch_lib.rounded(len(requests), devices))]
     repeated = [requests[i] for i in rows]
-    align_images = self.model.align_images
     read = [x for r in repeated for x in batch_lib.prompts_of(r, self.vocab, align_images)]
     prompts = batch_lib.prompt_arrays(read, self.vocab.pad, devices)
     control = control_of(
@@ -118,27 +117,8 @@ class GeneratorConfig:
     if self.draft_window and METHODS[sampling.method].takes_drafts and codes:
       window = self.draft_window
       capacities = (max(most, codes + window),)
-    return batch, self.static(Sampler.of(sampling), widths, most, capacities, window)
-
-  def static(
-    self,
-    sampler: Sampler,
-    widths: tuple[int, ...],
-    max_new_tokens: int,
-    capacities: tuple[int, ...],
-    window: int = 0,
-  ) -> Static:
-    """Returns the static arguments of the programs for these sizes."""
-    return Static(
-      self.model,
-      Grammar(self.vocab, self.image_tokens),
-      sampler,
-      self.cache_dtype,
-      widths,
-      max_new_tokens,
-      capacities,
-      window,
-    )
+    compiled = self.model, Grammar(self.vocab, self.image_tokens), Sampler.of(sampling)
+    return batch, Static(*compiled, self.cache_dtype, widths, most, capacities, window)
 
 
 def _codes_first(batch: Batch) -> int:

@@ -32,6 +32,8 @@ RULES = {  # First word of a pydantic error type -> rule for the value.
 # Fields of the OpenAI API that have no effect in any request. Their values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
+RENAMED = {"guidance_scale": "guidance"}  # Field of diffusers -> field of a body.
+
 
 class Body(pydantic.BaseModel):
   """Fields that all requests have.
@@ -238,11 +240,8 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
   field = ".".join(map(str, error["loc"]))
   short_field = short(field).strip("'\"")
   if error["type"] == "extra_forbidden":
-    name, names = short_field, list(cls.model_fields)
-    if len(error["loc"]) > 1:
-      names = []
-    close = [n for n in ("guidance",) if name == "guidance_scale" and n in names]
-    close = close or difflib.get_close_matches(name, names, 1)
+    name, names = short_field, list(cls.model_fields) if len(error["loc"]) == 1 else []
+    close = difflib.get_close_matches(RENAMED.get(name, name), names, 1)
     hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
     hint = hint if names else "leave it out."
     return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")

@@ -193,10 +193,7 @@ class ContinuousGenerator:
     return updates
 
   def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the bucket in which `warm` promises to run a request.
-
-    If no bucket is warm, this is the request's own bucket.
-    """
+    """Returns the bucket that a request uses after `warm`; without `warm`, the request's own."""
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own

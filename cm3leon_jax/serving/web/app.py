@@ -118,12 +118,7 @@ class Server:
       yield
 
   async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decodes an image of a request in a thread.
-
-    Raises:
-      ApiError: the image is wrong, or decoding took too long.
-      ClientDisconnect: the client has disconnected.
-    """
+    """Decodes an image of a request in a thread. Raises ApiError or ClientDisconnect."""
     decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
@@ -195,11 +190,7 @@ class Server:
   async def _events(
     self, request: Request, task: Task, body: schemas.Body
   ) -> AsyncGenerator[Event, None]:
-    """Yields the events of a job. Closing this generator cancels the job.
-
-    Raises:
-      ApiError: the job failed or took too long.
-    """
+    """Yields the events of a job, or raises its ApiError. Closing the generator cancels the job."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
 

@@ -27,7 +27,7 @@ HEADERS = {
   "X-Frame-Options": "DENY",
 }
 CLIENT_LEFT = 499  # Status for logs and metrics; it is never sent.
-SMALL = 2**16  # First bytes of each body, which do not count for `Limits.all_bytes`.
+SMALL = 2**16  # Bytes at the start of each body that do not count for `Limits.all_bytes`.
 
 
 @dataclasses.dataclass(frozen=True)
