@@ -90,6 +90,7 @@ def record(sample: Sample, files: list[str]) -> dict:
 
 
 def _answer(sample: Sample, files: list[str]) -> dict:
+  """Returns the fields of `record` for the answer of a sample: texts, codes and files."""
   if isinstance(sample.task, ImageTask):
     return {"file": files[0], "codes": sample.codes[0].tolist()}
   if isinstance(sample.task, TextTask):

@@ -339,7 +339,7 @@ class Engine:
     self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
-    """Calls `deliver` with all parts. If that fails, retries each part; only bad jobs then fail."""
+    """Delivers parts together; after an error one by one, so that one job does not fail others."""
     if not parts:
       return
     try:

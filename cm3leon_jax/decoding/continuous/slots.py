@@ -142,7 +142,7 @@ class RunningBatch:
   def _compiled(
     self, state: BatchState, slots: int | None = None, formats: PyTree = None
   ) -> jax.stages.Compiled:
-    """Compiles `state.steps` for a state, whose memory layouts are `formats` (see `lower_loop`)."""
+    """Compiles `state.steps`. `formats` are the memory layouts of `state`; see `lower_loop`."""
     mesh, arguments = self.generator.programs.mesh, (self.generator.params, self._place(), state)
     types = [abstract(x, mesh) for x in (*arguments, np.int32(0))]
     static, least = self.bucket.static, self.least

@@ -129,9 +129,8 @@ class Server:
     """Awaits a part of an answer. Raises ApiError when the time limit of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
-      async with asyncio.timeout(
-        seconds
-      ):  # Python 3.11's wait_for may ignore that it is cancelled.
+      # Not `asyncio.wait_for`, which may ignore a cancellation in Python 3.11.
+      async with asyncio.timeout(seconds):
         return await coroutine
     except TimeoutError as error:
       seconds = f"{self.limits.seconds:g}"
@@ -160,7 +159,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Maximum number of retrieved documents: twice the number in training. More seldom fit."""
+    """Largest value of `retrieve`: twice the number in training, since more documents rarely fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
