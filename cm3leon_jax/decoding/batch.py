@@ -17,8 +17,8 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
-BUCKET = 32  # Prompts are padded to a multiple of this, so that similar lengths share a program.
-SHARED = 64  # Shorter shared prefixes are not worth a separate prefill pass.
+BUCKET = 32  # Padded prompts have a multiple of 32 tokens, so that similar lengths share a program.
+SHARED = 64  # A shared prefix of fewer tokens is not worth a separate prefill pass.
 Array: TypeAlias = jax.Array | np.ndarray
 Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # (id, position): attention keys depend on both.
 

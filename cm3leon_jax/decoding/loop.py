@@ -334,7 +334,7 @@ def decode_steps(
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  free = loop.seen[0].shape[1] - loop.next_entries[0]  # It is the same in all streams.
+  free = loop.seen[0].shape[1] - loop.next_entries[0]  # All streams have equally many free entries.
   stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
   step = functools.partial(decode_step, params, control, keys, static=static)
   return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.any_active, step, loop)

@@ -1,4 +1,4 @@
-"""Defines the jobs of the engine and the events that it delivers for them; prepares jobs."""
+"""Defines the jobs of the engine and their events, and prepares several jobs in one batch."""
 
 # I tokens of an image, H height, W width.
 

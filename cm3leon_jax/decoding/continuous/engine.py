@@ -82,7 +82,7 @@ class ContinuousGenerator:
     self.slots, self.chunk, self.limit = slots, chunk, buckets
     self.usual = list(usual)
     self._tickets = itertools.count()
-    self._batches: list[RunningBatch] = []  # In the order in which they are stepped.
+    self._batches: list[RunningBatch] = []  # In the order of their next steps.
     self._places: dict[int, tuple[RunningBatch, int]] = {}
 
   @property

@@ -178,10 +178,10 @@ def _first_slots(state: BatchState, slots: int) -> BatchState:
 
 
 def _with_first_slots(state: BatchState, first: BatchState) -> BatchState:
-  """Writes the state of the first slots, fewer than all, back to the state of all slots."""
+  """Writes the state of the first slots back to the state of all slots."""
 
   def put(x: Array, part: Array) -> Array:
-    if x.shape == part.shape:  # A field in OF_ALL_SLOTS.
+    if x.shape == part.shape:  # A field in OF_ALL_SLOTS, since arrays with a slot axis differ.
       return part
     return jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0)
 

@@ -103,7 +103,7 @@ class Server:
       if sent is not None:
         limits = self._layout.resolution, self.limits.most_pixels
         image = await self._decoded(request, uploads.decode, sent, *limits, "image_url.url")
-      del sent  # Free its memory before the answer is computed.
+      del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
       answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
@@ -126,7 +126,7 @@ class Server:
     return found
 
   async def _in_time(self, request: Request, coroutine: Awaitable[T]) -> T:
-    """Awaits a part of an answer. Raises ApiError when the time limit of the request is over."""
+    """Awaits a coroutine. Raises ApiError when the time limit of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
       # Not `asyncio.wait_for`, which may ignore a cancellation in Python 3.11.
@@ -159,7 +159,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Largest value of `retrieve`: twice the number in training, since more documents rarely fit."""
+    """Largest value of `retrieve`: twice the number in training. More documents rarely fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 

@@ -59,5 +59,5 @@ def log(
 
 
 def show() -> None:
-  """Makes the log show these lines. By default it shows only warnings."""
+  """Sets the level INFO, at which requests are logged. The default level is WARNING."""
   _LOG.setLevel(logging.INFO)
