@@ -9,6 +9,7 @@ The peers are torch and transformers, which need the extra [dev]. The decoders t
 of the filled part of the cache.
 """
 
+import functools
 import tempfile
 import time
 
@@ -19,11 +20,11 @@ import numpy as np
 
 from benchmarks import decode_peers as peers_lib
 from benchmarks.train_step import measured_peak
+from cm3leon_jax.decoding import loop
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.cache import DTYPES as CACHE_DTYPES
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.programs import prefill_function
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout
@@ -85,7 +86,7 @@ def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
   requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
   config, seconds = GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions), []
   batch, static = config.batch(requests, range(len(requests)))
-  prefill = jax.jit(prefill_function(static))
+  prefill = jax.jit(functools.partial(loop.prefill, static=static))
   for _ in range(repeats + 1):
     start = time.perf_counter()
     jax.block_until_ready(prefill(made.model, batch.prompts, batch.control.plan))

@@ -12,15 +12,13 @@ from jaxtyping import Bool, Int, Int32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.control import Control, control_of
+from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
-BUCKET = 32  # Prompts are padded to a multiple of this, so that similar lengths share a program.
-SHARED = 64  # Shorter shared prefixes are not worth a separate prefill pass.
+BUCKET = 32  # Padded prompts have a multiple of 32 tokens, so that similar lengths share a program.
+SHARED = 64  # A shared prefix of fewer tokens is not worth a separate prefill pass.
 Array: TypeAlias = jax.Array | np.ndarray
 Tokens: TypeAlias = Int32[np.ndarray, "_ 2"]  # (id, position): attention keys depend on both.
 
@@ -87,48 +85,10 @@ class Prompts(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Arrays of one batch.
-
-  `widths` contains, for each stream, the number of prompt entries that its cache keeps (see
-  `stream_widths`).
-  """
+  """Arrays of one batch."""
 
   prompts: Prompts
   control: Control
-  widths: tuple[int, ...]
-  max_new_tokens: int
-
-
-def make_batch(
-  requests: Sequence[Request],
-  seeds: Sequence[int],
-  methods: Sequence[TokenMethod],
-  sampling: SamplingConfig,
-  *,
-  image_tokens: int,
-  vocab: VocabLayout,
-  align_images: bool,
-  multiple: int,
-) -> Batch:
-  """Makes the arrays of a batch. All requests must have the same number of streams.
-
-  `requests`, `seeds` and `methods` have one element per sample. Requests are repeated until the
-  batch has the size that `rounded` returns. `multiple` is the number of devices over which the
-  batch is sharded.
-  """
-  rows = [i % len(requests) for i in range(rounded(len(requests), multiple))]
-  repeated = [requests[i] for i in rows]
-  read = [prompt for r in repeated for prompt in prompts_of(r, vocab, align_images)]
-  prompts = prompt_arrays(read, vocab.pad, multiple)
-  control = control_of(
-    repeated,
-    [seeds[i] for i in rows],
-    [methods[i] for i in rows],
-    sampling,
-    image_tokens,
-  )
-  widths = stream_widths(prompts, len(requests[0].streams))
-  return Batch(prompts, control, widths, max(grammar.max_new_tokens(r.plan) for r in requests))
 
 
 def rounded(count: int, multiple: int) -> int:

@@ -10,7 +10,6 @@ from cm3leon_jax.config import STRICT
 Method = Literal["top_p", "contrastive", "mixture"]
 METHODS = get_args(Method)
 Schedule = Literal["constant", "linear", "cosine"]
-SCHEDULES = get_args(Schedule)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import cache, grammar
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding import programs as compile_lib
-from cm3leon_jax.decoding.batch import Batch, make_batch
+from cm3leon_jax.decoding.batch import Batch
 from cm3leon_jax.decoding.config import SamplingConfig
+from cm3leon_jax.decoding.control import control_of
 from cm3leon_jax.decoding.grammar import Grammar
-from cm3leon_jax.decoding.programs import Static
+from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut, sample_seed
 from cm3leon_jax.decoding.sampling.method import TokenMethod
@@ -95,47 +97,28 @@ class GeneratorConfig:
     """Makes the arrays of a batch on the current mesh, and the static arguments of its programs.
 
     `requests`, `seeds` and `methods` have one element per sample. All requests have the same number
-    of streams. The default method is top-p, and `sampling` defaults to the config's.
+    of streams. The default method is top-p, and `sampling` defaults to the config's. Requests are
+    repeated until the batch has the size that `batch.rounded` returns.
     """
-    sampling = sampling or self.sampling
-    arrays = make_batch(
-      requests,
-      seeds,
-      methods or [TOP_P] * len(requests),
-      sampling,
-      image_tokens=self.image_tokens,
-      vocab=self.vocab,
-      align_images=self.model.align_images,
-      multiple=batch_shards(),
+    sampling, methods = sampling or self.sampling, methods or [TOP_P] * len(requests)
+    devices, align_images = batch_shards(), self.model.align_images
+    rows = [i % len(requests) for i in range(batch_lib.rounded(len(requests), devices))]
+    repeated = [requests[i] for i in rows]
+    read = [x for r in repeated for x in batch_lib.prompts_of(r, self.vocab, align_images)]
+    prompts = batch_lib.prompt_arrays(read, self.vocab.pad, devices)
+    control = control_of(
+      repeated, [seeds[i] for i in rows], [methods[i] for i in rows], sampling, self.image_tokens
     )
-    most, window = arrays.max_new_tokens, 0
-    capacities = compile_lib.cache_capacities(max(arrays.widths), most)
-    codes = _codes_first(arrays)
+    batch = Batch(prompts, control)
+    widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
+    most, window = max(grammar.max_new_tokens(r.plan) for r in requests), 0
+    capacities = compile_lib.cache_capacities(max(widths), most)
+    codes = _codes_first(batch)
     if self.draft_window and METHODS[sampling.method].takes_drafts and codes:
       window = self.draft_window
       capacities = (max(most, codes + window),)
-    static = self.static(Sampler.of(sampling), arrays.widths, most, capacities, window)
-    return arrays, static
-
-  def static(
-    self,
-    sampler: Sampler,
-    widths: tuple[int, ...],
-    max_new_tokens: int,
-    capacities: tuple[int, ...],
-    window: int = 0,
-  ) -> Static:
-    """Returns the static arguments of the programs for these sizes."""
-    return Static(
-      self.model,
-      Grammar(self.vocab, self.image_tokens),
-      sampler,
-      self.cache_dtype,
-      widths,
-      max_new_tokens,
-      capacities,
-      window,
-    )
+    compiled = self.model, Grammar(self.vocab, self.image_tokens), Sampler.of(sampling)
+    return batch, Static(*compiled, self.cache_dtype, widths, most, capacities, window)
 
 
 def _codes_first(batch: Batch) -> int:
@@ -143,10 +126,6 @@ def _codes_first(batch: Batch) -> int:
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
-
-
-def _ignore(steps: int) -> None:
-  """Does nothing. It is the default of `progress`."""
 
 
 class Generator:
@@ -184,7 +163,7 @@ class Generator:
     seeds: Sequence[int],
     samples: int = 1,
     sampling: SamplingConfig | None = None,
-    progress: Callable[[int], None] = _ignore,
+    progress: Callable[[int], None] = lambda steps: None,
   ) -> Iterator[list[Result]]:
     """Yields the results of each batch, in the order of the requests.
 
@@ -258,7 +237,7 @@ class Generator:
     batch, static = self.config.batch(requests, seeds, methods, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
-    done, capacity = 0, min(static.capacities[0], batch.max_new_tokens)
+    done, capacity = 0, min(static.capacities[0], static.max_new_tokens)
     if static.window:
       done = _codes_first(batch)
       loop, _ = programs.generate_image(loop, params, control, steps, static, done)

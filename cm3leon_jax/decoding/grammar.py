@@ -41,17 +41,13 @@ class Part(NamedTuple):
   count: int = 0  # type: ignore[assignment]  # The field hides `tuple.count`.
   place: int = 0
 
-  @property
-  def max_new_tokens(self) -> int:
-    """Largest number of tokens in the part."""
-    return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(
-      self.kind, 1
-    )
-
 
 def max_new_tokens(plan: Sequence[Part]) -> int:
   """Returns the largest number of tokens in a plan."""
-  return sum(part.max_new_tokens for part in plan)
+  most = 0
+  for kind, count, _ in plan:
+    most += {CODES: count, TEXT: count + 1, DOCUMENT: count, DONE: 0}.get(kind, 1)
+  return most
 
 
 def plan_array(plans: Sequence[Sequence[Part]], parts: int = 0) -> Int32[np.ndarray, "B M 3"]:

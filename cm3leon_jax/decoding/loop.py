@@ -6,7 +6,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,28 @@ from cm3leon_jax.models.config import ModelConfig
 # (ids, log_probs, divergence), see `_sample_ids`.
 Sampled: TypeAlias = tuple[Int[Array, " B"], Float[Array, " B"], Float32[Array, " B"]]
 NEVER = -1e9  # Logit of probability 0. It is finite, since -inf - (-inf) is NaN.
+
+
+class Static(NamedTuple):
+  """Static arguments of a batch's programs.
+
+  Attributes:
+    cache_dtype: one of `cache.DTYPES`.
+    widths: for each stream, the number of prompt entries that its cache keeps (the last entries).
+    max_new_tokens: largest number of tokens to generate, G.
+    capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
+      to which the caches grow.
+    window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.
+  """
+
+  model: ModelConfig
+  grammar: Grammar
+  sampler: Sampler
+  cache_dtype: str
+  widths: tuple[Size, ...]
+  max_new_tokens: Size
+  capacities: tuple[Size, ...]
+  window: int = 0
 
 
 class LoopState(NamedTuple):
@@ -128,45 +150,32 @@ def read_prompts(
   return read_padded(config, model, rests, cache, seen, start)
 
 
-def prefill(
-  model: dict,
-  prompts: Prompts,
-  plan: Plan,
-  *,
-  config: ModelConfig,
-  grammar: Grammar,
-  max_new_tokens: Size,
-  capacity: Size,
-  widths: tuple[Size, ...],
-  cache_dtype: str = "compute",
-) -> LoopState:
+def prefill(model: dict, prompts: Prompts, plan: Plan, static: Static) -> LoopState:
   """Reads the prompts of R rows and returns the state before the first step. Needs a current mesh.
 
-  `model` is `DecodeParams.model`, and `plan` is as in `Control`. `capacity` is the initial number
-  of cache entries for generated tokens. The cache of a stream keeps only the last `widths` prompt
-  entries.
+  `model` is `DecodeParams.model`, and `plan` is as in `Control`.
   """
-  cache, seen = read_prompts(config, model, prompts, cache_dtype)
-  unique = prompts.row.reshape(-1, len(widths))
-  caches, seen_of = [], []
-  for s, width in enumerate(widths):
+  cache, seen = read_prompts(static.model, model, prompts, static.cache_dtype)
+  unique = prompts.row.reshape(-1, len(static.widths))
+  caches, seen_of, capacity = [], [], static.capacities[0]
+  for s, width in enumerate(static.widths):
     caches.append(cache_lib.rows(cache, unique[:, s], width, width + capacity))
     seen_of.append(
       jnp.pad(cache_lib.local_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, capacity)))
     )
   plan = shard(plan, "batch", None, None)
-  shape, split = (plan.shape[0], max_new_tokens), spec("batch", None)
+  shape, split = (plan.shape[0], static.max_new_tokens), spec("batch", None)
   return LoopState(
     tokens=shard(prompts.last, "batch"),
     positions=shard(prompts.last_positions, "batch"),
     next_positions=shard(prompts.next_positions, "batch"),
     cache=tuple(zip(*caches)),
     seen=tuple(seen_of),
-    next_entries=jnp.array(widths, jnp.int32),
+    next_entries=jnp.array(static.widths, jnp.int32),
     count=jnp.int32(0),
     any_active=jnp.bool_(True),
-    state=grammar.start(plan),
-    ids=jnp.full(shape, grammar.vocab.pad, jnp.int32, out_sharding=split),
+    state=static.grammar.start(plan),
+    ids=jnp.full(shape, static.grammar.vocab.pad, jnp.int32, out_sharding=split),
     log_probs=jnp.full(shape, 0, jnp.float32, out_sharding=split),
     divergence=jnp.full(shape[:1], 0, jnp.float32, out_sharding=spec("batch")),
   )
@@ -191,6 +200,13 @@ def _read_last(
   return hidden, tuple(map(tuple, layers)), seen
 
 
+def to_rows(x: Shaped[Array, "B ..."], streams: int) -> Shaped[Array, "R ..."]:
+  """Repeats each element for the rows of its sample, which has `streams` rows."""
+  split = spec("batch", *[None] * (x.ndim - 1))
+  rows = streams * x.shape[0]
+  return jnp.repeat(x, streams, axis=0, total_repeat_length=rows, out_sharding=split)
+
+
 def _stream_logits(
   hidden: Float[Array, "R 1 D"], head: Float[Array, "D V"], streams: int
 ) -> Float[Array, "S B V"]:
@@ -204,14 +220,14 @@ def _stream_logits(
 
 def _sample_ids(
   params: DecodeParams, control: Control, state: State, hidden: Float[Array, "R 1 D"],
-  keys: Key[Array, " B"], grammar: Grammar, sampler: Sampler,
+  keys: Key[Array, " B"], static: Static,
 ) -> Sampled:  # fmt: skip
   """Samples the next id of each sample.
 
   Returns (ids, log_probs, divergence). The divergence of a sample is 0 if its id is not an image
   code.
   """
-  streams = control.guidance.shape[2]
+  grammar, sampler, streams = static.grammar, static.sampler, control.guidance.shape[2]
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
   place = jnp.minimum(grammar.codes_done(control.plan, state), grammar.image_tokens - 1)
   place = jnp.where(in_image, place, grammar.image_tokens)
@@ -257,10 +273,7 @@ def decode_step(
   control: Control,
   keys: Key[Array, " B"],
   loop: LoopState,
-  *,
-  config: ModelConfig,
-  grammar: Grammar,
-  sampler: Sampler,
+  static: Static,
   counts: Int32[Array, " B"] | None = None,
 ) -> LoopState:
   """Reads the last token of every row and samples the next token of every sample.
@@ -269,28 +282,24 @@ def decode_step(
   the number of tokens that each sample has so far; None means `loop.count` for all samples. The
   random numbers of a sample depend only on its key and its count.
   """
-  streams = control.guidance.shape[2]
-
-  def to_rows(x: Shaped[Array, " B"]) -> Shaped[Array, " R"]:
-    rows = loop.tokens.shape[0]
-    return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
+  grammar, streams = static.grammar, control.guidance.shape[2]
 
   def put(into: Shaped[Array, "B G"], x: Shaped[Array, " B"]) -> Shaped[Array, "B G"]:
     x = x[:, None].astype(into.dtype)
     return jax.lax.dynamic_update_slice_in_dim(into, x, loop.count, axis=1)
 
-  hidden, cache, seen = _read_last(config, params.model, loop)
+  hidden, cache, seen = _read_last(static.model, params.model, loop)
   active = grammar.active(control.plan, loop.state)
   if counts is None:
     now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
   else:
     now = jax.vmap(jax.random.fold_in)(keys, counts)
-  ids, log_probs, apart = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
+  ids, log_probs, apart = _sample_ids(params, control, loop.state, hidden, now, static)
   ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
   state = grammar.advance(control.plan, loop.state, ids)
-  moves = to_rows(active)
+  moves = to_rows(active, streams)
   return LoopState(
-    tokens=to_rows(ids),
+    tokens=to_rows(ids, streams),
     # The position of a finished sample must not grow beyond the learned positions.
     positions=jnp.where(moves, loop.next_positions, loop.positions),
     next_positions=loop.next_positions + moves,
@@ -316,19 +325,18 @@ def split_control(control: Control) -> Control:
 
 
 def decode_steps(
-  params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static: Any
+  params: DecodeParams, control: Control, loop: LoopState, *, static: Static, steps: int
 ) -> LoopState:
   """Runs at most `steps` steps. Stops early when all samples are finished or the cache is full.
 
   Needs a current mesh. While only image codes are legal in all samples, only their logits are
-  computed. `loop` is donated. `static` contains the arguments `config`, `grammar` and `sampler` of
-  `decode_step`.
+  computed. `loop` is donated.
   """
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  free = loop.seen[0].shape[1] - loop.next_entries[0]  # It is the same in all streams.
+  free = loop.seen[0].shape[1] - loop.next_entries[0]  # All streams have equally many free entries.
   stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
-  step = functools.partial(decode_step, params, control, keys, **static)
+  step = functools.partial(decode_step, params, control, keys, static=static)
   return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.any_active, step, loop)
 
 
@@ -345,8 +353,4 @@ def results(
   loop: LoopState,
 ) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"], Float32[Array, " B"]]:
   """Returns (ids, log_probs, divergence), replicated so that each process can read them."""
-  return (
-    shard(loop.ids, None, None),
-    shard(loop.log_probs, None, None),
-    shard(loop.divergence, None),
-  )
+  return jax.sharding.reshard((loop.ids, loop.log_probs, loop.divergence), jax.P())

@@ -12,12 +12,9 @@ from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.grammar import Grammar
-from cm3leon_jax.decoding.loop import LoopState
+from cm3leon_jax.decoding.loop import LoopState, Static
 from cm3leon_jax.decoding.params import DecodeParams
-from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import abstract
-from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
 # Initial capacity of a cache for generated tokens. It is small because attention also reads empty
@@ -25,32 +22,6 @@ from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 CAPACITY = 128
 T = TypeVar("T")
 CHUNK = 64  # Steps per call. Between calls, the progress bar moves, and a finished batch ends.
-
-
-class Static(NamedTuple):
-  """Static arguments of a batch's programs.
-
-  Attributes:
-    cache_dtype: one of `cache.DTYPES`.
-    widths: for each stream, the number of prompt entries that its cache keeps (the last entries).
-    capacities: capacities of the caches for generated tokens: the initial one, then the larger ones
-      to which the caches grow.
-    window: number of codes that `speculative.generate_image` verifies per step; 0 disables it.
-  """
-
-  model: ModelConfig
-  grammar: Grammar
-  sampler: Sampler
-  cache_dtype: str
-  widths: tuple[int, ...]
-  max_new_tokens: int
-  capacities: tuple[int, ...]
-  window: int = 0
-
-  @property
-  def of_step(self) -> dict:
-    """Static keyword arguments of `loop.decode_step`."""
-    return {"config": self.model, "grammar": self.grammar, "sampler": self.sampler}
 
 
 def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
@@ -69,24 +40,11 @@ def cache_capacities(prompt: int, max_new_tokens: int) -> tuple[int, ...]:
   return (*capacities, max_new_tokens)
 
 
-def prefill_function(static: Static) -> Callable:
-  """Returns `loop.prefill` as a function of (model, prompts, plan)."""
-  return functools.partial(
-    loop_lib.prefill,
-    config=static.model,
-    grammar=static.grammar,
-    max_new_tokens=static.max_new_tokens,
-    capacity=static.capacities[0],
-    widths=static.widths,
-    cache_dtype=static.cache_dtype,
-  )
-
-
 def lower_steps(
   mesh: jax.sharding.Mesh, params: DecodeParams, control: Control, loop: LoopState, static: Static
 ) -> jax.stages.Lowered:
   """Lowers `loop.decode_steps` for abstract arguments (see `mesh.abstract`)."""
-  steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
+  steps = functools.partial(loop_lib.decode_steps, static=static, steps=CHUNK)
   return lower_loop(mesh, steps, params, control, loop)
 
 
@@ -147,11 +105,11 @@ def lower_batch(
 ) -> Lowered:
   """Lowers the programs that `Programs` runs for a batch.
 
-  `mesh` must be the current mesh; its devices need not be present. `params` are abstract. `batch`
-  is from `batch.make_batch`.
+  `mesh` must be the current mesh; its devices need not be present. `params` are abstract.
   """
   prompts, control = (abstract(x, mesh) for x in (batch.prompts, batch.control))
-  arguments, first = (params.model, prompts, control.plan), prefill_function(static)
+  arguments = params.model, prompts, control.plan
+  first = functools.partial(loop_lib.prefill, static=static)
   state = abstract(jax.eval_shape(first, *arguments), mesh)
   lowered = last = lower_steps(mesh, params, control, state, static)
   if grown := static.capacities[-1] - static.capacities[0]:
@@ -183,19 +141,16 @@ class Programs:
     self, params: DecodeParams, batch: Batch, static: Static
   ) -> tuple[LoopState, jax.stages.Compiled]:
     """Reads the prompts of a batch. Returns (state, program of its next steps)."""
-    arguments = (params.model, batch.prompts, batch.control.plan)
-    return self._run_before(
-      prefill_function(static), arguments, static, params, batch.control, static
-    )
+    function = functools.partial(loop_lib.prefill, static=static)
+    arguments = params.model, batch.prompts, batch.control.plan
+    return self._run_before(function, arguments, static, params, batch.control, static)
 
   def grow(
     self, loop: LoopState, by: int, params: DecodeParams, control: Control, static: Static
   ) -> tuple[LoopState, jax.stages.Compiled]:
     """Runs `loop.grow`. Returns (state, program of its next steps)."""
     function = functools.partial(loop_lib.grow, by=by)
-    return self._run_before(
-      function, (loop,), (by, *static.of_step.values()), params, control, static
-    )
+    return self._run_before(function, (loop,), (by, static), params, control, static)
 
   def generate_image(
     self,
@@ -209,9 +164,7 @@ class Programs:
     """Runs `speculative.generate_image`. Returns (state for `program`, number of steps)."""
 
     def make() -> Callable:
-      function = functools.partial(
-        speculative.generate_image, codes=codes, window=static.window, **static.of_step
-      )
+      function = functools.partial(speculative.generate_image, static=static, codes=codes)
       return jax.jit(function, donate_argnums=2, out_shardings=(program.input_formats[0][2], None))
 
     jitted = self.once(("image", codes, static), (params, control, loop), make)
@@ -236,7 +189,7 @@ class Programs:
       types = tuple(abstract(x, self.mesh) for x in (params, control, state))
       of_params, of_control, of_state = types
       program = self.once(
-        ("steps", *static.of_step.values()),
+        ("steps", static.model, static.grammar, static.sampler),
         types,
         lambda: lower_steps(self.mesh, of_params, of_control, of_state, static).compile(),
       )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 from cm3leon_jax.decoding.cache import LayerCache, Layers, Read, over_streams
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import Grammar, Plan
-from cm3leon_jax.decoding.loop import LoopState, extend, split_control
+from cm3leon_jax.decoding.loop import LoopState, Static, extend, split_control, to_rows
 from cm3leon_jax.decoding.params import DecodeParams, head_axis
 from cm3leon_jax.decoding.sampling.guidance import combine_streams, divergence
 from cm3leon_jax.decoding.sampling.rows import Sampler, select
@@ -102,11 +102,8 @@ def _read_drafts(
   drafts: Int32[Array, "B D"],
 ) -> tuple[Float[Array, "R W width"], tuple[Layers, ...]]:
   """Reads the last token of each row and its drafts. Returns (hidden states, cache)."""
-  streams, batch, window = len(loop.seen), len(loop.ids), drafts.shape[1] + 1
-  rows = jnp.repeat(
-    drafts, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None)
-  )
-  tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
+  streams, window = len(loop.seen), drafts.shape[1] + 1
+  tokens = jnp.concatenate([loop.tokens[:, None], to_rows(drafts, streams)], axis=1)
   after = loop.next_positions[:, None] + jnp.arange(window - 1)[None]
   positions = jnp.concatenate([loop.positions[:, None], after], axis=1)
   # Clip the positions of drafts after the end of the image. Such drafts are never accepted.
@@ -211,14 +208,10 @@ def _accept(
 
   `p`, `log_p` and `apart` are the results of `_distributions`.
   """
-  window, size = p.shape[1:]
+  streams, (window, size) = len(w.loop.seen), p.shape[1:]
   pick = jax.vmap(lambda table, token: table[token])
   cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window - 1))
   put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
-
-  def to_rows(x: Shaped[Array, " B"]) -> Shaped[Array, " R"]:
-    rows, streams = len(w.loop.tokens), len(w.loop.seen)
-    return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
   now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
   now = [shard(now[:, i], "batch") for i in range(3)]  # `Grammar.start` explains this `shard`.
@@ -227,10 +220,11 @@ def _accept(
   again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[1], p)
   random = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, size))(now[2])
   drafts = jnp.concatenate([again.astype(jnp.int32), random], axis=1)
-  last = to_rows(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size)
-  last = jnp.where(to_rows(taken > 0), last, w.loop.tokens)
-  following = w.loop.next_positions + to_rows(taken)
-  at = jnp.where(to_rows(taken > 0), following - 1, w.loop.positions)
+  moves = to_rows(taken > 0, streams)
+  last = to_rows(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size, streams)
+  following = w.loop.next_positions + to_rows(taken, streams)
+  at = jnp.where(moves, following - 1, w.loop.positions)
+  last = jnp.where(moves, last, w.loop.tokens)
   return Window(
     loop=w.loop._replace(tokens=last, positions=at, next_positions=following, cache=cache),
     done=w.done + taken,
@@ -275,29 +269,26 @@ def generate_image(
   control: Control,
   loop: LoopState,
   *,
-  config: ModelConfig,
-  grammar: Grammar,
-  sampler: Sampler,
+  static: Static,
   codes: int,
-  window: int,
 ) -> tuple[LoopState, Int32[Array, ""]]:
   """Generates all codes of an image for samples whose plans start with an image.
 
   Needs a current mesh. `params` must have an image head, and all samples must use a method that
   takes drafts. `loop` is from `loop.prefill`, with capacity for codes + window tokens; it is
-  donated. `codes` is I. Each step reads `window` (at least 2) codes. Returns (state after the
-  image, number of steps).
+  donated. `codes` is I. Each step reads `static.window` (at least 2) codes. Returns (state after
+  the image, number of steps).
   """
   assert params.image_head is not None
-  text_size = grammar.vocab.text_size
+  config, text_size = static.model, static.grammar.vocab.text_size
   control = split_control(control)
   keys = jax.vmap(jax.random.key)(control.seeds)
 
   def step(w: Window) -> Window:
     hidden, cache = _read_drafts(config, params.model, w.loop, w.done, w.drafts + text_size)
-    p, log_p, apart = _distributions(params, control, hidden, w.done, codes, sampler)
+    p, log_p, apart = _distributions(params, control, hidden, w.done, codes, static.sampler)
     return _accept(w, cache, p, log_p, apart, keys, codes, text_size)
 
-  first = _first(loop, keys, codes, window, params.image_head.shape[1], config.dtype)
+  first = _first(loop, keys, codes, static.window, params.image_head.shape[1], config.dtype)
   w = jax.lax.while_loop(lambda w: jnp.any(w.done < codes), step, first)
-  return _after_image(w, control.plan, grammar, codes), w.steps
+  return _after_image(w, control.plan, static.grammar, codes), w.steps

@@ -24,7 +24,7 @@ from cm3leon_jax.decoding.cache import Size
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.control import Control
 from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, Plan, plan_array
-from cm3leon_jax.decoding.loop import LoopState
+from cm3leon_jax.decoding.loop import LoopState, Static
 from cm3leon_jax.decoding.params import DecodeParams
 from cm3leon_jax.decoding.sampling.guidance import scheduled
 from cm3leon_jax.decoding.sampling.methods import OTHERS
@@ -114,11 +114,10 @@ class Functions:
     """I, the number of tokens of an image."""
     return self.image_tokenizer.config.image_tokens
 
-  @property
-  def _of_step(self) -> dict:
+  def _static(self, widths: tuple = (), most: Size = 0, capacities: tuple = ()) -> Static:
     sampler = Sampler.of(dataclasses.replace(self.sampling, method="top_p"))
     grammar = Grammar(self.vocab, self.image_tokens)
-    return {"config": self.model, "grammar": grammar, "sampler": sampler}
+    return Static(self.model, grammar, sampler, "compute", widths, most, capacities)
 
   def _decoder(self, weights: Named) -> DecodeParams:
     return filled(self.weights, weights)["decoder"]
@@ -157,16 +156,8 @@ class Functions:
       last_positions=positions[:, -2],
       next_positions=positions[:, -1],
     )
-    static = {k: v for k, v in self._of_step.items() if k != "sampler"}
-    return loop_lib.prefill(
-      self._decoder(weights).model,
-      prompts,
-      plan,
-      max_new_tokens=max_new_tokens,
-      capacity=capacity,
-      widths=tuple(slots),
-      **static,
-    )
+    static = self._static(tuple(slots), max_new_tokens, (capacity,))
+    return loop_lib.prefill(self._decoder(weights).model, prompts, plan, static)
 
   def prefill(
     self, weights: Named, *, prompts: Tokens, plan: Plan, seeds: Seeds, ids: Tokens
@@ -205,7 +196,7 @@ class Functions:
       guidance = jnp.ones((seeds.shape[0], self.image_tokens + 1, 1), jnp.float32)
       control = self._control(plan, seeds, guidance, settings)
       keys = jax.vmap(jax.random.key)(seeds)
-      loop = loop_lib.decode_step(self._decoder(weights), control, keys, loop, **self._of_step)
+      loop = loop_lib.decode_step(self._decoder(weights), control, keys, loop, self._static())
       return {**named(loop), "plan": plan, "seeds": seeds}
 
     return decode_step
@@ -244,7 +235,7 @@ class Functions:
     loop = self._prefill(weights, [prompts, unconditional], plan, codes, capacities[0])
     decoder = self._decoder(weights)
     for capacity, larger in itertools.zip_longest(capacities, capacities[1:]):
-      loop = loop_lib.decode_steps(decoder, control, loop, steps=codes, **self._of_step)
+      loop = loop_lib.decode_steps(decoder, control, loop, static=self._static(), steps=codes)
       if larger:
         loop = loop_lib.grow(loop, by=larger - capacity)
     images = self.decode_image(weights, tokens=loop.ids)

@@ -1,4 +1,4 @@
-"""Warns about tasks that a model cannot have learned: its images or texts would be noise."""
+"""Warns about tasks for which a model was not trained."""
 
 from collections.abc import Sequence
 import re

@@ -131,14 +131,13 @@ def sample_grids(run: Run, folder: epath.PathLike) -> Callable[[dict, int], Imag
   holds a part of `params`. Only the first process writes the grid, to `folder`/step_XXXXXX.png.
   """
   settings, layout = run.settings, PromptLayout.of(run)
-  heldout = DocumentStore(run.folder / "documents" / "heldout_pairs", layout.vocab)
-  count = min(settings.train.num_samples, len(heldout))
-  tasks = heldout_tasks(layout, run.folder, count, settings.seed, [(0, settings.sampling)])
+  count, columns = settings.train.num_samples, [(0, settings.sampling)]
+  tasks = heldout_tasks(layout, run.folder, count, settings.seed, columns, or_fewer=True)
 
   def generate_grid(params: dict, step: int) -> Image.Image:
     pipeline = Pipeline(params, settings, layout, run.images)
     images = [samples[0].segments[0] for samples in pipeline.generate(tasks)]
-    starts = range(0, count, GRID_COLUMNS)
+    starts = range(0, len(tasks), GRID_COLUMNS)
     rows = [images[i : i + GRID_COLUMNS] for i in starts]
     labels = ["; ".join(task.prompt for task in tasks[i : i + GRID_COLUMNS]) for i in starts]
     grid = contact_sheet(rows, labels)

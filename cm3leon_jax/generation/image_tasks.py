@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from cm3leon_jax.generation.tasks import (
   GivenImage,
   PromptLayout,
   Task,
-  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -38,15 +36,6 @@ class ImageTask(Task):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    return {"file": files[0], "codes": codes[0].tolist()}
-
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage(ImageTask):
@@ -59,6 +48,7 @@ class TextToImage(ImageTask):
 
   name = "text_to_image"
   required = ("prompt",)
+  is_scored = True
   settings = (*GUIDANCE, *IMAGE_SETTINGS)
   prompt: str = ""
   retrieve: int = 2
@@ -71,10 +61,6 @@ class TextToImage(ImageTask):
     return request.text_to_image(
       layout.vocab, layout.image_tokens, self._caption(layout), neighbors, self.keep_neighbors
     )
-
-  @property
-  def is_scored(self) -> bool:
-    return True
 
   @property
   def settings_label(self) -> str:

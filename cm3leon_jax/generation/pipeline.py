@@ -22,6 +22,7 @@ from cm3leon_jax.generation.given_images import given_key, image_key, load_image
 from cm3leon_jax.generation.image_tasks import print_rounded_box
 from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import GivenImage, PromptLayout, Task, has_image
+from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -136,7 +137,7 @@ class Pipeline:
     return open_bank(self.layout, self.bank)
 
   def check(self, tasks: Sequence[Task]) -> dict:
-    """Runs `check_tasks`, opening the bank only once."""
+    """Runs `check_tasks` with the opened bank."""
     opened = self.bank is not None and any(task.retrieve for task in tasks)
     return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
@@ -327,7 +328,10 @@ class Pipeline:
     for i, sample in enumerate(samples):
       if clip is not None and sample.task.is_scored:
         assert clip.encode is not None
-        image, text = sample.task.clip_pair(sample.given, sample.segments)
+        # A caption is compared with the input image, a generated image with the prompt.
+        image, text = sample.segments[0], sample.task.prompt
+        if isinstance(sample.task, Caption):
+          image, text = sample.given, sample.segments[0]
         if len(ids := clip.encode(text)):
           pairs[i] = (image, ids)
     if clip is not None and pairs:

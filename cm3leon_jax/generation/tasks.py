@@ -241,19 +241,8 @@ class Task:
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample. CLIP needs a caption and an image."""
+    """Whether CLIP can score a sample; see `Pipeline.samples`."""
     return False
-
-  def clip_pair(
-    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
-  ) -> tuple[np.ndarray, str]:
-    """Returns the image and the caption that CLIP compares. Call it only if `is_scored`.
-
-    Images are [H, W, 3] uint8. `given` is the input image, or None.
-    """
-    image = segments[0]
-    assert not isinstance(image, str)
-    return image, self.prompt
 
   @property
   def label(self) -> str:
@@ -269,16 +258,6 @@ class Task:
   def file_stem(self) -> str:
     """Start of the names of the image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
-
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    """Returns the fields of results.jsonl for a sample's answer: texts, codes and files."""
-    raise NotImplementedError
 
 
 def split_prompt(task: Task) -> list[str]:

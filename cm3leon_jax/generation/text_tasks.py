@@ -1,6 +1,6 @@
 """Defines tasks that write text: captions, answers, infilled texts and interleaved documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -17,7 +17,6 @@ from cm3leon_jax.generation.tasks import (
   GivenImage,
   PromptLayout,
   Task,
-  TextOrImage,
   decode_segment,
   document_segments,
   has_image,
@@ -67,15 +66,6 @@ class TextTask(Task):
     shown: list[Any] = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
     return ("\n".join(shown),), tuple(filled)
 
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    return {"text": segments[0], "filled": list(filled)}
-
 
 @dataclasses.dataclass(frozen=True)
 class Caption(TextTask):
@@ -83,22 +73,11 @@ class Caption(TextTask):
 
   name = "caption"
   required = ("image",)
+  is_scored = True
   image: GivenImage = ""
 
   def _text(self) -> str:
     return MASK
-
-  @property
-  def is_scored(self) -> bool:
-    return True
-
-  def clip_pair(
-    self, given: np.ndarray | None, segments: Sequence[TextOrImage]
-  ) -> tuple[np.ndarray, str]:
-    caption = segments[0]
-    assert given is not None
-    assert isinstance(caption, str)
-    return given, caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,16 +157,6 @@ class Interleaved(Task):
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> Decoded:
     segments = document_segments(layout.vocab, request, ids)
     return tuple(decode_segment(layout, segment) for segment in segments), ()
-
-  def record(
-    self,
-    segments: Sequence[TextOrImage],
-    codes: Sequence[np.ndarray],
-    filled: Sequence[str],
-    files: list[str],
-  ) -> dict[str, Any]:
-    lines = [s if isinstance(s, str) else "<image>" for s in segments]
-    return {"files": files, "text": "\n".join(lines)}
 
 
 def _with_holes(

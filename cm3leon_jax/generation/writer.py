@@ -13,7 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.files.atomic import replacing
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.sample import Sample
+from cm3leon_jax.generation.tasks import IMAGE
+from cm3leon_jax.generation.text_tasks import TextTask
 
 SHEET_ROWS = 64  # Few programs can open a sheet with more rows.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.
@@ -77,13 +80,23 @@ def record(sample: Sample, files: list[str]) -> dict:
     "retrieve": task.retrieve,
     "keep_neighbors": task.keep_neighbors,
     "neighbors": [{name: getattr(d, name) for name in ORIGIN} for d in sample.neighbors],
-    **task.record(sample.segments, sample.codes, sample.filled, files),
+    **_answer(sample, files),
     "tokens": sample.tokens.tolist(),
     "log_probs": [round(float(p), 4) for p in sample.log_probs],
     "log_prob": float(sample.log_probs.sum(dtype=np.float64)),
     "clip_score": sample.clip_score,
     "divergence": sample.divergence,
   }
+
+
+def _answer(sample: Sample, files: list[str]) -> dict:
+  """Returns the fields of `record` for the answer of a sample: texts, codes and files."""
+  if isinstance(sample.task, ImageTask):
+    return {"file": files[0], "codes": sample.codes[0].tolist()}
+  if isinstance(sample.task, TextTask):
+    return {"text": sample.segments[0], "filled": list(sample.filled)}
+  lines = [s if isinstance(s, str) else IMAGE for s in sample.segments]
+  return {"files": files, "text": "\n".join(lines)}
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:

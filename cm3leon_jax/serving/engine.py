@@ -17,12 +17,11 @@ from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.engine import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.continuous.slots import Update
 from cm3leon_jax.decoding.result import sample_seed
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
-from cm3leon_jax.serving.errors import ApiError, internal, queue_full, stopping
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
-from cm3leon_jax.serving.opening import open_jobs
+from cm3leon_jax.serving.errors import ApiError, internal, stopping
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, open_jobs
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
@@ -122,7 +121,9 @@ class Engine:
     if self._closing or self.failure is not None:
       raise stopping()
     if self.waiting >= self.queue_limit:
-      raise queue_full(self.queue_limit, self._seconds_to_wait())
+      seconds = self._seconds_to_wait()
+      message = f"{self.queue_limit} requests are already waiting: try again in {seconds} s."
+      raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
   def cancel(self, job: Job) -> None:
     """Cancels a job. It leaves the queue immediately, and its slots before the next chunk."""
@@ -140,16 +141,14 @@ class Engine:
   @property
   def active(self) -> int:
     """Number of jobs that are not answered yet, plus reserved places."""
-    begun = len({id(o) for o in list(self._open)} | self._running_jobs())
+    running = {id(opened) for opened, _ in list(self._running.values())}
+    begun = len({id(o) for o in list(self._open)} | running)
     return len(self._places) + len(self._incoming) + begun
 
   @property
   def running(self) -> int:
     """Number of samples that have a slot."""
     return len(self._running)
-
-  def _running_jobs(self) -> set[int]:
-    return {id(o) for o, _ in list(self._running.values())}
 
   def _seconds_to_wait(self) -> int:
     """Estimates from the measured rate in how many seconds the queue has room again."""
@@ -340,7 +339,7 @@ class Engine:
     self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
-    """Calls `deliver` with all parts. If that fails, retries each part; only bad jobs then fail."""
+    """Delivers parts together; after an error one by one, so that one job does not fail others."""
     if not parts:
       return
     try:
@@ -354,16 +353,12 @@ class Engine:
         self._fail(parts[0][0], internal())
 
   def _finish(self, finished: Sequence[_Part]) -> None:
-    for (opened, _, _), sample in zip(finished, self._samples(finished), strict=True):
-      opened.job.deliver(Finished(sample))
-
-  def _samples(self, finished: Sequence[_Part]) -> list[Sample]:
     opened = [found for found, _, _ in finished]
     results = [dataclasses.replace(update.result, sample=index) for _, index, update in finished]
     given: dict = {}
     for found in opened:
       given |= found.given
-    return self.pipeline.samples(
+    samples = self.pipeline.samples(
       range(len(finished)),
       results,
       [found.job.task for found in opened],
@@ -371,12 +366,14 @@ class Engine:
       given,
       [found.neighbors for found in opened],
     )
+    for found, sample in zip(opened, samples, strict=True):
+      found.job.deliver(Finished(sample))
 
   def _show(self, parts: Sequence[_Part]) -> None:
     """Delivers new rows of images and new texts."""
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
-      if not partial.makes_image(opened.job.task):
+      if not isinstance(opened.job.task, ImageTask):
         opened.job.deliver(
           Progress(index, text=partial.text(opened.job.task, layout, update.result.tokens))
         )

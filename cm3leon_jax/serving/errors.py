@@ -54,13 +54,3 @@ def internal() -> ApiError:
 def stopping() -> ApiError:
   """Returns the error of a server that is stopping."""
   return ApiError(503, "the server is stopping.", code="stopping")
-
-
-def queue_full(limit: int, seconds: int) -> ApiError:
-  """Returns the error for a full queue, which says after how many seconds to try again."""
-  return ApiError(
-    429,
-    f"{limit} requests are already waiting: try again in {seconds} s.",
-    code="queue_full",
-    headers={"Retry-After": str(seconds)},
-  )

@@ -1,29 +1,30 @@
-"""Defines the jobs of the engine and the events that it delivers for them."""
+"""Defines the jobs of the engine and their events, and prepares several jobs in one batch."""
 
-# H height, W width.
+# I tokens of an image, H height, W width.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 
 import numpy as np
 
 from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.generation.given_images import given_key
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
-from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.serving.errors import ApiError
+
+Decode = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-  """Retrieved document with its caption, its image, [H, W, 3] uint8, and its origin."""
+  """Retrieved document with its decoded caption and image, [H, W, 3] uint8."""
 
-  key: str
+  document: Document
   caption: str
   image: np.ndarray
-  source: str
-  license: str
-  attribution: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +99,40 @@ class OpenJob:
   @property
   def waits(self) -> bool:
     return self.begun < self.job.num_samples
+
+
+def open_jobs(
+  pipeline: Pipeline, jobs: Sequence[Job], decode: Decode
+) -> list[tuple[OpenJob, Started]]:
+  """Retrieves documents for all jobs, encodes their input images, and makes their requests.
+
+  `decode` converts [I] codes of each image to [H, W, 3] uint8.
+
+  Raises:
+    UserError: a task is wrong, or no document is found for it.
+  """
+  layout, tasks = pipeline.layout, [job.task for job in jobs]
+  given = pipeline.check(tasks)
+  neighbors = pipeline.retrieve(tasks)
+  codes = pipeline.codes(given)
+  opened, described = [], _described(layout, neighbors, decode)
+  for job, found, shown in zip(jobs, neighbors, described, strict=True):
+    key = given_key(job.task)
+    request = job.task.to_request(layout, codes.get(key), found)
+    own = {key: given[key]} if key in given else {}
+    is_image = layout.vocab.is_image(request.streams[0])
+    started = Started(shown, int((~is_image).sum()), int(is_image.sum()))
+    opened.append((OpenJob(job, request, own, codes.get(key), found), started))
+  return opened
+
+
+def _described(
+  layout: PromptLayout, neighbors: Sequence[Sequence[Document]], decode: Decode
+) -> list[tuple[Neighbor, ...]]:
+  """Describes the retrieved documents of each job for the client."""
+  documents = [document for found in neighbors for document in found]
+  images = iter(decode([layout.vocab.image_codes(d.segments[1].tokens) for d in documents]))
+  return [
+    tuple(Neighbor(d, layout.decode(d.segments[0].tokens), next(images)) for d in found)
+    for found in neighbors
+  ]

@@ -7,24 +7,13 @@ import dataclasses
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.generation.image_tasks import (
-  Edit,
-  ImageTask,
-  InfillImage,
-  TextToImage,
-  whole_codes,
-)
+from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage, whole_codes
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
 from cm3leon_jax.serving.errors import refusal
 
 TO_COME = 160  # Gray value of rows that are not generated yet.
-
-
-def makes_image(task: Task) -> bool:
-  """Returns whether the answer of a task is an image."""
-  return isinstance(task, ImageTask)
 
 
 def image(

@@ -32,6 +32,8 @@ RULES = {  # First word of a pydantic error type -> rule for the value.
 # Fields of the OpenAI API that have no effect in any request. Their values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
+RENAMED = {"guidance_scale": "guidance"}  # Field of diffusers -> field of a body.
+
 
 class Body(pydantic.BaseModel):
   """Fields that all requests have.
@@ -39,6 +41,7 @@ class Body(pydantic.BaseModel):
   Attributes:
     ignored: fields of the OpenAI API that have no effect here.
     words: words of task errors -> words for this body; see `tasks.refused`.
+    settings: fields that are settings of `SamplingConfig`.
     model: name of the served model; may be absent.
     seed: seed of the first sample. Without it, the server uses a random seed.
     stream: whether to answer with server-sent events.
@@ -47,6 +50,7 @@ class Body(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
   ignored: ClassVar[tuple[str, ...]] = NO_MEANING
   words: ClassVar[Mapping[str, str]] = {}
+  settings: ClassVar[tuple[str, ...]] = ()
 
   model: str | None = None
   n: Annotated[int, Field(ge=1)] = 1
@@ -59,7 +63,7 @@ class Body(pydantic.BaseModel):
 
   def sampling(self) -> dict[str, Any]:
     """Returns the sampling settings that the body has."""
-    raise NotImplementedError
+    return {name: value for name in self.settings if (value := getattr(self, name)) is not None}
 
 
 class ImageBody(Body):
@@ -68,6 +72,9 @@ class ImageBody(Body):
   ignored: ClassVar[tuple[str, ...]] = (
     *NO_MEANING,
     *("quality", "style", "moderation", "input_fidelity", "output_compression"),
+  )
+  settings: ClassVar[tuple[str, ...]] = (
+    *("guidance", "guidance_schedule", "temperature", "top_k", "top_p"),
   )
 
   prompt: str = ""
@@ -78,11 +85,6 @@ class ImageBody(Body):
   partial_images: Annotated[int, Field(ge=0, le=1_000)] | None = None
   guidance: Weight | None = None
   guidance_schedule: Schedule | None = None
-
-  def sampling(self) -> dict[str, Any]:
-    """Returns the sampling settings that the body has."""
-    names = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
-    return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Generation(ImageBody):
@@ -105,14 +107,11 @@ class EditBody(ImageBody):
   `box` is the box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
 
+  settings: ClassVar[tuple[str, ...]] = (*ImageBody.settings, "image_guidance", "edit_guidance")
+
   box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None
   image_guidance: Weight | None = None
   edit_guidance: Weight | None = None
-
-  def sampling(self) -> dict[str, Any]:
-    names = ("image_guidance", "edit_guidance")
-    given = {name: value for name in names if (value := getattr(self, name)) is not None}
-    return super().sampling() | given
 
 
 class ImageUrl(pydantic.BaseModel):
@@ -241,11 +240,8 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
   field = ".".join(map(str, error["loc"]))
   short_field = short(field).strip("'\"")
   if error["type"] == "extra_forbidden":
-    name, names = short_field, list(cls.model_fields)
-    if len(error["loc"]) > 1:
-      names = []
-    close = [n for n in ("guidance",) if name == "guidance_scale" and n in names]
-    close = close or difflib.get_close_matches(name, names, 1)
+    name, names = short_field, list(cls.model_fields) if len(error["loc"]) == 1 else []
+    close = difflib.get_close_matches(RENAMED.get(name, name), names, 1)
     hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
     hint = hint if names else "leave it out."
     return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")

@@ -3,7 +3,6 @@
 # H height, W width.
 
 import base64
-import binascii
 import io
 import re
 
@@ -31,7 +30,7 @@ def from_data_url(url: str, param: str) -> bytes:
     raise refusal(f"{param} must be data:image/png;base64,... with the bytes of an image.", param)
   try:
     return base64.b64decode(url[match.end() :], validate=True)
-  except (binascii.Error, ValueError) as error:
+  except ValueError as error:
     raise refusal(f"{param} is not valid base64.", param) from error
 
 
@@ -107,16 +106,13 @@ def box_of_mask(
       "mask",
     )
   hole = alpha.point(lambda value: 255 if value == 0 else 0)
-  if has_alpha and (found := _cut(hole, resolution).getbbox()) is not None:
+  # Crop the mask as `reader.load_image` crops its image. Pixels stay black or white.
+  hole = ImageOps.fit(hole, (resolution, resolution), Image.Resampling.NEAREST)
+  if has_alpha and (found := hole.getbbox()) is not None:
     return found
   raise refusal(
     "mask has no fully transparent pixel: make the area to fill in transparent.", "mask"
   )
-
-
-def _cut(mask: Image.Image, resolution: int) -> Image.Image:
-  """Crops a mask as `reader.load_image` crops its image. Pixels stay black or white."""
-  return ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST)
 
 
 def png(image: np.ndarray) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.decoding import loop, speculative
-from cm3leon_jax.decoding import programs as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.buckets import bucket_of
@@ -80,7 +79,7 @@ def batches_of(generator, request, **fields):
 
 def prefilled(static, params, prompts, control):
   """Returns the types of the state before the first step."""
-  prefill = compile_lib.prefill_function(static)
+  prefill = functools.partial(loop.prefill, static=static)
   return jax.eval_shape(prefill, params.model, prompts, control.plan)
 
 
@@ -88,7 +87,7 @@ def prefilled(static, params, prompts, control):
 def test_batches_of_any_task(generator, task):
   for static, (params, prompts, control) in batches_of(generator, REQUESTS[task]):
     state = prefilled(static, params, prompts, control)
-    steps = functools.partial(loop.decode_steps, steps=2, **static.of_step)
+    steps = functools.partial(loop.decode_steps, static=static, steps=2)
     assert typed(jax.eval_shape(steps, params, control, state)) == typed(state)
     jax.eval_shape(loop.results, jax.eval_shape(functools.partial(loop.grow, by=3), state))
 
@@ -100,7 +99,7 @@ def test_batches_of_drafts(generator, task):
   fields = {"sampling": sampling, "draft_window": 3}
   for static, (params, prompts, control) in batches_of(generator, REQUESTS[task], **fields):
     state = prefilled(static, params, prompts, control)
-    draw = functools.partial(speculative.generate_image, codes=IMAGE, window=3, **static.of_step)
+    draw = functools.partial(speculative.generate_image, static=static, codes=IMAGE)
     drafted, _ = jax.eval_shape(draw, params, control, state)
     assert typed(drafted) == typed(state)
 
@@ -116,16 +115,15 @@ def test_a_running_batch_of_one_slot_and_of_four(generator, task, of_shard):
   for ticket in range(slots):
     batch.admit(ActiveRequest(ticket, REQUESTS[task], ticket, MIXTURE))
   static = bucket.static
-  fixed = {"config": static.model, "grammar": static.grammar}
-  sizes = {"widths": static.widths, "max_new_tokens": static.max_new_tokens, "steps": 3}
-  state = jax.eval_shape(functools.partial(state_lib.empty, slots=slots, **fixed, **sizes))
-  admit = functools.partial(state_lib.admit, **fixed)
+  empty = functools.partial(state_lib.empty, static=static, slots=slots, steps=3)
+  state = jax.eval_shape(empty)
+  admit = functools.partial(state_lib.admit, static=static)
   control = abstract(batch.control, jax.sharding.get_mesh())
   everyone = [*range(slots)]
   for chosen in ([slot if slot % of_shard == 0 else None for slot in everyone], everyone):
     admitted = batch._admitted(chosen[:: 1 if chosen is everyone else of_shard])
     assert typed(jax.eval_shape(admit, generator.params.model, state, admitted)) == typed(state)
   for first in [None, 1] if batch.few else [None]:
-    steps = functools.partial(state_lib.steps, least=1, slots=first, **static.of_step)
+    steps = functools.partial(state_lib.steps, static=static, least=1, slots=first)
     after = jax.eval_shape(steps, generator.params, control, state, np.int32(2))
     assert typed(after) == typed(state)

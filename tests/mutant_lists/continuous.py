@@ -24,7 +24,11 @@ CONTINUOUS = mutants_of(
     "    next_positions=put_streams(loop.next_positions, admitted.next_positions),\n",
     "",
   ),
-  ("plan_of_the_last_sample", "    state=State(*map(put, loop.state, grammar.start(plan))),\n", ""),
+  (
+    "plan_of_the_last_sample",
+    "    state=State(*map(put, loop.state, static.grammar.start(plan))),\n",
+    "",
+  ),
   ("divergence_of_the_last_sample", "    divergence=put(loop.divergence, zeros),\n", ""),
   ("noise_goes_on_with_the_slot", "(loop, put(state.counts, zeros))", "(loop, state.counts)"),
   ("rings_do_not_turn", "loop.next_entries % capacities", "loop.next_entries"),

@@ -170,7 +170,7 @@ def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypat
 def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
   live, engine, monkeypatch, caplog, where
 ):
-  name = {"_prepare": "_decoded", "_finish": "_samples"}[where]
+  name = {"_prepare": "_decoded", "_finish": "_finish"}[where]
 
   def broken(*_):
     raise RuntimeError("broken at /a/path/of/the/server")
@@ -241,15 +241,15 @@ def test_samples_of_jobs_take_turns(engine):
 def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):
   sampling = engine.pipeline.settings.sampling
   task = TextToImage("a red apple", retrieve=0, sampling=sampling)
-  together, make = [], engine._samples
+  together, finish = [], engine._finish
 
   def broken(over):
     together.append(len(over))
     if any(opened.job is unlucky for opened, _, _ in over):
       raise RuntimeError("broken")
-    return make(over)
+    finish(over)
 
-  monkeypatch.setattr(engine, "_samples", broken)
+  monkeypatch.setattr(engine, "_finish", broken)
   long = dataclasses.replace(task, prompt="apple " * 999)
   lucky, lucky_events, lucky_ended = job(task)
   unlucky, unlucky_events, unlucky_ended = job(task)

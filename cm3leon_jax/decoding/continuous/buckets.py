@@ -9,7 +9,8 @@ from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.programs import Static
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.loop import Static
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling.rows import Sampler
 
@@ -92,7 +93,8 @@ def bucket_of(request: Request, sampling: SamplingConfig, generator: Generator) 
   )
   new_tokens = new_tokens_bucket(grammar.max_new_tokens(request.plan), config.image_tokens + 1)
   new_tokens = min(new_tokens, config.positions)
-  static = config.static(sampler, widths, new_tokens, (new_tokens,))
+  compiled = config.model, Grammar(config.vocab, config.image_tokens), sampler
+  static = Static(*compiled, config.cache_dtype, widths, new_tokens, (new_tokens,))
   return Bucket(static, max(4, 1 << len(request.plan).bit_length()))
 
 

@@ -82,7 +82,7 @@ class ContinuousGenerator:
     self.slots, self.chunk, self.limit = slots, chunk, buckets
     self.usual = list(usual)
     self._tickets = itertools.count()
-    self._batches: list[RunningBatch] = []  # In the order in which they are stepped.
+    self._batches: list[RunningBatch] = []  # In the order of their next steps.
     self._places: dict[int, tuple[RunningBatch, int]] = {}
 
   @property
@@ -193,10 +193,7 @@ class ContinuousGenerator:
     return updates
 
   def _bucket(self, request: Request, sampling: SamplingConfig) -> Bucket:
-    """Returns the bucket in which `warm` promises to run a request.
-
-    If no bucket is warm, this is the request's own bucket.
-    """
+    """Returns the bucket that a request uses after `warm`; without `warm`, the request's own."""
     own = bucket_of(request, sampling, self.generator)
     if not self.usual:
       return own

@@ -1,25 +1,28 @@
 """Assigns requests to the slots of a running batch and generates their tokens in chunks."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
-from jaxtyping import Float
+from jaxtyping import PyTree
 import numpy as np
 
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.batch import StreamPrompt
 from cm3leon_jax.decoding.config import SamplingConfig
-from cm3leon_jax.decoding.continuous import programs as compile_lib
+from cm3leon_jax.decoding.continuous import state as state_lib
 from cm3leon_jax.decoding.continuous.buckets import Bucket
 from cm3leon_jax.decoding.continuous.state import Admitted, BatchState
 from cm3leon_jax.decoding.control import Control, control_of, put_sample, without_samples
 from cm3leon_jax.decoding.generator import Generator
+from cm3leon_jax.decoding.programs import jit_before, lower_loop
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.result import Result, cut
 from cm3leon_jax.decoding.sampling.method import TokenMethod
 from cm3leon_jax.decoding.sampling.methods import choose_methods
-from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.mesh import abstract
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts with a fixed length.
 
@@ -64,13 +67,6 @@ class ActiveRequest:
     [[method]] = choose_methods(self.sampling.method, [self.seed], 1, [streams])
     return method
 
-  def result(
-    self, divergence: Float[np.ndarray, ""] | np.floating | float, vocab: VocabLayout
-  ) -> Result:
-    """Returns the tokens so far. `divergence` is as in `Result.of`."""
-    known = self.seed, self.method, self.tokens, self.log_probs
-    return Result.of((0, 0), *known, divergence, len(self.request.streams), vocab)
-
 
 class RunningBatch:
   """A running batch: the slots of one bucket, with their arrays on the devices."""
@@ -87,7 +83,7 @@ class RunningBatch:
     )
     self.placed: Control | None = None  # Copy of `control` on the devices; None: outdated.
     self.state: BatchState | None = None
-    self.program: jax.stages.Compiled | None = None
+    self.program: jax.stages.Compiled = None  # The first step sets it.
     # A smaller program serves batches in which only the first slots are occupied.
     self.few = slots // 4 if shards == 1 else 0
     self.program_of_few: jax.stages.Compiled | None = None
@@ -120,36 +116,61 @@ class RunningBatch:
 
   def step(self) -> list[Update]:
     """Reads the prompts of admitted requests, then generates a chunk."""
-    params, programs, static = self.generator.params, self.generator.programs, self.bucket.static
     if self.state is None:
-      self.state, self.program = compile_lib.empty_batch(
-        programs, params, self._place(), static, self.chunk + self.least, self.least
-      )
+      self._start()
     for slots in self._groups():
-      admitted = self._admitted(slots)
-      self.state = compile_lib.admit(programs, self.state, admitted, params, self.program, static)
+      self._read_prompts(self._admitted(slots))
       self.placed = None
     self.admitted = []
-    program = self._program()
+    program, params = self._program(), self.generator.params
     self.state = program(params, self._place(), self.state, np.int32(self._limit()))
     return self._updates()
+
+  def _start(self) -> None:
+    """Makes the state of a batch without requests, and compiles the program of its steps."""
+    programs, static, steps = self.generator.programs, self.bucket.static, self.chunk + self.least
+    empty = functools.partial(state_lib.empty, static=static, slots=len(self.slots), steps=steps)
+
+    def make() -> tuple[Callable, jax.stages.Compiled]:
+      program = self._compiled(jax.eval_shape(empty))
+      return jit_before(empty, program), program
+
+    name = ("running batch", static, steps, self.least)
+    jitted, self.program = programs.once(name, (self.generator.params, self._place()), make)
+    self.state = jitted()
+
+  def _compiled(
+    self, state: BatchState, slots: int | None = None, formats: PyTree = None
+  ) -> jax.stages.Compiled:
+    """Compiles `state.steps`. `formats` are the memory layouts of `state`; see `lower_loop`."""
+    mesh, arguments = self.generator.programs.mesh, (self.generator.params, self._place(), state)
+    types = [abstract(x, mesh) for x in (*arguments, np.int32(0))]
+    static, least = self.bucket.static, self.least
+    function = functools.partial(state_lib.steps, static=static, least=least, slots=slots)
+    return lower_loop(mesh, function, *types, formats=formats).compile()
+
+  def _read_prompts(self, admitted: Admitted) -> None:
+    """Runs `state.admit`. The state keeps the memory layout of `program`."""
+    programs, params, static = self.generator.programs, self.generator.params, self.bucket.static
+
+    def make() -> Callable:
+      function = functools.partial(state_lib.admit, static=static)
+      return jax.jit(function, donate_argnums=1, out_shardings=self.program.input_formats[0][2])
+
+    arguments = params.model, self.state, admitted
+    self.state = programs.once(("admit", static), arguments, make)(*arguments)
 
   def _program(self) -> jax.stages.Compiled:
     """Returns the program for all slots, or a smaller one if only the first slots are occupied."""
     if any(self.slots[self.few :]):
       return self.program
     if self.program_of_few is None:
+      name = ("first slots", self.few, self.bucket.static, self.least)
       assert self.state is not None
-      self.program_of_few = compile_lib.steps_of_first_slots(
-        self.generator.programs,
-        self.few,
-        self.state,
-        self.generator.params,
-        self._place(),
-        self.program,
-        self.bucket.static,
-        self.least,
-      )
+      arguments = self.generator.params, self._place(), self.state
+      formats = self.program.input_formats[0][2]
+      make = functools.partial(self._compiled, self.state, self.few, formats)
+      self.program_of_few = self.generator.programs.once(name, arguments, make)
     return self.program_of_few
 
   def _limit(self) -> int:
@@ -232,7 +253,8 @@ class RunningBatch:
       active.tokens = np.append(active.tokens, tokens)
       active.log_probs = np.append(active.log_probs, of_tokens)
       finished = bool(self.control.plan[slot, parts[slot], 0] == grammar.DONE)
-      result = active.result(apart[slot], vocab)
+      known = active.seed, active.method, active.tokens, active.log_probs
+      result = Result.of((0, 0), *known, apart[slot], len(active.request.streams), vocab)
       updates.append(Update(active.ticket, result, finished, int(steps)))
       if finished:
         self.slots[slot] = None

@@ -14,8 +14,7 @@ and the tokens after it, so a sample is finished before its entries are overwrit
 # B slots, S guidance streams, R = B x S rows, J admitted samples, W entries for a stream's prompts,
 # T entries of a stream's ring, C tokens of a chunk, M parts of a plan.
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +25,10 @@ from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Padded
 from cm3leon_jax.decoding.cache import LayerCache, Layers
 from cm3leon_jax.decoding.control import Control
-from cm3leon_jax.decoding.grammar import Grammar, State
-from cm3leon_jax.decoding.loop import LoopState, decode_step, read_padded, split_control
+from cm3leon_jax.decoding.grammar import State
+from cm3leon_jax.decoding.loop import LoopState, Static, decode_step, read_padded, split_control
 from cm3leon_jax.decoding.params import DecodeParams
-from cm3leon_jax.decoding.sampling.rows import Sampler
 from cm3leon_jax.mesh import shard, spec
-from cm3leon_jax.models.config import ModelConfig
 
 
 class BatchState(NamedTuple):
@@ -65,35 +62,27 @@ class Admitted(NamedTuple):
   slots: Int32[Array, " J"]
 
 
-def empty(
-  *,
-  config: ModelConfig,
-  grammar: Grammar,
-  slots: int,
-  widths: tuple[int, ...],
-  max_new_tokens: int,
-  steps: int,
-  cache_dtype: str = "compute",
-) -> BatchState:
+def empty(*, static: Static, slots: int, steps: int) -> BatchState:
   """Makes a batch without samples. Needs a current mesh.
 
-  `widths` contains W for each stream. `max_new_tokens` is the largest number of generated tokens of
-  a sample. `steps` is C, the largest number of steps of a chunk.
+  The caches have capacity for all `static.max_new_tokens` generated tokens. `steps` is C, the
+  largest number of steps of a chunk.
   """
 
   def full(value: int | bool, dtype: DTypeLike, *shape: int) -> Array:
     split = spec("batch", *[None] * (len(shape) - 1))
     return jnp.full(shape, value, dtype, out_sharding=split)
 
-  caches = [cache_lib.empty(config, slots, width + max_new_tokens, cache_dtype) for width in widths]
-  count, pad = slots * len(widths), grammar.vocab.pad
+  capacities = [width + static.max_new_tokens for width in static.widths]
+  caches = [cache_lib.empty(static.model, slots, n, static.cache_dtype) for n in capacities]
+  count, pad = slots * len(capacities), static.grammar.vocab.pad
   loop = LoopState(
     tokens=full(pad, jnp.int32, count),
     positions=full(0, jnp.int32, count),
     next_positions=full(0, jnp.int32, count),
     cache=tuple(zip(*caches)),
-    seen=tuple(full(False, bool, slots, width + max_new_tokens) for width in widths),
-    next_entries=jnp.array(widths, jnp.int32),
+    seen=tuple(full(False, bool, slots, n) for n in capacities),
+    next_entries=jnp.array(static.widths, jnp.int32),
     count=jnp.int32(0),
     any_active=jnp.bool_(False),
     state=State(*(full(0, jnp.int32, slots) for _ in State._fields)),
@@ -117,12 +106,7 @@ def _put(
 
 
 def _read_stream(
-  config: ModelConfig,
-  model: dict,
-  prompts: Padded,
-  end: Int32[Array, ""],
-  capacity: int,
-  dtype: str,
+  static: Static, model: dict, prompts: Padded, end: Int32[Array, ""], capacity: int
 ) -> tuple[Layers, Bool[Array, "J T"]]:
   """Reads prompts into rings of `capacity` entries, so that they end directly before entry `end`.
 
@@ -130,8 +114,8 @@ def _read_stream(
   """
   prompts = Padded(*(shard(x, "batch", None) for x in prompts))
   count, width = prompts.ids.shape
-  start = cache_lib.empty(config, count, width, dtype)
-  cache, seen = read_padded(config, model, prompts, start, jnp.zeros_like(prompts.valid), 0)
+  start = cache_lib.empty(static.model, count, width, static.cache_dtype)
+  cache, seen = read_padded(static.model, model, prompts, start, jnp.zeros_like(prompts.valid), 0)
   cache = cache_lib.grown(cache, capacity - width)
 
   cache = jax.tree.map(lambda x: jnp.roll(x, end - width, axis=2), cache)
@@ -139,15 +123,7 @@ def _read_stream(
   return cache, jnp.roll(seen, end - width, axis=1)
 
 
-def admit(
-  model: dict,
-  state: BatchState,
-  admitted: Admitted,
-  *,
-  config: ModelConfig,
-  grammar: Grammar,
-  cache_dtype: str = "compute",
-) -> BatchState:
+def admit(model: dict, state: BatchState, admitted: Admitted, *, static: Static) -> BatchState:
   """Reads the prompts of samples and puts the samples into slots of a batch. Needs a current mesh.
 
   `model` is `DecodeParams.model`. `state` is donated. J must be a multiple of the number of devices
@@ -161,7 +137,7 @@ def admit(
 
   for s, prompts in enumerate(admitted.prompts):
     capacity = seen_of[s].shape[1]
-    cache, seen = _read_stream(config, model, prompts, loop.next_entries[s], capacity, cache_dtype)
+    cache, seen = _read_stream(static, model, prompts, loop.next_entries[s], capacity)
     for layer, new in zip(layers, cache):
       layer[s] = LayerCache(*jax.tree.map(put, layer[s], new))
     seen_of[s] = put(seen_of[s], seen)
@@ -178,25 +154,13 @@ def admit(
     next_positions=put_streams(loop.next_positions, admitted.next_positions),
     cache=tuple(map(tuple, layers)),
     seen=tuple(seen_of),
-    state=State(*map(put, loop.state, grammar.start(plan))),
+    state=State(*map(put, loop.state, static.grammar.start(plan))),
     divergence=put(loop.divergence, zeros),
   )
   return BatchState(loop, put(state.counts, zeros))
 
 
 OF_ALL_SLOTS = ("next_entries", "count", "any_active")  # LoopState fields without a slot axis.
-
-
-def _by_slots(function: Callable[..., Array], state: BatchState, *others: BatchState) -> BatchState:
-  """Applies a function to all arrays of the states except the fields OF_ALL_SLOTS."""
-  states = (state, *others)
-  loop = {
-    name: jax.tree.map(function, *(getattr(x.loop, name) for x in states))
-    for name in LoopState._fields
-    if name not in OF_ALL_SLOTS
-  }
-  counts = function(*(x.counts for x in states))
-  return BatchState(states[-1].loop._replace(**loop), counts)
 
 
 def _first(x: Shaped[Array, "_ ..."], count: int) -> Shaped[Array, "{count} ..."]:
@@ -206,19 +170,22 @@ def _first(x: Shaped[Array, "_ ..."], count: int) -> Shaped[Array, "{count} ..."
 
 def _first_slots(state: BatchState, slots: int) -> BatchState:
   """Returns the state of the first slots. Arrays of shape [R] have S elements per slot."""
-  count = len(state.counts)
-  return _by_slots(lambda x: _first(x, slots * (len(x) // count)), state)
+  kept = {name: getattr(state.loop, name) for name in OF_ALL_SLOTS}
+  without: dict[str, Any] = dict.fromkeys(kept)  # `jax.tree.map` skips None.
+  split, count = state._replace(loop=state.loop._replace(**without)), len(state.counts)
+  first = jax.tree.map(lambda x: _first(x, slots * (len(x) // count)), split)
+  return first._replace(loop=first.loop._replace(**kept))
 
 
 def _with_first_slots(state: BatchState, first: BatchState) -> BatchState:
   """Writes the state of the first slots back to the state of all slots."""
-  return _by_slots(lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0), state, first)
 
+  def put(x: Array, part: Array) -> Array:
+    if x.shape == part.shape:  # A field in OF_ALL_SLOTS, since arrays with a slot axis differ.
+      return part
+    return jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0)
 
-def _new_chunk(state: BatchState, pad: int) -> BatchState:
-  """Returns the state without the tokens of its last chunk."""
-  ids, log_probs = jnp.full_like(state.loop.ids, pad), jnp.zeros_like(state.loop.log_probs)
-  return state._replace(loop=state.loop._replace(ids=ids, log_probs=log_probs))
+  return jax.tree.map(put, state, first)
 
 
 def steps(
@@ -227,10 +194,8 @@ def steps(
   state: BatchState,
   limit: Int32[Array, ""],
   *,
+  static: Static,
   least: int,
-  config: ModelConfig,
-  grammar: Grammar,
-  sampler: Sampler,
   slots: int | None = None,
 ) -> BatchState:
   """Runs the steps of one chunk. Needs a current mesh.
@@ -242,7 +207,10 @@ def steps(
   If `slots` is not None, only the first `slots` slots are computed. Then no other slot may have a
   sample, and the batch must not be sharded over devices.
   """
-  state = whole = _new_chunk(state, grammar.vocab.pad)
+  grammar = static.grammar
+  ids = jnp.full_like(state.loop.ids, grammar.vocab.pad)
+  log_probs = jnp.zeros_like(state.loop.log_probs)
+  state = whole = state._replace(loop=state.loop._replace(ids=ids, log_probs=log_probs))
   control = split_control(control)
   if slots is not None:
     state = _first_slots(whole, slots)
@@ -252,16 +220,7 @@ def steps(
   began = grammar.active(plan, state.loop.state)
 
   def step(state: BatchState) -> BatchState:
-    loop = decode_step(
-      params,
-      control,
-      keys,
-      state.loop,
-      config=config,
-      grammar=grammar,
-      sampler=sampler,
-      counts=state.counts,
-    )
+    loop = decode_step(params, control, keys, state.loop, static=static, counts=state.counts)
     active = grammar.active(plan, loop.state)
     ended = jnp.any(began & ~active) & (loop.count >= least)
     entries = loop.next_entries % capacities

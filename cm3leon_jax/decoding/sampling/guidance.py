@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
-from cm3leon_jax.decoding.config import SCHEDULES
-
 
 def combine_streams(
   logits: Float[Array, "S B V"], weights: Float[Array, "#B S"] | Float[Array, " S"]
@@ -50,25 +48,19 @@ def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.nda
 
   Args:
     guidance: the full weight; 1 is the model without guidance.
-    schedule: one of `SCHEDULES`. With "constant", m is 1. Otherwise let t grow from 0 at the first
-      code to 1 at the last code. With "linear", m is t. With "cosine", m is (1 - cos(pi t)) / 2. In
-      both cases the mean of m is 1/2, so the mean weight is (1 + guidance) / 2.
+    schedule: with "constant", m is 1. Otherwise let t grow from 0 at the first code to 1 at the
+      last code. With "linear", m is t. With "cosine", m is (1 - cos(pi t)) / 2. In both cases the
+      mean of m is 1/2, so the mean weight is (1 + guidance) / 2.
     image_tokens: I. With a growing schedule, an image of one code is not guided.
 
   Raises:
     ValueError: the schedule is unknown.
   """
   t = np.linspace(0, 1, image_tokens)
-  match schedule:
-    case "constant":
-      m = np.ones_like(t)
-    case "linear":
-      m = t
-    case "cosine":
-      m = (1 - np.cos(np.pi * t)) / 2
-    case _:
-      raise ValueError(f"schedule is '{schedule}'; it must be one of {', '.join(SCHEDULES)}.")
-  return 1 + (guidance - 1) * m
+  known = {"constant": np.ones_like(t), "linear": t, "cosine": (1 - np.cos(np.pi * t)) / 2}
+  if schedule not in known:
+    raise ValueError(f"schedule is '{schedule}'; it must be one of {', '.join(known)}.")
+  return 1 + (guidance - 1) * known[schedule]
 
 
 def text_to_image_weights(

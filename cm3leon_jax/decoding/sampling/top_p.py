@@ -12,11 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from cm3leon_jax.decoding.config import SamplingConfig
 from cm3leon_jax.decoding.sampling.method import StreamLogits, TokenMethod
 
-TEXT_SETTINGS = (
-  "text_temperature",
-  "text_top_k",
-  "text_top_p",
-)
+TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 
 
 class TopPRows(NamedTuple):
@@ -37,7 +33,8 @@ class TopPMethod(TokenMethod):
 
   def compiled(self, config: SamplingConfig) -> tuple[int, int]:
     """Returns (C if only image codes are sampled, C if texts may be sampled, too)."""
-    return candidates(config, image=True, text=False), candidates(config, image=True, text=True)
+    both = config.top_k, config.text_top_k
+    return config.top_k, 0 if 0 in both else max(both)  # 0 keeps all candidates.
 
   def rows(self, is_image: Bool[Array, " B"], values: Any) -> TopPRows:
     return TopPRows(
@@ -61,12 +58,6 @@ class TopPMethod(TokenMethod):
 
 
 TOP_P = TopPMethod()
-
-
-def candidates(config: SamplingConfig, *, image: bool, text: bool) -> int:
-  """Returns C for a batch that samples image or text tokens: the largest top_k, or 0 (keep all)."""
-  used = [config.top_k] * image + [config.text_top_k] * text
-  return 0 if 0 in used else max(used)
 
 
 def filter_candidates(

@@ -12,8 +12,7 @@ import numpy as np
 
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.serving.errors import ApiError
-from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started
+from cm3leon_jax.serving.jobs import Event, Finished, Neighbor, Progress, Started
 from cm3leon_jax.serving.uploads import png
 from cm3leon_jax.vocab import VocabLayout
 
@@ -35,19 +34,19 @@ class Seen:
 
 def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
   """Describes retrieved documents with their images and origins."""
-  names = ("key", "caption", "source", "license", "attribution")
-  return [{**{n: getattr(d, n) for n in names}, "b64_json": png(d.image)} for d in found]
+  names = ("source", "license", "attribution")
+  return [
+    {"key": one.document.key, "caption": one.caption}
+    | {name: getattr(one.document, name) for name in names}
+    | {"b64_json": png(one.image)}
+    for one in found
+  ]
 
 
 def server_event(data: dict | str, name: str = "") -> str:
   """Formats a server-sent event."""
   text = data if isinstance(data, str) else json.dumps(data)
   return f"{f'event: {name}{chr(10)}' if name else ''}data: {text}\n\n"
-
-
-def error_event(error: ApiError) -> str:
-  """Formats the event that ends a failed stream."""
-  return server_event(error.body(), "error")
 
 
 @dataclasses.dataclass
@@ -238,8 +237,3 @@ class ChatAnswer:
   def _chunk(self, index: int, delta: dict[str, str], reason: str | None = None) -> str:
     choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
     return server_event({**self._head(), "choices": [choice]})
-
-
-def failure(event: Event) -> ApiError | None:
-  """Returns the error of a `Failed` event, or None for other events."""
-  return event.error if isinstance(event, Failed) else None

@@ -22,8 +22,8 @@ from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving import partial, schemas, tasks, uploads
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
-from cm3leon_jax.serving.jobs import Event, Finished, Job
-from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer, failure
+from cm3leon_jax.serving.jobs import Event, Failed, Finished, Job
+from cm3leon_jax.serving.web.answers import ChatAnswer, ImageAnswer
 from cm3leon_jax.serving.web.limits import Guard, Limits
 from cm3leon_jax.serving.web.metrics import CONTENT_TYPE, Metrics
 from cm3leon_jax.serving.web.streams import EventStream, unless_gone
@@ -103,7 +103,7 @@ class Server:
       if sent is not None:
         limits = self._layout.resolution, self.limits.most_pixels
         image = await self._decoded(request, uploads.decode, sent, *limits, "image_url.url")
-      del sent  # Free its memory before the answer is computed.
+      del sent  # Free the memory of the upload before the answer is computed.
       task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
       usage = body.stream_options.include_usage
       answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
@@ -118,12 +118,7 @@ class Server:
       yield
 
   async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decodes an image of a request in a thread.
-
-    Raises:
-      ApiError: the image is wrong, or decoding took too long.
-      ClientDisconnect: the client has disconnected.
-    """
+    """Decodes an image of a request in a thread. Raises ApiError or ClientDisconnect."""
     decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
@@ -131,12 +126,11 @@ class Server:
     return found
 
   async def _in_time(self, request: Request, coroutine: Awaitable[T]) -> T:
-    """Awaits a part of an answer. Raises ApiError when the time limit of the request is over."""
+    """Awaits a coroutine. Raises ApiError when the time limit of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
-      async with asyncio.timeout(
-        seconds
-      ):  # Python 3.11's wait_for may ignore that it is cancelled.
+      # Not `asyncio.wait_for`, which may ignore a cancellation in Python 3.11.
+      async with asyncio.timeout(seconds):
         return await coroutine
     except TimeoutError as error:
       seconds = f"{self.limits.seconds:g}"
@@ -165,7 +159,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Maximum number of retrieved documents: twice the number in training. More seldom fit."""
+    """Largest value of `retrieve`: twice the number in training. More documents rarely fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
@@ -195,11 +189,7 @@ class Server:
   async def _events(
     self, request: Request, task: Task, body: schemas.Body
   ) -> AsyncGenerator[Event, None]:
-    """Yields the events of a job. Closing this generator cancels the job.
-
-    Raises:
-      ApiError: the job failed or took too long.
-    """
+    """Yields the events of a job, or raises its ApiError. Closing the generator cancels the job."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -213,8 +203,8 @@ class Server:
       remaining = body.n
       while remaining:
         event = await self._in_time(request, queue.get())
-        if (wrong := failure(event)) is not None:
-          raise wrong
+        if isinstance(event, Failed):
+          raise event.error
         remaining -= isinstance(event, Finished)
         request.state.made.add(task, event)
         yield event

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import hmac
 import ipaddress
-import json
 import re
 import time
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cm3leon_jax.serving.errors import ApiError
@@ -27,7 +27,7 @@ HEADERS = {
   "X-Frame-Options": "DENY",
 }
 CLIENT_LEFT = 499  # Status for logs and metrics; it is never sent.
-SMALL = 2**16  # First bytes of each body, which do not count for `Limits.all_bytes`.
+SMALL = 2**16  # Bytes at the start of each body that do not count for `Limits.all_bytes`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Guard:
       try:
         self._check(scope["path"], headers)
       except ApiError as error:
-        return await refuse(error, answered)
+        response = JSONResponse(error.body(), error.status, error.headers)
+        return await response(scope, receive, answered)
       await self._app(scope, limited, answered)
     finally:
       self._held -= held
@@ -168,13 +169,3 @@ class Guard:
       code="too_many_bodies",
       headers={"Retry-After": seconds},
     )
-
-
-async def refuse(error: ApiError, send: Send) -> None:
-  """Sends an error as the response."""
-  body = json.dumps(error.body()).encode()
-  headers = {"content-type": "application/json", "content-length": str(len(body))}
-  headers |= {name.lower(): value for name, value in error.headers.items()}
-  pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-  await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-  await send({"type": "http.response.body", "body": body})

@@ -5,8 +5,8 @@ import logging
 import re
 from urllib.parse import quote
 
+from cm3leon_jax.generation.image_tasks import ImageTask
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.jobs import Event, Finished
 
 NAME = "cm3leon_jax.serving.requests"
@@ -26,7 +26,7 @@ class Made:
   def add(self, task: Task, event: Event) -> None:
     """Counts the sample of a `Finished` event."""
     if isinstance(event, Finished):
-      self.images += partial.makes_image(task)
+      self.images += isinstance(task, ImageTask)
       self.tokens += len(event.sample.tokens)
 
 
@@ -59,5 +59,5 @@ def log(
 
 
 def show() -> None:
-  """Makes the log show these lines. By default it shows only warnings."""
+  """Sets the level INFO, at which requests are logged. The default level is WARNING."""
   _LOG.setLevel(logging.INFO)

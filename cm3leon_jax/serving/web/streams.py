@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event
-from cm3leon_jax.serving.web.answers import error_event
+from cm3leon_jax.serving.web.answers import server_event
 
 T = TypeVar("T")
 QUIET_SECONDS = 10.0  # After this silence, a comment is sent, so that no proxy closes the stream.
@@ -58,7 +58,7 @@ class EventStream(StreamingResponse):
     except StopAsyncIteration:
       pass
     except ApiError as error:
-      yield error_event(error)
+      yield server_event(error.body(), "error")
     finally:
       if waiting is not None:
         waiting.cancel()

@@ -175,8 +175,8 @@ def count_of_the_batch(monkeypatch):
 def prompts_one_entry_late(monkeypatch):
   plain = state_lib._read_stream
 
-  def read(config, model, prompts, end, *args):
-    return plain(config, model, prompts, end + 1, *args)
+  def read(static, model, prompts, end, *args):
+    return plain(static, model, prompts, end + 1, *args)
 
   monkeypatch.setattr(state_lib, "_read_stream", read)
 

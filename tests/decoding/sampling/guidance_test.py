@@ -1,9 +1,11 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.config import SCHEDULES
+from cm3leon_jax.decoding.config import Schedule
 from cm3leon_jax.decoding.sampling.guidance import (
   combine_streams,
   editing_weights,
@@ -55,7 +57,7 @@ def test_scheduled():
     scheduled(3.0, "sine", 3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("schedule", get_args(Schedule)[1:])
 def test_a_schedule_rises_from_no_guidance_and_has_the_documented_mean(schedule):
   alpha = scheduled(4.0, schedule, 256)
   assert (alpha[0], alpha[-1]) == (1, 4)
@@ -79,7 +81,7 @@ def test_editing_weights():
   np.testing.assert_array_equal(editing_weights(1.5, 7.5, "linear", 3), expected)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_weights_are_the_formulas(schedule):
   """The formulas are u + alpha (c - u) and u + s_img (i - u) + s_txt (f - i), in float64."""
   f, i, u = RNG.normal(size=(3, 2, 6))

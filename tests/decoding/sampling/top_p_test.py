@@ -78,18 +78,17 @@ def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
 
 
 @pytest.mark.parametrize(
-  ("top_k", "text_top_k", "expected"),  # Image tokens, text tokens, and both in one batch.
+  ("top_k", "text_top_k", "expected"),  # Only image codes, and image codes and texts.
   [
-    (256, 0, (256, 0, 0)),
-    (256, 40, (256, 40, 256)),
-    (256, 400, (256, 400, 400)),
-    (0, 1, (0, 1, 0)),
+    (256, 0, (256, 0)),
+    (256, 40, (256, 256)),
+    (256, 400, (256, 400)),
+    (0, 1, (0, 0)),
   ],
 )
 def test_candidates(top_k, text_top_k, expected):
   config = SamplingConfig(top_k=top_k, text_top_k=text_top_k)
-  kinds = ((True, False), (False, True), (True, True))
-  assert tuple(top_p_lib.candidates(config, image=i, text=t) for i, t in kinds) == expected
+  assert top_p_lib.TOP_P.compiled(config) == expected
 
 
 NEAR_TIES = (0.01, 64, 0.9, 20_000)

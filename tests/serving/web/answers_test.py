@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from cm3leon_jax.data.documents.store import Document
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.serving.jobs import Finished, Neighbor, Progress, Started
 from cm3leon_jax.serving.web import answers
@@ -16,7 +17,7 @@ SAMPLE = types.SimpleNamespace(
 
 
 async def events():
-  yield Started((Neighbor("a", "a", IMAGE, "b", "MIT", "c"),), 1, 0)
+  yield Started((Neighbor(Document("a", (), "b", "MIT", "c"), "a", IMAGE),), 1, 0)
   yield Progress(0, 1, IMAGE)
   yield Finished(SAMPLE)
 
