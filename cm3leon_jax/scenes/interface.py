@@ -13,7 +13,6 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.data.instructions.records import Record
-from cm3leon_jax.evaluation.headlines import Headline
 from cm3leon_jax.evaluation.world import Answer, World
 from cm3leon_jax.scenes import headlines, source
 from cm3leon_jax.scenes.instructions import EDITS, QUESTIONS, ScenesTasks
