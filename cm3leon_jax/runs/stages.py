@@ -32,8 +32,8 @@ DONE = "done.json"
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
-  A field that was added to the code later is absent from `old`. Such a field does not count as
-  different if it is off in `new`: 0, False or empty. Fields in `REMOVED_FIELDS` never count.
+  A field that did not exist when `old` was written is not a difference if it is off in `new`: 0,
+  False or empty. Fields in `REMOVED_FIELDS` are never a difference.
   """
   changed = []
   for key in sorted({*old, *new}):
@@ -51,7 +51,8 @@ def check_same_config(
   config: dict,
   remedy: str = "use another --workdir, or delete that folder to start again",
 ) -> None:
-  """Raises UserError if the run in `path` has another config. The message lists the fields."""
+  """Raises UserError if the run in `path` has another config. The message lists the different
+  fields."""
   changed = differences(stored, plain(config))
   if changed:
     raise UserError(f"{path} holds the run of another config ({'; '.join(changed[:4])}): {remedy}.")
@@ -76,7 +77,8 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
-  """Describes the files in `folder` that match glob patterns: name -> `digests.describe`."""
+  """Describes the files in `folder` that match glob patterns: name -> result of
+  `digests.describe`."""
   folder = epath.Path(folder)
   paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
   return {path.relative_to(folder).as_posix(): describe(path) for path in paths}
