@@ -167,8 +167,7 @@ def cell(text: str) -> str:
 
 
 def wrapped(page: str) -> str:
-  """Wraps the paragraphs and lists of a Markdown page, but not code blocks, tables, titles and
-  HTML.
+  """Wraps paragraphs and lists of a Markdown page, but not code blocks, tables, titles and HTML.
 
   A paragraph is not wrapped if one of its new lines would start like a list, a title or a quote.
   """

@@ -219,8 +219,7 @@ def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
-  """Returns one dict per source and license of images, with the number of pairs and
-  attributions."""
+  """Returns one dict per source and license of images: number of pairs, attributions."""
   if not (workdir / "raw" / reader.INDEX).exists():
     return []
   entries: dict[tuple, dict[str, Any]] = {}

@@ -69,8 +69,7 @@ def _parts(view: SampleView) -> list[dict]:
 
 
 def _owners(view: SampleView) -> list[dict]:
-  """Returns each document's range, from its first to its last part, with every `<break>`
-  between."""
+  """Returns each document's range: all its parts and the `<break>` tokens between them."""
   bounds: dict[int, list[int]] = {}
   for part in view.parts:
     if not part.moved and (part.kind != "special" or part.span != NO_SPAN):

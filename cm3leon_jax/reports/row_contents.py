@@ -1,5 +1,4 @@
-"""Reads training rows for inspection: their contents from the arrays, their origins from the
-plan."""
+"""Reads training rows for inspection: contents from the arrays, origins from the plan."""
 
 # L slots of a row, n documents, C candidates of each.
 

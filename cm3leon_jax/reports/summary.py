@@ -48,8 +48,7 @@ OWN_HEADLINES = (
 
 
 def lookup(summary: Any, path: str) -> Any:
-  """Returns the value at a dotted path, or None if it is absent: lookup({"a": {"b": 1}}, "a.b") =
-  1."""
+  """Returns the value at a dotted path, or None if absent: lookup({"a": {"b": 1}}, "a.b") = 1."""
   value = summary
   for name in path.split("."):
     if not isinstance(value, dict) or name not in value:

@@ -83,8 +83,7 @@ class ArrayStore:
   def prepare(
     cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int
   ) -> bool:
-    """Resizes a store to `rows` rows. Keeps existing rows if their shape and dtype are as
-    requested.
+    """Resizes a store to `rows` rows. Keeps existing rows if they have this shape and dtype.
 
     Returns whether existing rows were kept. If they were not, all rows must be written again.
     """
@@ -189,8 +188,7 @@ def _spec(path: epath.Path) -> dict:
 
 
 def _digest_of_metadata(path: epath.Path) -> str:
-  """Returns the SHA-256 of the zarr metadata, except for the number of rows, which writers
-  change."""
+  """Returns the SHA-256 of the zarr metadata without the number of rows, which writers change."""
   fields = read_json(path / METADATA)
   fields["shape"] = fields.get("shape", [])[1:]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

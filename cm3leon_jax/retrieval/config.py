@@ -24,16 +24,14 @@ class RetrievalConfig:
   """Number of candidates that the search by text and the search by image each return; at least
   `kept_per_side`."""
   kept_per_side: PositiveInt = 2
-  """Number of neighbors selected from the candidates of each search, by text and by image (paper:
-  2)."""
+  """Number of candidates kept from each of the two searches, by text and by image (paper: 2)."""
   max_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.9
   """Largest cosine similarity of a candidate to the document, and to neighbors that are already
   selected. More similar candidates are skipped (paper: 0.9)."""
   min_similarity: Annotated[float, Field(ge=-1, le=1)] = -1.0
   """Smallest cosine similarity of a candidate to the document, or at inference to the caption. Less
   similar candidates are skipped. If all are skipped, the document has no neighbors. -1 skips no
-  candidate,
-  as in the paper."""
+  candidate, as in the paper."""
   index_rows: PositiveInt = 5_000_000
   """Number of documents in one ScaNN index. At an embedding width of 512, building took 8,250 bytes
   of memory per document (measured with 300,000 documents), and searching took 1,260 bytes. Fewer

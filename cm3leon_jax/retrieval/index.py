@@ -33,8 +33,7 @@ ASSETS = "scann_assets.pbtxt"  # File of a ScaNN index that lists its other file
 
 
 class ExactIndex:
-  """Exact search in JAX. Vectors are sharded over devices. All query batches have the same
-  shape."""
+  """Exact search in JAX. Vectors are sharded over devices. All query batches have one shape."""
 
   backend = "exact"
 

@@ -27,7 +27,7 @@ from cm3leon_jax.runs import stages
 SCHEMA_VERSION = 1
 FILE = "words.json"
 WORD = re.compile(r"[^\W_]+")  # A sequence of letters and digits of any script.
-BUCKETS = 2**18  # Number of hash buckets for counts. Words in the same hash bucket share a frequency.
+BUCKETS = 2**18  # Number of hash buckets for counts. Words in one hash bucket share a frequency.
 CACHED_WORDS = 2**16
 
 

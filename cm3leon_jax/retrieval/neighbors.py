@@ -348,8 +348,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError, which names the row, if one of the ids [n, C] is not in the bank and not
-  -1."""
+  """Raises UserError, which names the row, if one of the ids [n, C] is not -1 or in the bank."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])

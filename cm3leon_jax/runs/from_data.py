@@ -95,8 +95,7 @@ def intervals(steps: int) -> dict[str, int]:
 
 
 def _text_share(counts: Counts) -> float:
-  """Returns the share of texts in the training tokens, at most `MOST_TEXT_SHARE`; 0.0 without
-  texts."""
+  """Returns the share of text tokens in training, at most `MOST_TEXT_SHARE`; 0.0 without texts."""
   if not counts.texts or not counts.heldout_texts:
     return 0.0
   codes = (counts.resolution // PATCH) ** 2

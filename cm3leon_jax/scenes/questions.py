@@ -1,6 +1,6 @@
-"""Asks questions about scenes. The right answers are known exactly.
+"""Asks questions about scenes. The correct answers are known exactly.
 
-The functions return None instead of a question that has several right answers or none.
+The functions return None if a question would have several correct answers or none.
 """
 
 from collections import Counter
