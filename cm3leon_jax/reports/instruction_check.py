@@ -57,7 +57,9 @@ def check_instruction(
   start, stop = target_range(tokens, task, vocab)
   expected = join([document], vocab)[slice(*task.target)]
   if not np.array_equal(tokens[start:stop], expected):
-    raise ValueError(f"{where} differs from the target of its record at {start} to {stop - 1}.")
+    raise ValueError(
+      f"{where} differs from the target of its record at tokens {start} to {stop - 1}."
+    )
   weights = np.zeros(len(tokens), np.float32)
   weights[start : stop + 1] = 1  # `stop` is the <eoss> or </s> after the target.
   if task.instructions.loss_on == "all":

@@ -151,7 +151,7 @@ class ArrayStore:
     rows = np.asarray(rows)
     if rows.shape[1:] != self.shape[1:]:
       raise UserError(
-        f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
+        f"{self.path} has rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
         "be written."
       )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()

@@ -158,7 +158,7 @@ class ScannIndex:
     folder = epath.Path(folder)
     stages.check_files(folder)
     if not (folder / ASSETS).exists():
-      raise UserError(f"{folder} holds no index: run `cm3leon build_neighbors` again.")
+      raise UserError(f"{folder} contains no index: run `cm3leon build_neighbors` again.")
     if "://" not in str(folder):
       return cls(_scann().load_searcher(str(folder.resolve())), count)
     with tempfile.TemporaryDirectory() as local:

@@ -122,7 +122,9 @@ def complete(
     return config
   found = values(_counts(workdir, names, prepares), config.train.minutes)
   if wrong := [name for name in names if name not in found]:
-    raise UserError(f"config.{wrong[0]} is None; only {', '.join(found)} follow from the data.")
+    raise UserError(
+      f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."
+    )
   made = ml_collections.ConfigDict(config.to_dict())
   made.update_from_flattened_dict({name: found[name] for name in names})
   return made
@@ -142,6 +144,6 @@ def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) ->
   if prepares:
     return UNKNOWN
   raise UserError(
-    f"config.{names[0]} follows from the data: run `cm3leon prepare_data` with the same "
+    f"config.{names[0]} is computed from the data: run `cm3leon prepare_data` with the same "
     "--config and --workdir first."
   )

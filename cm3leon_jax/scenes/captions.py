@@ -20,7 +20,7 @@ PLURALS = {
   "trophy": "trophies",
   "wrench": "wrenches",
 }
-PLURAL_WORDS = ("cherries", "glasses", "scissors")  # Plurals that name one object, without an article.
+PLURAL_WORDS = ("cherries", "glasses", "scissors")  # Plurals that name one object, without article.
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
   "left of": ("left of", "to the left of"),
@@ -134,8 +134,7 @@ def _count(scene: Scene, rng: random.Random) -> Description:
 
 
 def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> Description:
-  """Describes two objects. In the category `position`, states where `first` is, seen from
-  `second`."""
+  """Describes two objects; for the category `position`, where `first` is relative to `second`."""
   colored = category == "color_attr" or (category == "position" and rng.random() < 0.5)
   words, claims = [], []
   for placed in (first, second):

@@ -112,8 +112,7 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
 
 
 def may_be_trained(scene: Scene) -> bool:
-  """Returns whether training may show a scene. A rare object must be the only object of its
-  scene."""
+  """Returns whether training may show a scene. A rare object must be alone in its scene."""
   return (len(scene.objects) == 1 or not _rare(scene)) and (world.split_of_scene(scene) == "train")
 
 

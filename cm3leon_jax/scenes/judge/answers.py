@@ -108,8 +108,7 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
 
 
 def any_object_answer(record: Record) -> str | None:
-  """Answers a question from the objects of the image, but ignores which object the question is
-  about.
+  """Answers a question from the objects of the image, ignoring which object the question is about.
 
   For `color`, the answer is the color of an arbitrary object. For `relation`, it is an arbitrary
   object that the question does not name. The key of the record selects the object. For `count`, the

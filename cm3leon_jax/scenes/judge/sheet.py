@@ -122,8 +122,7 @@ def _badge(right: bool) -> Image.Image:
 
 
 def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-  """Breaks a text into lines of `width` pixels. After `CAPTION_LINES` lines, it is cut off with
-  "..."."""
+  """Breaks a text into up to `CAPTION_LINES` lines of `width` pixels. A cut text ends in "..."."""
   lines = [""]
   for word in text.split():
     longer = f"{lines[-1]} {word}".strip()
