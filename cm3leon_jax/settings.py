@@ -76,7 +76,7 @@ class Settings:
         )
 
   def check_split(self, axes: Mapping[str, int]) -> None:
-    """Raises ValueError unless the parameters are evenly divisible over the mesh axes."""
+    """Raises ValueError unless the parameters can be split evenly over the mesh axes."""
     fsdp = axes["fsdp"] * axes["fsdp_inner"]
     for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
       if (size := getattr(self.model, field)) % parts:

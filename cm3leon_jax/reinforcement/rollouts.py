@@ -142,7 +142,7 @@ class Rollouts:
     )
 
   def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
-    """Returns the function `take_step(state, numbers)` and an iterator over `numbers`."""
+    """Returns the function `take_step(state, numbers)` and an iterator over its `numbers`."""
     del steps, sharding  # Only the cross-entropy objective uses them.
     settings = self.settings
     update = grpo.compile_step(

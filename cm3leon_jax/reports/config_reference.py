@@ -25,7 +25,7 @@ sections.
 
 `seed` (int, >= 0, default `0`): {seed}
 """
-SHOWN = 10  # Longest default tuple that is shown in full.
+SHOWN = 10  # Largest length of a default tuple that is shown in full.
 BOUNDS = {
   "minimum": ">=",
   "exclusiveMinimum": ">",

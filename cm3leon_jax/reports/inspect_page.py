@@ -172,7 +172,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the page item that shows a segment and its masked parts. Dropped: a sentinel."""
+  """Returns the page item of a segment with its masked parts, or a sentinel if it was dropped."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":

@@ -68,7 +68,7 @@ TEXTS = {
 
 
 def example(task: InstructionTask) -> Record:
-  """Returns a record of a shipped task. Its key makes the first template its template."""
+  """Returns a record of a shipped task. Its key selects the first template of the task."""
   numbers = map(str, itertools.count())
   key = next(x for x in numbers if choose_template(task, x) == task.templates[0])
   if world := worlds.world_of_format(task.format):

@@ -27,7 +27,7 @@ DIGEST_BYTES = 2**28  # Size of the blocks of rows whose digest is computed.
 
 
 class ArrayStore:
-  """Array of rows on disk. `len` and indexing see only committed rows.
+  """Array of rows on disk. `len` and indexing use only committed rows.
 
   Processes on different hosts can write disjoint rows at the same time. index.json records the
   number of committed rows, so rows of a killed writer are never read. It also records a digest of
@@ -195,7 +195,7 @@ def _digest_of_metadata(path: epath.Path) -> str:
 
 
 def _digest_of(blocks: Iterable[np.ndarray]) -> str:
-  """Returns the SHA-256 of all rows of some blocks of rows."""
+  """Returns the SHA-256 of the rows of all blocks."""
   digest = hashlib.sha256()
   for block in blocks:
     digest.update(np.ascontiguousarray(block).tobytes())

@@ -214,8 +214,8 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   Args:
     job: job that embeds a shard. Its `starts` are replaced; they are computed from the raw folder.
     width: E.
-    inputs: digests of the CLIP model and of the word counts. If they change, all shards are
-      embedded again.
+    inputs: identifies the CLIP model and the word counts. If it changes, all shards are embedded
+      again.
 
   Returns:
     The config of each shard, which changes whenever the embeddings of the shard change.

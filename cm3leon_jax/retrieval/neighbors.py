@@ -228,7 +228,7 @@ def build_neighbors(
 
   The bank has the splits `train` and `bank`. Writes {split}/ (see `bank.Embeddings`), index/, and
   {split}_pairs/ (ids and scores, see `load_neighbors`) into `job.folder`. Finished work on the same
-  pairs is reused. `width` is the embedding width of the CLIP model, `inputs` its digest. Returns
+  pairs is reused. `width` is the embedding width of the CLIP model, which `inputs` identifies. Returns
   the figures for the report.
   """
   start, folder = time.monotonic(), epath.Path(job.folder)
@@ -348,7 +348,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError, which names the row, if one of the ids [n, C] is not -1 or in the bank."""
+  """Raises UserError, with the row, if one of the ids [n, C] is neither -1 nor in the bank."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])

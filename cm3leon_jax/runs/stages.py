@@ -145,7 +145,7 @@ def _are_descriptions(files: object) -> bool:
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Tells the user how to replace a damaged file of the stage in `folder`."""
+  """Returns how to replace a damaged file of the stage in `folder`, for a message."""
   command = f"`cm3leon {command_of(folder)}`" if folder.name in STAGES else "its stage"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 

@@ -117,7 +117,7 @@ FREE = frozenset(
   {
     "raw.num_threads",
     "raw.max_rejected",
-    "scenes.train",  # Affects the list of source shards, an input of `raw`.
+    "scenes.train",  # Determines the parts of the source, an input of `raw`.
     "scenes.heldout",
     "text_tokenizer.max_caption_tokens",
     "vqgan.steps",

@@ -134,7 +134,7 @@ def _count(scene: Scene, rng: random.Random) -> Description:
 
 
 def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> Description:
-  """Describes two objects; for the category `position`, where `first` is relative to `second`."""
+  """Describes two objects and, for `position`, where `first` is relative to `second`."""
   colored = category == "color_attr" or (category == "position" and rng.random() < 0.5)
   words, claims = [], []
   for placed in (first, second):

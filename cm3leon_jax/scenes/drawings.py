@@ -20,7 +20,7 @@ SIDE = 2 * CELL
 
 @functools.cache
 def _font() -> tuple[Any, ImageFont.FreeTypeFont]:
-  """Loads the icon font and its glyphs, by name, on first use: most commands need neither."""
+  """Loads the icon font and its glyphs, by name, on first use: some commands need neither."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:

@@ -88,9 +88,9 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
   adds `kept`, and `box`: the box of the hidden half, in the form that `infill_image` takes.
 
   Args:
-    config: questions and edits draw their own scenes, not those of the source `scenes`. For these,
-      only `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`, `rare_objects` are
-      read.
+    config: questions and edits draw their own scenes, not those of the source `scenes`. For their
+      scenes, only `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`,
+      `rare_objects` are read.
     task: one of TASKS.
     split: "train" or "heldout".
 

@@ -61,7 +61,7 @@ def named(name: str, number: int) -> str:
 
 
 def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | None:
-  """Asks how often the scene shows a common object that it shows `number` times.
+  """Asks for the count of a common object whose count in the scene is `number`.
 
   "How many stars are there?" -> "two". Returns None if no common object has this count.
   """

@@ -19,7 +19,7 @@ ICONS = {**RARE, **COMMON}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("scene", "pair", "objects", "rare")  # Reasons why a scene is held out.
 
-HELDOUT_SCENES = 0.1  # Held-out share of scenes whose colored objects and pairs training shows.
+HELDOUT_SCENES = 0.1  # Held-out share of scenes whose colored objects and pairs occur in training.
 HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
 # Common object -> the color in which training never shows it. Each color has equally many objects.
@@ -39,7 +39,7 @@ def rare_color(name: str) -> str:
 
 @functools.cache
 def bank_color(name: str) -> str:
-  """Returns the color in which a common object is shown alone only in the bank."""
+  """Returns the color in which only the bank shows a common object alone."""
   known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
   return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
 
@@ -182,7 +182,7 @@ _ORDERED = tuple(itertools.permutations(PLACES, 2))
 
 @functools.cache
 def _parts(config: ScenesConfig, category: str) -> tuple[tuple, ...]:
-  """Returns the names, colors and places that are combined to the scenes of a category."""
+  """Returns the names, colors and places that are combined into the scenes of a category."""
   colors = tuple(config.colors)
   if category in TWO_OBJECTS:
     both = tuple(itertools.product(colors, repeat=2))

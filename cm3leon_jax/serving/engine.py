@@ -41,13 +41,13 @@ class Engine:
     buckets: int = 8,
     queue_limit: int = 64,
   ):
-    """Creates an engine, whose thread `start` starts.
+    """Creates an engine. `start` starts its thread.
 
     Args:
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
       chunk: number of tokens that each sample gains between two deliveries of events.
-      buckets: number of buckets that are decoded in rotation; see `ContinuousGenerator`.
+      buckets: number of buckets between which decoding alternates; see `ContinuousGenerator`.
       queue_limit: largest number of jobs with samples that wait for a slot.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stores compiled programs in a folder of the user, so that the next start loads them."""
+"""Stores compiled programs in the user's cache folder, so that the next start loads them."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ def keep_programs(folder: str | None) -> str:
     reason = f"{kept} cannot be written ({error.strerror or error})"
     if folder is None:
       return f"compiled programs are not kept: {reason}; --cache_dir names another folder."
-    raise UserError(f"--cache_dir={folder}: {reason}: name another folder.") from error
+    raise UserError(f"--cache_dir={folder}: {reason}; name another folder.") from error
   jax.config.update("jax_compilation_cache_dir", kept)
   # By default, JAX stores only programs that compile for at least one second. The server compiles
   # many smaller programs when it starts.

@@ -17,7 +17,7 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
-MOST_MARKS = 10_000  # Largest number of [, { and , in a body.
+MOST_MARKS = 10_000  # Largest number of brackets, braces and commas in a body.
 MOST_WIDE = 2**22  # Maximum bytes of a body that has a character of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
 MOST_PARTS = 64  # Largest number of messages, and of parts of a message.

@@ -23,7 +23,7 @@ from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
-LEFT = "loss."  # Prefix of tensors of networks that only training needs.
+LEFT = "loss."  # Prefix of the tensors that only training needs.
 NUM_CODES = 8_192  # Number of codes in the published weights of all families.
 # Family -> side lengths, in pixels, of the images for which its weights are published.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
@@ -76,7 +76,7 @@ def published_name(name: str, config: PublishedConfig) -> str:
   name = f"{layer}.{LEAVES.get(leaf, leaf)}"
   if config.family != "amused":
     return name
-  last = len(config.widths) - 1  # diffusers counts the decoder's levels from the lowest.
+  last = len(config.widths) - 1  # diffusers counts decoder levels from the lowest.
   name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
   for ours, theirs in RENAMES:
     name = re.sub(ours, theirs, name)

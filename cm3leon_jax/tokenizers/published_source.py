@@ -68,7 +68,8 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
   found = sorted(folder.glob("*.safetensors"))
   if len(found) > 1:
     raise UserError(
-      f"{folder} contains {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
+      f"{folder} contains {', '.join(x.name for x in found[:4])}; name one of them: "
+      f"--source={found[0]}"
     )
   for other in sorted(folder.iterdir()) if not found else ():
     if other.suffix in PICKLES:

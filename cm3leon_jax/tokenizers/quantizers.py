@@ -72,7 +72,7 @@ class FSQ(nnx.Module):
     """Squashes encodings [..., E]. The codes of channel i are multiples of 1 / (L_i // 2)."""
     levels = self._levels(encodings.ndim)
     half = (levels - 1) * (1 + 1e-3) / 2  # Slightly enlarged, to reach the outermost levels.
-    offset = np.where(levels % 2, 0.0, 0.5)  # If their number is even, one more is below 0.
+    offset = np.where(levels % 2, 0.0, 0.5)  # If L_i is even, one more level is below 0 than above.
     shift = np.float32(np.arctanh(offset / half))
     squashed = jnp.tanh(encodings + shift) * np.float32(half) - np.float32(offset)
     return squashed / np.float32(levels // 2)

@@ -312,7 +312,7 @@ class ImageTokenizer:
       )
     if codes.size and not (codes.min() >= 0 and codes.max() < self.num_codes):
       raise ValueError(
-        f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {self.num_codes})."
+        f"codes are in [{codes.min()}, {codes.max()}]; they must be in [0, {self.num_codes})."
       )
     return in_batches(
       lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size

@@ -159,7 +159,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Largest value of `retrieve`: twice the number of neighbors in training. More rarely fit."""
+    """Largest `retrieve`: twice the number of neighbors in training. More documents rarely fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
@@ -194,7 +194,7 @@ class Server:
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def deliver(event: Event) -> None:
-      with contextlib.suppress(RuntimeError):  # The event loop has ended.
+      with contextlib.suppress(RuntimeError):  # Raised if the event loop has ended.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     job = Job(task, body.n, deliver, body.stream, body.words)

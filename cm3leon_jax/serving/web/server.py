@@ -129,7 +129,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
     lifespan="off",
     ws="none",
     backlog=BACKLOG,
-    limit_concurrency=connections + 1,  # uvicorn rejects the connection that reaches it.
+    limit_concurrency=connections + 1,  # uvicorn rejects the connection that reaches the limit.
     timeout_keep_alive=30,
     timeout_graceful_shutdown=stop_seconds,
   )
