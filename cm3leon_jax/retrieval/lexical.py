@@ -59,7 +59,7 @@ def signs(word: str, width: int) -> np.ndarray:
 
 
 def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
-  """Computes positive float64 weights of words. `counts` are the documents with a word, out of N.
+  """Computes positive float64 weights of words. `counts`: how many of N documents have a word.
 
   The weight is the inverse document frequency of BM25 (Robertson and Zaragoza 2009). As in Lucene,
   1 is added in the logarithm: ln(1 + (N - count + .5) / (count + .5)).

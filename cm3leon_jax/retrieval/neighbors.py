@@ -46,9 +46,9 @@ def select_neighbors(
 ) -> tuple[list[int], collections.Counter[str]]:
   """Takes candidates from the sides alternately, best first, and keeps those that no rule rejects.
 
-    text side [5 3 8], image side [3 9 8]; 5 is in the query's group; 9 and 3 are too similar result
-    = [3 8]: 3 from the text side, because 5 is forbidden; then 8 from the image side, because 3 is
-    already kept and 9 is too similar
+    text side [5 3 8], image side [3 9 8]; 5 is in the query's group; 9 and 3 are too similar
+    result = [3 8]: 3 from the text side, because 5 is forbidden; then 8 from the image side,
+    because 3 is already kept and 9 is too similar to 3
 
   Args:
     sides: an array of candidates per side, best first. Negative candidates are padding.
@@ -228,8 +228,8 @@ def build_neighbors(
 
   The bank has the splits `train` and `bank`. Writes {split}/ (see `bank.Embeddings`), index/, and
   {split}_pairs/ (ids and scores, see `load_neighbors`) into `job.folder`. Finished work on the same
-  pairs is reused. `width` is the embedding width of the CLIP model, which `inputs` identifies. Returns
-  the figures for the report.
+  pairs is reused. `width` is the embedding width of the CLIP model, which `inputs` identifies.
+  Returns the figures for the report.
   """
   start, folder = time.monotonic(), epath.Path(job.folder)
   words = config.lexical_weight, config.lexical_width
