@@ -76,7 +76,7 @@ class Settings:
         )
 
   def check_split(self, axes: Mapping[str, int]) -> None:
-    """Raises ValueError unless the parameters divide evenly over the mesh axes."""
+    """Raises ValueError unless the parameters can be split evenly over the mesh axes."""
     fsdp = axes["fsdp"] * axes["fsdp_inner"]
     for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
       if (size := getattr(self.model, field)) % parts:
@@ -134,10 +134,10 @@ def settings_from_config(config: Mapping[str, Any] | ml_collections.ConfigDict) 
 
 
 def settings_of_run(workdir: epath.PathLike) -> Settings:
-  """Reads the settings that `cm3leon train` stored in train/config.json.
+  """Reads the settings that `cm3leon train` wrote to train/config.json.
 
   Raises:
-    UserError: nothing was trained in `workdir`, or an old version trained and stored no settings.
+    UserError: nothing was trained in `workdir`, or by an old version, which stored no settings.
   """
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
@@ -157,7 +157,7 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
 def settings_from_stored(values: dict) -> Settings:
   """Builds the settings that a run or bundle stored. Sections that are missing get their defaults.
 
-  Fields in `REMOVED_FIELDS` are left out.
+  Fields in `REMOVED_FIELDS` are ignored.
 
   Raises:
     UserError: see `settings_from_config`.

@@ -70,7 +70,7 @@ class VocabLayout:
     codes = np.asarray(codes, np.int32)
     if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
       raise ValueError(
-        f"image codes range over [{codes.min()}, {codes.max()}]; "
+        f"image codes are in [{codes.min()}, {codes.max()}]; "
         f"they must be in [0, {self.image_size})."
       )
     return codes + self.text_size

@@ -42,19 +42,19 @@ CHIPS = {
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Name of a slice -> shape of its torus. Names such as v5p:4x4x8 give other shapes. The number in a
-# v5p name counts cores, two per chip: v5p-8 has 4 chips.
+# Name of a slice -> shape of its torus. For other shapes, users write names such as v5p:4x4x8. The
+# number in a v5p name counts cores, two per chip: v5p-8 has 4 chips.
 _TORUS_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 _TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
 _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
-# Names of the chips in Cloud TPU's accelerator types and in JAX -> names here.
+# Chip names in Cloud TPU's accelerator types and in JAX -> this project's chip names.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
 
 
 def own_name(name: str) -> str:
-  """Translates Cloud TPU's name of a slice to the name used here.
+  """Translates Cloud TPU's name for a slice to this project's name.
 
   >>> own_name("v5litepod-256"), own_name("v5litepod:4x4"), own_name("v5p-8")
   ('v5e-256', 'v5e:4x4', 'v5p-8')
@@ -64,9 +64,9 @@ def own_name(name: str) -> str:
 
 
 def suggestion(name: str, others: Iterable[str] = ()) -> str:
-  """Returns "did you mean v5e-256? " for the slice with the nearest name or size, or "".
+  """Returns "did you mean v5e-256? " with the most similar slice, or "" if no name is similar.
 
-  `others` are further names to suggest.
+  `others` are more names that can be suggested.
   """
   name = own_name(name.lower())
   if name in SLICES:
@@ -113,7 +113,7 @@ def prepare() -> None:
 def load(name: str, slices: int = 1) -> Topology:
   """Returns the topology of a slice in `SLICES`, or of a chip and a shape such as v5p:4x4x8.
 
-  Cloud TPU's names such as v5litepod-256 work, too.
+  Cloud TPU's names, such as v5litepod-256, also work.
 
   Raises:
     UserError: the chip or shape does not exist, or libtpu is not installed.

@@ -22,10 +22,10 @@ Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"
 def judged(
   records: Sequence[Record], samples: Sequence[Sample], world: World, settings: Settings
 ) -> Float32[np.ndarray, " B"]:
-  """Returns 1 for each image that is wholly right, and 0 for the others.
+  """Returns, for each image, 1 if everything in it is correct, and 0 otherwise.
 
-  The reward is not the share of right facts, because a policy can raise this share by doing
-  nothing. In an unchanged image, everything that an edit must not change is right.
+  The share of correct facts would be a bad reward: a policy could raise it by returning the input
+  image of an edit, where everything that must stay unchanged is correct.
   """
   images = np.stack([sample.segments[0] for sample in samples])
   answers = world.judge_answer_images(records, images, settings)
@@ -33,7 +33,7 @@ def judged(
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
-  """Returns the cosine similarity of CLIP's embeddings of each image and its caption.
+  """Returns, for each image, the cosine similarity of its CLIP embedding and its caption's.
 
   Raises:
     UserError: a sample has no CLIP score, because its prompt is more than a caption.
@@ -48,7 +48,7 @@ def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32
 
 
 def reward_of(settings: Settings, tasks: Sequence[InstructionTask]) -> Reward:
-  """Returns the function that computes `ReinforceConfig.reward`, for tasks of one world.
+  """Returns the function that computes `ReinforceConfig.reward`. All tasks must be of one world.
 
   Raises:
     UserError: the reward cannot score a task.

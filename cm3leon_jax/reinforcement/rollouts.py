@@ -49,10 +49,10 @@ def image_tasks(settings: Settings) -> list[InstructionTask]:
 
 
 def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
-  """Reads the first records of the tasks of `config.reinforce`, alternating between the tasks.
+  """Reads the first records of the tasks of `config.reinforce`, alternating between them.
 
-  Records that are too long for the model are left out. `split` is "train" or "heldout". `count` is
-  the largest number of prompts.
+  Skips records that are too long for the model. `split` is "train" or "heldout". Returns at most
+  `count` prompts.
 
   Raises:
     UserError: a task has no records that fit, or its target is not an image; see also
@@ -60,7 +60,7 @@ def read_prompts(settings: Settings, layout: PromptLayout, split: str, count: in
   """
   tasks = image_tasks(settings)
   each = -(-count // len(tasks))
-  # `max_records` must not apply here: it limits records that are encoded, and these are only read.
+  # `max_records` limits how many records are encoded. The records here are only read.
   config, columns = dataclasses.replace(settings.instructions, max_records=0), []
   for task in tasks:
     if split == "heldout":
@@ -97,14 +97,14 @@ def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
 
 @dataclasses.dataclass
 class Rollouts:
-  """Objective of a run that trains on samples of the policy, see `training.objective.Objective`.
+  """`training.objective.Objective` of a run that trains on samples of its own policy.
 
   A step samples images for its prompts with the current parameters, scores the samples, and takes
   one `grpo.policy_step`. Its prompts and seeds depend only on the number of the step, so a resumed
   run uses the same prompts and seeds.
 
   Attributes:
-    prompts: the steps use them in this order, and begin again after the last prompt.
+    prompts: the steps use them in this order; after the last prompt, the first follows again.
     pipeline_of: returns a pipeline that samples with the given parameters.
     reference: parameters that the policy must stay close to, on the current mesh.
   """
@@ -132,7 +132,7 @@ class Rollouts:
 
   @property
   def sampling(self) -> SamplingConfig:
-    """Sampling settings for training, which draw from the whole distribution."""
+    """Sampling settings for training: without top-k and top-p truncation."""
     return dataclasses.replace(
       self.settings.sampling,
       method="top_p",
@@ -142,7 +142,7 @@ class Rollouts:
     )
 
   def begin(self, steps: Any, next_row: int, rows: int, sharding: Any) -> tuple[Callable, Iterator]:
-    """Returns `take_step(state, numbers)`, and an iterator over the prompt numbers of each step."""
+    """Returns the function `take_step(state, numbers)` and an iterator over its `numbers`."""
     del steps, sharding  # Only the cross-entropy objective uses them.
     settings = self.settings
     update = grpo.compile_step(
@@ -171,8 +171,8 @@ class Rollouts:
     """Draws and scores samples for a training step.
 
     `numbers` are the numbers of the prompts, counted from 0 over the whole run. Returns the
-    rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the mean over prompts of the
-    standard deviation over the samples of a prompt.
+    rollout, and {"reward", "reward_std", "spread"}. `reward_std` is the standard deviation of a
+    prompt's rewards, averaged over the prompts.
     """
     prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
     samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
@@ -186,10 +186,10 @@ class Rollouts:
     }
 
   def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
-    """Draws samples with `config.sampling`, as for a user, and scores them.
+    """Draws samples with `config.sampling`, not with the settings of training, and scores them.
 
-    Returns {"all": measures of all prompts, task: measures of its prompts}. The measures are
-    reward, spread, and `by_prompt`, the mean reward of each prompt.
+    Returns {"all": measures over all prompts, task: measures over its prompts}. The measures are
+    the mean reward, `spread`, and `by_prompt`, the mean reward of each prompt.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     codes, rewards = self._score(prompts, samples)
@@ -238,7 +238,7 @@ def _rollout(
   """Builds the arrays that a step trains on.
 
   Guidance streams whose weight is always 0 are left out. If a request has fewer streams than
-  others, some of its streams are repeated with weight 0. `values` are the advantages, [N, G].
+  another, some of its streams are repeated with weight 0. `values` are the advantages, [N, G].
   `sampling` has the settings with which the samples were drawn.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images

@@ -83,7 +83,7 @@ def collect(run: Run, step: int, summary: dict) -> dict[str, list]:
 
 
 def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
-  """Returns whether a stage measured the parameters of the current training at this step."""
+  """Returns whether a stage measured the parameters that the current training has at `step`."""
   done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
   read = done["config"].get("inputs", {}).get("train")
   return (
@@ -99,7 +99,7 @@ def _stage_table(run: Run, name: str, summary: dict) -> Table | None:
     if paths[line["title"]].partition(".")[0] != name or line["value"] is None:
       continue
     row = (line["title"], with_interval(line["value"], line["interval"] or {}))
-    if row not in rows:  # One figure may have several targets.
+    if row not in rows:  # A figure with several targets has several lines.
       rows.append(row)
   if name == "train":
     of = summary.get("train", {})
@@ -140,7 +140,7 @@ def _how(run: Run, name: str, summary: dict) -> str:
 
 
 def _grades(workdir: epath.Path) -> Table:
-  """Returns a table with the shares of right answers to held-out instructions."""
+  """Returns a table with the shares of correct answers to held-out instructions."""
   found = instruction_section.read(workdir, lambda path: None)
   assert found is not None
   config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]
@@ -188,7 +188,7 @@ def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
 
 
 def _how_by_protocol(result: dict) -> str:
-  """Names the protocol, the number of examples, the models and the code of a result."""
+  """Names the protocol, number of examples, scoring models and code version of a result."""
   parts = [f"Protocol `{result['name']}`, {result['examples']:,} examples, seed {result['seed']}"]
   if result.get("extractor"):
     parts.append(f"features by {result['extractor']['name']}")

@@ -25,7 +25,7 @@ sections.
 
 `seed` (int, >= 0, default `0`): {seed}
 """
-SHOWN = 10  # Names of a default tuple that are listed.
+SHOWN = 10  # Largest length of a default tuple that is shown in full.
 BOUNDS = {
   "minimum": ">=",
   "exclusiveMinimum": ">",

@@ -35,7 +35,7 @@ def write(job: ProtocolRun, result: dict) -> None:
 
 
 def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
-  """Returns the worst examples of the first column by each metric with values per example."""
+  """Returns, for each metric with values per example, the worst examples of the first column."""
   values, worst = read_values(job.folder), {}
   for name in job.metrics:
     of_examples = values.get(f"{job.protocol.columns[0].name}/{name}/values")
@@ -47,7 +47,7 @@ def _worst(job: ProtocolRun, result: dict) -> dict[str, list[int]]:
 
 
 def _rows(job: ProtocolRun, places: Sequence[int]) -> list[dict]:
-  """Returns the rows of the page for examples: prompt, expected answer, and samples per column."""
+  """Returns one row of the page per example: prompt, expected answer, and a sample per column."""
   cells: dict[int, dict] = {i: {} for i in places}
   for column in job.protocol.columns:
     starts = sorted({i - i % samples.PART for i in cells})

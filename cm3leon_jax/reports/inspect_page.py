@@ -20,7 +20,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-# Colors of <mask:0>, <mask:1>, ..., repeated after the last color.
+# Colors of the spans <mask:0>, <mask:1>, ...; after the last color, the first follows again.
 SPAN_COLORS = ("#c2407c", "#7a5bd0", "#3c8d4f", "#a5820f")
 TINT = 0.6  # Share of the span's color in the pixels of a masked code.
 DECODE_BATCH = 8
@@ -35,7 +35,7 @@ ODD = re.compile(
 
 
 def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[bool, str]]:
-  """Splits a text into pieces (is odd, text), and makes odd white space and characters visible.
+  """Splits a text into pieces (whether it is odd, text) and makes odd characters visible.
 
   >>> mark_odd("a cat \\n")
   [(False, 'a cat'), (True, '·'), (True, '↵\\n')]
@@ -82,7 +82,7 @@ def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PageDecoder:
-  """Decodes token ids. Keys of `images` are an image's ids as bytes; values are [H, W, 3] uint8."""
+  """Decodes token ids. `images` maps an image's ids as bytes to its pixels, [H, W, 3] uint8."""
 
   vocab: VocabLayout
   text_tokenizer: TextTokenizer
@@ -90,7 +90,7 @@ class PageDecoder:
   images: dict[bytes, np.ndarray]
 
   def text(self, ids: np.ndarray, begins: bool) -> str:
-    """Decodes ids of a text. If the text `begins` with them, removes the space that starts it."""
+    """Decodes ids of a text. If they `begin` the text, removes its leading space."""
     if begins:
       return self.text_tokenizer.decode(ids)
     return self.text_tokenizer.decode([*self.text_tokenizer.encode("a"), *ids])[1:]
@@ -109,7 +109,7 @@ class PageDecoder:
     return whole if n == self.image_tokens else f"{show(n)} of {whole}"
 
   def image_uri(self, ids: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> str:
-    """Returns the data URI of `paint`. An image that was cut off may have fewer than C codes."""
+    """Returns the data URI of the painted image. A cut-off image may lack its last codes."""
     rest = (0, self.image_tokens - len(ids))
     spans, kept = np.pad(spans, rest, constant_values=NO_SPAN), np.pad(kept, rest)
     return png_uri(paint(self.images[ids.tobytes()], spans, kept))
@@ -126,7 +126,7 @@ def make_decoder(
   text_tokenizer: TextTokenizer,
   image_tokenizer: ImageTokenizer,
 ) -> PageDecoder:
-  """Decodes all images of the rows. Codes that were cut off become 0.
+  """Decodes all images of the rows. The missing codes of an image that was cut off become 0.
 
   Raises:
     UserError: an image has more codes than the image tokenizer uses per image.
@@ -150,7 +150,7 @@ def make_decoder(
 
 
 def text_item(view: SampleView, parts: list[RowPart], decoder: PageDecoder, begins: bool) -> dict:
-  """Returns the item of consecutive text parts. `begins`: see `PageDecoder.text`."""
+  """Returns the page item that shows consecutive text parts. `begins`: see `PageDecoder.text`."""
   pieces: list[dict[str, Any]] = []
   tokens = 0
   for part in parts:
@@ -172,7 +172,7 @@ def is_target(view: SampleView, part: RowPart) -> bool:
 
 
 def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder) -> dict:
-  """Returns the item of a segment, with masked parts marked; a sentinel for a dropped segment."""
+  """Returns the page item of a segment with its masked parts, or a sentinel if it was dropped."""
   if not segment:
     return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
@@ -188,7 +188,7 @@ def segment_item(view: SampleView, segment: list[RowPart], decoder: PageDecoder)
 
 
 def infill_item(view: SampleView, part: RowPart, decoder: PageDecoder) -> dict:
-  """Returns the item of a moved part at the end of the sample. Images show only moved codes."""
+  """Returns the page item of a part that was moved to the end. Images show only its codes."""
   segment = view.segments[part.segment]
   if part.kind == "text":
     begins = part is segment[0] and not view.origin.piece_start
@@ -207,8 +207,8 @@ def count_of(n: int, noun: str) -> str:
 def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
   """Returns the blocks of a sample in reading order.
 
-  Blocks are the boxes of the neighbors, the document and the infills, and special tokens between
-  the boxes.
+  A block is a box, which shows a neighbor, the document or an infill, or a special token between
+  two boxes.
   """
   blocks: list[dict] = []
   seen: set[int] = set()
@@ -278,7 +278,7 @@ def remarks(view: SampleView, decoder: PageDecoder) -> list[str]:
 
 
 def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
-  """Returns the template's context for a sample."""
+  """Returns what the page's template shows of a sample."""
   sample, document = view.sample, view.origin.document
   weights = [
     f"{show(int(n))} of weight {w:g}"
@@ -305,7 +305,7 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
 
 
 def fill(rows: list[RowView]) -> float:
-  """Returns the share of slots in the rows that are not padding."""
+  """Returns the share of the rows' slots that are not padding."""
   used = sum(view.sample.slots for row in rows for view in row.samples)
   return used / sum(len(row.loss_weights) for row in rows)
 

@@ -40,8 +40,8 @@ def check_instruction(
 ) -> tuple[int, int]:
   """Checks that a sample has its record's tokens and the right loss weights.
 
-  The sample must not have the dropped segments. The range of the target is found from the tokens of
-  the sample, not from the plan. Returns the half-open range of the target in the sample.
+  The sample must not have the dropped segments. Returns the half-open range of the target in the
+  sample, found from the tokens of the sample, not from the plan.
 
   Raises:
     ValueError: tokens, target or loss weights are wrong.
@@ -57,9 +57,11 @@ def check_instruction(
   start, stop = target_range(tokens, task, vocab)
   expected = join([document], vocab)[slice(*task.target)]
   if not np.array_equal(tokens[start:stop], expected):
-    raise ValueError(f"{where} differs from the target of its record at {start} to {stop - 1}.")
+    raise ValueError(
+      f"{where} differs from the target of its record at tokens {start} to {stop - 1}."
+    )
   weights = np.zeros(len(tokens), np.float32)
-  weights[start : stop + 1] = 1  # Includes the <eoss> or </s> after the target.
+  weights[start : stop + 1] = 1  # `stop` is the <eoss> or </s> after the target.
   if task.instructions.loss_on == "all":
     weights[3 if task.plan.masked else 1 :] = 1
   if not np.array_equal(sample.weights, weights * np.float32(task.instructions.loss_weight)):

@@ -1,4 +1,4 @@
-"""Writes the fields of a task and all shipped tasks with examples into docs/instruction_tasks.md.
+"""Updates docs/instruction_tasks.md: the fields of a task, and all shipped tasks with examples.
 
 python -m cm3leon_jax.reports.instruction_reference
 """
@@ -30,7 +30,7 @@ END = "<!-- to here -->"
 # Vocabulary of the examples: one id per character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
-# Texts of an example by format. For the general format jsonl, the key is the name of the task.
+# Format -> texts of an example. For tasks of the general format jsonl: name of the task -> texts.
 TEXTS = {
   "instruct_pix2pix": {"instruction": "make it snow"},
   "ocr": {"ocr_content": "OPEN ALL NIGHT"},
@@ -68,7 +68,7 @@ TEXTS = {
 
 
 def example(task: InstructionTask) -> Record:
-  """Returns a record of a shipped task. The key of the record selects the first template."""
+  """Returns a record of a shipped task. Its key selects the first template of the task."""
   numbers = map(str, itertools.count())
   key = next(x for x in numbers if choose_template(task, x) == task.templates[0])
   if world := worlds.world_of_format(task.format):

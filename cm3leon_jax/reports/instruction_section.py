@@ -14,7 +14,7 @@ def read(workdir: epath.Path, image_uri: Callable) -> dict | None:
   `image_uri` maps the path of a PNG file to a data URI.
 
   Returns:
-    A dict: "titles" of the columns; "rows", {label, answers, cells, gain} each; "means"; and
+    A dict: "titles", of the columns; "rows", each {label, answers, cells, gain}; "means"; and
     "examples": task -> pairs (title, lines of answers.jsonl with their images as data URIs).
   """
   folder = epath.Path(workdir) / "grades"

@@ -27,7 +27,7 @@ from cm3leon_jax.reports.report import clock, inert
 from cm3leon_jax.trained.run import Run
 
 CARD = "README.md"
-EXPORTED = "export.json"  # Written by `export.formats`: format, dtype, quantization.
+EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
 COLUMNS = 100  # Width of a line of prose.
@@ -48,8 +48,8 @@ def write(folder: epath.PathLike, run: Run, step: int, exported: dict) -> None:
     exported: numbers of the export. "parameters": number of parameters of the decoder. Optional:
       "bytes": size of the files; "image_tokenizer": result of `export.image_tokenizer.write`;
       "average": False if the last parameters were exported instead of their average;
-      "heldout_bits": {"before", "after"}, the bits before and after rounding; "cost": for a bundle,
-      see `export.bundle.about`.
+      "heldout_bits": {"before", "after"}, the held-out loss in bits per token before and after the
+      parameters were rounded; "cost": for a bundle, see `export.bundle.about`.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -113,9 +113,9 @@ def render(folder: epath.Path, run: Run, step: int, exported: dict) -> str:
 def front_matter(licenses: list[str], architecture: str) -> str:
   """Returns the metadata for the hub as YAML.
 
-  The license is the license of the data if there is only one and the hub knows it, else "other".
-  `licenses` has the licenses of all training data; "" is an unknown license. `architecture`
-  is the class of `transformers` that can load the decoder; "" if no class can.
+  The license is the license of the training data if there is only one and the hub knows it, else
+  "other". `licenses` are the licenses of all training data; "" is an unknown license.
+  `architecture` is the class of `transformers` that can load the decoder; "" if no class can.
   """
   only = licenses[0].lower() if len(licenses) == 1 else ""
   fields: dict = {"license": only}
@@ -129,9 +129,9 @@ def front_matter(licenses: list[str], architecture: str) -> str:
 
 
 def records_of_splits(raw: dict) -> dict[str, int]:
-  """Returns the numbers of records of a stage `raw`, or {} if its summary has no numbers.
+  """Counts the records of a stage `raw` by kind; {} if its summary has no counts.
 
-  "images" counts the captioned images of train, and "texts" its other records.
+  "images" counts the captioned images of the training split, and "texts" its other records.
 
   records_of_splits({"train_pairs": 8, "train_texts": 2, "heldout_pairs": 1, "bank_pairs": 3})
   {"images": 8, "texts": 2, "heldout": 1, "bank": 3}
@@ -167,7 +167,7 @@ def cell(text: str) -> str:
 
 
 def wrapped(page: str) -> str:
-  """Wraps the paragraphs and lists of a Markdown page, but not code, tables, titles and HTML.
+  """Wraps paragraphs and lists of a Markdown page, but not code blocks, tables, titles and HTML.
 
   A paragraph is not wrapped if one of its new lines would start like a list, a title or a quote.
   """

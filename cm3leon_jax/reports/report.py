@@ -29,7 +29,7 @@ from cm3leon_jax.runs import table as stage_table
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
-# Flags that a command needs besides --config and --workdir.
+# Command -> required flags other than --config and --workdir.
 MORE_FLAGS = {
   "copy_tokenizers": " --init_from=RUN",
   "import_vqgan": " --source=WEIGHTS --family=FAMILY",
@@ -91,14 +91,14 @@ def to_svg(figure: Figure) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Averages [n] values over a centered window. The window is shorter at both ends of `values`."""
+  """Averages [n] values over a centered window, which is cut off at both ends of `values`."""
   kernel = np.ones(min(window, len(values)))
   total, count = (np.convolve(x, kernel, "same") for x in (values, np.ones(len(values))))
   return total / count
 
 
 def loss_figure(metrics: list[dict]) -> str | None:
-  """Plots training and held-out loss by modality, in bits per target.
+  """Plots training and held-out loss of image codes and text tokens, in bits per target.
 
   Returns inline SVG, or None if fewer than two steps are logged.
   """
@@ -121,7 +121,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
       for i, restart in enumerate(summary_lib.restarts(metrics)):
         dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
         axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
-      first = held[:1] if at[:1] == [0] else []  # The held-out loss before tuning, the highest.
+      first = held[:1] if at[:1] == [0] else []  # Held-out loss before tuning, the highest of all.
       top = 1.05 * max(float(np.percentile(y, 99.5)), *first, 0.0)
       axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
@@ -129,7 +129,7 @@ def loss_figure(metrics: list[dict]) -> str | None:
 
 
 def bits_figure(evaluation: dict) -> str | None:
-  """Plots bits per token by modality: with true neighbors, shuffled neighbors and no neighbors."""
+  """Plots bits per image code and text token with true, shuffled and no neighbors."""
   rows = ("true", "shuffled", "none")
   if not all(name in evaluation for name in ("image", "text")):
     return None
@@ -160,7 +160,7 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
 
 
 def prompts(workdir: epath.Path) -> list[dict]:
-  """Returns the first MAX_PROMPTS prompts, each with caption, original, neighbors and samples."""
+  """Returns the first MAX_PROMPTS prompts, each with caption, true image, neighbors and samples."""
   raw = workdir / "raw"
   pairs: dict[str, RawPair] = {}
   grouped: dict[tuple[str, str], list[dict]] = {}
@@ -192,7 +192,7 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
 
 
 def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
-  """Returns (name, data URI) of up to MAX_GRIDS evenly spaced sample grids of the training."""
+  """Returns (name, data URI) of at most MAX_GRIDS sample grids, evenly spaced over the training."""
   folder = workdir / "train" / "samples"
   files = folder.glob("*.png") if folder.exists() else []
   paths = sorted((int(re.sub(r"\D", "", path.stem) or 0), path) for path in files)
@@ -201,7 +201,7 @@ def grids(workdir: epath.Path) -> list[tuple[str, str | None]]:
 
 
 def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
-  """Returns the section of the page on judged samples, or None if no samples were judged.
+  """Returns the page's section on judged samples, or None if no samples were judged.
 
   Returns:
     A dict: "world"; "overview", the numbers of the stage; "tables", by title; "sheet", a data URI.
@@ -219,7 +219,7 @@ def judged_samples(workdir: epath.Path, summary: dict) -> dict[str, Any] | None:
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
-  """Returns a dict for each source and license of images: number of pairs and attributions."""
+  """Returns one dict per source and license of images: number of pairs, attributions."""
   if not (workdir / "raw" / reader.INDEX).exists():
     return []
   entries: dict[tuple, dict[str, Any]] = {}
@@ -254,7 +254,7 @@ def clock(seconds: float) -> str:
   return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
-# Characters that control a terminal or the direction of text, or that UTF-8 cannot encode.
+# Characters that control a terminal or the text direction, or that UTF-8 cannot encode.
 OBEYED = re.compile(
   r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -285,7 +285,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """Renders the page as self-contained HTML. `config_name` is the --config in its commands."""
+  """Renders the page as self-contained HTML, with `config_name` as the --config of its commands."""
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()

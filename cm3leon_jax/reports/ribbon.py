@@ -1,4 +1,4 @@
-"""Lays out a row for a drawing to scale: parts, documents, moved spans and loss weights."""
+"""Computes the coordinates of a drawing of a row: parts, documents, moved spans, loss weights."""
 
 # L slots of a row.
 
@@ -24,10 +24,9 @@ def runs(values: Iterable[float]) -> list[tuple[int, int, float]]:
 
 
 def ribbon(row: RowView) -> dict:
-  """Returns the tracks of a row.
+  """Returns the coordinates of a row's drawing, in slots.
 
-  A slot shows the token that it reads. The last token of a sample is only predicted, so it has no
-  slot.
+  A slot shows its input token. The last token of a sample is only predicted, so it has no slot.
 
   Returns:
     A dict with these entries:
@@ -70,7 +69,7 @@ def _parts(view: SampleView) -> list[dict]:
 
 
 def _owners(view: SampleView) -> list[dict]:
-  """Returns the range of each document from its first to its last part, including `<break>`."""
+  """Returns each document's range: all its parts and the `<break>` tokens between them."""
   bounds: dict[int, list[int]] = {}
   for part in view.parts:
     if not part.moved and (part.kind != "special" or part.span != NO_SPAN):

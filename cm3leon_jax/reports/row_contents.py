@@ -1,4 +1,4 @@
-"""Reads training rows for inspection: their contents from arrays, their origins from the plan."""
+"""Reads training rows for inspection: contents from the arrays, origins from the plan."""
 
 # L slots of a row, n documents, C candidates of each.
 
@@ -37,7 +37,7 @@ class Origin:
 
   Attributes:
     document: document of the sample; for a long text, only the piece in the sample.
-    neighbors: neighbors in their order before the document.
+    neighbors: neighbors, in the order in which they precede the document.
     pass_: number of complete passes over the source before this sample.
     piece_start: index of the piece's first token in the text.
     text_length: number of tokens of the whole text; 0 for documents that are not texts.
@@ -58,7 +58,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-  """Sample with its parts and its origin.
+  """A sample, its parts and its origin.
 
   Attributes:
     parts: result of `row_parts.split_parts`.
@@ -87,7 +87,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-  """Row with its number, its samples and its `loss_weights`, [L] float32."""
+  """A row: its number, its samples and its `loss_weights`, [L] float32."""
 
   number: int
   samples: list[SampleView]
@@ -117,7 +117,7 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   if len(document.segments) > 1 or document.segments[0].is_image:
     return Origin(document, neighbors, pass_)
   text = document.segments[0].tokens
-  # A piece with `</s>` at both ends fills a row.
+  # With a `</s>` at both ends, a piece fills a row.
   stop = start + loader.plan.config.sequence_length - 1
   document = dataclasses.replace(document, segments=(Segment(False, text[start:stop]),))
   return Origin(document, neighbors, pass_, start, len(text))
@@ -130,7 +130,7 @@ def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowVi
   if the run has no neighbors.
 
   Raises:
-    ValueError: the row does not have its planned samples. The message names the row and the sample.
+    ValueError: the row differs from the plan. The message names the row and the sample.
   """
   row, placements = loader[number], loader.plan.row(number)
   try:
@@ -160,7 +160,7 @@ def view_sample(sample: RowSample, origin: Origin, vocab: VocabLayout, length: i
   """Checks a sample against its documents and splits it into parts.
 
   Raises:
-    ValueError: the sample does not have its documents (`row_parts.check_sample`,
+    ValueError: the sample differs from its documents (see `row_parts.check_sample` and
       `instruction_check.check_instruction`).
   """
   documents, missing, target = origin.documents, 0, None

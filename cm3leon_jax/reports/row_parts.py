@@ -65,7 +65,7 @@ def split_row(
 ) -> list[RowSample]:
   """Cuts a row into its samples by its segment ids.
 
-  `row` has the arrays of `pipeline.FIELDS`, each [L]. `align_images` is as in `positions_of`.
+  `row` has the arrays of `pipeline.FIELDS`, each [L]. For `align_images`, see `positions_of`.
 
     inputs       </s> 7  8    </s> 9    <pad>
     targets      7    8  </s> 9    </s> <pad>
@@ -130,7 +130,7 @@ def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
     [tokens < vocab.num_special, vocab.is_image(tokens)], ["special", "image"], "text"
   )
   cuts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] == "special")) + 1
-  left: dict[int, int] = {}  # Span -> segment that it was taken from.
+  left: dict[int, int] = {}  # Span -> its original segment.
   parts, segment, span, moved = [], 0, NO_SPAN, False
   for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(tokens)]):
     token, place = int(tokens[start]), segment
@@ -150,7 +150,7 @@ def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[RowPart]:
 def restore(parts: list[RowPart]) -> list[list[RowPart]]:
   """Returns the text and image parts of each segment, with moved parts in their original places.
 
-  A segment of a dropped condition has no parts.
+  A segment that was dropped has no parts.
   """
   segments: list[list[RowPart]] = [[] for _ in range(1 + max(part.segment for part in parts))]
   moved: dict[int, list[RowPart]] = {}

@@ -37,7 +37,7 @@ HEADLINES = (
     "evaluation.text.unigram", "unigram model"),
   *NEIGHBORS,
 )
-# Headlines of runs whose config is derived from their data, such as `own`.
+# Headline figures of runs whose config is computed from their data, such as `own`.
 OWN_HEADLINES = (
   Headline(
     "PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
@@ -48,7 +48,7 @@ OWN_HEADLINES = (
 
 
 def lookup(summary: Any, path: str) -> Any:
-  """Returns the value at a dotted path, or None: lookup({"a": {"b": 1}}, "a.b") = 1."""
+  """Returns the value at a dotted path, or None if absent: lookup({"a": {"b": 1}}, "a.b") = 1."""
   value = summary
   for name in path.split("."):
     if not isinstance(value, dict) or name not in value:
@@ -60,7 +60,7 @@ def lookup(summary: Any, path: str) -> Any:
 def judge(summary: dict, headline: Headline) -> dict:
   """Compares a headline figure with its target.
 
-  A figure with an interval meets the target only if its whole interval does.
+  A figure with a confidence interval meets the target only if the whole interval meets it.
 
   Returns {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low,
   high and groups (`intervals.mean_interval`), or is None. `value` is None if the stage has not run.
@@ -88,14 +88,14 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 
 def headlines(summary: dict) -> list[Headline]:
-  """Returns the headlines of a run: figures of judged.json, then figures of its stages."""
+  """Returns the headline figures of a run: first those of judged.json, then those of its stages."""
   figures = summary.get(JUDGED, {}).items()
   own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f["target"]) for i, f in figures]
   return own + _of_stages(summary)
 
 
 def _of_stages(summary: dict) -> list[Headline]:
-  """Returns the headlines for the figures that the stages of a run measured."""
+  """Returns the headline figures that the stages of a run measure."""
   for name in worlds.MODULES:
     if found := world_lib.find(name).headlines(summary):
       return list(found)
@@ -105,17 +105,17 @@ def _of_stages(summary: dict) -> list[Headline]:
 def clip_scores(results: list[dict]) -> list[dict]:
   """Averages the CLIP scores of samples by guidance weight and number of retrieved documents.
 
-  Intervals resample concepts, because samples of one concept are similar. For samples without a
-  concept, they resample prompts.
+  Confidence intervals resample concepts, because samples of one concept are similar. For samples
+  without a concept, they resample prompts.
 
   Args:
     results: lines of results.jsonl with guidance, retrieve, clip_score and prompt. The concept and
       key of a held-out pair are "" or absent for a prompt from the user.
 
   Returns:
-    One dict per guidance weight and number of retrieved documents, sorted: guidance, retrieve,
-    samples (their number), standard_deviation (of the samples), and mean, low, high, groups,
-    effective_groups (`intervals.mean_interval`).
+    One dict per guidance weight and number of retrieved documents, sorted by both: guidance,
+    retrieve, samples (their number), standard_deviation (over the samples), and mean, low, high,
+    groups, effective_groups (see `intervals.mean_interval`).
   """
   columns: dict[tuple[float, int], list[dict]] = {}
   for result in results:
@@ -147,16 +147,16 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
 
 
 def _step_lines(metrics: list[dict]) -> list[dict]:
-  """Returns the lines that describe a step. The line of a skipped step may have no loss."""
+  """Returns the metrics lines that describe a step. The line of a skipped step may have no loss."""
   return [line for line in metrics if "loss" in line or line.get("skipped")]
 
 
 def restarts(metrics: list[dict]) -> list[dict]:
-  """Finds the restarts of a training. The first step after a restart lacks `tokens_per_second`.
+  """Finds the restarts in a training log: steps that lack `tokens_per_second`.
 
-  Returns one dict per restart: after_step, the last step before it, and next_step, the first step
-  after it. If logged steps had to be computed again, the dict also has replayed, the number of
-  these steps, and identical, the number of these steps whose loss is bitwise the same.
+  Returns one dict per restart: `after_step`, the last step before it, and `next_step`, the first
+  step after it. If steps that were already logged were computed again, the dict also has
+  `replayed`, their number, and `identical`, how many of them have bitwise the same loss as before.
   """
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
@@ -235,7 +235,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if log:
     train = summary.setdefault("train", {})
     train["log"] = log
-    if "train" in seconds:  # The stage records only the time since its last start.
+    if "train" in seconds:  # The stage itself records only the time since its last start.
       train["seconds"] = seconds["train"] = max(
         seconds["train"], log.get("wall_seconds", log["step_seconds"])
       )
@@ -267,13 +267,13 @@ def judged(workdir: epath.Path) -> dict[str, dict]:
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:
-  """Returns the stages of a run. Two of them apply only to a run with instructions."""
+  """Returns the stages of a run. The stages "instructions" and "grades" need instruction data."""
   tuned = (workdir / "instructions").exists()
   return [name for name in table.STAGES if tuned or name not in ("instructions", "grades")]
 
 
 def cost(summary: dict) -> dict | None:
-  """Returns the training cost of a run's decoder, or None if the decoder is not trained.
+  """Returns how long a run took to train its decoder, or None if the decoder is not trained.
 
   Returns:
     {"train_seconds": time of the stage `train`, "other_seconds": time of all earlier stages,

@@ -21,21 +21,21 @@ from cm3leon_jax.runs import stages, table
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"
-FILE_BYTES = 16 * 2**20  # Size of a file. A file is a shard in the sense of zarr.
+FILE_BYTES = 16 * 2**20  # Size of a file, which zarr calls a shard.
 READ_BYTES = 16 * 2**10  # Size of a chunk in a file. Reading a row reads its whole chunk.
-DIGEST_BYTES = 2**28  # Size of the block of rows that is digested at a time.
+DIGEST_BYTES = 2**28  # Size of the blocks of rows whose digest is computed.
 
 
 class ArrayStore:
-  """Array of rows on disk. `len`, slices and index arrays read only committed rows.
+  """Array of rows on disk. `len` and indexing use only committed rows.
 
-  Processes on any hosts may write disjoint rows. index.json records the number of committed rows,
-  so rows of a killed writer are never read. It also records a digest of the metadata of the array
-  and, if `commit` was called with `digest`, a digest of all rows.
+  Processes on different hosts can write disjoint rows at the same time. index.json records the
+  number of committed rows, so rows of a killed writer are never read. It also records a digest of
+  the metadata of the array and, if `commit` was called with `digest`, a digest of all rows.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens a store. Raises UserError if it is absent, damaged or has another schema version."""
+    """Opens a store. Raises UserError if it is absent or damaged, or has another schema version."""
     self.path = epath.Path(path)
     stages.check_files(self.path / INDEX)
     index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
@@ -83,7 +83,7 @@ class ArrayStore:
   def prepare(
     cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int
   ) -> bool:
-    """Resizes a store to `rows` rows. Keeps existing rows if their shape and dtype are the same.
+    """Resizes a store to `rows` rows. Keeps existing rows if they have this shape and dtype.
 
     Returns whether existing rows were kept. If they were not, all rows must be written again.
     """
@@ -109,7 +109,7 @@ class ArrayStore:
   def __getitem__(self, rows: slice | npt.ArrayLike) -> np.ndarray:
     """Reads the rows of a slice or of an array of indices in [0, n).
 
-    Raises UserError if a row is lost or damaged. The message names the first such rows.
+    Raises UserError if a row is missing or damaged. The message names the first rows that are.
     """
     if isinstance(rows, slice):
       rows = slice(*rows.indices(self._rows))
@@ -151,7 +151,7 @@ class ArrayStore:
     rows = np.asarray(rows)
     if rows.shape[1:] != self.shape[1:]:
       raise UserError(
-        f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
+        f"{self.path} has rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
         "be written."
       )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
@@ -188,14 +188,14 @@ def _spec(path: epath.Path) -> dict:
 
 
 def _digest_of_metadata(path: epath.Path) -> str:
-  """Returns the SHA-256 of the zarr metadata. Excludes the number of rows, which writers change."""
+  """Returns the SHA-256 of the zarr metadata without the number of rows, which writers change."""
   fields = read_json(path / METADATA)
   fields["shape"] = fields.get("shape", [])[1:]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of(blocks: Iterable[np.ndarray]) -> str:
-  """Returns the SHA-256 of rows, given in blocks."""
+  """Returns the SHA-256 of the rows of all blocks."""
   digest = hashlib.sha256()
   for block in blocks:
     digest.update(np.ascontiguousarray(block).tobytes())

@@ -1,4 +1,4 @@
-"""Writes embeddings of documents to disk, shard by shard, and reads rows of them."""
+"""Writes embeddings of documents to disk, shard by shard, and reads them."""
 
 # n documents, m documents of a shard, T tokens of a caption, E width of embeddings, including the
 # lexical part.
@@ -101,7 +101,7 @@ ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
 def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
-  """Copies the rows of the split `bank` in the files that `Retriever` reads, without indices."""
+  """Copies the split `bank` of the files that `Retriever` reads, except for the search indices."""
   folder, to = epath.Path(folder), epath.Path(to)
   bank = Embeddings(folder / "train")
   for name in ("documents", "groups", "keys"):
@@ -119,7 +119,7 @@ class EmbedJob:
   Attributes:
     folder: folder in which {split}/ has the arrays of `Embeddings`.
     dropout: share of caption tokens that are dropped from queries of the split `train`.
-    starts: split -> name of the shard -> row of its first pair.
+    starts: split -> name of a shard -> row of the first pair of this shard.
   """
 
   raw: str
@@ -153,7 +153,7 @@ class EmbedJob:
 def embed_pairs(
   clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int, lexical: Lexical
 ) -> dict[str, np.ndarray]:
-  """Computes the rows of `Embeddings` for m pairs. Embeddings are in float32."""
+  """Computes the rows of `Embeddings` for m pairs, in float32."""
   encode = clip.encode
   assert encode is not None
   chunks: dict[str, list[np.ndarray]]
@@ -203,7 +203,7 @@ def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarra
 
 
 def drop_words(text: str, share: float, key: str, seed: int) -> str:
-  """Drops words as `drop_tokens` drops ids, so that CLIP and the lexical part see the same text."""
+  """Drops words like `drop_tokens`, so that CLIP and the lexical part see the same text."""
   words = np.array(text.split(), object)
   return " ".join(drop_tokens(words, share, key, seed)) if len(words) else text
 
@@ -212,13 +212,13 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """Embeds new raw shards of all splits, and extends the arrays.
 
   Args:
-    job: job that embeds a shard. Its `starts` are replaced by rows from the raw folder.
+    job: job that embeds a shard. Its `starts` are replaced; they are computed from the raw folder.
     width: E.
-    inputs: identity of the CLIP model and of the words. If it changes, all shards are embedded
+    inputs: identifies the CLIP model and the word counts. If it changes, all shards are embedded
       again.
 
   Returns:
-    The config of each shard. It changes if the embeddings of the shard change.
+    The config of each shard, which changes whenever the embeddings of the shard change.
   """
   raw, folder = reader.shards(job.raw), epath.Path(job.folder)
   starts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
@@ -235,7 +235,8 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   configs = {}
   for name, shard in raw.items():
     # The first row of the split `bank` depends on the size of the split `train`. Only shards with
-    # pairs of the split `bank` record this row, so that other shards are not embedded again.
+    # pairs of the split `bank` record this row, so the remaining shards are not embedded again if
+    # it changes.
     splits = [split for split in SPLITS if split != "bank" or shard.get("bank_pairs")]
     first_rows = {split: starts[split][name] for split in splits}
     configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}
@@ -244,7 +245,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   if not kept:
     forget(done, configs)
   made = dict(run_shards(job, configs, done, runner, "embedding shards"))
-  digests = {name: made[name].get("digest") for name in configs}  # Digests of the written rows.
+  digests = {name: made[name].get("digest") for name in configs}  # Digest of each shard's rows.
   for split in set(FOLDERS.values()):
     own = sum(shard.get(f"{split}_pairs", 0) for shard in raw.values())
     write_json(folder / split / ROWS, {"first_bank": own, "digests": digests})

@@ -1,4 +1,4 @@
-"""Searches for maximum inner products, exactly or with ScaNN."""
+"""Finds the vectors with the largest inner products, exactly or with ScaNN."""
 
 # n vectors in the index, q queries, m results of a search, E width of a vector, k best results.
 
@@ -33,7 +33,7 @@ ASSETS = "scann_assets.pbtxt"  # File of a ScaNN index that lists its other file
 
 
 class ExactIndex:
-  """Exact search in JAX. Vectors are sharded over devices, and query batches have one shape."""
+  """Exact search in JAX. Vectors are sharded over devices. All query batches have one shape."""
 
   backend = "exact"
 
@@ -158,7 +158,7 @@ class ScannIndex:
     folder = epath.Path(folder)
     stages.check_files(folder)
     if not (folder / ASSETS).exists():
-      raise UserError(f"{folder} holds no index: run `cm3leon build_neighbors` again.")
+      raise UserError(f"{folder} contains no index: run `cm3leon build_neighbors` again.")
     if "://" not in str(folder):
       return cls(_scann().load_searcher(str(folder.resolve())), count)
     with tempfile.TemporaryDirectory() as local:

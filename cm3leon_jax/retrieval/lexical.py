@@ -1,6 +1,6 @@
-"""Appends vectors of words to CLIP embeddings of captions, for hybrid search.
+"""Appends vectors of words to CLIP embeddings of captions for hybrid search.
 
-Hybrid search compares both CLIP embeddings (dense) and words (lexical).
+Hybrid search compares CLIP embeddings (dense) and also words (lexical).
 """
 
 # m texts, E width of CLIP embeddings, X width of the lexical part.
@@ -26,8 +26,8 @@ from cm3leon_jax.runs import stages
 
 SCHEMA_VERSION = 1
 FILE = "words.json"
-WORD = re.compile(r"[^\W_]+")  # Letters and digits of any script.
-BUCKETS = 2**18  # Hash buckets for counts. Words in the same hash bucket share a frequency.
+WORD = re.compile(r"[^\W_]+")  # A sequence of letters and digits of any script.
+BUCKETS = 2**18  # Number of hash buckets for counts. Words in one hash bucket share a frequency.
 CACHED_WORDS = 2**16
 
 
@@ -59,7 +59,7 @@ def signs(word: str, width: int) -> np.ndarray:
 
 
 def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
-  """Computes positive float64 weights of words that occur in `counts` of N documents.
+  """Computes positive float64 weights of words. `counts`: how many of N documents have a word.
 
   The weight is the inverse document frequency of BM25 (Robertson and Zaragoza 2009). As in Lucene,
   1 is added in the logarithm: ln(1 + (N - count + .5) / (count + .5)).
@@ -74,7 +74,7 @@ class Lexical:
   """Appends word vectors (the lexical part) to CLIP embeddings. By default, appends nothing.
 
   Attributes:
-    weight: w, weight of the lexical part in the cosine of a caption and a document, in [0, 1).
+    weight: w in [0, 1), weight of the lexical part in the cosine of a caption and a document.
     width: X.
     idf: [BUCKETS] float64, see `inverse_frequencies`.
   """
@@ -173,11 +173,11 @@ def count_words(
 ) -> dict[str, str]:
   """Counts how many captions of the bank have each word, and writes the counts for `load`.
 
-  Counts of finished shards are kept. Counts of added shards change the weights of all words.
+  Counts of finished shards are reused. Shards that are added change the weights of all words.
 
   Args:
-    folder: folder of the bank. `FILE`, words/ (the counts of each shard) and done/words/ are
-      written there.
+    folder: folder of the bank, where `FILE`, words/ (the counts of each shard) and done/words/ are
+      written.
     weight: see `Lexical`. If it is 0, nothing is counted and `FILE` is deleted.
     width: X.
 

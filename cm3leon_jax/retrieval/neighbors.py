@@ -28,9 +28,9 @@ from cm3leon_jax.runs import stages
 from cm3leon_jax.vocab import VocabLayout
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
-# Split -> arrays of the results. The arrays text_* have neighbors that the caption alone found.
+# Split -> arrays of the results. The arrays text_* are of searches with the caption only.
 RESULTS = {"train": ("ids", "scores"), "heldout": ("ids", "scores", "text_ids", "text_scores")}
-QUERY_SHARE = 20  # A shard of the search has index_rows / QUERY_SHARE documents as queries.
+QUERY_SHARE = 20  # A search shard has index_rows / QUERY_SHARE queries.
 READ_ROWS = 2**16  # Number of rows that `validate_neighbors` reads at a time.
 SELECT_BATCH = 1_024  # Number of documents whose candidates are in memory at a time.
 
@@ -44,9 +44,9 @@ def select_neighbors(
   max_similarity: float,
   min_similarity: float = -1.0,
 ) -> tuple[list[int], collections.Counter[str]]:
-  """Takes candidates from the sides in turn, best first, and keeps those that no rule rejects.
+  """Takes candidates from the sides alternately, best first, and keeps those that no rule rejects.
 
-    text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
+    text side [5 3 8], image side [3 9 8]; 5 is in the query's group; 9 and 3 are too similar
     result = [3 8]: 3 from the text side, because 5 is forbidden; then 8 from the image side,
     because 3 is already kept and 9 is too similar to 3
 
@@ -55,12 +55,12 @@ def select_neighbors(
     vectors: [n, E] document embeddings of norm 1. A candidate is the index of a row of `vectors`.
     query: [E] embedding of norm 1.
     forbidden: returns whether a candidate is the query itself or in its group.
-    max_similarity: largest cosine of a candidate to the query, and of two kept candidates.
-    min_similarity: smallest cosine of a candidate to the query.
+    max_similarity: largest cosine of a candidate and the query, and of two kept candidates.
+    min_similarity: smallest cosine of a candidate and the query.
 
   Returns:
-    The kept candidates in the order in which they were kept, and a Counter of rejections by
-    `REASONS`.
+    The kept candidates, in the order in which they were kept, and a Counter of rejected candidates
+    by reason (`REASONS`).
   """
   kept: list[int] = []
   rejected: collections.Counter[str] = collections.Counter()
@@ -82,7 +82,7 @@ def select_neighbors(
 
 
 class Retriever:
-  """Searches the bank of a finished stage for neighbors of documents or of captions."""
+  """Finds neighbors of documents or captions in the bank of a finished stage."""
 
   def __init__(self, folder: epath.PathLike, config: RetrievalConfig, **options: int):
     """Opens the bank. `options` are for `BlockIndex`. Raises UserError if the bank is absent."""
@@ -96,7 +96,7 @@ class Retriever:
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
 
   def __len__(self) -> int:
-    """Returns the number of documents that can be found."""
+    """Returns the number of documents that can be retrieved."""
     return len(self.bank) - self.first
 
   def search(self, queries: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ class Retriever:
     Returns:
       - ids of documents in the bank, [q, C] int32, padded with -1
       - cosines of these documents to `documents`, [q, C] float32, padded with 0
-      - a Counter of rejections by `REASONS`
+      - a Counter of rejected candidates by reason (`REASONS`)
     """
     counts: collections.Counter[str] = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
@@ -152,7 +152,7 @@ class Retriever:
   def retrieve(
     self, queries: np.ndarray, count: int | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Selects neighbors for captions, as at inference. Captions have no image and no group.
+    """Selects neighbors for captions without image and group, as at inference.
 
     Args:
       queries: [q, E] text embeddings of norm 1, with the lexical part.
@@ -187,7 +187,7 @@ class _IndexJob:
 class _SearchJob:
   """Job of `shards.run_shards` that finds the neighbors of blocks of documents.
 
-  `blocks` maps the name of a block to its split, its first row and the row after its last row.
+  `blocks` maps the name of a block to its split, its first row, and the row after its last row.
   """
 
   folder: str
@@ -228,8 +228,8 @@ def build_neighbors(
 
   The bank has the splits `train` and `bank`. Writes {split}/ (see `bank.Embeddings`), index/, and
   {split}_pairs/ (ids and scores, see `load_neighbors`) into `job.folder`. Finished work on the same
-  pairs is kept. `width` is the embedding width of the CLIP model. `inputs` is the identity of the
-  CLIP model. Returns the figures for the report.
+  pairs is reused. `width` is the embedding width of the CLIP model, which `inputs` identifies.
+  Returns the figures for the report.
   """
   start, folder = time.monotonic(), epath.Path(job.folder)
   words = config.lexical_weight, config.lexical_width
@@ -327,9 +327,9 @@ def load_neighbors(
 
   Args:
     name: "train_pairs" or "heldout_pairs".
-    text_only: whether to read the neighbors that were found by caption only. They exist only for
-      held-out pairs.
-    array: "ids" or "scores".
+    text_only: whether to read the neighbors that were searched with the caption only, without the
+      image. They exist only for held-out pairs.
+    array: "ids" or "scores", the similarities.
     bank: number of documents in the bank, to check the ids. None skips the check.
 
   Raises:
@@ -348,7 +348,7 @@ def load_neighbors(
 
 
 def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
-  """Raises UserError if one of the ids [n, C] is neither in the bank nor -1. Names the row."""
+  """Raises UserError, with the row, if one of the ids [n, C] is neither -1 nor in the bank."""
   rows, places = np.nonzero((ids < -1) | (ids >= bank))
   if len(rows):
     row = int(rows[0])

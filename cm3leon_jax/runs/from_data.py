@@ -17,13 +17,13 @@ CHARACTERS = 4  # Characters per token, approximately.
 # Largest text vocabulary. A decoder that trains for minutes cannot learn more tokens.
 MOST_TEXT_TOKENS = 2_048
 MOST_TEXT_SHARE = 0.15
-FIXED_SECONDS = 200  # Seconds that a run takes besides training steps, on two cores.
+FIXED_SECONDS = 200  # Seconds, on two cores, of everything in a run that is not a training step.
 SECONDS_PER_PAIR = 0.02
 # For each stage that trains: its share of the remaining time, and its seconds per step at
 # `RESOLUTION` on two cores.
 TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
 RESOLUTION = 48
-PATCH = 6  # Side length, in pixels, of the square that a code stands for.
+PATCH = 6  # Side length, in pixels, of the square that a code represents.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
 OTHERS = ("model.vocab_size",)  # Fields that are computed from other fields, not from the data.
@@ -54,7 +54,7 @@ UNKNOWN = Counts(RESOLUTION, 1_000, 0, 0, 50_000, 0, MOST_TEXT_TOKENS)
 
 
 def missing(config: ml_collections.ConfigDict) -> list[str]:
-  """Returns the fields that are None and follow from the data: ["vocab.text_size", ...]."""
+  """Returns the fields that are None and are computed from the data: ["vocab.text_size", ...]."""
   names = [
     f"{section}.{field}"
     for section, fields in config.items()
@@ -66,7 +66,7 @@ def missing(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def values(counts: Counts, minutes: float) -> dict[str, int | float]:
-  """Computes all fields that can follow from the data.
+  """Computes all fields that can be computed from the data.
 
   values(Counts(48, 264, 0, 0, 7_360, 0, 358), 15.0)
   {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
@@ -80,7 +80,8 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, max(2, pairs))}
   seconds = max(0.0, 60 * minutes - FIXED_SECONDS - SECONDS_PER_PAIR * counts.pairs)
   for section, (share, step) in TRAININGS.items():
-    # The cost of a decoder step does not depend on the resolution: rows have a fixed length.
+    # The cost of a decoder step does not depend on the resolution, because rows have a fixed
+    # length.
     pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2
     steps = share * seconds / (step * pixels)
     result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
@@ -88,13 +89,13 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
 
 
 def intervals(steps: int) -> dict[str, int]:
-  """Returns after how many steps a training of `steps` steps saves, evaluates and samples."""
+  """Returns every how many steps a training of `steps` steps saves, evaluates and samples."""
   every = {"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)}
   return {"checkpoint_every": min(400, max(5, steps // 12)), **every}
 
 
 def _text_share(counts: Counts) -> float:
-  """Returns the share of texts among the tokens, at most `MOST_TEXT_SHARE`; 0.0 without texts."""
+  """Returns the share of text tokens in training, at most `MOST_TEXT_SHARE`; 0.0 without texts."""
   if not counts.texts or not counts.heldout_texts:
     return 0.0
   codes = (counts.resolution // PATCH) ** 2
@@ -106,29 +107,31 @@ def _text_share(counts: Counts) -> float:
 def complete(
   config: ml_collections.ConfigDict, workdir: epath.PathLike | None, prepares: bool = False
 ) -> ml_collections.ConfigDict:
-  """Replaces the fields that are None by values that follow from the data.
+  """Replaces the fields that are None by values that are computed from the data.
 
   Args:
-    config: config of a run. Fields that are not None do not change.
-    prepares: whether the command prepares the data. Such a command reads none of these fields, so
-      it gets placeholder values until the data is prepared.
+    config: config of a run. Fields that are not None stay unchanged.
+    prepares: whether the command prepares the data. A command that prepares the data reads none of
+      these fields, so it gets placeholder values until the data is prepared.
 
   Raises:
-    UserError: the data is not prepared or was prepared with another config, or a field is None
-      that does not follow from the data.
+    UserError: the data is not prepared or was prepared with another config, or a field is None that
+      is not computed from the data.
   """
   if not (names := missing(config)):
     return config
   found = values(_counts(workdir, names, prepares), config.train.minutes)
   if wrong := [name for name in names if name not in found]:
-    raise UserError(f"config.{wrong[0]} is None; only {', '.join(found)} follow from the data.")
+    raise UserError(
+      f"config.{wrong[0]} is None; only {', '.join(found)} are computed from the data."
+    )
   made = ml_collections.ConfigDict(config.to_dict())
   made.update_from_flattened_dict({name: found[name] for name in names})
   return made
 
 
 def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) -> Counts:
-  """Reads the counts of the prepared data. Raises UserError as `complete` does."""
+  """Reads the counts of the prepared data. Raises UserError in the same cases as `complete`."""
   path = epath.Path(workdir or ".") / "raw" / "done.json"
   if workdir is not None and path.exists():
     summary = read_json(path, {"summary": dict})["summary"]
@@ -141,6 +144,6 @@ def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) ->
   if prepares:
     return UNKNOWN
   raise UserError(
-    f"config.{names[0]} follows from the data: run `cm3leon prepare_data` with the same "
+    f"config.{names[0]} is computed from the data: run `cm3leon prepare_data` with the same "
     "--config and --workdir first."
   )

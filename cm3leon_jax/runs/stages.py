@@ -32,8 +32,8 @@ DONE = "done.json"
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
   """Returns `name: old -> new` for every leaf that differs between two nested dicts.
 
-  A field that was added to the code later is absent from `old`. Such a field does not count as
-  different if it is off in `new`: 0, False or empty. Fields in `REMOVED_FIELDS` never count.
+  A field that did not exist when `old` was written is not a difference if it is off in `new`: 0,
+  False or empty. Fields in `REMOVED_FIELDS` are never a difference.
   """
   changed = []
   for key in sorted({*old, *new}):
@@ -51,10 +51,10 @@ def check_same_config(
   config: dict,
   remedy: str = "use another --workdir, or delete that folder to start again",
 ) -> None:
-  """Raises UserError if the run in `path` has another config. The message lists the fields."""
+  """Raises UserError if the run in `path` has another config. Lists the fields that differ."""
   changed = differences(stored, plain(config))
   if changed:
-    raise UserError(f"{path} holds the run of another config ({'; '.join(changed[:4])}): {remedy}.")
+    raise UserError(f"{path} was made with another config ({'; '.join(changed[:4])}): {remedy}.")
 
 
 def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
@@ -76,7 +76,7 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
-  """Describes the files in `folder` that match glob patterns: name -> `digests.describe`."""
+  """Returns name -> `digests.describe` for the files in `folder` that match glob patterns."""
   folder = epath.Path(folder)
   paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
   return {path.relative_to(folder).as_posix(): describe(path) for path in paths}
@@ -101,11 +101,11 @@ def _check_id(folder: epath.Path, about: dict) -> None:
   digest, ids = hashlib.sha256(), []
   for described in files.values():
     digest.update(described["sha256"].encode())
-    # The digest equals `id_of` of the files so far. Varying files are last and do not change the
-    # id, but done.json does not record how many files vary.
+    # This is `id_of` of the files so far. Varying files are last and do not change the id, but
+    # done.json does not record how many there are.
     ids.append(digest.hexdigest()[:16])
   if about.get("id") not in (ids if stage.varying else ids[-1:]):
-    raise UserError(_damaged(folder, ": its id does not match the files that it describes"))
+    raise UserError(_damaged(folder, " (its id does not match the files that it describes)"))
 
 
 def _damaged(folder: epath.Path, why: str = "") -> str:
@@ -115,8 +115,8 @@ def _damaged(folder: epath.Path, why: str = "") -> str:
 def check_files(path: epath.PathLike) -> None:
   """Compares a file, or all files in a folder, with their digests in the stage's done.json.
 
-  Files that done.json does not describe pass. done.json is absent while the stage runs, and has no
-  digests if an earlier version wrote it.
+  Ignores files that done.json does not describe. done.json is absent while the stage runs, and has
+  no digests if an earlier version wrote it.
 
   Raises:
     UserError: a file is missing or damaged.
@@ -145,7 +145,7 @@ def _are_descriptions(files: object) -> bool:
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
-  """Returns the instruction for the user to replace a damaged file of the stage in `folder`."""
+  """Returns how to replace a damaged file of the stage in `folder`, for a message."""
   command = f"`cm3leon {command_of(folder)}`" if folder.name in STAGES else "its stage"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 
@@ -176,8 +176,8 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
   """Returns the ids of finished stages.
 
   Raises:
-    UserError: a stage is not finished. If `names` contains "train", also if the workdir does not
-      exist or the config has another model or vocabulary.
+    UserError: a stage is not finished. Only for the stage "train": the workdir does not exist, or
+      was made with another model or vocabulary than the config's.
   """
   if "train" in names and not epath.Path(workdir).exists():
     raise UserError(f"there is no folder {workdir}: name the folder of a run with --workdir.")
@@ -196,7 +196,7 @@ def ids(settings: Settings, workdir: epath.PathLike, names: Collection[str]) -> 
 
 
 def inputs(settings: Settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
-  """Returns the ids of all stages that a stage reads. Raises UserError as `ids` does."""
+  """Returns the ids of all stages that a stage reads. For errors, see `ids`."""
   return ids(settings, workdir, reads_of(settings, name))
 
 
@@ -208,7 +208,8 @@ def run_config(
 ) -> dict:
   """Returns everything that the result of a stage depends on.
 
-  The result has the stage's parts of the config and, under "inputs", the ids of what it reads.
+  The dict has the parts of the config that the stage uses and, under "inputs", the ids of its
+  inputs.
   """
   read = {**inputs(settings, workdir, name), **(more_inputs or {})}
   return {**identity(settings, name), "inputs": read}
@@ -220,9 +221,9 @@ def stage(
   settings: Settings,
   more_inputs: Mapping[str, str] | None = None,
 ) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
-  """Runs the body unless the stage `name` of `table.STAGES` is finished, see `once`.
+  """Runs the body unless the stage `name` of `table.STAGES` is finished; see `once`.
 
-  `more_inputs` has digests of other data that the stage reads, besides other stages.
+  `more_inputs` has digests of data that the stage reads in addition to other stages.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
@@ -259,7 +260,7 @@ def once(
       Either all processes run the body, or none.
     together: creates the context in which all processes of a job read done.json, so that all of
       them have read the file before one process deletes it.
-    files: see `table.Stage`. Without such files, the stage gets a new id each time it runs.
+    files: see `table.Stage`. Without files, the stage gets a new id each time it runs.
     varying: see `table.Stage`.
 
   Raises:
@@ -277,7 +278,7 @@ def once(
     yield None
     return
   if writes:
-    done.unlink(missing_ok=True)  # The result is incomplete until the body ends.
+    done.unlink(missing_ok=True)  # A stage is unfinished until its body ends.
     folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   summary: dict = {}
@@ -310,7 +311,7 @@ def _not_finite(summary: dict, where: str = "") -> list[str]:
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
-  """Returns whether a finished stage had these inputs. Raises UserError for another config."""
+  """Returns whether a finished stage ran with these inputs. Raises UserError for another config."""
   stored = read_json(folder / DONE, {"config": dict})["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})

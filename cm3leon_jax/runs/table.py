@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage, a row of `STAGES`.
+  """One stage of a run.
 
   Attributes:
-    reads: stages whose results this stage reads. When one of them has run again, this stage must
-      run again, too.
+    reads: stages whose results this stage reads. If one of them runs again, this stage must also
+      run again.
     same: parts of the config that two runs must share to count as the same run: "seed", a section,
       or `section.field`.
     embeds: whether the stage embeds with CLIP. If so, it also reads the stages of `own_clip`.
     files: glob patterns of the files in its folder that other stages open. done.json describes
       these files. Shards and arrays are many files, so their index.json has the digests.
-    varying: glob patterns of files whose content differs each time they are made, even from the
-      same inputs. done.json describes them, too, but they do not change the id.
-    instead: for a stage that trains on one host, what a pod uses in its place.
+    varying: glob patterns of files whose content differs each time they are written, even from the
+      same inputs. done.json also describes them, but they do not change the id.
+    instead: for a stage that can only run on one host, what to use in its place on several hosts.
   """
 
   command: str
@@ -117,7 +117,7 @@ FREE = frozenset(
   {
     "raw.num_threads",
     "raw.max_rejected",
-    "scenes.train",  # A changed number of scenes changes the source parts, an input of `raw`.
+    "scenes.train",  # Determines the parts of the source, an input of `raw`.
     "scenes.heldout",
     "text_tokenizer.max_caption_tokens",
     "vqgan.steps",
@@ -165,7 +165,7 @@ def own_clip(settings: Settings) -> tuple[str, ...]:
 
 
 def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
-  """Returns the stages whose results a stage reads under this config."""
+  """Returns the stages whose results a stage reads with this config."""
   reads = STAGES[name].reads
   if name == "train" and settings.instructions.any:
     reads = ("instructions", *(reads if settings.instructions.replay_share else ()))
@@ -173,7 +173,7 @@ def reads_of(settings: Settings, name: str) -> tuple[str, ...]:
 
 
 def order(settings: Settings, given: bool) -> list[str]:
-  """Returns the stages of a whole run under this config, in the order in which they run.
+  """Returns the stages of a whole run with this config, in the order in which they run.
 
   With `given`, tokenizers and CLIP are copied from another run, so that no stage trains them.
   """

@@ -20,7 +20,7 @@ PLURALS = {
   "trophy": "trophies",
   "wrench": "wrenches",
 }
-PLURAL_WORDS = ("cherries", "glasses", "scissors")  # Each names one object, without an article.
+PLURAL_WORDS = ("cherries", "glasses", "scissors")  # Plurals that name one object, without article.
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
   "left of": ("left of", "to the left of"),
@@ -124,7 +124,7 @@ def _one(placed: Placed, color: str, template: str) -> Description:
 
 
 def _count(scene: Scene, rng: random.Random) -> Description:
-  """Describes the number of equal objects. Half of the captions also name the color."""
+  """Describes how many equal objects there are. Half of the captions also name the color."""
   placed, number = scene.objects[0], len(scene.objects)
   color = placed.color if rng.random() < 0.5 else ""
   words = [NUMBERS[number], *([color] if color else []), plural(placed.object)]
@@ -134,7 +134,7 @@ def _count(scene: Scene, rng: random.Random) -> Description:
 
 
 def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> Description:
-  """Describes two objects. A caption of `position` states where `first` is relative to `second`."""
+  """Describes two objects and, for `position`, where `first` is relative to `second`."""
   colored = category == "color_attr" or (category == "position" and rng.random() < 0.5)
   words, claims = [], []
   for placed in (first, second):

@@ -14,13 +14,13 @@ from cm3leon_jax.scenes.world import ICONS, PLACES, Placed, Scene
 
 # H height, W width of an image.
 
-CELL = 24  # Side of the square of a place, in pixels. The icons are designed for this size.
+CELL = 24  # Side length of a place, in pixels. The icons are designed for this size.
 SIDE = 2 * CELL
 
 
 @functools.cache
 def _font() -> tuple[Any, ImageFont.FreeTypeFont]:
-  """Loads the glyphs by name, and the icon font. Reports and exports of other data need neither."""
+  """Loads the icon font and its glyphs, by name, on first use: some commands need neither."""
   try:
     from fonticon_mdi7 import MDI7
   except ImportError as error:
@@ -64,7 +64,7 @@ def ink(icon: str, style: Style = "filled") -> np.ndarray:
 
 
 def outline(filled: np.ndarray) -> np.ndarray:
-  """Keeps only the edges of ink, [H, W] uint8, see `ink`. Outside of the array, there is no ink."""
+  """Keeps only the edges of ink, [H, W] uint8 (see `ink`). Outside the array, there is no ink."""
   cross = ndimage.generate_binary_structure(2, 1)
   return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
 

@@ -3,7 +3,7 @@
 The facts of an edit are clauses in the layout of `facts.check` (docs/scenes.md):
 
 - `include`: everything that the result shows.
-- `changed`: what must hold for the objects that the instruction names.
+- `changed`: what must be true of the objects that the instruction names.
 - `touched`: the names of these objects.
 - `kept`: facts that the instruction does not touch, each with some of `class`, `color`, `place`.
 
@@ -51,7 +51,7 @@ _WHERE = ("at the {place}", "in the {place} corner")
 
 @dataclasses.dataclass(frozen=True)
 class SceneEdit:
-  """Instruction, the scene that it asks for, and the facts that a judge checks."""
+  """Instruction, the scene that it requests, and the facts that a judge checks."""
 
   instruction: str
   target: Scene

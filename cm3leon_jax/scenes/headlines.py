@@ -1,10 +1,11 @@
-"""Defines the headlines of runs with judged scenes or judged answers to instructions."""
+"""Defines the headline figures of runs with judged scenes or graded answers to instructions."""
 
 from typing import Any
 
 from cm3leon_jax.evaluation.headlines import NEIGHBORS, RETRIEVAL, Headline
 
-# Headlines of runs with judged scenes. Shares of samples are measured at the best guidance weight.
+# Headline figures of runs with judged scenes. Shares of samples are those at the best guidance
+# weight.
 SCENE_HEADLINES = (
   Headline("Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
   Headline(
@@ -30,7 +31,7 @@ SCENE_HEADLINES = (
   *RETRIEVAL,
   *NEIGHBORS,
 )
-# Headlines of runs with graded answers to instructions over scenes.
+# Headline figures of runs with graded answers to instructions about scenes.
 TUNED_HEADLINES = (
   Headline(
     "Answers right, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8
@@ -46,11 +47,11 @@ TUNED_HEADLINES = (
 
 
 def headlines(summary: dict[str, Any]) -> tuple[Headline, ...]:
-  """Returns the headlines of a run, see `evaluation.world.World`."""
+  """Returns the headline figures of a run; see `evaluation.world.World`."""
   if "grades" in summary and "evaluation" not in summary:
     return TUNED_HEADLINES
   scenes = summary.get("evaluation", {}).get("scenes")
   if scenes is None and "reconstructed_scenes_right" not in summary.get("vqgan", {}):
     return ()
-  compared = scenes is None or "gain" in scenes  # A run may sample at only one guidance weight.
+  compared = scenes is None or "gain" in scenes  # With one guidance weight, there is no gain.
   return tuple(line for line in SCENE_HEADLINES if compared or ".gain." not in line.path)

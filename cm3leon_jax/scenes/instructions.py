@@ -1,8 +1,8 @@
-"""Makes instruction data about scenes. The right answers are known exactly.
+"""Makes instruction data about scenes. The correct answers are known exactly.
 
 A record depends only on the config, its task, its split and its index, so any number of records can
-be made in any order. Before an edit, held-out records show held-out scenes. Training records show
-training scenes before and after an edit, so an edit with a held-out result is dropped.
+be made in any order. In held-out records, the scene before an edit is a held-out scene. Training
+records show training scenes before and after an edit, so an edit with a held-out result is dropped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], SceneEdit | None
   "add": edits.add,
 }
 TASKS = (*CAPTIONED, *QUESTIONS, *EDITS)
-TEXT_TASKS = ("describe", *QUESTIONS)  # Answers are texts. In other tasks, they are images.
+TEXT_TASKS = ("describe", *QUESTIONS)  # Tasks whose answers are texts, not images.
 
 HIDDEN = 128  # Pixel value of a hidden half. No object has this color.
 HALVES = {
@@ -46,12 +46,12 @@ HALVES = {
   "right": (CELL, 0, SIDE, SIDE),
   "top": (0, 0, SIDE, CELL),
   "bottom": (0, CELL, SIDE, SIDE),
-}  # Boxes as `infill_image` takes them: left, top, right, bottom in pixels.
+}  # Boxes, as in `infill_image`: left, top, right, bottom in pixels.
 RARE_SHARE = 0.15  # Share of questions whose scene has a rare object as its only object.
 # Share of training edits whose scenes have rare objects. There are too many rare objects to
 # memorize, so a model must copy them from the input image to keep or move them.
 RARE_EDITS = 0.5
-TRIES = 10_000  # Largest number of scenes that are drawn for a record. Then an error is raised.
+TRIES = 10_000  # Number of scenes that are drawn for a record before an error is raised.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,9 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
   adds `kept`, and `box`: the box of the hidden half, in the form that `infill_image` takes.
 
   Args:
-    config: Questions and edits draw other scenes than the source `scenes`. They read only
-      `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`, `rare_objects`.
+    config: questions and edits draw their own scenes, not those of the source `scenes`. For their
+      scenes, only `objects`, `colors`, `style`, `seed` and, if `categories` has `rare`,
+      `rare_objects` are read.
     task: one of TASKS.
     split: "train" or "heldout".
 
@@ -111,22 +112,22 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
 
 
 def may_be_trained(scene: Scene) -> bool:
-  """Returns whether training may show a scene. A rare object must be its only object."""
+  """Returns whether training may show a scene. A rare object must be alone in its scene."""
   return (len(scene.objects) == 1 or not _rare(scene)) and (world.split_of_scene(scene) == "train")
 
 
 def may_be_edited(scene: Scene) -> bool:
   """Returns whether a training edit may show a scene.
 
-  A scene without rare objects must satisfy `may_be_trained`. In other scenes, rare objects may have
-  any color and place and may be next to other objects. But these scenes must not show a held-out
-  rare object, a common object in its held-out color, or a held-out pair of common objects.
+  A scene without rare objects must satisfy `may_be_trained`. In a scene with rare objects, these
+  may have any color and place and may be next to other objects. But the scene must not show a
+  held-out rare object, a common object in its held-out color, or a held-out pair of common objects.
   """
   rare = _rare(scene)
   if not rare or any(map(world.is_heldout_rare, rare)):
     return may_be_trained(scene)
   common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
-  # The reasons "bank" and "scene" are about complete scenes, but `common` is only part of a scene.
+  # "bank" and "scene" hold out only complete scenes, but `common` is a part of a scene.
   return world.split_of_scene(common) in ("train", "bank", "scene")
 
 
@@ -194,7 +195,7 @@ def hide(image: np.ndarray, hidden: Sequence[int]) -> np.ndarray:
 def _question(
   config: ScenesConfig, task: str, split: Split, index: int, rng: random.Random
 ) -> Record:
-  """Makes a record of a question. The counts 1 to 4 are equally frequent. So are yes and no."""
+  """Makes a record of a question. The counts 1 to 4 are equally frequent, and so are yes and no."""
   number = _in_turn((1, 2, 3, 4), config, task, split, index)
   shown = _in_turn((True, False), config, task, split, index)
   for _ in range(TRIES):
@@ -257,7 +258,7 @@ def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng: random
 
 
 def _all_facts(task: str, scene: Scene, shown: Scene, include: list[dict]) -> dict:
-  """Returns facts of `shown`, as in a document. The field `heldout` is the reason for `scene`."""
+  """Returns the facts of `shown`. Their field `heldout` says why `scene` is held out."""
   split = world.split_of_scene(scene)
   kind = split if split in KINDS else ""
   return source.facts_of(task, kind, shown, Description("", include, []))

@@ -1,6 +1,6 @@
-"""Asks questions about scenes. The right answers are known exactly.
+"""Asks questions about scenes. The correct answers are known exactly.
 
-The functions return None instead of a question that has several right answers or none.
+The functions return None if a question would have several correct answers or none.
 """
 
 from collections import Counter
@@ -61,7 +61,7 @@ def named(name: str, number: int) -> str:
 
 
 def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | None:
-  """Asks for the count of a common object that the scene shows `number` times.
+  """Asks for the count of a common object whose count in the scene is `number`.
 
   "How many stars are there?" -> "two". Returns None if no common object has this count.
   """
@@ -73,9 +73,9 @@ def ask_count(scene: Scene, number: int, rng: random.Random) -> SceneQuestion | 
 
 
 def ask_color(scene: Scene, rng: random.Random) -> SceneQuestion | None:
-  """Asks for the color of an object whose name occurs in only one color.
+  """Asks for the color of an object; all objects with its name have this color.
 
-  "What color is the bell?" -> "red". Returns None if every name occurs in several colors.
+  "What color is the bell?" -> "red". Returns None if the objects of every name have several colors.
   """
   colors: dict[str, set[str]] = {}
   for placed in scene.objects:
@@ -99,9 +99,9 @@ def ask_exists(scene: Scene, name: str, rng: random.Random) -> SceneQuestion:
 
 
 def may_be_absent(scene: Scene, name: str) -> bool:
-  """Returns whether training may ask if a scene shows an object that it does not show.
+  """Returns whether training may ask "Is there a NAME?" about a scene without this object.
 
-  Training must not ask if the object and a shown object are a held-out pair. In training, the
+  Training must not ask this if the object and a shown object are a held-out pair: in training, the
   answer would always be "no", but in held-out scenes with both objects, it is "yes".
   """
   shown = counts_of(scene)
@@ -111,7 +111,7 @@ def may_be_absent(scene: Scene, name: str) -> bool:
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> SceneQuestion | None:
-  """Asks for the only object on one side of an object whose name is unique.
+  """Asks for the only object on one side of another object, whose name is unique in the scene.
 
   "What is left of the key?" -> "bell". A diagonally placed object is on two sides, e.g. left of the
   key and above it. Returns None if no side of a uniquely named object has exactly one object.

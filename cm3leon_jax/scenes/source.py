@@ -30,7 +30,7 @@ SOURCE = "https://pictogrammers.com/library/mdi"
 LICENSE = "Apache-2.0"
 ATTRIBUTION = "Pictogrammers, Material Design Icons 7"
 SHOWN = 20  # Number of leaked scenes that the report names.
-PART_RECORDS = 2_000  # Number of records per part. A part becomes a raw shard.
+PART_RECORDS = 2_000  # Number of records per part. Each part becomes a raw shard.
 
 
 def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
@@ -44,8 +44,8 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category = "colors" if scene.objects[0].object in COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
-  # In the bank, captions have only one wording, so captions of an object differ only in color and
-  # place.
+  # In the bank, all captions have the same wording, so captions of one object differ only in color
+  # and place.
   description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
   key = scene.facts_key
   return RawPair(
@@ -73,7 +73,7 @@ def _train_scene(config: ScenesConfig, rng: random.Random) -> tuple[str, Scene]:
 
 
 def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
-  """Chooses category, kind and scene of a held-out record. Indices cycle through all of them."""
+  """Chooses category, reason and scene of a held-out record. The indices cycle through all."""
   rounds, i = divmod(index, len(config.categories))
   category = config.categories[i]
   wanted = -(-config.heldout // len(config.categories))
@@ -84,7 +84,7 @@ def _heldout_scene(config: ScenesConfig, index: int) -> tuple[str, str, Scene]:
 
 
 def _kinds(category: str) -> tuple[str, ...]:
-  """Returns the reasons for which scenes of a category can be held out, as in `KINDS`."""
+  """Returns the reasons, out of `KINDS`, for which scenes of a category can be held out."""
   if category == "rare":
     return ("rare",)
   return KINDS[:3] if category in TWO_OBJECTS else KINDS[:2]
@@ -92,7 +92,7 @@ def _kinds(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str, list[Scene]]:
-  """Lists up to `most` distinct held-out scenes of a category per kind, in a random order."""
+  """Lists up to `most` distinct held-out scenes of a category per reason, in random order."""
   number = CATEGORIES.index(category)
   total = world.number_of_scenes_of(config, category)
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
@@ -115,7 +115,7 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
 
 
 def facts_of(category: str, kind: str, scene: Scene, description: Description) -> dict:
-  """Returns the field `facts` of a record, see docs/scenes.md."""
+  """Returns the field `facts` of a record; see docs/scenes.md."""
   return {
     "tag": category,
     "heldout": kind,
@@ -153,11 +153,11 @@ class ScenesSource:
     return dataclasses.asdict(self.config)
 
   def parts(self, licenses: tuple[str, ...], resolution: int) -> list[SourcePart]:
-    """Splits the source into parts. A part is a range of indices of one split.
+    """Splits the source into parts, each of which is a range of indices in one split.
 
     Raises:
-      UserError: `resolution` is not `SIDE`; a category has no scene to train on or no scene to hold
-        out; `bank` exceeds the number of scenes that only the bank may show; the icons are not
+      UserError: `resolution` is not `SIDE`; a category has no training scene or no held-out scene;
+        `bank` exceeds the number of scenes that only the bank may show; the icons are not
         installed; or the license is not allowed.
     """
     check_installed()
@@ -192,7 +192,7 @@ class ScenesSource:
     return render(Scene.parse(image), self.config.style)
 
   def number_of(self, pair: RawPair) -> str:
-    """Returns the name of the counter that counts a record, e.g. "train_colors"."""
+    """Returns the name of the counter that a record increments, e.g. "train_colors"."""
     return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))
 
   def numbers(self) -> dict[str, int]:
@@ -202,7 +202,7 @@ class ScenesSource:
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
     """Compares the facts of held-out pairs in a raw folder with the facts of its training pairs.
 
-    A scene has leaked in each of these cases:
+    A held-out scene has leaked in each of these cases:
 
     - Training or the bank shows a scene with equal facts.
     - The scene is held out for its objects with their colors, or for its pairs of objects, and
@@ -240,7 +240,7 @@ def _pairs(folder: epath.PathLike, split: str) -> Iterable[RawPair]:
 
 
 def _shown(facts: dict, kind: str) -> set:
-  """Returns the facts to compare for a scene that is held out for `kind`, e.g. "pair"."""
+  """Returns the facts that training must not show if a scene is held out for the reason `kind`."""
   objects = facts["objects"]
   match kind:
     case "scene":

@@ -17,9 +17,9 @@ from cm3leon_jax.scenes.config import COLORS, COMMON, RARE, TWO_OBJECTS, ScenesC
 ICONS = {**RARE, **COMMON}
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("scene", "pair", "objects", "rare")  # Reasons for which a scene is held out.
+KINDS = ("scene", "pair", "objects", "rare")  # Reasons why a scene is held out.
 
-HELDOUT_SCENES = 0.1  # Held-out share of the scenes whose colored objects and pairs are trained.
+HELDOUT_SCENES = 0.1  # Held-out share of scenes whose colored objects and pairs occur in training.
 HELDOUT_OBJECTS = 0.05  # Held-out share of the unordered pairs of common objects.
 HELDOUT_RARE = 0.2  # Held-out share of the rare objects.
 # Common object -> the color in which training never shows it. Each color has equally many objects.
@@ -39,7 +39,7 @@ def rare_color(name: str) -> str:
 
 @functools.cache
 def bank_color(name: str) -> str:
-  """Returns the color in which no split except the bank shows a common object alone."""
+  """Returns the color in which only the bank shows a common object alone."""
   known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
   return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
 
@@ -64,7 +64,7 @@ def is_heldout_rare(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-  """Object with its color and its place. All three are names."""
+  """An object, its color and its place, by name."""
 
   object: str
   color: str
@@ -117,8 +117,9 @@ def split_of_scene(scene: Scene) -> str:
   - "objects": it shows two common objects that training never shows together.
   - "scene": training shows its objects, colors and pairs, but not this combination.
 
-  Training shows each rare object in one scene. The other scenes with rare objects may be in the
-  bank, which is never trained on. The same is true for a single common object in its `bank_color`.
+  "bank" means that only the bank, which is never trained on, may show the scene: a rare object in a
+  color or at a place in which training does not show it, or a single common object in its
+  `bank_color`.
   """
   names = [placed.object for placed in scene.objects]
   rare = [placed for placed in scene.objects if placed.object not in COMMON]
@@ -140,7 +141,7 @@ def split_of_scene(scene: Scene) -> str:
 
 @functools.cache
 def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
-  """Returns the rare objects that a config uses. A larger `rare_objects` only appends objects."""
+  """Returns the rare objects of a config. A larger `rare_objects` only appends objects."""
   ordered = sorted(RARE, key=lambda name: fraction("scenes/order/" + name))
   return tuple(ordered[: config.rare_objects])
 
@@ -154,8 +155,8 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
      Each of these objects has one color.
   3. Rare objects at more places and in more colors.
 
-  Therefore the first scenes of an object differ only in the place, and only the place decides which
-  of these scenes is nearest to a caption.
+  The first scenes of an object therefore differ only in the place, so only the place determines
+  which of them is nearest to a caption.
   """
   order = [
     (-1, Scene((Placed(name, bank_color(name), place),)))
@@ -181,7 +182,7 @@ _ORDERED = tuple(itertools.permutations(PLACES, 2))
 
 @functools.cache
 def _parts(config: ScenesConfig, category: str) -> tuple[tuple, ...]:
-  """Returns the names, colors and places of a category. Each combination of them is a scene."""
+  """Returns the names, colors and places that are combined into the scenes of a category."""
   colors = tuple(config.colors)
   if category in TWO_OBJECTS:
     both = tuple(itertools.product(colors, repeat=2))

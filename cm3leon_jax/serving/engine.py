@@ -1,4 +1,4 @@
-"""Runs all computation in one thread, which takes jobs, decodes chunks and delivers events."""
+"""Runs all computation in one thread, which accepts jobs, decodes chunks and delivers events."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress, o
 from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
-_Part = tuple[OpenJob, int, Update]  # A job, the index of a sample, its tokens so far.
+_Part = tuple[OpenJob, int, Update]  # Job, index of a sample, its tokens so far.
 
 
 class Engine:
@@ -41,14 +41,14 @@ class Engine:
     buckets: int = 8,
     queue_limit: int = 64,
   ):
-    """Prepares an engine; `start` starts its thread.
+    """Creates an engine. `start` starts its thread.
 
     Args:
       mesh: mesh on which the pipeline was loaded.
       slots: number of slots of each bucket.
       chunk: number of tokens that each sample gains between two deliveries of events.
-      buckets: number of buckets that are decoded in turn, see `ContinuousGenerator`.
-      queue_limit: largest number of jobs that have a sample without a slot.
+      buckets: number of buckets between which decoding alternates; see `ContinuousGenerator`.
+      queue_limit: largest number of jobs with samples that wait for a slot.
 
     Raises:
       UserError: `slots` is not divisible by the number of devices that share a batch.
@@ -59,7 +59,7 @@ class Engine:
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
-    self._places: set[object] = set()  # Places of requests that are not submitted yet.
+    self._places: set[object] = set()  # Reserved for requests that are being read.
     self._open: deque[OpenJob] = deque()
     # Ticket -> a job and the index of one of its samples.
     self._running: dict[int, tuple[OpenJob, int]] = {}
@@ -95,7 +95,7 @@ class Engine:
 
   @contextlib.contextmanager
   def place(self) -> Iterator[object]:
-    """Reserves a place in the queue while a request is read. Raises the errors of `submit`."""
+    """Reserves a place in the queue while a request is read. For errors, see `submit`."""
     place = object()
     with self._changed:
       self._check_queue()
@@ -126,7 +126,7 @@ class Engine:
       raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
 
   def cancel(self, job: Job) -> None:
-    """Cancels a job. It leaves the queue immediately, and its slots before the next chunk."""
+    """Cancels a job. It leaves the queue immediately, and frees its slots before the next chunk."""
     with self._changed:
       job.cancelled = True
       with contextlib.suppress(ValueError):
@@ -151,7 +151,7 @@ class Engine:
     return len(self._running)
 
   def _seconds_to_wait(self) -> int:
-    """Estimates from the measured rate in how many seconds the queue has room again."""
+    """Estimates in how many seconds the queue will have room, from the measured speed."""
     each = self._busy_seconds / self.samples if self.samples else 1.0
     samples = len(self._places) + sum(j.num_samples for j in self._incoming)
     samples += sum(o.job.num_samples - o.finished for o in list(self._open))
@@ -189,7 +189,9 @@ class Engine:
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare([job])
       if not self._open:
-        raise RuntimeError(f"the task {task.name} cannot be prepared.")
+        raise RuntimeError(
+          f"the server cannot start: a test request for the task {task.name} has failed."
+        )
       request = self._open[0].request
       by_streams[len(request.streams)] = request, task.sampling
       self._generator.warm(request, task.sampling)
@@ -202,13 +204,13 @@ class Engine:
     self._busy_seconds = 0.0
 
   def _turn(self) -> bool:
-    """Waits for work and computes one chunk. Returns False when the engine is closing."""
+    """Waits for jobs and computes one chunk. Returns False if the engine is closing."""
     with self._changed:
       self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
       if self._closing:
         return False
-      # Prepare up to `slots` jobs together, because retrieval costs the same for one job and for a
-      # batch. Prepare more jobs when fewer than `slots` prepared jobs wait for their first slot.
+      # If fewer than `slots` prepared jobs wait for their first slot, prepare up to `slots` jobs
+      # together, because retrieval costs the same for one job and for a batch.
       most = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(most, len(self._incoming)))]
     began = time.monotonic()
@@ -246,7 +248,7 @@ class Engine:
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
   def _refused(self, job: Job, error: UserError) -> ApiError:
-    """Converts an error of a job to a refusal that does not show paths of the server."""
+    """Converts an error of a job to an error for the client, without paths of the server."""
     message, bank = str(error), self.pipeline.bank
     message = message if bank is None else message.replace(str(bank), "the bank")
     return refused(UserError(message), job.words)
@@ -276,9 +278,9 @@ class Engine:
         self._open.remove(opened)
 
   def _fill(self) -> None:
-    """Begins samples while slots are free. Jobs take turns, one sample each, so no job starves.
+    """Starts samples while slots are free: one sample of each job at a time, so no job starves.
 
-    If the bucket of a job has no free slot, later jobs may pass it.
+    If the bucket of a job has no free slot, later jobs may start before it.
     """
     progressed = True
     while progressed:
@@ -312,7 +314,7 @@ class Engine:
       opened.job.deliver(Failed(error))
 
   def _fail_running(self) -> None:
-    """Reports a failure to all jobs that have a slot. Jobs without a slot stay in the queue."""
+    """Reports a failure to all jobs that have slots. Jobs without slots stay in the queue."""
     for opened, _ in self._running.values():
       self._fail(opened, internal())
     self._running.clear()
@@ -339,7 +341,7 @@ class Engine:
     self._together(self._finish, finished)
 
   def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
-    """Delivers parts together; after an error one by one, so that one job does not fail others."""
+    """Delivers parts together. After an error, delivers them one by one, so only one job fails."""
     if not parts:
       return
     try:

@@ -9,7 +9,7 @@ class ApiError(Exception):
   """Error that is returned to the client instead of an answer.
 
   Attributes:
-    message: one sentence that says what is wrong and what would be right.
+    message: one sentence that says what is wrong and what would be correct.
     param: wrong field of the request, or None.
     code: machine-readable name of the error, or None.
   """
@@ -40,12 +40,12 @@ class ApiError(Exception):
 
 
 def refusal(message: str, param: str | None = None) -> ApiError:
-  """Returns the error for a wrong value."""
+  """Returns the error for an invalid request, with status 400."""
   return ApiError(400, message, param, "invalid_value")
 
 
 def internal() -> ApiError:
-  """Returns the error for a fault of the server."""
+  """Returns the error for an internal failure of the server."""
   return ApiError(
     500, "the server failed to answer this request; its log has the reason.", code="internal"
   )

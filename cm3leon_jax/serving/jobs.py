@@ -38,7 +38,7 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Event: preview of a sample, either the complete rows of its image or its text so far."""
+  """Event: preview of a sample, either its image with the rows so far, or its text so far."""
 
   index: int
   rows: int = 0
@@ -65,12 +65,12 @@ Event = Started | Progress | Finished | Failed
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """Work for the engine, made from an HTTP request.
+  """Job of the engine for one HTTP request.
 
   Attributes:
     deliver: called with each event, in the thread of the engine.
-    shows_progress: whether to deliver `Progress` events.
-    words: words of task errors -> words for the client, see `tasks.refused`.
+    shows_progress: whether `Progress` events are delivered.
+    words: words in error messages -> words that the client knows; see `tasks.refused`.
     cancelled: whether the client no longer waits for the job.
   """
 
@@ -84,7 +84,7 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class OpenJob:
-  """Prepared job: the inputs of its samples, and how many samples have begun and finished."""
+  """Prepared job: the inputs of its samples, and how many samples have started and finished."""
 
   job: Job
   request: Request
@@ -109,7 +109,7 @@ def open_jobs(
   `decode` converts [I] codes of each image to [H, W, 3] uint8.
 
   Raises:
-    UserError: a task is wrong, or no document is found for it.
+    UserError: a task is invalid, or retrieval finds no document for it.
   """
   layout, tasks = pipeline.layout, [job.task for job in jobs]
   given = pipeline.check(tasks)

@@ -19,14 +19,14 @@ TO_COME = 160  # Gray value of rows that are not generated yet.
 def image(
   task: Task, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
 ) -> tuple[int, np.ndarray]:
-  """Returns codes that preview an image from the [G] tokens generated so far.
+  """Returns the codes of a preview of an image, from the [G] tokens generated so far.
 
     side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8, then 5 6 7 8 in each other row
 
   The decoder of the image tokenizer is not causal: pixels of a complete row still change a little
-  when the rows below it are generated. `given` are the [I] codes of the input image, which
-  surrounds the box of an infill. Returns (number of complete rows of the image or of the box; [I]
-  codes, with missing rows filled in).
+  when the rows below it are generated. `given` are the [I] codes of the input image around the box
+  of an infill. Returns (number of complete rows of the image or of the box; [I] codes, with missing
+  rows filled in).
   """
   codes = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)])
   side = layout.side
@@ -57,7 +57,7 @@ def without_rows_to_come(
 
 
 def total_rows(task: Task, layout: PromptLayout) -> int:
-  """Returns the number of rows of codes that a task generates."""
+  """Returns how many rows of codes a task generates."""
   if isinstance(task, InfillImage):
     _, top, _, bottom = whole_codes(task.box, layout.resolution, layout.side)
     return bottom - top
@@ -67,7 +67,7 @@ def total_rows(task: Task, layout: PromptLayout) -> int:
 def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
   """Decodes the ids [G] of a text so far, without an incomplete last character.
 
-  For a text with holes the result is "", because it is complete only when all holes are filled.
+  For a text with holes, returns "", because it is complete only when all holes are filled.
   """
   if isinstance(task, InfillText):
     return ""
@@ -78,10 +78,9 @@ def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
 
 
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
-  """Returns tasks with prompts of the usual kinds and lengths.
+  """Returns example tasks with the usual kinds and lengths of prompts.
 
-  The buckets of these tasks are compiled before the first request. Other prompt lengths use a
-  larger bucket.
+  Their buckets are compiled before the first request. Longer prompts use a larger bucket.
   """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
@@ -102,7 +101,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
 
 
 def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
-  """Enlarges a box, in pixels, to whole codes. Raises ApiError if the box is wrong."""
+  """Enlarges a box, in pixels, to whole codes. Raises ApiError if the box is invalid."""
   side = layout.resolution
   if min(box) < 0 or max(box) > side:
     raise refusal(

@@ -1,4 +1,4 @@
-"""Keeps compiled programs in a folder of the user, so that the next start loads them from there."""
+"""Stores compiled programs in the user's cache folder, so that the next start loads them."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ def machine() -> str:
 
 
 def keep_programs(folder: str | None) -> str:
-  """Configures JAX to keep all compiled programs in a folder. Call it before any compilation.
+  """Configures JAX to store all compiled programs in a folder. Call it before any compilation.
 
   Args:
     folder: folder of the cache. None means JAX_COMPILATION_CACHE_DIR or else `default_folder`; an
@@ -64,10 +64,10 @@ def keep_programs(folder: str | None) -> str:
     reason = f"{kept} cannot be written ({error.strerror or error})"
     if folder is None:
       return f"compiled programs are not kept: {reason}; --cache_dir names another folder."
-    raise UserError(f"--cache_dir={folder}: {reason}: name another folder.") from error
+    raise UserError(f"--cache_dir={folder}: {reason}; name another folder.") from error
   jax.config.update("jax_compilation_cache_dir", kept)
-  # By default, JAX keeps only programs that compile for at least one second. A start of the server
-  # has many smaller programs.
+  # By default, JAX stores only programs that compile for at least one second. The server compiles
+  # many smaller programs when it starts.
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   return ""

@@ -1,4 +1,4 @@
-"""Defines the bodies of requests, and refuses unknown fields and wrong values with one sentence."""
+"""Defines the bodies of requests, and rejects unknown fields and invalid values in one sentence."""
 
 from collections.abc import Mapping
 import difflib
@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
 MOST_MARKS = 10_000  # Largest number of brackets, braces and commas in a body.
-MOST_WIDE = 2**22  # Maximum bytes of a body with a character of four bytes.
+MOST_WIDE = 2**22  # Maximum bytes of a body that has a character of four bytes.
 FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
 MOST_PARTS = 64  # Largest number of messages, and of parts of a message.
 RULES = {  # First word of a pydantic error type -> rule for the value.
@@ -29,7 +29,7 @@ RULES = {  # First word of a pydantic error type -> rule for the value.
   "list": "be a list",
   "model": "be an object",
 }
-# Fields of the OpenAI API that have no effect in any request. Their values may have any type.
+# Fields of the OpenAI API that the server always ignores. Their values may have any type.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
 RENAMED = {"guidance_scale": "guidance"}  # Field of diffusers -> field of a body.
@@ -39,8 +39,8 @@ class Body(pydantic.BaseModel):
   """Fields that all requests have.
 
   Attributes:
-    ignored: fields of the OpenAI API that have no effect here.
-    words: words of task errors -> words for this body; see `tasks.refused`.
+    ignored: fields of the OpenAI API that this server ignores.
+    words: words in error messages -> names of the body's fields; see `tasks.refused`.
     settings: fields that are settings of `SamplingConfig`.
     model: name of the served model; may be absent.
     seed: seed of the first sample. Without it, the server uses a random seed.
@@ -62,7 +62,7 @@ class Body(pydantic.BaseModel):
   top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
   def sampling(self) -> dict[str, Any]:
-    """Returns the sampling settings that the body has."""
+    """Returns the sampling settings in the body."""
     return {name: value for name in self.settings if (value := getattr(self, name)) is not None}
 
 
@@ -102,7 +102,7 @@ def _box(text: str) -> tuple[int, ...]:
 
 
 class EditBody(ImageBody):
-  """Fields of the form of POST /v1/images/edits, except its files.
+  """Fields of the form that POST /v1/images/edits receives, except its files.
 
   `box` is the box to fill in: left,top,right,bottom in pixels at the model's resolution.
   """
@@ -132,7 +132,7 @@ class MessagePart(pydantic.BaseModel):
 
 
 def _parts(value: Any) -> Any:
-  """Converts a text to a list with one part."""
+  """Converts a text to a list with one part; returns other values unchanged."""
   if isinstance(value, str):
     return [MessagePart(type="text", text=value)]
   if not isinstance(value, list):
@@ -176,7 +176,7 @@ class Chat(Body):
   presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
 
   def sampling(self) -> dict[str, Any]:
-    """Returns the sampling settings that the body has. Temperature 0 means greedy decoding."""
+    """Returns the sampling settings in the body. Temperature 0 means greedy decoding."""
     given = {"text_temperature": self.temperature, "text_top_k": self.top_k}
     if self.temperature == 0:
       given = {"text_top_k": 1}
@@ -198,7 +198,7 @@ def read_json(text: bytes) -> dict:
       400,
       f"the body has {marks:,} brackets, braces and commas; at most {MOST_MARKS:,} are allowed.",
     )
-  # One character of four bytes makes a Python string use four bytes for each of its characters.
+  # With one character of four bytes, a Python string uses four bytes for each of its characters.
   if len(text) > MOST_WIDE and FOUR_BYTES.search(text):
     raise ApiError(
       413,
@@ -217,12 +217,12 @@ def read_json(text: bytes) -> dict:
 
 
 def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
-  """Makes the body of a request. A null value counts as an absent field.
+  """Checks the values of a request's body. A field that is null counts as absent.
 
-  With `strict`, values must have the right types, as in JSON. In a form, all values are texts.
+  With `strict`, values must have the exact types, as in JSON. In a form, all values are texts.
 
   Raises:
-    ApiError: a field is unknown or missing, or has a wrong value.
+    ApiError: a field is unknown or missing, or has an invalid value.
   """
   given = {k: v for k, v in values.items() if v is not None and k not in cls.ignored}
   try:
@@ -230,13 +230,13 @@ def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
   except (pydantic.ValidationError, RecursionError) as error:
     if isinstance(error, RecursionError):
       raise ApiError(400, "the body is nested too deeply.") from error
-    # Report unknown fields first: a misspelled field is the reason why the right field is missing.
+    # Report unknown fields first: a field may be missing because its name is misspelled.
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     raise _refusal(dict(found), cls) from error
 
 
 def _refusal(error: dict, cls: type[Body]) -> ApiError:
-  """Converts an error of pydantic into an error with one sentence."""
+  """Converts an error of pydantic to an error that is one sentence."""
   field = ".".join(map(str, error["loc"]))
   short_field = short(field).strip("'\"")
   if error["type"] == "extra_forbidden":
@@ -258,7 +258,7 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
 
 
 def _rule(error: dict) -> str:
-  """Returns the rule that a value broke, from an error of pydantic: "be a whole number"."""
+  """Returns the rule that a value violates, from an error of pydantic: "be a whole number"."""
   if rule := RULES.get(error["type"].partition("_")[0]):
     return rule
   _, should, rule = error["msg"].partition(" should ")

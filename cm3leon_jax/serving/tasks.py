@@ -1,4 +1,4 @@
-"""Makes the task of a request from its checked body. Errors use the field names of the body."""
+"""Creates the task of a request from its checked body. Errors use the field names of the body."""
 
 # H height, W width.
 
@@ -26,7 +26,7 @@ FIELDS = {"message": "messages"} | {
 
 
 def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
-  """Makes a task that generates an image for a prompt. Raises ApiError if a field is wrong."""
+  """Creates a task that generates an image for a prompt. Raises ApiError if a field is invalid."""
   if not body.prompt.strip():
     raise _absent("prompt", "write what the image shows.")
   _check_no_mask(body.prompt)
@@ -37,13 +37,13 @@ def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
 def edit(
   pipeline: Pipeline, body: schemas.EditBody, image: np.ndarray, box: tuple[int, ...] | None
 ) -> Task:
-  """Makes a task that edits an image by an instruction or, with a box, fills in the box.
+  """Creates a task that edits an image by an instruction or, with a box, fills in the box.
 
   `image` is [H, W, 3] uint8, as `uploads.decode` returns it. `box` is left, top, right, bottom in
   pixels at the model's resolution; None means an edit by instruction.
 
   Raises:
-    ApiError: a field is wrong or missing, or belongs to the other kind of edit.
+    ApiError: a field is invalid or missing, or belongs to the other kind of edit.
   """
   inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
   _check_no_mask(body.prompt)
@@ -67,13 +67,13 @@ def edit(
 
 
 def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | None) -> Task:
-  """Makes the task of a message: to caption an image, to answer, or to fill the holes of a text.
+  """Creates the task of a chat message: to caption an image, to answer, or to fill holes in a text.
 
   `text` is the text from `content`. `image` is [H, W, 3] uint8, as `uploads.decode` returns it, or
   None.
 
   Raises:
-    ApiError: a field is wrong, or message and requested tokens together are too long.
+    ApiError: a field is invalid, or the message and the requested tokens together are too long.
   """
   inputs: dict[str, Any] = {}
   if image is not None:
@@ -94,7 +94,7 @@ def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | 
 
 
 def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
-  """Returns text and image of the only message. Raises ApiError if messages are wrong."""
+  """Returns text and image of the only message. Raises ApiError if the messages are invalid."""
   if len(messages) != 1 or messages[0].role != "user":
     raise refusal(
       f"messages has {len(messages)} messages; this model answers one message with the role user: "
@@ -119,12 +119,12 @@ def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
 
 
 def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
-  """Converts the error of a task to an ApiError that names the wrong field of the body.
+  """Converts the error of a task to an ApiError that names the invalid field of the body.
 
     in a chat, UserError("sampling.text_top_p is 0.0; ...") becomes "top_p is 0.0; ..." with the
     param "top_p"
 
-  `words` maps words in the error to words for the body.
+  `words` maps words in the error to names of the body's fields.
   """
   sentence = str(error).removeprefix("sampling.")
   for word, own in (words or {}).items():
@@ -134,7 +134,7 @@ def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
 
 
 def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
-  """Makes a task and checks that it fits the model. Raises ApiError instead of UserError."""
+  """Creates a task and checks that it fits the model. Raises ApiError instead of UserError."""
   seed = secrets.randbelow(2**31) if body.seed is None else body.seed
   defaults = pipeline.settings.sampling
   try:

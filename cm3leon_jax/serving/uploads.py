@@ -106,7 +106,8 @@ def box_of_mask(
       "mask",
     )
   hole = alpha.point(lambda value: 255 if value == 0 else 0)
-  # Crop the mask as `reader.load_image` crops its image. Pixels stay black or white.
+  # Crop the mask in the same way as `reader.load_image` crops its image. Pixels stay black or
+  # white.
   hole = ImageOps.fit(hole, (resolution, resolution), Image.Resampling.NEAREST)
   if has_alpha and (found := hole.getbbox()) is not None:
     return found

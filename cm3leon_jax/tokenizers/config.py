@@ -1,4 +1,4 @@
-"""Config sections of the text tokenizer and of the image tokenizer."""
+"""Defines the config sections of the text tokenizer and of the image tokenizer."""
 
 from collections.abc import Iterator
 import functools
@@ -10,19 +10,19 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves an image four times.
+SMALLEST_PERCEPTUAL = 16  # Pixels. The network of `perceptual` halves the side four times.
 LEVELS = range(3, 9)  # Allowed numbers of levels of an FSQ channel.
 Quantizer = Literal["", "fsq"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TextTokenizerConfig:
-  """Training of the text tokenizer, and its use in documents."""
+  """Settings of the text tokenizer's training, and of the encoding of captions."""
 
   min_frequency: PositiveInt = 2
-  """Minimum number of times that a merge must occur in the training texts."""
+  """Minimum number of times that a pair of tokens must occur in the training texts to be merged."""
   model_max_length: PositiveInt = 4_096
-  """Maximum length that other software reads; texts are not cut to it."""
+  """Maximum length, stored for other software; this project does not cut texts to it."""
   max_caption_tokens: PositiveInt = 512
   """Maximum number of caption tokens. The end of a longer caption is cut off when documents are
   written. Texts without an image are not cut."""
@@ -30,7 +30,7 @@ class TextTokenizerConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VQGANConfig:
-  """Sizes of the image tokenizer and its training.
+  """Sizes of the image tokenizer, and settings of its training.
 
   The encoder halves the resolution from `resolution / stem` to `resolution / downsample`, with one
   level per resolution. Level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual
@@ -40,12 +40,12 @@ class VQGANConfig:
   """
 
   resolution: PositiveInt = 256
-  """Side of the images in pixels; a multiple of `downsample`."""
+  """Side length of the images in pixels; a multiple of `downsample`."""
   downsample: PositiveInt = 8
-  """Side in pixels of the square that one code represents; `stem` times a power of two."""
+  """Side length in pixels of the square that one code represents; `stem` times a power of two."""
   stem: PositiveInt = 2
-  """Side in pixels of the squares that become channels before the first convolution and pixels
-  again after the last."""
+  """Side length in pixels of the squares that are folded into channels before the first
+  convolution, and unfolded into pixels after the last."""
   width: PositiveInt = 128
   """Number of channels before multiplication by `multipliers`."""
   multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
@@ -61,11 +61,11 @@ class VQGANConfig:
   code_dim: PositiveInt = 32
   """Width of a code; for `fsq`, the number of channels."""
   quantizer: Quantizer = ""
-  """Method that turns encodings into codes. Empty: the nearest entry of a learned codebook. `fsq`:
+  """Method that converts encodings to codes. Empty: the nearest entry of a learned codebook. `fsq`:
   rounds each of `code_dim` channels to one of a few levels, without a codebook. Both have
   straight-through gradients."""
   steps: PositiveInt = 500_000
-  """Number of training steps; the learning rate follows one cosine to 0 over them."""
+  """Number of training steps; the learning rate decays to 0 over them, along one cosine."""
   batch_size: PositiveInt = 256
   """Images per step."""
   learning_rate: PositiveFloat = 2e-4
@@ -77,22 +77,22 @@ class VQGANConfig:
   l2_weight: NonNegativeFloat = 1.0
   """Weight of the squared error of pixels in [-1, 1]."""
   multiscale_weight: NonNegativeFloat = 0.0
-  """Weight of the absolute error of means over squares of 2, 4 and 8 pixels. Together with
-  `gradient_weight`, it replaces a perceptual loss without a trained network."""
+  """Weight of the absolute error of means over squares with sides of 2, 4 and 8 pixels. Together
+  with `gradient_weight`, it replaces a perceptual loss and needs no trained network."""
   gradient_weight: NonNegativeFloat = 0.0
   """Weight of the absolute error of differences between neighboring pixels; keeps edges sharp."""
   perceptual: str = ""
-  """Safetensors file of a VGG16 with torchvision's names (`features.0.weight`). If the file has the
-  layers of LPIPS, too (`lin0.model.1.weight`), they weight the features. This project contains no
-  such file."""
+  """Safetensors file of a VGG16 with torchvision's names (`features.0.weight`). If the file also
+  has the layers of LPIPS (`lin0.model.1.weight`), they weight the features. This project contains
+  no such file."""
   perceptual_weight: NonNegativeFloat = 0.0
   """Weight of the distance between images in features of the network `perceptual`."""
   codebook_weight: NonNegativeFloat = 1.0
-  """Weight of the loss that moves codes to encodings (van den Oord et al. 2017)."""
+  """Weight of the loss that moves codebook entries to encodings (van den Oord et al. 2017)."""
   commitment_weight: NonNegativeFloat = 0.25
-  """Weight of the loss that moves encodings to codes (van den Oord et al. 2017)."""
+  """Weight of the loss that moves encodings to codebook entries (van den Oord et al. 2017)."""
   adversarial_weight: NonNegativeFloat = 0.1
-  """Weight of the hinge loss with a patch discriminator; 0: no discriminator."""
+  """Weight of the hinge loss of a patch discriminator. 0 disables the discriminator."""
   adversarial_adaptive: bool = False
   """Whether `adversarial_weight` is multiplied by a ratio of gradient norms at the last layer:
   reconstruction loss over discriminator loss (Esser et al. 2021, equation 7). The
@@ -104,13 +104,13 @@ class VQGANConfig:
   discriminator_layers: Annotated[int, Field(gt=0, le=16)] = 3
   """Number of discriminator layers with stride 2; 2^layers is at most `resolution`."""
   restart_every: NonNegativeInt = 100
-  """Number of steps without use after which a code restarts at an encoding; 0: never. Codes of
-  `fsq` never restart."""
+  """Number of steps after which an unused code is set to the value of an encoding (restarts). 0
+  disables restarts; codes of `fsq` never restart."""
   restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
   """Fraction of the steps after which no code restarts, so that the decoder settles."""
   ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Largest decay of the exponential moving average of the parameters, e.g. 0.999, as in
-  `optimizer.ema_decay`. The average becomes the trained tokenizer. 0: no average."""
+  `optimizer.ema_decay`. The average becomes the trained tokenizer. 0 disables it."""
   checkpoint_every: PositiveInt = 2_000
   """Number of steps between checkpoints, from which a killed run continues."""
 
@@ -160,7 +160,7 @@ class VQGANConfig:
 
 @functools.cache
 def levels_of(num_codes: int) -> tuple[int, ...]:
-  """Returns level counts whose product is K: as few as possible, then as equal as possible.
+  """Returns numbers of levels whose product is K: as few as possible, then as equal as possible.
 
   levels_of(1_024) = (8, 8, 4, 4)
   levels_of(1_000) = (8, 5, 5, 5)
@@ -171,7 +171,7 @@ def levels_of(num_codes: int) -> tuple[int, ...]:
 
 
 def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
-  """Yields the descending factors in `LEVELS` of a number; no factor is above `largest`."""
+  """Yields factorizations of a number: descending factors in `LEVELS`, none above `largest`."""
   if number in LEVELS and number <= largest:
     yield (number,)
   for first in range(min(largest, number // LEVELS[0]), LEVELS[0] - 1, -1):
@@ -180,7 +180,7 @@ def _factorizations(number: int, largest: int) -> Iterator[tuple[int, ...]]:
 
 
 def _products(largest: int) -> set[int]:
-  """Returns all products of `LEVELS` that are at most `largest`."""
+  """Returns all products of numbers in `LEVELS` that are at most `largest`."""
   found, new = set[int](), {1}
   while new:
     new = {n * level for n in new for level in LEVELS if n * level <= largest} - found
@@ -189,7 +189,7 @@ def _products(largest: int) -> set[int]:
 
 
 def check_levels(num_codes: int, code_dim: int) -> None:
-  """Raises ValueError if no FSQ levels give K codes, or if E is not the number of levels."""
+  """Raises ValueError if no FSQ levels give K codes, or if they need another E."""
   if not levels_of(num_codes):
     near = sorted(_products(2 * num_codes + 8), key=lambda n: abs(n - num_codes))[:2]
     shown = " or ".join(f"{n} = {' x '.join(map(str, levels_of(n)))}" for n in sorted(near))

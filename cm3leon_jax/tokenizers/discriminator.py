@@ -53,7 +53,7 @@ def judge(config: VQGANConfig, params: dict, x: Pixels) -> Float[Array, "B h w"]
 def hinge_loss(params: dict, config: VQGANConfig, x: Pixels, y: Pixels) -> Float32[Array, ""]:
   """Computes the hinge loss of scores for images x and reconstructions y, [B, H, W, 3].
 
-  Scores of x above 1, and scores of y below -1, add nothing.
+  Scores of x above 1, and scores of y below -1, do not contribute.
   """
   return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
     nnx.relu(1 + judge(config, params, y))

@@ -1,4 +1,4 @@
-"""Computes the losses of the image tokenizer: pixels, scales, edges, features, discriminator."""
+"""Computes the image tokenizer's losses of pixels, means, edges, features and a discriminator."""
 
 # B batch, H height, W width, C channels, E code width, h height and w width of the code grid.
 
@@ -17,13 +17,13 @@ SCALES = 3  # Number of scales of `multiscale_loss`: squares of 2, 4 and 8 pixel
 
 
 class Outputs(NamedTuple):
-  """Outputs of `generator_loss` other than the loss.
+  """Further results of `generator_loss`.
 
   Attributes:
     reconstruction: [B, H, W, 3].
     encodings: [B, h, w, E].
     indices: int32 [B, h, w].
-    adaptive: factor of the adversarial weight; 1 if the weight is not adaptive.
+    adaptive: factor by which the adversarial weight was multiplied; 1 if it is not adaptive.
   """
 
   reconstruction: jax.Array
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 def multiscale_loss(x: Channels, y: Channels) -> Float32[Array, ""] | float:
   """Computes the mean absolute error of means over squares with sides of 2, 4 and 8 pixels.
 
-  Omits a scale if the image cannot be divided into its squares.
+  Skips a scale if the image cannot be divided into squares of this size.
   """
   error, losses = y - x, []
   for _ in range(SCALES):
@@ -48,7 +48,7 @@ def multiscale_loss(x: Channels, y: Channels) -> Float32[Array, ""] | float:
 
 
 def gradient_loss(x: Channels, y: Channels) -> Float32[Array, ""]:
-  """Computes the mean absolute error of differences between neighbors, vertical and horizontal."""
+  """Computes the mean absolute error of differences of adjacent pixels, in both directions."""
   error = y - x
   return (
     jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
@@ -60,7 +60,7 @@ def reconstruction_loss(
 ) -> Float32[Array, ""]:
   """Computes the weighted sum of all losses that compare images x with reconstructions y.
 
-  Pixels are in [-1, 1]. `features` is the result of `perceptual.make_params`. It is needed if
+  Pixels are in [-1, 1]. `features`, the result of `perceptual.make_params`, is required if
   `perceptual_weight` is positive.
   """
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))

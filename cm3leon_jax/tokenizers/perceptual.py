@@ -1,4 +1,4 @@
-"""Measures distances between images in features of VGG16 (LPIPS, Zhang et al. 2018).
+"""Measures distances between images by their VGG16 features (LPIPS, Zhang et al. 2018).
 
 The paper is arXiv 1801.03924. No package that this project uses contains the weights, so a user
 must name a file that contains them.
@@ -31,7 +31,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def tensor_shapes(calibrated: bool) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape of all tensors. `calibrated` adds the five learned layers of LPIPS."""
+  """Returns tensor name -> shape. `calibrated` adds the five learned layers of LPIPS."""
   shapes: dict[str, tuple[int, ...]] = {}
   for number, stage in enumerate(STAGES):
     for i, (inputs, outputs) in stage.items():
@@ -107,7 +107,7 @@ def distance(params: dict, x: Pixels, y: Pixels) -> Float32[Array, " B"]:
 
 
 def _unit(features: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H W C"]:
-  """Scales the channels of every position to norm 1. If all are 0, their gradient is 0."""
+  """Scales the channels of every position to norm 1. Channels that are all 0 get gradient 0."""
   squares = jnp.sum(features * features, -1, keepdims=True)
   norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
   return features / (norms + 1e-10)

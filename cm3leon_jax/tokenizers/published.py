@@ -23,7 +23,7 @@ import pydantic.dataclasses
 from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT
 
-SECTION = "published"  # Section of config.json with a PublishedConfig.
+SECTION = "published"  # Section of config.json that has the fields of PublishedConfig.
 Family = Literal["amused", "taming_gumbel_f8", "chameleon"]
 Images: TypeAlias = UInt8[Array | np.ndarray, "B H W 3"]
 Codes: TypeAlias = Int32[Array | np.ndarray, "B h w"]
@@ -36,7 +36,7 @@ class PublishedConfig:
   family: Family
   """Key of `FAMILIES`."""
   resolution: PositiveInt
-  """Side of the images in pixels; a multiple of `downsample`."""
+  """Side length of the images in pixels; a multiple of `downsample`."""
   widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
   """Number of channels of each level, from the highest resolution to the lowest."""
   latent_channels: PositiveInt
@@ -237,7 +237,7 @@ class PublishedDecoder(nnx.Module):
     widths, last = config.widths, len(config.widths) - 1
     self.conv_in = conv(config.latent_channels, widths[-1], 3, rngs)
     self.mid = Middle(config, rngs)
-    self.up = nnx.List(  # In the order of `widths`, but applied in reverse.
+    self.up = nnx.List(  # Stored in the order of `widths`, but applied in reverse order.
       Level(b, a, config.blocks + 1, config.level_attention and i == last, config.groups, rngs)
       for i, (a, b) in enumerate(itertools.pairwise((*widths, widths[-1])))
     )
@@ -256,7 +256,7 @@ class PublishedDecoder(nnx.Module):
 
 
 class PublishedCodebook(nnx.Module):
-  """K codes, selected by distance or by logits."""
+  """K codes. The code of an encoding is chosen by distance or by logits."""
 
   def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
     self.gumbel = config.gumbel
@@ -268,7 +268,7 @@ class PublishedCodebook(nnx.Module):
 
   @property
   def table(self) -> Float[Array, "K E"]:
-    """The vectors of the codes."""
+    """Vectors of all codes."""
     return (self.embed if self.gumbel else self.embedding).embedding[...]
 
   def scores(self, z: Float[Array, "*B E"]) -> Float[Array, "*B K"]:
@@ -292,7 +292,7 @@ class PublishedVQGAN(nnx.Module):
 
 @functools.cache
 def structure(config: PublishedConfig, num_codes: int) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns graph and abstract state of the module, see `parameters.structure`."""
+  """Returns graph and abstract state of the module; see `parameters.structure`."""
   return parameters.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
 
 

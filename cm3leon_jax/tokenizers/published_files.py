@@ -23,12 +23,12 @@ from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Prefixes of tensor names in a whole Chameleon model.
-LEFT = "loss."  # Prefix of networks that only training needs.
+LEFT = "loss."  # Prefix of the tensors that only training needs.
 NUM_CODES = 8_192  # Number of codes in the published weights of all families.
-# For each family, the side lengths in pixels of the images that its published weights are for.
+# Family -> side lengths, in pixels, of the images for which its weights are published.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# Names here -> names in `diffusers.VQModel`.
+# Regular expression for names in `published` -> replacement for `diffusers.VQModel`.
 RENAMES = (
   (r"encoder\.down\.", "encoder.down_blocks."),
   (r"\.block\.", ".resnets."),
@@ -54,9 +54,9 @@ class Read:
   """Result of `read`.
 
   Attributes:
-    tokenizer: tokenizer at its family's first resolution.
-    files: files with its tensors.
-    num_left: number of tensors in the files that do not belong to the tokenizer.
+    tokenizer: tokenizer for images of the first resolution in `RESOLUTIONS`.
+    files: files that contain its tensors.
+    num_left: number of tensors in these files that do not belong to the tokenizer.
   """
 
   tokenizer: ImageTokenizer
@@ -76,7 +76,7 @@ def published_name(name: str, config: PublishedConfig) -> str:
   name = f"{layer}.{LEAVES.get(leaf, leaf)}"
   if config.family != "amused":
     return name
-  last = len(config.widths) - 1  # diffusers counts the decoder's levels from the lowest.
+  last = len(config.widths) - 1  # diffusers counts decoder levels from the lowest.
   name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
   for ours, theirs in RENAMES:
     name = re.sub(ours, theirs, name)
@@ -85,13 +85,13 @@ def published_name(name: str, config: PublishedConfig) -> str:
 
 @functools.cache
 def _shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all parameters by the names used here."""
+  """Returns parameter name, as in `published` -> shape."""
   state = parameters.to_dict(published.structure(config, num_codes)[1])
   return {k: x.shape for k, x in traverse_util.flatten_dict(state, sep=".").items()}
 
 
 def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all tensors by published name; kernels are [out, in, h, w]."""
+  """Returns published tensor name -> shape. Kernels are [out, in, h, w]."""
   return {
     published_name(name, config): (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape
     for name, shape in _shapes(config, num_codes).items()
@@ -156,7 +156,7 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
 
 
 def _check(found: dict, config: PublishedConfig, num_codes: int, source: epath.PathLike) -> None:
-  """Raises UserError, which names the tensor, if one is missing, surplus or of another shape.
+  """Raises UserError, which names the tensor, if a tensor is missing, surplus or of another shape.
 
   `found` is the result of `published_source.read_headers`.
   """
@@ -255,7 +255,7 @@ def read_own(source: epath.PathLike) -> Read:
 
 
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
-  """Returns an imported tokenizer for images of the resolution in a config.
+  """Returns an imported tokenizer, set to the resolution in a config.
 
   `num_codes` is `vocab.image_size` of the config. Only `resolution` and `downsample` of `vqgan` are
   read.
@@ -293,7 +293,7 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
   writes pixels in [0, 1].
 
   Raises:
-    UserError: diffusers has no layout for the tokenizer.
+    UserError: diffusers has no format for the tokenizer.
   """
   config = tokenizer.config
   if not isinstance(config, PublishedConfig) or config.family != "amused":

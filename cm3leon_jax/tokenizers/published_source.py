@@ -1,6 +1,6 @@
 """Finds the safetensors files of a published image tokenizer.
 
-This module never opens a pickle, because a pickle can run any code.
+This module never loads a pickle, because loading a pickle can execute arbitrary code.
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _refuse_pickle(path: epath.Path) -> None:
-  """Raises UserError, which says how to convert the file, if its name or content is a pickle's."""
+  """Raises UserError if a file is a pickle or has its suffix. It says how to convert the file."""
   check_foreign(path)
   with path.open("rb") as file:
     start = file.read(4)
@@ -61,12 +61,15 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
   if (index := folder / f"{TRANSFORMERS}.index.json").exists():
     names = sorted(set(files_of_index(index).values()))
     if absent := [name for name in names if not (folder / name).exists()]:
-      raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
+      raise UserError(
+        f"{folder / absent[0]} does not exist, but {index} lists it: download it, too."
+      )
     return [folder / name for name in names]
   found = sorted(folder.glob("*.safetensors"))
   if len(found) > 1:
     raise UserError(
-      f"{folder} contains {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
+      f"{folder} contains {', '.join(x.name for x in found[:4])}; name one of them: "
+      f"--source={found[0]}"
     )
   for other in sorted(folder.iterdir()) if not found else ():
     if other.suffix in PICKLES:
@@ -88,14 +91,16 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
         for name in file.keys():  # noqa: SIM118 (no mapping)
           found[name] = path, tuple(file.get_slice(name).get_shape())
     except (safetensors.SafetensorError, OSError) as error:
-      raise UserError(f"{path} is not a whole safetensors file ({error}): get it again.") from error
+      raise UserError(
+        f"{path} is not a whole safetensors file ({error}): download it again."
+      ) from error
   return found
 
 
 def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
-  """Raises UserError, which says what would be right, if a folder has another kind of model.
+  """Raises UserError, which says what to do, if a folder contains another kind of model.
 
-  The config.json in `folder` names the kind. `source` is the name of the checkpoint in messages.
+  The kind is read from config.json in `folder`. Messages name the checkpoint `source`.
   """
   path = folder / CONFIG
   stored = read_foreign_json(path, {}) if path.exists() else {}
@@ -110,5 +115,6 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
   if kind in ("opt", "qwen3"):
     right = f"`cm3leon import_weights` imports a decoder; here {right}"
   raise UserError(
-    f"{source} contains no image tokenizer: by {path} it is a model of type {short(kind)}: {right}"
+    f"{source} contains no image tokenizer: according to {path}, it is a model of type "
+    f"{short(kind)}: {right}"
   )

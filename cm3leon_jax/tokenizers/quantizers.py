@@ -25,7 +25,7 @@ def l2_normalize(x: Vectors) -> Float[Array, "*B E"]:
 
 
 def straight_through(z: Vectors, q: Vectors) -> Float[Array, "*B E"]:
-  """Returns the value of q with the gradient of z."""
+  """Returns q, but the gradient goes to z (straight-through estimator)."""
   return z + jax.lax.stop_gradient(q - z)
 
 
@@ -60,7 +60,8 @@ class FSQ(nnx.Module):
   """Finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505), without parameters.
 
   Channel i is squashed into (-L_i / 2, L_i / 2) and rounded to one of L_i whole numbers. Every
-  combination of numbers is a code. With the index of the code, the first channel changes fastest.
+  combination of these numbers is a code. As the index of the code grows, the first channel changes
+  fastest.
   """
 
   def __init__(self, num_codes: int, code_dim: int):
@@ -70,8 +71,8 @@ class FSQ(nnx.Module):
   def prepare(self, encodings: Vectors) -> Float[Array, "*B E"]:
     """Squashes encodings [..., E]. The codes of channel i are multiples of 1 / (L_i // 2)."""
     levels = self._levels(encodings.ndim)
-    half = (levels - 1) * (1 + 1e-3) / 2  # A bit larger, so that the outermost levels are reached.
-    offset = np.where(levels % 2, 0.0, 0.5)  # An even number of levels has one more below 0.
+    half = (levels - 1) * (1 + 1e-3) / 2  # Slightly enlarged, to reach the outermost levels.
+    offset = np.where(levels % 2, 0.0, 0.5)  # If L_i is even, one more level is below 0 than above.
     shift = np.float32(np.arctanh(offset / half))
     squashed = jnp.tanh(encodings + shift) * np.float32(half) - np.float32(offset)
     return squashed / np.float32(levels // 2)

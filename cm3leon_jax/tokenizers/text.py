@@ -22,13 +22,13 @@ from cm3leon_jax.vocab import VocabLayout
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-IMPORTED = "import_weights"  # Command that imports a tokenizer; also an input's name.
+IMPORTED = "import_weights"  # Command that imports a tokenizer; also the name of an input.
 
 
 def train_text_tokenizer(
   texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.PathLike
 ) -> dict:
-  """Trains BPE with exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
+  """Trains BPE with exactly `vocab.text_size` ids and writes it in the Hugging Face format.
 
   Encoding puts a space before a text, so that its first word has the same token as elsewhere.
   Decoding removes this space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
@@ -57,7 +57,7 @@ def train_text_tokenizer(
 
 
 def supported_tokens(texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig) -> int:
-  """Returns the largest text_size, at most `vocab.text_size`, that the texts can fill."""
+  """Returns the largest text_size, at most `vocab.text_size`, for which the texts suffice."""
   return _trained(list(texts), vocab, config).get_vocab_size()
 
 
@@ -186,7 +186,7 @@ class TextTokenizer:
 
 @contextlib.contextmanager
 def _panics_named() -> Iterator[None]:
-  """Raises UserError if `tokenizers` panics. A PanicException is not a subclass of Exception."""
+  """Raises UserError if `tokenizers` panics. PanicException is not a subclass of Exception."""
   try:
     yield
   except BaseException as error:
@@ -213,8 +213,8 @@ def encode_pieces(
   result = [encode(first.rstrip(" "))]
   for i, piece in enumerate(others):
     piece = piece if i == len(others) - 1 else piece.rstrip(" ")
-    # The tokenizer adds a space before a text. A character that never merges with the piece takes
-    # this space.
+    # The tokenizer adds a space before a text. So that the piece gets no space, put a character
+    # before it that never merges with the piece.
     before = "." if piece[:1].isalpha() else "x"
     result.append(encode(before + piece)[len(encode(before)) :])
   return result

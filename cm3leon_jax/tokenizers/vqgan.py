@@ -39,7 +39,7 @@ Indices: TypeAlias = Int32[Array, "B h w"]
 def space_to_depth(
   x: Channels, factor: int
 ) -> Float[Array | np.ndarray, "B H//{factor} W//{factor} C*{factor}**2"]:
-  """Folds squares of pixels into channels.
+  """Folds squares of `factor` x `factor` pixels into channels.
 
   factor = 2: [[0 1 2 3] [4 5 6 7]] -> [[[0 1 4 5] [2 3 6 7]]]
   """
@@ -58,7 +58,7 @@ def depth_to_space(
 
 
 def normalize(x: Channels, local: bool = False) -> Float[Array, "B H W C"]:
-  """Normalizes to mean 0 and variance 1: over each image, or over each position if `local`."""
+  """Normalizes each image, or each position if `local`, to mean 0 and variance 1."""
   axes = 3 if local else (1, 2, 3)
   x = x - x.mean(axes, keepdims=True)
   return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + 1e-5)
@@ -70,7 +70,7 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) 
 
 
 class ConvBlock(nnx.Module):
-  """Residual block of two convolutions. `local` selects the normalization, see `normalize`."""
+  """Residual block of two convolutions. For `local`, see `normalize`."""
 
   def __init__(self, width: int, size: int, local: bool, rngs: nnx.Rngs):
     self.conv1, self.conv2 = conv(width, width, size, rngs), conv(width, width, size, rngs)
@@ -156,7 +156,7 @@ class VQGAN(nnx.Module):
     return self.decoder.last(hidden), *codes
 
   def hidden(self, x: Pixels) -> tuple[Float[Array, "B _ _ D"], Encodings, Encodings, Indices]:
-    """Computes the results of `__call__`, with `Decoder.hidden` instead of the reconstruction."""
+    """Returns the results of `__call__`, but `Decoder.hidden` instead of the reconstruction."""
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
     q = self.codebook(indices)
@@ -249,7 +249,7 @@ class ImageTokenizer:
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
-    """Reads the files of `save`; raises UserError if a file is absent, damaged or does not fit."""
+    """Reads the files of `save`. Raises UserError if a file is absent, damaged or inconsistent."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"num_codes": int})
@@ -277,13 +277,13 @@ class ImageTokenizer:
     parameters.save(folder / PARAMS, self.params)
 
   def codebook(self) -> np.ndarray:
-    """Returns the vectors of the codes as the decoder reads them, fp32 [K, E]."""
+    """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""
     if isinstance(self.config, published.PublishedConfig):
       return published.codebook(self.config, self.params)
     return jax.device_get(code_vectors(self.config, self.num_codes, self.params))
 
   def in_batches(self, size: int) -> "ImageTokenizer":
-    """Returns this tokenizer with batches of at most `size` images, for small inputs."""
+    """Returns this tokenizer with a batch size of at most `size`, for small inputs."""
     return dataclasses.replace(self, batch_size=min(size, self.batch_size))
 
   def encode(self, images: np.ndarray) -> np.ndarray:
@@ -312,7 +312,7 @@ class ImageTokenizer:
       )
     if codes.size and not (codes.min() >= 0 and codes.max() < self.num_codes):
       raise ValueError(
-        f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {self.num_codes})."
+        f"codes are in [{codes.min()}, {codes.max()}]; they must be in [0, {self.num_codes})."
       )
     return in_batches(
       lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size

@@ -73,7 +73,7 @@ def check_changes(
   if others and all(name in MAY_CHANGE for name in others) and "optimizer.ema_decay" not in others:
     changed = [c for c in differences(stored, plain(config)) if c.partition(":")[0] in others]
     raise UserError(
-      f"{folder} holds the run of another config ({'; '.join(changed)}): use another --workdir, or "
+      f"{folder} was made with another config ({'; '.join(changed)}): use another --workdir, or "
       f"continue the run with the change: --allow_changed={','.join([*allowed, *others])}"
     )
   if others:

@@ -186,7 +186,7 @@ def test_a_prediction_is_not_made_anew(tmp_path, trained):
   scaling.run_all(small(tmp_path))
   path = tmp_path / "predictions.json"
   written = path.read_text()
-  with pytest.raises(UserError, match="holds the run of another config"):
+  with pytest.raises(UserError, match="was made with another config"):
     scaling.run_all(small(tmp_path, seeds=(0,)))
   assert path.read_text() == written
   path.unlink()

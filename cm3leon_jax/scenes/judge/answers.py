@@ -25,7 +25,7 @@ def answer_of(record: Record) -> str:
 
 
 def is_right(record: Record, answer: str) -> bool:
-  """Returns whether an answer to a record of a text task is right.
+  """Returns whether an answer to a record of a text task is correct.
 
     "How many stars are there?": "two", "Two." and "2" are right
     "Is there a cat?": only the first word counts, so "Yes, there is." is the same as "yes"
@@ -59,14 +59,14 @@ def judge_images(
   Returns B verdicts. `holds` has two more kinds of facts, and a correct image satisfies both:
   - `kept`. For edits, all facts hold that the instruction does not touch. For `complete`, all facts
     hold that the given half shows.
-  - `instruction`, only for edits. The objects that the instruction names are as it asks.
+  - `instruction`, only for edits. The objects that the instruction names are as it requires.
   """
   found = judge.find_objects(images, style)
   return [judge_objects(record, objects) for record, objects in zip(records, found)]
 
 
 def judge_objects(record: Record, found: Sequence[Found]) -> SceneVerdict:
-  """Judges the objects that were found in an image, see `judge_images`."""
+  """Judges the objects that were found in an image; see `judge_images`."""
   facts = record.facts
   verdict = check(found, facts["include"])
   if "kept" not in facts:
@@ -98,8 +98,7 @@ def _values(fact: dict, fields: tuple[str, ...]) -> tuple[str, ...]:
 def majority_answers(records: Sequence[Record]) -> dict[str, str]:
   """Returns the most frequent true answer of each text task. Ties are broken alphabetically.
 
-  A model can always give this answer, so the answer's frequency is the accuracy of a model that
-  ignores both image and question.
+  The frequency of this answer is the accuracy of a model that ignores both image and question.
   """
   counts: dict[str, Counter[str]] = {}
   for record in records:
@@ -109,7 +108,7 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
 
 
 def any_object_answer(record: Record) -> str | None:
-  """Answers a question from the objects of the image, but ignores which object is asked for.
+  """Answers a question from the objects of the image, ignoring which object the question is about.
 
   For `color`, the answer is the color of an arbitrary object. For `relation`, it is an arbitrary
   object that the question does not name. The key of the record selects the object. For `count`, the

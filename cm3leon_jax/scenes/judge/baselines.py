@@ -20,12 +20,13 @@ from cm3leon_jax.scenes.world import Placed, Scene
 
 
 class Known(NamedTuple):
-  """States whether training has the words, the claims and an image of a caption.
+  """What training has in common with a caption.
 
   Attributes:
-    caption: a training caption has the same words.
-    claims: a training caption makes the same claims, in any words.
-    image: a training image is right for the caption, so an ideal lookup would succeed.
+    caption: whether a training caption has the same words.
+    claims: whether a training caption makes the same claims, in any words.
+    image: whether a training image is correct for the caption, so that an ideal lookup would
+      succeed.
   """
 
   caption: bool
@@ -39,7 +40,7 @@ class TrainingScenes:
   def __init__(self, records: Iterable[tuple[str, dict]]):
     """Reads records: pairs of a caption and the field `facts` of its document."""
     self._captions, self._claims = set(), set()
-    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # Keys: objects with their counts.
+    self._scenes: dict[frozenset, set[str]] = defaultdict(set)  # Counts of objects -> scenes.
     for caption, facts in records:
       self._captions.add(caption)
       self._claims.add(claims_of(facts["include"]))

@@ -1,4 +1,4 @@
-"""Measures the error rates of the judge on real images, with true and with wrong captions."""
+"""Measures the error rates of the judge on real images, with correct and with wrong captions."""
 
 # B images, H height, W width.
 
@@ -59,7 +59,7 @@ def describe(errors: dict) -> str:
 def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
   """Changes one fact of a caption, separately for each kind of fact that the caption names.
 
-  Returns kind of fact -> changed facts. In them, one entry of `include` no longer fits the image.
+  Returns kind of fact -> facts, of which one entry of `include` no longer fits the image.
   """
   names, colors = list(COMMON), list(COLORS)
   clauses = facts["include"]

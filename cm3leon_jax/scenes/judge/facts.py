@@ -88,10 +88,10 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> SceneVerdict:
 def _wrong_facts(
   clauses: Sequence[dict], slots: list[int], chosen: Sequence[Found | None], any_name: bool
 ) -> dict[str, list]:
-  """Lists the errors for one assignment, which gives the objects `chosen` to clauses.
+  """Lists the errors of one assignment of the found objects `chosen` to clauses.
 
-  `slots` has the index of the clause of each chosen object. If `any_name` is False, an object whose
-  name differs from the name in its clause counts as missing.
+  `slots` has, for each chosen object, the index of its clause. If `any_name` is False, an object
+  whose name differs from the name in its clause counts as missing.
   """
   wrong: dict[str, list] = {"name": [], "color": [], "place": []}
   groups: list[list[Found | None]] = [[] for _ in clauses]

@@ -37,7 +37,7 @@ FAINT = 0.25  # A pixel with a lower opacity counts as background.
 SOLID = 0.5  # The color of a pixel is compared only if its opacity is higher.
 MAX_SHIFT = 2  # Largest shift of an object from its place, in pixels per axis.
 BLURS = (0.0, 0.7)  # Standard deviations, in pixels, of the blurs applied to silhouettes.
-PALETTE = 1 - np.array(list(COLORS.values()), np.float32) / 255  # [C, 3], difference from white.
+PALETTE = 1 - np.array(list(COLORS.values()), np.float32) / 255  # [C, 3], differences from white.
 CHUNK = 32  # Number of images that are judged together.
 
 
@@ -92,7 +92,7 @@ def judge_all(
 
 
 def judge(image: npt.ArrayLike, facts: dict) -> SceneVerdict:
-  """Judges one image, [H, W, 3] uint8, by the facts of a caption, see `judge_all`."""
+  """Judges one image, [H, W, 3] uint8, by the facts of a caption; see `judge_all`."""
   return judge_all(np.asarray(image)[None], [facts])[0]
 
 

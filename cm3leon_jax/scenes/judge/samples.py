@@ -145,7 +145,7 @@ def _write_sheet(
   judged: dict[str, list[Judged]],
   bundled: Callable[[list[str]], list[np.ndarray]] | None,
 ) -> dict[str, dict]:
-  """Writes the sheet of scenes. The seed chooses the scenes evenly from the categories.
+  """Writes the sheet of scenes, which are chosen at random and evenly from the categories.
 
   `by_weight` and `judged` map the title of a guidance weight to the samples and judged images of n
   scenes. Returns the entry "bundled" of the result of `evaluate`, or {} if `bundled` is None.
@@ -174,7 +174,7 @@ def _write_sheet(
 def _sheet_scenes(
   pipeline: Pipeline, samples: Sequence[Sample], columns: dict[str, list[tuple[np.ndarray, bool]]]
 ) -> list[SheetScene]:
-  """Returns the scenes of n samples. Each scene has, per column, an image and its verdict."""
+  """Returns the scenes of n samples, each with one image and its verdict per column."""
   images = iter(images_of(pipeline, [d for sample in samples for d in sample.neighbors]))
   return [
     SheetScene(
@@ -229,9 +229,9 @@ def overview(result: dict) -> dict:
 
     - "judge": main shares of `errors.measure`.
     - Each title of `result["tables"]`: the shares over all images of the table.
-    - "best": shares at the best guidance weight, with their intervals. "title" is the title of the
-      weight. "correct", "color", "count" and "place" are shares of all images. "scene" (a reason
-      for holding out), "new_claims" (captions whose claims no training caption makes) and
+    - "best": shares at the best guidance weight, with their confidence intervals. "title" is the
+      title of the weight. "correct", "color", "count" and "place" are shares of all images. "scene"
+      (a reason for holding out), "new_claims" (captions whose claims no training caption makes) and
       "single_object" (a category) are the shares of correct images among these images. "lookup":
       {"scene", "new_claims": share of these captions for which a training image is right}.
     - "gain", "bundled": as in `result`.

@@ -1,4 +1,4 @@
-"""Renders a sheet of judged scenes: captions, originals, neighbors and marked samples."""
+"""Renders a sheet of judged scenes: captions, real images, neighbors and marked samples."""
 
 # H height, W width.
 
@@ -27,8 +27,8 @@ class SheetScene:
   """Scene on the sheet.
 
   Attributes:
-    original: [H, W, 3] uint8, the image that the caption describes.
-    neighbors: [H, W, 3] uint8 each, images of the retrieved documents before the caption.
+    original: [H, W, 3] uint8, the real image that the caption describes.
+    neighbors: [H, W, 3] uint8 each, images of the retrieved documents that precede the caption.
     samples: title -> (image [H, W, 3] uint8, whether the judge finds it correct). All scenes have
       the same titles.
   """
@@ -40,10 +40,10 @@ class SheetScene:
 
 
 def render(scenes: Sequence[SheetScene]) -> Image.Image:
-  """Lays out scenes in rows. A scene has its caption above the original, neighbors and samples.
+  """Draws scenes in rows. Each has its caption above the real image, neighbors and samples.
 
-  Images are scaled to `SIDE`. Right samples get a check mark and a green frame. Wrong samples get a
-  cross and a red frame. There must be at least one scene.
+  Images are scaled to `SIDE`. Correct samples get a check mark and a green frame. Wrong samples get
+  a cross and a red frame. There must be at least one scene.
   """
   neighbors = max(len(scene.neighbors) for scene in scenes)
   titles = ["original", *["neighbor"] * neighbors, *scenes[0].samples]
@@ -101,9 +101,9 @@ def _place(sheet: Image.Image, image: np.ndarray, right: bool | None, at: tuple[
 
 @functools.cache
 def _badge(right: bool) -> Image.Image:
-  """Draws a white check on a green disc, or a white cross on a red disc.
+  """Draws a white check mark on a green disc, or a white cross on a red disc.
 
-  The image is RGBA and has BADGE pixels a side.
+  The image is RGBA, BADGE x BADGE pixels.
   """
   large = 8 * BADGE
 
@@ -122,7 +122,7 @@ def _badge(right: bool) -> Image.Image:
 
 
 def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-  """Breaks a text into lines of `width` pixels. After `CAPTION_LINES`, it is cut with "..."."""
+  """Breaks a text into up to `CAPTION_LINES` lines of `width` pixels. A cut text ends in "..."."""
   lines = [""]
   for word in text.split():
     longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Tabulates judged scenes by category and by the reason why they are held out.
+"""Computes tables of judged scenes by category and by the reason why they are held out.
 
 Also writes results in GenEval's layout.
 """
@@ -30,8 +30,9 @@ class Judged:
   """Image with the verdict of the judge.
 
   Attributes:
-    concept: images of one concept show the same scene. "" means that no other image shows it.
-    known: whether training has the words, the claims and an image of the caption. None if unknown.
+    concept: images of one concept show the same scene. "" means that no other image shows the
+      scene.
+    known: what training has in common with the caption; None if unknown.
   """
 
   prompt: str
@@ -42,7 +43,7 @@ class Judged:
 
   @property
   def parts(self) -> list[str]:
-    """Names of the rows that count the image, in the entry "parts" of a table."""
+    """Names of the rows in the entry "parts" of a table that count this image."""
     kind, found = self.facts["heldout"], []
     if self.known is not None and kind == "scene":
       found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
@@ -53,7 +54,7 @@ class Judged:
 
 
 def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
-  """Computes the shares of images whose facts hold, with 95% intervals over scenes.
+  """Computes the shares of images whose facts hold, with 95% confidence intervals over scenes.
 
   Returns:
     {"all": row, "tag": {category: row}, "heldout": {reason: row}, "parts": {one of PARTS: row},

@@ -19,13 +19,13 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass
 class Seen:
-  """Summary of the events of a job so far."""
+  """What the events of a job have shown so far."""
 
   started: Started = Started((), 0, 0)  # noqa: RUF009 (frozen)
   tokens: int = 0
 
   def take(self, event: Event) -> None:
-    """Adds an event to the summary."""
+    """Records an event."""
     if isinstance(event, Started):
       self.started = event
     elif isinstance(event, Finished):
@@ -96,7 +96,7 @@ class ImageAnswer:
     return await asyncio.to_thread(self._body, samples)
 
   def _body(self, samples: list[Sample]) -> dict[str, Any]:
-    """Makes the answer. It runs in a thread, like `_partial` and `_completed`, to encode images."""
+    """Creates the answer. Runs in a thread, like `_partial` and `_completed`, to encode images."""
     return {
       "created": self._created,
       "data": [
@@ -140,7 +140,7 @@ class ImageAnswer:
     return self._event("completed", sample.segments[0], sample.index, data)
 
   def _is_due(self, event: Progress) -> bool:
-    """Returns whether to send a partial image; `partial_images` images are evenly spread."""
+    """Returns whether to send a partial image. The `partial_images` images are evenly spaced."""
     if event.rows >= self.total_rows:
       return False  # The complete image follows.
     if self.partial_images is None:

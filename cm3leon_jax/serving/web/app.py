@@ -41,7 +41,7 @@ PAGE = {
 
 
 class Server:
-  """Answers the requests of one model."""
+  """Answers the requests to one model."""
 
   def __init__(self, engine: Engine, name: str, limits: Limits):
     self.engine, self.name, self.limits = engine, name, limits
@@ -118,7 +118,7 @@ class Server:
       yield
 
   async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decodes an image of a request in a thread. Raises ApiError or ClientDisconnect."""
+    """Decodes an image in a thread. Raises ApiError for an invalid image, or ClientDisconnect."""
     decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
     found = await self._in_time(request, unless_gone(request, decoding))
     if found is None:
@@ -129,7 +129,7 @@ class Server:
     """Awaits a coroutine. Raises ApiError when the time limit of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
-      # Not `asyncio.wait_for`, which may ignore a cancellation in Python 3.11.
+      # In Python 3.11, `asyncio.wait_for` may ignore a cancellation.
       async with asyncio.timeout(seconds):
         return await coroutine
     except TimeoutError as error:
@@ -138,7 +138,7 @@ class Server:
       raise ApiError(504, message, code="timeout") from error
 
   def _check(self, body: schemas.Body) -> None:
-    """Raises ApiError for a wrong model or size, or for too many samples or documents."""
+    """Raises ApiError for an unknown model or size, or for too many samples or documents."""
     if body.model not in (None, "", self.name):
       raise ApiError(
         404,
@@ -159,7 +159,7 @@ class Server:
 
   @property
   def _most_retrieve(self) -> int:
-    """Largest value of `retrieve`: twice the number in training. More documents rarely fit."""
+    """Largest `retrieve`: twice the number of neighbors in training. More documents rarely fit."""
     pipeline = self.engine.pipeline
     return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
@@ -179,7 +179,7 @@ class Server:
       async with contextlib.aclosing(events):
         found = await unless_gone(request, answer.whole(events))
       return Response(status_code=499) if found is None else JSONResponse(found)
-    # Await the first event, so that an earlier error is sent with its own status.
+    # Await the first event, so that an error before it is sent with its own HTTP status.
     first = await unless_gone(request, anext(events))
     if first is None:
       await events.aclose()
@@ -189,12 +189,12 @@ class Server:
   async def _events(
     self, request: Request, task: Task, body: schemas.Body
   ) -> AsyncGenerator[Event, None]:
-    """Yields the events of a job, or raises its ApiError. Closing the generator cancels the job."""
+    """Yields the events of a job, or raises its ApiError. Cancels the job when closed."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def deliver(event: Event) -> None:
-      with contextlib.suppress(RuntimeError):  # The loop has ended, so no client waits.
+      with contextlib.suppress(RuntimeError):  # Raised if the event loop has ended.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     job = Job(task, body.n, deliver, body.stream, body.words)
@@ -287,7 +287,7 @@ class Server:
 
 
 async def _page(request: Request) -> Response:
-  """Serves a file of the page. A client can get only the files that PAGE lists."""
+  """Serves a file of the web page. A client can get only the files that PAGE lists."""
   name, kind = PAGE[request.url.path.strip("/")]
   folder = importlib.resources.files("cm3leon_jax.serving") / "page"
   headers = {"Cache-Control": "no-cache"}
@@ -300,7 +300,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-  """Answers errors of Starlette: an unknown path, a wrong method, a damaged form."""
+  """Answers errors of Starlette: an unknown path, a wrong method, an invalid form."""
   assert isinstance(error, HTTPException)
   sentences = {
     404: "there is nothing at this path: docs/serving.md lists the paths.",

@@ -1,4 +1,4 @@
-"""Checks host, origin, token and size of a request before it is read."""
+"""Checks host, origin, token and size of a request before its body is read."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -14,7 +14,7 @@ from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.web import request_log
 from cm3leon_jax.serving.web.metrics import Metrics
 
-# The page may load scripts, styles and images only from this server, and must not be framed.
+# The page loads scripts, styles and images only from this server, and cannot be framed.
 HEADERS = {
   "Content-Security-Policy": (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -37,7 +37,7 @@ class Limits:
   Attributes:
     most_samples: largest value of `n`.
     all_bytes: largest total size of the bodies of all unanswered requests. The first SMALL bytes of
-      each body do not count, so that other requests never cause the refusal of a small request.
+      each body do not count, so small requests are never rejected because of other requests.
     seconds: time limit from a request to its answer.
     body_seconds: time limit for the client to send its body.
     token: bearer token that requests must have; empty means that no token is needed.
@@ -78,8 +78,8 @@ class Guard:
 
     Args:
       endpoints: paths that are counted by name; other paths are counted together.
-      local: whether the server is bound to a loopback address. Then the Host header must name a
-        loopback address, too, so that a malicious page cannot read answers by DNS rebinding.
+      local: whether the server is bound to a loopback address. If so, the Host header must also
+        name a loopback address, so that a malicious page cannot read answers by DNS rebinding.
     """
     self._app, self._limits, self._metrics = app, limits, metrics
     self._endpoints, self._local = frozenset(endpoints), local
@@ -130,7 +130,7 @@ class Guard:
       request_log.log(scope["method"], path, status, seconds, made, request_id)
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
-    """Raises ApiError if a header of a request is wrong."""
+    """Raises ApiError if a header of a request is invalid."""
     host = headers.get("host", "")
     if self._local and not is_loopback(_name_of(host)):
       raise ApiError(403, "this server answers only to localhost and 127.0.0.1.", code="wrong_host")

@@ -1,4 +1,4 @@
-"""Reports the numbers of the server in the text format of Prometheus (version 0.0.4)."""
+"""Reports the metrics of the server in the text format of Prometheus (version 0.0.4)."""
 
 from collections.abc import Iterator
 import resource
@@ -10,11 +10,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from cm3leon_jax.serving.engine import Engine
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # Upper bounds of the histogram.
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # Bounds of the histogram's buckets.
 
 
 class Metrics:
-  """Counts requests, and reads the numbers of the engine on demand."""
+  """Counts requests, and reads the engine's counters when the metrics are requested."""
 
   def __init__(self, engine: Engine):
     self._engine = engine
@@ -33,16 +33,16 @@ class Metrics:
     )
 
   def count(self, endpoint: str, status: int, seconds: float) -> None:
-    """Counts a finished request. Status 499: the client disconnected before its answer."""
+    """Counts a finished request. Status 499: the client disconnected before it was answered."""
     self._requests.labels(endpoint, status).inc()
     self._seconds.labels(endpoint).observe(seconds)
 
   def text(self) -> str:
-    """Returns all numbers as text."""
+    """Returns all metrics as text."""
     return generate_latest(self).decode()
 
   def collect(self) -> Iterator[Metric]:
-    """Yields all numbers for `generate_latest`."""
+    """Yields all metrics for `generate_latest`."""
     engine, gauge, counter = self._engine, GaugeMetricFamily, CounterMetricFamily
     for name, kind, value, meaning in (
       ("ready", gauge, engine.is_ready, "1 when the programs are compiled."),

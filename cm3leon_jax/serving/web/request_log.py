@@ -18,7 +18,7 @@ ID_HEADER = "x-request-id"
 
 @dataclasses.dataclass
 class Made:
-  """Counts the images and the tokens that were generated for a request."""
+  """Counts of the images and tokens that were generated for a request."""
 
   images: int = 0
   tokens: int = 0
@@ -33,7 +33,7 @@ class Made:
 def line(
   method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
 ) -> str:
-  r"""Formats a request as one line. Text from a client cannot start a new line.
+  r"""Formats a request as one log line. Text from a client cannot start a new line.
 
   >>> line("POST", "/v1/images/generations", 200, 1.5, Made(2, 512), "7f3a")
   'POST /v1/images/generations status=200 seconds=1.500 images=2 tokens=512 id=7f3a'
@@ -52,7 +52,7 @@ def line(
 def log(
   method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
 ) -> None:
-  """Logs a request that has ended, see `line`."""
+  """Logs a request that has ended; see `line`."""
   level = logging.DEBUG if path in PROBES else logging.INFO
   if _LOG.isEnabledFor(level):
     _LOG.log(level, "%s", line(method, path, status, seconds, made, request_id))

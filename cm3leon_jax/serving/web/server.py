@@ -55,7 +55,7 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
 
 
 class Connection(h11.Connection):
-  """Reads requests. Refuses a body with more than MOST_SMALL pieces below SMALL_PIECE bytes.
+  """Reads requests. Rejects a body with more than MOST_SMALL pieces below SMALL_PIECE bytes.
 
   The server reads one piece at a time. A piece of one byte takes as long as a piece of thousands of
   bytes, so a body in many small pieces would delay all other requests.
@@ -75,9 +75,9 @@ class Connection(h11.Connection):
 
 
 class HttpProtocol(H11Protocol):
-  """HTTP/1.1 protocol with the limits of `Connection` and a time limit for headers.
+  """HTTP/1.1 protocol with the limit of `Connection` and a time limit for headers.
 
-  Without this limit, uvicorn would wait for headers forever.
+  Without the time limit, uvicorn would wait for headers forever.
   """
 
   _headers_timer: asyncio.TimerHandle | None = None
@@ -92,7 +92,7 @@ class HttpProtocol(H11Protocol):
 
   def data_received(self, data: bytes) -> None:
     super().data_received(data)
-    if self.conn.their_state is not h11.IDLE:  # The headers are complete or wrong.
+    if self.conn.their_state is not h11.IDLE:  # The headers are complete or invalid.
       self._forget_timer()
     elif self._headers_timer is None:
       self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
@@ -116,8 +116,8 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   """Returns a uvicorn server for an application.
 
   Args:
-    connections: largest number of connections, including idle ones; further ones are answered with
-      status 503.
+    connections: largest number of connections, including idle ones. More connections are answered
+      with status 503.
     stop_seconds: time limit for running requests when the server stops.
   """
   config = uvicorn.Config(
@@ -129,7 +129,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
     lifespan="off",
     ws="none",
     backlog=BACKLOG,
-    limit_concurrency=connections + 1,  # uvicorn refuses the connection that reaches its limit.
+    limit_concurrency=connections + 1,  # uvicorn rejects the connection that reaches the limit.
     timeout_keep_alive=30,
     timeout_graceful_shutdown=stop_seconds,
   )
@@ -144,7 +144,7 @@ def serve(
   Prints one line with the address when the programs are compiled.
 
   Args:
-    engine: engine that is not started yet.
+    engine: engine whose thread is not started yet.
     opened: socket from `listen`.
     stop_seconds: time limit for running requests, and for the engine to finish its chunk.
 
@@ -154,7 +154,7 @@ def serve(
   app = Server(engine, name, limits).app(is_loopback(host))
   server = configured(app, 4 * engine.queue_limit + 64, stop_seconds)
   address = url(host, opened.getsockname()[1])
-  # uvicorn stops at these signals, and then raises them again.
+  # uvicorn stops on these signals, and then raises them again.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
   engine.start()
@@ -165,7 +165,7 @@ def serve(
   if engine.failure is not None:
     raise RuntimeError("the engine has failed; its error is above.") from engine.failure
   print("stopped.", flush=True)
-  if not ended:  # The engine still compiles, and XLA's threads would crash while Python exits.
+  if not ended:  # XLA still compiles, and its threads would crash while Python exits.
     sys.stderr.flush()
     os._exit(0)
 

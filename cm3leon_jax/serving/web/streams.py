@@ -14,7 +14,7 @@ from cm3leon_jax.serving.jobs import Event
 from cm3leon_jax.serving.web.answers import server_event
 
 T = TypeVar("T")
-QUIET_SECONDS = 10.0  # After this silence, a comment is sent, so that no proxy closes the stream.
+QUIET_SECONDS = 10.0  # Silence after which a comment is sent: proxies close idle streams.
 
 
 class EventStream(StreamingResponse):
