@@ -91,7 +91,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Lines:
-  """Prints the important output lines of a stage, and shows the others briefly in a terminal."""
+  """Prints a stage's important output lines; in a terminal, also shows the latest other line."""
 
   def __init__(self, head: str, command: str):
     self._head = f"{head} {command}: "
@@ -114,7 +114,7 @@ class _Lines:
       sys.stdout.flush()
 
   def clear(self) -> None:
-    """Erases the line that can be overwritten."""
+    """Erases the line that `show` may overwrite."""
     if self._draws:
       sys.stdout.write("\r\x1b[2K")
 
@@ -139,7 +139,7 @@ def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) 
 
 
 def _recorded(workdir: epath.Path, folder: str) -> float:
-  """Returns the recorded seconds of a finished stage; 0.0 if it has no folder."""
+  """Returns the recorded run time of a finished stage in seconds; 0.0 if it has no folder."""
   done = workdir / folder / stages.DONE
   return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
 

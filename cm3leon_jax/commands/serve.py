@@ -111,7 +111,7 @@ def _check_host(host: str) -> None:
 
 
 def _buckets() -> int:
-  """Returns the value of --buckets or --lanes, its deprecated name. Raises UserError for both."""
+  """Returns the value of --buckets or --lanes, its old name. Raises UserError if both are given."""
   if _LANES.value is None:
     return _BUCKETS.value
   if _BUCKETS.present:

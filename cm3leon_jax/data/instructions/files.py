@@ -6,7 +6,7 @@ Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Local
 `data.published.files`; and the formats of `grounding` and `lines`. The files are listed in
 docs/data_formats.md. The readers strip white space at both ends of texts. They skip records with a
 blank caption or answer. They raise UserError if a file has the wrong format, an id occurs twice, or
-an entry lacks what belongs to it. The message names the file and the line or id.
+an entry is incomplete. The message names the file and the line or id.
 """
 
 import collections
@@ -156,7 +156,7 @@ def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]
   """Yields each question of TextVQA with its annotators' answers.
 
   `file` has {"data": [{question_id, image_id, question, answers: [text]}]}. The folder
-  train_images/ holds the images of both splits.
+  train_images/ contains the images of both splits.
   """
   entries = field_of(load_json(file), "data", list, file)
   for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():
@@ -224,7 +224,7 @@ def read_scienceqa(
 def read_instruct_pix2pix(
   seeds: epath.PathLike, images: ImageFolder, split: str
 ) -> Iterator[Record]:
-  """Yields the pairs of images (before and after an edit) of a split of InstructPix2Pix.
+  """Yields the image pairs (before and after an edit) in a split of InstructPix2Pix.
 
     ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7 and 0000042/9. The first
     has the images 0000042/7_0.jpg and 0000042/7_1.jpg. Both use the texts in 0000042/prompt.json.

@@ -151,7 +151,8 @@ class InstructionJob:
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
   """Writes the missing stores, one per task and split.
 
-  `inputs` holds the ids of the tokenizers. If such an id changes, all stores are encoded again.
+  `inputs` contains the ids of the tokenizers. If one of these ids changes, all stores are encoded
+  again.
   Returns a dict from store name to counts, see `write_store`.
   """
   configs = {
