@@ -289,8 +289,8 @@ class CM3Leon:
 
     Args:
       prompt: beginning of the first text, or a list of beginnings; "" starts an empty document.
-      length: largest number of tokens, image codes included; default: the remaining positions of
-        the longest training sample.
+      length: largest number of tokens, image codes included; default: as many as fit after the
+        prompt into the longest sample of the training.
       **sampling: `temperature`, `top_k`, `top_p`, and the settings of `caption`.
     """
     return self._first("parts", "interleaved", seed, sampling, {"prompt": prompt}, length=length)

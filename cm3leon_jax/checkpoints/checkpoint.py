@@ -122,7 +122,7 @@ class Checkpoints:
     self._manager.delete(step)
 
   def delete_after(self, step: int) -> None:
-    """Deletes all checkpoints of later steps than `step`, newest first, and their digests."""
+    """Deletes all checkpoints of steps after `step`, newest first, and their digests."""
     for newer in reversed(distributed.gather(self.steps())[0]):
       if newer > step:
         self.delete(newer)
@@ -192,7 +192,7 @@ class Checkpoints:
       return
     with distributed.together():
       save.share.result()
-    with distributed.together():  # All parts are written now, so process 0 seals in a short time.
+    with distributed.together():  # All parts exist, so process 0 will seal soon.
       save.sealed.result()
     self._good = save.step
 
@@ -324,7 +324,7 @@ class Checkpoints:
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:
-    """Returns the SHA-256 of the file that holds the digests of a checkpoint."""
+    """Returns the SHA-256 of the file that contains the digests of a checkpoint."""
     return digest(self._digest_path(step))
 
   def close(self) -> None:
@@ -348,7 +348,7 @@ class Checkpoints:
       save.thread.join(FINISH_SECONDS)
     if not self._closed:
       self._closed = True
-      with contextlib.suppress(Exception):  # It may raise the save's error again.
+      with contextlib.suppress(Exception):  # `close` may raise the save's error again.
         self._manager.close()
 
   def _digest_path(self, step: int) -> epath.Path:

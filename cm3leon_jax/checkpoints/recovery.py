@@ -26,8 +26,8 @@ def discard_unsealed(checkpoints: Checkpoints) -> None:
   steps, unsealed = distributed.gather([steps, [s for s in steps if s not in sealed]])[0]
   if unsealed and len(unsealed) == len(steps) > 1:
     raise UserError(
-      f"{folder} holds checkpoints, but {checkpoints.digest_folder} does not hold their digests: "
-      "restore the digests, or delete both folders."
+      f"{folder} contains checkpoints, but {checkpoints.digest_folder} does not contain their "
+      "digests: restore the digests, or delete both folders."
     )
   if unsealed == steps and steps:
     distributed.print_once(

@@ -77,7 +77,7 @@ class HFCLIPConfig:
 
 
 def read_config(folder: epath.PathLike) -> HFCLIPConfig:
-  """Reads config.json. Raises UserError if it is absent, unsupported or for another model."""
+  """Reads config.json. Raises UserError if it is absent, unsupported or of another model class."""
   from huggingface_hub.errors import StrictDataclassError
   import transformers  # Imported here, because the import takes seconds.
 
@@ -90,7 +90,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   path = folder / CONFIG
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; the folder must hold a Hugging Face CLIP with {CONFIG} and "
+      f"{path} does not exist; the folder must contain a Hugging Face CLIP with {CONFIG} and "
       f"{WEIGHTS}."
     )
   stored = read_foreign_json(path, {})
@@ -241,10 +241,10 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
   bpe = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
   if not bpe and not (folder / "tokenizer.json").exists():
     raise UserError(
-      f"{folder} has no tokenizer; it must hold tokenizer.json, or vocab.json and merges.txt."
+      f"{folder} has no tokenizer; it must contain tokenizer.json, or vocab.json and merges.txt."
     )
   if not any((folder / name).exists() for name in PROCESSORS):
-    raise UserError(f"{folder} has no image processor; it must hold {' or '.join(PROCESSORS)}.")
+    raise UserError(f"{folder} has no image processor; it must contain {' or '.join(PROCESSORS)}.")
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     pil = transformers.CLIPImageProcessorPil

@@ -156,7 +156,7 @@ class HFCLIP:
     return cls(config, params, tokenizer, processor, devices)
 
   def in_batches(self, size: int) -> "HFCLIP":
-    """Returns this model with batches of at most `size` rows.
+    """Returns this model with a batch size of at most `size` rows.
 
     The number of rows is rounded up to a multiple of the number of devices.
     """
@@ -170,7 +170,7 @@ class HFCLIP:
     return np.array(encoding["input_ids"], np.int32)
 
   def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
-    """Makes rows: start token, ids of a caption (truncated to fit), end token, padding."""
+    """Returns rows of start token, ids of a caption (truncated to fit), end token and padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)

@@ -216,7 +216,7 @@ def _embed_texts(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CLIP:
-  """Trained CLIP. All batches have one shape, so no embedding depends on the other rows.
+  """Trained CLIP. All batches have the same shape, so the batch does not affect an embedding.
 
   Attributes:
     encode: converts a caption to the int32 ids of CLIP's tokenizer. None if no caller encodes
@@ -236,7 +236,7 @@ class CLIP:
     return self.config.resolution
 
   def in_batches(self, size: int) -> "CLIP":
-    """Returns this model with batches of at most `size` rows, for callers with few rows."""
+    """Returns this model with a batch size of at most `size`, for callers with few rows."""
     return dataclasses.replace(self, batch_size=min(size, self.batch_size))
 
   def save(self, folder: epath.PathLike) -> None:

@@ -5,7 +5,7 @@
   cm3leon checkpoints prune --workdir=workdir/scenes --keep_last=2 --keep_every=1000
   cm3leon checkpoints rollback --workdir=workdir/scenes --step=800 --dry_run
 
-list: prints the step, time, size, seal and held-out losses of each checkpoint.
+list: prints the step, time, size and held-out losses of each checkpoint, and whether it is sealed.
 verify: reads all files and compares them with their digests.
 prune: removes the checkpoints that no flag keeps. Without flags, the run's config decides.
 rollback: removes the checkpoints after --step and the later lines of metrics.jsonl, so that

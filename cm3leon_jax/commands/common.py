@@ -159,8 +159,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 def writing(what: str) -> Iterator[None]:
   """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
 
-  `what` names the output in the message, such as "export". The message says that a partial output
-  does not count.
+  `what` names the output in the message, such as "export". The message says that partial output is
+  ignored.
   """
   try:
     yield
@@ -168,7 +168,7 @@ def writing(what: str) -> Iterator[None]:
     if error.errno not in NOT_WRITTEN:
       raise
     raise TryAgain(
-      f"the {what} could not be written ({error}), and the partial {what} does not count: free "
+      f"the {what} could not be written ({error}), and the partial {what} is ignored: free "
       "some disk space or fix the disk, and run the same command again."
     ) from error
 
@@ -265,7 +265,7 @@ def _stop_early(number: int, _: object) -> None:
 
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
-  """Turns expected errors of the body into one sentence and an exit code."""
+  """Reports an expected error of the body in one sentence, and exits with its exit code."""
   try:
     yield
   except TryAgain as error:

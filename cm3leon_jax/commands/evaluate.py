@@ -124,7 +124,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
-  if config.scenes:  # Prepare the samples first, so that a mistake ends the command early.
+  if config.scenes:  # Prepare the samples first, so that an error ends the command early.
     world = of_facts(settings)
     world.check_installed()
     pipeline = Pipeline.load(run, params, None, batch_size=config.batch_size)

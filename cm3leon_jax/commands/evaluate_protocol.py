@@ -285,7 +285,7 @@ def _extractor(
 
 
 def compare(folders: list[str]) -> None:
-  """Prints the differences between two comparable evaluations, with paired intervals."""
+  """Prints the differences between two evaluations, with paired confidence intervals."""
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 
   if len(folders) != 2:

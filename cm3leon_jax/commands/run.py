@@ -42,9 +42,9 @@ LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run
 
 
 def commands(settings: Settings, given: bool) -> dict[str, str]:
-  """Returns command -> folder that the command owns ("" if none), for a whole run, in order.
+  """Maps each command of a whole run, in order, to the folder that it owns ("" if none).
 
-  With `given`, the run starts from another run and copies its tokenizers and CLIP.
+  If `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers

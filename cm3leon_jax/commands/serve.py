@@ -63,7 +63,7 @@ _PIXELS = flags.DEFINE_float(
 _TOKEN_FILE = flags.DEFINE_string(
   "token_file",
   None,
-  f"File with a token that every request must contain. The variable {TOKEN} can hold the token "
+  f"File with a token that every request must contain. The variable {TOKEN} can contain the token "
   "instead. Default: no token is required.",
 )
 _CACHE_DIR = flags.DEFINE_string(

@@ -92,7 +92,7 @@ class StageProcesses:
 
 
 def _fail(command: str, code: int, lines: list[str], log: epath.Path) -> None:
-  """Raises StageEnded with the stage's error message. Without a message, prints its last lines."""
+  """Raises StageEnded with the stage's error message; without one, first prints `lines`."""
   sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
   if sentences:
     raise StageEnded(sentences[-1], code)

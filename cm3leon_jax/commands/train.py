@@ -133,7 +133,7 @@ def main(
     run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
-      generate_grid = None  # A grid needs the captions of held-out documents.
+      generate_grid = None  # Without held-out documents, there are no captions for a grid.
       if rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(run, folder / "samples")
     training = DecoderTraining.of(
@@ -152,7 +152,7 @@ def _print_losses(result: dict) -> None:
   from cm3leon_jax.training.watch.monitor import change_line
 
   units = {"image": "code", "text": "token"}
-  losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no targets.
+  losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0 if there are no targets.
   shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):

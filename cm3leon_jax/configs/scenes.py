@@ -28,8 +28,8 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.scenes.update(train=16_000, shares=(1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0))
   # The bank has each rare training object once, at the same place in another color. It has common
   # objects and held-out objects at all four places. Training scenes are not searched, because a
-  # scene with the right object and color at a wrong place would be nearer to a caption than a
-  # document of the bank with the object at the right place.
+  # scene with the correct object and color at a wrong place would be more similar to a caption than
+  # a document of the bank with the object at the correct place.
   config.scenes.update(rare_objects=1_550, bank=2_673)
   config.retrieval.train_documents = False
   # Each document of the bank shows a single object at a place. No document helps a caption with

@@ -48,7 +48,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
     raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
   if count != len(arrays["counts"]):
     raise UserError(
-      f"{path} holds {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
+      f"{path} has {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
       f"{remedy}."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)

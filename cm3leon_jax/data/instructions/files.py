@@ -187,7 +187,7 @@ def read_scienceqa(
     problems: file with {id: {question, choices: [text], answer: index into choices, hint, solution,
       image: name or null}}.
     splits: file with {split: [id]}.
-    images: folder that holds images/SPLIT/ID/.
+    images: folder that contains images/SPLIT/ID/.
     split: "train", "val" or "test".
   """
   content = load_json(problems)
@@ -232,7 +232,7 @@ def read_instruct_pix2pix(
   Args:
     seeds: file with [[folder, [seed]]]. Next to this file, each folder has a prompt.json with
       {input, edit, output}.
-    images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
+    images: folder that contains FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).
   """
   folders = _seeds_by_folder(seeds)
@@ -286,7 +286,7 @@ def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterato
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: parent folder of train2017/, which holds the images. In the split
+    images: parent folder of train2017/, which contains the images. In the split
       "llava_v1_5_mix665k", image names are relative to `images` itself.
 
   Raises:

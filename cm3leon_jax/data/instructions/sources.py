@@ -119,7 +119,7 @@ class InstructionJob:
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
     drawn: name of a world -> its tasks, whose records have the format WORLD/TASK.
-    positions: maximum number of predicted tokens per sample: the number of slots of a row.
+    positions: maximum number of predicted tokens per sample, which is the length of a row.
   """
 
   workdir: str

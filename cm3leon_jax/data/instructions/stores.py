@@ -36,7 +36,7 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    positions: maximum number of predicted tokens per sample: the number of slots of a row.
+    positions: maximum number of predicted tokens per sample, which is the length of a row.
     redrawn: share of records whose input images are encoded twice, see `InstructionsConfig`.
   """
 

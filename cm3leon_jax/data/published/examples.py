@@ -100,5 +100,6 @@ def check_images(examples: Iterable[Example]) -> None:
   if absent:
     raise UserError(
       f"{absent[0]}, the image of example {first[absent[0]]}, does not exist ({len(absent)} of "
-      f"{len(first)} images are missing); give the folder that holds the release's image folders."
+      f"{len(first)} images are missing); give the folder that contains the release's image "
+      "folders."
     )
