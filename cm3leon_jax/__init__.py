@@ -1,4 +1,4 @@
-"""CM3Leon in JAX: retrieval-augmented models of text and images, from data to export."""
+"""Implements CM3Leon in JAX: retrieval-augmented models of text and images, from data to export."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["CM3Leon", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-  """Imports `CM3Leon` at its first use, so that `import cm3leon_jax` is fast."""
+  """Imports `CM3Leon` when it is first used, so that `import cm3leon_jax` is fast."""
   if name == "CM3Leon":
     from cm3leon_jax.api import CM3Leon
 

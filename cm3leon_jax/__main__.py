@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parent / "commands"
 
 
 def overview() -> str:
-  """Returns the usage and the summary line of each command. Does not import the commands."""
+  """Returns the usage text and the summary line of each command, without importing commands."""
   width = max(map(len, COMMANDS))
   lines = ["usage: cm3leon COMMAND --config=NAME_OR_FILE --workdir=FOLDER [FLAGS]", ""]
   for name in COMMANDS:

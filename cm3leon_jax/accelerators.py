@@ -10,7 +10,7 @@ from cm3leon_jax.config import UserError
 
 # Device files of TPUs (accel, vfio), NVIDIA GPUs, AMD GPUs (kfd) and GPUs under WSL (dxg).
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-# (modules, extras): JAX needs one of the modules, and the extras install them.
+# (modules, extras): JAX needs one of these modules, and these extras of this package install them.
 GPU = (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13"))
 PLUGINS = {  # The keys are values of JAX_PLATFORMS.
   "gpu": GPU,

@@ -1,4 +1,4 @@
-"""Python API: `CM3Leon` generates and scores images and texts, and retrieves documents.
+"""Defines the Python API: `CM3Leon` generates and scores images and texts, and retrieves documents.
 
   from cm3leon_jax import CM3Leon
   model = CM3Leon.load("workdir/scenes")
@@ -45,13 +45,13 @@ class CM3Leon:
   method takes two inputs, two lists are paired by index. If only one of the inputs is a list, the
   other input is used for each of its elements.
 
-  An image is a path, a PIL image or an array uint8[H, W, 3] of any size. It is cropped to the
-  centered square and resized to the model's resolution. Returned images are PIL images.
+  An image is given as a path, a PIL image or an array uint8[H, W, 3] of any size. It is cropped to
+  the centered square and resized to the model's resolution. Returned images are PIL images.
 
   Several methods take the same arguments. `retrieve` is the largest number of documents that are
-  retrieved and put before the prompt. `length` is the largest number of text tokens. Sampling
+  retrieved and placed before the prompt. `length` is the largest number of text tokens. Sampling
   settings are fields of `config.sampling` and default to the run's values (docs/config.md). A
-  method refuses settings that it does not read.
+  method rejects settings that it does not use.
 
   The first call with a new batch size or length compiles a program. Wrong arguments raise
   `UserError`. The attribute `pipeline` generates samples for tasks and needs
@@ -93,8 +93,8 @@ class CM3Leon:
       clip: folder of the Hugging Face CLIP model; default: the path in the run's config.
       show_progress: whether to show a progress bar; default: only in a terminal or notebook.
       **options: `batch_size`, the largest number of samples in a batch (default 16); `weight_dtype`
-        and `cache_dtype`, `compute` or `int8`; `draft_window`, the number of image codes read per
-        step. See `GeneratorConfig`.
+        and `cache_dtype`, `compute` or `int8`; `draft_window`, the number of image codes that the
+        decoder reads per step. See `GeneratorConfig`.
 
     Raises:
       UserError: nothing was trained there, a file is damaged, or an option is wrong.
@@ -112,14 +112,15 @@ class CM3Leon:
     return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle, which `load` and `cm3leon serve` read. Replaces a bundle in `folder`.
+    """Writes a bundle to `folder`, from which `load` and `cm3leon serve` can read the model.
 
     >>> model.save(folder)
     >>> CM3Leon.load(folder).step
     7
 
-    The bundle contains the settings, and the decoder, tokenizers and CLIP model in float16. A model
-    that was loaded from an export cannot be saved, because it has no CLIP model.
+    A bundle that already exists in `folder` is replaced. The bundle contains the settings, and the
+    decoder, tokenizers and CLIP model in float16. A model that was loaded from an export cannot be
+    saved, because it has no CLIP model.
     """
     from cm3leon_jax import loading
 
@@ -149,7 +150,7 @@ class CM3Leon:
       return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
 
   def requests(self, tasks: Sequence[Task]) -> list[Request]:
-    """Returns the token prompts of tasks, with their retrieved documents, for another engine.
+    """Returns the token prompts of tasks, with retrieved documents, for another inference engine.
 
     >>> from cm3leon_jax.generation.text_tasks import Caption
     >>> [request] = model.requests([Caption(image=image)])
@@ -288,8 +289,8 @@ class CM3Leon:
 
     Args:
       prompt: beginning of the first text, or a list of beginnings; "" starts an empty document.
-      length: largest number of tokens, image codes included; default: the remaining positions of
-        the longest training sample.
+      length: largest number of tokens, image codes included; default: as many as fit after the
+        prompt into the longest sample of the training.
       **sampling: `temperature`, `top_k`, `top_p`, and the settings of `caption`.
     """
     return self._first("parts", "interleaved", seed, sampling, {"prompt": prompt}, length=length)
@@ -311,7 +312,7 @@ class CM3Leon:
 
     Args:
       retrieve: number of documents to retrieve with the text as query. Documents that do not fit
-        into the row are left out.
+        into the row are skipped.
     """
     from cm3leon_jax.evaluation.likelihood import pairs
     from cm3leon_jax.generation import calls
@@ -340,9 +341,9 @@ class CM3Leon:
     Args:
       query: a text, a PIL image or an array, or a list of queries. A string is always a text, even
         if a file has this name.
-      k: largest number of documents. A document is left out if its similarity to the query is below
-        `retrieval.min_similarity`, or if its similarity to the query or to a better document is
-        above `retrieval.max_similarity`.
+      k: largest number of documents. A document is skipped if its similarity to the query is below
+        `retrieval.min_similarity`, or if its similarity to the query or to a document with a higher
+        rank is above `retrieval.max_similarity`.
 
     Returns:
       A list of `Retrieved`, best first, with the fields `key`, `caption`, `image`, `similarity`,
@@ -359,7 +360,7 @@ class CM3Leon:
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
-    """Parameters in the dtype of training. Only `score` uses them; its first call loads them."""
+    """Parameters in the training dtype. Only `score` uses them; its first call loads them."""
     from cm3leon_jax.trained.run import Run
 
     return Run.open(self.workdir, exports=True).params(self.step)[0]
@@ -370,13 +371,13 @@ class CM3Leon:
     return jax.set_mesh(self.mesh)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
-    """Builds the tasks of a method call; see `calls.tasks`."""
+    """Builds tasks from the arguments of a method call; see `calls.tasks`."""
     from cm3leon_jax.generation import calls
 
     return calls.tasks(name, self.pipeline.settings.sampling, *arguments, **fields)
 
   def _first(self, attribute: str, *task: Any, **fields: Any) -> Any:
-    """Generates one sample for each task and returns an attribute of each sample."""
+    """Generates one sample per task. Returns one attribute of each sample, such as its text."""
     single, tasks = self._tasks(*task, **fields)
     found = [getattr(sample, attribute) for [sample] in self.sample(tasks)]
     return found[0] if single else found

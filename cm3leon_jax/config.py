@@ -67,7 +67,7 @@ def short(value: Any) -> str:
 def causes(error: BaseException | None) -> Iterator[BaseException]:
   """Yields an error, all errors that caused it, and the members of exception groups.
 
-  Each error is yielded once, since libraries have raised errors that cause one another in a cycle.
+  Each error is yielded once, because some libraries raise errors whose causes form a cycle.
   """
   waiting, seen = [error], set[int]()
   while waiting:
@@ -82,7 +82,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class UserError(ValueError):
-  """A user's mistake. The message says in one sentence what is wrong, where, and what to do.
+  """Error that a user's mistake caused. The message says what is wrong, where, and what to do.
 
   The message may quote an untrusted file or a library's error. So control characters become spaces,
   and memory addresses are removed. If a message is longer than LONGEST characters, only its start
@@ -99,7 +99,7 @@ class UserError(ValueError):
 
 
 class FieldError(UserError):
-  """A wrong value in a section of the config.
+  """Error for a wrong value in a section of the config.
 
   `path` contains the field names and indices that lead to the value, such as ("shape", 1). It is ()
   if the error concerns several values.
@@ -111,7 +111,7 @@ class FieldError(UserError):
 
 
 class TryAgain(UserError):
-  """A resource was not available in time, so a scheduler may start the command again."""
+  """Error for a resource that was not available in time. A scheduler may restart the command."""
 
   exit_code = 1
 

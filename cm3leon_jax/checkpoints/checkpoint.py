@@ -1,6 +1,6 @@
 """Saves and restores the training state and the data position with Orbax.
 
-It adds digests of the files, because Orbax does not verify their contents.
+It also writes digests of the files, because Orbax does not verify their contents.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.weights import stored
 
 FOLDER = "checkpoints"
-FINISH_SECONDS = 300.0  # A run that ends with an error waits this long for its own save.
-# A run that ends with an error waits this long for the digests of other processes, which may be
+FINISH_SECONDS = 300.0  # A process that ends with an error waits this long for its own save.
+# A process that ends with an error waits this long for the digests of other processes, which may be
 # dead.
 PEER_SECONDS = 60.0
 
@@ -44,7 +44,7 @@ class Checkpoints:
     with Checkpoints(folder, keep=2) as checkpoints:
       checkpoints.save(state, step, next_row)
 
-  The save in flight is finished when the `with` block ends, also after an error.
+  The end of the `with` block waits for an unfinished save, also after an error.
   """
 
   def __init__(
@@ -73,7 +73,7 @@ class Checkpoints:
     self.digest_folder = self.folder.parent / f"{FOLDER}.digests"
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy(keep, keep_every, keep_best),
-      best_fn=score if keep_best else None,  # Orbax then writes and reads `METRIC`.
+      best_fn=score if keep_best else None,  # With `best_fn`, Orbax stores `METRIC` per checkpoint.
       create=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -122,12 +122,12 @@ class Checkpoints:
     self._manager.delete(step)
 
   def delete_after(self, step: int) -> None:
-    """Deletes all checkpoints after a step, newest first, and all digests of later steps."""
+    """Deletes all checkpoints of steps after `step`, newest first, and their digests."""
     for newer in reversed(distributed.gather(self.steps())[0]):
       if newer > step:
         self.delete(newer)
     if distributed.is_first():
-      self._remove_digests(lambda s: s > step)  # This includes digests of missing checkpoints.
+      self._remove_digests(lambda s: s > step)  # Also of missing checkpoints.
 
   def seal(self, step: int) -> None:
     """Seals a checkpoint that is complete on disk. Raises TryAgain if it could not be read."""
@@ -172,7 +172,7 @@ class Checkpoints:
     self._save = sealing.Save(step, self._seal)
 
   def check_save(self) -> None:
-    """Raises the error of the save in flight, if it has failed. Called after every step.
+    """Raises the error of the current save, if it has failed. Called after every step.
 
     Raises:
       TryAgain: the checkpoint could not be written.
@@ -182,7 +182,7 @@ class Checkpoints:
         part.result()
 
   def wait(self) -> None:
-    """Waits until the save in flight is complete on disk, with its digests.
+    """Waits until the current save is complete on disk, with its digests.
 
     Raises:
       TryAgain: the checkpoint could not be written.
@@ -192,12 +192,15 @@ class Checkpoints:
       return
     with distributed.together():
       save.share.result()
-    with distributed.together():  # All parts are written now, so process 0 seals in a short time.
+    with distributed.together():  # All parts exist, so process 0 will seal soon.
       save.sealed.result()
     self._good = save.step
 
   def _seal(self, save: sealing.Save) -> None:
-    """Writes digests of this process's share of a save, which process 0 seals. Runs in a thread."""
+    """Writes digests of this process's share of the files. On process 0, then seals the checkpoint.
+
+    Runs in a thread.
+    """
     for outcome, work in ((save.share, self._digest_share), (save.sealed, self._merge)):
       try:
         work(save)
@@ -210,7 +213,7 @@ class Checkpoints:
         return outcome.set_exception(failure)
 
   def _digest_share(self, save: sealing.Save) -> None:
-    """Waits until Orbax has written a save, then writes digests of this process's share."""
+    """Waits until Orbax has written the files, then writes digests of this process's share."""
     self._manager.wait_until_finished()
     found = sealing.digests(self.folder / str(save.step))
     write_json(self._part(save.step, jax.process_index()), found)
@@ -218,7 +221,8 @@ class Checkpoints:
   def _merge(self, save: sealing.Save) -> None:
     """Merges the digests of all processes into one file, which seals the checkpoint.
 
-    Waits for these digests. If `save.ending` is set before, nothing is sealed.
+    Only process 0 does this. It waits for the digests of all processes. If `save.ending` is set
+    before they exist, the checkpoint is not sealed.
     """
     if not distributed.is_first():
       return
@@ -243,19 +247,19 @@ class Checkpoints:
     )
 
   def _back(self) -> str:
-    """Returns the part of a message that says where a restarted run continues."""
+    """Returns the end of an error message: the checkpoint from which a restarted run continues."""
     at = f"checkpoint {self._good}" if self._good else "its newest checkpoint, if it has one"
     return f"the same command continues from {at}."
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
-    """Deletes the digest files, merged or not, of all steps for which `of` returns True."""
+    """Deletes the digest files, merged or not, of all steps for which `of(step)` is True."""
     for path in self.digest_folder.glob("*"):
       step = path.name.partition(".")[0]
-      if step.isdecimal() and of(int(step)):  # The file system may add files with other names.
+      if step.isdecimal() and of(int(step)):  # File systems may add other files.
         path.unlink()
 
   def restore(self, state: PyTree, step: int) -> tuple[Any, int]:
-    """Restores a checkpoint. Its files are not compared with their digests; see `damage`.
+    """Restores a checkpoint. Does not compare its files with their digests; `damage` does.
 
     `state` is a state on the current mesh, or only the shapes, dtypes and shardings of its arrays.
     Returns the restored state and the next row of the data to read.
@@ -320,7 +324,7 @@ class Checkpoints:
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:
-    """Returns the SHA-256 of the file that holds the digests of a checkpoint."""
+    """Returns the SHA-256 of the file that contains the digests of a checkpoint."""
     return digest(self._digest_path(step))
 
   def close(self) -> None:
@@ -331,9 +335,9 @@ class Checkpoints:
       self._manager.close()
 
   def _close_alone(self) -> None:
-    """Finishes the save in flight after an error, without the other processes, which may be dead.
+    """Finishes the current save after an error, without the other processes, which may be dead.
 
-    If the program ended now, Orbax's threads would be stopped in the middle of the save.
+    If the program ended without this call, Orbax's threads would stop in the middle of the save.
     """
     save, self._save = self._save, None
     if save is not None and not self._closed:
@@ -344,7 +348,7 @@ class Checkpoints:
       save.thread.join(FINISH_SECONDS)
     if not self._closed:
       self._closed = True
-      with contextlib.suppress(Exception):  # A failed save raises its error again.
+      with contextlib.suppress(Exception):  # `close` may raise the save's error again.
         self._manager.close()
 
   def _digest_path(self, step: int) -> epath.Path:

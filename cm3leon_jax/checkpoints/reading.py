@@ -1,4 +1,4 @@
-"""Finds the checkpoints of a run that is not being trained, and loads their parameters."""
+"""Finds a run's checkpoints and loads their parameters, for commands that do not train."""
 
 from etils import epath
 
@@ -10,13 +10,13 @@ from cm3leon_jax.weights import stored
 
 
 def newest_step(folder: epath.PathLike) -> int:
-  """Returns the step of a run's newest sealed checkpoint, or 0. It reads only names of files."""
+  """Returns the step of a run's newest sealed checkpoint, or 0. It reads only file names."""
   digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
   return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
 
 
 def any_in(folder: epath.PathLike) -> bool:
-  """Returns whether a run has a checkpoint, sealed or not. It reads only the names of files.
+  """Returns whether a run has a checkpoint, sealed or not. It reads only file names.
 
   Raises:
     TryAgain: the folder could not be read.
@@ -27,13 +27,13 @@ def any_in(folder: epath.PathLike) -> bool:
 def load_params(
   folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
 ) -> tuple[dict, int]:
-  """Loads the parameters of a run's checkpoint onto the current mesh. Returns them and their step.
+  """Loads a checkpoint's parameters onto the current mesh. Returns them and the step.
 
   If the run has a moving average of the parameters, the average is loaded.
 
   Args:
     step: step of the checkpoint; None: the newest sealed checkpoint.
-    average: False loads the parameters themselves instead of their average.
+    average: whether to load the average, if the run has one; False: the last parameters.
 
   Raises:
     UserError: the run has no sealed checkpoint, or no checkpoint of `step`, or the checkpoint is
@@ -48,7 +48,7 @@ def load_params(
 def open_params(
   folder: epath.PathLike, step: int | None = None, average: bool | None = None
 ) -> stored.StoredParams:
-  """Opens the parameters of a run's checkpoint to read them in slices; see `stored.open_state`."""
+  """Opens the parameters of a run's checkpoint for reading in slices; see `stored.open_state`."""
   checkpoints, step = _open(folder, step)
   checkpoints.check(step)
   checkpoints.close()
@@ -56,7 +56,10 @@ def open_params(
 
 
 def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
-  """Returns the step of a run's checkpoint and the SHA-256 of its digests; see `load_params`."""
+  """Returns the step of a run's checkpoint and the SHA-256 of its digest file.
+
+  `step` is as in `load_params`.
+  """
   checkpoints, step = _open(folder, step)
   checkpoints.close()
   return step, checkpoints.digest(step)

@@ -1,4 +1,4 @@
-"""Chooses the checkpoint that training continues from. All processes call these functions."""
+"""Chooses the checkpoint from which training continues. All processes call these functions."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def discard_unsealed(checkpoints: Checkpoints) -> None:
   steps, unsealed = distributed.gather([steps, [s for s in steps if s not in sealed]])[0]
   if unsealed and len(unsealed) == len(steps) > 1:
     raise UserError(
-      f"{folder} holds checkpoints, but {checkpoints.digest_folder} does not hold their digests: "
-      "restore the digests, or delete both folders."
+      f"{folder} contains checkpoints, but {checkpoints.digest_folder} does not contain their "
+      "digests: restore the digests, or delete both folders."
     )
   if unsealed == steps and steps:
     distributed.print_once(
@@ -66,14 +66,14 @@ def newest_whole(checkpoints: Checkpoints) -> int | None:
     damaged[step] = damage
   if damaged:
     raise UserError(
-      f"no checkpoint in {checkpoints.folder} is whole ({'; '.join(damaged.values())}): restore "
-      "one of them, or use another --workdir."
+      f"all checkpoints in {checkpoints.folder} are damaged ({'; '.join(damaged.values())}): "
+      "restore one of them, or use another --workdir."
     )
   return None
 
 
 def _warn_of_gone(checkpoints: Checkpoints, sealed: list[int]) -> None:
-  """Warns about checkpoints that are newer than all of `sealed` if only their digests are left."""
+  """Warns about checkpoints newer than all of `sealed` of which only the digests are left."""
   steps = [int(p.stem) for p in checkpoints.digest_folder.glob("*.json") if p.stem.isdecimal()]
   for step in sorted(s for s in steps if sealed and s > sealed[-1]):
     distributed.print_once(

@@ -18,13 +18,13 @@ def score(metrics: Mapping[str, float]) -> float:
 
 
 def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservationPolicy:
-  """Returns the Orbax policy that keeps a checkpoint for any of three reasons.
+  """Returns the Orbax policy that keeps a checkpoint if it is new, periodic or among the best.
 
   Args:
-    last: keeps this number of newest checkpoints.
-    every: keeps checkpoints whose step is a multiple of `every`; 0: none.
-    best: keeps this number of checkpoints with the lowest `METRIC`. Checkpoints without the metric
-      are not among them.
+    last: number of newest checkpoints to keep.
+    every: checkpoints whose step is a multiple of `every` are kept; 0: none.
+    best: number of checkpoints with the lowest `METRIC` to keep. Checkpoints without the metric do
+      not count as best.
   """
   policies: list[Any] = [checkpoint_managers.LatestN(last)]
   if every:
@@ -41,10 +41,10 @@ def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, b
 
   kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
 
-  `losses` maps the steps that have a held-out loss to this loss. For the other arguments, see
-  `policy`.
+  `losses` maps steps to held-out losses; steps without a loss are absent. The other arguments are
+  those of `policy`.
   """
-  # These are the attributes of a checkpoint that Orbax's policies read.
+  # Orbax's policies read the attributes `step`, `metrics` and `time` of a checkpoint.
   metrics = {step: {METRIC: loss} for step, loss in losses.items()}
   found = [
     types.SimpleNamespace(step=step, metrics=metrics.get(step), time=datetime.datetime.min)

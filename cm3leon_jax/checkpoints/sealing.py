@@ -1,4 +1,4 @@
-"""Computes and compares digests of a checkpoint's files; seals a save in a thread."""
+"""Computes and compares digests of a checkpoint's files, and describes the save in progress."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -25,9 +25,9 @@ def files_below(folder: epath.Path) -> list[str]:
 
 
 def steps_in(folder: epath.Path) -> set[int]:
-  """Returns the steps that have a subfolder in the folder of checkpoints.
+  """Returns the steps that have a subfolder in `folder`, the folder of the checkpoints.
 
-  For a GCS bucket the result is always empty. There, this check is not needed, because Orbax itself
+  For a GCS bucket the result is always empty, because this check is not needed there: Orbax itself
   raises an error if it cannot list the checkpoints.
 
   Raises:
@@ -55,7 +55,7 @@ def _is_folder(path: epath.Path) -> bool:
 
 
 def _share(names: list[str]) -> list[str]:
-  """Returns the names of the files that this process digests or checks."""
+  """Returns the files of `names` whose digests this process computes."""
   return names[jax.process_index() :: jax.process_count()]
 
 
@@ -122,12 +122,12 @@ def reading(path: epath.PathLike) -> Iterator[None]:
 
 
 class Save:
-  """A save in flight, and the thread that seals it.
+  """A save that is in progress, and the thread that seals it.
 
   Attributes:
     share: future that is done when this process has written the digests of its share of the files.
     sealed: future that is done when the checkpoint is sealed. On processes other than 0, it is done
-      directly after `share`.
+      immediately after `share`.
     ending: event; once it is set, process 0 no longer waits for digests of other processes.
   """
 

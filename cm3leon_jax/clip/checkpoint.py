@@ -24,8 +24,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# Before transformers 4.31, config.json files had this number as `eos_token_id`, which is wrong. In
-# these checkpoints, the end token is the largest id of the tokenizer.
+# Before transformers 4.31, config.json files had this wrong value of `eos_token_id`. In these
+# checkpoints, the end token is the largest id of the tokenizer.
 OLD_EOS_ID = 2
 ACTIVATIONS: dict[str, Callable] = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -38,9 +38,9 @@ class EncoderSizes:
   """Sizes of a transformer with pre-norm layers.
 
   Attributes:
-    width, layers, heads, mlp_width: D, K, N, F.
+    width, layers, heads, mlp_width: D, K, N and F; for these letters, see the start of the file.
     activation: key of `ACTIVATIONS`.
-    epsilon: number that layer norms add to the variance.
+    epsilon: number that each layer norm adds to the variance.
   """
 
   width: int
@@ -61,7 +61,7 @@ class HFCLIPConfig:
     embed_dim: E.
     text_length: L, largest number of tokens of a caption, including start and end token.
     eos_id: id of the end token. The output at the first end token becomes the embedding of the
-      caption. If this id is `OLD_EOS_ID`, the output at the largest id of the caption is used.
+      caption. If `eos_id` is `OLD_EOS_ID`, the output at the largest id of the caption is used.
     resolution: S, side of the images after preprocessing, in pixels.
     patch: side of a patch in pixels.
   """
@@ -77,9 +77,9 @@ class HFCLIPConfig:
 
 
 def read_config(folder: epath.PathLike) -> HFCLIPConfig:
-  """Reads config.json. Raises UserError if it is absent, unsupported or for another model."""
+  """Reads config.json. Raises UserError if it is absent, unsupported or of another model class."""
   from huggingface_hub.errors import StrictDataclassError
-  import transformers  # Imported here, because this takes seconds.
+  import transformers  # Imported here, because the import takes seconds.
 
   folder = epath.Path(folder)
   if not folder.is_dir():
@@ -90,7 +90,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
   path = folder / CONFIG
   if not path.exists():
     raise UserError(
-      f"{path} does not exist; the folder must hold a Hugging Face CLIP with {CONFIG} and "
+      f"{path} does not exist; the folder must contain a Hugging Face CLIP with {CONFIG} and "
       f"{WEIGHTS}."
     )
   stored = read_foreign_json(path, {})
@@ -216,7 +216,8 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   for name, shape in tensor_shapes(config).items():
     if name not in tensors:
       raise UserError(
-        f"{folder / WEIGHTS} has no tensor '{name}'; it must hold a CLIPModel with text and vision."
+        f"{folder / WEIGHTS} has no tensor '{name}'; it must contain the text encoder and the "
+        "image encoder of a CLIPModel."
       )
     if tensors[name].shape != shape:
       raise UserError(
@@ -240,15 +241,15 @@ def read_processing(folder: epath.PathLike, config: HFCLIPConfig) -> tuple[Any, 
   bpe = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
   if not bpe and not (folder / "tokenizer.json").exists():
     raise UserError(
-      f"{folder} has no tokenizer; it must hold tokenizer.json, or vocab.json and merges.txt."
+      f"{folder} has no tokenizer; it must contain tokenizer.json, or vocab.json and merges.txt."
     )
   if not any((folder / name).exists() for name in PROCESSORS):
-    raise UserError(f"{folder} has no image processor; it must hold {' or '.join(PROCESSORS)}.")
+    raise UserError(f"{folder} has no image processor; it must contain {' or '.join(PROCESSORS)}.")
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     pil = transformers.CLIPImageProcessorPil
     processor = pil.from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # `tokenizers` raises no more specific error.
+  except Exception as error:  # `tokenizers` raises only plain Exceptions.
     raise UserError(
       f"{folder}: its tokenizer or image processor cannot be read ({error}); download them again."
     ) from error
@@ -276,7 +277,6 @@ def preprocess(
   processor: Callable[..., Mapping[str, Any]], images: UInt8[np.ndarray, "B H W 3"]
 ) -> Float32[np.ndarray, "B 3 S S"]:
   """Scales, crops and normalizes images with the image processor of a checkpoint."""
-  # Without `input_data_format`, the processor would take the rows of an image of height 3 for
-  # channels.
+  # Without `input_data_format`, the processor would read an image of height 3 as channels first.
   batch = processor(list(images), return_tensors="np", input_data_format="channels_last")
   return np.asarray(batch["pixel_values"], np.float32)

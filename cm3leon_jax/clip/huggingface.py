@@ -1,4 +1,4 @@
-"""Runs Hugging Face CLIP models in JAX. Their embeddings match transformers' `CLIPModel`."""
+"""Runs Hugging Face CLIP models in JAX, with the same embeddings as transformers' `CLIPModel`."""
 
 # B batch, L length, D width of a layer, F width of the feed-forward part, N heads, K layers,
 # E width of embeddings, H height, W width, S side of the images in pixels,
@@ -50,7 +50,7 @@ def _linear(x: Float[Array, "B L I"], params: dict, name: str) -> Float[Array, "
 def run_layers(
   x: Float[Array, "B L D"], layers: dict, encoder: EncoderSizes, causal: bool
 ) -> Float[Array, "B L D"]:
-  """Applies K layers, whose parameters are stacked along their first axis."""
+  """Applies K transformer layers, whose parameters are stacked along their first axis."""
   B, L, D = x.shape
   heads = (B, L, encoder.heads, D // encoder.heads)
 
@@ -126,7 +126,7 @@ class HFCLIP:
     processor: Callable[..., Mapping[str, Any]],
     devices: Sequence[jax.Device] | None = None,
   ):
-    """Puts `params` (see `stack_layers`) on `devices`, by default on all devices of this host.
+    """Copies `params` (see `stack_layers`) to `devices`, by default to all devices of this host.
 
     `tokenizer` and `processor` are results of `read_processing`.
     """
@@ -156,7 +156,7 @@ class HFCLIP:
     return cls(config, params, tokenizer, processor, devices)
 
   def in_batches(self, size: int) -> "HFCLIP":
-    """Returns this model with batches of at most `size` rows.
+    """Returns this model with a batch size of at most `size` rows.
 
     The number of rows is rounded up to a multiple of the number of devices.
     """
@@ -170,7 +170,7 @@ class HFCLIP:
     return np.array(encoding["input_ids"], np.int32)
 
   def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
-    """Makes rows: start token, ids of a caption (truncated to fit), end token, padding."""
+    """Returns rows of start token, ids of a caption (truncated to fit), end token and padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
     tokens = np.full((len(texts), self.config.text_length), end if pad is None else pad, np.int32)
@@ -205,7 +205,7 @@ class HFCLIP:
     for start in range(0, len(rows), size):
       batch = prepare(rows[start : start + size])
       padded = np.pad(batch, ((0, size - len(batch)),) + ((0, 0),) * (batch.ndim - 1))
-      with jax.set_mesh(self.mesh):  # The caller's mesh has other axes.
+      with jax.set_mesh(self.mesh):  # The caller's mesh may have other axes.
         result = embed(self.config, self.params, jax.device_put(padded, sharding))
       out[start : start + len(batch)] = np.asarray(result)[: len(batch)]
     return out

@@ -52,7 +52,7 @@ class TransformerLayer(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-  """Residual block with two 3 x 3 convolutions. A norm over channels and a gelu precede each."""
+  """Residual block with two 3 x 3 convolutions, each after a norm over channels and a gelu."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -186,7 +186,7 @@ def init_params(config: CLIPConfig, text_size: int, key: Key[Array, ""]) -> dict
 
 
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
-  """Returns the module with the parameters `params`. It can be called inside jitted functions."""
+  """Returns the module with the parameters `params`, which can be called inside `jax.jit`."""
   return parameters.fill(*_structure(config, text_size), params)
 
 
@@ -216,10 +216,10 @@ def _embed_texts(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CLIP:
-  """Trained CLIP. All batches have one shape, so no embedding depends on the other rows.
+  """Trained CLIP. All batches have the same shape, so the batch does not affect an embedding.
 
   Attributes:
-    encode: converts a caption to the int32 ids of CLIP's tokenizer; None: no caller encodes
+    encode: converts a caption to the int32 ids of CLIP's tokenizer. None if no caller encodes
       captions.
     batch_size: number of rows of a batch. The last batch is padded.
   """
@@ -236,7 +236,7 @@ class CLIP:
     return self.config.resolution
 
   def in_batches(self, size: int) -> "CLIP":
-    """Returns this model with batches of at most `size` rows, for callers with few rows."""
+    """Returns this model with a batch size of at most `size`, for callers with few rows."""
     return dataclasses.replace(self, batch_size=min(size, self.batch_size))
 
   def save(self, folder: epath.PathLike) -> None:
@@ -251,7 +251,7 @@ class CLIP:
   def load(
     cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
   ) -> "CLIP":
-    """Reads files that `save` wrote. Raises UserError if one is absent, damaged or does not fit."""
+    """Loads a CLIP that `save` wrote. Raises UserError if a file is absent or invalid."""
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})

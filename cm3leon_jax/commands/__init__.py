@@ -1,6 +1,6 @@
-"""One small absl app per command: `cm3leon NAME`, or `python -m launch.NAME` in a checkout."""
+"""Contains one absl app per command: `cm3leon NAME`, or `python -m launch.NAME` in a checkout."""
 
-# The names are in the order of a run.
+# The names are in the order in which a run uses the commands.
 COMMANDS = (
   "run",
   "prepare_data",

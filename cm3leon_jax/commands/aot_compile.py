@@ -1,4 +1,4 @@
-r"""Compiles training, evaluation and decoding for a TPU slice; prints their memory and FLOPs.
+r"""Compiles training, evaluation and decoding for a TPU slice, and prints their memory and FLOPs.
 
   pip install 'libtpu>=0.0.52,<0.0.53'
   cm3leon aot_compile --config=cm3leon_7b --topology=v5e-256 \
@@ -91,7 +91,8 @@ def _train_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mes
 def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.Mesh) -> dict:
   """Reports the costs of the program that computes the held-out loss of a micro-batch.
 
-  The total includes the rest of the training state, which stays in memory during the program.
+  The memory total includes the rest of the training state, which stays in memory while the program
+  runs.
   """
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_report
@@ -111,7 +112,7 @@ def _evaluate_report(topology: Topology, settings: Settings, mesh: jax.sharding.
 def _reinforce_report(
   topology: Topology, settings: Settings, mesh: jax.sharding.Mesh, prompt: int
 ) -> dict:
-  """Reports the costs of an update of `cm3leon reinforce`, without the costs of sampling."""
+  """Reports the costs of one update of `cm3leon reinforce`, without the costs of sampling."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
 
@@ -123,7 +124,7 @@ def _reinforce_report(
 
 
 def _model_numbers(settings: Settings, mesh: jax.sharding.Mesh, rows: int, length: int = 0) -> dict:
-  """Counts the parameters, and the tokens and model FLOPs of a train step with `rows` rows."""
+  """Returns the number of parameters, and the tokens and model FLOPs of a step with `rows` rows."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.training.watch.flops import model_flops
 

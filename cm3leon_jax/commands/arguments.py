@@ -83,7 +83,7 @@ def _quoted(word: str, arguments: list[str]) -> str:
 
 
 def refuse_config(arguments: Iterable[str]) -> None:
-  """Raises UserError if the arguments contain a flag of the config."""
+  """Raises UserError if the arguments contain --config or --print_config."""
   for argument in arguments:
     if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
       raise UserError(f"--{match[1]} is not a flag of this command: --help lists its flags.")

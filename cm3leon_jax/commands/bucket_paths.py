@@ -35,8 +35,8 @@ def _texts() -> list[tuple[str, str]]:
 def check() -> None:
   """Checks the cloud paths in the flags and the config.
 
-  If gcsfs is missing, a GCS path in the config is still allowed, since only some stages read each
-  field. Training does not read `raw.source`, for example.
+  If gcsfs is missing, a GCS path in the config is still allowed, because this command may not need
+  the field. For example, training does not read `raw.source`.
 
   Raises:
     UserError: a path is on S3, or a flag names a GCS path and gcsfs is missing.
@@ -51,6 +51,6 @@ def check() -> None:
 
 
 def where() -> str:
-  """Returns the names of the GCS buckets in the flags and the config, for messages."""
+  """Returns the GCS buckets that flags or the config name, as a text for messages."""
   found = {"/".join(text.split("/")[:3]) for _, text in _texts() if text.startswith("gs://")}
   return ", ".join(sorted(found)) or "a path in the data"

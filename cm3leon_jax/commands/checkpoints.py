@@ -5,7 +5,7 @@
   cm3leon checkpoints prune --workdir=workdir/scenes --keep_last=2 --keep_every=1000
   cm3leon checkpoints rollback --workdir=workdir/scenes --step=800 --dry_run
 
-list: prints the step, time, size, seal and held-out losses of each checkpoint.
+list: prints the step, time, size and held-out losses of each checkpoint, and whether it is sealed.
 verify: reads all files and compares them with their digests.
 prune: removes the checkpoints that no flag keeps. Without flags, the run's config decides.
 rollback: removes the checkpoints after --step and the later lines of metrics.jsonl, so that
@@ -53,7 +53,7 @@ TAKEN_BY = {
 
 
 def _check_flags(action: str) -> None:
-  """Raises UserError if a flag is given that the action does not take."""
+  """Raises UserError if a flag is given that `action` does not accept."""
   for name, takers in TAKEN_BY.items():
     if flags.FLAGS[name].present and action not in takers:
       only = f"only {' and '.join(takers)} {'does' if len(takers) == 1 else 'do'}"
@@ -63,7 +63,9 @@ def _check_flags(action: str) -> None:
 def _step() -> int:
   """Returns the value of --step. Raises UserError if it is missing or not a number."""
   if _STEP.value is None:
-    raise UserError("rollback: name the step to go back to: --step=STEP; `list` shows them.")
+    raise UserError(
+      "rollback needs the step to return to: give --step=STEP; `list` shows all steps."
+    )
   if not re.fullmatch(r"[0-9]{1,3}(,[0-9]{3}){1,4}|[0-9]{1,15}", _STEP.value):
     raise UserError(
       f"--step is '{_STEP.value}'; it must be the step of a checkpoint, such as 1600 or 1,600; "
@@ -84,7 +86,7 @@ def _limits(folder: epath.Path) -> tuple[int, int, int]:
 
 
 def _show(folder: epath.Path, check: bool) -> None:
-  """Prints the checkpoints. With `check`, raises UserError if one is damaged or none is sealed."""
+  """Prints the checkpoints. If `check`, raises UserError if one is damaged or none is sealed."""
   from cm3leon_jax.training.saves import upkeep
 
   with upkeep.open_run(folder) as checkpoints:

@@ -73,7 +73,7 @@ NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _instead(stage: str) -> str:
-  """Returns what a pod uses instead of a stage that trains on one host, as the end of a message."""
+  """Returns the end of an error message: what a pod uses instead of a stage for one host."""
   if not stage:
     return ""
   return f"; {STAGES[stage].command} trains on one host: on a pod use {STAGES[stage].instead}"
@@ -82,7 +82,7 @@ def _instead(stage: str) -> str:
 def _join_processes(several: bool, saves: bool, stage: str) -> None:
   """Joins the other processes of the job if flags request it.
 
-  With `saves`, all processes must stop together at SIGTERM and Ctrl-C. For `stage`, see `run`.
+  If `saves`, a SIGTERM or Ctrl-C must stop all processes at the same step. For `stage`, see `run`.
 
   Raises:
     UserError: the flags contradict each other, or the command runs only in one process.
@@ -116,7 +116,7 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
   """Creates the mesh of the config. `stage` is for the error message, see `run`.
 
   Raises:
-    UserError: the mesh does not fit the devices, or this host of a pod runs alone.
+    UserError: the mesh does not fit the devices, or this host of a pod runs without the others.
   """
   import jax
 
@@ -159,8 +159,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 def writing(what: str) -> Iterator[None]:
   """Raises `TryAgain` if the body raises OSError because the disk is full or fails.
 
-  `what` names the output in the message, such as "export". The message says that a partial output
-  does not count.
+  `what` names the output in the message, such as "export". The message says that partial output is
+  ignored.
   """
   try:
     yield
@@ -168,7 +168,7 @@ def writing(what: str) -> Iterator[None]:
     if error.errno not in NOT_WRITTEN:
       raise
     raise TryAgain(
-      f"the {what} could not be written ({error}), and the partial {what} does not count: free "
+      f"the {what} could not be written ({error}), and the partial {what} is ignored: free "
       "some disk space or fix the disk, and run the same command again."
     ) from error
 
@@ -257,7 +257,7 @@ def _folder() -> epath.Path:
 
 
 def _stop_early(number: int, _: object) -> None:
-  """Ends the command at a signal before its loop. In the loop, `StopSignal` handles signals."""
+  """Handles a signal before the training loop: ends the command. The loop uses `StopSignal`."""
   # A handler must not print: it may have interrupted a print.
   os.write(1, f"{STOPPED_EARLY}\n".encode())
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
@@ -265,7 +265,7 @@ def _stop_early(number: int, _: object) -> None:
 
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
-  """Turns expected errors of the body into one sentence and an exit code."""
+  """Reports an expected error of the body in one sentence, and exits with its exit code."""
   try:
     yield
   except TryAgain as error:
@@ -275,7 +275,7 @@ def _reporting() -> Iterator[None]:
       raise
     _fail(f"a path of the config is in a GCS bucket, which {bucket_paths.NEEDS_GCSFS}")
   except Exception as error:
-    # Check this first, because a UserError may report a failed access as a damaged file.
+    # Check this first, because a UserError may wrongly report an access error as a damaged file.
     if reason := buckets.failure(error):
       if buckets.refuses(error):
         _fail(f"{bucket_paths.where()}: {reason}: grant it the permission, or use another account.")

@@ -85,7 +85,7 @@ def _module(name: str) -> ast.Module:
 
 
 def _annotated(module: ast.Module, name: str) -> dict[str, ast.expr]:
-  """Returns a dict from field name to annotation, for a class in a parsed module."""
+  """Returns the field annotations of class `name` in a parsed module, by field name."""
   (found,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
   fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
   return {f.target.id: f.annotation for f in fields if isinstance(f.target, ast.Name)}

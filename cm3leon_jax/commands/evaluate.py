@@ -112,7 +112,7 @@ def main(settings: Settings, workdir: epath.Path) -> None:
 
 
 def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
-  """Measures bits and, if the config requests it, judges samples. Adds the numbers to `summary`."""
+  """Measures bits per token and, if the config requests it, judges samples; fills `summary`."""
   from cm3leon_jax.data.documents.store import Bank, DocumentStore
   from cm3leon_jax.evaluation import strata
   from cm3leon_jax.evaluation.likelihood import bits
@@ -124,7 +124,7 @@ def _evaluate(run: Run, folder: epath.Path, summary: dict) -> None:
   config = settings.evaluation
   bits.check_batch(config)
   params, step = run.params(average=not _LAST_PARAMS.value)
-  if config.scenes:  # Prepare the samples first, so that a mistake ends the command early.
+  if config.scenes:  # Prepare the samples first, so that an error ends the command early.
     world = of_facts(settings)
     world.check_installed()
     pipeline = Pipeline.load(run, params, None, batch_size=config.batch_size)
@@ -232,7 +232,7 @@ def _heldout_prompts(
 def _export_identity(
   settings: Settings, workdir: epath.Path, prompts: list[dict], samples: int
 ) -> dict:
-  """Returns everything that the images of an export depend on."""
+  """Returns all values on which the images of an export depend."""
   config, read = settings.evaluation, [*table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:
     read += ["documents", "neighbors", *table.own_clip(settings)]

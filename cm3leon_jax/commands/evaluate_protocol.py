@@ -33,7 +33,7 @@ NOT_OF_SAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Values of the flags that override or complete a protocol; `weights` is --extractor."""
+  """Values of the flags that override or complete a protocol. `weights` is the flag --extractor."""
 
   metrics: Sequence[str] = ()
   examples: int | None = None
@@ -80,7 +80,7 @@ def _check_bundle(trained: Run, protocol: Protocol, options: Options) -> None:
 
 
 def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protocol:
-  """Checks a protocol, and returns it with the number of examples from the options.
+  """Checks a protocol. Returns it with the number of examples that the options set.
 
   Raises:
     UserError: a metric is unknown, does not fit the task or needs more examples; a field of a
@@ -108,7 +108,7 @@ def _checked(protocol: Protocol, options: Options, settings: Settings) -> Protoc
   if protocol.data.format == protocol_lib.HELDOUT:
     if options.data is not None:
       raise UserError("--data is given, but the protocol reads the held-out pairs of the run.")
-  elif options.data is not None:  # Detect absent files before anything is generated.
+  elif options.data is not None:  # Report absent files before sampling.
     open_examples(protocol.data.format, options.data, protocol.data.split)
   return protocol
 
@@ -163,7 +163,7 @@ def _stages(settings: Settings, protocol: Protocol, needs: set[str], options: Op
 
 
 def _params(trained: Run, before: bool) -> tuple[dict, int]:
-  """Loads the newest parameters, or with `before` the run's first ones. Also returns their step."""
+  """Loads the newest or, if `before`, the first parameters of a run. Returns (parameters, step)."""
   from cm3leon_jax.trained import initial
 
   if not before:
@@ -285,7 +285,7 @@ def _extractor(
 
 
 def compare(folders: list[str]) -> None:
-  """Prints the differences between two comparable evaluations, with paired intervals."""
+  """Prints the differences between two evaluations, with paired confidence intervals."""
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 
   if len(folders) != 2:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.trained.run import Run
 
 SAMPLES = 4  # Number of held-out documents on which logits are compared.
-# Number of parameters up to which logits are compared. The comparison loads the decoder twice.
+# Logits of larger exports are not compared, because the comparison loads the decoder twice.
 COMPARED = 500_000_000
 UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = formats.Choice()
@@ -153,8 +153,8 @@ def _check(
   """Compares the export with this project's decoder on held-out documents.
 
   If `transformers` can load the export, compares its logits. If the export rounds the parameters,
-  measures the bits before and after rounding. Returns numbers for the summary, and sentences for
-  the user.
+  measures the loss, in bits per token, before and after rounding. Returns numbers for the summary,
+  and sentences for the user.
   """
   import jax
 

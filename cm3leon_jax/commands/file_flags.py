@@ -1,4 +1,4 @@
-"""Defines --out and --allow_outside, for commands that read a user's files and write results."""
+"""Defines --out and --allow_outside for commands that read a user's files and write results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUT = flags.DEFINE_string(
   None,
   "Folder in which the results folder is created. Default: the workdir of a run, or the current "
   "folder for a bundle.",
-  allow_override=True,  # Other commands define these flags, and tests import them in one process.
+  allow_override=True,  # Tests import several commands that define this flag.
 )
 ALLOW_OUTSIDE = flags.DEFINE_bool(
   "allow_outside",
@@ -29,7 +29,7 @@ ALLOW_OUTSIDE = flags.DEFINE_bool(
 
 
 def results_folder(trained: Run, out: str | None) -> epath.Path:
-  """Returns `out`, or by default the workdir of a run or, for a bundle, the current folder."""
+  """Returns `out`. Its default is the workdir of a run or, for a bundle, the current folder."""
   default = epath.Path() if trained.kind == "bundle" else trained.folder
   if out is not None and epath.Path(out).exists() and not epath.Path(out).is_dir():
     raise UserError(f"--out is {out}, which is a file: name a folder.")

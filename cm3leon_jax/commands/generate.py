@@ -184,7 +184,7 @@ def _own_tasks(trained: Run, seed: int) -> list[Task]:
 def _check_rank(tasks: Sequence[Task]) -> None:
   if _RANK.value and SAMPLES.value == 1:
     raise UserError(
-      "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8."
+      "--rank sorts the samples of each prompt, but there is only one sample: set e.g. --samples=8."
     )
   for task in tasks:
     if _RANK.value and not task.is_scored:
@@ -217,8 +217,8 @@ def _bank(trained: Run, heldout: bool) -> epath.Path | None:
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
-        f"--bank {bank} was made with another {name} than {trained.folder}: copy that folder from "
-        f"{trained.folder} to {bank} and build the bank again."
+        f"--bank {bank} was built with a different {name} than {trained.folder}: copy the folder "
+        f"{name} from {trained.folder} to {bank}, and build the bank again."
       )
   return bank
 
@@ -234,7 +234,7 @@ def _identity(
   columns: Sequence[tuple[int, SamplingConfig]],
   seed: int,
 ) -> dict:
-  """Returns everything that the samples depend on. Checks that the stages it reads are finished."""
+  """Returns all values on which the samples depend. Checks that required stages are finished."""
   from cm3leon_jax.trained.run import ids
 
   settings = trained.settings
@@ -287,7 +287,7 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
 
 
 def _describe_divergence(mean: float) -> str:
-  """Describes how much prompts change the distributions of image codes, in nats per code."""
+  """Returns a sentence on how much prompts change the distribution of codes, in nats per code."""
   if mean < LEAST_DIVERGENCE:
     return (
       "warning: the model draws almost the same with and without these prompts (mean KL divergence "
@@ -308,7 +308,7 @@ def _check_heldout(trained: Run, tasks: Sequence[Task]) -> None:
 
 
 def _digests(given: dict) -> dict[str, str]:
-  """Returns "path, crop" -> SHA-256 of the pixels of the given images."""
+  """Maps "path, crop" of each input image to the SHA-256 of its pixels."""
   return {
     f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
     for (image, crop), pixels in given.items()

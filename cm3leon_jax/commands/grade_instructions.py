@@ -31,7 +31,7 @@ RECORDS = flags.DEFINE_integer("records", 100, "Held-out records per task.", low
 
 
 def _models(run: Run) -> dict[str, Callable[[], dict]]:
-  """Returns column title -> function that loads the parameters of the column."""
+  """Maps each column title of the table to a function that loads the column's parameters."""
   from cm3leon_jax.trained import initial
 
   start = initial.start_of(run.folder)
@@ -50,8 +50,8 @@ def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
   judged = [(task, world) for task in tasks if (world := of_answers(task))]
   if not judged:
     raise UserError(
-      "no task of config.instructions has answers that can be judged exactly, as tasks of "
-      "scenes/... have: evaluate the run with a protocol, "
+      "no task of config.instructions has answers that can be judged exactly (only tasks of the "
+      "formats scenes/... have): evaluate the run with a protocol, "
       "`cm3leon evaluate --protocol=cm3leon_table2`."
     )
   return judged
@@ -60,7 +60,7 @@ def _judged_tasks(settings: Settings) -> list[tuple[InstructionTask, World]]:
 def _grade(
   run: Run, judged: list[tuple[InstructionTask, World]], count: int
 ) -> dict[str, dict[str, list[Answer]]]:
-  """Returns task name -> column title -> graded answers."""
+  """Returns the graded answers by task name and column title."""
   from cm3leon_jax.evaluation.grades import answers as grades
   from cm3leon_jax.generation.pipeline import Pipeline
 

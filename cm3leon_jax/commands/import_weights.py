@@ -29,7 +29,7 @@ _SOURCE = flags.DEFINE_string(
   "source",
   "",
   "Folder of the checkpoint.",
-  allow_override=True,  # import_vqgan defines this flag, too, and tests import both modules.
+  allow_override=True,  # import_vqgan also defines this flag, and tests import both modules.
 )
 
 

@@ -27,7 +27,7 @@ from cm3leon_jax.runs import stages, table
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
-# No default, because other commands define --out without a default, too, and tests import all
+# No default, because other commands also define --out without a default, and tests import all
 # commands in one process.
 _OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
@@ -37,7 +37,7 @@ _VALIDATE = flags.DEFINE_bool(
   "validate",
   False,
   "Write no page; check all files that training reads.",
-  allow_override=True,  # encode_documents defines this flag, too, and tests import both modules.
+  allow_override=True,  # encode_documents also defines this flag; tests import both modules.
 )
 
 DOCUMENTS = ("documents", "neighbors")

@@ -71,7 +71,10 @@ def check_leaks(settings: Settings, workdir: epath.Path) -> None:
 
 
 def check_fact_leaks(drawn: DrawnSource, workdir: epath.Path) -> None:
-  """Raises UserError if training scenes show all facts of a held-out scene. Prints the counts."""
+  """Raises UserError if the training scenes together show all facts of a held-out scene.
+
+  Prints the numbers of held-out, training and leaked scenes.
+  """
   stages.require(workdir, "raw")
   report = drawn.leaks(workdir / "raw")
   kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
@@ -115,9 +118,10 @@ def check_enough(settings: Settings, summary: dict) -> None:
 
 
 def batch_warnings(settings: Settings, pairs: int) -> list[str]:
-  """Returns warnings for batches larger than the data, which the stages vqgan and clip refuse.
+  """Returns a warning for each of the stages vqgan and clip whose batch is larger than the data.
 
-  These are only warnings, since a published tokenizer or CLIP may replace these stages.
+  The stage would reject this batch size. It is not an error yet, because a published tokenizer or
+  CLIP may replace the stage.
   """
   names = ["vqgan"] if settings.retrieval.clip else ["vqgan", "clip"]
   return [
@@ -130,7 +134,7 @@ def batch_warnings(settings: Settings, pairs: int) -> list[str]:
 
 
 def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
-  """Looks for near duplicates, adds their counts to `summary`, and prints a summary of the data."""
+  """Searches for near duplicates, adds their counts to `summary`, and prints the data's summary."""
   from cm3leon_jax.data.checks import leaks
   from cm3leon_jax.data.raw import summary as raw_statistics
   from cm3leon_jax.data.raw import writer
@@ -154,7 +158,7 @@ def conclude(settings: Settings, folder: epath.Path, summary: dict) -> None:
 def _prepare(
   settings: Settings, parts: list[SourcePart], folder: epath.Path, runner: Runner, counts: bool
 ) -> dict:
-  """Returns the summary of the stage. With `counts`, it includes the counts for `from_data`."""
+  """Writes the raw data. Returns the stage's summary, with counts for `from_data` if `counts`."""
   from cm3leon_jax.data.raw import counting, ingest
 
   raw = settings.raw
@@ -190,12 +194,12 @@ def main(settings: Settings, workdir: epath.Path, counts: bool = False) -> None:
       "give --config.raw.resolution=48, or a folder of images as config.raw.source."
     )
   parts = ingest.parts_of(settings.raw, drawn_source(settings))
-  # New or changed files make the stage run again, but only for their shards.
+  # If files are new or changed, the stage runs again, but only for the shards of these files.
   files = formats.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
     if summary is not None:
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
-  if counts:  # The fields that follow from the data are known now.
+  if counts:  # Now `completed` can compute fields from the data.
     settings = common.completed(workdir)
   summary = stages.require(workdir, "raw", summary=dict)["summary"]
   check_enough(settings, summary)

@@ -1,4 +1,4 @@
-"""Trains with rewards: draws images for prompts, scores them, makes better images more likely.
+"""Trains with rewards: draws images for prompts, scores them, and makes better images more likely.
 
   cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
@@ -58,7 +58,7 @@ def _objective(run: Run, reference: dict) -> tuple[Rollouts, list]:
 
 
 def _scores(run: Run, objective: Rollouts, reference: dict, prompts: list) -> dict[str, dict]:
-  """Scores held-out prompts with the first parameters and with the final parameters.
+  """Scores images for held-out prompts, drawn with the first and with the final parameters.
 
   Returns `scores_before`, `scores`, and `gains`, each by task. `gains` has the mean change of the
   reward with a 95% interval over prompts.

@@ -1,4 +1,4 @@
-"""Defines --retrieve for the commands that put retrieved documents before a prompt or document."""
+"""Defines --retrieve for commands that place retrieved documents before a prompt or document."""
 
 from absl import flags
 

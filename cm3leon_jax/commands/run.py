@@ -42,9 +42,9 @@ LEAST_KNOWN = 0.1  # The remaining time is estimated after this share of the run
 
 
 def commands(settings: Settings, given: bool) -> dict[str, str]:
-  """Returns command -> folder that the command owns ("" if none), for a whole run, in order.
+  """Maps each command of a whole run, in order, to the folder that it owns ("" if none).
 
-  With `given`, the run starts from another run and copies its tokenizers and CLIP.
+  If `given`, the run starts from another run and copies its tokenizers and CLIP.
   """
   from cm3leon_jax.data.instructions.task_files import load_tasks
   from cm3leon_jax.evaluation.world import of_answers
@@ -91,7 +91,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Lines:
-  """Prints the important output lines of a stage, and shows the others briefly in a terminal."""
+  """Prints a stage's important output lines; in a terminal, also shows the latest other line."""
 
   def __init__(self, head: str, command: str):
     self._head = f"{head} {command}: "
@@ -114,7 +114,7 @@ class _Lines:
       sys.stdout.flush()
 
   def clear(self) -> None:
-    """Erases the line that can be overwritten."""
+    """Erases the line that `show` may overwrite."""
     if self._draws:
       sys.stdout.write("\r\x1b[2K")
 
@@ -139,7 +139,7 @@ def main(settings: Settings, workdir: epath.Path, init_from: str, records: int) 
 
 
 def _recorded(workdir: epath.Path, folder: str) -> float:
-  """Returns the recorded seconds of a finished stage; 0.0 if it has no folder."""
+  """Returns the recorded run time of a finished stage in seconds; 0.0 if it has no folder."""
   done = workdir / folder / stages.DONE
   return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
 

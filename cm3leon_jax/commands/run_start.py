@@ -46,15 +46,16 @@ def begin(
 
   Args:
     init_from: source of the first parameters, see `initial.start_of_run`.
-    more: everything that the run depends on besides `stages.run_config`.
+    more: values on which the run depends, in addition to `stages.run_config`.
     allowed: fields that may differ from the config of the run, see `changes.check_changes`.
 
   Returns:
-    Everything that the run depends on, and the parameters that it starts from, or None if they are
-    random.
+    All values on which the run depends, and the parameters from which it starts, or None if they
+    are random.
 
   Raises:
-    UserError: the folder has another run, or a new run needs a logging board that is not installed.
+    UserError: the folder has another run, or a new run needs a dashboard (TensorBoard or Weights &
+      Biases) that is not installed.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.trained import initial
@@ -64,7 +65,7 @@ def begin(
   path = workdir / "train" / "config.json"
   with distributed.together():  # All processes read before one process writes.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
-    if stored is None:  # A run that has begun continues without the board.
+    if stored is None:  # A run that already began continues without a missing dashboard.
       check_no_checkpoints(path)
       boards.check_installed(settings.train)
     config = stages.run_config(settings, workdir, "train") | (more or {})
@@ -84,7 +85,7 @@ def begin(
 
 
 def check_no_checkpoints(path: epath.Path) -> None:
-  """Raises UserError if a folder without `path`, the config file of its run, has checkpoints."""
+  """Raises UserError if `path`, a run's config file, is missing but its folder has checkpoints."""
   from cm3leon_jax.checkpoints import reading
 
   if reading.any_in(path.parent):

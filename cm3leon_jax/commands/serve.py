@@ -63,7 +63,7 @@ _PIXELS = flags.DEFINE_float(
 _TOKEN_FILE = flags.DEFINE_string(
   "token_file",
   None,
-  f"File with a token that every request must contain. The variable {TOKEN} can hold the token "
+  f"File with a token that every request must contain. The variable {TOKEN} can contain the token "
   "instead. Default: no token is required.",
 )
 _CACHE_DIR = flags.DEFINE_string(
@@ -111,7 +111,7 @@ def _check_host(host: str) -> None:
 
 
 def _buckets() -> int:
-  """Returns the value of --buckets or --lanes, its deprecated name. Raises UserError for both."""
+  """Returns the value of --buckets or --lanes, its old name. Raises UserError if both are given."""
   if _LANES.value is None:
     return _BUCKETS.value
   if _BUCKETS.present:

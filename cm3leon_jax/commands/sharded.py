@@ -43,7 +43,7 @@ def stage(
     UserError: see `stages.stage`. Also if a flag is out of range, or another job holds the lease on
       the folder or has taken the lease from this job.
   """
-  from cm3leon_jax.training.faults.lease import Lease  # A late import, because it imports JAX.
+  from cm3leon_jax.training.faults.lease import Lease  # Imported here, because it imports JAX.
 
   runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   body = stages.stage(workdir, name, settings, more_inputs)

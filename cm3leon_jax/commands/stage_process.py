@@ -1,4 +1,4 @@
-"""Runs the command of a stage in a separate process; forwards its output, signals and errors."""
+"""Runs a stage's command in a separate process, and forwards its output, signals and errors."""
 
 import collections
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class StageEnded(UserError):
 def program(command: str) -> list[str]:
   """Returns the program and arguments that run a command, through `launch` or `cm3leon_jax`.
 
-  It is the same entry point that the user chose for this process.
+  The entry point is the one with which the user started this process.
   """
   module = [f"launch.{command}"] if "launch" in sys.modules else ["cm3leon_jax", command]
   return [sys.executable, "-m", *module]
@@ -37,7 +37,8 @@ def program(command: str) -> list[str]:
 class StageProcesses:
   """Runs commands one after the other, and forwards SIGTERM and Ctrl-C to the running command.
 
-  Each command leads a separate session, so Ctrl-C in a terminal reaches it only through this class.
+  Each command runs in a separate session, so Ctrl-C in a terminal reaches it only through this
+  class.
   """
 
   def __init__(self, logs: epath.Path):
@@ -91,7 +92,7 @@ class StageProcesses:
 
 
 def _fail(command: str, code: int, lines: list[str], log: epath.Path) -> None:
-  """Raises StageEnded with the stage's error message. Without a message, prints its last lines."""
+  """Raises StageEnded with the stage's error message; without one, first prints `lines`."""
   sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
   if sentences:
     raise StageEnded(sentences[-1], code)

@@ -4,7 +4,7 @@
   cm3leon train --config=scenes --workdir=new --init_from=workdir/scenes
 
 --init_from starts a new run at step 0 from trained parameters of the same model and vocab. The run
-records its start, so that it continues without the flag. A run must continue with the config that
+stores this origin, so that it continues without the flag. A run must continue with the config that
 it began with. --allow_changed names fields that may change: fields of the optimizer, or
 train.global_batch_size. At SIGTERM and Ctrl-C the run saves and stops.
 
@@ -69,7 +69,7 @@ def _initial_params(run: Run, start: Weights | None) -> Callable[[], dict] | Non
 
 
 def _left_out(folder: epath.Path, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
-  """Returns the rows that the run leaves out, and `back` (None if the run already went back)."""
+  """Returns the rows that the run skips, and `back`, or None if the run already went back."""
   from cm3leon_jax import distributed
   from cm3leon_jax.checkpoints import reading
   from cm3leon_jax.training.faults import skipped_rows
@@ -133,7 +133,7 @@ def main(
     run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():
       summary.update(rows=rows.look_at_rows(loader.plan))
-      generate_grid = None  # A grid needs the captions of held-out documents.
+      generate_grid = None  # Without held-out documents, there are no captions for a grid.
       if rows.replay_share(settings, "heldout"):
         generate_grid = sample_grids(run, folder / "samples")
     training = DecoderTraining.of(

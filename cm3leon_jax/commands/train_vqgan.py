@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _judge(settings: Settings, workdir: epath.Path, tokenizer: ImageTokenizer) -> dict:
-  """Judges held-out images and their reconstructions; {} for pairs without facts."""
+  """Returns the judge's results for held-out images and reconstructions; {} without facts."""
   import numpy as np
 
   from cm3leon_jax.data.raw import reader
@@ -59,7 +59,7 @@ def _check_import(folder: epath.Path) -> None:
 
 
 def _features(path: str) -> tuple[dict | None, dict[str, str]]:
-  """Reads the network of `vqgan.perceptual`. Returns it with its digest, an input of the stage."""
+  """Reads the network of `vqgan.perceptual`. Returns it, and its digest as a stage input."""
   if not path:
     return None, {}
   from cm3leon_jax.evaluation.metrics import published_weights

@@ -1,4 +1,4 @@
-"""Defines the values that the three CM3Leon sizes share, and the values that the demos share.
+"""Defines the config values that the three CM3Leon sizes share, and those that the demos share.
 
 The default variant has the values of the tutorial that this project started from. The variant
 `:paper` has the paper's values. The stages `vqgan` and `clip` of these sizes train on one host.
@@ -57,7 +57,7 @@ def small_config() -> ml_collections.ConfigDict:
   """Returns the config that the demos share, which train on two CPU cores in minutes."""
   config = get_config()
   config.vocab.num_special = 32
-  # A code stands for a square of 6 x 6 pixels, and depends only on these pixels.
+  # A code represents a square of 6 x 6 pixels, and depends only on these pixels.
   config.vqgan.update(downsample=6, stem=6, local_codes=True, width=64, code_dim=8)
   config.vqgan.update(multipliers=(1,), encoder_blocks=(1,), decoder_blocks=(2,), l1_weight=0.1)
   config.vqgan.update(warmup_steps=50, adversarial_weight=0.0)
@@ -67,13 +67,13 @@ def small_config() -> ml_collections.ConfigDict:
   config.clip.update(learning_rate=1e-3, warmup_fraction=0.05, weight_decay=0.1)
   config.clip.update(text_dropout=0.1, color_jitter=0.0, checkpoint_every=100)
   config.retrieval.update(max_similarity=1.0, backend="exact", query_dropout=0.0)
-  # A CLIP that trains for minutes does not learn names, so retrieval compares words, too.
+  # A CLIP that trains for minutes does not learn names, so retrieval also compares words.
   config.retrieval.update(lexical_weight=0.85, lexical_width=512)
   config.data.update(sequence_length=512, pack_window=1_024)
-  # `code_dropout` hides codes, so that the decoder must find them in the neighbor.
+  # `code_dropout` hides codes from the input, so that the decoder learns to copy from the neighbor.
   config.data.update(num_neighbors=1, neighbor_sampling="best", neighbor_dropout=0.1)
   config.data.update(neighbor_loss_weight=0.1, code_dropout=0.6)
-  config.data.mean_spans = 0.3  # A short training should first learn captions, then infilling.
+  config.data.mean_spans = 0.3  # In a short training, captions matter more than infilling.
   config.model.update(family="modern", num_layers=4, width=128, num_heads=2, mlp_width=352)
   config.model.update(max_positions=512, init_std=0.034, embed_std=0.25, dtype="float32")
   config.model.update(remat_policy="none", loss_chunk=512, unroll_layers=True)
@@ -86,7 +86,7 @@ def small_config() -> ml_collections.ConfigDict:
 
 
 def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Turns a pretraining config into one for instruction tuning (CM3Leon, section 4, appendix E).
+  """Converts a pretraining config to one for instruction tuning (CM3Leon, section 4, appendix E).
 
   The model, vocab and tokenizers do not change, so that `--init_from` accepts the pretrained
   parameters.
@@ -95,7 +95,7 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
   config.optimizer.update(learning_rate=5e-5, warmup_steps=150)
   # 2M tokens per step, 30B tokens in total.
   config.train.update(global_batch_size=512, steps=14_305)
-  config.train.update(rows_per_device=2)  # No gradient accumulation on 256 devices.
+  config.train.update(rows_per_device=2)  # With 256 devices, no gradient accumulation is needed.
   return config
 
 

@@ -1,4 +1,4 @@
-"""Config of CM3Leon-350M (Table 3 of the paper; numbers of heads and feed-forward widths from OPT).
+"""Defines CM3Leon-350M (Table 3 of the paper; number of heads and feed-forward width from OPT).
 
 cm3leon train --config=cm3leon_350m --workdir=runs/cm3leon_350m
 cm3leon train --config=cm3leon_350m:paper --workdir=runs/cm3leon_350m_paper

@@ -1,4 +1,4 @@
-"""Config of CM3Leon-760M (Table 3 of the paper; numbers of heads and feed-forward widths from OPT).
+"""Defines CM3Leon-760M (Table 3 of the paper; number of heads and feed-forward width from OPT).
 
 cm3leon train --config=cm3leon_760m --workdir=runs/cm3leon_760m
 cm3leon train --config=cm3leon_760m:paper --workdir=runs/cm3leon_760m_paper

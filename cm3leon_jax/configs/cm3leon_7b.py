@@ -1,4 +1,4 @@
-"""Config of CM3Leon-7B (Table 3 of the paper; numbers of heads and feed-forward widths from OPT).
+"""Defines CM3Leon-7B (Table 3 of the paper; number of heads and feed-forward width from OPT).
 
 cm3leon train --config=cm3leon_7b --workdir=runs/cm3leon_7b
 cm3leon train --config=cm3leon_7b:paper --workdir=runs/cm3leon_7b_paper

@@ -26,14 +26,14 @@ FOLLOW = {
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config = base.small_config()
   config.train.minutes = 15 * base.scale_of(variant, "own", named=())
-  # Among 300 images, a few damaged files are already a large share.
+  # `max_rejected` is high, because a few damaged files are a large share of 300 images.
   config.raw.update(source="", resolution=0, heldout_fraction=0.07, max_rejected=0.1)
   config.raw.crops = -1  # Adds random crops, because a model soon overfits a few hundred images.
   config.vocab.image_size = 256  # Training for minutes can learn only a small codebook.
   config.vqgan.learning_rate = 5e-3
   config.clip.shift = 0.1
   config.optimizer.learning_rate = 2e-3
-  # The best of nine settings. The captions that chose it are not in the reported figures.
+  # The best of nine settings. The captions that selected it are not used in reported results.
   config.sampling.update(temperature=0.2, guidance=1.0)
   config.train.eval_batches = 8
   for kind, names in FOLLOW.items():

@@ -1,4 +1,4 @@
-"""Demo config: learns small scenes on two CPU cores in minutes. Its images are graded exactly.
+"""Trains a demo on small scenes, on two CPU cores in minutes. Its images are judged exactly.
 
   bash launch/demo.sh
   cm3leon train --config=scenes:15 --workdir=workdir/scenes
@@ -28,20 +28,20 @@ def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   config.scenes.update(train=16_000, shares=(1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0))
   # The bank has each rare training object once, at the same place in another color. It has common
   # objects and held-out objects at all four places. Training scenes are not searched, because a
-  # scene with the right object and color at a wrong place would be nearer to a caption than a
-  # document of the bank with the object at the right place.
+  # scene with the correct object and color at a wrong place would be more similar to a caption than
+  # a document of the bank with the object at the correct place.
   config.scenes.update(rare_objects=1_550, bank=2_673)
   config.retrieval.train_documents = False
   # Each document of the bank shows a single object at a place. No document helps a caption with
-  # several objects or without a place. This threshold leaves such captions without neighbors, and
-  # also some captions of a common object with a color.
+  # several objects or without a place. With this threshold, such captions get no neighbors. Some
+  # captions that name a common object and its color get none either.
   config.retrieval.min_similarity = 0.58
-  # An icon has the same 4 x 4 codes at every place.
+  # Each of the four places covers 4 x 4 codes, so an icon has the same codes at every place.
   config.vqgan.update(resolution=48, batch_size=16, learning_rate=0.012)
   config.clip.update(resolution=48, batch_size=128, shift=0.0)
   config.data.text_share = 0.0
   config.optimizer.learning_rate = 3e-3
-  # Few of the 1,024 codes are likely. With `contrastive_k` = 16, all codes would be allowed.
+  # Only a few of the 1,024 codes are likely. `contrastive_k` = 16 would allow all codes.
   config.sampling.update(temperature=0.5, guidance=1.25, contrastive_k=1)
   config.evaluation.update(scenes=240, scene_guidance=(1.0, 1.25), scene_neighbors=1)
   for stage, count in STEPS.items():

@@ -5,10 +5,11 @@
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15). It scales
-only the training steps. Two runs made the bundled model. The variant `long` trains 12,000 steps
-from `scenes` on more records, which takes 80 minutes on two idle cores. The variant `redrawn` then
-trains 3,000 steps from `long` on other records, which takes 20 minutes. Half of the images given
-in these records look as if the model had drawn them.
+only the training steps. The bundled model was trained in two runs. The variant `long` trains 12,000
+steps from `scenes` on more records, which takes 80 minutes on two idle cores. The variant `redrawn`
+then trains 3,000 steps from `long` on other records, which takes 20 minutes. In half of these
+records, the input image was encoded and decoded by the image tokenizer, so it looks like a
+generated image.
 """
 
 import ml_collections
@@ -22,7 +23,7 @@ STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 def get_config(variant: str = "15") -> ml_collections.ConfigDict:
   scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
   config = scenes.get_config("long")  # The config of the bundled model.
-  config.scenes.update(train=8_000)  # Only a few of these scenes are read, as replay.
+  config.scenes.update(train=8_000)  # Only replay reads these scenes.
   config.instructions.update(tasks="scenes", loss_on="target", replay_share=0.1)
   steps = {"long": LONG_STEPS, "redrawn": REDRAWN_STEPS}.get(variant, round(STEPS * scale))
   config.optimizer.update(learning_rate=2.5e-3, warmup_steps=50, ema_decay=0.99)

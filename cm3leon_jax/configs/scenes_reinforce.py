@@ -1,4 +1,4 @@
-"""Reinforcement learning: the tuned scenes model draws images, and the judge's grade is the reward.
+"""Trains the tuned scenes model with rewards: it draws images, which the judge grades.
 
   cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct

@@ -216,8 +216,8 @@ def test_all_processes_report_a_flipped_bit(fresh):
   largest.write_bytes(content)
   output = finish(start(fresh, 2), 2)
   sentence = (
-    f"error: no checkpoint in {fresh}/train/checkpoints is whole ({largest} is damaged: it is not "
-    "what was written): restore one of them"
+    f"error: all checkpoints in {fresh}/train/checkpoints are damaged ({largest} is damaged: it is "
+    "not what was written): restore one of them"
   )
   for process in range(2):
     assert f"[{process}] {sentence}" in output

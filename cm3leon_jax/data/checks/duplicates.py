@@ -5,9 +5,9 @@ Two images are near if at least one condition holds:
   the mean squared error of the image tokenizer of examples/openmoji, whose PSNR is 22.7 to 23.3 dB.
   Averaging over blocks of pixels never increases the error, so full images differ at least as much
   as their thumbnails.
-- The distance between their perceptual hashes (`hash_distance`) is at most MAX_BITS. A hash holds
-  the signs of the lowest frequencies of each color channel. Hashes also find brighter, paler and
-  compressed copies.
+- The distance between their perceptual hashes (`hash_distance`) is at most MAX_BITS. A hash
+  contains the signs of the lowest frequencies of each color channel. Hashes also find brighter,
+  paler and compressed copies.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,8 +25,8 @@ MIN_PSNR = 22.0  # In dB. Thumbnails with at least this PSNR are near.
 MAX_BITS = 0.1  # Images with at most this `hash_distance` are near.
 
 _FREQUENCIES = 8  # Number of frequencies per axis. The hash omits frequency 0, the mean color.
-_NOISE = 1.0  # Minimum coefficient of a set bit. Smaller coefficients depend on rounding.
-_BLOCK = 1_024  # Number of images per block when all images are compared.
+_NOISE = 1.0  # Larger coefficients set their bit. The signs of small ones depend on rounding.
+_BLOCK = 1_024  # Number of images that are compared with all images at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fingerprints(
   images: Iterable, load: Callable[..., np.ndarray], num_threads: int
 ) -> Fingerprints:
-  """Computes the fingerprints of the images that `load` reads. Does not keep the images."""
+  """Computes the fingerprints of images, which `load` reads. Does not keep the images."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     rows = list(pool.map(lambda image: fingerprint(load(image)), images))
   if not rows:
@@ -66,7 +66,7 @@ def fingerprints(
 
 
 def psnr(a: Fingerprints, b: Fingerprints) -> np.ndarray:
-  """Computes the PSNR between thumbnails of two sets, [N, M] dB. Equal thumbnails have infinity.
+  """Computes the PSNR between thumbnails of two sets, [N, M] dB; infinity for equal thumbnails.
 
   All sums are integers that float64 represents exactly, so every machine finds the same near pairs.
   """
@@ -89,7 +89,7 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def is_near(noise: np.ndarray, distance: np.ndarray, min_psnr: float = MIN_PSNR) -> np.ndarray:
-  """Returns whether each pair of images is near, [N, M] bool, from `psnr` and `hash_distance`."""
+  """Returns, for each pair of images, whether it is near, [N, M] bool."""
   return (noise >= min_psnr) | (distance <= MAX_BITS)
 
 

@@ -22,7 +22,7 @@ NAMED = 3  # Maximum number of pairs that `near_duplicates` names.
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Pair:
-  """A pair of a held-out image and a training image. Sorting puts the nearest pairs first.
+  """A held-out image and a training image. Sorting a list of pairs puts the nearest pairs first.
 
   Attributes:
     is_far: False for near duplicates (`duplicates.is_near`).
@@ -45,7 +45,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class LeakReport:
-  """Result of a leak check.
+  """Result of the search for held-out images that are also training images.
 
   Attributes:
     heldout, train: numbers of compared images.
@@ -66,8 +66,8 @@ def check(
 ) -> LeakReport:
   """Compares every held-out image of a raw folder with every training image.
 
-  Reads every image once. Memory holds the fingerprints of all held-out images (0.8 kB per image)
-  and of 1,024 training images. Thumbnails are near if their PSNR is at least `min_psnr` dB.
+  Reads every image once. Keeps the fingerprints of all held-out images (0.8 kB per image) and of
+  1,024 training images in memory. Thumbnails are near if their PSNR is at least `min_psnr` dB.
   """
   keys, prints = [], []
   for names, batch in _read(folder, "heldout", num_threads):
@@ -160,7 +160,7 @@ def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str
   kinds: tuple[type[RawPair | RawInterleaved], ...] = (RawPair, RawInterleaved)
   for cls in kinds:
     for record in reader.read_shard(folder, name, cls, split):
-      if getattr(record, "added_crop", ""):  # The image without the crop is compared instead.
+      if getattr(record, "added_crop", ""):  # The original, uncropped image is compared instead.
         continue
       concept = getattr(record, "concept", "") or record.group or record.key
       for image in images_of(record):

@@ -48,7 +48,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
     raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
   if count != len(arrays["counts"]):
     raise UserError(
-      f"{path} holds {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
+      f"{path} has {count} documents, but {name}{LENGTHS} describes {len(arrays['counts'])}: "
       f"{remedy}."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)
@@ -146,8 +146,8 @@ def _validate_images(shard: epath.Path, num_threads: int) -> int:
 def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:
   """Compares the joined arrays of a store with the arrays of shard `name`.
 
-  `before` holds the numbers of documents and segments in all earlier shards. Raises UserError with
-  the name of the file and the first document that differs.
+  `before` contains the numbers of documents and segments in all earlier shards. Raises UserError
+  with the name of the file and the first document that differs.
   """
   arrays = read_lengths(store.folder, name, store.vocab)
   first, start = before["documents"], before["segments"]

@@ -19,7 +19,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-# B images at a time, H height, W width, I codes per image, C size of the codebook.
+# B images per batch, H height, W width, I codes per image, C size of the codebook.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,8 @@ def load_tokenizers(
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   """Writes a store `{split}_{kind}` for each split and kind of record (see docs/workdir.md).
 
-  Document i of a store is record i of the same split and kind in the raw folder. `inputs` holds the
-  ids of the tokenizers. If such an id changes, all shards are encoded again.
+  Document i of a store is record i of the same split and kind in the raw folder. `inputs` contains
+  the ids of the tokenizers. If one of these ids changes, all shards are encoded again.
 
   Returns for each split: the number of documents by kind, the number of tokens, the number of cut
   captions, and the result of `code_usage`.

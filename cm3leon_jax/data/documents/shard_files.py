@@ -81,7 +81,7 @@ def check_shard_file(folder: epath.Path, file: str, expected: dict, content: boo
 
 
 def encode_again(path: epath.PathLike) -> str:
-  """Returns the end of an error message, which says how to write the store of `path` again."""
+  """Returns the end of an error message, which says how to rewrite the store of `path`."""
   folders = [folder for folder in epath.Path(path).parents if folder.name in table.STAGES]
   folder = folders[0] if folders else epath.Path("documents")
   command = table.STAGES[folder.name].command
@@ -89,7 +89,7 @@ def encode_again(path: epath.PathLike) -> str:
 
 
 def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
-  """Lists `folders`. Returns a function that says whether all of them have the files of a shard."""
+  """Returns a function that says whether each of `folders` has both files of a given shard."""
   folders = [epath.Path(folder) for folder in folders]
   found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
   return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

@@ -1,6 +1,6 @@
 """Stores documents in ArrayRecord shards. A document is a list of text and image segments.
 
-Segments are token ids. The schema is in docs/workdir.md.
+Segments are token ids. docs/workdir.md describes the file format.
 """
 
 # N documents of a store, S segments of all documents, T tokens of a segment.
@@ -43,7 +43,7 @@ ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts"
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A text or image: ids of the shared vocabulary, [T] int32, without `<break>` and `</s>`."""
+  """A text or image as ids of the shared vocabulary, [T] int32, without `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -51,7 +51,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """Segments in reading order, with their origin. In a pair, the caption is first.
+  """Segments in reading order, with their origin. In a pair, the caption is the first segment.
 
   Attributes:
     key: unique name within its source.
@@ -135,7 +135,7 @@ def write_shard(
     "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
-    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
+    np.savez_compressed(f, **arrays)  # Compressed, because most token counts are 0.
   return len(counts)
 
 
@@ -180,7 +180,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
 def write_documents(
   folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes a store with one shard. Returns and raises the same as `write_shard`."""
+  """Writes a store with one shard. Has the result and the errors of `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
   return finish_store(folder, ["000000"], vocab)
@@ -329,7 +329,7 @@ class Bank:
   """
 
   def __init__(self, documents: epath.PathLike, vocab: VocabLayout):
-    """Opens the stores of pairs in the folder `documents`. Raises the same as `DocumentStore`."""
+    """Opens the stores of pairs in the folder `documents`. Raises the errors of `DocumentStore`."""
     documents = epath.Path(documents)
     self.folder = documents / "train_pairs"
     self.parts: tuple[DocumentStore, ...] = (DocumentStore(self.folder, vocab),)
@@ -355,7 +355,7 @@ class Bank:
     return store[i]
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `DocumentStore.segment_lengths` of document i."""
+    """Returns `lengths` and `is_image` of the segments of document i."""
     store, i = self._locate(i)
     return store.segment_lengths(i)
 

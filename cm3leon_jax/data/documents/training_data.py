@@ -38,7 +38,7 @@ def collect(
   while str(folder) not in seen:
     seen.add(str(folder))
     path = folder / "train" / "config.json"
-    if (folder / FILE).exists() and not path.exists():  # The file includes all earlier runs.
+    if (folder / FILE).exists() and not path.exists():  # The file also lists all earlier runs.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
     has_raw = (folder / "raw" / reader.INDEX).exists()

@@ -1,4 +1,4 @@
-"""Defines the config section of instruction tuning. Checks tasks and formats of records."""
+"""Defines the config section of instruction tuning, and checks tasks and record formats."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -122,21 +122,22 @@ class InstructionTask:
   of the files."""
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
   """Additional images of a record: field name -> `canny` or `scribble` (computed from the target),
-  or a folder in `config.instructions.root` that holds a map with the file name of each image."""
+  or a folder in `config.instructions.root` whose maps have the file names of the images."""
   records: NonNegativeInt = 0
-  """Trains on at most this many records, the first ones. 0 means all; `scenes` requires a
-  number."""
+  """Maximum number of training records; the first ones are used. 0 means all, which `scenes` does
+  not allow."""
   heldout_records: NonNegativeInt = 500
   """Maximum number of held-out records; the first ones are used. 0 means all."""
   weight: NonNegativeFloat = 1.0
-  """Factor of the task's share in the mixture."""
+  """Factor by which the task's share of the mixture is multiplied."""
   cap: NonNegativeInt = 0
   """Maximum number of records that counts toward the task's share. 0 means no maximum."""
   loss_weight: Annotated[float, Field(gt=0)] = 1.0
   """Weight of each target token in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the instruction, the text segment before the target. Such samples
-  train the guidance stream that has only the given image. Requires an image as the target."""
+  """Share of samples without the instruction, which is the text segment before the target. These
+  samples train the guidance stream that has only the input image. Requires an image as the
+  target."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` replaces everything before the target. Requires an image
   as the target."""
@@ -275,25 +276,25 @@ class InstructionsConfig:
   tasks: str = ""
   """YAML file of tasks, or a table of the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """Additional tasks, each a dict with the same fields as in YAML (docs/instruction_tasks.md)."""
+  """Additional tasks, each a dict with the fields of a YAML task (docs/instruction_tasks.md)."""
   only: tuple[str, ...] = ()
   """Names of the tasks to train. () means all."""
   root: str = ""
   """Folder of the files of all tasks."""
   allow_outside: bool = False
   """Whether records may name images outside the image folder of their task. Use it only for records
-  that you trust, because such records can name any file of the machine."""
+  that you trust, because they can then name any file of the machine."""
   max_records: NonNegativeInt = 0
   """Maximum number of training records per task; the first ones are used. 0 means that only
   `records` of the task limits them."""
   redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of training records whose given images the image tokenizer first encodes and decodes, so
-  that they look like generated images."""
+  """Share of training records whose input images are first encoded and decoded by the image
+  tokenizer, so that they look like generated images."""
   loss_on: LossOn = "all"
-  """Tokens with a loss. `all`: every token, including the instruction, as in the paper. `target`:
-  only the answer."""
+  """Tokens that count in the loss. `all`: every token, including the instruction, as in the paper.
+  `target`: only the answer."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-  """Share of slots for the run's documents, as in pretraining. It reduces forgetting."""
+  """Share of slots for the run's documents, with rows as in pretraining. Reduces forgetting."""
   least_ratio: Annotated[float, Field(gt=0)] = 0.3
   """Lower bound of a task's size in the mixture, relative to the mean size (paper: 0.3)."""
   most_ratio: Annotated[float, Field(gt=0)] = 3.0

@@ -25,7 +25,7 @@ def load_opencv() -> types.ModuleType:
 
 
 def canny_edges(image: np.ndarray) -> np.ndarray:
-  """Draws the edges that the method of Canny (1986) finds. They are white and one pixel wide.
+  """Draws the edges that the method of Canny (1986) finds, in white and one pixel wide.
 
   Each pixel uses the color channel with the largest gradient. A yellow object on white therefore
   has edges, too. The background is black. The image and the result are [H, W, 3] uint8.
@@ -35,7 +35,7 @@ def canny_edges(image: np.ndarray) -> np.ndarray:
 
 
 def scribble(image: np.ndarray) -> np.ndarray:
-  """Draws an image as a person would scribble it, with few lines that are thick and smooth.
+  """Draws an image like a person's scribble, with few lines that are thick and smooth.
 
   Blurs the image, finds its edges, and widens the edges to thick lines. Then blurs and thresholds
   the lines, which makes corners round. The line width grows with the height of the image. The lines

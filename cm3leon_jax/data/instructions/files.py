@@ -6,7 +6,7 @@ Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Local
 `data.published.files`; and the formats of `grounding` and `lines`. The files are listed in
 docs/data_formats.md. The readers strip white space at both ends of texts. They skip records with a
 blank caption or answer. They raise UserError if a file has the wrong format, an id occurs twice, or
-an entry lacks what belongs to it. The message names the file and the line or id.
+an entry is incomplete. The message names the file and the line or id.
 """
 
 import collections
@@ -156,7 +156,7 @@ def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]
   """Yields each question of TextVQA with its annotators' answers.
 
   `file` has {"data": [{question_id, image_id, question, answers: [text]}]}. The folder
-  train_images/ holds the images of both splits.
+  train_images/ contains the images of both splits.
   """
   entries = field_of(load_json(file), "data", list, file)
   for key, entry in entries_by_id(entries, "question_id", int, f"{file}, data").items():
@@ -187,7 +187,7 @@ def read_scienceqa(
     problems: file with {id: {question, choices: [text], answer: index into choices, hint, solution,
       image: name or null}}.
     splits: file with {split: [id]}.
-    images: folder that holds images/SPLIT/ID/.
+    images: folder that contains images/SPLIT/ID/.
     split: "train", "val" or "test".
   """
   content = load_json(problems)
@@ -224,7 +224,7 @@ def read_scienceqa(
 def read_instruct_pix2pix(
   seeds: epath.PathLike, images: ImageFolder, split: str
 ) -> Iterator[Record]:
-  """Yields the pairs of images (before and after an edit) of a split of InstructPix2Pix.
+  """Yields the image pairs (before and after an edit) in a split of InstructPix2Pix.
 
     ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7 and 0000042/9. The first
     has the images 0000042/7_0.jpg and 0000042/7_1.jpg. Both use the texts in 0000042/prompt.json.
@@ -232,7 +232,7 @@ def read_instruct_pix2pix(
   Args:
     seeds: file with [[folder, [seed]]]. Next to this file, each folder has a prompt.json with
       {input, edit, output}.
-    images: folder that holds FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
+    images: folder that contains FOLDER/SEED_0.jpg and FOLDER/SEED_1.jpg.
     split: "train" (the first 90% of seeds.json), "val" (the next 5%) or "test" (the last 5%).
   """
   folders = _seeds_by_folder(seeds)
@@ -286,7 +286,7 @@ def read_llava(file: epath.PathLike, images: ImageFolder, split: str) -> Iterato
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: parent folder of train2017/, which holds the images. In the split
+    images: parent folder of train2017/, which contains the images. In the split
       "llava_v1_5_mix665k", image names are relative to `images` itself.
 
   Raises:

@@ -25,7 +25,7 @@ def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
     file: JSONL file. Its lines have the field `texts`, {name: text}, the field `images`,
       {name: path}, or both. The optional field `key` must be unique in the file; its default is the
       line number. The default of `group` is the path of the first image, or `key` without images.
-    images: folder to which the paths are relative. Absolute paths and URLs do not change.
+    images: folder to which the paths are relative. Absolute paths and URLs are used unchanged.
 
   Raises:
     UserError: a line is not JSON, a field is unknown or has the wrong type, a name cannot be a

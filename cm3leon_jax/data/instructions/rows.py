@@ -19,8 +19,8 @@ def instruction_sources(
   """Opens one source of rows per task for a split. Returns [] if there are no tasks.
 
   The numbers of training records decide the shares of the tasks in both splits. Held-out samples
-  omit nothing, and only their targets have a loss weight. `split` is "train" or "heldout". `share`
-  is the sum of the shares of all tasks.
+  omit no segments, and only their targets have a loss weight. `split` is "train" or "heldout".
+  `share` is the sum of the shares of all tasks.
 
   Raises:
     UserError: a task has no store or no records, or no task has a held-out split.

@@ -1,4 +1,4 @@
-"""Plans and builds training samples from instruction documents, whose targets are known.
+"""Plans and builds training samples from instruction documents, which mark their targets.
 
 target text:  </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
 target image: </s> a cat <break> image </s>
@@ -26,7 +26,7 @@ TARGETS = "targets.npy"
 
 
 class Drops(typing.NamedTuple):
-  """Share of samples without the instruction, and share without everything before the target."""
+  """Shares of samples that omit the instruction, or everything before the target."""
 
   instruction: float = 0.0
   all: float = 0.0
@@ -62,7 +62,9 @@ def read_targets(folder: epath.PathLike, count: int) -> np.ndarray:
   """
   path = epath.Path(folder) / TARGETS
   if not path.exists():
-    raise UserError(f"{path} does not exist: the documents in {folder} are not instructions.")
+    raise UserError(
+      f"{path} does not exist, so the documents in {folder} are not instruction-tuning data."
+    )
   stages.check_files(path)
   with path.open("rb") as file:
     targets = np.load(file)
@@ -146,7 +148,7 @@ def build_instruction(
   """Builds the sample that `plan` describes.
 
   With `loss_on` = "all", every token except the first has the weight `loss_weight`, as in the
-  paper. With "target", only the target and the token after it have that weight. Returns the tokens,
+  paper. With "target", only the target and the token after it have this weight. Returns the tokens,
   [T] int32, and the loss weight of predicting each token, [T] float32.
 
   Raises:

@@ -119,7 +119,7 @@ class InstructionJob:
   Attributes:
     workdir: folder with the tokenizers. The stores go to its subfolder instructions/.
     drawn: name of a world -> its tasks, whose records have the format WORLD/TASK.
-    positions: maximum number of predicted tokens per sample: the number of slots of a row.
+    positions: maximum number of predicted tokens per sample, which is the length of a row.
   """
 
   workdir: str
@@ -151,7 +151,8 @@ class InstructionJob:
 def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str, dict]:
   """Writes the missing stores, one per task and split.
 
-  `inputs` holds the ids of the tokenizers. If such an id changes, all stores are encoded again.
+  `inputs` contains the ids of the tokenizers. If one of these ids changes, all stores are encoded
+  again.
   Returns a dict from store name to counts, see `write_store`.
   """
   configs = {

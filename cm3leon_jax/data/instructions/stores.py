@@ -36,8 +36,8 @@ class RecordEncoder:
 
   Attributes:
     encode: text -> [T] int32 ids.
-    positions: maximum number of predicted tokens per sample: the number of slots of a row.
-    redrawn: share of records whose given images are encoded twice, see `InstructionsConfig`.
+    positions: maximum number of predicted tokens per sample, which is the length of a row.
+    redrawn: share of records whose input images are encoded twice, see `InstructionsConfig`.
   """
 
   encode: Callable[[str], np.ndarray]
@@ -135,17 +135,17 @@ def _encode(
 
 
 def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
-  """Returns whether the given images of a record are encoded twice. The key decides."""
+  """Returns whether the input images of a record are encoded twice; depends only on its key."""
   return random.Random(f"{task.name} {key} redrawn").random() < share
 
 
 def _encode_images(
   tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
 ) -> np.ndarray:
-  """Encodes images, [n, H, W, 3] uint8, as codes, [n, I] int32: twice if `redrawn`.
+  """Encodes images, [n, H, W, 3] uint8, as codes, [n, I] int32; twice if `redrawn`.
 
-  Decoding an image and encoding it again changes its codes. A model that edits generated images
-  sees such codes.
+  Decoding an image and encoding it again changes its codes. When a model edits generated images,
+  its input has such changed codes.
   """
   codes = np.array(tokenizer.encode(pixels))
   if redrawn.any():

@@ -28,7 +28,7 @@ from cm3leon_jax.tokenizers.text import encode_pieces
 
 
 def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
-  """Drops each line of a text segment that has an optional field which is empty in the record.
+  """Drops the lines of a text segment whose optional field is empty in the record.
 
     "Question: {question}\nContext: {context?}\nAnswer: {answer}." with the context "":
     "Question: {question}\nAnswer: {answer}."
@@ -80,8 +80,8 @@ def join_record(
     the tokens of "two"
 
   A target inside a text is encoded separately from the text around it (`encode_pieces`). When a
-  task infills a mask in decoding, it encodes the text in the same way, so the tokens match. White
-  space in texts of the record becomes single spaces. Line breaks of the template do not change.
+  mask is infilled in decoding, the text is encoded in the same way, so the tokens match. In texts
+  of the record, white space is replaced by single spaces. Line breaks of the template are kept.
 
   Args:
     encode: text -> [T] int32 ids.
@@ -178,13 +178,13 @@ def _segment(
 def mixture(
   tasks: Sequence[InstructionTask], sizes: Sequence[int], least: float = 0.3, most: float = 3.0
 ) -> list[float]:
-  """Computes the shares of tasks from their sizes, which are first clipped around the mean.
+  """Computes the shares of tasks from their sizes, which are first clipped relative to the mean.
 
     sizes = [100, 1000, 100000]: the mean is 33,700. The ratios to the mean are 0.003, 0.03 and
     2.97. They are clipped to 0.3, 0.3 and 2.97, so the shares are 0.084, 0.084 and 0.832.
 
-  CM3Leon, section 4, says "threshold 3/0.3". This code clips the ratio of each size to the mean
-  size to the range from `least` to `most`.
+  CM3Leon, section 4, says "threshold 3/0.3". Here, the ratio of each size to the mean size is
+  clipped to the range from `least` to `most`.
 
   Raises:
     UserError: a task has no records, or all weights are 0.

@@ -1,4 +1,4 @@
-"""Defines an example of a public evaluation, with inputs and the texts that people wrote."""
+"""Defines the examples of public evaluations: inputs, and the reference texts that people wrote."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -69,8 +69,8 @@ def choose(examples: Iterable[Example], count: int, seed: int = 0) -> list[Examp
     keys of the examples in choose(examples, 3): b/0 a/2 a/1
 
   The choice depends on the seed, the keys and the groups, but not on the order of the examples. A
-  smaller choice is a prefix of a larger one. Each image is equally likely, whatever its number of
-  examples is. All keys must differ.
+  smaller choice is a prefix of a larger one. Each image is equally likely, regardless of its number
+  of examples. All keys must differ.
 
   Raises:
     UserError: `count` is negative or exceeds the number of examples.
@@ -100,5 +100,6 @@ def check_images(examples: Iterable[Example]) -> None:
   if absent:
     raise UserError(
       f"{absent[0]}, the image of example {first[absent[0]]}, does not exist ({len(absent)} of "
-      f"{len(first)} images are missing); give the folder that holds the release's image folders."
+      f"{len(first)} images are missing); give the folder that contains the release's image "
+      "folders."
     )

@@ -7,8 +7,7 @@ docs/data_formats.md. The readers do not change the texts. Metrics normalize the
 
 In all readers, `images` is the parent folder of the release's image folders, and `folder` is the
 image folder of a file. The readers raise UserError if a file has the wrong format, an id occurs
-twice, or an entry lacks what belongs to it, such as its image, its captions or its answers. The
-message names the file and the id.
+twice, or an entry lacks its image, captions or answers. The message names the file and the id.
 """
 
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ def open_examples(
 
   Raises:
     UserError: the name or split is unknown, or a file does not exist. During iteration: a file is
-      wrong (see the module), or an image is outside the image folder.
+      wrong (see the module's docstring), or an image is outside the image folder.
   """
   check_split(name, split, SPLITS)
   images = images or ImageFolder(os.fspath(root))
@@ -213,9 +212,9 @@ def read_paragraphs(
 ) -> Iterator[Example]:
   """Yields each image of a split with its paragraph.
 
-  Some images occur twice in the released file. The reader uses the first paragraph of an image, as
-  in the usual preprocessing for caption metrics. `file` has [{image_id, paragraph, url}]. A `url`
-  ends with the folder and the name of the image. The file `split` has a list of image ids.
+  Some images occur twice in the released file. The reader uses only the first paragraph of an
+  image, as in the usual preprocessing for caption metrics. `file` has [{image_id, paragraph, url}].
+  A `url` ends with the folder and the name of the image. The file `split` has a list of image ids.
   """
   entries: dict[int, dict[str, Any]] = {}
   for number, entry in enumerate(load_json(file, list), 1):
