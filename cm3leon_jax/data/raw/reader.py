@@ -130,7 +130,7 @@ def _read(path: epath.Path, cls: type[T]) -> Iterator[T]:
   """Yields the records of a file that `ingest.prepare` wrote."""
   if not path.exists():
     raise UserError(
-      f"{path} does not exist, although {INDEX} lists it: run `cm3leon prepare_data` again."
+      f"{path} does not exist, although {INDEX} lists its shard: run `cm3leon prepare_data` again."
     )
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line:

@@ -77,7 +77,7 @@ class DataConfig:
   def for_heldout(self) -> "DataConfig":
     """Returns the config of the rows for the held-out loss.
 
-    These rows have no CM3 spans and drop nothing. The best K neighbors precede each document.
+    These rows have no CM3 spans and no dropout. The best K neighbors precede each document.
     Neighbors have loss weight 0, because they are training documents.
     """
     return dataclasses.replace(

@@ -32,8 +32,8 @@ FIELDS = {
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
   """Joins neighbors and a document, in this order, into a sample, [T] int32 (CM3Leon, 2.1).
 
-  documents = [caption 50, image 519 520], [caption 40 41, image 517 518] result = [</s> 50 <break>
-  519 520 <break> 40 41 <break> 517 518 </s>]
+  documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
+  result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
   """
   parts: list = [[vocab.eos]]
   for segment in (s for d in documents for s in d.segments):
@@ -97,7 +97,7 @@ def build_sample(
     own = (layout > before) & vocab.is_image(tokens)
   if len(tokens) != plan.length:
     raise ValueError(
-      f"document '{document.key}' becomes a sample of {len(tokens)} tokens, but the plan has "
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, but the plan has "
       f"{plan.length}: the store changed after planning; start the run again."
     )
   return SampleTokens(tokens, weights, own, bool(plan.neighbors))

@@ -93,7 +93,7 @@ class WindowStarts:
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Adds the start of the next window. Raises UserError if another start of `window` is known."""
+    """Adds the start of the next window. Raises UserError if `window` already has another start."""
     if window < len(self._starts):
       if self._starts[window] != start:
         raise UserError(

@@ -52,7 +52,7 @@ def tar_samples(
   fs: fsspec.AbstractFileSystem, file: str, images: Callable
 ) -> Iterator[Record | Rejected]:
   """Yields the samples of an img2dataset tar: images and captions whose names have equal stems."""
-  del images  # The images are in the tar.
+  del images  # Not needed, because the images are in the tar.
   try:
     # "r:" rejects compressed tars, because a small file could become a thousand times as large.
     with (

@@ -61,7 +61,7 @@ class DrawnSource(Protocol):
     """Returns numbers that describe the whole source, for the summary."""
 
   def leaks(self, folder: epath.PathLike) -> FactLeakReport:
-    """Compares the facts of the splits in a raw folder.
+    """Compares the facts of held-out images with those of training images in a raw folder.
 
     A comparison of pixels would not help, because drawn images of both splits are similar.
     """

@@ -160,7 +160,7 @@ def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Itera
 
 
 def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
-  """Groups files of one format. `beside`: all files, if captions and lists must be skipped."""
+  """Groups files of one format. With `beside` (all files), skips caption files and lists."""
   names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
   if beside:
     stems, folders = by_stem(beside), _folders(beside, LISTS)
@@ -319,7 +319,7 @@ def _folder(
 
 
 def _joined(folder: str, image: Any) -> str:
-  """Returns the full path of an image in a list in `folder`, or "" if `image` is not a path."""
+  """Returns the full path of an image that a list in `folder` names, or "" if it is not a path."""
   return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
 
 

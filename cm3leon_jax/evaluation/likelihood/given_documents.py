@@ -163,7 +163,7 @@ class DocumentFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocuments:
-  """Documents of a store, which the stage with the id `made` wrote."""
+  """Documents of a store, written by the `encode_documents` stage with the id `made`."""
 
   store: DocumentStore
   layout: PromptLayout
@@ -178,7 +178,7 @@ class StoredDocuments:
     """
     store, pairs = self.store, 0
     if not len(store):
-      raise UserError(f"--documents names {store.folder}, which holds no documents.")
+      raise UserError(f"--documents names {store.folder}, which contains no documents.")
     for start in range(0, len(store), BLOCK):
       offsets = np.asarray(store.offsets[start : start + BLOCK + 1])
       segments = slice(offsets[0], offsets[-1])
