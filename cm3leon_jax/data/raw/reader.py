@@ -153,7 +153,7 @@ def load_with_size(
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Reads an image, rotates it upright, puts it on white, and scales it to a square.
 
-  Reads the first frame of an animation. Because images may come from strangers, file sizes and
+  Reads the first frame of an animation. Images may come from untrusted sources, so file sizes and
   pixel counts are limited, and large images are read one at a time.
 
   Args:

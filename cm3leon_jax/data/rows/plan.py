@@ -142,7 +142,7 @@ class SampleGenerators(threading.local):
 
 
 def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
-  """Computes the random key of a pass, [2] uint64, and the seed of the order of its units."""
+  """Computes the random key of a pass, [2] uint64, and the seed for the order of its units."""
   words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
   return words[:2], int(words[2]) % 2**32
 
@@ -154,7 +154,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  # Number of free slots -> the rows with so many free slots.
+  # Number of free slots -> the rows with that many free slots.
   open_rows: dict[int, list[list[int]]] = collections.defaultdict(list)
   sizes: list[int] = []  # The keys of `open_rows` in ascending order.
   for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
@@ -178,7 +178,7 @@ def pack_best_fit(slots: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class RowPlan:
-  """Computes which samples a row holds, for any row. Thread-safe.
+  """Computes which samples a row contains, for any row. Thread-safe.
 
   A plan proceeds in windows of samples. A window takes samples from the sources by their shares of
   slots, packs them into rows by best fit, and shuffles the rows. Each window begins where the

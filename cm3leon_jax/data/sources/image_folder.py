@@ -16,8 +16,8 @@ LOCAL = ("", "file://", "local://")  # Prefixes that fsspec allows for local pat
 class ImageFolder:
   """The folder that must contain the images of records. Links are resolved before the check.
 
-  Records may come from strangers. A path out of the folder could name any file on the machine, and
-  a URL could make the machine send requests.
+  Records may come from untrusted sources. A path out of the folder could name any file on the
+  machine, and a URL could make the machine send requests.
 
   Attributes:
     remedy: end of the error message, which says what to do with an image outside the folder.

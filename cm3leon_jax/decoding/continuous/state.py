@@ -96,7 +96,10 @@ def empty(*, static: Static, slots: int, steps: int) -> BatchState:
 def _put(
   into: Shaped[Array, "B ..."], x: Shaped[Array, "J ..."], slots: Int32[Array, " J"]
 ) -> Shaped[Array, "B ..."]:
-  """Writes `x` to slots of `into`, in each shard of the batch. `slots` is as in `Admitted`."""
+  """Writes the rows of `x` to the given slots of `into`, separately in each shard of the batch.
+
+  `slots` is as in `Admitted`.
+  """
   split = jax.typeof(into).sharding.spec
 
   def put(into: Array, x: Array, slots: Array) -> Array:

@@ -225,8 +225,8 @@ def open_documents(
   done = path.parent / stages.DONE
   if not (path / INDEX).exists() or not done.exists():
     raise UserError(
-      f"--documents names the folder {path}, which is not a store of a finished "
-      "`cm3leon encode_documents`: give a JSONL file, or a folder such as "
+      f"--documents names the folder {path}, which no finished "
+      "`cm3leon encode_documents` has written: give a JSONL file, or a folder such as "
       "workdir/documents/heldout_pairs."
     )
   made = read_json(done, {"config": dict, "id": str})
