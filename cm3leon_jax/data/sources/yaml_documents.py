@@ -34,8 +34,8 @@ def parse(text: str, where: str) -> list[tuple[yaml.Node, Any]]:
     sizes: dict[int, int] = {}
     if sum(_size(node, sizes) for node in nodes) > MOST_VALUES:
       raise UserError(
-        f"{where} has more than {MOST_VALUES:,} values, because aliases repeat the values that "
-        "they name: write fewer values."
+        f"{where} has more than {MOST_VALUES:,} values, including the values that aliases "
+        "repeat: write fewer values."
       )
     return list(zip(nodes, yaml.safe_load_all(text), strict=True))
   except UserError:
